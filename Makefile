@@ -1,0 +1,63 @@
+# The verbs. `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+GEN := .venv-gen/bin/python tools/gen_proto.py
+CSRC := setup.py $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test check fmt gen clean
+
+help: ## list the verbs
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/.built .venv-gen/.installed ## make the environments and build the extension
+
+demo: .venv/.built ## start a server, ask it for layers, show what comes back
+	$(BIN)/python examples/python/demo.py
+
+serve: .venv/.built ## serve a model: make serve ARGS="--help"
+	$(BIN)/layertap serve $(ARGS)
+
+test: setup ## run the tests: make test ARGS="tests/wire -k varint"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## formatting, lint, types, layers, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(GEN) --check
+
+fmt: setup ## format and sort imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+gen: .venv-gen/.installed ## write the generated code from proto/
+	$(GEN)
+
+clean: ## remove what was built and cached; the environments stay
+	rm -rf build dist server/layertap.egg-info server/layertap/_core*.so .venv/.built
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find server tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Three stamps, so that a change does only its own work: dependencies are installed again when they
+# change, the extension is rebuilt when C++ changes, the generator hardly ever.
+# The build tools come from constraints.txt too, so nothing is built in an isolated environment,
+# which would fetch versions of its own.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt setuptools pybind11
+	$(BIN)/pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@ .venv/.built
+
+# Nothing to do where the install above has just built it.
+.venv/.built: .venv/.installed $(CSRC)
+	test -e $@ && test -z "$$(find $(CSRC) -newer $@)" || \
+	  $(BIN)/python setup.py --quiet build_ext --inplace --force
+	touch $@
+
+# The generator is older than the runtime on purpose: tools/gen-requirements.txt says why.
+.venv-gen/.installed: tools/gen-requirements.txt
+	test -x .venv-gen/bin/python || $(PYTHON) -m venv .venv-gen
+	.venv-gen/bin/pip install --quiet -r tools/gen-requirements.txt
+	touch $@

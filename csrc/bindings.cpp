@@ -1,0 +1,210 @@
+// layertap._core: the core's classes and functions for Python; see server/layertap/_core.pyi.
+//
+// Note [When the GIL is given up]
+//   For a copy of kReleaseBytes or more. A smaller one takes a microsecond or two, while getting
+//   the GIL back from a busy interpreter may take its switch interval of 5 ms.
+//
+// Note [Unpublished bytes]
+//   The message is a bytes object of uninitialised memory that no Python code can reach (bytes are
+//   not tracked by the garbage collector) until finish() has found every byte written.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "builder.h"
+#include "decoder.h"
+#include "layout.h"
+#include "python_buffer.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace layertap;
+
+constexpr std::size_t kReleaseBytes = 32 * 1024;
+
+std::string to_utf8(py::handle name) {
+  if (!PyUnicode_Check(name.ptr())) throw py::type_error("name: expected str");
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_AsUTF8AndSize(name.ptr(), &size);
+  if (text == nullptr) throw py::error_already_set();
+  return {text, static_cast<std::size_t>(size)};
+}
+
+std::vector<std::int64_t> to_shape(py::handle sizes) {
+  std::vector<std::int64_t> shape;
+  for (py::handle size : sizes) shape.push_back(to_int64(size));
+  return shape;
+}
+
+py::tuple to_triple(py::handle item) {
+  auto triple = py::reinterpret_steal<py::tuple>(PySequence_Tuple(item.ptr()));
+  if (!triple) throw py::error_already_set();
+  if (triple.size() != 3) throw py::value_error("tensors: expected tuples of three");
+  return triple;
+}
+
+std::shared_ptr<Layout> make_layout(const py::iterable& tensors, const py::object& field,
+                                    const py::object& head_size) {
+  std::vector<TensorSpec> specs;
+  for (py::handle item : tensors) {
+    const py::tuple triple = to_triple(item);
+    specs.push_back({to_utf8(triple[0]), to_int64(triple[1]), to_shape(triple[2])});
+  }
+  return std::make_shared<Layout>(specs, to_int64(field), to_int64(head_size));
+}
+
+class ReplyBuilder {
+ public:
+  explicit ReplyBuilder(std::shared_ptr<const Layout> layout)
+      : builder_(std::move(layout)), message_(allocate(builder_.layout().nbytes())) {
+    builder_.layout().write_headers(bytes());
+  }
+
+  void write(const py::object& index, py::handle array, const py::object& dtype) {
+    write_buffer(to_int64(index), PythonBuffer(array), to_int64(dtype));
+  }
+
+  void write_buffer(std::int64_t index, const PythonBuffer& buffer, std::int64_t dtype) {
+    const Source source = buffer.source();
+    builder_.check_open();
+    const Run run = builder_.check(index, source, dtype);
+    const TensorSlot& slot = builder_.layout().slots()[static_cast<std::size_t>(index)];
+    Builder::Claim claim(builder_, static_cast<std::size_t>(index));
+    std::uint8_t* target = bytes() + slot.payload_offset;
+    {
+      std::optional<py::gil_scoped_release> released;
+      if (slot.payload_size >= kReleaseBytes) released.emplace();
+      strided_copy(source, target, slot.dtype->itemsize, run);
+    }
+    claim.done();
+  }
+
+  py::bytes finish(const py::bytes& head) {
+    builder_.check_open();
+    const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(head.ptr()));
+    if (size != builder_.layout().head_size()) {
+      throw py::value_error("head: got " + std::to_string(size) + " bytes, expected " +
+                            std::to_string(builder_.layout().head_size()));
+    }
+    builder_.finish();
+    // An empty message is Python's shared empty bytes object: there is nothing to write.
+    if (size > 0) std::memcpy(bytes(), PyBytes_AS_STRING(head.ptr()), size);
+    return std::move(message_);
+  }
+
+ private:
+  static py::bytes allocate(std::size_t size) {
+    PyObject* message = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size));
+    if (message == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::bytes>(message);
+  }
+
+  std::uint8_t* bytes() {
+    return reinterpret_cast<std::uint8_t*>(PyBytes_AS_STRING(message_.ptr()));
+  }
+
+  Builder builder_;
+  py::bytes message_;  // empty handle once finished
+};
+
+py::bytes encode(const py::iterable& tensors, const py::object& field, const py::bytes& head) {
+  std::vector<TensorSpec> specs;
+  std::vector<std::unique_ptr<PythonBuffer>> buffers;
+  for (py::handle item : tensors) {
+    const py::tuple triple = to_triple(item);
+    buffers.push_back(std::make_unique<PythonBuffer>(triple[2]));
+    specs.push_back({to_utf8(triple[0]), to_int64(triple[1]), buffers.back()->shape()});
+  }
+  const auto layout =
+      std::make_shared<Layout>(specs, to_int64(field), PyBytes_GET_SIZE(head.ptr()));
+  ReplyBuilder builder(layout);
+  for (std::size_t i = 0; i < buffers.size(); ++i) {
+    builder.write_buffer(static_cast<std::int64_t>(i), *buffers[i], specs[i].dtype);
+  }
+  return builder.finish(head);
+}
+
+std::uint32_t to_field(py::handle value) {
+  const std::int64_t field = to_int64(value);
+  if (field < 1 || field > kMaxFieldNumber) {
+    throw py::value_error("field: got " + std::to_string(field) + ", expected 1 to 2**29 - 1");
+  }
+  return static_cast<std::uint32_t>(field);
+}
+
+py::bytes join_rest(const py::bytes& message, const Decoded& decoded, std::uint32_t field) {
+  const char* bytes = PyBytes_AS_STRING(message.ptr());
+  const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(message.ptr()));
+  if (decoded.rest.size() == 1 && decoded.rest[0].size == size) return message;
+  std::string rest;
+  for (const Span& span : decoded.rest) {
+    if (span.offset == kEmptyTensor) {
+      append_tag(rest, field, kLengthDelimited);
+      append_varint(rest, 0);
+    } else {
+      rest.append(bytes + span.offset, span.size);
+    }
+  }
+  return {rest.data(), rest.size()};
+}
+
+py::tuple to_python(const py::bytes& message, const py::object& view, const DecodedTensor& tensor) {
+  const char* bytes = PyBytes_AS_STRING(message.ptr());
+  py::tuple shape(tensor.rank);
+  for (std::size_t i = 0; i < tensor.rank; ++i) shape[i] = py::int_(tensor.shape[i]);
+  const auto begin = static_cast<py::ssize_t>(tensor.data.offset);
+  const auto end = begin + static_cast<py::ssize_t>(tensor.data.size);
+  return py::make_tuple(py::str(bytes + tensor.name.offset, tensor.name.size), tensor.dtype,
+                        std::move(shape), view[py::slice(begin, end, 1)]);
+}
+
+py::tuple decode_message(const py::bytes& message, const py::object& field, bool repeated,
+                         const py::iterable& rivals) {
+  DecodeOptions options{to_field(field), repeated, {}};
+  for (py::handle rival : rivals) options.rivals.push_back(to_field(rival));
+  const Decoded decoded =
+      decode(reinterpret_cast<const std::uint8_t*>(PyBytes_AS_STRING(message.ptr())),
+             static_cast<std::size_t>(PyBytes_GET_SIZE(message.ptr())), options);
+  const py::object view =
+      py::reinterpret_steal<py::object>(PyMemoryView_FromObject(message.ptr()));
+  if (!view) throw py::error_already_set();
+  py::list tensors;
+  for (const DecodedTensor& tensor : decoded.tensors) {
+    tensors.append(to_python(message, view, tensor));
+  }
+  return py::make_tuple(join_rest(message, decoded, options.field), std::move(tensors));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Bytes in, bytes out: layertap's C++ extension.";
+  module.attr("MAX_RANK") = kMaxRank;
+  module.attr("MAX_MESSAGE_BYTES") = kMaxMessageBytes;
+
+  py::class_<Layout, std::shared_ptr<Layout>>(module, "ReplyLayout", py::is_final())
+      .def(py::init(&make_layout), py::arg("tensors"), py::kw_only(), py::arg("field"),
+           py::arg("head_size"))
+      .def_property_readonly("nbytes", &Layout::nbytes)
+      .def("__len__", [](const Layout& layout) { return layout.slots().size(); });
+
+  py::class_<ReplyBuilder>(module, "ReplyBuilder", py::is_final())
+      .def(py::init([](std::shared_ptr<Layout> layout) {
+             return std::make_unique<ReplyBuilder>(std::move(layout));
+           }),
+           py::arg("layout").none(false))
+      .def("write", &ReplyBuilder::write, py::arg("index"), py::arg("array"), py::arg("dtype"))
+      .def("finish", &ReplyBuilder::finish, py::arg("head"));
+
+  module.def("encode", &encode, py::arg("tensors"), py::kw_only(), py::arg("field"),
+             py::arg("head"));
+  module.def("decode", &decode_message, py::arg("message"), py::kw_only(), py::arg("field"),
+             py::arg("repeated"), py::arg("rivals") = py::tuple());
+}

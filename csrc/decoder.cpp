@@ -1,0 +1,144 @@
+// Messages with tensors, split into spans; see Note [Agreement with upb] and Note [Oneof].
+#include "decoder.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+namespace layertap {
+
+namespace {
+
+// Tags of layertap.v1.Tensor's fields in the wire types that make them known.
+constexpr std::uint32_t kNameTag = (1 << 3) | kLengthDelimited;
+constexpr std::uint32_t kDtypeTag = (2 << 3) | kVarint;
+constexpr std::uint32_t kShapeTag = (3 << 3) | kVarint;
+constexpr std::uint32_t kPackedShapeTag = (3 << 3) | kLengthDelimited;
+constexpr std::uint32_t kDataTag = (5 << 3) | kLengthDelimited;
+
+[[noreturn]] void malformed(const std::string& what) { throw std::invalid_argument(what); }
+
+void add_size(DecodedTensor& tensor, std::uint64_t size) {
+  if (tensor.rank < kMaxRank) tensor.shape[tensor.rank] = static_cast<std::int64_t>(size);
+  ++tensor.rank;
+}
+
+void check_field_number(std::uint32_t tag) {
+  if (tag >> 3 == 0) malformed("message: field number 0");
+}
+
+void merge_tensor(const std::uint8_t* message, Span span, DecodedTensor& tensor) {
+  Reader reader(message, span);
+  while (!reader.done()) {
+    const std::uint32_t tag = reader.tag();
+    check_field_number(tag);
+    if (tag == kNameTag) {
+      tensor.name = reader.length_delimited();
+      if (!is_utf8(message + tensor.name.offset, tensor.name.size)) {
+        malformed("tensor: name is not UTF-8");
+      }
+    } else if (tag == kDtypeTag) {
+      tensor.dtype = static_cast<std::int32_t>(static_cast<std::uint32_t>(reader.varint()));
+    } else if (tag == kShapeTag) {
+      add_size(tensor, reader.varint());
+    } else if (tag == kPackedShapeTag) {
+      Reader sizes(message, reader.length_delimited());
+      while (!sizes.done()) add_size(tensor, sizes.varint());
+    } else if (tag == kDataTag) {
+      tensor.data = reader.length_delimited();
+    } else {
+      reader.skip(tag, kMaxDepth - 1);
+    }
+  }
+}
+
+void check_meaning(const DecodedTensor& tensor) {
+  const DType* dtype = find_dtype(tensor.dtype);
+  if (dtype == nullptr) {
+    malformed("tensor: dtype: got " + std::to_string(tensor.dtype) + ", not a DataType");
+  }
+  if (tensor.rank > kMaxRank) {
+    malformed("tensor: shape: got rank " + std::to_string(tensor.rank) + ", expected at most 32");
+  }
+  const std::int64_t bytes = payload_bytes(tensor.shape.data(), tensor.rank, dtype->itemsize);
+  if (bytes < 0) malformed("tensor: shape: got a negative size or one that overflows");
+  if (static_cast<std::uint64_t>(bytes) != tensor.data.size) {
+    malformed("tensor: data: got " + std::to_string(tensor.data.size) + " bytes, expected " +
+              std::to_string(bytes));
+  }
+}
+
+class Splitter {
+ public:
+  Splitter(const std::uint8_t* message, const DecodeOptions& options)
+      : message_(message), options_(options) {}
+
+  void field(Reader& reader) {
+    const std::size_t begin = reader.offset();
+    const std::uint32_t tag = reader.tag();
+    check_field_number(tag);
+    if (tag == ((options_.field << 3) | kLengthDelimited)) {
+      add_tensor(reader.length_delimited());
+      return;
+    }
+    reader.skip(tag, kMaxDepth);
+    if (is_rival(tag)) {
+      rival_won_ = true;
+      decoded_.tensors.clear();
+    }
+    add_rest({begin, reader.offset() - begin});
+  }
+
+  Decoded finish() {
+    for (const DecodedTensor& tensor : decoded_.tensors) check_meaning(tensor);
+    return std::move(decoded_);
+  }
+
+ private:
+  bool is_rival(std::uint32_t tag) const {
+    const auto& rivals = options_.rivals;
+    return (tag & 7) == kLengthDelimited &&
+           std::find(rivals.begin(), rivals.end(), tag >> 3) != rivals.end();
+  }
+
+  void add_tensor(Span span) {
+    if (rival_won_) {
+      rival_won_ = false;
+      decoded_.rest.push_back({kEmptyTensor, 0});
+    }
+    if (options_.repeated || decoded_.tensors.empty()) decoded_.tensors.emplace_back();
+    merge_tensor(message_, span, decoded_.tensors.back());
+    // Early for a list, so that a hostile one of many empty submessages costs no memory.
+    if (options_.repeated && options_.rivals.empty()) check_meaning(decoded_.tensors.back());
+  }
+
+  void add_rest(Span span) {
+    auto& rest = decoded_.rest;
+    const bool joins = !rest.empty() && rest.back().offset != kEmptyTensor &&
+                       rest.back().offset + rest.back().size == span.offset;
+    if (joins) {
+      rest.back().size += span.size;
+    } else {
+      rest.push_back(span);
+    }
+  }
+
+  const std::uint8_t* message_;
+  const DecodeOptions& options_;
+  Decoded decoded_;
+  bool rival_won_ = false;
+};
+
+}  // namespace
+
+Decoded decode(const std::uint8_t* message, std::size_t size, const DecodeOptions& options) {
+  if (size > kMaxMessageBytes) malformed("message: larger than 2**31 - 1 bytes");
+  Splitter splitter(message, options);
+  Reader reader(message, {0, size});
+  while (!reader.done()) splitter.field(reader);
+  return splitter.finish();
+}
+
+}  // namespace layertap

@@ -1,0 +1,53 @@
+// Messages with tensors, split into spans of the received bytes: no payload is copied.
+//
+// Note [Agreement with upb]
+//   Well-formedness and meaning are those of upb, the parser behind Python's protobuf: a known
+//   field of another wire type is unknown, shape may be packed or not, the last of a repeated
+//   scalar wins, enums are varints cut to 32 bits, names are UTF-8 each time they occur, groups
+//   nest 100 deep less the messages around them. Stricter on purpose, after the parse: dtype has a
+//   row, rank <= 32, no negative size, no overflow, data of exactly the size that follows, and a
+//   message of at most 2**31 - 1 bytes.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "shape.h"
+#include "wire.h"
+
+namespace layertap {
+
+struct DecodedTensor {
+  Span name{0, 0};  // UTF-8
+  std::int32_t dtype = 0;
+  std::size_t rank = 0;  // counts on past the cap; only the first kMaxRank sizes are kept
+  std::array<std::int64_t, kMaxRank> shape;
+  Span data{0, 0};
+};
+
+struct Decoded {
+  std::vector<Span> rest;  // in order, adjacent spans joined
+  std::vector<DecodedTensor> tensors;
+};
+
+// A span of `rest` that stands for an empty submessage `field`; see Note [Oneof].
+inline constexpr std::size_t kEmptyTensor = static_cast<std::size_t>(-1);
+
+// What to read as tensors.
+//
+// Note [Oneof]
+//   Rivals are the length-delimited fields that share a oneof with `field`; the last one met wins.
+//   A rival drops the tensor met before it. A tensor met after a rival leaves an empty submessage
+//   in the rest, so that the ordinary parser drops the rival by the same rule, having checked it.
+struct DecodeOptions {
+  std::uint32_t field;
+  bool repeated;  // each submessage is a tensor, or all of them are merged into one
+  std::vector<std::uint32_t> rivals;
+};
+
+// Throws std::invalid_argument; never reads outside [message, message + size).
+Decoded decode(const std::uint8_t* message, std::size_t size, const DecodeOptions& options);
+
+}  // namespace layertap

@@ -1,0 +1,119 @@
+// Where each byte of a message with tensors stands; see Note [Layout of a message].
+#include "layout.h"
+
+#include <cstring>
+#include <stdexcept>
+
+#include "shape.h"
+#include "wire.h"
+
+namespace layertap {
+
+namespace {
+
+// Field numbers of layertap.v1.Tensor.
+enum : std::uint32_t { kName = 1, kDtype = 2, kShape = 3, kPadding = 4, kData = 5 };
+
+// The padding field's bytes at most: its tag, a length of one byte, and 127 zeros.
+constexpr std::size_t kMaxPaddingField = 129;
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+std::string small_fields(const TensorSpec& spec) {
+  std::string out;
+  if (!spec.name.empty()) {
+    append_tag(out, kName, kLengthDelimited);
+    append_varint(out, spec.name.size());
+    out += spec.name;
+  }
+  append_tag(out, kDtype, kVarint);
+  append_varint(out, static_cast<std::uint64_t>(spec.dtype));
+  if (!spec.shape.empty()) {
+    std::string sizes;
+    for (std::int64_t size : spec.shape) append_varint(sizes, static_cast<std::uint64_t>(size));
+    append_tag(out, kShape, kLengthDelimited);
+    append_varint(out, sizes.size());
+    out += sizes;
+  }
+  return out;
+}
+
+void append_padding(std::string& out, std::size_t size) {
+  if (size == 0) return;
+  append_tag(out, kPadding, kLengthDelimited);
+  append_varint(out, size - 2);
+  out.append(size - 2, '\0');
+}
+
+// Bytes of the padding field that bring the payload to its residue. The submessage's own length
+// grows with the padding and may take one more byte for it, so sizes are tried: among any 64 in a
+// row all residues but at most one occur, and 128 are at hand. A size of 1 is no field.
+std::size_t padding_field(std::size_t begin, std::size_t fixed, std::size_t body) {
+  for (std::size_t size = 0; size <= kMaxPaddingField; ++size) {
+    if (size == 1) continue;
+    const std::size_t payload = begin + varint_size(body + size) + fixed + size;
+    if (payload % kPayloadAlignment == kPayloadResidue) return size;
+  }
+  refuse("layout: no padding aligns the payload");
+}
+
+std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype) {
+  dtype = find_dtype(spec.dtype);
+  if (dtype == nullptr) refuse("dtype: got " + std::to_string(spec.dtype) + ", not a DataType");
+  if (spec.shape.size() > kMaxRank) {
+    refuse("shape: got rank " + std::to_string(spec.shape.size()) + ", expected at most 32");
+  }
+  const std::int64_t bytes = payload_bytes(spec.shape.data(), spec.shape.size(), dtype->itemsize);
+  if (bytes < 0) refuse("shape: got a negative size or one that overflows");
+  if (static_cast<std::uint64_t>(bytes) > kMaxMessageBytes || spec.name.size() > kMaxMessageBytes) {
+    refuse("message: larger than 2**31 - 1 bytes");
+  }
+  return static_cast<std::size_t>(bytes);
+}
+
+TensorSlot make_slot(const TensorSpec& spec, std::uint32_t field, std::size_t offset) {
+  TensorSlot slot;
+  slot.payload_size = checked_payload(spec, slot.dtype);
+  slot.shape = spec.shape;
+  slot.header_offset = offset;
+  append_tag(slot.header, field, kLengthDelimited);
+  const std::string small = small_fields(spec);
+  const std::size_t fixed = small.size() + 1 + varint_size(slot.payload_size);
+  const std::size_t body = fixed + slot.payload_size;
+  const std::size_t padding = padding_field(offset + slot.header.size(), fixed, body);
+  append_varint(slot.header, body + padding);
+  slot.header += small;
+  append_padding(slot.header, padding);
+  append_tag(slot.header, kData, kLengthDelimited);
+  append_varint(slot.header, slot.payload_size);
+  slot.payload_offset = offset + slot.header.size();
+  return slot;
+}
+
+}  // namespace
+
+Layout::Layout(const std::vector<TensorSpec>& tensors, std::int64_t field,
+               std::int64_t head_size) {
+  if (field < 1 || field > kMaxFieldNumber) {
+    refuse("field: got " + std::to_string(field) + ", expected 1 to 2**29 - 1");
+  }
+  if (head_size < 0 || static_cast<std::uint64_t>(head_size) > kMaxMessageBytes) {
+    refuse("head_size: got " + std::to_string(head_size) + ", expected 0 to 2**31 - 1");
+  }
+  head_size_ = static_cast<std::size_t>(head_size);
+  nbytes_ = head_size_;
+  slots_.reserve(tensors.size());
+  for (const TensorSpec& spec : tensors) {
+    slots_.push_back(make_slot(spec, static_cast<std::uint32_t>(field), nbytes_));
+    nbytes_ = slots_.back().payload_offset + slots_.back().payload_size;
+    if (nbytes_ > kMaxMessageBytes) refuse("message: larger than 2**31 - 1 bytes");
+  }
+}
+
+void Layout::write_headers(std::uint8_t* message) const {
+  for (const TensorSlot& slot : slots_) {
+    std::memcpy(message + slot.header_offset, slot.header.data(), slot.header.size());
+  }
+}
+
+}  // namespace layertap

@@ -1,0 +1,56 @@
+// Where each byte of a message with tensors stands, known before any tensor is.
+//
+// Note [Layout of a message]
+//   head | tag len name dtype shape padding tag len payload | tag len name ... payload | ...
+//
+//   The head is the ordinary protobuf bytes of every other field. A tensor's payload comes last in
+//   its submessage and starts at an offset of 16 modulo 64: CPython puts the data of a large bytes
+//   object at 48 modulo 64, so the payload lands on a 64-byte boundary.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dtype.h"
+
+namespace layertap {
+
+inline constexpr std::size_t kPayloadAlignment = 64;
+inline constexpr std::size_t kPayloadResidue = 16;
+
+struct TensorSpec {
+  std::string name;  // UTF-8
+  std::int64_t dtype;
+  std::vector<std::int64_t> shape;
+};
+
+struct TensorSlot {
+  const DType* dtype;
+  std::vector<std::int64_t> shape;
+  std::size_t header_offset;  // in the message; the header ends where the payload begins
+  std::string header;
+  std::size_t payload_offset;  // in the message
+  std::size_t payload_size;    // bytes
+};
+
+class Layout {
+ public:
+  // Throws std::invalid_argument for what can't be laid out.
+  Layout(const std::vector<TensorSpec>& tensors, std::int64_t field, std::int64_t head_size);
+
+  std::size_t head_size() const { return head_size_; }
+  std::size_t nbytes() const { return nbytes_; }
+  const std::vector<TensorSlot>& slots() const { return slots_; }
+
+  // Writes everything but the head and the payloads into `message`, of nbytes().
+  void write_headers(std::uint8_t* message) const;
+
+ private:
+  std::size_t head_size_;
+  std::size_t nbytes_;
+  std::vector<TensorSlot> slots_;
+};
+
+}  // namespace layertap

@@ -1,0 +1,24 @@
+"""layertap: a gRPC feature server for PyTorch models.
+
+Name layers of a model, get their activations: ``Client`` asks a server, which ``layertap serve``
+starts. Importing this package does not import torch.
+"""
+
+from importlib.metadata import version
+
+from layertap.client import Client, Features
+from layertap.errors import LayertapError
+from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+
+__all__ = [
+    "Capture",
+    "Client",
+    "Extractor",
+    "Features",
+    "LayerSelection",
+    "LayertapError",
+    "Reduction",
+    "__version__",
+]
+
+__version__ = version("layertap")

@@ -1,0 +1,90 @@
+"""The private extension: bytes in, bytes out, no torch. Built from csrc/.
+
+``layertap._pure`` is its twin in plain Python: the oracle of its tests, and its stand-in where the
+extension was not built. Dtypes are the numbers of ``layertap.v1.DataType``; arrays come through
+the buffer protocol, with any strides, as the dtype's bit pattern (bfloat16 as uint16).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final, final
+
+from typing_extensions import Buffer
+
+MAX_RANK: Final[int]
+"""The most dimensions a tensor may have: 32."""
+
+MAX_MESSAGE_BYTES: Final[int]
+"""The most bytes of one message, protobuf's own limit: 2**31 - 1."""
+
+@final
+class ReplyLayout:
+    """Where each byte of a message with tensors stands: ``head`` first, then the tensors.
+
+    A tensor's payload starts at an offset of 16 modulo 64, so that it lands on a 64-byte boundary
+    in a large ``bytes`` object, whose data CPython puts at 48 modulo 64.
+    """
+
+    def __init__(
+        self, tensors: Iterable[tuple[str, int, Sequence[int]]], *, field: int, head_size: int
+    ) -> None:
+        """Lay out (name, dtype, shape) tensors as submessages ``field``.
+
+        Raises ValueError for an unknown dtype, a rank over MAX_RANK, a negative size, an overflow
+        (of the sizes that are not 0, which numpy refuses too) or a message over MAX_MESSAGE_BYTES.
+        """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the finished message, head included."""
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+
+@final
+class ReplyBuilder:
+    """An unpublished message: tensors are written in place, each in one pass, without the GIL.
+
+    ``write`` may be called from several threads at once for different tensors. Nothing waits: a
+    ``write`` or ``finish`` that another write is in the way of is refused. The GIL is kept for
+    tensors under 32 KiB, which take less time than getting it back.
+    """
+
+    def __init__(self, layout: ReplyLayout) -> None: ...
+    def write(self, index: int, array: Buffer, dtype: int) -> None:
+        """Put a tensor in its place: cast to the layout's dtype, made contiguous on the way.
+
+        Floating-point types cast to one another (rounded once, to nearest even; NaN stays NaN); any
+        other type only to itself. A tensor may be written again.
+
+        Raises ValueError for a shape other than the layout's, an item size other than the dtype's,
+        a cast that is not offered, a tensor that another thread is writing, or a builder that is
+        finished; IndexError for an index out of range.
+        """
+
+    def finish(self, head: bytes) -> bytes:
+        """Write the head and publish the message; the builder can't be used again.
+
+        Raises ValueError where a tensor was never written or is being written, the head has not the
+        size laid out, or the builder is finished already. A refused builder can be used on.
+        """
+
+def encode(tensors: Iterable[tuple[str, int, Buffer]], *, field: int, head: bytes) -> bytes:
+    """Layout, build, write and finish in one call: (name, dtype, array) tensors, no casts."""
+
+def decode(
+    message: bytes, *, field: int, repeated: bool, rivals: Iterable[int] = ()
+) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview]]]:
+    """Split a message into its small rest and its tensors, without a copy of their payloads.
+
+    Submessages ``field`` are read as tensors: (name, dtype, shape, data), ``data`` a read-only
+    memoryview over ``message``. The rest, every other top-level field in order, goes to an ordinary
+    protobuf parser. Agrees with that parser on what is well-formed and what it means: the last of
+    a repeated scalar wins, a singular submessage met twice is merged (``repeated=False``), unknown
+    fields (groups included) are skipped. ``rivals`` are the length-delimited fields that share a
+    oneof with ``field``: the one met last wins and drops the other. Where a tensor drops a rival,
+    an empty submessage ``field`` follows the rival in the rest, so that the parser drops it too.
+
+    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, a tensor with an unknown
+    dtype, a rank over MAX_RANK, a negative size, sizes that overflow, or data of another length
+    than shape and dtype say.
+    """

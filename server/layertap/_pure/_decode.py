@@ -1,0 +1,103 @@
+"""Messages with tensors, split; see ``layertap._core.decode``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from layertap._pure._elements import NUMPY
+from layertap._pure._wire import (
+    LENGTH_DELIMITED,
+    MAX_DEPTH,
+    MAX_MESSAGE_BYTES,
+    MAX_RANK,
+    Reader,
+    check_field,
+    int64,
+    payload_bytes,
+    signed,
+    tag,
+    varint,
+)
+
+
+def decode(
+    message: bytes, *, field: int, repeated: bool, rivals: Iterable[int] = ()
+) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview]]]:
+    """See ``layertap._core.decode``."""
+    if not isinstance(message, bytes):
+        raise TypeError("message: expected bytes")
+    field, rival_fields = int64(field), {int64(rival) for rival in rivals}
+    for number in (field, *rival_fields):
+        check_field(number)
+    if len(message) > MAX_MESSAGE_BYTES:
+        raise ValueError("message: larger than 2**31 - 1 bytes")
+    rest: list[bytes] = []
+    found: list[_Tensor] = []
+    rival_won = False
+    reader = Reader(message, 0, len(message))
+    while not reader.done():
+        begin = reader.at
+        number, wire_type = reader.field_tag()
+        if (number, wire_type) == (field, LENGTH_DELIMITED):
+            if rival_won:
+                rest.append(tag(field, LENGTH_DELIMITED) + varint(0))
+                rival_won = False
+            if repeated or not found:
+                found.append(_Tensor(message))
+            found[-1].merge(*reader.length_delimited())
+        else:
+            reader.skip(number, wire_type, MAX_DEPTH)
+            if wire_type == LENGTH_DELIMITED and number in rival_fields:
+                found.clear()
+                rival_won = True
+            rest.append(message[begin : reader.at])
+    return b"".join(rest), [tensor.checked() for tensor in found]
+
+
+class _Tensor:
+    """One ``layertap.v1.Tensor`` in the making."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+        self._name = ""
+        self._dtype = 0
+        self._shape: list[int] = []
+        self._data = (0, 0)
+
+    def merge(self, begin: int, end: int) -> None:
+        """Read the fields in a span of the message over what is there."""
+        reader = Reader(self._message, begin, end)
+        while not reader.done():
+            match reader.field_tag():
+                case (1, 2):
+                    start, stop = reader.length_delimited()
+                    try:
+                        self._name = self._message[start:stop].decode()
+                    except UnicodeDecodeError:
+                        raise ValueError("tensor: name is not UTF-8") from None
+                case (2, 0):
+                    self._dtype = signed(reader.varint(), 32)
+                case (3, 0):
+                    self._shape.append(signed(reader.varint(), 64))
+                case (3, 2):
+                    sizes = Reader(self._message, *reader.length_delimited())
+                    while not sizes.done():
+                        self._shape.append(signed(sizes.varint(), 64))
+                case (5, 2):
+                    self._data = reader.length_delimited()
+                case (number, wire_type):
+                    reader.skip(number, wire_type, MAX_DEPTH - 1)
+
+    def checked(self) -> tuple[str, int, tuple[int, ...], memoryview]:
+        """Return the tensor; raise ValueError where it contradicts itself."""
+        if self._dtype not in NUMPY:
+            raise ValueError(f"tensor: dtype: got {self._dtype}, not a DataType")
+        if len(self._shape) > MAX_RANK:
+            raise ValueError(f"tensor: shape: got rank {len(self._shape)}, expected at most 32")
+        expected = payload_bytes(self._shape, NUMPY[self._dtype].itemsize)
+        if expected is None:
+            raise ValueError("tensor: shape: got a negative size or one that overflows")
+        begin, end = self._data
+        if end - begin != expected:
+            raise ValueError(f"tensor: data: got {end - begin} bytes, expected {expected}")
+        return self._name, self._dtype, tuple(self._shape), memoryview(self._message)[begin:end]

@@ -1,0 +1,1 @@
+"""The server's life: configuration, start, health, warm-up, drain."""

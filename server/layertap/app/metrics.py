@@ -1,0 +1,128 @@
+"""What Prometheus reads: counts, durations and the queue.
+
+The names follow Triton's ``nv_inference_*`` where they mean the same, with ``layertap_`` in front
+and Prometheus' own units (seconds, bytes).
+"""
+
+from __future__ import annotations
+
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from layertap.engine import Engine, Extraction
+from layertap.errors import UnavailableError
+
+__all__ = ["Metrics", "MetricsPage"]
+
+# From a tiny model on a GPU to a large one on a CPU.
+_SECONDS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1),
+    *(0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+_NS = 1e-9
+
+
+class Metrics:
+    """Counts what the servicers tell it (a ``layertap.services.observer.Observer``).
+
+    Keeps a registry of its own, so that two servers in one process count apart.
+
+    Args:
+        engine: The engine whose queue is shown; None for no such gauge.
+
+    Attributes:
+        registry: The registry.
+    """
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self.registry = CollectorRegistry()
+        self._success = self._counter(
+            "request_success", "Extractions that were answered.", ("model",)
+        )
+        self._failure = self._counter(
+            "request_failure",
+            "Extractions that were not, by gRPC status; model is empty where none that is served "
+            "was named.",
+            ("model", "reason"),
+        )
+        self._reply_bytes = self._counter(
+            "reply_bytes", "Bytes of the extractions' replies.", ("model",)
+        )
+        self._total = self._histogram("request", "From the request's bytes to the reply's.")
+        self._prepare = self._histogram("prepare", "Parsing, decoding images, checking the input.")
+        self._queue = self._histogram("queue", "Waiting for the compute thread.")
+        self._compute = self._histogram(
+            "compute", "Preprocessing, the forward pass, writing the outputs into the reply."
+        )
+        if engine is not None:
+            # Read when the page is asked for: counting it would cost every request.
+            Gauge(
+                "layertap_inference_pending_request_count",
+                "Requests that wait for the compute thread or run on it.",
+                registry=self.registry,
+            ).set_function(lambda: engine.pending)
+
+    def succeeded(self, model: str, extraction: Extraction) -> None:
+        """Count an answer, its bytes and where its time went."""
+        self._success.labels(model).inc()
+        self._reply_bytes.labels(model).inc(len(extraction.message))
+        timings = extraction.timings
+        self._total.labels(model).observe(timings.total_ns * _NS)
+        self._prepare.labels(model).observe(timings.prepare_ns * _NS)
+        self._queue.labels(model).observe(timings.queue_ns * _NS)
+        self._compute.labels(model).observe(timings.compute_ns * _NS)
+
+    def failed(self, model: str, code: grpc.StatusCode) -> None:
+        """Count a failure under the name of its status."""
+        self._failure.labels(model, code.name).inc()
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(f"layertap_inference_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(
+            f"layertap_inference_{name}_duration_seconds",
+            text,
+            ("model",),
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+
+
+class MetricsPage:
+    """Shows metrics at ``http://host:port/metrics`` until it is closed.
+
+    Args:
+        metrics: What to show.
+        host: The address to bind.
+        port: The port; 0 for a free one.
+
+    Attributes:
+        url: Where the page is.
+
+    Raises:
+        UnavailableError: Where the address can't be bound.
+    """
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        self._server: WSGIServer
+        self._thread: Thread
+        try:
+            self._server, self._thread = start_http_server(
+                port, addr=host, registry=metrics.registry
+            )
+        except OSError as error:
+            raise UnavailableError(
+                f"can't show metrics on {host}:{port}: {error.strerror}; choose another with "
+                f"--metrics-port, or -1 for none"
+            ) from error
+        self.url = f"http://{host}:{self._server.server_port}/metrics"
+
+    def close(self) -> None:
+        """Stop showing them."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -1,0 +1,1 @@
+"""The command line: flags become objects. Only the verbs that run a model import torch."""

@@ -1,0 +1,53 @@
+"""``layertap``: the verbs, and how errors reach the person at the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from layertap import __version__
+from layertap.cli.extract import extract
+from layertap.cli.layers import layers
+from layertap.cli.serve import serve
+from layertap.errors import LayertapError
+
+__all__ = ["main"]
+
+
+class _Verbs(click.Group):
+    """Turns layertap's own errors into a message and exit code 1, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except LayertapError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def main() -> None:
+    """Layers of PyTorch models: over gRPC, or straight into a file.
+
+    \b
+    Examples:
+      layertap layers resnet18                                what there is to ask for
+      layertap serve resnet18 --layers layer1,avgpool         answer requests on port 8001
+      layertap extract resnet18 cat.jpg -l avgpool -o cat.npz
+
+    Each verb has a --help of its own. Exit codes: 0 done, 1 it failed (the message says why), 2 the
+    command line is wrong.
+    """
+
+
+main.add_command(serve)
+main.add_command(layers)
+main.add_command(extract)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Options that several verbs share, and the types of their values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from layertap.engine import Engine
+
+__all__ = ["ITEM_SHAPE", "embedded_engine", "local_model_options", "refuse_with_server", "seed"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _ItemShape(click.ParamType):
+    name = "C,H,W"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Read ``3,224,224``."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            sizes = tuple(int(size) for size in str(value).split(","))
+        except ValueError:
+            sizes = ()
+        if not sizes or min(sizes) < 1:
+            self.fail(f"got {value!r}, expected positive sizes such as 3,224,224", param, ctx)
+        return sizes
+
+
+ITEM_SHAPE = _ItemShape()
+
+
+def seed(function: F) -> F:
+    """Add ``--seed``."""
+    return click.option(
+        "--seed", type=click.IntRange(min=0), help="Seeds the values of --weights random."
+    )(function)
+
+
+def local_model_options(function: F) -> F:
+    """Add the options of a model that is loaded into this process, and ``--server`` instead."""
+    for option in (
+        click.option(
+            "--server", metavar="HOST:PORT", help="Ask this server instead of loading MODEL here."
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            help="What to run on; auto is CUDA where there is a device.",
+        ),
+        click.option(
+            "--item-shape",
+            type=ITEM_SHAPE,
+            help="Sizes of one input item without the batch; default: the model's own.",
+        ),
+        seed,
+        click.option(
+            "--weights",
+            metavar="W",
+            help="DEFAULT, a torchvision name such as IMAGENET1K_V1, a file, or random.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def refuse_with_server(server: str | None, flags: dict[str, object]) -> None:
+    """Raise UsageError for flags that say how to load a model, where a server has it loaded."""
+    given = ", ".join(f"--{name.replace('_', '-')}" for name, v in flags.items() if v is not None)
+    if server and given:
+        raise click.UsageError(f"{given}: the server chose; not together with --server")
+
+
+def embedded_engine(
+    model: str,
+    *,
+    weights: str | None,
+    seed: int | None,
+    item_shape: Sequence[int] | None,
+    device: str | None,
+) -> tuple[Engine, str]:
+    """Load a model into this process.
+
+    Returns:
+        The engine, which is the caller's to close, and the model's name in it.
+
+    Raises:
+        ConfigError, ModelLoadError: As ``Engine.load`` does.
+    """
+    from layertap.engine import Engine, choose_device
+    from layertap.models import ModelSpec
+
+    find_local_modules()
+    spec = ModelSpec.parse(
+        model,
+        weights=weights or "DEFAULT",
+        seed=seed or 0,
+        item_shape=tuple(item_shape) if item_shape else None,
+    )
+    engine = Engine(device=choose_device(device or "auto"))
+    try:
+        engine.load(spec)
+    except BaseException:
+        engine.close()
+        raise
+    return engine, spec.name
+
+
+def find_local_modules() -> None:
+    """Let factories ``module:function`` be found in the current folder, as ``python -m`` would.
+
+    Last, so that no file there takes the place of an installed module.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)

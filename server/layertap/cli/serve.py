@@ -1,0 +1,101 @@
+"""``layertap serve``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from layertap.cli.options import ITEM_SHAPE, find_local_modules, seed
+
+__all__ = ["serve"]
+
+PORTS = click.IntRange(0, 65535)
+METRICS_PORTS = click.IntRange(-1, 65535)
+MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
+
+
+@click.command(short_help="Serve models over gRPC.")
+@click.argument("models", nargs=-1, metavar="[[NAME=]MODEL]...")
+@click.option(
+    "--weights",
+    metavar="W",
+    help="DEFAULT (the default), a torchvision name such as IMAGENET1K_V1, a file, or random.",
+)
+@click.option(
+    "--layers",
+    metavar="A,B:input",
+    help="Layers to compile and warm at the start; any other can be asked for as well.",
+)
+@seed
+@click.option(
+    "--item-shape",
+    type=ITEM_SHAPE,
+    help="Sizes of one input item without the batch; default: the model's own.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="What to run on; auto (the default) is CUDA where there is a device.",
+)
+@click.option("--host", help="The address to listen on; default 127.0.0.1, this machine only.")
+@click.option("--port", type=PORTS, help="The port; default 8001, 0 takes a free one.")
+@click.option(
+    "--metrics-port",
+    type=METRICS_PORTS,
+    help="The port of the Prometheus page; default 8002, 0 takes a free one, -1 shows none.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads within one operation.")
+@click.option(
+    "--grace",
+    "grace_seconds",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds that admitted calls get to finish after SIGTERM; default 10.",
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(),
+    metavar="FILE",
+    help="A layertap.toml with [server], [limits] and [[models]]; flags win over it.",
+)
+def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> None:
+    """Serve models over gRPC until SIGTERM or Ctrl-C.
+
+    MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
+    (package.module:function). The flags of models hold for every MODEL; a file given with --config
+    can tell them apart.
+
+    \b
+    Examples:
+      layertap serve resnet18
+      layertap serve resnet18 --weights random --layers layer1,avgpool:input
+      layertap serve a=nets/a.pt b=mynets:build --device cuda --port 9001
+      layertap serve --config layertap.toml --port 0
+
+    Health (grpc.health.v1) is NOT_SERVING until every model is loaded and its layers are warm. A
+    second signal ends the process at once.
+    """
+    if not models and config_file is None:
+        raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")
+    # The answer to a wrong command line should not wait for torch.
+    from layertap.app import lifecycle
+    from layertap.app.config import ServerConfig, with_flags
+    from layertap.app.config_file import load_config
+    from layertap.cli.render import Stderr
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    find_local_modules()
+    if flags["layers"] is not None:
+        flags["layers"] = tuple(flags["layers"].split(","))
+    config = with_flags(
+        load_config(config_file) if config_file else ServerConfig(),
+        models,
+        {name: flags.pop(name) for name in MODEL_FLAGS},
+        flags,
+    )
+    raise SystemExit(lifecycle.serve(config, Stderr()))

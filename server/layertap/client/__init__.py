@@ -1,0 +1,6 @@
+"""The Python client. Needs no torch."""
+
+from layertap.client.client import Client
+from layertap.client.features import Features
+
+__all__ = ["Client", "Features"]

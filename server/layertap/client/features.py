@@ -1,0 +1,73 @@
+"""What a client gets: named arrays that are views of the received message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layertap.selection import Extractor
+from layertap.v1 import catalogue_pb2
+from layertap.wire.enums import from_proto
+from layertap.wire.messages import Timings, decode_reply
+from layertap.wire.tensors import TensorView
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Features"]
+
+
+class Features(Mapping[str, np.ndarray]):
+    """The layers of one reply, by name, in the order asked for.
+
+    The arrays are read-only views of the message; ``array.copy()`` makes a writable one of its own.
+    bfloat16 arrays have the type of the ``ml_dtypes`` package.
+
+    Attributes:
+        extractor: Which extractor served them.
+        timings: Where the server's time went, in nanoseconds.
+    """
+
+    def __init__(self, message: bytes) -> None:
+        response, tensors = decode_reply(message)
+        self.extractor = from_proto(
+            response.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
+        )
+        self.timings = Timings(
+            prepare_ns=response.timings.prepare_ns,
+            queue_ns=response.timings.queue_ns,
+            compute_ns=response.timings.compute_ns,
+            total_ns=response.timings.total_ns,
+        )
+        self._views: dict[str, TensorView] = {view.name: view for view in tensors}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return a layer's array, a read-only view."""
+        return self._views[name].array()
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        """Return how many layers there are."""
+        return len(self._views)
+
+    def __repr__(self) -> str:
+        """Show each layer's name, dtype and shape."""
+        shapes = ", ".join(f"{v.name}: {v.dtype.name}{list(v.shape)}" for v in self._views.values())
+        return f"Features({shapes})"
+
+    def torch(self) -> dict[str, torch.Tensor]:
+        """Return the layers as torch tensors that share the message's memory.
+
+        The memory is nobody else's, but other views of the same layer see what is written to it.
+
+        Raises:
+            ImportError: Where torch is not installed.
+        """
+        from layertap.client.to_torch import to_torch
+
+        return {name: to_torch(view) for name, view in self._views.items()}

@@ -1,0 +1,85 @@
+"""What a caller may hand in: images or an array."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layertap.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    ImageLike = bytes | str | os.PathLike[str] | Image
+    InputLike = np.ndarray | ImageLike | Sequence[ImageLike]
+
+__all__ = ["encode_input"]
+
+
+def encode_input(given: Any) -> np.ndarray | list[bytes]:
+    """Tell images from arrays.
+
+    Args:
+        given: An array or tensor ``[B, ...]`` as the model takes it; or an image, or a list of
+            images: a path, the bytes of a JPEG, PNG or WebP file, or a PIL image (which is sent as
+            PNG, without loss).
+
+    Returns:
+        The array in C order, or the images' bytes.
+
+    Raises:
+        InvalidInputError: For anything else.
+    """
+    if _is_image(given):
+        return [_image_bytes(given)]
+    if isinstance(given, list | tuple):
+        wrong = next((item for item in given if not _is_image(item)), None)
+        if wrong is not None or not given:
+            got = "an empty list" if not given else f"a list with a {type(wrong).__name__}"
+            raise InvalidInputError(f"input: got {got}, expected images or one array")
+        return [_image_bytes(item) for item in given]
+    if isinstance(given, np.ndarray):
+        return _little_endian(given)
+    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor; torch stays unimported.
+        return _from_torch(given)
+    raise InvalidInputError(
+        f"input: got {type(given).__name__}, expected an image, a list of images or an array"
+    )
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, bytes | str | os.PathLike) or hasattr(value, "tobitmap")
+
+
+def _image_bytes(value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str | os.PathLike):
+        try:
+            return Path(value).read_bytes()
+        except OSError as error:
+            raise InvalidInputError(
+                f"input: can't read image {os.fspath(value)!r}: {error.strerror}"
+            ) from error
+    buffer = io.BytesIO()
+    value.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _little_endian(array: np.ndarray) -> np.ndarray:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) != "torch.bfloat16":
+        return tensor.numpy()  # type: ignore[no-any-return]
+    import ml_dtypes
+    import torch
+
+    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]

@@ -1,0 +1,25 @@
+"""Views as torch tensors. The only module of the client that imports torch."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from layertap.wire.tensors import TensorView
+
+__all__ = ["to_torch"]
+
+with warnings.catch_warnings():
+    # torch warns once per process that it can't keep read-only memory from being written to. The
+    # message belongs to the caller alone, so let it warn into the void.
+    warnings.simplefilter("ignore")
+    torch.frombuffer(memoryview(b"\0"), dtype=torch.uint8)
+
+
+def to_torch(view: TensorView) -> torch.Tensor:
+    """Return a tensor ``view.shape`` of ``view.dtype`` that shares the view's memory."""
+    dtype = getattr(torch, view.dtype.name)
+    if not len(view.data):
+        return torch.empty(view.shape, dtype=dtype)
+    return torch.frombuffer(view.data, dtype=dtype).reshape(view.shape)

@@ -1,0 +1,20 @@
+"""The engine: models, planner and compute thread; knows no transport."""
+
+from layertap.engine.batch import ImagesInput, TensorInput
+from layertap.engine.call import Call
+from layertap.engine.device import choose_device
+from layertap.engine.engine import Engine, Extraction, ExtractionRequest
+from layertap.engine.host import ModelHost
+from layertap.engine.limits import Limits
+
+__all__ = [
+    "Call",
+    "Engine",
+    "Extraction",
+    "ExtractionRequest",
+    "ImagesInput",
+    "Limits",
+    "ModelHost",
+    "TensorInput",
+    "choose_device",
+]

@@ -1,0 +1,95 @@
+"""From a request's input to a batch on the model's device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from layertap.engine.limits import Limits
+from layertap.errors import InvalidInputError
+from layertap.models import ImageLimits, LoadedModel, decode_image
+from layertap.wire.tensors import TensorView
+
+__all__ = ["ImagesInput", "TensorInput", "check_tensor", "decode_images", "preprocess_images"]
+
+with warnings.catch_warnings():
+    # torch warns once per process that it can't honour a read-only buffer. A request's bytes are
+    # nobody else's, and models that write into their batch get a copy, so let it warn into the void.
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(b"\0", np.uint8))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInput:
+    """A batch as the model takes it."""
+
+    tensor: TensorView
+
+
+@dataclass(frozen=True, slots=True)
+class ImagesInput:
+    """Encoded images, one an item."""
+
+    images: Sequence[bytes]
+
+
+def check_tensor(model: LoadedModel, view: TensorView, limits: Limits) -> torch.Tensor:
+    """Return a raw tensor's batch ``[B, ...]`` on the CPU, without a copy.
+
+    Raises:
+        InvalidInputError: Where rank, channels, dtype or batch are not what the model takes.
+    """
+    model.input.check(view.shape, view.dtype.name)
+    _check_size(view.shape[0], limits)
+    if view.dtype.name == "bfloat16":
+        return torch.from_numpy(view.array().view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(view.array())
+
+
+def decode_images(
+    model: LoadedModel, images: Sequence[bytes], limits: Limits
+) -> list[Image.Image]:
+    """Decode a batch of image files. Runs no torch code, so any thread may call it.
+
+    Raises:
+        InvalidInputError: For no images, too many, a file that can't be decoded, or a model that
+            takes no images.
+    """
+    if model.preprocess is None:
+        raise InvalidInputError(
+            f"images: model {model.name!r} takes none, expected a tensor [B, "
+            f"{', '.join(map(str, model.input.item_shape))}]"
+        )
+    if not images:
+        raise InvalidInputError("images: got none, expected at least one")
+    _check_size(len(images), limits)
+    image_limits = ImageLimits(max_pixels=limits.pixels)
+    return [decode_image(data, index, image_limits) for index, data in enumerate(images)]
+
+
+def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Return the batch ``[B, C, H, W]`` of preprocessed images. For the compute thread only.
+
+    Raises:
+        InvalidInputError: Where the images come out in different sizes.
+    """
+    if model.preprocess is None:
+        raise ValueError("decode_images refuses models that take no images")
+    items = [model.preprocess(image) for image in images]
+    shapes = list(dict.fromkeys(tuple(item.shape) for item in items))
+    if len(shapes) > 1:
+        raise InvalidInputError(
+            f"images: got items of shapes {list(shapes[0])} and {list(shapes[1])} after "
+            f"preprocessing, expected one shape in a batch; send them in separate requests"
+        )
+    return torch.stack(items)
+
+
+def _check_size(size: int, limits: Limits) -> None:
+    if size > limits.batch:
+        raise InvalidInputError(f"input: got a batch of {size}, expected at most {limits.batch}")

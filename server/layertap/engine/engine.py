@@ -1,0 +1,197 @@
+"""The engine: models by name, and layers of them on request. Knows no transport."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from layertap.engine.batch import (
+    ImagesInput,
+    TensorInput,
+    check_tensor,
+    decode_images,
+    preprocess_images,
+)
+from layertap.engine.call import Call
+from layertap.engine.compute import ComputeThread
+from layertap.engine.host import ModelHost
+from layertap.engine.limits import Limits
+from layertap.engine.reply import ReplyCollector, ReplyWriter, ShapeChangedError
+from layertap.engine.resolve import Resolved
+from layertap.errors import ConfigError, LayertapError, ModelNotFoundError, ModelRunError
+from layertap.extraction.plan import Plan
+from layertap.models import ModelSpec, load_model
+from layertap.selection import Extractor, LayerSelection
+from layertap.wire.messages import Timings, encode_reply_head
+
+__all__ = ["Engine", "Extraction", "ExtractionRequest"]
+
+_log = logging.getLogger(__name__)
+
+Sink = ReplyWriter | ReplyCollector
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionRequest:
+    """What a caller wants.
+
+    Attributes:
+        model: A served model's name.
+        input: The batch.
+        selections: The layers to return.
+        extractor: How to take them.
+    """
+
+    model: str
+    input: TensorInput | ImagesInput
+    selections: tuple[LayerSelection, ...]
+    extractor: Extractor = Extractor.AUTO
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What the caller gets.
+
+    Attributes:
+        message: A serialized ``layertap.v1.ExtractResponse``.
+        extractor: Which extractor served it; never AUTO.
+        timings: Where the time went.
+    """
+
+    message: bytes
+    extractor: Extractor
+    timings: Timings
+
+
+class Engine:
+    """Serves layers of several models from one compute thread.
+
+    Args:
+        limits: What requests may ask for.
+        device: Where models run, ``"cpu"`` or ``"cuda"``.
+        threads: Threads that compute within one operation; None leaves it to PyTorch.
+    """
+
+    def __init__(
+        self, limits: Limits | None = None, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        self.limits = limits or Limits()
+        self._device = torch.device(device)
+        self._compute = ComputeThread(self.limits.pending)
+        self._hosts: dict[str, ModelHost] = {}
+        if threads is not None:
+            # There, as OpenMP keeps the number for each thread apart.
+            self._compute.run(lambda: torch.set_num_threads(threads), Call())
+
+    @property
+    def pending(self) -> int:
+        """Requests and other jobs that wait for the compute thread or run on it."""
+        return self._compute.pending
+
+    def load(self, spec: ModelSpec, declared: Sequence[LayerSelection] = ()) -> ModelHost:
+        """Load a model, measure its catalogue and warm the plans of its declared layers.
+
+        Raises:
+            ConfigError: Where the name is taken.
+            ModelLoadError: Where the model can't be had or can't run.
+            LayertapError: Where a declared layer can't be served by TORCHSCRIPT.
+        """
+        if spec.name in self._hosts:
+            raise ConfigError(f"two models are called {spec.name!r}; give one another name")
+        model = self._compute.run(lambda: load_model(spec, self._device), Call())
+        host = ModelHost(model, self._compute, self.limits)
+        if declared:
+            host.declare(declared)
+        self._hosts[spec.name] = host
+        return host
+
+    def hosts(self) -> list[ModelHost]:
+        """Return the served models in the order in which they were loaded."""
+        return list(self._hosts.values())
+
+    def host(self, name: str) -> ModelHost:
+        """Return a served model; raise ModelNotFoundError with the served names for another."""
+        host = self._hosts.get(name)
+        if host is None:
+            served = ", ".join(map(repr, self._hosts)) or "none"
+            raise ModelNotFoundError(f"model: got {name!r}, served models: {served}")
+        return host
+
+    def extract(self, request: ExtractionRequest, call: Call) -> Extraction:
+        """Run one request: check, plan, compute, publish.
+
+        Args:
+            request: What is wanted.
+            call: The caller's patience.
+
+        Raises:
+            LayertapError: See the tree; nothing is computed for a request that is refused.
+        """
+        host = self.host(request.model)
+        resolved = host.resolve(request.selections, request.extractor)
+        x = self._batch(host, request.input, call)
+        plan = host.plan(resolved, tuple(x.shape[1:]), call)
+        sink = self._sink(plan, resolved, x.shape[0])
+        prepared_ns = time.perf_counter_ns()
+
+        def job() -> tuple[Sink, int, int]:
+            begun_ns = time.perf_counter_ns()
+            done = self._run(host, plan, resolved, x, sink)
+            return done, begun_ns, time.perf_counter_ns()
+
+        done, begun_ns, ended_ns = self._compute.run(job, call)
+        timings = Timings(
+            prepare_ns=prepared_ns - call.started_ns,
+            queue_ns=begun_ns - prepared_ns,
+            compute_ns=ended_ns - begun_ns,
+            total_ns=time.perf_counter_ns() - call.started_ns,
+        )
+        message = done.finish(encode_reply_head(plan.extractor, timings))
+        return Extraction(message, plan.extractor, timings)
+
+    def close(self) -> None:
+        """Finish what was admitted, then let go of the models."""
+        self._compute.close()
+        for host in self._hosts.values():
+            host.close()
+        self._hosts.clear()
+
+    def _batch(
+        self, host: ModelHost, given: TensorInput | ImagesInput, call: Call
+    ) -> torch.Tensor:
+        if isinstance(given, TensorInput):
+            return check_tensor(host.model, given.tensor, self.limits)
+        images = decode_images(host.model, given.images, self.limits)
+        return self._compute.run(lambda: preprocess_images(host.model, images), call)
+
+    def _sink(self, plan: Plan, resolved: Resolved, batch: int) -> Sink:
+        if plan.dynamic:
+            return ReplyCollector(resolved.outputs, self.limits.reply_bytes)
+        return ReplyWriter(resolved.outputs, plan.specs, batch, self.limits.reply_bytes)
+
+    def _run(
+        self, host: ModelHost, plan: Plan, resolved: Resolved, x: torch.Tensor, sink: Sink
+    ) -> Sink:
+        def batch() -> torch.Tensor:
+            on_device = x.to(self._device)
+            return on_device.clone() if host.catalogue.mutates_input else on_device
+
+        try:
+            try:
+                plan.built.run(batch(), sink)
+            except ShapeChangedError:
+                plan.dynamic = True
+                sink = self._sink(plan, resolved, x.shape[0])
+                plan.built.run(batch(), sink)
+        except LayertapError:
+            raise
+        except Exception as error:
+            _log.exception("model %s failed", host.model.name)
+            raise ModelRunError(
+                f"model {host.model.name!r} failed on this input ({type(error).__name__})"
+            ) from error
+        return sink

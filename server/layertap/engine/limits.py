@@ -1,0 +1,32 @@
+"""What a request may ask for at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Limits"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits that hold before any compute.
+
+    Attributes:
+        request_bytes: Bytes of one request message.
+        reply_bytes: Bytes of one reply message; protobuf itself ends at 2 GiB.
+        batch: Items of one request.
+        pixels: Pixels of one encoded image.
+        layers: Selections of one request, and layers that they match.
+        pending: Requests that wait for the compute thread.
+        plans: Plans that are kept besides the declared ones.
+    """
+
+    request_bytes: int = 256 * MIB
+    reply_bytes: int = 1024 * MIB
+    batch: int = 1024
+    pixels: int = 64 * MIB
+    layers: int = 1024
+    pending: int = 256
+    plans: int = 64

@@ -1,0 +1,145 @@
+"""The reply path: captured values go straight into the message that will be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from layertap.engine.resolve import Output
+from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
+from layertap.extraction.points import ValueSpec
+from layertap.extraction.reductions import reduce_spec, reduce_value
+from layertap.selection import Reduction
+from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
+from layertap.wire.dtypes import DTYPES, DType
+from layertap.wire.messages import REPLY_HEAD_SIZE, REPLY_TENSOR_FIELD
+
+__all__ = ["ReplyCollector", "ReplyWriter", "ShapeChangedError"]
+
+_ROWS = {getattr(torch, row.name): row for row in DTYPES}
+
+
+class ShapeChangedError(BaseException):
+    """A value has not the shape that its plan predicts, so its model is a dynamic one.
+
+    A BaseException, since it crosses the model's own forward, which may catch Exception.
+    """
+
+
+class ReplyWriter:
+    """A sink that writes each value into its place in an unpublished reply.
+
+    The copy out of the activation, the cast and the serialization are one pass; no clone is made.
+
+    Args:
+        outputs: The tensors of the reply.
+        specs: The type and shape of each captured point.
+        batch: Items of the batch.
+        max_bytes: The limit of the reply.
+
+    Raises:
+        ReplyTooLargeError: Before any compute, from the predicted shapes.
+        InvalidInputError: Where a reduction does not fit its layer.
+        ExtractorUnsupportedError: Where a layer's type can't be sent.
+    """
+
+    def __init__(
+        self, outputs: Sequence[Output], specs: Sequence[ValueSpec], batch: int, max_bytes: int
+    ) -> None:
+        reduced = [reduce_spec(specs[o.point], o.reduction, o.layer) for o in outputs]
+        self._expected = [(spec.shape(batch), spec.dtype) for spec in reduced]
+        self._builder = _builder(outputs, self._expected, max_bytes)
+        self._slots: dict[int, list[tuple[int, Reduction]]] = {}
+        for slot, output in enumerate(outputs):
+            self._slots.setdefault(output.point, []).append((slot, output.reduction))
+
+    def __call__(self, point: int, value: torch.Tensor) -> None:
+        """Write every output that is made of a point's value."""
+        for slot, reduction in self._slots[point]:
+            reduced = reduce_value(value, reduction)
+            if (tuple(reduced.shape), reduced.dtype) != self._expected[slot]:
+                raise ShapeChangedError
+            _write(self._builder, slot, reduced)
+
+    def finish(self, head: bytes) -> bytes:
+        """Publish the message."""
+        return self._builder.finish(head)
+
+
+class ReplyCollector:
+    """A sink for values whose shapes are known only once they are there: it keeps clones.
+
+    Detection models, whose outputs depend on what they see, are served this way; the limit can be
+    checked only after the forward pass.
+    """
+
+    def __init__(self, outputs: Sequence[Output], max_bytes: int) -> None:
+        self._outputs = outputs
+        self._max_bytes = max_bytes
+        self._values: dict[int, torch.Tensor] = {}
+
+    def __call__(self, point: int, value: torch.Tensor) -> None:
+        """Keep a clone of a point's value."""
+        self._values[point] = value.clone()
+
+    def finish(self, head: bytes) -> bytes:
+        """Lay the message out by what was captured, write and publish it."""
+        values = [self._values[output.point] for output in self._outputs]
+        shapes = [(tuple(value.shape), value.dtype) for value in values]
+        builder = _builder(self._outputs, shapes, self._max_bytes)
+        for slot, value in enumerate(values):
+            _write(builder, slot, value)
+        return builder.finish(head)
+
+
+def _builder(
+    outputs: Sequence[Output],
+    values: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    max_bytes: int,
+) -> ReplyBuilder:
+    tensors = [
+        (output.name, _sent_as(output, dtype).number, shape)
+        for output, (shape, dtype) in zip(outputs, values, strict=True)
+    ]
+    limit = min(max_bytes, MAX_MESSAGE_BYTES)
+    try:
+        layout = ReplyLayout(tensors, field=REPLY_TENSOR_FIELD, head_size=REPLY_HEAD_SIZE)
+    except ValueError:
+        raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
+    if layout.nbytes > limit:
+        raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
+    return ReplyBuilder(layout)
+
+
+def _write(builder: ReplyBuilder, slot: int, value: torch.Tensor) -> None:
+    builder.write(slot, _host_array(value), _ROWS[value.dtype].number)
+
+
+def _too_large(predicted: str, limit: int) -> str:
+    return (
+        f"reply: {predicted} predicted, limit {limit} bytes; ask for fewer layers or items, "
+        f"a reduction such as GLOBAL_AVERAGE_POOL, or dtype FLOAT16"
+    )
+
+
+def _sent_as(output: Output, dtype: torch.dtype) -> DType:
+    row = _ROWS.get(dtype)
+    if row is None:
+        raise ExtractorUnsupportedError(
+            f"layer {output.layer!r} is {dtype}, a type that the protocol does not carry"
+        )
+    if output.dtype is None or not row.is_float:
+        return row
+    return output.dtype
+
+
+def _host_array(value: torch.Tensor) -> np.ndarray:
+    """Return a numpy view of a tensor's memory; bfloat16, which numpy lacks, as its bits."""
+    value = value.detach()
+    if value.device.type != "cpu":
+        value = value.cpu()
+    if value.dtype is torch.bfloat16:
+        value = value.view(torch.uint16)
+    return value.resolve_conj().resolve_neg().numpy()

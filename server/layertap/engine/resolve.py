@@ -1,0 +1,171 @@
+"""From selections to outputs: which values to capture, and what each is called in the reply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayerNotFoundError
+from layertap.extraction.catalogue import Catalogue, LayerEntry
+from layertap.extraction.points import CapturePoint
+from layertap.selection import Capture, Extractor, LayerSelection, Reduction, is_glob
+from layertap.wire.dtypes import DType, by_name
+
+__all__ = ["Output", "Resolved", "resolve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the reply.
+
+    Attributes:
+        name: Its name there.
+        layer: The catalogue name of its layer.
+        point: The value that it is made of, as an index into the points.
+        reduction: What is done to the value first.
+        dtype: The floating-point type to send it in; None for the model's own.
+    """
+
+    name: str
+    layer: str
+    point: int
+    reduction: Reduction
+    dtype: DType | None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a request asks for.
+
+    Attributes:
+        outputs: The tensors of the reply, in its order.
+        points: The distinct values to capture, in execution order.
+        candidates: The extractors that serve all of them, of which one is to be chosen.
+    """
+
+    outputs: tuple[Output, ...]
+    points: tuple[CapturePoint, ...]
+    candidates: tuple[Extractor, ...]
+
+
+def resolve(
+    catalogue: Catalogue,
+    selections: Sequence[LayerSelection],
+    extractor: Extractor,
+    max_layers: int,
+) -> Resolved:
+    """Match selections against a catalogue.
+
+    Raises:
+        InvalidInputError: For no selections, too many, two outputs with one name, an alias on a
+            glob, or a dtype that values can't be sent in.
+        LayerNotFoundError: For a name or glob that matches nothing.
+        ExtractorUnsupportedError: For a layer that the extractor, or for AUTO every extractor,
+            can't serve.
+    """
+    if not selections:
+        raise InvalidInputError("layers: got none, expected at least one layer")
+    matches: list[tuple[LayerSelection, LayerEntry]] = []
+    for selection in selections:
+        matches.extend((selection, entry) for entry in _matches(catalogue, selection, extractor))
+        if len(matches) > max_layers:
+            raise InvalidInputError(f"layers: got more than {max_layers}, the most allowed")
+    _check_names(matches)
+    order = {entry.name: index for index, entry in enumerate(catalogue)}
+    wanted = {(order[e.name], s.capture): e.points[s.capture] for s, e in matches}
+    points = tuple(dict.fromkeys(wanted[key] for key in sorted(wanted)))
+    outputs = tuple(
+        Output(
+            name=selection.name_for(entry.name),
+            layer=entry.name,
+            point=points.index(entry.points[selection.capture]),
+            reduction=selection.reduction,
+            dtype=_float_dtype(selection.dtype),
+        )
+        for selection, entry in matches
+    )
+    return Resolved(outputs, points, _candidates(matches, extractor))
+
+
+def _matches(
+    catalogue: Catalogue, selection: LayerSelection, extractor: Extractor
+) -> Iterator[LayerEntry]:
+    if not is_glob(selection.layer):
+        entry = catalogue.entry(selection.layer)
+        _check_served(entry, selection.capture, extractor)
+        yield entry
+        return
+    if selection.alias:
+        raise InvalidInputError(
+            f"layers: alias {selection.alias!r} on glob {selection.layer!r}; "
+            f"an alias names one output"
+        )
+    found = [
+        entry
+        for entry in catalogue.match(selection.layer)
+        if _serves(entry, selection.capture, extractor)
+    ]
+    if not found:
+        raise LayerNotFoundError(
+            f"glob {selection.layer!r} matches no layer whose {selection.capture} "
+            f"{extractor.name} serves; `*` stays within a path's component, `**` crosses them"
+        )
+    yield from found
+
+
+def _serves(entry: LayerEntry, capture: Capture, extractor: Extractor) -> bool:
+    if extractor is Extractor.AUTO:
+        # A glob is about modules unless FX, the only one that serves graph nodes, is asked for.
+        return entry.serves(Extractor.HOOK, capture)
+    return entry.serves(extractor, capture)
+
+
+def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> None:
+    able = entry.served_by(capture)
+    if extractor in able or (extractor is Extractor.AUTO and able):
+        return
+    others = ", ".join(other.name for other in able) or "none"
+    chosen = Extractor.HOOK if extractor is Extractor.AUTO else extractor
+    reason = entry.support[chosen].reason
+    if capture is Capture.INPUT and entry.serves(chosen, Capture.OUTPUT):
+        takes = chosen in (Extractor.HOOK, Extractor.TORCHSCRIPT)
+        reason = "the layer's input is no single tensor" if takes else "it takes outputs only"
+    raise ExtractorUnsupportedError(
+        f"{extractor.name} can't serve the {capture} of layer {entry.name!r}: {reason}; "
+        f"extractors that can: {others}"
+    )
+
+
+def _check_names(matches: Sequence[tuple[LayerSelection, LayerEntry]]) -> None:
+    seen: set[str] = set()
+    for selection, entry in matches:
+        name = selection.name_for(entry.name)
+        if name in seen:
+            raise InvalidInputError(
+                f"layers: two outputs are called {name!r}; give one of them an alias"
+            )
+        seen.add(name)
+
+
+def _candidates(
+    matches: Sequence[tuple[LayerSelection, LayerEntry]], extractor: Extractor
+) -> tuple[Extractor, ...]:
+    if extractor is not Extractor.AUTO:
+        return (extractor,)
+    able = [set(entry.served_by(selection.capture)) for selection, entry in matches]
+    common = set.intersection(*able)
+    if not common:
+        raise ExtractorUnsupportedError(
+            "no extractor serves all of these layers together: graph nodes are FX only, "
+            "inputs are HOOK and TORCHSCRIPT only"
+        )
+    return tuple(candidate for candidate in Extractor if candidate in common)
+
+
+def _float_dtype(name: str) -> DType | None:
+    if not name:
+        return None
+    row = by_name(name)
+    if name not in ("float32", "float16", "bfloat16"):
+        raise InvalidInputError(f"dtype: got {name}, expected float32, float16 or bfloat16")
+    return row

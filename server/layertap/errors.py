@@ -1,0 +1,112 @@
+"""What can go wrong, in words that know no transport.
+
+LayertapError
+├── InvalidInputError              the request itself is wrong: field, got, expected
+│   └── DecodeError                its bytes are not a well-formed message
+├── NotFoundError
+│   ├── ModelNotFoundError         no model of that name is served
+│   └── LayerNotFoundError         the model has no such layer
+├── ExtractorUnsupportedError      the layer exists, but the chosen extractor can't serve it
+├── ReplyTooLargeError             the reply would pass the limit; decided before any compute
+├── OverloadedError                the queue is full
+├── UnavailableError               the server is starting, draining or gone
+├── DeadlineExceededError          the time ran out
+├── CancelledError                 the caller went away
+├── ModelRunError                  the model itself failed on a well-formed input
+├── ModelLoadError                 a model can't be loaded
+│   └── WeightsUnavailableError    its weights can't be had
+├── ConfigError                    the configuration is wrong
+└── InternalError                  a fault of layertap; the server's log has the details
+
+``layertap.services.status`` maps each to a gRPC status, ``layertap.client`` maps it back.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CancelledError",
+    "ConfigError",
+    "DeadlineExceededError",
+    "DecodeError",
+    "ExtractorUnsupportedError",
+    "InternalError",
+    "InvalidInputError",
+    "LayerNotFoundError",
+    "LayertapError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "ModelRunError",
+    "NotFoundError",
+    "OverloadedError",
+    "ReplyTooLargeError",
+    "UnavailableError",
+    "WeightsUnavailableError",
+]
+
+
+class LayertapError(Exception):
+    """The root: ``except LayertapError`` catches whatever layertap raises on purpose."""
+
+
+class InvalidInputError(LayertapError):
+    """The request is wrong; the message names the field, what was got and what was expected."""
+
+
+class DecodeError(InvalidInputError):
+    """The bytes are not a well-formed message."""
+
+
+class NotFoundError(LayertapError):
+    """Something that was asked for by name does not exist."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """No model of that name is served; the message lists those that are."""
+
+
+class LayerNotFoundError(NotFoundError):
+    """The model has no such layer; the message offers close matches."""
+
+
+class ExtractorUnsupportedError(LayertapError):
+    """The chosen extractor can't serve the layer; the message says why and which ones can."""
+
+
+class ReplyTooLargeError(LayertapError):
+    """The reply would be larger than the limit; nothing was computed."""
+
+
+class OverloadedError(LayertapError):
+    """The server's queue is full; try again later."""
+
+
+class UnavailableError(LayertapError):
+    """The server is starting, draining or can't be reached."""
+
+
+class DeadlineExceededError(LayertapError):
+    """The time given to the call ran out."""
+
+
+class CancelledError(LayertapError):
+    """The caller went away before the answer was ready."""
+
+
+class ModelRunError(LayertapError):
+    """The model failed on an input that looked right."""
+
+
+class ModelLoadError(LayertapError):
+    """A model can't be loaded; the message says what to do."""
+
+
+class WeightsUnavailableError(ModelLoadError):
+    """A model's weights can't be had; the message says what to do."""
+
+
+class ConfigError(LayertapError):
+    """The configuration is wrong; the message names the key."""
+
+
+class InternalError(LayertapError):
+    """A fault of layertap's own; the server's log has the details under the request id."""

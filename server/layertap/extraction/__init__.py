@@ -1,0 +1,21 @@
+"""Taking layers' values out of a model: taps, the five extractors, catalogue and plans."""
+
+from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
+from layertap.extraction.measure import measure
+from layertap.extraction.plan import Plan, PlanBuilder
+from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
+from layertap.extraction.taps import Taps
+
+__all__ = [
+    "CapturePoint",
+    "Catalogue",
+    "Dim",
+    "LayerEntry",
+    "Plan",
+    "PlanBuilder",
+    "PointKind",
+    "Support",
+    "Taps",
+    "ValueSpec",
+    "measure",
+]

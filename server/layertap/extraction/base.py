@@ -1,0 +1,24 @@
+"""What an extractor is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from layertap.extraction.points import Sink
+
+__all__ = ["BuiltExtractor"]
+
+
+class BuiltExtractor(Protocol):
+    """One way to capture a fixed list of points, ready to run."""
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """Run the model on a batch and hand every point's value to ``sink``, each once.
+
+        Args:
+            x: ``[B, ...]`` on the model's device.
+            sink: Called with (index of the point, its tensor) while the tensor is live.
+        """
+        ...

@@ -1,0 +1,101 @@
+"""What can be asked of a model: every layer with its shapes and the extractors that serve it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from layertap.errors import LayerNotFoundError
+from layertap.extraction.fx import GraphNames
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.selection import Capture, Extractor, glob_pattern
+
+__all__ = ["REAL_EXTRACTORS", "Catalogue", "LayerEntry", "Support"]
+
+REAL_EXTRACTORS = tuple(extractor for extractor in Extractor if extractor is not Extractor.AUTO)
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether an extractor serves a layer's output and input; why not, where it doesn't."""
+
+    output: bool
+    input: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerEntry:
+    """One layer.
+
+    Attributes:
+        name: What to ask for.
+        kind: A module's call, or a node of the symbolic graph.
+        type: The module's class or the node's operation.
+        calls: How often the module runs in one forward pass; 0 if never.
+        points: The capture point of each side that is a tensor.
+        specs: The shape and type of each of those.
+        support: Every extractor's answer.
+        channels: Channels of an image-like output ``[B, C, H, W]``, else 0.
+        reduction: Input height over output height of an image-like output, else 0.
+    """
+
+    name: str
+    kind: PointKind
+    type: str
+    calls: int
+    points: Mapping[Capture, CapturePoint] = field(default_factory=dict)
+    specs: Mapping[Capture, ValueSpec] = field(default_factory=dict)
+    support: Mapping[Extractor, Support] = field(default_factory=dict)
+    channels: int = 0
+    reduction: float = 0.0
+
+    def serves(self, extractor: Extractor, capture: Capture) -> bool:
+        """Tell whether an extractor can take that side of the layer."""
+        support = self.support[extractor]
+        return support.output if capture is Capture.OUTPUT else support.input
+
+    def served_by(self, capture: Capture) -> list[Extractor]:
+        """Return the extractors that can take that side of the layer."""
+        return [extractor for extractor in REAL_EXTRACTORS if self.serves(extractor, capture)]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The layers of a model, in execution order, those that never run last.
+
+    Attributes:
+        entries: By name.
+        graph: The names of the symbolic graph, where the model can be traced symbolically.
+        mutates_input: Whether the model writes into the batch that it is given.
+    """
+
+    entries: Mapping[str, LayerEntry]
+    graph: GraphNames | None
+    mutates_input: bool
+
+    def __iter__(self) -> Iterator[LayerEntry]:
+        return iter(self.entries.values())
+
+    def entry(self, name: str) -> LayerEntry:
+        """Return the entry of a name; raise LayerNotFoundError with close matches for another."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise LayerNotFoundError(f"no layer {name!r}{_hint(name, self.entries)}")
+        return entry
+
+    def match(self, pattern: str) -> list[LayerEntry]:
+        """Return the entries that a glob matches, in execution order.
+
+        ``*`` and ``?`` stay within one component of a path, ``**`` crosses components.
+        """
+        expression = glob_pattern(pattern)
+        return [entry for entry in self if expression.fullmatch(entry.name)]
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {', '.join(map(repr, close))}?"
+    return "; DescribeModel (`layertap layers`) lists what there is"

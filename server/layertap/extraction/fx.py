@@ -1,0 +1,184 @@
+"""FX: torchvision's create_feature_extractor, with each value taken the moment it is computed.
+
+Note [FX done right]
+    - torchvision hands the values out at the end, overwritten by later in-place operations; here a
+      capture is inserted into the graph right behind each node.
+    - Asked for a parent and its last child, torchvision silently drops one: both mean one node.
+      Here every point is resolved to a node first, and each node is asked for once.
+    - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it must
+      run where no forward pass does, which is on the compute thread.
+    - Dead-code elimination deletes unassigned in-place statements (``y.relu_()``). Who builds an
+      extractor compares it with the oracle before use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from layertap.extraction.points import CapturePoint, PointKind, Sink
+from layertap.models import LoadedModel
+
+__all__ = ["FxExtractor", "GraphNames", "Trace", "WholeGraphExtractor", "trace"]
+
+_sink: ContextVar[Sink | None] = ContextVar("layertap_fx_sink", default=None)
+
+
+class GraphNames:
+    """The node names of a model's symbolic graphs.
+
+    Args:
+        train: Names in training mode.
+        targets: Names in evaluation mode, in execution order, each with the path of the module that
+            the node calls; empty for a node that calls none.
+
+    Attributes:
+        train: One name of the training graph, which torchvision wants as well.
+        eval: Names in evaluation mode, in execution order.
+        operations: Those that call no module.
+    """
+
+    def __init__(self, train: Sequence[str], targets: Mapping[str, str]) -> None:
+        self.train = train[0]
+        self.eval = tuple(targets)
+        self.operations = tuple(name for name, target in targets.items() if not target)
+        self._targets = targets
+
+    def node_of(self, point: CapturePoint) -> str | None:
+        """Return the node whose value a point is; None where the graph has none.
+
+        A module that is traced through has the value of the last node inside it. One that is a node
+        itself is found by what the node calls, since its name may mislead: torchvision cuts a
+        number off the end, so that ViT's `ln_2` is called `ln_1`, and its `ln_1` is called `ln`.
+        """
+        if point.kind is PointKind.NODE:
+            return point.path if point.path in self._targets else None
+        own = [name for name, target in self._targets.items() if target == point.path]
+        if own:
+            return own[point.call] if point.call < len(own) else None
+        inside = point.path + "."
+        if point.call:
+            return None
+        return next((name for name in reversed(self.eval) if name.startswith(inside)), None)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A model's symbolic graph, ready to be run.
+
+    Attributes:
+        names: Its node names.
+        whole: An extractor of every node in ``names.eval``, in that order.
+        useful: Those nodes whose value another node uses, and the last node.
+        pruned: An extractor of the useful nodes only; None where all are. What dead-code
+            elimination takes for dead, an unassigned in-place statement say, is missing in it,
+            as it is in every extractor of a few layers.
+    """
+
+    names: GraphNames
+    whole: FxExtractor
+    useful: tuple[str, ...]
+    pruned: FxExtractor | None
+
+
+def trace(model: LoadedModel) -> Trace:
+    """Trace a model symbolically; raise whatever tracing raises."""
+    train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
+    every = [name for name in evaluation if name != "output"]
+    whole = FxExtractor(model, GraphNames(train, dict.fromkeys(every, "")), every)
+    names = GraphNames(train, whole.targets())
+    used = whole.used()
+    useful = tuple(name for name in every if name in used or name == every[-1])
+    pruned = FxExtractor(model, names, useful) if len(useful) < len(every) else None
+    return Trace(names, whole, useful, pruned)
+
+
+class FxExtractor:
+    """Serves any node of the symbolic graph of a traceable model.
+
+    Args:
+        model: The model.
+        names: Its graphs' names.
+        nodes: The node of each point, in the order of the points; several may name one node.
+    """
+
+    def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
+        graph_module = create_feature_extractor(
+            model.module,
+            train_return_nodes={names.train: names.train},
+            eval_return_nodes={node: node for node in nodes},
+            suppress_diff_warning=True,
+        ).eval()
+        self._returned = _capture_in_graph(graph_module, nodes)
+        self._graph_module = graph_module
+
+    def targets(self) -> dict[str, str]:
+        """Return each node's name with the path of the module that it calls, else empty."""
+        return {
+            name: str(node.target) if node.op == "call_module" else ""
+            for name, node in self._returned.items()
+        }
+
+    def used(self) -> set[str]:
+        """Return the nodes whose value another node uses."""
+        return {
+            name
+            for name, node in self._returned.items()
+            if any(user.target is not _capture for user in node.users)
+        }
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        token = _sink.set(sink)
+        try:
+            self._graph_module(x)
+        finally:
+            _sink.reset(token)
+
+
+class WholeGraphExtractor:
+    """Runs the symbolic graph with every node alive, and passes on the values of some.
+
+    Slow, but nothing in it can be lost to dead-code elimination: the oracle for graph nodes.
+    """
+
+    def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
+        self._whole = FxExtractor(model, names, names.eval)
+        self._wanted = [
+            [index for index, node in enumerate(nodes) if node == name] for name in names.eval
+        ]
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+
+        def select(position: int, value: torch.Tensor) -> None:
+            for index in self._wanted[position]:
+                sink(index, value)
+
+        self._whole.run(x, select)
+
+
+def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dict[str, fx.Node]:
+    """Put a capture behind each node; return the nodes by name."""
+    graph = graph_module.graph
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    returned: dict[str, fx.Node] = output.args[0]
+    for index, name in enumerate(nodes):
+        with graph.inserting_after(returned[name]):
+            graph.call_function(_capture, (returned[name], index))
+    # Nothing is returned: each activation is freed as soon as the graph no longer needs it.
+    output.args = ((),)
+    graph_module.recompile()
+    return returned
+
+
+def _capture(value: Any, index: int) -> None:
+    sink = _sink.get()
+    if sink is not None and isinstance(value, torch.Tensor):
+        sink(index, value)

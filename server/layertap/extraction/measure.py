@@ -1,0 +1,232 @@
+"""Measuring a catalogue: four forward passes and a symbolic trace."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from layertap.errors import ModelLoadError
+from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
+from layertap.extraction.fx import GraphNames, trace
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.survey import (
+    HookSurvey,
+    Shape,
+    sample_input,
+    survey_fx,
+    survey_hooks,
+    survey_walk,
+)
+from layertap.models import LoadedModel
+from layertap.selection import Capture, Extractor
+
+__all__ = ["measure"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Graph:
+    """What the symbolic graph is good for; `reason` says why, where it is good for nothing."""
+
+    names: GraphNames | None = None
+    reason: str = ""
+    equal: Mapping[CapturePoint, bool] = field(default_factory=dict)
+    specs: Mapping[str, ValueSpec] = field(default_factory=dict)
+
+
+@dataclass
+class _Findings:
+    """Everything that was measured of one model."""
+
+    model: LoadedModel
+    specs: dict[CapturePoint, ValueSpec]
+    walk: dict[str, str]
+    graph: _Graph
+
+
+def measure(model: LoadedModel) -> Catalogue:
+    """Run a model and write down its layers. No other forward pass may run meanwhile.
+
+    Raises:
+        ModelLoadError: Where the model can't run on the input that it claims to take.
+    """
+    one, two = _run_twice(model)
+    oracle = one.values
+    x = sample_input(model, 1, model.input.item_shape)
+    findings = _Findings(
+        model=model,
+        specs=_specs(one.shapes, two.shapes),
+        walk=survey_walk(model, x, oracle),
+        graph=_survey_graph(model, oracle),
+    )
+    entries = {entry.name: entry for entry in _module_entries(one, findings)}
+    for entry in _node_entries(findings.graph):
+        entries.setdefault(entry.name, entry)
+    for entry in _silent_entries(model, one):
+        entries.setdefault(entry.name, entry)
+    return Catalogue(entries, findings.graph.names, one.mutated_input)
+
+
+def _run_twice(model: LoadedModel) -> tuple[HookSurvey, HookSurvey]:
+    shape = model.input.item_shape
+    try:
+        one = survey_hooks(model, sample_input(model, 1, shape), keep_values=True)
+        two = survey_hooks(model, sample_input(model, 2, shape))
+    except Exception as error:
+        raise ModelLoadError(
+            f"model {model.name!r} fails on random input of item shape {list(shape)}, "
+            f"{model.input.dtype}: {type(error).__name__}: {error}"
+        ) from error
+    return one, two
+
+
+def _specs(
+    one: Mapping[CapturePoint, Shape], two: Mapping[CapturePoint, Shape]
+) -> dict[CapturePoint, ValueSpec]:
+    return {
+        point: ValueSpec.from_batches(dtype, shape, two[point][1] if point in two else None)
+        for point, (dtype, shape) in one.items()
+    }
+
+
+def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor]) -> _Graph:
+    shape = model.input.item_shape
+    try:
+        graph = trace(model)
+        equal, one = survey_fx(graph, sample_input(model, 1, shape), oracle)
+        _, two = survey_fx(graph, sample_input(model, 2, shape), {})
+    except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
+        _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
+        return _Graph(reason=f"the model can't be traced symbolically ({type(error).__name__})")
+    specs = {
+        name: ValueSpec.from_batches(dtype, shape, two[name][1] if name in two else None)
+        for name, (dtype, shape) in one.items()
+        if name in graph.names.operations
+    }
+    return _Graph(graph.names, "", equal, specs)
+
+
+def _module_entries(survey: HookSurvey, findings: _Findings) -> list[LayerEntry]:
+    modules = dict(findings.model.module.named_modules())
+    calls = Counter(path for path, _ in survey.order)
+    by_call: dict[tuple[str, int], list[CapturePoint]] = {}
+    for point in findings.specs:
+        by_call.setdefault((point.path, point.call), []).append(point)
+    entries = []
+    for path, call in survey.order:
+        base = path if call == 0 else f"{path}_{call}"
+        # The root has no name to ask for; a module that is named like another's further call wins.
+        if not path or (call and base in modules):
+            continue
+        bare = LayerEntry(
+            base, PointKind.MODULE, type(modules[path]).__name__, calls[path],
+            support=dict.fromkeys(REAL_EXTRACTORS, _no_tensor(path, findings)),
+        )
+        named: dict[str, dict[Capture, CapturePoint]] = {base: {}}
+        for point in by_call.get((path, call), ()):
+            name = ".".join((base, *point.member))
+            if name == base or name not in modules:
+                named.setdefault(name, {})[point.capture] = point
+        for name, points in named.items():
+            entries.append(_describe(replace(bare, name=name, points=points), findings))
+    return entries
+
+
+def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
+    if not entry.points:
+        return entry
+    specs = {side: findings.specs[point] for side, point in entry.points.items()}
+    channels, reduction = _geometry(specs.get(Capture.OUTPUT), findings.model.input.item_shape)
+    return replace(
+        entry, specs=specs, channels=channels, reduction=reduction,
+        support={extractor: _support(extractor, entry, findings) for extractor in REAL_EXTRACTORS},
+    )
+
+
+def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Support:
+    point = entry.points.get(Capture.OUTPUT)
+    if extractor is Extractor.TORCHSCRIPT and findings.model.takes_list:
+        return Support(output=False, reason="the model takes a list of images, not a tensor")
+    if point is None:
+        missing = next(iter(entry.points.values()))
+        support = _no_tensor(missing.path, findings)
+    elif extractor is Extractor.FX:
+        support = _fx_support(point, findings.graph)
+    elif extractor in (Extractor.CHILDREN, Extractor.LAYER_GETTER):
+        support = _walk_support(point, findings.walk)
+    else:
+        support = Support(output=True)
+    hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
+    return replace(support, input=hooked and Capture.INPUT in entry.points)
+
+
+def _walk_support(point: CapturePoint, reasons: Mapping[str, str]) -> Support:
+    if point.member:
+        reason = "a walk over children passes on plain tensors only"
+    elif point.call:
+        reason = "a walk over children calls each child once"
+    elif point.path not in reasons:
+        reason = f"{point.path!r} is not a top-level child of the model"
+    else:
+        reason = reasons[point.path]
+    return Support(output=not reason, reason=reason)
+
+
+def _fx_support(point: CapturePoint, graph: _Graph) -> Support:
+    if graph.names is None:
+        reason = graph.reason
+    elif point not in graph.equal:
+        reason = "the symbolic graph has no node for it"
+    elif not graph.equal[point]:
+        reason = "the symbolic graph's value differs from the model's"
+    else:
+        reason = ""
+    return Support(output=not reason, reason=reason)
+
+
+def _no_tensor(path: str, findings: _Findings) -> Support:
+    inside = f"; ask for a member of it, such as {path}.0" if _has_members(path, findings) else ""
+    return Support(output=False, reason=f"the layer returns no plain tensor{inside}")
+
+
+def _has_members(path: str, findings: _Findings) -> bool:
+    return any(p.path == path and p.member and p.capture is Capture.OUTPUT for p in findings.specs)
+
+
+def _node_entries(graph: _Graph) -> list[LayerEntry]:
+    no = Support(output=False, reason="it is a node of the symbolic graph, not a module")
+    support = {**dict.fromkeys(REAL_EXTRACTORS, no), Extractor.FX: Support(output=True)}
+    return [
+        LayerEntry(
+            name, PointKind.NODE, re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]), 1,
+            points={Capture.OUTPUT: CapturePoint(PointKind.NODE, name)},
+            specs={Capture.OUTPUT: spec}, support=support,
+        )
+        for name, spec in graph.specs.items()
+    ]
+
+
+def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
+    ran = {path for path, _ in survey.order}
+    no = Support(output=False, reason="the module never runs in a forward pass")
+    return [
+        LayerEntry(
+            path, PointKind.MODULE, type(module).__name__, 0,
+            support=dict.fromkeys(REAL_EXTRACTORS, no),
+        )
+        for path, module in model.module.named_modules()
+        if path and path not in ran
+    ]
+
+
+def _geometry(spec: ValueSpec | None, item_shape: tuple[int, ...]) -> tuple[int, float]:
+    if spec is None or len(spec.dims) != 4 or len(item_shape) != 3 or not spec.dims[0].batch:
+        return 0, 0.0
+    _, channels, height, _ = (dim.size for dim in spec.dims)
+    return channels, item_shape[1] / height if height else 0.0

@@ -1,0 +1,186 @@
+"""Plans: an extractor built for one layer set and item shape, and proven before it is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.fx import FxExtractor, GraphNames, WholeGraphExtractor
+from layertap.extraction.hook import HookExtractor
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.survey import sample_input
+from layertap.extraction.taps import Taps
+from layertap.extraction.torchscript import TorchScriptExtractor
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
+from layertap.models import LoadedModel
+from layertap.selection import Extractor
+
+__all__ = ["Plan", "PlanBuilder", "collect"]
+
+_log = logging.getLogger(__name__)
+
+Values = list[torch.Tensor]
+
+
+@dataclass
+class Plan:
+    """A proven way to capture a list of points from batches of one item shape.
+
+    Attributes:
+        extractor: Which of the five it is.
+        specs: The type and shape of each point's value, in the order of the points.
+        built: The extractor itself; it runs on the compute thread only.
+        dynamic: Whether some value's shape follows more than the batch size, so that the specs
+            predict nothing. Set when a forward pass shows it.
+    """
+
+    extractor: Extractor
+    specs: tuple[ValueSpec, ...]
+    built: BuiltExtractor
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        self.dynamic = self.dynamic or any(spec.dynamic for spec in self.specs)
+
+
+class PlanBuilder:
+    """Builds and proves the plans of one model.
+
+    Every method runs the model, so each must be called on the compute thread.
+    """
+
+    def __init__(self, model: LoadedModel, taps: Taps, catalogue: Catalogue) -> None:
+        self._model = model
+        self._taps = taps
+        self._catalogue = catalogue
+
+    def build(
+        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+    ) -> Plan:
+        """Build an extractor and hold it against the oracle at two batch sizes.
+
+        The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
+        equal to it bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
+
+        Args:
+            extractor: Any but AUTO.
+            points: Distinct capture points of the catalogue that the extractor claims to serve.
+            item_shape: The sizes of one item, without the batch.
+
+        Raises:
+            InvalidInputError: Where the model itself can't run on such items.
+            ExtractorUnsupportedError: Where the extractor can't be built or its values differ.
+        """
+        batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
+        oracle = [self._run_oracle(points, x) for x in batches]
+        specs = tuple(
+            ValueSpec.from_batches(one.dtype, one.shape, two.shape)
+            for one, two in zip(*oracle, strict=True)
+        )
+        built = self._construct(extractor, points, batches[0])
+        if extractor is not Extractor.HOOK:
+            for x, expected in zip(batches, oracle, strict=True):
+                self._prove(extractor, built, points, x, expected)
+        if isinstance(built, TorchScriptExtractor):
+            built.warm_up(batches[0].clone())
+        return Plan(extractor, specs, built)
+
+    def _run_oracle(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
+        try:
+            return collect(self._oracle(points), points, x)
+        except Exception as error:
+            _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
+            raise InvalidInputError(
+                f"tensor: model {self._model.name!r} can't run on items of shape "
+                f"{list(x.shape[1:])}; it was measured at {list(self._model.input.item_shape)}"
+            ) from error
+
+    def _oracle(self, points: Sequence[CapturePoint]) -> BuiltExtractor:
+        if all(point.kind is PointKind.MODULE for point in points):
+            return HookExtractor(self._model, self._taps, points)
+        # A graph node is no module, so hooks can't see it: the whole graph, in which no node is
+        # dead, stands in; the catalogue has held it against the modules.
+        names = self._graph()
+        return WholeGraphExtractor(self._model, names, self._nodes(names, points))
+
+    def _construct(
+        self, extractor: Extractor, points: Sequence[CapturePoint], example: torch.Tensor
+    ) -> BuiltExtractor:
+        match extractor:
+            case Extractor.HOOK:
+                return HookExtractor(self._model, self._taps, points)
+            case Extractor.CHILDREN:
+                return ChildrenExtractor(self._model, points)
+            case Extractor.LAYER_GETTER:
+                return LayerGetterExtractor(self._model, points)
+            case Extractor.FX:
+                names = self._graph()
+                return FxExtractor(self._model, names, self._nodes(names, points))
+            case Extractor.TORCHSCRIPT:
+                return self._trace(points, example)
+            case Extractor.AUTO:
+                raise ValueError("AUTO is a choice between extractors, not an extractor")
+
+    def _trace(self, points: Sequence[CapturePoint], example: torch.Tensor) -> BuiltExtractor:
+        try:
+            return TorchScriptExtractor(self._model, self._taps, points, example.clone())
+        except Exception as error:
+            _log.info("model %s can't be traced", self._model.name, exc_info=True)
+            raise ExtractorUnsupportedError(
+                f"TORCHSCRIPT can't serve {_names(points)} of model {self._model.name!r}: "
+                f"tracing failed ({type(error).__name__}); HOOK can"
+            ) from error
+
+    def _graph(self) -> GraphNames:
+        if self._catalogue.graph is None:
+            raise ExtractorUnsupportedError(
+                f"FX can't serve model {self._model.name!r}: it can't be traced symbolically"
+            )
+        return self._catalogue.graph
+
+    def _nodes(self, names: GraphNames, points: Sequence[CapturePoint]) -> list[str]:
+        nodes = [names.node_of(point) for point in points]
+        return [node for node in nodes if node is not None]
+
+    def _prove(
+        self, extractor: Extractor, built: BuiltExtractor, points: Sequence[CapturePoint],
+        x: torch.Tensor, oracle: Values,
+    ) -> None:
+        values = collect(built, points, x)
+        for point, value, expected in zip(points, values, oracle, strict=True):
+            error = difference(value, expected)
+            tolerance = (
+                TORCHSCRIPT_TOLERANCE.get(expected.dtype, 0.0)
+                if extractor is Extractor.TORCHSCRIPT
+                else 0.0
+            )
+            if error > tolerance:
+                raise ExtractorUnsupportedError(
+                    f"{extractor.name} can't serve layer {point.path!r} of model "
+                    f"{self._model.name!r} in this layer set: its value differs from the model's "
+                    f"by {error:.1e} of the largest magnitude (allowed: {tolerance:.0e})"
+                )
+
+
+def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
+    """Run an extractor and return a clone of every point's value, in the order of the points."""
+    values: dict[int, torch.Tensor] = {}
+
+    def clone(index: int, value: torch.Tensor) -> None:
+        values[index] = value.clone()
+
+    # The model may write into its batch, and the caller uses the batch again.
+    built.run(x.clone(), clone)
+    return [values[index] for index in range(len(points))]
+
+
+
+def _names(points: Sequence[CapturePoint]) -> str:
+    return ", ".join(repr(point.path) for point in points)

@@ -1,0 +1,93 @@
+"""Where in a forward pass a value is captured, and the shape it has there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from layertap.selection import Capture
+
+__all__ = ["CapturePoint", "Dim", "PointKind", "Sink", "ValueSpec"]
+
+Sink = Callable[[int, torch.Tensor], None]
+"""Takes (index of a capture point, its live tensor); must copy what it needs before returning."""
+
+
+class PointKind(StrEnum):
+    """What a capture point is attached to."""
+
+    MODULE = "module"
+    NODE = "node"
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePoint:
+    """One value of one forward pass.
+
+    Attributes:
+        kind: MODULE for a module's call, NODE for a node of the symbolic graph.
+        path: The module's path, or the node's torchvision name.
+        capture: The call's output or its input.
+        call: Which call of the module, from 0.
+        member: The way into a container value: indices and keys as text; empty for a plain tensor.
+    """
+
+    kind: PointKind
+    path: str
+    capture: Capture = Capture.OUTPUT
+    call: int = 0
+    member: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dim:
+    """One dimension: ``size`` elements, or ``size`` for each item of the batch."""
+
+    size: int
+    batch: bool = False
+
+    def at(self, batch: int) -> int:
+        """Return the elements along it for a batch of that many items."""
+        return self.size * batch if self.batch else self.size
+
+
+@dataclass(frozen=True, slots=True)
+class ValueSpec:
+    """A value's type and shape, as measured at two batch sizes.
+
+    Attributes:
+        dtype: The element type.
+        dims: Outermost first.
+        dynamic: Whether the shape follows something other than the batch size; ``dims`` is then
+            the shape of a batch of one.
+    """
+
+    dtype: torch.dtype
+    dims: tuple[Dim, ...]
+    dynamic: bool = False
+
+    @classmethod
+    def from_batches(
+        cls, dtype: torch.dtype, one: Sequence[int], two: Sequence[int] | None
+    ) -> ValueSpec:
+        """Tell batch dimensions from fixed ones by the shapes at batch 1 and batch 2."""
+        if two is None or len(one) != len(two):
+            return cls(dtype, tuple(Dim(size) for size in one), dynamic=True)
+        dims = tuple(Dim(a, batch=a != b) for a, b in zip(one, two, strict=True))
+        grows = all(b == a or b == 2 * a for a, b in zip(one, two, strict=True))
+        return cls(dtype, dims, dynamic=not grows)
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Return the shape for a batch of that many items."""
+        return tuple(dim.at(batch) for dim in self.dims)
+
+    @property
+    def bytes_per_item(self) -> int:
+        """Bytes of a batch of one."""
+        elements = 1
+        for dim in self.dims:
+            elements *= dim.size
+        return elements * self.dtype.itemsize

@@ -1,0 +1,147 @@
+"""Surveys: a model is run, and what happens is written down.
+
+Nothing here is declared by the model's author or guessed from its class: a layer is in the
+catalogue because it ran, with the shapes that it had, and an extractor serves it because its
+value equalled the oracle's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from layertap.extraction.containers import flatten
+from layertap.extraction.fx import FxExtractor, Trace
+from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.taps import observe
+from layertap.extraction.verify import same
+from layertap.models import LoadedModel
+from layertap.selection import Capture
+
+__all__ = ["HookSurvey", "Shape", "sample_input", "survey_fx", "survey_hooks", "survey_walk"]
+
+Shape = tuple[torch.dtype, tuple[int, ...]]
+
+
+@dataclass
+class HookSurvey:
+    """One forward pass, as hooks on every module saw it.
+
+    Attributes:
+        order: (module path, call) in the order in which the calls began.
+        shapes: Every captured tensor's type and shape.
+        values: A clone of every captured output, where they were asked for.
+        mutated_input: Whether the batch was another one afterwards.
+    """
+
+    order: list[tuple[str, int]] = field(default_factory=list)
+    shapes: dict[CapturePoint, Shape] = field(default_factory=dict)
+    values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
+    mutated_input: bool = False
+
+
+def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a seeded batch ``[batch, *item_shape]`` on the model's device, of its input dtype."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, *item_shape)
+    if model.input.dtype.is_floating_point:
+        values = torch.rand(shape, generator=generator, dtype=torch.float32)
+    else:
+        values = torch.randint(0, 2, shape, generator=generator)
+    return values.to(model.device, model.input.dtype)
+
+
+def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = False) -> HookSurvey:
+    """Run a model with hooks on every module; raise whatever the model raises."""
+    survey = HookSurvey()
+    calls: Counter[tuple[str, Capture]] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        call = calls[path, side]
+        calls[path, side] += 1
+        if side is Capture.INPUT:
+            survey.order.append((path, call))
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            survey.shapes[point] = (tensor.dtype, tuple(tensor.shape))
+            if keep_values and side is Capture.OUTPUT:
+                survey.values[point] = tensor.clone()
+
+    before = x.clone()
+    with observe(model.module, see):
+        model.forward(x)
+    survey.mutated_input = not same(x, before)
+    return survey
+
+
+def survey_walk(
+    model: LoadedModel, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+) -> dict[str, str]:
+    """Walk the top-level children as long as each one's output equals the oracle's.
+
+    Returns:
+        For each child, why the walk can't serve it; empty for those that it serves.
+    """
+    reasons: dict[str, str] = {}
+    broken = ""
+    x = x.clone()
+    for name, child in model.module.named_children():
+        if not broken:
+            x, broken = _step(name, child, x, oracle)
+        reasons[name] = broken
+    return reasons
+
+
+def survey_fx(
+    trace: Trace, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+) -> tuple[dict[CapturePoint, bool], dict[str, Shape]]:
+    """Run the symbolic graph and hold each module's node against the oracle.
+
+    Where some nodes look useless, the graph is run once more without them: what is equal only as
+    long as they are there is not equal in an extractor of a few layers.
+
+    Returns:
+        For each point that has a node, whether the values were equal; and the type and shape of
+        every node whose value is a tensor.
+    """
+    points: dict[str, list[CapturePoint]] = {}
+    for point in oracle:
+        node = trace.names.node_of(point) if not point.member else None
+        if node is not None:
+            points.setdefault(node, []).append(point)
+    shapes: dict[str, Shape] = {}
+    equal: dict[CapturePoint, bool] = {}
+
+    def run(extractor: FxExtractor, nodes: Sequence[str]) -> None:
+        def see(index: int, value: torch.Tensor) -> None:
+            node = nodes[index]
+            shapes[node] = (value.dtype, tuple(value.shape))
+            for point in points.get(node, ()):
+                equal[point] = same(value, oracle[point])
+
+        extractor.run(x.clone(), see)
+
+    run(trace.whole, trace.names.eval)
+    if trace.pruned is not None:
+        run(trace.pruned, trace.useful)
+    return equal, shapes
+
+
+def _step(
+    name: str, child: nn.Module, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+) -> tuple[torch.Tensor, str]:
+    expected = oracle.get(CapturePoint(PointKind.MODULE, name))
+    if expected is None:
+        return x, f"child {name!r} does not run in the forward pass, or returns no tensor"
+    try:
+        y = child(x)
+    except Exception:  # noqa: BLE001 - whatever a model raises, the walk ends here
+        y = None
+    if isinstance(y, torch.Tensor) and same(y, expected):
+        return y, ""
+    return x, f"the forward pass does not feed child {name!r} with the child registered before it"

@@ -1,0 +1,171 @@
+"""The tap: forward hooks that stay on a model and pass captures to whoever is running it.
+
+Hooks that are registered per request on a shared model race: each request's hooks see the other
+requests' activations. So a hook is installed once, stays, and asks a ContextVar which session, if
+any, the current forward pass belongs to. Model code is never changed.
+
+Note [What the value is]
+    The captured value is what the module returned, or was given, at that moment. The sink copies
+    it before the hook returns, so that a later in-place operation can't show in it. Inputs are
+    read in a pre-hook, since a forward hook sees them after the module may have changed them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from layertap.errors import ModelRunError
+from layertap.extraction.containers import pick
+from layertap.extraction.points import CapturePoint, Sink
+from layertap.selection import Capture
+
+__all__ = ["Observer", "StopForward", "Taps", "call_input", "observe"]
+
+Observer = Callable[[str, Capture, Any], None]
+"""Takes (module path, side, the value returned or given)."""
+
+_session: ContextVar[_Session | None] = ContextVar("layertap_session", default=None)
+
+
+class StopForward(BaseException):
+    """Ends a forward pass once everything wanted is captured.
+
+    A BaseException, so that a model's own ``except Exception`` doesn't swallow it.
+    """
+
+
+class _Session:
+    """The captures of one forward pass."""
+
+    def __init__(self, points: Sequence[CapturePoint], sink: Sink) -> None:
+        self._wanted: dict[tuple[str, Capture, int], list[int]] = {}
+        for index, point in enumerate(points):
+            self._wanted.setdefault((point.path, point.capture, point.call), []).append(index)
+        self._points = points
+        self._sink = sink
+        self._calls: Counter[tuple[str, Capture]] = Counter()
+
+    def see(self, path: str, side: Capture, value: Any) -> None:
+        """Pass on what is wanted of a call; end the forward pass after the last."""
+        call = self._calls[path, side]
+        self._calls[path, side] = call + 1
+        for index in self._wanted.pop((path, side, call), ()):
+            tensor = pick(value, self._points[index].member)
+            if tensor is None:
+                raise ModelRunError(f"layer {path!r}: returned no tensor on this input")
+            self._sink(index, tensor)
+        if not self._wanted:
+            raise StopForward
+
+    def missed(self) -> list[str]:
+        """Return the paths of wanted calls that did not happen."""
+        return sorted({path for path, _, _ in self._wanted})
+
+
+class Taps:
+    """The hooks of one model.
+
+    Args:
+        module: The model. Its submodules are found by their first path.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = dict(module.named_modules())
+        self._handles: dict[tuple[str, Capture], RemovableHandle] = {}
+        self._lock = threading.Lock()
+        # torch runs these layers by a fused path that calls no submodule, unless one has a hook.
+        # A hook from the start keeps answers from depending on what was asked for before.
+        for path, submodule in self._modules.items():
+            if isinstance(submodule, nn.TransformerEncoderLayer):
+                self.install(path, Capture.OUTPUT)
+
+    def install(self, path: str, side: Capture) -> None:
+        """Put a hook on a module once; further calls do nothing."""
+        with self._lock:
+            if (path, side) not in self._handles:
+                self._handles[path, side] = _hook(self._modules[path], side, partial(_route, path))
+
+    def run(
+        self, forward: Callable[[torch.Tensor], Any], x: torch.Tensor,
+        points: Sequence[CapturePoint], sink: Sink,
+    ) -> None:
+        """Run a forward pass until every point was captured.
+
+        Args:
+            forward: Runs the model.
+            x: The batch.
+            points: What to capture; hooks are installed where they are missing.
+            sink: Called at the moment of each capture.
+
+        Raises:
+            ModelRunError: Where the pass ended without some capture.
+        """
+        for point in points:
+            self.install(point.path, point.capture)
+        session = _Session(points, sink)
+        token = _session.set(session)
+        try:
+            forward(x)
+        except StopForward:
+            return
+        finally:
+            _session.reset(token)
+        raise ModelRunError(f"layers {session.missed()} did not run on this input")
+
+    def close(self) -> None:
+        """Take every hook off the model."""
+        with self._lock:
+            for handle in self._handles.values():
+                handle.remove()
+            self._handles.clear()
+
+
+@contextmanager
+def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
+    """Call ``observer`` at every call of every submodule; the hooks go when the block ends."""
+    handles = [
+        _hook(submodule, side, partial(observer, path))
+        for path, submodule in module.named_modules()
+        for side in (Capture.INPUT, Capture.OUTPUT)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return a call's input: its one positional argument, else all arguments by index and name."""
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    return {**{str(index): arg for index, arg in enumerate(args)}, **kwargs}
+
+
+def _hook(module: nn.Module, side: Capture, see: Callable[[Capture, Any], None]) -> RemovableHandle:
+    # Neither hook returns anything: a value returned would replace the input or the output.
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(Capture.INPUT, call_input(args, kwargs))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        see(Capture.OUTPUT, output)
+
+    if side is Capture.INPUT:
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after)
+
+
+def _route(path: str, side: Capture, value: Any) -> None:
+    session = _session.get()
+    if session is not None:
+        session.see(path, side, value)

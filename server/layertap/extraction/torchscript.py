@@ -1,0 +1,84 @@
+"""TORCHSCRIPT: the tapped model traced, truncated, frozen and optimised.
+
+Note [Trace the taps]
+    The model runs under its taps while ``torch.jit.trace`` records. The pass ends at the last
+    capture, so the program holds nothing behind it, and each value is cloned where it is captured,
+    so that no later in-place operation shows in it. Names vanish when a program is frozen, so the
+    taps come first and the optimisation last. Models that symbolic tracing refuses work as well.
+
+torch.jit is deprecated upstream in favour of torch.export; this file is its only user, so that
+another compiler can stand beside it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from layertap.extraction.points import CapturePoint, Sink
+from layertap.extraction.taps import Taps
+from layertap.models import LoadedModel
+
+__all__ = ["TorchScriptExtractor"]
+
+WARM_UP_RUNS = 3
+"""The profiling executor specialises on the second call and settles on the third."""
+
+
+class TorchScriptExtractor:
+    """Serves a layer set by a compiled program of its own.
+
+    Args:
+        model: The model.
+        taps: Its taps.
+        points: What to capture.
+        example: ``[B, ...]`` on the model's device: the program holds for its item shape and dtype.
+
+    Raises whatever tracing raises.
+    """
+
+    def __init__(
+        self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: torch.Tensor
+    ) -> None:
+        tapped = _Tapped(model, taps, points).eval()
+        with warnings.catch_warnings():
+            # DeprecationWarning for torch.jit itself; TracerWarning for shapes that become
+            # constants, which a plan allows for: it serves one item shape only.
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(tapped, (example,), check_trace=False)
+            self._program = torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
+        self.warm_up(example)
+
+    def warm_up(self, x: torch.Tensor) -> None:
+        """Run often enough on the calling thread that the executor has settled for this shape."""
+        for _ in range(WARM_UP_RUNS):
+            self._program(x)
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        for index, value in enumerate(self._program(x)):
+            sink(index, value)
+
+
+class _Tapped(nn.Module):
+    """A model whose ``forward`` returns clones of the captured values."""
+
+    def __init__(self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint]) -> None:
+        super().__init__()
+        self.module = model.module
+        self._model = model
+        self._taps = taps
+        self._points = points
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the model under its taps."""
+        captured: dict[int, torch.Tensor] = {}
+
+        def clone(index: int, value: torch.Tensor) -> None:
+            captured[index] = value.clone()
+
+        self._taps.run(self._model.forward, x, self._points, clone)
+        return tuple(captured[index] for index in range(len(self._points)))

@@ -1,0 +1,93 @@
+"""Models that a function of the user's builds: ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+from layertap.errors import LayertapError, ModelLoadError, WeightsUnavailableError
+from layertap.models.guessed_input import guess_input
+from layertap.models.loaded import Built
+from layertap.models.seeding import seeded
+from layertap.models.spec import ModelSpec
+from layertap.models.weights import (
+    DEFAULT,
+    RANDOM,
+    is_path,
+    load_into,
+    random_text,
+    read_state_dict,
+)
+
+__all__ = ["build_factory"]
+
+
+def build_factory(spec: ModelSpec) -> Built:
+    """Import the factory, call it without arguments, and load the spec's weights into its module.
+
+    Raises:
+        ModelLoadError: it can't be imported, it raises, it returns no ``nn.Module``, or the
+            module's input shape can't be told.
+        WeightsUnavailableError: the weights can't be had.
+    """
+    factory = _find(spec.target)
+    if spec.weights == RANDOM:
+        with seeded(spec.seed):
+            module = _call(factory, spec.target)
+        text = random_text(spec.seed)
+    elif spec.weights == DEFAULT:
+        module, text = _call(factory, spec.target), "factory's own"
+    elif is_path(spec.weights):
+        state = read_state_dict(spec.weights)
+        text = PurePath(spec.weights).name
+        module = _call(factory, spec.target)
+        load_into(module, state, text)
+    else:
+        raise WeightsUnavailableError(
+            f"weights of {spec.target}: got {spec.weights!r}, expected DEFAULT (the factory's "
+            "own), the path of a state dict, or 'random'"
+        )
+    return Built(module=module, source=spec.target, weights=text, input=guess_input(module, spec))
+
+
+def _find(target: str) -> Callable[[], Any]:
+    module_name, _, function_name = target.partition(":")
+    if not module_name or not function_name:
+        raise ModelLoadError(f"factory {target!r}: expected package.module:function")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ModelLoadError(
+            f"factory {target}: {error}; is its folder on PYTHONPATH, and all it needs installed?"
+        ) from error
+    # The user's own code runs on import, and may raise anything.
+    except Exception as error:
+        raise ModelLoadError(
+            f"factory {target}: importing it raised {type(error).__name__}: {error}"
+        ) from error
+    for part in function_name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ModelLoadError(f"factory {target}: {module_name} has no function {function_name!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _call(factory: Callable[[], Any], target: str) -> nn.Module:
+    try:
+        module = factory()
+    except LayertapError:
+        raise
+    # The user's own code, which may raise anything.
+    except Exception as error:
+        raise ModelLoadError(
+            f"factory {target}: it raised {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ModelLoadError(
+            f"factory {target}: it returned {type(module).__name__}, expected a torch.nn.Module"
+        )
+    return module

@@ -1,0 +1,53 @@
+"""From a spec to a model that is ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from layertap.errors import ModelLoadError
+from layertap.models.factory_source import build_factory
+from layertap.models.loaded import Built, LoadedModel
+from layertap.models.spec import ModelSpec, SourceKind
+from layertap.models.torchscript_source import build_torchscript
+from layertap.models.torchvision_source import build_torchvision
+
+__all__ = ["load_model"]
+
+_BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
+    SourceKind.TORCHVISION: build_torchvision,
+    SourceKind.TORCHSCRIPT: build_torchscript,
+    SourceKind.FACTORY: build_factory,
+}
+
+
+def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedModel:
+    """Build the spec's model, put it into eval mode, drop gradients and move it to the device.
+
+    Raises:
+        ModelLoadError: it can't be built, or can't be put on the device.
+        WeightsUnavailableError: its weights can't be had; other weights never take their place.
+    """
+    built = _BUILD[spec.kind](spec)
+    module = built.module.eval()
+    # Not module.requires_grad_(): TorchScript modules refuse it.
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    try:
+        place = torch.empty(0, device=device).device
+        module = module.to(place)
+    # Without CUDA torch asserts, or raises at its first use; a wrong name is a RuntimeError.
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelLoadError(f"device {device} for model {spec.name}: {reason}") from error
+    return LoadedModel(
+        name=spec.name,
+        source=built.source,
+        weights=built.weights,
+        module=module,
+        device=place,
+        input=built.input,
+        preprocess=built.preprocess,
+        takes_list=built.takes_list,
+    )

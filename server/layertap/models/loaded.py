@@ -1,0 +1,65 @@
+"""What loading gives: a module in eval mode on its device, and what it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layertap.models.input_spec import InputSpec
+from layertap.models.preprocess import Preprocess
+
+__all__ = ["Built", "LoadedModel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a source hands to ``load_model``: the module on the CPU, and the facts about it.
+
+    The fields are those of `LoadedModel`.
+    """
+
+    module: nn.Module
+    source: str
+    weights: str
+    input: InputSpec
+    preprocess: Preprocess | None = None
+    takes_list: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        name: What requests call it.
+        source: Where it comes from, such as ``"torchvision:resnet18"``; shown to clients, so never
+            a directory.
+        weights: Which weights it has, such as ``"ResNet18_Weights.IMAGENET1K_V1"``,
+            ``"random (seed 0)"`` or a file's base name; shown to clients.
+        module: In eval mode, without gradients, on ``device``.
+        device: Where the module is and its input must be.
+        input: The tensors it takes.
+        preprocess: Makes an input item of an image; None where the model takes no images or its
+            preprocessing isn't known.
+        takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
+            torchvision's detection models do.
+    """
+
+    name: str
+    source: str
+    weights: str
+    module: nn.Module
+    device: torch.device
+    input: InputSpec
+    preprocess: Preprocess | None = None
+    takes_list: bool = False
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """Call the module on a batch ``[B, *item]`` that is on ``device``, and return its result.
+
+        Gradient mode is the caller's business; whatever the module raises passes through.
+        """
+        return self.module(list(x.unbind(0)) if self.takes_list else x)

@@ -1,0 +1,27 @@
+"""Seeded construction that leaves the process's random numbers as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+__all__ = ["seeded"]
+
+# torch's CPU generator is one for the whole process: two models built at once would take numbers
+# from each other's sequence.
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator for the block, and put its state back afterwards.
+
+    Modules are built on the CPU and moved later, so the same seed gives the same weights on every
+    device. ``torch.manual_seed`` isn't used because it seeds the GPUs' generators too.
+    """
+    with _LOCK, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,134 @@
+"""What to load, as the user wrote it: a source, its weights and a name."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePath
+
+from layertap.errors import ConfigError
+
+__all__ = ["ModelSpec", "SourceKind"]
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
+
+
+class SourceKind(StrEnum):
+    """Where a module comes from; each kind has a file ``<kind>_source.py``."""
+
+    TORCHVISION = "torchvision"
+    TORCHSCRIPT = "torchscript"
+    FACTORY = "factory"
+
+
+_PREFIXES = frozenset(kind.value for kind in SourceKind)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model to serve.
+
+    Attributes:
+        source: A torchvision builder (``"resnet18"`` or ``"torchvision:resnet18"``), the path of a
+            TorchScript file (``"net.pt"`` or ``"torchscript:net"``) or a factory
+            (``"package.module:function"``).
+        name: What requests call it, letters, digits and ``_.-``; derived from the source if empty.
+        weights: ``"DEFAULT"``, the name of a torchvision weights member such as
+            ``"IMAGENET1K_V1"``, the path of a state dict (.pth, .pt, .safetensors) or ``"random"``.
+        seed: Seeds the initial values of ``"random"`` weights.
+        item_shape: Sizes of one item without the batch, such as ``(3, 224, 224)``; None takes the
+            model's own.
+
+    Raises:
+        ConfigError: a field is malformed; the message names it.
+    """
+
+    source: str
+    name: str = ""
+    weights: str = "DEFAULT"
+    seed: int = 0
+    item_shape: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            raise ConfigError(
+                f"model source: got {self.source!r}, expected a torchvision model such as "
+                "'resnet18', a TorchScript file such as 'net.pt' or a factory "
+                "'package.module:function'"
+            )
+        if not self.weights:
+            raise ConfigError(
+                f"weights of {self.source}: got an empty text, expected 'DEFAULT', a weights name, "
+                "a file or 'random'"
+            )
+        if not self.name:
+            object.__setattr__(self, "name", _derived_name(self.kind, self.target))
+        if not _NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"model name: got {self.name!r}, expected letters, digits, '_', '.' or '-'"
+            )
+        _check_item_shape(self.name, self.item_shape)
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        weights: str = "DEFAULT",
+        seed: int = 0,
+        item_shape: tuple[int, ...] | None = None,
+    ) -> ModelSpec:
+        """Parse ``[NAME=]SOURCE``, as in ``"resnet18"`` or ``"mine=nets/mine.pt"``.
+
+        Raises:
+            ConfigError: the text, or a name in it, is malformed.
+        """
+        name, equals, source = text.strip().partition("=")
+        if not equals or "/" in name or ":" in name:
+            # An equals sign after a slash or colon belongs to a path, not to a name.
+            return cls(text.strip(), weights=weights, seed=seed, item_shape=item_shape)
+        if not name:
+            raise ConfigError(f"model name: got nothing before '=' in {text!r}, expected a name")
+        return cls(source, name=name, weights=weights, seed=seed, item_shape=item_shape)
+
+    @property
+    def kind(self) -> SourceKind:
+        """Where the module comes from, told by a prefix or by how the source is written."""
+        return _split(self.source)[0]
+
+    @property
+    def target(self) -> str:
+        """The source without its prefix: a builder, a path or ``package.module:function``."""
+        return _split(self.source)[1]
+
+
+def _split(source: str) -> tuple[SourceKind, str]:
+    prefix, colon, rest = source.partition(":")
+    if colon and prefix in _PREFIXES:
+        return SourceKind(prefix), rest
+    if PurePath(source).suffix in _TORCHSCRIPT_SUFFIXES:
+        return SourceKind.TORCHSCRIPT, source
+    if colon:
+        return SourceKind.FACTORY, source
+    if "/" in source or os.sep in source:
+        return SourceKind.TORCHSCRIPT, source
+    return SourceKind.TORCHVISION, source
+
+
+def _derived_name(kind: SourceKind, target: str) -> str:
+    if kind is SourceKind.TORCHSCRIPT:
+        target = PurePath(target).stem
+    elif kind is SourceKind.FACTORY:
+        target = target.rpartition(":")[2]
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", target)
+
+
+def _check_item_shape(name: str, item_shape: tuple[int, ...] | None) -> None:
+    if item_shape is not None and (not item_shape or min(item_shape) < 1):
+        raise ConfigError(
+            f"item shape of {name}: got {list(item_shape)}, expected positive sizes without the "
+            "batch, such as 3,224,224"
+        )

@@ -1,0 +1,64 @@
+"""Models saved by ``torch.jit.save``."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models.guessed_input import guess_input
+from layertap.models.loaded import Built
+from layertap.models.spec import ModelSpec
+from layertap.models.weights import DEFAULT, RANDOM
+
+__all__ = ["build_torchscript"]
+
+
+def build_torchscript(spec: ModelSpec) -> Built:
+    """Load a TorchScript file onto the CPU.
+
+    Raises:
+        ModelLoadError: there is no such file, it is no TorchScript archive, or its input shape
+            can't be told.
+        WeightsUnavailableError: the spec asks for other weights than the file's.
+    """
+    path = Path(spec.target)
+    _refuse_weights(path.name, spec.weights)
+    module = _load(path)
+    return Built(
+        module=module,
+        source=f"torchscript:{path.name}",
+        weights=path.name,
+        input=guess_input(module, spec),
+    )
+
+
+def _refuse_weights(name: str, weights: str) -> None:
+    if weights == DEFAULT:
+        return
+    why = (
+        "random weights make no sense for it, since the file holds no code that initialises them"
+        if weights == RANDOM
+        else f"it can't take {weights!r}"
+    )
+    raise WeightsUnavailableError(
+        f"weights of {name}: a TorchScript file has its own weights, and {why}; leave --weights out"
+    )
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelLoadError(f"TorchScript file {path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            # TorchScript is deprecated, with a category that differs between torch's versions.
+            warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is")
+            return torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelLoadError(
+            f"TorchScript file {path}: torch can't load it as one. If it is a state dict, name a "
+            "builder or a factory as the model and this file as its --weights"
+        ) from error

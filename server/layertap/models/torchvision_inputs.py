@@ -1,0 +1,75 @@
+"""What a torchvision model takes: the tensor, and how an image becomes one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torchvision.models import MaxVit, VisionTransformer
+from torchvision.models.video import MViT
+
+from layertap.errors import InvalidInputError, ModelLoadError
+from layertap.models.input_spec import InputSpec
+from layertap.models.preprocess import Preprocess
+from layertap.models.torchvision_catalogue import Builder, Family
+
+__all__ = ["input_spec", "preprocess"]
+
+# Their position encodings are made for one size of image.
+_FIXED_SIZE = (VisionTransformer, MaxVit, MViT)
+
+# Families whose transforms don't crop: sizes that are cheap enough for warming up.
+_UNCROPPED = {Family.DETECTION: (256, 256), Family.SEGMENTATION: (224, 224)}
+_FRAMES = 16
+
+
+def input_spec(
+    builder: Builder, member: Any, module: nn.Module, item_shape: tuple[int, ...] | None
+) -> InputSpec:
+    """Return what the module takes; ``item_shape``, if not None, is its default item.
+
+    Raises:
+        ModelLoadError: the model can't take such an item.
+    """
+    natural = _natural_shape(builder, member, module)
+    spatial = 0 if isinstance(module, _FIXED_SIZE) else len(natural) - 1
+    own = InputSpec(natural, spatial)
+    if item_shape is None:
+        return own
+    try:
+        own.check((1, *item_shape), own.dtype_name)
+    except InvalidInputError as error:
+        raise ModelLoadError(
+            f"item shape of {builder.name}: got {list(item_shape)}, expected what fits "
+            f"{own.pattern}, such as {list(natural)}"
+        ) from error
+    return InputSpec(item_shape, spatial)
+
+
+def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:
+    """Return the preprocessing of the member's transforms, cropping to the default item."""
+    if family is Family.VIDEO:
+        return None
+    transform = member.transforms()
+    height, width = takes.item_shape[-2:]
+    crop = getattr(transform, "crop_size", None)
+    if crop and (crop[0], crop[-1]) != (height, width):
+        # The same field of view at another size.
+        scale = max(height, width) / crop[0]
+        transform.resize_size = [round(size * scale) for size in transform.resize_size]
+        transform.crop_size = [height] if height == width else [height, width]
+    return Preprocess(transform)
+
+
+def _natural_shape(builder: Builder, member: Any, module: nn.Module) -> tuple[int, ...]:
+    if builder.family in _UNCROPPED:
+        return (3, *_UNCROPPED[builder.family])
+    if isinstance(module, VisionTransformer):
+        return (3, module.image_size, module.image_size)
+    crop = list(member.transforms().crop_size)
+    if builder.family is Family.VIDEO:
+        if builder.name.startswith("swin3d"):
+            # Any size will do, and 224 x 224 takes seconds a clip on a CPU.
+            crop = [112, 112]
+        return (3, _FRAMES, *crop)
+    return (3, crop[0], crop[-1])

@@ -1,0 +1,173 @@
+"""Models that torchvision builds, with its weights, a state dict of one's own, or random ones."""
+
+from __future__ import annotations
+
+import http.client
+import math
+import pickle
+import sys
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import nn
+
+from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models.loaded import Built
+from layertap.models.seeding import seeded
+from layertap.models.spec import ModelSpec
+from layertap.models.torchvision_catalogue import Builder, Family, find_builder
+from layertap.models.torchvision_inputs import input_spec, preprocess
+from layertap.models.weights import RANDOM, is_path, load_into, random_text, read_state_dict
+
+__all__ = ["build_torchvision"]
+
+# Torchvision sets the batch norms' epsilon to 0 for these files only, made before it had one.
+_ZERO_EPSILON = frozenset(
+    {
+        "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+        "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
+        "maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth",
+        "retinanet_resnet50_fpn_coco-eeacb38b.pth",
+    }
+)
+
+
+def build_torchvision(spec: ModelSpec) -> Built:
+    """Build the model on the CPU and give it the weights that the spec asks for.
+
+    Raises:
+        ModelLoadError: torchvision has no such model, or layertap can't serve it.
+        WeightsUnavailableError: the weights can't be had.
+    """
+    builder = find_builder(spec.target)
+    if spec.weights == RANDOM:
+        module, member = _with_random(builder, spec), builder.reference()
+        text = random_text(spec.seed)
+    elif is_path(spec.weights):
+        module = _with_file(builder, spec.weights)
+        member = builder.published(spec.weights) or builder.reference()
+        text = PurePath(spec.weights).name
+    else:
+        member = builder.member(spec.weights)
+        module, text = _with_member(builder, member), str(member)
+    takes = input_spec(builder, member, module, spec.item_shape)
+    return Built(
+        module=module,
+        source=f"torchvision:{builder.name}",
+        weights=text,
+        input=takes,
+        preprocess=preprocess(builder.family, member, takes),
+        takes_list=builder.family is Family.DETECTION,
+    )
+
+
+def _with_random(builder: Builder, spec: ModelSpec) -> nn.Module:
+    options = _options(builder)
+    if builder.name in {"googlenet", "inception_v3"}:
+        options["init_weights"] = True
+    if builder.name.startswith("vit_") and spec.item_shape:
+        options["image_size"] = spec.item_shape[-1]
+    with seeded(spec.seed):
+        return _build(builder, options)
+
+
+def _with_file(builder: Builder, path: str) -> nn.Module:
+    state = read_state_dict(path)
+    options = _options(builder) | _options_of(builder, state)
+    published = builder.published(path)
+    if published and builder.name in {"googlenet", "inception_v3"}:
+        options["transform_input"] = True
+    with seeded(0):
+        module = _build(builder, options)
+    load_into(module, state, PurePath(path).name)
+    if builder.name == "googlenet":
+        _drop_auxiliary_heads(module)
+    if PurePath(path).name in _ZERO_EPSILON:
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eps = 0.0
+    return module
+
+
+def _with_member(builder: Builder, member: Any) -> nn.Module:
+    """Let torchvision itself build and load: some weights need more than their state dict."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", PurePath(member.url).name)
+    was_cached = cached.exists()
+    try:
+        with seeded(0):
+            return builder.build(weights=member, progress=sys.stderr.isatty())
+    # HTTPError, URLError and socket errors are OSErrors; a wrong hash and a broken or foreign file
+    # are RuntimeErrors or what torch's unpickler trips over.
+    except (
+        OSError,
+        http.client.HTTPException,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise _unavailable(member, cached, was_cached, error) from error
+
+
+def _unavailable(
+    member: Any, cached: Path, was_cached: bool, error: Exception
+) -> WeightsUnavailableError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if was_cached:
+        return WeightsUnavailableError(
+            f"weights {member}: the file {cached} can't be loaded ({reason}); delete it, so that "
+            "it is downloaded anew, or use --weights PATH or --weights random"
+        )
+    return WeightsUnavailableError(
+        f"weights {member} can't be downloaded ({reason}). Where there is a network: "
+        f"curl -o {cached} --create-dirs {member.url} (TORCH_HOME moves that folder). Or use "
+        "--weights PATH for a state dict of your own, or --weights random"
+    )
+
+
+def _options(builder: Builder) -> dict[str, Any]:
+    """Return arguments that build, without weights, the modules that torchvision's weights have."""
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in builder.parameters:
+        options["weights_backbone"] = None
+    if "aux_loss" in builder.parameters:
+        options["aux_loss"] = True
+    if builder.name in {"googlenet", "inception_v3"}:
+        # Left out, init_weights raises a FutureWarning.
+        options["init_weights"] = False
+        options["aux_logits"] = builder.name == "inception_v3"
+    return options
+
+
+def _options_of(builder: Builder, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return arguments that a state dict tells by its keys and shapes."""
+    options: dict[str, Any] = {}
+    if "aux_loss" in builder.parameters:
+        options["aux_loss"] = any(key.startswith("aux_classifier.") for key in state)
+    if builder.name in {"googlenet", "inception_v3"}:
+        options["aux_logits"] = any(key.startswith(("aux1.", "AuxLogits.")) for key in state)
+    if builder.name.startswith("vit_") and {"encoder.pos_embedding", "conv_proj.weight"} <= set(
+        state
+    ):
+        # [1, 1 + patches a side squared, D]: one class token, then the patches.
+        patches = math.isqrt(max(0, state["encoder.pos_embedding"].shape[1] - 1))
+        options["image_size"] = patches * state["conv_proj.weight"].shape[-1]
+    return options
+
+
+def _build(builder: Builder, options: dict[str, Any]) -> nn.Module:
+    try:
+        return builder.build(**options)
+    except (ValueError, AssertionError) as error:
+        raise ModelLoadError(
+            f"model {builder.name}: torchvision can't build it: {error}"
+        ) from error
+
+
+def _drop_auxiliary_heads(module: Any) -> None:
+    """Leave out googlenet's training heads, as torchvision does with its own weights."""
+    module.aux_logits = False
+    module.aux1 = None
+    module.aux2 = None

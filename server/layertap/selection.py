@@ -1,0 +1,123 @@
+"""What can be asked for, in words shared by client, server and command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from layertap.errors import InvalidInputError
+
+__all__ = [
+    "Capture",
+    "Extractor",
+    "LayerSelection",
+    "Reduction",
+    "SelectionLike",
+    "glob_pattern",
+    "is_glob",
+    "parse_selections",
+]
+
+
+class Extractor(StrEnum):
+    """A way to take a layer's value; ``layertap.v1.Extractor`` has the same names."""
+
+    AUTO = "auto"
+    TORCHSCRIPT = "torchscript"
+    FX = "fx"
+    HOOK = "hook"
+    LAYER_GETTER = "layer_getter"
+    CHILDREN = "children"
+
+
+class Capture(StrEnum):
+    """Which side of a layer is meant; ``layertap.v1.Capture`` has the same names."""
+
+    OUTPUT = "output"
+    INPUT = "input"
+
+
+class Reduction(StrEnum):
+    """What to do with a value before it is sent; ``layertap.v1.Reduction`` has the same names."""
+
+    NONE = "none"
+    GLOBAL_AVERAGE_POOL = "global_average_pool"
+    FLATTEN = "flatten"
+    CLASS_TOKEN = "class_token"
+    TOKEN_GRID = "token_grid"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSelection:
+    """A layer to return.
+
+    Attributes:
+        layer: A catalogue name or a glob over the names.
+        capture: Which side of the layer.
+        alias: The name in the reply; empty for ``layer`` or ``layer:input``.
+        reduction: What to do with the value before it is sent.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to send floating-point values in;
+            empty for the type that the model produced.
+    """
+
+    layer: str
+    capture: Capture = Capture.OUTPUT
+    alias: str = ""
+    reduction: Reduction = Reduction.NONE
+    dtype: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> LayerSelection:
+        """Read ``LAYER[:input|:output][=ALIAS]``, such as ``avgpool:input=before``."""
+        target, equals, alias = text.partition("=")
+        layer, colon, side = target.partition(":")
+        if not layer or (equals and not alias):
+            raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:input|:output][=ALIAS]")
+        if colon and side not in tuple(Capture):
+            raise InvalidInputError(
+                f"layer: got {text!r}, expected 'input' or 'output' after the colon"
+            )
+        return cls(layer, Capture(side) if colon else Capture.OUTPUT, alias)
+
+    def name_for(self, layer: str) -> str:
+        """Return the name in the reply of ``layer``, one of this selection's matches."""
+        if self.alias:
+            return self.alias
+        return layer if self.capture is Capture.OUTPUT else f"{layer}:input"
+
+
+def is_glob(name: str) -> bool:
+    """Tell whether a selection's layer is a glob."""
+    return any(sign in name for sign in "*?")
+
+
+def glob_pattern(glob: str) -> re.Pattern[str]:
+    """Return what matches a glob's names in full.
+
+    ``*`` and ``?`` stay within one component of a path, ``**`` crosses components.
+    """
+    parts = re.split(r"(\*\*|\*|\?)", glob)
+    signs = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    return re.compile("".join(signs.get(part) or re.escape(part) for part in parts))
+
+
+SelectionLike = str | LayerSelection | Mapping[str, str] | Iterable[str | LayerSelection]
+
+
+def parse_selections(layers: SelectionLike) -> list[LayerSelection]:
+    """Normalise what a caller may write for layers.
+
+    Args:
+        layers: One name, a LayerSelection, a list of either, or a mapping of names to aliases (the
+            ``return_nodes`` convention of torchvision's ``create_feature_extractor``).
+
+    Raises:
+        InvalidInputError: For a text that is not ``LAYER[:input|:output][=ALIAS]``.
+    """
+    if isinstance(layers, str | LayerSelection):
+        layers = [layers]
+    if isinstance(layers, Mapping):
+        layers = [f"{layer}={alias}" for layer, alias in layers.items()]
+    return [s if isinstance(s, LayerSelection) else LayerSelection.parse(s) for s in layers]

@@ -1,0 +1,123 @@
+"""Between protobuf messages and the engine's own types, both ways."""
+
+from __future__ import annotations
+
+from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, TensorInput
+from layertap.errors import InvalidInputError
+from layertap.extraction import LayerEntry, PointKind, ValueSpec
+from layertap.extraction.catalogue import REAL_EXTRACTORS
+from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+from layertap.v1 import catalogue_pb2, feature_service_pb2, tensor_pb2
+from layertap.wire import dtypes
+from layertap.wire.enums import from_proto, to_proto
+from layertap.wire.messages import decode_request
+
+__all__ = ["description_to_proto", "layer_to_proto", "model_to_proto", "request_from_bytes"]
+
+_KINDS = {
+    PointKind.MODULE: catalogue_pb2.LAYER_KIND_MODULE,
+    PointKind.NODE: catalogue_pb2.LAYER_KIND_NODE,
+}
+
+
+def request_from_bytes(message: bytes) -> ExtractionRequest:
+    """Parse an ExtractRequest.
+
+    Raises:
+        InvalidInputError: For a malformed message, a missing input or an unknown enum value.
+    """
+    request, tensor = decode_request(message)
+    if tensor is not None:
+        given: TensorInput | ImagesInput = TensorInput(tensor)
+    elif request.HasField("images"):
+        given = ImagesInput(tuple(request.images.images))
+    else:
+        raise InvalidInputError("input: got none, expected tensor or images")
+    return ExtractionRequest(
+        model=request.model,
+        input=given,
+        selections=tuple(_selection(layer) for layer in request.layers),
+        extractor=from_proto(
+            request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
+        ),
+    )
+
+
+def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
+    """Describe a served model."""
+    model = host.model
+    return catalogue_pb2.Model(
+        name=model.name,
+        source=model.source,
+        weights=model.weights,
+        device=str(model.device),
+        input=catalogue_pb2.InputSpec(
+            dtype=_dtype_number(model.input.dtype),
+            item_shape=model.input.item_shape,
+            images=model.preprocess is not None,
+            preprocessing=model.preprocess.describe() if model.preprocess else "",
+        ),
+        declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
+    )
+
+
+def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelResponse:
+    """Describe a served model and its layers."""
+    return feature_service_pb2.DescribeModelResponse(
+        model=model_to_proto(host), layers=[layer_to_proto(entry) for entry in host.catalogue]
+    )
+
+
+def layer_to_proto(entry: LayerEntry) -> catalogue_pb2.Layer:
+    """Describe a layer."""
+    return catalogue_pb2.Layer(
+        name=entry.name,
+        kind=_KINDS[entry.kind],
+        type=entry.type,
+        calls=entry.calls,
+        output=_spec(entry.specs.get(Capture.OUTPUT)),
+        input=_spec(entry.specs.get(Capture.INPUT)),
+        channels=entry.channels,
+        reduction=entry.reduction,
+        extractors=[_support(entry, extractor) for extractor in REAL_EXTRACTORS],
+    )
+
+
+def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
+    return LayerSelection(
+        layer=layer.layer,
+        capture=from_proto(layer.capture, catalogue_pb2.Capture, "CAPTURE", Capture.OUTPUT),
+        alias=layer.alias,
+        reduction=from_proto(
+            layer.reduction, feature_service_pb2.Reduction, "REDUCTION", Reduction.NONE
+        ),
+        dtype=dtypes.by_number(layer.dtype).name if layer.dtype else "",
+    )
+
+
+def _support(entry: LayerEntry, extractor: Extractor) -> catalogue_pb2.ExtractorSupport:
+    support = entry.support[extractor]
+    return catalogue_pb2.ExtractorSupport(
+        extractor=to_proto(extractor, catalogue_pb2.Extractor, "EXTRACTOR"),
+        output=support.output,
+        input=support.input,
+        reason=support.reason,
+    )
+
+
+def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
+    if spec is None:
+        return None
+    return catalogue_pb2.TensorSpec(
+        dtype=_dtype_number(spec.dtype),
+        shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
+        bytes_per_item=spec.bytes_per_item,
+        dynamic=spec.dynamic,
+    )
+
+
+def _dtype_number(dtype: object) -> int:
+    """Return the protocol's number; UNSPECIFIED for a type that it does not carry."""
+    name = str(dtype).removeprefix("torch.")
+    row = next((row for row in dtypes.DTYPES if row.name == name), None)
+    return row.number if row else tensor_pb2.DATA_TYPE_UNSPECIFIED

@@ -1,0 +1,92 @@
+"""The servicer of ``layertap.v1.FeatureService``: convert, ask the engine, convert.
+
+The handlers take and return raw bytes. gRPC turns whatever a deserializer raises into UNKNOWN or
+INTERNAL, while a malformed request should be an INVALID_ARGUMENT; and the reply of Extract is
+finished bytes already.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError as ProtobufDecodeError
+from google.protobuf.message import Message
+
+from layertap.engine import Call, Engine
+from layertap.errors import DecodeError
+from layertap.services.convert import description_to_proto, model_to_proto, request_from_bytes
+from layertap.services.observer import Observer, Unobserved
+from layertap.services.status import Handler, code_of, guarded
+from layertap.v1 import feature_service_pb2
+
+__all__ = ["FeatureService"]
+
+M = TypeVar("M", bound=Message)
+
+
+class FeatureService:
+    """Serves an engine's models over gRPC.
+
+    Args:
+        engine: The engine.
+        observer: Is told how each extraction ended.
+    """
+
+    NAME = feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name
+
+    def __init__(self, engine: Engine, observer: Observer | None = None) -> None:
+        self._engine = engine
+        self._observer = observer or Unobserved()
+
+    def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+        """Run a model and return the selected layers."""
+        call = Call(context.time_remaining())
+        # False: the call has ended already, and nobody will cancel it any more.
+        if not context.add_callback(call.cancel):
+            call.cancel()
+        model = ""
+        try:
+            request = request_from_bytes(message)
+            model = self._engine.host(request.model).model.name
+            extraction = self._engine.extract(request, call)
+        except Exception as error:
+            self._observer.failed(model, code_of(error))
+            raise
+        self._observer.succeeded(model, extraction)
+        return extraction.message
+
+    def list_models(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+        """List the models."""
+        _parse(feature_service_pb2.ListModelsRequest, message)
+        models = [model_to_proto(host) for host in self._engine.hosts()]
+        return feature_service_pb2.ListModelsResponse(models=models).SerializeToString()
+
+    def describe_model(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+        """Describe a model and its layers."""
+        request = _parse(feature_service_pb2.DescribeModelRequest, message)
+        return description_to_proto(self._engine.host(request.model)).SerializeToString()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return what a ``grpc.Server`` needs to serve this."""
+        methods = {
+            "Extract": self.extract,
+            "ListModels": self.list_models,
+            "DescribeModel": self.describe_model,
+        }
+        return grpc.method_handlers_generic_handler(
+            self.NAME, {name: _unary(method) for name, method in methods.items()}
+        )
+
+
+def _unary(handler: Handler) -> grpc.RpcMethodHandler:
+    return grpc.unary_unary_rpc_method_handler(guarded(handler))
+
+
+def _parse(kind: type[M], message: bytes) -> M:
+    request = kind()
+    try:
+        request.ParseFromString(message)
+    except ProtobufDecodeError:
+        raise DecodeError(f"request: got bytes that are no {kind.__name__}") from None
+    return request

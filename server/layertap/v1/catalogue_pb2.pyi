@@ -1,0 +1,126 @@
+from layertap.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Extractor(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXTRACTOR_UNSPECIFIED: _ClassVar[Extractor]
+    EXTRACTOR_AUTO: _ClassVar[Extractor]
+    EXTRACTOR_TORCHSCRIPT: _ClassVar[Extractor]
+    EXTRACTOR_FX: _ClassVar[Extractor]
+    EXTRACTOR_HOOK: _ClassVar[Extractor]
+    EXTRACTOR_LAYER_GETTER: _ClassVar[Extractor]
+    EXTRACTOR_CHILDREN: _ClassVar[Extractor]
+
+class Capture(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CAPTURE_UNSPECIFIED: _ClassVar[Capture]
+    CAPTURE_OUTPUT: _ClassVar[Capture]
+    CAPTURE_INPUT: _ClassVar[Capture]
+
+class LayerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LAYER_KIND_UNSPECIFIED: _ClassVar[LayerKind]
+    LAYER_KIND_MODULE: _ClassVar[LayerKind]
+    LAYER_KIND_NODE: _ClassVar[LayerKind]
+EXTRACTOR_UNSPECIFIED: Extractor
+EXTRACTOR_AUTO: Extractor
+EXTRACTOR_TORCHSCRIPT: Extractor
+EXTRACTOR_FX: Extractor
+EXTRACTOR_HOOK: Extractor
+EXTRACTOR_LAYER_GETTER: Extractor
+EXTRACTOR_CHILDREN: Extractor
+CAPTURE_UNSPECIFIED: Capture
+CAPTURE_OUTPUT: Capture
+CAPTURE_INPUT: Capture
+LAYER_KIND_UNSPECIFIED: LayerKind
+LAYER_KIND_MODULE: LayerKind
+LAYER_KIND_NODE: LayerKind
+
+class Dimension(_message.Message):
+    __slots__ = ("size", "batch")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    batch: bool
+    def __init__(self, size: _Optional[int] = ..., batch: bool = ...) -> None: ...
+
+class TensorSpec(_message.Message):
+    __slots__ = ("dtype", "shape", "bytes_per_item", "dynamic")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_ITEM_FIELD_NUMBER: _ClassVar[int]
+    DYNAMIC_FIELD_NUMBER: _ClassVar[int]
+    dtype: _tensor_pb2.DataType
+    shape: _containers.RepeatedCompositeFieldContainer[Dimension]
+    bytes_per_item: int
+    dynamic: bool
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., bytes_per_item: _Optional[int] = ..., dynamic: bool = ...) -> None: ...
+
+class ExtractorSupport(_message.Message):
+    __slots__ = ("extractor", "output", "input", "reason")
+    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    extractor: Extractor
+    output: bool
+    input: bool
+    reason: str
+    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., output: bool = ..., input: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Layer(_message.Message):
+    __slots__ = ("name", "kind", "type", "calls", "output", "input", "channels", "reduction", "extractors")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    CHANNELS_FIELD_NUMBER: _ClassVar[int]
+    REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    EXTRACTORS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: LayerKind
+    type: str
+    calls: int
+    output: TensorSpec
+    input: TensorSpec
+    channels: int
+    reduction: float
+    extractors: _containers.RepeatedCompositeFieldContainer[ExtractorSupport]
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., type: _Optional[str] = ..., calls: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ..., input: _Optional[_Union[TensorSpec, _Mapping]] = ..., channels: _Optional[int] = ..., reduction: _Optional[float] = ..., extractors: _Optional[_Iterable[_Union[ExtractorSupport, _Mapping]]] = ...) -> None: ...
+
+class InputSpec(_message.Message):
+    __slots__ = ("dtype", "item_shape", "images", "preprocessing")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ITEM_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
+    dtype: _tensor_pb2.DataType
+    item_shape: _containers.RepeatedScalarFieldContainer[int]
+    images: bool
+    preprocessing: str
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., images: bool = ..., preprocessing: _Optional[str] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    DECLARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    source: str
+    weights: str
+    device: str
+    input: InputSpec
+    declared_layers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ...) -> None: ...

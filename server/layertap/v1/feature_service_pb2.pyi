@@ -1,0 +1,105 @@
+from layertap.v1 import catalogue_pb2 as _catalogue_pb2
+from layertap.v1 import tensor_pb2 as _tensor_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REDUCTION_UNSPECIFIED: _ClassVar[Reduction]
+    REDUCTION_NONE: _ClassVar[Reduction]
+    REDUCTION_GLOBAL_AVERAGE_POOL: _ClassVar[Reduction]
+    REDUCTION_FLATTEN: _ClassVar[Reduction]
+    REDUCTION_CLASS_TOKEN: _ClassVar[Reduction]
+    REDUCTION_TOKEN_GRID: _ClassVar[Reduction]
+REDUCTION_UNSPECIFIED: Reduction
+REDUCTION_NONE: Reduction
+REDUCTION_GLOBAL_AVERAGE_POOL: Reduction
+REDUCTION_FLATTEN: Reduction
+REDUCTION_CLASS_TOKEN: Reduction
+REDUCTION_TOKEN_GRID: Reduction
+
+class ImageBatch(_message.Message):
+    __slots__ = ("images",)
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, images: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class LayerSelection(_message.Message):
+    __slots__ = ("layer", "capture", "alias", "reduction", "dtype")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    capture: _catalogue_pb2.Capture
+    alias: str
+    reduction: Reduction
+    dtype: _tensor_pb2.DataType
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
+
+class ExtractRequest(_message.Message):
+    __slots__ = ("model", "tensor", "images", "layers", "extractor")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    tensor: _tensor_pb2.Tensor
+    images: ImageBatch
+    layers: _containers.RepeatedCompositeFieldContainer[LayerSelection]
+    extractor: _catalogue_pb2.Extractor
+    def __init__(self, model: _Optional[str] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
+    PREPARE_NS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_NS_FIELD_NUMBER: _ClassVar[int]
+    prepare_ns: int
+    queue_ns: int
+    compute_ns: int
+    total_ns: int
+    def __init__(self, prepare_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., compute_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
+
+class ExtractResponse(_message.Message):
+    __slots__ = ("tensors", "extractor", "timings")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
+    extractor: _catalogue_pb2.Extractor
+    timings: Timings
+    def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[_catalogue_pb2.Model]
+    def __init__(self, models: _Optional[_Iterable[_Union[_catalogue_pb2.Model, _Mapping]]] = ...) -> None: ...
+
+class DescribeModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class DescribeModelResponse(_message.Message):
+    __slots__ = ("model", "layers")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    model: _catalogue_pb2.Model
+    layers: _containers.RepeatedCompositeFieldContainer[_catalogue_pb2.Layer]
+    def __init__(self, model: _Optional[_Union[_catalogue_pb2.Model, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_catalogue_pb2.Layer, _Mapping]]] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""Bytes: the dtype table, messages written and read in place, the allocator."""

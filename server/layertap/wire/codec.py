@@ -1,0 +1,39 @@
+"""The codec: the C++ extension, or its plain-Python twin where the extension was not built."""
+
+from __future__ import annotations
+
+import warnings
+
+__all__ = [
+    "ACCELERATED",
+    "MAX_MESSAGE_BYTES",
+    "MAX_RANK",
+    "ReplyBuilder",
+    "ReplyLayout",
+    "decode",
+    "encode",
+]
+
+try:
+    from layertap import _core as _codec
+except ImportError as error:
+    from layertap import _pure as _codec  # type: ignore[no-redef]
+
+    ACCELERATED: bool = False
+    """Whether the C++ extension does the work."""
+
+    warnings.warn(
+        f"the C++ extension is not there ({error}); "
+        f"plain Python encodes and decodes instead, slower and under the GIL",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+else:
+    ACCELERATED = True
+
+MAX_MESSAGE_BYTES = _codec.MAX_MESSAGE_BYTES
+MAX_RANK = _codec.MAX_RANK
+ReplyBuilder = _codec.ReplyBuilder
+ReplyLayout = _codec.ReplyLayout
+decode = _codec.decode
+encode = _codec.encode

@@ -1,0 +1,77 @@
+"""The one dtype table: a row for each value of ``layertap.v1.DataType``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from layertap.errors import InvalidInputError
+
+__all__ = ["DTYPES", "DType", "by_name", "by_number", "of_array"]
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """One element type.
+
+    Attributes:
+        number: Its value in the ``layertap.v1.DataType`` enum.
+        name: Its name, the same in torch, numpy and the protocol.
+        itemsize: Bytes an element.
+        numpy: The little-endian numpy type; numpy has bfloat16 from ml_dtypes.
+        is_float: Whether values may be cast to another floating-point type on the way out.
+    """
+
+    number: int
+    name: str
+    itemsize: int
+    numpy: np.dtype
+    is_float: bool = False
+
+
+DTYPES: tuple[DType, ...] = (
+    DType(1, "float32", 4, np.dtype("<f4"), is_float=True),
+    DType(2, "float16", 2, np.dtype("<f2"), is_float=True),
+    DType(3, "bfloat16", 2, np.dtype(ml_dtypes.bfloat16), is_float=True),
+    DType(4, "float64", 8, np.dtype("<f8"), is_float=True),
+    DType(5, "int8", 1, np.dtype("i1")),
+    DType(6, "uint8", 1, np.dtype("u1")),
+    DType(7, "int16", 2, np.dtype("<i2")),
+    DType(8, "int32", 4, np.dtype("<i4")),
+    DType(9, "int64", 8, np.dtype("<i8")),
+    DType(10, "bool", 1, np.dtype("?")),
+)
+
+_BY_NUMBER = {row.number: row for row in DTYPES}
+_BY_NAME = {row.name: row for row in DTYPES}
+_BY_NUMPY = {row.numpy: row for row in DTYPES}
+
+
+def by_number(number: int) -> DType:
+    """Return the row of an enum value; raise InvalidInputError for any other number."""
+    row = _BY_NUMBER.get(number)
+    if row is None:
+        raise InvalidInputError(f"dtype: got enum value {number}, expected one of {_choices()}")
+    return row
+
+
+def by_name(name: str) -> DType:
+    """Return the row of a name such as ``"float16"``; raise InvalidInputError for another."""
+    row = _BY_NAME.get(name)
+    if row is None:
+        raise InvalidInputError(f"dtype: got {name!r}, expected one of {_choices()}")
+    return row
+
+
+def of_array(array: np.ndarray) -> DType:
+    """Return the row of a numpy array's type; raise InvalidInputError for one without a row."""
+    row = _BY_NUMPY.get(array.dtype)
+    if row is None:
+        raise InvalidInputError(f"dtype: got numpy {array.dtype}, expected one of {_choices()}")
+    return row
+
+
+def _choices() -> str:
+    return ", ".join(row.name for row in DTYPES)

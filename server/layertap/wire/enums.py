@@ -1,0 +1,41 @@
+"""Between the protocol's enums and their Python twins, which have the same names."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Protocol, TypeVar
+
+from layertap.errors import InvalidInputError
+
+__all__ = ["from_proto", "to_proto"]
+
+E = TypeVar("E", bound=StrEnum)
+
+
+class _EnumType(Protocol):
+    def Name(self, number: int) -> str: ...  # noqa: N802 - protobuf's own name
+
+    def Value(self, name: str) -> int: ...  # noqa: N802 - protobuf's own name
+
+
+def to_proto(member: StrEnum, enum: _EnumType, prefix: str) -> int:
+    """Return the number of ``PREFIX_MEMBER``."""
+    return enum.Value(f"{prefix}_{member.name}")
+
+
+def from_proto(number: int, enum: _EnumType, prefix: str, default: E) -> E:
+    """Return the Python twin of a number; ``default`` for 0, which is UNSPECIFIED everywhere.
+
+    Raises:
+        InvalidInputError: For a number that the enum does not have.
+    """
+    if number == 0:
+        return default
+    try:
+        name = enum.Name(number)
+    except ValueError:
+        names = ", ".join(member.name for member in type(default))
+        raise InvalidInputError(
+            f"{prefix.lower()}: got enum value {number}, expected one of {names}"
+        ) from None
+    return type(default)[name.removeprefix(f"{prefix}_")]

@@ -1,0 +1,109 @@
+"""The messages of ``layertap.v1`` that carry tensors: read and written without a copy of them.
+
+Everything small goes through the ordinary protobuf parser; only the tensors' payloads are kept out
+of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from google.protobuf.message import DecodeError as ProtobufDecodeError
+
+from layertap.errors import DecodeError
+from layertap.selection import Extractor
+from layertap.v1 import catalogue_pb2, feature_service_pb2
+from layertap.wire.tensors import TensorView, decode_message, encode_message
+
+__all__ = [
+    "ERROR_METADATA_KEY",
+    "REPLY_HEAD_SIZE",
+    "REPLY_TENSOR_FIELD",
+    "Timings",
+    "decode_reply",
+    "decode_request",
+    "encode_reply_head",
+    "encode_request",
+]
+
+ERROR_METADATA_KEY = "layertap-error"
+"""Trailing metadata with the name of an error's class, so that clients can raise the same."""
+
+REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
+_REQUEST_TENSOR_FIELD = feature_service_pb2.ExtractRequest.TENSOR_FIELD_NUMBER
+_REQUEST_IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of a request went, in nanoseconds; see ``layertap.v1.Timings``."""
+
+    prepare_ns: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    total_ns: int = 0
+
+
+def decode_request(
+    message: bytes,
+) -> tuple[feature_service_pb2.ExtractRequest, TensorView | None]:
+    """Split an ExtractRequest into its small fields and its input tensor, if it has one.
+
+    Raises:
+        DecodeError: For bytes that are no well-formed request.
+    """
+    rest, tensors = decode_message(
+        message, field=_REQUEST_TENSOR_FIELD, repeated=False, rivals=(_REQUEST_IMAGES_FIELD,)
+    )
+    request = feature_service_pb2.ExtractRequest()
+    try:
+        request.ParseFromString(rest)
+    except ProtobufDecodeError:
+        raise DecodeError("request: got bytes that are no ExtractRequest") from None
+    return request, tensors[0] if tensors else None
+
+
+def encode_request(
+    request: feature_service_pb2.ExtractRequest, tensor: np.ndarray | None
+) -> bytes:
+    """Return an ExtractRequest with ``tensor``, if given, as its input."""
+    head = request.SerializeToString()
+    if tensor is None:
+        return head
+    return encode_message([("", tensor)], field=_REQUEST_TENSOR_FIELD, head=head)
+
+
+def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
+    """Return an ExtractResponse without tensors; always of REPLY_HEAD_SIZE bytes."""
+    response = feature_service_pb2.ExtractResponse(
+        extractor=catalogue_pb2.Extractor.Value(f"EXTRACTOR_{extractor.name}"),
+        timings=feature_service_pb2.Timings(
+            prepare_ns=timings.prepare_ns,
+            queue_ns=timings.queue_ns,
+            compute_ns=timings.compute_ns,
+            total_ns=timings.total_ns,
+        ),
+    )
+    return response.SerializeToString()
+
+
+REPLY_HEAD_SIZE = len(encode_reply_head(Extractor.HOOK, Timings()))
+
+
+def decode_reply(
+    message: bytes,
+) -> tuple[feature_service_pb2.ExtractResponse, Sequence[TensorView]]:
+    """Split an ExtractResponse into its small fields and views of its tensors.
+
+    Raises:
+        DecodeError: For bytes that are no well-formed response.
+    """
+    rest, tensors = decode_message(message, field=REPLY_TENSOR_FIELD, repeated=True)
+    response = feature_service_pb2.ExtractResponse()
+    try:
+        response.ParseFromString(rest)
+    except ProtobufDecodeError:
+        raise DecodeError("reply: got bytes that are no ExtractResponse") from None
+    return response, tensors

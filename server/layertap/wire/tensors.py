@@ -1,0 +1,96 @@
+"""Tensors in messages: numpy arrays in, read-only views of the received bytes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layertap.errors import DecodeError, InvalidInputError
+from layertap.wire import codec
+from layertap.wire.dtypes import DType, by_number, of_array
+
+__all__ = ["TensorView", "decode_message", "encode_message"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorView:
+    """A tensor that stands in a received message.
+
+    Attributes:
+        name: Its name in the message.
+        dtype: The row of its element type.
+        shape: Sizes, outermost first.
+        data: The elements, little-endian in C order: a read-only view that keeps the message.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def array(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return the elements as a read-only array of ``shape``, bfloat16 as ml_dtypes' type.
+
+        The array shares the message's memory. Only where the elements don't stand on a multiple of
+        their size, which layertap's own encoder never does to them, are they copied.
+        """
+        flat = np.frombuffer(self.data, dtype=self.dtype.numpy)
+        if not flat.flags.aligned:
+            flat = flat.copy()
+            flat.flags.writeable = False
+        return flat.reshape(self.shape)
+
+
+def decode_message(
+    message: bytes, field: int, repeated: bool, rivals: Sequence[int] = ()
+) -> tuple[bytes, list[TensorView]]:
+    """Split a message into its small rest and views of its tensors; see ``layertap._core.decode``.
+
+    Args:
+        message: The whole message.
+        field: The number of the field that holds tensors.
+        repeated: Whether it is repeated.
+        rivals: The numbers of the fields that share a oneof with it.
+
+    Returns:
+        The bytes for the ordinary parser, and the tensors in the message's order.
+
+    Raises:
+        DecodeError: For a malformed message or a tensor that contradicts itself.
+    """
+    try:
+        rest, found = codec.decode(message, field=field, repeated=repeated, rivals=rivals)
+    except ValueError as error:
+        raise DecodeError(str(error)) from None
+    return rest, [
+        TensorView(name, by_number(dtype), shape, data) for name, dtype, shape, data in found
+    ]
+
+
+def encode_message(
+    arrays: Sequence[tuple[str, np.ndarray[Any, np.dtype[Any]]]], field: int, head: bytes
+) -> bytes:
+    """Return ``head`` followed by named tensors as submessages ``field``.
+
+    Args:
+        arrays: (name, array) pairs; an array may have any strides and is read in one pass.
+        field: The number of the field that holds tensors.
+        head: The ordinary protobuf bytes of every other field.
+
+    Raises:
+        InvalidInputError: For an array without a row in the dtype table, a rank over 32, or a
+            message over 2**31 - 1 bytes.
+    """
+    tensors = []
+    for name, array in arrays:
+        row = of_array(array)
+        # numpy exports no buffer of ml_dtypes' types, so floats travel as the integers they are.
+        bits = array.view(f"<u{row.itemsize}") if row.is_float else array
+        tensors.append((name, row.number, bits.data))
+    try:
+        return codec.encode(tensors, field=field, head=head)
+    except ValueError as error:
+        raise InvalidInputError(str(error)) from None

@@ -1,0 +1,30 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tinynets import ITEM
+
+from layertap.models import LoadedModel, ModelSpec, load_model
+
+LoadNet = Callable[[str], LoadedModel]
+
+
+@pytest.fixture
+def load_net() -> LoadNet:
+    """Load one of the nets of ``tinynets`` by its factory's name."""
+
+    def load(factory: str) -> LoadedModel:
+        return load_model(ModelSpec(f"tinynets:{factory}", item_shape=ITEM), "cpu")
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> object:
+    """Run every test as the compute thread runs models."""
+    with torch.inference_mode():
+        yield

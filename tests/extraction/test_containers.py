@@ -1,0 +1,56 @@
+"""Containers of tensors come out as named tensors, and nothing else does."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+
+import torch
+
+from layertap.extraction.containers import MAX_DEPTH, flatten, pick
+
+ONE, TWO = torch.tensor([1.0]), torch.tensor([2.0])
+Boxes = namedtuple("Boxes", "low high")
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    count: int
+
+
+def ways(value: object) -> list[str]:
+    return [".".join(way) for way, _ in flatten(value)]
+
+
+def test_a_tensor_is_itself() -> None:
+    """A plain tensor has the empty way."""
+    assert ways(ONE) == [""]
+
+
+def test_members_are_named_by_index_key_and_field() -> None:
+    """Tuples and lists count, mappings, named tuples and dataclasses name."""
+    assert ways((ONE, [TWO])) == ["0", "1.0"]
+    assert ways({"out": ONE, 3: TWO}) == ["out", "3"]
+    assert ways(Boxes(ONE, TWO)) == ["low", "high"]
+    assert ways(Output(ONE, 3)) == ["logits"]
+
+
+def test_what_is_no_tensor_yields_nothing() -> None:
+    """Sizes, numbers, texts and None are no layers."""
+    assert ways((torch.Size([1, 2]), 3, "x", None, True)) == []
+
+
+def test_pick_finds_what_flatten_found() -> None:
+    """Every way leads back to its tensor, and a wrong way to None."""
+    value = {"a": (ONE, Boxes(TWO, 5)), "b": Output(TWO, 1)}
+    assert all(pick(value, way) is tensor for way, tensor in flatten(value))
+    assert pick(value, ("a", "7")) is None
+    assert pick(value, ("a",)) is None
+
+
+def test_endless_nesting_ends() -> None:
+    """A container that holds itself does not recurse for ever."""
+    loop: list[object] = [ONE]
+    loop.append(loop)
+    assert len(ways(loop)) == MAX_DEPTH

@@ -1,0 +1,155 @@
+"""The catalogue says what happened when the model ran."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from layertap.errors import LayerNotFoundError, ModelLoadError
+from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
+from layertap.selection import Capture, Extractor
+
+OUTPUT, INPUT = Capture.OUTPUT, Capture.INPUT
+
+
+def names(catalogue: Catalogue, extractor: Extractor, capture: Capture = OUTPUT) -> set[str]:
+    return {entry.name for entry in catalogue if entry.serves(extractor, capture)}
+
+
+def test_shapes_and_geometry(load_net) -> None:
+    """A layer has the measured shapes of both sides, its channels and its reduction."""
+    entry = measure(load_net("residual")).entry("layer2")
+    assert (entry.type, entry.calls, entry.channels, entry.reduction) == ("Sequential", 1, 16, 4.0)
+    assert entry.specs[OUTPUT].dims == (Dim(1, batch=True), Dim(16), Dim(4), Dim(4))
+    assert entry.specs[INPUT].shape(3) == (3, 8, 8, 8)
+    assert entry.specs[OUTPUT].dtype is torch.float32
+
+
+def test_order_is_that_of_execution(load_net) -> None:
+    """Entries come in the order in which the modules began to run, parents before children."""
+    order = [entry.name for entry in measure(load_net("residual"))]
+    assert order[:4] == ["conv1", "bn1", "relu", "layer1"]
+    assert order.index("layer1") < order.index("layer1.0.conv1") < order.index("layer2")
+
+
+def test_further_calls_are_numbered(load_net) -> None:
+    """The second call of a module is an entry of its own, as torchvision names it."""
+    catalogue = measure(load_net("residual"))
+    assert catalogue.entry("layer1.0.relu").calls == 2
+    assert catalogue.entry("layer1.0.relu_1").points[OUTPUT].call == 1
+
+
+def test_children_and_layer_getter_serve_until_the_walk_breaks(load_net) -> None:
+    """The walk ends at the flatten that is no child, and says so."""
+    catalogue = measure(load_net("residual"))
+    served = {"conv1", "bn1", "relu", "layer1", "layer2", "avgpool"}
+    assert names(catalogue, Extractor.CHILDREN) == served
+    assert names(catalogue, Extractor.LAYER_GETTER) == served
+    assert "fc" in catalogue.entry("fc").support[Extractor.CHILDREN].reason
+    assert "top-level" in catalogue.entry("layer1.0").support[Extractor.CHILDREN].reason
+
+
+def test_fx_serves_modules_and_nodes(load_net) -> None:
+    """FX serves every module and the operations between them; nobody else serves those."""
+    catalogue = measure(load_net("residual"))
+    modules = {entry.name for entry in catalogue if entry.kind is PointKind.MODULE}
+    assert modules <= names(catalogue, Extractor.FX)
+    node = catalogue.entry("layer1.0.iadd" if "layer1.0.iadd" in catalogue.entries else "layer1.0.add")
+    assert node.kind is PointKind.NODE
+    assert node.served_by(OUTPUT) == [Extractor.FX]
+
+
+def test_fx_finds_modules_whose_names_end_in_numbers(load_net) -> None:
+    """torchvision calls norm_2 `norm_1`; asked for either, FX still gives the right one."""
+    catalogue = measure(load_net("numbered"))
+    assert {"norm_1", "norm_2", "relu", "relu_1"} <= names(catalogue, Extractor.FX)
+
+
+def test_fx_is_refused_where_its_value_is_wrong(load_net) -> None:
+    """A graph that lost an in-place statement serves nothing that depends on it."""
+    catalogue = measure(load_net("unassigned_in_place"))
+    assert not catalogue.entry("head").serves(Extractor.FX, OUTPUT)
+    assert "differs" in catalogue.entry("head").support[Extractor.FX].reason
+    assert catalogue.entry("head").serves(Extractor.HOOK, OUTPUT)
+
+
+def test_an_untraceable_model_is_served_by_hooks(load_net) -> None:
+    """Without a symbolic graph FX says why it can't, and HOOK can."""
+    entry = measure(load_net("branching")).entry("second")
+    assert "traced" in entry.support[Extractor.FX].reason
+    assert entry.serves(Extractor.HOOK, OUTPUT)
+
+
+def test_modules_that_never_run_are_listed_last(load_net) -> None:
+    """A module that no forward pass calls is there, served by nobody, and says so."""
+    catalogue = measure(load_net("silent"))
+    assert [(e.name, e.calls) for e in catalogue if e.kind is PointKind.MODULE][-2:] == [
+        ("aux", 0),
+        ("read", 0),
+    ]
+    assert catalogue.entry("aux").served_by(OUTPUT) == []
+    assert "never runs" in catalogue.entry("aux").support[Extractor.HOOK].reason
+
+
+def test_members_of_containers_are_entries(load_net) -> None:
+    """Tuples and dicts that a module returns, or is given, come apart by index and key."""
+    catalogue = measure(load_net("containers"))
+    hooked = names(catalogue, Extractor.HOOK)
+    assert {"pair.0", "pair.1.0", "named.low", "named.high"} <= hooked
+    assert "pair.0" in catalogue.entry("pair").support[Extractor.HOOK].reason
+    assert {"add.0", "add.other"} <= names(catalogue, Extractor.HOOK, INPUT)
+
+
+def test_tokens_and_the_fused_transformer_path(load_net) -> None:
+    """The parts of a transformer layer run one by one, although torch would fuse them."""
+    catalogue = measure(load_net("tokens"))
+    assert catalogue.entry("encoder.linear1").calls == 1
+    assert catalogue.entry("encoder.self_attn.out_proj").calls == 0
+
+
+def test_a_model_that_writes_into_its_batch_is_known(load_net) -> None:
+    """Whether a model overwrites its input is measured."""
+    assert measure(load_net("writes_input")).mutates_input
+    assert not measure(load_net("residual")).mutates_input
+
+
+def test_content_dependent_shapes_are_dynamic(load_net) -> None:
+    """An output whose size follows the content is marked, and not predicted."""
+    assert measure(load_net("dynamic")).entry("pick").specs[OUTPUT].dynamic
+
+
+def test_measuring_leaves_no_hook_behind(load_net) -> None:
+    """The hooks of the surveys are gone afterwards, and the model is still in eval mode."""
+    model = load_net("residual")
+    measure(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+    assert not any(m.training for m in model.module.modules())
+
+
+def test_a_model_that_can_not_run_is_a_load_error(load_net) -> None:
+    """A model that fails on its own input shape is refused when it is loaded."""
+    model = load_net("residual")
+    model.module.fc = nn.Linear(3, 5)
+    with pytest.raises(ModelLoadError, match=r"\[3, 16, 16\]"):
+        measure(model)
+
+
+def test_a_misspelt_layer_gets_close_matches(load_net) -> None:
+    """A name that is nearly right is told what it is near to."""
+    with pytest.raises(LayerNotFoundError, match="did you mean 'layer1'"):
+        measure(load_net("residual")).entry("layr1")
+
+
+def test_globs_stay_within_a_component_unless_doubled(load_net) -> None:
+    """`*` does not cross a dot, `**` does, and brackets or dots mean themselves."""
+    catalogue = measure(load_net("residual"))
+
+    def matched(pattern: str) -> list[str]:
+        return [entry.name for entry in catalogue.match(pattern)]
+
+    assert matched("layer*") == ["layer1", "layer2"]
+    assert matched("layer1.?.bn2") == ["layer1.0.bn2", "layer1.1.bn2"]
+    assert set(matched("**.conv2")) == {"layer1.0.conv2", "layer1.1.conv2", "layer2.1.conv2"}
+    assert matched("layer1x0") == []
+    assert isinstance(catalogue.entry("fc"), LayerEntry)

@@ -1,0 +1,109 @@
+"""Every extractor's plan equals the oracle, or there is no plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import inputs_of, outputs_of
+from tinynets import ITEM
+
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.plan import collect
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference, same
+from layertap.models import LoadedModel
+from layertap.selection import Capture, Extractor
+
+EXACT = (Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.FX, Extractor.HOOK)
+
+
+def point(path: str, capture: Capture = Capture.OUTPUT, call: int = 0) -> CapturePoint:
+    return CapturePoint(PointKind.MODULE, path, capture, call)
+
+
+def builder(model: LoadedModel) -> PlanBuilder:
+    return PlanBuilder(model, Taps(model.module), measure(model))
+
+
+@pytest.mark.parametrize("extractor", EXACT)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_exact_extractors_equal_the_oracle_bit_for_bit(load_net, extractor, batch) -> None:
+    """Values that a later in-place operation overwrites come out as the modules returned them."""
+    model, x = load_net("residual"), torch.randn(batch, *ITEM)
+    paths = ("conv1", "bn1", "layer1", "avgpool")
+    points = [point(path) for path in paths]
+    plan = builder(model).build(extractor, points, ITEM)
+    for path, value in zip(paths, collect(plan.built, points, x), strict=True):
+        assert same(value, outputs_of(model.module, x, path)[0]), path
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_torchscript_equals_the_oracle_within_its_tolerance(load_net, batch) -> None:
+    """The compiled program, inputs and further calls included, is near enough at other batches."""
+    model, x = load_net("residual"), torch.randn(batch, *ITEM)
+    points = [point("bn1"), point("layer1.0.relu", call=1), point("avgpool", Capture.INPUT)]
+    plan = builder(model).build(Extractor.TORCHSCRIPT, points, ITEM)
+    expected = [
+        outputs_of(model.module, x, "bn1")[0],
+        outputs_of(model.module, x, "layer1.0.relu")[1],
+        inputs_of(model.module, x, "avgpool")[0],
+    ]
+    for value, oracle in zip(collect(plan.built, points, x), expected, strict=True):
+        assert difference(value, oracle) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+
+
+def test_torchscript_holds_nothing_behind_the_last_layer(load_net) -> None:
+    """The program of layer1 has none of the later convolutions."""
+    model = load_net("residual")
+    plan = builder(model).build(Extractor.TORCHSCRIPT, [point("layer1")], ITEM)
+    kinds = [node.kind() for node in plan.built._program.graph.nodes()]
+    total = sum(isinstance(m, torch.nn.Conv2d) for m in model.module.modules())
+    assert total == 8
+    assert sum("conv" in kind for kind in kinds) == 5
+
+
+def test_a_parent_and_its_last_child_are_both_served_by_fx(load_net) -> None:
+    """torchvision silently drops one of two names for one node; a plan gives both."""
+    model, x = load_net("residual"), torch.randn(2, *ITEM)
+    points = [point("layer1"), point("layer1.1"), point("layer1.1.relu", call=1)]
+    plan = builder(model).build(Extractor.FX, points, ITEM)
+    expected = outputs_of(model.module, x, "layer1")[0]
+    assert all(same(value, expected) for value in collect(plan.built, points, x))
+
+
+def test_graph_nodes_are_served_by_fx(load_net) -> None:
+    """The sum before a block's last ReLU is right, though the ReLU overwrites it."""
+    model, x = load_net("residual"), torch.randn(2, *ITEM)
+    catalogue = measure(model)
+    name = next(e.name for e in catalogue if e.kind is PointKind.NODE and "add" in e.type)
+    points = [CapturePoint(PointKind.NODE, name)]
+    plan = PlanBuilder(model, Taps(model.module), catalogue).build(Extractor.FX, points, ITEM)
+    (value,) = collect(plan.built, points, x)
+    block = name.rpartition(".")[0]
+    assert same(value, inputs_of(model.module, x, f"{block}.relu")[1])
+
+
+def test_an_extractor_whose_value_differs_gets_no_plan(load_net) -> None:
+    """FX loses an unassigned in-place statement; the plan is refused, not used."""
+    model = load_net("unassigned_in_place")
+    with pytest.raises(ExtractorUnsupportedError, match="FX can't serve layer 'head'.*differs"):
+        builder(model).build(Extractor.FX, [point("head")], ITEM)
+
+
+def test_an_item_shape_that_the_model_can_not_take_is_bad_input(load_net) -> None:
+    """A shape on which the model itself fails is the caller's mistake, in words of ours."""
+    with pytest.raises(InvalidInputError, match=r"\[3, 1, 1\].*measured at \[3, 16, 16\]"):
+        model = load_net("tokens")
+        builder(model).build(Extractor.HOOK, [point("encoder")], (3, 1, 1))
+
+
+def test_specs_are_those_of_the_item_shape(load_net) -> None:
+    """A plan for larger items predicts larger values."""
+    plan = builder(load_net("residual")).build(Extractor.HOOK, [point("layer1")], (3, 32, 32))
+    assert plan.specs[0].shape(4) == (4, 8, 16, 16)
+
+
+def test_content_dependent_values_make_a_dynamic_plan(load_net) -> None:
+    """A plan knows when it can't predict."""
+    plan = builder(load_net("dynamic")).build(Extractor.HOOK, [point("pick")], ITEM)
+    assert plan.dynamic

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models import ModelSpec
+from layertap.models.factory_source import build_factory
+
+Write = Callable[[str], str]
+
+NETS = """
+from torch import nn
+
+def tiny():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+class Nets:
+    small = staticmethod(tiny)
+
+def ones():
+    net = tiny()
+    nn.init.ones_(net[0].weight)
+    return net
+
+def broken():
+    raise KeyError("inside")
+
+def number():
+    return 3
+
+setting = 4
+"""
+
+
+def test_the_factorys_own_weights_stay(factory_module: Write) -> None:
+    """By default the module is what the factory returns."""
+    name = factory_module(NETS)
+
+    built = build_factory(ModelSpec(f"{name}:ones"))
+
+    assert torch.equal(built.module[0].weight, torch.ones(4, 3, 3, 3))
+    assert (built.source, built.weights) == (f"{name}:ones", "factory's own")
+    assert built.preprocess is None
+
+
+def test_a_factory_may_be_an_attribute(factory_module: Write) -> None:
+    """Dots after the colon reach into classes."""
+    assert isinstance(
+        build_factory(ModelSpec(f"{factory_module(NETS)}:Nets.small")).module, nn.Sequential
+    )
+
+
+def test_random_seeds_the_construction(factory_module: Write) -> None:
+    """The same seed gives the same module, and the process's generator is untouched."""
+    name = factory_module(NETS)
+    before = torch.get_rng_state()
+
+    built = [
+        build_factory(ModelSpec(f"{name}:tiny", weights="random", seed=seed)) for seed in (1, 1, 2)
+    ]
+
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(built[0].module[0].weight, built[1].module[0].weight)
+    assert not torch.equal(built[0].module[0].weight, built[2].module[0].weight)
+    assert built[2].weights == "random (seed 2)"
+
+
+def test_a_state_dict_is_loaded(factory_module: Write, tmp_path: Path) -> None:
+    """A weights file is loaded into the factory's module."""
+    name = factory_module(NETS)
+    state = build_factory(ModelSpec(f"{name}:ones")).module.state_dict()
+    torch.save(state, tmp_path / "w.pth")
+
+    built = build_factory(ModelSpec(f"{name}:tiny", weights=str(tmp_path / "w.pth")))
+
+    assert torch.equal(built.module[0].weight, torch.ones(4, 3, 3, 3))
+    assert built.weights == "w.pth"
+
+
+def test_named_weights_are_refused(factory_module: Write) -> None:
+    """A factory has no members to choose from."""
+    with pytest.raises(WeightsUnavailableError, match="got 'IMAGENET1K_V1', expected DEFAULT"):
+        build_factory(ModelSpec(f"{factory_module(NETS)}:tiny", weights="IMAGENET1K_V1"))
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("broken", "it raised KeyError: 'inside'"),
+        ("number", r"it returned int, expected a torch\.nn\.Module"),
+        ("setting", "has no function 'setting'"),
+        ("missing", "has no function 'missing'"),
+        ("Nets.missing", r"has no function 'Nets\.missing'"),
+    ],
+)
+def test_bad_factories_are_load_errors(function: str, message: str, factory_module: Write) -> None:
+    """Whatever is wrong with a factory is a ModelLoadError that names it."""
+    with pytest.raises(ModelLoadError, match=message):
+        build_factory(ModelSpec(f"{factory_module(NETS)}:{function}"))
+
+
+def test_a_missing_package_is_a_load_error() -> None:
+    """A module that isn't there is named, with where to look."""
+    with pytest.raises(ModelLoadError, match="no_such_nets.*PYTHONPATH"):
+        build_factory(ModelSpec("no_such_nets:tiny"))
+
+
+def test_a_package_that_breaks_on_import_is_a_load_error(factory_module: Write) -> None:
+    """An exception while importing is a ModelLoadError that names its type."""
+    with pytest.raises(ModelLoadError, match="importing it raised ZeroDivisionError"):
+        build_factory(ModelSpec(f"{factory_module('1 / 0')}:tiny"))
+
+
+@pytest.mark.parametrize("target", ["pkg:", "factory:pkg"])
+def test_half_a_target_is_a_load_error(target: str) -> None:
+    """A factory needs a module and a function."""
+    with pytest.raises(ModelLoadError, match=r"expected package\.module:function"):
+        build_factory(ModelSpec(target, name="x"))

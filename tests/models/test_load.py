@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models import LoadedModel, ModelSpec, decode_image, load_model
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    """SqueezeNet with seeded weights, on the CPU."""
+    return load_model(ModelSpec.parse("small=squeezenet1_1", weights="random"), "cpu")
+
+
+def test_a_model_is_ready_to_run(model: LoadedModel) -> None:
+    """Every module is in eval mode, no parameter needs gradients, the device is a torch.device."""
+    assert model.name == "small"
+    assert model.device == torch.device("cpu")
+    assert not any(part.training for part in model.module.modules())
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_a_photograph_goes_all_the_way(model: LoadedModel, photo_bytes: bytes) -> None:
+    """A JPEG's bytes become an input that the model's own spec accepts, and runs."""
+    assert model.preprocess is not None
+    batch = model.preprocess.batch([decode_image(photo_bytes, 0)] * 2)
+
+    model.input.check(batch.shape, "float32")
+    with torch.inference_mode():
+        outcome = model.forward(batch)
+    assert outcome.shape == (2, 1000)
+    assert torch.allclose(outcome[0], outcome[1], atol=1e-5)
+
+
+def test_results_depend_on_the_seed_alone(model: LoadedModel, photo: Image.Image) -> None:
+    """A model loaded again with the same seed gives the same numbers."""
+    again = load_model(ModelSpec("squeezenet1_1", weights="random"), torch.device("cpu"))
+    assert again.preprocess is not None
+    x = again.preprocess.batch([photo])
+
+    with torch.inference_mode():
+        assert torch.equal(again.forward(x), model.forward(x))
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_load_error(device: str) -> None:
+    """A device that torch doesn't know or have is named in the message."""
+    with pytest.raises(ModelLoadError, match=f"device {device} for model squeezenet1_1: "):
+        load_model(ModelSpec("squeezenet1_1", weights="random"), device)
+
+
+def test_nothing_random_stands_in_for_missing_weights(torch_home: Path) -> None:
+    """Weights that can't be had are an error; torch's cache stays empty."""
+    with pytest.raises(WeightsUnavailableError):
+        load_model(ModelSpec("squeezenet1_1"))
+    assert not list(torch_home.iterdir())
+
+
+def test_each_kind_of_source_has_its_loader(factory_module: Callable[[str], str]) -> None:
+    """A factory's module is loaded through the same door as torchvision's models."""
+    name = factory_module("from torch import nn\ndef net():\n    return nn.Conv2d(3, 2, 1)\n")
+
+    loaded = load_model(ModelSpec(f"{name}:net", item_shape=(3, 4, 4)))
+
+    with torch.inference_mode():
+        assert loaded.forward(torch.rand(loaded.input.batch_shape(2))).shape == (2, 2, 4, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_model_moves_to_the_gpu() -> None:
+    """On a GPU the device is the one with its index, and every parameter is there."""
+    model = load_model(ModelSpec("squeezenet1_1", weights="random"), "cuda")
+
+    assert model.device == torch.device("cuda", torch.cuda.current_device())
+    assert {parameter.device for parameter in model.module.parameters()} == {model.device}

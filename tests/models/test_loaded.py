@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from layertap.models import InputSpec, LoadedModel
+
+
+class Recorder(nn.Module):
+    """Returns its argument, whatever it is."""
+
+    def forward(self, x: object) -> object:
+        return x
+
+
+def model(*, takes_list: bool) -> LoadedModel:
+    return LoadedModel(
+        name="m",
+        source="s",
+        weights="w",
+        module=Recorder(),
+        device=torch.device("cpu"),
+        input=InputSpec((3, 4, 4), spatial=2),
+        takes_list=takes_list,
+    )
+
+
+def test_forward_passes_the_batch_on() -> None:
+    """A module gets the very batch."""
+    x = torch.rand(2, 3, 4, 4)
+
+    assert model(takes_list=False).forward(x) is x
+
+
+def test_forward_unbinds_for_modules_that_take_lists() -> None:
+    """A detection module gets a list with each item of the batch, without its dimension."""
+    x = torch.rand(2, 3, 4, 4)
+
+    items = model(takes_list=True).forward(x)
+
+    assert isinstance(items, list)
+    assert [item.shape for item in items] == [(3, 4, 4)] * 2
+    assert torch.equal(torch.stack(items), x)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models import ModelSpec, load_model
+from layertap.models.torchscript_source import build_torchscript
+
+
+def trace(net: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.trace(net, torch.rand(1, 3, 8, 8))
+
+
+@pytest.fixture(params=[trace, torch.jit.script, lambda net: torch.jit.freeze(trace(net))])
+def saved(request: pytest.FixtureRequest, tiny_net: nn.Module, tmp_path: Path) -> Path:
+    """The tiny net as a traced, a scripted and a frozen file."""
+    make: Callable[[nn.Module], torch.jit.ScriptModule] = request.param
+    with warnings.catch_warnings():
+        # Torch deprecates TorchScript, and warns about a first call on another thread.
+        warnings.simplefilter("ignore")
+        torch.jit.save(make(tiny_net), tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+def test_a_file_runs_as_its_module(saved: Path, tiny_net: nn.Module) -> None:
+    """A loaded file computes what the module that it was made of computes."""
+    model = load_model(ModelSpec(str(saved), item_shape=(3, 8, 8)))
+    x = torch.rand(2, 3, 8, 8)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(model.forward(x), tiny_net(x))
+
+
+def test_clients_read_the_base_name_only(saved: Path) -> None:
+    """The source that clients see has no directory, and the model takes no images."""
+    model = load_model(ModelSpec(str(saved), item_shape=(3, 8, 8)))
+
+    assert (model.name, model.source, model.weights) == ("net", "torchscript:net.pt", "net.pt")
+    assert model.preprocess is None
+
+
+def test_parameters_need_no_gradients(saved: Path) -> None:
+    """No parameter asks for gradients, and the module is in eval mode."""
+    model = load_model(ModelSpec(str(saved), item_shape=(3, 8, 8)))
+
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    assert not any(getattr(part, "training", False) for part in model.module.modules())
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [("random", "make no sense"), ("IMAGENET1K_V1", "IMAGENET1K_V1"), ("w.pth", "w.pth")],
+)
+def test_other_weights_are_refused(weights: str, reason: str) -> None:
+    """A TorchScript file has its weights within, and the refusal says so."""
+    with pytest.raises(WeightsUnavailableError, match=f"net.pt: .* has its own.*{reason}"):
+        build_torchscript(ModelSpec("net.pt", weights=weights))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """The message says which file isn't there."""
+    with pytest.raises(ModelLoadError, match=r"none\.pt: no such file"):
+        build_torchscript(ModelSpec(str(tmp_path / "none.pt")))
+
+
+@pytest.mark.parametrize("kind", ["state dict", "text", "empty"])
+def test_other_files_are_refused(kind: str, tiny_net: nn.Module, tmp_path: Path) -> None:
+    """A state dict or any other file is refused, with how a state dict is used."""
+    path = tmp_path / "w.pt"
+    if kind == "state dict":
+        torch.save(tiny_net.state_dict(), path)
+    else:
+        path.write_text("hello" if kind == "text" else "")
+
+    with pytest.raises(ModelLoadError, match=r"w\.pt: torch can't load it as one.*--weights"):
+        build_torchscript(ModelSpec(str(path)))

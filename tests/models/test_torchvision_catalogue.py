@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+from torchvision import models
+
+from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models.torchvision_catalogue import Family, find_builder
+
+
+def test_every_model_is_served_or_refused_with_a_reason() -> None:
+    """All that torchvision lists has a family, its weights and a reference, or a clear refusal."""
+    refused = 0
+    for name in models.list_models():
+        try:
+            builder = find_builder(name)
+        except ModelLoadError as error:
+            assert "can't be served" in str(error)
+            refused += 1
+            continue
+        assert builder.member("DEFAULT") is models.get_model_weights(name).DEFAULT
+        assert builder.reference() in builder.members.values()
+    assert refused == sum(name.startswith(("raft_", "quantized_")) for name in models.list_models())
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("resnet18", Family.CLASSIFICATION),
+        ("fcn_resnet50", Family.SEGMENTATION),
+        ("ssd300_vgg16", Family.DETECTION),
+        ("r3d_18", Family.VIDEO),
+    ],
+)
+def test_families(name: str, family: Family) -> None:
+    """The family is told by where torchvision keeps the builder."""
+    assert find_builder(name).family is family
+
+
+def test_unknown_models_have_close_matches() -> None:
+    """A misspelt builder is refused with close matches, and none that would be refused too."""
+    with pytest.raises(ModelLoadError) as caught:
+        find_builder("resnet_18")
+
+    assert "torchvision has no such model" in str(caught.value)
+    assert "resnet18" in str(caught.value)
+    assert "quantized" not in str(caught.value)
+
+
+def test_optical_flow_is_refused() -> None:
+    """RAFT takes two images, and the refusal says so."""
+    with pytest.raises(ModelLoadError, match="raft_small.*compares two images"):
+        find_builder("raft_small")
+
+
+@pytest.mark.parametrize("name", ["IMAGENET1K_V1", "ResNet50_Weights.IMAGENET1K_V1"])
+def test_members_are_found_by_short_and_full_name(name: str) -> None:
+    """A member's name may have its class before it, as ``str`` writes it."""
+    assert find_builder("resnet50").member(name) is models.ResNet50_Weights.IMAGENET1K_V1
+
+
+@pytest.mark.parametrize("name", ["IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1"])
+def test_unknown_members_list_those_there_are(name: str) -> None:
+    """An unknown member, another model's included, is refused with the list of the model's own."""
+    with pytest.raises(WeightsUnavailableError) as caught:
+        find_builder("resnet50").member(name)
+
+    assert f"got {name!r}, expected one of DEFAULT, IMAGENET1K_V1, IMAGENET1K_V2," in str(
+        caught.value
+    )
+    assert "did you mean IMAGENET1K_V" in str(caught.value)
+
+
+def test_published_files_are_recognised_by_name() -> None:
+    """A file with the base name of torchvision's own stands for that member."""
+    builder = find_builder("resnet50")
+
+    assert builder.published("/data/resnet50-0676ba61.pth") is (
+        models.ResNet50_Weights.IMAGENET1K_V1
+    )
+    assert builder.published("mine.pth") is None

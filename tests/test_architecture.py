@@ -1,0 +1,194 @@
+"""The guards of ``make check`` turn red when they should, and the house rules hold."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import layertap
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = ROOT / "server"
+GENERATOR = ROOT / ".venv-gen" / "bin" / "python"
+GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
+MAX_LINES = 400
+
+
+def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
+    """Run import-linter on a copy of the tree."""
+    return subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache", "--no-logo"],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree / "server")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def check_generated(tree: Path, python: Path = GENERATOR) -> subprocess.CompletedProcess[str]:
+    """Run the check of generated code on a copy of the tree."""
+    return subprocess.run(
+        [python, ROOT / "tools" / "gen_proto.py", "--check", "--root", tree],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Copy what the guards read, so that a test may break it."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "proto", tmp_path / "proto")
+    shutil.copytree(SERVER, tmp_path / "server", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_layers_hold(tree: Path) -> None:
+    """The tree as it stands keeps every import contract."""
+    result = lint_imports(tree)
+    assert result.returncode == 0, result.stdout
+    assert "0 broken" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "contract"),
+    [
+        ("wire", "import layertap.engine", "Imports point down only"),
+        ("engine", "from layertap.services import status", "Imports point down only"),
+        ("services", "import layertap.client", "Imports point down only"),
+        ("client", "import torch", "The client is made of wire and generated stubs"),
+        ("client", "import layertap.engine", "The client is made of wire and generated stubs"),
+        ("engine", "import grpc", "gRPC lives in services, app, client and cli"),
+        ("services", "import torch", "PyTorch lives in models, extraction and engine"),
+        ("extraction", "import layertap.v1.tensor_pb2", "Generated messages stay out of engine"),
+    ],
+)
+def test_forbidden_import_is_named(tree: Path, module: str, statement: str, contract: str) -> None:
+    """An import against a contract fails the linter, which names the contract and the file."""
+    planted = tree / "server" / "layertap" / module / "planted.py"
+    planted.write_text(f'"""Planted."""\n\n{statement}\n', encoding="utf-8")
+    result = lint_imports(tree)
+    assert result.returncode == 1
+    assert re.search(rf"^{contract}.* BROKEN", result.stdout, re.MULTILINE), result.stdout
+    assert f"layertap.{module}.planted" in result.stdout
+
+
+def test_generated_code_is_fresh(tree: Path) -> None:
+    """The committed code is what the pinned generator makes of ``proto/``."""
+    result = check_generated(tree)
+    assert result.returncode == 0, result.stdout
+
+
+def test_changed_proto_makes_generated_code_stale(tree: Path) -> None:
+    """A .proto that changed without ``make gen`` is told by file, and the others are not."""
+    proto = tree / "proto" / "layertap" / "v1" / "tensor.proto"
+    proto.write_text(proto.read_text("utf-8") + "\nmessage Planted {}\n", encoding="utf-8")
+    result = check_generated(tree)
+    assert result.returncode == 1
+    assert "tensor_pb2.py\n" in result.stdout
+    assert "tensor_pb2.pyi\n" in result.stdout
+    assert "catalogue_pb2" not in result.stdout
+    assert "make gen" in result.stdout
+
+
+def test_left_over_generated_file_is_stale(tree: Path) -> None:
+    """Generated code whose .proto is gone is told."""
+    left_over = tree / "server" / "layertap" / "v1" / "gone_pb2.py"
+    left_over.write_text("", encoding="utf-8")
+    result = check_generated(tree)
+    assert result.returncode == 1
+    assert f"stale: {left_over}" in result.stdout
+
+
+def test_other_generators_are_refused(tree: Path) -> None:
+    """An environment without the pinned generator neither writes nor judges generated code."""
+    result = check_generated(tree, Path(sys.executable))
+    assert result.returncode == 1
+    assert "the generator is grpcio-tools" in result.stdout
+
+
+def modules() -> Iterator[str]:
+    """Name every module of the package that is written by hand."""
+    for found in pkgutil.walk_packages(layertap.__path__, "layertap."):
+        # A compiled module and its plain twin have a .pyi for a list, and __main__ runs when
+        # imported.
+        private = found.name.rpartition(".")[2].startswith("_")
+        if not private and not found.name.startswith("layertap.v1"):
+            yield found.name
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_all_is_true(name: str) -> None:
+    """``__all__`` names things that exist, and every public function and class defined there."""
+    module = importlib.import_module(name)
+    listed = getattr(module, "__all__", [])
+    assert len(listed) == len(set(listed))
+    assert [item for item in listed if not hasattr(module, item)] == []
+    defined = {
+        item
+        for item, value in vars(module).items()
+        if (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == name
+        and not item.startswith("_")
+    }
+    assert sorted(defined - set(listed)) == []
+
+
+@pytest.mark.parametrize("module", ["layertap", "layertap.client"])
+def test_client_needs_no_torch(module: str) -> None:
+    """Importing the client does not import torch."""
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def constraints() -> dict[str, str]:
+    """Read constraints.txt: versions by normalised name."""
+    pairs = {}
+    for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines():
+        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][A-Za-z0-9.]*)", line)
+        assert match, f"not name==version: {line!r}"
+        pairs[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2]
+    return pairs
+
+
+def test_constraints_are_names_and_versions() -> None:
+    """constraints.txt holds one ``name==version`` a line: no addresses, no paths, no doubles."""
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    assert len(constraints()) == len(lines) > 0
+
+
+def test_constraints_cover_the_dependencies() -> None:
+    """Every direct dependency, of users and developers, is pinned within its range."""
+    pinned = constraints()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    for need in map(Requirement, needed):
+        name = re.sub(r"[-_.]+", "-", need.name).lower()
+        assert name in pinned, f"{name} is not pinned"
+        assert need.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is out of range"
+
+
+def test_files_are_small() -> None:
+    """No file of the package or the extension is longer than one job needs."""
+    files = [*SERVER.rglob("*.py"), *SERVER.rglob("*.pyi"), *(ROOT / "csrc").rglob("*.*")]
+    long = {
+        str(file.relative_to(ROOT)): lines
+        for file in files
+        if not GENERATED.search(file.name)
+        and (lines := len(file.read_text("utf-8").splitlines())) > MAX_LINES
+    }
+    assert long == {}

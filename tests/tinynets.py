@@ -1,0 +1,260 @@
+"""Tiny real networks, each with one property that makes capture go wrong in the naive way.
+
+They are factories for ``package.module:factory`` too: servers in the tests load them by name. All
+take ``[B, 3, 16, 16]`` float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+ITEM = (3, 16, 16)
+
+
+def seeded(build: type[nn.Module]) -> nn.Module:
+    """Build a net with the same random weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        net = build()
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                # Fresh statistics would make batch norm nearly the identity.
+                nn.init.uniform_(module.running_mean, -0.5, 0.5)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+        return net.eval()
+
+
+class Block(nn.Module):
+    """A residual block whose ReLU runs twice and in place, as torchvision's does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+
+class Residual(nn.Module):
+    """ResNet in small: in-place ReLUs, a flatten between the last two children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = nn.Sequential(Block(8), Block(8))
+        self.layer2 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1), Block(16))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class Containers(nn.Module):
+    """A child that returns a tuple, one that returns a dict, and one that takes two tensors."""
+
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, int]]:
+            return x + 1, (x * 2, 3)
+
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"low": x - 1, "high": x + 1}
+
+    class Add(nn.Module):
+        def forward(self, x: torch.Tensor, *, other: torch.Tensor) -> torch.Tensor:
+            return x + other
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = self.Pair()
+        self.named = self.Named()
+        self.add = self.Add()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, (second, _) = self.pair(x)
+        named = self.named(first)
+        return self.add(named["low"], other=second)
+
+
+class Silent(nn.Module):
+    """A head that runs in training only, and one whose weights are read without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 1)
+        self.aux = nn.Conv2d(4, 2, 1)
+        self.read = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        if self.training:
+            return self.aux(x)
+        return nn.functional.linear(x.mean((2, 3)), self.read.weight, self.read.bias)
+
+
+class UnassignedInPlace(nn.Module):
+    """An in-place statement without a user, which dead-code elimination takes for dead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        y.relu_()
+        return self.head(y)
+
+
+class Branching(nn.Module):
+    """A branch on a value: symbolic tracing gives up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.second = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if bool(x.isnan().any()):
+            return x
+        return self.second(x)
+
+
+class WritesInput(nn.Module):
+    """A model that overwrites the batch that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.relu(x.sub_(0.5)))
+
+
+class Dynamic(nn.Module):
+    """An output whose size depends on the content, as a detector's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Conv2d(3, 1, 1)
+        self.pick = self.Pick()
+
+    class Pick(nn.Module):
+        def forward(self, scores: torch.Tensor) -> torch.Tensor:
+            return scores[scores > 0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pick(self.score(x))
+
+
+class Raises(nn.Module):
+    """A model that can't stand large values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        if bool((x.abs() > 1000).any()):
+            raise RuntimeError("secret internal text")
+        return x
+
+
+class Numbered(nn.Module):
+    """Modules whose names end in numbers, which torchvision's node names mix up, and a dotted one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_1 = nn.BatchNorm2d(3)
+        self.norm_2 = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.norm_2(self.relu(self.norm_1(x))))
+
+
+class Tokens(nn.Module):
+    """Patch tokens with a class token in front, as a ViT has: [B, 1 + 16, 6]."""
+
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Conv2d(3, 6, 4, stride=4)
+            self.token = nn.Parameter(torch.zeros(1, 1, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.proj(x).flatten(2).transpose(1, 2)
+            return torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = self.Embed()
+        self.encoder = nn.TransformerEncoderLayer(6, 2, 12, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(self.embed(x))
+
+
+def residual() -> nn.Module:
+    """Return a seeded Residual."""
+    return seeded(Residual)
+
+
+def containers() -> nn.Module:
+    """Return a seeded Containers."""
+    return seeded(Containers)
+
+
+def silent() -> nn.Module:
+    """Return a seeded Silent."""
+    return seeded(Silent)
+
+
+def unassigned_in_place() -> nn.Module:
+    """Return a seeded UnassignedInPlace."""
+    return seeded(UnassignedInPlace)
+
+
+def branching() -> nn.Module:
+    """Return a seeded Branching."""
+    return seeded(Branching)
+
+
+def writes_input() -> nn.Module:
+    """Return a seeded WritesInput."""
+    return seeded(WritesInput)
+
+
+def dynamic() -> nn.Module:
+    """Return a seeded Dynamic."""
+    return seeded(Dynamic)
+
+
+def raises() -> nn.Module:
+    """Return a seeded Raises."""
+    return seeded(Raises)
+
+
+def numbered() -> nn.Module:
+    """Return a seeded Numbered."""
+    return seeded(Numbered)
+
+
+def tokens() -> nn.Module:
+    """Return a seeded Tokens."""
+    return seeded(Tokens)
