@@ -38,7 +38,7 @@ gen: .venv-gen/.installed ## write the generated code from proto/
 clean: ## remove what was built and cached; the environments stay
 	rm -rf build dist server/layertap.egg-info server/layertap/_core*.so .venv/.built
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-	find server tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Three stamps, so that a change does only its own work: dependencies are installed again when they
 # change, the extension is rebuilt when C++ changes, the generator hardly ever.

@@ -16,7 +16,14 @@ setup(
             [f"csrc/{name}.cpp" for name in SOURCES],
             depends=[
                 f"csrc/{name}.h"
-                for name in [*SOURCES[1:], "dtype", "float_bits", "python_buffer", "shape"]
+                for name in [
+                    *SOURCES[1:],
+                    "dtype",
+                    "float_bits",
+                    "python_buffer",
+                    "shape",
+                    "transpose",
+                ]
             ],
             cxx_std=17,
             extra_compile_args=FLAGS,

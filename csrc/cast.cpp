@@ -6,6 +6,7 @@
 //   part of aarch64's baseline) the one portable loop is vectorised as it stands.
 #include "cast.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "float_bits.h"
@@ -74,6 +75,41 @@ LAYERTAP_AVX2 void avx2_run<Kind::kFloat16, Kind::kFloat32>(const std::uint8_t* 
   cast_loop<Kind::kFloat16, Kind::kFloat32>(source + i * 2, target + i * 4, n - i);
 }
 
+LAYERTAP_INLINE void odd_loop(const std::uint8_t* source, float* target, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    double value;
+    std::memcpy(&value, source + i * sizeof(value), sizeof(value));
+    target[i] = single_to_odd(value);
+  }
+}
+
+// float64 -> float16, float16 -> float64 and bfloat16 <-> float16 by way of float32, where F16C does the hard part.
+template <Kind kFrom, Kind kTo>
+LAYERTAP_AVX2 void avx2_run_by_single(const std::uint8_t* source, std::uint8_t* target,
+                                      std::size_t n) {
+  constexpr std::size_t kChunk = 256;
+  float single[kChunk];
+  auto* bytes = reinterpret_cast<std::uint8_t*>(single);
+  for (std::size_t at = 0; at < n; at += kChunk) {
+    const std::size_t count = std::min(kChunk, n - at);
+    const std::uint8_t* from = source + at * sizeof(typename Element<kFrom>::Bits);
+    if constexpr (kFrom == Kind::kFloat64) {
+      odd_loop(from, single, count);  // see Note [Rounding to odd]
+    } else {
+      avx2_run<kFrom, Kind::kFloat32>(from, bytes, count);
+    }
+    avx2_run<Kind::kFloat32, kTo>(bytes, target + at * sizeof(typename Element<kTo>::Bits), count);
+  }
+}
+
+template <Kind kFrom, Kind kTo>
+Run best_avx2_run() {
+  constexpr bool kHalf = kFrom == Kind::kFloat16 || kTo == Kind::kFloat16;
+  constexpr bool kSingle = kFrom == Kind::kFloat32 || kTo == Kind::kFloat32;
+  if constexpr (kHalf && !kSingle && kFrom != kTo) return avx2_run_by_single<kFrom, kTo>;
+  return avx2_run<kFrom, kTo>;
+}
+
 bool has_avx2() {
   static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   return has;
@@ -84,7 +120,7 @@ bool has_avx2() {
 template <Kind kFrom, Kind kTo>
 Run cast_run() {
 #ifdef LAYERTAP_X86
-  if (has_avx2()) return avx2_run<kFrom, kTo>;
+  if (has_avx2()) return best_avx2_run<kFrom, kTo>();
 #endif
   return portable_run<kFrom, kTo>;
 }

@@ -13,12 +13,14 @@
 #include <cstring>
 
 #include "shape.h"
+#include "transpose.h"
 
 namespace layertap {
 
 namespace {
 
-// A tile holds kTileRows x kTileColumns elements of at most 8 bytes: 16 KiB of L1's 32.
+// A tile holds kTileRows x kTileColumns elements of at most 8 bytes: 16 KiB of L1's 32. 16 rows of
+// 4 bytes are one cache line of the source.
 constexpr std::size_t kTileRows = 16;
 constexpr std::size_t kTileColumns = 128;
 
@@ -105,18 +107,7 @@ void gather_line(const Dim& line, const std::uint8_t* source, std::uint8_t* targ
   }
 }
 
-// A tile of `rows` along the dense dimension by `columns` along the innermost one.
-template <std::size_t kItemsize>
-void transpose_tile(const std::uint8_t* source, std::ptrdiff_t stride, std::uint8_t* tile,
-                    std::size_t rows, std::size_t columns) {
-  for (std::size_t c = 0; c < columns; ++c) {
-    const std::uint8_t* line = source + static_cast<std::ptrdiff_t>(c) * stride;
-    for (std::size_t r = 0; r < rows; ++r) {
-      std::memcpy(tile + (r * kTileColumns + c) * kItemsize, line + r * kItemsize, kItemsize);
-    }
-  }
-}
-
+// The plane [row, column], row being the dimension that is dense in the source.
 template <std::size_t kItemsize>
 void transpose_plane(const Dim& row, const Dim& column, const std::uint8_t* source,
                      std::uint8_t* target, Run run) {
@@ -127,7 +118,7 @@ void transpose_plane(const Dim& row, const Dim& column, const std::uint8_t* sour
       const std::size_t columns = std::min(kTileColumns, column.size - c);
       transpose_tile<kItemsize>(
           source + r * kItemsize + static_cast<std::ptrdiff_t>(c) * column.source_stride,
-          column.source_stride, tile, rows, columns);
+          column.source_stride, tile, kTileColumns * kItemsize, rows, columns);
       std::uint8_t* corner = target + r * row.target_stride + c * column.target_stride;
       for (std::size_t i = 0; i < rows; ++i) {
         run(tile + i * kTileColumns * kItemsize, corner + i * row.target_stride, columns);

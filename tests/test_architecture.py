@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import os
@@ -192,3 +193,16 @@ def test_files_are_small() -> None:
         and (lines := len(file.read_text("utf-8").splitlines())) > MAX_LINES
     }
     assert long == {}
+
+
+def test_tests_have_docstrings() -> None:
+    """Every test states the behaviour that it is about."""
+    silent = [
+        f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test_")
+        and not ast.get_docstring(node)
+    ]
+    assert silent == []

@@ -167,12 +167,13 @@ class Raises(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
         if bool((x.abs() > 1000).any()):
             raise RuntimeError("secret internal text")
-        return x
+        return self.head(x)
 
 
 class Numbered(nn.Module):

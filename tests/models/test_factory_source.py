@@ -106,7 +106,7 @@ def test_bad_factories_are_load_errors(function: str, message: str, factory_modu
 
 def test_a_missing_package_is_a_load_error() -> None:
     """A module that isn't there is named, with where to look."""
-    with pytest.raises(ModelLoadError, match="no_such_nets.*PYTHONPATH"):
+    with pytest.raises(ModelLoadError, match=r"no_such_nets.*PYTHONPATH"):
         build_factory(ModelSpec("no_such_nets:tiny"))
 
 

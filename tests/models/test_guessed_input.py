@@ -38,7 +38,7 @@ def test_a_scripted_convolution_is_seen_too() -> None:
 @pytest.mark.parametrize("net", [nn.Linear(4, 2), nn.ReLU(), nn.Conv1d(1, 1, 1)])
 def test_anything_else_needs_an_item_shape(net: nn.Module) -> None:
     """Where the input can't be told, the message asks for it."""
-    with pytest.raises(ModelLoadError, match="item shape of net.*--item-shape"):
+    with pytest.raises(ModelLoadError, match=r"item shape of net.*--item-shape"):
         guess_input(net, SPEC)
 
 

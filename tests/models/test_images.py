@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 11, 3), dt
 
 
 def loaded_by_torchvision(data: bytes, folder: Path) -> np.ndarray:
+    """Return the pixels that torchvision's default image loader reads from such a file."""
     path = folder / "image"
     path.write_bytes(data)
     with warnings.catch_warnings():
@@ -138,9 +140,8 @@ def test_the_pixel_limit_is_inclusive(kind: str, noise: Image.Image, encoded: En
 
 
 def png_announcing(width: int, height: int) -> bytes:
+    """Return a PNG's header of such a size, and no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    import zlib
-
     return (
         b"\x89PNG\r\n\x1a\n"
         + struct.pack(">I", 13)
@@ -152,6 +153,7 @@ def png_announcing(width: int, height: int) -> bytes:
 
 
 def webp_announcing(width: int, height: int, image: bytes) -> bytes:
+    """Return a small WebP image on a canvas of such a size."""
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + image[12:]
     return b"RIFF" + struct.pack("<I", len(body)) + body

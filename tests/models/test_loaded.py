@@ -14,6 +14,7 @@ class Recorder(nn.Module):
 
 
 def model(*, takes_list: bool) -> LoadedModel:
+    """Return a loaded model that records what its module is given."""
     return LoadedModel(
         name="m",
         source="s",

@@ -10,6 +10,7 @@ from layertap.models import Preprocess
 
 
 def of(builder: str) -> Preprocess:
+    """Return the preprocessing of a builder's default weights."""
     return Preprocess(models.get_model_weights(builder).DEFAULT.transforms())
 
 

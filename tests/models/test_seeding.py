@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
-import pytest
 import torch
 
 from layertap.models.seeding import seeded
@@ -24,9 +24,9 @@ def test_the_global_state_is_untouched_even_by_an_exception() -> None:
     """The process's generator goes on as if the block had not been."""
     before = torch.get_rng_state()
 
-    with pytest.raises(RuntimeError, match="inside"), seeded(0):
+    with suppress(KeyError), seeded(0):
         torch.rand(10)
-        raise RuntimeError("inside")
+        raise KeyError
 
     assert torch.equal(torch.get_rng_state(), before)
 

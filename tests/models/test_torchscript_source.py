@@ -14,6 +14,7 @@ from layertap.models.torchscript_source import build_torchscript
 
 
 def trace(net: nn.Module) -> torch.jit.ScriptModule:
+    """Trace a net that takes images of 8 x 8 pixels."""
     return torch.jit.trace(net, torch.rand(1, 3, 8, 8))
 
 

@@ -13,6 +13,7 @@ from layertap.models.torchvision_source import _options
 
 
 def takes(name: str, item_shape: tuple[int, ...] | None = None) -> InputSpec:
+    """Return a builder's input, from a module without numbers."""
     builder = find_builder(name)
     with torch.device("meta"):
         module = builder.build(**_options(builder))

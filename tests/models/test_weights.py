@@ -91,10 +91,27 @@ def test_foreign_files_are_refused(name: str, content: bytes, tmp_path: Path) ->
         read_state_dict(str(tmp_path / name))
 
 
-def test_a_pickled_module_is_refused_without_running_it(
-    tiny_net: nn.Module, tmp_path: Path
-) -> None:
-    """Only tensors are unpickled: a file that names classes or functions is refused."""
+class Trap:
+    """Pickles as a call that creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
+    """Only tensors are unpickled: a file that calls a function is refused without the call."""
+    torch.save({"weight": Trap(tmp_path / "trapped")}, tmp_path / "w.pth")
+
+    with pytest.raises(WeightsUnavailableError, match="expected a state dict"):
+        read_state_dict(str(tmp_path / "w.pth"))
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_a_pickled_module_is_refused(tiny_net: nn.Module, tmp_path: Path) -> None:
+    """A whole module is code as well as numbers, so it is no state dict."""
     torch.save(tiny_net, tmp_path / "w.pth")
 
     with pytest.raises(WeightsUnavailableError, match="expected a state dict"):
@@ -120,6 +137,14 @@ def test_mismatched_keys_are_named(tiny_net: nn.Module) -> None:
 
     assert "w.pth don't fit the model" in str(caught.value)
     assert "missing: 0.weight; not in the model: 9.weight" in str(caught.value)
+
+
+def test_keys_that_the_model_lacks_are_refused(tiny_net: nn.Module) -> None:
+    """A file with more than the model has is another model's, though nothing is missing."""
+    state = dict(tiny_net.state_dict()) | {"head.weight": torch.zeros(1)}
+
+    with pytest.raises(WeightsUnavailableError, match=r"model: not in the model: head\.weight\."):
+        load_into(tiny_net, state, "w.pth")
 
 
 def test_only_the_first_few_of_many_are_named() -> None:

@@ -170,7 +170,7 @@ def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int
         raise ValueError("shape: got a negative size or one that overflows")
     if size > MAX_MESSAGE_BYTES:
         raise ValueError("message: larger than 2**31 - 1 bytes")
-    tag = tag(field, LENGTH_DELIMITED)
+    opening = tag(field, LENGTH_DELIMITED)
     small = bytes_field(_NAME, name.encode()) + tag(_DTYPE, VARINT) + varint(dtype)
     small += bytes_field(_SHAPE, b"".join(map(varint, shape)))
     data = tag(_DATA, LENGTH_DELIMITED) + varint(size)
@@ -178,7 +178,7 @@ def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int
     for zeros in range(-1, 128):
         padding = b"" if zeros < 0 else tag(_PADDING, 2) + varint(zeros) + bytes(zeros)
         body = small + padding + data
-        header = tag + varint(len(body) + size) + body
+        header = opening + varint(len(body) + size) + body
         if (offset + len(header)) % _ALIGNMENT == _RESIDUE:
             return _Slot(dtype, shape, offset, header, offset + len(header), size)
     raise AssertionError("128 paddings in a row reach every residue")

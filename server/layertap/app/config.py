@@ -30,6 +30,9 @@ Text = Annotated[str, Meta(min_length=1, description="a text")]
 Layers = Annotated[
     tuple[str, ...], Meta(description='a list of layers such as ["layer1", "avgpool:input"]')
 ]
+Threads = Annotated[
+    Annotated[int, Meta(ge=1)] | None, Meta(description="a number from 1")
+]
 Sizes = Annotated[
     tuple[Annotated[int, Meta(ge=1)], ...] | None,
     Meta(description="sizes of one item without the batch, such as [3, 224, 224]"),
@@ -56,7 +59,7 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="'auto', 'cpu' or 'cuda'")
     ] = "auto"
-    threads: Annotated[int | None, Meta(ge=1, description="a number from 1")] = None
+    threads: Threads = None
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
 
     def options(self) -> ServerOptions:

@@ -92,13 +92,13 @@ class _Reader:
         return msgspec.structs.replace(
             model,
             source=_from_folder(self._file.parent, spec),
-            weights=str(self._file.parent / spec.weights) if is_path(spec.weights) else spec.weights,
+            weights=str(self._file.parent / spec.weights)
+            if is_path(spec.weights)
+            else spec.weights,
             name=spec.name,
         )
 
-    def _check_keys(
-        self, table: Mapping[str, object], known: Sequence[str], path: KeyPath
-    ) -> None:
+    def _check_keys(self, table: Mapping[str, object], known: Sequence[str], path: KeyPath) -> None:
         for key in table:
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -129,8 +129,8 @@ def _line_of(text: str, path: KeyPath) -> int | None:
     """Return the line, from 1, where a key is given its value.
 
     tomllib tells no positions, and a search for the key's letters would find it in comments, other
-    tables and long texts. So the file is parsed again line by line: the key stands on the line after
-    the longest beginning of the file that is valid without it. Only an error takes that time.
+    tables and long texts. So the file is parsed again, a line longer each time: the key stands on
+    the line after the longest valid beginning that lacks it. Only an error takes that time.
     """
     lines = text.split("\n")
     begin = 0

@@ -61,7 +61,7 @@ class _Signals:
         """Block until the process is asked to stop."""
         self._arrived.get()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's form
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
             os._exit(128 + number)
         if not self._ready:

@@ -24,7 +24,12 @@ __all__ = ["layers"]
     default=None,
     help="A tree of modules, the default on a terminal, or a table, the default elsewhere.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The whole DescribeModelResponse as JSON.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="The DescribeModelResponse as JSON; has graph nodes always.",
+)
 @local_model_options
 def layers(
     model: str,
@@ -52,14 +57,16 @@ def layers(
     """
     refuse_with_server(server, flags)
     description = _ask(server, model) if server else _measure(model, flags)
+    chosen = _chosen(description, glob, everything or as_json)
     if as_json:
         from google.protobuf.json_format import MessageToJson
 
+        del description.layers[:]
+        description.layers.extend(chosen)
         click.echo(MessageToJson(description, preserving_proto_field_name=True))
         return
     from layertap.cli.render import show_layers
 
-    chosen = _chosen(description, glob, everything)
     show_layers(description.model, chosen, tree=sys.stdout.isatty() if tree is None else tree)
 
 

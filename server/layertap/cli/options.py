@@ -12,30 +12,38 @@ import click
 if TYPE_CHECKING:
     from layertap.engine import Engine
 
-__all__ = ["ITEM_SHAPE", "embedded_engine", "local_model_options", "refuse_with_server", "seed"]
+__all__ = [
+    "embedded_engine",
+    "find_local_modules",
+    "item_shape",
+    "local_model_options",
+    "refuse_with_server",
+    "seed",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class _ItemShape(click.ParamType):
-    name = "C,H,W"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        """Read ``3,224,224``."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            sizes = tuple(int(size) for size in str(value).split(","))
-        except ValueError:
-            sizes = ()
-        if not sizes or min(sizes) < 1:
-            self.fail(f"got {value!r}, expected positive sizes such as 3,224,224", param, ctx)
-        return sizes
+def item_shape(function: F) -> F:
+    """Add ``--item-shape``, whose value is a tuple of sizes."""
+    return click.option(
+        "--item-shape",
+        metavar="C,H,W",
+        callback=_sizes,
+        help="Sizes of one input item without the batch; default: the model's own.",
+    )(function)
 
 
-ITEM_SHAPE = _ItemShape()
+def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        sizes = tuple(int(size) for size in value.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or min(sizes) < 1:
+        raise click.BadParameter(f"got {value!r}, expected positive sizes such as 3,224,224")
+    return sizes
 
 
 def seed(function: F) -> F:
@@ -56,11 +64,7 @@ def local_model_options(function: F) -> F:
             type=click.Choice(["auto", "cpu", "cuda"]),
             help="What to run on; auto is CUDA where there is a device.",
         ),
-        click.option(
-            "--item-shape",
-            type=ITEM_SHAPE,
-            help="Sizes of one input item without the batch; default: the model's own.",
-        ),
+        item_shape,
         seed,
         click.option(
             "--weights",

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from layertap.cli.options import ITEM_SHAPE, find_local_modules, seed
+from layertap.cli.options import find_local_modules, item_shape, seed
 
 __all__ = ["serve"]
 
@@ -29,11 +29,7 @@ MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
     help="Layers to compile and warm at the start; any other can be asked for as well.",
 )
 @seed
-@click.option(
-    "--item-shape",
-    type=ITEM_SHAPE,
-    help="Sizes of one input item without the batch; default: the model's own.",
-)
+@item_shape
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
 from layertap.errors import ModelLoadError
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
@@ -48,6 +49,15 @@ class _Findings:
     specs: dict[CapturePoint, ValueSpec]
     walk: dict[str, str]
     graph: _Graph
+
+    @property
+    def untraceable(self) -> str:
+        """Why the model can't be traced under its taps; empty where it may be."""
+        if self.model.takes_list:
+            return "the model takes a list of images, not a tensor"
+        if isinstance(self.model.module, torch.jit.ScriptModule):
+            return "the model is a TorchScript program already, and runs as one under HOOK"
+        return ""
 
 
 def measure(model: LoadedModel) -> Catalogue:
@@ -97,6 +107,8 @@ def _specs(
 
 def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor]) -> _Graph:
     shape = model.input.item_shape
+    if isinstance(model.module, torch.jit.ScriptModule):
+        return _Graph(reason="a TorchScript program can't be traced symbolically")
     try:
         graph = trace(model)
         equal, one = survey_fx(graph, sample_input(model, 1, shape), oracle)
@@ -125,7 +137,7 @@ def _module_entries(survey: HookSurvey, findings: _Findings) -> list[LayerEntry]
         if not path or (call and base in modules):
             continue
         bare = LayerEntry(
-            base, PointKind.MODULE, type(modules[path]).__name__, calls[path],
+            base, PointKind.MODULE, _class_name(modules[path]), calls[path],
             support=dict.fromkeys(REAL_EXTRACTORS, _no_tensor(path, findings)),
         )
         named: dict[str, dict[Capture, CapturePoint]] = {base: {}}
@@ -151,8 +163,8 @@ def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
 
 def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Support:
     point = entry.points.get(Capture.OUTPUT)
-    if extractor is Extractor.TORCHSCRIPT and findings.model.takes_list:
-        return Support(output=False, reason="the model takes a list of images, not a tensor")
+    if extractor is Extractor.TORCHSCRIPT and findings.untraceable:
+        return Support(output=False, reason=findings.untraceable)
     if point is None:
         missing = next(iter(entry.points.values()))
         support = _no_tensor(missing.path, findings)
@@ -217,12 +229,17 @@ def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
     no = Support(output=False, reason="the module never runs in a forward pass")
     return [
         LayerEntry(
-            path, PointKind.MODULE, type(module).__name__, 0,
+            path, PointKind.MODULE, _class_name(module), 0,
             support=dict.fromkeys(REAL_EXTRACTORS, no),
         )
         for path, module in model.module.named_modules()
         if path and path not in ran
     ]
+
+
+def _class_name(module: nn.Module) -> str:
+    # A TorchScript module is a RecursiveScriptModule that remembers what it was made from.
+    return str(getattr(module, "original_name", type(module).__name__))
 
 
 def _geometry(spec: ValueSpec | None, item_shape: tuple[int, ...]) -> tuple[int, float]:

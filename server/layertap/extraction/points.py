@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 
 from layertap.selection import Capture
 
-__all__ = ["CapturePoint", "Dim", "PointKind", "Sink", "ValueSpec"]
+__all__ = ["CapturePoint", "Dim", "Observer", "PointKind", "Sink", "ValueSpec"]
+
+Observer = Callable[[str, Capture, Any], None]
+"""Takes (module path, side, the value that the module returned or was given)."""
 
 Sink = Callable[[int, torch.Tensor], None]
 """Takes (index of a capture point, its live tensor); must copy what it needs before returning."""

@@ -26,13 +26,11 @@ from torch.utils.hooks import RemovableHandle
 
 from layertap.errors import ModelRunError
 from layertap.extraction.containers import pick
-from layertap.extraction.points import CapturePoint, Sink
+from layertap.extraction.points import CapturePoint, Observer, Sink
+from layertap.extraction.script_taps import instrument, watch
 from layertap.selection import Capture
 
-__all__ = ["Observer", "StopForward", "Taps", "call_input", "observe"]
-
-Observer = Callable[[str, Capture, Any], None]
-"""Takes (module path, side, the value returned or given)."""
+__all__ = ["StopForward", "Taps", "call_input", "observe"]
 
 _session: ContextVar[_Session | None] = ContextVar("layertap_session", default=None)
 
@@ -67,6 +65,11 @@ class _Session:
         if not self._wanted:
             raise StopForward
 
+    @property
+    def finished(self) -> bool:
+        """Whether everything wanted was captured."""
+        return not self._wanted
+
     def missed(self) -> list[str]:
         """Return the paths of wanted calls that did not happen."""
         return sorted({path for path, _, _ in self._wanted})
@@ -83,6 +86,9 @@ class Taps:
         self._modules = dict(module.named_modules())
         self._handles: dict[tuple[str, Capture], RemovableHandle] = {}
         self._lock = threading.Lock()
+        self._script = isinstance(module, torch.jit.ScriptModule)
+        if self._script:
+            instrument(module)
         # torch runs these layers by a fused path that calls no submodule, unless one has a hook.
         # A hook from the start keeps answers from depending on what was asked for before.
         for path, submodule in self._modules.items():
@@ -91,6 +97,8 @@ class Taps:
 
     def install(self, path: str, side: Capture) -> None:
         """Put a hook on a module once; further calls do nothing."""
+        if self._script:
+            return
         with self._lock:
             if (path, side) not in self._handles:
                 self._handles[path, side] = _hook(self._modules[path], side, partial(_route, path))
@@ -115,8 +123,14 @@ class Taps:
         session = _Session(points, sink)
         token = _session.set(session)
         try:
-            forward(x)
+            with watch(session.see):
+                forward(x)
         except StopForward:
+            return
+        except RuntimeError:
+            # The TorchScript interpreter turns whatever an operator raises into an error of its own.
+            if not session.finished:
+                raise
             return
         finally:
             _session.reset(token)
@@ -133,6 +147,11 @@ class Taps:
 @contextmanager
 def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
     """Call ``observer`` at every call of every submodule; the hooks go when the block ends."""
+    if isinstance(module, torch.jit.ScriptModule):
+        instrument(module)
+        with watch(observer):
+            yield
+        return
     handles = [
         _hook(submodule, side, partial(observer, path))
         for path, submodule in module.named_modules()

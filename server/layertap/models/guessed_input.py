@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -33,9 +35,7 @@ def guess_input(module: nn.Module, spec: ModelSpec) -> InputSpec:
                 f"item shape of {spec.name}: it can't be told from the model; give the sizes of "
                 "one item without the batch, such as --item-shape 3,224,224"
             )
-        # [out channels, in channels a group, kernel H, kernel W]
-        groups = int(getattr(first, "groups", 1))
-        shape = (first.get_parameter("weight").shape[1] * groups, *_IMAGE)
+        shape = (_in_channels(first), *_IMAGE)
     dtype = torch.int64 if kind == "Embedding" else _float_dtype(module)
     return InputSpec(shape, spatial=min(3, len(shape) - 1), dtype=dtype)
 
@@ -50,6 +50,12 @@ def _first_layer(module: nn.Module) -> nn.Module | None:
 def _kind(module: nn.Module) -> str:
     # A scripted module's Python type is RecursiveScriptModule; this is what it was scripted from.
     return str(getattr(module, "original_name", type(module).__name__))
+
+
+def _in_channels(convolution: Any) -> int:
+    # The weight is [out channels, in channels a group, kernel H, kernel W]; in a traced file it is
+    # all that tells the channels.
+    return int(convolution.weight.shape[1]) * int(getattr(convolution, "groups", 1))
 
 
 def _float_dtype(module: nn.Module) -> torch.dtype:

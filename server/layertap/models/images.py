@@ -64,7 +64,6 @@ def decode_image(
     try:
         with open_file(io.BytesIO(data)) as image:
             _check_size(image.size, index, limits)
-            image.load()
             # Its values are dropped on conversion anyway, and Pillow warns about some of them.
             image.info.pop("transparency", None)
             return image.convert("RGB")

@@ -56,7 +56,7 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings():
             # TorchScript is deprecated, with a category that differs between torch's versions.
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is")
-            return torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+            return torch.jit.load(path, map_location="cpu")
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelLoadError(
             f"TorchScript file {path}: torch can't load it as one. If it is a state dict, name a "

@@ -1,1 +1,1 @@
-"""Bytes: the dtype table, messages written and read in place, the allocator."""
+"""Bytes: the dtype table and messages with tensors, written and read in place."""

@@ -1,0 +1,81 @@
+"""Replies, batch after batch, into one .npz file."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from layertap.client import Features
+from layertap.errors import InvalidInputError
+
+__all__ = ["Columns"]
+
+
+class Columns:
+    """One array for each output, a batch's rows below those of the batch before."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._joined: dict[str, np.ndarray] = {}
+        self._extractor = ""
+
+    def add(self, features: Features, items: int) -> None:
+        """Take a reply to a batch of that many items.
+
+        Raises:
+            InvalidInputError: Where rows can't be told from items, and there are several batches.
+        """
+        self._extractor = features.extractor.value
+        for name, array in features.items():
+            parts = self._parts.setdefault(name, [])
+            parts.append(_storable(array))
+            if len(parts) > 1 and not _fits(parts, items):
+                raise InvalidInputError(
+                    f"output {name!r}: batches of shapes {list(parts[-2].shape)} and "
+                    f"{list(parts[-1].shape)} can't be put below one another; raise --batch-size "
+                    f"to the number of images, or take them one by one"
+                )
+
+    def rows(self) -> Iterator[tuple[str, np.ndarray, str]]:
+        """Yield the name, the array and the extractor of each output."""
+        for name, array in self._arrays().items():
+            yield name, array, self._extractor
+
+    def save(self, path: Path) -> None:
+        """Write the file, complete or not at all.
+
+        Not ``np.savez``: it takes the names as keyword arguments and has one called ``file``.
+
+        Raises:
+            InvalidInputError: Where it can't be written.
+        """
+        beside = path.with_name(f"{path.name}.part")
+        try:
+            with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
+                for name, array in self._arrays().items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+            beside.replace(path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise InvalidInputError(f"output {path}: {error.strerror}") from error
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        for name in self._parts.keys() - self._joined.keys():
+            parts = self._parts[name]
+            # One batch is stored as it is, whatever its axes mean.
+            self._joined[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return {name: self._joined[name] for name in self._parts}
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """Return the array; bfloat16, which .npz lacks, as float32, which holds every value of it."""
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+
+
+def _fits(parts: list[np.ndarray], items: int) -> bool:
+    before, now = parts[-2:]
+    return now.ndim > 0 and now.shape[1:] == before.shape[1:] and now.shape[0] % items == 0

@@ -1,0 +1,244 @@
+"""What the verbs show: tables on stdout, messages and progress on stderr.
+
+rich leaves colours out where the stream is no terminal and where NO_COLOR is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from layertap.selection import Extractor
+from layertap.v1 import catalogue_pb2
+from layertap.wire import dtypes
+from layertap.wire.enums import from_proto
+
+__all__ = ["Stderr", "console", "show_features", "show_layers"]
+
+LETTERS = {
+    Extractor.CHILDREN: "C",
+    Extractor.LAYER_GETTER: "L",
+    Extractor.FX: "F",
+    Extractor.HOOK: "H",
+    Extractor.TORCHSCRIPT: "T",
+}
+UNBOUNDED = 10_000
+_BY = ("by", "in by")
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """Return a console that prints text as it is: ``[B, 64]`` is no markup.
+
+    What goes into a pipe or a file is never cut to the width of a terminal.
+    """
+    made = Console(file=stream, markup=False, highlight=False)
+    if not made.is_terminal:
+        made.width = UNBOUNDED
+    return made
+
+
+class Stderr:
+    """Messages and progress on stderr; a ``layertap.app.lifecycle.Narrator``."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, markup=False, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(f"layertap: {text}", soft_wrap=True)
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Show a spinner, on a terminal only."""
+        if not self._console.is_terminal:
+            yield
+            return
+        with self._console.status(Text(f"{text} …")):
+            yield
+
+    @contextmanager
+    def counting(self, text: str, total: int) -> Iterator[Progress]:
+        """Show a bar, on a terminal only; its one task is number 0."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        bar = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        with bar:
+            bar.add_task(text, total=total)
+            yield bar
+
+
+def show_layers(
+    model: catalogue_pb2.Model, layers: Sequence[catalogue_pb2.Layer], *, tree: bool
+) -> None:
+    """Print a model's layers, as a tree of modules or as a flat table in execution order."""
+    out = console()
+    images = " or images" if model.input.images else ""
+    shape = ", ".join(["B", *map(str, model.input.item_shape)])
+    out.print(
+        f"{model.name}: {model.source}, weights {model.weights}, on {model.device}; takes "
+        f"[{shape}] {_dtype(model.input.dtype)}{images}",
+        soft_wrap=True,
+    )
+    out.print(_tree(layers) if tree else _flat(layers))
+    if tree:
+        for reason, names in _unserved(layers).items():
+            out.print(f"none: {', '.join(names)}: {reason}", soft_wrap=True)
+    legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
+    out.print(
+        f"by: {legend}; in by: the same for its input; B: the batch; bytes: of one item"
+        + ("; values are float32 where no type is given" if tree else ""),
+        soft_wrap=True,
+    )
+
+
+def show_features(rows: Iterable[tuple[str, np.ndarray, str]]) -> None:
+    """Print (name, array, extractor) rows."""
+    table = _table("layer", "shape", "dtype", "extractor")
+    for name, array, extractor in rows:
+        table.add_row(name, str(list(array.shape)), str(array.dtype), extractor)
+    console().print(table)
+
+
+def _flat(layers: Sequence[catalogue_pb2.Layer]) -> Table:
+    """Return everything in full, a layer a line."""
+    table = _table(
+        "layer", "type", "calls>", "output", "dtype", "bytes>", "stride>", *_BY, "why none"
+    )
+    for layer in layers:
+        size = f"{layer.output.bytes_per_item:,}"
+        table.add_row(
+            layer.name, layer.type, str(layer.calls), *_output(layer, size), _reason(layer)
+        )
+    return table
+
+
+def _tree(layers: Sequence[catalogue_pb2.Layer]) -> Table:
+    """Return the modules as a tree, rounded so that common models fit into 80 columns."""
+    table = _table("layer", "type", "output", "bytes>", "stride>", *_BY)
+    # Where the terminal is narrow the types give way, as their beginning tells enough.
+    table.columns[1].no_wrap = False
+    table.columns[1].overflow = "ellipsis"
+    for label, layer in _branches(layers):
+        if layer is None:
+            table.add_row(label)
+            continue
+        times = f"×{layer.calls}" if layer.calls > 1 else ""
+        shape, dtype, *rest = _output(layer, _short(layer.output.bytes_per_item))
+        # Unlike float32 in every line, another type is worth its place.
+        value = shape if dtype == "float32" else f"{shape} {dtype}"
+        table.add_row(label, f"{layer.type}{times}", value, *rest)
+    return table
+
+
+def _table(*headings: str) -> Table:
+    """Return an empty table; ``>`` after a heading aligns its column to the right."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in headings:
+        name = heading.removesuffix(">")
+        table.add_column(name, no_wrap=True, justify="right" if name != heading else "left")
+    return table
+
+
+def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
+    """Return the cells about a layer's values and who serves them."""
+    outputs, inputs = _letters(layer, "output"), _letters(layer, "input")
+    if not layer.HasField("output"):
+        return ("", "", "", "", outputs or "none", inputs)
+    spec = layer.output
+    stride = f"{layer.reduction:g}" if layer.reduction else ""
+    return _shape(spec), _dtype(spec.dtype), size, stride, outputs or "none", inputs
+
+
+def _reason(layer: catalogue_pb2.Layer) -> str:
+    """Return why no extractor serves a layer's output; empty where one does."""
+    if any(support.output for support in layer.extractors):
+        return ""
+    return next((support.reason for support in layer.extractors if support.reason), "")
+
+
+def _unserved(layers: Iterable[catalogue_pb2.Layer]) -> dict[str, list[str]]:
+    """Return the names of layers that no extractor serves, by reason."""
+    found: dict[str, list[str]] = {}
+    for layer in layers:
+        if reason := _reason(layer):
+            found.setdefault(reason, []).append(layer.name)
+    return found
+
+
+def _short(size: int) -> str:
+    """Return bytes in the unit that keeps the number short: ``784 KiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 10_000:
+            return f"{size} {unit}"
+        size = round(size / 1024)
+    return f"{size} GiB"
+
+
+def _letters(layer: catalogue_pb2.Layer, side: str) -> str:
+    """Return a letter or a dash for each extractor, in one order, so that columns line up."""
+    able = {
+        from_proto(support.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO)
+        for support in layer.extractors
+        if getattr(support, side)
+    }
+    if not able:
+        return ""
+    return "".join(letter if e in able else "-" for e, letter in LETTERS.items())
+
+
+def _shape(spec: catalogue_pb2.TensorSpec) -> str:
+    if spec.dynamic:
+        return f"[{', '.join(str(dim.size) for dim in spec.shape)}] varies"
+    sizes = [
+        ("B" if dim.size == 1 else f"{dim.size}B") if dim.batch else str(dim.size)
+        for dim in spec.shape
+    ]
+    return f"[{', '.join(sizes)}]"
+
+
+def _dtype(number: int) -> str:
+    return dtypes.by_number(number).name if number else "?"
+
+
+class _Branch:
+    """A component of a dotted name, and what is below it."""
+
+    def __init__(self) -> None:
+        self.layer: catalogue_pb2.Layer | None = None
+        self.below: dict[str, _Branch] = {}
+
+
+def _branches(
+    layers: Sequence[catalogue_pb2.Layer],
+) -> Iterator[tuple[str, catalogue_pb2.Layer | None]]:
+    """Yield every component of the names with lines in front that draw the tree."""
+    root = _Branch()
+    for layer in layers:
+        branch = root
+        for part in layer.name.split("."):
+            branch = branch.below.setdefault(part, _Branch())
+        branch.layer = layer
+    yield from _drawn(root, "", top=True)
+
+
+def _drawn(
+    branch: _Branch, indent: str, *, top: bool = False
+) -> Iterator[tuple[str, catalogue_pb2.Layer | None]]:
+    last = next(reversed(branch.below), None)
+    for name, below in branch.below.items():
+        elbow, line = ("└─ ", "   ") if name == last else ("├─ ", "│  ")
+        yield (name if top else f"{indent}{elbow}{name}"), below.layer
+        yield from _drawn(below, "" if top else indent + line)

@@ -1,0 +1,152 @@
+"""The tap for TorchScript programs: no forward hook fires inside one, so it gets operators instead.
+
+Note [Hooks in a program]
+    A program calls its submodules by ``prim::CallMethod`` nodes, which the interpreter runs without
+    Python. Around each of them operators are put into the graph: ``given`` for each tensor
+    argument, ``enter`` with the submodule's path, and then ``leave`` with the result, or ``exit``
+    where the result is no tensor. They keep a stack of paths, since submodules of one class share
+    one graph, and tell the current watcher. They count as having side effects, which keeps
+    dead-code elimination from removing them.
+
+A frozen program has no submodules left, and so no layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.jit import ScriptModule
+
+from layertap.extraction.points import Observer
+from layertap.selection import Capture
+
+__all__ = ["instrument", "watch"]
+
+_watcher: ContextVar[_Watcher | None] = ContextVar("layertap_watcher", default=None)
+_instrumented: WeakSet[ScriptModule] = WeakSet()
+
+
+class _Watcher:
+    """Turns the operators' reports of one forward pass into an observer's events."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._paths: list[str] = []
+        self._arguments: list[torch.Tensor] = []
+
+    def given(self, value: torch.Tensor) -> None:
+        """Take an argument of the call that is about to begin."""
+        self._arguments.append(value)
+
+    def enter(self, name: str) -> None:
+        """Begin the call of a submodule of the current one."""
+        arguments, self._arguments = self._arguments, []
+        self._paths.append(f"{self._paths[-1]}.{name}" if self._paths else name)
+        value = arguments[0] if len(arguments) == 1 else tuple(arguments)
+        self._observer(self._paths[-1], Capture.INPUT, value)
+
+    def leave(self, value: torch.Tensor | None = None) -> None:
+        """End the current call."""
+        self._observer(self._paths.pop(), Capture.OUTPUT, value)
+
+
+@contextmanager
+def watch(observer: Observer) -> Iterator[None]:
+    """Report the calls of instrumented programs that run inside the block, on this thread."""
+    token = _watcher.set(_Watcher(observer))
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def instrument(module: ScriptModule) -> None:
+    """Put the operators around every call of a submodule, once; the module stays changed."""
+    if module in _instrumented:
+        return
+    _define_operators()
+    seen: set[tuple[str, str]] = set()
+    for submodule in module.modules():
+        # There is no public way to the graphs of methods other than forward.
+        compiled = submodule._c
+        for method in compiled._method_names():
+            key = (str(compiled._type()), method)
+            if key not in seen:
+                seen.add(key)
+                _instrument_graph(compiled._get_method(method).graph)
+    _instrumented.add(module)
+
+
+def _instrument_graph(graph: torch.Graph) -> None:
+    self_value = next(iter(graph.inputs()))
+    for node in _calls(graph):
+        called, *arguments = node.inputs()
+        name = _attribute_path(called, self_value)
+        if not name:  # Another method of the module itself: its own graph is instrumented.
+            continue
+        text = graph.insertConstant(name)
+        text.node().moveBefore(node)
+        for argument in arguments:
+            if _is_tensor(argument):
+                graph.create("layertap::given", [argument], 0).insertBefore(node)
+        graph.create("layertap::enter", [text], 0).insertBefore(node)
+        (result,) = node.outputs()
+        left = (
+            graph.create("layertap::leave", [result], 0)
+            if _is_tensor(result)
+            else graph.create("layertap::exit", [], 0)
+        )
+        left.insertAfter(node)
+
+
+def _calls(block: Any) -> list[Any]:
+    """Return the nodes that call a method, those in branches and loops included."""
+    found = []
+    for node in block.nodes():
+        for inner in node.blocks():
+            found.extend(_calls(inner))
+        if node.kind() == "prim::CallMethod":
+            found.append(node)
+    return found
+
+
+def _attribute_path(value: Any, self_value: Any) -> str:
+    """Return the path of a submodule as seen from ``self``; empty for ``self`` or a stranger."""
+    names: list[str] = []
+    while value.debugName() != self_value.debugName():
+        if value.node().kind() != "prim::GetAttr":
+            return ""
+        names.append(value.node().s("name"))
+        value = next(iter(value.node().inputs()))
+    return ".".join(reversed(names))
+
+
+def _is_tensor(value: Any) -> bool:
+    return str(value.type()) == "Tensor"
+
+
+@cache
+def _define_operators() -> torch.library.Library:
+    library = torch.library.Library("layertap", "DEF")
+
+    def operator(schema: str, method: str) -> None:
+        def report(*values: Any) -> None:
+            watcher = _watcher.get()
+            if watcher is not None:
+                getattr(watcher, method)(*values)
+
+        name = schema.partition("(")[0]
+        library.define(schema, alias_analysis="CONSERVATIVE")
+        library.impl(name, report, "CompositeExplicitAutograd")
+
+    operator("given(Tensor value) -> ()", "given")
+    operator("enter(str name) -> ()", "enter")
+    operator("leave(Tensor value) -> ()", "leave")
+    operator("exit() -> ()", "leave")
+    return library

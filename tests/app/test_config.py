@@ -1,0 +1,190 @@
+"""layertap.toml is read right, and its mistakes are told with file, line, key and a way out."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import msgspec
+import pytest
+
+from layertap.app.config import LimitsSection, ModelSection, ServerConfig, ServerSection, with_flags
+from layertap.app.config_file import load_config
+from layertap.engine import Limits
+from layertap.errors import ConfigError
+from layertap.selection import Capture, LayerSelection
+
+WHOLE = """\
+[server]
+host = "0.0.0.0"
+port = 9001
+metrics_port = -1
+device = "cpu"
+threads = 2
+grace_seconds = 3
+
+[limits]
+request_mib = 16
+pending = 4
+
+[[models]]
+name = "a"
+source = "resnet18"
+weights = "random"
+seed = 5
+item_shape = [3, 64, 64]
+layers = ["layer1", "avgpool:input"]
+
+[[models]]
+source = "mynets:build"
+"""
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    """Write a text to layertap.toml and read it."""
+
+    def read_text(text: str) -> ServerConfig:
+        file = tmp_path / "layertap.toml"
+        file.write_text(text, encoding="utf-8")
+        return load_config(file)
+
+    return read_text
+
+
+def test_every_key_is_read(read) -> None:
+    """Each section arrives in the objects that the server is built from."""
+    config = read(WHOLE)
+    server = config.server
+    assert (server.host, server.port, server.metrics_port) == ("0.0.0.0", 9001, -1)  # noqa: S104
+    assert (server.device, server.threads, server.grace_seconds) == ("cpu", 2, 3.0)
+    assert config.limits.limits() == Limits(request_bytes=16 << 20, pending=4)
+    first, second = config.models
+    spec = first.spec()
+    assert (spec.name, spec.source, spec.weights, spec.seed) == ("a", "resnet18", "random", 5)
+    assert spec.item_shape == (3, 64, 64)
+    assert first.selections() == (
+        LayerSelection("layer1"),
+        LayerSelection("avgpool", Capture.INPUT),
+    )
+    assert second.spec().name == "build"
+
+
+def test_empty_file_is_the_defaults(read) -> None:
+    """An empty file says the same as none, and the limits' defaults are the engine's."""
+    assert read("") == ServerConfig()
+    assert ServerConfig().limits.limits() == Limits()
+
+
+def test_every_limit_can_be_set() -> None:
+    """The [limits] table has a key for each of the engine's limits."""
+    ours = {name.replace("_mib", "_bytes") for name in LimitsSection.__struct_fields__}
+    assert ours == {field.name for field in fields(Limits)}
+
+
+@pytest.mark.parametrize("section", [ServerSection, LimitsSection, ModelSection])
+def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> None:
+    """Each key's type takes its default and carries the words of its error message."""
+    for field in msgspec.structs.fields(section):
+        type_ = get_type_hints(section, include_extras=True)[field.name]
+        assert type_.__metadata__[0].description
+        if not field.required:
+            msgspec.convert(field.default, type_)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[server]\nport = "x"', "line 2: server.port: got 'x', expected 0 for a free port"),
+        ("[server]\nport = 70000", "line 2: server.port: got 70000, expected 0 for a free port"),
+        ("[server]\nport = true", "line 2: server.port: got True"),
+        ("[server]\nhots = 1", "line 2: server.hots: unknown key; did you mean 'host'?"),
+        ("[server]\nqqq = 1", "line 2: server.qqq: unknown key; keys are host, port"),
+        ("[sever]\nport = 1", "line 1: sever: unknown key; did you mean 'server'?"),
+        ("# port\n\n[limits]\nbatch = 0", "line 4: limits.batch: got 0, expected a number from 1"),
+        ("limits.batch = 0", "line 1: limits.batch: got 0"),
+        ("server = 3", "line 1: server: got 3, expected a table headed [server]"),
+        ("[models]\nsource = 'a'", "line 1: models: got {'source': 'a'}, expected a list of tables"),
+        ("[server]\ndevice = 'gpu'", "line 2: server.device: got 'gpu', expected 'auto', 'cpu' or"),
+        ("[[models]]\nname = 'a'", "line 1: models[0] has no source"),
+        (
+            "[[models]]\nsource = 'a'\n[[models]]\nsource = 'b'\nseed = -1",
+            "line 5: models[1].seed: got -1, expected a number from 0",
+        ),
+        (
+            "[[models]]\nsource = 'a'\nlayers = [\n  'layer1',\n  3,\n]",
+            "line 3: models[0].layers: got ['layer1', 3], expected a list of layers",
+        ),
+        ("[[models]]\nsource = 'a'\nname = 'a b'", "line 1: model name: got 'a b'"),
+        ("[[models]]\nsource = 'a'\nlayers = ['b:up']", "line 1: layer: got 'b:up'"),
+        (
+            "[[models]]\nsource = 'a'\nname = '''\nseed = -1\n'''\nseed = -1",
+            "line 6: models[0].seed: got -1",
+        ),
+        ("[server\nport = 1", "(at line 1, column 8)"),
+    ],
+)
+def test_mistake_is_told_with_its_place(read, tmp_path: Path, text: str, message: str) -> None:
+    """A mistake's message has the file's name, the key's line, the key, the value and the remedy."""
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert str(tmp_path / "layertap.toml") in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_unreadable_file_is_told(tmp_path: Path) -> None:
+    """A file that is not there, or not text, is a ConfigError with its name."""
+    with pytest.raises(ConfigError, match=r"gone\.toml: No such file"):
+        load_config(tmp_path / "gone.toml")
+    (tmp_path / "raw.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"raw\.toml: not UTF-8"):
+        load_config(tmp_path / "raw.toml")
+
+
+def test_relative_paths_are_relative_to_the_file(read, tmp_path: Path) -> None:
+    """Paths of sources and weights are found from the file's folder; names are left alone."""
+    text = "\n".join(
+        f"[[models]]\nname = '{name}'\nsource = '{source}'\nweights = '{weights}'"
+        for name, source, weights in (
+            ("a", "nets/a.pt", "DEFAULT"),
+            ("b", "torchscript:b", "IMAGENET1K_V1"),
+            ("c", "resnet18", "w.safetensors"),
+            ("d", "/abs/d.pt", "/abs/w.pth"),
+        )
+    )
+    models = read(text).models
+    found = [(model.spec().target, model.weights) for model in models]
+    assert found == [
+        (str(tmp_path / "nets/a.pt"), "DEFAULT"),
+        (str(tmp_path / "b"), "IMAGENET1K_V1"),
+        ("resnet18", str(tmp_path / "w.safetensors")),
+        ("/abs/d.pt", "/abs/w.pth"),
+    ]
+
+
+def test_flags_win(read) -> None:
+    """What the command line says takes the place of what the file says, and nothing else does."""
+    config = read(WHOLE)
+    merged = with_flags(
+        config, model_flags={"seed": 9, "weights": None}, server_flags={"port": 0, "host": None}
+    )
+    assert (merged.server.port, merged.server.host) == (0, "0.0.0.0")  # noqa: S104
+    assert [model.seed for model in merged.models] == [9, 9]
+    assert [model.weights for model in merged.models] == ["random", "DEFAULT"]
+    assert merged.limits == config.limits
+
+
+def test_models_of_the_command_line_replace_the_files(read) -> None:
+    """MODEL arguments are served instead of the file's models, with the flags for each."""
+    merged = with_flags(read(WHOLE), ["vgg16", "mine=m:f"], {"layers": ("conv1",)})
+    assert [(m.name, m.source, m.layers) for m in merged.models] == [
+        ("vgg16", "vgg16", ("conv1",)),
+        ("mine", "m:f", ("conv1",)),
+    ]
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    """A name that two models would answer to is told before any is loaded."""
+    with pytest.raises(ConfigError, match="two models are called 'resnet18'"):
+        with_flags(ServerConfig(), ["resnet18", "resnet18=vgg16"]).check_names()

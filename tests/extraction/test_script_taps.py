@@ -1,0 +1,91 @@
+"""Layers inside a TorchScript file are captured like those of the eager model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from oracle import inputs_of, outputs_of
+from tinynets import ITEM, residual
+
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.plan import collect
+from layertap.extraction.verify import same
+from layertap.models import LoadedModel, ModelSpec, load_model
+from layertap.selection import Capture, Extractor
+
+
+@pytest.fixture(params=["traced", "scripted"])
+def program(request: pytest.FixtureRequest, tmp_path: Path) -> LoadedModel:
+    """The residual net as a TorchScript file, loaded the way a server loads it."""
+    path = tmp_path / "net.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated upstream, its files are not.
+        net = residual()
+        if request.param == "traced":
+            made = torch.jit.trace(net, torch.rand(2, *ITEM))
+        else:
+            made = torch.jit.script(net)
+        torch.jit.save(made, path)
+    return load_model(ModelSpec(str(path), item_shape=ITEM))
+
+
+def point(path: str, capture: Capture = Capture.OUTPUT, call: int = 0) -> CapturePoint:
+    return CapturePoint(PointKind.MODULE, path, capture, call)
+
+
+def test_every_layer_of_the_eager_model_is_there(program, load_net) -> None:
+    """The program's catalogue has the eager model's modules, calls, types and shapes."""
+    eager = {
+        (e.name, e.calls, e.type, tuple(e.specs.items()))
+        for e in measure(load_net("residual"))
+        if e.kind is PointKind.MODULE
+    }
+    assert {(e.name, e.calls, e.type, tuple(e.specs.items())) for e in measure(program)} == eager
+
+
+def test_values_are_those_at_that_moment(program) -> None:
+    """Outputs before an in-place ReLU, inputs and further calls equal the eager oracle's."""
+    net, x = residual(), torch.randn(3, *ITEM)
+    points = [
+        point("bn1"),
+        point("layer1.0.relu", call=1),
+        point("layer1.1.bn2"),
+        point("avgpool", Capture.INPUT),
+    ]
+    plan = PlanBuilder(program, Taps(program.module), measure(program)).build(
+        Extractor.HOOK, points, ITEM
+    )
+    expected = [
+        outputs_of(net, x, "bn1")[0],
+        outputs_of(net, x, "layer1.0.relu")[1],
+        outputs_of(net, x, "layer1.1.bn2")[0],
+        inputs_of(net, x, "avgpool")[0],
+    ]
+    for value, oracle in zip(collect(plan.built, points, x), expected, strict=True):
+        assert same(value, oracle)
+
+
+def test_the_program_stops_after_the_last_capture(program) -> None:
+    """A pass that ends early returns its captures and leaves the program usable."""
+    x = torch.randn(1, *ITEM)
+    taps = Taps(program.module)
+    before = program.module(x.clone())
+    seen: list[int] = []
+    taps.run(program.forward, x.clone(), [point("conv1")], lambda i, value: seen.append(i))
+    assert seen == [0]
+    assert torch.equal(program.module(x.clone()), before)
+
+
+def test_walks_serve_a_program_as_well(program) -> None:
+    """CHILDREN and LAYER_GETTER call the program's children; FX and TORCHSCRIPT say why not."""
+    entry = measure(program).entry("layer1")
+    assert entry.served_by(Capture.OUTPUT) == [
+        Extractor.HOOK,
+        Extractor.LAYER_GETTER,
+        Extractor.CHILDREN,
+    ]
+    assert "TorchScript" in entry.support[Extractor.FX].reason
+    assert "HOOK" in entry.support[Extractor.TORCHSCRIPT].reason

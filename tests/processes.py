@@ -1,0 +1,95 @@
+"""``layertap`` as a user runs it: in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+COMMAND = (sys.executable, "-m", "layertap.cli.main")
+# Without the terminal's own wishes, and with the tests' factories.
+ENVIRONMENT = {
+    **{k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")},
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")])),
+}
+
+
+def layertap(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb to its end."""
+    return subprocess.run(
+        [*COMMAND, *args],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+class Serving:
+    """A ``layertap serve`` that runs, and the lines that it wrote to stderr."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", *args], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+        )
+        self.lines: list[str] = []
+        self._news = threading.Condition()
+        self._ended = False
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def line(self, pattern: str) -> re.Match[str]:
+        """Wait for a line that matches, and return the match."""
+        with self._news:
+            while True:
+                for line in self.lines:
+                    if found := re.search(pattern, line):
+                        return found
+                assert not self._ended, f"ended without {pattern!r}: {self.lines}"
+                assert self._news.wait(60), f"never said {pattern!r}: {self.lines}"
+
+    @property
+    def address(self) -> str:
+        """Where it serves, once it does."""
+        return self.line(r"^layertap: serving .+ on (\S+)$")[1]
+
+    def ended(self, timeout: float = 30) -> int:
+        """Wait until it has ended and return its exit code."""
+        code = self.process.wait(timeout)
+        self._reader.join()
+        return code
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.ended()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._news:
+                self.lines.append(line.rstrip("\n"))
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+
+@contextmanager
+def serving(*args: str) -> Iterator[Serving]:
+    """Run ``layertap serve`` with a free port and without metrics unless told otherwise."""
+    server = Serving(["--port", "0", "--metrics-port", "-1", *args])
+    try:
+        yield server
+    finally:
+        server.close()

@@ -1,0 +1,128 @@
+"""The four classic ways to take a layer, each through a real server over a real channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from serving import running_server
+
+from layertap import Capture, Client, Extractor, LayerSelection
+from layertap.engine import Engine
+from layertap.errors import ExtractorUnsupportedError
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.models import LoadedModel, ModelSpec
+
+ITEM = (3, 224, 224)
+STAGES = {"relu": "stage0", **{f"layer{i}": f"stage{i}" for i in range(1, 5)}}
+POOLS = {"features.43": "pool5", "features.33": "pool4", "features.23": "pool3"}
+BOTH_SIDES = [LayerSelection("avgpool", Capture.INPUT), LayerSelection("avgpool")]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """An engine with the three networks of the examples, random weights."""
+    engine = Engine()
+    for name in ("resnet18", "resnet34", "vgg16_bn"):
+        engine.load(ModelSpec.parse(name, weights="random"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[Client]:
+    """A client of a real server around that engine."""
+    with running_server(engine) as address, Client(address, timeout=300) as client:
+        yield client
+
+
+def batch(size: int) -> np.ndarray:
+    return np.random.default_rng(3).random((size, *ITEM), dtype=np.float32)
+
+
+def eager(model: LoadedModel, x: np.ndarray, path: str, capture: Capture) -> torch.Tensor:
+    """The oracle: one cloning hook on the untouched model."""
+    seen: list[torch.Tensor] = []
+    module = model.module.get_submodule(path)
+    handle = (
+        module.register_forward_hook(lambda m, a, y: seen.append(y.clone()))
+        if capture is Capture.OUTPUT
+        else module.register_forward_pre_hook(lambda m, a: seen.append(a[0].clone()))
+    )
+    try:
+        model.module(torch.from_numpy(x))
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def check(value: np.ndarray, oracle: torch.Tensor, extractor: Extractor) -> None:
+    exact = extractor is not Extractor.TORCHSCRIPT
+    tolerance = 0.0 if exact else TORCHSCRIPT_TOLERANCE[torch.float32]
+    assert difference(torch.from_numpy(value.copy()), oracle) <= tolerance
+
+
+@pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.HOOK, Extractor.TORCHSCRIPT])
+def test_resnet18_layer1(engine, client, extractor) -> None:
+    """Walking named_children to layer1 gives [1, 64, 56, 56]; so do hooks and the compiled plan."""
+    x = batch(1)
+    features = client.extract("resnet18", x, "layer1", extractor=extractor)
+    assert features["layer1"].shape == (1, 64, 56, 56)
+    assert features.extractor is extractor
+    oracle = eager(engine.host("resnet18").model, x, "layer1", Capture.OUTPUT)
+    check(features["layer1"], oracle, extractor)
+
+
+@pytest.mark.parametrize(
+    "extractor", [Extractor.LAYER_GETTER, Extractor.HOOK, Extractor.TORCHSCRIPT]
+)
+def test_resnet34_stages(engine, client, extractor) -> None:
+    """IntermediateLayerGetter's five stages of resnet34, renamed, for a batch of two."""
+    x = batch(2)
+    features = client.extract("resnet34", x, STAGES, extractor=extractor)
+    assert {name: value.shape[1:] for name, value in features.items()} == {
+        "stage0": (64, 112, 112),
+        "stage1": (64, 56, 56),
+        "stage2": (128, 28, 28),
+        "stage3": (256, 14, 14),
+        "stage4": (512, 7, 7),
+    }
+    for layer, name in STAGES.items():
+        oracle = eager(engine.host("resnet34").model, x, layer, Capture.OUTPUT)
+        check(features[name], oracle, extractor)
+
+
+@pytest.mark.parametrize("extractor", [Extractor.FX, Extractor.HOOK, Extractor.TORCHSCRIPT])
+def test_vgg16_bn_pools(engine, client, extractor) -> None:
+    """create_feature_extractor's three pools of vgg16_bn, renamed, in the order asked for."""
+    x = batch(1)
+    features = client.extract("vgg16_bn", x, POOLS, extractor=extractor)
+    assert list(features) == ["pool5", "pool4", "pool3"]
+    assert features["pool5"].shape == (1, 512, 7, 7)
+    for layer, name in POOLS.items():
+        oracle = eager(engine.host("vgg16_bn").model, x, layer, Capture.OUTPUT)
+        check(features[name], oracle, extractor)
+
+
+@pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
+def test_resnet18_avgpool_input_and_output_at_batch_64(engine, client, extractor) -> None:
+    """A pre-hook and a hook on avgpool give both sides of it for 64 images."""
+    x = batch(64)
+    features = client.extract("resnet18", x, BOTH_SIDES, extractor=extractor)
+    assert features["avgpool:input"].shape == (64, 512, 7, 7)
+    assert features["avgpool"].shape == (64, 512, 1, 1)
+    for selection in BOTH_SIDES:
+        oracle = eager(engine.host("resnet18").model, x, "avgpool", selection.capture)
+        check(features[selection.name_for("avgpool")], oracle, extractor)
+
+
+@pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.LAYER_GETTER])
+def test_what_a_walk_can_not_reach_is_refused_with_the_reason(client, extractor) -> None:
+    """A layer inside a child is a FAILED_PRECONDITION that says why and who can serve it."""
+    with pytest.raises(ExtractorUnsupportedError) as refusal:
+        client.extract("vgg16_bn", batch(1), "features.43", extractor=extractor)
+    text = str(refusal.value)
+    assert "'features.43' is not a top-level child of the model" in text
+    assert all(able in text for able in ("TORCHSCRIPT", "FX", "HOOK"))

@@ -1,0 +1,37 @@
+"""Factories that take their time, for servers that are asked to stop meanwhile."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+
+class Sleepy(nn.Module):
+    """Sleeps for as many milliseconds as its input's largest value says, from 1000.
+
+    Takes ``[B, 3, 4, 4]`` float32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Above what a measurement's random input reaches.
+        seconds = float(x.max())
+        if seconds >= 1000:
+            time.sleep(seconds / 1000)
+        return self.conv(x)
+
+
+def sleepy() -> nn.Module:
+    """Return a Sleepy."""
+    return Sleepy()
+
+
+def never() -> nn.Module:
+    """Take longer to build than any test waits."""
+    time.sleep(600)
+    return Sleepy()

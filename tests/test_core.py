@@ -1,0 +1,480 @@
+from __future__ import annotations
+
+import functools
+import threading
+import tracemalloc
+from fractions import Fraction
+from types import ModuleType
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layertap import _core, _pure
+from layertap.v1.feature_service_pb2 import ExtractResponse
+
+cores = pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
+
+F32, F16, BF16, F64, U8, I64 = 1, 2, 3, 4, 6, 9
+FLOATS = {
+    F32: np.dtype("<f4"),
+    F16: np.dtype("<f2"),
+    BF16: np.dtype(ml_dtypes.bfloat16),
+    F64: np.dtype("<f8"),
+}
+KIB = 1 << 10
+MIB = 1 << 20
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """Return the bit patterns of an array, which numpy exports a buffer of."""
+    return array.view(f"<u{array.itemsize}")
+
+
+def through(core: ModuleType, array: np.ndarray, source: int, target: int) -> bytes:
+    """Return the payload that an array becomes in a message."""
+    layout = core.ReplyLayout([("", target, array.shape)], field=1, head_size=0)
+    builder = core.ReplyBuilder(layout)
+    builder.write(0, array, source)
+    [(_, dtype, shape, data)] = core.decode(builder.finish(b""), field=1, repeated=True)[1]
+    assert (dtype, shape) == (target, array.shape)
+    return bytes(data)
+
+
+# numpy warns of the very infinities and NaNs that are asked for.
+quiet = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+@functools.cache
+def every_kind_of_value(source: int) -> np.ndarray:
+    """Return all values of a 16-bit type; of a wider one edges, halfway values and random bits."""
+    dtype = FLOATS[source]
+    if dtype.itemsize == 2:
+        return np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    random = np.random.default_rng(0)
+    whole = np.uint32 if dtype.itemsize == 4 else np.uint64
+    wild = random.integers(0, np.iinfo(whole).max, 1 << 16, whole, endpoint=True).view(dtype)
+    narrow = [
+        np.arange(1 << 16, dtype=np.uint16).view(FLOATS[to]).astype(np.float64)
+        for to in (F16, BF16)
+    ]
+    halfway = [(values[:-1] + values[1:]) / 2 for values in narrow]
+    near = np.concatenate([*narrow, *halfway]).astype(dtype)
+    edges = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 5e-324, 1e-45, 1e300], dtype)
+    up, down = np.nextafter(near, dtype.type(np.inf)), np.nextafter(near, dtype.type(-np.inf))
+    limits = np.array([np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal], dtype)
+    signalling = np.array([0x7F800001, 0xFF800001, 0x7FBFFFFF], np.uint32).view(np.float32)
+    return np.concatenate([wild, near, up, down, edges, limits, signalling.astype(dtype)])
+
+
+def exact(values: np.ndarray, target: int) -> np.ndarray:
+    """Cast float64 with one rounding, by exact arithmetic on the two neighbours of each value."""
+    dtype = FLOATS[target]
+    order = np.arange(0x8000, dtype=np.uint16).view(dtype).astype(np.float64)
+    order = order[np.isfinite(order)]
+    # The value after the largest, by which IEEE 754 judges what rounds to infinity.
+    order = np.append(order, 2 * order[-1] - order[-2])
+    out = []
+    for value in values.tolist():
+        low = min(int(np.searchsorted(order, abs(value), "right")) - 1, len(order) - 2)
+        middle = (Fraction(order[low]) + Fraction(order[low + 1])) / 2
+        size = Fraction(abs(value))
+        up = size > middle or (size == middle and low % 2 == 1)
+        out.append((low + up) | (0x8000 if np.signbit(value) else 0))
+    return np.array(out, np.uint16).view(dtype)
+
+
+def assert_same_floats(got: np.ndarray, expected: np.ndarray) -> None:
+    """Check bit for bit, but that a NaN of the same sign may have any payload."""
+    nan = np.isnan(expected)
+    assert (np.isnan(got) == nan).all()
+    assert (np.signbit(got) == np.signbit(expected)).all()
+    assert (bits(got)[~nan] == bits(expected)[~nan]).all()
+
+
+@quiet
+@cores
+@pytest.mark.parametrize("row", [1, 7, 9], ids=lambda n: f"runs of {n}")
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_casts_agree_with_numpy(core: ModuleType, source: int, target: int, row: int) -> None:
+    """Every cast gives numpy's bits for all kinds of values, in long runs and in short ones."""
+    values = every_kind_of_value(source)
+    values = values[: len(values) // row * row]
+    # A column more than is sent makes each row a run of its own.
+    padded = np.zeros((len(values) // row, row + (row > 1)), values.dtype)
+    padded[:, :row] = values.reshape(-1, row)
+    array = padded[:, :row]
+    expected = array.astype(FLOATS[target])
+    if (source, target) == (F64, BF16):
+        # ml_dtypes goes by way of float32; only values that it has exactly are rounded once.
+        once = (array.astype(np.float32) == array) | ~np.isfinite(array)
+        array, expected = array[once], expected[once]
+    got = np.frombuffer(through(core, bits(array), source, target), FLOATS[target])
+    assert_same_floats(got, expected.reshape(-1))
+
+
+@quiet
+@cores
+@pytest.mark.parametrize("target", [F16, BF16])
+def test_float64_is_rounded_once(core: ModuleType, target: int) -> None:
+    """Values a hair off halfway go to the near side, though float32 would put them on halfway."""
+    narrow = np.arange(0, 0x7C00, 37, dtype=np.uint16).view(FLOATS[target]).astype(np.float64)
+    halfway = (narrow + np.nextafter(narrow.astype(FLOATS[target]), np.inf).astype(np.float64)) / 2
+    off = halfway * 2.0**-40
+    values = np.concatenate([halfway, halfway + off, halfway - off, -halfway - off, narrow + off])
+    values = np.append(values, [65519.999999, 65520.0, 3.4e38, 3.3961775292304957e38, 1e-300])
+    got = np.frombuffer(through(core, values, F64, target), FLOATS[target])
+    assert_same_floats(got, exact(values, target))
+
+
+@cores
+def test_other_types_cast_to_themselves_only(core: ModuleType) -> None:
+    """Integers and booleans are neither cast to one another nor to floats."""
+    layout = core.ReplyLayout([("", 8, (2,)), ("", F32, (2,))], field=1, head_size=0)
+    builder = core.ReplyBuilder(layout)
+    for index, dtype, itemsize in ((0, I64, 8), (0, F32, 4), (0, U8, 1), (1, 8, 4), (1, 10, 1)):
+        with pytest.raises(ValueError, match="no cast from"):
+            builder.write(index, np.zeros(2, f"u{itemsize}"), dtype)
+
+
+STRIDED = {
+    "dense": lambda a: a,
+    "transposed": lambda a: a.T,
+    "reversed": lambda a: a[::-1, ::-1, ::-1],
+    "reversed inside": lambda a: a[..., ::-1],
+    "steps": lambda a: a[::2, :, ::3],
+    "batch slice": lambda a: a[3:9],
+    "column": lambda a: a[:, 5, 2],
+    "broadcast": lambda a: np.broadcast_to(a[:, :1, None], (len(a), 4, 3, a.shape[2])),
+    "broadcast inside": lambda a: np.broadcast_to(a[..., None], (*a.shape, 5)),
+    "one element": lambda a: a[2, 3, 4],
+    "empty": lambda a: a[:0],
+    "singletons": lambda a: a[None, :, None, 4:5],
+    "channels last": lambda a: a.transpose(2, 0, 1)[None],
+    "rolled": lambda a: a.transpose(1, 2, 0),
+    "unaligned": lambda a: np.frombuffer(b"x" + a.tobytes(), a.dtype, offset=1).reshape(a.shape),
+}
+
+
+@cores
+@pytest.mark.parametrize("dtype", [U8, F16, F32, I64])
+@pytest.mark.parametrize("kind", STRIDED)
+def test_any_strides_become_dense(core: ModuleType, kind: str, dtype: int) -> None:
+    """Whatever its strides, an array arrives as its elements in C order."""
+    itemsize = {U8: 1, F16: 2, F32: 4, I64: 8}[dtype]
+    base = np.random.default_rng(1).integers(0, 255, (19, 23, 37 * itemsize), np.uint8)
+    array = STRIDED[kind](base.view(f"<u{itemsize}"))
+    assert through(core, np.asarray(array), dtype, dtype) == array.tobytes()
+
+
+@cores
+@pytest.mark.parametrize(
+    "shape", [(2, 64, 33, 35), (1, 3, 50, 50), (3, 130, 1, 9), (1, 17, 16, 16)]
+)
+def test_channels_last_is_sent_as_nchw(core: ModuleType, shape: tuple[int, ...]) -> None:
+    """[N, C, H, W] in channels_last memory is transposed and cast in the one pass."""
+    n, c, h, w = shape
+    nhwc = np.random.default_rng(2).standard_normal((n, h, w, c)).astype(np.float32)
+    nchw = nhwc.transpose(0, 3, 1, 2)
+    assert through(core, nchw, F32, F32) == nchw.tobytes()
+    assert through(core, nchw, F32, F16) == nchw.astype(np.float16).tobytes()
+    half = nchw.astype(np.float16)
+    assert through(core, half, F16, BF16) == half.astype(ml_dtypes.bfloat16).tobytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_strided_copies_agree_with_the_twin(data: st.DataObject) -> None:
+    """Any slicing and order of dimensions is written as the plain-Python twin writes it."""
+    shape = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
+    itemsize = data.draw(st.sampled_from([1, 2, 4, 8]))
+    size = int(np.prod(shape)) * itemsize
+    array = np.random.default_rng(size).bytes(size)
+    view = np.frombuffer(array, f"<u{itemsize}").reshape(shape)
+    view = view.transpose(data.draw(st.permutations(range(len(shape)))))
+    steps = st.sampled_from([slice(None), slice(None, None, -1), slice(1, None, 2), slice(0, 1)])
+    view = view[tuple(data.draw(steps) for _ in shape)]
+    dtype = {1: U8, 2: F16, 4: F32, 8: I64}[itemsize]
+    assert through(_core, view, dtype, dtype) == view.tobytes()
+    assert through(_pure, view, dtype, dtype) == view.tobytes()
+
+
+shapes = st.lists(st.integers(0, 5), max_size=5).map(tuple)
+specs = st.lists(st.tuples(st.text("aé", max_size=200), st.sampled_from([F32, U8]), shapes))
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs, st.integers(0, 300), st.integers(1, (1 << 29) - 1))
+def test_payloads_start_at_16_modulo_64(specs: list, head_size: int, field: int) -> None:
+    """Whatever stands before it, a payload starts at an offset of 16 modulo 64."""
+    layout = _core.ReplyLayout(specs, field=field, head_size=head_size)
+    twin = _pure.ReplyLayout(specs, field=field, head_size=head_size)
+    assert (layout.nbytes, len(layout)) == (twin.nbytes, len(twin))
+    builder = _core.ReplyBuilder(layout)
+    for index, (_, dtype, shape) in enumerate(specs):
+        builder.write(index, np.zeros(shape, "f4" if dtype == F32 else "u1"), dtype)
+    # Field 15 is unknown to everybody: a head of any size that is skipped.
+    message = builder.finish(b"\x78\x00" * (head_size // 2) + b"\x78" * (head_size % 2))
+    assert len(message) == layout.nbytes
+    if head_size % 2 == 0 and field != 15:
+        for *_, data in _core.decode(message, field=field, repeated=True)[1]:
+            start = np.frombuffer(message, np.uint8).ctypes.data
+            address = np.frombuffer(data, np.uint8).ctypes.data if len(data) else start + 16
+            assert (address - start) % 64 == 16
+
+
+@cores
+def test_padding_fits_where_its_length_takes_another_byte(core: ModuleType) -> None:
+    """Around a length of 2**14, where the padding itself lengthens the header, nothing shifts."""
+    for size in range((1 << 14) - 140, 1 << 14):
+        message = core.encode([("", U8, np.ones(size, np.uint8))], field=1, head=b"")
+        assert message.index(b"\x01" * 64) % 64 == 16
+        assert len(ExtractResponse.FromString(message).tensors[0].data) == size
+
+
+@cores
+@pytest.mark.parametrize(
+    ("tensor", "field", "head_size", "match"),
+    [
+        (("", 0, (1,)), 1, 0, "dtype: got 0"),
+        (("", U8, (1,) * 33), 1, 0, "rank 33"),
+        (("", U8, (-1,)), 1, 0, "negative"),
+        (("", I64, (1 << 60,)), 1, 0, "overflow"),
+        (("", I64, (0, 1 << 60)), 1, 0, "overflow"),
+        (("", U8, (1 << 70,)), 1, 0, "64 bits"),
+        (("", U8, ((1 << 31) - 1,)), 1, 0, "larger than"),
+        (("", U8, (1,)), 1, (1 << 31) - 1, "larger than"),
+        (("", U8, (1,)), 1, 1 << 31, "head_size"),
+        (("", U8, (1,)), 1, -1, "head_size"),
+        (("", U8, (1,)), 0, 0, "field"),
+        (("", U8, (1,)), 1 << 29, 0, "field"),
+        (("\ud800", U8, (1,)), 1, 0, "surrogates"),
+    ],
+)
+def test_impossible_layouts_are_refused(
+    core: ModuleType, tensor: tuple, field: int, head_size: int, match: str
+) -> None:
+    """What no message can hold is refused before anything is allocated."""
+    with pytest.raises(ValueError, match=match):
+        core.ReplyLayout([tensor], field=field, head_size=head_size)
+
+
+@cores
+def test_largest_message_can_be_laid_out(core: ModuleType) -> None:
+    """A message of close to 2**31 - 1 bytes is laid out, one a little larger is not."""
+    assert core.MAX_MESSAGE_BYTES == (1 << 31) - 1
+    size = (1 << 31) - 200
+    assert core.ReplyLayout([("", U8, (size,))], field=1, head_size=0).nbytes < 1 << 31
+    with pytest.raises(ValueError, match="larger than"):
+        core.ReplyLayout([("", U8, (size,))], field=1, head_size=200)
+
+
+def two_tensors(core: ModuleType) -> object:
+    """Return a builder of an uint8 [2] and a float32 [3], with a head of 2 bytes."""
+    specs = [("a", U8, (2,)), ("b", F32, (3,))]
+    return core.ReplyBuilder(core.ReplyLayout(specs, field=1, head_size=2))
+
+
+A, B, HEAD = np.array([1, 2], np.uint8), np.array([3, 4, 5], np.float32), b"\x10\x04"
+
+
+@cores
+def test_built_message_is_the_ordinary_one(core: ModuleType) -> None:
+    """Tensors written in any order, one of them twice, make the message that upb reads."""
+    builder = two_tensors(core)
+    builder.write(1, B, F32)
+    builder.write(0, A[::-1], U8)
+    builder.write(0, A, U8)
+    reply = ExtractResponse.FromString(builder.finish(HEAD))
+    assert reply.extractor == 4
+    assert [tensor.name for tensor in reply.tensors] == ["a", "b"]
+    assert [tensor.data for tensor in reply.tensors] == [A.tobytes(), B.tobytes()]
+
+
+@cores
+def test_any_buffer_is_written(core: ModuleType) -> None:
+    """bytes, bytearray and memoryview are arrays of bytes; what has no buffer is a TypeError."""
+    builder = two_tensors(core)
+    for array in (b"ab", bytearray(b"ab"), memoryview(b"xaxb")[1::2]):
+        builder.write(0, array, U8)
+    with pytest.raises(TypeError):
+        builder.write(0, [1, 2], U8)
+    builder.write(1, B, F32)
+    assert b"ab" in builder.finish(HEAD)
+
+
+@cores
+def test_writes_that_do_not_fit_are_refused(core: ModuleType) -> None:
+    """Another shape, rank, item size or dtype is refused, and so is an index out of range."""
+    builder = two_tensors(core)
+    for array, dtype, match in (
+        (np.zeros(3, np.uint8), U8, r"shape: got \[3\], expected \[2\]"),
+        (np.zeros((2, 1), np.uint8), U8, r"shape: got \[2, 1\]"),
+        (np.zeros((), np.uint8), U8, r"shape: got \[\]"),
+        (np.zeros(2, np.int16), U8, "item size: got 2, expected 1"),
+        (A, 11, "dtype: got 11"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            builder.write(0, array, dtype)
+    for index in (-1, 2):
+        with pytest.raises(IndexError, match="tensor"):
+            builder.write(index, A, U8)
+
+
+@cores
+def test_finish_needs_every_tensor(core: ModuleType) -> None:
+    """Memory that no write has filled is never published; the builder can be completed."""
+    builder = two_tensors(core)
+    builder.write(0, A, U8)
+    with pytest.raises(ValueError, match="tensor 1: never written"):
+        builder.finish(HEAD)
+    builder.write(1, B, F32)
+    assert len(ExtractResponse.FromString(builder.finish(HEAD)).tensors) == 2
+
+
+@cores
+def test_refused_write_does_not_count_as_written(core: ModuleType) -> None:
+    """A tensor whose only write was refused is not published."""
+    builder = two_tensors(core)
+    builder.write(1, B, F32)
+    with pytest.raises(ValueError, match="shape"):
+        builder.write(0, B, F32)
+    with pytest.raises(ValueError, match="tensor 0: never written"):
+        builder.finish(HEAD)
+
+
+@cores
+@pytest.mark.parametrize("head", [b"", b"\x10", b"\x10\x04\x10"])
+def test_head_must_have_the_size_laid_out(core: ModuleType, head: bytes) -> None:
+    """A head of another size is refused, and the right one still taken."""
+    builder = two_tensors(core)
+    builder.write(0, A, U8)
+    builder.write(1, B, F32)
+    with pytest.raises(ValueError, match=f"head: got {len(head)} bytes, expected 2"):
+        builder.finish(head)
+    assert builder.finish(HEAD).startswith(HEAD)
+
+
+@cores
+def test_finished_builder_is_closed(core: ModuleType) -> None:
+    """After finish the message can't change: nothing more is written, nothing published twice."""
+    builder = two_tensors(core)
+    builder.write(0, A, U8)
+    builder.write(1, B, F32)
+    message = builder.finish(HEAD)
+    copy = bytes(bytearray(message))
+    with pytest.raises(ValueError, match="finished already"):
+        builder.write(0, A[::-1], U8)
+    with pytest.raises(ValueError, match="finished already"):
+        builder.finish(HEAD)
+    assert message == copy
+
+
+@cores
+def test_empty_message(core: ModuleType) -> None:
+    """No head and no tensors make no bytes."""
+    assert core.encode([], field=1, head=b"") == b""
+    assert core.encode([], field=1, head=HEAD) == HEAD
+
+
+@cores
+def test_dropped_builders_free_everything(core: ModuleType) -> None:
+    """A refused finish and a builder dropped unfinished leave no memory behind."""
+    layout = core.ReplyLayout([("", U8, (8 * MIB,)), ("", U8, (1,))], field=1, head_size=0)
+    array = np.zeros(8 * MIB, np.uint8)
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            builder = core.ReplyBuilder(layout)
+            builder.write(0, array, U8)
+            with pytest.raises(ValueError, match="never written"):
+                builder.finish(b"")
+            del builder
+        assert tracemalloc.get_traced_memory()[0] < MIB
+    finally:
+        tracemalloc.stop()
+
+
+@cores
+def test_arrays_are_released_after_a_write(core: ModuleType) -> None:
+    """A written or refused array is no longer held: a bytearray can be resized again."""
+    builder = two_tensors(core)
+    array = bytearray(2)
+    builder.write(0, array, U8)
+    array += b"x"
+    with pytest.raises(ValueError, match="shape"):
+        builder.write(0, array, U8)
+    array += b"y"
+
+
+@cores
+def test_threads_write_different_tensors_at_once(core: ModuleType) -> None:
+    """Each thread's tensors arrive whole."""
+    count, size = 16, 256 * KIB
+    arrays = [np.full(size, index, np.uint8) for index in range(count)]
+    layout = core.ReplyLayout([("", U8, (size,))] * count, field=1, head_size=0)
+    builder = core.ReplyBuilder(layout)
+    barrier = threading.Barrier(4)
+
+    def write(first: int) -> None:
+        barrier.wait()
+        for index in range(first, count, 4):
+            builder.write(index, arrays[index], U8)
+
+    threads = [threading.Thread(target=write, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = core.decode(builder.finish(b""), field=1, repeated=True)[1]
+    assert all(data == arrays[index].data for index, (*_, data) in enumerate(found))
+
+
+@pytest.mark.parametrize("rival", ["write", "finish"])
+def test_what_meets_a_write_in_flight_is_refused(rival: str) -> None:
+    """A second write of the tensor, or finish, is refused while a write is in flight, and no later.
+
+    Which calls meet is up to the scheduler, so they are sent off until some do.
+    """
+    array = np.broadcast_to(np.uint8(7), (8 * MIB, 4))[:, ::2]
+    layout = _core.ReplyLayout([("", U8, array.shape)], field=1, head_size=0)
+    for _ in range(100):
+        builder = _core.ReplyBuilder(layout)
+        builder.write(0, array, U8)
+        about_to_write = threading.Event()
+        thread = threading.Thread(target=write_after, args=(about_to_write, builder, array))
+        thread.start()
+        # The thread gives the GIL up in its write, which is when this one goes on.
+        about_to_write.wait()
+        message = outcome(builder.write, 0, array, U8) if rival == "write" else finish(builder)
+        thread.join()
+        if message in {
+            "builder: a write is in flight",
+            "tensor 0: being written by another thread",
+        }:
+            assert builder.finish(b"").count(7) >= array.size
+            return
+    pytest.fail("no call met a write in flight")
+
+
+def write_after(event: threading.Event, builder: _core.ReplyBuilder, array: np.ndarray) -> None:
+    """Say that a write is about to begin, and write."""
+    event.set()
+    outcome(builder.write, 0, array, U8)
+
+
+def finish(builder: _core.ReplyBuilder) -> str:
+    """Finish, and return the text of the refusal if there is one."""
+    return outcome(builder.finish, b"")
+
+
+def outcome(call: object, *arguments: object) -> str:
+    """Return the text of the ValueError that a call raised, or nothing."""
+    try:
+        call(*arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
