@@ -71,7 +71,7 @@ def main() -> None:
     target = sys.argv[1]
     model = sys.argv[2] if len(sys.argv) > 2 else "resnet18"
     photo = PHOTO.read_bytes()
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading in ("layer", "shape", "dtype", "extractor"):
         table.add_column(heading, no_wrap=True)
     for heading in ("compute", "server", "call"):
@@ -92,9 +92,9 @@ def main() -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     console.print(
-        f"Times are milliseconds, medians of {WARM_CALLS} warm calls. compute: the forward pass and "
-        f"writing the reply; server: that, and decoding and preprocessing the JPEG; call: what this "
-        f"client waited."
+        f"\nTimes are milliseconds, medians of {WARM_CALLS} warm calls. compute: the forward pass "
+        f"and writing the reply; server: that, and decoding and preprocessing the JPEG; call: what "
+        f"this client waited."
     )
     console.print(
         f"bn1 goes down to {lowest:.2f} although the ReLU after it works in place: layers come as "

@@ -49,8 +49,8 @@ def address_of(process: subprocess.Popen[str]) -> str:
 def main() -> None:
     """Show it all."""
     print(
-        "Weights are random, from a fixed seed: nothing is downloaded, and shapes and times are the\n"
-        "same. Real ones: leave out `--weights random`, or name a file with `--weights`.\n"
+        "Weights are random, from a fixed seed: nothing is downloaded, and shapes and times are\n"
+        "the same. Real ones: leave out `--weights random`, or name a file with `--weights`.\n"
     )
     with server() as address:
         with Client(address) as client:

@@ -105,7 +105,10 @@ def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> Non
         ("# port\n\n[limits]\nbatch = 0", "line 4: limits.batch: got 0, expected a number from 1"),
         ("limits.batch = 0", "line 1: limits.batch: got 0"),
         ("server = 3", "line 1: server: got 3, expected a table headed [server]"),
-        ("[models]\nsource = 'a'", "line 1: models: got {'source': 'a'}, expected a list of tables"),
+        (
+            "[models]\nsource = 'a'",
+            "line 1: models: got {'source': 'a'}, expected a list of tables",
+        ),
         ("[server]\ndevice = 'gpu'", "line 2: server.device: got 'gpu', expected 'auto', 'cpu' or"),
         ("[[models]]\nname = 'a'", "line 1: models[0] has no source"),
         (
@@ -126,7 +129,7 @@ def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> Non
     ],
 )
 def test_mistake_is_told_with_its_place(read, tmp_path: Path, text: str, message: str) -> None:
-    """A mistake's message has the file's name, the key's line, the key, the value and the remedy."""
+    """A mistake's message has the file, the line, the key, the value and what was expected."""
     with pytest.raises(ConfigError) as caught:
         read(text)
     assert str(tmp_path / "layertap.toml") in str(caught.value)

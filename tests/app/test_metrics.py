@@ -9,7 +9,6 @@ import grpc
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tinynets import ITEM
 
 from layertap import Client, LayertapError
 from layertap.app.metrics import Metrics, MetricsPage
@@ -17,6 +16,7 @@ from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.errors import ModelRunError, UnavailableError
 from layertap.models import ModelSpec
+from tinynets import ITEM
 
 BATCH = np.zeros((2, *ITEM), np.float32)
 HOSTILE = "x" * 1000
@@ -100,7 +100,7 @@ def test_failure_is_counted_by_status(served: Served) -> None:
 def test_model_that_breaks_is_an_internal_failure(served: Served) -> None:
     """A model that raises counts as INTERNAL."""
     with pytest.raises(ModelRunError):
-        served.client.extract("raises", BATCH + 1e6, "conv")
+        served.client.extract("raises", BATCH + 1e6, "head")
     assert served.value("request_failure_total", model="raises", reason="INTERNAL") == 1
 
 

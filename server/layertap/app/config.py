@@ -30,9 +30,7 @@ Text = Annotated[str, Meta(min_length=1, description="a text")]
 Layers = Annotated[
     tuple[str, ...], Meta(description='a list of layers such as ["layer1", "avgpool:input"]')
 ]
-Threads = Annotated[
-    Annotated[int, Meta(ge=1)] | None, Meta(description="a number from 1")
-]
+Threads = Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="a number from 1")]
 Sizes = Annotated[
     tuple[Annotated[int, Meta(ge=1)], ...] | None,
     Meta(description="sizes of one item without the batch, such as [3, 224, 224]"),

@@ -52,7 +52,9 @@ class Metrics:
             "reply_bytes", "Bytes of the extractions' replies.", ("model",)
         )
         self._total = self._histogram("request", "From the request's bytes to the reply's.")
-        self._prepare = self._histogram("prepare", "Parsing, checks, decoding and preprocessing images.")
+        self._prepare = self._histogram(
+            "prepare", "Parsing, checks, decoding and preprocessing images."
+        )
         self._queue = self._histogram("queue", "Waiting for the compute thread.")
         self._compute = self._histogram(
             "compute", "The forward pass and writing the outputs into the reply."

@@ -62,7 +62,13 @@ DTYPES = ("float32", "float16", "bfloat16")
     default=Reduction.NONE.value,
     help="What to do with each layer first.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Images that run together.",
+)
 @local_model_options
 def extract(
     model: str,

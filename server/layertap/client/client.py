@@ -88,7 +88,7 @@ class Client:
         request = feature_service_pb2.ExtractRequest(
             model=model,
             layers=[_selection(selection) for selection in parse_selections(layers)],
-            extractor=to_proto(Extractor(extractor), catalogue_pb2.Extractor, "EXTRACTOR"),
+            extractor=to_proto(Extractor(extractor), "EXTRACTOR"),
         )
         tensor = inputs if isinstance(inputs, np.ndarray) else None
         if not isinstance(inputs, np.ndarray):
@@ -159,8 +159,8 @@ class Client:
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
     return feature_service_pb2.LayerSelection(
         layer=selection.layer,
-        capture=to_proto(selection.capture, catalogue_pb2.Capture, "CAPTURE"),
+        capture=to_proto(selection.capture, "CAPTURE"),
         alias=selection.alias,
-        reduction=to_proto(selection.reduction, feature_service_pb2.Reduction, "REDUCTION"),
+        reduction=to_proto(selection.reduction, "REDUCTION"),
         dtype=dtypes.by_name(selection.dtype).number if selection.dtype else 0,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 
 from layertap.engine.call import Call
@@ -22,6 +23,8 @@ from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
 
 __all__ = ["ModelHost"]
+
+_log = logging.getLogger(__name__)
 
 PlanKey = tuple[Extractor, tuple[CapturePoint, ...], tuple[int, ...]]
 Refusal = InvalidInputError | ExtractorUnsupportedError
@@ -55,16 +58,21 @@ class ModelHost:
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
         self._max_plans = limits.plans
-        self.resolve = lru_cache(maxsize=MAX_RESOLVED)(
-            lambda selections, extractor: resolve(
-                self.catalogue, selections, extractor, limits.layers
-            )
+        self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
+            partial(resolve, self.catalogue, max_layers=limits.layers)
         )
 
-    def declare(self, selections: Sequence[LayerSelection]) -> None:
-        """Build and keep the compiled plans of layers that will be asked for.
+    def resolve(
+        self, selections: tuple[LayerSelection, ...], extractor: Extractor
+    ) -> Resolved:
+        """Match selections against the catalogue; see ``layertap.engine.resolve``."""
+        return self._resolve(selections, extractor)
 
-        Together and each alone, at the model's own item shape: AUTO serves them by TORCHSCRIPT.
+    def declare(self, selections: Sequence[LayerSelection]) -> None:
+        """Build and keep the plans of layers that will be asked for, together and each alone.
+
+        AUTO then serves them by TORCHSCRIPT at the model's own item shape. Where the model can't be
+        compiled, the log says so and they are served by the next best extractor.
 
         Raises:
             LayertapError: Whatever a request for them would raise.
@@ -72,12 +80,9 @@ class ModelHost:
         self.declared = list(selections)
         sets = [tuple(selections), *((selection,) for selection in selections)]
         for chosen in dict.fromkeys(sets):
-            points = self.resolve(chosen, Extractor.TORCHSCRIPT).points
-            key = (Extractor.TORCHSCRIPT, points, self.model.input.item_shape)
-            if key not in self._declared_plans:
-                self._declared_plans[key] = self._compute.run(
-                    lambda key=key: self._builder.build(*key), Call()
-                )
+            resolved = self.resolve(chosen, Extractor.AUTO)
+            key, plan = self._compute.run(partial(self._build_best, resolved), Call())
+            self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, item_shape: tuple[int, ...], call: Call) -> Plan:
         """Return the plan that serves a request, built on the compute thread where it is new."""
@@ -90,6 +95,18 @@ class ModelHost:
         with self._lock:
             self._plans.clear()
             self._declared_plans.clear()
+
+    def _build_best(self, resolved: Resolved) -> tuple[PlanKey, Plan]:
+        """Build the compiled plan of a layer set, or else the best one that there can be."""
+        for extractor in resolved.candidates:
+            key = (extractor, resolved.points, self.model.input.item_shape)
+            try:
+                return key, self._builder.build(*key)
+            except ExtractorUnsupportedError as refusal:
+                if extractor is resolved.candidates[-1]:
+                    raise
+                _log.warning("model %s: %s", self.model.name, refusal)
+        raise AssertionError("a resolved request has candidates")
 
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...]) -> Extractor:
         if len(resolved.candidates) == 1:

@@ -98,7 +98,7 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
 def _support(entry: LayerEntry, extractor: Extractor) -> catalogue_pb2.ExtractorSupport:
     support = entry.support[extractor]
     return catalogue_pb2.ExtractorSupport(
-        extractor=to_proto(extractor, catalogue_pb2.Extractor, "EXTRACTOR"),
+        extractor=to_proto(extractor, "EXTRACTOR"),
         output=support.output,
         input=support.input,
         reason=support.reason,

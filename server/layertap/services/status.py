@@ -35,6 +35,7 @@ STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 
+
 def status_of(kind: type[errors.LayertapError]) -> grpc.StatusCode:
     """Return the status of an error class: its own, else its nearest base's.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from layertap.errors import InvalidInputError
 
@@ -15,12 +15,10 @@ E = TypeVar("E", bound=StrEnum)
 class _EnumType(Protocol):
     def Name(self, number: int) -> str: ...  # noqa: N802 - protobuf's own name
 
-    def Value(self, name: str) -> int: ...  # noqa: N802 - protobuf's own name
 
-
-def to_proto(member: StrEnum, enum: _EnumType, prefix: str) -> int:
-    """Return the number of ``PREFIX_MEMBER``."""
-    return enum.Value(f"{prefix}_{member.name}")
+def to_proto(member: StrEnum, prefix: str) -> Any:
+    """Return ``PREFIX_MEMBER``, the name that message constructors take for an enum's number."""
+    return f"{prefix}_{member.name}"
 
 
 def from_proto(number: int, enum: _EnumType, prefix: str, default: E) -> E:

@@ -14,7 +14,8 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.errors import DecodeError
 from layertap.selection import Extractor
-from layertap.v1 import catalogue_pb2, feature_service_pb2
+from layertap.v1 import feature_service_pb2
+from layertap.wire.enums import to_proto
 from layertap.wire.tensors import TensorView, decode_message, encode_message
 
 __all__ = [
@@ -78,7 +79,7 @@ def encode_request(
 def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
     """Return an ExtractResponse without tensors; always of REPLY_HEAD_SIZE bytes."""
     response = feature_service_pb2.ExtractResponse(
-        extractor=catalogue_pb2.Extractor.Value(f"EXTRACTOR_{extractor.name}"),
+        extractor=to_proto(extractor, "EXTRACTOR"),
         timings=feature_service_pb2.Timings(
             prepare_ns=timings.prepare_ns,
             queue_ns=timings.queue_ns,

@@ -1,0 +1,109 @@
+"""A real ``layertap serve`` starts, serves, drains and ends as its signals say."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from layertap import Client
+from processes import Serving, layertap, serving
+
+SLEEPY = ("slownets:sleepy", "--item-shape", "3,4,4")
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def batch(milliseconds: float = 0.0) -> np.ndarray:
+    """Return an input over which Sleepy sleeps that long."""
+    return np.full((1, 3, 4, 4), milliseconds, np.float32)
+
+
+def health(address: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        return stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
+
+
+def wait_until_running(server: Serving) -> None:
+    """Wait until a request is on the compute thread."""
+    url = server.line(r"metrics on (\S+)$")[1]
+    for _ in range(100):
+        with urllib.request.urlopen(url) as reply:  # noqa: S310 - our own page
+            if b"pending_request_count 1.0" in reply.read():
+                return
+        time.sleep(0.05)
+    pytest.fail("the request never reached the compute thread")
+
+
+def test_serves_then_drains_on_sigterm() -> None:
+    """SIGTERM lets an admitted call finish, refuses new ones by health, and ends with code 0."""
+    with (
+        serving(*SLEEPY, "--layers", "conv", "--metrics-port", "0") as server,
+        ThreadPoolExecutor(1) as pool,
+        Client(server.address) as client,
+    ):
+        client.wait_ready()
+        assert health(server.address) == SERVING
+        assert list(client.list_models()[0].declared_layers) == ["conv"]
+        assert client.extract("sleepy", batch(), "conv").extractor == "torchscript"
+        slow = pool.submit(client.extract, "sleepy", batch(2000), "conv", extractor="hook")
+        wait_until_running(server)
+        server.process.send_signal(signal.SIGTERM)
+        server.line("stopping")
+        assert slow.result()["conv"].shape == (1, 2, 4, 4)
+        assert server.ended() == 0
+        assert server.lines[-1] == "layertap: stopped"
+        assert not any("Traceback" in line for line in server.lines)
+
+
+def test_second_signal_ends_at_once() -> None:
+    """A second signal ends the process without waiting for the call that is running."""
+    with (
+        serving(*SLEEPY, "--grace", "100", "--metrics-port", "0", "--host", "0.0.0.0") as server,  # noqa: S104 - the warning is what is tested
+        ThreadPoolExecutor(1) as pool,
+        Client(server.address.replace("0.0.0.0", "127.0.0.1")) as client,  # noqa: S104
+    ):
+        assert server.line("warning: 0.0.0.0 can be reached from other machines")
+        slow = pool.submit(client.extract, "sleepy", batch(50_000), "conv", extractor="hook")
+        wait_until_running(server)
+        server.process.send_signal(signal.SIGINT)
+        server.line("stopping")
+        begun = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended() == 128 + signal.SIGTERM
+        assert time.monotonic() - begun < 10
+        assert slow.exception() is not None
+
+
+def test_answers_not_serving_while_it_loads() -> None:
+    """Health answers NOT_SERVING while a model loads, and SIGTERM then ends it with code 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serving("slownets:never", "--port", str(port), "--metrics-port", "0") as server:
+        server.line("metrics on")  # Printed after the server has started.
+        assert health(f"127.0.0.1:{port}") == NOT_SERVING
+        server.process.send_signal(signal.SIGTERM)
+        assert server.ended() == 0
+        assert server.lines[-1] == "layertap: stopped before it was ready"
+
+
+def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:
+    """A model that can't be loaded ends the server with code 1 and the reason, without a trace."""
+    config = tmp_path / "layertap.toml"
+    config.write_text(
+        "[server]\nport = 0\nmetrics_port = -1\n[[models]]\nsource = 'slownets:gone'\n"
+    )
+    result = layertap("serve", "--config", str(config))
+    assert result.returncode == 1
+    assert "layertap: error: factory slownets:gone" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,153 @@
+"""``layertap extract`` writes rows of images, the same here and from a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from layertap import Client, Extractor
+from layertap.cli.main import main
+from layertap.cli.npz import Columns
+from layertap.engine import Engine
+from layertap.errors import InvalidInputError
+from layertap.models import ModelSpec
+from serving import running_server
+
+MODEL = "squeezenet1_1"
+LAYERS = ("-l", "features.3", "-l", "features.0:input=pixels")
+
+
+def extract(*args: str) -> Result:
+    return CliRunner().invoke(main, ["extract", *args])
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Five pictures that differ."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    paths = [folder / f"{i}.png" for i in range(5)]
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (40, 30, 3), np.uint8)).save(path)
+    return [str(path) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    engine = Engine()
+    engine.load(ModelSpec(MODEL, weights="random"))
+    with running_server(engine) as address:
+        yield address
+    engine.close()
+
+
+@pytest.fixture
+def remote(address: str, images: list[str], tmp_path: Path):
+    """Extract from the server and load the file."""
+
+    def run(*args: str) -> tuple[Result, dict[str, np.ndarray]]:
+        out = tmp_path / "out.npz"
+        result = extract(MODEL, *images, "-o", str(out), "--server", address, *args)
+        assert result.exit_code == 0, result.output
+        with np.load(out) as stored:
+            return result, dict(stored)
+
+    return run
+
+
+def test_rows_in_the_order_of_the_images(remote, address: str, images: list[str]) -> None:
+    """Each image's row is what a request for it alone returns, whatever the batches."""
+    result, stored = remote(*LAYERS, "--batch-size", "2")
+    assert list(stored) == ["features.3", "pixels"]
+    assert stored["pixels"].shape == (5, 3, 224, 224)
+    with Client(address) as client:
+        for index, image in enumerate(images):
+            alone = client.extract(MODEL, image, ["features.3", "features.0:input=pixels"])
+            np.testing.assert_array_equal(stored["pixels"][index], alone["pixels"][0])
+            np.testing.assert_allclose(
+                stored["features.3"][index], alone["features.3"][0], rtol=1e-4, atol=1e-5
+            )
+    assert "[5, 128, 55, 55]" in result.output
+    assert "hook" in result.output
+
+
+def test_same_here_and_from_a_server(remote, images: list[str], tmp_path: Path) -> None:
+    """A model that is loaded into the process gives what a server gives."""
+    _, stored = remote(*LAYERS)
+    out = tmp_path / "local.npz"
+    result = extract(MODEL, *images, *LAYERS, "-o", str(out), "--weights", "random")
+    assert result.exit_code == 0, result.output
+    with np.load(out) as local:
+        assert list(local) == list(stored)
+        for name in stored:
+            np.testing.assert_array_equal(local[name], stored[name])
+
+
+def test_reduction_dtype_and_extractor(remote) -> None:
+    """``--reduce``, ``--dtype`` and ``--extractor`` hold for every layer."""
+    options = ("--reduce", "global_average_pool", "--dtype", "float16", "--extractor", "fx")
+    result, stored = remote("-l", "features.3", *options)
+    assert stored["features.3"].shape == (5, 128)
+    assert stored["features.3"].dtype == np.float16
+    assert "fx" in result.output
+
+
+def test_bfloat16_is_stored_as_float32(remote) -> None:
+    """bfloat16, which .npz lacks, is stored as float32 that bfloat16 can hold."""
+    _, stored = remote("-l", "features.3", "--dtype", "bfloat16")
+    values = stored["features.3"]
+    assert values.dtype == np.float32
+    assert values.any()
+    assert not (values.view(np.uint32) & 0xFFFF).any()
+
+
+def test_refusal_leaves_the_old_file(address: str, images: list[str], tmp_path: Path) -> None:
+    """A layer that isn't there is code 1 with close matches, and a file from before stays."""
+    out = tmp_path / "out.npz"
+    out.write_text("old")
+    result = extract(MODEL, images[0], "-l", "featres.3", "-o", str(out), "--server", address)
+    assert result.exit_code == 1
+    assert "features.3" in result.output
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_missing_files_are_told_first(images: list[str], tmp_path: Path) -> None:
+    """An image or folder that isn't there is told before any model is loaded."""
+    out = str(tmp_path / "a.npz")
+    result = extract("no_model", images[0], "gone.jpg", "-l", "a", "-o", out)
+    assert (result.exit_code, "gone.jpg: no such file" in result.output) == (1, True)
+    result = extract("no_model", images[0], "-l", "a", "-o", str(tmp_path / "no" / "a.npz"))
+    assert (result.exit_code, "no such folder" in result.output) == (1, True)
+
+
+class Reply(dict[str, np.ndarray]):
+    """What Columns reads of Features."""
+
+    extractor = Extractor.HOOK
+
+
+def test_rows_that_cannot_be_told_apart_are_refused() -> None:
+    """Batches are put below one another only where each item has rows of its own."""
+    columns = Columns()
+    columns.add(Reply(a=np.zeros((3, 4))), 2)
+    with pytest.raises(InvalidInputError, match="--batch-size"):
+        columns.add(Reply(a=np.zeros((3, 4))), 2)
+    columns = Columns()
+    columns.add(Reply(a=np.zeros((2, 4))), 2)
+    with pytest.raises(InvalidInputError, match="can't be put below"):
+        columns.add(Reply(a=np.zeros((1, 5))), 1)
+
+
+def test_any_name_can_be_a_key(tmp_path: Path) -> None:
+    """A layer called ``file``, which ``np.savez`` could not store, is a key like any other."""
+    columns = Columns()
+    columns.add(Reply(file=np.arange(3)), 3)
+    columns.save(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as stored:
+        np.testing.assert_array_equal(stored["file"], np.arange(3))

@@ -1,0 +1,134 @@
+"""``layertap layers`` shows what was measured, the same here and from a server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from click.testing import CliRunner, Result
+from google.protobuf.json_format import Parse
+from rich.console import Console
+
+from layertap.cli.main import main
+from layertap.cli.render import _tree, console
+from layertap.engine import Engine
+from layertap.models import ModelSpec
+from layertap.services.convert import description_to_proto
+from layertap.v1 import feature_service_pb2
+from serving import running_server
+from tinynets import ITEM
+
+SHAPE = ("--item-shape", "3,16,16")
+
+
+def layers(*args: str) -> Result:
+    return CliRunner().invoke(main, ["layers", *args])
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine()
+    for net in ("residual", "silent", "dynamic"):
+        engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def address(engine: Engine) -> Iterator[str]:
+    with running_server(engine) as address:
+        yield address
+
+
+def row(output: str, name: str) -> list[str]:
+    """Split a table's line of a layer."""
+    return next(line.split() for line in output.splitlines() if line.split()[:1] == [name])
+
+
+def test_flat_table(address: str) -> None:
+    """A pipe gets a flat table: shape with B, dtype, exact bytes, stride and letters."""
+    output = layers("residual", "--server", address).output
+    cells = "layer1 Sequential 1 [B, 8, 8, 8] float32 2,048 2 CLFHT ---HT"
+    assert row(output, "layer1") == cells.split()
+    assert row(output, "layer1.0.relu_1")[2] == "2"
+    assert row(output, "fc")[-2:] == ["--FHT", "---HT"]
+    assert "C CHILDREN, L LAYER_GETTER, F FX, H HOOK, T TORCHSCRIPT" in output
+    assert "takes [B, 3, 16, 16] float32" in output.splitlines()[0]
+
+
+def test_unserved_layer_has_its_reason(address: str) -> None:
+    """A layer that no extractor serves says why, in the table and under the tree."""
+    flat = layers("silent", "--server", address).output
+    assert "none" in row(flat, "aux")
+    assert "never runs" in " ".join(row(flat, "aux"))
+    tree = layers("silent", "--tree", "--server", address).output
+    assert "none: aux, read: the module never runs" in tree
+
+
+def test_tree(address: str) -> None:
+    """The tree has a line for each module below its parent, the last one with an elbow."""
+    output = layers("residual", "--tree", "--server", address).output
+    lines = [line.strip() for line in output.splitlines()]
+    at = next(i for i, line in enumerate(lines) if line.startswith("layer1"))
+    names = [line.split("  ")[0].strip() for line in lines[at : at + 3]]
+    assert names[0] == "layer1"
+    assert lines[at + 1].startswith("├─ 0")
+    assert lines[at + 2].startswith("│  ├─ conv1")
+    assert any(line.startswith("└─ 1 ") for line in lines)
+    assert any("ReLU×2" in line for line in lines)
+
+
+def test_tree_fits_a_narrow_terminal(engine: Engine) -> None:
+    """On 80 columns only the types are cut short: one line a layer, with the whole of its shape."""
+    description = description_to_proto(engine.host("residual"))
+    modules = [layer for layer in description.layers if layer.calls and "add" not in layer.name]
+    narrow = Console(width=80, markup=False, highlight=False)
+    with narrow.capture() as captured:
+        narrow.print(_tree(modules))
+    lines = captured.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("[B, 8, 8, 8]" in line and line.rstrip().endswith("---HT") for line in lines) > 10
+
+
+def test_dynamic_shape_is_marked(address: str) -> None:
+    """A shape that follows the content is an example, and says so."""
+    assert "varies" in " ".join(row(layers("dynamic", "--server", address).output, "pick"))
+
+
+def test_graph_nodes_only_with_all(address: str) -> None:
+    """Graph nodes are shown with ``--all``, and in JSON, and nowhere else."""
+    assert "layer1.0.add" not in layers("residual", "--server", address).output
+    assert "layer1.0.add" in layers("residual", "--all", "--server", address).output
+    assert "layer1.0.add" in layers("residual", "--json", "--server", address).output
+
+
+def test_glob(address: str) -> None:
+    """A glob narrows the table and the JSON; one without a match is an error."""
+    flat = layers("residual", "--glob", "layer?.0", "--server", address).output
+    assert row(flat, "layer1.0")
+    assert row(flat, "layer2.0")
+    assert "layer1.0.conv1" not in flat
+    found = json.loads(layers("residual", "--glob", "layer?", "--json", "--server", address).output)
+    assert [layer["name"] for layer in found["layers"]] == ["layer1", "layer2"]
+    missing = layers("residual", "--glob", "nope*", "--server", address)
+    assert missing.exit_code == 1
+    assert "matches no layer" in missing.output
+
+
+def test_json_is_the_same_here_and_from_a_server(engine: Engine, address: str) -> None:
+    """``--json`` is the whole DescribeModelResponse, whoever measured it."""
+    remote = layers("residual", "--json", "--server", address).output
+    local = layers("tinynets:residual", "--json", *SHAPE).output
+    assert local == remote
+    parsed = Parse(remote, feature_service_pb2.DescribeModelResponse())
+    assert parsed == description_to_proto(engine.host("residual"))
+    assert "bytes_per_item" in remote
+
+
+def test_pipes_get_no_escapes(address: str) -> None:
+    """What goes into a pipe has no colours, and a line is as long as it must be."""
+    output = layers("residual", "--server", address).output
+    assert "\x1b" not in output
+    assert "…" not in output
+    assert console().width > 1000
