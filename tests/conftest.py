@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tinynets import ITEM
 
 from layertap.models import LoadedModel, ModelSpec, load_model
+from tinynets import ITEM
 
 LoadNet = Callable[[str], LoadedModel]
 

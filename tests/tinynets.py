@@ -177,7 +177,7 @@ class Raises(nn.Module):
 
 
 class Numbered(nn.Module):
-    """Modules whose names end in numbers, which torchvision's node names mix up, and a dotted one."""
+    """Modules whose names end in numbers, which torchvision's node names mix up."""
 
     def __init__(self) -> None:
         super().__init__()

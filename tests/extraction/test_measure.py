@@ -55,7 +55,9 @@ def test_fx_serves_modules_and_nodes(load_net) -> None:
     catalogue = measure(load_net("residual"))
     modules = {entry.name for entry in catalogue if entry.kind is PointKind.MODULE}
     assert modules <= names(catalogue, Extractor.FX)
-    node = catalogue.entry("layer1.0.iadd" if "layer1.0.iadd" in catalogue.entries else "layer1.0.add")
+    node = catalogue.entry(
+        "layer1.0.iadd" if "layer1.0.iadd" in catalogue.entries else "layer1.0.add"
+    )
     assert node.kind is PointKind.NODE
     assert node.served_by(OUTPUT) == [Extractor.FX]
 

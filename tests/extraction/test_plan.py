@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import inputs_of, outputs_of
-from tinynets import ITEM
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
@@ -13,6 +11,8 @@ from layertap.extraction.plan import collect
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference, same
 from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor
+from oracle import inputs_of, outputs_of
+from tinynets import ITEM
 
 EXACT = (Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.FX, Extractor.HOOK)
 
@@ -92,9 +92,9 @@ def test_an_extractor_whose_value_differs_gets_no_plan(load_net) -> None:
 
 def test_an_item_shape_that_the_model_can_not_take_is_bad_input(load_net) -> None:
     """A shape on which the model itself fails is the caller's mistake, in words of ours."""
+    plans = builder(load_net("tokens"))
     with pytest.raises(InvalidInputError, match=r"\[3, 1, 1\].*measured at \[3, 16, 16\]"):
-        model = load_net("tokens")
-        builder(model).build(Extractor.HOOK, [point("encoder")], (3, 1, 1))
+        plans.build(Extractor.HOOK, [point("encoder")], (3, 1, 1))
 
 
 def test_specs_are_those_of_the_item_shape(load_net) -> None:

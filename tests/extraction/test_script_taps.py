@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import inputs_of, outputs_of
-from tinynets import ITEM, residual
 
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.plan import collect
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
+from oracle import inputs_of, outputs_of
+from tinynets import ITEM, residual
 
 
 @pytest.fixture(params=["traced", "scripted"])

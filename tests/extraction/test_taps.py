@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from oracle import inputs_of, outputs_of
-from tinynets import ITEM, residual
 
 from layertap.errors import ModelRunError
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.taps import Taps
 from layertap.selection import Capture
+from oracle import inputs_of, outputs_of
+from tinynets import ITEM, residual
 
 
 def point(path: str, capture: Capture = Capture.OUTPUT, call: int = 0) -> CapturePoint:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from serving import running_server
 
 from layertap import Capture, Client, Extractor, LayerSelection
 from layertap.engine import Engine
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import LoadedModel, ModelSpec
+from serving import running_server
 
 ITEM = (3, 224, 224)
 STAGES = {"relu": "stage0", **{f"layer{i}": f"stage{i}" for i in range(1, 5)}}

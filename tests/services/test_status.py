@@ -51,9 +51,11 @@ def test_the_unexpected_is_internal_and_keeps_its_text(caplog) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            with pytest.raises(grpc.RpcError) as failure:
-                channel.unary_unary("/test.Service/Call")(b"")
+        with (
+            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+            pytest.raises(grpc.RpcError) as failure,
+        ):
+            channel.unary_unary("/test.Service/Call")(b"")
     finally:
         server.stop(0)
     assert failure.value.code() is grpc.StatusCode.INTERNAL

@@ -96,7 +96,7 @@ class FeatureServer:
         """Block until the server has stopped."""
         self._server.wait_for_termination()
 
-    def _set_health(self, status: Status.ServingStatus.ValueType) -> None:
+    def _set_health(self, status: int) -> None:
         models = (host.model.name for host in self._engine.hosts())
         for name in ("", FeatureService.NAME, *models):
             self._health.set(name, status)

@@ -162,5 +162,5 @@ def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
         capture=to_proto(selection.capture, "CAPTURE"),
         alias=selection.alias,
         reduction=to_proto(selection.reduction, "REDUCTION"),
-        dtype=dtypes.by_name(selection.dtype).number if selection.dtype else 0,
+        dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
     )

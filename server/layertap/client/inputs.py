@@ -45,7 +45,7 @@ def encode_input(given: Any) -> np.ndarray | list[bytes]:
         return [_image_bytes(item) for item in given]
     if isinstance(given, np.ndarray):
         return _little_endian(given)
-    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor; torch stays unimported.
+    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor, told without torch.
         return _from_torch(given)
     raise InvalidInputError(
         f"input: got {type(given).__name__}, expected an image, a list of images or an array"

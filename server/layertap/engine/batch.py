@@ -19,7 +19,7 @@ __all__ = ["ImagesInput", "TensorInput", "check_tensor", "decode_images", "prepr
 
 with warnings.catch_warnings():
     # torch warns once per process that it can't honour a read-only buffer. A request's bytes are
-    # nobody else's, and models that write into their batch get a copy, so let it warn into the void.
+    # nobody else's, and models that write into their batch get a copy: once, here, unheard.
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(b"\0", np.uint8))
 
@@ -51,9 +51,7 @@ def check_tensor(model: LoadedModel, view: TensorView, limits: Limits) -> torch.
     return torch.from_numpy(view.array())
 
 
-def decode_images(
-    model: LoadedModel, images: Sequence[bytes], limits: Limits
-) -> list[Image.Image]:
+def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -> list[Image.Image]:
     """Decode a batch of image files. Runs no torch code, so any thread may call it.
 
     Raises:
@@ -80,14 +78,7 @@ def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torc
     """
     if model.preprocess is None:
         raise ValueError("decode_images refuses models that take no images")
-    items = [model.preprocess(image) for image in images]
-    shapes = list(dict.fromkeys(tuple(item.shape) for item in items))
-    if len(shapes) > 1:
-        raise InvalidInputError(
-            f"images: got items of shapes {list(shapes[0])} and {list(shapes[1])} after "
-            f"preprocessing, expected one shape in a batch; send them in separate requests"
-        )
-    return torch.stack(items)
+    return model.preprocess.batch(images)
 
 
 def _check_size(size: int, limits: Limits) -> None:

@@ -160,9 +160,7 @@ class Engine:
             host.close()
         self._hosts.clear()
 
-    def _batch(
-        self, host: ModelHost, given: TensorInput | ImagesInput, call: Call
-    ) -> torch.Tensor:
+    def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):
             return check_tensor(host.model, given.tensor, self.limits)
         images = decode_images(host.model, given.images, self.limits)

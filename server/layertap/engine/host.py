@@ -62,9 +62,7 @@ class ModelHost:
             partial(resolve, self.catalogue, max_layers=limits.layers)
         )
 
-    def resolve(
-        self, selections: tuple[LayerSelection, ...], extractor: Extractor
-    ) -> Resolved:
+    def resolve(self, selections: tuple[LayerSelection, ...], extractor: Extractor) -> Resolved:
         """Match selections against the catalogue; see ``layertap.engine.resolve``."""
         return self._resolve(selections, extractor)
 

@@ -137,7 +137,10 @@ def _module_entries(survey: HookSurvey, findings: _Findings) -> list[LayerEntry]
         if not path or (call and base in modules):
             continue
         bare = LayerEntry(
-            base, PointKind.MODULE, _class_name(modules[path]), calls[path],
+            base,
+            PointKind.MODULE,
+            _class_name(modules[path]),
+            calls[path],
             support=dict.fromkeys(REAL_EXTRACTORS, _no_tensor(path, findings)),
         )
         named: dict[str, dict[Capture, CapturePoint]] = {base: {}}
@@ -156,7 +159,10 @@ def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
     specs = {side: findings.specs[point] for side, point in entry.points.items()}
     channels, reduction = _geometry(specs.get(Capture.OUTPUT), findings.model.input.item_shape)
     return replace(
-        entry, specs=specs, channels=channels, reduction=reduction,
+        entry,
+        specs=specs,
+        channels=channels,
+        reduction=reduction,
         support={extractor: _support(extractor, entry, findings) for extractor in REAL_EXTRACTORS},
     )
 
@@ -213,12 +219,19 @@ def _has_members(path: str, findings: _Findings) -> bool:
 
 def _node_entries(graph: _Graph) -> list[LayerEntry]:
     no = Support(output=False, reason="it is a node of the symbolic graph, not a module")
-    support = {**dict.fromkeys(REAL_EXTRACTORS, no), Extractor.FX: Support(output=True)}
+    support: dict[Extractor, Support] = {
+        **dict.fromkeys(REAL_EXTRACTORS, no),
+        Extractor.FX: Support(output=True),
+    }
     return [
         LayerEntry(
-            name, PointKind.NODE, re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]), 1,
+            name,
+            PointKind.NODE,
+            re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]),
+            1,
             points={Capture.OUTPUT: CapturePoint(PointKind.NODE, name)},
-            specs={Capture.OUTPUT: spec}, support=support,
+            specs={Capture.OUTPUT: spec},
+            support=support,
         )
         for name, spec in graph.specs.items()
     ]
@@ -229,7 +242,10 @@ def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
     no = Support(output=False, reason="the module never runs in a forward pass")
     return [
         LayerEntry(
-            path, PointKind.MODULE, _class_name(module), 0,
+            path,
+            PointKind.MODULE,
+            _class_name(module),
+            0,
             support=dict.fromkeys(REAL_EXTRACTORS, no),
         )
         for path, module in model.module.named_modules()

@@ -150,8 +150,12 @@ class PlanBuilder:
         return [node for node in nodes if node is not None]
 
     def _prove(
-        self, extractor: Extractor, built: BuiltExtractor, points: Sequence[CapturePoint],
-        x: torch.Tensor, oracle: Values,
+        self,
+        extractor: Extractor,
+        built: BuiltExtractor,
+        points: Sequence[CapturePoint],
+        x: torch.Tensor,
+        oracle: Values,
     ) -> None:
         values = collect(built, points, x)
         for point, value, expected in zip(points, values, oracle, strict=True):
@@ -179,7 +183,6 @@ def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: torch.Tens
     # The model may write into its batch, and the caller uses the batch again.
     built.run(x.clone(), clone)
     return [values[index] for index in range(len(points))]
-
 
 
 def _names(points: Sequence[CapturePoint]) -> str:

@@ -47,7 +47,8 @@ def _grid_shape(dims: Dims) -> Dims:
 
 def _grid_value(value: torch.Tensor) -> torch.Tensor:
     front, side = _grid_side(value.shape[1])
-    return value[:, front:].transpose(1, 2).unflatten(2, (side, side))
+    patches: torch.Tensor = value[:, front:].transpose(1, 2)
+    return patches.reshape(*patches.shape[:2], side, side)
 
 
 _RULES = {
@@ -90,7 +91,9 @@ def reduce_spec(spec: ValueSpec, reduction: Reduction, layer: str) -> ValueSpec:
     average = reduction is Reduction.GLOBAL_AVERAGE_POOL
     batched = bool(spec.dims) and spec.dims[0].batch and not any(d.batch for d in spec.dims[1:])
     if (
-        spec.dynamic or not batched or not rule.fits(spec.dims)
+        spec.dynamic
+        or not batched
+        or not rule.fits(spec.dims)
         or (average and not spec.dtype.is_floating_point)
     ):
         shape = [f"{dim.size}B" if dim.batch else dim.size for dim in spec.dims]

@@ -39,6 +39,15 @@ class _Watcher:
         self._observer = observer
         self._paths: list[str] = []
         self._arguments: list[torch.Tensor] = []
+        self.raised: BaseException | None = None
+
+    def report(self, method: str, *values: Any) -> None:
+        """Take an operator's report, and remember what the observer raises."""
+        try:
+            getattr(self, method)(*values)
+        except BaseException as error:
+            self.raised = error
+            raise
 
     def given(self, value: torch.Tensor) -> None:
         """Take an argument of the call that is about to begin."""
@@ -59,9 +68,15 @@ class _Watcher:
 @contextmanager
 def watch(observer: Observer) -> Iterator[None]:
     """Report the calls of instrumented programs that run inside the block, on this thread."""
-    token = _watcher.set(_Watcher(observer))
+    watcher = _Watcher(observer)
+    token = _watcher.set(watcher)
     try:
         yield
+    except RuntimeError as error:
+        # The interpreter turns whatever an operator raises into an error of its own.
+        if watcher.raised is None:
+            raise
+        raise watcher.raised from error
     finally:
         _watcher.reset(token)
 
@@ -74,7 +89,7 @@ def instrument(module: ScriptModule) -> None:
     seen: set[tuple[str, str]] = set()
     for submodule in module.modules():
         # There is no public way to the graphs of methods other than forward.
-        compiled = submodule._c
+        compiled: Any = submodule._c
         for method in compiled._method_names():
             key = (str(compiled._type()), method)
             if key not in seen:
@@ -83,7 +98,7 @@ def instrument(module: ScriptModule) -> None:
     _instrumented.add(module)
 
 
-def _instrument_graph(graph: torch.Graph) -> None:
+def _instrument_graph(graph: Any) -> None:
     self_value = next(iter(graph.inputs()))
     for node in _calls(graph):
         called, *arguments = node.inputs()
@@ -139,7 +154,7 @@ def _define_operators() -> torch.library.Library:
         def report(*values: Any) -> None:
             watcher = _watcher.get()
             if watcher is not None:
-                getattr(watcher, method)(*values)
+                watcher.report(method, *values)
 
         name = schema.partition("(")[0]
         library.define(schema, alias_analysis="CONSERVATIVE")

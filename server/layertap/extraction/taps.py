@@ -65,11 +65,6 @@ class _Session:
         if not self._wanted:
             raise StopForward
 
-    @property
-    def finished(self) -> bool:
-        """Whether everything wanted was captured."""
-        return not self._wanted
-
     def missed(self) -> list[str]:
         """Return the paths of wanted calls that did not happen."""
         return sorted({path for path, _, _ in self._wanted})
@@ -87,7 +82,7 @@ class Taps:
         self._handles: dict[tuple[str, Capture], RemovableHandle] = {}
         self._lock = threading.Lock()
         self._script = isinstance(module, torch.jit.ScriptModule)
-        if self._script:
+        if isinstance(module, torch.jit.ScriptModule):
             instrument(module)
         # torch runs these layers by a fused path that calls no submodule, unless one has a hook.
         # A hook from the start keeps answers from depending on what was asked for before.
@@ -104,8 +99,11 @@ class Taps:
                 self._handles[path, side] = _hook(self._modules[path], side, partial(_route, path))
 
     def run(
-        self, forward: Callable[[torch.Tensor], Any], x: torch.Tensor,
-        points: Sequence[CapturePoint], sink: Sink,
+        self,
+        forward: Callable[[torch.Tensor], Any],
+        x: torch.Tensor,
+        points: Sequence[CapturePoint],
+        sink: Sink,
     ) -> None:
         """Run a forward pass until every point was captured.
 
@@ -126,11 +124,6 @@ class Taps:
             with watch(session.see):
                 forward(x)
         except StopForward:
-            return
-        except RuntimeError:
-            # The TorchScript interpreter turns whatever an operator raises into an error of its own.
-            if not session.finished:
-                raise
             return
         finally:
             _session.reset(token)

@@ -9,6 +9,7 @@ import torch
 from layertap.errors import ModelLoadError
 from layertap.models.factory_source import build_factory
 from layertap.models.loaded import Built, LoadedModel
+from layertap.models.preprocess import Preprocess, default_preprocess
 from layertap.models.spec import ModelSpec, SourceKind
 from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
@@ -48,6 +49,13 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         module=module,
         device=place,
         input=built.input,
-        preprocess=built.preprocess,
+        preprocess=_preprocess(spec, built),
         takes_list=built.takes_list,
     )
+
+
+def _preprocess(spec: ModelSpec, built: Built) -> Preprocess | None:
+    # torchvision says of each of its models how to preprocess, and of some that it takes no images.
+    if spec.kind is SourceKind.TORCHVISION:
+        return built.preprocess
+    return built.preprocess or default_preprocess(built.input)

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torchvision.transforms._presets import ImageClassification
 
 from layertap.errors import InvalidInputError
+from layertap.models.input_spec import InputSpec
 
-__all__ = ["MAX_RESIZED_PIXELS", "Preprocess"]
+__all__ = ["MAX_RESIZED_PIXELS", "Preprocess", "default_preprocess"]
 
 MAX_RESIZED_PIXELS = 16 * 2**20
 """An image of 1 x 10,000 pixels whose short side becomes 256 would have 655 million of them."""
@@ -91,6 +93,20 @@ class Preprocess:
                 f"images: got {width} x {height} pixels, expected an image whose short side can "
                 f"become {sizes[0]} pixels with at most {MAX_RESIZED_PIXELS} pixels in all"
             )
+
+
+def default_preprocess(takes: InputSpec) -> Preprocess | None:
+    """Return ImageNet's preprocessing for a model that takes ``[B, 3, H, W] float32``, else None.
+
+    torchvision's evaluation transform of ResNet: the short side to 256 / 224 of the item, the
+    centre cropped, ImageNet's mean and standard deviation.
+    """
+    if takes.dtype is not torch.float32 or len(takes.item_shape) != 3 or takes.item_shape[0] != 3:
+        return None
+    height, width = takes.item_shape[1:]
+    crop = [height] if height == width else [height, width]
+    resize = round(max(height, width) * 256 / 224)
+    return Preprocess(ImageClassification(crop_size=crop, resize_size=resize))
 
 
 def _by(sizes: Sequence[int]) -> str:

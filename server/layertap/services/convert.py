@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, TensorInput
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import REAL_EXTRACTORS
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
-from layertap.v1 import catalogue_pb2, feature_service_pb2, tensor_pb2
+from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
 from layertap.wire.messages import decode_request
@@ -52,7 +54,7 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
         weights=model.weights,
         device=str(model.device),
         input=catalogue_pb2.InputSpec(
-            dtype=_dtype_number(model.input.dtype),
+            dtype=_dtype_name(model.input.dtype),
             item_shape=model.input.item_shape,
             images=model.preprocess is not None,
             preprocessing=model.preprocess.describe() if model.preprocess else "",
@@ -109,15 +111,15 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
     if spec is None:
         return None
     return catalogue_pb2.TensorSpec(
-        dtype=_dtype_number(spec.dtype),
+        dtype=_dtype_name(spec.dtype),
         shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
     )
 
 
-def _dtype_number(dtype: object) -> int:
-    """Return the protocol's number; UNSPECIFIED for a type that it does not carry."""
+def _dtype_name(dtype: object) -> Any:
+    """Return the protocol's name; UNSPECIFIED for a type that it does not carry."""
     name = str(dtype).removeprefix("torch.")
     row = next((row for row in dtypes.DTYPES if row.name == name), None)
-    return row.number if row else tensor_pb2.DATA_TYPE_UNSPECIFIED
+    return row.proto_name if row else "DATA_TYPE_UNSPECIFIED"

@@ -65,7 +65,7 @@ def guarded(handler: Handler) -> Handler:
             return handler(message, context)
         except errors.LayertapError as error:
             _abort(context, error)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the last line of defence; it is logged in full
             request_id = uuid.uuid4().hex[:16]
             _log.exception("request %s failed", request_id)
             _abort(

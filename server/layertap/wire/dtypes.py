@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,11 @@ class DType:
     itemsize: int
     numpy: np.dtype
     is_float: bool = False
+
+    @property
+    def proto_name(self) -> Any:
+        """Its name in ``layertap.v1.DataType``, which message constructors take for the number."""
+        return f"DATA_TYPE_{self.name.upper()}"
 
 
 DTYPES: tuple[DType, ...] = (

@@ -66,9 +66,7 @@ def decode_request(
     return request, tensors[0] if tensors else None
 
 
-def encode_request(
-    request: feature_service_pb2.ExtractRequest, tensor: np.ndarray | None
-) -> bytes:
+def encode_request(request: feature_service_pb2.ExtractRequest, tensor: np.ndarray | None) -> bytes:
     """Return an ExtractRequest with ``tensor``, if given, as its input."""
     head = request.SerializeToString()
     if tensor is None:
