@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms._presets import ImageClassification
 
 from layertap.errors import ModelLoadError, WeightsUnavailableError
-from layertap.models import LoadedModel, ModelSpec, decode_image, load_model
+from layertap.models import InputSpec, LoadedModel, ModelSpec, decode_image, load_model
+from layertap.models.preprocess import default_preprocess
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,19 @@ def test_a_model_moves_to_the_gpu() -> None:
 
     assert model.device == torch.device("cuda", torch.cuda.current_device())
     assert {parameter.device for parameter in model.module.parameters()} == {model.device}
+
+
+@pytest.mark.parametrize("side", [8, 224])
+def test_images_of_a_factorys_model_get_imagenets_preprocessing(side: int) -> None:
+    """A model of colour images that says nothing of preprocessing gets what ResNet gets."""
+    model = load_model(ModelSpec("tinynets:residual", item_shape=(3, side, side)))
+    assert model.preprocess is not None
+    image = Image.new("RGB", (640, 480), (255, 0, 0))
+    expected = ImageClassification(crop_size=side, resize_size=round(side * 256 / 224))(image)
+    assert torch.equal(model.preprocess(image), expected)
+
+
+@pytest.mark.parametrize("item_shape", [(4, 8, 8), (3, 8)])
+def test_other_inputs_have_no_preprocessing(item_shape: tuple[int, ...]) -> None:
+    """What is no three-channel image is not preprocessed like one."""
+    assert default_preprocess(InputSpec(item_shape)) is None

@@ -39,11 +39,10 @@ def test_a_file_runs_as_its_module(saved: Path, tiny_net: nn.Module) -> None:
 
 
 def test_clients_read_the_base_name_only(saved: Path) -> None:
-    """The source that clients see has no directory, and the model takes no images."""
+    """The source and the weights that clients see have no directory."""
     model = load_model(ModelSpec(str(saved), item_shape=(3, 8, 8)))
 
     assert (model.name, model.source, model.weights) == ("net", "torchscript:net.pt", "net.pt")
-    assert model.preprocess is None
 
 
 def test_parameters_need_no_gradients(saved: Path) -> None:

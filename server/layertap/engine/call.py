@@ -15,12 +15,14 @@ class Call:
     """The life of one request.
 
     Args:
-        timeout: Seconds until the caller stops waiting; None for no end.
+        timeout: Seconds until the caller stops waiting; None for no end. So is anything over
+            ``threading.TIMEOUT_MAX``, such as what gRPC says of a call without a deadline.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
         self.started_ns = time.perf_counter_ns()
-        self._expires = None if timeout is None else time.monotonic() + timeout
+        endless = timeout is None or timeout > threading.TIMEOUT_MAX
+        self._expires = None if endless else time.monotonic() + (timeout or 0.0)
         self._lock = threading.Lock()
         self._cancelled = False
         self._on_cancel: list[Callable[[], object]] = []

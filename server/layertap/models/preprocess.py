@@ -104,9 +104,10 @@ def default_preprocess(takes: InputSpec) -> Preprocess | None:
     if takes.dtype is not torch.float32 or len(takes.item_shape) != 3 or takes.item_shape[0] != 3:
         return None
     height, width = takes.item_shape[1:]
-    crop = [height] if height == width else [height, width]
     resize = round(max(height, width) * 256 / 224)
-    return Preprocess(ImageClassification(crop_size=crop, resize_size=resize))
+    transform = ImageClassification(crop_size=height, resize_size=resize)
+    transform.crop_size = [height, width]
+    return Preprocess(transform)
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -1,0 +1,195 @@
+"""The client asks, unpacks without copying, and raises what the server refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import layertap
+from layertap import Client, LayerSelection, errors
+from layertap.app.server import FeatureServer, ServerOptions
+from layertap.engine import Engine
+from layertap.models import ModelSpec
+from serving import running_server
+from tinynets import ITEM
+
+PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """An engine with one net that takes images as well, and a slow one."""
+    engine = Engine()
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    engine.load(ModelSpec("slownets:sleepy", item_shape=(3, 4, 4)))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[Client]:
+    """A client of a real server."""
+    with running_server(engine) as address, Client(address) as client:
+        yield client
+
+
+ONE_SECOND = np.full((1, 3, 4, 4), 1000, np.float32)
+
+
+def batch(size: int = 1) -> np.ndarray:
+    return np.random.default_rng(1).random((size, *ITEM), dtype=np.float32)
+
+
+def test_arrays_are_views_of_one_message(client) -> None:
+    """The layers share the received bytes, are read-only, and outlive the client's channel."""
+    features = client.extract("residual", batch(2), ["bn1", "layer1"])
+    first, again = features["layer1"], features["layer1"]
+    assert np.shares_memory(first, again)
+    assert not first.flags.writeable
+    assert first.ctypes.data % first.itemsize == 0
+    assert len(features) == 2
+    assert "layer1: float32[2, 8, 8, 8]" in repr(features)
+
+
+def test_torch_tensors_share_the_message(client) -> None:
+    """The same memory serves as torch tensors, without a copy."""
+    features = client.extract("residual", batch(2), ["bn1", "layer1"])
+    tensors = features.torch()
+    assert tensors["layer1"].data_ptr() == features["layer1"].ctypes.data
+    assert torch.equal(tensors["bn1"], torch.from_numpy(features["bn1"].copy()))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "layer1=deep",
+        ["layer1=deep"],
+        {"layer1": "deep"},
+        LayerSelection("layer1", alias="deep"),
+        [LayerSelection("layer1", alias="deep")],
+    ],
+)
+def test_layers_may_be_written_in_several_ways(client, layers) -> None:
+    """A text, a selection, a list of either and a mapping to aliases mean the same."""
+    assert list(client.extract("residual", batch(), layers)) == ["deep"]
+
+
+def test_every_kind_of_image_is_the_same_image(client) -> None:
+    """A path, its text, its bytes, and the decoded image give the same layers."""
+    with Image.open(PHOTO) as image:
+        decoded = image.convert("RGB")
+    values = [
+        client.extract("residual", given, "avgpool")["avgpool"]
+        for given in (PHOTO, str(PHOTO), PHOTO.read_bytes(), decoded, [decoded])
+    ]
+    assert all(np.array_equal(value, values[0]) for value in values)
+
+
+def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
+    """Strided and big-endian arrays and torch tensors are sent as what they mean."""
+    x = batch(2)
+    expected = client.extract("residual", x, "layer1")["layer1"]
+    channels_last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, 3)), 3, 1)
+    for given in (channels_last, x.astype(">f4"), torch.from_numpy(x)):
+        assert np.array_equal(client.extract("residual", given, "layer1")["layer1"], expected)
+
+
+@pytest.mark.parametrize("given", [3, [], [3], ["/no/such/file.jpg"], object()])
+def test_what_is_no_input_is_refused_before_it_is_sent(client, given) -> None:
+    """Something that is neither image nor array is the caller's mistake, said at once."""
+    with pytest.raises(errors.InvalidInputError, match="input"):
+        client.extract("residual", given, "layer1")
+
+
+def test_the_servers_exception_comes_back(client) -> None:
+    """Each refusal is raised as the class that the server named."""
+    with pytest.raises(errors.ModelNotFoundError, match="'residual'"):
+        client.extract("nobody", batch(), "layer1")
+    with pytest.raises(errors.LayerNotFoundError, match="layer1"):
+        client.extract("residual", batch(), "layer_1")
+    with pytest.raises(errors.ExtractorUnsupportedError):
+        client.extract("residual", batch(), "layer1.0", extractor="children")
+
+
+def test_a_deadline_ends_the_call(client) -> None:
+    """A call that takes longer than its timeout raises, and the server serves on."""
+    begun = time.monotonic()
+    with pytest.raises(errors.DeadlineExceededError):
+        client.extract("sleepy", ONE_SECOND, "conv", timeout=0.2)
+    assert time.monotonic() - begun < 30
+    assert client.extract("residual", batch(), "layer1", timeout=60)
+
+
+def test_nobody_at_the_address_is_unavailable() -> None:
+    """A server that is not there is an error of its own, not a gRPC exception."""
+    with Client("127.0.0.1:1", timeout=5) as client, pytest.raises(errors.UnavailableError):
+        client.list_models()
+
+
+def test_wait_ready_waits_for_health(engine) -> None:
+    """Waiting ends when the server reports itself ready, and not before."""
+    server = FeatureServer(engine, ServerOptions(port=0))
+    server.start()
+    try:
+        with Client(server.address) as client:
+            with pytest.raises(errors.UnavailableError):
+                client.wait_ready(0.2)
+            threading.Timer(0.2, server.ready).start()
+            client.wait_ready(60)
+    finally:
+        server.stop(0)
+
+
+def test_large_replies_pass(client) -> None:
+    """A reply over gRPC's default of 4 MB arrives."""
+    features = client.extract("residual", np.zeros((600, *ITEM), np.float32), ["conv1", "layer1"])
+    assert sum(value.nbytes for value in features.values()) > 2_400_000
+    big = np.zeros((16, 3, 256, 256), np.float32)
+    assert client.extract("residual", big, "conv1")["conv1"].nbytes > 8_000_000
+
+
+def test_the_client_does_not_import_torch() -> None:
+    """Importing the client, and the package, leaves torch alone."""
+    code = "import layertap, layertap.client, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert layertap.__version__
+
+
+def test_clients_are_shared_between_threads(client) -> None:
+    """Eight threads on one client each get the answer to their own question."""
+    wrong: list[int] = []
+
+    def ask(seed: int) -> None:
+        x = np.random.default_rng(seed).random((1, *ITEM), dtype=np.float32)
+        expected = client.extract("residual", x, "layer1")["layer1"]
+        wrong.extend(
+            seed
+            for _ in range(5)
+            if not np.array_equal(client.extract("residual", x, "layer1")["layer1"], expected)
+        )
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_channel_error_without_our_metadata_is_still_ours(engine) -> None:
+    """A status from gRPC itself, such as a request over the receive limit, is one of our errors."""
+    with (
+        running_server(engine) as address,
+        Client(address) as client,
+        pytest.raises(errors.LayertapError),
+    ):
+        client.extract("residual", np.zeros((30_000, *ITEM), np.float32), "layer1")

@@ -1,0 +1,123 @@
+"""One thread runs every job, in order, and nobody waits for a job that nobody wants."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from layertap import errors
+from layertap.engine.call import Call
+from layertap.engine.compute import ComputeThread
+
+
+@pytest.fixture
+def compute() -> Iterator[ComputeThread]:
+    """A compute thread with room for three jobs."""
+    compute = ComputeThread(max_pending=3)
+    yield compute
+    compute.close()
+
+
+class Blocked:
+    """A job that holds the compute thread until it is let go."""
+
+    def __init__(self, compute: ComputeThread) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=lambda: compute.run(self._job, Call()))
+        self._thread.start()
+        assert self.begun.wait(30)
+
+    def _job(self) -> None:
+        self.begun.set()
+        assert self.go.wait(30)
+
+    def release(self) -> None:
+        """Let the thread go on."""
+        self.go.set()
+        self._thread.join()
+
+
+def test_jobs_share_one_thread_and_run_without_gradients(compute) -> None:
+    """Every job sees the same thread, in inference mode."""
+    seen = [
+        compute.run(lambda: (threading.get_ident(), torch.is_inference_mode_enabled()), Call())
+        for _ in range(3)
+    ]
+    assert len(set(seen)) == 1
+    assert seen[0][0] != threading.get_ident()
+    assert seen[0][1]
+
+
+def test_what_a_job_raises_reaches_its_caller(compute) -> None:
+    """An exception passes through, a TimeoutError of the job's own included."""
+    for error in (KeyError("x"), TimeoutError("the job's own")):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error), match=str(error.args[0])):
+            compute.run(fail, Call(timeout=30))
+
+
+def test_a_deadline_that_passes_in_the_queue_drops_the_job(compute) -> None:
+    """The caller is told at its deadline, and the work is never run."""
+    blocked = Blocked(compute)
+    ran: list[str] = []
+    with pytest.raises(errors.DeadlineExceededError):
+        compute.run(lambda: ran.append("late"), Call(timeout=0.05))
+    blocked.release()
+    compute.run(lambda: None, Call())
+    assert ran == []
+
+
+def test_a_cancelled_caller_is_dropped(compute) -> None:
+    """A job whose caller goes away before its turn is never run."""
+    blocked = Blocked(compute)
+    ran: list[str] = []
+    call = Call()
+    threading.Timer(0.05, call.cancel).start()
+    with pytest.raises(errors.CancelledError):
+        compute.run(lambda: ran.append("gone"), call)
+    blocked.release()
+    compute.run(lambda: None, Call())
+    assert ran == []
+
+
+def test_a_call_that_is_over_already_runs_nothing(compute) -> None:
+    """Cancelled or expired before it comes to the thread: refused without running."""
+    cancelled, ran = Call(), []
+    cancelled.cancel()
+    with pytest.raises(errors.CancelledError):
+        compute.run(lambda: ran.append(1), cancelled)
+    with pytest.raises(errors.DeadlineExceededError):
+        compute.run(lambda: ran.append(1), Call(timeout=0))
+    assert ran == []
+
+
+def test_a_full_queue_refuses_and_drains(compute) -> None:
+    """One job too many is refused at once; when the queue has drained, the next is admitted."""
+    blocked = Blocked(compute)
+    waiting = [threading.Thread(target=lambda: compute.run(lambda: None, Call())) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    while compute.pending < 3:
+        threading.Event().wait(0.002)
+    with pytest.raises(errors.OverloadedError, match="3 requests are waiting"):
+        compute.run(lambda: None, Call())
+    blocked.release()
+    for thread in waiting:
+        thread.join()
+    assert compute.run(lambda: "in", Call()) == "in"
+    while compute.pending:
+        threading.Event().wait(0.002)
+
+
+def test_after_close_nothing_is_admitted(compute) -> None:
+    """A closed thread refuses, and counts nothing as waiting."""
+    compute.close()
+    with pytest.raises(errors.UnavailableError):
+        compute.run(lambda: None, Call())
+    assert compute.pending == 0

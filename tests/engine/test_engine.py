@@ -1,0 +1,186 @@
+"""The engine plans once, serves declared layers compiled, and forgets nothing it promised."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from layertap import Extractor, Features, LayerSelection, errors
+from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorInput
+from layertap.extraction import PointKind
+from layertap.models import ModelSpec
+from layertap.wire.dtypes import of_array
+from layertap.wire.tensors import TensorView
+from tinynets import ITEM, residual
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine that keeps two plans besides the declared ones."""
+    engine = Engine(Limits(plans=2))
+    yield engine
+    engine.close()
+
+
+def load(engine: Engine, net: str, *layers: str) -> None:
+    declared = [LayerSelection.parse(layer) for layer in layers]
+    engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM), declared)
+
+
+def ask(
+    engine: Engine, net: str, *layers: str, extractor: Extractor = Extractor.AUTO, side: int = 16
+) -> Features:
+    x = np.random.default_rng(0).random((2, 3, side, side), dtype=np.float32)
+    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
+    selections = tuple(LayerSelection.parse(layer) for layer in layers)
+    request = ExtractionRequest(net, TensorInput(view), selections, extractor)
+    return Features(engine.extract(request, Call()).message)
+
+
+def graph_node(engine: Engine) -> str:
+    """Return a node of the residual net's graph that is no module: the sum in a block."""
+    catalogue = engine.host("residual").catalogue
+    return next(e.name for e in catalogue if e.kind is PointKind.NODE and "add" in e.type)
+
+
+def passes(engine: Engine, net: str) -> list[int]:
+    """Count the model's forward passes from now on, in the list's length."""
+    counted: list[int] = []
+    module = engine.host(net).model.module
+    module.register_forward_pre_hook(lambda m, a: counted.append(1))
+    return counted
+
+
+def test_auto_serves_declared_layers_compiled_together_and_alone(engine) -> None:
+    """The declared set and each of its members are TORCHSCRIPT, anything else is HOOK."""
+    load(engine, "residual", "layer1", "avgpool:input")
+    assert ask(engine, "residual", "avgpool:input", "layer1").extractor is Extractor.TORCHSCRIPT
+    assert ask(engine, "residual", "layer1").extractor is Extractor.TORCHSCRIPT
+    assert ask(engine, "residual", "layer2").extractor is Extractor.HOOK
+    assert ask(engine, "residual", "layer1", "layer2").extractor is Extractor.HOOK
+
+
+def test_a_compiled_plan_serves_its_own_item_shape_only(engine) -> None:
+    """Items of another size are served by HOOK, with that size's values."""
+    load(engine, "residual", "layer1")
+    features = ask(engine, "residual", "layer1", side=24)
+    assert features.extractor is Extractor.HOOK
+    assert features["layer1"].shape == (2, 8, 12, 12)
+
+
+def test_auto_falls_back_to_fx_for_graph_nodes(engine) -> None:
+    """A layer that only the graph has is served by FX without being asked to."""
+    load(engine, "residual")
+    node = next(
+        e.name for e in engine.host("residual").catalogue if e.kind == "node" and "add" in e.type
+    )
+    assert ask(engine, "residual", node, "layer1").extractor is Extractor.FX
+
+
+def test_layers_that_no_extractor_serves_together_are_refused(engine) -> None:
+    """A graph node and an input have no extractor in common."""
+    load(engine, "residual")
+    node = next(
+        e.name for e in engine.host("residual").catalogue if e.kind == "node" and "add" in e.type
+    )
+    with pytest.raises(errors.ExtractorUnsupportedError, match="together"):
+        ask(engine, "residual", node, "layer1:input")
+
+
+def test_a_declared_layer_of_a_torchscript_file_is_served_by_hook(engine, tmp_path: Path) -> None:
+    """A model that is compiled already is declared and warmed all the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated upstream, its files are not.
+        torch.jit.trace(residual(), torch.rand(1, *ITEM)).save(str(tmp_path / "net.pt"))
+    spec = ModelSpec(str(tmp_path / "net.pt"), item_shape=ITEM)
+    engine.load(spec, [LayerSelection("layer1.0.bn1")])
+    assert ask(engine, "net", "layer1.0.bn1").extractor is Extractor.HOOK
+
+
+def test_a_declared_layer_that_does_not_exist_fails_the_load(engine) -> None:
+    """A typo in a declaration is an error at start, not at the first request."""
+    with pytest.raises(errors.LayerNotFoundError, match="layer1"):
+        load(engine, "residual", "layr1")
+
+
+def test_one_pass_serves_a_request_whose_plan_is_known(engine) -> None:
+    """A plan is proven once; after that each request is one forward pass."""
+    load(engine, "residual")
+    ask(engine, "residual", "layer1", side=20)
+    counted = passes(engine, "residual")
+    for _ in range(3):
+        ask(engine, "residual", "layer1", side=20)
+    assert len(counted) == 3
+
+
+def test_plans_are_kept_by_last_use_and_declared_ones_for_good(engine) -> None:
+    """With room for two, the plan used longest ago goes; a declared one never does."""
+    load(engine, "residual", "layer1")
+    for side in (20, 24, 28):
+        ask(engine, "residual", "layer2", side=side)
+    assert ask(engine, "residual", "layer1").extractor is Extractor.TORCHSCRIPT
+    counted = passes(engine, "residual")
+    ask(engine, "residual", "layer2", side=28)
+    assert len(counted) == 1, "the plan used last is still there"
+    ask(engine, "residual", "layer2", side=20)
+    assert len(counted) > 2, "the plan used longest ago was proven anew"
+
+
+def test_a_refused_plan_is_remembered(engine) -> None:
+    """The second request for what can't be is refused without running the model again."""
+    load(engine, "tokens")
+    first_texts = []
+    counted = passes(engine, "tokens")
+    for _ in range(3):
+        with pytest.raises(errors.InvalidInputError) as refusal:
+            ask(engine, "tokens", "encoder", side=2)
+        first_texts.append((str(refusal.value), len(counted)))
+    assert len(set(first_texts)) == 1
+
+
+def test_two_models_of_one_name_are_refused(engine) -> None:
+    """A name that is taken is an error that says what to do."""
+    load(engine, "residual")
+    with pytest.raises(errors.ConfigError, match="'residual'"):
+        load(engine, "residual")
+
+
+def test_close_lets_go_of_the_model(engine) -> None:
+    """After close nothing refers to the module any more, and its hooks are gone."""
+    load(engine, "residual", "layer1")
+    module = engine.host("residual").model.module
+    ask(engine, "residual", "layer2")
+    assert module.layer2._forward_hooks
+    engine.close()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+    with pytest.raises(errors.ModelNotFoundError):
+        engine.host("residual")
+
+
+def test_captured_tensors_do_not_outlive_the_request(engine) -> None:
+    """What a reply was made of is freed with it: no tensor is left from fifty requests."""
+    load(engine, "residual", "layer1")
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+    for extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT, Extractor.FX, Extractor.CHILDREN):
+        ask(engine, "residual", "layer1", extractor=extractor)
+        before = tensors()
+        for _ in range(50):
+            ask(engine, "residual", "layer1", extractor=extractor)
+        assert tensors() <= before
+
+
+def test_inputs_by_an_extractor_that_takes_outputs_are_refused(engine) -> None:
+    """FX has no inputs, and says who has."""
+    load(engine, "residual")
+    with pytest.raises(errors.ExtractorUnsupportedError, match="TORCHSCRIPT, HOOK"):
+        ask(engine, "residual", "layer1:input", extractor=Extractor.FX)
