@@ -21,12 +21,13 @@ serve: .venv/.built ## serve a model: make serve ARGS="--help"
 test: setup ## run the tests: make test ARGS="tests/wire -k varint"
 	$(BIN)/python -m pytest $(ARGS)
 
-check: setup ## formatting, lint, types, layers, generated code
+check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(GEN) --check
+	$(BIN)/python -m pytest -q tests/services/test_status.py
 
 fmt: setup ## format and sort imports
 	$(BIN)/ruff check --select I --fix .

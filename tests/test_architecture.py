@@ -122,6 +122,23 @@ def test_other_generators_are_refused(tree: Path) -> None:
     assert "the generator is grpcio-tools" in result.stdout
 
 
+def test_unmapped_error_is_named(tree: Path) -> None:
+    """An error class without a status fails the last line of ``make check``, which names it."""
+    planted = tree / "server" / "layertap" / "errors.py"
+    text = planted.read_text("utf-8")
+    planted.write_text(f"{text}\n\nclass PlantedError(LayertapError):\n    pass\n", "utf-8")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "services" / "test_status.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tree / "server")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert "test_every_error_is_mapped[PlantedError]" in result.stdout
+
+
 def modules() -> Iterator[str]:
     """Name every module of the package that is written by hand."""
     for found in pkgutil.walk_packages(layertap.__path__, "layertap."):

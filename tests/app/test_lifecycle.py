@@ -106,4 +106,5 @@ def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:
     result = layertap("serve", "--config", str(config))
     assert result.returncode == 1
     assert "layertap: error: factory slownets:gone" in result.stderr
+    assert result.stderr.count("slownets:gone") == 1
     assert "Traceback" not in result.stderr

@@ -151,3 +151,20 @@ def test_any_name_can_be_a_key(tmp_path: Path) -> None:
     columns.save(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as stored:
         np.testing.assert_array_equal(stored["file"], np.arange(3))
+
+
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up is told, and the file from before is still there, whole and alone."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "a.npz"
+    out.write_text("old")
+    columns = Columns()
+    columns.add(Reply(a=np.arange(3)), 3)
+    monkeypatch.setattr(np.lib.format, "write_array", full)
+    with pytest.raises(InvalidInputError, match="No space left"):
+        columns.save(out)
+    assert out.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [out]
