@@ -5,7 +5,7 @@ GEN := .venv-gen/bin/python tools/gen_proto.py
 CSRC := setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check fmt gen clean
+.PHONY: help setup demo serve test test-models check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,6 +20,9 @@ serve: .venv/.built ## serve a model: make serve ARGS="--help"
 
 test: setup ## run the tests: make test ARGS="tests/wire -k varint"
 	$(BIN)/python -m pytest $(ARGS)
+
+test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
+	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
 
 check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/ruff format --check .

@@ -84,8 +84,9 @@ def test_same_here_and_from_a_server(remote, images: list[str], tmp_path: Path) 
     assert result.exit_code == 0, result.output
     with np.load(out) as local:
         assert list(local) == list(stored)
-        for name in stored:
-            np.testing.assert_array_equal(local[name], stored[name])
+        np.testing.assert_array_equal(local["pixels"], stored["pixels"])
+        # Convolutions may sum in another order in another engine's memory.
+        np.testing.assert_allclose(local["features.3"], stored["features.3"], 1e-4, 1e-5)
 
 
 def test_reduction_dtype_and_extractor(remote) -> None:

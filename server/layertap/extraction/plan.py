@@ -84,7 +84,7 @@ class PlanBuilder:
             ValueSpec.from_batches(one.dtype, one.shape, two.shape)
             for one, two in zip(*oracle, strict=True)
         )
-        built = self._construct(extractor, points, batches[0])
+        built = self.construct(extractor, points, batches[0])
         if extractor is not Extractor.HOOK:
             for x, expected in zip(batches, oracle, strict=True):
                 self._prove(extractor, built, points, x, expected)
@@ -110,9 +110,19 @@ class PlanBuilder:
         names = self._graph()
         return WholeGraphExtractor(self._model, names, self._nodes(names, points))
 
-    def _construct(
+    def construct(
         self, extractor: Extractor, points: Sequence[CapturePoint], example: torch.Tensor
     ) -> BuiltExtractor:
+        """Build an extractor without proving it.
+
+        Args:
+            extractor: Any but AUTO.
+            points: Distinct capture points that it claims to serve.
+            example: ``[B, ...]`` on the model's device; compiled programs hold for its item shape.
+
+        Raises:
+            ExtractorUnsupportedError: Where it can't be built.
+        """
         match extractor:
             case Extractor.HOOK:
                 return HookExtractor(self._model, self._taps, points)

@@ -11,6 +11,7 @@ from layertap.models.factory_source import build_factory
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import Preprocess, default_preprocess
 from layertap.models.spec import ModelSpec, SourceKind
+from layertap.models.timm_source import build_timm
 from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
 
@@ -20,6 +21,7 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
     SourceKind.TORCHVISION: build_torchvision,
     SourceKind.TORCHSCRIPT: build_torchscript,
     SourceKind.FACTORY: build_factory,
+    SourceKind.TIMM: build_timm,
 }
 
 

@@ -22,6 +22,7 @@ class SourceKind(StrEnum):
     TORCHVISION = "torchvision"
     TORCHSCRIPT = "torchscript"
     FACTORY = "factory"
+    TIMM = "timm"
 
 
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
@@ -34,7 +35,7 @@ class ModelSpec:
     Attributes:
         source: A torchvision builder (``"resnet18"`` or ``"torchvision:resnet18"``), the path of a
             TorchScript file (``"net.pt"`` or ``"torchscript:net"``) or a factory
-            (``"package.module:function"``).
+            (``"package.module:function"``), or a timm model (``"timm:NAME"``).
         name: What requests call it, letters, digits and ``_.-``; derived from the source if empty.
         weights: ``"DEFAULT"``, the name of a torchvision weights member such as
             ``"IMAGENET1K_V1"``, the path of a state dict (.pth, .pt, .safetensors) or ``"random"``.

@@ -1,0 +1,29 @@
+"""A sample of ``make test-models``: every layer by every extractor equals the oracle."""
+
+from __future__ import annotations
+
+import pytest
+from prove import ORDER, Row, Tally, prove, table
+
+from layertap.selection import Extractor
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "swin_t"]
+)
+def test_every_layer_equals_the_oracle(name: str) -> None:
+    """No extractor returns a wrong value for any layer, and HOOK serves all of them."""
+    row = prove(name)
+    assert row.error == ""
+    assert {e: t.wrong for e, t in row.tallies.items() if t.wrong} == {}
+    assert {e: t.failed for e, t in row.tallies.items() if t.failed} == {}
+    assert row.tallies[Extractor.HOOK].right == row.layers
+    assert row.tallies[Extractor.FX].right > 0
+    assert row.tallies[Extractor.CHILDREN].right > 0
+
+
+def test_the_proof_can_fail() -> None:
+    """A wrong value is counted, shown in the table and turns its last column."""
+    row = Row("planted", (3, 8, 8), layers=1, tallies={e: Tally() for e in ORDER})
+    row.tallies[Extractor.FX].wrong.append("layer1")
+    assert table([row]).splitlines()[-1].endswith("| 1 |")

@@ -1,0 +1,71 @@
+"""timm's models load with timm's transforms, and say what to do where they can't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models import ModelSpec, load_model
+
+
+def test_a_model_loads_with_timms_transform(photo: Image.Image) -> None:
+    """The photograph becomes what timm's own evaluation transform makes of it."""
+    model = load_model(ModelSpec.parse("timm:resnet18", weights="random"))
+    assert (model.name, model.source) == ("resnet18", "timm:resnet18")
+    config = timm.data.resolve_data_config({}, model=model.module)
+    expected = timm.data.create_transform(**config, is_training=False)(photo)
+    assert model.preprocess is not None
+    assert torch.equal(model.preprocess(photo), expected)
+    assert "center crop 224" in model.preprocess.describe()
+
+
+def test_random_weights_depend_on_the_seed(photo: Image.Image) -> None:
+    """One seed gives one model, another seed another."""
+    spec = "timm:mobilenetv3_small_050"
+    one, again = (load_model(ModelSpec(spec, weights="random", seed=1)) for _ in range(2))
+    other = load_model(ModelSpec(spec, weights="random", seed=2))
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(one.forward(x), again.forward(x))
+    assert not torch.equal(one.forward(x), other.forward(x))
+
+
+def test_a_state_dict_is_loaded(tmp_path: Path) -> None:
+    """A file's values come back in the model, under the file's base name."""
+    made = timm.create_model("resnet10t", pretrained=False).eval()
+    torch.save(made.state_dict(), tmp_path / "mine.pth")
+    model = load_model(ModelSpec("timm:resnet10t", weights=str(tmp_path / "mine.pth")))
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(model.forward(x), made(x))
+    assert model.weights == "mine.pth"
+
+
+def test_a_fixed_size_follows_the_item_shape() -> None:
+    """A ViT is built for the size that was asked for, and takes no other."""
+    spec = ModelSpec("timm:vit_tiny_patch16_224", weights="random", item_shape=(3, 64, 64))
+    model = load_model(spec)
+    assert model.input.spatial == 0
+    assert model.forward(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_an_unknown_name_gets_close_matches() -> None:
+    """A misspelt name is told what it is near to."""
+    with pytest.raises(ModelLoadError, match="resnet18"):
+        load_model(ModelSpec("timm:resnet_18", weights="random"))
+
+
+def test_weights_out_of_reach_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a hub the default weights can't be had, and random ones don't take their place."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsUnavailableError, match="--weights PATH"):
+        load_model(ModelSpec("timm:resnet18"))
+
+
+def test_a_name_of_weights_is_refused() -> None:
+    """timm's weights are part of the model's name."""
+    with pytest.raises(WeightsUnavailableError, match="timm names its weights in the model"):
+        load_model(ModelSpec("timm:resnet18", weights="IMAGENET1K_V1"))
