@@ -191,3 +191,11 @@ def test_two_models_of_one_name_are_refused() -> None:
     """A name that two models would answer to is told before any is loaded."""
     with pytest.raises(ConfigError, match="two models are called 'resnet18'"):
         with_flags(ServerConfig(), ["resnet18", "resnet18=vgg16"]).check_names()
+
+
+def test_the_example_is_a_valid_configuration() -> None:
+    """The file that the documentation shows is read without a complaint, and serves two models."""
+    example = Path(__file__).parents[2] / "examples" / "layertap.toml"
+    config = load_config(example)
+    assert [model.spec().name for model in config.models] == ["resnet18", "pools"]
+    assert config.models[0].selections()[1] == LayerSelection("avgpool", Capture.INPUT)

@@ -112,10 +112,10 @@ def test_a_declared_layer_that_does_not_exist_fails_the_load(engine) -> None:
 def test_one_pass_serves_a_request_whose_plan_is_known(engine) -> None:
     """A plan is proven once; after that each request is one forward pass."""
     load(engine, "residual")
-    ask(engine, "residual", "layer1", side=20)
+    ask(engine, "residual", "layer1", side=20, extractor=Extractor.HOOK)
     counted = passes(engine, "residual")
     for _ in range(3):
-        ask(engine, "residual", "layer1", side=20)
+        ask(engine, "residual", "layer1", side=20, extractor=Extractor.HOOK)
     assert len(counted) == 3
 
 

@@ -32,6 +32,7 @@ def engine() -> Iterator[Engine]:
     engine = Engine(LIMITS)
     for name in NETS:
         engine.load(ModelSpec(f"tinynets:{name}", item_shape=ITEM))
+    engine.load(ModelSpec("tinynets:containers", name="pairs", item_shape=(2, 16, 16)))
     engine.load(ModelSpec("resnet18", weights="random"))
     yield engine
     engine.close()
@@ -157,7 +158,7 @@ BAD = {
         Code.INVALID_ARGUMENT, "can't run on items of shape [3, 2, 2]",
     ),
     "images of a model that takes none": (
-        request(model="tokens", images=images(png(8, 8)), layers=selections("encoder")),
+        request(model="pairs", images=images(png(8, 8)), layers=selections("add")),
         Code.INVALID_ARGUMENT, "images",
     ),
     "no images": (
@@ -365,7 +366,7 @@ def test_a_model_that_overwrites_its_batch_does_no_harm(client) -> None:
 def test_list_models(client) -> None:
     """The list has every model with its source, weights, device and input."""
     models = client.list_models()
-    assert [model.name for model in models] == [*NETS, "resnet18"]
+    assert [model.name for model in models] == [*NETS, "pairs", "resnet18"]
     resnet = models[-1]
     assert (resnet.source, resnet.device) == ("torchvision:resnet18", "cpu")
     assert list(resnet.input.item_shape) == [3, 224, 224]

@@ -42,8 +42,8 @@ def layers(
 ) -> None:
     """List a model's layers, as measured by running it.
 
-    MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
-    (package.module:function); with --server, the name of a model that it serves.
+    MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a TorchScript file
+    (net.pt) or a factory (package.module:function); with --server, the name of a served model.
 
     \b
     Examples:

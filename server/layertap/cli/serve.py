@@ -60,9 +60,9 @@ MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
 def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> None:
     """Serve models over gRPC until SIGTERM or Ctrl-C.
 
-    MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
-    (package.module:function). The flags of models hold for every MODEL; a file given with --config
-    can tell them apart.
+    MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a TorchScript file
+    (net.pt) or a factory (package.module:function). The flags of models hold for every MODEL; a
+    file given with --config can tell them apart.
 
     \b
     Examples:

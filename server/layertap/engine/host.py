@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from typing import TypeVar
 
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThread
 from layertap.engine.limits import Limits
+from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.catalogue import Catalogue
@@ -58,6 +59,7 @@ class ModelHost:
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
         self._max_plans = limits.plans
+        self._promoter: Promoter[PlanKey] = Promoter(self._compile)
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
             partial(resolve, self.catalogue, max_layers=limits.layers)
         )
@@ -89,6 +91,7 @@ class ModelHost:
 
     def close(self) -> None:
         """Take the hooks off the model and forget its plans."""
+        self._promoter.close()
         self._taps.close()
         with self._lock:
             self._plans.clear()
@@ -109,9 +112,12 @@ class ModelHost:
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...]) -> Extractor:
         if len(resolved.candidates) == 1:
             return resolved.candidates[0]
-        compiled = (Extractor.TORCHSCRIPT, resolved.points, item_shape)
-        if compiled in self._declared_plans:
-            return Extractor.TORCHSCRIPT
+        if Extractor.TORCHSCRIPT in resolved.candidates:
+            compiled = (Extractor.TORCHSCRIPT, resolved.points, item_shape)
+            with self._lock:
+                if compiled in self._declared_plans or compiled in self._plans:
+                    return Extractor.TORCHSCRIPT
+            self._promoter.note(compiled)
         return Extractor.HOOK if Extractor.HOOK in resolved.candidates else resolved.candidates[0]
 
     def _known(self, key: PlanKey) -> Plan | None:
@@ -133,6 +139,19 @@ class ModelHost:
             raise
         self._remember(self._plans, key, plan, self._max_plans)
         return plan
+
+    def _compile(self, key: PlanKey) -> Iterator[None]:
+        """Compile a layer set in steps that take their turn among the requests."""
+        if self._known(key) is not None:
+            return
+        steps = self._builder.steps(*key)
+        try:
+            while (plan := self._compute.run(partial(next, steps), Call())) is None:
+                yield
+        except (InvalidInputError, ExtractorUnsupportedError) as refusal:
+            self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+            raise
+        self._remember(self._plans, key, plan, self._max_plans)
 
     def _remember(self, cache: OrderedDict[PlanKey, V], key: PlanKey, value: V, most: int) -> None:
         with self._lock:

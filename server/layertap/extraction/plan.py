@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from layertap.extraction.hook import HookExtractor
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import sample_input
 from layertap.extraction.taps import Taps
-from layertap.extraction.torchscript import TorchScriptExtractor
+from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
 from layertap.models import LoadedModel
@@ -78,19 +78,35 @@ class PlanBuilder:
             InvalidInputError: Where the model itself can't run on such items.
             ExtractorUnsupportedError: Where the extractor can't be built or its values differ.
         """
+        *_, plan = self.steps(extractor, points, item_shape)
+        if plan is None:
+            raise AssertionError("the last step yields the plan")
+        return plan
+
+    def steps(
+        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+    ) -> Iterator[Plan | None]:
+        """Build as ``build`` does, in steps of about one forward pass; the last yields the plan."""
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
-        oracle = [self._run_oracle(points, x) for x in batches]
+        oracle = []
+        for x in batches:
+            oracle.append(self._run_oracle(points, x))
+            yield None
         specs = tuple(
             ValueSpec.from_batches(one.dtype, one.shape, two.shape)
             for one, two in zip(*oracle, strict=True)
         )
         built = self.construct(extractor, points, batches[0])
+        yield None
         if extractor is not Extractor.HOOK:
             for x, expected in zip(batches, oracle, strict=True):
                 self._prove(extractor, built, points, x, expected)
+                yield None
         if isinstance(built, TorchScriptExtractor):
-            built.warm_up(batches[0].clone())
-        return Plan(extractor, specs, built)
+            for _ in range(WARM_UP_RUNS):
+                built.run(batches[0].clone(), lambda index, value: None)
+                yield None
+        yield Plan(extractor, specs, built)
 
     def _run_oracle(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
         try:

@@ -22,10 +22,13 @@ from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
 
-__all__ = ["TorchScriptExtractor"]
+__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor"]
 
 WARM_UP_RUNS = 3
-"""The profiling executor specialises on the second call and settles on the third."""
+"""Runs after which a program is as fast as it gets, on the thread that will run it.
+
+The profiling executor specialises on the second call of a shape and settles on the third.
+"""
 
 
 class TorchScriptExtractor:
@@ -50,12 +53,6 @@ class TorchScriptExtractor:
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(tapped, (example,), check_trace=False)
             self._program = torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
-        self.warm_up(example)
-
-    def warm_up(self, x: torch.Tensor) -> None:
-        """Run often enough on the calling thread that the executor has settled for this shape."""
-        for _ in range(WARM_UP_RUNS):
-            self._program(x)
 
     def run(self, x: torch.Tensor, sink: Sink) -> None:
         """See BuiltExtractor."""

@@ -1,0 +1,72 @@
+"""Promotion: layer sets that are asked for again are compiled beside the requests.
+
+Compiling must happen on the compute thread, where the program will run, and takes as long as a few
+forward passes. So it is cut into steps, each of which waits its turn among the requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+from layertap.errors import LayertapError
+
+__all__ = ["PROMOTE_AFTER", "Promoter"]
+
+K = TypeVar("K")
+
+PROMOTE_AFTER = 4
+"""Requests that a layer set is served by HOOK before it is worth compiling."""
+
+MAX_COUNTED = 256
+
+_log = logging.getLogger(__name__)
+
+
+class Promoter(Generic[K]):
+    """Counts what is asked for, and has it compiled once it was asked for often enough.
+
+    Args:
+        compile_steps: Yields between the steps of compiling; called on the promoter's own thread,
+            so each step has to go to the compute thread by itself.
+    """
+
+    def __init__(self, compile_steps: Callable[[K], Iterator[None]]) -> None:
+        self._compile_steps = compile_steps
+        self._counts: OrderedDict[K, int] = OrderedDict()
+        self._wanted: SimpleQueue[K | None] = SimpleQueue()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="layertap-promoter", daemon=True)
+        self._thread.start()
+
+    def note(self, key: K) -> None:
+        """Count one request; the one that makes it PROMOTE_AFTER asks for the compilation."""
+        with self._lock:
+            count = self._counts.pop(key, 0) + 1
+            self._counts[key] = count
+            if len(self._counts) > MAX_COUNTED:
+                self._counts.popitem(last=False)
+        if count == PROMOTE_AFTER:
+            self._wanted.put(key)
+
+    def close(self) -> None:
+        """Give up what is being compiled, and end the thread."""
+        self._closed.set()
+        self._wanted.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (key := self._wanted.get()) is not None:
+            try:
+                for _ in self._compile_steps(key):
+                    if self._closed.is_set():
+                        return
+            except LayertapError as error:
+                _log.info("not promoted: %s", error)
+            except Exception:  # noqa: BLE001 - one that fails must not end the others; it is logged
+                _log.exception("promotion failed")

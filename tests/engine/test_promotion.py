@@ -1,0 +1,157 @@
+"""What is asked for again and again is compiled, and every answer on the way is right."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import tinynets
+from layertap import Extractor, Features, LayerSelection
+from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorInput
+from layertap.engine.promotion import PROMOTE_AFTER, Promoter
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.models import ModelSpec
+from layertap.wire.dtypes import of_array
+from layertap.wire.tensors import TensorView
+from oracle import outputs_of
+from tinynets import ITEM
+
+PATIENCE = 60
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine with room for few plans, so that promoted ones are evicted and made anew."""
+    engine = Engine(Limits(plans=3))
+    for net in ("residual", "dynamic", "branching", "tokens"):
+        engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
+    yield engine
+    engine.close()
+
+
+def ask(engine: Engine, net: str, layer: str, x: np.ndarray) -> Features:
+    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
+    request = ExtractionRequest(net, TensorInput(view), (LayerSelection(layer),))
+    return Features(engine.extract(request, Call()).message)
+
+
+def batch(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((2, *ITEM), dtype=np.float32)
+
+
+def until(true: Callable[[], bool]) -> bool:
+    """Ask again and again for as long as anybody would wait."""
+    ends = time.monotonic() + PATIENCE
+    while time.monotonic() < ends:
+        if true():
+            return True
+    return False
+
+
+def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> None:
+    """The first answers are HOOK's, the later ones TORCHSCRIPT's, and all of them are right."""
+    x = batch()
+    net = engine.host("residual").model.module
+    expected = outputs_of(net, torch.from_numpy(x), "layer2")[0]
+    seen: list[Extractor] = []
+
+    def promoted() -> bool:
+        features = ask(engine, "residual", "layer2", x)
+        seen.append(features.extractor)
+        error = difference(features.torch()["layer2"], expected)
+        assert error <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        return features.extractor is Extractor.TORCHSCRIPT
+
+    assert until(promoted)
+    assert seen[: PROMOTE_AFTER - 1] == [Extractor.HOOK] * (PROMOTE_AFTER - 1)
+
+
+def test_content_dependent_sizes_survive_promotion(engine) -> None:
+    """An output whose size follows the content is right before, during and after compiling."""
+    # A net of its own: a naive hook on the served one would see the promoter's passes as well.
+    net = tinynets.dynamic()
+    for seed in range(40):
+        x = batch(seed)
+        picked = ask(engine, "dynamic", "pick", x).torch()["pick"]
+        scores = outputs_of(net, torch.from_numpy(x), "score")[0]
+        assert picked.shape == scores[scores > 0].shape
+        assert difference(picked, scores[scores > 0]) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        if seed > PROMOTE_AFTER:
+            time.sleep(0.01)
+
+
+def test_no_answer_is_wrong_while_plans_come_and_go(engine) -> None:
+    """8 threads, several models, layers and inputs, with plans compiled and evicted meanwhile."""
+    wanted = [
+        ("residual", "bn1"), ("residual", "layer1"), ("residual", "layer2"), ("residual", "fc"),
+        ("branching", "second"), ("tokens", "embed"), ("tokens", "encoder"),
+    ]  # fmt: skip
+    cases = []
+    for net, layer in wanted:
+        for seed in range(3):
+            x = batch(seed)
+            module = engine.host(net).model.module
+            cases.append((net, layer, x, outputs_of(module, torch.from_numpy(x), layer)[0]))
+    served: set[Extractor] = set()
+
+    def work(worker: int) -> int:
+        wrong = 0
+        for turn in range(250):
+            # In runs, so that some layer set is asked for often enough to be compiled.
+            net, layer, x, expected = cases[(worker * 5 + turn // 20) % len(cases)]
+            features = ask(engine, net, layer, x)
+            served.add(features.extractor)
+            exact = features.extractor is not Extractor.TORCHSCRIPT
+            tolerance = 0.0 if exact else TORCHSCRIPT_TOLERANCE[torch.float32]
+            wrong += difference(features.torch()[layer], expected) > tolerance
+        return wrong
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(8))) == 0
+    assert served == {Extractor.HOOK, Extractor.TORCHSCRIPT}
+
+
+def test_a_promoter_asks_once_and_survives_errors() -> None:
+    """The request that makes it enough asks for the compilation; a failing one stops nothing."""
+    compiled: list[str] = []
+    done = threading.Event()
+
+    def steps(key: str) -> Iterator[None]:
+        compiled.append(key)
+        yield
+        if key == "fails":
+            raise RuntimeError("planted")
+        done.set()
+
+    promoter = Promoter(steps)
+    for _ in range(PROMOTE_AFTER * 3):
+        promoter.note("fails")
+    for _ in range(PROMOTE_AFTER - 1):
+        promoter.note("rare")
+    for _ in range(PROMOTE_AFTER):
+        promoter.note("works")
+    assert done.wait(PATIENCE)
+    promoter.close()
+    assert compiled == ["fails", "works"]
+
+
+def test_closing_gives_up_what_is_being_compiled() -> None:
+    """A promoter that is closed in the middle of an endless compilation ends."""
+    begun = threading.Event()
+
+    def endless(key: str) -> Iterator[None]:
+        while True:
+            begun.set()
+            yield
+
+    promoter = Promoter(endless)
+    for _ in range(PROMOTE_AFTER):
+        promoter.note("key")
+    assert begun.wait(PATIENCE)
+    promoter.close()

@@ -1,0 +1,67 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from processes import layertap, serving
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def command(verb: str) -> list[str]:
+    """Return the arguments of the README's one ``layertap VERB`` line."""
+    (line,) = (
+        line.partition("#")[0]
+        for block in blocks("sh")
+        for line in block.splitlines()
+        if line.startswith(f"layertap {verb} ")
+    )
+    return shlex.split(line)[1:]
+
+
+def test_the_example_answers_with_the_shapes_that_it_claims() -> None:
+    """The server's command and the client's code, with a free port and the real photograph."""
+    (code,) = blocks("python")
+    photo = ROOT / "examples" / "images" / "grace_hopper.jpg"
+    _, *args = command("serve")
+    with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
+        address = server.line(r"serving .* on (\S+)").group(1)
+        names: dict[str, object] = {}
+        code = code.replace("127.0.0.1:8001", address).replace("photo.jpg", str(photo))
+        exec(code, names)  # noqa: S102 - the README is ours
+    features = names["features"]
+    for name, shape in re.findall(r'features\["([^"]+)"\].*?(\(\d[\d, ]*\))', code):
+        assert str(features[name].shape) == shape
+    assert set(features.torch()) == {"layer1", "avgpool:input"}
+
+
+def test_layers_are_listed_as_shown() -> None:
+    """The command that lists what can be asked for does."""
+    listed = layertap(*command("layers"))
+    assert listed.returncode == 0, listed.stderr
+    assert "avgpool" in listed.stdout
+
+
+def test_extracting_without_a_server_writes_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command for one process writes the archive that it names."""
+    shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    done = layertap(*command("extract"))
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "features.npz") as features:
+        assert features["layer1"].shape == (1, 64, 56, 56)
+        assert features["avgpool:input"].shape == (1, 512, 7, 7)
