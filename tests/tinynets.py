@@ -259,3 +259,50 @@ def numbered() -> nn.Module:
 def tokens() -> nn.Module:
     """Return a seeded Tokens."""
     return seeded(Tokens)
+
+
+class BakesBatch(nn.Module):
+    """A Python number made of the batch size, which a trace keeps for ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.tail = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        items = [self.conv(x[index : index + 1]) for index in range(len(x))]
+        return self.tail(torch.cat(items))
+
+
+class ReturnsView(nn.Module):
+    """A child whose output is a view of what is overwritten afterwards."""
+
+    class View(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x[:, :2].transpose(2, 3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.view = self.View()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        part = self.view(x)
+        x.zero_()
+        return part + 1
+
+
+def training() -> nn.Module:
+    """Return the Residual as a careless author leaves it, in training mode."""
+    return residual().train()
+
+
+def bakes_batch() -> nn.Module:
+    """Return a seeded BakesBatch."""
+    return seeded(BakesBatch)
+
+
+def returns_view() -> nn.Module:
+    """Return a seeded ReturnsView."""
+    return seeded(ReturnsView)

@@ -104,8 +104,11 @@ class Engine:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
         model = self._compute.run(lambda: load_model(spec, self._device), Call())
         host = ModelHost(model, self._compute, self.limits)
-        if declared:
+        try:
             host.declare(declared)
+        except BaseException:
+            host.close()
+            raise
         self._hosts[spec.name] = host
         return host
 

@@ -79,7 +79,7 @@ class ModelHost:
         """
         self.declared = list(selections)
         sets = [tuple(selections), *((selection,) for selection in selections)]
-        for chosen in dict.fromkeys(sets):
+        for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
             key, plan = self._compute.run(partial(self._build_best, resolved), Call())
             self._declared_plans[key] = plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from layertap.errors import LayerNotFoundError
 from layertap.extraction.fx import GraphNames
@@ -74,6 +75,13 @@ class Catalogue:
     entries: Mapping[str, LayerEntry]
     graph: GraphNames | None
     mutates_input: bool
+
+    @cached_property
+    def specs(self) -> Mapping[CapturePoint, ValueSpec]:
+        """The type and shape of every point, at the item shape that was measured."""
+        return {
+            point: entry.specs[capture] for entry in self for capture, point in entry.points.items()
+        }
 
     def __iter__(self) -> Iterator[LayerEntry]:
         return iter(self.entries.values())

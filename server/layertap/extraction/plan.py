@@ -87,6 +87,11 @@ class PlanBuilder:
         self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
     ) -> Iterator[Plan | None]:
         """Build as ``build`` does, in steps of about one forward pass; the last yields the plan."""
+        if extractor is Extractor.HOOK and item_shape == self._model.input.item_shape:
+            # The oracle at the size at which the catalogue was measured: nothing is left to learn.
+            specs = tuple(self._catalogue.specs[point] for point in points)
+            yield Plan(extractor, specs, HookExtractor(self._model, self._taps, points))
+            return
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
         oracle = []
         for x in batches:

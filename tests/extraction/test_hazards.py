@@ -1,0 +1,286 @@
+"""The ways in which captured activations come out wrong: the naive way beside ours.
+
+Each test keeps the naive implementation and shows that it is wrong, so that it would fail with that
+one in our place.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import tinynets
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.extraction import CapturePoint, Plan, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.plan import collect
+from layertap.extraction.verify import same
+from layertap.models import LoadedModel, ModelSpec, load_model
+from layertap.selection import Capture, Extractor
+from oracle import inputs_of, outputs_of
+from tinynets import ITEM
+
+# Upstream prefers torch.export; the traces of these tests are the naive way.
+torch_jit_is_deprecated = pytest.mark.filterwarnings("ignore")
+
+
+def point(path: str, capture: Capture = Capture.OUTPUT, call: int = 0) -> CapturePoint:
+    return CapturePoint(PointKind.MODULE, path, capture, call)
+
+
+def ours(
+    model: LoadedModel, extractor: Extractor, x: torch.Tensor, *points: CapturePoint
+) -> list[torch.Tensor]:
+    """Return what a proven plan captures."""
+    return collect(plan(model, extractor, *points).built, points, x)
+
+
+def plan(model: LoadedModel, extractor: Extractor, *points: CapturePoint) -> Plan:
+    builder = PlanBuilder(model, Taps(model.module), measure(model))
+    return builder.build(extractor, points, ITEM)
+
+
+def naive_hook(net: nn.Module, x: torch.Tensor, path: str) -> torch.Tensor:
+    """Keep what the hook was given, as most tutorials do."""
+    kept: list[torch.Tensor] = []
+    handle = net.get_submodule(path).register_forward_hook(lambda m, i, o: kept.append(o))
+    net(x.clone())
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.FX, Extractor.LAYER_GETTER])
+def test_hazard_01_later_in_place_operations(load_net, extractor) -> None:
+    """A kept reference shows what an in-place ReLU made of it; ours shows what was returned."""
+    model, x = load_net("residual"), torch.randn(2, *ITEM)
+    truth = outputs_of(model.module, x, "bn1")[0]
+    names = {"bn1": "bn1", "layer1": "layer1"}
+    naive = {
+        Extractor.HOOK: lambda: naive_hook(model.module, x, "bn1"),
+        Extractor.FX: lambda: create_feature_extractor(model.module, names)(x.clone())["bn1"],
+        Extractor.LAYER_GETTER: lambda: IntermediateLayerGetter(model.module, names)(x.clone())[
+            "bn1"
+        ],
+    }
+    assert not torch.equal(naive[extractor](), truth)
+    bn1, _ = ours(model, extractor, x, point("bn1"), point("layer1"))
+    assert torch.equal(bn1, truth)
+
+
+def test_hazard_02_inputs_in_a_forward_hook(load_net) -> None:
+    """After an in-place module its input is gone; ours is taken before."""
+    model, x = load_net("residual"), torch.randn(2, *ITEM)
+    truth = inputs_of(model.module, x, "relu")[0]
+    kept: list[torch.Tensor] = []
+    handle = model.module.relu.register_forward_hook(
+        lambda m, args, o: kept.append(args[0].clone())
+    )
+    model.module(x.clone())
+    handle.remove()
+    assert not torch.equal(kept[0], truth)
+    assert torch.equal(ours(model, Extractor.HOOK, x, point("relu", Capture.INPUT))[0], truth)
+
+
+def test_hazard_03_a_hook_that_returns_replaces(load_net) -> None:
+    """A hook that returns its copy changes the model's result; ours changes nothing."""
+    model, x = load_net("residual"), torch.randn(2, *ITEM)
+    truth = model.module(x.clone())
+    handle = model.module.layer1.register_forward_hook(lambda m, i, o: o.clone().zero_())
+    assert not torch.equal(model.module(x.clone()), truth)
+    handle.remove()
+    fc, _ = ours(model, Extractor.HOOK, x, point("fc"), point("layer1"))
+    assert torch.equal(fc, truth)
+
+
+def test_hazard_04_a_parent_and_its_last_child_in_fx(load_net) -> None:
+    """torchvision returns one of two names for one node; ours returns both."""
+    model, x = load_net("residual"), torch.randn(2, *ITEM)
+    naive = create_feature_extractor(model.module, ["layer1", "layer1.1", "layer1.1.relu_1"])
+    assert len(naive(x.clone())) < 3
+    points = (point("layer1"), point("layer1.1"), point("layer1.1.relu", call=1))
+    truth = outputs_of(model.module, x, "layer1")[0]
+    assert all(torch.equal(value, truth) for value in ours(model, Extractor.FX, x, *points))
+
+
+def test_hazard_04_names_that_end_in_numbers_in_fx(load_net) -> None:
+    """torchvision's `norm_1` is the module norm_2; ours gives the module of that name."""
+    model, x = load_net("numbered"), torch.randn(2, *ITEM)
+    truth = outputs_of(model.module, x, "norm_1")[0]
+    naive = create_feature_extractor(model.module, ["norm_1"])(x.clone())["norm_1"]
+    assert not torch.equal(naive, truth)
+    assert torch.equal(ours(model, Extractor.FX, x, point("norm_1"))[0], truth)
+
+
+def test_hazard_05_unassigned_in_place_statements_in_fx(load_net) -> None:
+    """Dead-code elimination loses `y.relu_()` and the value is wrong; ours refuses."""
+    model, x = load_net("unassigned_in_place"), torch.randn(2, *ITEM)
+    naive = create_feature_extractor(model.module, ["head"])(x.clone())["head"]
+    assert not torch.equal(naive, outputs_of(model.module, x, "head")[0])
+    with pytest.raises(ExtractorUnsupportedError, match="differs"):
+        plan(model, Extractor.FX, point("head"))
+
+
+def test_hazard_06_hooks_per_request_race(load_net) -> None:
+    """Hooks registered per request on a shared model see other requests; ours don't."""
+    model = load_net("residual")
+    taps = Taps(model.module)
+    inputs = [torch.full((1, *ITEM), float(i)) for i in range(8)]
+    truth = [outputs_of(model.module, x, "conv1")[0] for x in inputs]
+    gate = threading.Barrier(8)
+
+    def naive(i: int) -> bool:
+        kept: list[torch.Tensor] = []
+        handle = model.module.conv1.register_forward_hook(lambda m, a, o: kept.append(o.clone()))
+        gate.wait()  # All are registered: what a busy server comes to sooner or later.
+        with torch.inference_mode():
+            model.module(inputs[i].clone())
+        gate.wait()
+        handle.remove()
+        return len(kept) == 1 and torch.equal(kept[0], truth[i])
+
+    def tapped(i: int) -> bool:
+        kept: list[torch.Tensor] = []
+        gate.wait()
+        with torch.inference_mode():
+            taps.run(
+                model.forward, inputs[i].clone(), [point("conv1")],
+                lambda _, value: kept.append(value.clone()),
+            )  # fmt: skip
+        return len(kept) == 1 and torch.equal(kept[0], truth[i])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert not all(pool.map(naive, range(8)))
+        assert all(pool.map(tapped, range(8)))
+
+
+def test_hazard_08_modules_that_never_run(load_net) -> None:
+    """A hook on a module that never runs returns nothing, silently; ours says so."""
+    model = load_net("silent")
+    kept: list[torch.Tensor] = []
+    handle = model.module.aux.register_forward_hook(lambda m, a, o: kept.append(o))
+    model.module(torch.rand(1, *ITEM))
+    handle.remove()
+    assert kept == []
+    entry = measure(model).entry("aux")
+    assert entry.calls == 0
+    assert all("never runs" in support.reason for support in entry.support.values())
+
+
+def test_hazard_09_modules_that_run_several_times(load_net) -> None:
+    """A dict by module name keeps the last call only; ours numbers the calls."""
+    model, x = load_net("residual"), torch.randn(1, *ITEM)
+    kept: dict[str, torch.Tensor] = {}
+    relu = model.module.get_submodule("layer1.0.relu")
+    handle = relu.register_forward_hook(lambda m, a, o: kept.update(relu=o.clone()))
+    model.module(x.clone())
+    handle.remove()
+    first, second = outputs_of(model.module, x, "layer1.0.relu")
+    assert not torch.equal(kept["relu"], first)
+    points = (point("layer1.0.relu"), point("layer1.0.relu", call=1))
+    assert all(map(torch.equal, ours(model, Extractor.HOOK, x, *points), (first, second)))
+
+
+def test_hazard_10_values_that_are_no_tensors(load_net) -> None:
+    """`output[0]` loses the rest of a tuple; ours names every member."""
+    catalogue = measure(load_net("containers"))
+    assert {"pair.0", "pair.1.0", "named.low", "named.high"} <= set(catalogue.entries)
+    assert catalogue.entry("pair").served_by(Capture.OUTPUT) == []
+
+
+def test_hazard_11_train_mode() -> None:
+    """A model left in training mode is random; ours is put into evaluation mode when loaded."""
+    net = tinynets.residual().train()
+    x = torch.rand(4, *ITEM)
+    assert not torch.equal(net(x.clone()), tinynets.residual()(x.clone()))
+    model = load_model(ModelSpec("tinynets:training", item_shape=ITEM))
+    assert not any(module.training for module in model.module.modules())
+    assert torch.equal(model.forward(x.clone()), tinynets.residual()(x.clone()))
+
+
+@torch_jit_is_deprecated
+def test_hazard_12_traces_bake_the_shape(load_net) -> None:
+    """A trace with a size baked in is wrong for another; ours is proven at two batch sizes."""
+    model = load_net("bakes_batch")
+    x = torch.rand(3, *ITEM)
+    naive = torch.jit.trace(model.module, torch.rand(1, *ITEM), check_trace=False)
+    assert naive(x.clone()).shape != model.module(x.clone()).shape
+    with pytest.raises(ExtractorUnsupportedError, match="TORCHSCRIPT"):
+        plan(model, Extractor.TORCHSCRIPT, point("tail"))
+
+
+@torch_jit_is_deprecated
+def test_hazard_13_optimising_first_loses_the_layers(load_net) -> None:
+    """A frozen program has no module left to hook; ours is tapped first and optimised last."""
+    model, x = load_net("residual"), torch.randn(1, *ITEM)
+    frozen = torch.jit.freeze(torch.jit.trace(model.module, x.clone()).eval())
+    assert [name for name, _ in frozen.named_modules() if name] == []
+    (bn1,) = ours(model, Extractor.TORCHSCRIPT, x, point("bn1"))
+    assert torch.allclose(bn1, outputs_of(model.module, x, "bn1")[0], atol=1e-5)
+
+
+def test_hazard_19_hooks_and_tensors_that_stay(load_net) -> None:
+    """A forward pass that fails leaves a naive hook behind; ours is one hook, routed nowhere."""
+    model = load_net("raises")
+    taps = Taps(model.module)
+    large = torch.full((1, *ITEM), 1e6)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="secret"):
+            taps.run(model.forward, large.clone(), [point("head")], lambda i, v: None)
+    assert len(model.module.head._forward_hooks) == 1
+    taps.close()
+    assert not any(module._forward_hooks for module in model.module.modules())
+
+
+def test_hazard_20_views_of_what_is_overwritten() -> None:
+    """A captured view changes with its base; ours is copied at the moment of the capture."""
+    model = load_model(ModelSpec("tinynets:returns_view", item_shape=ITEM))
+    x = torch.rand(2, *ITEM)
+    truth = outputs_of(model.module, x, "view")[0]
+    assert not torch.equal(naive_hook(model.module, x, "view"), truth)
+    assert torch.equal(ours(model, Extractor.HOOK, x, point("view"))[0], truth)
+
+
+def test_hazard_21_models_that_can_not_be_traced_symbolically(load_net) -> None:
+    """FX raises in the middle of its tracing; ours says so beforehand and serves by HOOK."""
+    model, x = load_net("branching"), torch.rand(2, *ITEM)
+    with pytest.raises(Exception, match="control flow"):
+        create_feature_extractor(model.module, ["second"])
+    entry = measure(model).entry("second")
+    assert "traced symbolically" in entry.support[Extractor.FX].reason
+    truth = outputs_of(model.module, x, "second")[0]
+    assert same(ours(model, Extractor.HOOK, x, point("second"))[0], truth)
+
+
+def test_hazard_22_inputs_that_fail_late(load_net) -> None:
+    """A wrong channel count fails inside a convolution; ours is refused with the expected shape."""
+    model = load_net("residual")
+    with pytest.raises(RuntimeError, match="weight"):
+        model.module(torch.rand(1, 4, 16, 16))
+    with pytest.raises(InvalidInputError, match=r"expected \[B, 3, H, W\]"):
+        model.input.check((1, 4, 16, 16), "float32")
+
+
+@torch_jit_is_deprecated
+def test_programs_survive_being_saved(load_net) -> None:
+    """A layer inside a saved TorchScript file is reachable, where a naive hook never fires."""
+    made = torch.jit.trace(load_net("residual").module, torch.rand(1, *ITEM))
+    buffer = io.BytesIO()
+    torch.jit.save(made, buffer)
+    buffer.seek(0)
+    program: Any = torch.jit.load(buffer)
+    kept: list[torch.Tensor] = []
+    handle = program.layer1.register_forward_hook(lambda m, a, o: kept.append(o))
+    x = torch.rand(1, *ITEM)
+    program(x.clone())
+    handle.remove()
+    assert kept == []
+    seen: list[torch.Tensor] = []
+    Taps(program).run(program, x, [point("layer1")], lambda i, value: seen.append(value.clone()))
+    assert torch.equal(seen[0], outputs_of(tinynets.residual(), x, "layer1")[0])
