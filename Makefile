@@ -5,7 +5,7 @@ GEN := .venv-gen/bin/python tools/gen_proto.py
 CSRC := setup.py $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-models check fmt gen clean
+.PHONY: help setup demo serve test test-models bench check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,9 @@ test: setup ## run the tests: make test ARGS="tests/wire -k varint"
 
 test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
+
+bench: .venv/.built ## what each way to take a layer costs; writes benchmarks/README.md
+	$(BIN)/python -W ignore benchmarks/bench_extractors.py $(ARGS)
 
 check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/ruff format --check .
