@@ -21,8 +21,8 @@ def blocks(language: str) -> list[str]:
 
 
 def command(verb: str) -> list[str]:
-    """Return the arguments of the README's one ``layertap VERB`` line."""
-    (line,) = (
+    """Return the arguments of the README's first ``layertap VERB`` line."""
+    line = next(
         line.partition("#")[0]
         for block in blocks("sh")
         for line in block.splitlines()

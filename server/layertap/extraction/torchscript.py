@@ -6,7 +6,7 @@ Note [Trace the taps]
     so that no later in-place operation shows in it. Names vanish when a program is frozen, so the
     taps come first and the optimisation last. Models that symbolic tracing refuses work as well.
 
-torch.jit is deprecated upstream in favour of torch.export; this file is its only user, so that
+torch.jit is deprecated upstream in favour of torch.export; only this file compiles with it, so that
 another compiler can stand beside it.
 """
 
