@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,6 +108,15 @@ def test_a_declared_layer_that_does_not_exist_fails_the_load(engine) -> None:
     """A typo in a declaration is an error at start, not at the first request."""
     with pytest.raises(errors.LayerNotFoundError, match="layer1"):
         load(engine, "residual", "layr1")
+
+
+def test_a_load_that_fails_leaves_nothing_running(engine) -> None:
+    """A model whose declaration is wrong is let go of, with its thread, and its name is free."""
+    before = set(threading.enumerate())
+    with pytest.raises(errors.LayerNotFoundError):
+        load(engine, "residual", "layr1")
+    assert {t for t in threading.enumerate() if t.name == "layertap-promoter"} <= before
+    load(engine, "residual", "layer1")
 
 
 def test_one_pass_serves_a_request_whose_plan_is_known(engine) -> None:
