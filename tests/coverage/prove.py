@@ -233,10 +233,10 @@ def main() -> int:
             problems += [t.failed for t in row.tallies.values() if t.failed]
             counts = " ".join(f"{e.name}={row.tallies[e].right}" for e in ORDER if row.tallies)
             print(f"{name:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
+            if options.write:  # Each time, so that a run that is cut keeps what it has.
+                options.write.write_text(HEADER + table(rows), "utf-8")
     wrong = sum(len(t.wrong) for row in rows for t in row.tallies.values())
     print(f"{len(rows)} models, {wrong} wrong")
-    if options.write:
-        options.write.write_text(HEADER + table(rows), "utf-8")
     return 1 if wrong else 0
 
 
