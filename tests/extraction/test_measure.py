@@ -129,6 +129,14 @@ def test_measuring_leaves_no_hook_behind(load_net) -> None:
     assert not any(m.training for m in model.module.modules())
 
 
+@pytest.mark.parametrize("net", ["branching", "residual", "unassigned_in_place"])
+def test_measuring_leaves_the_model_in_eval_mode(load_net, net) -> None:
+    """A symbolic trace that fails half way leaves torchvision's `train()` behind; ours does not."""
+    model = load_net(net)
+    measure(model)
+    assert not any(module.training for module in model.module.modules())
+
+
 def test_a_model_that_can_not_run_is_a_load_error(load_net) -> None:
     """A model that fails on its own input shape is refused when it is loaded."""
     model = load_net("residual")

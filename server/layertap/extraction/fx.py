@@ -6,20 +6,22 @@ Note [FX done right]
     - Asked for a parent and its last child, torchvision silently drops one: both mean one node.
       Here every point is resolved to a node first, and each node is asked for once.
     - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it must
-      run where no forward pass does, which is on the compute thread.
+      run where no forward pass does, which is on the compute thread. Where it fails half way it
+      leaves the model in training mode: the modes are put back here.
     - Dead-code elimination deletes unassigned in-place statements (``y.relu_()``). Who builds an
       extractor compares it with the oracle before use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from layertap.extraction.points import CapturePoint, PointKind, Sink
@@ -89,7 +91,8 @@ class Trace:
 
 def trace(model: LoadedModel) -> Trace:
     """Trace a model symbolically; raise whatever tracing raises."""
-    train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
+    with _modes_kept(model.module):
+        train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
     every = [name for name in evaluation if name != "output"]
     whole = FxExtractor(model, GraphNames(train, dict.fromkeys(every, "")), every)
     names = GraphNames(train, whole.targets())
@@ -109,12 +112,13 @@ class FxExtractor:
     """
 
     def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
-        graph_module = create_feature_extractor(
-            model.module,
-            train_return_nodes={names.train: names.train},
-            eval_return_nodes={node: node for node in nodes},
-            suppress_diff_warning=True,
-        ).eval()
+        with _modes_kept(model.module):
+            graph_module = create_feature_extractor(
+                model.module,
+                train_return_nodes={names.train: names.train},
+                eval_return_nodes={node: node for node in nodes},
+                suppress_diff_warning=True,
+            ).eval()
         self._returned = _capture_in_graph(graph_module, nodes)
         self._graph_module = graph_module
 
@@ -162,6 +166,17 @@ class WholeGraphExtractor:
                 sink(index, value)
 
         self._whole.run(x, select)
+
+
+@contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    """Put every submodule's training mode back, whatever happens."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    try:
+        yield
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
 
 
 def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dict[str, fx.Node]:
