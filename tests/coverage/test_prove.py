@@ -22,6 +22,15 @@ def test_every_layer_equals_the_oracle(name: str) -> None:
     assert row.tallies[Extractor.CHILDREN].right > 0
 
 
+def test_a_detection_model_is_served_by_hooks() -> None:
+    """A detector can't be traced symbolically, and takes a list; HOOK serves every layer of it."""
+    row = prove("ssdlite320_mobilenet_v3_large")
+    assert row.error == ""
+    assert row.tallies[Extractor.HOOK].wrong == []
+    assert row.tallies[Extractor.HOOK].right > 300
+    assert row.tallies[Extractor.FX].right == 0
+
+
 def test_the_proof_can_fail() -> None:
     """A wrong value is counted, shown in the table and turns its last column."""
     row = Row("planted", (3, 8, 8), layers=1, tallies={e: Tally() for e in ORDER})
