@@ -14,6 +14,7 @@ from PIL import Image
 
 from layertap import Client, Extractor, LayerSelection, Reduction
 from layertap.engine import Engine, Limits
+from layertap.errors import InvalidInputError
 from layertap.models import ModelSpec
 from layertap.selection import Capture
 from layertap.v1 import catalogue_pb2, feature_service_pb2, tensor_pb2
@@ -354,6 +355,17 @@ def test_content_dependent_shapes_are_served(client) -> None:
     for features in model_scores:
         scores = features["score"]
         assert np.array_equal(features["pick"], scores[scores > 0])
+
+
+def test_reductions_beside_content_dependent_shapes(client) -> None:
+    """A reduction holds beside a layer of unknown size, and is refused on one."""
+    pooled = LayerSelection("score", alias="pooled", reduction=Reduction.GLOBAL_AVERAGE_POOL)
+    features = client.extract("dynamic", batch(2), ["pick", "score", pooled], extractor="hook")
+    assert features["pooled"].shape == (2, 1)
+    assert np.allclose(features["pooled"], features["score"].mean((2, 3)), rtol=1e-5)
+    flat = LayerSelection("pick", reduction=Reduction.FLATTEN)
+    with pytest.raises(InvalidInputError, match="FLATTEN takes"):
+        client.extract("dynamic", batch(2), flat)
 
 
 def test_a_model_that_overwrites_its_batch_does_no_harm(client) -> None:

@@ -98,7 +98,7 @@ class Engine:
         Raises:
             ConfigError: Where the name is taken.
             ModelLoadError: Where the model can't be had or can't run.
-            LayertapError: Where a declared layer can't be served by TORCHSCRIPT.
+            LayertapError: Whatever a request for the declared layers would raise.
         """
         if spec.name in self._hosts:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
@@ -171,7 +171,7 @@ class Engine:
 
     def _sink(self, plan: Plan, resolved: Resolved, batch: int) -> Sink:
         if plan.dynamic:
-            return ReplyCollector(resolved.outputs, self.limits.reply_bytes)
+            return ReplyCollector(resolved.outputs, plan.specs, self.limits.reply_bytes)
         return ReplyWriter(resolved.outputs, plan.specs, batch, self.limits.reply_bytes)
 
     def _run(

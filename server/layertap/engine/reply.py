@@ -75,18 +75,24 @@ class ReplyCollector:
     checked only after the forward pass.
     """
 
-    def __init__(self, outputs: Sequence[Output], max_bytes: int) -> None:
+    def __init__(
+        self, outputs: Sequence[Output], specs: Sequence[ValueSpec], max_bytes: int
+    ) -> None:
+        for output in outputs:  # A reduction needs a shape to rely on: refused before any compute.
+            reduce_spec(specs[output.point], output.reduction, output.layer)
         self._outputs = outputs
         self._max_bytes = max_bytes
         self._values: dict[int, torch.Tensor] = {}
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
-        """Keep a clone of a point's value."""
-        self._values[point] = value.clone()
+        """Keep a clone of every output that is made of a point's value."""
+        for slot, output in enumerate(self._outputs):
+            if output.point == point:
+                self._values[slot] = reduce_value(value, output.reduction).clone()
 
     def finish(self, head: bytes) -> bytes:
         """Lay the message out by what was captured, write and publish it."""
-        values = [self._values[output.point] for output in self._outputs]
+        values = [self._values[slot] for slot in range(len(self._outputs))]
         shapes = [(tuple(value.shape), value.dtype) for value in values]
         builder = _builder(self._outputs, shapes, self._max_bytes)
         for slot, value in enumerate(values):
