@@ -11,13 +11,14 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
+from subjects import every_model
+from truths import Key, module_values, node_values
 
 from layertap.errors import ExtractorUnsupportedError, LayertapError, ModelLoadError
 from layertap.extraction import Catalogue, PlanBuilder, Taps, measure
@@ -38,9 +39,15 @@ ORDER = (
 
 @dataclass
 class Tally:
-    """What became of one extractor's layers: served right, refused by the catalogue, wrong."""
+    """What became of one extractor's layers: served right, refused by the catalogue, wrong.
+
+    Graph nodes that were served right are counted apart; ``compared`` counts every value, inputs
+    and nodes included.
+    """
 
     right: int = 0
+    nodes: int = 0
+    compared: int = 0
     refused: int = 0
     wrong: list[str] = field(default_factory=list)
     failed: str = ""
@@ -54,6 +61,7 @@ class Row:
     item_shape: tuple[int, ...] = ()
     layers: int = 0
     silent: int = 0
+    nodes: int = 0
     tallies: dict[Extractor, Tally] = field(default_factory=dict)
     error: str = ""
     seconds: float = 0.0
@@ -61,11 +69,18 @@ class Row:
 
 @dataclass
 class Subject:
-    """A model under proof: its plans, a batch, and the oracle's values for it."""
+    """A model under proof: its plans, a batch, and the oracles' values for it."""
 
     plans: PlanBuilder
     x: torch.Tensor
-    oracle: dict[tuple[str, Capture, int], Any]
+    modules: Mapping[Key, Any]
+    nodes: Mapping[str, torch.Tensor]
+
+    def truth(self, point: CapturePoint) -> torch.Tensor | None:
+        """Return the value of a point, as an oracle saw it."""
+        if point.kind is PointKind.NODE:
+            return self.nodes.get(point.path)
+        return pick(self.modules[point.path, point.capture.value, point.call], point.member)
 
 
 def prove(source: str) -> Row:
@@ -79,11 +94,17 @@ def prove(source: str) -> Row:
         return row
     row.item_shape = model.input.item_shape
     entries = [entry for entry in catalogue if entry.kind is PointKind.MODULE and entry.calls]
-    row.layers = len(entries)
+    nodes = [entry.name for entry in catalogue if entry.kind is PointKind.NODE]
+    row.layers, row.nodes = len(entries), len(nodes)
     row.silent = sum(not entry.calls for entry in catalogue)
     x = sample_input(model, 2, row.item_shape)
-    plans = PlanBuilder(model, Taps(model.module), catalogue)
-    subject = Subject(plans, x, _oracle(model, x))
+    modules = module_values(model.module, lambda: model.forward(x.clone()))
+    subject = Subject(
+        PlanBuilder(model, Taps(model.module), catalogue),
+        x,
+        modules,
+        node_values(model.module, nodes, x.clone()) if nodes else {},
+    )
     for extractor in ORDER:
         tally = row.tallies[extractor] = Tally()
         points = []
@@ -93,6 +114,8 @@ def prove(source: str) -> Row:
                     points.append(point)
                 else:
                     tally.refused += capture is Capture.OUTPUT
+        if extractor is Extractor.FX:
+            points += [CapturePoint(PointKind.NODE, name) for name in nodes]
         _check(subject, extractor, points, tally)
     row.seconds = time.perf_counter() - begun
     return row
@@ -113,56 +136,13 @@ def _smallest(source: str) -> tuple[LoadedModel, Catalogue]:
     raise error
 
 
-def _oracle(model: LoadedModel, x: torch.Tensor) -> dict[tuple[str, Capture, int], Any]:
-    """Clone everything at every hook, with nothing of layertap."""
-    seen: dict[tuple[str, Capture, int], Any] = {}
-    calls: dict[tuple[str, Capture], int] = {}
-    handles = []
-
-    def clone(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.clone()
-        if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-            return tuple(clone(member) for member in value)
-        if isinstance(value, dict):
-            return {key: clone(member) for key, member in value.items()}
-        return value
-
-    def note(path: str, side: Capture, value: Any) -> None:
-        call = calls.get((path, side), 0)
-        calls[path, side] = call + 1
-        seen[path, side, call] = clone(value)
-
-    for path, module in model.module.named_modules():
-        handles.append(
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs, path=path: note(
-                    path,
-                    Capture.INPUT,
-                    args[0]
-                    if len(args) == 1 and not kwargs
-                    else {**{str(i): a for i, a in enumerate(args)}, **kwargs},
-                ),
-                with_kwargs=True,
-            )
-        )
-        handles.append(
-            module.register_forward_hook(
-                lambda m, args, output, path=path: note(path, Capture.OUTPUT, output)
-            )
-        )
-    model.forward(x.clone())
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def _check(
     subject: Subject, extractor: Extractor, points: Sequence[CapturePoint], tally: Tally
 ) -> None:
     def compare(index: int, value: torch.Tensor) -> None:
         point = points[index]
-        expected = pick(subject.oracle[point.path, point.capture, point.call], point.member)
+        tally.compared += 1
+        expected = subject.truth(point)
         if expected is None:
             tally.wrong.append(f"{point.path} ({point.capture}): no oracle")
             return
@@ -172,7 +152,9 @@ def _check(
         if error > tolerance:
             tally.wrong.append(f"{point.path} ({point.capture}): {error:.0e}")
         else:
-            tally.right += point.capture is Capture.OUTPUT
+            whole = point.capture is Capture.OUTPUT and point.kind is PointKind.MODULE
+            tally.right += whole
+            tally.nodes += point.kind is PointKind.NODE
 
     if points:
         x = subject.x
@@ -182,29 +164,17 @@ def _check(
             tally.failed = str(error)
 
 
-def torchvision_models() -> list[str]:
-    """Return every float builder of torchvision that takes one input, by kind."""
-    names: list[str] = []
-    kinds = (
-        torchvision.models, torchvision.models.segmentation, torchvision.models.video,
-        torchvision.models.detection,
-    )  # fmt: skip
-    for kind in kinds:
-        names += torchvision.models.list_models(module=kind)
-    return names
-
-
 def table(rows: Iterable[Row]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| model | item | layers | never run | "
+        "| model | item | layers | never run | nodes | "
         + " | ".join(extractor.name for extractor in ORDER)
         + " | wrong |",
-        "| --- | --- | --- | --- | " + "--- | " * len(ORDER) + "--- |",
+        "| --- | --- | --- | --- | --- | " + "--- | " * len(ORDER) + "--- |",
     ]
     for row in rows:
         if row.error:
-            lines.append(f"| {row.model} | – | – | – | {'– | ' * len(ORDER)} {row.error} |")
+            lines.append(f"| {row.model} | – | – | – | – | {'– | ' * len(ORDER)} {row.error} |")
             continue
         cells = []
         for extractor in ORDER:
@@ -212,9 +182,38 @@ def table(rows: Iterable[Row]) -> str:
             cells.append("none" if tally.failed else f"{tally.right} / {tally.refused}")
         wrong = sum(len(tally.wrong) for tally in row.tallies.values())
         item = "×".join(map(str, row.item_shape))
-        cells = [row.model, item, str(row.layers), str(row.silent), *cells, str(wrong)]
+        nodes = f"{row.tallies[Extractor.FX].nodes} / {row.nodes}"
+        cells = [row.model, item, str(row.layers), str(row.silent), nodes, *cells, str(wrong)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+HEADER = """# Coverage
+
+Every layer of every model below, by every extractor that the catalogue says serves it, all of them
+in one request of two items, held against cloning hooks: bit for bit, TORCHSCRIPT within its
+tolerance. Random weights, the smallest of a few input sizes that the model takes.
+`make test-models` writes this page.
+
+{models} models, {layers} layers, {values} values compared, **{wrong} wrong**.
+
+A cell is *layers served right / layers that the catalogue refuses for this extractor*; *none* where
+the plan of all layers at once was refused when it was built, which a request is told. HOOK and
+TORCHSCRIPT were held to the layers' inputs as well. *nodes* are operations of the symbolic graph
+that are no module, served by FX and held against an interpreter of the graph that leaves out none.
+
+"""
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return docs/coverage.md."""
+    tallies = [tally for row in rows for tally in row.tallies.values()]
+    return HEADER.format(
+        models=len(rows),
+        layers=f"{sum(row.layers for row in rows):,}",
+        values=f"{sum(tally.compared for tally in tallies):,}",
+        wrong=sum(len(tally.wrong) for tally in tallies),
+    ) + table(rows)
 
 
 def main() -> int:
@@ -225,7 +224,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = []
     with torch.inference_mode():
-        for name in options.models or torchvision_models():
+        for name in options.models or every_model():
             row = prove(name)
             rows.append(row)
             gc.collect()
@@ -234,22 +233,10 @@ def main() -> int:
             counts = " ".join(f"{e.name}={row.tallies[e].right}" for e in ORDER if row.tallies)
             print(f"{name:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
             if options.write:  # Each time, so that a run that is cut keeps what it has.
-                options.write.write_text(HEADER + table(rows), "utf-8")
+                options.write.write_text(page(rows), "utf-8")
     wrong = sum(len(t.wrong) for row in rows for t in row.tallies.values())
     print(f"{len(rows)} models, {wrong} wrong")
     return 1 if wrong else 0
-
-
-HEADER = """# Coverage
-
-Every layer of every model below, by every extractor that the catalogue says serves it, held
-against cloning hooks at a batch of two: bit for bit, TORCHSCRIPT within its tolerance. Random
-weights, the smallest of a few input sizes that the model takes. `make test-models` writes this.
-
-A cell is *layers served right / layers that the catalogue refuses for this extractor*; HOOK and
-TORCHSCRIPT were held to the layers' inputs as well.
-
-"""
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""What every layer really holds, found with nothing of layertap: the coverage run's oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torchvision.models.feature_extraction import NodePathTracer, _set_default_tracer_kwargs
+
+__all__ = ["Key", "module_values", "node_values"]
+
+Key = tuple[str, str, int]
+"""(module path, "input" or "output", which call)."""
+
+
+def module_values(module: nn.Module, forward: Callable[[], Any]) -> dict[Key, Any]:
+    """Clone what goes into and comes out of every call of every module."""
+    seen: dict[Key, Any] = {}
+    calls: dict[tuple[str, str], int] = {}
+
+    def note(path: str, side: str, value: Any) -> None:
+        call = calls.get((path, side), 0)
+        calls[path, side] = call + 1
+        seen[path, side, call] = _clone(value)
+
+    handles = []
+    for path, submodule in module.named_modules():
+        handles.append(
+            submodule.register_forward_pre_hook(
+                lambda m, args, kwargs, path=path: note(path, "input", _input(args, kwargs)),
+                with_kwargs=True,
+            )
+        )
+        handles.append(
+            submodule.register_forward_hook(
+                lambda m, args, output, path=path: note(path, "output", output)
+            )
+        )
+    forward()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def node_values(
+    module: nn.Module, wanted: Collection[str], x: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Clone the tensors of some nodes of the symbolic graph, interpreted with no node left out.
+
+    The names are those of torchvision's tracer, which makes no extractor here: each node runs as it
+    was traced, so nothing is lost to dead-code elimination.
+    """
+    tracer = NodePathTracer(**_set_default_tracer_kwargs(None))
+    graph = tracer.trace(module)
+    names = {node: name for node, name in tracer.node_to_qualname.items() if name in wanted}
+    seen: dict[str, torch.Tensor] = {}
+
+    class Cloning(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if node in names and isinstance(value, torch.Tensor):
+                seen[names[node]] = value.clone()
+            return value
+
+    Cloning(fx.GraphModule(tracer.root, graph)).run(x)
+    return seen
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if len(args) == 1 and not kwargs:
+        return args[0]
+    return {**{str(index): arg for index, arg in enumerate(args)}, **kwargs}
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+        return tuple(_clone(member) for member in value)
+    if isinstance(value, dict):
+        return {key: _clone(member) for key, member in value.items()}
+    return value
