@@ -87,8 +87,8 @@ class Serving:
 
 @contextmanager
 def serving(*args: str) -> Iterator[Serving]:
-    """Run ``layertap serve`` with a free port and without metrics unless told otherwise."""
-    server = Serving(["--port", "0", "--metrics-port", "-1", *args])
+    """Run ``layertap serve``: a free port, no metrics, no plan cache unless told otherwise."""
+    server = Serving(["--port", "0", "--metrics-port", "-1", "--plan-cache", "off", *args])
     try:
         yield server
     finally:

@@ -8,7 +8,8 @@ __all__ = ["TIMM", "every_model", "torchvision_models"]
 
 TIMM = (
     "beit_base_patch16_224", "botnet26t_256", "cait_xxs24_224", "coat_lite_tiny",
-    "coatnet_nano_rw_224", "convit_tiny", "convmixer_768_32", "convnext_atto", "crossvit_9_240", "cs3darknet_s",
+    "coatnet_nano_rw_224", "convit_tiny", "convmixer_768_32", "convnext_atto",
+    "crossvit_9_240", "cs3darknet_s",
     "davit_tiny", "deit3_small_patch16_224", "dla46_c", "dpn48b", "edgenext_xx_small",
     "efficientformer_l1", "efficientformerv2_s0", "efficientvit_b0", "efficientvit_m0",
     "ese_vovnet19b_dw", "eva02_tiny_patch14_224", "fasternet_t0", "fastvit_t8", "focalnet_tiny_srf",

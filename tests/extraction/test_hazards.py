@@ -20,7 +20,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import tinynets
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, Plan, PlanBuilder, PointKind, Taps, measure
-from layertap.extraction.plan import collect
+from layertap.extraction.proof import collect
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor

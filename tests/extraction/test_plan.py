@@ -7,7 +7,7 @@ import torch
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
-from layertap.extraction.plan import collect
+from layertap.extraction.proof import collect
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference, same
 from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
-from layertap.extraction.plan import collect
+from layertap.extraction.proof import collect
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor

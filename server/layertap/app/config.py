@@ -6,7 +6,10 @@ message says what is expected.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -15,10 +18,13 @@ from msgspec import Meta, Struct
 from layertap.app.server import PORT, ServerOptions
 from layertap.engine import Limits
 from layertap.errors import ConfigError
+from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
 
 __all__ = ["LimitsSection", "ModelSection", "ServerConfig", "ServerSection", "with_flags"]
+
+_log = logging.getLogger(__name__)
 
 MIB = 1 << 20
 METRICS_OFF = -1
@@ -46,6 +52,9 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         metrics_port: Where the metrics page is; 0 for a free port, -1 for no page.
         device: ``auto`` is CUDA where there is a device, else the CPU.
         threads: Threads that compute within one operation; PyTorch's own choice if not given.
+        plan_cache: The folder where compiled plans of declared layers are kept for the next start;
+            ``auto`` is the user's cache folder, ``off`` keeps none.
+        plan_cache_mib: MiB that the folder may grow to.
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
     """
 
@@ -58,11 +67,29 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["auto", "cpu", "cuda"], Meta(description="'auto', 'cpu' or 'cuda'")
     ] = "auto"
     threads: Threads = None
+    plan_cache: Annotated[str, Meta(min_length=1, description="a folder, 'auto' or 'off'")] = "auto"
+    plan_cache_mib: Count = 2048
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
 
     def options(self) -> ServerOptions:
         """Return how to listen."""
         return ServerOptions(self.host, self.port)
+
+    def plans(self) -> PlanCache | None:
+        """Return where compiled plans are kept; raise ConfigError for a folder that won't do.
+
+        Without a folder of the user's own, as in some containers, ``auto`` keeps none.
+        """
+        if self.plan_cache == "off":
+            return None
+        most = self.plan_cache_mib * MIB
+        if self.plan_cache != "auto":
+            return PlanCache(Path(self.plan_cache).expanduser(), most)
+        try:
+            return PlanCache(_user_cache(), most)
+        except (ConfigError, RuntimeError) as error:  # RuntimeError: the user has no home.
+            _log.warning("compiled plans are not kept: %s", error)
+            return None
 
 
 class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -164,6 +191,12 @@ def with_flags(
         limits=config.limits,
         models=tuple(msgspec.structs.replace(each, **_given(model_flags)) for each in chosen),
     )
+
+
+def _user_cache() -> Path:
+    """Return the folder of the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "layertap" / "plans"
 
 
 def _given(flags: dict[str, Any] | None) -> dict[str, Any]:

@@ -44,6 +44,12 @@ MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads within one operation.")
 @click.option(
+    "--plan-cache",
+    metavar="DIR",
+    help="Where compiled plans are kept for the next start; default auto, the user's cache folder; "
+    "off keeps none.",
+)
+@click.option(
     "--grace",
     "grace_seconds",
     type=click.FloatRange(min=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from layertap.engine.reply import ReplyCollector, ReplyWriter, ShapeChangedError
 from layertap.engine.resolve import Resolved
 from layertap.errors import ConfigError, LayertapError, ModelNotFoundError, ModelRunError
 from layertap.extraction.plan import Plan
+from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec, load_model
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings, encode_reply_head
@@ -74,13 +76,19 @@ class Engine:
         limits: What requests may ask for.
         device: Where models run, ``"cpu"`` or ``"cuda"``.
         threads: Threads that compute within one operation; None leaves it to PyTorch.
+        plan_cache: Where the compiled plans of declared layers are stored.
     """
 
     def __init__(
-        self, limits: Limits | None = None, device: str = "cpu", threads: int | None = None
+        self,
+        limits: Limits | None = None,
+        device: str = "cpu",
+        threads: int | None = None,
+        plan_cache: PlanCache | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self._device = torch.device(device)
+        self._plan_cache = plan_cache
         self._compute = ComputeThread(self.limits.pending)
         self._hosts: dict[str, ModelHost] = {}
         if threads is not None:
@@ -103,7 +111,7 @@ class Engine:
         if spec.name in self._hosts:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
         model = self._compute.run(lambda: load_model(spec, self._device), Call())
-        host = ModelHost(model, self._compute, self.limits)
+        host = ModelHost(model, self._compute, self.limits, self._plan_cache)
         try:
             host.declare(declared)
         except BaseException:
@@ -111,6 +119,21 @@ class Engine:
             raise
         self._hosts[spec.name] = host
         return host
+
+    def unload(self, name: str) -> None:
+        """Let go of a model; requests that were admitted are still answered.
+
+        Raises:
+            ModelNotFoundError: Where no model has that name.
+        """
+        host = self.host(name)
+        self._hosts.pop(name, None)
+        # Behind the requests that wait for the compute thread already.
+        self._compute.run(host.close, Call())
+        # Modules, hooks and plans refer to each other in circles, and are too large to leave them
+        # until the collector comes by on its own.
+        del host
+        gc.collect()
 
     def hosts(self) -> list[ModelHost]:
         """Return the served models in the order in which they were loaded."""
@@ -120,7 +143,7 @@ class Engine:
         """Return a served model; raise ModelNotFoundError with the served names for another."""
         host = self._hosts.get(name)
         if host is None:
-            served = ", ".join(map(repr, self._hosts)) or "none"
+            served = ", ".join(map(repr, tuple(self._hosts))) or "none"
             raise ModelNotFoundError(f"model: got {name!r}, served models: {served}")
         return host
 
@@ -138,7 +161,7 @@ class Engine:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape[1:]), call)
-        sink = self._sink(plan, resolved, x.shape[0])
+        sink = self._sink(plan, resolved, x)
         prepared_ns = time.perf_counter_ns()
 
         def job() -> tuple[Sink, int, int]:
@@ -169,10 +192,9 @@ class Engine:
         images = decode_images(host.model, given.images, self.limits)
         return self._compute.run(lambda: preprocess_images(host.model, images), call)
 
-    def _sink(self, plan: Plan, resolved: Resolved, batch: int) -> Sink:
-        if plan.dynamic:
-            return ReplyCollector(resolved.outputs, plan.specs, self.limits.reply_bytes)
-        return ReplyWriter(resolved.outputs, plan.specs, batch, self.limits.reply_bytes)
+    def _sink(self, plan: Plan, resolved: Resolved, x: torch.Tensor) -> Sink:
+        kind = ReplyCollector if plan.dynamic else ReplyWriter
+        return kind(resolved.outputs, plan.specs, x.shape, self.limits.reply_bytes)
 
     def _run(
         self, host: ModelHost, plan: Plan, resolved: Resolved, x: torch.Tensor, sink: Sink
@@ -186,7 +208,7 @@ class Engine:
                 plan.built.run(batch(), sink)
             except ShapeChangedError:
                 plan.dynamic = True
-                sink = self._sink(plan, resolved, x.shape[0])
+                sink = self._sink(plan, resolved, x)
                 plan.built.run(batch(), sink)
         except LayertapError:
             raise

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TypeVar
 
@@ -18,12 +19,13 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.measure import measure
 from layertap.extraction.plan import Plan, PlanBuilder
+from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
 
-__all__ = ["ModelHost"]
+__all__ = ["ModelHost", "RefusedPlan"]
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,23 @@ MAX_REFUSALS = 256
 MAX_RESOLVED = 256
 
 
+@dataclass(frozen=True, slots=True)
+class RefusedPlan:
+    """A layer set that an extractor could not serve, and why.
+
+    Attributes:
+        extractor: Which extractor.
+        layers: Catalogue names, ``:input`` behind those whose input was wanted.
+        item_shape: Sizes of one item of the batch.
+        reason: What a request for it is told.
+    """
+
+    extractor: Extractor
+    layers: tuple[str, ...]
+    item_shape: tuple[int, ...]
+    reason: str
+
+
 class ModelHost:
     """A loaded model and everything that was learnt about it.
 
@@ -42,18 +61,25 @@ class ModelHost:
         model: The model.
         compute: The thread that runs it; measuring runs there, so construction takes a while.
         limits: What requests may ask for.
+        cache: Where the compiled plans of declared layers are stored.
 
     Raises:
         ModelLoadError: Where the model can't run on its own input shape.
     """
 
-    def __init__(self, model: LoadedModel, compute: ComputeThread, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        compute: ComputeThread,
+        limits: Limits,
+        cache: PlanCache | None = None,
+    ) -> None:
         self.model = model
         self.declared: list[LayerSelection] = []
         self._compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model), Call())
-        self._builder = PlanBuilder(model, self._taps, self.catalogue)
+        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}
@@ -89,6 +115,17 @@ class ModelHost:
         key = (self._choose(resolved, item_shape), resolved.points, item_shape)
         return self._known(key) or self._compute.run(lambda: self._build(key), call)
 
+    def refused_plans(self) -> list[RefusedPlan]:
+        """Return the layer sets that an extractor was tried on and could not serve."""
+        names = self.catalogue.names
+        with self._lock:
+            refused = list(self._refusals.items())
+        return [
+            RefusedPlan(extractor, tuple(names[point] for point in points), shape, str(refusal))
+            for (extractor, points, shape), refusal in refused
+            if isinstance(refusal, ExtractorUnsupportedError)
+        ]
+
     def close(self) -> None:
         """Take the hooks off the model and forget its plans."""
         self._promoter.close()
@@ -102,8 +139,9 @@ class ModelHost:
         for extractor in resolved.candidates:
             key = (extractor, resolved.points, self.model.input.item_shape)
             try:
-                return key, self._builder.build(*key)
+                return key, self._builder.build(*key, keep=True)
             except ExtractorUnsupportedError as refusal:
+                self._remember(self._refusals, key, refusal, MAX_REFUSALS)
                 if extractor is resolved.candidates[-1]:
                     raise
                 _log.warning("model %s: %s", self.model.name, refusal)

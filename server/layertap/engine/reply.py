@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from layertap.engine.resolve import Output
-from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyTooLargeError
 from layertap.extraction.points import ValueSpec
-from layertap.extraction.reductions import reduce_spec, reduce_value
+from layertap.extraction.reductions import Reduced, reduced
 from layertap.selection import Reduction
 from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
 from layertap.wire.dtypes import DTYPES, DType
@@ -36,7 +36,7 @@ class ReplyWriter:
     Args:
         outputs: The tensors of the reply.
         specs: The type and shape of each captured point.
-        batch: Items of the batch.
+        batch_shape: Sizes of the input, ``[B, ...]``.
         max_bytes: The limit of the reply.
 
     Raises:
@@ -46,22 +46,27 @@ class ReplyWriter:
     """
 
     def __init__(
-        self, outputs: Sequence[Output], specs: Sequence[ValueSpec], batch: int, max_bytes: int
+        self,
+        outputs: Sequence[Output],
+        specs: Sequence[ValueSpec],
+        batch_shape: Sequence[int],
+        max_bytes: int,
     ) -> None:
-        reduced = [reduce_spec(specs[o.point], o.reduction, o.layer) for o in outputs]
-        self._expected = [(spec.shape(batch), spec.dtype) for spec in reduced]
-        self._builder = _builder(outputs, self._expected, max_bytes)
-        self._slots: dict[int, list[tuple[int, Reduction]]] = {}
+        batch, *item_shape = batch_shape
+        made = _reductions(outputs, specs, item_shape)
+        values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
+        self._builder = _builder(outputs, values, max_bytes)
+        self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
+        self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
-            self._slots.setdefault(output.point, []).append((slot, output.reduction))
+            self._slots.setdefault(output.point, []).append((slot, made[slot]))
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
         """Write every output that is made of a point's value."""
+        if (tuple(value.shape), value.dtype) != self._expected[point]:
+            raise ShapeChangedError
         for slot, reduction in self._slots[point]:
-            reduced = reduce_value(value, reduction)
-            if (tuple(reduced.shape), reduced.dtype) != self._expected[slot]:
-                raise ShapeChangedError
-            _write(self._builder, slot, reduced)
+            _write(self._builder, slot, reduction.apply(value))
 
     def finish(self, head: bytes) -> bytes:
         """Publish the message."""
@@ -72,14 +77,20 @@ class ReplyCollector:
     """A sink for values whose shapes are known only once they are there: it keeps clones.
 
     Detection models, whose outputs depend on what they see, are served this way; the limit can be
-    checked only after the forward pass.
+    checked only after the forward pass. Arguments and errors are ReplyWriter's.
     """
 
     def __init__(
-        self, outputs: Sequence[Output], specs: Sequence[ValueSpec], max_bytes: int
+        self,
+        outputs: Sequence[Output],
+        specs: Sequence[ValueSpec],
+        batch_shape: Sequence[int],
+        max_bytes: int,
     ) -> None:
-        for output in outputs:  # A reduction needs a shape to rely on: refused before any compute.
-            reduce_spec(specs[output.point], output.reduction, output.layer)
+        batch, *item_shape = batch_shape
+        # A reduction needs a shape to rely on: refused before any compute.
+        self._made = _reductions(outputs, specs, item_shape)
+        self._expected = [spec.shape(batch) for spec in specs]
         self._outputs = outputs
         self._max_bytes = max_bytes
         self._values: dict[int, torch.Tensor] = {}
@@ -87,8 +98,14 @@ class ReplyCollector:
     def __call__(self, point: int, value: torch.Tensor) -> None:
         """Keep a clone of every output that is made of a point's value."""
         for slot, output in enumerate(self._outputs):
-            if output.point == point:
-                self._values[slot] = reduce_value(value, output.reduction).clone()
+            if output.point != point:
+                continue
+            if output.reduction is not Reduction.NONE and value.shape != self._expected[point]:
+                raise InvalidInputError(
+                    f"reduction: the size of layer {output.layer!r} depends on the content, "
+                    f"{output.reduction.name} needs one to rely on"
+                )
+            self._values[slot] = self._made[slot].apply(value).clone()
 
     def finish(self, head: bytes) -> bytes:
         """Lay the message out by what was captured, write and publish it."""
@@ -98,6 +115,12 @@ class ReplyCollector:
         for slot, value in enumerate(values):
             _write(builder, slot, value)
         return builder.finish(head)
+
+
+def _reductions(
+    outputs: Sequence[Output], specs: Sequence[ValueSpec], item_shape: Sequence[int]
+) -> list[Reduced]:
+    return [reduced(specs[o.point], o.reduction, o.layer, item_shape) for o in outputs]
 
 
 def _builder(

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from layertap.errors import LayerNotFoundError
 from layertap.extraction.fx import GraphNames
+from layertap.extraction.layout import Geometry
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.selection import Capture, Extractor, glob_pattern
 
@@ -38,8 +39,7 @@ class LayerEntry:
         points: The capture point of each side that is a tensor.
         specs: The shape and type of each of those.
         support: Every extractor's answer.
-        channels: Channels of an image-like output ``[B, C, H, W]``, else 0.
-        reduction: Input height over output height of an image-like output, else 0.
+        geometry: How the output is laid out.
     """
 
     name: str
@@ -49,8 +49,7 @@ class LayerEntry:
     points: Mapping[Capture, CapturePoint] = field(default_factory=dict)
     specs: Mapping[Capture, ValueSpec] = field(default_factory=dict)
     support: Mapping[Extractor, Support] = field(default_factory=dict)
-    channels: int = 0
-    reduction: float = 0.0
+    geometry: Geometry = field(default_factory=Geometry)
 
     def serves(self, extractor: Extractor, capture: Capture) -> bool:
         """Tell whether an extractor can take that side of the layer."""
@@ -81,6 +80,15 @@ class Catalogue:
         """The type and shape of every point, at the item shape that was measured."""
         return {
             point: entry.specs[capture] for entry in self for capture, point in entry.points.items()
+        }
+
+    @cached_property
+    def names(self) -> Mapping[CapturePoint, str]:
+        """What to ask for to get a point: a layer's name, ``:input`` behind it for its input."""
+        return {
+            point: entry.name if side is Capture.OUTPUT else f"{entry.name}:{side}"
+            for entry in self
+            for side, point in entry.points.items()
         }
 
     def __iter__(self) -> Iterator[LayerEntry]:

@@ -14,6 +14,7 @@ from torch import nn
 from layertap.errors import ModelLoadError
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
 from layertap.extraction.fx import GraphNames, trace
+from layertap.extraction.layout import Geometry, geometry
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import (
     HookSurvey,
@@ -157,12 +158,12 @@ def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
     if not entry.points:
         return entry
     specs = {side: findings.specs[point] for side, point in entry.points.items()}
-    channels, reduction = _geometry(specs.get(Capture.OUTPUT), findings.model.input.item_shape)
+    item_shape = findings.model.input.item_shape
+    output = specs.get(Capture.OUTPUT)
     return replace(
         entry,
         specs=specs,
-        channels=channels,
-        reduction=reduction,
+        geometry=geometry(output, item_shape) if output else Geometry(),
         support={extractor: _support(extractor, entry, findings) for extractor in REAL_EXTRACTORS},
     )
 
@@ -256,10 +257,3 @@ def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
 def _class_name(module: nn.Module) -> str:
     # A TorchScript module is a RecursiveScriptModule that remembers what it was made from.
     return str(getattr(module, "original_name", type(module).__name__))
-
-
-def _geometry(spec: ValueSpec | None, item_shape: tuple[int, ...]) -> tuple[int, float]:
-    if spec is None or len(spec.dims) != 4 or len(item_shape) != 3 or not spec.dims[0].batch:
-        return 0, 0.0
-    _, channels, height, _ = (dim.size for dim in spec.dims)
-    return channels, item_shape[1] / height if height else 0.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,20 +15,19 @@ from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.fx import FxExtractor, GraphNames, WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
+from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.proof import Values, collect, prove
 from layertap.extraction.survey import sample_input
 from layertap.extraction.taps import Taps
-from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
 from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
 from layertap.models import LoadedModel
 from layertap.selection import Extractor
 
-__all__ = ["Plan", "PlanBuilder", "collect"]
+__all__ = ["Plan", "PlanBuilder"]
 
 _log = logging.getLogger(__name__)
-
-Values = list[torch.Tensor]
 
 
 @dataclass
@@ -50,19 +51,55 @@ class Plan:
         self.dynamic = self.dynamic or any(spec.dynamic for spec in self.specs)
 
 
+@dataclass
+class _Proof:
+    """What an extractor is held against: batches, and what the oracle gave for each."""
+
+    extractor: Extractor
+    points: Sequence[CapturePoint]
+    cases: list[tuple[torch.Tensor, Values]]
+
+    @property
+    def example(self) -> torch.Tensor:
+        return self.cases[0][0]
+
+    def steps(self, built: BuiltExtractor) -> Iterator[None]:
+        for x, expected in self.cases:
+            prove(self.extractor, built, self.points, x, expected)
+            yield None
+
+
 class PlanBuilder:
     """Builds and proves the plans of one model.
 
     Every method runs the model, so each must be called on the compute thread.
+
+    Args:
+        model: The model.
+        taps: Its taps.
+        catalogue: Its catalogue.
+        cache: Where the compiled plans that are to be kept are stored.
     """
 
-    def __init__(self, model: LoadedModel, taps: Taps, catalogue: Catalogue) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        taps: Taps,
+        catalogue: Catalogue,
+        cache: PlanCache | None = None,
+    ) -> None:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
+        self._cache = cache
 
     def build(
-        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+        self,
+        extractor: Extractor,
+        points: Sequence[CapturePoint],
+        item_shape: tuple[int, ...],
+        *,
+        keep: bool = False,
     ) -> Plan:
         """Build an extractor and hold it against the oracle at two batch sizes.
 
@@ -73,18 +110,24 @@ class PlanBuilder:
             extractor: Any but AUTO.
             points: Distinct capture points of the catalogue that the extractor claims to serve.
             item_shape: The sizes of one item, without the batch.
+            keep: Whether to store a compiled plan on disk, or use the one stored there.
 
         Raises:
             InvalidInputError: Where the model itself can't run on such items.
             ExtractorUnsupportedError: Where the extractor can't be built or its values differ.
         """
-        *_, plan = self.steps(extractor, points, item_shape)
+        *_, plan = self.steps(extractor, points, item_shape, keep=keep)
         if plan is None:
             raise AssertionError("the last step yields the plan")
         return plan
 
     def steps(
-        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+        self,
+        extractor: Extractor,
+        points: Sequence[CapturePoint],
+        item_shape: tuple[int, ...],
+        *,
+        keep: bool = False,
     ) -> Iterator[Plan | None]:
         """Build as ``build`` does, in steps of about one forward pass; the last yields the plan."""
         if extractor is Extractor.HOOK and item_shape == self._model.input.item_shape:
@@ -101,17 +144,53 @@ class PlanBuilder:
             ValueSpec.from_batches(one.dtype, one.shape, two.shape)
             for one, two in zip(*oracle, strict=True)
         )
-        built = self.construct(extractor, points, batches[0])
-        yield None
-        if extractor is not Extractor.HOOK:
-            for x, expected in zip(batches, oracle, strict=True):
-                self._prove(extractor, built, points, x, expected)
-                yield None
-        if isinstance(built, TorchScriptExtractor):
-            for _ in range(WARM_UP_RUNS):
-                built.run(batches[0].clone(), lambda index, value: None)
-                yield None
+        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
+        if extractor is Extractor.TORCHSCRIPT:
+            built = yield from self._compiled(points, proof, keep=keep)
+        else:
+            built = self.construct(extractor, points, batches[0])
+            yield None
+            if extractor is not Extractor.HOOK:
+                yield from proof.steps(built)
         yield Plan(extractor, specs, built)
+
+    def _compiled(
+        self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool
+    ) -> Generator[None, None, BuiltExtractor]:
+        """Return a compiled, proven and warm plan: the stored one, or else a new one."""
+        example = proof.example
+        stored = self._stored(points, example) if keep else None
+        program = stored.load(self._model.device) if stored else None
+        if stored and program:
+            try:
+                return (yield from self._warm(TorchScriptExtractor(program), proof))
+            except ExtractorUnsupportedError:
+                _log.warning("model %s: a stored plan no longer fits it", self._model.name)
+                stored.forget()
+        frozen = self._trace(points, example)
+        yield None
+        with stored.storing(frozen) if stored else nullcontext():
+            return (yield from self._warm(TorchScriptExtractor(frozen), proof))
+
+    def _warm(
+        self, built: TorchScriptExtractor, proof: _Proof
+    ) -> Generator[None, None, BuiltExtractor]:
+        yield None
+        yield from proof.steps(built)
+        for _ in range(WARM_UP_RUNS):
+            built.run(proof.example.clone(), lambda index, value: None)
+            yield None
+        return built
+
+    def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
+        if self._cache is None:
+            return None
+        digest = plan_digest(self._fingerprint, points, example.shape[1:], example.dtype)
+        return self._cache.file(digest)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._model)
 
     def _run_oracle(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
         try:
@@ -155,13 +234,15 @@ class PlanBuilder:
                 names = self._graph()
                 return FxExtractor(self._model, names, self._nodes(names, points))
             case Extractor.TORCHSCRIPT:
-                return self._trace(points, example)
+                return TorchScriptExtractor(self._trace(points, example))
             case Extractor.AUTO:
                 raise ValueError("AUTO is a choice between extractors, not an extractor")
 
-    def _trace(self, points: Sequence[CapturePoint], example: torch.Tensor) -> BuiltExtractor:
+    def _trace(
+        self, points: Sequence[CapturePoint], example: torch.Tensor
+    ) -> torch.jit.ScriptModule:
         try:
-            return TorchScriptExtractor(self._model, self._taps, points, example.clone())
+            return trace_taps(self._model, self._taps, points, example.clone())
         except Exception as error:
             _log.info("model %s can't be traced", self._model.name, exc_info=True)
             raise ExtractorUnsupportedError(
@@ -179,41 +260,6 @@ class PlanBuilder:
     def _nodes(self, names: GraphNames, points: Sequence[CapturePoint]) -> list[str]:
         nodes = [names.node_of(point) for point in points]
         return [node for node in nodes if node is not None]
-
-    def _prove(
-        self,
-        extractor: Extractor,
-        built: BuiltExtractor,
-        points: Sequence[CapturePoint],
-        x: torch.Tensor,
-        oracle: Values,
-    ) -> None:
-        values = collect(built, points, x)
-        for point, value, expected in zip(points, values, oracle, strict=True):
-            error = difference(value, expected)
-            tolerance = (
-                TORCHSCRIPT_TOLERANCE.get(expected.dtype, 0.0)
-                if extractor is Extractor.TORCHSCRIPT
-                else 0.0
-            )
-            if error > tolerance:
-                raise ExtractorUnsupportedError(
-                    f"{extractor.name} can't serve layer {point.path!r} of model "
-                    f"{self._model.name!r} in this layer set: its value differs from the model's "
-                    f"by {error:.1e} of the largest magnitude (allowed: {tolerance:.0e})"
-                )
-
-
-def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
-    """Run an extractor and return a clone of every point's value, in the order of the points."""
-    values: dict[int, torch.Tensor] = {}
-
-    def clone(index: int, value: torch.Tensor) -> None:
-        values[index] = value.clone()
-
-    # The model may write into its batch, and the caller uses the batch again.
-    built.run(x.clone(), clone)
-    return [values[index] for index in range(len(points))]
 
 
 def _names(points: Sequence[CapturePoint]) -> str:

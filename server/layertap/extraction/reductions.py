@@ -1,109 +1,121 @@
-"""What can be done to a captured value before it is sent: on shapes, and on tensors."""
+"""What can be done to a captured value before it is sent.
+
+Which dimensions are the channels and which the image's is told by ``layertap.extraction.layout``:
+the mean over the wrong ones would be a wrong answer that nobody sees.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from layertap.errors import InvalidInputError
+from layertap.extraction.layout import Geometry, Layout, geometry
 from layertap.extraction.points import Dim, ValueSpec
 from layertap.selection import Reduction
 
-__all__ = ["reduce_spec", "reduce_value"]
+__all__ = ["Reduced", "reduced"]
 
-Dims = tuple[Dim, ...]
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """A reduction: which ranks it takes, what it makes of a shape, and of a tensor."""
-
-    takes: str
-    fits: Callable[[Dims], bool]
-    shape: Callable[[Dims], Dims]
-    value: Callable[[torch.Tensor], torch.Tensor]
+Apply = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _grid_side(tokens: int) -> tuple[int, int]:
-    """Return (tokens in front, side of the square grid) for N tokens; side 0 where none fits.
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """A reduction of one layer: the type and shape that it gives, and what it does to a value."""
 
-    timm and torchvision put one class token in front of the patch tokens; a ViT without one has
-    a square number of tokens itself.
-    """
-    for front in (0, 1):
-        side = math.isqrt(tokens - front)
-        if side and side * side == tokens - front:
-            return front, side
-    return 0, 0
+    spec: ValueSpec
+    apply: Apply
 
 
-def _grid_shape(dims: Dims) -> Dims:
-    _, side = _grid_side(dims[1].size)
-    return (dims[0], dims[2], Dim(side), Dim(side))
+def reduced(
+    spec: ValueSpec, reduction: Reduction, layer: str, item_shape: Sequence[int]
+) -> Reduced:
+    """Make a reduction for the values of a layer.
 
-
-def _grid_value(value: torch.Tensor) -> torch.Tensor:
-    front, side = _grid_side(value.shape[1])
-    patches: torch.Tensor = value[:, front:].transpose(1, 2)
-    return patches.reshape(*patches.shape[:2], side, side)
-
-
-_RULES = {
-    Reduction.GLOBAL_AVERAGE_POOL: _Rule(
-        "[B, C, ...] with a spatial dimension, of a floating-point type",
-        lambda dims: len(dims) >= 3,
-        lambda dims: dims[:2],
-        lambda value: value.flatten(2).mean(2),
-    ),
-    Reduction.FLATTEN: _Rule(
-        "[B, ...]",
-        lambda dims: len(dims) >= 2,
-        lambda dims: (dims[0], Dim(math.prod(dim.size for dim in dims[1:]))),
-        lambda value: value.flatten(1),
-    ),
-    Reduction.CLASS_TOKEN: _Rule(
-        "[B, N, C]",
-        lambda dims: len(dims) == 3 and dims[1].size > 0,
-        lambda dims: (dims[0], dims[2]),
-        lambda value: value[:, 0],
-    ),
-    Reduction.TOKEN_GRID: _Rule(
-        "[B, N, C] with N or N - 1 a square number",
-        lambda dims: len(dims) == 3 and _grid_side(dims[1].size)[1] > 0,
-        _grid_shape,
-        _grid_value,
-    ),
-}
-
-
-def reduce_spec(spec: ValueSpec, reduction: Reduction, layer: str) -> ValueSpec:
-    """Return the type and shape of a value after a reduction.
+    Args:
+        spec: The values' type and shape.
+        reduction: What to do.
+        layer: The layer's name, for the error.
+        item_shape: The input's sizes without the batch, which tell the layout.
 
     Raises:
-        InvalidInputError: Where the reduction can't be applied to such a value.
+        InvalidInputError: Where the reduction can't be applied to such values.
     """
     if reduction is Reduction.NONE:
-        return spec
-    rule = _RULES[reduction]
-    average = reduction is Reduction.GLOBAL_AVERAGE_POOL
+        return Reduced(spec, _same)
+    takes, make = _RULES[reduction]
     batched = bool(spec.dims) and spec.dims[0].batch and not any(d.batch for d in spec.dims[1:])
-    if (
-        spec.dynamic
-        or not batched
-        or not rule.fits(spec.dims)
-        or (average and not spec.dtype.is_floating_point)
-    ):
+    made = make(spec, geometry(spec, item_shape)) if batched and not spec.dynamic else None
+    if made is None:
         shape = [f"{dim.size}B" if dim.batch else dim.size for dim in spec.dims]
         raise InvalidInputError(
-            f"reduction: {reduction.name} takes {rule.takes}, but layer {layer!r} is "
-            f"{spec.dtype} {shape}"
+            f"reduction: {reduction.name} takes {takes}, but layer {layer!r} is "
+            f"{spec.dtype} {shape} for items of {list(item_shape)}"
         )
-    return ValueSpec(spec.dtype, rule.shape(spec.dims))
+    dims, apply = made
+    return Reduced(ValueSpec(spec.dtype, (spec.dims[0], *dims)), apply)
 
 
-def reduce_value(value: torch.Tensor, reduction: Reduction) -> torch.Tensor:
-    """Apply a reduction to a value whose spec ``reduce_spec`` accepted."""
-    return value if reduction is Reduction.NONE else _RULES[reduction].value(value)
+Made = tuple[Sequence[Dim], Apply] | None
+
+
+def _same(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _average_pool(spec: ValueSpec, shape: Geometry) -> Made:
+    if len(spec.dims) < 3 or not spec.dtype.is_floating_point:
+        return None
+    match shape.layout:
+        case Layout.TOKENS:
+            return [Dim(shape.channels)], lambda value: value[:, shape.front :].mean(1)
+        case Layout.CHANNELS_LAST:
+            return [Dim(shape.channels)], lambda value: value.flatten(1, -2).mean(1)
+        case _:
+            return spec.dims[1:2], lambda value: value.flatten(2).mean(2)
+
+
+def _flatten(spec: ValueSpec, _: Geometry) -> Made:
+    if len(spec.dims) < 2:
+        return None
+    return [Dim(math.prod(dim.size for dim in spec.dims[1:]))], lambda value: value.flatten(1)
+
+
+def _class_token(spec: ValueSpec, shape: Geometry) -> Made:
+    # Where the patches alone make the whole grid, the first token is a patch like any other.
+    bare = shape.layout is Layout.TOKENS and not shape.front
+    if len(spec.dims) != 3 or not spec.dims[1].size or bare:
+        return None
+    return spec.dims[2:], lambda value: value[:, 0]
+
+
+def _token_grid(spec: ValueSpec, shape: Geometry) -> Made:
+    height, width = shape.height, shape.width
+
+    def rows(value: torch.Tensor) -> torch.Tensor:
+        patches = value[:, shape.front :].transpose(1, 2)
+        return patches.reshape(*patches.shape[:2], height, width)
+
+    match shape.layout:
+        case Layout.TOKENS:
+            return [Dim(shape.channels), Dim(height), Dim(width)], rows
+        case Layout.CHANNELS_LAST:
+            return [spec.dims[-1], *spec.dims[1:-1]], lambda value: value.movedim(-1, 1)
+        case Layout.CHANNELS_FIRST:
+            return spec.dims[1:], _same
+        case _:
+            return None
+
+
+_RULES: dict[Reduction, tuple[str, Callable[[ValueSpec, Geometry], Made]]] = {
+    Reduction.GLOBAL_AVERAGE_POOL: (
+        "[B, C, ...], [B, H, W, C] or patch tokens [B, N, C] of a floating-point type",
+        _average_pool,
+    ),
+    Reduction.FLATTEN: ("[B, ...]", _flatten),
+    Reduction.CLASS_TOKEN: ("[B, N, C] with more tokens than patches", _class_token),
+    Reduction.TOKEN_GRID: ("patch tokens [B, N, C], [B, H, W, C] or [B, C, H, W]", _token_grid),
+}

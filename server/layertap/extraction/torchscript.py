@@ -22,7 +22,7 @@ from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
 
-__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor"]
+__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "trace_taps"]
 
 WARM_UP_RUNS = 3
 """Runs after which a program is as fast as it gets, on the thread that will run it.
@@ -31,8 +31,10 @@ The profiling executor specialises on the second call of a shape and settles on 
 """
 
 
-class TorchScriptExtractor:
-    """Serves a layer set by a compiled program of its own.
+def trace_taps(
+    model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: torch.Tensor
+) -> torch.jit.ScriptModule:
+    """Return the truncated program of a layer set, traced and frozen but not yet optimised.
 
     Args:
         model: The model.
@@ -42,17 +44,27 @@ class TorchScriptExtractor:
 
     Raises whatever tracing raises.
     """
+    tapped = _Tapped(model, taps, points).eval()
+    with warnings.catch_warnings():
+        # DeprecationWarning for torch.jit itself; TracerWarning for shapes that become constants,
+        # which a plan allows for: it serves one item shape only.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(tapped, (example,), check_trace=False)
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(traced.eval())
+    return frozen
 
-    def __init__(
-        self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: torch.Tensor
-    ) -> None:
-        tapped = _Tapped(model, taps, points).eval()
+
+class TorchScriptExtractor:
+    """Serves a layer set by a compiled program of its own.
+
+    Args:
+        frozen: What ``trace_taps`` returned; it is optimised in place, and can't be saved any more.
+    """
+
+    def __init__(self, frozen: torch.jit.ScriptModule) -> None:
         with warnings.catch_warnings():
-            # DeprecationWarning for torch.jit itself; TracerWarning for shapes that become
-            # constants, which a plan allows for: it serves one item shape only.
-            warnings.simplefilter("ignore")
-            traced = torch.jit.trace(tapped, (example,), check_trace=False)
-            self._program = torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
+            warnings.simplefilter("ignore")  # As in trace_taps.
+            self._program = torch.jit.optimize_for_inference(frozen)
 
     def run(self, x: torch.Tensor, sink: Sink) -> None:
         """See BuiltExtractor."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, TensorInput
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import REAL_EXTRACTORS
+from layertap.extraction.layout import Layout
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
@@ -19,6 +22,13 @@ __all__ = ["description_to_proto", "layer_to_proto", "model_to_proto", "request_
 _KINDS = {
     PointKind.MODULE: catalogue_pb2.LAYER_KIND_MODULE,
     PointKind.NODE: catalogue_pb2.LAYER_KIND_NODE,
+}
+
+_LAYOUTS = {
+    Layout.UNKNOWN: catalogue_pb2.LAYOUT_UNSPECIFIED,
+    Layout.CHANNELS_FIRST: catalogue_pb2.LAYOUT_CHANNELS_FIRST,
+    Layout.CHANNELS_LAST: catalogue_pb2.LAYOUT_CHANNELS_LAST,
+    Layout.TOKENS: catalogue_pb2.LAYOUT_TOKENS,
 }
 
 
@@ -64,14 +74,41 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
 
 
 def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelResponse:
-    """Describe a served model and its layers."""
+    """Describe a served model and its layers.
+
+    What was refused for a layer alone is told at the layer, else among the refused plans only.
+    """
+    refused_plans = host.refused_plans()
+    refused = {
+        (plan.extractor, plan.layers[0]): plan.reason
+        for plan in refused_plans
+        if len(plan.layers) == 1 and plan.item_shape == host.model.input.item_shape
+    }
     return feature_service_pb2.DescribeModelResponse(
-        model=model_to_proto(host), layers=[layer_to_proto(entry) for entry in host.catalogue]
+        model=model_to_proto(host),
+        layers=[layer_to_proto(entry, host, refused) for entry in host.catalogue],
+        refused_plans=[
+            catalogue_pb2.RefusedPlan(
+                extractor=to_proto(plan.extractor, "EXTRACTOR"),
+                layers=plan.layers,
+                item_shape=plan.item_shape,
+                reason=plan.reason,
+            )
+            for plan in refused_plans
+        ],
     )
 
 
-def layer_to_proto(entry: LayerEntry) -> catalogue_pb2.Layer:
-    """Describe a layer."""
+Refused = Mapping[tuple[Extractor, str], str]
+"""Why an extractor could not serve a layer alone, by extractor and layer."""
+
+
+def layer_to_proto(
+    entry: LayerEntry, host: ModelHost, refused: Refused = MappingProxyType({})
+) -> catalogue_pb2.Layer:
+    """Describe a layer of a served model."""
+    shape = entry.geometry
+    known = shape.layout is not Layout.UNKNOWN
     return catalogue_pb2.Layer(
         name=entry.name,
         kind=_KINDS[entry.kind],
@@ -79,9 +116,12 @@ def layer_to_proto(entry: LayerEntry) -> catalogue_pb2.Layer:
         calls=entry.calls,
         output=_spec(entry.specs.get(Capture.OUTPUT)),
         input=_spec(entry.specs.get(Capture.INPUT)),
-        channels=entry.channels,
-        reduction=entry.reduction,
-        extractors=[_support(entry, extractor) for extractor in REAL_EXTRACTORS],
+        channels=shape.channels,
+        reduction=host.model.input.item_shape[-2] / shape.height if known else 0.0,
+        extractors=[_support(entry, extractor, refused) for extractor in REAL_EXTRACTORS],
+        layout=_LAYOUTS[shape.layout],
+        grid=[shape.height, shape.width] if known else [],
+        front_tokens=shape.front,
     )
 
 
@@ -97,13 +137,17 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
     )
 
 
-def _support(entry: LayerEntry, extractor: Extractor) -> catalogue_pb2.ExtractorSupport:
+def _support(
+    entry: LayerEntry, extractor: Extractor, refused: Refused
+) -> catalogue_pb2.ExtractorSupport:
     support = entry.support[extractor]
+    output = refused.get((extractor, entry.name), "")
+    given = refused.get((extractor, f"{entry.name}:{Capture.INPUT}"), "")
     return catalogue_pb2.ExtractorSupport(
         extractor=to_proto(extractor, "EXTRACTOR"),
-        output=support.output,
-        input=support.input,
-        reason=support.reason,
+        output=support.output and not output,
+        input=support.input and not given,
+        reason=output or given or support.reason,
     )
 
 

@@ -29,6 +29,13 @@ class LayerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAYER_KIND_UNSPECIFIED: _ClassVar[LayerKind]
     LAYER_KIND_MODULE: _ClassVar[LayerKind]
     LAYER_KIND_NODE: _ClassVar[LayerKind]
+
+class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LAYOUT_UNSPECIFIED: _ClassVar[Layout]
+    LAYOUT_CHANNELS_FIRST: _ClassVar[Layout]
+    LAYOUT_CHANNELS_LAST: _ClassVar[Layout]
+    LAYOUT_TOKENS: _ClassVar[Layout]
 EXTRACTOR_UNSPECIFIED: Extractor
 EXTRACTOR_AUTO: Extractor
 EXTRACTOR_TORCHSCRIPT: Extractor
@@ -42,6 +49,10 @@ CAPTURE_INPUT: Capture
 LAYER_KIND_UNSPECIFIED: LayerKind
 LAYER_KIND_MODULE: LayerKind
 LAYER_KIND_NODE: LayerKind
+LAYOUT_UNSPECIFIED: Layout
+LAYOUT_CHANNELS_FIRST: Layout
+LAYOUT_CHANNELS_LAST: Layout
+LAYOUT_TOKENS: Layout
 
 class Dimension(_message.Message):
     __slots__ = ("size", "batch")
@@ -76,7 +87,7 @@ class ExtractorSupport(_message.Message):
     def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., output: bool = ..., input: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Layer(_message.Message):
-    __slots__ = ("name", "kind", "type", "calls", "output", "input", "channels", "reduction", "extractors")
+    __slots__ = ("name", "kind", "type", "calls", "output", "input", "channels", "reduction", "extractors", "layout", "grid", "front_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +97,9 @@ class Layer(_message.Message):
     CHANNELS_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     EXTRACTORS_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    GRID_FIELD_NUMBER: _ClassVar[int]
+    FRONT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: LayerKind
     type: str
@@ -95,7 +109,22 @@ class Layer(_message.Message):
     channels: int
     reduction: float
     extractors: _containers.RepeatedCompositeFieldContainer[ExtractorSupport]
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., type: _Optional[str] = ..., calls: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ..., input: _Optional[_Union[TensorSpec, _Mapping]] = ..., channels: _Optional[int] = ..., reduction: _Optional[float] = ..., extractors: _Optional[_Iterable[_Union[ExtractorSupport, _Mapping]]] = ...) -> None: ...
+    layout: Layout
+    grid: _containers.RepeatedScalarFieldContainer[int]
+    front_tokens: int
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., type: _Optional[str] = ..., calls: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ..., input: _Optional[_Union[TensorSpec, _Mapping]] = ..., channels: _Optional[int] = ..., reduction: _Optional[float] = ..., extractors: _Optional[_Iterable[_Union[ExtractorSupport, _Mapping]]] = ..., layout: _Optional[_Union[Layout, str]] = ..., grid: _Optional[_Iterable[int]] = ..., front_tokens: _Optional[int] = ...) -> None: ...
+
+class RefusedPlan(_message.Message):
+    __slots__ = ("extractor", "layers", "item_shape", "reason")
+    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ITEM_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    extractor: Extractor
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    item_shape: _containers.RepeatedScalarFieldContainer[int]
+    reason: str
+    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., layers: _Optional[_Iterable[str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class InputSpec(_message.Message):
     __slots__ = ("dtype", "item_shape", "images", "preprocessing")

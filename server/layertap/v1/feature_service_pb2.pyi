@@ -97,9 +97,11 @@ class DescribeModelRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class DescribeModelResponse(_message.Message):
-    __slots__ = ("model", "layers")
+    __slots__ = ("model", "layers", "refused_plans")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_PLANS_FIELD_NUMBER: _ClassVar[int]
     model: _catalogue_pb2.Model
     layers: _containers.RepeatedCompositeFieldContainer[_catalogue_pb2.Layer]
-    def __init__(self, model: _Optional[_Union[_catalogue_pb2.Model, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_catalogue_pb2.Layer, _Mapping]]] = ...) -> None: ...
+    refused_plans: _containers.RepeatedCompositeFieldContainer[_catalogue_pb2.RefusedPlan]
+    def __init__(self, model: _Optional[_Union[_catalogue_pb2.Model, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_catalogue_pb2.Layer, _Mapping]]] = ..., refused_plans: _Optional[_Iterable[_Union[_catalogue_pb2.RefusedPlan, _Mapping]]] = ...) -> None: ...
