@@ -306,3 +306,86 @@ def bakes_batch() -> nn.Module:
 def returns_view() -> nn.Module:
     """Return a seeded ReturnsView."""
     return seeded(ReturnsView)
+
+
+class NotFinite(nn.Module):
+    """A child that takes the logarithm of what may be negative, one in a wrapper before it."""
+
+    class Log(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.log(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.inner = nn.Sequential(self.Log())
+        self.tail = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.inner(self.conv(x) - 10))
+
+
+class TwoInputs(nn.Module):
+    """A net whose forward needs two tensors."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x * mask
+
+
+class ReturnsText(nn.Module):
+    """A net that returns no tensor, from a child that returns none either."""
+
+    class Label(nn.Module):
+        def forward(self, x: torch.Tensor) -> str:
+            return "cat" if x.mean() > 0 else "dog"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.label = self.Label()
+
+    def forward(self, x: torch.Tensor) -> str:
+        return self.label(self.conv(x))
+
+
+class Patches(nn.Module):
+    """A ViT in small at any size: patches of 4, a class token and two registers in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 6, 4, stride=4)
+        self.front = nn.Parameter(torch.zeros(1, 3, 6))
+        self.tokens = nn.Identity()
+        self.bare = nn.Identity()
+        self.last = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grid = self.patch(x)
+        self.last(grid.permute(0, 2, 3, 1))
+        bare = self.bare(grid.flatten(2).transpose(1, 2))
+        return self.tokens(torch.cat([self.front.expand(len(x), -1, -1), bare], 1))
+
+
+def not_finite() -> nn.Module:
+    """Return a seeded NotFinite."""
+    return seeded(NotFinite)
+
+
+def two_inputs() -> nn.Module:
+    """Return a TwoInputs."""
+    return seeded(TwoInputs)
+
+
+def returns_text() -> nn.Module:
+    """Return a seeded ReturnsText."""
+    return seeded(ReturnsText)
+
+
+def patches() -> nn.Module:
+    """Return a seeded Patches."""
+    return seeded(Patches)
+
+
+def compiled() -> nn.Module:
+    """Return the Residual as ``torch.compile`` wraps it."""
+    return torch.compile(residual(), backend="eager")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +20,12 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tinynets
+from layertap.engine import Call
+from layertap.engine.compute import ComputeThread
+from layertap.engine.reply import host_array
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, Plan, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.fx import trace
 from layertap.extraction.proof import collect
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel, ModelSpec, load_model
@@ -160,6 +166,51 @@ def test_hazard_06_hooks_per_request_race(load_net) -> None:
         assert all(pool.map(tapped, range(8)))
 
 
+def test_hazard_07_symbolic_tracing_beside_a_forward_pass(load_net) -> None:
+    """torchvision's tracing changes what other models run meanwhile; ours waits its turn."""
+    served = load_net("residual").module
+    tampered: list[str] = []
+
+    class Traced(nn.Module):
+        """A model whose tracing lets another one run in the middle."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(meanwhile).result()
+            return self.conv(x)
+
+    def meanwhile() -> None:
+        if nn.Module.__call__ is not call:
+            tampered.append("Module.__call__")
+        with torch.inference_mode():
+            try:
+                served(torch.rand(1, *ITEM))
+            except Exception as error:  # noqa: BLE001 - whatever the patched call does to it
+                tampered.append(type(error).__name__)
+
+    call = nn.Module.__call__
+    create_feature_extractor(Traced(), ["conv"])
+    assert "Module.__call__" in tampered
+
+    # On the one compute thread a request is answered before a trace or after it.
+    compute = ComputeThread(max_pending=64)
+    expected = outputs_of(served, torch.ones(1, *ITEM), "fc")[0]
+    tracing = load_net("residual")
+    with ThreadPoolExecutor(9) as pool:
+        traces = pool.submit(lambda: [compute.run(partial(trace, tracing), Call()) for _ in "abc"])
+        answers = [
+            pool.submit(compute.run, lambda: served(torch.ones(1, *ITEM)), Call())
+            for _ in range(24)
+        ]
+        assert all(torch.equal(answer.result(), expected) for answer in answers)
+        assert len(traces.result()) == 3
+    compute.close()
+
+
 def test_hazard_08_modules_that_never_run(load_net) -> None:
     """A hook on a module that never runs returns nothing, silently; ours says so."""
     model = load_net("silent")
@@ -223,6 +274,95 @@ def test_hazard_13_optimising_first_loses_the_layers(load_net) -> None:
     assert [name for name, _ in frozen.named_modules() if name] == []
     (bn1,) = ours(model, Extractor.TORCHSCRIPT, x, point("bn1"))
     assert torch.allclose(bn1, outputs_of(model.module, x, "bn1")[0], atol=1e-5)
+
+
+@torch_jit_is_deprecated
+def test_hazard_14_the_first_calls_of_a_program_compile(load_net) -> None:
+    """A fresh program's first call only profiles it; ours was through that before it serves."""
+
+    def profiling() -> bool:
+        return "prim::profile" in str(torch.jit.last_executed_optimized_graph())
+
+    model, x = load_net("residual"), torch.rand(1, *ITEM)
+    traced = torch.jit.trace(model.module, x.clone(), check_trace=False)
+    naive = torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))
+    naive(x.clone())
+    assert profiling()
+    built = plan(model, Extractor.TORCHSCRIPT, point("layer1")).built
+    graphs = set()
+    for batch in (1, 3, 1, 8):  # A batch size that it hasn't met is no new specialisation either.
+        built.run(torch.rand(batch, *ITEM), lambda index, value: None)
+        assert not profiling()
+        graphs.add(str(torch.jit.last_executed_optimized_graph()))
+    assert len(graphs) == 1
+
+
+def test_hazard_15_hooks_added_after_torch_compile(load_net) -> None:
+    """Hooks added to a compiled model never fire; ours are on the model that runs."""
+    model, x = load_net("residual"), torch.rand(1, *ITEM)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.module, backend="eager")
+    compiled(x.clone())
+    kept: list[torch.Tensor] = []
+    handle = model.module.layer1.register_forward_hook(lambda m, a, o: kept.append(o))
+    compiled(x.clone())
+    handle.remove()
+    torch._dynamo.reset()
+    assert kept == []
+    served = load_model(ModelSpec("tinynets:compiled", item_shape=ITEM))
+    truth = outputs_of(model.module, x, "layer1")[0]
+    name = next(e.name for e in measure(served) if e.name.endswith("layer1"))
+    assert torch.allclose(ours(served, Extractor.HOOK, x, point(name))[0], truth, atol=1e-6)
+
+
+def test_hazard_16_exporting_with_a_batch_of_one(load_net) -> None:
+    """A program exported with one item refuses two; our plans are proven with both."""
+    model = load_net("residual")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # A specialised dimension is warned of, then refused.
+        one = torch.export.export(
+            model.module, (torch.rand(1, *ITEM),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+        ).module()
+    with pytest.raises(Exception, match="(?i)shape|size|guard"):
+        one(torch.rand(2, *ITEM))
+    built = plan(model, Extractor.TORCHSCRIPT, point("layer1")).built
+    for batch in (1, 2, 5):
+        (value,) = collect(built, [point("layer1")], torch.rand(batch, *ITEM))
+        assert len(value) == batch
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_hazard_17_copies_that_are_not_finished() -> None:
+    """A copy that doesn't block is garbage until the stream was waited for; ours is waited for."""
+    model = load_model(ModelSpec("tinynets:residual", item_shape=ITEM), "cuda")
+    x = torch.rand(64, *ITEM, device="cuda")
+    truth = outputs_of(model.module, x, "layer1")[0].cpu()
+    early = torch.zeros_like(truth).pin_memory()
+    torch.cuda._sleep(200_000_000)  # The device is busy, as it is when a network has run.
+    early.copy_(outputs_of(model.module, x, "layer1")[0], non_blocking=True)
+    assert not torch.equal(early, truth)
+    torch.cuda.synchronize()
+    sent: list[torch.Tensor] = []
+    built = plan(model, Extractor.HOOK, point("layer1")).built
+    torch.cuda._sleep(200_000_000)
+    built.run(x, lambda index, value: sent.append(torch.from_numpy(host_array(value).copy())))
+    assert torch.equal(sent[0], truth)
+
+
+def test_hazard_18_gradients_by_module_hooks() -> None:
+    """A module's backward hook refuses an in-place ReLU; serving takes no gradients at all."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        net = tinynets.residual()
+        handle = net.layer1.register_full_backward_hook(lambda m, i, o: None)
+        with pytest.raises(RuntimeError, match="view"):
+            nn.Sequential(net.layer1, nn.ReLU(inplace=True))(
+                torch.rand(1, 8, 8, 8)
+            ).sum().backward()
+        handle.remove()
+    model = load_model(ModelSpec("tinynets:residual", item_shape=ITEM))
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
+    (value,) = ours(model, Extractor.HOOK, torch.rand(1, *ITEM), point("layer1"))
+    assert not value.requires_grad
 
 
 def test_hazard_19_hooks_and_tensors_that_stay(load_net) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from layertap.errors import LayerNotFoundError, ModelLoadError
 from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
+from layertap.extraction.layout import Geometry, Layout
 from layertap.selection import Capture, Extractor
 
 OUTPUT, INPUT = Capture.OUTPUT, Capture.INPUT
@@ -18,9 +19,10 @@ def names(catalogue: Catalogue, extractor: Extractor, capture: Capture = OUTPUT)
 
 
 def test_shapes_and_geometry(load_net) -> None:
-    """A layer has the measured shapes of both sides, its channels and its reduction."""
+    """A layer has the measured shapes of both sides and its layout."""
     entry = measure(load_net("residual")).entry("layer2")
-    assert (entry.type, entry.calls, entry.channels, entry.reduction) == ("Sequential", 1, 16, 4.0)
+    assert (entry.type, entry.calls) == ("Sequential", 1)
+    assert entry.geometry == Geometry(Layout.CHANNELS_FIRST, channels=16, height=4, width=4)
     assert entry.specs[OUTPUT].dims == (Dim(1, batch=True), Dim(16), Dim(4), Dim(4))
     assert entry.specs[INPUT].shape(3) == (3, 8, 8, 8)
     assert entry.specs[OUTPUT].dtype is torch.float32

@@ -130,6 +130,8 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         seed: Seeds random weights.
         item_shape: Sizes of one item without the batch.
         layers: Layers to compile and warm before the server reports itself as ready.
+        require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
+            sent as they are.
     """
 
     source: Text
@@ -138,6 +140,7 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     seed: Annotated[int, Meta(ge=0, description="a number from 0")] = 0
     item_shape: Sizes = None
     layers: Layers = ()
+    require_finite: Annotated[bool, Meta(description="true or false")] = False
 
     def spec(self) -> ModelSpec:
         """Return what to load; raise ConfigError for a malformed field."""

@@ -67,7 +67,12 @@ def layers(
         return
     from layertap.cli.render import show_layers
 
-    show_layers(description.model, chosen, tree=sys.stdout.isatty() if tree is None else tree)
+    show_layers(
+        description.model,
+        chosen,
+        description.refused_plans,
+        tree=sys.stdout.isatty() if tree is None else tree,
+    )
 
 
 def _ask(server: str, model: str) -> feature_service_pb2.DescribeModelResponse:

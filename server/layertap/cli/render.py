@@ -81,7 +81,11 @@ class Stderr:
 
 
 def show_layers(
-    model: catalogue_pb2.Model, layers: Sequence[catalogue_pb2.Layer], *, tree: bool
+    model: catalogue_pb2.Model,
+    layers: Sequence[catalogue_pb2.Layer],
+    refused: Sequence[catalogue_pb2.RefusedPlan] = (),
+    *,
+    tree: bool,
 ) -> None:
     """Print a model's layers, as a tree of modules or as a flat table in execution order."""
     out = console()
@@ -96,6 +100,9 @@ def show_layers(
     if tree:
         for reason, names in _unserved(layers).items():
             out.print(f"none: {', '.join(names)}: {reason}", soft_wrap=True)
+    for plan in refused:
+        shape = ", ".join(["B", *map(str, plan.item_shape)])
+        out.print(f"refused: {', '.join(plan.layers)} at [{shape}]: {plan.reason}", soft_wrap=True)
     legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
     out.print(
         f"by: {legend}; in by: the same for its input; B: the batch; bytes: of one item"

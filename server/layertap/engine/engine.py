@@ -26,6 +26,7 @@ from layertap.engine.resolve import Resolved
 from layertap.errors import ConfigError, LayertapError, ModelNotFoundError, ModelRunError
 from layertap.extraction.plan import Plan
 from layertap.extraction.plan_cache import PlanCache
+from layertap.extraction.points import Sink as PointSink
 from layertap.models import ModelSpec, load_model
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings, encode_reply_head
@@ -100,8 +101,19 @@ class Engine:
         """Requests and other jobs that wait for the compute thread or run on it."""
         return self._compute.pending
 
-    def load(self, spec: ModelSpec, declared: Sequence[LayerSelection] = ()) -> ModelHost:
+    def load(
+        self,
+        spec: ModelSpec,
+        declared: Sequence[LayerSelection] = (),
+        *,
+        require_finite: bool = False,
+    ) -> ModelHost:
         """Load a model, measure its catalogue and warm the plans of its declared layers.
+
+        Args:
+            spec: What to load.
+            declared: Layers that will be asked for.
+            require_finite: Whether NaN and infinity in a layer are an error.
 
         Raises:
             ConfigError: Where the name is taken.
@@ -111,7 +123,9 @@ class Engine:
         if spec.name in self._hosts:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
         model = self._compute.run(lambda: load_model(spec, self._device), Call())
-        host = ModelHost(model, self._compute, self.limits, self._plan_cache)
+        host = ModelHost(
+            model, self._compute, self.limits, self._plan_cache, require_finite=require_finite
+        )
         try:
             host.declare(declared)
         except BaseException:
@@ -203,13 +217,17 @@ class Engine:
             on_device = x.to(self._device)
             return on_device.clone() if host.catalogue.mutates_input else on_device
 
+        def capture(sink: Sink) -> None:
+            checked = _finite_only(sink, host, resolved) if host.require_finite else sink
+            plan.built.run(batch(), checked)
+
         try:
             try:
-                plan.built.run(batch(), sink)
+                capture(sink)
             except ShapeChangedError:
                 plan.dynamic = True
                 sink = self._sink(plan, resolved, x)
-                plan.built.run(batch(), sink)
+                capture(sink)
         except LayertapError:
             raise
         except Exception as error:
@@ -218,3 +236,19 @@ class Engine:
                 f"model {host.model.name!r} failed on this input ({type(error).__name__})"
             ) from error
         return sink
+
+
+def _finite_only(sink: Sink, host: ModelHost, resolved: Resolved) -> PointSink:
+    """Wrap a sink so that it takes finite values only."""
+
+    def take(index: int, value: torch.Tensor) -> None:
+        finite = value.isfinite()
+        if not finite.all():
+            layer = host.catalogue.names[resolved.points[index]]
+            raise ModelRunError(
+                f"layer {layer!r} of model {host.model.name!r} holds NaN or infinity in "
+                f"{value.numel() - int(finite.sum())} of {value.numel()} elements on this input"
+            )
+        sink(index, value)
+
+    return take

@@ -62,6 +62,8 @@ class ModelHost:
         compute: The thread that runs it; measuring runs there, so construction takes a while.
         limits: What requests may ask for.
         cache: Where the compiled plans of declared layers are stored.
+        require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
+            sent as they are.
 
     Raises:
         ModelLoadError: Where the model can't run on its own input shape.
@@ -73,12 +75,20 @@ class ModelHost:
         compute: ComputeThread,
         limits: Limits,
         cache: PlanCache | None = None,
+        *,
+        require_finite: bool = False,
     ) -> None:
         self.model = model
+        self.require_finite = require_finite
         self.declared: list[LayerSelection] = []
         self._compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model), Call())
+        if self.catalogue.non_finite:
+            _log.warning(
+                "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
+                model.name, self.catalogue.non_finite,
+            )  # fmt: skip
         self._builder = PlanBuilder(model, self._taps, self.catalogue, cache)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()

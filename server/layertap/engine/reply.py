@@ -16,7 +16,7 @@ from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
 from layertap.wire.dtypes import DTYPES, DType
 from layertap.wire.messages import REPLY_HEAD_SIZE, REPLY_TENSOR_FIELD
 
-__all__ = ["ReplyCollector", "ReplyWriter", "ShapeChangedError"]
+__all__ = ["ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
 
 _ROWS = {getattr(torch, row.name): row for row in DTYPES}
 
@@ -143,7 +143,7 @@ def _builder(
 
 
 def _write(builder: ReplyBuilder, slot: int, value: torch.Tensor) -> None:
-    builder.write(slot, _host_array(value), _ROWS[value.dtype].number)
+    builder.write(slot, host_array(value), _ROWS[value.dtype].number)
 
 
 def _too_large(predicted: str, limit: int) -> str:
@@ -164,7 +164,7 @@ def _sent_as(output: Output, dtype: torch.dtype) -> DType:
     return output.dtype
 
 
-def _host_array(value: torch.Tensor) -> np.ndarray:
+def host_array(value: torch.Tensor) -> np.ndarray:
     """Return a numpy view of a tensor's memory; bfloat16, which numpy lacks, as its bits."""
     value = value.detach()
     if value.device.type != "cpu":

@@ -69,11 +69,14 @@ class Catalogue:
         entries: By name.
         graph: The names of the symbolic graph, where the model can be traced symbolically.
         mutates_input: Whether the model writes into the batch that it is given.
+        non_finite: The first layer that returned NaN or infinity when it was measured; empty where
+            none did.
     """
 
     entries: Mapping[str, LayerEntry]
     graph: GraphNames | None
     mutates_input: bool
+    non_finite: str = ""
 
     @cached_property
     def specs(self) -> Mapping[CapturePoint, ValueSpec]:

@@ -81,7 +81,21 @@ def measure(model: LoadedModel) -> Catalogue:
         entries.setdefault(entry.name, entry)
     for entry in _silent_entries(model, one):
         entries.setdefault(entry.name, entry)
-    return Catalogue(entries, findings.graph.names, one.mutated_input)
+    return Catalogue(
+        entries, findings.graph.names, one.mutated_input, _first_non_finite(entries, oracle)
+    )
+
+
+def _first_non_finite(
+    entries: Mapping[str, LayerEntry], values: Mapping[CapturePoint, torch.Tensor]
+) -> str:
+    """Return the first layer whose output has NaN or infinity; empty where there is none.
+
+    Values are kept in the order in which the calls ended, so it is the innermost one.
+    """
+    names = {entry.points.get(Capture.OUTPUT): name for name, entry in entries.items()}
+    bad = (point for point, value in values.items() if not value.isfinite().all())
+    return next((names[point] for point in bad if point in names), "")
 
 
 def _run_twice(model: LoadedModel) -> tuple[HookSurvey, HookSurvey]:

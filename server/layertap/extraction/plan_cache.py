@@ -25,6 +25,7 @@ import torchvision
 
 from layertap.errors import ConfigError
 from layertap.extraction.points import CapturePoint
+from layertap.extraction.torchscript import load_program, save_program
 from layertap.models import LoadedModel
 
 __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest"]
@@ -91,7 +92,7 @@ class PlanFile:
         if not self._path.exists():
             return None
         try:
-            program: torch.jit.ScriptModule = torch.jit.load(self._path, map_location=device)
+            program = load_program(self._path, device)
             os.utime(self._path)
         except (RuntimeError, OSError) as error:
             _log.warning("stored plan %s can't be read: %s", self._path.name, type(error).__name__)
@@ -129,7 +130,7 @@ class PlanFile:
             return None
         os.close(handle)
         try:
-            torch.jit.save(frozen, name)
+            save_program(frozen, Path(name))
         except (RuntimeError, OSError) as error:
             _log.warning("plan not stored: %s", type(error).__name__)
             Path(name).unlink(missing_ok=True)

@@ -13,7 +13,9 @@ another compiler can stand beside it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
 
-__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "trace_taps"]
+__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "load_program", "save_program", "trace_taps"]
 
 WARM_UP_RUNS = 3
 """Runs after which a program is as fast as it gets, on the thread that will run it.
@@ -45,13 +47,32 @@ def trace_taps(
     Raises whatever tracing raises.
     """
     tapped = _Tapped(model, taps, points).eval()
-    with warnings.catch_warnings():
-        # DeprecationWarning for torch.jit itself; TracerWarning for shapes that become constants,
-        # which a plan allows for: it serves one item shape only.
-        warnings.simplefilter("ignore")
+    # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
+    with _deprecated():
         traced = torch.jit.trace(tapped, (example,), check_trace=False)
         frozen: torch.jit.ScriptModule = torch.jit.freeze(traced.eval())
     return frozen
+
+
+def save_program(frozen: torch.jit.ScriptModule, file: Path) -> None:
+    """Write a program that is not optimised yet; raise OSError or RuntimeError on failure."""
+    with _deprecated():
+        torch.jit.save(frozen, file)
+
+
+def load_program(file: Path, device: torch.device) -> torch.jit.ScriptModule:
+    """Read what save_program wrote; raise OSError or RuntimeError for anything else."""
+    with _deprecated():
+        program: torch.jit.ScriptModule = torch.jit.load(file, map_location=device)
+    return program
+
+
+@contextmanager
+def _deprecated() -> Iterator[None]:
+    """Silence what torch says of torch.jit itself, as the module's docstring does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class TorchScriptExtractor:
@@ -62,8 +83,7 @@ class TorchScriptExtractor:
     """
 
     def __init__(self, frozen: torch.jit.ScriptModule) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # As in trace_taps.
+        with _deprecated():
             self._program = torch.jit.optimize_for_inference(frozen)
 
     def run(self, x: torch.Tensor, sink: Sink) -> None:

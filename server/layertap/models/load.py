@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
 from layertap.errors import ModelLoadError
 from layertap.models.factory_source import build_factory
@@ -29,10 +32,11 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
     """Build the spec's model, put it into eval mode, drop gradients and move it to the device.
 
     Raises:
-        ModelLoadError: it can't be built, or can't be put on the device.
+        ModelLoadError: it can't be built, needs several inputs, or can't be put on the device.
         WeightsUnavailableError: its weights can't be had; other weights never take their place.
     """
     built = _BUILD[spec.kind](spec)
+    _check_inputs(spec, built.module)
     module = built.module.eval()
     # Not module.requires_grad_(): TorchScript modules refuse it.
     for parameter in module.parameters():
@@ -54,6 +58,25 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         preprocess=_preprocess(spec, built),
         takes_list=built.takes_list,
     )
+
+
+def _check_inputs(spec: ModelSpec, module: nn.Module) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        method: Any = module.forward
+        arguments = method.schema.arguments[1:]
+        needed = [a.name for a in arguments if not a.has_default_value() and not a.kwarg_only]
+    else:
+        needed = [
+            parameter.name
+            for parameter in inspect.signature(module.forward).parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        ]
+    if len(needed) > 1:
+        raise ModelLoadError(
+            f"model {spec.name!r} needs {len(needed)} inputs ({', '.join(needed)}), expected one "
+            f"tensor; wrap it in a module whose forward takes one"
+        )
 
 
 def _preprocess(spec: ModelSpec, built: Built) -> Preprocess | None:

@@ -1,0 +1,150 @@
+"""Compiled plans survive a restart, and a stored one that doesn't fit is never used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from layertap.errors import ConfigError, ExtractorUnsupportedError
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure, plan
+from layertap.extraction.plan_cache import PlanCache
+from layertap.extraction.proof import collect
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.models import LoadedModel
+from layertap.selection import Extractor
+from oracle import outputs_of
+from tinynets import ITEM
+
+LAYER1 = [CapturePoint(PointKind.MODULE, "layer1")]
+LAYER2 = [CapturePoint(PointKind.MODULE, "layer2")]
+PLENTY = 1 << 30
+
+
+class Traces:
+    """Counts how often a program is traced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        trace = plan.trace_taps
+
+        def counted(*args: object) -> torch.jit.ScriptModule:
+            self.count += 1
+            return trace(*args)
+
+        monkeypatch.setattr(plan, "trace_taps", counted)
+
+
+@pytest.fixture
+def traces(monkeypatch) -> Traces:
+    """How often a program was traced since the test began."""
+    return Traces(monkeypatch)
+
+
+def build(model: LoadedModel, folder: Path, points=LAYER1, most: int = PLENTY, keep=True):
+    """Build as a process does that has just started."""
+    cache = PlanCache(folder, most)
+    builder = PlanBuilder(model, Taps(model.module), measure(model), cache)
+    return builder.build(Extractor.TORCHSCRIPT, points, ITEM, keep=keep)
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
+
+
+def check(model: LoadedModel, built, path: str = "layer1") -> None:
+    x = torch.rand(3, *ITEM)
+    (value,) = collect(built.built, LAYER1, x)
+    oracle = outputs_of(model.module, x, path)[0]
+    assert difference(value, oracle) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+
+
+def test_a_stored_plan_is_not_traced_again(load_net, tmp_path, traces) -> None:
+    """The second start loads what the first one stored, and its values are right."""
+    check(load_net("residual"), build(load_net("residual"), tmp_path))
+    assert (traces.count, len(files(tmp_path))) == (1, 1)
+    model = load_net("residual")
+    check(model, build(model, tmp_path))
+    assert (traces.count, len(files(tmp_path))) == (1, 1)
+
+
+def test_only_plans_that_are_to_be_kept_are_stored(load_net, tmp_path) -> None:
+    """What a stranger asks for fills no disk."""
+    build(load_net("residual"), tmp_path, keep=False)
+    assert files(tmp_path) == []
+
+
+def test_other_weights_are_another_plan(load_net, tmp_path, traces) -> None:
+    """One changed number in one weight, and the stored program is not used."""
+    build(load_net("residual"), tmp_path)
+    model = load_net("residual")
+    model.module.conv1.weight[0, 0, 0, 0] += 1
+    check(model, build(model, tmp_path))
+    assert (traces.count, len(files(tmp_path))) == (2, 2)
+
+
+def test_a_stored_plan_that_no_longer_fits_is_made_anew(load_net, tmp_path, traces, caplog) -> None:
+    """A file with the wrong program in it is found out by the proof, and replaced."""
+    build(load_net("residual"), tmp_path)
+    (right,) = files(tmp_path)
+    other = load_net("residual")
+    other.module.conv1.weight.mul_(2)
+    build(other, tmp_path)
+    (wrong,) = (file for file in files(tmp_path) if file != right)
+    wrong.replace(right)
+    model = load_net("residual")
+    check(model, build(model, tmp_path))
+    assert traces.count == 3
+    assert "no longer fits" in caplog.text
+    check(model, build(model, tmp_path))
+    assert traces.count == 3
+
+
+@pytest.mark.parametrize("damage", [b"", b"no program", None])
+def test_a_damaged_file_is_made_anew(load_net, tmp_path, traces, damage) -> None:
+    """An empty, foreign or cut file costs the time of tracing and nothing else."""
+    build(load_net("residual"), tmp_path)
+    (file,) = files(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
+    model = load_net("residual")
+    check(model, build(model, tmp_path))
+    assert traces.count == 2
+    assert len(files(tmp_path)) == 1
+
+
+def test_a_refused_plan_is_not_stored(load_net, tmp_path) -> None:
+    """Only what was proven is kept; not even a part of another file stays."""
+    points = [CapturePoint(PointKind.MODULE, "tail")]
+    with pytest.raises(ExtractorUnsupportedError):
+        build(load_net("bakes_batch"), tmp_path, points)
+    assert files(tmp_path) == []
+
+
+def test_the_longest_unused_plans_go(load_net, tmp_path) -> None:
+    """The folder stays within its bound; what was used last stays."""
+    build(load_net("residual"), tmp_path, LAYER1)
+    (first,) = files(tmp_path)
+    build(load_net("residual"), tmp_path, LAYER2)
+    (second,) = (file for file in files(tmp_path) if file != first)
+    os.utime(second, (1, 1))
+    build(load_net("residual"), tmp_path, LAYER1)  # Used, and so the younger one.
+    most = first.stat().st_size + second.stat().st_size
+    build(load_net("residual"), tmp_path, [*LAYER1, *LAYER2], most)
+    assert second not in files(tmp_path)
+    assert sum(file.stat().st_size for file in files(tmp_path)) <= most
+
+
+def test_a_folder_that_others_can_write_is_refused(tmp_path) -> None:
+    """Programs in it are run, so nobody else may put one there."""
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError, match="other users can write"):
+        PlanCache(tmp_path, PLENTY)
+
+
+def test_a_folder_that_can_not_be_made_is_told(tmp_path) -> None:
+    """A file in the way is named."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match="file"):
+        PlanCache(tmp_path / "file" / "plans", PLENTY)
