@@ -389,3 +389,25 @@ def patches() -> nn.Module:
 def compiled() -> nn.Module:
     """Return the Residual as ``torch.compile`` wraps it."""
     return torch.compile(residual(), backend="eager")
+
+
+class Heavy(nn.Module):
+    """12 MB of weights behind little work, so that one that is leaked is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(768, 4096)
+        self.narrow = nn.Linear(4096, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.wide(x.flatten(1)).relu_())
+
+
+def heavy() -> nn.Module:
+    """Return a seeded Heavy."""
+    return seeded(Heavy)
+
+
+def double() -> nn.Module:
+    """Return the Residual in float64."""
+    return residual().double()

@@ -1,0 +1,89 @@
+"""Models that do what a server can't use are told apart, in words of ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from layertap import Extractor, Features, LayerSelection, errors
+from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+from layertap.models import ModelSpec
+from layertap.wire.dtypes import of_array
+from layertap.wire.tensors import TensorView
+from tinynets import ITEM
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine without models."""
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+def ask(engine: Engine, net: str, layer: str, extractor: Extractor = Extractor.AUTO) -> Features:
+    x = np.random.default_rng(0).random((2, *ITEM), dtype=np.float32)
+    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
+    request = ExtractionRequest(net, TensorInput(view), (LayerSelection(layer),), extractor)
+    return Features(engine.extract(request, Call()).message)
+
+
+def spec(net: str) -> ModelSpec:
+    return ModelSpec(f"tinynets:{net}", item_shape=ITEM)
+
+
+def test_a_model_that_needs_two_inputs(engine) -> None:
+    """It is refused when it is loaded, with the names of what it needs."""
+    with pytest.raises(errors.ModelLoadError, match=r"needs 2 inputs \(x, mask\), expected one"):
+        engine.load(spec("two_inputs"))
+    assert engine.hosts() == []
+
+
+def test_a_model_that_returns_no_tensor(engine) -> None:
+    """Its layers are served; the one that returns a text says that it has no tensor."""
+    engine.load(spec("returns_text"))
+    assert ask(engine, "returns_text", "conv")["conv"].shape == (2, 4, 16, 16)
+    with pytest.raises(errors.ExtractorUnsupportedError, match="returns no plain tensor"):
+        ask(engine, "returns_text", "label")
+
+
+def test_nan_is_told_when_a_model_is_loaded(engine, caplog) -> None:
+    """The log names the innermost layer that NaN came from."""
+    host = engine.load(spec("not_finite"))
+    assert host.catalogue.non_finite == "inner.0"
+    assert "layer 'inner.0' returns NaN or infinity" in caplog.text
+
+
+@pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.FX, Extractor.TORCHSCRIPT])
+def test_nan_is_a_value_and_is_sent_as_it_is(engine, extractor) -> None:
+    """What the module returned is what arrives, NaN included; it never makes a plan fail."""
+    engine.load(spec("not_finite"))
+    values = ask(engine, "not_finite", "tail", extractor)["tail"]
+    assert np.isnan(values).all()
+
+
+@pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.FX, Extractor.TORCHSCRIPT])
+def test_nan_is_an_error_where_finite_values_are_required(engine, extractor) -> None:
+    """The message has the layer and how much of it is not finite; finite layers are served."""
+    engine.load(spec("not_finite"), require_finite=True)
+    elements = 2 * 4 * math.prod(ITEM[1:])
+    with pytest.raises(
+        errors.ModelRunError,
+        match=f"layer 'tail' of model 'not_finite' holds NaN .* {elements} of {elements} elements",
+    ):
+        ask(engine, "not_finite", "tail", extractor)
+    assert np.isfinite(ask(engine, "not_finite", "conv", extractor)["conv"]).all()
+
+
+def test_a_model_that_raises(engine) -> None:
+    """The caller learns the kind of the failure, never the model's own words; others go on."""
+    engine.load(spec("raises"))
+    x = np.full((1, *ITEM), 1e6, np.float32)
+    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
+    request = ExtractionRequest("raises", TensorInput(view), (LayerSelection("head"),))
+    with pytest.raises(errors.ModelRunError, match=r"failed on this input \(RuntimeError\)$"):
+        engine.extract(request, Call())
+    assert ask(engine, "raises", "head")["head"].shape[0] == 2

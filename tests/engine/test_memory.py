@@ -1,0 +1,64 @@
+"""Models come and go, and their memory goes with them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layertap import Extractor, LayerSelection, errors
+from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+from layertap.models import ModelSpec
+from layertap.wire.dtypes import of_array
+from layertap.wire.tensors import TensorView
+from tinynets import ITEM
+
+ROUNDS = 50
+WEIGHTS_MIB = (768 * 4096 + 4096 * 8) * 4 / 2**20
+LAYER = LayerSelection("wide")
+
+
+def resident_mib() -> float:
+    """Return the memory of this process that is in RAM."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * 4096 / 2**20
+
+
+def infer(engine: Engine) -> None:
+    x = np.random.default_rng(0).random((4, *ITEM), dtype=np.float32)
+    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
+    for extractor in (Extractor.TORCHSCRIPT, Extractor.HOOK, Extractor.FX):
+        request = ExtractionRequest("heavy", TensorInput(view), (LAYER,), extractor)
+        engine.extract(request, Call())
+
+
+def test_memory_levels_off_while_models_come_and_go(capsys) -> None:
+    """Load, infer, unload, 50 times: what stays after the 10th stays below one model's weights."""
+    engine = Engine()
+    resident = []
+    for _ in range(ROUNDS):
+        engine.load(ModelSpec("tinynets:heavy", item_shape=ITEM), [LAYER])
+        infer(engine)
+        engine.unload("heavy")
+        resident.append(resident_mib())
+    engine.close()
+    figures = ", ".join(f"{n}: {resident[n - 1]:.0f}" for n in (1, 2, 5, 10, 20, 30, 40, 50))
+    with capsys.disabled():
+        sys.stdout.write(f"\nMiB resident after n models of {WEIGHTS_MIB:.0f} MiB: {figures}\n")
+    assert resident[-1] - resident[9] < WEIGHTS_MIB
+
+
+def test_an_unloaded_model_is_unknown() -> None:
+    """What was unloaded is no longer served, and its name is free again."""
+    engine = Engine()
+    spec = ModelSpec("tinynets:heavy", item_shape=ITEM)
+    host = engine.load(spec)
+    engine.unload("heavy")
+    assert not any(module._forward_hooks for module in host.model.module.modules())
+    with pytest.raises(errors.ModelNotFoundError, match="'heavy', served models: none"):
+        engine.unload("heavy")
+    engine.load(spec)
+    infer(engine)
+    engine.close()
