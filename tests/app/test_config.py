@@ -23,6 +23,7 @@ metrics_port = -1
 device = "cpu"
 threads = 2
 grace_seconds = 3
+plan_cache = "off"
 
 [limits]
 request_mib = 16
@@ -35,6 +36,7 @@ weights = "random"
 seed = 5
 item_shape = [3, 64, 64]
 layers = ["layer1", "avgpool:input"]
+require_finite = true
 
 [[models]]
 source = "mynets:build"
@@ -69,6 +71,8 @@ def test_every_key_is_read(read) -> None:
         LayerSelection("avgpool", Capture.INPUT),
     )
     assert second.spec().name == "build"
+    assert (first.require_finite, second.require_finite) == (True, False)
+    assert server.plans() is None
 
 
 def test_empty_file_is_the_defaults(read) -> None:
@@ -81,6 +85,25 @@ def test_every_limit_can_be_set() -> None:
     """The [limits] table has a key for each of the engine's limits."""
     ours = {name.replace("_mib", "_bytes") for name in LimitsSection.__struct_fields__}
     assert ours == {field.name for field in fields(Limits)}
+
+
+def test_plans_are_kept_in_the_users_cache_folder(tmp_path: Path, monkeypatch) -> None:
+    """The folder is that of the XDG specification, or the one named; both are made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert ServerSection().plans() is not None
+    assert (tmp_path / "cache/layertap/plans").stat().st_mode & 0o777 == 0o700
+    assert ServerSection(plan_cache=str(tmp_path / "mine")).plans() is not None
+    assert (tmp_path / "mine").is_dir()
+
+
+def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, caplog) -> None:
+    """A home that can't be written stops no server; a folder that was named and fails does."""
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert ServerSection().plans() is None
+    assert "compiled plans are not kept" in caplog.text
+    with pytest.raises(ConfigError, match="plan cache"):
+        ServerSection(plan_cache=str(tmp_path / "file")).plans()
 
 
 @pytest.mark.parametrize("section", [ServerSection, LimitsSection, ModelSection])

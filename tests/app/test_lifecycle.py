@@ -108,3 +108,22 @@ def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:
     assert "layertap: error: factory slownets:gone" in result.stderr
     assert result.stderr.count("slownets:gone") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_a_restart_uses_the_plans_that_were_kept(tmp_path: Path) -> None:
+    """A server that is killed and started again serves its declared layers from the disk."""
+    args = ("tinynets:residual", "--item-shape", "3,16,16", "--layers", "layer1,fc")
+    kept: list[dict[str, int]] = []
+    for _ in range(2):
+        with (
+            serving(*args, "--plan-cache", str(tmp_path / "plans")) as server,
+            Client(server.address) as client,
+        ):
+            client.wait_ready()
+            features = client.extract("residual", np.zeros((1, 3, 16, 16), np.float32), "layer1")
+            assert features.extractor == "torchscript"
+            server.process.kill()
+            files = (tmp_path / "plans").iterdir()
+            kept.append({file.name: file.stat().st_ino for file in files})
+    assert len(kept[0]) == 3
+    assert kept[0] == kept[1]

@@ -1,0 +1,83 @@
+"""Descriptions tell what was measured, and what was tried and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from layertap import LayerSelection
+from layertap.engine import Engine
+from layertap.models import ModelSpec
+from layertap.services.convert import description_to_proto
+from layertap.v1 import catalogue_pb2
+from processes import layertap
+from serving import running_server
+from tinynets import ITEM
+
+TORCHSCRIPT = catalogue_pb2.EXTRACTOR_TORCHSCRIPT
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine without models."""
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+def load(engine: Engine, net: str, *layers: str, item=ITEM) -> None:
+    engine.load(ModelSpec(f"tinynets:{net}", item_shape=item), [*map(LayerSelection.parse, layers)])
+
+
+def support(layer: catalogue_pb2.Layer) -> catalogue_pb2.ExtractorSupport:
+    return next(s for s in layer.extractors if s.extractor == TORCHSCRIPT)
+
+
+def test_plans_that_were_refused_are_described(engine) -> None:
+    """A declared layer that can't be compiled says so, and so does each set that it was in."""
+    load(engine, "bakes_batch", "tail", "conv:input")
+    description = description_to_proto(engine.host("bakes_batch"))
+    refused = {tuple(plan.layers): plan for plan in description.refused_plans}
+    assert set(refused) == {("conv:input", "tail"), ("tail",)}
+    plan = refused["tail",]
+    assert (plan.extractor, list(plan.item_shape)) == (TORCHSCRIPT, list(ITEM))
+    assert "TORCHSCRIPT can't serve" in plan.reason
+    layers = {layer.name: layer for layer in description.layers}
+    assert (support(layers["tail"]).output, support(layers["tail"]).reason) == (False, plan.reason)
+    assert support(layers["conv"]).output
+    assert support(layers["conv"]).input
+
+
+def test_a_refusal_on_an_input_leaves_the_output(engine) -> None:
+    """What is refused for one side of a layer is not refused for the other."""
+    load(engine, "bakes_batch", "tail:input")
+    description = description_to_proto(engine.host("bakes_batch"))
+    tail = next(layer for layer in description.layers if layer.name == "tail")
+    assert (support(tail).output, support(tail).input) == (True, False)
+
+
+def test_the_command_line_shows_refused_plans(engine) -> None:
+    """`layertap layers --server` tells which sets could not be compiled, and why."""
+    load(engine, "bakes_batch", "tail")
+    with running_server(engine) as address:
+        shown = layertap("layers", "bakes_batch", "--server", address)
+    assert "refused: tail at [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
+
+
+def test_layouts_are_described(engine) -> None:
+    """Channels last and tokens are told apart from channels first, at a size that is no square."""
+    load(engine, "patches", item=(3, 16, 24))
+    layers = {
+        layer.name: layer for layer in description_to_proto(engine.host("patches")).layers
+    }  # fmt: skip
+    expected = {
+        "patch": (catalogue_pb2.LAYOUT_CHANNELS_FIRST, 0),
+        "last": (catalogue_pb2.LAYOUT_CHANNELS_LAST, 0),
+        "bare": (catalogue_pb2.LAYOUT_TOKENS, 0),
+        "tokens": (catalogue_pb2.LAYOUT_TOKENS, 3),
+    }
+    for name, (layout, front) in expected.items():
+        layer = layers[name]
+        assert (layer.layout, layer.front_tokens) == (layout, front), name
+        assert (layer.channels, layer.reduction, list(layer.grid)) == (6, 4, [4, 6]), name
