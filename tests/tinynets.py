@@ -6,6 +6,8 @@ take ``[B, 3, 16, 16]`` float32.
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import nn
 
@@ -411,3 +413,28 @@ def heavy() -> nn.Module:
 def double() -> nn.Module:
     """Return the Residual in float64."""
     return residual().double()
+
+
+class KeepsState(nn.Module):
+    """A child that leaves what it saw on itself, for another to read after a while."""
+
+    class Keeper(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen = x.mean((1, 2, 3), keepdim=True)
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keeper = self.Keeper()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.tail = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(self.keeper(x))
+        time.sleep(0.002)
+        return self.tail(y + self.keeper.seen)
+
+
+def keeps_state() -> nn.Module:
+    """Return a seeded KeepsState."""
+    return seeded(KeepsState)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -104,6 +105,18 @@ def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, 
     assert "compiled plans are not kept" in caplog.text
     with pytest.raises(ConfigError, match="plan cache"):
         ServerSection(plan_cache=str(tmp_path / "file")).plans()
+
+
+def test_modes_never_ask_for_more_than_the_cores() -> None:
+    """Latency is one pass on all cores, throughput one pass a core on one; nothing in between."""
+    cores = len(os.sched_getaffinity(0))
+    assert ServerSection().compute("cpu") == (1, None)
+    assert ServerSection(threads=3).compute("cpu") == (1, 3)
+    assert ServerSection(mode="throughput").compute("cpu") == (cores, 1)
+    with pytest.raises(ConfigError, match="threads: got 3 with mode 'throughput'"):
+        ServerSection(mode="throughput", threads=3).compute("cpu")
+    with pytest.raises(ConfigError, match="mode: got 'throughput' on cuda"):
+        ServerSection(mode="throughput").compute("cuda")
 
 
 @pytest.mark.parametrize("section", [ServerSection, LimitsSection, ModelSection])

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from layertap import errors
 from layertap.engine.call import Call
-from layertap.engine.compute import ComputeThread
+from layertap.engine.compute import ComputeThreads
 
 
 @pytest.fixture
-def compute() -> Iterator[ComputeThread]:
+def compute() -> Iterator[ComputeThreads]:
     """A compute thread with room for three jobs."""
-    compute = ComputeThread(max_pending=3)
+    compute = ComputeThreads(max_pending=3)
     yield compute
     compute.close()
 
@@ -24,7 +25,7 @@ def compute() -> Iterator[ComputeThread]:
 class Blocked:
     """A job that holds the compute thread until it is let go."""
 
-    def __init__(self, compute: ComputeThread) -> None:
+    def __init__(self, compute: ComputeThreads) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=lambda: compute.run(self._job, Call()))
         self._thread.start()
@@ -121,3 +122,19 @@ def test_after_close_nothing_is_admitted(compute) -> None:
     with pytest.raises(errors.UnavailableError):
         compute.run(lambda: None, Call())
     assert compute.pending == 0
+
+
+def test_instances_run_at_once_each_on_its_cores() -> None:
+    """Two instances run two jobs at one time, on threads of their own with one core each."""
+    compute = ComputeThreads(max_pending=8, instances=2, intra_op=1)
+    both = threading.Barrier(2)
+
+    def job() -> tuple[int, int]:
+        both.wait(30)
+        return threading.get_ident(), torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        seen = [done.result(30) for done in [pool.submit(compute.run, job, Call()) for _ in "ab"]]
+    compute.close()
+    assert seen[0][0] != seen[1][0]
+    assert [threads for _, threads in seen] == [1, 1]

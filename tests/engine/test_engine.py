@@ -6,6 +6,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from layertap.extraction import PointKind
 from layertap.models import ModelSpec
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
+from oracle import outputs_of
 from tinynets import ITEM, residual
 
 
@@ -194,3 +196,36 @@ def test_inputs_by_an_extractor_that_takes_outputs_are_refused(engine) -> None:
     load(engine, "residual")
     with pytest.raises(errors.ExtractorUnsupportedError, match="TORCHSCRIPT, HOOK"):
         ask(engine, "residual", "layer1:input", extractor=Extractor.FX)
+
+
+def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
+    """Two passes of a module that writes attributes would see each other's; ours take turns."""
+    engine = Engine(threads=1, instances=2)
+    load(engine, "keeps_state")
+    host = engine.host("keeps_state")
+    assert host.catalogue.keeps_state
+    module = host.model.module
+    inputs = [np.full((1, *ITEM), value, np.float32) for value in range(8)]
+    truth = [outputs_of(module, torch.from_numpy(x), "tail")[0] for x in inputs]
+
+    def served(x: np.ndarray) -> torch.Tensor:
+        view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
+        request = ExtractionRequest(
+            "keeps_state", TensorInput(view), (LayerSelection("tail"),), Extractor.HOOK
+        )
+        return Features(engine.extract(request, Call()).message).torch()["tail"]
+
+    def naive(x: np.ndarray) -> torch.Tensor:
+        with torch.inference_mode():
+            return module(torch.from_numpy(x))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(map(torch.equal, pool.map(served, inputs * 4), truth * 4))
+        assert not all(map(torch.equal, pool.map(naive, inputs * 4), truth * 4))
+    engine.close()
+
+
+def test_most_models_keep_no_state(engine) -> None:
+    """Nothing is held back without a reason."""
+    load(engine, "residual")
+    assert not engine.host("residual").catalogue.keeps_state

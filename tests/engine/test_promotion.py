@@ -25,10 +25,10 @@ from tinynets import ITEM
 PATIENCE = 60
 
 
-@pytest.fixture
-def engine() -> Iterator[Engine]:
+@pytest.fixture(params=[1, 2])
+def engine(request) -> Iterator[Engine]:
     """An engine with room for few plans, so that promoted ones are evicted and made anew."""
-    engine = Engine(Limits(plans=3))
+    engine = Engine(Limits(plans=3), threads=1, instances=request.param)
     for net in ("residual", "dynamic", "branching", "tokens"):
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
     yield engine

@@ -21,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import tinynets
 from layertap.engine import Call
-from layertap.engine.compute import ComputeThread
+from layertap.engine.compute import ComputeThreads
 from layertap.engine.reply import host_array
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, Plan, PlanBuilder, PointKind, Taps, measure
@@ -196,8 +196,8 @@ def test_hazard_07_symbolic_tracing_beside_a_forward_pass(load_net) -> None:
     create_feature_extractor(Traced(), ["conv"])
     assert "Module.__call__" in tampered
 
-    # On the one compute thread a request is answered before a trace or after it.
-    compute = ComputeThread(max_pending=64)
+    # On the compute threads a request is answered before a trace or after it.
+    compute = ComputeThreads(max_pending=64, instances=2, intra_op=1)
     expected = outputs_of(served, torch.ones(1, *ITEM), "fc")[0]
     tracing = load_net("residual")
     with ThreadPoolExecutor(9) as pool:

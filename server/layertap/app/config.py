@@ -51,7 +51,9 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         port: Where calls are answered; 0 for a free port.
         metrics_port: Where the metrics page is; 0 for a free port, -1 for no page.
         device: ``auto`` is CUDA where there is a device, else the CPU.
-        threads: Threads that compute within one operation; PyTorch's own choice if not given.
+        mode: ``latency`` gives all cores to one forward pass, ``throughput`` one core to each of
+            as many passes as there are cores.
+        threads: Cores of one forward pass in latency mode; PyTorch's own choice if not given.
         plan_cache: The folder where compiled plans of declared layers are kept for the next start;
             ``auto`` is the user's cache folder, ``off`` keeps none.
         plan_cache_mib: MiB that the folder may grow to.
@@ -66,6 +68,9 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Meta(description="'auto', 'cpu' or 'cuda'")
     ] = "auto"
+    mode: Annotated[
+        Literal["latency", "throughput"], Meta(description="'latency' or 'throughput'")
+    ] = "latency"
     threads: Threads = None
     plan_cache: Annotated[str, Meta(min_length=1, description="a folder, 'auto' or 'off'")] = "auto"
     plan_cache_mib: Count = 2048
@@ -74,6 +79,26 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def options(self) -> ServerOptions:
         """Return how to listen."""
         return ServerOptions(self.host, self.port)
+
+    def compute(self, device: str) -> tuple[int, int | None]:
+        """Return (forward passes at once, cores of one; None leaves it to PyTorch).
+
+        Raises:
+            ConfigError: For throughput mode on CUDA, or with a number of threads.
+        """
+        if self.mode == "latency":
+            return 1, self.threads
+        if device != "cpu":
+            raise ConfigError(
+                f"mode: got 'throughput' on {device}, where one pass fills the device; "
+                f"expected 'latency'"
+            )
+        if self.threads is not None:
+            raise ConfigError(
+                f"threads: got {self.threads} with mode 'throughput', which computes each pass on "
+                f"one core; expected none"
+            )
+        return len(os.sched_getaffinity(0)), 1
 
     def plans(self) -> PlanCache | None:
         """Return where compiled plans are kept; raise ConfigError for a folder that won't do.
@@ -101,7 +126,7 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         batch: Items of one request.
         pixels: Pixels of one encoded image.
         layers: Selections of one request, and layers that they match.
-        pending: Requests that wait for the compute thread.
+        pending: Requests that wait for a compute thread.
         plans: Plans that are kept besides the declared ones.
     """
 

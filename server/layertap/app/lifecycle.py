@@ -113,9 +113,9 @@ def _start(config: ServerConfig, narrator: Narrator, closing: ExitStack) -> Feat
     for model in config.models:
         model.selections()  # A misspelt one is told before any model is loaded.
     options = config.server
-    engine = Engine(
-        config.limits.limits(), choose_device(options.device), options.threads, options.plans()
-    )
+    device = choose_device(options.device)
+    instances, threads = options.compute(device)
+    engine = Engine(config.limits.limits(), device, threads, options.plans(), instances)
     closing.callback(engine.close)
     metrics = Metrics(engine)
     server = FeatureServer(engine, options.options(), metrics)

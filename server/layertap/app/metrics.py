@@ -69,7 +69,7 @@ class Metrics:
         self._prepare = self._histogram(
             "prepare", "Parsing, checks, decoding and preprocessing images."
         )
-        self._queue = self._histogram("queue", "Waiting for the compute thread.")
+        self._queue = self._histogram("queue", "Waiting for a compute thread.")
         self._compute = self._histogram(
             "compute", "The forward pass and writing the outputs into the reply."
         )
@@ -77,7 +77,7 @@ class Metrics:
             # Read when the page is asked for: counting it would cost every request.
             Gauge(
                 "layertap_inference_pending_request_count",
-                "Requests that wait for the compute thread or run on it.",
+                "Requests that wait for a compute thread or run on it.",
                 registry=self.registry,
             ).set_function(lambda: engine.pending)
 

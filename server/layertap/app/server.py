@@ -29,7 +29,7 @@ class ServerOptions:
     Attributes:
         host: The address to bind; only this machine unless told otherwise.
         port: The port; 0 for a free one.
-        workers: Threads that parse requests and wait for the compute thread. They hardly ever
+        workers: Threads that parse requests and wait for a compute thread. They hardly ever
             compute, so there may be many more of them than cores.
     """
 

@@ -42,7 +42,12 @@ MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
     type=METRICS_PORTS,
     help="The port of the Prometheus page; default 8002, 0 takes a free one, -1 shows none.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads within one operation.")
+@click.option(
+    "--mode",
+    type=click.Choice(["latency", "throughput"]),
+    help="latency (the default) gives all cores to one request, throughput one core to each.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Cores of one request; latency only.")
 @click.option(
     "--plan-cache",
     metavar="DIR",

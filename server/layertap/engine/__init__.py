@@ -1,4 +1,4 @@
-"""The engine: models, planner and compute thread; knows no transport."""
+"""The engine: models, planner and compute threads; knows no transport."""
 
 from layertap.engine.batch import ImagesInput, TensorInput
 from layertap.engine.call import Call

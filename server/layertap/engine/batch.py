@@ -71,7 +71,7 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
 
 
 def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the batch ``[B, C, H, W]`` of preprocessed images. For the compute thread only.
+    """Return the batch ``[B, C, H, W]`` of preprocessed images. For a compute thread only.
 
     Raises:
         InvalidInputError: Where the images come out in different sizes.

@@ -1,11 +1,14 @@
-"""The compute thread: the one thread that builds, traces, warms and runs models.
+"""The compute threads: the only threads that build, trace, warm and run models.
 
 Note [One compute thread]
     OpenMP keeps a team of worker threads for every thread that enters it. Measured on 2 cores,
     resnet18 `avgpool`, p50: 26.2 ms on the only thread of a process that ever ran torch, 36.8 to
     44.7 ms on a second one, 39 to 45 ms in a pool of ten. So models run on one long-lived thread,
-    and the threads that talk to callers wait for it. It also keeps symbolic tracing, which patches
-    ``Module.__call__`` process-wide, apart from every forward pass.
+    and the threads that talk to callers wait for it.
+
+    That is best for the latency of one request. For the throughput of many, one thread for each
+    core, each computing alone (intra-op 1), needs no team at all and leaves no core idle between
+    the parallel parts of an operation: docs/performance.md has both measured.
 """
 
 from __future__ import annotations
@@ -25,21 +28,32 @@ from layertap.errors import (
     OverloadedError,
     UnavailableError,
 )
+from layertap.extraction.gate import forward_passes
 
-__all__ = ["ComputeThread"]
+__all__ = ["ComputeThreads"]
 
 T = TypeVar("T")
 
 
-class ComputeThread:
-    """Runs jobs one after the other, in the order in which they came.
+class ComputeThreads:
+    """Runs jobs in the order in which they came, each on the first thread that is free.
 
     Args:
         max_pending: Jobs that may wait or run; one more is refused.
+        instances: Threads.
+        intra_op: Cores that one of them computes with; None leaves it to PyTorch.
     """
 
-    def __init__(self, max_pending: int) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layertap-compute")
+    def __init__(self, max_pending: int, instances: int = 1, intra_op: int | None = None) -> None:
+        self.instances = instances
+
+        def begin() -> None:
+            if intra_op is not None:  # Here, as OpenMP keeps the number for each thread apart.
+                torch.set_num_threads(intra_op)
+
+        self._pool = ThreadPoolExecutor(
+            max_workers=instances, thread_name_prefix="layertap-compute", initializer=begin
+        )
         self._max_pending = max_pending
         self._pending = 0
         self._lock = threading.Lock()
@@ -63,7 +77,7 @@ class ComputeThread:
 
         def guarded() -> T:
             call.check()
-            with torch.inference_mode():
+            with forward_passes(), torch.inference_mode():
                 return job()
 
         try:
@@ -84,7 +98,7 @@ class ComputeThread:
             raise DeadlineExceededError("the deadline passed before the answer was ready") from None
 
     def close(self) -> None:
-        """Finish what was admitted, refuse anything new, end the thread."""
+        """Finish what was admitted, refuse anything new, end the threads."""
         self._pool.shutdown(wait=True)
 
     def _admit(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -18,12 +19,13 @@ from layertap.engine.batch import (
     preprocess_images,
 )
 from layertap.engine.call import Call
-from layertap.engine.compute import ComputeThread
+from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.reply import ReplyCollector, ReplyWriter, ShapeChangedError
 from layertap.engine.resolve import Resolved
 from layertap.errors import ConfigError, LayertapError, ModelNotFoundError, ModelRunError
+from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.plan import Plan
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import Sink as PointSink
@@ -71,12 +73,13 @@ class Extraction:
 
 
 class Engine:
-    """Serves layers of several models from one compute thread.
+    """Serves layers of several models.
 
     Args:
         limits: What requests may ask for.
         device: Where models run, ``"cpu"`` or ``"cuda"``.
-        threads: Threads that compute within one operation; None leaves it to PyTorch.
+        threads: Cores that one forward pass computes with; None leaves it to PyTorch.
+        instances: Forward passes that may run at once.
         plan_cache: Where the compiled plans of declared layers are stored.
     """
 
@@ -86,19 +89,17 @@ class Engine:
         device: str = "cpu",
         threads: int | None = None,
         plan_cache: PlanCache | None = None,
+        instances: int = 1,
     ) -> None:
         self.limits = limits or Limits()
         self._device = torch.device(device)
         self._plan_cache = plan_cache
-        self._compute = ComputeThread(self.limits.pending)
+        self._compute = ComputeThreads(self.limits.pending, instances, threads)
         self._hosts: dict[str, ModelHost] = {}
-        if threads is not None:
-            # There, as OpenMP keeps the number for each thread apart.
-            self._compute.run(lambda: torch.set_num_threads(threads), Call())
 
     @property
     def pending(self) -> int:
-        """Requests and other jobs that wait for the compute thread or run on it."""
+        """Requests and other jobs that wait for a compute thread or run on one."""
         return self._compute.pending
 
     def load(
@@ -142,8 +143,8 @@ class Engine:
         """
         host = self.host(name)
         self._hosts.pop(name, None)
-        # Behind the requests that wait for the compute thread already.
-        self._compute.run(host.close, Call())
+        # Behind the requests that wait already.
+        self._compute.run(partial(_close_alone, host), Call())
         # Modules, hooks and plans refer to each other in circles, and are too large to leave them
         # until the collector comes by on its own.
         del host
@@ -219,7 +220,8 @@ class Engine:
 
         def capture(sink: Sink) -> None:
             checked = _finite_only(sink, host, resolved) if host.require_finite else sink
-            plan.built.run(batch(), checked)
+            with host.turn:
+                plan.built.run(batch(), checked)
 
         try:
             try:
@@ -236,6 +238,12 @@ class Engine:
                 f"model {host.model.name!r} failed on this input ({type(error).__name__})"
             ) from error
         return sink
+
+
+def _close_alone(host: ModelHost) -> None:
+    """Close a host once no forward pass needs its hooks any more."""
+    with no_forward_pass():
+        host.close()
 
 
 def _finite_only(sink: Sink, host: ModelHost, resolved: Resolved) -> PointSink:

@@ -6,12 +6,13 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TypeVar
 
 from layertap.engine.call import Call
-from layertap.engine.compute import ComputeThread
+from layertap.engine.compute import ComputeThreads
 from layertap.engine.limits import Limits
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
@@ -59,11 +60,14 @@ class ModelHost:
 
     Args:
         model: The model.
-        compute: The thread that runs it; measuring runs there, so construction takes a while.
+        compute: The threads that run it; measuring runs there, so construction takes a while.
         limits: What requests may ask for.
         cache: Where the compiled plans of declared layers are stored.
         require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
             sent as they are.
+
+    Attributes:
+        turn: Held by each forward pass; a lock where two at once would see each other's state.
 
     Raises:
         ModelLoadError: Where the model can't run on its own input shape.
@@ -72,7 +76,7 @@ class ModelHost:
     def __init__(
         self,
         model: LoadedModel,
-        compute: ComputeThread,
+        compute: ComputeThreads,
         limits: Limits,
         cache: PlanCache | None = None,
         *,
@@ -84,6 +88,8 @@ class ModelHost:
         self._compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model), Call())
+        shared = compute.instances > 1 and self.catalogue.keeps_state
+        self.turn: AbstractContextManager[object] = threading.Lock() if shared else nullcontext()
         if self.catalogue.non_finite:
             _log.warning(
                 "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
@@ -121,7 +127,7 @@ class ModelHost:
             self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, item_shape: tuple[int, ...], call: Call) -> Plan:
-        """Return the plan that serves a request, built on the compute thread where it is new."""
+        """Return the plan that serves a request, built on a compute thread where it is new."""
         key = (self._choose(resolved, item_shape), resolved.points, item_shape)
         return self._known(key) or self._compute.run(lambda: self._build(key), call)
 

@@ -19,7 +19,7 @@ class Limits:
         batch: Items of one request.
         pixels: Pixels of one encoded image.
         layers: Selections of one request, and layers that they match.
-        pending: Requests that wait for the compute thread.
+        pending: Requests that wait for a compute thread.
         plans: Plans that are kept besides the declared ones.
     """
 

@@ -1,6 +1,6 @@
 """Promotion: layer sets that are asked for again are compiled beside the requests.
 
-Compiling must happen on the compute thread, where the program will run, and takes as long as a few
+Compiling must happen on a compute thread, where the program will run, and takes as long as a few
 forward passes. So it is cut into steps, each of which waits its turn among the requests.
 """
 
@@ -32,7 +32,7 @@ class Promoter(Generic[K]):
 
     Args:
         compile_steps: Yields between the steps of compiling; called on the promoter's own thread,
-            so each step has to go to the compute thread by itself.
+            so each step has to go to a compute thread by itself.
     """
 
     def __init__(self, compile_steps: Callable[[K], Iterator[None]]) -> None:

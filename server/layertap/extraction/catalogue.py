@@ -69,6 +69,8 @@ class Catalogue:
         entries: By name.
         graph: The names of the symbolic graph, where the model can be traced symbolically.
         mutates_input: Whether the model writes into the batch that it is given.
+        keeps_state: Whether the model's modules write attributes of their own while they run, so
+            that two forward passes at once could see each other's.
         non_finite: The first layer that returned NaN or infinity when it was measured; empty where
             none did.
     """
@@ -76,6 +78,7 @@ class Catalogue:
     entries: Mapping[str, LayerEntry]
     graph: GraphNames | None
     mutates_input: bool
+    keeps_state: bool = False
     non_finite: str = ""
 
     @cached_property

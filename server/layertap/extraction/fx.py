@@ -5,9 +5,9 @@ Note [FX done right]
       capture is inserted into the graph right behind each node.
     - Asked for a parent and its last child, torchvision silently drops one: both mean one node.
       Here every point is resolved to a node first, and each node is asked for once.
-    - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it must
-      run where no forward pass does, which is on the compute thread. Where it fails half way it
-      leaves the model in training mode: the modes are put back here.
+    - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it runs
+      while no forward pass does. Where it fails half way it leaves the model in training mode: the
+      modes are put back here.
     - Dead-code elimination deletes unassigned in-place statements (``y.relu_()``). Who builds an
       extractor compares it with the oracle before use.
 """
@@ -24,6 +24,7 @@ import torch
 from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.models import LoadedModel
 
@@ -91,7 +92,7 @@ class Trace:
 
 def trace(model: LoadedModel) -> Trace:
     """Trace a model symbolically; raise whatever tracing raises."""
-    with _modes_kept(model.module):
+    with no_forward_pass(), _modes_kept(model.module):
         train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
     every = [name for name in evaluation if name != "output"]
     whole = FxExtractor(model, GraphNames(train, dict.fromkeys(every, "")), every)
@@ -112,7 +113,7 @@ class FxExtractor:
     """
 
     def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
-        with _modes_kept(model.module):
+        with no_forward_pass(), _modes_kept(model.module):
             graph_module = create_feature_extractor(
                 model.module,
                 train_return_nodes={names.train: names.train},

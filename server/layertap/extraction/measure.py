@@ -82,7 +82,11 @@ def measure(model: LoadedModel) -> Catalogue:
     for entry in _silent_entries(model, one):
         entries.setdefault(entry.name, entry)
     return Catalogue(
-        entries, findings.graph.names, one.mutated_input, _first_non_finite(entries, oracle)
+        entries,
+        findings.graph.names,
+        mutates_input=one.mutated_input,
+        keeps_state=one.kept_state or two.kept_state,
+        non_finite=_first_non_finite(entries, oracle),
     )
 
 

@@ -37,7 +37,7 @@ class Plan:
     Attributes:
         extractor: Which of the five it is.
         specs: The type and shape of each point's value, in the order of the points.
-        built: The extractor itself; it runs on the compute thread only.
+        built: The extractor itself; it runs on a compute thread only.
         dynamic: Whether some value's shape follows more than the batch size, so that the specs
             predict nothing. Set when a forward pass shows it.
     """
@@ -72,7 +72,7 @@ class _Proof:
 class PlanBuilder:
     """Builds and proves the plans of one model.
 
-    Every method runs the model, so each must be called on the compute thread.
+    Every method runs the model, so each must be called on a compute thread.
 
     Args:
         model: The model.

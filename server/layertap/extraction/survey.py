@@ -7,7 +7,7 @@ value equalled the oracle's.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,12 +37,14 @@ class HookSurvey:
         shapes: Every captured tensor's type and shape.
         values: A clone of every captured output, where they were asked for.
         mutated_input: Whether the batch was another one afterwards.
+        kept_state: Whether some module had other attributes afterwards.
     """
 
     order: list[tuple[str, int]] = field(default_factory=list)
     shapes: dict[CapturePoint, Shape] = field(default_factory=dict)
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
     mutated_input: bool = False
+    kept_state: bool = False
 
 
 def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor:
@@ -72,11 +74,37 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
             if keep_values and side is Capture.OUTPUT:
                 survey.values[point] = tensor.clone()
 
-    before = x.clone()
+    before, attributes = x.clone(), _attributes(model.module)
     with observe(model.module, see):
         model.forward(x)
     survey.mutated_input = not same(x, before)
+    survey.kept_state = _differ(attributes, _attributes(model.module))
     return survey
+
+
+Attributes = dict[str, tuple[object, int]]
+
+
+def _attributes(module: nn.Module) -> Attributes:
+    """Return each attribute of each submodule, and the length of those that have one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return {}  # Its own code alone sees its attributes, and hardly any writes them.
+    return {
+        f"{path}.{name}": (value, _length(value))
+        for path, submodule in module.named_modules()
+        for name, value in (*vars(submodule).items(), *submodule._buffers.items())
+    }
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, list | dict | set | deque) else 0
+
+
+def _differ(before: Attributes, after: Attributes) -> bool:
+    return before.keys() != after.keys() or any(
+        value is not after[name][0] or length != after[name][1]
+        for name, (value, length) in before.items()
+    )
 
 
 def survey_walk(
