@@ -17,6 +17,7 @@ from layertap.engine import Limits
 from layertap.errors import ConfigError
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
+from layertap.wire.memory import DEFAULT_MIB
 
 __all__ = ["LimitsSection", "ModelSection", "ServerConfig", "ServerSection", "with_flags"]
 
@@ -47,6 +48,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         device: ``auto`` is CUDA where there is a device, else the CPU.
         threads: Threads that compute within one operation; PyTorch's own choice if not given.
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
+        keep_memory: Whether memory freed by a reply is kept for the next one.
+        keep_memory_mib: MiB of free memory that may be kept.
     """
 
     host: Text = "127.0.0.1"
@@ -59,6 +62,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     ] = "auto"
     threads: Threads = None
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
+    keep_memory: Annotated[bool, Meta(description="true or false")] = True
+    keep_memory_mib: Annotated[int, Meta(ge=1, description="a number of MiB from 1")] = DEFAULT_MIB
 
     def options(self) -> ServerOptions:
         """Return how to listen."""
