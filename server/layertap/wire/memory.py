@@ -53,43 +53,60 @@ def keep_memory(mib: int = DEFAULT_MIB) -> bool:
 def retained_bytes() -> int | None:
     """Return how much memory malloc holds free, in bytes; None where it does not tell.
 
-    What malloc calls free counts only as far as memory stands behind it: at most the process's
-    anonymous memory (``/proc/self/statm``, see proc(5)) less what is in use. Other anonymous
-    memory, such as stacks, makes the figure too large, blocks in use that were never touched make
-    it too small.
+    An estimate: what malloc calls free, but at most the process's anonymous memory
+    (``/proc/self/statm``, see proc(5)) less malloc's blocks in use, since no memory need stand
+    behind free blocks. What else is anonymous, such as stacks and Python's small objects, is known
+    from the last time that everything free was given back; before, it counts as retained.
     """
-    usage = codec.malloc_usage()
-    if usage is None:
-        return None
-    used, free = usage
-    _, resident, shared, *_ = map(int, _STATM.read_bytes().split())
-    return min(free, max(0, (resident - shared) * mmap.PAGESIZE - used))
+    return _KEEPER.retained()
 
 
 class _Keeper:
-    """Holds the process to its bound: blocks in use may keep free memory from the heap's end."""
+    """Holds free memory to the bound that malloc itself keeps only at the heap's end."""
 
     def __init__(self) -> None:
         self._bound = 0
+        self._other = 0
         self._thread: threading.Thread | None = None
 
     def keep(self, bound: int) -> None:
         """Hold to ``bound`` bytes from now on."""
         self._bound = bound
+        self._trim()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="layertap-memory", daemon=True)
             self._thread.start()
 
+    def retained(self) -> int | None:
+        """See ``retained_bytes``."""
+        usage = codec.malloc_usage()
+        if usage is None:
+            return None
+        used, free = usage
+        return min(free, max(0, _anonymous_bytes() - used - self._other))
+
     def look(self) -> None:
         """Give free memory back where it is more than the bound."""
-        retained = retained_bytes()
+        retained = self.retained()
         if retained is not None and retained > self._bound:
-            codec.trim_memory()
+            self._trim()
+
+    def _trim(self) -> None:
+        codec.trim_memory()
+        usage = codec.malloc_usage()
+        if usage is not None:
+            # No page is free now, so that what is not in use by malloc is not malloc's.
+            self._other = max(0, _anonymous_bytes() - usage[0])
 
     def _run(self) -> None:
         while True:
             time.sleep(_LOOK_SECONDS)
             self.look()
+
+
+def _anonymous_bytes() -> int:
+    _, resident, shared, *_ = map(int, _STATM.read_bytes().split())
+    return (resident - shared) * mmap.PAGESIZE
 
 
 _KEEPER = _Keeper()
