@@ -24,8 +24,9 @@ test: setup ## run the tests: make test ARGS="tests/wire -k varint"
 test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
 
-bench: .venv/.built ## what each way to take a layer costs; writes benchmarks/README.md
-	$(BIN)/python -W ignore benchmarks/bench_extractors.py $(ARGS)
+bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmarks/README.md
+	$(BIN)/python -W ignore benchmarks/bench_extractors.py --rounds 10 $(ARGS)
+	$(BIN)/python -W ignore benchmarks/bench_wire.py --rounds 8 $(ARGS)
 
 check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """What does each way to take a layer cost, and what is left of the fastest through the server?
 
-``make bench`` runs it and writes ``results/extractors.json`` and the tables of ``README.md``. Every
+``make bench`` runs it and writes ``results/extractors.json``. Every
 output is held against the eager model before anything is timed. The ways take turns, so that a
 machine whose speed drifts slows all of them alike; quote the ratios.
 """
@@ -8,27 +8,25 @@ machine whose speed drifts slows all of them alike; quote the ratios.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+import common
+import report
 from layertap import Client, Extractor
 from layertap.extraction import CapturePoint, PlanBuilder, Taps, measure
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture
 
-HERE = Path(__file__).resolve().parent
 CASES = {
     "resnet18": {"layer1": ["layer1"], "avgpool": ["avgpool"], "5 stages": [
         "relu", "layer1", "layer2", "layer3", "layer4",
@@ -144,43 +142,10 @@ def run(rounds: int) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
+    return common.machine("torch") | {
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def report(results: dict[str, Any]) -> str:
-    """Return the README's table: medians, and in brackets how much faster than today's habit."""
-    cases = results["cases"]
-    names = [EAGER, *(e.name for e in Extractor), SERVED]
-    names = [name for name in names if any(name in case for case in cases.values())]
-    lines = ["| way | " + " | ".join(cases) + " |", "| --- |" + " --- |" * len(cases)]
-    for name in names:
-        cells = []
-        for case in cases.values():
-            p50 = case.get(name, {}).get("p50")
-            ratio = case[EAGER]["p50"] / p50 if p50 else 0
-            cells.append(f"{p50:.1f} ({ratio:.2f}×)" if p50 else "–")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    facts = ", ".join(f"{key} {value}" for key, value in results["machine"].items() if value)
-    return HEADER.format(facts=facts, rounds=results["rounds"]) + "\n".join(lines) + "\n"
-
-
-HEADER = """# Benchmarks
-
-`make bench` runs [bench_extractors.py](bench_extractors.py) and writes this page from
-[results/extractors.json](results/extractors.json).
-
-## What does each way to take a layer cost?
-
-Milliseconds at batch 1, medians of {rounds} runs; in brackets how many times faster than today's
-habit, in the same run. Machine: {facts}. Outputs were verified before timing.
-
-"""
 
 
 def main() -> None:
@@ -188,10 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args()
-    results = run(options.rounds)
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "extractors.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
-    (HERE / "README.md").write_text(report(results), "utf-8")
+    common.save("extractors", run(options.rounds))
+    report.write()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@
 #include "builder.h"
 #include "decoder.h"
 #include "layout.h"
+#include "memory.h"
 #include "python_buffer.h"
 
 namespace py = pybind11;
@@ -182,6 +183,18 @@ py::tuple decode_message(const py::bytes& message, const py::object& field, bool
   return py::make_tuple(join_rest(message, decoded, options.field), std::move(tensors));
 }
 
+bool keep_memory_bound(const py::object& bound) {
+  const std::int64_t bytes = to_int64(bound);
+  if (bytes < 1) throw py::value_error("bound: got " + std::to_string(bytes) + ", expected from 1");
+  return keep_memory(static_cast<std::uint64_t>(bytes));
+}
+
+py::object malloc_usage_or_none() {
+  const std::optional<MallocUsage> usage = malloc_usage();
+  if (!usage) return py::none();
+  return py::make_tuple(usage->used, usage->free);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -207,4 +220,9 @@ PYBIND11_MODULE(_core, module) {
              py::arg("head"));
   module.def("decode", &decode_message, py::arg("message"), py::kw_only(), py::arg("field"),
              py::arg("repeated"), py::arg("rivals") = py::tuple());
+
+  module.def("keep_memory", &keep_memory_bound, py::arg("bound"));
+  // Giving a gigabyte back takes tens of milliseconds.
+  module.def("trim_memory", &trim_memory, py::call_guard<py::gil_scoped_release>());
+  module.def("malloc_usage", &malloc_usage_or_none);
 }

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from layertap.client import Client, Features
 from layertap.errors import LayertapError
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+from layertap.wire.memory import keep_memory
 
 __all__ = [
     "Capture",
@@ -19,6 +20,7 @@ __all__ = [
     "LayertapError",
     "Reduction",
     "__version__",
+    "keep_memory",
 ]
 
 __version__ = version("layertap")

@@ -88,3 +88,21 @@ def decode(
     dtype, a rank over MAX_RANK, a negative size, sizes that overflow, or data of another length
     than shape and dtype say.
     """
+
+def keep_memory(bound: int) -> bool:
+    """Have the C library's malloc keep freed memory for the next large block.
+
+    For the whole process and the rest of its life: every block comes from one heap, and of its free
+    end ``bound`` bytes stay. Returns False, with nothing changed, where malloc is not that of glibc
+    2.33 or newer. Raises ValueError for a bound below 1.
+    """
+
+def trim_memory() -> bool:
+    """Give every free page of malloc's back to the system; False where that can't be done."""
+
+def malloc_usage() -> tuple[int, int] | None:
+    """Return malloc's bytes in use and free; None where it does not tell.
+
+    Free bytes count whether or not memory stands behind them: pages that were never touched, or
+    were given back by ``trim_memory``, are among them.
+    """

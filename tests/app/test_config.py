@@ -25,6 +25,8 @@ device = "cpu"
 threads = 2
 grace_seconds = 3
 plan_cache = "off"
+keep_memory = false
+keep_memory_mib = 64
 
 [limits]
 request_mib = 16
@@ -62,6 +64,7 @@ def test_every_key_is_read(read) -> None:
     server = config.server
     assert (server.host, server.port, server.metrics_port) == ("0.0.0.0", 9001, -1)  # noqa: S104
     assert (server.device, server.threads, server.grace_seconds) == ("cpu", 2, 3.0)
+    assert (server.keep_memory, server.keep_memory_mib) == (False, 64)
     assert config.limits.limits() == Limits(request_bytes=16 << 20, pending=4)
     first, second = config.models
     spec = first.spec()
@@ -146,6 +149,8 @@ def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> Non
             "line 1: models: got {'source': 'a'}, expected a list of tables",
         ),
         ("[server]\ndevice = 'gpu'", "line 2: server.device: got 'gpu', expected 'auto', 'cpu' or"),
+        ("[server]\nkeep_memory = 1", "line 2: server.keep_memory: got 1, expected true or false"),
+        ("[server]\nkeep_memory_mib = 0", "line 2: server.keep_memory_mib: got 0, expected a num"),
         ("[[models]]\nname = 'a'", "line 1: models[0] has no source"),
         (
             "[[models]]\nsource = 'a'\n[[models]]\nsource = 'b'\nseed = -1",

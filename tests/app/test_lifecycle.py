@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from layertap import Client
+from layertap.app import lifecycle
+from layertap.app.config import ModelSection, ServerConfig, ServerSection
 from processes import Serving, layertap, serving
 
 SLEEPY = ("slownets:sleepy", "--item-shape", "3,4,4")
@@ -95,6 +98,43 @@ def test_answers_not_serving_while_it_loads() -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == 0
         assert server.lines[-1] == "layertap: stopped before it was ready"
+
+
+class Listener:
+    """Hears what the server has to tell."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def busy(self, text: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("section", "asked", "note"),
+    [
+        ({}, [1024], True),
+        ({"keep_memory_mib": 64}, [64], True),
+        ({"keep_memory": False}, [], False),
+    ],
+)
+def test_memory_is_kept_unless_turned_off(
+    monkeypatch, section: dict, asked: list[int], note: bool
+) -> None:
+    """The server has memory kept as configured, and tells where the C library can't do it."""
+    bounds: list[int] = []
+    monkeypatch.setattr(lifecycle, "keep_memory", bounds.append)
+    config = ServerConfig(
+        server=ServerSection(port=0, metrics_port=-1, **section),
+        models=(ModelSection(source="slownets:gone"),),
+    )
+    listener = Listener()
+    assert lifecycle.serve(config, listener) == 1
+    assert bounds == asked
+    assert any("can't keep freed memory" in text for text in listener.said) is note
 
 
 def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:

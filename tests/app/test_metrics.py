@@ -16,6 +16,7 @@ from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.errors import ModelRunError, UnavailableError
 from layertap.models import ModelSpec
+from layertap.wire.memory import retained_bytes
 from tinynets import ITEM
 
 BATCH = np.zeros((2, *ITEM), np.float32)
@@ -118,6 +119,14 @@ def test_hostile_names_make_no_labels(served: Served) -> None:
 def test_pending_is_shown(served: Served) -> None:
     """The page shows how many requests wait for the compute thread or run on it."""
     assert served.value("pending_request_count") == 0
+
+
+@pytest.mark.skipif(retained_bytes() is None, reason="needs glibc's malloc")
+def test_memory_is_shown(served: Served) -> None:
+    """The page shows what malloc holds free, a part of what the process has."""
+    samples = served.samples()
+    retained = samples["layertap_memory_retained_bytes", ()]
+    assert 0 <= retained < samples["process_resident_memory_bytes", ()]
 
 
 def test_two_servers_count_apart(served: Served) -> None:

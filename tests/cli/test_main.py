@@ -42,6 +42,7 @@ def test_help_teaches(run, verb: str) -> None:
     [
         (["serve"], "nothing to serve"),
         (["serve", "a", "--port", "70000"], "70000"),
+        (["serve", "a", "--keep-memory-mib", "0"], "keep-memory-mib"),
         (["serve", "a", "--item-shape", "3,x"], "expected positive sizes"),
         (["layers"], "MODEL"),
         (["layers", "a", "--server", "b:1", "--weights", "random"], "--weights: the server chose"),

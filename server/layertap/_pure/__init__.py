@@ -6,6 +6,7 @@ compiler. ``_core.pyi`` documents the functions; here stands how they can be don
 
 from layertap._pure._build import ReplyBuilder, ReplyLayout, encode
 from layertap._pure._decode import decode
+from layertap._pure._memory import keep_memory, malloc_usage, trim_memory
 from layertap._pure._wire import MAX_MESSAGE_BYTES, MAX_RANK
 
 __all__ = [
@@ -15,4 +16,7 @@ __all__ = [
     "ReplyLayout",
     "decode",
     "encode",
+    "keep_memory",
+    "malloc_usage",
+    "trim_memory",
 ]

@@ -21,6 +21,7 @@ from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
+from layertap.wire.memory import DEFAULT_MIB
 
 __all__ = ["LimitsSection", "ModelSection", "ServerConfig", "ServerSection", "with_flags"]
 
@@ -58,6 +59,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             ``auto`` is the user's cache folder, ``off`` keeps none.
         plan_cache_mib: MiB that the folder may grow to.
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
+        keep_memory: Whether memory freed by a reply is kept for the next one.
+        keep_memory_mib: MiB of free memory that may be kept.
     """
 
     host: Text = "127.0.0.1"
@@ -75,6 +78,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     plan_cache: Annotated[str, Meta(min_length=1, description="a folder, 'auto' or 'off'")] = "auto"
     plan_cache_mib: Count = 2048
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
+    keep_memory: Annotated[bool, Meta(description="true or false")] = True
+    keep_memory_mib: Annotated[int, Meta(ge=1, description="a number of MiB from 1")] = DEFAULT_MIB
 
     def options(self) -> ServerOptions:
         """Return how to listen."""

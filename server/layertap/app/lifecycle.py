@@ -18,6 +18,7 @@ from layertap.app.metrics import Metrics, MetricsPage
 from layertap.app.server import FeatureServer
 from layertap.engine import Engine, choose_device
 from layertap.errors import ConfigError, LayertapError
+from layertap.wire.memory import keep_memory
 
 __all__ = ["Narrator", "serve"]
 
@@ -113,6 +114,8 @@ def _start(config: ServerConfig, narrator: Narrator, closing: ExitStack) -> Feat
     for model in config.models:
         model.selections()  # A misspelt one is told before any model is loaded.
     options = config.server
+    if options.keep_memory and not keep_memory(options.keep_memory_mib):
+        narrator.say("note: this C library can't keep freed memory, so large replies take longer")
     device = choose_device(options.device)
     instances, threads = options.compute(device)
     engine = Engine(config.limits.limits(), device, threads, options.plans(), instances)

@@ -1,4 +1,4 @@
-"""What Prometheus reads: counts, durations and the queue.
+"""What Prometheus reads: counts, durations, the queue and memory.
 
 The names follow Triton's ``nv_inference_*`` where they mean the same, with ``layertap_`` in front
 and Prometheus' own units (seconds, bytes).
@@ -11,10 +11,18 @@ from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
 
 from layertap.engine import Engine, Extraction
 from layertap.errors import UnavailableError
+from layertap.wire.memory import retained_bytes
 
 __all__ = ["Metrics", "MetricsPage"]
 
@@ -80,6 +88,7 @@ class Metrics:
                 "Requests that wait for a compute thread or run on it.",
                 registry=self.registry,
             ).set_function(lambda: engine.pending)
+        self._show_memory()
 
     def succeeded(self, model: str, extraction: Extraction) -> None:
         """Count an answer, its bytes and where its time went."""
@@ -95,6 +104,16 @@ class Metrics:
     def failed(self, model: str, code: grpc.StatusCode) -> None:
         """Count a failure under the name of its status."""
         self._failure.labels(model, code.name).inc()
+
+    def _show_memory(self) -> None:
+        """Show the process's memory, and what of it malloc holds free where it tells."""
+        ProcessCollector(registry=self.registry)
+        if retained_bytes() is not None:
+            Gauge(
+                "layertap_memory_retained_bytes",
+                "Free memory that malloc has not given back to the system.",
+                registry=self.registry,
+            ).set_function(lambda: retained_bytes() or 0)
 
     def _add_model(self, model: str) -> _ModelCounts:
         counts = self._of_model[model] = _ModelCounts(

@@ -9,6 +9,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from layertap.app.channel import channel_options
 from layertap.engine import Engine
 from layertap.errors import UnavailableError
 from layertap.services.feature_service import FeatureService
@@ -63,13 +64,7 @@ class FeatureServer:
         options = options or ServerOptions()
         self._server = grpc.server(
             ThreadPoolExecutor(options.workers, thread_name_prefix="layertap-rpc"),
-            options=[
-                # Two servers on one port would each get half of the calls, unnoticed.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", engine.limits.request_bytes),
-                # The reply's limit is the engine's to check, before it computes anything.
-                ("grpc.max_send_message_length", -1),
-            ],
+            options=channel_options(engine.limits.request_bytes),
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

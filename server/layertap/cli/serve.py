@@ -62,6 +62,17 @@ MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
     help="Seconds that admitted calls get to finish after SIGTERM; default 10.",
 )
 @click.option(
+    "--keep-memory/--no-keep-memory",
+    default=None,
+    help="Keep memory freed by a reply for the next one (the default); large ones gain most.",
+)
+@click.option(
+    "--keep-memory-mib",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="MiB of free memory that may be kept; default 1024.",
+)
+@click.option(
     "--config",
     "config_file",
     type=click.Path(),

@@ -1,4 +1,4 @@
-"""The codec: the C++ extension, or its plain-Python twin where the extension was not built."""
+"""The codec and malloc: the C++ extension, or its plain-Python twin where that was not built."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ __all__ = [
     "ReplyLayout",
     "decode",
     "encode",
+    "keep_memory",
+    "malloc_usage",
+    "trim_memory",
 ]
 
 try:
@@ -37,3 +40,6 @@ ReplyBuilder = _codec.ReplyBuilder
 ReplyLayout = _codec.ReplyLayout
 decode = _codec.decode
 encode = _codec.encode
+keep_memory = _codec.keep_memory
+malloc_usage = _codec.malloc_usage
+trim_memory = _codec.trim_memory

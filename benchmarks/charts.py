@@ -1,0 +1,40 @@
+"""Bars: what each row of a benchmark costs, a panel for each of its columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["bars"]
+
+Panels = dict[str, dict[str, float]]
+
+
+def bars(file: Path, panels: Panels) -> None:
+    """Draw milliseconds by panel and row into a PNG file.
+
+    Each panel has a scale of its own, since a benchmark's columns differ by orders of magnitude.
+    Without matplotlib, which only development needs, the chart stays as it is.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no matplotlib: {file.name} is left as it is")
+        return
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    colours = {name: f"C{index % 10}" for index, name in enumerate(names)}
+    figure = Figure(figsize=(3.2 * len(panels) + 2.2, 0.34 * len(names) + 1.0), layout="tight")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, rows) in zip(axes, panels.items(), strict=True):
+        shown = [name for name in names if name in rows]
+        places = [names.index(name) for name in shown]
+        drawn = axis.barh(places, [rows[n] for n in shown], color=[colours[n] for n in shown])
+        axis.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("ms", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.18)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    # Nothing that changes from run to run but the figures.
+    figure.savefig(file, dpi=110, metadata={"Software": None})

@@ -1,0 +1,47 @@
+"""What every benchmark needs: the machine's facts, and where results are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Return what figures depend on, with the versions of some packages."""
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "libc": " ".join(platform.libc_ver()),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def _cpu() -> str:
+    """Return the processor's name: Linux tells it in a file, others through Python."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def save(name: str, results: dict[str, Any]) -> None:
+    """Write a benchmark's results."""
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(results, indent=2) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, "utf-8")
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """Read a benchmark's results; None where it has not run yet."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text("utf-8")) if file.exists() else None
