@@ -27,6 +27,9 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmarks/README.md
 	$(BIN)/python -W ignore benchmarks/bench_extractors.py --rounds 10 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_wire.py --rounds 8 $(ARGS)
+	$(BIN)/python -W ignore benchmarks/bench_server.py
+	$(BIN)/python -W ignore benchmarks/bench_hook.py
+	$(BIN)/python -W ignore benchmarks/bench_memory.py
 
 check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/ruff format --check .

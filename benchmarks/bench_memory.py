@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
-import report
 
-from layertap import Client, Extractor, LayertapError, LayerSelection, Reduction
+import common
+import report
+from layertap import Client, Extractor, LayerSelection, LayertapError, Reduction
 
 NET = "resnet18"
 SIDE = 64

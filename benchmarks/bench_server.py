@@ -20,108 +20,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import common
 import numpy as np
+
+import common
 import report
-
 from layertap import Client
+from plan_process import LAYERS, NET, PlanProcess, batch
 
-NET = "resnet18"
-LAYERS = ("layer1", "avgpool")
 PHOTO = Path(__file__).resolve().parent.parent / "examples" / "images" / "grace_hopper.jpg"
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 MODES = ("latency", "throughput")
 FIRST = 50
-
-
-class InProcess:
-    """The same plans without a server: a child process that runs them when it is asked to."""
-
-    def __init__(self, mode: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, "--child", mode],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def ask(self, **request: Any) -> Any:
-        """Send a request and wait for its answer."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        """End the child."""
-        self._process.communicate()
-
-
-def child(mode: str) -> None:
-    """Answer the requests of an InProcess."""
-    import torch
-
-    from layertap.engine.compute import ComputeThreads
-    from layertap.engine.call import Call
-    from layertap.extraction import PlanBuilder, Taps, measure
-    from layertap.models import ModelSpec, load_model
-    from layertap.selection import Capture, Extractor
-
-    cores = len(common.cores())
-    threads = ComputeThreads(64, *((1, None) if mode == "latency" else (cores, 1)))
-    model = load_model(ModelSpec(NET, weights="random"))
-    x = torch.from_numpy(batch())
-
-    def build() -> dict[str, Any]:
-        catalogue = measure(model)
-        plans = PlanBuilder(model, Taps(model.module), catalogue)
-        shape = tuple(x.shape[1:])
-        points = {layer: [catalogue.entry(layer).points[Capture.OUTPUT]] for layer in LAYERS}
-        return {la: plans.build(Extractor.TORCHSCRIPT, p, shape).built for la, p in points.items()}
-
-    built = threads.run(build, Call())
-
-    def once(layer: str) -> list[torch.Tensor]:
-        kept: list[torch.Tensor] = []
-        built[layer].run(x, lambda index, value: kept.append(value.clone()))
-        return kept
-
-    def loop(layer: str, seconds: float) -> int:
-        ends, count = time.perf_counter() + seconds, 0
-        while time.perf_counter() < ends:
-            once(layer)
-            count += 1
-        return count
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        layer = request["layer"]
-        if "calls" in request:
-            answer: Any = threads.run(lambda: timed(lambda: once(layer), request["calls"]), Call())
-        elif "seconds" in request:
-            with ThreadPoolExecutor(threads.instances) as pool:
-                jobs = [
-                    pool.submit(threads.run, lambda: loop(layer, request["seconds"]), Call())
-                    for _ in range(threads.instances)
-                ]
-                answer = sum(job.result() for job in jobs) / request["seconds"]
-        else:
-            answer = threads.run(lambda: once(layer)[0].flatten()[:4096].tolist(), Call())
-        print(json.dumps(answer), flush=True)
-    threads.close()
-
-
-def batch() -> np.ndarray:
-    """Return the input ``[1, 3, 224, 224]`` of both sides."""
-    return np.random.default_rng(0).random((1, 3, 224, 224), dtype=np.float32)
-
-
-def timed(call: Callable[[], Any], calls: int) -> list[float]:
-    """Return the milliseconds of each of some calls."""
-    times = []
-    for _ in range(calls):
-        begun = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - begun) * 1000)
-    return times
 
 
 @contextmanager
@@ -138,11 +47,11 @@ def serving(mode: str, *flags: str) -> Iterator[str]:
             process.terminate()
 
 
-def check(client: Client, plans: InProcess) -> None:
+def check(client: Client, plans: PlanProcess) -> None:
     """Stop where the server's values are not the plan's."""
     for layer in LAYERS:
-        served = client.extract(NET, batch(), layer)[layer].ravel()[:4096]
-        expected = np.array(plans.ask(layer=layer), np.float32)
+        expected = plans.values(layer)
+        served = client.extract(NET, batch(), layer)[layer].ravel()[: len(expected)]
         if not np.allclose(served, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()):
             raise SystemExit(f"{layer}: the server's values are not the plan's")
 
@@ -152,18 +61,18 @@ def latency(rounds: int) -> dict[str, Any]:
     x, photo = batch(), PHOTO.read_bytes()
     times: dict[str, list[float]] = {}
     with ExitStack() as closing:
-        plans = InProcess("latency")
+        plans = PlanProcess("latency")
         closing.callback(plans.close)
         address = closing.enter_context(serving("latency"))
         client = closing.enter_context(Client(address))
         check(client, plans)
         ways: dict[str, Callable[[], list[float]]] = {}
         for layer in LAYERS:
-            ways[f"{layer}, plan in process"] = lambda la=layer: plans.ask(layer=la, calls=10)
-            ways[f"{layer}, client, tensor"] = lambda la=layer: timed(
+            ways[f"{layer}, plan in process"] = lambda la=layer: plans.times(la, 10)
+            ways[f"{layer}, client, tensor"] = lambda la=layer: common.timed(
                 lambda: client.extract(NET, x, la), 10
             )
-            ways[f"{layer}, client, image"] = lambda la=layer: timed(
+            ways[f"{layer}, client, image"] = lambda la=layer: common.timed(
                 lambda: client.extract(NET, photo, la), 10
             )
         for round_ in range(rounds + 1):
@@ -178,7 +87,7 @@ def first_requests() -> dict[str, Any]:
     """Time the first requests after a server says that it is ready."""
     with serving("latency") as address, Client(address) as client:
         client.wait_ready()
-        times = timed(lambda: client.extract(NET, batch(), "layer1"), FIRST + 150)
+        times = common.timed(lambda: client.extract(NET, batch(), "layer1"), FIRST + 150)
     median = statistics.median(times[FIRST:])
     return {
         "first": times[:FIRST],
@@ -193,12 +102,12 @@ def throughput(rounds: int, seconds: float) -> dict[str, Any]:
     for mode in MODES:
         rates: dict[str, list[float]] = {}
         with ExitStack() as closing:
-            plans = InProcess(mode)
+            plans = PlanProcess(mode)
             closing.callback(plans.close)
             address = closing.enter_context(serving(mode))
             check(closing.enter_context(Client(address)), plans)
             for _ in range(rounds):
-                loop = plans.ask(layer="layer1", seconds=seconds)
+                loop = plans.rate("layer1", seconds)
                 rates.setdefault("loop in process", []).append(loop)
                 for callers in CONCURRENCY:
                     rate = load(address, callers, seconds)
@@ -235,11 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.child)
-        return
     results = {
         "machine": common.machine("torch", "grpcio"),
         "rounds": options.rounds,

@@ -1,10 +1,10 @@
-"""Bars: what each row of a benchmark costs, a panel for each of its columns."""
+"""Charts: bars of what each row of a benchmark costs, and lines over time or load."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bars"]
+__all__ = ["bars", "lines"]
 
 Panels = dict[str, dict[str, float]]
 
@@ -37,4 +37,25 @@ def bars(file: Path, panels: Panels) -> None:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     # Nothing that changes from run to run but the figures.
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def lines(file: Path, lines: dict[str, list[tuple[float, float]]], x: str, y: str) -> None:
+    """Draw named lines through (x, y) points into a PNG file, both axes from zero."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no matplotlib: {file.name} is left as it is")
+        return
+    figure = Figure(figsize=(7.0, 2.8), layout="tight")
+    axis = figure.subplots()
+    for name, points in lines.items():
+        axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else None)
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(lines) > 1:
+        axis.legend(fontsize=8, frameon=False)
     figure.savefig(file, dpi=110, metadata={"Software": None})

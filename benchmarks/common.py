@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,27 @@ def _cpu() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> set[int]:
+    """Return the cores that this process may run on."""
+    return os.sched_getaffinity(0)
+
+
+def timed(call: Callable[[], object], calls: int) -> list[float]:
+    """Return the milliseconds of each of some calls."""
+    times = []
+    for _ in range(calls):
+        begun = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - begun) * 1000)
+    return times
+
+
+def quantiles(times: Sequence[float]) -> dict[str, float]:
+    """Return the median and the 99th percentile."""
+    ordered = sorted(times)
+    return {"p50": statistics.median(ordered), "p99": ordered[int(0.99 * (len(ordered) - 1))]}
 
 
 def save(name: str, results: dict[str, Any]) -> None:

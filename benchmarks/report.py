@@ -52,14 +52,54 @@ times for 102 MB):
 ![Milliseconds of each row, by size](results/wire.png)
 """
 
+SERVER = """
+## What does the server add, and what is left when many ask at once?
+
+[bench_server.py](bench_server.py): resnet18 at 3 × 224 × 224, batch 1, by TORCHSCRIPT. Milliseconds
+of a lone caller, the plan in a process of its own and the server in another taking turns:
+
+{latency}
+
+A `layer1` reply is 0.8 MB, one of `avgpool` 2 KB; the tensor sent is 0.6 MB, the photograph 60 KB,
+and is decoded and preprocessed by the server. The slowest of the first {first} requests after READY
+took {slowest:.1f} times the later median.
+
+Requests a second for `layer1`, and the share of a loop without a server, in the two modes of
+[`--mode`](../docs/performance.md); the clients are threads of one Python process on the same cores:
+
+{throughput}
+
+![Requests a second by the number of clients](results/server.png)
+
+Machine: {facts}.
+"""
+
+HOOK = """
+## What does a hook that writes into the reply save over one that clones?
+
+[bench_hook.py](bench_hook.py): all {layers} layers of resnet50 by HOOK, a message of
+{message:.0f} MiB. Machine: {facts}.
+
+{table}
+"""
+
+MEMORY = """
+## Does a server's memory level off?
+
+[bench_memory.py](bench_memory.py): {requests:,} requests of every kind from 4 clients, mistakes
+included. Resident memory was {start:.0f} MiB when the server was ready, {half:.0f} MiB after half
+of the requests and {end:.0f} MiB at the end. Machine: {facts}.
+
+![Resident memory over the requests](results/memory.png)
+"""
+
 
 def write() -> None:
     """Write the page and the charts of every benchmark that has results."""
     parts = [TITLE]
-    if (results := common.load("extractors")) is not None:
-        parts.append(_extractors(results))
-    if (results := common.load("wire")) is not None:
-        parts.append(_wire(results))
+    for name, section in SECTIONS.items():
+        if (results := common.load(name)) is not None:
+            parts.append(section(results))
     (common.HERE / "README.md").write_text("".join(parts), "utf-8")
 
 
@@ -112,6 +152,62 @@ def _wire(results: dict[str, Any]) -> str:
     )
 
 
+def _server(results: dict[str, Any]) -> str:
+    latency, modes = results["latency"], results["throughput"]
+    rows = []
+    for name, row in latency.items():
+        plan = latency[f"{name.partition(',')[0]}, plan in process"]
+        ratio, added = row["p50"] / plan["p50"], row["p50"] - plan["p50"]
+        rows.append([name, _ms(row["p50"]), _ms(row["p99"]), f"{ratio:.2f}×", _ms(added)])
+    clients = [name for name in next(iter(modes.values())) if name.endswith("clients")]
+    rates = []
+    for mode, of in modes.items():
+        loop = of["loop in process"]
+        shares = [f"{of[name]:.0f} ({of[name] / loop:.0%})" for name in clients]
+        rates.append([mode, f"{loop:.0f}", *shares])
+    charts.lines(
+        common.RESULTS / "server.png",
+        {m: [(int(n.split()[0]), of[n]) for n in clients] for m, of in modes.items()},
+        "clients", "requests a second",
+    )  # fmt: skip
+    return SERVER.format(
+        latency=_table(["", "p50", "p99", "of the plan's p50", "added"], rows),
+        first=len(results["first_requests"]["first"]),
+        slowest=results["first_requests"]["slowest_of_first_to_median"],
+        throughput=_table(["mode", "loop", *clients], rates),
+        facts=_facts(results["machine"]),
+    )
+
+
+def _hook(results: dict[str, Any]) -> str:
+    ways = results["ways"]
+    first = next(iter(ways.values()))
+    rows = [
+        [way, _ms(row["p50"]), f"{first['p50'] / row['p50']:.2f}×", f"{row['peak_mib']:.0f}"]
+        for way, row in ways.items()
+    ]
+    return HOOK.format(
+        layers=first["layers"],
+        message=first["message_mib"],
+        table=_table(["way", "p50, ms", "", "MiB that the first call added to the peak"], rows),
+        facts=_facts(results["machine"]),
+    )
+
+
+def _memory(results: dict[str, Any]) -> str:
+    curve = results["resident_mib"]
+    charts.lines(
+        common.RESULTS / "memory.png", {"server": curve}, "requests", "resident memory, MiB"
+    )
+    return MEMORY.format(
+        requests=results["requests"],
+        start=curve[0][1],
+        half=curve[len(curve) // 2][1],
+        end=curve[-1][1],
+        facts=_facts(results["machine"]),
+    )
+
+
 def _naive(row: dict[str, float]) -> float:
     return row["times_as_fast_as_naive"]
 
@@ -132,6 +228,15 @@ def _facts(machine: dict[str, Any]) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+SECTIONS = {
+    "extractors": _extractors,
+    "server": _server,
+    "wire": _wire,
+    "hook": _hook,
+    "memory": _memory,
+}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""The plans that a server would run, without a server: in a process of its own, run on request.
+
+Started as a program it answers requests, a JSON object a line; ``PlanProcess`` starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+import common
+
+__all__ = ["LAYERS", "NET", "PlanProcess", "batch"]
+
+NET = "resnet18"
+LAYERS = ("layer1", "avgpool")
+SHOWN = 4096
+
+
+def batch() -> np.ndarray:
+    """Return the input ``[1, 3, 224, 224]`` of both sides."""
+    return np.random.default_rng(0).random((1, 3, 224, 224), dtype=np.float32)
+
+
+class PlanProcess:
+    """A child process with the compiled plans of LAYERS.
+
+    Args:
+        mode: ``latency`` or ``throughput``, with the same threads as a server's.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, mode],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def values(self, layer: str) -> np.ndarray:
+        """Return the first SHOWN numbers of a layer."""
+        return np.array(self._ask(do="values", layer=layer), np.float32)
+
+    def times(self, layer: str, calls: int) -> list[float]:
+        """Return the milliseconds of each of some calls."""
+        return list(self._ask(do="times", layer=layer, calls=calls))
+
+    def rate(self, layer: str, seconds: float) -> float:
+        """Return the runs a second of loops on every instance."""
+        return float(self._ask(do="rate", layer=layer, seconds=seconds))
+
+    def close(self) -> None:
+        """End the child."""
+        self._process.communicate()
+
+    def _ask(self, **request: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+
+class _Plans:
+    """The child's side: plans on compute threads like a server's."""
+
+    def __init__(self, mode: str) -> None:
+        # Here, so that the parent measures as a client does, without PyTorch.
+        import torch
+
+        from layertap.engine.call import Call
+        from layertap.engine.compute import ComputeThreads
+        from layertap.models import ModelSpec, load_model
+
+        instances, cores = (1, None) if mode == "latency" else (len(common.cores()), 1)
+        self._threads = ComputeThreads(64, instances, cores)
+        self._call = Call
+        self._model = load_model(ModelSpec(NET, weights="random"))
+        self._x = torch.from_numpy(batch())
+        self._built = self._run(self._build)
+
+    def _run(self, job: Any) -> Any:
+        return self._threads.run(job, self._call())
+
+    def _build(self) -> dict[str, Any]:
+        from layertap.extraction import PlanBuilder, Taps, measure
+        from layertap.selection import Capture, Extractor
+
+        catalogue = measure(self._model)
+        plans = PlanBuilder(self._model, Taps(self._model.module), catalogue)
+        shape = tuple(self._x.shape[1:])
+        points = {layer: [catalogue.entry(layer).points[Capture.OUTPUT]] for layer in LAYERS}
+        return {la: plans.build(Extractor.TORCHSCRIPT, p, shape).built for la, p in points.items()}
+
+    def _once(self, layer: str) -> list[Any]:
+        kept: list[Any] = []
+        self._built[layer].run(self._x, lambda index, value: kept.append(value.clone()))
+        return kept
+
+    def values(self, layer: str) -> list[float]:
+        return self._run(partial(self._once, layer))[0].flatten()[:SHOWN].tolist()
+
+    def times(self, layer: str, calls: int) -> list[float]:
+        return self._run(lambda: common.timed(partial(self._once, layer), calls))
+
+    def rate(self, layer: str, seconds: float) -> float:
+        def loop() -> int:
+            ends, count = perf_counter() + seconds, 0
+            while perf_counter() < ends:
+                self._once(layer)
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(self._threads.instances) as pool:
+            loops = [pool.submit(self._run, loop) for _ in range(self._threads.instances)]
+            return sum(done.result() for done in loops) / seconds
+
+    def close(self) -> None:
+        self._threads.close()
+
+
+def _answer(mode: str) -> None:
+    plans = _Plans(mode)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(getattr(plans, request.pop("do"))(**request)), flush=True)
+    plans.close()
+
+
+if __name__ == "__main__":
+    _answer(sys.argv[1])
