@@ -40,6 +40,8 @@ seed = 5
 item_shape = [3, 64, 64]
 layers = ["layer1", "avgpool:input"]
 require_finite = true
+precision = "bfloat16"
+channels_last = true
 
 [[models]]
 source = "mynets:build"
@@ -70,6 +72,7 @@ def test_every_key_is_read(read) -> None:
     spec = first.spec()
     assert (spec.name, spec.source, spec.weights, spec.seed) == ("a", "resnet18", "random", 5)
     assert spec.item_shape == (3, 64, 64)
+    assert (spec.precision, spec.channels_last) == ("bfloat16", True)
     assert first.selections() == (
         LayerSelection("layer1"),
         LayerSelection("avgpool", Capture.INPUT),

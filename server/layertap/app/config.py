@@ -159,6 +159,8 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         weights: ``DEFAULT``, a torchvision weights name, a file, or ``random``.
         seed: Seeds random weights.
         item_shape: Sizes of one item without the batch.
+        precision: ``float32``, ``float16`` or ``bfloat16``; the weights' own if empty.
+        channels_last: Whether convolutions' weights are laid out with channels last.
         layers: Layers to compile and warm before the server reports itself as ready.
         require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
             sent as they are.
@@ -169,12 +171,25 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     weights: Text = "DEFAULT"
     seed: Annotated[int, Meta(ge=0, description="a number from 0")] = 0
     item_shape: Sizes = None
+    precision: Annotated[
+        Literal["", "float32", "float16", "bfloat16"],
+        Meta(description="'float32', 'float16' or 'bfloat16'"),
+    ] = ""
+    channels_last: Annotated[bool, Meta(description="true or false")] = False
     layers: Layers = ()
     require_finite: Annotated[bool, Meta(description="true or false")] = False
 
     def spec(self) -> ModelSpec:
         """Return what to load; raise ConfigError for a malformed field."""
-        return ModelSpec(self.source, self.name, self.weights, self.seed, self.item_shape)
+        return ModelSpec(
+            self.source,
+            self.name,
+            self.weights,
+            self.seed,
+            self.item_shape,
+            self.precision,
+            self.channels_last,
+        )
 
     def selections(self) -> tuple[LayerSelection, ...]:
         """Return the layers to declare; raise InvalidInputError for a malformed one."""

@@ -13,7 +13,7 @@ __all__ = ["serve"]
 
 PORTS = click.IntRange(0, 65535)
 METRICS_PORTS = click.IntRange(-1, 65535)
-MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
+MODEL_FLAGS = ("weights", "seed", "item_shape", "precision", "channels_last", "layers")
 
 
 @click.command(short_help="Serve models over gRPC.")
@@ -30,6 +30,14 @@ MODEL_FLAGS = ("weights", "seed", "item_shape", "layers")
 )
 @seed
 @item_shape
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="The type to compute in; default: the weights' own.",
+)
+@click.option(
+    "--channels-last", is_flag=True, default=None, help="Lay convolutions' weights out that way."
+)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

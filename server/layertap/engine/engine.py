@@ -215,7 +215,7 @@ class Engine:
         self, host: ModelHost, plan: Plan, resolved: Resolved, x: torch.Tensor, sink: Sink
     ) -> Sink:
         def batch() -> torch.Tensor:
-            on_device = x.to(self._device)
+            on_device = x.to(self._device, host.model.input.dtype)
             return on_device.clone() if host.catalogue.mutates_input else on_device
 
         def capture(sink: Sink) -> None:

@@ -149,7 +149,8 @@ def fingerprint(model: LoadedModel) -> str:
     digest.update(repr(model.module).encode())
     for kind in (model.module.named_parameters, model.module.named_buffers):
         for name, tensor in kind():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            facts = (name, tensor.dtype, tuple(tensor.shape), tensor.stride())
+            digest.update(f"{facts}\n".encode())
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(raw.numpy().data)
     return digest.hexdigest()

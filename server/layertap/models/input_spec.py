@@ -22,12 +22,14 @@ class InputSpec:
     Attributes:
         item_shape: Sizes of the default item without the batch, such as ``(3, 224, 224)``.
         spatial: How many trailing dimensions may vary (0 to 3); the others are fixed.
-        dtype: The element type, the only one taken.
+        dtype: The element type that the model computes with.
+        also: Element types that are converted to it.
     """
 
     item_shape: tuple[int, ...]
     spatial: int = 0
     dtype: torch.dtype = torch.float32
+    also: tuple[torch.dtype, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.spatial <= min(3, len(self.item_shape)):
@@ -36,7 +38,7 @@ class InputSpec:
     @property
     def dtype_name(self) -> str:
         """The element type's name in the protocol, such as ``"float32"``."""
-        return str(self.dtype).removeprefix("torch.")
+        return _name(self.dtype)
 
     @property
     def pattern(self) -> str:
@@ -54,9 +56,11 @@ class InputSpec:
         Raises:
             InvalidInputError: the dtype, the rank or a fixed size is wrong, or a size is zero.
         """
-        if dtype_name != self.dtype_name:
+        if dtype_name not in map(_name, (self.dtype, *self.also)):
+            others = "".join(f", or {_name(dtype)}" for dtype in self.also)
             raise InvalidInputError(
                 f"tensor: got dtype {dtype_name}, expected {self.dtype_name}, the model's own"
+                f"{others}"
             )
         fixed = len(self.item_shape) - self.spatial
         right = (
@@ -69,3 +73,7 @@ class InputSpec:
                 f"tensor: got shape {list(shape)}, expected {self.pattern} (batch first, no size "
                 f"zero), such as {list(self.batch_shape(1))}"
             )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

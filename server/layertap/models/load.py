@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from layertap.errors import ModelLoadError
 from layertap.models.factory_source import build_factory
+from layertap.models.input_spec import InputSpec
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import Preprocess, default_preprocess
 from layertap.models.spec import ModelSpec, SourceKind
@@ -43,7 +45,7 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         parameter.requires_grad_(False)
     try:
         place = torch.empty(0, device=device).device
-        module = module.to(place)
+        module = _formed(module.to(place), spec)
     # Without CUDA torch asserts, or raises at its first use; a wrong name is a RuntimeError.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -54,10 +56,28 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
         weights=built.weights,
         module=module,
         device=place,
-        input=built.input,
+        input=_takes(built.input, spec),
         preprocess=_preprocess(spec, built),
         takes_list=built.takes_list,
     )
+
+
+def _formed(module: nn.Module, spec: ModelSpec) -> nn.Module:
+    if spec.precision:
+        module = module.to(getattr(torch, spec.precision))
+    if spec.channels_last:
+        # The weights' layout is enough: a convolution's output takes it, and so on to the end.
+        module = module.to(memory_format=torch.channels_last)
+    return module
+
+
+def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
+    """Return what the model takes in its precision; float32 is converted, as numpy lacks others."""
+    if not spec.precision or not takes.dtype.is_floating_point:
+        return takes
+    own: torch.dtype = getattr(torch, spec.precision)
+    also = () if own is torch.float32 else (torch.float32,)
+    return replace(takes, dtype=own, also=also)
 
 
 def _check_inputs(spec: ModelSpec, module: nn.Module) -> None:

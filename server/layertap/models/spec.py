@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from layertap.errors import ConfigError
 
-__all__ = ["ModelSpec", "SourceKind"]
+__all__ = ["PRECISIONS", "ModelSpec", "SourceKind"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
@@ -25,6 +25,7 @@ class SourceKind(StrEnum):
     TIMM = "timm"
 
 
+PRECISIONS = ("float32", "float16", "bfloat16")
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
 
@@ -42,6 +43,10 @@ class ModelSpec:
         seed: Seeds the initial values of ``"random"`` weights.
         item_shape: Sizes of one item without the batch, such as ``(3, 224, 224)``; None takes the
             model's own.
+        precision: The floating-point type to compute in, ``"float32"``, ``"float16"`` or
+            ``"bfloat16"``; the weights' own if empty.
+        channels_last: Whether convolutions' weights are laid out with channels last, which is
+            faster on GPUs with tensor cores and on some CPUs. The values' shapes stay the same.
 
     Raises:
         ConfigError: a field is malformed; the message names it.
@@ -52,6 +57,8 @@ class ModelSpec:
     weights: str = "DEFAULT"
     seed: int = 0
     item_shape: tuple[int, ...] | None = None
+    precision: str = ""
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if not self.target:
@@ -72,6 +79,11 @@ class ModelSpec:
                 f"model name: got {self.name!r}, expected letters, digits, '_', '.' or '-'"
             )
         _check_item_shape(self.name, self.item_shape)
+        if self.precision not in ("", *PRECISIONS):
+            raise ConfigError(
+                f"precision of {self.name}: got {self.precision!r}, expected "
+                f"{', '.join(PRECISIONS)} or nothing"
+            )
 
     @classmethod
     def parse(

@@ -1,0 +1,103 @@
+"""A model may compute in another precision or layout; the values are then those of that model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from layertap import Extractor, Features, LayerSelection, errors
+from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, TensorInput
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.models import ModelSpec
+from layertap.wire.dtypes import of_array
+from layertap.wire.tensors import TensorView
+from oracle import outputs_of
+from tinynets import ITEM
+
+LAYERS = ("bn1", "layer1")
+PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine without models."""
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+def load(engine: Engine, **options: object) -> torch.nn.Module:
+    host = engine.load(ModelSpec("tinynets:residual", item_shape=ITEM, **options))
+    return host.model.module
+
+
+def ask(engine: Engine, x: torch.Tensor, extractor: Extractor) -> dict[str, torch.Tensor]:
+    array = x.numpy()
+    view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
+    selections = tuple(map(LayerSelection, LAYERS))
+    request = ExtractionRequest("residual", TensorInput(view), selections, extractor)
+    return Features(engine.extract(request, Call()).message).torch()
+
+
+@pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("precision", ["", "bfloat16", "float16"])
+def test_values_are_those_of_the_model_in_its_form(
+    engine, precision, channels_last, extractor
+) -> None:
+    """A float32 batch is converted once, and every extractor gives what the modules returned."""
+    module = load(engine, precision=precision, channels_last=channels_last)
+    dtype = getattr(torch, precision or "float32")
+    x = torch.rand(2, *ITEM)
+    for layer, value in ask(engine, x, extractor).items():
+        truth = outputs_of(module, x.to(dtype), layer)[0]
+        assert value.dtype is truth.dtype is dtype
+        compiled = extractor is Extractor.TORCHSCRIPT
+        assert difference(value, truth) <= (TORCHSCRIPT_TOLERANCE[dtype] if compiled else 0.0)
+
+
+def test_weights_have_channels_last(engine) -> None:
+    """The setting reaches the weights, and the shape of the values is as before."""
+    module = load(engine, channels_last=True)
+    weight = module.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+def test_other_types_are_still_refused(engine) -> None:
+    """A half-precision model takes its own type and float32, and says so."""
+    load(engine, precision="bfloat16")
+    with pytest.raises(
+        errors.InvalidInputError,
+        match="got dtype float64, expected bfloat16, the model's own, or float32",
+    ):
+        ask(engine, torch.rand(1, *ITEM, dtype=torch.float64), Extractor.HOOK)
+
+
+def test_photographs_are_converted(engine) -> None:
+    """An image is preprocessed in float32 and computed in the model's precision."""
+    load(engine, precision="bfloat16")
+    request = ExtractionRequest(
+        "residual", ImagesInput((PHOTO.read_bytes(),)), (LayerSelection("conv1"),), Extractor.HOOK
+    )
+    value = Features(engine.extract(request, Call()).message).torch()["conv1"]
+    assert value.dtype is torch.bfloat16
+    assert bool(value.isfinite().all())
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    """The message has the ones that there are."""
+    with pytest.raises(errors.ConfigError, match="got 'float8', expected float32, float16"):
+        ModelSpec("resnet18", precision="float8")
+
+
+def test_numpy_batches_of_float16_are_taken_as_they_are(engine) -> None:
+    """A float16 model takes float16 without a conversion."""
+    module = load(engine, precision="float16")
+    x = torch.from_numpy(np.random.default_rng(0).random((1, *ITEM)).astype(np.float16))
+    value = ask(engine, x, Extractor.HOOK)["layer1"]
+    assert torch.equal(value, outputs_of(module, x, "layer1")[0])
