@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bars", "lines"]
+__all__ = ["bars", "digits", "lines"]
 
 Panels = dict[str, dict[str, float]]
+
+
+def digits(number: float) -> str:
+    """Return a number with three digits that count, a large one whole."""
+    places = next((n for n, least in enumerate((100, 10, 1, 0.1)) if number >= least), 4)
+    return f"{number:.{places}f}"
 
 
 def bars(file: Path, panels: Panels) -> None:
@@ -28,7 +34,7 @@ def bars(file: Path, panels: Panels) -> None:
         shown = [name for name in names if name in rows]
         places = [names.index(name) for name in shown]
         drawn = axis.barh(places, [rows[n] for n in shown], color=[colours[n] for n in shown])
-        axis.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
+        axis.bar_label(drawn, fmt=digits, padding=2, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("ms", fontsize=8)
         axis.tick_params(labelsize=8)

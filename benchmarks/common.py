@@ -21,6 +21,8 @@ def machine(*packages: str) -> dict[str, Any]:
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
+        # Other work on the machine makes every figure worse, and those of two processes most.
+        "load average": round(os.getloadavg()[0], 1),
         "libc": " ".join(platform.libc_ver()),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},

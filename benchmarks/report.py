@@ -139,7 +139,10 @@ def _wire(results: dict[str, Any]) -> str:
         facts=_facts(results["machine"]),
         times=_table(
             ["row", *sizes],
-            ([n, *(f"{_ms(r['p50'])} / {_ms(r['p90'])}" for r in rs)] for n, rs in by_row.items()),
+            (
+                [n, *(f"{charts.digits(r['p50'])} / {charts.digits(r['p90'])}" for r in rs)]
+                for n, rs in by_row.items()
+            ),
         ),
         ratios=_table(
             ["row", *sizes],
@@ -214,11 +217,6 @@ def _naive(row: dict[str, float]) -> float:
 
 def _raw(row: dict[str, float]) -> float:
     return row["share_of_raw_tcp"]
-
-
-def _ms(milliseconds: float) -> str:
-    """Return three digits."""
-    return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f}"
 
 
 def _facts(machine: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ _STATM = Path("/proc/self/statm")
 
 
 def keep_memory(mib: int = DEFAULT_MIB) -> bool:
-    """Keep freed memory for the next large reply, which takes a third of the time then.
+    """Keep freed memory for the next large reply, which takes a quarter of the time then.
 
     For the whole process, whatever allocates there, and the rest of its life. Call it early:
     threads that already run may go on as before. Never more is kept than was in use at once, and a
