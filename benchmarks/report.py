@@ -161,7 +161,15 @@ def _server(results: dict[str, Any]) -> str:
     for name, row in latency.items():
         plan = latency[f"{name.partition(',')[0]}, plan in process"]
         ratio, added = row["p50"] / plan["p50"], row["p50"] - plan["p50"]
-        rows.append([name, _ms(row["p50"]), _ms(row["p99"]), f"{ratio:.2f}×", _ms(added)])
+        rows.append(
+            [
+                name,
+                charts.digits(row["p50"]),
+                charts.digits(row["p99"]),
+                f"{ratio:.2f}×",
+                charts.digits(added),
+            ]
+        )
     clients = [name for name in next(iter(modes.values())) if name.endswith("clients")]
     rates = []
     for mode, of in modes.items():
@@ -186,7 +194,12 @@ def _hook(results: dict[str, Any]) -> str:
     ways = results["ways"]
     first = next(iter(ways.values()))
     rows = [
-        [way, _ms(row["p50"]), f"{first['p50'] / row['p50']:.2f}×", f"{row['peak_mib']:.0f}"]
+        [
+            way,
+            charts.digits(row["p50"]),
+            f"{first['p50'] / row['p50']:.2f}×",
+            f"{row['peak_mib']:.0f}",
+        ]
         for way, row in ways.items()
     ]
     return HOOK.format(
