@@ -30,7 +30,7 @@ def test_a_model_is_ready_to_run(model: LoadedModel) -> None:
 def test_a_photograph_goes_all_the_way(model: LoadedModel, photo_bytes: bytes) -> None:
     """A JPEG's bytes become an input that the model's own spec accepts, and runs."""
     assert model.preprocess is not None
-    batch = model.preprocess.batch([decode_image(photo_bytes, 0)] * 2)
+    batch = model.preprocess.batch([model.preprocess.shrink(decode_image(photo_bytes, 0))] * 2)
 
     model.input.check(batch.shape, "float32")
     with torch.inference_mode():
@@ -43,7 +43,7 @@ def test_results_depend_on_the_seed_alone(model: LoadedModel, photo: Image.Image
     """A model loaded again with the same seed gives the same numbers."""
     again = load_model(ModelSpec("squeezenet1_1", weights="random"), torch.device("cpu"))
     assert again.preprocess is not None
-    x = again.preprocess.batch([photo])
+    x = again.preprocess.batch([again.preprocess.shrink(photo)])
 
     with torch.inference_mode():
         assert torch.equal(again.forward(x), model.forward(x))

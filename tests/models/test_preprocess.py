@@ -56,10 +56,31 @@ def test_a_batch_is_its_items_stacked(photo: Image.Image) -> None:
     narrow = photo.resize((100, 300))
     preprocess = of("resnet18")
 
-    batch = preprocess.batch([photo, narrow])
+    batch = preprocess.batch([preprocess.shrink(photo), preprocess.shrink(narrow)])
 
     assert batch.shape == (2, 3, 224, 224)
     assert torch.equal(batch[1], preprocess(narrow))
+
+
+def test_most_of_the_work_needs_no_pytorch(photo: Image.Image) -> None:
+    """Shrinking makes an image of the model's size, and the rest makes the same tensor of it."""
+    preprocess = of("resnet18")
+
+    shrunk = preprocess.shrink(photo)
+
+    assert shrunk.size == (224, 224)
+    assert torch.equal(preprocess.batch([shrunk])[0], preprocess(photo))
+
+
+def test_a_transform_of_unknown_steps_is_left_whole(photo: Image.Image) -> None:
+    """What can't be cut in two runs as it is, after the shrinking that is none."""
+    transform = models.get_model_weights("fcn_resnet50").DEFAULT.transforms()
+    preprocess = Preprocess(transform)
+
+    shrunk = preprocess.shrink(photo)
+
+    assert shrunk is photo
+    assert torch.equal(preprocess.batch([shrunk])[0], transform(photo))
 
 
 def test_sizes_must_agree_where_nothing_crops(photo: Image.Image) -> None:

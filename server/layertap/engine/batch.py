@@ -52,11 +52,13 @@ def check_tensor(model: LoadedModel, view: TensorView, limits: Limits) -> torch.
 
 
 def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -> list[Image.Image]:
-    """Decode a batch of image files. Runs no torch code, so any thread may call it.
+    """Decode a batch of image files and shrink them as far as PIL can.
+
+    Runs no torch code, so any thread may call it; the compute threads have better things to do.
 
     Raises:
-        InvalidInputError: For no images, too many, a file that can't be decoded, or a model that
-            takes no images.
+        InvalidInputError: For no images, too many, a file that can't be decoded, one that can't be
+            resized, or a model that takes no images.
     """
     if model.preprocess is None:
         raise InvalidInputError(
@@ -67,11 +69,14 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
         raise InvalidInputError("images: got none, expected at least one")
     _check_size(len(images), limits)
     image_limits = ImageLimits(max_pixels=limits.pixels)
-    return [decode_image(data, index, image_limits) for index, data in enumerate(images)]
+    return [
+        model.preprocess.shrink(decode_image(data, index, image_limits))
+        for index, data in enumerate(images)
+    ]
 
 
 def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the batch ``[B, C, H, W]`` of preprocessed images. For a compute thread only.
+    """Return the batch ``[B, C, H, W]`` of what decode_images returned. For a compute thread only.
 
     Raises:
         InvalidInputError: Where the images come out in different sizes.

@@ -9,6 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.functional import (
+    center_crop,
+    convert_image_dtype,
+    normalize,
+    pil_to_tensor,
+    resize,
+)
 
 from layertap.errors import InvalidInputError
 from layertap.models.input_spec import InputSpec
@@ -37,21 +44,37 @@ class Preprocess:
         Raises:
             InvalidInputError: the image is so narrow that resizing it would make a huge one.
         """
-        self._check_resized(image.width, image.height)
-        return self.transform(image)
+        return self._finish(self.shrink(image))
 
-    def batch(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the images as one batch ``[B, C, H, W] float32``, on the CPU.
+    def shrink(self, image: Image.Image) -> Image.Image:
+        """Do the part of the work that is PIL's alone, which is most of it: resize and crop.
+
+        No PyTorch runs here, so any thread may; where a transform can't be cut in two nothing is
+        done yet.
+
+        Raises:
+            InvalidInputError: the image is so narrow that resizing it would make a huge one.
+        """
+        self._check_resized(image.width, image.height)
+        steps = self._steps()
+        if steps is None:
+            return image
+        resized = resize(image, steps.resize_size, steps.interpolation, antialias=steps.antialias)
+        shrunk: Image.Image = center_crop(resized, steps.crop_size)
+        return shrunk
+
+    def batch(self, shrunk: Sequence[Image.Image]) -> torch.Tensor:
+        """Return images that ``shrink`` returned as one batch ``[B, C, H, W] float32``, on the CPU.
 
         Raises:
             InvalidInputError: there is no image, or their sizes differ after preprocessing, as
                 happens where the model's preprocessing doesn't crop.
         """
-        if not images:
+        if not shrunk:
             raise InvalidInputError("images: got none, expected at least one")
         tensors: list[torch.Tensor] = []
-        for index, image in enumerate(images):
-            tensor = self(image)
+        for index, image in enumerate(shrunk):
+            tensor = self._finish(image)
             if tensors and tensor.shape != tensors[0].shape:
                 raise InvalidInputError(
                     f"images[{index}]: got {_size(tensor)} after preprocessing, expected "
@@ -60,6 +83,19 @@ class Preprocess:
                 )
             tensors.append(tensor)
         return torch.stack(tensors)
+
+    def _finish(self, shrunk: Image.Image) -> torch.Tensor:
+        steps = self._steps()
+        if steps is None:
+            return self.transform(shrunk)
+        values = convert_image_dtype(pil_to_tensor(shrunk), torch.float32)
+        normal: torch.Tensor = normalize(values, mean=steps.mean, std=steps.std)
+        return normal
+
+    def _steps(self) -> Any:
+        """Return torchvision's transform for classification, whose steps are known; else None."""
+        # A subclass may do anything.
+        return self.transform if type(self.transform) is ImageClassification else None
 
     def describe(self) -> str:
         """Return the steps in words, such as ``"resize 256 (bilinear, antialias), ..."``."""
