@@ -8,10 +8,11 @@ of timm models of many families, with random weights and small inputs, and write
 from __future__ import annotations
 
 import argparse
-import gc
+import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from subjects import every_model
 from truths import Key, module_values, node_values
 
 from layertap.errors import ExtractorUnsupportedError, LayertapError, ModelLoadError
-from layertap.extraction import Catalogue, PlanBuilder, Taps, measure
+from layertap.extraction import Catalogue, LayerEntry, PlanBuilder, Taps, measure
 from layertap.extraction.containers import pick
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.survey import sample_input
@@ -31,6 +32,10 @@ from layertap.selection import Capture, Extractor
 
 SIDES = (64, 96, 128, None)
 """Heights and widths to try; None is the model's own."""
+
+BATCH = 2
+GROUP_BYTES = 1 << 30
+"""Of the values that are asked for at once; a video model's are tens of GB together."""
 
 ORDER = (
     Extractor.HOOK, Extractor.FX, Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.TORCHSCRIPT,
@@ -94,31 +99,60 @@ def prove(source: str) -> Row:
         return row
     row.item_shape = model.input.item_shape
     entries = [entry for entry in catalogue if entry.kind is PointKind.MODULE and entry.calls]
-    nodes = [entry.name for entry in catalogue if entry.kind is PointKind.NODE]
-    row.layers, row.nodes = len(entries), len(nodes)
+    row.layers = len(entries)
+    row.nodes = sum(entry.kind is PointKind.NODE for entry in catalogue)
     row.silent = sum(not entry.calls for entry in catalogue)
-    x = sample_input(model, 2, row.item_shape)
-    modules = module_values(model.module, lambda: model.forward(x.clone()))
-    subject = Subject(
-        PlanBuilder(model, Taps(model.module), catalogue),
-        x,
-        modules,
-        node_values(model.module, nodes, x.clone()) if nodes else {},
-    )
-    for extractor in ORDER:
-        tally = row.tallies[extractor] = Tally()
-        points = []
-        for entry in entries:
-            for capture, point in entry.points.items():
-                if entry.serves(extractor, capture):
-                    points.append(point)
-                else:
-                    tally.refused += capture is Capture.OUTPUT
-        if extractor is Extractor.FX:
-            points += [CapturePoint(PointKind.NODE, name) for name in nodes]
-        _check(subject, extractor, points, tally)
+    row.tallies = {extractor: Tally() for extractor in ORDER}
+    plans = PlanBuilder(model, Taps(model.module), catalogue)
+    for entry in entries:
+        for extractor, tally in row.tallies.items():
+            whole = Capture.OUTPUT in entry.points
+            tally.refused += whole and not entry.serves(extractor, Capture.OUTPUT)
+    x = sample_input(model, BATCH, row.item_shape)
+    for group in _groups([entry for entry in catalogue if entry.points]):
+        subject = _subject(model, plans, x, group)
+        for extractor, tally in row.tallies.items():
+            points = [
+                point
+                for entry in group
+                for capture, point in entry.points.items()
+                if entry.serves(extractor, capture)
+            ]
+            _check(subject, extractor, points, tally)
     row.seconds = time.perf_counter() - begun
     return row
+
+
+def _groups(entries: Sequence[LayerEntry]) -> Iterator[list[LayerEntry]]:
+    """Cut the layers into runs whose values fit into memory several times over."""
+    group: list[LayerEntry] = []
+    size = 0
+    for entry in entries:
+        own = BATCH * sum(spec.bytes_per_item for spec in entry.specs.values())
+        if group and size + own > GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(entry)
+        size += own
+    yield group
+
+
+def _subject(
+    model: LoadedModel, plans: PlanBuilder, x: torch.Tensor, group: Sequence[LayerEntry]
+) -> Subject:
+    points = [point for entry in group for point in entry.points.values()]
+    nodes = [point.path for point in points if point.kind is PointKind.NODE]
+    calls = {
+        (point.path, point.capture.value, point.call)
+        for point in points
+        if point.kind is PointKind.MODULE
+    }
+    return Subject(
+        plans,
+        x,
+        module_values(model.module, lambda: model.forward(x.clone()), calls),
+        node_values(model.module, nodes, x.clone()) if nodes else {},
+    )
 
 
 def _smallest(source: str) -> tuple[LoadedModel, Catalogue]:
@@ -190,10 +224,10 @@ def table(rows: Iterable[Row]) -> str:
 
 HEADER = """# Coverage
 
-Every layer of every model below, by every extractor that the catalogue says serves it, all of them
-in one request of two items, held against cloning hooks: bit for bit, TORCHSCRIPT within its
-tolerance. Random weights, the smallest of a few input sizes that the model takes.
-`make test-models` writes this page.
+Every layer of every model below, by every extractor that the catalogue says serves it, held
+against cloning hooks: bit for bit, TORCHSCRIPT within its tolerance. All layers of a model are
+asked for in one request of two items, in several where their values are over 1 GiB. Random weights,
+the smallest of a few input sizes that the model takes. `make test-models` writes this page.
 
 {models} models, {layers} layers, {values} values compared, **{wrong} wrong**.
 
@@ -216,6 +250,17 @@ def page(rows: Sequence[Row]) -> str:
     ) + table(rows)
 
 
+def _apart(name: str) -> Row:
+    """Prove a model in a process of its own, so that all memory of it is given back."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_quietly, name).result()
+
+
+def _quietly(name: str) -> Row:
+    with torch.inference_mode():
+        return prove(name)
+
+
 def main() -> int:
     """Prove every model named, or all of them, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -223,17 +268,15 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
     rows = []
-    with torch.inference_mode():
-        for name in options.models or every_model():
-            row = prove(name)
-            rows.append(row)
-            gc.collect()
-            problems = [w for t in row.tallies.values() for w in t.wrong[:3]]
-            problems += [t.failed for t in row.tallies.values() if t.failed]
-            counts = " ".join(f"{e.name}={row.tallies[e].right}" for e in ORDER if row.tallies)
-            print(f"{name:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
-            if options.write:  # Each time, so that a run that is cut keeps what it has.
-                options.write.write_text(page(rows), "utf-8")
+    for name in options.models or every_model():
+        row = _apart(name)
+        rows.append(row)
+        problems = [w for t in row.tallies.values() for w in t.wrong[:3]]
+        problems += [t.failed for t in row.tallies.values() if t.failed]
+        counts = " ".join(f"{e.name}={row.tallies[e].right}" for e in ORDER if row.tallies)
+        print(f"{name:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
+        if options.write:  # Each time, so that a run that is cut keeps what it has.
+            options.write.write_text(page(rows), "utf-8")
     wrong = sum(len(t.wrong) for row in rows for t in row.tallies.values())
     print(f"{len(rows)} models, {wrong} wrong")
     return 1 if wrong else 0

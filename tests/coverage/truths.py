@@ -15,15 +15,18 @@ Key = tuple[str, str, int]
 """(module path, "input" or "output", which call)."""
 
 
-def module_values(module: nn.Module, forward: Callable[[], Any]) -> dict[Key, Any]:
-    """Clone what goes into and comes out of every call of every module."""
+def module_values(
+    module: nn.Module, forward: Callable[[], Any], wanted: Collection[Key]
+) -> dict[Key, Any]:
+    """Clone what goes into and comes out of calls of modules, of those that are wanted."""
     seen: dict[Key, Any] = {}
     calls: dict[tuple[str, str], int] = {}
 
     def note(path: str, side: str, value: Any) -> None:
         call = calls.get((path, side), 0)
         calls[path, side] = call + 1
-        seen[path, side, call] = _clone(value)
+        if (path, side, call) in wanted:
+            seen[path, side, call] = _clone(value)
 
     handles = []
     for path, submodule in module.named_modules():
@@ -58,6 +61,10 @@ def node_values(
     seen: dict[str, torch.Tensor] = {}
 
     class Cloning(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            # A graph's own lists can't be written, those that the model makes can.
+            return target(*_thawed(args), **_thawed(kwargs))
+
         def run_node(self, node: fx.Node) -> Any:
             value = super().run_node(node)
             if node in names and isinstance(value, torch.Tensor):
@@ -72,6 +79,16 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if len(args) == 1 and not kwargs:
         return args[0]
     return {**{str(index): arg for index, arg in enumerate(args)}, **kwargs}
+
+
+def _thawed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_thawed(member) for member in value]
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_thawed(member) for member in value)
+    if isinstance(value, dict):
+        return {key: _thawed(member) for key, member in value.items()}
+    return value
 
 
 def _clone(value: Any) -> Any:
