@@ -74,6 +74,16 @@ Requests a second for `layer1`, and the share of a loop without a server, in the
 Machine: {facts}.
 """
 
+ENCODE = """
+## What does the encoder's one pass cost?
+
+[bench_encode.py](bench_encode.py): a 12.8 MB activation to a finished message, milliseconds; in
+brackets how many times as fast as torch's steps (cast, contiguous, `tobytes`, protobuf). The last
+column is the throughput of two threads at once to that of one. Machine: {facts}.
+
+{table}
+"""
+
 HOOK = """
 ## What does a hook that writes into the reply save over one that clones?
 
@@ -190,6 +200,18 @@ def _server(results: dict[str, Any]) -> str:
     )
 
 
+def _encode(results: dict[str, Any]) -> str:
+    rows = []
+    for name, ways in results["cases"].items():
+        theirs, own = ways["torch's steps"]["p50"], ways["ours"]["p50"]
+        copy = ways["memcpy of float32"]["p50"]
+        faster = f"{charts.digits(own)} ({theirs / own:.1f}×)"
+        shown = [charts.digits(copy), charts.digits(theirs), faster]
+        rows.append([name, *shown, f"{ways['two threads']:.2f}×"])
+    head = ["", "memcpy of float32", "torch's steps", "layertap", "two threads"]
+    return ENCODE.format(table=_table(head, rows), facts=_facts(results["machine"]))
+
+
 def _hook(results: dict[str, Any]) -> str:
     ways = results["ways"]
     first = next(iter(ways.values()))
@@ -245,6 +267,7 @@ SECTIONS = {
     "extractors": _extractors,
     "server": _server,
     "wire": _wire,
+    "encode": _encode,
     "hook": _hook,
     "memory": _memory,
 }
