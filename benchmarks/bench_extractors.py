@@ -1,8 +1,8 @@
 """What does each way to take a layer cost, and what is left of the fastest through the server?
 
-``make bench`` runs it and writes ``results/extractors.json``. Every output is held against the eager
-model before anything is timed. The ways take turns, so that a machine whose speed drifts slows all
-of them alike; quote the ratios.
+``make bench`` runs it and writes ``results/extractors.json``. Every output is held against the
+eager model before anything is timed. The ways take turns, so that a machine whose speed drifts
+slows all of them alike; quote the ratios.
 """
 
 from __future__ import annotations
