@@ -2,27 +2,23 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
-from random import Random
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf.message import DecodeError as ProtobufDecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layertap import _core, _pure
-from layertap.v1.feature_service_pb2 import ExtractRequest, ExtractResponse
-from layertap.v1.tensor_pb2 import DATA_TYPE_INT8, Tensor
+from layertap.v1.feature_service_pb2 import ExtractResponse
+from layertap.v1.tensor_pb2 import Tensor
 from layertap.wire import codec
 from layertap.wire.dtypes import DTYPES
+from strategies import tensors
 
 cores = pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
 bounded = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-TENSOR, IMAGES = ExtractRequest.TENSOR_FIELD_NUMBER, ExtractRequest.IMAGES_FIELD_NUMBER
 ITEMSIZE = {row.number: row.itemsize for row in DTYPES}
 
 
