@@ -30,7 +30,11 @@ WITHOUT_LIBFUZZER = ["-fsanitize=address,undefined", "csrc/fuzz/mutate.cpp"]
 
 # A seed of a bool tensor is longer than the block by which the decoder looks at one.
 MAX_LENGTH = 8192
-LINES_OF_A_FINDING = 60
+
+FINDING = re.compile(
+    r"runtime error:|broke its promise|ERROR: |Uncaught Python exception|Traceback"
+)
+LINES_OF_A_FINDING = 25
 
 
 def clangs() -> list[str]:
@@ -108,7 +112,9 @@ def fuzz(name: str, command: Sequence[str], corpus: Sequence[Path], seconds: int
 
 def tell(log: str, command: Sequence[str]) -> None:
     """Print what a fuzzer found, and how to see it again."""
-    print("\n".join(log.splitlines()[-LINES_OF_A_FINDING:]))
+    lines = log.splitlines()
+    first = next((i for i, line in enumerate(lines) if FINDING.search(line)), -LINES_OF_A_FINDING)
+    print("\n".join(lines[first:][:LINES_OF_A_FINDING]))
     if written := re.search(r"Test unit written to (\S+)", log):
         print(f"\nReplay it:  {' '.join(command)} {written[1]}")
         print(f"Keep it:    cp {written[1]} {SEEDS}/   (make test and make fuzz replay it)")

@@ -104,14 +104,16 @@ def refused() -> dict[str, bytes]:
         "packed_size_cut": INT8 + field(3, 2, b"\x81") + field(5, 2, b"a"),
         "groups_too_deep": SCALAR + groups(100),
         "group_ended_by_another": SCALAR + field(9, 3) + field(8, 4),
+        "field_number_0": SCALAR + b"\x00\x01",
+        "tag_over_32_bits": SCALAR + varint(1 << 32) + b"\x05",
         "varint_too_long": SCALAR + field(2, 0, b"\x85" + b"\x80" * 9 + b"\x00"),
     }
     out = {f"refused_{name}": field(1, 2, tensor) for name, tensor in tensors.items()}
     return {
         **out,
         "refused_length_past_the_end": b"\x0a\x7f" + SCALAR,
-        "refused_field_number_0": b"\x02\x00",
-        "refused_tag_over_32_bits": varint(1 << 32) + b"\x05",
+        "refused_field_number_0_on_top": b"\x02\x00",
+        "refused_tag_over_32_bits_on_top": varint(1 << 32) + b"\x05",
     }
 
 

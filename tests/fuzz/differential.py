@@ -4,6 +4,9 @@ upb is the parser behind Python's protobuf. What it refuses, layertap refuses. W
 layertap reads as the same names, dtypes, shapes and bytes, unless a tensor breaks a rule of
 layertap's own; then it is refused for exactly that rule. Both decoders are held to it, the
 extension and its plain-Python twin, by way of the functions that server and client call.
+
+Behind those functions stands upb itself, which reads the rest of a message and refuses what decode
+let through at the top level. So the twins are compared on their own as well.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from layertap.v1.feature_service_pb2 import ExtractRequest, ExtractResponse
 from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, Tensor
 from layertap.wire import codec
 from layertap.wire.dtypes import DTYPES, by_number
-from layertap.wire.messages import decode_reply, decode_request
+from layertap.wire.messages import REPLY_TENSOR_FIELD, decode_reply, decode_request
 from layertap.wire.tensors import TensorView
 
 CORES = {"core": _core, "pure": _pure}
@@ -57,7 +60,29 @@ def check(message: bytes) -> None:
         for name, core in CORES.items():
             got = by_layertap(core, message, kind)
             assert agree(got, expected), f"{kind.__name__}, {name}: {got!r}, upb: {expected!r}"
+        check_twins(message, kind)
     check_features(message)
+
+
+def check_twins(message: bytes, kind: type) -> None:
+    """Raise AssertionError where one twin refuses what the other reads, or reads it otherwise."""
+    core, pure = (by_decode(core, message, kind) for core in CORES.values())
+    assert core == pure, f"{kind.__name__}, rest and tensors: {core!r}, its twin: {pure!r}"
+
+
+def by_decode(core: ModuleType, message: bytes, kind: type) -> Reading | None:
+    """Return what decode itself makes of a message; None for a refusal."""
+    reply = kind is ExtractResponse
+    try:
+        rest, found = core.decode(
+            message,
+            field=REPLY_TENSOR_FIELD if reply else ExtractRequest.TENSOR_FIELD_NUMBER,
+            repeated=reply,
+            rivals=() if reply else (ExtractRequest.IMAGES_FIELD_NUMBER,),
+        )
+    except ValueError:
+        return None
+    return Reading(rest, [Found(*fields, bytes(data)) for *fields, data in found])
 
 
 def agree(got: Reading | str, expected: Reading | str) -> bool:

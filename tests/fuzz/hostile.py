@@ -10,6 +10,7 @@ MAX_DEPTH = 3
 """How many messages within messages are taken apart: tensors and images stand 1 deep."""
 
 LENGTH_DELIMITED = 2
+MAX_NUMBER = (1 << 29) - 1
 
 
 def hostile_value(random: Random, wire_type: int, depth: int) -> bytes:
@@ -33,7 +34,7 @@ def hostile_fields(random: Random, depth: int) -> bytes:
     """Return a run of fields, mostly well-formed, of few numbers and every wire type."""
     out = b""
     for _ in range(random.randrange(5)):
-        number = random.choice([*[1, 2] * 8, *[3, 4, 5, 15] * 3, 0, (1 << 29) - 1])
+        number = random.choice([*[1, 2] * 8, *[3, 4, 5, 15] * 3, 0, MAX_NUMBER])
         wire_type = random.choice([*[2] * 24, *[0] * 8, *[3, 1, 5] * 2, 4, 6])
         out += field(number, wire_type, hostile_value(random, wire_type, depth))
         if wire_type == 3:
@@ -86,7 +87,8 @@ def _change_field(random: Random, fields: list[tuple[int, bytes]], index: int) -
         case 3:
             fields[index] = (tag, hostile_value(random, tag & 7, 1))
         case 4:
-            fields[index] = (random.choice([*range(1, 6), 15]) << 3 | tag & 7, value)
+            number = random.choice([*range(1, 6), *range(1, 6), 0, 15, MAX_NUMBER, MAX_NUMBER + 1])
+            fields[index] = (number << 3 | tag & 7, value)
         case 5:
             fields[index] = (tag, _changed_bytes(random, value))
         case _:

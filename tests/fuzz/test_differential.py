@@ -173,6 +173,14 @@ def test_a_refusal_without_its_reason_is_told(monkeypatch: pytest.MonkeyPatch, n
         check(seeds()[name])
 
 
+@pytest.mark.parametrize("name", ["field_number_0", "tag_over_32_bits"])
+def test_a_fault_that_upb_would_hide_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The check sees that decode passes on what it should refuse, though upb refuses it then."""
+    monkeypatch.setitem(CORES, "core", fake(lambda message, **_: (message, [])))
+    with pytest.raises(AssertionError, match="its twin: None"):
+        check(seeds()[f"refused_{name}_on_top"])
+
+
 def test_a_wrong_array_of_features_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check sees that what the client hands out differs from the message."""
     monkeypatch.setattr(Features, "__getitem__", lambda *_: np.zeros((), np.int8))
