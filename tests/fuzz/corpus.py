@@ -72,7 +72,8 @@ def oddities() -> dict[str, bytes]:
     tensor, images = field(2, 2, SCALAR), field(3, 2, field(1, 2, b"png"))
     sizes = field(3, 0, b"\x02") + field(3, 2, b"\x01\x03") + field(3, 0, b"\x01")
     first, second = INT8 + field(3, 0, b"\x02"), field(3, 0, b"\x03") + field(5, 2, b"abcdef")
-    strangers = field(1, 0, b"\x05") + field(2, 2, b"\x09") + field(5, 5, bytes(4)) + groups(3)
+    full_group = field(9, 3) + field(0, 0, b"\1") + field(1, 2, b"\xff") + groups(2) + field(9, 4)
+    strangers = field(1, 0, b"\x05") + field(2, 2, b"\x09") + field(5, 5, bytes(4)) + full_group
     return {
         "request_tensor_then_images": tensor + images,
         "request_images_then_tensor": images + tensor,
@@ -103,7 +104,11 @@ def refused() -> dict[str, bytes]:
         "name": SCALAR + field(1, 2, b"\xed\xa0\x80"),
         "packed_size_cut": INT8 + field(3, 2, b"\x81") + field(5, 2, b"a"),
         "groups_too_deep": SCALAR + groups(100),
+        "group_without_begin": SCALAR + field(9, 4),
+        "group_without_end": SCALAR + field(9, 3),
         "group_ended_by_another": SCALAR + field(9, 3) + field(8, 4),
+        "wire_type_6": SCALAR + field(9, 6),
+        "length_of_six_bytes": INT8 + b"\x2a" + varint(1, 6) + b"a",
         "field_number_0": SCALAR + b"\x00\x01",
         "tag_over_32_bits": SCALAR + varint(1 << 32) + b"\x05",
         "varint_too_long": SCALAR + field(2, 0, b"\x85" + b"\x80" * 9 + b"\x00"),
