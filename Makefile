@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 GEN := .venv-gen/bin/python tools/gen_proto.py
-CSRC := setup.py $(wildcard csrc/*)
+CSRC := setup.py $(wildcard csrc/*.*)
+SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-models bench check fmt gen clean
+.PHONY: help setup demo serve test test-models fuzz bench check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +24,9 @@ test: setup ## run the tests: make test ARGS="tests/wire -k varint"
 
 test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
+
+fuzz: .venv/.built build/fuzz/.installed ## fuzz the decoder against upb: make fuzz SECONDS=600
+	$(BIN)/python tools/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmarks/README.md
 	$(BIN)/python -W ignore benchmarks/bench_extractors.py --rounds 10 $(ARGS)
@@ -72,4 +76,11 @@ clean: ## remove what was built and cached; the environments stay
 .venv-gen/.installed: tools/gen-requirements.txt
 	test -x .venv-gen/bin/python || $(PYTHON) -m venv .venv-gen
 	.venv-gen/bin/pip install --quiet -r tools/gen-requirements.txt
+	touch $@
+
+# Beside the environment, not in it: one package that only `make fuzz` needs. Where it has no wheel
+# the fuzzer does without.
+build/fuzz/.installed: tools/fuzz-requirements.txt
+	mkdir -p build/fuzz
+	-$(BIN)/pip install --quiet --only-binary :all: --upgrade --target build/fuzz/python -r $<
 	touch $@

@@ -54,7 +54,30 @@ void merge_tensor(const std::uint8_t* message, Span span, DecodedTensor& tensor)
   }
 }
 
-void check_meaning(const DecodedTensor& tensor) {
+// Where the first byte above 1 stands, or `size`. A block is or-ed together before it is judged, so
+// that the loop over it has no exit and becomes vector instructions.
+std::size_t find_no_bool(const std::uint8_t* bytes, std::size_t size) {
+  constexpr std::size_t kBlock = 4096;
+  std::size_t at = 0;
+  while (at < size) {
+    const std::size_t end = at + std::min(kBlock, size - at);
+    std::uint8_t seen = 0;
+    for (std::size_t i = at; i < end; ++i) seen |= bytes[i];
+    if (seen > 1) break;
+    at = end;
+  }
+  while (at < size && bytes[at] <= 1) ++at;
+  return at;
+}
+
+void check_bools(const std::uint8_t* bytes, std::size_t size) {
+  const std::size_t at = find_no_bool(bytes, size);
+  if (at == size) return;
+  malformed("tensor: data: got byte " + std::to_string(bytes[at]) + " at position " +
+            std::to_string(at) + " of a bool tensor, expected 0 or 1");
+}
+
+void check_meaning(const std::uint8_t* message, const DecodedTensor& tensor) {
   const DType* dtype = find_dtype(tensor.dtype);
   if (dtype == nullptr) {
     malformed("tensor: dtype: got " + std::to_string(tensor.dtype) + ", not a DataType");
@@ -68,6 +91,7 @@ void check_meaning(const DecodedTensor& tensor) {
     malformed("tensor: data: got " + std::to_string(tensor.data.size) + " bytes, expected " +
               std::to_string(bytes));
   }
+  if (dtype->number == kBool) check_bools(message + tensor.data.offset, tensor.data.size);
 }
 
 class Splitter {
@@ -92,7 +116,9 @@ class Splitter {
   }
 
   Decoded finish() {
-    for (const DecodedTensor& tensor : decoded_.tensors) check_meaning(tensor);
+    if (!checked_early()) {
+      for (const DecodedTensor& tensor : decoded_.tensors) check_meaning(message_, tensor);
+    }
     return std::move(decoded_);
   }
 
@@ -110,9 +136,12 @@ class Splitter {
     }
     if (options_.repeated || decoded_.tensors.empty()) decoded_.tensors.emplace_back();
     merge_tensor(message_, span, decoded_.tensors.back());
-    // Early for a list, so that a hostile one of many empty submessages costs no memory.
-    if (options_.repeated && options_.rivals.empty()) check_meaning(decoded_.tensors.back());
+    if (checked_early()) check_meaning(message_, decoded_.tensors.back());
   }
+
+  // A list is, so that a hostile one of many empty submessages costs no memory. What may yet be
+  // merged or dropped can't be judged before the end.
+  bool checked_early() const { return options_.repeated && options_.rivals.empty(); }
 
   void add_rest(Span span) {
     auto& rest = decoded_.rest;

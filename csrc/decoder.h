@@ -5,8 +5,9 @@
 //   field of another wire type is unknown, shape may be packed or not, the last of a repeated
 //   scalar wins, enums are varints cut to 32 bits, names are UTF-8 each time they occur, groups
 //   nest 100 deep less the messages around them. Stricter on purpose, after the parse: dtype has a
-//   row, rank <= 32, no negative size, no overflow, data of exactly the size that follows, and a
-//   message of at most 2**31 - 1 bytes.
+//   row, rank <= 32, no negative size, no overflow, data of exactly the size that follows, bools of
+//   0 and 1 only (numpy and torch leave undefined what another byte means), and a message of at
+//   most 2**31 - 1 bytes.
 #pragma once
 
 #include <array>

@@ -29,6 +29,7 @@ inline constexpr DType kDTypes[] = {
     {7, "int16", 2, Kind::kOpaque},     {8, "int32", 4, Kind::kOpaque},
     {9, "int64", 8, Kind::kOpaque},     {10, "bool", 1, Kind::kOpaque},
 };
+inline constexpr std::int32_t kBool = 10;
 
 // The row of an enum value; nullptr for a value without one.
 constexpr const DType* find_dtype(std::int64_t number) {

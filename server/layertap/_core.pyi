@@ -85,8 +85,8 @@ def decode(
     an empty submessage ``field`` follows the rival in the rest, so that the parser drops it too.
 
     Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, a tensor with an unknown
-    dtype, a rank over MAX_RANK, a negative size, sizes that overflow, or data of another length
-    than shape and dtype say.
+    dtype, a rank over MAX_RANK, a negative size, sizes that overflow, data of another length than
+    shape and dtype say, or a byte of a bool tensor that is neither 0 nor 1.
     """
 
 def keep_memory(bound: int) -> bool:

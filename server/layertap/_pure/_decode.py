@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from layertap._pure._elements import NUMPY
+import numpy as np
+
+from layertap._pure._elements import BOOL, NUMPY
 from layertap._pure._wire import (
     LENGTH_DELIMITED,
     MAX_DEPTH,
@@ -100,4 +102,16 @@ class _Tensor:
         begin, end = self._data
         if end - begin != expected:
             raise ValueError(f"tensor: data: got {end - begin} bytes, expected {expected}")
-        return self._name, self._dtype, tuple(self._shape), memoryview(self._message)[begin:end]
+        data = memoryview(self._message)[begin:end]
+        if self._dtype == BOOL:
+            _check_bools(data)
+        return self._name, self._dtype, tuple(self._shape), data
+
+
+def _check_bools(data: memoryview) -> None:
+    stray = np.frombuffer(data, np.uint8) > 1
+    if stray.any():
+        at = int(stray.argmax())
+        raise ValueError(
+            f"tensor: data: got byte {data[at]} at position {at} of a bool tensor, expected 0 or 1"
+        )

@@ -20,6 +20,7 @@ NUMPY: dict[int, np.dtype[Any]] = {
     10: np.dtype("?"),
 }
 FLOATS = frozenset({1, 2, 3, 4})
+BOOL = 10
 
 
 def cast_payload(view: memoryview, source: int, target: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -1,0 +1,78 @@
+// Fuzzes the decoder for memory safety: any bytes, as a request and as a reply.
+//
+// An input is a message as it comes over the wire, so that it can be handed to the other fuzzer, the
+// one in tests/fuzz that compares with upb, and back. Built by tools/fuzz.py with the sanitizers for
+// addresses and undefined behaviour; the decoder needs no Python, and neither does this.
+//
+// What is checked here is what the sanitizers can't see: that spans lie in the message, in order and
+// apart from one another, and that tensors keep the rules that they were judged by.
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "../decoder.h"
+#include "../dtype.h"
+#include "../shape.h"
+#include "../wire.h"
+
+namespace {
+
+using namespace layertap;
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "the decoder broke its promise: %s\n", what);
+  std::abort();
+}
+
+bool inside(Span span, std::size_t size) {
+  return span.offset <= size && span.size <= size - span.offset;
+}
+
+void check_rest(const Decoded& decoded, std::size_t size) {
+  std::size_t end = 0;
+  for (const Span& span : decoded.rest) {
+    if (span.offset == kEmptyTensor) continue;
+    require(inside(span, size), "rest lies in the message");
+    require(span.offset >= end, "rest is in order");
+    end = span.offset + span.size;
+  }
+}
+
+// Reads every byte of the spans, so that a wrong one is a wrong address.
+void check_tensor(const DecodedTensor& tensor, const std::uint8_t* message, std::size_t size) {
+  require(inside(tensor.name, size), "name lies in the message");
+  require(inside(tensor.data, size), "data lies in the message");
+  require(is_utf8(message + tensor.name.offset, tensor.name.size), "name is UTF-8");
+  const DType* dtype = find_dtype(tensor.dtype);
+  require(dtype != nullptr, "dtype has a row");
+  require(tensor.rank <= kMaxRank, "rank is capped");
+  const std::int64_t bytes = payload_bytes(tensor.shape.data(), tensor.rank, dtype->itemsize);
+  require(bytes >= 0 && static_cast<std::size_t>(bytes) == tensor.data.size, "data fills shape");
+  std::uint8_t seen = 0;
+  for (std::size_t i = 0; i < tensor.data.size; ++i) seen |= message[tensor.data.offset + i];
+  require(dtype->number != kBool || seen <= 1, "bools are 0 or 1");
+}
+
+void run(const std::uint8_t* message, std::size_t size, const DecodeOptions& options) {
+  try {
+    const Decoded decoded = decode(message, size, options);
+    require(options.repeated || decoded.tensors.size() <= 1, "a singular field is one tensor");
+    check_rest(decoded, size);
+    for (const DecodedTensor& tensor : decoded.tensors) check_tensor(tensor, message, size);
+  } catch (const std::invalid_argument&) {
+    // Refused, as it may. Any other exception gets out and is a finding.
+  }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* message, std::size_t size) {
+  static const DecodeOptions request{2, false, {3}};  // ExtractRequest.tensor, rival images
+  static const DecodeOptions reply{1, true, {}};      // ExtractResponse.tensors
+  run(message, size, request);
+  run(message, size, reply);
+  return 0;
+}

@@ -1,0 +1,199 @@
+"""The one check of the fuzzers: layertap reads a message as upb does, or says which rule it breaks.
+
+upb is the parser behind Python's protobuf. What it refuses, layertap refuses. What it accepts,
+layertap reads as the same names, dtypes, shapes and bytes, unless a tensor breaks a rule of
+layertap's own; then it is refused for exactly that rule. Both decoders are held to it, the
+extension and its plain-Python twin, by way of the functions that server and client call.
+
+Behind those functions stands upb itself, which reads the rest of a message and refuses what decode
+let through at the top level. So the twins are compared on their own as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from google.protobuf.message import DecodeError as ProtobufDecodeError
+
+from layertap import _core, _pure
+from layertap.client.features import Features
+from layertap.errors import DecodeError, InvalidInputError
+from layertap.v1.catalogue_pb2 import Extractor
+from layertap.v1.feature_service_pb2 import ExtractRequest, ExtractResponse
+from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, Tensor
+from layertap.wire import codec
+from layertap.wire.dtypes import DTYPES, by_number
+from layertap.wire.messages import REPLY_TENSOR_FIELD, decode_reply, decode_request
+from layertap.wire.tensors import TensorView
+
+CORES = {"core": _core, "pure": _pure}
+KINDS = (ExtractRequest, ExtractResponse)
+
+MALFORMED = "malformed"
+
+ITEMSIZE = {row.number: row.itemsize for row in DTYPES}
+
+
+class Found(NamedTuple):
+    """A tensor: name, the dtype's number, sizes and elements."""
+
+    name: str
+    dtype: int
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Reading(NamedTuple):
+    """What a message says: its other fields, written anew, and its tensors."""
+
+    rest: bytes
+    tensors: list[Found]
+
+
+def check(message: bytes) -> None:
+    """Raise AssertionError where the decoders and upb disagree on a message, of either kind."""
+    for kind in KINDS:
+        expected = by_upb(message, kind)
+        for name, core in CORES.items():
+            got = by_layertap(core, message, kind)
+            assert agree(got, expected), f"{kind.__name__}, {name}: {got!r}, upb: {expected!r}"
+        check_twins(message, kind)
+    check_features(message)
+
+
+def check_twins(message: bytes, kind: type) -> None:
+    """Raise AssertionError where one twin refuses what the other reads, or reads it otherwise."""
+    core, pure = (by_decode(core, message, kind) for core in CORES.values())
+    assert core == pure, f"{kind.__name__}, rest and tensors: {core!r}, its twin: {pure!r}"
+
+
+def by_decode(core: ModuleType, message: bytes, kind: type) -> Reading | None:
+    """Return what decode itself makes of a message; None for a refusal."""
+    reply = kind is ExtractResponse
+    try:
+        rest, found = core.decode(
+            message,
+            field=REPLY_TENSOR_FIELD if reply else ExtractRequest.TENSOR_FIELD_NUMBER,
+            repeated=reply,
+            rivals=() if reply else (ExtractRequest.IMAGES_FIELD_NUMBER,),
+        )
+    except ValueError:
+        return None
+    return Reading(rest, [Found(*fields, bytes(data)) for *fields, data in found])
+
+
+def agree(got: Reading | str, expected: Reading | str) -> bool:
+    """Compare readings or refusals; which fault of malformed bytes is told is not compared."""
+    return isinstance(got, str) if expected == MALFORMED else got == expected
+
+
+def by_upb(message: bytes, kind: type) -> Reading | str:
+    """Return what upb reads; the text of the refusal where layertap has to refuse the message."""
+    parsed = kind()
+    try:
+        parsed.ParseFromString(message)
+    except ProtobufDecodeError:
+        return MALFORMED
+    if kind is ExtractResponse:
+        tensors = list(parsed.tensors)
+    else:
+        tensors = [parsed.tensor] if parsed.WhichOneof("input") == "tensor" else []
+    for tensor in tensors:
+        if rule := broken_rule(tensor):
+            return rule
+    found = [Found(t.name, t.dtype, tuple(t.shape), t.data) for t in tensors]
+    return Reading(_rest(parsed), found)
+
+
+def broken_rule(tensor: Tensor) -> str:
+    """Return how layertap refuses a tensor that upb accepts; nothing where it does not."""
+    itemsize = ITEMSIZE.get(tensor.dtype)
+    if itemsize is None:
+        return f"tensor: dtype: got {tensor.dtype}, not a DataType"
+    if len(tensor.shape) > 32:
+        return f"tensor: shape: got rank {len(tensor.shape)}, expected at most 32"
+    product = itemsize
+    for size in tensor.shape:
+        product *= size or 1
+    if min(tensor.shape, default=0) < 0 or product >= 1 << 63:
+        return "tensor: shape: got a negative size or one that overflows"
+    expected = 0 if 0 in tensor.shape else product
+    if len(tensor.data) != expected:
+        return f"tensor: data: got {len(tensor.data)} bytes, expected {expected}"
+    if tensor.dtype == DATA_TYPE_BOOL and (strays := tensor.data.strip(b"\0\1")):
+        at = tensor.data.index(strays[:1])
+        return (
+            f"tensor: data: got byte {strays[0]} at position {at} of a bool tensor, expected 0 or 1"
+        )
+    return ""
+
+
+def by_layertap(core: ModuleType, message: bytes, kind: type) -> Reading | str:
+    """Return what server or client read by means of ``core``; the text of a DecodeError."""
+    try:
+        with decoding_by(core):
+            parsed, views = _decode(message, kind)
+    except DecodeError as error:
+        return str(error)
+    return Reading(_rest(parsed), [_found(view) for view in views])
+
+
+@contextmanager
+def decoding_by(core: ModuleType) -> Iterator[None]:
+    """Let the codec decode by one of its two implementations."""
+    before = codec.decode
+    codec.decode = core.decode
+    try:
+        yield
+    finally:
+        codec.decode = before
+
+
+def _decode(message: bytes, kind: type) -> tuple[Any, list[TensorView]]:
+    if kind is ExtractResponse:
+        response, tensors = decode_reply(message)
+        return response, list(tensors)
+    request, tensor = decode_request(message)
+    return request, [] if tensor is None else [tensor]
+
+
+def _found(view: TensorView) -> Found:
+    """Check a view's array, and return the tensor."""
+    array = view.array()
+    assert (array.shape, array.dtype) == (view.shape, view.dtype.numpy)
+    assert not array.flags.writeable
+    assert array.tobytes() == view.data
+    return Found(view.name, view.dtype.number, view.shape, bytes(view.data))
+
+
+def _rest(parsed: Any) -> bytes:
+    """Return a message without its tensors, unknown fields included."""
+    parsed.ClearField("tensors" if isinstance(parsed, ExtractResponse) else "tensor")
+    serialized: bytes = parsed.SerializeToString(deterministic=True)
+    return serialized
+
+
+def check_features(message: bytes) -> None:
+    """Raise AssertionError where the client's Features are not what upb reads in a reply."""
+    expected = by_upb(message, ExtractResponse)
+    try:
+        features = Features(message)
+    except DecodeError:
+        assert isinstance(expected, str)
+        return
+    except InvalidInputError:
+        number = ExtractResponse.FromString(message).extractor
+        assert number not in Extractor.values()
+        return
+    assert isinstance(expected, Reading)
+    named = {tensor.name: tensor for tensor in expected.tensors}
+    assert list(features) == list(named)
+    for name, tensor in named.items():
+        assert features[name].dtype == by_number(tensor.dtype).numpy
+        assert (features[name].shape, features[name].tobytes()) == (tensor.shape, tensor.data)
+    timings = ExtractResponse.FromString(message).timings
+    for part in ("prepare_ns", "queue_ns", "compute_ns", "total_ns"):
+        assert getattr(features.timings, part) == getattr(timings, part)
