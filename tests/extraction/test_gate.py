@@ -34,7 +34,7 @@ def test_tracing_waits_for_passes_and_passes_wait_for_it() -> None:
         with forward_passes():
             passing.set()
             assert trace_now.wait(PATIENCE)
-            threading.Event().wait(0.05)  # Time enough for a trace that doesn't wait.
+            threading.Event().wait(0.3)  # Time enough for a trace that doesn't wait.
             order.append("first pass")
 
     def trace() -> None:
