@@ -26,7 +26,7 @@ from layertap.v1.feature_service_pb2 import ExtractRequest, ExtractResponse
 from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, Tensor
 from layertap.wire import codec
 from layertap.wire.dtypes import DTYPES, by_number
-from layertap.wire.messages import REPLY_TENSOR_FIELD, decode_reply, decode_request
+from layertap.wire.messages import decode_reply, decode_request
 from layertap.wire.tensors import TensorView
 
 CORES = {"core": _core, "pure": _pure}
@@ -57,32 +57,16 @@ def check(message: bytes) -> None:
     """Raise AssertionError where the decoders and upb disagree on a message, of either kind."""
     for kind in KINDS:
         expected = by_upb(message, kind)
+        decoded = []
         for name, core in CORES.items():
-            got = by_layertap(core, message, kind)
+            with decoding_by(core) as record:
+                got = by_layertap(message, kind)
             assert agree(got, expected), f"{kind.__name__}, {name}: {got!r}, upb: {expected!r}"
-        check_twins(message, kind)
-    check_features(message)
-
-
-def check_twins(message: bytes, kind: type) -> None:
-    """Raise AssertionError where one twin refuses what the other reads, or reads it otherwise."""
-    core, pure = (by_decode(core, message, kind) for core in CORES.values())
-    assert core == pure, f"{kind.__name__}, rest and tensors: {core!r}, its twin: {pure!r}"
-
-
-def by_decode(core: ModuleType, message: bytes, kind: type) -> Reading | None:
-    """Return what decode itself makes of a message; None for a refusal."""
-    reply = kind is ExtractResponse
-    try:
-        rest, found = core.decode(
-            message,
-            field=REPLY_TENSOR_FIELD if reply else ExtractRequest.TENSOR_FIELD_NUMBER,
-            repeated=reply,
-            rivals=() if reply else (ExtractRequest.IMAGES_FIELD_NUMBER,),
+            decoded.append(record.decoded)
+        assert decoded[0] == decoded[1], (
+            f"{kind.__name__}: {decoded[0]!r}, its twin: {decoded[1]!r}"
         )
-    except ValueError:
-        return None
-    return Reading(rest, [Found(*fields, bytes(data)) for *fields, data in found])
+    check_features(message)
 
 
 def agree(got: Reading | str, expected: Reading | str) -> bool:
@@ -131,23 +115,36 @@ def broken_rule(tensor: Tensor) -> str:
     return ""
 
 
-def by_layertap(core: ModuleType, message: bytes, kind: type) -> Reading | str:
-    """Return what server or client read by means of ``core``; the text of a DecodeError."""
+def by_layertap(message: bytes, kind: type) -> Reading | str:
+    """Return what server or client read; the text of a DecodeError."""
     try:
-        with decoding_by(core):
-            parsed, views = _decode(message, kind)
+        parsed, views = _decode(message, kind)
     except DecodeError as error:
         return str(error)
     return Reading(_rest(parsed), [_found(view) for view in views])
 
 
+class Record:
+    """A core's ``decode`` that keeps what it returned last: None for a refusal."""
+
+    def __init__(self, core: ModuleType) -> None:
+        self.core = core
+        self.decoded: Reading | None = None
+
+    def decode(self, message: bytes, **arguments: Any) -> Any:
+        self.decoded = None
+        rest, found = self.core.decode(message, **arguments)
+        self.decoded = Reading(rest, [Found(*fields, bytes(data)) for *fields, data in found])
+        return rest, found
+
+
 @contextmanager
-def decoding_by(core: ModuleType) -> Iterator[None]:
+def decoding_by(core: ModuleType) -> Iterator[Record]:
     """Let the codec decode by one of its two implementations."""
-    before = codec.decode
-    codec.decode = core.decode
+    before, record = codec.decode, Record(core)
+    codec.decode = record.decode
     try:
-        yield
+        yield record
     finally:
         codec.decode = before
 

@@ -16,7 +16,7 @@ MAX_NUMBER = (1 << 29) - 1
 def hostile_value(random: Random, wire_type: int, depth: int) -> bytes:
     """Return a value of a wire type, mostly well-formed, nested up to ``depth`` deep."""
     if wire_type == 0:
-        values = [0, 1, 1, 2, 5, 6, 10, 127, 1 << 31, (1 << 32) + 5, (1 << 64) - 1]
+        values = [0, 1, 1, 2, 5, 6, 10, 127, 1 << 31, (1 << 32) + 5, 1 << 62, (1 << 64) - 1]
         return varint(random.choice(values), random.choice([*[1] * 16, 2, 5, 6, 10, 11]))
     if wire_type in {2, 3}:
         kind = random.randrange(8)
@@ -143,9 +143,10 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
 def join(random: Random, fields: list[tuple[int, bytes]]) -> bytes:
     """Return a message of fields, now and then with a varint longer than it need be."""
     out = bytearray()
+    sizes = [*[1] * 98, 5, 6]
     for tag, value in fields:
-        out += varint(tag, random.choice([*[1] * 99, 5]))
+        out += varint(tag, random.choice(sizes))
         if tag & 7 == LENGTH_DELIMITED:
-            out += varint(len(value), random.choice([*[1] * 99, 5]))
+            out += varint(len(value), random.choice(sizes))
         out += value
     return bytes(out)
