@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,26 +258,32 @@ def _apart(name: str) -> Row:
 
 
 def _quietly(name: str) -> Row:
+    torch.set_num_threads(1)  # There is a process for each core already.
     with torch.inference_mode():
         return prove(name)
+
+
+def _tell(row: Row) -> None:
+    problems = [wrong for tally in row.tallies.values() for wrong in tally.wrong[:3]]
+    problems += [tally.failed for tally in row.tallies.values() if tally.failed]
+    counts = " ".join(f"{e.name}={row.tallies[e].right}" for e in ORDER if row.tallies)
+    print(f"{row.model:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
 
 
 def main() -> int:
     """Prove every model named, or all of them, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", help="torchvision or timm: names; all if none")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at once")
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
     rows = []
-    for name in options.models or every_model():
-        row = _apart(name)
-        rows.append(row)
-        problems = [w for t in row.tallies.values() for w in t.wrong[:3]]
-        problems += [t.failed for t in row.tallies.values() if t.failed]
-        counts = " ".join(f"{e.name}={row.tallies[e].right}" for e in ORDER if row.tallies)
-        print(f"{name:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
-        if options.write:  # Each time, so that a run that is cut keeps what it has.
-            options.write.write_text(page(rows), "utf-8")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(_apart, options.models or every_model()):
+            rows.append(row)
+            _tell(row)
+            if options.write:  # Each time, so that a run that is cut keeps what it has.
+                options.write.write_text(page(rows), "utf-8")
     wrong = sum(len(t.wrong) for row in rows for t in row.tallies.values())
     print(f"{len(rows)} models, {wrong} wrong")
     return 1 if wrong else 0
