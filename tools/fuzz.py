@@ -30,6 +30,9 @@ WITHOUT_LIBFUZZER = ["-fsanitize=address,undefined", "csrc/fuzz/mutate.cpp"]
 
 # A seed of a bool tensor is longer than the block by which the decoder looks at one.
 MAX_LENGTH = 8192
+# Seconds for one input. What hangs does so at any limit, and a short one takes a machine that
+# stands still for a while, as shared ones do, for a finding.
+HANGS = 300
 
 FINDING = re.compile(
     r"runtime error:|broke its promise|ERROR: |Uncaught Python exception|Traceback"
@@ -88,7 +91,7 @@ def fuzz(name: str, command: Sequence[str], corpus: Sequence[Path], seconds: int
         f"-max_total_time={seconds}",
         f"-artifact_prefix={FOUND}/{name}-",
         f"-max_len={MAX_LENGTH}",
-        "-timeout=10",
+        f"-timeout={HANGS}",
         *map(str, corpus),
     ]
     path = [str(HOME / "server"), str(HOME / BUILD / "python"), os.environ.get("PYTHONPATH", "")]
