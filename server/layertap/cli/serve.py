@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 import click
 
-from layertap.cli.cores import share_cores
 from layertap.cli.options import find_local_modules, item_shape, seed
 
 __all__ = ["serve"]
@@ -108,7 +106,6 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     """
     if not models and config_file is None:
         raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")
-    share_cores(os.environ)
     # The answer to a wrong command line should not wait for torch.
     from layertap.app import lifecycle
     from layertap.app.config import ServerConfig, with_flags
