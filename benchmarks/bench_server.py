@@ -24,7 +24,7 @@ import numpy as np
 
 import common
 import report
-from layertap import Client
+from layertap import Client, keep_memory
 from plan_process import LAYERS, NET, PlanProcess, batch
 
 PHOTO = Path(__file__).resolve().parent.parent / "examples" / "images" / "grace_hopper.jpg"
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
+    keep_memory()  # As the server does by itself, and a client may.
     results = {
         "machine": common.machine("torch", "grpcio"),
         "rounds": options.rounds,

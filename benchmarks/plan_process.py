@@ -76,6 +76,7 @@ class _Plans:
         from layertap.engine.compute import ComputeThreads
         from layertap.models import ModelSpec, load_model
 
+        keep_memory()
         instances, cores = (1, None) if mode == "latency" else (len(common.cores()), 1)
         self._threads = ComputeThreads(64, instances, cores)
         self._call = Call

@@ -56,7 +56,8 @@ SERVER = """
 ## What does the server add, and what is left when many ask at once?
 
 [bench_server.py](bench_server.py): resnet18 at 3 × 224 × 224, batch 1, by TORCHSCRIPT. Milliseconds
-of a lone caller, the plan in a process of its own and the server in another taking turns:
+of a lone caller, the plan in a process of its own and the server in another taking turns; all of
+them keep freed memory:
 
 {latency}
 
