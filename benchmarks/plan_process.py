@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import common
+from layertap import keep_memory
 
 __all__ = ["LAYERS", "NET", "PlanProcess", "batch"]
 
