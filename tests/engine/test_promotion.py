@@ -14,6 +14,7 @@ import torch
 import tinynets
 from layertap import Extractor, Features, LayerSelection
 from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorInput
+from layertap.engine.host import MAX_PROMOTED
 from layertap.engine.promotion import PROMOTE_AFTER, Promoter
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
@@ -70,6 +71,20 @@ def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> N
 
     assert until(promoted)
     assert seen[: PROMOTE_AFTER - 1] == [Extractor.HOOK] * (PROMOTE_AFTER - 1)
+
+
+def test_very_many_layers_are_not_compiled_beside_requests(engine) -> None:
+    """A set of more layers than can be compiled in passing stays with HOOK."""
+    x = batch()
+    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
+    request = ExtractionRequest("residual", TensorInput(view), (LayerSelection("**"),))
+    for _ in range(PROMOTE_AFTER * 3):
+        features = Features(engine.extract(request, Call()).message)
+        assert len(features) > MAX_PROMOTED
+        assert features.extractor is Extractor.HOOK
+    # Behind it, a set that is small enough is compiled.
+    assert until(lambda: ask(engine, "residual", "layer2", x).extractor is Extractor.TORCHSCRIPT)
+    assert Features(engine.extract(request, Call()).message).extractor is Extractor.HOOK
 
 
 def test_content_dependent_sizes_survive_promotion(engine) -> None:

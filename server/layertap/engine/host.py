@@ -34,6 +34,13 @@ PlanKey = tuple[Extractor, tuple[CapturePoint, ...], tuple[int, ...]]
 Refusal = InvalidInputError | ExtractorUnsupportedError
 V = TypeVar("V")
 
+MAX_PROMOTED = 24
+"""Layers of a set that is compiled beside requests.
+
+What torch does in a program's first run can't be cut into steps, and takes minutes for the hundreds
+of layers of a large transformer, in which nothing else would be served.
+"""
+
 MAX_REFUSALS = 256
 MAX_RESOLVED = 256
 
@@ -171,7 +178,8 @@ class ModelHost:
             with self._lock:
                 if compiled in self._declared_plans or compiled in self._plans:
                     return Extractor.TORCHSCRIPT
-            self._promoter.note(compiled)
+            if len(resolved.points) <= MAX_PROMOTED:
+                self._promoter.note(compiled)
         return Extractor.HOOK if Extractor.HOOK in resolved.candidates else resolved.candidates[0]
 
     def _known(self, key: PlanKey) -> Plan | None:
