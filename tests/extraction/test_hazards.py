@@ -20,6 +20,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tinynets
+from devices import needs_cuda
 from layertap.engine import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.reply import host_array
@@ -331,7 +332,7 @@ def test_hazard_16_exporting_with_a_batch_of_one(load_net) -> None:
         assert len(value) == batch
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_cuda
 def test_hazard_17_copies_that_are_not_finished() -> None:
     """A copy that doesn't block is garbage until the stream was waited for; ours is waited for."""
     model = load_model(ModelSpec("tinynets:residual", item_shape=ITEM), "cuda")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms._presets import ImageClassification
 
+from devices import needs_cuda
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.models import InputSpec, LoadedModel, ModelSpec, decode_image, load_model
 from layertap.models.preprocess import default_preprocess
@@ -73,7 +74,7 @@ def test_each_kind_of_source_has_its_loader(factory_module: Callable[[str], str]
         assert loaded.forward(torch.rand(loaded.input.batch_shape(2))).shape == (2, 2, 4, 4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@needs_cuda
 def test_a_model_moves_to_the_gpu() -> None:
     """On a GPU the device is the one with its index, and every parameter is there."""
     model = load_model(ModelSpec("squeezenet1_1", weights="random"), "cuda")
