@@ -438,3 +438,34 @@ class KeepsState(nn.Module):
 def keeps_state() -> nn.Module:
     """Return a seeded KeepsState."""
     return seeded(KeepsState)
+
+
+class AddsPositions(nn.Module):
+    """MViT in small: a submodule that adds in place to what it returns, and to what it adds."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.rand(16, 1))
+            self.columns = nn.Parameter(torch.rand(1, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.cat((x, x), dim=1)
+            grid = torch.repeat_interleave(self.rows, 16, dim=1)
+            grid.add_(self.columns)
+            x.add_(grid)
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 1)
+        self.positions = self.Positions()
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.positions(self.stem(x)) * 2)
+
+
+def adds_positions() -> nn.Module:
+    """Return a seeded AddsPositions."""
+    return seeded(AddsPositions)

@@ -165,3 +165,17 @@ def test_globs_stay_within_a_component_unless_doubled(load_net) -> None:
     assert set(matched("**.conv2")) == {"layer1.0.conv2", "layer1.1.conv2", "layer2.1.conv2"}
     assert matched("layer1x0") == []
     assert isinstance(catalogue.entry("fc"), LayerEntry)
+
+
+def test_what_depends_on_unassigned_statements_is_not_claimed_for_fx(load_net) -> None:
+    """The module whose last statement is in place, its nodes and all behind it are refused."""
+    catalogue = measure(load_net("adds_positions"))
+    assert catalogue.entry("stem").serves(Extractor.FX, OUTPUT)
+    for name in ("positions", "head"):
+        assert not catalogue.entry(name).serves(Extractor.FX, OUTPUT), name
+        assert catalogue.entry(name).serves(Extractor.HOOK, OUTPUT), name
+    nodes = [entry for entry in catalogue if entry.kind is PointKind.NODE]
+    product = next(entry for entry in nodes if entry.name.startswith("mul"))
+    support = product.support[Extractor.FX]
+    assert not support.output
+    assert "dead-code elimination" in support.reason

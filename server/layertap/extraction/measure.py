@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +40,7 @@ class _Graph:
     reason: str = ""
     equal: Mapping[CapturePoint, bool] = field(default_factory=dict)
     specs: Mapping[str, ValueSpec] = field(default_factory=dict)
+    lost: Collection[str] = ()
 
 
 @dataclass
@@ -130,17 +131,17 @@ def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor
         return _Graph(reason="a TorchScript program can't be traced symbolically")
     try:
         graph = trace(model)
-        equal, one = survey_fx(graph, sample_input(model, 1, shape), oracle)
-        _, two = survey_fx(graph, sample_input(model, 2, shape), {})
+        one = survey_fx(graph, sample_input(model, 1, shape), oracle)
+        two = survey_fx(graph, sample_input(model, 2, shape), {}).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
         return _Graph(reason=f"the model can't be traced symbolically ({type(error).__name__})")
     specs = {
         name: ValueSpec.from_batches(dtype, shape, two[name][1] if name in two else None)
-        for name, (dtype, shape) in one.items()
+        for name, (dtype, shape) in one.shapes.items()
         if name in graph.names.operations
     }
-    return _Graph(graph.names, "", equal, specs)
+    return _Graph(graph.names, "", one.equal, specs, one.lost)
 
 
 def _module_entries(survey: HookSurvey, findings: _Findings) -> list[LayerEntry]:
@@ -238,10 +239,12 @@ def _has_members(path: str, findings: _Findings) -> bool:
 
 def _node_entries(graph: _Graph) -> list[LayerEntry]:
     no = Support(output=False, reason="it is a node of the symbolic graph, not a module")
-    support: dict[Extractor, Support] = {
-        **dict.fromkeys(REAL_EXTRACTORS, no),
-        Extractor.FX: Support(output=True),
-    }
+    lost = Support(output=False, reason="dead-code elimination drops statements that it depends on")
+
+    def support(name: str) -> dict[Extractor, Support]:
+        own = lost if name in graph.lost else Support(output=True)
+        return {**dict.fromkeys(REAL_EXTRACTORS, no), Extractor.FX: own}
+
     return [
         LayerEntry(
             name,
@@ -250,7 +253,7 @@ def _node_entries(graph: _Graph) -> list[LayerEntry]:
             1,
             points={Capture.OUTPUT: CapturePoint(PointKind.NODE, name)},
             specs={Capture.OUTPUT: spec},
-            support=support,
+            support=support(name),
         )
         for name, spec in graph.specs.items()
     ]

@@ -8,7 +8,7 @@ value equalled the oracle's.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,22 @@ import torch
 from torch import nn
 
 from layertap.extraction.containers import flatten
-from layertap.extraction.fx import FxExtractor, Trace
+from layertap.extraction.fx import Trace
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.taps import observe
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel
 from layertap.selection import Capture
 
-__all__ = ["HookSurvey", "Shape", "sample_input", "survey_fx", "survey_hooks", "survey_walk"]
+__all__ = [
+    "FxSurvey",
+    "HookSurvey",
+    "Shape",
+    "sample_input",
+    "survey_fx",
+    "survey_hooks",
+    "survey_walk",
+]
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
@@ -125,39 +133,59 @@ def survey_walk(
     return reasons
 
 
+@dataclass
+class FxSurvey:
+    """What the symbolic graph's nodes held.
+
+    Attributes:
+        equal: For each point that has a node, whether a request gets the oracle's value.
+        shapes: The type and shape of every node whose value is a tensor.
+        lost: Nodes whose value is another one once dead-code elimination has been at the graph.
+    """
+
+    equal: dict[CapturePoint, bool] = field(default_factory=dict)
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+
+
 def survey_fx(
     trace: Trace, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
-) -> tuple[dict[CapturePoint, bool], dict[str, Shape]]:
+) -> FxSurvey:
     """Run the symbolic graph and hold each module's node against the oracle.
 
-    Where some nodes look useless, the graph is run once more without them: what is equal only as
-    long as they are there is not equal in an extractor of a few layers.
-
-    Returns:
-        For each point that has a node, whether the values were equal; and the type and shape of
-        every node whose value is a tensor.
+    Where some nodes look useless, the graph is run once more without them: what is right only as
+    long as they are there is lost in an extractor of a few layers. If anything is, so are the
+    useless nodes themselves, whose ancestors may look useless too.
     """
     points: dict[str, list[CapturePoint]] = {}
     for point in oracle:
         node = trace.names.node_of(point) if not point.member else None
         if node is not None:
             points.setdefault(node, []).append(point)
-    shapes: dict[str, Shape] = {}
-    equal: dict[CapturePoint, bool] = {}
+    survey = FxSurvey()
+    whole: dict[str, torch.Tensor] = {}
 
-    def run(extractor: FxExtractor, nodes: Sequence[str]) -> None:
-        def see(index: int, value: torch.Tensor) -> None:
-            node = nodes[index]
-            shapes[node] = (value.dtype, tuple(value.shape))
-            for point in points.get(node, ()):
-                equal[point] = same(value, oracle[point])
+    def see(index: int, value: torch.Tensor) -> None:
+        node = trace.names.eval[index]
+        survey.shapes[node] = (value.dtype, tuple(value.shape))
+        for point in points.get(node, ()):
+            survey.equal[point] = same(value, oracle[point])
+        if trace.pruned is not None:
+            whole[node] = value.clone()
 
-        extractor.run(x.clone(), see)
+    def compare(index: int, value: torch.Tensor) -> None:
+        node = trace.useful[index]
+        if not same(value, whole[node]):
+            survey.lost.add(node)
 
-    run(trace.whole, trace.names.eval)
+    trace.whole.run(x.clone(), see)
     if trace.pruned is not None:
-        run(trace.pruned, trace.useful)
-    return equal, shapes
+        trace.pruned.run(x.clone(), compare)
+    if survey.lost:
+        survey.lost |= set(trace.names.eval) - set(trace.useful)
+        for node in survey.lost:
+            survey.equal.update(dict.fromkeys(points.get(node, ()), False))
+    return survey
 
 
 def _step(
