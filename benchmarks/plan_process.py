@@ -79,7 +79,7 @@ class _Plans:
 
         keep_memory()
         instances, cores = (1, None) if mode == "latency" else (len(common.cores()), 1)
-        self._threads = ComputeThreads(64, instances, cores)
+        self._threads = ComputeThreads(instances, cores)
         self._call = Call
         self._model = load_model(ModelSpec(NET, weights="random"))
         self._x = torch.from_numpy(batch())

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+import asking
+from layertap import Extractor, Features, errors
+from layertap.engine import Engine
 from layertap.models import ModelSpec
-from layertap.wire.dtypes import of_array
-from layertap.wire.tensors import TensorView
 from tinynets import ITEM
 
 
@@ -26,9 +25,7 @@ def engine() -> Iterator[Engine]:
 
 def ask(engine: Engine, net: str, layer: str, extractor: Extractor = Extractor.AUTO) -> Features:
     x = np.random.default_rng(0).random((2, *ITEM), dtype=np.float32)
-    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
-    request = ExtractionRequest(net, TensorInput(view), (LayerSelection(layer),), extractor)
-    return Features(engine.extract(request, Call()).message)
+    return asking.ask(engine, net, layer, x, extractor)
 
 
 def spec(net: str) -> ModelSpec:
@@ -82,8 +79,6 @@ def test_a_model_that_raises(engine) -> None:
     """The caller learns the kind of the failure, never the model's own words; others go on."""
     engine.load(spec("raises"))
     x = np.full((1, *ITEM), 1e6, np.float32)
-    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
-    request = ExtractionRequest("raises", TensorInput(view), (LayerSelection("head"),))
     with pytest.raises(errors.ModelRunError, match=r"failed on this input \(RuntimeError\)$"):
-        engine.extract(request, Call())
+        asking.ask(engine, "raises", "head", x)
     assert ask(engine, "raises", "head")["head"].shape[0] == 2

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import asking
 from devices import needs_cuda
 from layertap import Extractor, Features, LayerSelection
-from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, TensorInput
+from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
-from layertap.wire.dtypes import of_array
-from layertap.wire.tensors import TensorView
 from oracle import outputs_of
 from tinynets import ITEM
 
@@ -37,11 +36,7 @@ def engine() -> Iterator[Engine]:
 
 
 def ask(engine: Engine, x: torch.Tensor, extractor: Extractor) -> dict[str, torch.Tensor]:
-    array = x.numpy()
-    view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
-    selections = tuple(map(LayerSelection, LAYERS))
-    request = ExtractionRequest("residual", TensorInput(view), selections, extractor)
-    return Features(engine.extract(request, Call()).message).torch()
+    return asking.ask(engine, "residual", LAYERS, x, extractor).torch()
 
 
 def truth(engine: Engine, x: torch.Tensor, layer: str) -> torch.Tensor:
@@ -72,9 +67,8 @@ def test_values_of_many_callers_are_whole(engine) -> None:
 def test_a_declared_layer_is_compiled(engine) -> None:
     """AUTO serves it by TORCHSCRIPT on the GPU too."""
     array = np.zeros((1, *ITEM), np.float32)
-    view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
-    request = ExtractionRequest("residual", TensorInput(view), (LayerSelection("layer1"),))
-    assert engine.extract(request, Call()).extractor is Extractor.TORCHSCRIPT
+    served = asking.ask(engine, "residual", "layer1", array)
+    assert served.extractor is Extractor.TORCHSCRIPT
 
 
 def test_a_photograph_reaches_the_gpu(engine) -> None:

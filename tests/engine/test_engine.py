@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+import asking
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorInput
+from layertap.engine import Engine, Limits
 from layertap.extraction import PointKind
 from layertap.models import ModelSpec
-from layertap.wire.dtypes import of_array
-from layertap.wire.tensors import TensorView
 from oracle import outputs_of
 from tinynets import ITEM, residual
 
@@ -40,10 +39,7 @@ def ask(
     engine: Engine, net: str, *layers: str, extractor: Extractor = Extractor.AUTO, side: int = 16
 ) -> Features:
     x = np.random.default_rng(0).random((2, 3, side, side), dtype=np.float32)
-    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
-    selections = tuple(LayerSelection.parse(layer) for layer in layers)
-    request = ExtractionRequest(net, TensorInput(view), selections, extractor)
-    return Features(engine.extract(request, Call()).message)
+    return asking.ask(engine, net, layers, x, extractor)
 
 
 def graph_node(engine: Engine) -> str:
@@ -209,11 +205,7 @@ def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
     truth = [outputs_of(module, torch.from_numpy(x), "tail")[0] for x in inputs]
 
     def served(x: np.ndarray) -> torch.Tensor:
-        view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
-        request = ExtractionRequest(
-            "keeps_state", TensorInput(view), (LayerSelection("tail"),), Extractor.HOOK
-        )
-        return Features(engine.extract(request, Call()).message).torch()["tail"]
+        return asking.ask(engine, "keeps_state", "tail", x, Extractor.HOOK).torch()["tail"]
 
     def naive(x: np.ndarray) -> torch.Tensor:
         with torch.inference_mode():

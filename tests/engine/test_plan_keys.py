@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+from asking import ask
+from layertap import Extractor, LayerSelection, errors
+from layertap.engine import Engine
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
-from layertap.wire.dtypes import of_array
-from layertap.wire.tensors import TensorView
 from oracle import outputs_of
 from tinynets import ITEM
 
@@ -24,14 +23,6 @@ def engine() -> Iterator[Engine]:
     engine = Engine()
     yield engine
     engine.close()
-
-
-def ask(engine: Engine, net: str, layer: str, x: torch.Tensor, extractor: Extractor) -> Features:
-    array = x.numpy()
-    view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
-    selection = LayerSelection(layer)
-    request = ExtractionRequest(net, TensorInput(view), (selection,), extractor)
-    return Features(engine.extract(request, Call()).message)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; the trace is the naive way.
@@ -75,11 +66,7 @@ def test_a_set_has_a_plan_of_its_own(engine) -> None:
     module = engine.host("residual").model.module
     x = torch.rand(2, *ITEM)
     for layers in (["bn1"], ["bn1", "layer1"], ["bn1:input"], ["bn1:input", "bn1"]):
-        array = x.numpy()
-        view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
-        chosen = tuple(LayerSelection.parse(layer) for layer in layers)
-        request = ExtractionRequest("residual", TensorInput(view), chosen, Extractor.TORCHSCRIPT)
-        features = Features(engine.extract(request, Call()).message)
+        features = ask(engine, "residual", layers, x, Extractor.TORCHSCRIPT)
         assert list(features) == layers
         for name in layers:
             source = "conv1" if name == "bn1:input" else name

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import asking
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, TensorInput
+from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
-from layertap.wire.dtypes import of_array
-from layertap.wire.tensors import TensorView
 from oracle import outputs_of
 from tinynets import ITEM
 
@@ -36,11 +35,7 @@ def load(engine: Engine, **options: object) -> torch.nn.Module:
 
 
 def ask(engine: Engine, x: torch.Tensor, extractor: Extractor) -> dict[str, torch.Tensor]:
-    array = x.numpy()
-    view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
-    selections = tuple(map(LayerSelection, LAYERS))
-    request = ExtractionRequest("residual", TensorInput(view), selections, extractor)
-    return Features(engine.extract(request, Call()).message).torch()
+    return asking.ask(engine, "residual", LAYERS, x, extractor).torch()
 
 
 @pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 import tinynets
-from layertap import Extractor, Features, LayerSelection
-from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorInput
+from asking import ask
+from layertap import Extractor
+from layertap.engine import Engine, Limits
 from layertap.engine.host import MAX_PROMOTED
 from layertap.engine.promotion import PROMOTE_AFTER, Promoter
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
-from layertap.wire.dtypes import of_array
-from layertap.wire.tensors import TensorView
 from oracle import outputs_of
 from tinynets import ITEM
 
@@ -34,12 +33,6 @@ def engine(request) -> Iterator[Engine]:
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
     yield engine
     engine.close()
-
-
-def ask(engine: Engine, net: str, layer: str, x: np.ndarray) -> Features:
-    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
-    request = ExtractionRequest(net, TensorInput(view), (LayerSelection(layer),))
-    return Features(engine.extract(request, Call()).message)
 
 
 def batch(seed: int = 0) -> np.ndarray:
@@ -76,15 +69,13 @@ def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> N
 def test_very_many_layers_are_not_compiled_beside_requests(engine) -> None:
     """A set of more layers than can be compiled in passing stays with HOOK."""
     x = batch()
-    view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
-    request = ExtractionRequest("residual", TensorInput(view), (LayerSelection("**"),))
     for _ in range(PROMOTE_AFTER * 3):
-        features = Features(engine.extract(request, Call()).message)
+        features = ask(engine, "residual", "**", x)
         assert len(features) > MAX_PROMOTED
         assert features.extractor is Extractor.HOOK
     # Behind it, a set that is small enough is compiled.
     assert until(lambda: ask(engine, "residual", "layer2", x).extractor is Extractor.TORCHSCRIPT)
-    assert Features(engine.extract(request, Call()).message).extractor is Extractor.HOOK
+    assert ask(engine, "residual", "**", x).extractor is Extractor.HOOK
 
 
 def test_content_dependent_sizes_survive_promotion(engine) -> None:

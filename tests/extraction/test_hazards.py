@@ -198,7 +198,7 @@ def test_hazard_07_symbolic_tracing_beside_a_forward_pass(load_net) -> None:
     assert "Module.__call__" in tampered
 
     # On the compute threads a request is answered before a trace or after it.
-    compute = ComputeThreads(max_pending=64, instances=2, intra_op=1)
+    compute = ComputeThreads(instances=2, intra_op=1)
     expected = outputs_of(served, torch.ones(1, *ITEM), "fc")[0]
     tracing = load_net("residual")
     with ThreadPoolExecutor(9) as pool:

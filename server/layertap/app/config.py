@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from layertap.app.server import PORT, ServerOptions
+from layertap.batching import BatchPolicy
 from layertap.engine import Limits
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
@@ -131,7 +132,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         batch: Items of one request.
         pixels: Pixels of one encoded image.
         layers: Selections of one request, and layers that they match.
-        pending: Requests that wait for a compute thread.
+        pending: Requests that wait for a compute thread or run on one.
+        pending_mib: MiB of the replies that are being made or sent.
         plans: Plans that are kept besides the declared ones.
     """
 
@@ -141,13 +143,18 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pixels: Count = Limits().pixels
     layers: Count = Limits().layers
     pending: Count = Limits().pending
+    pending_mib: Count = Limits().pending_bytes // MIB
     plans: Count = Limits().plans
 
     def limits(self) -> Limits:
         """Return the engine's own form, in bytes."""
         fields = msgspec.structs.asdict(self)
-        request_bytes, reply_bytes = fields.pop("request_mib") * MIB, fields.pop("reply_mib") * MIB
-        return Limits(request_bytes=request_bytes, reply_bytes=reply_bytes, **fields)
+        sizes = {
+            name.replace("_mib", "_bytes"): fields.pop(name) * MIB
+            for name in tuple(fields)
+            if name.endswith("_mib")
+        }
+        return Limits(**sizes, **fields)
 
 
 class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -164,6 +171,9 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         layers: Layers to compile and warm before the server reports itself as ready.
         require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
             sent as they are.
+        max_batch_size: Items of requests that may share a forward pass; 1 runs each alone.
+        max_queue_delay_us: Microseconds that a request may be held back for others to join it,
+            where the last pass had several callers; 0 joins only those that wait already.
     """
 
     source: Text
@@ -178,6 +188,12 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     channels_last: Annotated[bool, Meta(description="true or false")] = False
     layers: Layers = ()
     require_finite: Annotated[bool, Meta(description="true or false")] = False
+    max_batch_size: Count = 1
+    max_queue_delay_us: Annotated[int, Meta(ge=0, description="microseconds from 0")] = 0
+
+    def batching(self) -> BatchPolicy:
+        """Return how requests for the model may share forward passes."""
+        return BatchPolicy(self.max_batch_size, self.max_queue_delay_us * 1e-6)
 
     def spec(self) -> ModelSpec:
         """Return what to load; raise ConfigError for a malformed field."""

@@ -144,7 +144,9 @@ def _load(engine: Engine, model: ModelSection, narrator: Narrator) -> None:
     begun = time.monotonic()
     compiling = f" and compiling {len(declared)} layers" if declared else ""
     with narrator.busy(f"loading {spec.name}{compiling}"):
-        host = engine.load(spec, declared, require_finite=model.require_finite)
+        host = engine.load(
+            spec, declared, require_finite=model.require_finite, batching=model.batching()
+        )
     loaded = host.model
     narrator.say(
         f"loaded {loaded.name}: {loaded.source}, weights {loaded.weights}, on {loaded.device}, "

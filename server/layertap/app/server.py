@@ -23,6 +23,14 @@ PORT = 8001
 """Where inference servers listen for gRPC by convention; metrics are at 8002."""
 
 
+SPARE_WORKERS = 16
+"""Threads besides one for each request that may be pending.
+
+gRPC keeps calls that find no thread in a queue without end, where nobody refuses them and their
+deadlines pass unseen. So whoever can't be admitted finds a thread that tells them at once.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """How to listen.
@@ -30,13 +38,10 @@ class ServerOptions:
     Attributes:
         host: The address to bind; only this machine unless told otherwise.
         port: The port; 0 for a free one.
-        workers: Threads that parse requests and wait for a compute thread. They hardly ever
-            compute, so there may be many more of them than cores.
     """
 
     host: str = "127.0.0.1"
     port: int = PORT
-    workers: int = 32
 
 
 class FeatureServer:
@@ -63,7 +68,9 @@ class FeatureServer:
         self._engine = engine
         options = options or ServerOptions()
         self._server = grpc.server(
-            ThreadPoolExecutor(options.workers, thread_name_prefix="layertap-rpc"),
+            ThreadPoolExecutor(
+                engine.limits.pending + SPARE_WORKERS, thread_name_prefix="layertap-rpc"
+            ),
             options=channel_options(engine.limits.request_bytes),
         )
         self._health = health.HealthServicer()

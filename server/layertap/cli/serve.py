@@ -13,7 +13,10 @@ __all__ = ["serve"]
 
 PORTS = click.IntRange(0, 65535)
 METRICS_PORTS = click.IntRange(-1, 65535)
-MODEL_FLAGS = ("weights", "seed", "item_shape", "precision", "channels_last", "layers")
+MODEL_FLAGS = (
+    *("weights", "seed", "item_shape", "precision", "channels_last", "layers"),
+    *("max_batch_size", "max_queue_delay_us"),
+)
 
 
 @click.command(short_help="Serve models over gRPC.")
@@ -42,6 +45,18 @@ MODEL_FLAGS = ("weights", "seed", "item_shape", "precision", "channels_last", "l
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="What to run on; auto (the default) is CUDA where there is a device.",
+)
+@click.option(
+    "--max-batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Items of several requests that may share a forward pass; default 1: each runs alone.",
+)
+@click.option(
+    "--max-queue-delay-us",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Microseconds that a request may be held back for others to join it; default 0.",
 )
 @click.option("--host", help="The address to listen on; default 127.0.0.1, this machine only.")
 @click.option("--port", type=PORTS, help="The port; default 8001, 0 takes a free one.")

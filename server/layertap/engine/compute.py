@@ -14,18 +14,19 @@ Note [One compute thread]
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
 from layertap.engine.call import Call
 from layertap.errors import (
     CancelledError,
     DeadlineExceededError,
-    OverloadedError,
+    LayertapError,
     UnavailableError,
 )
 from layertap.extraction.gate import forward_passes
@@ -33,82 +34,138 @@ from layertap.extraction.gate import forward_passes
 __all__ = ["ComputeThreads"]
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+Runner = Callable[[Sequence[T]], Sequence[R]]
+"""Computes a batch of items together: as many results, in their order."""
+
+
+class _Job(Generic[T, R]):
+    """An item, how it is computed, and who waits for the result."""
+
+    def __init__(self, item: T, runner: Runner[T, R], call: Call) -> None:
+        self.item = item
+        self.runner = runner
+        self.future: Future[R] = Future()
+        self._call = call
+
+    def begin(self) -> bool:
+        """Tell whether somebody still waits for it."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        try:
+            self._call.check()
+        except LayertapError as error:
+            self.future.set_exception(error)
+            return False
+        return True
 
 
 class ComputeThreads:
     """Runs jobs in the order in which they came, each on the first thread that is free.
 
     Args:
-        max_pending: Jobs that may wait or run; one more is refused.
         instances: Threads.
         intra_op: Cores that one of them computes with; None leaves it to PyTorch.
     """
 
-    def __init__(self, max_pending: int, instances: int = 1, intra_op: int | None = None) -> None:
+    def __init__(self, instances: int = 1, intra_op: int | None = None) -> None:
         self.instances = instances
+        self._intra_op = intra_op
+        self._queue: BatchQueue[_Job[Any, Any]] = BatchQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"layertap-compute-{index}")
+            for index in range(instances)
+        ]
+        for thread in self._threads:
+            thread.start()
 
-        def begin() -> None:
-            if intra_op is not None:  # Here, as OpenMP keeps the number for each thread apart.
-                torch.set_num_threads(intra_op)
-
-        self._pool = ThreadPoolExecutor(
-            max_workers=instances, thread_name_prefix="layertap-compute", initializer=begin
-        )
-        self._max_pending = max_pending
-        self._pending = 0
-        self._lock = threading.Lock()
-
-    @property
-    def pending(self) -> int:
-        """Jobs that wait or run."""
-        return self._pending
-
-    def run(self, job: Callable[[], T], call: Call) -> T:
+    def run(self, job: Callable[[], R], call: Call) -> R:
         """Run a job under ``torch.inference_mode`` and return what it returns.
 
         A job whose caller went away or whose deadline passed before its turn is not run.
 
         Raises:
-            OverloadedError: Where too many jobs wait.
             UnavailableError: After ``close``.
             DeadlineExceededError, CancelledError: Where the caller is not waiting any more.
         """
-        self._admit()
+        return self.run_batched(None, lambda _: [job()], call)
 
-        def guarded() -> T:
-            call.check()
-            with forward_passes(), torch.inference_mode():
-                return job()
+    def run_batched(
+        self,
+        item: T,
+        runner: Runner[T, R],
+        call: Call,
+        *,
+        key: Hashable = None,
+        size: int = 1,
+        policy: BatchPolicy = ALONE,
+    ) -> R:
+        """Run an item as ``run`` does a job, together with others of its key that wait as well.
 
+        Where a batch of several fails, each is run alone: one caller's input is no reason to refuse
+        another's.
+
+        Args:
+            item: What is to be computed.
+            runner: Computes items of one key; that of the oldest is called.
+            call: The caller's patience.
+            key: Which items may go together; None for none.
+            size: What the item adds to a batch.
+            policy: How large a batch may get and how long it is waited for.
+        """
+        job = _Job(item, runner, call)
         try:
-            future = self._pool.submit(guarded)
-        except RuntimeError:
-            self._leave()
+            self._queue.put(job, key, size, policy)
+        except ClosedError:
             raise UnavailableError("the server is shutting down") from None
-        future.add_done_callback(lambda _: self._leave())
-        call.on_cancel(future.cancel)
+        call.on_cancel(lambda: self._forget(job))
         try:
-            return future.result(timeout=call.remaining())
+            return job.future.result(timeout=call.remaining())
         except FutureCancelledError:
             raise CancelledError("the caller went away") from None
         except TimeoutError:
-            if future.done() and not future.cancelled():
+            if job.future.done() and not job.future.cancelled():
                 raise
-            future.cancel()
+            self._forget(job)
             raise DeadlineExceededError("the deadline passed before the answer was ready") from None
 
     def close(self) -> None:
         """Finish what was admitted, refuse anything new, end the threads."""
-        self._pool.shutdown(wait=True)
+        self._queue.close()
+        for thread in self._threads:
+            thread.join()
 
-    def _admit(self) -> None:
-        with self._lock:
-            if self._pending >= self._max_pending:
-                raise OverloadedError(
-                    f"queue full: {self._max_pending} requests are waiting, the most allowed"
-                )
-            self._pending += 1
+    def _forget(self, job: _Job[Any, Any]) -> None:
+        """Take a job out of the queue that nobody waits for; one that runs already runs on."""
+        if job.future.cancel():
+            self._queue.discard(job)
 
-    def _leave(self) -> None:
-        with self._lock:
-            self._pending -= 1
+    def _work(self) -> None:
+        if self._intra_op is not None:  # Here, as OpenMP keeps the number for each thread apart.
+            torch.set_num_threads(self._intra_op)
+        while jobs := self._queue.take():
+            wanted = [job for job in jobs if job.begin()]
+            if wanted:
+                with forward_passes(), torch.inference_mode():
+                    _settle(wanted)
+            # Or the last batch's tensors would live until the next one comes.
+            del jobs, wanted
+
+
+def _settle(jobs: Sequence[_Job[Any, Any]]) -> None:
+    """Run jobs of one key together, each alone where that fails."""
+    try:
+        results = jobs[0].runner([job.item for job in jobs])
+    except BaseException as error:  # noqa: BLE001 - it is the callers', whatever it is
+        if len(jobs) == 1:
+            jobs[0].future.set_exception(error)
+            # The error refers to this frame, and through it to the job and to itself.
+            del jobs
+            return
+    else:
+        for job, result in zip(jobs, results, strict=True):
+            job.future.set_result(result)
+        return
+    for job in jobs:
+        _settle([job])

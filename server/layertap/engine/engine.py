@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gc
-import logging
+import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from layertap.batching import ALONE, BatchPolicy
+from layertap.engine.admission import Admission
 from layertap.engine.batch import (
     ImagesInput,
     TensorInput,
@@ -22,22 +26,18 @@ from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
-from layertap.engine.reply import ReplyCollector, ReplyWriter, ShapeChangedError
+from layertap.engine.reply import Admit, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
-from layertap.errors import ConfigError, LayertapError, ModelNotFoundError, ModelRunError
+from layertap.engine.work import Work, compute
+from layertap.errors import ConfigError, DeadlineExceededError, ModelNotFoundError
 from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.plan import Plan
 from layertap.extraction.plan_cache import PlanCache
-from layertap.extraction.points import Sink as PointSink
 from layertap.models import ModelSpec, load_model
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings, encode_reply_head
 
 __all__ = ["Engine", "Extraction", "ExtractionRequest"]
-
-_log = logging.getLogger(__name__)
-
-Sink = ReplyWriter | ReplyCollector
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,13 @@ class Extraction:
         message: A serialized ``layertap.v1.ExtractResponse``.
         extractor: Which extractor served it; never AUTO.
         timings: Where the time went.
+        together: Requests that shared the forward pass, this one included.
     """
 
     message: bytes
     extractor: Extractor
     timings: Timings
+    together: int = 1
 
 
 class Engine:
@@ -94,13 +96,20 @@ class Engine:
         self.limits = limits or Limits()
         self._device = torch.device(device)
         self._plan_cache = plan_cache
-        self._compute = ComputeThreads(self.limits.pending, instances, threads)
+        self._compute = ComputeThreads(instances, threads)
+        self._admission = Admission(self.limits.pending, self.limits.pending_bytes)
+        self._decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
         self._hosts: dict[str, ModelHost] = {}
 
     @property
     def pending(self) -> int:
-        """Requests and other jobs that wait for a compute thread or run on one."""
-        return self._compute.pending
+        """Requests that wait for a compute thread or run on one."""
+        return self._admission.requests
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of the replies that are being made or sent."""
+        return self._admission.reply_bytes
 
     def load(
         self,
@@ -108,6 +117,7 @@ class Engine:
         declared: Sequence[LayerSelection] = (),
         *,
         require_finite: bool = False,
+        batching: BatchPolicy = ALONE,
     ) -> ModelHost:
         """Load a model, measure its catalogue and warm the plans of its declared layers.
 
@@ -115,6 +125,7 @@ class Engine:
             spec: What to load.
             declared: Layers that will be asked for.
             require_finite: Whether NaN and infinity in a layer are an error.
+            batching: How large a batch of several requests may get, and how long it is waited for.
 
         Raises:
             ConfigError: Where the name is taken.
@@ -125,7 +136,12 @@ class Engine:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
         model = self._compute.run(lambda: load_model(spec, self._device), Call())
         host = ModelHost(
-            model, self._compute, self.limits, self._plan_cache, require_finite=require_finite
+            model,
+            self._compute,
+            self.limits,
+            self._plan_cache,
+            require_finite=require_finite,
+            batching=batching,
         )
         try:
             host.declare(declared)
@@ -163,36 +179,40 @@ class Engine:
         return host
 
     def extract(self, request: ExtractionRequest, call: Call) -> Extraction:
-        """Run one request: check, plan, compute, publish.
+        """Run one request: admit, check, plan, compute, publish.
 
         Args:
             request: What is wanted.
-            call: The caller's patience.
+            call: The caller's patience. The reply's bytes count as pending for as long as anything
+                refers to it.
 
         Raises:
             LayertapError: See the tree; nothing is computed for a request that is refused.
         """
+        with self._admission.request():
+            return self._extract(request, call)
+
+    def _extract(self, request: ExtractionRequest, call: Call) -> Extraction:
         host = self.host(request.model)
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape[1:]), call)
-        sink = self._sink(plan, resolved, x)
+        make = partial(
+            self._reply, plan, resolved, x.shape, partial(self._admission.reserve, call=call)
+        )
+        work = Work(host, plan, resolved, x, make(), make, call)
         prepared_ns = time.perf_counter_ns()
-
-        def job() -> tuple[Sink, int, int]:
-            begun_ns = time.perf_counter_ns()
-            done = self._run(host, plan, resolved, x, sink)
-            return done, begun_ns, time.perf_counter_ns()
-
-        done, begun_ns, ended_ns = self._compute.run(job, call)
+        done = self._compute.run_batched(
+            work, compute, call, key=_key(work), size=work.items, policy=host.batching
+        )
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
-            queue_ns=begun_ns - prepared_ns,
-            compute_ns=ended_ns - begun_ns,
+            queue_ns=done.begun_ns - prepared_ns,
+            compute_ns=done.ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        message = done.finish(encode_reply_head(plan.extractor, timings))
-        return Extraction(message, plan.extractor, timings)
+        message = done.reply.finish(encode_reply_head(plan.extractor, timings))
+        return Extraction(message, plan.extractor, timings, done.together)
 
     def close(self) -> None:
         """Finish what was admitted, then let go of the models."""
@@ -204,59 +224,38 @@ class Engine:
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):
             return check_tensor(host.model, given.tensor, self.limits)
-        images = decode_images(host.model, given.images, self.limits)
+        with self._decoding(call):
+            images = decode_images(host.model, given.images, self.limits)
         return self._compute.run(lambda: preprocess_images(host.model, images), call)
 
-    def _sink(self, plan: Plan, resolved: Resolved, x: torch.Tensor) -> Sink:
-        kind = ReplyCollector if plan.dynamic else ReplyWriter
-        return kind(resolved.outputs, plan.specs, x.shape, self.limits.reply_bytes)
-
-    def _run(
-        self, host: ModelHost, plan: Plan, resolved: Resolved, x: torch.Tensor, sink: Sink
-    ) -> Sink:
-        def batch() -> torch.Tensor:
-            on_device = x.to(self._device, host.model.input.dtype)
-            return on_device.clone() if host.catalogue.mutates_input else on_device
-
-        def capture(sink: Sink) -> None:
-            checked = _finite_only(sink, host, resolved) if host.require_finite else sink
-            with host.turn:
-                plan.built.run(batch(), checked)
-
+    @contextmanager
+    def _decoding(self, call: Call) -> Iterator[None]:
+        """Decode no more images at once than there are cores: more would only slow each other."""
+        if not self._decoders.acquire(timeout=call.remaining()):
+            raise DeadlineExceededError("the deadline passed before the images were decoded")
         try:
-            try:
-                capture(sink)
-            except ShapeChangedError:
-                plan.dynamic = True
-                sink = self._sink(plan, resolved, x)
-                capture(sink)
-        except LayertapError:
-            raise
-        except Exception as error:
-            _log.exception("model %s failed", host.model.name)
-            raise ModelRunError(
-                f"model {host.model.name!r} failed on this input ({type(error).__name__})"
-            ) from error
-        return sink
+            yield
+        finally:
+            self._decoders.release()
+
+    def _reply(
+        self, plan: Plan, resolved: Resolved, batch_shape: Sequence[int], admit: Admit
+    ) -> Reply:
+        kind = ReplyCollector if plan.dynamic else ReplyWriter
+        return kind(resolved.outputs, plan.specs, batch_shape, self.limits.reply_bytes, admit)
+
+
+def _key(work: Work) -> Hashable:
+    """Return what requests that may share a forward pass have in common; None for those that can't.
+
+    The plan stands for model, layers and extractor.
+    """
+    if work.host.batching.max_size == 1 or work.plan.dynamic or work.plan.shared is False:
+        return None
+    return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype
 
 
 def _close_alone(host: ModelHost) -> None:
     """Close a host once no forward pass needs its hooks any more."""
     with no_forward_pass():
         host.close()
-
-
-def _finite_only(sink: Sink, host: ModelHost, resolved: Resolved) -> PointSink:
-    """Wrap a sink so that it takes finite values only."""
-
-    def take(index: int, value: torch.Tensor) -> None:
-        finite = value.isfinite()
-        if not finite.all():
-            layer = host.catalogue.names[resolved.points[index]]
-            raise ModelRunError(
-                f"layer {layer!r} of model {host.model.name!r} holds NaN or infinity in "
-                f"{value.numel() - int(finite.sum())} of {value.numel()} elements on this input"
-            )
-        sink(index, value)
-
-    return take

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TypeVar
 
+from layertap.batching import ALONE, BatchPolicy
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.limits import Limits
@@ -18,6 +19,7 @@ from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.measure import measure
 from layertap.extraction.plan import Plan, PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
@@ -72,6 +74,7 @@ class ModelHost:
         cache: Where the compiled plans of declared layers are stored.
         require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
             sent as they are.
+        batching: How large a batch of several requests may get, and how long it is waited for.
 
     Attributes:
         turn: Held by each forward pass; a lock where two at once would see each other's state.
@@ -88,13 +91,16 @@ class ModelHost:
         cache: PlanCache | None = None,
         *,
         require_finite: bool = False,
+        batching: BatchPolicy = ALONE,
     ) -> None:
         self.model = model
+        self.batching = batching
         self.require_finite = require_finite
         self.declared: list[LayerSelection] = []
         self._compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model), Call())
+        self._checkpoints = Checkpoints(model.module, self.catalogue)
         shared = compute.instances > 1 and self.catalogue.keeps_state
         self.turn: AbstractContextManager[object] = threading.Lock() if shared else nullcontext()
         if self.catalogue.non_finite:
@@ -132,11 +138,16 @@ class ModelHost:
             resolved = self.resolve(chosen, Extractor.AUTO)
             key, plan = self._compute.run(partial(self._build_best, resolved), Call())
             self._declared_plans[key] = plan
+            self._warm_batches(plan)
 
     def plan(self, resolved: Resolved, item_shape: tuple[int, ...], call: Call) -> Plan:
         """Return the plan that serves a request, built on a compute thread where it is new."""
         key = (self._choose(resolved, item_shape), resolved.points, item_shape)
         return self._known(key) or self._compute.run(lambda: self._build(key), call)
+
+    def prove_shared(self, plan: Plan, item_shape: tuple[int, ...]) -> bool:
+        """Tell whether requests may share a plan's passes. For a compute thread."""
+        return self._builder.prove_shared(plan, item_shape)
 
     def refused_plans(self) -> list[RefusedPlan]:
         """Return the layer sets that an extractor was tried on and could not serve."""
@@ -153,6 +164,7 @@ class ModelHost:
         """Take the hooks off the model and forget its plans."""
         self._promoter.close()
         self._taps.close()
+        self._checkpoints.close()
         with self._lock:
             self._plans.clear()
             self._declared_plans.clear()
@@ -169,6 +181,23 @@ class ModelHost:
                     raise
                 _log.warning("model %s: %s", self.model.name, refusal)
         raise AssertionError("a resolved request has candidates")
+
+    def _warm_batches(self, plan: Plan) -> None:
+        """Run a declared plan at the batch sizes up to the largest: 1, 2, 4 and so on."""
+        shape = self.model.input.item_shape
+        if self.batching.max_size == 1:
+            return
+        if not self._compute.run(partial(self.prove_shared, plan, shape), Call()):
+            _log.warning(
+                "model %s: requests for %s don't share passes: the items of a batch are not "
+                "independent", self.model.name, ", ".join(point.path for point in plan.points),
+            )  # fmt: skip
+            return
+        size = 2
+        while size < 2 * self.batching.max_size:
+            warm = partial(self._builder.warm, plan, shape, min(size, self.batching.max_size))
+            self._compute.run(warm, Call())
+            size *= 2
 
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...]) -> Extractor:
         if len(resolved.candidates) == 1:

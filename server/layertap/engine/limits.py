@@ -19,7 +19,8 @@ class Limits:
         batch: Items of one request.
         pixels: Pixels of one encoded image.
         layers: Selections of one request, and layers that they match.
-        pending: Requests that wait for a compute thread.
+        pending: Requests that wait for a compute thread or run on one.
+        pending_bytes: Bytes of the replies that are being made or sent.
         plans: Plans that are kept besides the declared ones.
     """
 
@@ -28,5 +29,6 @@ class Limits:
     batch: int = 1024
     pixels: int = 64 * MIB
     layers: int = 1024
-    pending: int = 256
+    pending: int = 64
+    pending_bytes: int = 4096 * MIB
     plans: int = 64

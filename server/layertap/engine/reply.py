@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
 from layertap.wire.dtypes import DTYPES, DType
 from layertap.wire.messages import REPLY_HEAD_SIZE, REPLY_TENSOR_FIELD
 
-__all__ = ["ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
+__all__ = ["Admit", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
+
+Admit = Callable[[int], object]
+"""Takes the bytes of a message before they are allocated; raises OverloadedError to refuse."""
 
 _ROWS = {getattr(torch, row.name): row for row in DTYPES}
 
@@ -38,9 +41,11 @@ class ReplyWriter:
         specs: The type and shape of each captured point.
         batch_shape: Sizes of the input, ``[B, ...]``.
         max_bytes: The limit of the reply.
+        admit: Is told the reply's bytes before they are allocated.
 
     Raises:
         ReplyTooLargeError: Before any compute, from the predicted shapes.
+        OverloadedError: From ``admit``.
         InvalidInputError: Where a reduction does not fit its layer.
         ExtractorUnsupportedError: Where a layer's type can't be sent.
     """
@@ -51,11 +56,12 @@ class ReplyWriter:
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
         max_bytes: int,
+        admit: Admit,
     ) -> None:
         batch, *item_shape = batch_shape
         made = _reductions(outputs, specs, item_shape)
         values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
-        self._builder = _builder(outputs, values, max_bytes)
+        self._builder = _builder(outputs, values, max_bytes, admit)
         self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
         self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
@@ -86,6 +92,7 @@ class ReplyCollector:
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
         max_bytes: int,
+        admit: Admit,
     ) -> None:
         batch, *item_shape = batch_shape
         # A reduction needs a shape to rely on: refused before any compute.
@@ -93,6 +100,7 @@ class ReplyCollector:
         self._expected = [spec.shape(batch) for spec in specs]
         self._outputs = outputs
         self._max_bytes = max_bytes
+        self._admit = admit
         self._values: dict[int, torch.Tensor] = {}
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
@@ -111,10 +119,13 @@ class ReplyCollector:
         """Lay the message out by what was captured, write and publish it."""
         values = [self._values[slot] for slot in range(len(self._outputs))]
         shapes = [(tuple(value.shape), value.dtype) for value in values]
-        builder = _builder(self._outputs, shapes, self._max_bytes)
+        builder = _builder(self._outputs, shapes, self._max_bytes, self._admit)
         for slot, value in enumerate(values):
             _write(builder, slot, value)
         return builder.finish(head)
+
+
+Reply = ReplyWriter | ReplyCollector
 
 
 def _reductions(
@@ -127,6 +138,7 @@ def _builder(
     outputs: Sequence[Output],
     values: Sequence[tuple[tuple[int, ...], torch.dtype]],
     max_bytes: int,
+    admit: Admit,
 ) -> ReplyBuilder:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
@@ -139,6 +151,7 @@ def _builder(
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
     if layout.nbytes > limit:
         raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
+    admit(layout.nbytes)
     return ReplyBuilder(layout)
 
 

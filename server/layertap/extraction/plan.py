@@ -17,7 +17,7 @@ from layertap.extraction.fx import FxExtractor, GraphNames, WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
-from layertap.extraction.proof import Values, collect, prove
+from layertap.extraction.proof import Values, collect, prove, shares_passes
 from layertap.extraction.survey import sample_input
 from layertap.extraction.taps import Taps
 from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
@@ -36,16 +36,21 @@ class Plan:
 
     Attributes:
         extractor: Which of the five it is.
+        points: What it captures.
         specs: The type and shape of each point's value, in the order of the points.
         built: The extractor itself; it runs on a compute thread only.
         dynamic: Whether some value's shape follows more than the batch size, so that the specs
             predict nothing. Set when a forward pass shows it.
+        shared: Whether several requests may share one of its forward passes; None until
+            ``PlanBuilder.prove_shared`` has found out.
     """
 
     extractor: Extractor
+    points: tuple[CapturePoint, ...]
     specs: tuple[ValueSpec, ...]
     built: BuiltExtractor
     dynamic: bool = False
+    shared: bool | None = None
 
     def __post_init__(self) -> None:
         self.dynamic = self.dynamic or any(spec.dynamic for spec in self.specs)
@@ -133,7 +138,8 @@ class PlanBuilder:
         if extractor is Extractor.HOOK and item_shape == self._model.input.item_shape:
             # The oracle at the size at which the catalogue was measured: nothing is left to learn.
             specs = tuple(self._catalogue.specs[point] for point in points)
-            yield Plan(extractor, specs, HookExtractor(self._model, self._taps, points))
+            built: BuiltExtractor = HookExtractor(self._model, self._taps, points)
+            yield Plan(extractor, tuple(points), specs, built)
             return
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
         oracle = []
@@ -152,7 +158,25 @@ class PlanBuilder:
             yield None
             if extractor is not Extractor.HOOK:
                 yield from proof.steps(built)
-        yield Plan(extractor, specs, built)
+        yield Plan(extractor, tuple(points), specs, built)
+
+    def prove_shared(self, plan: Plan, item_shape: tuple[int, ...]) -> bool:
+        """Find out whether requests may share a plan's forward passes, and keep the answer in it.
+
+        A model whose modules write attributes while they run may remember what it saw.
+        """
+        if plan.shared is None:
+            x = sample_input(self._model, 3, item_shape)
+            plan.shared = not self._catalogue.keeps_state and shares_passes(
+                plan.built, plan.points, plan.specs, x
+            )
+        return plan.shared
+
+    def warm(self, plan: Plan, item_shape: tuple[int, ...], size: int) -> None:
+        """Run a plan on a batch of that many items, as the first such batch takes longer."""
+        x = sample_input(self._model, size, item_shape)
+        for _ in range(WARM_UP_RUNS):
+            plan.built.run(x.clone(), lambda index, value: None)
 
     def _compiled(
         self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool

@@ -89,6 +89,15 @@ class ValueSpec:
         return tuple(dim.at(batch) for dim in self.dims)
 
     @property
+    def batch_axis(self) -> tuple[int, int] | None:
+        """Return (the one dimension that grows with the batch, its elements for each item).
+
+        None where there is no such dimension, or more than one.
+        """
+        axes = [(axis, dim.size) for axis, dim in enumerate(self.dims) if dim.batch]
+        return axes[0] if len(axes) == 1 else None
+
+    @property
     def bytes_per_item(self) -> int:
         """Bytes of a batch of one."""
         elements = 1

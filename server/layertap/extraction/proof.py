@@ -8,11 +8,11 @@ import torch
 
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor
-from layertap.extraction.points import CapturePoint
+from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.selection import Extractor
 
-__all__ = ["Values", "collect", "prove"]
+__all__ = ["Values", "collect", "items_of", "prove", "shares_passes"]
 
 Values = list[torch.Tensor]
 
@@ -53,3 +53,48 @@ def prove(
                 f"differs from the model's by {error:.1e} of the largest magnitude "
                 f"(allowed: {tolerance:.0e})"
             )
+
+
+def items_of(value: torch.Tensor, spec: ValueSpec, begin: int, items: int) -> torch.Tensor:
+    """Return the part of a value that belongs to some items of the batch, a view.
+
+    Args:
+        value: A value of a whole batch.
+        spec: Its type and shape; it must have a batch axis.
+        begin: The first of the items.
+        items: How many.
+    """
+    if spec.batch_axis is None:
+        raise ValueError("a value without a batch axis has no items")
+    axis, size = spec.batch_axis
+    return value.narrow(axis, begin * size, items * size)
+
+
+def shares_passes(
+    built: BuiltExtractor,
+    points: Sequence[CapturePoint],
+    specs: Sequence[ValueSpec],
+    x: torch.Tensor,
+) -> bool:
+    """Tell whether requests may share a forward pass: whether each item's values are its own.
+
+    A batch is run as a whole and in two parts. Where the values of the whole are those of the parts
+    put together, within TORCHSCRIPT_TOLERANCE (kernels for other batch sizes may add in another
+    order), nothing passes from one item to another. A model that normalises over the batch, or
+    lays the items' windows out side by side, fails.
+
+    Args:
+        built: The extractor.
+        points: Its points.
+        specs: Their types and shapes.
+        x: ``[3, ...]`` random input.
+    """
+    if any(spec.batch_axis is None or spec.dynamic for spec in specs):
+        return False
+    whole = collect(built, points, x)
+    for begin, part in ((0, x[:1]), (1, x[1:])):
+        for value, expected, spec in zip(whole, collect(built, points, part), specs, strict=True):
+            mine = items_of(value, spec, begin, len(part))
+            if difference(mine, expected) > TORCHSCRIPT_TOLERANCE.get(expected.dtype, 0.0):
+                return False
+    return True

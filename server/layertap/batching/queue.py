@@ -1,0 +1,72 @@
+"""A queue between the threads that bring items and those that run batches of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+from layertap.batching.batcher import ALONE, Batcher, BatchPolicy
+
+__all__ = ["BatchQueue", "ClosedError"]
+
+T = TypeVar("T")
+
+
+class ClosedError(Exception):
+    """The queue takes nothing any more."""
+
+
+class BatchQueue(Generic[T]):
+    """A ``Batcher`` whose ``take`` blocks until a batch is ready.
+
+    It bounds nothing by itself: whoever puts something in has been admitted before.
+
+    Args:
+        clock: Returns seconds and never goes back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._batcher: Batcher[T] = Batcher()
+        self._clock = clock
+        self._news = threading.Condition(threading.Lock())
+        self._closed = False
+
+    def put(
+        self, item: T, key: Hashable = None, size: int = 1, policy: BatchPolicy = ALONE
+    ) -> None:
+        """Let an item wait; see ``Batcher.add``. Raises ClosedError after ``close``."""
+        with self._news:
+            if self._closed:
+                raise ClosedError
+            self._batcher.add(item, key, size, policy, self._clock())
+            self._news.notify()
+
+    def discard(self, item: T) -> bool:
+        """Let an item go; tell whether it was still waiting."""
+        with self._news:
+            return self._batcher.discard(item)
+
+    def take(self) -> list[T]:
+        """Wait for a batch and return its items; an empty list once it is closed and drained."""
+        with self._news:
+            while True:
+                now = self._clock()
+                batch = self._batcher.take(now, at_once=self._closed)
+                if batch:
+                    if len(self._batcher):
+                        # One notification is sent for each item, and may have woken a thread that
+                        # is holding a batch back. Whoever takes passes the rest on.
+                        self._news.notify()
+                    return batch
+                if self._closed:
+                    return []
+                due = self._batcher.due(now)
+                self._news.wait(None if due is None else max(0.0, due - now))
+
+    def close(self) -> None:
+        """Take nothing any more, and hold nothing back any more."""
+        with self._news:
+            self._closed = True
+            self._news.notify_all()

@@ -1,0 +1,189 @@
+"""What a compute thread does with requests: one at a time, or a batch of them in one pass."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from layertap.engine.call import Call
+from layertap.engine.host import ModelHost
+from layertap.engine.reply import Reply, ShapeChangedError
+from layertap.engine.resolve import Resolved
+from layertap.errors import LayertapError, ModelRunError
+from layertap.extraction.checkpoints import checked
+from layertap.extraction.plan import Plan
+from layertap.extraction.points import Sink
+from layertap.extraction.proof import items_of
+
+__all__ = ["Computed", "Work", "compute"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Work:
+    """One request, checked and planned.
+
+    Attributes:
+        host: Its model.
+        plan: How its layers are captured.
+        resolved: Its layers.
+        x: Its input ``[B, ...]``, on the CPU.
+        reply: Where its outputs go.
+        collect: Makes a reply for values whose shapes are not those that the plan predicts.
+        call: The caller's patience.
+    """
+
+    host: ModelHost
+    plan: Plan
+    resolved: Resolved
+    x: torch.Tensor
+    reply: Reply
+    collect: Callable[[], Reply]
+    call: Call
+
+    @property
+    def items(self) -> int:
+        """The items of its batch."""
+        return int(self.x.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What became of a request.
+
+    Attributes:
+        reply: Its outputs, ready to be published.
+        begun_ns: When its forward pass began, by ``time.perf_counter_ns``.
+        ended_ns: When its outputs had been written.
+        together: Requests that the pass was run for.
+    """
+
+    reply: Reply
+    begun_ns: int
+    ended_ns: int
+    together: int
+
+
+class _AbandonedError(BaseException):
+    """Ends a forward pass that nobody waits for.
+
+    A BaseException, since it crosses the model's own forward, which may catch Exception.
+    """
+
+    def __init__(self, reason: LayertapError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def compute(works: Sequence[Work]) -> list[Computed]:
+    """Run requests of one plan, item shape and dtype in one forward pass. For a compute thread.
+
+    Raises:
+        ModelRunError: Where the model fails.
+        CancelledError, DeadlineExceededError: Where nobody waits any more; noticed between layers.
+    """
+    begun_ns = time.perf_counter_ns()
+    host = works[0].host
+    try:
+        if len(works) == 1:
+            _run_alone(works[0])
+        else:
+            _run_together(works)
+    except _AbandonedError as abandoned:
+        raise abandoned.reason from None
+    except LayertapError:
+        raise
+    except Exception as error:
+        _log.exception("model %s failed", host.model.name)
+        raise ModelRunError(
+            f"model {host.model.name!r} failed on this input ({type(error).__name__})"
+        ) from error
+    ended_ns = time.perf_counter_ns()
+    return [Computed(work.reply, begun_ns, ended_ns, len(works)) for work in works]
+
+
+def _run_alone(work: Work) -> None:
+    host = work.host
+    x = work.x.to(host.model.device, host.model.input.dtype)
+    try:
+        _capture(work, x.clone() if host.catalogue.mutates_input else x)
+    except ShapeChangedError:
+        work.plan.dynamic = True
+        work.reply = work.collect()
+        _capture(work, x.clone() if host.catalogue.mutates_input else x)
+
+
+def _capture(work: Work, x: torch.Tensor) -> None:
+    with work.host.turn, checked(_abandoning([work.call])):
+        work.plan.built.run(x, _sink(work))
+
+
+def _run_together(works: Sequence[Work]) -> None:
+    """Run one pass and give each request its items of every value."""
+    host, plan = works[0].host, works[0].plan
+    if not host.prove_shared(plan, tuple(works[0].x.shape[1:])):
+        raise _alone("items of its batches are not independent")
+    x = torch.cat([work.x.to(host.model.device, host.model.input.dtype) for work in works])
+    sinks = [_sink(work) for work in works]
+
+    def share(index: int, value: torch.Tensor) -> None:
+        spec = plan.specs[index]
+        if tuple(value.shape) != spec.shape(len(x)):
+            raise ShapeChangedError
+        begin = 0
+        for work, sink in zip(works, sinks, strict=True):
+            sink(index, items_of(value, spec, begin, work.items))
+            begin += work.items
+
+    try:
+        with host.turn, checked(_abandoning([work.call for work in works])):
+            plan.built.run(x, share)
+    except ShapeChangedError:
+        plan.dynamic = True
+        raise _alone("a value's shape changed") from None
+
+
+def _alone(why: str) -> ModelRunError:
+    """Return what makes the compute thread run each request of a batch alone. Nobody is told it."""
+    return ModelRunError(f"each request must run alone: {why}")
+
+
+def _abandoning(calls: Sequence[Call]) -> Callable[[], None]:
+    """Return what gives a pass up, when it is called between layers, once nobody waits for it."""
+
+    def check() -> None:
+        for call in calls:
+            try:
+                call.check()
+            except LayertapError as error:
+                reason = error
+            else:
+                return
+        raise _AbandonedError(reason)
+
+    return check
+
+
+def _sink(work: Work) -> Sink:
+    return _finite_only(work) if work.host.require_finite else work.reply
+
+
+def _finite_only(work: Work) -> Sink:
+    """Wrap a request's sink so that it takes finite values only."""
+
+    def take(index: int, value: torch.Tensor) -> None:
+        finite = value.isfinite()
+        if not finite.all():
+            layer = work.host.catalogue.names[work.resolved.points[index]]
+            raise ModelRunError(
+                f"layer {layer!r} of model {work.host.model.name!r} holds NaN or infinity in "
+                f"{value.numel() - int(finite.sum())} of {value.numel()} elements on this input"
+            )
+        work.reply(index, value)
+
+    return take

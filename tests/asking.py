@@ -1,0 +1,38 @@
+"""Asking an engine in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from layertap import Extractor, Features, LayerSelection
+from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+from layertap.wire.dtypes import of_array
+from layertap.wire.tensors import TensorView
+
+
+def request_for(
+    net: str,
+    layers: str | Sequence[str],
+    x: np.ndarray | torch.Tensor,
+    extractor: Extractor = Extractor.AUTO,
+) -> ExtractionRequest:
+    """Return the request for layers, written as on the command line, of a batch."""
+    array = x.numpy() if isinstance(x, torch.Tensor) else x
+    view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
+    texts = [layers] if isinstance(layers, str) else layers
+    selections = tuple(LayerSelection.parse(text) for text in texts)
+    return ExtractionRequest(net, TensorInput(view), selections, extractor)
+
+
+def ask(
+    engine: Engine,
+    net: str,
+    layers: str | Sequence[str],
+    x: np.ndarray | torch.Tensor,
+    extractor: Extractor = Extractor.AUTO,
+) -> Features:
+    """Extract, and read the message as a client does."""
+    return Features(engine.extract(request_for(net, layers, x, extractor), Call()).message)

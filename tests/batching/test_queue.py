@@ -1,0 +1,87 @@
+"""Threads take batches from the queue, and none is forgotten."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from layertap.batching import BatchPolicy, BatchQueue, ClosedError
+
+FOREVER = BatchPolicy(max_size=8, max_delay=3600.0)
+
+
+def test_what_is_put_is_taken_once() -> None:
+    """Four threads take a thousand items of five keys: each comes out once."""
+    queue: BatchQueue[int] = BatchQueue()
+    policy = BatchPolicy(max_size=4, max_delay=0.001)
+
+    def take() -> list[int]:
+        taken: list[int] = []
+        while batch := queue.take():
+            assert len({item % 5 for item in batch}) == 1
+            taken.extend(batch)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        takers = [pool.submit(take) for _ in range(4)]
+        for item in range(1000):
+            queue.put(item, key=item % 5, policy=policy)
+        queue.close()
+        taken = [item for done in takers for item in done.result(60)]
+    assert sorted(taken) == list(range(1000))
+
+
+def test_a_batch_that_is_held_back_goes_when_the_last_one_joins() -> None:
+    """A thread waits for as many as last time, and is woken by the one that completes them."""
+    queue: BatchQueue[str] = BatchQueue()
+    queue.put("warm", key="k", size=8, policy=FOREVER)
+    assert queue.take() == ["warm"]
+    for item in "ab":
+        queue.put(item, key="k", policy=FOREVER)
+    assert queue.take() == ["a", "b"]
+    queue.put("c", key="k", policy=FOREVER)
+    with ThreadPoolExecutor(1) as pool:
+        taker = pool.submit(queue.take)
+        assert not taker.done()
+        queue.put("d", key="k", policy=FOREVER)
+        assert taker.result(60) == ["c", "d"]
+
+
+def test_a_thread_that_holds_back_leaves_others_to_the_next() -> None:
+    """While one thread waits for a batch to fill, others serve what comes meanwhile."""
+    queue: BatchQueue[str] = BatchQueue()
+    for item in "ab":
+        queue.put(item, key="k", policy=FOREVER)
+    assert queue.take() == ["a", "b"]
+    queue.put("held", key="k", policy=FOREVER)
+    with ThreadPoolExecutor(2) as pool:
+        takers = [pool.submit(queue.take) for _ in range(2)]
+        queue.put("alone")
+        queue.put("joins", key="k", policy=FOREVER)
+        assert sorted(taker.result(60) for taker in takers) == [["alone"], ["held", "joins"]]
+
+
+def test_closing_holds_nothing_back_and_loses_nothing() -> None:
+    """What waits is still handed out, then empty lists; nothing new is taken."""
+    queue: BatchQueue[str] = BatchQueue()
+    for item in "ab":
+        queue.put(item, key="k", policy=FOREVER)
+    assert queue.take() == ["a", "b"]
+    queue.put("c", key="k", policy=FOREVER)
+    threading.Timer(0.05, queue.close).start()
+    assert queue.take() == ["c"]
+    assert queue.take() == []
+    with pytest.raises(ClosedError):
+        queue.put("d")
+
+
+def test_discarded_items_are_not_taken() -> None:
+    """An item that nobody wants any more leaves the queue; one that was taken has left already."""
+    queue: BatchQueue[str] = BatchQueue()
+    queue.put("a", key="k")
+    queue.put("b", key="k")
+    assert queue.discard("a")
+    assert queue.take() == ["b"]
+    assert not queue.discard("b")

@@ -1,0 +1,238 @@
+"""Requests that share a forward pass get what each would have got alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from asking import request_for
+from layertap import Extractor, Features, LayerSelection, errors
+from layertap.batching import BatchPolicy
+from layertap.engine import Call, Engine, Extraction
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.models import ModelSpec
+from oracle import outputs_of
+from tinynets import ITEM
+
+EIGHT = BatchPolicy(max_size=8)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine without models."""
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+def load(engine: Engine, source: str, *declared: str, **how: bool) -> list[int]:
+    """Load a net that serves up to eight items a pass; return the sizes of its passes from now."""
+    name = source.rpartition(":")[2]
+    layers = [LayerSelection.parse(layer) for layer in declared]
+    spec = ModelSpec(source, name, item_shape=ITEM)
+    module = engine.load(spec, layers, batching=EIGHT, **how).model.module
+    sizes: list[int] = []
+    module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    return sizes
+
+
+def inputs(*sizes: int) -> list[np.ndarray]:
+    """Return a batch of random items for each size."""
+    made = np.random.default_rng(0)
+    return [made.random((size, *ITEM), dtype=np.float32) for size in sizes]
+
+
+class Together:
+    """Extractions that all wait while the compute thread is held, and then go."""
+
+    def __init__(self, engine: Engine, asked: Sequence[Callable[[], Extraction]]) -> None:
+        begun, go = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            assert go.wait(60)
+
+        with ThreadPoolExecutor(len(asked) + 1) as pool:
+            held = pool.submit(engine._compute.run, hold, Call())
+            assert begun.wait(60)
+            self.done: list[Future[Extraction]] = []
+            for index, ask in enumerate(asked):
+                self.done.append(pool.submit(ask))
+                while len(engine._compute._queue._batcher) < index + 1:
+                    threading.Event().wait(0.002)
+            go.set()
+            held.result(60)
+
+    def values(self) -> list[dict[str, torch.Tensor]]:
+        """Return what each got."""
+        return [Features(done.result().message).torch() for done in self.done]
+
+    @property
+    def shared(self) -> list[int]:
+        """How many requests shared each one's pass."""
+        return [done.result().together for done in self.done]
+
+
+def asking(
+    engine: Engine,
+    net: str,
+    layers: str | Sequence[str],
+    batches: Sequence[np.ndarray],
+    extractor: Extractor = Extractor.AUTO,
+) -> list[Callable[[], Extraction]]:
+    """Return an extraction of each batch."""
+    for x in batches:  # So that every plan is there already.
+        engine.extract(request_for(net, layers, x, extractor), Call())
+    return [
+        lambda x=x: engine.extract(request_for(net, layers, x, extractor), Call()) for x in batches
+    ]
+
+
+@pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
+def test_each_gets_what_it_would_have_got_alone(engine, extractor) -> None:
+    """Four requests of different sizes share one pass; every value is that of its own items."""
+    sizes = load(engine, "tinynets:residual")
+    layers, batches = ["conv1", "layer1", "avgpool"], inputs(1, 2, 1, 3)
+    asked = asking(engine, "residual", layers, batches, extractor)
+    Together(engine, asked)  # The first batch proves that passes may be shared.
+    sizes.clear()
+    together = Together(engine, asked)
+    module = engine.host("residual").model.module
+    assert together.shared == [4, 4, 4, 4]
+    if extractor is Extractor.HOOK:
+        assert sizes == [7]
+    for x, values in zip(batches, together.values(), strict=True):
+        for layer in layers:
+            alone = outputs_of(module, torch.from_numpy(x), layer)[0]
+            assert difference(values[layer], alone) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+
+
+def test_declared_layers_share_compiled_passes(engine) -> None:
+    """Their plans are proven when the model is loaded, and serve batches by TORCHSCRIPT."""
+    load(engine, "tinynets:residual", "layer1")
+    together = Together(engine, asking(engine, "residual", "layer1", inputs(1, 1, 1)))
+    assert together.shared == [3, 3, 3]
+    assert {done.result().extractor for done in together.done} == {Extractor.TORCHSCRIPT}
+
+
+@pytest.mark.parametrize("net", ["mixes", "interleaved"])
+def test_a_net_whose_items_depend_on_each_other_is_never_shared(engine, net) -> None:
+    """A batch would give wrong values, silently; each request has a pass of its own."""
+    load(engine, f"batchnets:{net}")
+    layer = "tail" if net == "mixes" else "windows"
+    batches = inputs(1, 1, 1)
+    asked = asking(engine, net, layer, batches)
+    module = engine.host(net).model.module
+    for together in (Together(engine, asked), Together(engine, asked)):
+        assert together.shared == [1, 1, 1]
+        for x, values in zip(batches, together.values(), strict=True):
+            assert torch.equal(values[layer], outputs_of(module, torch.from_numpy(x), layer)[0])
+    naive = outputs_of(module, torch.from_numpy(np.concatenate(batches)), layer)[0]
+    first = outputs_of(module, torch.from_numpy(batches[0]), layer)[0]
+    assert not torch.allclose(naive[: len(first)], first, atol=1e-3)
+
+
+def test_the_batch_need_not_be_the_first_dimension(engine) -> None:
+    """Values are divided along whichever dimension grows with the batch, by items of any size."""
+    load(engine, "batchnets:axes")
+    batches = inputs(1, 3, 2)
+    asked = asking(engine, "axes", ["sequence", "windows"], batches)
+    Together(engine, asked)
+    together = Together(engine, asked)
+    assert together.shared == [3, 3, 3]
+    module = engine.host("axes").model.module
+    for x, values in zip(batches, together.values(), strict=True):
+        assert values["sequence"].shape == (16, len(x), 6)
+        assert values["windows"].shape == (4 * len(x), 4, 6)
+        for layer, value in values.items():
+            alone = outputs_of(module, torch.from_numpy(x), layer)[0]
+            assert difference(value, alone) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+
+
+def test_different_questions_do_not_share(engine) -> None:
+    """Another layer set and another item shape are passes of their own."""
+    load(engine, "tinynets:residual")
+    x, larger = inputs(1)[0], np.zeros((1, 3, 24, 24), np.float32)
+    asked = [
+        *asking(engine, "residual", "layer1", [x, x]),
+        *asking(engine, "residual", "layer2", [x]),
+        *asking(engine, "residual", "layer1", [larger]),
+    ]
+    Together(engine, asked)
+    assert Together(engine, asked).shared == [2, 2, 1, 1]
+
+
+def test_no_batch_is_larger_than_allowed(engine) -> None:
+    """What does not fit any more waits for the next pass."""
+    sizes = load(engine, "tinynets:residual")
+    asked = asking(engine, "residual", "layer1", inputs(3, 4, 3, 9), Extractor.HOOK)
+    Together(engine, asked)
+    sizes.clear()
+    assert Together(engine, asked).shared == [2, 2, 1, 1]
+    assert sizes == [7, 3, 9]
+
+
+def test_one_bad_item_fails_alone(engine) -> None:
+    """Its caller gets the error, the others of the batch their values."""
+    load(engine, "tinynets:residual", require_finite=True)
+    good, bad = inputs(1, 1)
+    asked = asking(engine, "residual", "layer1", [good, good])
+    bad[0, 0, 0, 0] = np.nan
+    asked.append(lambda: engine.extract(request_for("residual", "layer1", bad), Call()))
+    together = Together(engine, asked)
+    with pytest.raises(errors.ModelRunError, match="holds NaN"):
+        together.done.pop().result()
+    module = engine.host("residual").model.module
+    alone = outputs_of(module, torch.from_numpy(good), "layer1")[0]
+    for values in together.values():
+        assert difference(values["layer1"], alone) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+
+
+def test_a_cancelled_caller_is_not_computed_for(engine) -> None:
+    """It leaves the batch before the pass; the others go on without it."""
+    sizes = load(engine, "tinynets:residual")
+    x, call = inputs(1)[0], Call()
+    asked = asking(engine, "residual", "layer1", [x, x], Extractor.HOOK)
+    Together(engine, asked)
+
+    def gone() -> Extraction:
+        threading.Timer(0.05, call.cancel).start()
+        return engine.extract(request_for("residual", "layer1", x, Extractor.HOOK), call)
+
+    sizes.clear()
+    begun = threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        go = threading.Event()
+
+        def hold() -> None:
+            begun.set()
+            assert go.wait(60)
+
+        pool.submit(engine._compute.run, hold, Call())
+        assert begun.wait(60)
+        done = [pool.submit(ask) for ask in (*asked, gone)]
+        with pytest.raises(errors.CancelledError):
+            done.pop().result(60)
+        while len(engine._compute._queue._batcher) < 2:
+            threading.Event().wait(0.002)
+        go.set()
+        assert [each.result(60).together for each in done] == [2, 2]
+    assert sizes == [2]
+
+
+def test_a_pass_that_somebody_waits_for_is_not_given_up(engine) -> None:
+    """One of two callers goes away in the middle of their pass: the other gets its values."""
+    load(engine, "tinynets:residual")
+    x, call = inputs(1)[0], Call()
+    asked = asking(engine, "residual", "avgpool", [x], Extractor.HOOK)
+    request = request_for("residual", "avgpool", x, Extractor.HOOK)
+    Together(engine, [*asked, *asked])
+    module = engine.host("residual").model.module
+    module.conv1.register_forward_hook(lambda *_: call.cancel())
+    together = Together(engine, [*asked, lambda: engine.extract(request, call)])
+    assert together.shared == [2, 2]
