@@ -3,10 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 GEN := .venv-gen/bin/python tools/gen_proto.py
 CSRC := setup.py $(wildcard csrc/*.*)
-SECONDS ?= 60
+
+soak: SECONDS ?= 300
+fuzz: SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-models fuzz bench check fmt gen clean
+.PHONY: help setup demo serve test test-models soak fuzz bench check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +26,9 @@ test: setup ## run the tests: make test ARGS="tests/wire -k varint"
 
 test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
+
+soak: .venv/.built ## bad clients, overload and reloads at once, 5 minutes: make soak SECONDS=60
+	$(BIN)/python tests/soak/endure.py --seconds $(SECONDS) $(ARGS)
 
 fuzz: .venv/.built build/fuzz/.installed ## fuzz the decoder against upb: make fuzz SECONDS=600
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS) $(ARGS)

@@ -1,0 +1,220 @@
+"""A process of clients, good ones and bad ones; it counts how everything ended, a line at a time.
+
+    python callers.py ADDRESS THREADS plain|mixed
+
+It writes its counts so far as a JSON line to stdout, again and again, until it is killed or its
+stdin is closed. Needs no torch, as no client does.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+
+import grpc
+import numpy as np
+
+from layertap import Client, Features, StreamRequest, errors
+from layertap.v1 import feature_service_pb2 as pb
+from layertap.wire.messages import encode_request
+
+SIDE = 64
+MODELS = ("a", "b")
+LAYERS = ("first", "burn", "third")
+EXTRACT = "/layertap.v1.FeatureService/Extract"
+
+OVERLOAD = {"OverloadedError"}
+# What may become of each kind of request, besides OK and what every client must expect.
+ALLOWED: dict[str, set[str]] = {
+    "plain": OVERLOAD,
+    "described": set(),
+    "cancelled": OVERLOAD | {"CANCELLED", "RESOURCE_EXHAUSTED"},
+    "hurried": OVERLOAD | {"DeadlineExceededError"},
+    "streamed": OVERLOAD | {"DeadlineExceededError"},
+    "left": OVERLOAD,
+    "unknown model": {"ModelNotFoundError"},
+    "unknown layer": OVERLOAD | {"LayerNotFoundError"},
+    "wrong shape": OVERLOAD | {"InvalidInputError"},
+    "too many items": OVERLOAD | {"InvalidInputError"},
+    "no image": OVERLOAD | {"InvalidInputError"},
+    "garbage": {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"},
+}
+FAILS = {kind for kind in ALLOWED if kind[0] in "uwtg" or kind == "no image"}
+
+
+class Caller:
+    """One client that asks again and again; for one thread.
+
+    Attributes:
+        ended: How often each (kind of request, outcome) was seen.
+        wrong: What was wrong in answers, or should not have happened.
+        latencies: Milliseconds of the plain requests that were answered.
+    """
+
+    def __init__(self, address: str, seed: int) -> None:
+        self.ended: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.latencies: list[float] = []
+        self._chance = random.Random(seed)
+        self._address = address
+        self._client = Client(address, timeout=60)
+
+    def plain(self) -> None:
+        """Ask for some layers of a few items, and check every element."""
+        begun = time.perf_counter()
+        model, value, x, layers = self._question(items=self._chance.choice([1, 1, 1, 2, 4]))
+        self._check(self._client.extract(model, x, layers), value)
+        self.latencies.append((time.perf_counter() - begun) * 1000)
+
+    def described(self) -> None:
+        """Ask for the catalogue."""
+        names = [layer.name for layer in self._client.describe_model("a").layers]
+        if "third" not in names:
+            self.wrong.append(f"catalogue without a layer: {names}")
+
+    def hurried(self) -> None:
+        """Give it too little time."""
+        model, value, x, layers = self._question(items=4)
+        timeout = self._chance.uniform(0.001, 0.03)
+        self._check(self._client.extract(model, x, layers, timeout=timeout), value)
+
+    def cancelled(self) -> None:
+        """Go away in the middle of the call."""
+        model, _, x, _ = self._question(items=2)
+        request = pb.ExtractRequest(model=model, layers=[pb.LayerSelection(layer="third")])
+        call = self._client._channel.unary_unary(EXTRACT).future(encode_request(request, x))
+        time.sleep(self._chance.uniform(0, 0.02))
+        call.cancel()
+        with suppress(grpc.FutureCancelledError):
+            call.result()
+
+    def streamed(self) -> None:
+        """Ask for many large replies over one stream, and read them slowly."""
+        asked = [self._question(items=16) for _ in range(12)]
+        requests = [StreamRequest(model, x, layers, key=value) for model, value, x, layers in asked]
+        with self._client.stream(timeout=60) as stream:
+            for value, outcome in stream.extract(requests):
+                if isinstance(outcome, errors.OverloadedError):
+                    continue
+                if isinstance(outcome, errors.LayertapError):
+                    raise outcome
+                self._check(outcome, value)
+                time.sleep(self._chance.uniform(0, 0.05))
+
+    def left(self) -> None:
+        """Open a stream and leave it with everything in flight."""
+        model, value, x, layers = self._question(items=4)
+        with self._client.stream(timeout=60) as stream:
+            for _, outcome in stream.extract([StreamRequest(model, x, layers)] * 16):
+                if isinstance(outcome, errors.LayertapError):
+                    raise outcome
+                self._check(outcome, value)
+                break
+
+    def bad(self, kind: str) -> None:
+        """Ask for what can't be had."""
+        x = np.ones((1, 3, SIDE, SIDE), np.float32)
+        match kind:
+            case "unknown model":
+                self._client.extract("nobody", x, "third")
+            case "unknown layer":
+                self._client.extract("a", x, "thirt")
+            case "wrong shape":
+                self._client.extract("a", x[:, :2], "third")
+            case "too many items":
+                self._client.extract("a", np.ones((65, 3, SIDE, SIDE), np.float32), "third")
+            case "no image":
+                self._client.extract("a", b"not an image", "third")
+            case "garbage":
+                garbage = self._chance.randbytes(self._chance.randrange(1, 200))
+                self._client._channel.unary_unary(EXTRACT)(garbage, timeout=60)
+
+    def once(self, kind: str) -> None:
+        """Make a request of a kind, and count how it ended."""
+        try:
+            self.bad(kind) if kind in FAILS else getattr(self, kind)()
+        except errors.LayertapError as error:
+            outcome = type(error).__name__
+        except grpc.RpcError as error:
+            outcome = error.code().name
+        else:
+            outcome = "OK"
+        self.ended[f"{kind}: {outcome}"] += 1
+        if outcome not in ALLOWED[kind] | ({"UnavailableError"} if kind in FAILS else {"OK"}):
+            self._unexpected(kind, outcome)
+        if outcome in OVERLOAD | {"RESOURCE_EXHAUSTED"}:
+            # As any client should: come again later.
+            time.sleep(self._chance.uniform(0.01, 0.06))
+
+    def _unexpected(self, kind: str, outcome: str) -> None:
+        # A server that was told to stop says so; the parent decides whether it was.
+        if outcome in ("UnavailableError", "UNAVAILABLE"):
+            return
+        self.wrong.append(f"{kind} ended with {outcome}")
+
+    def _question(self, items: int) -> tuple[str, int, np.ndarray, list[str]]:
+        value = self._chance.randrange(1, 1000)
+        layers = self._chance.sample(LAYERS, self._chance.randrange(1, len(LAYERS) + 1))
+        if not {"first", "third"} & set(layers):
+            layers.append("third")
+        x = np.full((items, 3, SIDE, SIDE), value, np.float32)
+        return self._chance.choice(MODELS), value, x, layers
+
+    def _check(self, features: Features, value: int) -> None:
+        """Hold each layer against what it must be, all of one version."""
+        versions = set()
+        for layer, unit in (("first", 3 * value), ("third", 12 * value + 1)):
+            if layer in features:
+                versions.update(np.unique(features[layer] / unit).tolist())
+        if len(versions) != 1 or not float(versions.pop()).is_integer():
+            self.wrong.append(f"wrong values for {value}: {features!r}")
+        if "burn" in features and not np.isfinite(features["burn"]).all():
+            self.wrong.append("burn holds NaN")
+
+
+def kinds(mixed: bool, chance: random.Random) -> Iterator[str]:
+    """Yield kinds of requests, mostly plain ones."""
+    others = [kind for kind in ALLOWED if kind != "plain"]
+    while True:
+        yield "plain" if not mixed or chance.random() < 0.7 else chance.choice(others)
+
+
+def main(address: str, threads: int, mode: str) -> None:
+    """Let callers ask until stdin is closed."""
+    callers = [Caller(address, random.randrange(1 << 32)) for _ in range(threads)]
+    ended = threading.Event()
+
+    def ask(caller: Caller) -> None:
+        for kind in kinds(mode == "mixed", caller._chance):
+            if ended.is_set():
+                return
+            caller.once(kind)
+
+    asking = [threading.Thread(target=ask, args=(caller,)) for caller in callers]
+    for thread in asking:
+        thread.start()
+    reader = threading.Thread(target=lambda: (sys.stdin.read(), ended.set()))
+    reader.start()
+    while not ended.wait(0.5):
+        report(callers)
+    for thread in asking:
+        thread.join()
+    report(callers)
+
+
+def report(callers: list[Caller]) -> None:
+    """Write what was seen so far."""
+    total = sum((caller.ended for caller in callers), Counter())
+    wrong = [text for caller in callers for text in caller.wrong]
+    latencies = [ms for caller in callers for ms in caller.latencies]
+    print(json.dumps({"ended": total, "wrong": wrong[:20], "latencies": latencies}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

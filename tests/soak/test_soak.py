@@ -1,0 +1,21 @@
+"""Half a minute of what `make soak` does for longer."""
+
+from __future__ import annotations
+
+import pytest
+
+from endure import soak
+
+
+@pytest.mark.timeout(300)
+def test_a_server_endures_bad_clients_and_reloads() -> None:
+    """Under four times its capacity, kills and reloads: nothing wrong, nothing lost, all level."""
+    report = soak(30)
+    print("\np99, ms:", report["p99 ms"], "ended:", report["ended"])
+    assert report["faults"] == []
+    ended = report["ended"]
+    assert ended["plain: OK"] > 100
+    assert ended["plain: OverloadedError"] > 10
+    assert report["reloads"] >= 4
+    assert report["clients killed"] >= 2
+    assert report["stop"]["exit code"] == 0
