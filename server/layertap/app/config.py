@@ -133,6 +133,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread.
         plans: Plans that are kept besides the declared ones.
+        streams: Streams that may be open at once.
+        stream_in_flight: Items of one stream that are read and whose replies are not yet sent.
     """
 
     request_mib: Mib = Limits().request_bytes // MIB
@@ -142,6 +144,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     layers: Count = Limits().layers
     pending: Count = Limits().pending
     plans: Count = Limits().plans
+    streams: Count = Limits().streams
+    stream_in_flight: Count = Limits().stream_in_flight
 
     def limits(self) -> Limits:
         """Return the engine's own form, in bytes."""

@@ -30,8 +30,8 @@ class ServerOptions:
     Attributes:
         host: The address to bind; only this machine unless told otherwise.
         port: The port; 0 for a free one.
-        workers: Threads that parse requests and wait for a compute thread. They hardly ever
-            compute, so there may be many more of them than cores.
+        workers: Threads that parse requests and wait for a compute thread, besides those of the
+            streams. They hardly ever compute, so there may be many more of them than cores.
     """
 
     host: str = "127.0.0.1"
@@ -63,12 +63,16 @@ class FeatureServer:
         self._engine = engine
         options = options or ServerOptions()
         self._server = grpc.server(
-            ThreadPoolExecutor(options.workers, thread_name_prefix="layertap-rpc"),
+            # A stream keeps its thread as long as it is open: it shall not lack elsewhere.
+            ThreadPoolExecutor(
+                options.workers + engine.limits.streams, thread_name_prefix="layertap-rpc"
+            ),
             options=channel_options(engine.limits.request_bytes),
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_generic_rpc_handlers((FeatureService(engine, observer).handlers(),))
+        self._service = FeatureService(engine, observer)
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
         names = (FeatureService.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._set_health(Status.NOT_SERVING)
@@ -85,7 +89,9 @@ class FeatureServer:
     def stop(self, grace: float) -> None:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
         self._health.enter_graceful_shutdown()
+        self._service.drain()
         self._server.stop(grace).wait()
+        self._service.close()
 
     def wait(self) -> None:
         """Block until the server has stopped."""

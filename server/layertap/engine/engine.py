@@ -31,7 +31,7 @@ from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import Sink as PointSink
 from layertap.models import ModelSpec, load_model
 from layertap.selection import Extractor, LayerSelection
-from layertap.wire.messages import Timings, encode_reply_head
+from layertap.wire.messages import REPLY_HEAD_SIZE, Timings, encode_reply_head
 
 __all__ = ["Engine", "Extraction", "ExtractionRequest"]
 
@@ -49,12 +49,14 @@ class ExtractionRequest:
         input: The batch.
         selections: The layers to return.
         extractor: How to take them.
+        reply_fields: Serialized fields that the reply bears besides its own, such as an item's id.
     """
 
     model: str
     input: TensorInput | ImagesInput
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
+    reply_fields: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Extraction:
     """What the caller gets.
 
     Attributes:
-        message: A serialized ``layertap.v1.ExtractResponse``.
+        message: A serialized ``layertap.v1.ExtractResponse``, and ``reply_fields``.
         extractor: Which extractor served it; never AUTO.
         timings: Where the time went.
     """
@@ -176,12 +178,12 @@ class Engine:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape[1:]), call)
-        sink = self._sink(plan, resolved, x)
+        sink = self._sink(plan, resolved, x, request.reply_fields)
         prepared_ns = time.perf_counter_ns()
 
         def job() -> tuple[Sink, int, int]:
             begun_ns = time.perf_counter_ns()
-            done = self._run(host, plan, resolved, x, sink)
+            done = self._run(host, plan, resolved, x, sink, reply_fields=request.reply_fields)
             return done, begun_ns, time.perf_counter_ns()
 
         done, begun_ns, ended_ns = self._compute.run(job, call)
@@ -191,7 +193,8 @@ class Engine:
             compute_ns=ended_ns - begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        message = done.finish(encode_reply_head(plan.extractor, timings))
+        head = encode_reply_head(plan.extractor, timings)
+        message = done.finish(head + request.reply_fields)
         return Extraction(message, plan.extractor, timings)
 
     def close(self) -> None:
@@ -207,12 +210,20 @@ class Engine:
         images = decode_images(host.model, given.images, self.limits)
         return self._compute.run(lambda: preprocess_images(host.model, images), call)
 
-    def _sink(self, plan: Plan, resolved: Resolved, x: torch.Tensor) -> Sink:
+    def _sink(self, plan: Plan, resolved: Resolved, x: torch.Tensor, fields: bytes) -> Sink:
         kind = ReplyCollector if plan.dynamic else ReplyWriter
-        return kind(resolved.outputs, plan.specs, x.shape, self.limits.reply_bytes)
+        head_size = REPLY_HEAD_SIZE + len(fields)
+        return kind(resolved.outputs, plan.specs, x.shape, self.limits.reply_bytes, head_size)
 
     def _run(
-        self, host: ModelHost, plan: Plan, resolved: Resolved, x: torch.Tensor, sink: Sink
+        self,
+        host: ModelHost,
+        plan: Plan,
+        resolved: Resolved,
+        x: torch.Tensor,
+        sink: Sink,
+        *,
+        reply_fields: bytes,
     ) -> Sink:
         def batch() -> torch.Tensor:
             on_device = x.to(self._device, host.model.input.dtype)
@@ -228,7 +239,7 @@ class Engine:
                 capture(sink)
             except ShapeChangedError:
                 plan.dynamic = True
-                sink = self._sink(plan, resolved, x)
+                sink = self._sink(plan, resolved, x, reply_fields)
                 capture(sink)
         except LayertapError:
             raise

@@ -21,6 +21,8 @@ class Limits:
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread.
         plans: Plans that are kept besides the declared ones.
+        streams: Streams that may be open at once.
+        stream_in_flight: Items of one stream that are read and whose replies are not yet sent.
     """
 
     request_bytes: int = 256 * MIB
@@ -30,3 +32,5 @@ class Limits:
     layers: int = 1024
     pending: int = 256
     plans: int = 64
+    streams: int = 16
+    stream_in_flight: int = 16

@@ -38,6 +38,7 @@ class ReplyWriter:
         specs: The type and shape of each captured point.
         batch_shape: Sizes of the input, ``[B, ...]``.
         max_bytes: The limit of the reply.
+        head_size: Bytes of what ``finish`` will be given.
 
     Raises:
         ReplyTooLargeError: Before any compute, from the predicted shapes.
@@ -51,11 +52,12 @@ class ReplyWriter:
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
         max_bytes: int,
+        head_size: int = REPLY_HEAD_SIZE,
     ) -> None:
         batch, *item_shape = batch_shape
         made = _reductions(outputs, specs, item_shape)
         values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
-        self._builder = _builder(outputs, values, max_bytes)
+        self._builder = _builder(outputs, values, max_bytes, head_size)
         self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
         self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
@@ -86,13 +88,14 @@ class ReplyCollector:
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
         max_bytes: int,
+        head_size: int = REPLY_HEAD_SIZE,
     ) -> None:
         batch, *item_shape = batch_shape
         # A reduction needs a shape to rely on: refused before any compute.
         self._made = _reductions(outputs, specs, item_shape)
         self._expected = [spec.shape(batch) for spec in specs]
         self._outputs = outputs
-        self._max_bytes = max_bytes
+        self._max_bytes, self._head_size = max_bytes, head_size
         self._values: dict[int, torch.Tensor] = {}
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
@@ -111,7 +114,7 @@ class ReplyCollector:
         """Lay the message out by what was captured, write and publish it."""
         values = [self._values[slot] for slot in range(len(self._outputs))]
         shapes = [(tuple(value.shape), value.dtype) for value in values]
-        builder = _builder(self._outputs, shapes, self._max_bytes)
+        builder = _builder(self._outputs, shapes, self._max_bytes, self._head_size)
         for slot, value in enumerate(values):
             _write(builder, slot, value)
         return builder.finish(head)
@@ -127,6 +130,7 @@ def _builder(
     outputs: Sequence[Output],
     values: Sequence[tuple[tuple[int, ...], torch.dtype]],
     max_bytes: int,
+    head_size: int,
 ) -> ReplyBuilder:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
@@ -134,7 +138,7 @@ def _builder(
     ]
     limit = min(max_bytes, MAX_MESSAGE_BYTES)
     try:
-        layout = ReplyLayout(tensors, field=REPLY_TENSOR_FIELD, head_size=REPLY_HEAD_SIZE)
+        layout = ReplyLayout(tensors, field=REPLY_TENSOR_FIELD, head_size=head_size)
     except ValueError:
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
     if layout.nbytes > limit:
