@@ -243,21 +243,22 @@ def test_no_more_than_the_limit_is_in_flight(engine, channel, seen) -> None:
     assert other.rest() == []
 
 
-def test_a_client_that_does_not_read_is_not_read_from(server, channel, seen) -> None:
+def test_a_client_that_does_not_read_is_not_read_from(narrow_server, narrow_channel, seen) -> None:
     """Replies that nobody takes keep their places: what the server holds is bounded."""
     # Replies of 2 MB and a window of 64 KB: gRPC takes none of them before it is read.
     large = np.zeros((16, 3, 128, 128), np.float32)
     count = 3 * PLACES
     options = [("grpc.max_receive_message_length", -1), ("grpc.http2.bdp_probe", 0)]
-    with grpc.insecure_channel(server.address, options) as unread:
+    with grpc.insecure_channel(narrow_server.address, options) as unread:
         stream = RawStream(unread)
         stream.send(*(item(number, large) for number in range(count)))
         seen.wait("residual OK", PLACES)
-        other = RawStream(channel)
+        other = RawStream(narrow_channel)
         for number in range(10):
             other.send(item(number))
             assert other.read().id == number
-        # Were more of them read, they would have been computed before the last of the others.
+        # Were more of them read, the one compute thread would have run them before the last of
+        # the others.
         assert seen.ends == {"residual OK": PLACES + 10}
         assert other.rest() == []
         assert {reply.id for reply in stream.rest()} == set(range(count))
