@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -109,6 +109,34 @@ class Client:
             timeout,
             self._timeout if item_timeout is None else item_timeout,
         )
+
+    @overload
+    def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = ...,
+        ordered: bool = ...,
+        return_errors: Literal[False] = ...,
+        max_in_flight: int = ...,
+        item_timeout: float | None = ...,
+    ) -> Iterator[Features]: ...
+
+    @overload
+    def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = ...,
+        ordered: bool = ...,
+        return_errors: bool,
+        max_in_flight: int = ...,
+        item_timeout: float | None = ...,
+    ) -> Iterator[Features | LayertapError]: ...
 
     def extract_many(
         self,
