@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def command(verb: str) -> list[str]:
@@ -45,6 +45,26 @@ def test_the_example_answers_with_the_shapes_that_it_claims() -> None:
     for name, shape in re.findall(r'features\["([^"]+)"\].*?(\(\d[\d, ]*\))', code):
         assert str(features[name].shape) == shape
     assert set(features.torch()) == {"layer1", "avgpool:input"}
+
+
+def test_the_streaming_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/streaming.md shows answers for a folder of photographs, good asks and bad."""
+    page = (ROOT / "docs" / "streaming.md").read_text("utf-8")
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photos" / name)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    _, *args = command("serve")
+    with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
+        address = server.line(r"serving .* on (\S+)").group(1)
+        for code in blocks("python", page):
+            exec(code.replace("127.0.0.1:8001", address), names)  # noqa: S102 - the page is ours
+    assert {name: value.shape for name, value in names["vectors"].items()} == {
+        "a.jpg": (1, 512, 1, 1),
+        "b.jpg": (1, 512, 1, 1),
+    }
+    assert set(names["outcomes"]["b"]) == {"avgpool", "fc"}
 
 
 def test_layers_are_listed_as_shown() -> None:

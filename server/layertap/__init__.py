@@ -6,7 +6,7 @@ starts. Importing this package does not import torch.
 
 from importlib.metadata import version
 
-from layertap.client import Client, Features
+from layertap.client import Client, Features, FeatureStream, StreamRequest
 from layertap.errors import LayertapError
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.wire.memory import keep_memory
@@ -15,10 +15,12 @@ __all__ = [
     "Capture",
     "Client",
     "Extractor",
+    "FeatureStream",
     "Features",
     "LayerSelection",
     "LayertapError",
     "Reduction",
+    "StreamRequest",
     "__version__",
     "keep_memory",
 ]

@@ -75,7 +75,7 @@ def test_reflection_describes_the_service(server) -> None:
         assert "layertap.v1.FeatureService" in database.get_services()
         service = DescriptorPool(database).FindServiceByName("layertap.v1.FeatureService")
         methods = [method.name for method in service.methods]
-        assert methods == ["Extract", "ListModels", "DescribeModel"]
+        assert methods == ["Extract", "ExtractStream", "ListModels", "DescribeModel"]
 
 
 def test_a_request_over_the_receive_limit_is_refused(server) -> None:

@@ -39,6 +39,15 @@ reply = stub.Extract(feature_service_pb2.ExtractRequest(
 ))
 np.savez(taken, **{
     t.name: np.frombuffer(t.data, "<f4").reshape(t.shape) for t in reply.tensors})
+asked = (
+    feature_service_pb2.ExtractStreamRequest(
+        id=number, model=model, layers=[feature_service_pb2.LayerSelection(layer="layer1")],
+        extractor=reply.extractor,
+        tensor=tensor_pb2.Tensor(
+            dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes()))
+    for number, model in enumerate(["residual"] * 5 + ["nobody"])
+)
+streamed = {item.id: item for item in stub.ExtractStream(asked)}
 described = stub.DescribeModel(feature_service_pb2.DescribeModelRequest(model="residual"))
 print(json.dumps({
     "file": feature_service_pb2.__file__,
@@ -47,6 +56,9 @@ print(json.dumps({
     "total": reply.timings.total_ns,
     "models": [m.name for m in stub.ListModels(feature_service_pb2.ListModelsRequest()).models],
     "layers": len(described.layers),
+    "streamed": sorted(streamed),
+    "same": [streamed[n].tensors[0].data == reply.tensors[1].data for n in range(5)],
+    "failed": [streamed[5].error.code, streamed[5].error.kind],
 }))
 """
 
@@ -87,6 +99,9 @@ def test_stock_stubs_get_the_same_arrays(tmp_path: Path) -> None:
     assert said["total"] > 0
     assert said["models"] == ["residual"]
     assert said["layers"] > 20
+    assert said["streamed"] == [0, 1, 2, 3, 4, 5]
+    assert said["same"] == [True] * 5
+    assert said["failed"] == [5, "ModelNotFoundError"]
     with np.load(tmp_path / "taken.npz") as taken:
         assert sorted(taken) == sorted(ours)
         for name, value in ours.items():

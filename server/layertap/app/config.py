@@ -135,6 +135,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         pending: Requests that wait for a compute thread or run on one.
         pending_mib: MiB of the replies that are being made or sent.
         plans: Plans that are kept besides the declared ones.
+        streams: Streams that may be open at once.
+        stream_in_flight: Items of one stream that are read and whose replies are not yet sent.
     """
 
     request_mib: Mib = Limits().request_bytes // MIB
@@ -145,6 +147,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pending: Count = Limits().pending
     pending_mib: Count = Limits().pending_bytes // MIB
     plans: Count = Limits().plans
+    streams: Count = Limits().streams
+    stream_in_flight: Count = Limits().stream_in_flight
 
     def limits(self) -> Limits:
         """Return the engine's own form, in bytes."""

@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from layertap.app.channel import channel_options
-from layertap.engine import Engine
+from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
 from layertap.services.feature_service import FeatureService
 from layertap.services.observer import Observer
@@ -29,6 +29,11 @@ SPARE_WORKERS = 16
 gRPC keeps calls that find no thread in a queue without end, where nobody refuses them and their
 deadlines pass unseen. So whoever can't be admitted finds a thread that tells them at once.
 """
+
+
+def _workers(limits: Limits) -> int:
+    """Return how many threads serve RPCs. A stream keeps one for as long as it is open."""
+    return limits.pending + limits.streams + SPARE_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +73,13 @@ class FeatureServer:
         self._engine = engine
         options = options or ServerOptions()
         self._server = grpc.server(
-            ThreadPoolExecutor(
-                engine.limits.pending + SPARE_WORKERS, thread_name_prefix="layertap-rpc"
-            ),
+            ThreadPoolExecutor(_workers(engine.limits), thread_name_prefix="layertap-rpc"),
             options=channel_options(engine.limits.request_bytes),
         )
         self._health = health.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._server.add_generic_rpc_handlers((FeatureService(engine, observer).handlers(),))
+        self._service = FeatureService(engine, observer)
+        self._server.add_generic_rpc_handlers((self._service.handlers(),))
         names = (FeatureService.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         self._set_health(Status.NOT_SERVING)
@@ -92,7 +96,9 @@ class FeatureServer:
     def stop(self, grace: float) -> None:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
         self._health.enter_graceful_shutdown()
+        self._service.drain()
         self._server.stop(grace).wait()
+        self._service.close()
 
     def wait(self) -> None:
         """Block until the server has stopped."""

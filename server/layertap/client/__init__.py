@@ -2,5 +2,7 @@
 
 from layertap.client.client import Client
 from layertap.client.features import Features
+from layertap.client.requests import StreamRequest
+from layertap.client.stream import FeatureStream
 
-__all__ = ["Client", "Features"]
+__all__ = ["Client", "FeatureStream", "Features", "StreamRequest"]

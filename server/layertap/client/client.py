@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 import grpc
-import numpy as np
 from grpc_health.v1 import health_pb2
 
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
-from layertap.client.inputs import encode_input
-from layertap.errors import UnavailableError
-from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
+from layertap.client.requests import StreamRequest, request_fields
+from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
+from layertap.errors import LayertapError, UnavailableError
+from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import catalogue_pb2, feature_service_pb2
-from layertap.wire import dtypes
-from layertap.wire.enums import to_proto
 from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ class Client:
         ]
         self._channel = grpc.insecure_channel(target, options=options)
         self._extract = self._channel.unary_unary(f"{SERVICE}Extract")
+        self._stream = self._channel.stream_stream(f"{SERVICE}ExtractStream")
         self._list = self._channel.unary_unary(f"{SERVICE}ListModels")
         self._describe = self._channel.unary_unary(f"{SERVICE}DescribeModel")
 
@@ -84,16 +84,98 @@ class Client:
         Raises:
             LayertapError: Whatever the server refuses, as the exception that it names.
         """
-        inputs = encode_input(given)
-        request = feature_service_pb2.ExtractRequest(
-            model=model,
-            layers=[_selection(selection) for selection in parse_selections(layers)],
-            extractor=to_proto(Extractor(extractor), "EXTRACTOR"),
+        fields, tensor = request_fields(model, given, layers, extractor)
+        message = encode_request(feature_service_pb2.ExtractRequest(**fields), tensor)
+        return Features(self._call(self._extract, message, timeout))
+
+    def stream(
+        self,
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+    ) -> FeatureStream:
+        """Open a stream for many items; close it, or use it as a context manager.
+
+        Args:
+            max_in_flight: Items that are sent and not yet yielded.
+            timeout: Seconds that the whole stream may take; None for no end.
+            item_timeout: Seconds that the server may take for one item, unless the item says
+                otherwise; None for the client's own.
+        """
+        return FeatureStream(
+            self._stream,
+            max_in_flight,
+            timeout,
+            self._timeout if item_timeout is None else item_timeout,
         )
-        tensor = inputs if isinstance(inputs, np.ndarray) else None
-        if not isinstance(inputs, np.ndarray):
-            request.images.images.extend(inputs)
-        return Features(self._call(self._extract, encode_request(request, tensor), timeout))
+
+    @overload
+    def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = ...,
+        ordered: bool = ...,
+        return_errors: Literal[False] = ...,
+        max_in_flight: int = ...,
+        item_timeout: float | None = ...,
+    ) -> Iterator[Features]: ...
+
+    @overload
+    def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = ...,
+        ordered: bool = ...,
+        return_errors: bool,
+        max_in_flight: int = ...,
+        item_timeout: float | None = ...,
+    ) -> Iterator[Features | LayertapError]: ...
+
+    def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = Extractor.AUTO,
+        ordered: bool = True,
+        return_errors: bool = False,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        item_timeout: float | None = None,
+    ) -> Iterator[Features | LayertapError]:
+        """Yield the layers of many inputs, several of which are in flight at once.
+
+        The stream ends when the iterator does, or is closed, or is let go of.
+
+        Args:
+            model: A served model's name.
+            inputs: What ``extract`` takes, item by item; read no further ahead than
+                ``max_in_flight``.
+            layers: What to return.
+            extractor: How to take them.
+            ordered: Whether to yield in the order of the inputs, or as they finish.
+            return_errors: Whether the error of an item is yielded in its place, or raised, which
+                ends the iteration.
+            max_in_flight: Items that are sent and not yet yielded.
+            item_timeout: Seconds that the server may take for one item; None for the client's own.
+
+        Raises:
+            LayertapError: What the stream ends with, and what an item fails with unless
+                ``return_errors``.
+        """
+        with self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout) as stream:
+            requests = (StreamRequest(model, given, layers, extractor) for given in inputs)
+            for _, outcome in stream.extract(requests, ordered=ordered):
+                if isinstance(outcome, LayertapError) and not return_errors:
+                    raise outcome
+                yield outcome
 
     def list_models(self, *, timeout: float | None = None) -> list[catalogue_pb2.Model]:
         """Return the models that the server holds."""
@@ -154,13 +236,3 @@ class Client:
             return method(message, timeout=self._timeout if timeout is None else timeout)  # type: ignore[no-any-return]
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
-
-
-def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
-    return feature_service_pb2.LayerSelection(
-        layer=selection.layer,
-        capture=to_proto(selection.capture, "CAPTURE"),
-        alias=selection.alias,
-        reduction=to_proto(selection.reduction, "REDUCTION"),
-        dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
-    )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import grpc
 
 from layertap import errors
+from layertap.v1.feature_service_pb2 import ExtractStreamError
 from layertap.wire.messages import ERROR_METADATA_KEY
 
-__all__ = ["error_from_rpc"]
+__all__ = ["error_from_item", "error_from_rpc"]
 
 Code = grpc.StatusCode
 
@@ -23,11 +24,21 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LayertapError]] = {
     Code.UNIMPLEMENTED: errors.UnavailableError,
 }
 
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
+
 
 def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
     """Return the exception that the server named, else the one that its status stands for."""
-    code, text = error.code(), error.details() or ""
     metadata = dict(error.trailing_metadata() or ())
-    name = metadata.get(ERROR_METADATA_KEY, "")
-    kind = getattr(errors, str(name), None) if name in errors.__all__ else None
+    name = str(metadata.get(ERROR_METADATA_KEY, ""))
+    return _error(error.code(), name, error.details() or "")
+
+
+def error_from_item(error: ExtractStreamError) -> errors.LayertapError:
+    """Return the exception that an item of a stream failed with, by the same rules."""
+    return _error(_CODES.get(error.code, Code.UNKNOWN), error.kind, error.message)
+
+
+def _error(code: grpc.StatusCode, name: str, text: str) -> errors.LayertapError:
+    kind = getattr(errors, name, None) if name in errors.__all__ else None
     return (kind or _BY_CODE.get(code, errors.InternalError))(text or code.name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from layertap.selection import Extractor
 from layertap.v1 import catalogue_pb2
+from layertap.v1.feature_service_pb2 import ExtractResponse, ExtractStreamResponse
 from layertap.wire.enums import from_proto
 from layertap.wire.messages import Timings, decode_reply
 from layertap.wire.tensors import TensorView
@@ -31,7 +32,18 @@ class Features(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, message: bytes) -> None:
-        response, tensors = decode_reply(message)
+        self._take(*decode_reply(message))
+
+    @classmethod
+    def of_stream(cls, reply: ExtractStreamResponse, tensors: Sequence[TensorView]) -> Self:
+        """Return the layers of one reply of a stream, parsed already."""
+        features = cls.__new__(cls)
+        features._take(reply, tensors)
+        return features
+
+    def _take(
+        self, response: ExtractResponse | ExtractStreamResponse, tensors: Sequence[TensorView]
+    ) -> None:
         self.extractor = from_proto(
             response.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         )

@@ -26,7 +26,7 @@ from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
-from layertap.engine.reply import Admit, Reply, ReplyCollector, ReplyWriter
+from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work, compute
 from layertap.errors import ConfigError, DeadlineExceededError, ModelNotFoundError
@@ -35,7 +35,7 @@ from layertap.extraction.plan import Plan
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec, load_model
 from layertap.selection import Extractor, LayerSelection
-from layertap.wire.messages import Timings, encode_reply_head
+from layertap.wire.messages import REPLY_HEAD_SIZE, Timings, encode_reply_head
 
 __all__ = ["Engine", "Extraction", "ExtractionRequest"]
 
@@ -49,12 +49,14 @@ class ExtractionRequest:
         input: The batch.
         selections: The layers to return.
         extractor: How to take them.
+        reply_fields: Serialized fields that the reply bears besides its own, such as an item's id.
     """
 
     model: str
     input: TensorInput | ImagesInput
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
+    reply_fields: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Extraction:
     """What the caller gets.
 
     Attributes:
-        message: A serialized ``layertap.v1.ExtractResponse``.
+        message: A serialized ``layertap.v1.ExtractResponse``, and ``reply_fields``.
         extractor: Which extractor served it; never AUTO.
         timings: Where the time went.
         together: Requests that shared the forward pass, this one included.
@@ -197,9 +199,12 @@ class Engine:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape[1:]), call)
-        make = partial(
-            self._reply, plan, resolved, x.shape, partial(self._admission.reserve, call=call)
+        envelope = Envelope(
+            self.limits.reply_bytes,
+            REPLY_HEAD_SIZE + len(request.reply_fields),
+            partial(self._admission.reserve, call=call),
         )
+        make = partial(_reply, plan, resolved, x.shape, envelope)
         work = Work(host, plan, resolved, x, make(), make, call)
         prepared_ns = time.perf_counter_ns()
         done = self._compute.run_batched(
@@ -211,7 +216,8 @@ class Engine:
             compute_ns=done.ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        message = done.reply.finish(encode_reply_head(plan.extractor, timings))
+        head = encode_reply_head(plan.extractor, timings)
+        message = done.reply.finish(head + request.reply_fields)
         return Extraction(message, plan.extractor, timings, done.together)
 
     def close(self) -> None:
@@ -238,11 +244,10 @@ class Engine:
         finally:
             self._decoders.release()
 
-    def _reply(
-        self, plan: Plan, resolved: Resolved, batch_shape: Sequence[int], admit: Admit
-    ) -> Reply:
-        kind = ReplyCollector if plan.dynamic else ReplyWriter
-        return kind(resolved.outputs, plan.specs, batch_shape, self.limits.reply_bytes, admit)
+
+def _reply(plan: Plan, resolved: Resolved, batch_shape: Sequence[int], envelope: Envelope) -> Reply:
+    kind = ReplyCollector if plan.dynamic else ReplyWriter
+    return kind(resolved.outputs, plan.specs, batch_shape, envelope)
 
 
 def _key(work: Work) -> Hashable:

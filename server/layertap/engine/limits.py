@@ -22,6 +22,8 @@ class Limits:
         pending: Requests that wait for a compute thread or run on one.
         pending_bytes: Bytes of the replies that are being made or sent.
         plans: Plans that are kept besides the declared ones.
+        streams: Streams that may be open at once.
+        stream_in_flight: Items of one stream that are read and whose replies are not yet sent.
     """
 
     request_bytes: int = 256 * MIB
@@ -32,3 +34,5 @@ class Limits:
     pending: int = 64
     pending_bytes: int = 4096 * MIB
     plans: int = 64
+    streams: int = 16
+    stream_in_flight: int = 16

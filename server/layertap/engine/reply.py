@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,12 +15,26 @@ from layertap.extraction.reductions import Reduced, reduced
 from layertap.selection import Reduction
 from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
 from layertap.wire.dtypes import DTYPES, DType
-from layertap.wire.messages import REPLY_HEAD_SIZE, REPLY_TENSOR_FIELD
+from layertap.wire.messages import REPLY_TENSOR_FIELD
 
-__all__ = ["Admit", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
+__all__ = ["Envelope", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
 
-Admit = Callable[[int], object]
-"""Takes the bytes of a message before they are allocated; raises OverloadedError to refuse."""
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What goes around a reply's tensors, and how large it all may be.
+
+    Attributes:
+        max_bytes: The limit of the message.
+        head_size: Bytes of what ``finish`` will be given.
+        admit: Is told the message's bytes before they are allocated; raises OverloadedError to
+            refuse them.
+    """
+
+    max_bytes: int
+    head_size: int
+    admit: Callable[[int], object]
+
 
 _ROWS = {getattr(torch, row.name): row for row in DTYPES}
 
@@ -40,12 +55,11 @@ class ReplyWriter:
         outputs: The tensors of the reply.
         specs: The type and shape of each captured point.
         batch_shape: Sizes of the input, ``[B, ...]``.
-        max_bytes: The limit of the reply.
-        admit: Is told the reply's bytes before they are allocated.
+        envelope: What goes around the tensors, and how large it all may be.
 
     Raises:
         ReplyTooLargeError: Before any compute, from the predicted shapes.
-        OverloadedError: From ``admit``.
+        OverloadedError: Where there is no room for another reply.
         InvalidInputError: Where a reduction does not fit its layer.
         ExtractorUnsupportedError: Where a layer's type can't be sent.
     """
@@ -55,13 +69,12 @@ class ReplyWriter:
         outputs: Sequence[Output],
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
-        max_bytes: int,
-        admit: Admit,
+        envelope: Envelope,
     ) -> None:
         batch, *item_shape = batch_shape
         made = _reductions(outputs, specs, item_shape)
         values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
-        self._builder = _builder(outputs, values, max_bytes, admit)
+        self._builder = _builder(outputs, values, envelope)
         self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
         self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
@@ -91,16 +104,14 @@ class ReplyCollector:
         outputs: Sequence[Output],
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
-        max_bytes: int,
-        admit: Admit,
+        envelope: Envelope,
     ) -> None:
         batch, *item_shape = batch_shape
         # A reduction needs a shape to rely on: refused before any compute.
         self._made = _reductions(outputs, specs, item_shape)
         self._expected = [spec.shape(batch) for spec in specs]
         self._outputs = outputs
-        self._max_bytes = max_bytes
-        self._admit = admit
+        self._envelope = envelope
         self._values: dict[int, torch.Tensor] = {}
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
@@ -119,7 +130,7 @@ class ReplyCollector:
         """Lay the message out by what was captured, write and publish it."""
         values = [self._values[slot] for slot in range(len(self._outputs))]
         shapes = [(tuple(value.shape), value.dtype) for value in values]
-        builder = _builder(self._outputs, shapes, self._max_bytes, self._admit)
+        builder = _builder(self._outputs, shapes, self._envelope)
         for slot, value in enumerate(values):
             _write(builder, slot, value)
         return builder.finish(head)
@@ -137,21 +148,20 @@ def _reductions(
 def _builder(
     outputs: Sequence[Output],
     values: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    max_bytes: int,
-    admit: Admit,
+    envelope: Envelope,
 ) -> ReplyBuilder:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
         for output, (shape, dtype) in zip(outputs, values, strict=True)
     ]
-    limit = min(max_bytes, MAX_MESSAGE_BYTES)
+    limit = min(envelope.max_bytes, MAX_MESSAGE_BYTES)
     try:
-        layout = ReplyLayout(tensors, field=REPLY_TENSOR_FIELD, head_size=REPLY_HEAD_SIZE)
+        layout = ReplyLayout(tensors, field=REPLY_TENSOR_FIELD, head_size=envelope.head_size)
     except ValueError:
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
     if layout.nbytes > limit:
         raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
-    admit(layout.nbytes)
+    envelope.admit(layout.nbytes)
     return ReplyBuilder(layout)
 
 

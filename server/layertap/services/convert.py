@@ -16,8 +16,15 @@ from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
 from layertap.wire.messages import decode_request
+from layertap.wire.tensors import TensorView
 
-__all__ = ["description_to_proto", "layer_to_proto", "model_to_proto", "request_from_bytes"]
+__all__ = [
+    "description_to_proto",
+    "layer_to_proto",
+    "model_to_proto",
+    "request_from_bytes",
+    "request_from_proto",
+]
 
 _KINDS = {
     PointKind.MODULE: catalogue_pb2.LAYER_KIND_MODULE,
@@ -38,7 +45,24 @@ def request_from_bytes(message: bytes) -> ExtractionRequest:
     Raises:
         InvalidInputError: For a malformed message, a missing input or an unknown enum value.
     """
-    request, tensor = decode_request(message)
+    return request_from_proto(*decode_request(message))
+
+
+def request_from_proto(
+    request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
+    tensor: TensorView | None,
+    reply_fields: bytes = b"",
+) -> ExtractionRequest:
+    """Return what a parsed request asks for.
+
+    Args:
+        request: Its small fields.
+        tensor: Its tensor, if that is its input.
+        reply_fields: What the reply bears besides its own fields.
+
+    Raises:
+        InvalidInputError: For a missing input or an unknown enum value.
+    """
     if tensor is not None:
         given: TensorInput | ImagesInput = TensorInput(tensor)
     elif request.HasField("images"):
@@ -52,6 +76,7 @@ def request_from_bytes(message: bytes) -> ExtractionRequest:
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         ),
+        reply_fields=reply_fields,
     )
 
 

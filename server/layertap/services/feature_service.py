@@ -16,8 +16,9 @@ from google.protobuf.message import Message
 from layertap.engine import Call, Engine
 from layertap.errors import DecodeError
 from layertap.services.convert import description_to_proto, model_to_proto, request_from_bytes
+from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer, Unobserved
-from layertap.services.status import Handler, code_of, guarded
+from layertap.services.status import Handler, code_of, guarded, guarded_stream
 from layertap.v1 import feature_service_pb2
 
 __all__ = ["FeatureService"]
@@ -38,6 +39,7 @@ class FeatureService:
     def __init__(self, engine: Engine, observer: Observer | None = None) -> None:
         self._engine = engine
         self._observer = observer or Unobserved()
+        self._streams = ExtractStream(engine, self._observer)
 
     def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the selected layers."""
@@ -74,9 +76,19 @@ class FeatureService:
             "ListModels": self.list_models,
             "DescribeModel": self.describe_model,
         }
-        return grpc.method_handlers_generic_handler(
-            self.NAME, {name: _unary(method) for name, method in methods.items()}
+        handlers = {name: _unary(method) for name, method in methods.items()}
+        handlers["ExtractStream"] = grpc.stream_stream_rpc_method_handler(
+            guarded_stream(self._streams.serve)
         )
+        return grpc.method_handlers_generic_handler(self.NAME, handlers)
+
+    def drain(self) -> None:
+        """End the streams, once what they have in flight is answered; admit no new ones."""
+        self._streams.drain()
+
+    def close(self) -> None:
+        """Let go of the threads, when the server has stopped."""
+        self._streams.close()
 
 
 def _unary(handler: Handler) -> grpc.RpcMethodHandler:

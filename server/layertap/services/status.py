@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import grpc
@@ -12,7 +12,7 @@ import grpc
 from layertap import errors
 from layertap.wire.messages import ERROR_METADATA_KEY
 
-__all__ = ["STATUS", "code_of", "guarded", "status_of"]
+__all__ = ["STATUS", "code_of", "guarded", "guarded_stream", "leaving", "status_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
 }
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
+StreamHandler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
 def status_of(kind: type[errors.LayertapError]) -> grpc.StatusCode:
@@ -53,25 +54,39 @@ def code_of(error: Exception) -> grpc.StatusCode:
     return status_of(type(error)) if isinstance(error, errors.LayertapError) else Code.INTERNAL
 
 
-def guarded(handler: Handler) -> Handler:
-    """Wrap a handler so that whatever it raises becomes a status.
+def leaving(error: Exception) -> errors.LayertapError:
+    """Return the error as it may leave the server.
 
-    Domain errors carry their own text. Anything else is INTERNAL with a request id; its trace goes
-    to the log and nowhere else.
+    Domain errors carry their own text. Anything else is an InternalError with a request id; its
+    trace goes to the log and nowhere else. Call it where the error is being handled.
     """
+    if isinstance(error, errors.LayertapError):
+        return error
+    request_id = uuid.uuid4().hex[:16]
+    _log.exception("request %s failed", request_id)
+    return errors.InternalError(f"internal error; the server's log has it as {request_id}")
+
+
+def guarded(handler: Handler) -> Handler:
+    """Wrap a handler so that whatever it raises becomes a status, as ``leaving`` says."""
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             return handler(message, context)
-        except errors.LayertapError as error:
-            _abort(context, error)
-        except Exception:  # noqa: BLE001 - the last line of defence; it is logged in full
-            request_id = uuid.uuid4().hex[:16]
-            _log.exception("request %s failed", request_id)
-            _abort(
-                context,
-                errors.InternalError(f"internal error; the server's log has it as {request_id}"),
-            )
+        except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
+            _abort(context, leaving(error))
+
+    return handle
+
+
+def guarded_stream(handler: StreamHandler) -> StreamHandler:
+    """Wrap the handler of a stream in the same way."""
+
+    def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            yield from handler(messages, context)
+        except Exception as error:  # noqa: BLE001 - as above
+            _abort(context, leaving(error))
 
     return handle
 

@@ -45,6 +45,11 @@ class FeatureServiceStub(object):
                 request_serializer=layertap_dot_v1_dot_feature__service__pb2.ExtractRequest.SerializeToString,
                 response_deserializer=layertap_dot_v1_dot_feature__service__pb2.ExtractResponse.FromString,
                 _registered_method=True)
+        self.ExtractStream = channel.stream_stream(
+                '/layertap.v1.FeatureService/ExtractStream',
+                request_serializer=layertap_dot_v1_dot_feature__service__pb2.ExtractStreamRequest.SerializeToString,
+                response_deserializer=layertap_dot_v1_dot_feature__service__pb2.ExtractStreamResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/layertap.v1.FeatureService/ListModels',
                 request_serializer=layertap_dot_v1_dot_feature__service__pb2.ListModelsRequest.SerializeToString,
@@ -68,7 +73,24 @@ class FeatureServiceServicer(object):
 
     def Extract(self, request, context):
         """Runs a model on a batch and returns the selected layers.
-        The place of `ExtractStream`: the same messages over one bidirectional stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtractStream(self, request_iterator, context):
+        """Extracts for many items over one stream, several at once; replies come as they finish.
+
+        The server reads on while fewer items than its limit are in flight (16 unless configured
+        otherwise): read, and their reply not yet taken by the stream. A client that does not read its
+        replies is therefore read from no further, and flow control holds its writes back.
+
+        An item that fails is answered with an error, and the stream goes on. After the client's half
+        close what is in flight is answered, then the stream ends with OK. It ends with UNAVAILABLE
+        when the server stops, and with INVALID_ARGUMENT after a message that is no
+        ExtractStreamRequest; in both cases what is in flight is answered before, and what was sent
+        after it is not. The deadline of the stream is that of all of its items. RESOURCE_EXHAUSTED:
+        too many streams are open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,6 +117,11 @@ def add_FeatureServiceServicer_to_server(servicer, server):
                     servicer.Extract,
                     request_deserializer=layertap_dot_v1_dot_feature__service__pb2.ExtractRequest.FromString,
                     response_serializer=layertap_dot_v1_dot_feature__service__pb2.ExtractResponse.SerializeToString,
+            ),
+            'ExtractStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ExtractStream,
+                    request_deserializer=layertap_dot_v1_dot_feature__service__pb2.ExtractStreamRequest.FromString,
+                    response_serializer=layertap_dot_v1_dot_feature__service__pb2.ExtractStreamResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -140,6 +167,33 @@ class FeatureService(object):
             '/layertap.v1.FeatureService/Extract',
             layertap_dot_v1_dot_feature__service__pb2.ExtractRequest.SerializeToString,
             layertap_dot_v1_dot_feature__service__pb2.ExtractResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtractStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/layertap.v1.FeatureService/ExtractStream',
+            layertap_dot_v1_dot_feature__service__pb2.ExtractStreamRequest.SerializeToString,
+            layertap_dot_v1_dot_feature__service__pb2.ExtractStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

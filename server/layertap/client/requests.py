@@ -1,0 +1,89 @@
+"""From what a caller wants to the messages that ask for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layertap.client.inputs import encode_input
+from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
+from layertap.v1 import feature_service_pb2
+from layertap.wire import dtypes
+from layertap.wire.enums import to_proto
+from layertap.wire.stream_messages import encode_stream_request
+
+if TYPE_CHECKING:
+    from layertap.client.inputs import InputLike
+
+__all__ = ["StreamRequest", "request_fields"]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRequest:
+    """One item of a stream; the arguments of ``Client.extract``, and a key.
+
+    Attributes:
+        model: A served model's name.
+        given: A float array ``[B, ...]`` as the model takes it; or an image, or a list of images.
+        layers: What to return.
+        extractor: How to take them.
+        timeout: Seconds that the server may take for it; None for the stream's own.
+        key: What its outcome is yielded with; None for its position, from 0.
+    """
+
+    model: str
+    given: InputLike
+    layers: SelectionLike
+    extractor: Extractor | str = Extractor.AUTO
+    timeout: float | None = None
+    key: Any = None
+
+    def message(self, number: int, timeout: float | None) -> bytes:
+        """Return the item's message.
+
+        Args:
+            number: Its id.
+            timeout: Seconds that it may take if it does not say so itself; None for no end.
+
+        Raises:
+            InvalidInputError: For an input or a selection that can't be sent.
+        """
+        seconds = timeout if self.timeout is None else self.timeout
+        # At least 1: 0 would mean no end.
+        timeout_ns = 0 if seconds is None else min(max(1, int(seconds * 1e9)), 2**64 - 1)
+        fields, tensor = request_fields(self.model, self.given, self.layers, self.extractor)
+        request = feature_service_pb2.ExtractStreamRequest(
+            id=number, timeout_ns=timeout_ns, **fields
+        )
+        return encode_stream_request(request, tensor)
+
+
+def request_fields(
+    model: str, given: InputLike, layers: SelectionLike, extractor: Extractor | str
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    """Return the fields that a request is made of, and its tensor, which is not for protobuf.
+
+    Arguments and errors are those of ``StreamRequest``.
+    """
+    fields: dict[str, Any] = {
+        "model": model,
+        "layers": [_selection(selection) for selection in parse_selections(layers)],
+        "extractor": to_proto(Extractor(extractor), "EXTRACTOR"),
+    }
+    inputs = encode_input(given)
+    if isinstance(inputs, np.ndarray):
+        return fields, inputs
+    fields["images"] = feature_service_pb2.ImageBatch(images=inputs)
+    return fields, None
+
+
+def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
+    return feature_service_pb2.LayerSelection(
+        layer=selection.layer,
+        capture=to_proto(selection.capture, "CAPTURE"),
+        alias=selection.alias,
+        reduction=to_proto(selection.reduction, "REDUCTION"),
+        dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
+    )

@@ -1,0 +1,160 @@
+"""Many items over one stream: a bounded number in flight, outcomes as they finish."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+
+from layertap.client.failures import error_from_item, error_from_rpc
+from layertap.client.features import Features
+from layertap.errors import InvalidInputError, LayertapError, UnavailableError
+from layertap.wire.stream_messages import decode_stream_reply
+
+if TYPE_CHECKING:
+    from layertap.client.requests import StreamRequest
+
+__all__ = ["MAX_IN_FLIGHT", "FeatureStream"]
+
+MAX_IN_FLIGHT = 16
+"""Items in flight unless told otherwise: what a server reads ahead by default."""
+
+Outcome = Features | LayertapError
+
+
+class FeatureStream:
+    """One open ``ExtractStream``. For one thread at a time; ``Client.stream`` makes them.
+
+    Args:
+        method: The channel's ``ExtractStream``.
+        max_in_flight: Items that are sent and not yet yielded.
+        timeout: Seconds that the stream may take; None for no end.
+        item_timeout: Seconds for an item that does not say so itself; None for no end.
+
+    Raises:
+        InvalidInputError: For a ``max_in_flight`` below 1.
+
+    Example:
+        >>> asks = [StreamRequest("resnet18", path, "avgpool", key=path) for path in paths]
+        >>> with client.stream() as stream:
+        ...     for path, outcome in stream.extract(asks):
+        ...         print(path, outcome)
+    """
+
+    def __init__(
+        self,
+        method: grpc.StreamStreamMultiCallable,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+    ) -> None:
+        if max_in_flight < 1:
+            raise InvalidInputError(f"max_in_flight: got {max_in_flight}, expected at least 1")
+        self._max_in_flight = max_in_flight
+        self._item_timeout = item_timeout
+        self._next_id = 0
+        self._unanswered = 0
+        self._closed = False
+        # gRPC sends from a thread of its own, which waits here; None is the half close. It holds
+        # as much as is in flight, at most.
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        self._call = method(iter(self._outgoing.get, None), timeout=timeout)
+
+    def extract(
+        self, requests: Iterable[StreamRequest], *, ordered: bool = False
+    ) -> Iterator[tuple[Any, Outcome]]:
+        """Yield each item's key and its outcome: its features, or the error that it ended with.
+
+        ``requests`` is read in the caller's thread, and no further than ``max_in_flight`` ahead of
+        what was yielded. An iterator that is left before its end closes the stream.
+
+        Args:
+            requests: The items.
+            ordered: Whether to yield in their order, or as they finish.
+
+        Raises:
+            UnavailableError: Where the stream is closed.
+            LayertapError: What the stream itself ended with; the items that were not yielded have
+                no answer.
+        """
+        if self._closed:
+            raise UnavailableError("the stream is closed")
+        numbered = enumerate(requests)
+        keys: dict[int, Any] = {}
+        done: dict[int, Outcome] = {}
+        finished = False
+        try:
+            while self._fill(numbered, keys, done):
+                number = next(iter(keys if ordered else done), None)
+                while number not in done:
+                    got, outcome = self._receive()
+                    done[got] = outcome
+                    number = number if ordered else got
+                yield keys.pop(number), done.pop(number)
+            finished = True
+        finally:
+            if not finished:
+                self.close()
+
+    def close(self) -> None:
+        """End the stream: what is in flight is given up. Features that came stay valid."""
+        if self._closed:
+            return
+        self._closed = True
+        self._outgoing.put(None)
+        ended = threading.Event()
+        # With nothing in flight the server ends it at once with OK, which is what its operators
+        # want to read; where it doesn't, nobody waits for long.
+        if not self._unanswered and self._call.add_callback(ended.set):
+            ended.wait(1.0)
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        """Return the stream."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the stream."""
+        self.close()
+
+    def _fill(
+        self,
+        requests: Iterator[tuple[int, StreamRequest]],
+        keys: dict[int, Any],
+        done: dict[int, Outcome],
+    ) -> bool:
+        """Send items while there is room; return whether any is left to be yielded."""
+        while len(keys) < self._max_in_flight:
+            position, request = next(requests, (0, None))
+            if request is None:
+                break
+            number, self._next_id = self._next_id, self._next_id + 1
+            keys[number] = position if request.key is None else request.key
+            try:
+                self._outgoing.put(request.message(number, self._item_timeout))
+                self._unanswered += 1
+            except LayertapError as error:  # It can't be sent: that is the outcome.
+                done[number] = error
+        return bool(keys)
+
+    def _receive(self) -> tuple[int, Outcome]:
+        try:
+            message = next(self._call)
+        except StopIteration:
+            raise UnavailableError("the server ended the stream") from None
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        self._unanswered -= 1
+        reply, tensors = decode_stream_reply(message)
+        if reply.HasField("error"):
+            return reply.id, error_from_item(reply.error)
+        return reply.id, Features.of_stream(reply, tensors)

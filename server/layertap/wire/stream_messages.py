@@ -1,0 +1,92 @@
+"""The messages of ``ExtractStream``: those of ``Extract`` with an id, read and written likewise.
+
+Their fields have Extract's numbers, so the tensors go through the same code, without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from google.protobuf.message import DecodeError as ProtobufDecodeError
+
+from layertap.errors import DecodeError
+from layertap.v1.feature_service_pb2 import (
+    ExtractStreamError,
+    ExtractStreamRequest,
+    ExtractStreamResponse,
+)
+from layertap.wire.tensors import TensorView, decode_message, encode_message
+
+__all__ = [
+    "decode_stream_reply",
+    "decode_stream_request",
+    "encode_stream_error",
+    "encode_stream_request",
+    "id_field",
+    "id_of",
+]
+
+_REQUEST_TENSOR = ExtractStreamRequest.TENSOR_FIELD_NUMBER
+_REQUEST_IMAGES = ExtractStreamRequest.IMAGES_FIELD_NUMBER
+_REPLY_TENSORS = ExtractStreamResponse.TENSORS_FIELD_NUMBER
+
+
+def encode_stream_request(request: ExtractStreamRequest, tensor: np.ndarray | None) -> bytes:
+    """Return an ExtractStreamRequest with ``tensor``, if given, as its input."""
+    head = request.SerializeToString()
+    if tensor is None:
+        return head
+    return encode_message([("", tensor)], field=_REQUEST_TENSOR, head=head)
+
+
+def decode_stream_request(message: bytes) -> tuple[ExtractStreamRequest, TensorView | None]:
+    """Split an ExtractStreamRequest into its small fields and its input tensor, if it has one.
+
+    Raises:
+        DecodeError: For bytes that are no well-formed request.
+    """
+    rest, tensors = decode_message(
+        message, field=_REQUEST_TENSOR, repeated=False, rivals=(_REQUEST_IMAGES,)
+    )
+    return _parse_request(rest), tensors[0] if tensors else None
+
+
+def id_of(message: bytes) -> int:
+    """Return the id of an ExtractStreamRequest whose tensor contradicts itself.
+
+    Raises:
+        DecodeError: For bytes that are no protobuf message, so that they have no id.
+    """
+    return _parse_request(message).id
+
+
+def id_field(number: int) -> bytes:
+    """Return an ExtractStreamResponse with nothing but its id; of one size for all ids."""
+    return ExtractStreamResponse(id=number).SerializeToString()
+
+
+def encode_stream_error(number: int, code: int, kind: str, message: str) -> bytes:
+    """Return the reply to an item that failed; ``code`` is a gRPC status's number."""
+    error = ExtractStreamError(code=code, kind=kind, message=message)
+    return ExtractStreamResponse(id=number, error=error).SerializeToString()
+
+
+def decode_stream_reply(message: bytes) -> tuple[ExtractStreamResponse, Sequence[TensorView]]:
+    """Split an ExtractStreamResponse into its small fields and views of its tensors.
+
+    Raises:
+        DecodeError: For bytes that are no well-formed response.
+    """
+    rest, tensors = decode_message(message, field=_REPLY_TENSORS, repeated=True)
+    try:
+        return ExtractStreamResponse.FromString(rest), tensors
+    except ProtobufDecodeError:
+        raise DecodeError("reply: got bytes that are no ExtractStreamResponse") from None
+
+
+def _parse_request(message: bytes) -> ExtractStreamRequest:
+    try:
+        return ExtractStreamRequest.FromString(message)
+    except ProtobufDecodeError:
+        raise DecodeError("request: got bytes that are no ExtractStreamRequest") from None

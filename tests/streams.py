@@ -1,0 +1,113 @@
+"""What the tests of streams share: items, a raw stream, and an observer that counts."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from queue import SimpleQueue
+
+import grpc
+import numpy as np
+
+from gatednets import HELD
+from layertap.engine import Extraction
+from layertap.v1 import feature_service_pb2, feature_service_pb2_grpc, tensor_pb2
+from tinynets import ITEM
+
+GATED_ITEM = (3, 4, 4)
+
+
+def item(number: int, x: np.ndarray | None = None, **changes: object) -> object:
+    """Return a request for residual's layer1 of a batch of its own."""
+    x = np.full((1, *ITEM), number % 7, np.float32) if x is None else x
+    fields: dict[str, object] = {
+        "model": "residual",
+        "tensor": tensor_pb2.Tensor(dtype=1, shape=x.shape, data=x.tobytes()),
+        "layers": [feature_service_pb2.LayerSelection(layer="layer1")],
+        "extractor": "EXTRACTOR_HOOK",
+        "id": number,
+    }
+    return feature_service_pb2.ExtractStreamRequest(**{**fields, **changes})
+
+
+def held_item(number: int, **changes: object) -> object:
+    """Return a request that waits at the gate."""
+    conv = [feature_service_pb2.LayerSelection(layer="conv")]
+    x = np.full((1, *GATED_ITEM), HELD, np.float32)
+    return item(number, x, model="gated", layers=conv, **changes)
+
+
+class RawStream:
+    """One stream by generated stubs only; messages may be bytes that are no request at all."""
+
+    def __init__(self, channel: grpc.Channel, timeout: float | None = 60) -> None:
+        self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
+        method = channel.stream_stream(
+            "/layertap.v1.FeatureService/ExtractStream",
+            response_deserializer=feature_service_pb2.ExtractStreamResponse.FromString,
+        )
+        self.call = method(iter(self._outgoing.get, None), timeout=timeout)
+
+    def send(self, *messages: object) -> None:
+        for message in messages:
+            raw = message if isinstance(message, bytes) else message.SerializeToString()
+            self._outgoing.put(raw)
+
+    def half_close(self) -> None:
+        self._outgoing.put(None)
+
+    def read(self) -> feature_service_pb2.ExtractStreamResponse:
+        return next(self.call)
+
+    def rest(self) -> list[feature_service_pb2.ExtractStreamResponse]:
+        """Half-close, and return what comes until the end."""
+        self.half_close()
+        return list(self.call)
+
+    def failure(self) -> grpc.StatusCode:
+        """Return what the stream ends with instead of another reply."""
+        try:
+            reply = next(self.call)
+        except grpc.RpcError as error:
+            self.half_close()
+            return error.code()
+        except StopIteration:
+            return grpc.StatusCode.OK
+        raise AssertionError(f"a reply came: {reply.id}")
+
+
+class Counting:
+    """An observer that tests may wait for."""
+
+    def __init__(self) -> None:
+        self.ends: Counter[str] = Counter()
+        self._changed = threading.Condition()
+
+    def succeeded(self, model: str, extraction: Extraction) -> None:
+        self._count(f"{model} OK")
+
+    def failed(self, model: str, code: grpc.StatusCode) -> None:
+        self._count(f"{model} {code.name}")
+
+    def wait(self, end: str, count: int) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.ends[end] >= count, 60), self.ends
+
+    def _count(self, end: str) -> None:
+        with self._changed:
+            self.ends[end] += 1
+            self._changed.notify_all()
+
+
+def eventually(what: Callable[[], bool]) -> None:
+    """Wait for what nobody tells about."""
+    until = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.01)
+
+
+def stub(channel: grpc.Channel) -> feature_service_pb2_grpc.FeatureServiceStub:
+    return feature_service_pb2_grpc.FeatureServiceStub(channel)
