@@ -6,7 +6,7 @@ starts. Importing this package does not import torch.
 
 from importlib.metadata import version
 
-from layertap.client import Client, Features
+from layertap.client import Client, Features, Tls, read_token
 from layertap.errors import LayertapError
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.wire.memory import keep_memory
@@ -19,8 +19,10 @@ __all__ = [
     "LayerSelection",
     "LayertapError",
     "Reduction",
+    "Tls",
     "__version__",
     "keep_memory",
+    "read_token",
 ]
 
 __version__ = version("layertap")

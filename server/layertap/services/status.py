@@ -24,6 +24,8 @@ STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
     errors.ExtractorUnsupportedError: Code.FAILED_PRECONDITION,
     errors.ReplyTooLargeError: Code.OUT_OF_RANGE,
     errors.OverloadedError: Code.RESOURCE_EXHAUSTED,
+    errors.UnauthenticatedError: Code.UNAUTHENTICATED,
+    errors.PermissionDeniedError: Code.PERMISSION_DENIED,
     errors.UnavailableError: Code.UNAVAILABLE,
     errors.DeadlineExceededError: Code.DEADLINE_EXCEEDED,
     errors.CancelledError: Code.CANCELLED,
@@ -32,6 +34,13 @@ STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
     errors.ConfigError: Code.FAILED_PRECONDITION,
     errors.InternalError: Code.INTERNAL,
 }
+
+# Of the operator's side, whose texts name files and hold what a model's own code says.
+_PRIVATE = (errors.ConfigError, errors.ModelLoadError)
+
+# A text travels in a header, each byte of it as up to three, and a client's gRPC takes 8 KiB of
+# headers by default: a longer one would replace the error by another. Requests are quoted in it.
+_TEXT_BYTES = 2048
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 
@@ -56,7 +65,8 @@ def code_of(error: Exception) -> grpc.StatusCode:
 def guarded(handler: Handler) -> Handler:
     """Wrap a handler so that whatever it raises becomes a status.
 
-    Domain errors carry their own text. Anything else is INTERNAL with a request id; its trace goes
+    Domain errors carry their own text, except for those that speak of the server's files. Anything
+    else is INTERNAL with a request id; its trace goes
     to the log and nowhere else.
     """
 
@@ -66,7 +76,7 @@ def guarded(handler: Handler) -> Handler:
         except errors.LayertapError as error:
             _abort(context, error)
         except Exception:  # noqa: BLE001 - the last line of defence; it is logged in full
-            request_id = uuid.uuid4().hex[:16]
+            request_id = _new_id()
             _log.exception("request %s failed", request_id)
             _abort(
                 context,
@@ -78,5 +88,22 @@ def guarded(handler: Handler) -> Handler:
 
 def _abort(context: grpc.ServicerContext, error: errors.LayertapError) -> NoReturn:
     context.set_trailing_metadata(((ERROR_METADATA_KEY, type(error).__name__),))
-    context.abort(status_of(type(error)), str(error))
+    context.abort(status_of(type(error)), _text(error))
     raise AssertionError("abort always raises")
+
+
+def _text(error: errors.LayertapError) -> str:
+    """Return what may leave of an error's text."""
+    if isinstance(error, _PRIVATE):
+        request_id = _new_id()
+        _log.error("request %s failed: %s", request_id, error)
+        return f"the server could not do it; its log has the reason as {request_id}"
+    text = str(error)
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= _TEXT_BYTES:
+        return text
+    return encoded[:_TEXT_BYTES].decode("utf-8", "ignore") + " …"
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:16]
