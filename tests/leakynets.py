@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-SECRET = "/srv/customers/acme/credentials.json"  # noqa: S105 - a path, and nobody's
+SECRET = "/srv/customers/acme/credentials.json"
 
 
 class Leaky(nn.Module):

@@ -29,9 +29,7 @@ def test_comments_and_empty_lines_are_no_tokens(tmp_path: Path) -> None:
         (b"secret\xff\xfe", "not UTF-8 text"),
     ],
 )
-def test_a_mistake_is_told_without_the_secret(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_a_mistake_is_told_without_the_secret(tmp_path: Path, content: bytes, message: str) -> None:
     """The error names the key, the file and the line, and nothing that stands there."""
     file = tmp_path / "tokens"
     file.write_bytes(content)

@@ -110,41 +110,44 @@ def test_the_files_are_those_of_the_configuration(tmp_path: Path, authority: Aut
     assert ServerSection().options().security.tls is None
 
 
+OPEN_PLAIN = "may use it: there is no authentication and no encryption"
+OPEN_TLS = "may use it: there is no authentication"
+PLAIN_TOKENS = "tokens cross the network as plain text"
+METRICS = "the metrics page there has neither"
+
+
 @pytest.mark.parametrize(
-    ("tls", "mutual", "extract", "admin", "expected"),
+    ("given", "expected"),
     [
-        (False, False, False, False, ["no authentication and no encryption"]),
-        (False, False, True, True, ["tokens cross the network as plain text", "metrics page"]),
-        (
-            *(False, False, False, True),
-            ["no authentication and no encryption", "tokens cross the network as plain text"],
-        ),
-        (True, False, False, False, ["may use it: there is no authentication", "metrics page"]),
-        (True, False, False, True, ["may use it: there is no authentication", "metrics page"]),
-        (True, False, True, False, ["metrics page"]),
-        (True, True, False, False, ["metrics page"]),
-        (True, True, True, True, ["metrics page"]),
+        ("", [OPEN_PLAIN]),
+        ("extract", [PLAIN_TOKENS, METRICS]),
+        ("extract admin", [PLAIN_TOKENS, METRICS]),
+        ("admin", [OPEN_PLAIN, PLAIN_TOKENS]),
+        ("tls", [OPEN_TLS, METRICS]),
+        ("tls admin", [OPEN_TLS, METRICS]),
+        ("tls extract", [METRICS]),
+        ("tls mutual", [METRICS]),
+        ("tls mutual extract admin", [METRICS]),
     ],
 )
 def test_open_doors_are_told(
-    tmp_path: Path, authority: Authority, pair: Pair, tls, mutual, extract, admin, expected
+    tmp_path: Path, authority: Authority, pair: Pair, given: str, expected: list[str]
 ) -> None:
     """An address that others reach is warned of with what it lacks, and with nothing else."""
-    security = open_security(
-        SecretFiles(
-            tls_cert=pair.certificate if tls else None,
-            tls_key=pair.key if tls else None,
-            tls_client_ca=authority.file if mutual else None,
-            extract_tokens_file=token_file(tmp_path / "e", EXTRACT) if extract else None,
-            admin_tokens_file=token_file(tmp_path / "a", ADMIN) if admin else None,
-        )
-    )
+    files = {
+        "tls": {"tls_cert": pair.certificate, "tls_key": pair.key},
+        "mutual": {"tls_client_ca": authority.file},
+        "extract": {"extract_tokens_file": token_file(tmp_path / "e", EXTRACT)},
+        "admin": {"admin_tokens_file": token_file(tmp_path / "a", ADMIN)},
+    }
+    chosen = {key: file for name in given.split() for key, file in files[name].items()}
+    security = open_security(SecretFiles(**chosen))
     warnings = list(security.warnings(OPEN, metrics=True))
     assert len(warnings) == len(expected)
     for warning, part in zip(warnings, expected, strict=True):
         assert part in warning
         assert warning.startswith("0.0.0.0 can be reached from other machines")
-    assert any("no encryption" in text for text in warnings[:1]) is not tls
+    assert any("and no encryption" in text for text in warnings) is (OPEN_PLAIN in expected)
     assert not any("metrics" in text for text in security.warnings(OPEN, metrics=False))
     assert list(security.warnings("127.0.0.1", metrics=True)) == []
     assert list(security.warnings("[::1]", metrics=True)) == []

@@ -219,8 +219,8 @@ def test_tokens_decide_what_a_client_may_do(
                 client.wait_ready(30)  # Health asks for no token.
                 for ask in (
                     client.list_models,
-                    lambda: client.describe_model("residual"),  # noqa: B023
-                    lambda: client.extract("residual", ONE, "layer1"),  # noqa: B023
+                    lambda: client.describe_model("residual"),
+                    lambda: client.extract("residual", ONE, "layer1"),
                 ):
                     with pytest.raises(errors.UnauthenticatedError, match="a valid token"):
                         ask()

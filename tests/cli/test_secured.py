@@ -21,7 +21,7 @@ def run(*args: str | Path) -> Result:
 
 
 def test_a_session_with_tls_and_tokens(tmp_path: Path) -> None:
-    """`layertap serve` with certificates and tokens answers the verbs and clients that have them."""
+    """`layertap serve` with certificates and tokens answers verbs and clients that have them."""
     authority = Authority(tmp_path / "ca")
     pair, mine = authority.issue("localhost", "127.0.0.1"), authority.issue("me")
     extract = token_file(tmp_path / "extract.tokens", EXTRACT)

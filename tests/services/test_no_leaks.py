@@ -29,7 +29,16 @@ SERVICE = "/layertap.v1.FeatureService/"
 ITEM = (3, 4, 4)
 ROOT = Path(__file__).resolve().parents[2]
 # What only the server knows: its files, its code, and what the model's own code says.
-INTERNAL = (SECRET, "acme", str(ROOT), str(Path.home()), "site-packages", ".py", "Traceback", 'File "')
+INTERNAL = (
+    SECRET,
+    "acme",
+    str(ROOT),
+    str(Path.home()),
+    "site-packages",
+    ".py",
+    "Traceback",
+    'File "',
+)
 
 
 @pytest.fixture(scope="module")

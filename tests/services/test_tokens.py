@@ -40,6 +40,15 @@ def test_what_needs_no_token(tmp_path: Path, extract: bool, admin: bool, without
     assert tokens.without is without
 
 
+@pytest.mark.parametrize("files", [(), ("e",), ("a",), ("e", "a")])
+def test_trust_holds_only_while_there_are_no_tokens(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """Who trusts everybody and names tokens all the same has the rules of the tokens."""
+    extract = token_file(tmp_path / "e", EXTRACT) if "e" in files else None
+    admin = token_file(tmp_path / "a", ADMIN) if "a" in files else None
+    without = Tokens(extract, admin, trusted=True).without
+    assert without is (Tokens(extract, admin).without if files else Right.ADMIN)
+
+
 def test_reload_replaces_the_tokens(tmp_path: Path) -> None:
     """A rotation: both are valid in between, and the old one is not afterwards."""
     file = token_file(tmp_path / "e", EXTRACT)

@@ -138,8 +138,12 @@ class Security:
             yield f"{reached}the metrics page there has neither authentication nor encryption"
 
 
-def open_security(files: SecretFiles) -> Security:
+def open_security(files: SecretFiles, *, trusted: bool = False) -> Security:
     """Read the files.
+
+    Args:
+        files: Where they are.
+        trusted: As for ``Tokens``.
 
     Raises:
         ConfigError: For a file that won't do, and for one that is of no use without another.
@@ -158,6 +162,6 @@ def open_security(files: SecretFiles) -> Security:
     secrets = (files.tls_key, files.extract_tokens_file, files.admin_tokens_file)
     return Security(
         tls,
-        Tokens(files.extract_tokens_file, files.admin_tokens_file),
+        Tokens(files.extract_tokens_file, files.admin_tokens_file, trusted=trusted),
         tuple(file for file in secrets if file and file.stat().st_mode & stat.S_IROTH),
     )

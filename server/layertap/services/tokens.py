@@ -41,15 +41,24 @@ class Tokens:
     Args:
         extract_file: Tokens that may extract and describe; None lets everybody.
         admin_file: Tokens that may do that and administrate; None lets nobody.
+        trusted: Whether everybody may administrate where neither file is given. For servers that
+            were told so, and that only this machine reaches.
 
     Raises:
         ConfigError: For a file that can't be read or holds something else, or a token that is in
             both files.
     """
 
-    def __init__(self, extract_file: Path | None = None, admin_file: Path | None = None) -> None:
+    def __init__(
+        self,
+        extract_file: Path | None = None,
+        admin_file: Path | None = None,
+        *,
+        trusted: bool = False,
+    ) -> None:
         self._extract_file = extract_file
         self._admin_file = admin_file
+        self._trusted = trusted
         self._known = self._read()
 
     @property
@@ -60,7 +69,9 @@ class Tokens:
     @property
     def without(self) -> Right:
         """What may be done without a token."""
-        return Right.EXTRACT if self._extract_file is None else Right.NONE
+        if self._extract_file is not None:
+            return Right.NONE
+        return Right.ADMIN if self._trusted and self._admin_file is None else Right.EXTRACT
 
     def right_of(self, token: str) -> Right:
         """Return a token's right; NONE for one that is not known.
