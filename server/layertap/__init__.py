@@ -6,7 +6,14 @@ starts. Importing this package does not import torch.
 
 from importlib.metadata import version
 
-from layertap.client import Client, Features, FeatureStream, StreamRequest
+from layertap.client import (
+    Client,
+    Features,
+    FeatureStream,
+    StreamRequest,
+    Tls,
+    read_token,
+)
 from layertap.errors import LayertapError
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.wire.memory import keep_memory
@@ -21,8 +28,10 @@ __all__ = [
     "LayertapError",
     "Reduction",
     "StreamRequest",
+    "Tls",
     "__version__",
     "keep_memory",
+    "read_token",
 ]
 
 __version__ = version("layertap")

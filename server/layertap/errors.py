@@ -9,6 +9,8 @@ LayertapError
 ├── ExtractorUnsupportedError      the layer exists, but the chosen extractor can't serve it
 ├── ReplyTooLargeError             the reply would pass the limit; decided before any compute
 ├── OverloadedError                the queue is full
+├── UnauthenticatedError           the call came without a valid token
+├── PermissionDeniedError          the token has no right to what was called
 ├── UnavailableError               the server is starting, draining or gone
 ├── DeadlineExceededError          the time ran out
 ├── CancelledError                 the caller went away
@@ -38,7 +40,9 @@ __all__ = [
     "ModelRunError",
     "NotFoundError",
     "OverloadedError",
+    "PermissionDeniedError",
     "ReplyTooLargeError",
+    "UnauthenticatedError",
     "UnavailableError",
     "WeightsUnavailableError",
 ]
@@ -78,6 +82,14 @@ class ReplyTooLargeError(LayertapError):
 
 class OverloadedError(LayertapError):
     """The server's queue is full; try again later."""
+
+
+class UnauthenticatedError(LayertapError):
+    """The server asks for a token, and none that it knows came with the call."""
+
+
+class PermissionDeniedError(LayertapError):
+    """The caller is known, or anonymous callers are welcome, but may not call this."""
 
 
 class UnavailableError(LayertapError):

@@ -1,11 +1,16 @@
 """gRPC's options for a server that takes small requests and sends large replies.
 
 Apart from the server, so that benchmarks/bench_wire.py measures the wire with them and no PyTorch.
+
+Sources: gRPC's doc/keepalive.md for the pings, its channel_arg_names.h for the rest.
 """
 
 from __future__ import annotations
 
-__all__ = ["channel_options"]
+__all__ = ["METADATA_BYTES", "channel_options"]
+
+METADATA_BYTES = 16 * 1024
+"""Bytes of one call's metadata: a token or a trace's context takes one or two thousand."""
 
 
 def channel_options(request_bytes: int) -> list[tuple[str, int]]:
@@ -16,4 +21,37 @@ def channel_options(request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", request_bytes),
         # The reply's limit is the engine's to check, before it computes anything.
         ("grpc.max_send_message_length", -1),
+        *_METADATA,
+        *_KEEPALIVE,
+        *_CONNECTIONS,
     ]
+
+
+# Between the two gRPC refuses calls at random, more of them the larger they are. Equal ones make it
+# a limit: the same call is always taken or always refused, with RESOURCE_EXHAUSTED.
+_METADATA = (
+    ("grpc.max_metadata_size", METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+)
+
+_KEEPALIVE = (
+    # A client that waits for a long forward pass, or for its next request, may ping so that no
+    # router forgets the connection. By default gRPC ends it with ENHANCE_YOUR_CALM when pings come
+    # more often than every 5 minutes, or every 2 hours while no call is under way.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The default, spelt out as the limit that it is: a third ping that comes too early ends it.
+    ("grpc.http2.max_ping_strikes", 2),
+    # The server's own pings find out that a client's machine is gone, after 5 minutes instead of 2
+    # hours, and keep idle connections alive in routers, which forget them after about as long.
+    ("grpc.keepalive_time_ms", 300_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+_CONNECTIONS = (
+    # Calls of one connection under way; the client queues those above. Far above what the engine's
+    # own queue takes, so that this one refuses, with its own words; by default there is no limit.
+    ("grpc.max_concurrent_streams", 1024),
+    # Somebody who connects and says nothing holds a socket for so long; the default is 2 minutes.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
+from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import PORT, ServerOptions
 from layertap.batching import BatchPolicy
 from layertap.engine import Limits
@@ -29,6 +31,7 @@ __all__ = ["LimitsSection", "ModelSection", "ServerConfig", "ServerSection", "wi
 _log = logging.getLogger(__name__)
 
 MIB = 1 << 20
+SECRET_FILES = tuple(field.name for field in fields(SecretFiles))
 METRICS_OFF = -1
 METRICS_PORT = 8002
 
@@ -39,6 +42,7 @@ Layers = Annotated[
     tuple[str, ...], Meta(description='a list of layers such as ["layer1", "avgpool:input"]')
 ]
 Threads = Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="a number from 1")]
+File = Annotated[Annotated[str, Meta(min_length=1)] | None, Meta(description="a file")]
 Sizes = Annotated[
     tuple[Annotated[int, Meta(ge=1)], ...] | None,
     Meta(description="sizes of one item without the batch, such as [3, 224, 224]"),
@@ -62,6 +66,11 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
         keep_memory: Whether memory freed by a reply is kept for the next one.
         keep_memory_mib: MiB of free memory that may be kept.
+        tls_cert: PEM file: the server's certificate and those up to its authority; turns TLS on.
+        tls_key: PEM file: its private key.
+        tls_client_ca: PEM file: authorities, one of which must vouch for each client.
+        extract_tokens_file: Bearer tokens that may extract, one a line; anybody may if not given.
+        admin_tokens_file: Bearer tokens that may administrate as well; nobody may if not given.
     """
 
     host: Text = "127.0.0.1"
@@ -81,10 +90,17 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
     keep_memory: Annotated[bool, Meta(description="true or false")] = True
     keep_memory_mib: Annotated[int, Meta(ge=1, description="a number of MiB from 1")] = DEFAULT_MIB
+    tls_cert: File = None
+    tls_key: File = None
+    tls_client_ca: File = None
+    extract_tokens_file: File = None
+    admin_tokens_file: File = None
 
     def options(self) -> ServerOptions:
-        """Return how to listen."""
-        return ServerOptions(self.host, self.port)
+        """Return how to listen; raise ConfigError for a file of TLS or tokens that won't do."""
+        named = {key: getattr(self, key) for key in SECRET_FILES}
+        files = SecretFiles(**{k: Path(v).expanduser() for k, v in named.items() if v})
+        return ServerOptions(self.host, self.port, security=open_security(files))
 
     def compute(self, device: str) -> tuple[int, int | None]:
         """Return (forward passes at once, cores of one; None leaves it to PyTorch).

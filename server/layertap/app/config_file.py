@@ -11,7 +11,13 @@ from typing import Any, TypeVar, get_type_hints
 import msgspec
 from msgspec import Struct
 
-from layertap.app.config import LimitsSection, ModelSection, ServerConfig, ServerSection
+from layertap.app.config import (
+    SECRET_FILES,
+    LimitsSection,
+    ModelSection,
+    ServerConfig,
+    ServerSection,
+)
 from layertap.errors import ConfigError, LayertapError
 from layertap.models import ModelSpec, SourceKind
 from layertap.models.weights import is_path
@@ -57,10 +63,19 @@ class _Reader:
         if not isinstance(tables, list):
             raise self._wrong(("models",), tables, "a list of tables, each headed [[models]]")
         return ServerConfig(
-            server=self._section(ServerSection, document.get("server", {}), ("server",)),
+            server=self._server(document.get("server", {})),
             limits=self._section(LimitsSection, document.get("limits", {}), ("limits",)),
             models=tuple(self._model(table, index) for index, table in enumerate(tables)),
         )
+
+    def _server(self, table: object) -> ServerSection:
+        server = self._section(ServerSection, table, ("server",))
+        # A `~` is the user's home, not a folder beside the file.
+        files = {
+            key: Path(name).expanduser() for key in SECRET_FILES if (name := getattr(server, key))
+        }
+        folder = self._file.parent
+        return msgspec.structs.replace(server, **{k: str(folder / f) for k, f in files.items()})
 
     def _section(self, kind: type[S], table: object, path: KeyPath) -> S:
         if not isinstance(table, Mapping):

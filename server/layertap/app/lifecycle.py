@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from queue import SimpleQueue
 from types import FrameType
 from typing import Protocol
 
+from layertap.addresses import bare_host
 from layertap.app.config import METRICS_OFF, ModelSection, ServerConfig
 from layertap.app.metrics import Metrics, MetricsPage
 from layertap.app.server import FeatureServer
@@ -125,13 +125,16 @@ def _start(config: ServerConfig, narrator: Narrator, closing: ExitStack) -> Feat
     server.start()
     closing.callback(server.stop, 0.0)
     if options.metrics_port != METRICS_OFF:
-        page = MetricsPage(metrics, options.host, options.metrics_port)
+        page = MetricsPage(metrics, bare_host(options.host), options.metrics_port)
         closing.callback(page.close)
         narrator.say(f"metrics on {page.url}")
     for model in config.models:
         _load(engine, model, narrator)
     server.ready()
-    _warn_if_public(options.host, narrator.say)
+    for warning in server.security.warnings(
+        options.host, metrics=options.metrics_port != METRICS_OFF
+    ):
+        narrator.say(f"warning: {warning}")
     return server
 
 
@@ -152,16 +155,3 @@ def _load(engine: Engine, model: ModelSection, narrator: Narrator) -> None:
         f"loaded {loaded.name}: {loaded.source}, weights {loaded.weights}, on {loaded.device}, "
         f"in {time.monotonic() - begun:.1f} s"
     )
-
-
-def _warn_if_public(host: str, say: Callable[[str], None]) -> None:
-    bare = host.strip("[]")
-    try:
-        private = ipaddress.ip_address(bare).is_loopback
-    except ValueError:
-        private = bare == "localhost"
-    if not private:
-        say(
-            f"warning: {host} can be reached from other machines, and whoever reaches it may use "
-            f"it: there is no authentication and no encryption"
-        )

@@ -20,6 +20,7 @@ from prometheus_client import (
     start_http_server,
 )
 
+from layertap.addresses import host_port
 from layertap.engine import Engine, Extraction
 from layertap.errors import UnavailableError
 from layertap.wire.memory import retained_bytes
@@ -163,10 +164,10 @@ class MetricsPage:
             )
         except OSError as error:
             raise UnavailableError(
-                f"can't show metrics on {host}:{port}: {error.strerror}; choose another with "
-                f"--metrics-port, or -1 for none"
+                f"can't show metrics on {host_port(host, port)}: {error.strerror}; choose another "
+                f"with --metrics-port, or -1 for none"
             ) from error
-        self.url = f"http://{host}:{self._server.server_port}/metrics"
+        self.url = f"http://{host_port(host, self._server.server_port)}/metrics"
 
     def close(self) -> None:
         """Stop showing them."""

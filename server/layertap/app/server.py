@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from layertap.addresses import host_port
 from layertap.app.channel import channel_options
+from layertap.app.security import Security
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
+from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
 from layertap.services.observer import Observer
 
@@ -43,10 +46,12 @@ class ServerOptions:
     Attributes:
         host: The address to bind; only this machine unless told otherwise.
         port: The port; 0 for a free one.
+        security: TLS and tokens; neither unless told otherwise.
     """
 
     host: str = "127.0.0.1"
     port: int = PORT
+    security: Security = field(default_factory=Security)
 
 
 class FeatureServer:
@@ -60,6 +65,10 @@ class FeatureServer:
         options: How to listen.
         observer: Is told how each extraction ended.
 
+    Attributes:
+        address: Where it listens, ``host:port``.
+        security: TLS and tokens; its ``reload`` reads their files again.
+
     Raises:
         UnavailableError: Where the address can't be bound.
     """
@@ -72,8 +81,10 @@ class FeatureServer:
     ) -> None:
         self._engine = engine
         options = options or ServerOptions()
+        self.security = options.security
         self._server = grpc.server(
             ThreadPoolExecutor(_workers(engine.limits), thread_name_prefix="layertap-rpc"),
+            interceptors=(Authorization(options.security.tokens),),
             options=channel_options(engine.limits.request_bytes),
         )
         self._health = health.HealthServicer()
@@ -110,9 +121,14 @@ class FeatureServer:
             self._health.set(name, status)
 
     def _bind(self, options: ServerOptions) -> str:
-        wanted = f"{options.host}:{options.port}"
+        wanted = host_port(options.host, options.port)
+        tls = options.security.tls
         try:
-            port = self._server.add_insecure_port(wanted)
+            port = (
+                self._server.add_secure_port(wanted, tls.credentials())
+                if tls
+                else self._server.add_insecure_port(wanted)
+            )
         except RuntimeError:
             raise UnavailableError(f"can't listen on {wanted}: is the port taken?") from None
-        return f"{options.host}:{port}"
+        return host_port(options.host, port)

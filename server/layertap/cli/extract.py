@@ -15,6 +15,7 @@ from layertap.errors import InvalidInputError
 from layertap.selection import Extractor, LayerSelection, Reduction
 
 if TYPE_CHECKING:
+    from layertap.cli.connection import Connection
     from layertap.client import Features
 
     Source = Callable[[list[bytes]], Features]
@@ -79,7 +80,7 @@ def extract(
     dtype: str | None,
     reduction: str,
     batch_size: int,
-    server: str | None,
+    server: Connection | None,
     **flags: Any,
 ) -> None:
     """Write layers of IMAGEs into an .npz file: an array for each layer, a row for each image.
@@ -139,11 +140,9 @@ def _read(image: str) -> bytes:
 
 @contextmanager
 def _remote(
-    server: str, model: str, selections: list[LayerSelection], extractor: Extractor
+    server: Connection, model: str, selections: list[LayerSelection], extractor: Extractor
 ) -> Iterator[Source]:
-    from layertap.client import Client
-
-    with Client(server) as client:
+    with server.client() as client:
         yield lambda images: client.extract(model, images, selections, extractor=extractor)
 
 

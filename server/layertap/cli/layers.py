@@ -10,6 +10,7 @@ import click
 from layertap.cli.options import embedded_engine, local_model_options, refuse_with_server
 
 if TYPE_CHECKING:
+    from layertap.cli.connection import Connection
     from layertap.v1 import catalogue_pb2, feature_service_pb2
 
 __all__ = ["layers"]
@@ -37,7 +38,7 @@ def layers(
     everything: bool,
     tree: bool | None,
     as_json: bool,
-    server: str | None,
+    server: Connection | None,
     **flags: Any,
 ) -> None:
     """List a model's layers, as measured by running it.
@@ -75,10 +76,8 @@ def layers(
     )
 
 
-def _ask(server: str, model: str) -> feature_service_pb2.DescribeModelResponse:
-    from layertap.client import Client
-
-    with Client(server) as client:
+def _ask(server: Connection, model: str) -> feature_service_pb2.DescribeModelResponse:
+    with server.client() as client:
         return client.describe_model(model)
 
 

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from layertap.cli.connection import connection_options
+
 if TYPE_CHECKING:
+    from layertap.cli.connection import Connection
     from layertap.engine import Engine
 
 __all__ = [
@@ -56,9 +59,7 @@ def seed(function: F) -> F:
 def local_model_options(function: F) -> F:
     """Add the options of a model that is loaded into this process, and ``--server`` instead."""
     for option in (
-        click.option(
-            "--server", metavar="HOST:PORT", help="Ask this server instead of loading MODEL here."
-        ),
+        connection_options,
         click.option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),
@@ -76,7 +77,7 @@ def local_model_options(function: F) -> F:
     return function
 
 
-def refuse_with_server(server: str | None, flags: dict[str, object]) -> None:
+def refuse_with_server(server: Connection | None, flags: dict[str, object]) -> None:
     """Raise UsageError for flags that say how to load a model, where a server has it loaded."""
     given = ", ".join(f"--{name.replace('_', '-')}" for name, v in flags.items() if v is not None)
     if server and given:

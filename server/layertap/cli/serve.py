@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from layertap.cli.options import find_local_modules, item_shape, seed
+from layertap.cli.secret_options import secret_options
 
 __all__ = ["serve"]
 
@@ -95,6 +96,7 @@ MODEL_FLAGS = (
     metavar="N",
     help="MiB of free memory that may be kept; default 1024.",
 )
+@secret_options
 @click.option(
     "--config",
     "config_file",

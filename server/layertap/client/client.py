@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self, overload
 import grpc
 from grpc_health.v1 import health_pb2
 
+from layertap.client.channel import Tls, open_channel
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.requests import StreamRequest, request_fields
@@ -36,6 +37,15 @@ class Client:
     Args:
         target: The server's address, ``host:port``.
         timeout: Seconds that a call may take, unless the call says otherwise; None for no end.
+        tls: ``True`` for a server that a public authority vouches for; a ``Tls`` for one with an
+            authority of its own, or one that asks for a client's certificate; False for no TLS.
+        token: The bearer token to send with every call; ``read_token`` reads it from a file.
+        allow_plaintext_token: Whether the token may be sent to another machine without TLS, for
+            networks that encrypt by themselves.
+
+    Raises:
+        ConfigError: For files or a token that won't do, and for a token that would be sent as plain
+            text to another machine.
 
     Example:
         >>> with Client("127.0.0.1:8001") as client:
@@ -44,14 +54,28 @@ class Client:
         (1, 64, 56, 56)
     """
 
-    def __init__(self, target: str = TARGET, *, timeout: float | None = 60.0) -> None:
+    def __init__(
+        self,
+        target: str = TARGET,
+        *,
+        timeout: float | None = 60.0,
+        tls: bool | Tls = False,
+        token: str | None = None,
+        allow_plaintext_token: bool = False,
+    ) -> None:
         self._timeout = timeout
         # Features are large: gRPC's default of 4 MB would refuse most replies.
         options = [
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
         ]
-        self._channel = grpc.insecure_channel(target, options=options)
+        self._channel = open_channel(
+            target,
+            options,
+            tls=tls,
+            token=token,
+            allow_plaintext_token=allow_plaintext_token,
+        )
         self._extract = self._channel.unary_unary(f"{SERVICE}Extract")
         self._stream = self._channel.stream_stream(f"{SERVICE}ExtractStream")
         self._list = self._channel.unary_unary(f"{SERVICE}ListModels")

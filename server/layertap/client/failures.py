@@ -18,6 +18,8 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LayertapError]] = {
     Code.FAILED_PRECONDITION: errors.ExtractorUnsupportedError,
     Code.OUT_OF_RANGE: errors.ReplyTooLargeError,
     Code.RESOURCE_EXHAUSTED: errors.OverloadedError,
+    Code.UNAUTHENTICATED: errors.UnauthenticatedError,
+    Code.PERMISSION_DENIED: errors.PermissionDeniedError,
     Code.UNAVAILABLE: errors.UnavailableError,
     Code.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
     Code.CANCELLED: errors.CancelledError,

@@ -24,6 +24,8 @@ STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
     errors.ExtractorUnsupportedError: Code.FAILED_PRECONDITION,
     errors.ReplyTooLargeError: Code.OUT_OF_RANGE,
     errors.OverloadedError: Code.RESOURCE_EXHAUSTED,
+    errors.UnauthenticatedError: Code.UNAUTHENTICATED,
+    errors.PermissionDeniedError: Code.PERMISSION_DENIED,
     errors.UnavailableError: Code.UNAVAILABLE,
     errors.DeadlineExceededError: Code.DEADLINE_EXCEEDED,
     errors.CancelledError: Code.CANCELLED,
@@ -32,6 +34,13 @@ STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
     errors.ConfigError: Code.FAILED_PRECONDITION,
     errors.InternalError: Code.INTERNAL,
 }
+
+# Of the operator's side, whose texts name files and hold what a model's own code says.
+_PRIVATE = (errors.ConfigError, errors.ModelLoadError)
+
+# A text travels in a header, each byte of it as up to three, and a client's gRPC takes 8 KiB of
+# headers by default: a longer one would replace the error by another. Requests are quoted in it.
+_TEXT_BYTES = 2048
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 StreamHandler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
@@ -57,12 +66,19 @@ def code_of(error: Exception) -> grpc.StatusCode:
 def leaving(error: Exception) -> errors.LayertapError:
     """Return the error as it may leave the server.
 
-    Domain errors carry their own text. Anything else is an InternalError with a request id; its
-    trace goes to the log and nowhere else. Call it where the error is being handled.
+    Domain errors carry their own text, except for those that speak of the operator's files.
+    Anything else is an InternalError. What the text leaves out is in the log, under an id that it
+    names. Call it where the error is being handled.
     """
+    if isinstance(error, _PRIVATE):
+        request_id = _new_id()
+        _log.error("request %s failed: %s", request_id, error)
+        return type(error)(f"the server could not do it; its log has the reason as {request_id}")
     if isinstance(error, errors.LayertapError):
-        return error
-    request_id = uuid.uuid4().hex[:16]
+        text = str(error)
+        short = _short(text)
+        return error if short == text else type(error)(short)
+    request_id = _new_id()
     _log.exception("request %s failed", request_id)
     return errors.InternalError(f"internal error; the server's log has it as {request_id}")
 
@@ -95,3 +111,15 @@ def _abort(context: grpc.ServicerContext, error: errors.LayertapError) -> NoRetu
     context.set_trailing_metadata(((ERROR_METADATA_KEY, type(error).__name__),))
     context.abort(status_of(type(error)), str(error))
     raise AssertionError("abort always raises")
+
+
+def _short(text: str) -> str:
+    """Return as much of a text as travels."""
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= _TEXT_BYTES:
+        return text
+    return encoded[:_TEXT_BYTES].decode("utf-8", "ignore") + " …"
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:16]

@@ -1,0 +1,56 @@
+"""Hosts and ports as text: brackets around IPv6, and what can't be reached from elsewhere."""
+
+from __future__ import annotations
+
+import ipaddress
+
+__all__ = ["bare_host", "host_port", "is_loopback", "target_is_loopback"]
+
+# Anything else before a colon is a host's name, as gRPC reads it.
+_SCHEMES = ("dns", "ipv4", "ipv6")
+_LOCAL_SCHEMES = ("unix", "unix-abstract")
+
+
+def bare_host(host: str) -> str:
+    """Return the host without the brackets that URLs put around an IPv6 address."""
+    return host[1:-1] if host.startswith("[") and host.endswith("]") else host
+
+
+def host_port(host: str, port: int) -> str:
+    """Return ``host:port``, with brackets where the host is an IPv6 address."""
+    bare = bare_host(host)
+    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host can only be reached from this machine."""
+    bare = bare_host(host)
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return bare.lower() == "localhost"
+
+
+def target_is_loopback(target: str) -> bool:
+    """Tell whether a gRPC target stays on this machine; False where that can't be told.
+
+    Targets are those of gRPC's naming document: ``host:port``, ``dns:///host:port``,
+    ``ipv4:a:port,b:port``, ``ipv6:[a]:port`` and ``unix:path``.
+    """
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in _LOCAL_SCHEMES:
+        return True
+    if not colon or scheme not in _SCHEMES:
+        return is_loopback(_host_of(target))
+    if rest.startswith("//"):
+        # The authority is the name server to ask, which may answer anything for any name.
+        authority, _, rest = rest[2:].partition("/")
+        if authority:
+            return False
+    return all(is_loopback(_host_of(each)) for each in rest.split(","))
+
+
+def _host_of(address: str) -> str:
+    if address.startswith("["):
+        return address.partition("]")[0] + "]"
+    return address.partition(":")[0] if address.count(":") == 1 else address

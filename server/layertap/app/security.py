@@ -1,0 +1,167 @@
+"""TLS, tokens, and what a server says about the doors that it leaves open."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from layertap.addresses import is_loopback
+from layertap.certificates import read_authorities, read_key_pair
+from layertap.errors import ConfigError
+from layertap.services.tokens import Right, Tokens
+
+__all__ = ["SecretFiles", "Security", "ServerTls", "open_security"]
+
+
+class ServerTls:
+    """The server's side of TLS, 1.2 or later.
+
+    Args:
+        certificate: PEM: the server's certificate, then those between it and its authority.
+        private_key: PEM: its key, not encrypted.
+        client_ca: PEM: whose certificates clients must show; None asks them for none.
+
+    Raises:
+        ConfigError: For a file that can't be read, and for a key that is not the certificate's.
+    """
+
+    def __init__(self, certificate: Path, private_key: Path, client_ca: Path | None = None) -> None:
+        self._certificate = certificate
+        self._private_key = private_key
+        self._client_ca = client_ca
+        self._current = self._read()
+
+    @property
+    def mutual(self) -> bool:
+        """Whether clients must show a certificate."""
+        return self._client_ca is not None
+
+    def reload(self) -> None:
+        """Read the files again, for the handshakes to come.
+
+        Raises:
+            ConfigError: As above; the former certificates stay in use then.
+        """
+        self._current = self._read()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return what a ``grpc.Server`` needs for a port."""
+        given = self._current
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            """Return what changed since gRPC asked last; it asks at every handshake."""
+            nonlocal given
+            if given is self._current:
+                return None
+            given = self._current
+            return given
+
+        return grpc.dynamic_ssl_server_credentials(
+            given, renewed, require_client_authentication=self.mutual
+        )
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        chain, secret = read_key_pair(self._certificate, self._private_key, "tls_cert", "tls_key")
+        roots = read_authorities(self._client_ca, "tls_client_ca") if self._client_ca else None
+        return grpc.ssl_server_certificate_configuration([(secret, chain)], roots)
+
+
+@dataclass(frozen=True, slots=True)
+class SecretFiles:
+    """Where ``[server]`` says the files are; None for those that it does not name."""
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    extract_tokens_file: Path | None = None
+    admin_tokens_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """How a server keeps strangers out; by default neither encryption nor tokens.
+
+    Attributes:
+        tls: TLS, or None for plain text.
+        tokens: Who may call what.
+        exposed: Files with secrets that every user of this machine can read.
+    """
+
+    tls: ServerTls | None = None
+    tokens: Tokens = field(default_factory=Tokens)
+    exposed: tuple[Path, ...] = ()
+
+    def reload(self) -> None:
+        """Read certificates and tokens again, for calls to come; those under way go on.
+
+        Raises:
+            ConfigError: For a file that won't do; of certificates and tokens, those that it was
+                about stay as they were.
+        """
+        try:
+            if self.tls:
+                self.tls.reload()
+        finally:
+            # A token that leaked must become invalid even so.
+            self.tokens.reload()
+
+    def warnings(self, host: str, *, metrics: bool) -> Iterator[str]:
+        """Say what a server that listens on ``host`` leaves open.
+
+        Args:
+            host: The address that is bound.
+            metrics: Whether the metrics page is shown there as well.
+        """
+        for file in self.exposed:
+            yield f"{file} holds a secret, and every user of this machine can read it; chmod 600"
+        if is_loopback(host):
+            return
+        openly = self.tokens.without >= Right.EXTRACT and not (self.tls and self.tls.mutual)
+        reached = f"{host} can be reached from other machines, and "
+        if openly and self.tls is None:
+            yield (
+                f"{reached}whoever reaches it may use it: there is no authentication and no "
+                f"encryption"
+            )
+        elif openly:
+            yield f"{reached}whoever reaches it may use it: there is no authentication"
+        if self.tokens.any and self.tls is None:
+            yield (
+                f"{reached}tokens cross the network as plain text, for anybody on the way to read "
+                f"and use: there is no encryption"
+            )
+        if metrics and (self.tls or not openly):
+            yield f"{reached}the metrics page there has neither authentication nor encryption"
+
+
+def open_security(files: SecretFiles, *, trusted: bool = False) -> Security:
+    """Read the files.
+
+    Args:
+        files: Where they are.
+        trusted: As for ``Tokens``.
+
+    Raises:
+        ConfigError: For a file that won't do, and for one that is of no use without another.
+    """
+    tls = None
+    if files.tls_cert and files.tls_key:
+        tls = ServerTls(files.tls_cert, files.tls_key, files.tls_client_ca)
+    elif files.tls_cert:
+        raise ConfigError(f"tls_cert: {files.tls_cert}: got no tls_key with it, expected its key")
+    elif files.tls_key:
+        raise ConfigError(f"tls_key: {files.tls_key}: got no tls_cert, expected its certificate")
+    elif files.tls_client_ca:
+        raise ConfigError(
+            f"tls_client_ca: {files.tls_client_ca}: got neither tls_cert nor tls_key, expected both"
+        )
+    secrets = (files.tls_key, files.extract_tokens_file, files.admin_tokens_file)
+    return Security(
+        tls,
+        Tokens(files.extract_tokens_file, files.admin_tokens_file, trusted=trusted),
+        tuple(file for file in secrets if file and file.stat().st_mode & stat.S_IROTH),
+    )

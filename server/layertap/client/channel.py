@@ -1,0 +1,143 @@
+"""The client's channel: TLS, the token, and when a token may be sent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grpc
+
+from layertap.addresses import target_is_loopback
+from layertap.certificates import read_authorities, read_key_pair
+from layertap.errors import ConfigError
+from layertap.tokens import check_token, read_tokens
+
+__all__ = ["Tls", "open_channel", "read_token"]
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How to know the server, and how to show who asks.
+
+    Attributes:
+        ca: A PEM file: the authority, or the certificate itself, that vouches for the server. None
+            for the public authorities that gRPC comes with, or those of the file that the
+            environment variable ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` names.
+        certificate: A PEM file with this client's certificate, for servers that ask for one.
+        key: A PEM file with its key, not encrypted.
+        server_name: The name to expect in the server's certificate; the target's host if empty.
+    """
+
+    ca: PathLike | None = None
+    certificate: PathLike | None = None
+    key: PathLike | None = None
+    server_name: str = ""
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return what a channel needs.
+
+        Raises:
+            ConfigError: For a file that can't be read, and for a key that is not the certificate's.
+        """
+        if (self.certificate is None) is not (self.key is None):
+            raise ConfigError("tls: got one of certificate and key, expected both or neither")
+        roots = None if self.ca is None else read_authorities(Path(self.ca), "ca")
+        chain = secret = None
+        if self.certificate is not None and self.key is not None:
+            chain, secret = read_key_pair(
+                Path(self.certificate), Path(self.key), "certificate", "key"
+            )
+        return grpc.ssl_channel_credentials(roots, secret, chain)
+
+
+def read_token(file: PathLike) -> str:
+    """Return the first token of a file: one a line, ``#`` begins a comment.
+
+    Raises:
+        ConfigError: Where it can't be read or holds no token.
+    """
+    return read_tokens(Path(file), "token file")[0]
+
+
+def open_channel(
+    target: str,
+    options: Sequence[tuple[str, int]],
+    *,
+    tls: bool | Tls,
+    token: str | None,
+    allow_plaintext_token: bool,
+) -> grpc.Channel:
+    """Open a channel that sends the token with every call.
+
+    Raises:
+        ConfigError: For TLS files that won't do, a malformed token, and a token that would cross
+            the network as plain text without ``allow_plaintext_token``.
+    """
+    every: list[tuple[str, int | str]] = list(options)
+    how = Tls() if tls is True else tls
+    if token is not None:
+        check_token(token, "token")
+    if isinstance(how, Tls):
+        if how.server_name:
+            every.append(("grpc.ssl_target_name_override", how.server_name))
+        channel = grpc.secure_channel(target, how.credentials(), options=every)
+    else:
+        if token is not None and not allow_plaintext_token:
+            if not target_is_loopback(target):
+                raise ConfigError(
+                    f"token: {target} would get it as plain text, for anybody on the way to read; "
+                    f"expected TLS, a server on this machine, or allow_plaintext_token"
+                )
+            # Or a proxy of the environment would get it, and proxies stand elsewhere.
+            every.append(("grpc.enable_http_proxy", 0))
+        channel = grpc.insecure_channel(target, options=every)
+    return channel if token is None else grpc.intercept_channel(channel, _Bearer(token))
+
+
+class _CallDetails(NamedTuple):
+    """A ``grpc.ClientCallDetails``, which is an interface without a constructor."""
+
+    method: str
+    timeout: float | None
+    metadata: Any
+    credentials: Any
+    wait_for_ready: bool | None
+    compression: Any
+
+
+class _Bearer(
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc] # gRPC has no types
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
+):
+    """Adds the token to each call's metadata.
+
+    Not gRPC's own call credentials, which it refuses to send over an unencrypted loopback.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._metadata = ("authorization", f"Bearer {token}")
+
+    def _send(
+        self, continuation: Callable[[Any, Any], Any], details: grpc.ClientCallDetails, request: Any
+    ) -> Any:
+        with_token = _CallDetails(
+            details.method,
+            details.timeout,
+            (*(details.metadata or ()), self._metadata),
+            details.credentials,
+            details.wait_for_ready,
+            details.compression,
+        )
+        return continuation(with_token, request)
+
+    intercept_unary_unary = _send
+    intercept_unary_stream = _send
+    intercept_stream_unary = _send
+    intercept_stream_stream = _send

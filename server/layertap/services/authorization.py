@@ -1,0 +1,88 @@
+"""Who may call what: bearer tokens, checked before a request is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+
+from layertap import errors
+from layertap.services.status import guarded
+from layertap.services.tokens import Right, Tokens
+
+__all__ = ["Authorization", "needed_right"]
+
+_KEY = "authorization"
+_SCHEME = "bearer"
+
+# Orchestrators and load balancers probe without credentials, and learn nothing but SERVING or not.
+_OPEN = "/grpc.health.v1.Health/"
+_ADMIN = "/layertap.v1.AdminService/"
+
+
+def needed_right(method: str) -> Right:
+    """Return what a caller needs for a method, given as ``/package.Service/Method``."""
+    if method.startswith(_OPEN):
+        return Right.NONE
+    return Right.ADMIN if method.startswith(_ADMIN) else Right.EXTRACT
+
+
+class Authorization(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
+    """Refuses calls whose metadata ``authorization: Bearer TOKEN`` lacks the right they need.
+
+    UNAUTHENTICATED without a valid token where one could help, else PERMISSION_DENIED. Methods that
+    don't exist are refused in the same way, so that nobody finds out which ones do.
+
+    Args:
+        tokens: Which token has which right.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+
+    def intercept_service(
+        self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> grpc.RpcMethodHandler | None:
+        """Pass a call on, or answer it with its refusal."""
+        needed = needed_right(handler_call_details.method)
+        if needed <= self._tokens.without:
+            return continuation(handler_call_details)
+        token = _bearer(handler_call_details.invocation_metadata)
+        right = self._tokens.right_of(token) if token else Right.NONE
+        if needed <= right:
+            return continuation(handler_call_details)
+        if right is Right.NONE and self._tokens.any:
+            return _UNAUTHENTICATED
+        return _PERMISSION_DENIED
+
+
+def _bearer(metadata: Any) -> str:
+    """Return the token of the metadata; empty where there is none, or more than one."""
+    values = [value for key, value in metadata or () if key == _KEY]
+    if len(values) != 1 or not isinstance(values[0], str):
+        return ""
+    scheme, _, token = values[0].partition(" ")
+    return token.strip() if scheme.lower() == _SCHEME else ""
+
+
+def _refusing(kind: type[errors.LayertapError], text: str) -> grpc.RpcMethodHandler:
+    """Return a handler that refuses calls of any kind.
+
+    A streaming one, because gRPC calls that at once: it would read a unary one's request first, up
+    to hundreds of MiB from somebody who is nobody.
+    """
+
+    def refuse(message: object, context: grpc.ServicerContext) -> bytes:
+        raise kind(text)
+
+    return grpc.stream_stream_rpc_method_handler(guarded(refuse))
+
+
+# Neither text depends on the call, so neither tells a stranger anything.
+_UNAUTHENTICATED = _refusing(
+    errors.UnauthenticatedError, "a valid token is needed: metadata 'authorization: Bearer TOKEN'"
+)
+_PERMISSION_DENIED = _refusing(
+    errors.PermissionDeniedError, "administration needs a token of the server's admin_tokens_file"
+)

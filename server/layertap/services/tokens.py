@@ -1,0 +1,116 @@
+"""Which bearer token has which right."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from layertap.errors import ConfigError
+from layertap.tokens import read_tokens
+
+__all__ = ["ADMIN_KEY", "EXTRACT_KEY", "Right", "Tokens"]
+
+EXTRACT_KEY = "extract_tokens_file"
+ADMIN_KEY = "admin_tokens_file"
+
+
+class Right(IntEnum):
+    """What a caller may do; a higher one includes those below."""
+
+    NONE = 0
+    EXTRACT = 1
+    ADMIN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the files say: each token's digest and right."""
+
+    rights: tuple[tuple[bytes, Right], ...]
+
+
+class Tokens:
+    """The tokens of a server, read from files. Safe to share between threads.
+
+    Several tokens are valid at once, so that one can be replaced without a refused call: add the
+    new one, ``reload``, let the clients change over, remove the old one, ``reload``.
+
+    Args:
+        extract_file: Tokens that may extract and describe; None lets everybody.
+        admin_file: Tokens that may do that and administrate; None lets nobody.
+        trusted: Whether everybody may administrate where neither file is given. For servers that
+            were told so, and that only this machine reaches.
+
+    Raises:
+        ConfigError: For a file that can't be read or holds something else, or a token that is in
+            both files.
+    """
+
+    def __init__(
+        self,
+        extract_file: Path | None = None,
+        admin_file: Path | None = None,
+        *,
+        trusted: bool = False,
+    ) -> None:
+        self._extract_file = extract_file
+        self._admin_file = admin_file
+        self._trusted = trusted
+        self._known = self._read()
+
+    @property
+    def any(self) -> bool:
+        """Whether there are tokens at all."""
+        return self._extract_file is not None or self._admin_file is not None
+
+    @property
+    def without(self) -> Right:
+        """What may be done without a token."""
+        if self._extract_file is not None:
+            return Right.NONE
+        return Right.ADMIN if self._trusted and self._admin_file is None else Right.EXTRACT
+
+    def right_of(self, token: str) -> Right:
+        """Return a token's right; NONE for one that is not known.
+
+        Takes the same time whatever the token is: it is compared with all of them, by digest, so
+        that neither a common beginning nor a length can be measured.
+        """
+        digest = _digest(token)
+        found = Right.NONE
+        for known, right in self._known.rights:
+            if hmac.compare_digest(known, digest):
+                found = right
+        return found
+
+    def reload(self) -> None:
+        """Read the files again.
+
+        Raises:
+            ConfigError: As above; the former tokens stay valid then.
+        """
+        self._known = self._read()
+
+    def _read(self) -> _Known:
+        extract = _tokens(self._extract_file, EXTRACT_KEY)
+        admin = _tokens(self._admin_file, ADMIN_KEY)
+        if set(extract) & set(admin):
+            raise ConfigError(
+                f"{ADMIN_KEY}: {self._admin_file}: a token of it is in {self._extract_file} too; "
+                f"admin tokens may extract anyway, and others must not administrate"
+            )
+        return _Known(
+            tuple((_digest(token), Right.EXTRACT) for token in extract)
+            + tuple((_digest(token), Right.ADMIN) for token in admin)
+        )
+
+
+def _tokens(file: Path | None, key: str) -> tuple[str, ...]:
+    return () if file is None else read_tokens(file, key)
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
