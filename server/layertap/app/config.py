@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from layertap.app.logs import LogFormat, LogLevel
 from layertap.app.server import PORT, ServerOptions
 from layertap.engine import Limits
 from layertap.errors import ConfigError
@@ -61,6 +62,10 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
         keep_memory: Whether memory freed by a reply is kept for the next one.
         keep_memory_mib: MiB of free memory that may be kept.
+        log_format: ``human``, or ``json`` for a JSON object a line.
+        log_level: The least that is logged; ``info`` logs every extraction.
+        otel_endpoint: Where OpenTelemetry traces go, as ``http://host:4317``; none if empty, unless
+            the ``OTEL_*`` environment variables name one.
     """
 
     host: Text = "127.0.0.1"
@@ -80,6 +85,11 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
     keep_memory: Annotated[bool, Meta(description="true or false")] = True
     keep_memory_mib: Annotated[int, Meta(ge=1, description="a number of MiB from 1")] = DEFAULT_MIB
+    log_format: Annotated[LogFormat, Meta(description="'human' or 'json'")] = "human"
+    log_level: Annotated[LogLevel, Meta(description="'debug', 'info', 'warning' or 'error'")] = (
+        "warning"
+    )
+    otel_endpoint: Annotated[str, Meta(description="an address such as http://host:4317")] = ""
 
     def options(self) -> ServerOptions:
         """Return how to listen."""

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.inputs import encode_input
+from layertap.client.trace_context import trace_metadata
 from layertap.errors import UnavailableError
 from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
 from layertap.v1 import catalogue_pb2, feature_service_pb2
@@ -151,7 +152,11 @@ class Client:
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
     ) -> bytes:
         try:
-            return method(message, timeout=self._timeout if timeout is None else timeout)  # type: ignore[no-any-return]
+            return method(  # type: ignore[no-any-return]
+                message,
+                timeout=self._timeout if timeout is None else timeout,
+                metadata=trace_metadata(),
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
 

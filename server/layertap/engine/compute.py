@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TypeVar
 
 import torch
@@ -81,7 +82,8 @@ class ComputeThreads:
                 return job()
 
         try:
-            future = self._pool.submit(guarded)
+            # In the caller's context, so that what is logged there tells the caller's request.
+            future = self._pool.submit(copy_context().run, guarded)
         except RuntimeError:
             self._leave()
             raise UnavailableError("the server is shutting down") from None

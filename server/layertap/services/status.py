@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable
 from typing import NoReturn
 
 import grpc
 
 from layertap import errors
+from layertap.services.request import REQUEST_ID_KEY, Request, close_request, open_request
 from layertap.wire.messages import ERROR_METADATA_KEY
 
 __all__ = ["STATUS", "code_of", "guarded", "status_of"]
@@ -56,27 +56,30 @@ def code_of(error: Exception) -> grpc.StatusCode:
 def guarded(handler: Handler) -> Handler:
     """Wrap a handler so that whatever it raises becomes a status.
 
-    Domain errors carry their own text. Anything else is INTERNAL with a request id; its trace goes
-    to the log and nowhere else.
+    Domain errors carry their own text. Anything else is INTERNAL with the request's id; its trace
+    goes to the log, and to the operator's traces where there are any.
     """
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+        request, token = open_request(context)
         try:
             return handler(message, context)
         except errors.LayertapError as error:
-            _abort(context, error)
+            _abort(context, error, request)
         except Exception:  # noqa: BLE001 - the last line of defence; it is logged in full
-            request_id = uuid.uuid4().hex[:16]
-            _log.exception("request %s failed", request_id)
-            _abort(
-                context,
-                errors.InternalError(f"internal error; the server's log has it as {request_id}"),
-            )
+            _log.exception("request %s failed", request.id)
+            text = f"internal error; the server's log has it as {request.id}"
+            _abort(context, errors.InternalError(text), request)
+        finally:
+            close_request(token)
 
     return handle
 
 
-def _abort(context: grpc.ServicerContext, error: errors.LayertapError) -> NoReturn:
-    context.set_trailing_metadata(((ERROR_METADATA_KEY, type(error).__name__),))
+def _abort(
+    context: grpc.ServicerContext, error: errors.LayertapError, request: Request
+) -> NoReturn:
+    names = ((ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id))
+    context.set_trailing_metadata(names)
     context.abort(status_of(type(error)), str(error))
     raise AssertionError("abort always raises")
