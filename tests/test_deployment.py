@@ -20,6 +20,7 @@ from layertap import Client, LayertapError
 from layertap.app.config import ServerSection
 from layertap.app.config_file import load_config
 from layertap.app.server import PORT
+from layertap.app.tracing import FLUSH_SECONDS
 from layertap.cli.main import main
 from processes import serving
 
@@ -105,10 +106,10 @@ def test_unit_is_valid(tmp_path: Path) -> None:
 
 
 def test_unit_gives_the_grace() -> None:
-    """systemd waits for longer than the example's grace, and READY=1 is what it waits for."""
+    """systemd waits for longer than grace and last spans, and READY=1 is what it waits for."""
     service = unit()
     grace = load_config(ROOT / "examples" / "layertap.toml").server.grace_seconds
-    assert float(service["TimeoutStopSec"]) > grace
+    assert float(service["TimeoutStopSec"]) > grace + FLUSH_SECONDS
     assert service["Type"] == "notify"
 
 
@@ -144,10 +145,10 @@ def test_manifest_configures_the_server(tmp_path: Path) -> None:
 
 
 def test_pod_lives_longer_than_the_grace() -> None:
-    """Kubernetes waits for the preStop, the grace, and a margin before it kills."""
+    """Kubernetes waits for the preStop, the grace, the last spans and a margin."""
     config = tomllib.loads(manifest()["ConfigMap"]["data"]["layertap.toml"])
     (_, seconds) = pod()["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    least = int(seconds) + config["server"]["grace_seconds"]
+    least = int(seconds) + config["server"]["grace_seconds"] + FLUSH_SECONDS
     assert pod()["terminationGracePeriodSeconds"] >= least + 5
 
 

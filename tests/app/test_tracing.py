@@ -239,3 +239,17 @@ def test_spans_reach_a_collector() -> None:
     assert about["service.name"] == "layertap"
     names = {span.name for scope in resource.scope_spans for span in scope.spans}
     assert names == {EXTRACT, "prepare", "queue", "compute"}
+
+
+def test_a_collector_that_is_gone_holds_nothing_up() -> None:
+    """Calls are answered and the server stops with code 0 where no collector listens."""
+    with (
+        serving(
+            *("tinynets:residual", "--item-shape", "3,8,8"),
+            *("--otel-endpoint", "http://127.0.0.1:9"),
+        ) as server,
+        Client(server.address) as client,
+    ):
+        client.extract("residual", np.zeros((1, 3, 8, 8), np.float32), "layer1")
+        server.process.terminate()
+        assert server.ended() == 0

@@ -6,7 +6,9 @@ attributes are those of OpenTelemetry's semantic conventions for RPC.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import grpc
@@ -22,7 +24,16 @@ from layertap import __version__
 from layertap.engine import Extraction
 from layertap.services.request import REQUEST_ID_KEY
 
-__all__ = ["Tracing", "TracingInterceptor", "otlp_provider"]
+__all__ = ["FLUSH_SECONDS", "Tracing", "TracingInterceptor", "otlp_provider"]
+
+FLUSH_SECONDS = 5.0
+"""What the last spans get to reach the collector when the server stops.
+
+The exporter's own limit is ten seconds and more, and a stop would take them wherever the collector
+is gone.
+"""
+
+_log = logging.getLogger(__name__)
 
 _W3C = TraceContextTextMapPropagator()
 _CONTEXT_KEYS = ("traceparent", "tracestate")
@@ -49,7 +60,10 @@ def otlp_provider(endpoint: str) -> TracerProvider:
     resource = Resource.create()
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "layertap"}))
-    provider = TracerProvider(resource=resource.merge(Resource({SERVICE_VERSION: __version__})))
+    provider = TracerProvider(
+        resource=resource.merge(Resource({SERVICE_VERSION: __version__})),
+        shutdown_on_exit=False,  # Tracing.close does it, and waits for less long.
+    )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint or None)))
     return provider
 
@@ -95,8 +109,12 @@ class Tracing:
             trace.get_current_span().set_attribute("layertap.model", model)
 
     def close(self) -> None:
-        """Send what has not been sent yet."""
-        self._provider.shutdown()
+        """Send what has not been sent yet, for at most FLUSH_SECONDS."""
+        flushing = Thread(target=self._provider.shutdown, name="layertap-flush", daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_SECONDS)
+        if flushing.is_alive():
+            _log.warning("the last spans did not reach the collector")
 
 
 class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
