@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
 
 from layertap.engine import Engine
 from layertap.services.request import current_request
+from layertap.services.status import guarded
 from serving import running_server
 
 METADATA = tuple[tuple[str, str], ...]
@@ -69,5 +71,24 @@ def test_a_refusal_carries_its_id(channel: grpc.Channel) -> None:
 
 
 def test_there_is_no_request_outside_of_calls() -> None:
-    """A thread that works for no call works for no request."""
-    assert current_request() is None
+    """A thread works for a request while it handles it, and for none afterwards."""
+    ids = []
+
+    def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+        request = current_request()
+        ids.append(request.id if request else "")
+        return message
+
+    pool = ThreadPoolExecutor(1)
+    server = grpc.server(pool)
+    method = grpc.unary_unary_rpc_method_handler(guarded(handle))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("test.Service", {"Call": method}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        channel.unary_unary("/test.Service/Call")(b"", metadata=(("x-request-id", "mine"),))
+    assert ids == ["mine"]
+    assert pool.submit(current_request).result(60) is None
+    server.stop(0).wait()
