@@ -10,12 +10,12 @@ import itertools
 import re
 import secrets
 import time
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import grpc
 
-__all__ = ["REQUEST_ID_KEY", "Request", "close_request", "current_request", "open_request"]
+__all__ = ["REQUEST_ID_KEY", "Request", "current_request", "open_request"]
 
 REQUEST_ID_KEY = "x-request-id"
 """The metadata that takes an id in, and the trailing metadata that hands it back."""
@@ -29,7 +29,6 @@ _OURS = secrets.token_hex(4)
 _numbers = itertools.count(secrets.randbits(24))
 
 _current: ContextVar[Request | None] = ContextVar("layertap_request", default=None)
-RequestToken = Token["Request | None"]
 
 
 @dataclass(slots=True)
@@ -50,21 +49,15 @@ def current_request() -> Request | None:
     return _current.get()
 
 
-def open_request(context: grpc.ServicerContext) -> tuple[Request, RequestToken]:
+def open_request(context: grpc.ServicerContext) -> Request:
     """Name a call, and hand its id back in the trailing metadata.
 
-    Returns:
-        The request, and what ``close_request`` wants once the call was handled. A pair instead of a
-        context manager, which would take longer than all that is done here.
+    There is nothing to close: gRPC runs each call in a ``contextvars.Context`` of its own.
     """
     request = Request(_id_of(context), time.perf_counter_ns())
     context.set_trailing_metadata(((REQUEST_ID_KEY, request.id),))
-    return request, _current.set(request)
-
-
-def close_request(token: RequestToken) -> None:
-    """Say that this thread works for the request no more."""
-    _current.reset(token)
+    _current.set(request)
+    return request
 
 
 def _id_of(context: grpc.ServicerContext) -> str:

@@ -9,7 +9,7 @@ from typing import NoReturn
 import grpc
 
 from layertap import errors
-from layertap.services.request import REQUEST_ID_KEY, Request, close_request, open_request
+from layertap.services.request import REQUEST_ID_KEY, Request, open_request
 from layertap.wire.messages import ERROR_METADATA_KEY
 
 __all__ = ["STATUS", "code_of", "guarded", "status_of"]
@@ -61,7 +61,7 @@ def guarded(handler: Handler) -> Handler:
     """
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
-        request, token = open_request(context)
+        request = open_request(context)
         try:
             return handler(message, context)
         except errors.LayertapError as error:
@@ -70,8 +70,6 @@ def guarded(handler: Handler) -> Handler:
             _log.exception("request %s failed", request.id)
             text = f"internal error; the server's log has it as {request.id}"
             _abort(context, errors.InternalError(text), request)
-        finally:
-            close_request(token)
 
     return handle
 
