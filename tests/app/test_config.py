@@ -27,6 +27,9 @@ grace_seconds = 3
 plan_cache = "off"
 keep_memory = false
 keep_memory_mib = 64
+log_format = "json"
+log_level = "info"
+otel_endpoint = "http://127.0.0.1:4317"
 
 [limits]
 request_mib = 16
@@ -80,6 +83,8 @@ def test_every_key_is_read(read) -> None:
     assert second.spec().name == "build"
     assert (first.require_finite, second.require_finite) == (True, False)
     assert server.plans() is None
+    assert (server.log_format, server.log_level) == ("json", "info")
+    assert server.otel_endpoint == "http://127.0.0.1:4317"
 
 
 def test_empty_file_is_the_defaults(read) -> None:
@@ -154,6 +159,11 @@ def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> Non
         ("[server]\ndevice = 'gpu'", "line 2: server.device: got 'gpu', expected 'auto', 'cpu' or"),
         ("[server]\nkeep_memory = 1", "line 2: server.keep_memory: got 1, expected true or false"),
         ("[server]\nkeep_memory_mib = 0", "line 2: server.keep_memory_mib: got 0, expected a num"),
+        (
+            "[server]\nlog_format = 'xml'",
+            "line 2: server.log_format: got 'xml', expected 'human' or",
+        ),
+        ("[server]\nlog_level = 1", "line 2: server.log_level: got 1, expected 'debug', 'info',"),
         ("[[models]]\nname = 'a'", "line 1: models[0] has no source"),
         (
             "[[models]]\nsource = 'a'\n[[models]]\nsource = 'b'\nseed = -1",

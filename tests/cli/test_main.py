@@ -26,7 +26,7 @@ def test_version(run) -> None:
     assert importlib.metadata.version("layertap") in run("--version").output
 
 
-@pytest.mark.parametrize("verb", ["serve", "layers", "extract"])
+@pytest.mark.parametrize("verb", ["serve", "layers", "extract", "health"])
 def test_help_teaches(run, verb: str) -> None:
     """Each verb's help has examples that begin with the command, and describes every option."""
     result = run(verb, "--help")

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from layertap.app.security import SecretFiles, open_security
+from layertap.app.logs import LogFormat, LogLevel
 from layertap.app.server import PORT, ServerOptions
 from layertap.batching import BatchPolicy
 from layertap.engine import Limits
@@ -71,6 +72,10 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         tls_client_ca: PEM file: authorities, one of which must vouch for each client.
         extract_tokens_file: Bearer tokens that may extract, one a line; anybody may if not given.
         admin_tokens_file: Bearer tokens that may administrate as well; nobody may if not given.
+        log_format: ``human``, or ``json`` for a JSON object a line.
+        log_level: The least that is logged; ``info`` logs every extraction.
+        otel_endpoint: Where OpenTelemetry traces go, as ``http://host:4317``; none if empty, unless
+            the ``OTEL_*`` environment variables name one.
     """
 
     host: Text = "127.0.0.1"
@@ -95,6 +100,11 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tls_client_ca: File = None
     extract_tokens_file: File = None
     admin_tokens_file: File = None
+    log_format: Annotated[LogFormat, Meta(description="'human' or 'json'")] = "human"
+    log_level: Annotated[LogLevel, Meta(description="'debug', 'info', 'warning' or 'error'")] = (
+        "warning"
+    )
+    otel_endpoint: Annotated[str, Meta(description="an address such as http://host:4317")] = ""
 
     def options(self) -> ServerOptions:
         """Return how to listen; raise ConfigError for a file of TLS or tokens that won't do."""

@@ -14,8 +14,10 @@ from typing import Protocol
 
 from layertap.addresses import bare_host
 from layertap.app.config import METRICS_OFF, ModelSection, ServerConfig
-from layertap.app.metrics import Metrics, MetricsPage
+from layertap.app.metrics import MetricsPage
+from layertap.app.notify import notify
 from layertap.app.server import FeatureServer
+from layertap.app.telemetry import open_telemetry
 from layertap.engine import Engine, choose_device
 from layertap.errors import ConfigError, LayertapError
 from layertap.wire.memory import keep_memory
@@ -96,8 +98,10 @@ def serve(config: ServerConfig, narrator: Narrator) -> int:
             with ExitStack() as closing:
                 server = _start(config, narrator, closing)
                 signals.ready()
+                notify("READY=1")
                 narrator.say(f"serving {_names(config)} on {server.address}")
                 signals.wait()
+                notify("STOPPING=1")
                 narrator.say("stopping: waiting for the calls that were admitted")
                 server.stop(config.server.grace_seconds)
         except LayertapError as error:
@@ -120,12 +124,15 @@ def _start(config: ServerConfig, narrator: Narrator, closing: ExitStack) -> Feat
     instances, threads = options.compute(device)
     engine = Engine(config.limits.limits(), device, threads, options.plans(), instances)
     closing.callback(engine.close)
-    metrics = Metrics(engine)
-    server = FeatureServer(engine, options.options(), metrics)
+    telemetry = open_telemetry(engine, config, closing)
+    server = FeatureServer(
+        engine, options.options(), telemetry.observer, interceptors=telemetry.interceptors
+    )
+    telemetry.metrics.show_waiting(lambda: server.waiting)
     server.start()
     closing.callback(server.stop, 0.0)
     if options.metrics_port != METRICS_OFF:
-        page = MetricsPage(metrics, bare_host(options.host), options.metrics_port)
+        page = MetricsPage(telemetry.metrics, bare_host(options.host), options.metrics_port)
         closing.callback(page.close)
         narrator.say(f"metrics on {page.url}")
     for model in config.models:

@@ -6,6 +6,7 @@ and Prometheus' own units (seconds, bytes).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -21,6 +22,7 @@ from prometheus_client import (
 )
 
 from layertap.addresses import host_port
+from layertap.app.state import StateCollector
 from layertap.engine import Engine, Extraction
 from layertap.errors import UnavailableError
 from layertap.wire.memory import retained_bytes
@@ -53,13 +55,14 @@ class Metrics:
     Keeps a registry of its own, so that two servers in one process count apart.
 
     Args:
-        engine: The engine whose queue is shown; None for no such gauge.
+        engine: The engine whose queue and models are shown; None for no such gauges.
+        expected: The models that it will serve, which are shown as not ready until it does.
 
     Attributes:
         registry: The registry.
     """
 
-    def __init__(self, engine: Engine | None = None) -> None:
+    def __init__(self, engine: Engine | None = None, expected: Sequence[str] = ()) -> None:
         self.registry = CollectorRegistry()
         self._of_model: dict[str, _ModelCounts] = {}
         self._success = self._counter(
@@ -83,13 +86,16 @@ class Metrics:
             "compute", "The forward pass and writing the outputs into the reply."
         )
         if engine is not None:
-            # Read when the page is asked for: counting it would cost every request.
-            Gauge(
-                "layertap_inference_pending_request_count",
-                "Requests that wait for a compute thread or run on it.",
-                registry=self.registry,
-            ).set_function(lambda: engine.pending)
+            self.registry.register(StateCollector(engine, expected))
         self._show_memory()
+
+    def show_waiting(self, waiting: Callable[[], int]) -> None:
+        """Show the calls that wait for a thread which would parse them."""
+        Gauge(
+            "layertap_grpc_waiting_call_count",
+            "Calls that have arrived and wait for a worker thread.",
+            registry=self.registry,
+        ).set_function(waiting)
 
     def succeeded(self, model: str, extraction: Extraction) -> None:
         """Count an answer, its bytes and where its time went."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -64,6 +65,7 @@ class FeatureServer:
         engine: The engine; it stays the caller's to close.
         options: How to listen.
         observer: Is told how each extraction ended.
+        interceptors: gRPC's own kind, the first one outermost.
 
     Attributes:
         address: Where it listens, ``host:port``.
@@ -78,13 +80,17 @@ class FeatureServer:
         engine: Engine,
         options: ServerOptions | None = None,
         observer: Observer | None = None,
+        interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
         self._engine = engine
         options = options or ServerOptions()
         self.security = options.security
+        self._workers = ThreadPoolExecutor(
+            _workers(engine.limits), thread_name_prefix="layertap-rpc"
+        )
         self._server = grpc.server(
-            ThreadPoolExecutor(_workers(engine.limits), thread_name_prefix="layertap-rpc"),
-            interceptors=(Authorization(options.security.tokens),),
+            self._workers,
+            interceptors=(*interceptors, Authorization(options.security.tokens)),
             options=channel_options(engine.limits.request_bytes),
         )
         self._health = health.HealthServicer()
@@ -95,6 +101,11 @@ class FeatureServer:
         reflection.enable_server_reflection(names, self._server)
         self._set_health(Status.NOT_SERVING)
         self.address = self._bind(options)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a worker thread; the queue before the engine's own."""
+        return self._workers._work_queue.qsize()
 
     def start(self) -> None:
         """Begin to answer; health stays NOT_SERVING until ``ready``."""

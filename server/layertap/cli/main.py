@@ -8,6 +8,7 @@ import click
 
 from layertap import __version__
 from layertap.cli.extract import extract
+from layertap.cli.health import health
 from layertap.cli.layers import layers
 from layertap.cli.serve import serve
 from layertap.errors import LayertapError
@@ -48,6 +49,7 @@ def main() -> None:
 main.add_command(serve)
 main.add_command(layers)
 main.add_command(extract)
+main.add_command(health)
 
 if __name__ == "__main__":
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import click
@@ -98,6 +97,22 @@ MODEL_FLAGS = (
 )
 @secret_options
 @click.option(
+    "--log-format",
+    type=click.Choice(["human", "json"]),
+    help="human (the default), or json: a JSON object a line.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="The least that is logged; default warning, info logs every extraction.",
+)
+@click.option(
+    "--otel-endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry traces there (OTLP over gRPC), e.g. http://127.0.0.1:4317; the OTEL_* "
+    "environment variables work too. Needs layertap[otel].",
+)
+@click.option(
     "--config",
     "config_file",
     type=click.Path(),
@@ -127,11 +142,9 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     from layertap.app import lifecycle
     from layertap.app.config import ServerConfig, with_flags
     from layertap.app.config_file import load_config
+    from layertap.app.logs import LogNarrator, configure_logs
     from layertap.cli.render import Stderr
 
-    logging.basicConfig(
-        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     find_local_modules()
     if flags["layers"] is not None:
         flags["layers"] = tuple(flags["layers"].split(","))
@@ -141,4 +154,6 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
         {name: flags.pop(name) for name in MODEL_FLAGS},
         flags,
     )
-    raise SystemExit(lifecycle.serve(config, Stderr()))
+    configure_logs(config.server.log_format, config.server.log_level)
+    narrator = LogNarrator() if config.server.log_format == "json" else Stderr()
+    raise SystemExit(lifecycle.serve(config, narrator))

@@ -14,6 +14,7 @@ from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.requests import StreamRequest, request_fields
 from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
+from layertap.client.trace_context import trace_metadata
 from layertap.errors import LayertapError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import catalogue_pb2, feature_service_pb2
@@ -257,6 +258,10 @@ class Client:
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
     ) -> bytes:
         try:
-            return method(message, timeout=self._timeout if timeout is None else timeout)  # type: ignore[no-any-return]
+            return method(  # type: ignore[no-any-return]
+                message,
+                timeout=self._timeout if timeout is None else timeout,
+                metadata=trace_metadata(),
+            )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None

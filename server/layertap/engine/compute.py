@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
+from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -47,6 +48,8 @@ class _Job(Generic[T, R]):
         self.item = item
         self.runner = runner
         self.future: Future[R] = Future()
+        # What is logged while it runs tells its caller's request.
+        self.context = copy_context()
         self._call = call
 
     def begin(self) -> bool:
@@ -156,7 +159,8 @@ class ComputeThreads:
 def _settle(jobs: Sequence[_Job[Any, Any]]) -> None:
     """Run jobs of one key together, each alone where that fails."""
     try:
-        results = jobs[0].runner([job.item for job in jobs])
+        first = jobs[0]
+        results = first.context.run(first.runner, [job.item for job in jobs])
     except BaseException as error:  # noqa: BLE001 - it is the callers', whatever it is
         if len(jobs) == 1:
             jobs[0].future.set_exception(error)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 
 import grpc
 
@@ -59,8 +60,11 @@ class ExtractStream:
             # False: the stream has ended already, and nobody will tell us any more.
             if not context.add_callback(window.close):
                 window.close()
+            # In this call's context, and so are the items: what is logged tells the request.
             reader = threading.Thread(
-                target=self._read, args=(window, messages, context), name="layertap-stream-reader"
+                target=copy_context().run,
+                args=(self._read, window, messages, context),
+                name="layertap-stream-reader",
             )
             # Not to be waited for at the process's end: gRPC wakes it when the stream ends.
             reader.daemon = True
@@ -122,7 +126,7 @@ class ExtractStream:
         except LayertapError as error:
             window.refuse(self._failed(request.id, "", error))
             return
-        self._items.submit(self._run, request, tensor, call, window)
+        self._items.submit(copy_context().run, self._run, request, tensor, call, window)
 
     def _run(
         self,

@@ -8,7 +8,7 @@ import grpc
 
 from layertap.engine import Extraction
 
-__all__ = ["Observer", "Unobserved"]
+__all__ = ["Observer", "Observers", "Unobserved"]
 
 
 class Observer(Protocol):
@@ -33,3 +33,20 @@ class Unobserved:
 
     def failed(self, model: str, code: grpc.StatusCode) -> None:
         """Do nothing."""
+
+
+class Observers:
+    """Tells each of several observers, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def succeeded(self, model: str, extraction: Extraction) -> None:
+        """Tell each of them."""
+        for observer in self._observers:
+            observer.succeeded(model, extraction)
+
+    def failed(self, model: str, code: grpc.StatusCode) -> None:
+        """Tell each of them."""
+        for observer in self._observers:
+            observer.failed(model, code)

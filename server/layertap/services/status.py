@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import grpc
 
 from layertap import errors
+from layertap.services.request import REQUEST_ID_KEY, Request, current_request, open_request
 from layertap.wire.messages import ERROR_METADATA_KEY
 
 __all__ = ["STATUS", "code_of", "guarded", "guarded_stream", "leaving", "status_of"]
@@ -67,18 +67,19 @@ def leaving(error: Exception) -> errors.LayertapError:
     """Return the error as it may leave the server.
 
     Domain errors carry their own text, except for those that speak of the operator's files.
-    Anything else is an InternalError. What the text leaves out is in the log, under an id that it
-    names. Call it where the error is being handled.
+    Anything else is an InternalError. What the text leaves out is in the log, and in the operator's
+    traces where there are any, under the request's id, which it names. Call it where the error is
+    being handled.
     """
+    request = current_request()
+    request_id = request.id if request else "an unnamed request"
     if isinstance(error, _PRIVATE):
-        request_id = _new_id()
         _log.error("request %s failed: %s", request_id, error)
         return type(error)(f"the server could not do it; its log has the reason as {request_id}")
     if isinstance(error, errors.LayertapError):
         text = str(error)
         short = _short(text)
         return error if short == text else type(error)(short)
-    request_id = _new_id()
     _log.exception("request %s failed", request_id)
     return errors.InternalError(f"internal error; the server's log has it as {request_id}")
 
@@ -87,10 +88,11 @@ def guarded(handler: Handler) -> Handler:
     """Wrap a handler so that whatever it raises becomes a status, as ``leaving`` says."""
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+        request = open_request(context)
         try:
             return handler(message, context)
         except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
-            _abort(context, leaving(error))
+            _abort(context, leaving(error), request)
 
     return handle
 
@@ -99,16 +101,20 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
     """Wrap the handler of a stream in the same way."""
 
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        request = open_request(context)
         try:
             yield from handler(messages, context)
         except Exception as error:  # noqa: BLE001 - as above
-            _abort(context, leaving(error))
+            _abort(context, leaving(error), request)
 
     return handle
 
 
-def _abort(context: grpc.ServicerContext, error: errors.LayertapError) -> NoReturn:
-    context.set_trailing_metadata(((ERROR_METADATA_KEY, type(error).__name__),))
+def _abort(
+    context: grpc.ServicerContext, error: errors.LayertapError, request: Request
+) -> NoReturn:
+    names = ((ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id))
+    context.set_trailing_metadata(names)
     context.abort(status_of(type(error)), str(error))
     raise AssertionError("abort always raises")
 
@@ -119,7 +125,3 @@ def _short(text: str) -> str:
     if len(encoded) <= _TEXT_BYTES:
         return text
     return encoded[:_TEXT_BYTES].decode("utf-8", "ignore") + " …"
-
-
-def _new_id() -> str:
-    return uuid.uuid4().hex[:16]

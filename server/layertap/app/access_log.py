@@ -1,0 +1,58 @@
+"""One log record for each extraction."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import grpc
+
+from layertap.engine import Extraction
+from layertap.services.request import current_request
+
+__all__ = ["AccessLog"]
+
+_log = logging.getLogger("layertap.access")
+
+
+class AccessLog:
+    """Logs how each extraction ended, at INFO (a ``layertap.services.observer.Observer``).
+
+    Its fields: model, status, and total_ms; of an answer also extractor, bytes, prepare_ms,
+    queue_ms and compute_ms. The record's request id is that of the request.
+    """
+
+    @staticmethod
+    def wanted() -> bool:
+        """Tell whether anybody listens; where nobody does, it need not be asked at all."""
+        return _log.isEnabledFor(logging.INFO)
+
+    def succeeded(self, model: str, extraction: Extraction) -> None:
+        """Log an answer."""
+        timings = extraction.timings
+        _write(
+            model=model,
+            extractor=str(extraction.extractor),
+            status="OK",
+            bytes=len(extraction.message),
+            prepare_ms=_ms(timings.prepare_ns),
+            queue_ms=_ms(timings.queue_ns),
+            compute_ms=_ms(timings.compute_ns),
+            total_ms=_ms(timings.total_ns),
+        )
+
+    def failed(self, model: str, code: grpc.StatusCode) -> None:
+        """Log a failure; why it failed is the caller's to know."""
+        request = current_request()
+        total_ns = time.perf_counter_ns() - request.started_ns if request else 0
+        _write(model=model, status=code.name, total_ms=_ms(total_ns))
+
+
+def _write(**fields: Any) -> None:
+    text = " ".join(f"{name}={value}" for name, value in fields.items())
+    _log.info("extract %s", text, extra={"fields": fields})
+
+
+def _ms(nanoseconds: int) -> float:
+    return round(nanoseconds / 1e6, 3)

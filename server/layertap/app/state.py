@@ -1,0 +1,67 @@
+"""What the metrics page shows of a server's state, read when the page is asked for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from layertap.engine import Engine
+
+__all__ = ["StateCollector"]
+
+_VERSIONS = ("layertap", "torch", "grpcio")
+
+
+class StateCollector(Collector):
+    """Reads an engine. Nothing is counted on the way of a request, so nothing is paid there.
+
+    Args:
+        engine: The engine.
+        expected: Names of the models that it will serve.
+    """
+
+    def __init__(self, engine: Engine, expected: Sequence[str] = ()) -> None:
+        self._engine = engine
+        self._expected = tuple(expected)
+        self._build = {
+            **{"version" if name == "layertap" else name: version(name) for name in _VERSIONS},
+            "python": platform.python_version(),
+        }
+
+    def describe(self) -> list[Metric]:
+        """Return nothing: the names of models are not known beforehand."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the state."""
+        build = GaugeMetricFamily(
+            "layertap_build_info", "Always 1; the labels tell versions.", labels=tuple(self._build)
+        )
+        build.add_metric(tuple(self._build.values()), 1)
+        yield build
+        yield GaugeMetricFamily(
+            "layertap_inference_pending_request_count",
+            "Requests that wait for a compute thread or run on it.",
+            value=self._engine.pending,
+        )
+        yield GaugeMetricFamily(
+            "layertap_inference_pending_request_limit",
+            "How many of them there may be; one more is refused as RESOURCE_EXHAUSTED.",
+            value=self._engine.limits.pending,
+        )
+        yield self._models()
+
+    def _models(self) -> Metric:
+        loaded = {host.model.name for host in self._engine.hosts()}
+        ready = GaugeMetricFamily(
+            "layertap_model_ready",
+            "1 where a model is loaded and its declared layers are warm, 0 until then.",
+            labels=("model",),
+        )
+        for name in dict.fromkeys((*self._expected, *sorted(loaded))):
+            ready.add_metric((name,), name in loaded)
+        return ready

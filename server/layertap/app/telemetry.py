@@ -1,0 +1,97 @@
+"""What watches a server: metrics always, the access log and traces where they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import grpc
+
+from layertap.app.access_log import AccessLog
+from layertap.app.config import ServerConfig
+from layertap.app.metrics import Metrics
+from layertap.engine import Engine
+from layertap.errors import ConfigError
+from layertap.services.observer import Observer, Observers
+
+if TYPE_CHECKING:
+    from layertap.app.tracing import Tracing
+
+__all__ = ["Telemetry", "open_telemetry", "open_tracing"]
+
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """What watches a server.
+
+    Attributes:
+        metrics: What the page shows.
+        observer: Is to be told how each extraction ended.
+        interceptors: Are to see every call.
+    """
+
+    metrics: Metrics
+    observer: Observer
+    interceptors: Sequence[grpc.ServerInterceptor] = ()
+
+
+def open_telemetry(engine: Engine, config: ServerConfig, closing: ExitStack) -> Telemetry:
+    """Open what the configuration and the environment ask for; ``closing`` will close it.
+
+    Raises:
+        ConfigError: As ``open_tracing``.
+    """
+    metrics = Metrics(engine, [model.spec().name for model in config.models])
+    observers: list[Observer] = [metrics]
+    if AccessLog.wanted():
+        observers.append(AccessLog())
+    tracing = open_tracing(config.server.otel_endpoint, os.environ)
+    if tracing is not None:
+        closing.callback(tracing.close)
+        observers.append(tracing)
+    observer = observers[0] if len(observers) == 1 else Observers(*observers)
+    return Telemetry(metrics, observer, (tracing.interceptor,) if tracing else ())
+
+
+def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | None:
+    """Return what sends traces to an endpoint; None where none is named.
+
+    Args:
+        endpoint: An ``http://`` or ``https://`` address; if empty, OpenTelemetry's own environment
+            variables are asked.
+        environment: The process's environment.
+
+    Raises:
+        ConfigError: For a malformed endpoint, another protocol than gRPC, or where traces are asked
+            for and the packages are not there.
+    """
+    named = endpoint or next(filter(None, map(environment.get, _ENDPOINTS)), "")
+    disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    if not named or disabled or environment.get("OTEL_TRACES_EXPORTER") == "none":
+        return None
+    if urlsplit(named).scheme not in ("http", "https"):
+        raise ConfigError(
+            f"otel_endpoint: got {named!r}, expected an address such as http://127.0.0.1:4317"
+        )
+    protocol = next(filter(None, map(environment.get, _PROTOCOLS)), "grpc")
+    if not endpoint and protocol != "grpc":
+        raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL: got {protocol!r}, expected 'grpc'")
+    try:
+        # Only here: the packages are an optional extra, and take their time to import.
+        tracing = importlib.import_module("layertap.app.tracing")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("opentelemetry"):
+            raise
+        raise ConfigError(
+            f"traces to {named} were asked for, but OpenTelemetry is not installed; "
+            f"try: pip install 'layertap[otel]'"
+        ) from None
+    return tracing.Tracing(tracing.otlp_provider(endpoint))  # type: ignore[no-any-return]

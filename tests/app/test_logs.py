@@ -1,0 +1,170 @@
+"""Log records are lines for people or JSON for machines, and tell the request they are about."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from layertap.app.access_log import AccessLog
+from layertap.app.logs import LogNarrator, configure_logs
+from layertap.app.server import FeatureServer, ServerOptions
+from layertap.engine import Engine
+from layertap.models import ModelSpec
+from layertap.v1 import feature_service_pb2
+from layertap.wire.messages import encode_request
+from processes import serving
+from tinynets import ITEM
+
+BATCH = np.zeros((2, *ITEM), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _own_logging() -> Iterator[None]:
+    """Leave the process's logging as pytest set it up."""
+    root, loggers = logging.getLogger(), ("layertap", "layertap.serve")
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    root.handlers = []
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    for name, former in levels.items():
+        logging.getLogger(name).setLevel(former)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine()
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
+    yield engine
+    engine.close()
+
+
+def extract(engine: Engine, request_id: str, model: str, layer: str, batch: np.ndarray) -> str:
+    """Make one call of a real server with an access log; return the status's name."""
+    server = FeatureServer(engine, ServerOptions(port=0), AccessLog())
+    server.start()
+    layers = [feature_service_pb2.LayerSelection(layer=layer)]
+    request = feature_service_pb2.ExtractRequest(model=model, layers=layers)
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            method = channel.unary_unary("/layertap.v1.FeatureService/Extract")
+            method(encode_request(request, batch), metadata=(("x-request-id", request_id),))
+    except grpc.RpcError as error:
+        return error.code().name
+    finally:
+        server.stop(1)
+    return "OK"
+
+
+def records(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_json_records_are_objects() -> None:
+    """A record is one line of JSON, its traceback included."""
+    stream = io.StringIO()
+    configure_logs("json", "warning", stream)
+    try:
+        raise RuntimeError("two\nlines")
+    except RuntimeError:
+        logging.getLogger("layertap.test").exception("it %s", "broke\n")
+    (record,) = records(stream)
+    assert record["time"].endswith("Z")
+    assert (record["level"], record["logger"], record["message"]) == (
+        *("error", "layertap.test"),
+        "it broke\n",
+    )
+    assert record["exception"].endswith("RuntimeError: two\nlines")
+    assert "request_id" not in record
+
+
+def test_human_records_stay_on_their_line() -> None:
+    """A message can neither begin a line of its own nor reach the terminal's controls."""
+    stream = io.StringIO()
+    configure_logs("human", "warning", stream)
+    logging.getLogger("layertap.test").warning("a\n2026 ERROR forged \x1b[31m\u2028 é")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith(r"WARNING layertap.test: a\n2026 ERROR forged \x1b[31m\u2028 é")
+
+
+def test_the_level_is_for_layertap_alone() -> None:
+    """INFO shows layertap's records and leaves other libraries at WARNING."""
+    stream = io.StringIO()
+    configure_logs("json", "info", stream)
+    logging.getLogger("layertap.test").info("ours")
+    logging.getLogger("another").info("theirs")
+    assert [record["message"] for record in records(stream)] == ["ours"]
+
+
+def test_access_log_of_an_answer(engine: Engine) -> None:
+    """At INFO an extraction is one record with its request id, size and durations."""
+    stream = io.StringIO()
+    configure_logs("json", "info", stream)
+    assert extract(engine, "req-1", "residual", "layer1", BATCH) == "OK"
+    (record,) = [each for each in records(stream) if each["logger"] == "layertap.access"]
+    assert record["request_id"] == "req-1"
+    assert record["level"] == "info"
+    assert (record["model"], record["extractor"], record["status"]) == ("residual", "hook", "OK")
+    assert record["bytes"] > 2 * 8 * 8 * 8 * 4
+    parts = record["prepare_ms"] + record["queue_ms"] + record["compute_ms"]
+    assert 0 < parts <= record["total_ms"] + 0.002
+
+
+def test_access_log_of_a_refusal(engine: Engine) -> None:
+    """A refused extraction is one record with its status, and nothing that a stranger wrote."""
+    stream = io.StringIO()
+    configure_logs("human", "info", stream)
+    assert extract(engine, "req-2", "no\nsuch", "layer1", BATCH) == "NOT_FOUND"
+    (line,) = [line for line in stream.getvalue().splitlines() if "layertap.access" in line]
+    assert "model= status=NOT_FOUND total_ms=" in line
+    assert line.endswith("[request req-2]")
+    assert "such" not in line
+
+
+def test_compute_thread_tells_the_request(engine: Engine) -> None:
+    """What the compute thread logs about a model that broke carries the request's id."""
+    stream = io.StringIO()
+    configure_logs("json", "warning", stream)
+    assert extract(engine, "req-3", "raises", "head", BATCH + 1e6) == "INTERNAL"
+    (record,) = records(stream)
+    assert record["logger"] == "layertap.engine.engine"
+    assert record["request_id"] == "req-3"
+    assert "Traceback" in record["exception"]
+
+
+def test_nothing_is_logged_of_answers_by_default(engine: Engine) -> None:
+    """At WARNING an answered extraction logs nothing, and nobody wants an access log."""
+    stream = io.StringIO()
+    configure_logs("json", "warning", stream)
+    assert not AccessLog.wanted()
+    assert extract(engine, "req-4", "residual", "layer1", BATCH) == "OK"
+    assert stream.getvalue() == ""
+
+
+def test_narration_has_levels() -> None:
+    """What is told of serving is logged whatever the level, errors and warnings as such."""
+    stream = io.StringIO()
+    configure_logs("json", "error", stream)
+    for text in ("serving a on b", "error: no", "warning: open"):
+        LogNarrator().say(text)
+    told = [(record["level"], record["message"]) for record in records(stream)]
+    assert told == [("info", "serving a on b"), ("error", "no"), ("warning", "open")]
+
+
+def test_serve_logs_json_only() -> None:
+    """``layertap serve --log-format json`` writes nothing but JSON lines to stderr."""
+    with serving("tinynets:residual", "--item-shape", "3,8,8", "--log-format", "json") as server:
+        server.line(r'"message": "serving residual on ')
+        server.process.terminate()
+        assert server.ended() == 0
+        entries = [json.loads(line) for line in server.lines]
+    assert entries[-1]["message"] == "stopped"

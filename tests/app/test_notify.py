@@ -1,0 +1,64 @@
+"""systemd is told when the server is ready and when it stops, over a real socket."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+import processes
+from layertap.app.notify import notify
+from processes import serving
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> socket.socket:
+    """Listen as a service manager would."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.settimeout(60)
+        listening.bind(str(tmp_path / "notify"))
+        yield listening
+
+
+def test_state_is_one_datagram(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state arrives as it is, in one datagram."""
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    notify("READY=1")
+    assert manager.recv(100) == b"READY=1"
+
+
+def test_abstract_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An address that begins with @ is one in the abstract namespace."""
+    name = f"layertap-test-{tmp_path.name}-{id(tmp_path)}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.settimeout(60)
+        listening.bind(f"\0{name}")
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
+        notify("STOPPING=1")
+        assert listening.recv(100) == b"STOPPING=1"
+
+
+def test_nobody_listens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a manager nothing happens, and one that is gone is logged, not an error."""
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    notify("READY=1")
+    assert caplog.text == ""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    notify("READY=1")
+    assert "can't tell the service manager READY=1" in caplog.text
+
+
+def test_serve_tells_ready_and_stopping(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``layertap serve`` says READY=1 once its models are loaded, STOPPING=1 at SIGTERM."""
+    monkeypatch.setitem(processes.ENVIRONMENT, "NOTIFY_SOCKET", manager.getsockname())
+    with serving("tinynets:residual", "--item-shape", "3,8,8") as server:
+        assert manager.recv(100) == b"READY=1"
+        assert any("loaded residual" in line for line in server.lines)
+        server.process.terminate()
+        assert manager.recv(100) == b"STOPPING=1"
+        assert server.ended() == 0

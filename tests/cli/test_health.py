@@ -1,0 +1,69 @@
+"""``layertap health`` asks a real server and says it with its exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from click.testing import CliRunner, Result
+
+from layertap.app.server import FeatureServer, ServerOptions
+from layertap.cli.main import main
+from layertap.engine import Engine
+
+
+@pytest.fixture
+def server() -> Iterator[FeatureServer]:
+    engine = Engine()
+    server = FeatureServer(engine, ServerOptions(port=0))
+    server.start()
+    yield server
+    server.stop(0)
+    engine.close()
+
+
+def health(*args: str) -> Result:
+    return CliRunner().invoke(main, ["health", *args])
+
+
+def test_not_serving_is_code_1(server: FeatureServer) -> None:
+    """A server that is not ready yet is NOT_SERVING, code 1."""
+    result = health(server.address)
+    assert (result.exit_code, result.output) == (1, "NOT_SERVING\n")
+
+
+def test_serving_is_code_0(server: FeatureServer) -> None:
+    """A server that is ready is SERVING, code 0; so is its service by name."""
+    server.ready()
+    for args in ((), ("--service", "layertap.v1.FeatureService")):
+        result = health(server.address, *args)
+        assert (result.exit_code, result.output) == (0, "SERVING\n")
+
+
+def test_unknown_service_is_code_1(server: FeatureServer) -> None:
+    """A service that the server does not know is told, code 1."""
+    server.ready()
+    result = health(server.address, "--service", "resnet99")
+    assert result.exit_code == 1
+    assert "NOT_FOUND" in result.output
+
+
+def test_no_server_is_code_1(server: FeatureServer) -> None:
+    """Where nobody listens the verb says so within its time, code 1."""
+    server.stop(0)
+    result = health(server.address, "--timeout", "2")
+    assert result.exit_code == 1
+    assert server.address in result.output
+
+
+def test_needs_no_torch() -> None:
+    """The verb runs without importing torch, so that a probe costs little."""
+    code = (
+        "import sys; from layertap.cli.main import main\n"
+        "try: main(['health', '127.0.0.1:1', '--timeout', '1'])\n"
+        "except SystemExit as end: assert end.code == 1\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

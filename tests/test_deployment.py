@@ -1,0 +1,177 @@
+"""What is handed out for deployment agrees with the server that it deploys."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from layertap import Client, LayertapError
+from layertap.app.config import ServerSection
+from layertap.app.config_file import load_config
+from layertap.app.server import PORT
+from layertap.app.tracing import FLUSH_SECONDS
+from layertap.cli.main import main
+from processes import serving
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "examples" / "deploy"
+UNIT = DEPLOY / "systemd" / "layertap.service"
+DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
+MANIFEST = DEPLOY / "kubernetes" / "layertap.yaml"
+DASHBOARD = ROOT / "docs" / "grafana" / "layertap.json"
+OPERATIONS = ROOT / "docs" / "operations.md"
+METRIC = re.compile(r"\b(?:layertap|process)_[a-z_]+\b")
+
+
+@pytest.fixture(scope="module")
+def shown() -> set[str]:
+    """Return the names of all samples on the page of a server that has answered and refused."""
+    with (
+        serving("tinynets:residual", "--item-shape", "3,8,8", "--metrics-port", "0") as server,
+        Client(server.address) as client,
+    ):
+        batch = np.zeros((1, 3, 8, 8), np.float32)
+        client.extract("residual", batch, "layer1")
+        with pytest.raises(LayertapError):
+            client.extract("residual", batch, "layer9")
+        url = server.line(r"metrics on (\S+)$")[1]
+        with urllib.request.urlopen(url) as reply:  # noqa: S310 - our own page
+            text = reply.read().decode()
+    return {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}
+
+
+def manifest() -> dict[str, Any]:
+    return {each["kind"]: each for each in yaml.safe_load_all(MANIFEST.read_text("utf-8"))}
+
+
+def pod() -> dict[str, Any]:
+    return manifest()["Deployment"]["spec"]["template"]["spec"]
+
+
+def unit() -> dict[str, str]:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(UNIT, "utf-8")
+    return dict(parser["Service"])
+
+
+def options(verb: str) -> set[str]:
+    return {name for option in main.commands[verb].params for name in option.opts}
+
+
+def test_dashboard_asks_for_metrics_that_exist(shown: set[str]) -> None:
+    """Every metric of the dashboard is on the page of a server."""
+    board = json.loads(DASHBOARD.read_text("utf-8"))
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    queries += [each["query"] for each in board["templating"]["list"]]
+    asked = {name for query in queries for name in METRIC.findall(query)}
+    assert len(asked) > 8
+    assert asked - shown == set()
+
+
+def test_documented_metrics_are_those_that_exist(shown: set[str]) -> None:
+    """docs/operations.md lists every metric of ours on the page, and no other."""
+    families = {
+        re.sub(r"_(bucket|count|sum|created)$", "", n) if "_seconds_" in n else n for n in shown
+    }
+    table = re.findall(r"^\| `(layertap_[a-z_]+)", OPERATIONS.read_text("utf-8"), re.MULTILINE)
+    created = {name for name in families if name.endswith("_created")}
+    assert {n for n in families - created if n.startswith("layertap_")} == set(table)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+def test_unit_is_valid(tmp_path: Path) -> None:
+    """systemd finds nothing wrong with the unit, once its program exists."""
+    program = shutil.which("true")
+    text = UNIT.read_text("utf-8").replace("/opt/layertap/bin/layertap", str(program))
+    (tmp_path / UNIT.name).write_text(text, "utf-8")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / UNIT.name],  # noqa: S607 - wherever it is
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_unit_gives_the_grace() -> None:
+    """systemd waits for longer than grace and last spans, and READY=1 is what it waits for."""
+    service = unit()
+    grace = load_config(ROOT / "examples" / "layertap.toml").server.grace_seconds
+    assert float(service["TimeoutStopSec"]) > grace + FLUSH_SECONDS
+    assert service["Type"] == "notify"
+
+
+def test_commands_have_the_options_that_are_given() -> None:
+    """The verbs and options in unit, image and manifest are those of the command line."""
+    container = pod()["containers"][0]
+    lines = [line for line in DOCKERFILE.read_text("utf-8").splitlines() if "CMD [" in line]
+    commands = [json.loads(line[line.index("[") :]) for line in lines]
+    commands += [container["args"], unit()["ExecStart"].split()[1:]]
+    for command in commands:
+        verb, *args = command[1:] if command[0] == "layertap" else command
+        assert {arg for arg in args if arg.startswith("--")} <= options(verb), command
+    assert {command[1] if command[0] == "layertap" else command[0] for command in commands} == {
+        "health",
+        "serve",
+    }
+
+
+def test_manifest_configures_the_server(tmp_path: Path) -> None:
+    """The manifest's layertap.toml is one, and listens where the probes and the service look."""
+    file = tmp_path / "layertap.toml"
+    file.write_text(manifest()["ConfigMap"]["data"]["layertap.toml"], "utf-8")
+    server = load_config(file).server
+    assert server.host == "0.0.0.0"  # noqa: S104 - a pod's own address
+    container = pod()["containers"][0]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"grpc": server.port, "metrics": server.metrics_port}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"]["port"] == server.port
+    assert [port["port"] for port in manifest()["Service"]["spec"]["ports"]] == list(ports.values())
+    mounted = next(m for m in container["volumeMounts"] if m["name"] == "config")
+    assert container["args"][-1] == f"{mounted['mountPath']}/layertap.toml"
+
+
+def test_pod_lives_longer_than_the_grace() -> None:
+    """Kubernetes waits for the preStop, the grace, the last spans and a margin."""
+    config = tomllib.loads(manifest()["ConfigMap"]["data"]["layertap.toml"])
+    (_, seconds) = pod()["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    least = int(seconds) + config["server"]["grace_seconds"] + FLUSH_SECONDS
+    assert pod()["terminationGracePeriodSeconds"] >= least + 5
+
+
+def test_selectors_find_the_pods() -> None:
+    """Deployment and Service select the labels that the pods have."""
+    parts = manifest()
+    labels = parts["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert parts["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert parts["Service"]["spec"]["selector"] == labels
+
+
+def test_image_is_built_from_files_that_exist() -> None:
+    """Every file that the Dockerfile copies is in the repository and not ignored; ports agree."""
+    text = DOCKERFILE.read_text("utf-8")
+    ignored = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text("utf-8").splitlines()
+    copied = [
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE)
+        for source in line.split()[:-1]
+    ]
+    assert copied
+    for source in copied:
+        assert (ROOT / source).exists()
+        assert f"!{source}" in ignored
+    assert f"EXPOSE {PORT} {ServerSection().metrics_port}\n" in text
+    assert re.search(r"^USER (?!0|root)", text, re.MULTILINE)
