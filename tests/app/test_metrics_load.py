@@ -162,15 +162,17 @@ def test_models_are_ready_once_loaded() -> None:
 def test_calls_beyond_the_workers_are_shown(engine: Engine) -> None:
     """Calls that have come and wait for a worker thread are counted apart."""
     metrics = Metrics(engine)
-    server = FeatureServer(engine, ServerOptions(port=0, workers=1), metrics)
+    server = FeatureServer(engine, ServerOptions(port=0), metrics)
     server.start()
-    busy, release = threading.Event(), threading.Event()
+    workers = server._workers._max_workers
+    busy, release = threading.Barrier(workers + 1), threading.Event()
 
     def hold() -> None:
-        busy.set()
+        busy.wait(60)
         release.wait(60)
 
-    server._workers.submit(hold)
+    for _ in range(workers):
+        server._workers.submit(hold)
     busy.wait(60)
     with grpc.insecure_channel(server.address) as channel:
         method = channel.unary_unary("/layertap.v1.FeatureService/ListModels")

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from layertap.app.security import SecretFiles, open_security
 from layertap.app.logs import LogFormat, LogLevel
+from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import PORT, ServerOptions
 from layertap.batching import BatchPolicy
 from layertap.engine import Limits
