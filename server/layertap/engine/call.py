@@ -17,9 +17,11 @@ class Call:
     Args:
         timeout: Seconds until the caller stops waiting; None for no end. So is anything over
             ``threading.TIMEOUT_MAX``, such as what gRPC says of a call without a deadline.
+        own: Whether it is the server's own work, which a full queue of requests doesn't refuse.
     """
 
-    def __init__(self, timeout: float | None = None) -> None:
+    def __init__(self, timeout: float | None = None, *, own: bool = False) -> None:
+        self.own = own
         self.started_ns = time.perf_counter_ns()
         endless = timeout is None or timeout > threading.TIMEOUT_MAX
         self._expires = None if endless else time.monotonic() + (timeout or 0.0)

@@ -69,11 +69,11 @@ class ComputeThreads:
         A job whose caller went away or whose deadline passed before its turn is not run.
 
         Raises:
-            OverloadedError: Where too many jobs wait.
+            OverloadedError: Where too many jobs wait, and this is not the server's own.
             UnavailableError: After ``close``.
             DeadlineExceededError, CancelledError: Where the caller is not waiting any more.
         """
-        self._admit()
+        self._admit(call)
 
         def guarded() -> T:
             call.check()
@@ -101,9 +101,9 @@ class ComputeThreads:
         """Finish what was admitted, refuse anything new, end the threads."""
         self._pool.shutdown(wait=True)
 
-    def _admit(self) -> None:
+    def _admit(self, call: Call) -> None:
         with self._lock:
-            if self._pending >= self._max_pending:
+            if self._pending >= self._max_pending and not call.own:
                 raise OverloadedError(
                     f"queue full: {self._max_pending} requests are waiting, the most allowed"
                 )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -18,18 +17,20 @@ from layertap.engine.batch import (
     decode_images,
     preprocess_images,
 )
+from layertap.engine.beside import run_beside
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
+from layertap.engine.leaving import let_go
 from layertap.engine.limits import Limits
 from layertap.engine.reply import ReplyCollector, ReplyWriter, ShapeChangedError
 from layertap.engine.resolve import Resolved
-from layertap.errors import ConfigError, LayertapError, ModelNotFoundError, ModelRunError
-from layertap.extraction.gate import no_forward_pass
+from layertap.engine.versions import Version, Versions
+from layertap.errors import ConfigError, LayertapError, ModelRunError
 from layertap.extraction.plan import Plan
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import Sink as PointSink
-from layertap.models import ModelSpec, load_model
+from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings, encode_reply_head
 
@@ -95,7 +96,8 @@ class Engine:
         self._device = torch.device(device)
         self._plan_cache = plan_cache
         self._compute = ComputeThreads(self.limits.pending, instances, threads)
-        self._hosts: dict[str, ModelHost] = {}
+        self._versions: Versions[ModelHost] = Versions()
+        self._leaving: list[threading.Thread] = []
 
     @property
     def pending(self) -> int:
@@ -121,46 +123,82 @@ class Engine:
             ModelLoadError: Where the model can't be had or can't run.
             LayertapError: Whatever a request for the declared layers would raise.
         """
-        if spec.name in self._hosts:
+        if spec.name in self._versions:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
-        model = self._compute.run(lambda: load_model(spec, self._device), Call())
-        host = ModelHost(
-            model, self._compute, self.limits, self._plan_cache, require_finite=require_finite
-        )
-        try:
-            host.declare(declared)
-        except BaseException:
-            host.close()
-            raise
-        self._hosts[spec.name] = host
-        return host
+        call = Call(own=True)
+        model = self._compute.run(lambda: load_model(spec, self._device), call)
+        return self._publish(model, declared, call, require_finite=require_finite)
 
-    def unload(self, name: str) -> None:
+    def replace(
+        self,
+        spec: ModelSpec,
+        declared: Sequence[LayerSelection] = (),
+        *,
+        require_finite: bool = False,
+        call: Call | None = None,
+    ) -> ModelHost:
+        """Load a model as ``load`` does, while the version that has its name serves on.
+
+        Weights are read beside the requests; what runs the model takes its turn among them. Once
+        everything is warm, new requests go to the new version. The former one answers those that it
+        has, and is let go in the background. Where the name is new, this is a load. Both versions
+        are in memory for a while.
+
+        Args:
+            spec: What to load.
+            declared: Layers that will be asked for.
+            require_finite: Whether NaN and infinity in a layer are an error.
+            call: Cancels the load; its ``own`` should be set.
+
+        Raises:
+            ModelLoadError: Where the model can't be had or can't run; the former version serves on,
+                as after any other error.
+            LayertapError: Whatever a request for the declared layers would raise.
+            CancelledError: Where the call was cancelled.
+        """
+        call = call or Call(own=True)
+        model = run_beside(lambda: load_model(spec, self._device), call)
+        return self._publish(model, declared, call, require_finite=require_finite)
+
+    def unload(self, name: str, *, wait: bool = True) -> None:
         """Let go of a model; requests that were admitted are still answered.
+
+        Args:
+            name: The model, or one that was expected and never came.
+            wait: Whether to return only once it has been let go.
 
         Raises:
             ModelNotFoundError: Where no model has that name.
         """
-        host = self.host(name)
-        self._hosts.pop(name, None)
-        # Behind the requests that wait already.
-        self._compute.run(partial(_close_alone, host), Call())
-        # Modules, hooks and plans refer to each other in circles, and are too large to leave them
-        # until the collector comes by on its own.
-        del host
-        gc.collect()
+        former = self._versions.withdraw(name)
+        if former is not None:
+            leaving = self._let_go(former)
+            if wait:
+                leaving.join()
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Name the models that are to be served, in the order in which ``hosts`` lists them.
+
+        A request for one that is not loaded yet is UNAVAILABLE instead of not found.
+        """
+        self._versions.expect(names)
+
+    def explain(self, name: str, reason: str) -> None:
+        """Say why a model is not served, for those who ask for it; nothing changes where it is."""
+        self._versions.explain(name, reason)
 
     def hosts(self) -> list[ModelHost]:
-        """Return the served models in the order in which they were loaded."""
-        return list(self._hosts.values())
+        """Return the served models in the order of ``expect``, then in that of their loading."""
+        return self._versions.hosts()
 
     def host(self, name: str) -> ModelHost:
-        """Return a served model; raise ModelNotFoundError with the served names for another."""
-        host = self._hosts.get(name)
-        if host is None:
-            served = ", ".join(map(repr, tuple(self._hosts))) or "none"
-            raise ModelNotFoundError(f"model: got {name!r}, served models: {served}")
-        return host
+        """Return a served model.
+
+        Raises:
+            ModelNotFoundError: Where there is none of that name; the message has the served names.
+            UnavailableError: Where it is being loaded or could not be loaded.
+        """
+        return self._versions.host(name)
 
     def extract(self, request: ExtractionRequest, call: Call) -> Extraction:
         """Run one request: check, plan, compute, publish.
@@ -172,7 +210,11 @@ class Engine:
         Raises:
             LayertapError: See the tree; nothing is computed for a request that is refused.
         """
-        host = self.host(request.model)
+        # Note [A version is let go when nobody uses it]
+        with self._versions.lease(request.model) as host:
+            return self._extract(host, request, call)
+
+    def _extract(self, host: ModelHost, request: ExtractionRequest, call: Call) -> Extraction:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape[1:]), call)
@@ -197,9 +239,48 @@ class Engine:
     def close(self) -> None:
         """Finish what was admitted, then let go of the models."""
         self._compute.close()
-        for host in self._hosts.values():
+        for host in self._versions.hosts():
+            self._versions.withdraw(host.model.name)
             host.close()
-        self._hosts.clear()
+        for leaving in self._leaving:
+            leaving.join()
+
+    def _publish(
+        self,
+        model: LoadedModel,
+        declared: Sequence[LayerSelection],
+        call: Call,
+        *,
+        require_finite: bool,
+    ) -> ModelHost:
+        host = ModelHost(
+            model,
+            self._compute,
+            self.limits,
+            self._plan_cache,
+            require_finite=require_finite,
+            call=call,
+        )
+        try:
+            host.declare(declared, call)
+            call.check()
+        except BaseException:
+            host.close()
+            raise
+        former = self._versions.publish(model.name, host)
+        if former is not None:
+            self._let_go(former)
+        return host
+
+    def _let_go(self, former: Version[ModelHost]) -> threading.Thread:
+        leaving = threading.Thread(
+            target=let_go, args=(former, self._compute), name="layertap-leaving", daemon=True
+        )
+        self._leaving = [thread for thread in self._leaving if thread.is_alive()]
+        # Started first: only then is it alive.
+        leaving.start()
+        self._leaving.append(leaving)
+        return leaving
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):
@@ -238,12 +319,6 @@ class Engine:
                 f"model {host.model.name!r} failed on this input ({type(error).__name__})"
             ) from error
         return sink
-
-
-def _close_alone(host: ModelHost) -> None:
-    """Close a host once no forward pass needs its hooks any more."""
-    with no_forward_pass():
-        host.close()
 
 
 def _finite_only(sink: Sink, host: ModelHost, resolved: Resolved) -> PointSink:

@@ -72,12 +72,14 @@ class ModelHost:
         cache: Where the compiled plans of declared layers are stored.
         require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
             sent as they are.
+        call: Cancels the measuring.
 
     Attributes:
         turn: Held by each forward pass; a lock where two at once would see each other's state.
 
     Raises:
         ModelLoadError: Where the model can't run on its own input shape.
+        CancelledError: Where the call was cancelled.
     """
 
     def __init__(
@@ -88,13 +90,15 @@ class ModelHost:
         cache: PlanCache | None = None,
         *,
         require_finite: bool = False,
+        call: Call | None = None,
     ) -> None:
+        call = call or Call(own=True)
         self.model = model
         self.require_finite = require_finite
         self.declared: list[LayerSelection] = []
         self._compute = compute
         self._taps = Taps(model.module)
-        self.catalogue: Catalogue = compute.run(lambda: measure(model), Call())
+        self.catalogue: Catalogue = compute.run(lambda: measure(model), call)
         shared = compute.instances > 1 and self.catalogue.keeps_state
         self.turn: AbstractContextManager[object] = threading.Lock() if shared else nullcontext()
         if self.catalogue.non_finite:
@@ -117,11 +121,12 @@ class ModelHost:
         """Match selections against the catalogue; see ``layertap.engine.resolve``."""
         return self._resolve(selections, extractor)
 
-    def declare(self, selections: Sequence[LayerSelection]) -> None:
+    def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
         """Build and keep the plans of layers that will be asked for, together and each alone.
 
         AUTO then serves them by TORCHSCRIPT at the model's own item shape. Where the model can't be
-        compiled, the log says so and they are served by the next best extractor.
+        compiled, the log says so and they are served by the next best extractor. Requests take
+        their turn between the steps; the call cancels the rest of them.
 
         Raises:
             LayertapError: Whatever a request for them would raise.
@@ -130,7 +135,7 @@ class ModelHost:
         sets = [tuple(selections), *((selection,) for selection in selections)]
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
-            key, plan = self._compute.run(partial(self._build_best, resolved), Call())
+            key, plan = self._build_best(resolved, call or Call(own=True))
             self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, item_shape: tuple[int, ...], call: Call) -> Plan:
@@ -149,6 +154,13 @@ class ModelHost:
             if isinstance(refusal, ExtractorUnsupportedError)
         ]
 
+    def stop_promoting(self) -> None:
+        """Give up what is being compiled beside requests.
+
+        Before a compute thread closes the host, which would wait for a step that waits for it.
+        """
+        self._promoter.close()
+
     def close(self) -> None:
         """Take the hooks off the model and forget its plans."""
         self._promoter.close()
@@ -157,12 +169,15 @@ class ModelHost:
             self._plans.clear()
             self._declared_plans.clear()
 
-    def _build_best(self, resolved: Resolved) -> tuple[PlanKey, Plan]:
+    def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
         """Build the compiled plan of a layer set, or else the best one that there can be."""
         for extractor in resolved.candidates:
             key = (extractor, resolved.points, self.model.input.item_shape)
             try:
-                return key, self._builder.build(*key, keep=True)
+                steps = self._builder.steps(*key, keep=True)
+                while (plan := self._compute.run(partial(next, steps), call)) is None:
+                    pass
+                return key, plan
             except ExtractorUnsupportedError as refusal:
                 self._remember(self._refusals, key, refusal, MAX_REFUSALS)
                 if extractor is resolved.candidates[-1]:
