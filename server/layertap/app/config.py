@@ -61,6 +61,10 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
         keep_memory: Whether memory freed by a reply is kept for the next one.
         keep_memory_mib: MiB of free memory that may be kept.
+        strict: Whether the server ends where one model can't be loaded at the start; else it
+            serves the others.
+        admin: Whether ``layertap.v1.AdminService`` is served.
+        watch: Whether changed files are reloaded without being asked to.
     """
 
     host: Text = "127.0.0.1"
@@ -80,6 +84,9 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
     keep_memory: Annotated[bool, Meta(description="true or false")] = True
     keep_memory_mib: Annotated[int, Meta(ge=1, description="a number of MiB from 1")] = DEFAULT_MIB
+    strict: Annotated[bool, Meta(description="true or false")] = False
+    admin: Annotated[bool, Meta(description="true or false")] = False
+    watch: Annotated[bool, Meta(description="true or false")] = False
 
     def options(self) -> ServerOptions:
         """Return how to listen."""

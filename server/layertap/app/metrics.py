@@ -6,6 +6,7 @@ and Prometheus' own units (seconds, bytes).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -19,6 +20,8 @@ from prometheus_client import (
     ProcessCollector,
     start_http_server,
 )
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from layertap.engine import Engine, Extraction
 from layertap.errors import UnavailableError
@@ -88,6 +91,7 @@ class Metrics:
                 "Requests that wait for a compute thread or run on it.",
                 registry=self.registry,
             ).set_function(lambda: engine.pending)
+            self.registry.register(_ModelMemory(engine))
         self._show_memory()
 
     def succeeded(self, model: str, extraction: Extraction) -> None:
@@ -137,6 +141,24 @@ class Metrics:
             registry=self.registry,
             buckets=_SECONDS,
         )
+
+
+class _ModelMemory(Collector):
+    """The weights of the models that serve now, read when the page is asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Return a value for each model."""
+        family = GaugeMetricFamily(
+            "layertap_model_memory_bytes",
+            "Parameters and buffers of the version that serves, on its device.",
+            labels=("model", "device"),
+        )
+        for host in self._engine.hosts():
+            family.add_metric((host.model.name, str(host.model.device)), host.weight_bytes)
+        yield family
 
 
 class MetricsPage:

@@ -9,6 +9,7 @@ import click
 from layertap import __version__
 from layertap.cli.extract import extract
 from layertap.cli.layers import layers
+from layertap.cli.reload import reload
 from layertap.cli.serve import serve
 from layertap.errors import LayertapError
 
@@ -46,6 +47,7 @@ def main() -> None:
 
 
 main.add_command(serve)
+main.add_command(reload)
 main.add_command(layers)
 main.add_command(extract)
 

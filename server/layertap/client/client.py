@@ -14,7 +14,7 @@ from layertap.client.features import Features
 from layertap.client.inputs import encode_input
 from layertap.errors import UnavailableError
 from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
-from layertap.v1 import catalogue_pb2, feature_service_pb2
+from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import to_proto
 from layertap.wire.messages import encode_request
@@ -26,6 +26,7 @@ __all__ = ["Client"]
 
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 SERVICE = "/layertap.v1.FeatureService/"
+RELOAD = "/layertap.v1.AdminService/Reload"
 TARGET = "127.0.0.1:8001"
 
 
@@ -107,6 +108,19 @@ class Client:
         request = feature_service_pb2.DescribeModelRequest(model=model)
         reply = self._call(self._describe, request.SerializeToString(), timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
+
+    def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
+        """Have the server read its configuration and changed weights again.
+
+        Returns:
+            What became of each model, once everything new is warm.
+
+        Raises:
+            LayertapError: Where the configuration is wrong, another reload is in progress, or the
+                server was started without ``--admin``.
+        """
+        reply = self._call(self._channel.unary_unary(RELOAD), b"", timeout)
+        return admin_service_pb2.ReloadResponse.FromString(reply)
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until the server reports itself as serving.

@@ -75,6 +75,7 @@ class ModelHost:
         call: Cancels the measuring.
 
     Attributes:
+        weight_bytes: Bytes of the model's parameters and buffers on its device.
         turn: Held by each forward pass; a lock where two at once would see each other's state.
 
     Raises:
@@ -96,6 +97,7 @@ class ModelHost:
         self.model = model
         self.require_finite = require_finite
         self.declared: list[LayerSelection] = []
+        self.weight_bytes = model.weight_bytes()
         self._compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model), call)

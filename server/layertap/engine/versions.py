@@ -152,4 +152,6 @@ class Versions(Generic[H]):
             return UnavailableError(f"model {name!r} is not ready: {reason}")
         slots = dict(self._slots)
         ready = [repr(key) for key, slot in slots.items() if isinstance(slot, Version)]
-        return ModelNotFoundError(f"model: got {name!r}, served models: {', '.join(ready) or 'none'}")
+        return ModelNotFoundError(
+            f"model: got {name!r}, served models: {', '.join(ready) or 'none'}"
+        )
