@@ -15,6 +15,7 @@ import torch
 
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorInput
+from layertap.engine.versions import Versions
 from layertap.models import ModelSpec
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
@@ -179,3 +180,19 @@ def test_expected_models_are_unavailable_until_they_serve(engine: Engine, tmp_pa
     assert [host.model.name for host in engine.hosts()] == ["net", "other"]
     engine.expect(["other", "net"])
     assert [host.model.name for host in engine.hosts()] == ["other", "net"]
+
+
+def test_a_version_is_taken_away_after_its_last_user() -> None:
+    """Whoever lets go of a version waits for those who use it; later users get the next one."""
+    versions: Versions[str] = Versions()
+    versions.publish("net", "old")
+    with ThreadPoolExecutor(1) as pool:
+        with versions.lease("net") as used:
+            former = versions.publish("net", "new")
+            assert former is not None
+            taken = pool.submit(former.take)
+            with versions.lease("net") as later:
+                assert (used, later) == ("old", "new")
+            with pytest.raises(TimeoutError):
+                taken.result(timeout=0.2)
+        assert taken.result() == "old"
