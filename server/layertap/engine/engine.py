@@ -171,10 +171,10 @@ class Engine:
             ModelNotFoundError: Where no model has that name.
         """
         former = self._versions.withdraw(name)
-        if former is not None:
-            leaving = self._let_go(former)
-            if wait:
-                leaving.join()
+        if former is not None and wait:
+            let_go(former, self._compute)
+        elif former is not None:
+            self._let_go_beside(former)
 
     def expect(self, names: Sequence[str]) -> None:
         """Name the models that are to be served, in the order in which ``hosts`` lists them.
@@ -269,10 +269,10 @@ class Engine:
             raise
         former = self._versions.publish(model.name, host)
         if former is not None:
-            self._let_go(former)
+            self._let_go_beside(former)
         return host
 
-    def _let_go(self, former: Version[ModelHost]) -> threading.Thread:
+    def _let_go_beside(self, former: Version[ModelHost]) -> None:
         leaving = threading.Thread(
             target=let_go, args=(former, self._compute), name="layertap-leaving", daemon=True
         )
@@ -280,7 +280,6 @@ class Engine:
         # Started first: only then is it alive.
         leaving.start()
         self._leaving.append(leaving)
-        return leaving
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):
