@@ -45,13 +45,13 @@ class Serving:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
-    def line(self, pattern: str) -> re.Match[str]:
-        """Wait for a line that matches, and return the match."""
+    def line(self, pattern: str, count: int = 1) -> re.Match[str]:
+        """Wait for that many lines that match, and return the match of the last."""
         with self._news:
             while True:
-                for line in self.lines:
-                    if found := re.search(pattern, line):
-                        return found
+                found = [match for line in self.lines if (match := re.search(pattern, line))]
+                if len(found) >= count:
+                    return found[count - 1]
                 assert not self._ended, f"ended without {pattern!r}: {self.lines}"
                 assert self._news.wait(60), f"never said {pattern!r}: {self.lines}"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from layertap import Client
 from layertap.app import lifecycle
 from layertap.app.config import ModelSection, ServerConfig, ServerSection
+from layertap.errors import UnavailableError
 from processes import Serving, layertap, serving
 
 SLEEPY = ("slownets:sleepy", "--item-shape", "3,4,4")
@@ -36,15 +39,16 @@ def health(address: str) -> int:
         return stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status
 
 
-def wait_until_running(server: Serving) -> None:
-    """Wait until a request is on the compute thread."""
+def wait_until_running(server: Serving, at_least: int = 1) -> None:
+    """Wait until as many requests wait for the compute thread or run on it."""
     url = server.line(r"metrics on (\S+)$")[1]
     for _ in range(100):
         with urllib.request.urlopen(url) as reply:  # noqa: S310 - our own page
-            if b"pending_request_count 1.0" in reply.read():
+            pending = re.search(rb"pending_request_count ([0-9.]+)\n", reply.read())
+            if pending and float(pending[1]) >= at_least:
                 return
         time.sleep(0.05)
-    pytest.fail("the request never reached the compute thread")
+    pytest.fail("the requests never reached the compute thread")
 
 
 def test_serves_then_drains_on_sigterm() -> None:
@@ -167,3 +171,36 @@ def test_a_restart_uses_the_plans_that_were_kept(tmp_path: Path) -> None:
             kept.append({file.name: file.stat().st_ino for file in files})
     assert len(kept[0]) == 3
     assert kept[0] == kept[1]
+
+
+def test_drains_under_load() -> None:
+    """Of many callers at SIGTERM the admitted are all answered, later ones told UNAVAILABLE."""
+    ended = threading.Event()
+
+    def hammer(address: str) -> int:
+        answers = 0
+        with Client(address) as client:
+            while not ended.is_set():
+                try:
+                    client.extract("sleepy", batch(), "conv", extractor="hook")
+                except UnavailableError:
+                    return answers
+                answers += 1
+        pytest.fail("it was answered after the server had ended")
+
+    with (
+        serving(*SLEEPY, "--metrics-port", "0", "--grace", "60") as server,
+        ThreadPoolExecutor(10) as pool,
+        Client(server.address) as client,
+    ):
+        quick = [pool.submit(hammer, server.address) for _ in range(4)]
+        slow = [
+            pool.submit(client.extract, "sleepy", batch(1000), "conv", extractor="hook")
+            for _ in range(4)
+        ]
+        wait_until_running(server, at_least=4)
+        server.process.send_signal(signal.SIGTERM)
+        assert [one.result()["conv"].shape for one in slow] == [(1, 2, 4, 4)] * 4
+        assert server.ended() == 0
+        assert min(one.result() for one in quick) >= 0
+        ended.set()

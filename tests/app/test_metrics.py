@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.request
 from collections.abc import Iterator
 
@@ -146,3 +147,22 @@ def test_closed_page_frees_its_port(served: Served) -> None:
         MetricsPage(Metrics(), "127.0.0.1", port)
     page.close()
     MetricsPage(Metrics(), "127.0.0.1", port).close()
+
+
+def test_shows_the_memory_of_the_models_that_serve() -> None:
+    """Each served model has the bytes of its parameters and buffers, until it is unloaded."""
+    engine = Engine()
+    page = MetricsPage(Metrics(engine), "127.0.0.1", 0)
+    engine.load(ModelSpec("tinynets:heavy", item_shape=(3, 16, 16)))
+    weights = 4 * (768 * 4096 + 4096 + 4096 * 8 + 8)
+    line = re.compile(r'(?m)^layertap_model_memory_bytes\{device="cpu",model="heavy"\} (\S+)$')
+
+    def shown() -> list[float]:
+        with urllib.request.urlopen(page.url) as reply:  # noqa: S310 - our own page
+            return [float(value) for value in line.findall(reply.read().decode())]
+
+    assert shown() == [weights]
+    engine.unload("heavy")
+    assert shown() == []
+    page.close()
+    engine.close()

@@ -30,7 +30,7 @@ def health(*args: str) -> Result:
 
 def test_not_serving_is_code_1(server: FeatureServer) -> None:
     """A server that is not ready yet is NOT_SERVING, code 1."""
-    result = health(server.address)
+    result = health("--server", server.address)
     assert (result.exit_code, result.output) == (1, "NOT_SERVING\n")
 
 
@@ -38,14 +38,14 @@ def test_serving_is_code_0(server: FeatureServer) -> None:
     """A server that is ready is SERVING, code 0; so is its service by name."""
     server.ready()
     for args in ((), ("--service", "layertap.v1.FeatureService")):
-        result = health(server.address, *args)
+        result = health("--server", server.address, *args)
         assert (result.exit_code, result.output) == (0, "SERVING\n")
 
 
 def test_unknown_service_is_code_1(server: FeatureServer) -> None:
     """A service that the server does not know is told, code 1."""
     server.ready()
-    result = health(server.address, "--service", "resnet99")
+    result = health("--server", server.address, "--service", "resnet99")
     assert result.exit_code == 1
     assert "NOT_FOUND" in result.output
 
@@ -53,7 +53,7 @@ def test_unknown_service_is_code_1(server: FeatureServer) -> None:
 def test_no_server_is_code_1(server: FeatureServer) -> None:
     """Where nobody listens the verb says so within its time, code 1."""
     server.stop(0)
-    result = health(server.address, "--timeout", "2")
+    result = health("--server", server.address, "--timeout", "2")
     assert result.exit_code == 1
     assert server.address in result.output
 
@@ -62,7 +62,7 @@ def test_needs_no_torch() -> None:
     """The verb runs without importing torch, so that a probe costs little."""
     code = (
         "import sys; from layertap.cli.main import main\n"
-        "try: main(['health', '127.0.0.1:1', '--timeout', '1'])\n"
+        "try: main(['health', '--server', '127.0.0.1:1', '--timeout', '1'])\n"
         "except SystemExit as end: assert end.code == 1\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from layertap.addresses import is_loopback
 from layertap.app.logs import LogFormat, LogLevel
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import PORT, ServerOptions
@@ -76,6 +77,10 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         log_level: The least that is logged; ``info`` logs every extraction.
         otel_endpoint: Where OpenTelemetry traces go, as ``http://host:4317``; none if empty, unless
             the ``OTEL_*`` environment variables name one.
+        strict: Whether the server ends where one model can't be loaded at the start; else it
+            serves the others.
+        admin: Whether ``layertap.v1.AdminService`` is served.
+        watch: Whether changed files are reloaded without being asked to.
     """
 
     host: Text = "127.0.0.1"
@@ -105,12 +110,17 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         "warning"
     )
     otel_endpoint: Annotated[str, Meta(description="an address such as http://host:4317")] = ""
+    strict: Annotated[bool, Meta(description="true or false")] = False
+    admin: Annotated[bool, Meta(description="true or false")] = False
+    watch: Annotated[bool, Meta(description="true or false")] = False
 
     def options(self) -> ServerOptions:
         """Return how to listen; raise ConfigError for a file of TLS or tokens that won't do."""
         named = {key: getattr(self, key) for key in SECRET_FILES}
         files = SecretFiles(**{k: Path(v).expanduser() for k, v in named.items() if v})
-        return ServerOptions(self.host, self.port, security=open_security(files))
+        # Whoever may use this machine may ask it to read again what its owner wrote.
+        trusted = self.admin and is_loopback(self.host)
+        return ServerOptions(self.host, self.port, security=open_security(files, trusted=trusted))
 
     def compute(self, device: str) -> tuple[int, int | None]:
         """Return (forward passes at once, cores of one; None leaves it to PyTorch).

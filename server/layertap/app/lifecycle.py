@@ -5,40 +5,35 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
-from typing import Protocol
 
 from layertap.addresses import bare_host
-from layertap.app.config import METRICS_OFF, ModelSection, ServerConfig
+from layertap.app.config import METRICS_OFF, ServerConfig
+from layertap.app.fingerprint import files_of
+from layertap.app.health import ModelHealth
 from layertap.app.metrics import MetricsPage
 from layertap.app.notify import notify
+from layertap.app.reload import Reloader
+from layertap.app.served_models import Narrator, ServedModels, check_models
 from layertap.app.server import FeatureServer
 from layertap.app.telemetry import open_telemetry
+from layertap.app.watch import Watcher
 from layertap.engine import Engine, choose_device
-from layertap.errors import ConfigError, LayertapError
+from layertap.errors import LayertapError
+from layertap.services.admin_service import AdminService
 from layertap.wire.memory import keep_memory
 
 __all__ = ["Narrator", "serve"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Narrator(Protocol):
-    """Tells the person at the terminal how it goes."""
-
-    def say(self, text: str) -> None:
-        """Tell something that happened."""
-
-    def busy(self, text: str) -> AbstractContextManager[None]:
-        """Show that something is going on that may take long."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class _Signals:
-    """SIGTERM and SIGINT. The first asks to stop, the second ends the process at once."""
+    """SIGTERM and SIGINT: the first asks to stop, the second ends the process. SIGHUP: reload."""
 
     def __init__(self) -> None:
         # Not an Event, whose lock the handler may find held by the very thread that it interrupts.
@@ -60,11 +55,15 @@ class _Signals:
         """From now on there are calls to finish before the end."""
         self._ready = True
 
-    def wait(self) -> None:
-        """Block until the process is asked to stop."""
-        self._arrived.get()
+    def wait(self, reload: Callable[[], None]) -> None:
+        """Block until the process is asked to stop; call ``reload`` when it is asked to."""
+        while self._arrived.get() == signal.SIGHUP:
+            reload()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._arrived.put(number)
+            return
         if self._asked:
             os._exit(128 + number)
         if not self._ready:
@@ -76,17 +75,24 @@ class _Signals:
         self._arrived.put(number)
 
 
-def serve(config: ServerConfig, narrator: Narrator) -> int:
+def serve(
+    config: ServerConfig,
+    narrator: Narrator,
+    read: Callable[[], ServerConfig] | None = None,
+    config_file: Path | None = None,
+) -> int:
     """Serve until SIGTERM or SIGINT. For the main thread of a process.
 
-    The server answers from the start, its health NOT_SERVING until every model is loaded and its
-    declared layers are warm. When asked to stop it refuses new calls, gives admitted ones their
-    grace and ends; asked again it ends at once, with code 128 + the signal's number. Asked before
-    it is ready it ends at once, with code 0.
+    The server answers from the start, its health NOT_SERVING until every model that can be loaded
+    is, with its declared layers warm. On SIGHUP it reloads (docs/lifecycle.md). When asked to stop
+    it refuses new calls, gives admitted ones their grace and ends; asked again it ends at once,
+    with code 128 + the signal's number. Asked before it is ready it ends at once, with code 0.
 
     Args:
         config: What to serve, and how.
         narrator: Is told how it goes, and what went wrong.
+        read: Reads the configuration again for a reload; without, only files of weights count.
+        config_file: Where it is read from, to be watched where that is configured.
 
     Returns:
         The exit code: 0 after a stop that was asked for, 1 for anything that made serving
@@ -96,14 +102,14 @@ def serve(config: ServerConfig, narrator: Narrator) -> int:
     with signals.handled():
         try:
             with ExitStack() as closing:
-                server = _start(config, narrator, closing)
+                running = _Running(config, narrator, read or (lambda: config), config_file, closing)
                 signals.ready()
                 notify("READY=1")
-                narrator.say(f"serving {_names(config)} on {server.address}")
-                signals.wait()
+                narrator.say(f"serving {running.names()} on {running.server.address}")
+                signals.wait(running.reload)
                 notify("STOPPING=1")
                 narrator.say("stopping: waiting for the calls that were admitted")
-                server.stop(config.server.grace_seconds)
+                running.stop()
         except LayertapError as error:
             narrator.say(f"error: {error}")
             return 1
@@ -111,54 +117,85 @@ def serve(config: ServerConfig, narrator: Narrator) -> int:
     return 0
 
 
-def _start(config: ServerConfig, narrator: Narrator, closing: ExitStack) -> FeatureServer:
-    config.check_names()
-    if not config.models:
-        raise ConfigError("models: got none, expected at least one to serve")
-    for model in config.models:
-        model.selections()  # A misspelt one is told before any model is loaded.
+class _Running:
+    """A server whose models are loaded, and what belongs to it."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        narrator: Narrator,
+        read: Callable[[], ServerConfig],
+        config_file: Path | None,
+        closing: ExitStack,
+    ) -> None:
+        check_models(config)
+        self._narrator = narrator
+        self._engine = _engine(config, narrator)
+        closing.callback(self._engine.close)
+        health = ModelHealth()
+        models = ServedModels(self._engine, health, narrator)
+        self.reloader = Reloader(read, config, models, narrator)
+        options = config.server
+        admin = AdminService(self.reloader.reload) if options.admin else None
+        telemetry = open_telemetry(self._engine, config, closing)
+        self.server = FeatureServer(
+            self._engine,
+            options.options(),
+            telemetry.observer,
+            interceptors=telemetry.interceptors,
+            health=health,
+            admin=admin,
+        )
+        telemetry.metrics.show_waiting(lambda: self.server.waiting)
+        self.server.start()
+        closing.callback(self.server.stop, 0.0)
+        if options.metrics_port != METRICS_OFF:
+            page = MetricsPage(telemetry.metrics, bare_host(options.host), options.metrics_port)
+            closing.callback(page.close)
+            narrator.say(f"metrics on {page.url}")
+        watcher = Watcher(lambda: self._files(config_file), self.reloader.request)
+        models.load(config, strict=options.strict)
+        self.server.ready()
+        self.reloader.start()
+        if options.watch:
+            watcher.start()
+            closing.callback(watcher.close)
+        metrics_shown = options.metrics_port != METRICS_OFF
+        for warning in self.server.security.warnings(options.host, metrics=metrics_shown):
+            narrator.say(f"warning: {warning}")
+
+    def names(self) -> str:
+        """Name the models that serve."""
+        return ", ".join(host.model.name for host in self._engine.hosts())
+
+    def reload(self) -> None:
+        """Read certificates and tokens again, and have the models reloaded."""
+        try:
+            self.server.security.reload()
+        except LayertapError as error:
+            self._narrator.say(f"error: {error}")
+        self.reloader.request()
+
+    def stop(self) -> None:
+        """Refuse new calls and answer those that were admitted, within the grace."""
+        self.reloader.stop()
+        self.server.stop(self.reloader.config.server.grace_seconds)
+        if self.reloader.busy:
+            # A model that hangs while it loads can't be interrupted, and nobody waits for it.
+            self._narrator.say("stopped")
+            os._exit(0)
+
+    def _files(self, config_file: Path | None) -> Iterator[Path]:
+        if config_file is not None:
+            yield config_file
+        for model in self.reloader.config.models:
+            yield from files_of(model)
+
+
+def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     options = config.server
     if options.keep_memory and not keep_memory(options.keep_memory_mib):
         narrator.say("note: this C library can't keep freed memory, so large replies take longer")
     device = choose_device(options.device)
     instances, threads = options.compute(device)
-    engine = Engine(config.limits.limits(), device, threads, options.plans(), instances)
-    closing.callback(engine.close)
-    telemetry = open_telemetry(engine, config, closing)
-    server = FeatureServer(
-        engine, options.options(), telemetry.observer, interceptors=telemetry.interceptors
-    )
-    telemetry.metrics.show_waiting(lambda: server.waiting)
-    server.start()
-    closing.callback(server.stop, 0.0)
-    if options.metrics_port != METRICS_OFF:
-        page = MetricsPage(telemetry.metrics, bare_host(options.host), options.metrics_port)
-        closing.callback(page.close)
-        narrator.say(f"metrics on {page.url}")
-    for model in config.models:
-        _load(engine, model, narrator)
-    server.ready()
-    for warning in server.security.warnings(
-        options.host, metrics=options.metrics_port != METRICS_OFF
-    ):
-        narrator.say(f"warning: {warning}")
-    return server
-
-
-def _names(config: ServerConfig) -> str:
-    return ", ".join(model.spec().name for model in config.models)
-
-
-def _load(engine: Engine, model: ModelSection, narrator: Narrator) -> None:
-    spec, declared = model.spec(), model.selections()
-    begun = time.monotonic()
-    compiling = f" and compiling {len(declared)} layers" if declared else ""
-    with narrator.busy(f"loading {spec.name}{compiling}"):
-        host = engine.load(
-            spec, declared, require_finite=model.require_finite, batching=model.batching()
-        )
-    loaded = host.model
-    narrator.say(
-        f"loaded {loaded.name}: {loaded.source}, weights {loaded.weights}, on {loaded.device}, "
-        f"in {time.monotonic() - begun:.1f} s"
-    )
+    return Engine(config.limits.limits(), device, threads, options.plans(), instances)

@@ -7,21 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection
 
 from layertap.addresses import host_port
 from layertap.app.channel import channel_options
+from layertap.app.health import ModelHealth
 from layertap.app.security import Security
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
+from layertap.services.admin_service import AdminService
 from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
 from layertap.services.observer import Observer
 
 __all__ = ["FeatureServer", "ServerOptions"]
-
-Status = health_pb2.HealthCheckResponse
 
 PORT = 8001
 """Where inference servers listen for gRPC by convention; metrics are at 8002."""
@@ -59,13 +60,16 @@ class FeatureServer:
     """Serves an engine. Models may be loaded into it before or after ``start``.
 
     Health (``grpc.health.v1``) answers for the server (``""``), the service's full name and each
-    model's name: NOT_SERVING until ``ready``, and from the begin of ``stop``.
+    model's name: NOT_SERVING until ``ready``, and from the begin of ``stop``. Whoever loads models
+    later tells their health by ``health``.
 
     Args:
         engine: The engine; it stays the caller's to close.
         options: How to listen.
         observer: Is told how each extraction ended.
         interceptors: gRPC's own kind, the first one outermost.
+        health: What to tell of models; one of its own if not given.
+        admin: What the owner may ask for; nothing if not given.
 
     Attributes:
         address: Where it listens, ``host:port``.
@@ -80,7 +84,10 @@ class FeatureServer:
         engine: Engine,
         options: ServerOptions | None = None,
         observer: Observer | None = None,
+        *,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
+        health: ModelHealth | None = None,
+        admin: AdminService | None = None,
     ) -> None:
         self._engine = engine
         options = options or ServerOptions()
@@ -93,13 +100,16 @@ class FeatureServer:
             interceptors=(*interceptors, Authorization(options.security.tokens)),
             options=channel_options(engine.limits.request_bytes),
         )
-        self._health = health.HealthServicer()
+        self._health = health or ModelHealth()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._service = FeatureService(engine, observer)
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        names = (FeatureService.NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = [FeatureService.NAME, HEALTH, reflection.SERVICE_NAME]
+        if admin is not None:
+            self._server.add_generic_rpc_handlers((admin.handlers(),))
+            names.append(AdminService.NAME)
         reflection.enable_server_reflection(names, self._server)
-        self._set_health(Status.NOT_SERVING)
+        self._set_health(serving=False)
         self.address = self._bind(options)
 
     @property
@@ -113,7 +123,7 @@ class FeatureServer:
 
     def ready(self) -> None:
         """Report the server, its service and its models as SERVING."""
-        self._set_health(Status.SERVING)
+        self._set_health(serving=True)
 
     def stop(self, grace: float) -> None:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
@@ -126,10 +136,10 @@ class FeatureServer:
         """Block until the server has stopped."""
         self._server.wait_for_termination()
 
-    def _set_health(self, status: int) -> None:
+    def _set_health(self, *, serving: bool) -> None:
         models = (host.model.name for host in self._engine.hosts())
         for name in ("", FeatureService.NAME, *models):
-            self._health.set(name, status)
+            self._health.show(name, serving=serving)
 
     def _bind(self, options: ServerOptions) -> str:
         wanted = host_port(options.host, options.port)

@@ -53,7 +53,13 @@ class StateCollector(Collector):
             "How many of them there may be; one more is refused as RESOURCE_EXHAUSTED.",
             value=self._engine.limits.pending,
         )
+        yield GaugeMetricFamily(
+            "layertap_inference_pending_reply_bytes",
+            "Bytes of the replies that are being made or sent.",
+            value=self._engine.pending_bytes,
+        )
         yield self._models()
+        yield self._memory()
 
     def _models(self) -> Metric:
         loaded = {host.model.name for host in self._engine.hosts()}
@@ -65,3 +71,13 @@ class StateCollector(Collector):
         for name in dict.fromkeys((*self._expected, *sorted(loaded))):
             ready.add_metric((name,), name in loaded)
         return ready
+
+    def _memory(self) -> Metric:
+        memory = GaugeMetricFamily(
+            "layertap_model_memory_bytes",
+            "Parameters and buffers of the version that serves, on its device.",
+            labels=("model", "device"),
+        )
+        for host in self._engine.hosts():
+            memory.add_metric((host.model.name, str(host.model.device)), host.weight_bytes)
+        return memory

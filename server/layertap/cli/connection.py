@@ -43,8 +43,11 @@ class Connection:
     token_file: str | None = None
     allow_plaintext_token: bool = False
 
-    def client(self) -> Client:
+    def client(self, timeout: float = 60.0) -> Client:
         """Return a client, which is the caller's to close.
+
+        Args:
+            timeout: Seconds that a call may take.
 
         Raises:
             ConfigError: For files that won't do, and for a token that must not be sent.
@@ -54,14 +57,33 @@ class Connection:
         tls = self.tls or any((self.ca, self.cert, self.key, self.server_name))
         return Client(
             self.target,
+            timeout=timeout,
             tls=tls and Tls(self.ca, self.cert, self.key, self.server_name or ""),
             token=read_token(self.token_file) if self.token_file else None,
             allow_plaintext_token=self.allow_plaintext_token,
         )
 
 
-def connection_options(function: F) -> F:
-    """Add ``--server`` and what belongs to it; the verb gets ``server``, a Connection or None."""
+def connection_options(default: str | None = None) -> Callable[[F], F]:
+    """Return what adds ``--server`` and what belongs to it to a verb.
+
+    Args:
+        default: The server to ask where none is named; None for verbs that can do without one.
+
+    Returns:
+        A decorator; the verb gets ``server``, a Connection, or None without a default.
+    """
+
+    def decorate(function: F) -> F:
+        verb: Any = _with_connection(function)
+        for option in reversed((_server_option(default), *_OPTIONS)):
+            verb = option(verb)
+        return verb  # type: ignore[no-any-return] # the same function, to click
+
+    return decorate
+
+
+def _with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
     names = ("tls", "ca", "cert", "key", "server_name", "token_file", "allow_plaintext_token")
 
     @functools.wraps(function)
@@ -74,40 +96,30 @@ def connection_options(function: F) -> F:
             return function(*args, server=None, **flags)
         return function(*args, server=Connection(server, **given), **flags)
 
-    for option in reversed(
-        (
-            click.option(
-                "--server",
-                metavar="HOST:PORT",
-                help="Ask this server instead of loading MODEL here.",
-            ),
-            click.option(
-                "--tls", is_flag=True, help="It has TLS, and a public authority vouches for it."
-            ),
-            click.option(
-                "--ca", type=_FILE, metavar="PEM", help="It has TLS, and this vouches for it."
-            ),
-            click.option(
-                "--cert", type=_FILE, metavar="PEM", help="The certificate to show to it."
-            ),
-            click.option("--key", type=_FILE, metavar="PEM", help="The key of --cert."),
-            click.option(
-                "--server-name",
-                metavar="NAME",
-                help="The name to expect in its certificate; default: the host.",
-            ),
-            click.option(
-                "--token-file",
-                type=_FILE,
-                metavar="FILE",
-                help="Whose first line is the token to send.",
-            ),
-            click.option(
-                "--allow-plaintext-token",
-                is_flag=True,
-                help="Send the token to another machine without TLS, for all to read on the way.",
-            ),
-        )
-    ):
-        verb = option(verb)
-    return verb  # type: ignore[return-value] # the same function, to click
+    return verb
+
+
+def _server_option(default: str | None) -> Callable[[F], F]:
+    text = f"Default {default}." if default else "Ask this server instead of loading MODEL here."
+    return click.option("--server", metavar="HOST:PORT", default=default, help=text)
+
+
+_OPTIONS = (
+    click.option("--tls", is_flag=True, help="It has TLS, and a public authority vouches for it."),
+    click.option("--ca", type=_FILE, metavar="PEM", help="It has TLS, and this vouches for it."),
+    click.option("--cert", type=_FILE, metavar="PEM", help="The certificate to show to it."),
+    click.option("--key", type=_FILE, metavar="PEM", help="The key of --cert."),
+    click.option(
+        "--server-name",
+        metavar="NAME",
+        help="The name to expect in its certificate; default: the host.",
+    ),
+    click.option(
+        "--token-file", type=_FILE, metavar="FILE", help="Whose first line is the token to send."
+    ),
+    click.option(
+        "--allow-plaintext-token",
+        is_flag=True,
+        help="Send the token to another machine without TLS, for all to read on the way.",
+    ),
+)

@@ -10,6 +10,7 @@ from layertap import __version__
 from layertap.cli.extract import extract
 from layertap.cli.health import health
 from layertap.cli.layers import layers
+from layertap.cli.reload import reload
 from layertap.cli.serve import serve
 from layertap.errors import LayertapError
 
@@ -47,6 +48,7 @@ def main() -> None:
 
 
 main.add_command(serve)
+main.add_command(reload)
 main.add_command(layers)
 main.add_command(extract)
 main.add_command(health)

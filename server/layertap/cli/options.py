@@ -59,7 +59,7 @@ def seed(function: F) -> F:
 def local_model_options(function: F) -> F:
     """Add the options of a model that is loaded into this process, and ``--server`` instead."""
     for option in (
-        connection_options,
+        connection_options(),
         click.option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from layertap.cli.options import find_local_modules, item_shape, seed
 from layertap.cli.secret_options import secret_options
+
+if TYPE_CHECKING:
+    from layertap.app.config import ServerConfig
 
 __all__ = ["serve"]
 
@@ -113,6 +117,21 @@ MODEL_FLAGS = (
     "environment variables work too. Needs layertap[otel].",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    default=None,
+    help="End where a model can't be loaded at the start, instead of serving the others.",
+)
+@click.option(
+    "--admin", is_flag=True, default=None, help="Serve AdminService: `layertap reload` needs it."
+)
+@click.option(
+    "--watch",
+    is_flag=True,
+    default=None,
+    help="Reload when the configuration's or a model's file changes, as SIGHUP does.",
+)
+@click.option(
     "--config",
     "config_file",
     type=click.Path(),
@@ -133,8 +152,9 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
       layertap serve a=nets/a.pt b=mynets:build --device cuda --port 9001
       layertap serve --config layertap.toml --port 0
 
-    Health (grpc.health.v1) is NOT_SERVING until every model is loaded and its layers are warm. A
-    second signal ends the process at once.
+    Health (grpc.health.v1) is NOT_SERVING until the models are loaded and their layers are warm;
+    each model has its own. SIGHUP reads the configuration and changed weights again, without a
+    failed request. A second SIGTERM ends the process at once.
     """
     if not models and config_file is None:
         raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")
@@ -148,12 +168,14 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     find_local_modules()
     if flags["layers"] is not None:
         flags["layers"] = tuple(flags["layers"].split(","))
-    config = with_flags(
-        load_config(config_file) if config_file else ServerConfig(),
-        models,
-        {name: flags.pop(name) for name in MODEL_FLAGS},
-        flags,
-    )
+    model_flags = {name: flags.pop(name) for name in MODEL_FLAGS}
+
+    def read() -> ServerConfig:
+        file = load_config(config_file) if config_file else ServerConfig()
+        return with_flags(file, models, model_flags, flags)
+
+    config = read()
     configure_logs(config.server.log_format, config.server.log_level)
     narrator = LogNarrator() if config.server.log_format == "json" else Stderr()
-    raise SystemExit(lifecycle.serve(config, narrator))
+    path = Path(config_file) if config_file else None
+    raise SystemExit(lifecycle.serve(config, narrator, read, path))

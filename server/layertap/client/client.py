@@ -17,7 +17,7 @@ from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import LayertapError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
-from layertap.v1 import catalogue_pb2, feature_service_pb2
+from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Client"]
 
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 SERVICE = "/layertap.v1.FeatureService/"
+RELOAD = "/layertap.v1.AdminService/Reload"
 TARGET = "127.0.0.1:8001"
 
 
@@ -214,6 +216,37 @@ class Client:
         request = feature_service_pb2.DescribeModelRequest(model=model)
         reply = self._call(self._describe, request.SerializeToString(), timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
+
+    def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
+        """Have the server read its configuration and changed weights again.
+
+        Returns:
+            What became of each model, once everything new is warm.
+
+        Raises:
+            LayertapError: Where the configuration is wrong, another reload is in progress, or the
+                server was started without ``--admin``.
+        """
+        reply = self._call(self._channel.unary_unary(RELOAD), b"", timeout)
+        return admin_service_pb2.ReloadResponse.FromString(reply)
+
+    def health(self, service: str = "", *, timeout: float | None = None) -> str:
+        """Return what the server says of itself by ``grpc.health.v1``: ``SERVING`` or another.
+
+        Args:
+            service: A model's name, or ``layertap.v1.FeatureService``; the server as a whole if
+                empty.
+            timeout: Seconds that this call may take; None for the client's own.
+
+        Raises:
+            NotFoundError: For a name that it does not know.
+            UnavailableError: Where it can't be reached.
+        """
+        request = health_pb2.HealthCheckRequest(service=service)
+        message = request.SerializeToString()
+        reply = self._call(self._channel.unary_unary(HEALTH_CHECK), message, timeout)
+        status = health_pb2.HealthCheckResponse.FromString(reply).status
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until the server reports itself as serving.

@@ -2,78 +2,27 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import threading
-import time
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 
 from layertap.batching import ALONE, BatchPolicy
 from layertap.engine.admission import Admission
-from layertap.engine.batch import (
-    ImagesInput,
-    TensorInput,
-    check_tensor,
-    decode_images,
-    preprocess_images,
-)
+from layertap.engine.beside import run_beside
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
-from layertap.engine.host import ModelHost
+from layertap.engine.host import HostOptions, ModelHost
+from layertap.engine.leaving import let_go
 from layertap.engine.limits import Limits
-from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
-from layertap.engine.resolve import Resolved
-from layertap.engine.work import Work, compute
-from layertap.errors import ConfigError, DeadlineExceededError, ModelNotFoundError
-from layertap.extraction.gate import no_forward_pass
-from layertap.extraction.plan import Plan
+from layertap.engine.pipeline import Extraction, ExtractionRequest, Pipeline
+from layertap.engine.versions import Version, Versions
+from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
-from layertap.models import ModelSpec, load_model
-from layertap.selection import Extractor, LayerSelection
-from layertap.wire.messages import REPLY_HEAD_SIZE, Timings, encode_reply_head
+from layertap.models import LoadedModel, ModelSpec, load_model
+from layertap.selection import LayerSelection
 
-__all__ = ["Engine", "Extraction", "ExtractionRequest"]
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractionRequest:
-    """What a caller wants.
-
-    Attributes:
-        model: A served model's name.
-        input: The batch.
-        selections: The layers to return.
-        extractor: How to take them.
-        reply_fields: Serialized fields that the reply bears besides its own, such as an item's id.
-    """
-
-    model: str
-    input: TensorInput | ImagesInput
-    selections: tuple[LayerSelection, ...]
-    extractor: Extractor = Extractor.AUTO
-    reply_fields: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class Extraction:
-    """What the caller gets.
-
-    Attributes:
-        message: A serialized ``layertap.v1.ExtractResponse``, and ``reply_fields``.
-        extractor: Which extractor served it; never AUTO.
-        timings: Where the time went.
-        together: Requests that shared the forward pass, this one included.
-    """
-
-    message: bytes
-    extractor: Extractor
-    timings: Timings
-    together: int = 1
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -100,8 +49,9 @@ class Engine:
         self._plan_cache = plan_cache
         self._compute = ComputeThreads(instances, threads)
         self._admission = Admission(self.limits.pending, self.limits.pending_bytes)
-        self._decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
-        self._hosts: dict[str, ModelHost] = {}
+        self._pipeline = Pipeline(self._compute, self._admission, self.limits)
+        self._versions: Versions[ModelHost] = Versions()
+        self._leaving: list[threading.Thread] = []
 
     @property
     def pending(self) -> int:
@@ -134,51 +84,84 @@ class Engine:
             ModelLoadError: Where the model can't be had or can't run.
             LayertapError: Whatever a request for the declared layers would raise.
         """
-        if spec.name in self._hosts:
+        if spec.name in self._versions:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
-        model = self._compute.run(lambda: load_model(spec, self._device), Call())
-        host = ModelHost(
-            model,
-            self._compute,
-            self.limits,
-            self._plan_cache,
-            require_finite=require_finite,
-            batching=batching,
-        )
-        try:
-            host.declare(declared)
-        except BaseException:
-            host.close()
-            raise
-        self._hosts[spec.name] = host
-        return host
+        call = Call()
+        model = self._compute.run(lambda: load_model(spec, self._device), call)
+        return self._publish(model, declared, HostOptions(require_finite, batching), call)
 
-    def unload(self, name: str) -> None:
+    def replace(
+        self,
+        spec: ModelSpec,
+        declared: Sequence[LayerSelection] = (),
+        *,
+        require_finite: bool = False,
+        batching: BatchPolicy = ALONE,
+        call: Call | None = None,
+    ) -> ModelHost:
+        """Load a model as ``load`` does, while the version that has its name serves on.
+
+        Weights are read beside the requests; what runs the model takes its turn among them. Once
+        everything is warm, new requests go to the new version. The former one answers those that it
+        has, and is let go in the background. Where the name is new, this is a load. Both versions
+        are in memory for a while.
+
+        Args:
+            spec: What to load.
+            declared: Layers that will be asked for.
+            require_finite: Whether NaN and infinity in a layer are an error.
+            batching: How large a batch of several requests may get, and how long it is waited for.
+            call: Cancels the load.
+
+        Raises:
+            ModelLoadError: Where the model can't be had or can't run; the former version serves on,
+                as after any other error.
+            LayertapError: Whatever a request for the declared layers would raise.
+            CancelledError: Where the call was cancelled.
+        """
+        call = call or Call()
+        model = run_beside(lambda: load_model(spec, self._device), call)
+        return self._publish(model, declared, HostOptions(require_finite, batching), call)
+
+    def unload(self, name: str, *, wait: bool = True) -> None:
         """Let go of a model; requests that were admitted are still answered.
+
+        Args:
+            name: The model, or one that was expected and never came.
+            wait: Whether to return only once it has been let go.
 
         Raises:
             ModelNotFoundError: Where no model has that name.
         """
-        host = self.host(name)
-        self._hosts.pop(name, None)
-        # Behind the requests that wait already.
-        self._compute.run(partial(_close_alone, host), Call())
-        # Modules, hooks and plans refer to each other in circles, and are too large to leave them
-        # until the collector comes by on its own.
-        del host
-        gc.collect()
+        former = self._versions.withdraw(name)
+        if former is not None and wait:
+            let_go(former, self._compute)
+        elif former is not None:
+            self._let_go_beside(former)
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Name the models that are to be served, in the order in which ``hosts`` lists them.
+
+        A request for one that is not loaded yet is UNAVAILABLE instead of not found.
+        """
+        self._versions.expect(names)
+
+    def explain(self, name: str, reason: str) -> None:
+        """Say why a model is not served, for those who ask for it; nothing changes where it is."""
+        self._versions.explain(name, reason)
 
     def hosts(self) -> list[ModelHost]:
-        """Return the served models in the order in which they were loaded."""
-        return list(self._hosts.values())
+        """Return the served models in the order of ``expect``, then in that of their loading."""
+        return self._versions.hosts()
 
     def host(self, name: str) -> ModelHost:
-        """Return a served model; raise ModelNotFoundError with the served names for another."""
-        host = self._hosts.get(name)
-        if host is None:
-            served = ", ".join(map(repr, tuple(self._hosts))) or "none"
-            raise ModelNotFoundError(f"model: got {name!r}, served models: {served}")
-        return host
+        """Return a served model.
+
+        Raises:
+            ModelNotFoundError: Where there is none of that name; the message has the served names.
+            UnavailableError: Where it is being loaded or could not be loaded.
+        """
+        return self._versions.host(name)
 
     def extract(self, request: ExtractionRequest, call: Call) -> Extraction:
         """Run one request: admit, check, plan, compute, publish.
@@ -191,76 +174,45 @@ class Engine:
         Raises:
             LayertapError: See the tree; nothing is computed for a request that is refused.
         """
-        with self._admission.request():
-            return self._extract(request, call)
-
-    def _extract(self, request: ExtractionRequest, call: Call) -> Extraction:
-        host = self.host(request.model)
-        resolved = host.resolve(request.selections, request.extractor)
-        x = self._batch(host, request.input, call)
-        plan = host.plan(resolved, tuple(x.shape[1:]), call)
-        envelope = Envelope(
-            self.limits.reply_bytes,
-            REPLY_HEAD_SIZE + len(request.reply_fields),
-            partial(self._admission.reserve, call=call),
-        )
-        make = partial(_reply, plan, resolved, x.shape, envelope)
-        work = Work(host, plan, resolved, x, make(), make, call)
-        prepared_ns = time.perf_counter_ns()
-        done = self._compute.run_batched(
-            work, compute, call, key=_key(work), size=work.items, policy=host.batching
-        )
-        timings = Timings(
-            prepare_ns=prepared_ns - call.started_ns,
-            queue_ns=done.begun_ns - prepared_ns,
-            compute_ns=done.ended_ns - done.begun_ns,
-            total_ns=time.perf_counter_ns() - call.started_ns,
-        )
-        head = encode_reply_head(plan.extractor, timings)
-        message = done.reply.finish(head + request.reply_fields)
-        return Extraction(message, plan.extractor, timings, done.together)
+        # Note [A version is let go when nobody uses it]
+        with self._admission.request(), self._versions.lease(request.model) as host:
+            return self._pipeline.extract(host, request, call)
 
     def close(self) -> None:
         """Finish what was admitted, then let go of the models."""
         self._compute.close()
-        for host in self._hosts.values():
+        for host in self._versions.hosts():
+            self._versions.withdraw(host.model.name)
             host.close()
-        self._hosts.clear()
+        for leaving in self._leaving:
+            leaving.join()
 
-    def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
-        if isinstance(given, TensorInput):
-            return check_tensor(host.model, given.tensor, self.limits)
-        with self._decoding(call):
-            images = decode_images(host.model, given.images, self.limits)
-        return self._compute.run(lambda: preprocess_images(host.model, images), call)
-
-    @contextmanager
-    def _decoding(self, call: Call) -> Iterator[None]:
-        """Decode no more images at once than there are cores: more would only slow each other."""
-        if not self._decoders.acquire(timeout=call.remaining()):
-            raise DeadlineExceededError("the deadline passed before the images were decoded")
+    def _publish(
+        self,
+        model: LoadedModel,
+        declared: Sequence[LayerSelection],
+        options: HostOptions,
+        call: Call,
+    ) -> ModelHost:
+        host = ModelHost(
+            model, self._compute, self.limits, self._plan_cache, options=options, call=call
+        )
         try:
-            yield
-        finally:
-            self._decoders.release()
+            host.declare(declared, call)
+            call.check()
+        except BaseException:
+            host.close()
+            raise
+        former = self._versions.publish(model.name, host)
+        if former is not None:
+            self._let_go_beside(former)
+        return host
 
-
-def _reply(plan: Plan, resolved: Resolved, batch_shape: Sequence[int], envelope: Envelope) -> Reply:
-    kind = ReplyCollector if plan.dynamic else ReplyWriter
-    return kind(resolved.outputs, plan.specs, batch_shape, envelope)
-
-
-def _key(work: Work) -> Hashable:
-    """Return what requests that may share a forward pass have in common; None for those that can't.
-
-    The plan stands for model, layers and extractor.
-    """
-    if work.host.batching.max_size == 1 or work.plan.dynamic or work.plan.shared is False:
-        return None
-    return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype
-
-
-def _close_alone(host: ModelHost) -> None:
-    """Close a host once no forward pass needs its hooks any more."""
-    with no_forward_pass():
-        host.close()
+    def _let_go_beside(self, former: Version[ModelHost]) -> None:
+        leaving = threading.Thread(
+            target=let_go, args=(former, self._compute), name="layertap-leaving", daemon=True
+        )
+        self._leaving = [thread for thread in self._leaving if thread.is_alive()]
+        # Started first: only then is it alive.
+        leaving.start()
+        self._leaving.append(leaving)

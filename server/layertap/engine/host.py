@@ -28,7 +28,7 @@ from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
 
-__all__ = ["ModelHost", "RefusedPlan"]
+__all__ = ["HostOptions", "ModelHost", "RefusedPlan"]
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +64,20 @@ class RefusedPlan:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """How a model is served.
+
+    Attributes:
+        require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
+            sent as they are.
+        batching: How large a batch of several requests may get, and how long it is waited for.
+    """
+
+    require_finite: bool = False
+    batching: BatchPolicy = ALONE
+
+
 class ModelHost:
     """A loaded model and everything that was learnt about it.
 
@@ -72,15 +86,16 @@ class ModelHost:
         compute: The threads that run it; measuring runs there, so construction takes a while.
         limits: What requests may ask for.
         cache: Where the compiled plans of declared layers are stored.
-        require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
-            sent as they are.
-        batching: How large a batch of several requests may get, and how long it is waited for.
+        options: How it is served.
+        call: Cancels the measuring.
 
     Attributes:
+        weight_bytes: Bytes of the model's parameters and buffers on its device.
         turn: Held by each forward pass; a lock where two at once would see each other's state.
 
     Raises:
         ModelLoadError: Where the model can't run on its own input shape.
+        CancelledError: Where the call was cancelled.
     """
 
     def __init__(
@@ -90,16 +105,17 @@ class ModelHost:
         limits: Limits,
         cache: PlanCache | None = None,
         *,
-        require_finite: bool = False,
-        batching: BatchPolicy = ALONE,
+        options: HostOptions | None = None,
+        call: Call | None = None,
     ) -> None:
+        call = call or Call()
         self.model = model
-        self.batching = batching
-        self.require_finite = require_finite
+        self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
+        self.weight_bytes = model.weight_bytes()
         self._compute = compute
         self._taps = Taps(model.module)
-        self.catalogue: Catalogue = compute.run(lambda: measure(model), Call())
+        self.catalogue: Catalogue = compute.run(lambda: measure(model), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
         shared = compute.instances > 1 and self.catalogue.keeps_state
         self.turn: AbstractContextManager[object] = threading.Lock() if shared else nullcontext()
@@ -123,11 +139,12 @@ class ModelHost:
         """Match selections against the catalogue; see ``layertap.engine.resolve``."""
         return self._resolve(selections, extractor)
 
-    def declare(self, selections: Sequence[LayerSelection]) -> None:
+    def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
         """Build and keep the plans of layers that will be asked for, together and each alone.
 
         AUTO then serves them by TORCHSCRIPT at the model's own item shape. Where the model can't be
-        compiled, the log says so and they are served by the next best extractor.
+        compiled, the log says so and they are served by the next best extractor. Requests take
+        their turn between the steps; the call cancels the rest of them.
 
         Raises:
             LayertapError: Whatever a request for them would raise.
@@ -136,7 +153,7 @@ class ModelHost:
         sets = [tuple(selections), *((selection,) for selection in selections)]
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
-            key, plan = self._compute.run(partial(self._build_best, resolved), Call())
+            key, plan = self._build_best(resolved, call or Call())
             self._declared_plans[key] = plan
             self._warm_batches(plan)
 
@@ -160,6 +177,13 @@ class ModelHost:
             if isinstance(refusal, ExtractorUnsupportedError)
         ]
 
+    def stop_promoting(self) -> None:
+        """Give up what is being compiled beside requests.
+
+        Before a compute thread closes the host, which would wait for a step that waits for it.
+        """
+        self._promoter.close()
+
     def close(self) -> None:
         """Take the hooks off the model and forget its plans."""
         self._promoter.close()
@@ -169,12 +193,15 @@ class ModelHost:
             self._plans.clear()
             self._declared_plans.clear()
 
-    def _build_best(self, resolved: Resolved) -> tuple[PlanKey, Plan]:
+    def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
         """Build the compiled plan of a layer set, or else the best one that there can be."""
         for extractor in resolved.candidates:
             key = (extractor, resolved.points, self.model.input.item_shape)
             try:
-                return key, self._builder.build(*key, keep=True)
+                steps = self._builder.steps(*key, keep=True)
+                while (plan := self._compute.run(partial(next, steps), call)) is None:
+                    pass
+                return key, plan
             except ExtractorUnsupportedError as refusal:
                 self._remember(self._refusals, key, refusal, MAX_REFUSALS)
                 if extractor is resolved.candidates[-1]:
@@ -185,7 +212,7 @@ class ModelHost:
     def _warm_batches(self, plan: Plan) -> None:
         """Run a declared plan at the batch sizes up to the largest: 1, 2, 4 and so on."""
         shape = self.model.input.item_shape
-        if self.batching.max_size == 1:
+        if self.options.batching.max_size == 1:
             return
         if not self._compute.run(partial(self.prove_shared, plan, shape), Call()):
             _log.warning(
@@ -194,8 +221,10 @@ class ModelHost:
             )  # fmt: skip
             return
         size = 2
-        while size < 2 * self.batching.max_size:
-            warm = partial(self._builder.warm, plan, shape, min(size, self.batching.max_size))
+        while size < 2 * self.options.batching.max_size:
+            warm = partial(
+                self._builder.warm, plan, shape, min(size, self.options.batching.max_size)
+            )
             self._compute.run(warm, Call())
             size *= 2
 

@@ -170,7 +170,7 @@ def _abandoning(calls: Sequence[Call]) -> Callable[[], None]:
 
 
 def _sink(work: Work) -> Sink:
-    return _finite_only(work) if work.host.require_finite else work.reply
+    return _finite_only(work) if work.host.options.require_finite else work.reply
 
 
 def _finite_only(work: Work) -> Sink:

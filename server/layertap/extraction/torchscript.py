@@ -20,6 +20,7 @@ another compiler can stand beside it.
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,14 @@ The profiling executor specialises on the second call of a shape and settles on 
 """
 
 
+_tracing = threading.Lock()
+"""Held while a model is traced.
+
+torch.jit keeps the modules of the trace in a global: of two traces at once one puts the other's
+back, which keeps that model alive. Python's list of warnings to ignore is a global likewise.
+"""
+
+
 def trace_taps(
     model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: torch.Tensor
 ) -> torch.jit.ScriptModule:
@@ -56,7 +65,7 @@ def trace_taps(
     """
     tapped = _Tapped(model, taps, points).eval()
     # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
-    with _deprecated():
+    with _tracing, _deprecated():
         traced = torch.jit.trace(tapped, (example,), check_trace=False)
         own = _in_unit_of_its_own(traced.eval(), model.device)
         frozen: torch.jit.ScriptModule = torch.jit.freeze(own)

@@ -63,3 +63,8 @@ class LoadedModel:
         Gradient mode is the caller's business; whatever the module raises passes through.
         """
         return self.module(list(x.unbind(0)) if self.takes_list else x)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of the parameters and buffers; what is shared counts once."""
+        tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

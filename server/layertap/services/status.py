@@ -63,17 +63,21 @@ def code_of(error: Exception) -> grpc.StatusCode:
     return status_of(type(error)) if isinstance(error, errors.LayertapError) else Code.INTERNAL
 
 
-def leaving(error: Exception) -> errors.LayertapError:
+def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError:
     """Return the error as it may leave the server.
 
     Domain errors carry their own text, except for those that speak of the operator's files.
     Anything else is an InternalError. What the text leaves out is in the log, and in the operator's
     traces where there are any, under the request's id, which it names. Call it where the error is
     being handled.
+
+    Args:
+        error: What was raised.
+        to_owner: Whether whoever asked may read of the operator's files.
     """
     request = current_request()
     request_id = request.id if request else "an unnamed request"
-    if isinstance(error, _PRIVATE):
+    if isinstance(error, _PRIVATE) and not to_owner:
         _log.error("request %s failed: %s", request_id, error)
         return type(error)(f"the server could not do it; its log has the reason as {request_id}")
     if isinstance(error, errors.LayertapError):
@@ -84,7 +88,7 @@ def leaving(error: Exception) -> errors.LayertapError:
     return errors.InternalError(f"internal error; the server's log has it as {request_id}")
 
 
-def guarded(handler: Handler) -> Handler:
+def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
     """Wrap a handler so that whatever it raises becomes a status, as ``leaving`` says."""
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
@@ -92,7 +96,7 @@ def guarded(handler: Handler) -> Handler:
         try:
             return handler(message, context)
         except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
-            _abort(context, leaving(error), request)
+            _abort(context, leaving(error, to_owner=to_owner), request)
 
     return handle
 

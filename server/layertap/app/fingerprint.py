@@ -1,0 +1,56 @@
+"""What tells that a model has to be loaded again: its section, and its files' state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from layertap.app.config import ModelSection
+from layertap.models import SourceKind
+from layertap.models.weights import is_path
+
+__all__ = ["Fingerprint", "Snapshot", "files_of", "fingerprint", "snapshot"]
+
+FileState = tuple[int, int, int] | None
+"""Inode, time of the last change in ns and bytes; None where there is no such file.
+
+The inode, because a renamed file may keep its time. Links are followed, as a mounted ConfigMap
+changes by them.
+"""
+
+Snapshot = dict[Path, FileState]
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A model's section, and the state of the files that it names."""
+
+    section: ModelSection
+    files: tuple[FileState, ...]
+
+
+def files_of(section: ModelSection) -> tuple[Path, ...]:
+    """Return the files that a model is loaded from. Python code is not among them."""
+    spec = section.spec()
+    source = [Path(spec.target)] if spec.kind is SourceKind.TORCHSCRIPT else []
+    weights = [Path(spec.weights)] if is_path(spec.weights) else []
+    return (*source, *weights)
+
+
+def fingerprint(section: ModelSection) -> Fingerprint:
+    """Return a model's fingerprint. Take it before loading: what changes meanwhile then shows."""
+    return Fingerprint(section, tuple(snapshot(files_of(section)).values()))
+
+
+def snapshot(files: Iterable[Path]) -> Snapshot:
+    """Return the state of files."""
+    return {file: _state(file) for file in files}
+
+
+def _state(file: Path) -> FileState:
+    try:
+        stat = file.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size

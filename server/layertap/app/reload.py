@@ -1,0 +1,159 @@
+"""Reloads: configuration and weights are read again, by a signal, a call or a changed file."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import msgspec
+
+from layertap.app.config import ServerConfig
+from layertap.app.served_models import Narrator, ServedModels, check_models
+from layertap.engine import Call
+from layertap.errors import CancelledError, LayertapError, UnavailableError
+from layertap.services.admin_service import ReloadAction, ReloadReport
+
+__all__ = ["Reloader", "waiting_for_restart"]
+
+_log = logging.getLogger(__name__)
+
+_LIVE = frozenset({"grace_seconds"})
+"""Settings of the server that are read when they are needed."""
+
+
+class Reloader:
+    """Reloads one at a time.
+
+    Args:
+        read: Reads the configuration, flags included.
+        config: What the server was started with.
+        models: What is kept in step with it.
+        narrator: Told what came of reloads that nobody waits for.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], ServerConfig],
+        config: ServerConfig,
+        models: ServedModels,
+        narrator: Narrator,
+    ) -> None:
+        self._read = read
+        self._started_with = config
+        self._config = config
+        self._models = models
+        self._narrator = narrator
+        self._asked: SimpleQueue[bool] = SimpleQueue()
+        self._turn = threading.Lock()
+        self._call = Call()
+        self._ready = False
+        # A daemon: a model that hangs while it loads must not keep the process from ending.
+        self._thread = threading.Thread(target=self._work, name="layertap-reload", daemon=True)
+
+    @property
+    def config(self) -> ServerConfig:
+        """The last configuration that was read without a mistake."""
+        return self._config
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reload is in progress."""
+        return self._turn.locked()
+
+    def start(self) -> None:
+        """Take requests for reloads, once the server is ready."""
+        self._ready = True
+        self._thread.start()
+
+    def reload(self) -> ReloadReport:
+        """Reload now, in the caller's thread.
+
+        Raises:
+            UnavailableError: While another reload is in progress, before ``start`` and after
+                ``stop``.
+            LayertapError: Where the configuration is wrong; nothing has changed then.
+        """
+        if not self._ready:
+            raise UnavailableError("the server is starting or stopping, and doesn't reload")
+        if not self._turn.acquire(blocking=False):
+            raise UnavailableError("a reload is in progress; ask again when it has ended")
+        try:
+            return self._reload()
+        finally:
+            self._turn.release()
+
+    def request(self) -> None:
+        """Have it reloaded soon, in a thread of the reloader, after one that is in progress."""
+        self._asked.put(True)
+
+    def stop(self) -> None:
+        """Refuse reloads, and give up the one in progress at its next step."""
+        self._ready = False
+        self._call.cancel()
+        self._asked.put(False)
+
+    def _work(self) -> None:
+        while self._asked.get():
+            # Whatever was asked for until now is answered by the one that begins now.
+            if not self._drain():
+                return
+            with self._turn:
+                try:
+                    self._tell(self._reload())
+                except LayertapError as error:
+                    if self._ready:
+                        self._narrator.say(f"error: not reloaded: {error}")
+                except Exception:  # noqa: BLE001 - the next reload may do; it is logged in full
+                    _log.exception("reload failed")
+
+    def _drain(self) -> bool:
+        """Drop requests that wait; return False where the last word was to stop."""
+        go_on = True
+        while go_on:
+            try:
+                go_on = self._asked.get_nowait()
+            except Empty:
+                return True
+        return False
+
+    def _reload(self) -> ReloadReport:
+        config = self._read()
+        check_models(config)
+        # One for each reload: a call keeps what was computed for it.
+        call = self._call = Call()
+        try:
+            if not self._ready:  # Stopped in between, when there was no such call to cancel.
+                call.cancel()
+            models = self._models.reload(config, call)
+        except CancelledError:
+            raise UnavailableError("the server is stopping; the reload was given up") from None
+        finally:
+            self._call = Call()
+        self._config = config
+        waiting = waiting_for_restart(self._started_with, config)
+        for text in waiting:
+            self._narrator.say(f"note: {text}, until the server is restarted")
+        return ReloadReport(models, waiting)
+
+    def _tell(self, report: ReloadReport) -> None:
+        of = {
+            action: [m.name for m in report.models if m.action is action] for action in ReloadAction
+        }
+        told = [f"{len(names)} {action}" for action, names in of.items() if names]
+        self._narrator.say(f"reloaded: {', '.join(told)}")
+
+
+def waiting_for_restart(started_with: ServerConfig, config: ServerConfig) -> tuple[str, ...]:
+    """Name the settings that can't change while the server runs, and have."""
+    waiting = []
+    for section in ("server", "limits"):
+        old = msgspec.structs.asdict(getattr(started_with, section))
+        new = msgspec.structs.asdict(getattr(config, section))
+        waiting += [
+            f"{section}.{key}: {new[key]!r}, still {old[key]!r}"
+            for key in old
+            if new[key] != old[key] and key not in _LIVE
+        ]
+    return tuple(waiting)

@@ -1,0 +1,174 @@
+"""The models that the configuration asks for: loaded, replaced and unloaded, with their health."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from layertap.app.config import ModelSection, ServerConfig
+from layertap.app.fingerprint import Fingerprint, fingerprint
+from layertap.app.health import ModelHealth
+from layertap.engine import Call, Engine, ModelHost
+from layertap.errors import (
+    CancelledError,
+    ConfigError,
+    ExtractorUnsupportedError,
+    InvalidInputError,
+    LayertapError,
+    ModelLoadError,
+    NotFoundError,
+)
+from layertap.services.admin_service import ModelReload, ReloadAction
+
+__all__ = ["Narrator", "ServedModels", "check_models"]
+
+_log = logging.getLogger(__name__)
+
+
+class Narrator(Protocol):
+    """Tells the person at the terminal how it goes. Called from several threads."""
+
+    def say(self, text: str) -> None:
+        """Tell something that happened."""
+
+    def busy(self, text: str) -> AbstractContextManager[None]:
+        """Show that something is going on that may take long."""
+
+
+def check_models(config: ServerConfig) -> None:
+    """Find what can be found before any model is loaded.
+
+    Raises:
+        ConfigError: For no model, or two of one name.
+        InvalidInputError: For a malformed layer.
+    """
+    config.check_names()
+    if not config.models:
+        raise ConfigError("models: got none, expected at least one to serve")
+    for model in config.models:
+        model.selections()
+
+
+class ServedModels:
+    """Keeps an engine's models, and what health tells of them, in step with a configuration.
+
+    Not safe to share between threads: one loads or reloads at a time.
+
+    Args:
+        engine: The engine; only this changes its models.
+        health: Told SERVING of a model that is warm, NOT_SERVING of one that is not.
+        narrator: Told what was loaded and what was not.
+    """
+
+    def __init__(self, engine: Engine, health: ModelHealth, narrator: Narrator) -> None:
+        self._engine = engine
+        self._health = health
+        self._narrator = narrator
+        # None: asked for, and not served.
+        self._served: dict[str, Fingerprint | None] = {}
+
+    def load(self, config: ServerConfig, *, strict: bool) -> None:
+        """Load all models at the start; one that fails doesn't stop the others.
+
+        Raises:
+            LayertapError: Where one of them fails and ``strict`` is set, or where all do.
+        """
+        self._expect(config)
+        failures = []
+        for model in config.models:
+            try:
+                self._load(model, self._engine.load)
+            except Exception as error:
+                if strict or len(config.models) == 1:
+                    raise
+                self._fail(model, error)
+                failures.append(error)
+        if len(failures) == len(config.models):
+            raise ModelLoadError("none of the models could be loaded")
+
+    def reload(self, config: ServerConfig, call: Call) -> tuple[ModelReload, ...]:
+        """Load what is new or changed, then unload what is gone; tell of each model.
+
+        Raises:
+            CancelledError: Where the call was cancelled; what was done stays done.
+        """
+        self._expect(config)
+        names = [model.spec().name for model in config.models]
+        done = [self._update(model, call) for model in config.models]
+        done += [self._unload(name) for name in list(self._served) if name not in names]
+        self._health.show("", serving=bool(self._engine.hosts()))
+        return tuple(done)
+
+    def _expect(self, config: ServerConfig) -> None:
+        names = [model.spec().name for model in config.models]
+        self._engine.expect(names)
+        for name in names:
+            if self._served.setdefault(name, None) is None:
+                self._health.show(name, serving=False)
+
+    def _update(self, model: ModelSection, call: Call) -> ModelReload:
+        name = model.spec().name
+        served = self._served[name]
+        if served is not None and served == fingerprint(model):
+            return ModelReload(name, ReloadAction.UNCHANGED)
+
+        def replace(*args: object, **options: object) -> ModelHost:
+            return self._engine.replace(*args, **options, call=call)  # type: ignore[arg-type]
+
+        try:
+            self._load(model, replace)
+        except CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - told, and logged where it is unexpected
+            self._fail(model, error)
+            reason = _text(error)
+            return ModelReload(name, ReloadAction.FAILED, reason, serving=served is not None)
+        return ModelReload(name, ReloadAction.REPLACED if served else ReloadAction.LOADED)
+
+    def _unload(self, name: str) -> ModelReload:
+        self._served.pop(name)
+        self._health.forget(name)
+        self._engine.unload(name, wait=False)
+        self._narrator.say(f"unloaded {name}")
+        return ModelReload(name, ReloadAction.UNLOADED, serving=False)
+
+    def _load(self, model: ModelSection, load: Callable[..., ModelHost]) -> None:
+        spec, declared = model.spec(), model.selections()
+        state = fingerprint(model)
+        begun = time.monotonic()
+        compiling = f" and compiling {len(declared)} layers" if declared else ""
+        with self._narrator.busy(f"loading {spec.name}{compiling}"):
+            host = load(
+                spec, declared, require_finite=model.require_finite, batching=model.batching()
+            )
+        former, self._served[spec.name] = self._served[spec.name], state
+        self._health.show(spec.name, serving=True)
+        loaded = host.model
+        self._narrator.say(
+            f"{'replaced' if former else 'loaded'} {loaded.name}: {loaded.source}, weights "
+            f"{loaded.weights}, on {loaded.device}, in {time.monotonic() - begun:.1f} s"
+        )
+
+    def _fail(self, model: ModelSection, error: Exception) -> None:
+        name = model.spec().name
+        self._engine.explain(name, _public(error))
+        if not isinstance(error, LayertapError):
+            _log.error("loading model %s failed", name, exc_info=error)
+        what = "not replaced, the version before serves on" if self._served[name] else "not loaded"
+        self._narrator.say(f"error: model {name}: {what}: {_text(error)}")
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, LayertapError):
+        return str(error)
+    return f"unexpected {type(error).__name__}; the log has the details"
+
+
+def _public(error: Exception) -> str:
+    """Return what any caller may read: no folder, and nothing that the model's own code says."""
+    if isinstance(error, (InvalidInputError, NotFoundError, ExtractorUnsupportedError)):
+        return str(error)  # About declared layers, in the words of any request for them.
+    return "it could not be loaded; the server's log says why"

@@ -1,0 +1,56 @@
+"""``layertap reload``."""
+
+from __future__ import annotations
+
+import click
+
+from layertap.cli.connection import Connection, connection_options
+from layertap.client.client import TARGET
+from layertap.errors import UnavailableError
+from layertap.v1 import admin_service_pb2
+
+__all__ = ["reload"]
+
+
+@click.command(short_help="Have a server read configuration and weights again.")
+@connection_options(TARGET)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    metavar="S",
+    help="Seconds to wait for the new versions to be warm; default 600.",
+)
+def reload(server: Connection, timeout: float) -> None:
+    """Have a server read its configuration and changed weights again, without a failed request.
+
+    The server must have been started with --admin; `kill -HUP` does the same without. A model that
+    fails is told with the reason, and what was served before still is: the exit code is 1 then.
+
+    \b
+    Examples:
+      layertap reload
+      layertap reload --server gpu1:8001 --ca server.pem --token-file admin.tokens
+    """
+    with server.client(timeout) as client:
+        try:
+            report = client.reload()
+        except UnavailableError as error:
+            raise UnavailableError(
+                f"{server.target}: {error} (a server takes reloads only if it runs with --admin)"
+            ) from error
+    for model in report.models:
+        click.echo(_line(model))
+    for text in report.not_applied:
+        click.echo(f"needs a restart: {text}")
+    failed = admin_service_pb2.RELOAD_ACTION_FAILED
+    raise SystemExit(any(model.action == failed for model in report.models))
+
+
+def _line(model: admin_service_pb2.ModelReload) -> str:
+    action = admin_service_pb2.ReloadAction.Name(model.action).removeprefix("RELOAD_ACTION_")
+    line = f"{model.name}: {action.lower()}"
+    if model.reason:
+        kept = "the version before serves on" if model.serving else "not served"
+        line += f", {kept}: {model.reason}"
+    return line

@@ -1,0 +1,145 @@
+"""One request's way: check, plan, compute, publish."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from layertap.engine.admission import Admission
+from layertap.engine.batch import (
+    ImagesInput,
+    TensorInput,
+    check_tensor,
+    decode_images,
+    preprocess_images,
+)
+from layertap.engine.call import Call
+from layertap.engine.compute import ComputeThreads
+from layertap.engine.host import ModelHost
+from layertap.engine.limits import Limits
+from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
+from layertap.engine.resolve import Resolved
+from layertap.engine.work import Work, compute
+from layertap.errors import DeadlineExceededError
+from layertap.extraction.plan import Plan
+from layertap.selection import Extractor, LayerSelection
+from layertap.wire.messages import REPLY_HEAD_SIZE, Timings, encode_reply_head
+
+__all__ = ["Extraction", "ExtractionRequest", "Pipeline"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractionRequest:
+    """What a caller wants.
+
+    Attributes:
+        model: A served model's name.
+        input: The batch.
+        selections: The layers to return.
+        extractor: How to take them.
+        reply_fields: Serialized fields that the reply bears besides its own, such as an item's id.
+    """
+
+    model: str
+    input: TensorInput | ImagesInput
+    selections: tuple[LayerSelection, ...]
+    extractor: Extractor = Extractor.AUTO
+    reply_fields: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What the caller gets.
+
+    Attributes:
+        message: A serialized ``layertap.v1.ExtractResponse``, and ``reply_fields``.
+        extractor: Which extractor served it; never AUTO.
+        timings: Where the time went.
+        together: Requests that shared the forward pass, this one included.
+    """
+
+    message: bytes
+    extractor: Extractor
+    timings: Timings
+    together: int = 1
+
+
+class Pipeline:
+    """Takes requests through one engine's compute threads.
+
+    Args:
+        threads: The threads.
+        admission: Counts the bytes of replies.
+        limits: What requests may ask for.
+    """
+
+    def __init__(self, threads: ComputeThreads, admission: Admission, limits: Limits) -> None:
+        self._compute = threads
+        self._admission = admission
+        self._limits = limits
+        self._decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
+
+    def extract(self, host: ModelHost, request: ExtractionRequest, call: Call) -> Extraction:
+        """Run a request on a model; see ``Engine.extract``."""
+        resolved = host.resolve(request.selections, request.extractor)
+        x = self._batch(host, request.input, call)
+        plan = host.plan(resolved, tuple(x.shape[1:]), call)
+        envelope = Envelope(
+            self._limits.reply_bytes,
+            REPLY_HEAD_SIZE + len(request.reply_fields),
+            partial(self._admission.reserve, call=call),
+        )
+        make = partial(_reply, plan, resolved, x.shape, envelope)
+        work = Work(host, plan, resolved, x, make(), make, call)
+        prepared_ns = time.perf_counter_ns()
+        done = self._compute.run_batched(
+            work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
+        )
+        timings = Timings(
+            prepare_ns=prepared_ns - call.started_ns,
+            queue_ns=done.begun_ns - prepared_ns,
+            compute_ns=done.ended_ns - done.begun_ns,
+            total_ns=time.perf_counter_ns() - call.started_ns,
+        )
+        head = encode_reply_head(plan.extractor, timings)
+        message = done.reply.finish(head + request.reply_fields)
+        return Extraction(message, plan.extractor, timings, done.together)
+
+    def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
+        if isinstance(given, TensorInput):
+            return check_tensor(host.model, given.tensor, self._limits)
+        with self._decoding(call):
+            images = decode_images(host.model, given.images, self._limits)
+        return self._compute.run(lambda: preprocess_images(host.model, images), call)
+
+    @contextmanager
+    def _decoding(self, call: Call) -> Iterator[None]:
+        """Decode no more images at once than there are cores: more would only slow each other."""
+        if not self._decoders.acquire(timeout=call.remaining()):
+            raise DeadlineExceededError("the deadline passed before the images were decoded")
+        try:
+            yield
+        finally:
+            self._decoders.release()
+
+
+def _reply(plan: Plan, resolved: Resolved, batch_shape: Sequence[int], envelope: Envelope) -> Reply:
+    kind = ReplyCollector if plan.dynamic else ReplyWriter
+    return kind(resolved.outputs, plan.specs, batch_shape, envelope)
+
+
+def _key(work: Work) -> Hashable:
+    """Return what requests that may share a forward pass have in common; None for those that can't.
+
+    The plan stands for model, layers and extractor.
+    """
+    if work.host.options.batching.max_size == 1 or work.plan.dynamic or work.plan.shared is False:
+        return None
+    return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype

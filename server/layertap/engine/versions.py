@@ -1,0 +1,157 @@
+"""The versions of the served models, and the requests that are in each.
+
+Note [A version is let go when nobody uses it]
+    A request looks its model up once and stays with that version to its end: it resolves names,
+    finds plans and computes there, so no answer mixes two versions. Until then the version counts
+    it, and its hooks stay. The count alone is not enough: a caller whose deadline passed leaves
+    while its forward pass goes on. So hooks are taken off by a compute thread as well, while no
+    forward pass runs (``layertap.engine.engine``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Generic, Protocol, TypeVar
+
+from layertap.errors import ModelNotFoundError, UnavailableError
+
+__all__ = ["Version", "Versions"]
+
+LOADING = "it is being loaded"
+
+
+class _Host(Protocol):
+    """What a version keeps; a ``layertap.engine.host.ModelHost``."""
+
+
+H = TypeVar("H", bound=_Host)
+
+
+class Version(Generic[H]):
+    """One version of a model. ``Versions.lease`` counts a user in, the end of its block out."""
+
+    __slots__ = ("_host", "_news", "users")
+
+    def __init__(self, host: H, news: threading.Condition) -> None:
+        self._host: H | None = host
+        self._news = news
+        self.users = 0
+
+    @property
+    def host(self) -> H:
+        """What serves this version."""
+        if self._host is None:
+            raise AssertionError("a version that was let go has no users")
+        return self._host
+
+    def take(self) -> H:
+        """Wait until nobody uses the version, and return its host; the version forgets it."""
+        with self._news:
+            self._news.wait_for(lambda: not self.users)
+            host, self._host = self.host, None
+            return host
+
+    def __enter__(self) -> H:
+        """Return what serves this version."""
+        return self.host
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Count the user out."""
+        with self._news:
+            self.users -= 1
+            if not self.users:
+                self._news.notify_all()
+
+
+class Versions(Generic[H]):
+    """The version that serves each model, or why none does. Safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._news = threading.Condition(threading.Lock())
+        self._slots: dict[str, Version[H] | str] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether a version of the model serves."""
+        return isinstance(self._slots.get(name), Version)
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Let models that are to be loaded be known, and list all of them in this order.
+
+        A request for one of them is UNAVAILABLE until it serves.
+        """
+        with self._news:
+            kept = self._slots
+            slots = {name: kept.get(name, LOADING) for name in names}
+            self._slots = {**slots, **{name: kept[name] for name in kept if name not in slots}}
+
+    def explain(self, name: str, reason: str) -> None:
+        """Say why a model doesn't serve; what serves goes on."""
+        with self._news:
+            if not isinstance(self._slots.get(name), Version):
+                self._slots[name] = reason
+
+    def publish(self, name: str, host: H) -> Version[H] | None:
+        """Let a host serve from now on; return the version before, whose requests go on."""
+        with self._news:
+            former = self._slots.get(name)
+            self._slots[name] = Version(host, self._news)
+        return former if isinstance(former, Version) else None
+
+    def withdraw(self, name: str) -> Version[H] | None:
+        """Forget a model; return the version that served it, whose requests go on.
+
+        Raises:
+            ModelNotFoundError: Where there is none of that name.
+        """
+        with self._news:
+            former = self._slots.pop(name, None)
+        if former is None:
+            raise self._absent(name, former)
+        return former if isinstance(former, Version) else None
+
+    def lease(self, name: str) -> Version[H]:
+        """Count a user in and return the version, whose block must be entered at once.
+
+        Raises:
+            ModelNotFoundError, UnavailableError: As ``host`` does.
+        """
+        with self._news:
+            slot = self._slots.get(name)
+            if isinstance(slot, Version):
+                slot.users += 1
+                return slot
+        raise self._absent(name, slot)
+
+    def host(self, name: str) -> H:
+        """Return what serves a model.
+
+        Raises:
+            ModelNotFoundError: Where no model has that name; the message lists those that serve.
+            UnavailableError: Where it is still loading or could not be loaded.
+        """
+        with self._news:
+            slot = self._slots.get(name)
+            if isinstance(slot, Version):
+                return slot.host
+        raise self._absent(name, slot)
+
+    def hosts(self) -> list[H]:
+        """Return what serves, in the order of ``expect``."""
+        with self._news:
+            return [slot.host for slot in self._slots.values() if isinstance(slot, Version)]
+
+    def _absent(self, name: str, reason: str | None) -> ModelNotFoundError | UnavailableError:
+        if reason is not None:
+            return UnavailableError(f"model {name!r} is not ready: {reason}")
+        slots = dict(self._slots)
+        ready = [repr(key) for key, slot in slots.items() if isinstance(slot, Version)]
+        return ModelNotFoundError(
+            f"model: got {name!r}, served models: {', '.join(ready) or 'none'}"
+        )

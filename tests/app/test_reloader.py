@@ -1,0 +1,129 @@
+"""Reloads come one at a time, and the server's health is that of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import slownets
+from layertap import Client, errors
+from layertap.app.config import ModelSection, ServerConfig
+from layertap.app.health import ModelHealth
+from layertap.app.reload import Reloader
+from layertap.app.served_models import ServedModels
+from layertap.app.server import FeatureServer, ServerOptions
+from layertap.engine import Engine
+from layertap.services.admin_service import AdminService
+from versioned import ITEM, save, version_of
+
+
+class Scene:
+    """A server in this process that reads its configuration from ``config``."""
+
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        save(folder / "net.pt", 1)
+        self.net = ModelSection(source=str(folder / "net.pt"), item_shape=ITEM)
+        self.config = ServerConfig(models=(self.net,))
+        self.said: list[str] = []
+        health = ModelHealth()
+        models = ServedModels(engine, health, self)
+        self.reloader = Reloader(lambda: self.config, self.config, models, self)
+        admin = AdminService(self.reloader.reload)
+        self.server = FeatureServer(engine, ServerOptions(port=0), health=health, admin=admin)
+        self.server.start()
+        models.load(self.config, strict=False)
+        self.server.ready()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def busy(self, text: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Scene]:
+    """A server whose reloader takes no requests yet."""
+    engine = Engine()
+    scene = Scene(tmp_path, engine)
+    yield scene
+    scene.reloader.stop()
+    scene.server.stop(0)
+    engine.close()
+
+
+def test_a_second_reload_is_refused_and_requests_are_served_meanwhile(scene: Scene) -> None:
+    """While a reload waits for a slow model another one is told so, and callers notice nothing."""
+    slownets.GATE.clear()
+    scene.reloader.start()
+    gated = ModelSection(source="slownets:gated", item_shape=ITEM)
+    scene.config = ServerConfig(models=(scene.net, gated))
+    with ThreadPoolExecutor(1) as pool, Client(scene.server.address) as client:
+        first = pool.submit(client.reload)
+        while not scene.reloader.busy:
+            assert version_of(client) == 1
+        with pytest.raises(errors.UnavailableError, match="a reload is in progress"):
+            client.reload()
+        assert version_of(client) == 1
+        slownets.GATE.set()
+        assert [model.name for model in first.result().models] == ["net", "gated"]
+        assert len(client.reload().models) == 2
+        assert client.extract("gated", np.zeros((1, *ITEM), np.float32), "conv")
+
+
+def test_no_reload_before_the_start_nor_after_the_end(scene: Scene) -> None:
+    """A server that starts or stops refuses reloads instead of loading models for nobody."""
+    with Client(scene.server.address) as client:
+        with pytest.raises(errors.UnavailableError, match="starting or stopping"):
+            client.reload()
+        scene.reloader.start()
+        assert client.reload().models
+        scene.reloader.stop()
+        with pytest.raises(errors.UnavailableError, match="starting or stopping"):
+            client.reload()
+
+
+def test_a_reload_asked_for_while_another_runs_is_not_lost(scene: Scene, tmp_path: Path) -> None:
+    """A file that changes during a reload is taken up by the one that was asked for after it."""
+    slownets.GATE.clear()
+    scene.reloader.start()
+    gated = ModelSection(source="slownets:gated", item_shape=ITEM)
+    scene.config = ServerConfig(models=(scene.net, gated))
+    with Client(scene.server.address) as client:
+        scene.reloader.request()
+        while "gated" not in str(_refusal(client)):
+            pass
+        save(tmp_path / "net.pt", 2)
+        scene.reloader.request()
+        slownets.GATE.set()
+        while version_of(client) == 1:
+            pass
+        assert version_of(client) == 2
+
+
+def _refusal(client: Client) -> errors.LayertapError:
+    with pytest.raises(errors.LayertapError) as told:
+        client.extract("gated", np.zeros((1, *ITEM), np.float32), "conv")
+    return told.value if isinstance(told.value, errors.UnavailableError) else errors.LayertapError()
+
+
+def test_factories_are_not_imported_again(scene: Scene, tmp_path: Path, monkeypatch) -> None:
+    """A changed section builds the model anew by the code that is imported already."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "from versioned import Versioned\ndef build():\n    return Versioned({})\n"
+    (tmp_path / "mycode.py").write_text(code.format(5), encoding="utf-8")
+    scene.reloader.start()
+    mine = {"source": "mycode:build", "name": "net", "item_shape": ITEM}
+    with Client(scene.server.address) as client:
+        scene.config = ServerConfig(models=(ModelSection(**mine),))
+        client.reload()
+        assert version_of(client) == 5
+        (tmp_path / "mycode.py").write_text(code.format(6), encoding="utf-8")
+        scene.config = ServerConfig(models=(ModelSection(**mine, layers=("first",)),))
+        client.reload()
+        assert version_of(client) == 5
