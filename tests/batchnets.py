@@ -63,3 +63,22 @@ def axes() -> nn.Module:
 def interleaved() -> nn.Module:
     """Return an Interleaved."""
     return seeded(Interleaved)
+
+
+class Turns(nn.Module):
+    """Turns its values around where any of them is large: one large item turns the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.tail = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        large = bool((x > 2).any())
+        x = self.conv(x)
+        return self.tail(-x if large else x)
+
+
+def turns() -> nn.Module:
+    """Return a Turns."""
+    return seeded(Turns)

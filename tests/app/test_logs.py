@@ -136,7 +136,7 @@ def test_compute_thread_tells_the_request(engine: Engine) -> None:
     configure_logs("json", "warning", stream)
     assert extract(engine, "req-3", "raises", "head", BATCH + 1e6) == "INTERNAL"
     (record,) = records(stream)
-    assert record["logger"] == "layertap.engine.engine"
+    assert record["logger"] == "layertap.engine.work"
     assert record["request_id"] == "req-3"
     assert "Traceback" in record["exception"]
 

@@ -15,10 +15,12 @@ from layertap import Client, errors
 from layertap.app.config import ModelSection, ServerConfig
 from layertap.app.health import ModelHealth
 from layertap.app.reload import Reloader
+from layertap.app.security import Security
 from layertap.app.served_models import ServedModels
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.services.admin_service import AdminService
+from layertap.services.tokens import Tokens
 from versioned import ITEM, save, version_of
 
 
@@ -34,7 +36,8 @@ class Scene:
         models = ServedModels(engine, health, self)
         self.reloader = Reloader(lambda: self.config, self.config, models, self)
         admin = AdminService(self.reloader.reload)
-        self.server = FeatureServer(engine, ServerOptions(port=0), health=health, admin=admin)
+        options = ServerOptions(port=0, security=Security(tokens=Tokens(trusted=True)))
+        self.server = FeatureServer(engine, options, health=health, admin=admin)
         self.server.start()
         models.load(self.config, strict=False)
         self.server.ready()

@@ -13,7 +13,7 @@ import torch
 
 import tinynets
 from asking import ask
-from layertap import Extractor
+from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
 from layertap.engine.host import MAX_PROMOTED
 from layertap.engine.promotion import PROMOTE_AFTER, Promoter
@@ -76,6 +76,20 @@ def test_very_many_layers_are_not_compiled_beside_requests(engine) -> None:
     # Behind it, a set that is small enough is compiled.
     assert until(lambda: ask(engine, "residual", "layer2", x).extractor is Extractor.TORCHSCRIPT)
     assert ask(engine, "residual", "**", x).extractor is Extractor.HOOK
+
+
+def test_code_that_looks_at_values_is_not_compiled(engine) -> None:
+    """A trace goes the example's way for every input: a model that refuses some would answer."""
+    engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
+    large = np.full((2, *ITEM), 1e6, np.float32)
+    for _ in range(PROMOTE_AFTER * 2):
+        assert ask(engine, "raises", "head", batch()).extractor is Extractor.HOOK
+    # Behind it, what is measured before the code looks is compiled.
+    assert until(lambda: ask(engine, "raises", "conv", batch()).extractor is Extractor.TORCHSCRIPT)
+    with pytest.raises(errors.ModelRunError):
+        ask(engine, "raises", "head", large)
+    with pytest.raises(errors.ExtractorUnsupportedError, match="looks at values"):
+        ask(engine, "raises", "head", large, Extractor.TORCHSCRIPT)
 
 
 def test_content_dependent_sizes_survive_promotion(engine) -> None:

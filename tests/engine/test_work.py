@@ -137,6 +137,18 @@ def test_a_net_whose_items_depend_on_each_other_is_never_shared(engine, net) -> 
     assert not torch.allclose(naive[: len(first)], first, atol=1e-3)
 
 
+def test_a_net_that_looks_at_values_is_never_shared(engine) -> None:
+    """What random items don't show, one large item would: it would turn the others' values."""
+    load(engine, "batchnets:turns")
+    batches = inputs(1, 1)
+    batches[1] += 3
+    together = Together(engine, asking(engine, "turns", "tail", batches))
+    assert together.shared == [1, 1]
+    module = engine.host("turns").model.module
+    for x, values in zip(batches, together.values(), strict=True):
+        assert torch.equal(values["tail"], outputs_of(module, torch.from_numpy(x), "tail")[0])
+
+
 def test_the_batch_need_not_be_the_first_dimension(engine) -> None:
     """Values are divided along whichever dimension grows with the batch, by items of any size."""
     load(engine, "batchnets:axes")

@@ -179,3 +179,14 @@ def test_what_depends_on_unassigned_statements_is_not_claimed_for_fx(load_net) -
     support = product.support[Extractor.FX]
     assert not support.output
     assert "dead-code elimination" in support.reason
+
+
+def test_layers_behind_a_look_at_values_are_not_claimed_for_torchscript(load_net) -> None:
+    """What comes before the model's code asks a tensor for a number is; what comes after is not."""
+    catalogue = measure(load_net("raises"))
+    conv, head = catalogue.entry("conv"), catalogue.entry("head")
+    assert conv.serves(Extractor.TORCHSCRIPT, Capture.OUTPUT)
+    assert not head.serves(Extractor.TORCHSCRIPT, Capture.OUTPUT)
+    assert not head.serves(Extractor.TORCHSCRIPT, Capture.INPUT)
+    assert head.serves(Extractor.HOOK, Capture.INPUT)
+    assert "looks at values" in head.support[Extractor.TORCHSCRIPT].reason

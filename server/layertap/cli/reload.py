@@ -6,7 +6,7 @@ import click
 
 from layertap.cli.connection import Connection, connection_options
 from layertap.client.client import TARGET
-from layertap.errors import UnavailableError
+from layertap.errors import PermissionDeniedError, UnavailableError
 from layertap.v1 import admin_service_pb2
 
 __all__ = ["reload"]
@@ -35,8 +35,8 @@ def reload(server: Connection, timeout: float) -> None:
     with server.client(timeout) as client:
         try:
             report = client.reload()
-        except UnavailableError as error:
-            raise UnavailableError(
+        except (PermissionDeniedError, UnavailableError) as error:
+            raise type(error)(
                 f"{server.target}: {error} (a server takes reloads only if it runs with --admin)"
             ) from error
     for model in report.models:

@@ -29,6 +29,8 @@ from layertap.selection import Capture, Extractor
 
 __all__ = ["measure"]
 
+_COMPILED = Extractor.TORCHSCRIPT
+
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +53,7 @@ class _Findings:
     specs: dict[CapturePoint, ValueSpec]
     walk: dict[str, str]
     graph: _Graph
+    looked: Collection[CapturePoint]
 
     @property
     def untraceable(self) -> str:
@@ -76,6 +79,7 @@ def measure(model: LoadedModel) -> Catalogue:
         specs=_specs(one.shapes, two.shapes),
         walk=survey_walk(model, x, oracle),
         graph=_survey_graph(model, oracle),
+        looked=one.looked,
     )
     entries = {entry.name: entry for entry in _module_entries(one, findings)}
     for entry in _node_entries(findings.graph):
@@ -200,8 +204,25 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
         support = _walk_support(point, findings.walk)
     else:
         support = Support(output=True)
+    given = entry.points.get(Capture.INPUT)
     hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
-    return replace(support, input=hooked and Capture.INPUT in entry.points)
+    support = replace(support, input=hooked and given is not None)
+    return _traceable(support, point, given, findings) if extractor is _COMPILED else support
+
+
+def _traceable(
+    support: Support, point: CapturePoint | None, given: CapturePoint | None, findings: _Findings
+) -> Support:
+    """Take back what a trace would get wrong for inputs unlike its example."""
+    output = support.output and point not in findings.looked
+    if output is support.output and given not in findings.looked:
+        return support
+    return Support(
+        output=output,
+        input=support.input and given not in findings.looked,
+        reason="before it the model's code looks at values (bool, int or item of a tensor): a "
+        "trace would go the example's way for every input",
+    )
 
 
 def _walk_support(point: CapturePoint, reasons: Mapping[str, str]) -> Support:

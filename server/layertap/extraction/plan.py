@@ -15,6 +15,7 @@ from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.fx import FxExtractor, GraphNames, WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
+from layertap.extraction.looks import watch_looks
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.proof import Values, collect, prove, shares_passes
@@ -163,14 +164,21 @@ class PlanBuilder:
     def prove_shared(self, plan: Plan, item_shape: tuple[int, ...]) -> bool:
         """Find out whether requests may share a plan's forward passes, and keep the answer in it.
 
-        A model whose modules write attributes while they run may remember what it saw.
+        A model whose modules write attributes while they run may remember what it saw, and one
+        whose code looks at values goes one way for the whole batch.
         """
         if plan.shared is None:
             x = sample_input(self._model, 3, item_shape)
-            plan.shared = not self._catalogue.keeps_state and shares_passes(
-                plan.built, plan.points, plan.specs, x
-            )
+            alone = self._catalogue.keeps_state or self._looks(plan, x)
+            plan.shared = not alone and shares_passes(plan.built, plan.points, plan.specs, x)
         return plan.shared
+
+    def _looks(self, plan: Plan, x: torch.Tensor) -> bool:
+        if plan.extractor is Extractor.TORCHSCRIPT:
+            return False  # Or it would not have been compiled.
+        with watch_looks(self._model.module, x) as looks:
+            plan.built.run(x.clone(), lambda index, value: None)
+        return looks.count > 0
 
     def warm(self, plan: Plan, item_shape: tuple[int, ...], size: int) -> None:
         """Run a plan on a batch of that many items, as the first such batch takes longer."""
@@ -265,6 +273,7 @@ class PlanBuilder:
     def _trace(
         self, points: Sequence[CapturePoint], example: torch.Tensor
     ) -> torch.jit.ScriptModule:
+        self._refuse_looks(points, example)
         try:
             return trace_taps(self._model, self._taps, points, example.clone())
         except Exception as error:
@@ -273,6 +282,21 @@ class PlanBuilder:
                 f"TORCHSCRIPT can't serve {_names(points)} of model {self._model.name!r}: "
                 f"tracing failed ({type(error).__name__}); HOOK can"
             ) from error
+
+    def _refuse_looks(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
+        """Refuse to trace what would go the example's way for every input; see Note [Looks].
+
+        The catalogue knows of the item shape at which it was measured; code may look at others.
+        """
+        x = example.clone()
+        with watch_looks(self._model.module, x) as looks:
+            self._taps.run(self._model.forward, x, points, lambda index, value: None)
+        if looks.count:
+            raise ExtractorUnsupportedError(
+                f"TORCHSCRIPT can't serve {_names(points)} of model {self._model.name!r}: its code "
+                f"looks at values (bool, int or item of a tensor), and a trace would go the "
+                f"example's way for every input; HOOK can"
+            )
 
     def _graph(self) -> GraphNames:
         if self._catalogue.graph is None:

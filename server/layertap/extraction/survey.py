@@ -17,6 +17,7 @@ from torch import nn
 
 from layertap.extraction.containers import flatten
 from layertap.extraction.fx import Trace
+from layertap.extraction.looks import watch_looks
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.taps import observe
 from layertap.extraction.verify import same
@@ -46,6 +47,8 @@ class HookSurvey:
         values: A clone of every captured output, where they were asked for.
         mutated_input: Whether the batch was another one afterwards.
         kept_state: Whether some module had other attributes afterwards.
+        looked: The points that came after the model's code had looked at values; see
+            ``layertap.extraction.looks``.
     """
 
     order: list[tuple[str, int]] = field(default_factory=list)
@@ -53,6 +56,7 @@ class HookSurvey:
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
     mutated_input: bool = False
     kept_state: bool = False
+    looked: set[CapturePoint] = field(default_factory=set)
 
 
 def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor:
@@ -79,11 +83,13 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
             survey.shapes[point] = (tensor.dtype, tuple(tensor.shape))
+            if looks.count:
+                survey.looked.add(point)
             if keep_values and side is Capture.OUTPUT:
                 survey.values[point] = tensor.clone()
 
     before, attributes = x.clone(), _attributes(model.module)
-    with observe(model.module, see):
+    with watch_looks(model.module, x) as looks, observe(model.module, see):
         model.forward(x)
     survey.mutated_input = not same(x, before)
     survey.kept_state = _differ(attributes, _attributes(model.module))
