@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,23 @@ def _tell(row: Row) -> None:
     print(f"{row.model:32} {row.seconds:6.1f} s  {counts} {row.error} {problems}", flush=True)
 
 
+def _rows(models: Sequence[str], jobs: int) -> Iterator[Row]:
+    """Prove models, some at once; those for which the memory did not do beside others, alone."""
+    killed = []
+    with ThreadPoolExecutor(jobs) as pool:
+        proofs = {name: pool.submit(_apart, name) for name in models}
+        for name, proof in proofs.items():
+            try:
+                yield proof.result()
+            except BrokenProcessPool:
+                killed.append(name)
+    yield from map(_apart, killed)
+
+
+def _place(row: Row) -> tuple[bool, str]:
+    return row.model.startswith("timm:"), row.model
+
+
 def main() -> int:
     """Prove every model named, or all of them, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -283,12 +301,11 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
     rows = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(_apart, options.models or every_model()):
-            rows.append(row)
-            _tell(row)
-            if options.write:  # Each time, so that a run that is cut keeps what it has.
-                options.write.write_text(page(rows), "utf-8")
+    for row in _rows(options.models or every_model(), options.jobs):
+        rows.append(row)
+        _tell(row)
+        if options.write:  # Each time, so that a run that is cut keeps what it has.
+            options.write.write_text(page(sorted(rows, key=_place)), "utf-8")
     wrong = sum(len(t.wrong) for row in rows for t in row.tallies.values())
     print(f"{len(rows)} models, {wrong} wrong")
     return 1 if wrong else 0
