@@ -62,7 +62,7 @@ def test_serves_then_drains_on_sigterm() -> None:
         assert health(server.address) == SERVING
         assert list(client.list_models()[0].declared_layers) == ["conv"]
         # Its code looks at values, so that it is not compiled.
-            assert client.extract("sleepy", batch(), "conv").extractor == "hook"
+        assert client.extract("sleepy", batch(), "conv").extractor == "hook"
         slow = pool.submit(client.extract, "sleepy", batch(2000), "conv", extractor="hook")
         wait_until_running(server)
         server.process.send_signal(signal.SIGTERM)
