@@ -28,7 +28,7 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
 
 soak: .venv/.built ## bad clients, overload and reloads at once, 5 minutes: make soak SECONDS=60
-	$(BIN)/python tests/soak/endure.py --seconds $(SECONDS) $(ARGS)
+	PYTHONPATH=tests $(BIN)/python tests/soak/endure.py --seconds $(SECONDS) $(ARGS)
 
 fuzz: .venv/.built build/fuzz/.installed ## fuzz the decoder against upb: make fuzz SECONDS=600
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS) $(ARGS)

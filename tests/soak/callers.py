@@ -100,11 +100,7 @@ class Caller:
         requests = [StreamRequest(model, x, layers, key=value) for model, value, x, layers in asked]
         with self._client.stream(timeout=60) as stream:
             for value, outcome in stream.extract(requests):
-                if isinstance(outcome, errors.OverloadedError):
-                    continue
-                if isinstance(outcome, errors.LayertapError):
-                    raise outcome
-                self._check(outcome, value)
+                self._item(outcome, value)
                 time.sleep(self._chance.uniform(0, 0.05))
 
     def left(self) -> None:
@@ -112,10 +108,8 @@ class Caller:
         model, value, x, layers = self._question(items=4)
         with self._client.stream(timeout=60) as stream:
             for _, outcome in stream.extract([StreamRequest(model, x, layers)] * 16):
-                if isinstance(outcome, errors.LayertapError):
-                    raise outcome
-                self._check(outcome, value)
-                break
+                if self._item(outcome, value):
+                    break
 
     def bad(self, kind: str) -> None:
         """Ask for what can't be had."""
@@ -148,7 +142,7 @@ class Caller:
         self.ended[f"{kind}: {outcome}"] += 1
         if outcome not in ALLOWED[kind] | ({"UnavailableError"} if kind in FAILS else {"OK"}):
             self._unexpected(kind, outcome)
-        if outcome in OVERLOAD | {"RESOURCE_EXHAUSTED"}:
+        if outcome in OVERLOAD | {"RESOURCE_EXHAUSTED", "UnavailableError", "UNAVAILABLE"}:
             # As any client should: come again later.
             time.sleep(self._chance.uniform(0.01, 0.06))
 
@@ -165,6 +159,17 @@ class Caller:
             layers.append("third")
         x = np.full((items, 3, SIDE, SIDE), value, np.float32)
         return self._chance.choice(MODELS), value, x, layers
+
+    def _item(self, outcome: Features | errors.LayertapError, value: int) -> bool:
+        """Count an item of a stream; tell whether it was answered."""
+        if isinstance(outcome, errors.LayertapError):
+            if not isinstance(outcome, errors.OverloadedError):
+                raise outcome
+            self.ended["item: OverloadedError"] += 1
+            return False
+        self.ended["item: OK"] += 1
+        self._check(outcome, value)
+        return True
 
     def _check(self, features: Features, value: int) -> None:
         """Hold each layer against what it must be, all of one version."""

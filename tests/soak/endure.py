@@ -1,6 +1,6 @@
 """Does the server stay right and level under everything that clients do to it?
 
-    python tests/soak/endure.py --seconds 300 --report build/soak.json
+    PYTHONPATH=tests python tests/soak/endure.py --seconds 300 --report build/soak.json
 
 A server in a process of its own is asked by others: first as many at once as it admits, then four
 times as many, then a mixture of good and bad clients, while weights are replaced under it and
@@ -40,6 +40,7 @@ CONFIG = f"""
 port = 0
 metrics_port = -1
 plan_cache = "off"
+mode = "throughput"   # The clients are busy on the same cores, where teams of threads stall.
 grace_seconds = {GRACE}
 
 [limits]
@@ -82,14 +83,19 @@ class Callers:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout)
-        self._reader.join()
-        return self.seen
+        return self._closed()
 
     def kill(self) -> dict[str, Any]:
         """End it in mid-call, and return what it had said."""
         self.process.kill()
         self.process.wait()
+        return self._closed()
+
+    def _closed(self) -> dict[str, Any]:
         self._reader.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
         return self.seen
 
     def _read(self) -> None:
@@ -267,5 +273,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE), str(HERE.parent)]
     raise SystemExit(main())

@@ -16,6 +16,7 @@ def test_a_server_endures_bad_clients_and_reloads() -> None:
     ended = report["ended"]
     assert ended["plain: OK"] > 100
     assert ended["plain: OverloadedError"] > 10
+    assert ended["item: OK"] > 10
     assert report["reloads"] >= 4
     assert report["clients killed"] >= 2
     assert report["stop"]["exit code"] == 0
