@@ -16,6 +16,7 @@ import torch
 import asking
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Engine, Limits
+from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction import PointKind
 from layertap.models import ModelSpec
 from oracle import outputs_of
@@ -214,6 +215,30 @@ def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert all(map(torch.equal, pool.map(served, inputs * 4), truth * 4))
         assert not all(map(torch.equal, pool.map(naive, inputs * 4), truth * 4))
+    engine.close()
+
+
+def test_compiled_plans_are_bounded_by_the_memory_of_their_weights() -> None:
+    """Each has the model's weights again: where two fit, the third takes the oldest's place."""
+    weights = sum(p.nbytes for p in residual().state_dict().values())
+    engine = Engine(Limits(plan_bytes=int(2.5 * weights)))
+    load(engine, "residual")
+    host = engine.host("residual")
+    for layer in ("conv1", "layer1", "layer2", "conv1"):
+        ask(engine, "residual", layer, extractor=Extractor.TORCHSCRIPT)
+        assert len(host._plans) <= 2
+    engine.close()
+
+
+def test_a_model_over_the_budget_is_not_compiled_beside_requests() -> None:
+    """A copy of its weights would not fit: AUTO stays with HOOK; one who insists gets one plan."""
+    engine = Engine(Limits(plan_bytes=1))
+    load(engine, "residual")
+    for _ in range(2 * PROMOTE_AFTER):
+        assert ask(engine, "residual", "layer1").extractor is Extractor.HOOK
+    for layer in ("layer1", "layer2"):
+        assert ask(engine, "residual", layer, extractor=Extractor.TORCHSCRIPT)
+    assert ask(engine, "residual", "layer1").extractor is Extractor.HOOK
     engine.close()
 
 

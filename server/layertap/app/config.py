@@ -170,7 +170,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread or run on one.
         pending_mib: MiB of the replies that are being made or sent.
-        plans: Plans that are kept besides the declared ones.
+        plans: Plans of one model that are kept besides the declared ones.
+        plan_mib: MiB that the weights of one model's compiled plans may take besides.
         streams: Streams that may be open at once.
         stream_in_flight: Items of one stream that are read and whose replies are not yet sent.
     """
@@ -183,6 +184,7 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     pending: Count = Limits().pending
     pending_mib: Count = Limits().pending_bytes // MIB
     plans: Count = Limits().plans
+    plan_mib: Count = Limits().plan_bytes // MIB
     streams: Count = Limits().streams
     stream_in_flight: Count = Limits().stream_in_flight
 

@@ -130,6 +130,9 @@ class ModelHost:
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
         self._max_plans = limits.plans
+        # A compiled program has weights of its own, up to all of the model's.
+        self._fits = self.weight_bytes <= limits.plan_bytes
+        self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
         self._promoter: Promoter[PlanKey] = Promoter(self._compile)
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
             partial(resolve, self.catalogue, max_layers=limits.layers)
@@ -236,7 +239,7 @@ class ModelHost:
             with self._lock:
                 if compiled in self._declared_plans or compiled in self._plans:
                     return Extractor.TORCHSCRIPT
-            if len(resolved.points) <= MAX_PROMOTED:
+            if len(resolved.points) <= MAX_PROMOTED and self._fits:
                 self._promoter.note(compiled)
         return Extractor.HOOK if Extractor.HOOK in resolved.candidates else resolved.candidates[0]
 
@@ -257,7 +260,7 @@ class ModelHost:
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
             self._remember(self._refusals, key, refusal, MAX_REFUSALS)
             raise
-        self._remember(self._plans, key, plan, self._max_plans)
+        self._keep(key, plan)
         return plan
 
     def _compile(self, key: PlanKey) -> Iterator[None]:
@@ -271,7 +274,15 @@ class ModelHost:
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
             self._remember(self._refusals, key, refusal, MAX_REFUSALS)
             raise
+        self._keep(key, plan)
+
+    def _keep(self, key: PlanKey, plan: Plan) -> None:
+        """Keep a plan, and let go of those that were not used for longest."""
         self._remember(self._plans, key, plan, self._max_plans)
+        with self._lock:
+            compiled = [known for known in self._plans if known[0] is Extractor.TORCHSCRIPT]
+            for oldest in compiled[: -self._max_compiled]:
+                del self._plans[oldest]
 
     def _remember(self, cache: OrderedDict[PlanKey, V], key: PlanKey, value: V, most: int) -> None:
         with self._lock:

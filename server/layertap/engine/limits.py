@@ -21,7 +21,10 @@ class Limits:
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread or run on one.
         pending_bytes: Bytes of the replies that are being made or sent.
-        plans: Plans that are kept besides the declared ones.
+        plans: Plans of one model that are kept besides the declared ones.
+        plan_bytes: Bytes that the weights of one model's compiled plans may take besides; each is
+            counted as all of the model's. A model over that is compiled only where it is declared,
+            and one plan at a time where a request insists.
         streams: Streams that may be open at once.
         stream_in_flight: Items of one stream that are read and whose replies are not yet sent.
     """
@@ -34,5 +37,6 @@ class Limits:
     pending: int = 64
     pending_bytes: int = 4096 * MIB
     plans: int = 64
+    plan_bytes: int = 2048 * MIB
     streams: int = 16
     stream_in_flight: int = 16
