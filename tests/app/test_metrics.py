@@ -77,6 +77,7 @@ def test_success_is_counted(served: Served) -> None:
     for _ in range(3):
         served.client.extract("residual", BATCH, "layer1")
     assert served.value("request_success_total", model="residual") == 3
+    assert served.value("exec_total", model="residual") == 3
     floats = 3 * 2 * 8 * 8 * 8 * 4
     assert floats < served.value("reply_bytes_total", model="residual") < floats + 3 * 200
     for part in ("request", "prepare", "queue", "compute"):

@@ -42,6 +42,7 @@ class _ModelCounts:
     """What a model's answers count in. Looking its label up again each time costs microseconds."""
 
     success: Counter
+    passes: Counter
     reply_bytes: Counter
     total: Histogram
     prepare: Histogram
@@ -67,6 +68,9 @@ class Metrics:
         self._of_model: dict[str, _ModelCounts] = {}
         self._success = self._counter(
             "request_success", "Extractions that were answered.", ("model",)
+        )
+        self._passes = self._counter(
+            "exec", "Forward passes; fewer than extractions where they shared them.", ("model",)
         )
         self._failure = self._counter(
             "request_failure",
@@ -101,6 +105,7 @@ class Metrics:
         """Count an answer, its bytes and where its time went."""
         counts = self._of_model.get(model) or self._add_model(model)
         counts.success.inc()
+        counts.passes.inc(1 / extraction.together)  # So that a shared pass counts once.
         counts.reply_bytes.inc(len(extraction.message))
         timings = extraction.timings
         counts.total.observe(timings.total_ns * _NS)
@@ -125,6 +130,7 @@ class Metrics:
     def _add_model(self, model: str) -> _ModelCounts:
         counts = self._of_model[model] = _ModelCounts(
             success=self._success.labels(model),
+            passes=self._passes.labels(model),
             reply_bytes=self._reply_bytes.labels(model),
             total=self._total.labels(model),
             prepare=self._prepare.labels(model),
