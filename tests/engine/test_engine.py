@@ -15,7 +15,7 @@ import torch
 
 import asking
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Engine, Limits
+from layertap.engine import Call, Engine, Limits
 from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction import PointKind
 from layertap.models import ModelSpec
@@ -216,6 +216,27 @@ def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
         assert all(map(torch.equal, pool.map(served, inputs * 4), truth * 4))
         assert not all(map(torch.equal, pool.map(naive, inputs * 4), truth * 4))
     engine.close()
+
+
+def test_each_device_has_compute_threads_of_its_own(engine) -> None:
+    """A model on another device runs beside those of the first, and answers the same."""
+    load(engine, "residual")
+    engine.load(ModelSpec("tinynets:residual", "other", item_shape=ITEM), device="cpu:0")
+    hosts = engine.hosts()
+    assert hosts[0].compute is not hosts[1].compute
+    held, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        held.set()
+        assert go.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hosts[0].compute.run, hold, Call())
+        assert held.wait(60)
+        beside = ask(engine, "other", "layer1")["layer1"]
+        go.set()
+    assert np.array_equal(beside, ask(engine, "residual", "layer1")["layer1"])
+    engine.unload("other")
 
 
 def test_compiled_plans_are_bounded_by_the_memory_of_their_weights() -> None:

@@ -1,4 +1,8 @@
-"""Requests that share a forward pass get what each would have got alone."""
+"""Requests that share a forward pass get what each would have got alone.
+
+What is right is computed by nets of the tests' own: a hook on a served one would see the passes of
+the promoter as well.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+import batchnets
+import tinynets
 from asking import request_for
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.batching import BatchPolicy
 from layertap.engine import Call, Engine, Extraction
+from layertap.engine.compute import ComputeThreads
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
@@ -41,6 +48,11 @@ def load(engine: Engine, source: str, *declared: str, **how: bool) -> list[int]:
     return sizes
 
 
+def threads(engine: Engine) -> ComputeThreads:
+    """Return the threads that run the engine's models."""
+    return engine.hosts()[0].compute
+
+
 def inputs(*sizes: int) -> list[np.ndarray]:
     """Return a batch of random items for each size."""
     made = np.random.default_rng(0)
@@ -58,12 +70,12 @@ class Together:
             assert go.wait(60)
 
         with ThreadPoolExecutor(len(asked) + 1) as pool:
-            held = pool.submit(engine._compute.run, hold, Call())
+            held = pool.submit(threads(engine).run, hold, Call())
             assert begun.wait(60)
             self.done: list[Future[Extraction]] = []
             for index, ask in enumerate(asked):
                 self.done.append(pool.submit(ask))
-                while len(engine._compute._queue._batcher) < index + 1:
+                while len(threads(engine)._queue._batcher) < index + 1:
                     threading.Event().wait(0.002)
             go.set()
             held.result(60)
@@ -102,7 +114,7 @@ def test_each_gets_what_it_would_have_got_alone(engine, extractor) -> None:
     Together(engine, asked)  # The first batch proves that passes may be shared.
     sizes.clear()
     together = Together(engine, asked)
-    module = engine.host("residual").model.module
+    module = tinynets.residual()
     assert together.shared == [4, 4, 4, 4]
     if extractor is Extractor.HOOK:
         assert sizes == [7]
@@ -127,7 +139,7 @@ def test_a_net_whose_items_depend_on_each_other_is_never_shared(engine, net) -> 
     layer = "tail" if net == "mixes" else "windows"
     batches = inputs(1, 1, 1)
     asked = asking(engine, net, layer, batches)
-    module = engine.host(net).model.module
+    module = getattr(batchnets, net)()
     for together in (Together(engine, asked), Together(engine, asked)):
         assert together.shared == [1, 1, 1]
         for x, values in zip(batches, together.values(), strict=True):
@@ -144,7 +156,7 @@ def test_a_net_that_looks_at_values_is_never_shared(engine) -> None:
     batches[1] += 3
     together = Together(engine, asking(engine, "turns", "tail", batches))
     assert together.shared == [1, 1]
-    module = engine.host("turns").model.module
+    module = batchnets.turns()
     for x, values in zip(batches, together.values(), strict=True):
         assert torch.equal(values["tail"], outputs_of(module, torch.from_numpy(x), "tail")[0])
 
@@ -157,7 +169,7 @@ def test_the_batch_need_not_be_the_first_dimension(engine) -> None:
     Together(engine, asked)
     together = Together(engine, asked)
     assert together.shared == [3, 3, 3]
-    module = engine.host("axes").model.module
+    module = batchnets.axes()
     for x, values in zip(batches, together.values(), strict=True):
         assert values["sequence"].shape == (16, len(x), 6)
         assert values["windows"].shape == (4 * len(x), 4, 6)
@@ -199,7 +211,7 @@ def test_one_bad_item_fails_alone(engine) -> None:
     together = Together(engine, asked)
     with pytest.raises(errors.ModelRunError, match="holds NaN"):
         together.done.pop().result()
-    module = engine.host("residual").model.module
+    module = tinynets.residual()
     alone = outputs_of(module, torch.from_numpy(good), "layer1")[0]
     for values in together.values():
         assert difference(values["layer1"], alone) <= TORCHSCRIPT_TOLERANCE[torch.float32]
@@ -225,12 +237,12 @@ def test_a_cancelled_caller_is_not_computed_for(engine) -> None:
             begun.set()
             assert go.wait(60)
 
-        pool.submit(engine._compute.run, hold, Call())
+        pool.submit(threads(engine).run, hold, Call())
         assert begun.wait(60)
         done = [pool.submit(ask) for ask in (*asked, gone)]
         with pytest.raises(errors.CancelledError):
             done.pop().result(60)
-        while len(engine._compute._queue._batcher) < 2:
+        while len(threads(engine)._queue._batcher) < 2:
             threading.Event().wait(0.002)
         go.set()
         assert [each.result(60).together for each in done] == [2, 2]

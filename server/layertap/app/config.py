@@ -21,7 +21,7 @@ from layertap.app.logs import LogFormat, LogLevel
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import PORT, ServerOptions
 from layertap.batching import BatchPolicy
-from layertap.engine import Limits
+from layertap.engine import DEVICE_PATTERN, Limits
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
@@ -213,6 +213,7 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         layers: Layers to compile and warm before the server reports itself as ready.
         require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
             sent as they are.
+        device: Where it runs, as in ``[server]``; the server's if empty.
         max_batch_size: Items of requests that may share a forward pass; 1 runs each alone.
         max_queue_delay_us: Microseconds that a request may be held back for others to join it,
             where the last pass had several callers; 0 joins only those that wait already.
@@ -230,6 +231,10 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     channels_last: Annotated[bool, Meta(description="true or false")] = False
     layers: Layers = ()
     require_finite: Annotated[bool, Meta(description="true or false")] = False
+    device: Annotated[
+        str,
+        Meta(pattern=rf"^({DEVICE_PATTERN})?$", description="'auto', 'cpu', 'cuda' or 'cuda:1'"),
+    ] = ""
     max_batch_size: Count = 1
     max_queue_delay_us: Annotated[int, Meta(ge=0, description="microseconds from 0")] = 0
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from layertap.app.config import ModelSection, ServerConfig
 from layertap.app.fingerprint import Fingerprint, fingerprint
 from layertap.app.health import ModelHealth
-from layertap.engine import Call, Engine, ModelHost
+from layertap.engine import Call, Engine, ModelHost, choose_device
 from layertap.errors import (
     CancelledError,
     ConfigError,
@@ -142,7 +142,11 @@ class ServedModels:
         compiling = f" and compiling {len(declared)} layers" if declared else ""
         with self._narrator.busy(f"loading {spec.name}{compiling}"):
             host = load(
-                spec, declared, require_finite=model.require_finite, batching=model.batching()
+                spec,
+                declared,
+                require_finite=model.require_finite,
+                batching=model.batching(),
+                device=choose_device(model.device) if model.device else "",
             )
         former, self._served[spec.name] = self._served[spec.name], state
         self._health.show(spec.name, serving=True)

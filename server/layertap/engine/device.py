@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from layertap.errors import ConfigError
 
-__all__ = ["choose_device"]
+__all__ = ["DEVICE_PATTERN", "choose_device"]
+
+DEVICE_PATTERN = r"auto|cpu|cuda(:[0-9]{1,3})?"
 
 
 def choose_device(wanted: str) -> str:
-    """Return ``"cpu"`` or ``"cuda"`` for ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    """Return ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; the first of them for ``"auto"``.
+
+    Args:
+        wanted: One of these, or ``"auto"`` for CUDA where there is a device, else the CPU.
 
     Raises:
-        ConfigError: For CUDA where there is none, and for anything else.
+        ConfigError: For a device that is not here, and for anything else.
     """
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device: got {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
-    has_cuda = torch.cuda.is_available()
-    if wanted == "cuda" and not has_cuda:
+    if not re.fullmatch(DEVICE_PATTERN, wanted):
+        raise ConfigError(f"device: got {wanted!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:1'")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted in ("auto", "cpu"):
+        return "cuda" if found and wanted == "auto" else "cpu"
+    if not found:
         raise ConfigError(
-            "device: got 'cuda', but PyTorch finds no CUDA device here; expected 'cpu' or 'auto'"
+            f"device: got {wanted!r}, but PyTorch finds no CUDA device here; expected 'cpu' or "
+            f"'auto'"
         )
-    return "cuda" if has_cuda and wanted != "cpu" else "cpu"
+    if int(wanted.partition(":")[2] or 0) >= found:
+        raise ConfigError(f"device: got {wanted!r}, expected cuda:0 to cuda:{found - 1}")
+    return wanted

@@ -30,9 +30,10 @@ class Engine:
 
     Args:
         limits: What requests may ask for.
-        device: Where models run, ``"cpu"`` or ``"cuda"``.
-        threads: Cores that one forward pass computes with; None leaves it to PyTorch.
-        instances: Forward passes that may run at once.
+        device: Where models run that don't say otherwise, such as ``"cpu"`` or ``"cuda"``.
+        threads: Cores that one forward pass computes with there; None leaves it to PyTorch.
+        instances: Forward passes that may run there at once. Each other device has compute threads
+            of its own: as many if it is of the same kind, else one.
         plan_cache: Where the compiled plans of declared layers are stored.
     """
 
@@ -47,9 +48,11 @@ class Engine:
         self.limits = limits or Limits()
         self._device = torch.device(device)
         self._plan_cache = plan_cache
-        self._compute = ComputeThreads(instances, threads)
+        self._instances = instances, threads
+        self._compute: dict[torch.device, ComputeThreads] = {}
+        self._lock = threading.Lock()
         self._admission = Admission(self.limits.pending, self.limits.pending_bytes)
-        self._pipeline = Pipeline(self._compute, self._admission, self.limits)
+        self._pipeline = Pipeline(self._admission, self.limits)
         self._versions: Versions[ModelHost] = Versions()
         self._leaving: list[threading.Thread] = []
 
@@ -70,6 +73,7 @@ class Engine:
         *,
         require_finite: bool = False,
         batching: BatchPolicy = ALONE,
+        device: str = "",
     ) -> ModelHost:
         """Load a model, measure its catalogue and warm the plans of its declared layers.
 
@@ -78,6 +82,7 @@ class Engine:
             declared: Layers that will be asked for.
             require_finite: Whether NaN and infinity in a layer are an error.
             batching: How large a batch of several requests may get, and how long it is waited for.
+            device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
 
         Raises:
             ConfigError: Where the name is taken.
@@ -86,9 +91,11 @@ class Engine:
         """
         if spec.name in self._versions:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
-        call = Call()
-        model = self._compute.run(lambda: load_model(spec, self._device), call)
-        return self._publish(model, declared, HostOptions(require_finite, batching), call)
+        call, where = Call(), self._where(device)
+        model = self._threads(where).run(lambda: load_model(spec, where), call)
+        return self._publish(
+            model, declared, HostOptions(require_finite, batching), where=where, call=call
+        )
 
     def replace(
         self,
@@ -97,6 +104,7 @@ class Engine:
         *,
         require_finite: bool = False,
         batching: BatchPolicy = ALONE,
+        device: str = "",
         call: Call | None = None,
     ) -> ModelHost:
         """Load a model as ``load`` does, while the version that has its name serves on.
@@ -111,6 +119,7 @@ class Engine:
             declared: Layers that will be asked for.
             require_finite: Whether NaN and infinity in a layer are an error.
             batching: How large a batch of several requests may get, and how long it is waited for.
+            device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
             call: Cancels the load.
 
         Raises:
@@ -120,8 +129,11 @@ class Engine:
             CancelledError: Where the call was cancelled.
         """
         call = call or Call()
-        model = run_beside(lambda: load_model(spec, self._device), call)
-        return self._publish(model, declared, HostOptions(require_finite, batching), call)
+        where = self._where(device)
+        model = run_beside(lambda: load_model(spec, where), call)
+        return self._publish(
+            model, declared, HostOptions(require_finite, batching), where=where, call=call
+        )
 
     def unload(self, name: str, *, wait: bool = True) -> None:
         """Let go of a model; requests that were admitted are still answered.
@@ -135,7 +147,7 @@ class Engine:
         """
         former = self._versions.withdraw(name)
         if former is not None and wait:
-            let_go(former, self._compute)
+            let_go(former)
         elif former is not None:
             self._let_go_beside(former)
 
@@ -180,22 +192,43 @@ class Engine:
 
     def close(self) -> None:
         """Finish what was admitted, then let go of the models."""
-        self._compute.close()
+        for threads in self._compute.values():
+            threads.close()
         for host in self._versions.hosts():
             self._versions.withdraw(host.model.name)
             host.close()
         for leaving in self._leaving:
             leaving.join()
 
+    def _where(self, device: str) -> torch.device:
+        where = torch.device(device) if device else self._device
+        # "cuda" is the first of them, and has the same threads as "cuda:0".
+        return torch.device("cuda", where.index or 0) if where.type == "cuda" else where
+
+    def _threads(self, device: torch.device) -> ComputeThreads:
+        """Return the compute threads of a device, started when they are needed first."""
+        with self._lock:
+            if device not in self._compute:
+                alike = device.type == self._device.type
+                self._compute[device] = ComputeThreads(*(self._instances if alike else (1, None)))
+            return self._compute[device]
+
     def _publish(
         self,
         model: LoadedModel,
         declared: Sequence[LayerSelection],
         options: HostOptions,
+        *,
+        where: torch.device,
         call: Call,
     ) -> ModelHost:
         host = ModelHost(
-            model, self._compute, self.limits, self._plan_cache, options=options, call=call
+            model,
+            self._threads(where),
+            self.limits,
+            self._plan_cache,
+            options=options,
+            call=call,
         )
         try:
             host.declare(declared, call)
@@ -210,7 +243,7 @@ class Engine:
 
     def _let_go_beside(self, former: Version[ModelHost]) -> None:
         leaving = threading.Thread(
-            target=let_go, args=(former, self._compute), name="layertap-leaving", daemon=True
+            target=let_go, args=(former,), name="layertap-leaving", daemon=True
         )
         self._leaving = [thread for thread in self._leaving if thread.is_alive()]
         # Started first: only then is it alive.

@@ -90,6 +90,7 @@ class ModelHost:
         call: Cancels the measuring.
 
     Attributes:
+        compute: The compute threads of its device.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         turn: Held by each forward pass; a lock where two at once would see each other's state.
 
@@ -113,7 +114,7 @@ class ModelHost:
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()
-        self._compute = compute
+        self.compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
@@ -163,7 +164,7 @@ class ModelHost:
     def plan(self, resolved: Resolved, item_shape: tuple[int, ...], call: Call) -> Plan:
         """Return the plan that serves a request, built on a compute thread where it is new."""
         key = (self._choose(resolved, item_shape), resolved.points, item_shape)
-        return self._known(key) or self._compute.run(lambda: self._build(key), call)
+        return self._known(key) or self.compute.run(lambda: self._build(key), call)
 
     def prove_shared(self, plan: Plan, item_shape: tuple[int, ...]) -> bool:
         """Tell whether requests may share a plan's passes. For a compute thread."""
@@ -202,7 +203,7 @@ class ModelHost:
             key = (extractor, resolved.points, self.model.input.item_shape)
             try:
                 steps = self._builder.steps(*key, keep=True)
-                while (plan := self._compute.run(partial(next, steps), call)) is None:
+                while (plan := self.compute.run(partial(next, steps), call)) is None:
                     pass
                 return key, plan
             except ExtractorUnsupportedError as refusal:
@@ -217,7 +218,7 @@ class ModelHost:
         shape = self.model.input.item_shape
         if self.options.batching.max_size == 1:
             return
-        if not self._compute.run(partial(self.prove_shared, plan, shape), Call()):
+        if not self.compute.run(partial(self.prove_shared, plan, shape), Call()):
             _log.warning(
                 "model %s: requests for %s don't share passes: the items of a batch are not "
                 "independent", self.model.name, ", ".join(point.path for point in plan.points),
@@ -228,7 +229,7 @@ class ModelHost:
             warm = partial(
                 self._builder.warm, plan, shape, min(size, self.options.batching.max_size)
             )
-            self._compute.run(warm, Call())
+            self.compute.run(warm, Call())
             size *= 2
 
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...]) -> Extractor:
@@ -269,7 +270,7 @@ class ModelHost:
             return
         steps = self._builder.steps(*key)
         try:
-            while (plan := self._compute.run(partial(next, steps), Call())) is None:
+            while (plan := self.compute.run(partial(next, steps), Call())) is None:
                 yield
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
             self._remember(self._refusals, key, refusal, MAX_REFUSALS)

@@ -9,7 +9,6 @@ import weakref
 from torch import nn
 
 from layertap.engine.call import Call
-from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
 from layertap.engine.versions import Version
 from layertap.errors import UnavailableError
@@ -21,10 +20,11 @@ TRIES = 5
 PAUSE_SECONDS = 0.05
 
 
-def let_go(former: Version[ModelHost], compute: ComputeThreads) -> None:
+def let_go(former: Version[ModelHost]) -> None:
     """Wait until nobody uses a version, then take its hooks off and free its memory."""
     # A box, for whoever holds a reference beyond its turn (a thread pool does) keeps the model.
     box = [former.take()]
+    compute = box[0].compute
     box[0].stop_promoting()
     module = weakref.ref(box[0].model.module)
     try:

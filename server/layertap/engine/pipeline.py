@@ -21,7 +21,6 @@ from layertap.engine.batch import (
     preprocess_images,
 )
 from layertap.engine.call import Call
-from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
@@ -72,16 +71,14 @@ class Extraction:
 
 
 class Pipeline:
-    """Takes requests through one engine's compute threads.
+    """Takes requests through their models' compute threads.
 
     Args:
-        threads: The threads.
         admission: Counts the bytes of replies.
         limits: What requests may ask for.
     """
 
-    def __init__(self, threads: ComputeThreads, admission: Admission, limits: Limits) -> None:
-        self._compute = threads
+    def __init__(self, admission: Admission, limits: Limits) -> None:
         self._admission = admission
         self._limits = limits
         self._decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
@@ -99,7 +96,7 @@ class Pipeline:
         make = partial(_reply, plan, resolved, x.shape, envelope)
         work = Work(host, plan, resolved, x, make(), make, call)
         prepared_ns = time.perf_counter_ns()
-        done = self._compute.run_batched(
+        done = host.compute.run_batched(
             work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
         )
         timings = Timings(
@@ -117,7 +114,7 @@ class Pipeline:
             return check_tensor(host.model, given.tensor, self._limits)
         with self._decoding(call):
             images = decode_images(host.model, given.images, self._limits)
-        return self._compute.run(lambda: preprocess_images(host.model, images), call)
+        return host.compute.run(lambda: preprocess_images(host.model, images), call)
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
