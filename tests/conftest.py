@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported, and for the servers that tests start. Their callers are busy on the same
+# cores, where teams of OpenMP threads wait for one another (docs/performance.md).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable
 
 import pytest

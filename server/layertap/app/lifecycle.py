@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,26 +31,44 @@ from layertap.wire.memory import keep_memory
 __all__ = ["Narrator", "serve"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_END = b"\0"
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first asks to stop, the second ends the process. SIGHUP: reload."""
+    """SIGTERM and SIGINT: the first asks to stop, the second ends the process. SIGHUP: reload.
+
+    Python runs a signal's handler in the main thread, once that executes Python code. While it
+    waits for a lock it does not, unless the signal interrupts the waiting, and one that arrives a
+    moment before doesn't. So a thread listens to the pipe into which the interpreter writes each
+    signal's number as it arrives, and the handlers themselves do nothing.
+    """
 
     def __init__(self) -> None:
-        # Not an Event, whose lock the handler may find held by the very thread that it interrupts.
         self._arrived: SimpleQueue[int] = SimpleQueue()
         self._asked = False
         self._ready = False
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals; put the former handlers back afterwards."""
-        former = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        """Handle the signals; put the former handlers back afterwards. For the main thread."""
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        listener = threading.Thread(
+            target=self._listen, args=(reading,), name="layertap-signals", daemon=True
+        )
+        former_pipe = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        former = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+        listener.start()
         try:
             yield
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(former_pipe)
+            os.write(writing, _END)
+            listener.join()
+            os.close(reading)
+            os.close(writing)
 
     def ready(self) -> None:
         """From now on there are calls to finish before the end."""
@@ -60,7 +79,12 @@ class _Signals:
         while self._arrived.get() == signal.SIGHUP:
             reload()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _listen(self, pipe: int) -> None:
+        while (number := os.read(pipe, 1)) != _END:
+            if number[0] in _SIGNALS:
+                self._handle(number[0])
+
+    def _handle(self, number: int) -> None:
         if number == signal.SIGHUP:
             self._arrived.put(number)
             return
@@ -68,11 +92,15 @@ class _Signals:
             os._exit(128 + number)
         if not self._ready:
             # Nothing was admitted, and a model that is being fetched can't be interrupted. Neither
-            # print nor the console: the interrupted code may hold their locks.
+            # print nor the console: whoever is at it may hold their locks for as long.
             os.write(sys.stderr.fileno(), b"layertap: stopped before it was ready\n")
             os._exit(0)
         self._asked = True
         self._arrived.put(number)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing, where the default would end the process."""
 
 
 def serve(
