@@ -9,6 +9,7 @@ from torch import nn
 from layertap.errors import LayerNotFoundError, ModelLoadError
 from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
 from layertap.extraction.layout import Geometry, Layout
+from layertap.models import ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 
 OUTPUT, INPUT = Capture.OUTPUT, Capture.INPUT
@@ -190,3 +191,10 @@ def test_layers_behind_a_look_at_values_are_not_claimed_for_torchscript(load_net
     assert not head.serves(Extractor.TORCHSCRIPT, Capture.INPUT)
     assert head.serves(Extractor.HOOK, Capture.INPUT)
     assert "looks at values" in head.support[Extractor.TORCHSCRIPT].reason
+
+
+def test_watching_for_looks_changes_no_claim() -> None:
+    """FX is claimed for attention's layers, whose values differ while operations are watched."""
+    spec = ModelSpec("vit_b_32", weights="random", item_shape=(3, 64, 64))
+    catalogue = measure(load_model(spec, "cpu"))
+    assert len(names(catalogue, Extractor.FX)) > 60

@@ -1,4 +1,4 @@
-"""Measuring a catalogue: four forward passes and a symbolic trace."""
+"""Measuring a catalogue: five forward passes and a symbolic trace."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from layertap.extraction.survey import (
     sample_input,
     survey_fx,
     survey_hooks,
+    survey_looks,
     survey_walk,
 )
 from layertap.models import LoadedModel
@@ -79,7 +80,7 @@ def measure(model: LoadedModel) -> Catalogue:
         specs=_specs(one.shapes, two.shapes),
         walk=survey_walk(model, x, oracle),
         graph=_survey_graph(model, oracle),
-        looked=one.looked,
+        looked=survey_looks(model, x),
     )
     entries = {entry.name: entry for entry in _module_entries(one, findings)}
     for entry in _node_entries(findings.graph):

@@ -31,6 +31,7 @@ __all__ = [
     "sample_input",
     "survey_fx",
     "survey_hooks",
+    "survey_looks",
     "survey_walk",
 ]
 
@@ -47,8 +48,6 @@ class HookSurvey:
         values: A clone of every captured output, where they were asked for.
         mutated_input: Whether the batch was another one afterwards.
         kept_state: Whether some module had other attributes afterwards.
-        looked: The points that came after the model's code had looked at values; see
-            ``layertap.extraction.looks``.
     """
 
     order: list[tuple[str, int]] = field(default_factory=list)
@@ -56,7 +55,6 @@ class HookSurvey:
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
     mutated_input: bool = False
     kept_state: bool = False
-    looked: set[CapturePoint] = field(default_factory=set)
 
 
 def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor:
@@ -83,17 +81,38 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
             survey.shapes[point] = (tensor.dtype, tuple(tensor.shape))
-            if looks.count:
-                survey.looked.add(point)
             if keep_values and side is Capture.OUTPUT:
                 survey.values[point] = tensor.clone()
 
     before, attributes = x.clone(), _attributes(model.module)
-    with watch_looks(model.module, x) as looks, observe(model.module, see):
+    with observe(model.module, see):
         model.forward(x)
     survey.mutated_input = not same(x, before)
     survey.kept_state = _differ(attributes, _attributes(model.module))
     return survey
+
+
+def survey_looks(model: LoadedModel, x: torch.Tensor) -> set[CapturePoint]:
+    """Return the points that come after the model's code has looked at values.
+
+    A pass of its own: while operations are watched torch takes other ways through some of them, so
+    that values differ in their last bits.
+    """
+    looked: set[CapturePoint] = set()
+    calls: Counter[tuple[str, Capture]] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        call = calls[path, side]
+        calls[path, side] += 1
+        if looks.count:
+            looked.update(
+                CapturePoint(PointKind.MODULE, path, side, call, way) for way, _ in flatten(value)
+            )
+
+    x = x.clone()
+    with watch_looks(model.module, x) as looks, observe(model.module, see):
+        model.forward(x)
+    return looked
 
 
 Attributes = dict[str, tuple[object, int]]
