@@ -1,0 +1,45 @@
+"""A look is a number that a model's code takes out of a tensor that follows its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from layertap.extraction.looks import watch_looks
+
+LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
+    "bool": lambda x: bool((x > 2).any()),
+    "item": lambda x: x.sum().item(),
+    "int": lambda x: int(x.sum()),
+    "equal": lambda x: torch.equal(x, x + 1),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "a view": lambda x: float(x[0, 0]),
+    "written into another": lambda x: torch.zeros(2, 3).copy_(x).sum().item(),
+}
+NO_LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
+    "shape": lambda x: x.shape[0] > 1 and len(x),
+    "computing": lambda x: (x * 2).relu_().sum(),
+    "a constant": lambda x: torch.ones(3).sum().item(),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_numbers_of_what_follows_the_input_are_looks(name) -> None:
+    """Whatever way they are taken, and whatever the value went through."""
+    x = torch.rand(2, 3)
+    with watch_looks(nn.Identity(), x) as looks:
+        LOOKS[name](x)
+    assert looks.count > 0
+
+
+@pytest.mark.parametrize("name", NO_LOOKS)
+def test_shapes_and_constants_are_none(name) -> None:
+    """They are the same for every input of the shape, so that a trace keeps them right."""
+    x = torch.rand(2, 3)
+    with watch_looks(nn.Identity(), x) as looks:
+        NO_LOOKS[name](x)
+    assert looks.count == 0
