@@ -233,9 +233,10 @@ def test_each_device_has_compute_threads_of_its_own(engine) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(hosts[0].compute.run, hold, Call())
         assert held.wait(60)
-        beside = ask(engine, "other", "layer1")["layer1"]
+        beside = ask(engine, "other", "layer1", extractor=Extractor.HOOK)["layer1"]
         go.set()
-    assert np.array_equal(beside, ask(engine, "residual", "layer1")["layer1"])
+    truth = ask(engine, "residual", "layer1", extractor=Extractor.HOOK)["layer1"]
+    assert np.array_equal(beside, truth)
     engine.unload("other")
 
 

@@ -284,20 +284,22 @@ def test_a_batch_of_images_keeps_its_order(client) -> None:
 def test_values_are_sent_in_the_type_asked_for(client, dtype) -> None:
     """A cast on the way out is the cast that torch makes."""
     x = batch(2)
-    plain = torch.from_numpy(client.extract("residual", x, "layer1")["layer1"].copy())
-    features = client.extract("residual", x, [LayerSelection("layer1", dtype=dtype)])
+    plain = client.extract("residual", x, "layer1", extractor="hook").torch()["layer1"]
+    features = client.extract(
+        "residual", x, [LayerSelection("layer1", dtype=dtype)], extractor="hook"
+    )
     assert torch.equal(features.torch()["layer1"], plain.to(getattr(torch, dtype)))
 
 
 def test_reductions(client) -> None:
     """Pooling, flattening, the class token and the token grid are what torch makes of the value."""
     x = batch(2)
-    layer1 = torch.from_numpy(client.extract("residual", x, "layer1")["layer1"].copy())
-    tokens = torch.from_numpy(client.extract("tokens", x, "encoder")["encoder"].copy())
+    layer1 = client.extract("residual", x, "layer1", extractor="hook").torch()["layer1"]
+    tokens = client.extract("tokens", x, "encoder", extractor="hook").torch()["encoder"]
 
     def reduced(model: str, layer: str, reduction: Reduction) -> torch.Tensor:
         selection = LayerSelection(layer, reduction=reduction)
-        return client.extract(model, x, [selection]).torch()[layer]
+        return client.extract(model, x, [selection], extractor="hook").torch()[layer]
 
     pooled = reduced("residual", "layer1", Reduction.GLOBAL_AVERAGE_POOL)
     assert torch.allclose(pooled, layer1.mean((2, 3)), rtol=1e-6)
