@@ -35,6 +35,7 @@ fuzz: .venv/.built build/fuzz/.installed ## fuzz the decoder against upb: make f
 
 bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmarks/README.md
 	$(BIN)/python -W ignore benchmarks/bench_extractors.py --rounds 10 $(ARGS)
+	$(BIN)/python -W ignore benchmarks/bench_matrix.py
 	$(BIN)/python -W ignore benchmarks/bench_wire.py --rounds 8 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_server.py
 	$(BIN)/python -W ignore benchmarks/bench_encode.py

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,11 +21,9 @@ import torch
 
 import common
 import report
-from layertap import Client, Extractor
-from layertap.extraction import CapturePoint, PlanBuilder, Taps, measure
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
-from layertap.models import LoadedModel, ModelSpec, load_model
-from layertap.selection import Capture
+from layertap import Client
+from layertap.models import ModelSpec, load_model
+from ways import Way, Ways
 
 CASES = {
     "resnet18": {"layer1": ["layer1"], "avgpool": ["avgpool"], "5 stages": [
@@ -33,64 +31,7 @@ CASES = {
     ]},
     "vgg16_bn": {"3 pools": ["features.23", "features.33", "features.43"]},
 }  # fmt: skip
-EAGER = "full eager pass with cloning hooks"
 SERVED = "client of a server, AUTO"
-
-Way = Callable[[], Any]
-
-
-def ways_of(model: LoadedModel, layers: list[str], x: torch.Tensor) -> dict[str, Way]:
-    """Return every way to take these layers in this process, each proven right."""
-    catalogue = measure(model)
-    points = [catalogue.entry(layer).points[Capture.OUTPUT] for layer in layers]
-    builder = PlanBuilder(model, Taps(model.module), catalogue)
-    ways: dict[str, Way] = {EAGER: lambda: eager(model, layers, x)}
-    truth = eager(model, layers, x)
-    for extractor in Extractor:
-        able = all(
-            catalogue.entry(layer).support.get(extractor, None)
-            and catalogue.entry(layer).serves(extractor, Capture.OUTPUT)
-            for layer in layers
-        )
-        if not able:
-            continue
-        built = builder.build(extractor, points, tuple(x.shape[1:])).built
-        ways[extractor.name] = lambda built=built: captured(built, points, x)
-        check(extractor, ways[extractor.name](), truth)
-    return ways
-
-
-def eager(model: LoadedModel, layers: list[str], x: torch.Tensor) -> list[torch.Tensor]:
-    """Today's habit: register hooks, run the whole model, remove them."""
-    kept: dict[str, torch.Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: torch.Tensor) -> None:
-            kept[name] = output.clone()
-
-        return hook
-
-    handles = [model.module.get_submodule(n).register_forward_hook(keep(n)) for n in layers]
-    model.forward(x)
-    for handle in handles:
-        handle.remove()
-    return [kept[name] for name in layers]
-
-
-def captured(built: Any, points: list[CapturePoint], x: torch.Tensor) -> list[torch.Tensor]:
-    """Run an extractor and keep a clone of every value, as the server's copy into its reply is."""
-    kept: dict[int, torch.Tensor] = {}
-    built.run(x, lambda index, value: kept.__setitem__(index, value.clone()))
-    return [kept[index] for index in range(len(points))]
-
-
-def check(extractor: Extractor, values: list[torch.Tensor], truth: list[torch.Tensor]) -> None:
-    """Stop the benchmark where a way is wrong: a wrong answer has no speed."""
-    compiled = extractor is Extractor.TORCHSCRIPT
-    tolerance = TORCHSCRIPT_TOLERANCE[torch.float32] if compiled else 0.0
-    errors = [difference(a, b) for a, b in zip(values, truth, strict=True)]
-    if max(errors) > tolerance:
-        raise SystemExit(f"{extractor.name} is wrong by {max(errors):.1e}")
 
 
 @contextmanager
@@ -125,10 +66,11 @@ def run(rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": machine(), "rounds": rounds, "cases": {}}
     for name, cases in CASES.items():
         model = load_model(ModelSpec(name, weights="random"))
+        measured = Ways(model)
         x = torch.rand(1, *model.input.item_shape)
         for title, layers in cases.items():
             with torch.inference_mode():
-                times = time_in_turns(ways_of(model, layers, x), rounds)
+                times = time_in_turns(measured.of(layers, x), rounds)
             # Not among the turns: two processes with two threads each would fight for the cores.
             with served(name, layers, x.numpy()) as call:
                 times |= time_in_turns({SERVED: call}, rounds)

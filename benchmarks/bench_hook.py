@@ -9,22 +9,19 @@ its peak of memory is its own; both messages are compared before anything is tim
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import hashlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import common
+import peaks
 import report
 
 NET = "resnet50"
 CLONE, BUILDER = "clone, then lay out", "write into the reply"
-MIB = 1 << 20
 
 
 def child(way: str, calls: int) -> None:
@@ -57,35 +54,18 @@ def child(way: str, calls: int) -> None:
             plan.built.run(x, sink)
             return sink.finish(head)
 
-        before = forget_peak()
+        before = peaks.forget()
         message = once()
-        alone = peak() - before
+        alone = peaks.peak() - before
         answer = {
             "layers": len(wanted.outputs),
-            "message_mib": len(message) / MIB,
+            "message_mib": len(message) / peaks.MIB,
             "digest": hashlib.sha256(message).hexdigest(),
-            "peak_mib": alone / MIB,
+            "peak_mib": alone / peaks.MIB,
         }
         del message
         times = common.timed(lambda: len(once()), calls)
     print(json.dumps(answer | common.quantiles(times)))
-
-
-def forget_peak() -> int:
-    """Give back what is free, forget the highest memory so far, and return the bytes in RAM.
-
-    Building the plan took more than the request does. Linux only: proc(5), ``clear_refs``.
-    """
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", "ascii")
-    return peak()
-
-
-def peak() -> int:
-    """Return the most bytes that this process had in RAM since then."""
-    lines = Path("/proc/self/status").read_text("ascii").splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def run(rounds: int, calls: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -57,17 +58,17 @@ def timed(call: Callable[[], object], calls: int) -> list[float]:
 def quantiles(times: Sequence[float]) -> dict[str, float]:
     """Return the median and the 99th percentile."""
     ordered = sorted(times)
-    return {"p50": statistics.median(ordered), "p99": ordered[int(0.99 * (len(ordered) - 1))]}
+    return {"p50": statistics.median(ordered), "p99": ordered[math.ceil(0.99 * (len(ordered) - 1))]}
 
 
-def save(name: str, results: dict[str, Any]) -> None:
+def save(name: str, results: dict[str, Any], folder: Path = RESULTS) -> None:
     """Write a benchmark's results."""
-    RESULTS.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2) + "\n"
-    (RESULTS / f"{name}.json").write_text(text, "utf-8")
+    (folder / f"{name}.json").write_text(text, "utf-8")
 
 
-def load(name: str) -> dict[str, Any] | None:
+def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
     """Read a benchmark's results; None where it has not run yet."""
-    file = RESULTS / f"{name}.json"
+    file = folder / f"{name}.json"
     return json.loads(file.read_text("utf-8")) if file.exists() else None

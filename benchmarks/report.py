@@ -6,7 +6,8 @@ without a benchmark.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import charts
@@ -15,6 +16,9 @@ import common
 __all__ = ["write"]
 
 EAGER = "full eager pass with cloning hooks"
+
+Section = Callable[[dict[str, Any], Path], str]
+"""Takes the results and where charts go, returns the text."""
 
 TITLE = """# Benchmarks
 
@@ -33,6 +37,16 @@ brackets how many times faster than today's habit. Machine: {facts}.
 
 ![Milliseconds of each way, by case](results/extractors.png)
 """
+
+MATRIX = """
+## What does each way cost by network, batch and number of layers?
+
+[bench_matrix.py](bench_matrix.py): milliseconds, median / 99th percentile, and the MiB that one
+call adds at most to what is in use{device}. Random weights; {seconds:.0f} s for each column.
+Machine: {facts}.
+{tables}"""
+
+DEVICE = "; the times are the host's until the device has finished, in brackets the device's own"
 
 WIRE = """
 ## What does a reply cost on its way, and what is the floor?
@@ -105,21 +119,28 @@ of the requests and {end:.0f} MiB at the end. Machine: {facts}.
 """
 
 
-def write() -> None:
-    """Write the page and the charts of every benchmark that has results."""
+def write(folder: Path = common.RESULTS) -> None:
+    """Write the page and the charts of every benchmark that has results in the folder.
+
+    The page stands beside this file, or in the folder where that is another than ``RESULTS``.
+    """
     parts = [TITLE]
     for name, section in SECTIONS.items():
-        if (results := common.load(name)) is not None:
-            parts.append(section(results))
-    (common.HERE / "README.md").write_text("".join(parts), "utf-8")
+        if (results := common.load(name, folder)) is not None:
+            parts.append(section(results, folder))
+    page = "".join(parts)
+    if folder == common.RESULTS:
+        (common.HERE / "README.md").write_text(page, "utf-8")
+    else:
+        (folder / "README.md").write_text(page.replace("](results/", "]("), "utf-8")
 
 
-def _extractors(results: dict[str, Any]) -> str:
+def _extractors(results: dict[str, Any], folder: Path) -> str:
     cases = results["cases"]
     names = list(dict.fromkeys(name for case in cases.values() for name in case))
     rows = [[name, *(_with_ratio(case, name) for case in cases.values())] for name in names]
     charts.bars(
-        common.RESULTS / "extractors.png",
+        folder / "extractors.png",
         {case: {n: r["p50"] for n, r in ways.items()} for case, ways in cases.items()},
     )
     return EXTRACTORS.format(
@@ -129,6 +150,38 @@ def _extractors(results: dict[str, Any]) -> str:
     )
 
 
+def _matrix(results: dict[str, Any], folder: Path) -> str:
+    tables = []
+    for title, columns in results["tables"].items():
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        rows = [
+            [name, *(_costs(column.get(name)) for column in columns.values())] for name in names
+        ]
+        tables.append(f"\n**{title}**\n\n{_table(['way', *columns], rows)}\n")
+    charts.bars(
+        folder / "matrix.png",
+        {
+            f"{title}, deep": {name: row["p50"] for name, row in columns["deep"].items()}
+            for title, columns in results["tables"].items()
+        },
+    )
+    return MATRIX.format(
+        device=DEVICE if results["machine"]["gpu"] else "",
+        seconds=results["seconds"],
+        facts=_facts(results["machine"]),
+        tables="".join(tables)
+        + "\n![Milliseconds of each way to one deep layer](results/matrix.png)\n",
+    )
+
+
+def _costs(row: dict[str, float] | None) -> str:
+    if row is None:
+        return "–"
+    device = f" ({charts.digits(row['device_p50'])})" if "device_p50" in row else ""
+    times = f"{charts.digits(row['p50'])}{device} / {charts.digits(row['p99'])}"
+    return f"{times}, {row['peak_mib']:.0f} MiB"
+
+
 def _with_ratio(case: dict[str, Any], name: str) -> str:
     if name not in case:
         return "–"
@@ -136,12 +189,12 @@ def _with_ratio(case: dict[str, Any], name: str) -> str:
     return f"{p50:.1f} ({case[EAGER]['p50'] / p50:.2f}×)"
 
 
-def _wire(results: dict[str, Any]) -> str:
+def _wire(results: dict[str, Any], folder: Path) -> str:
     sizes = results["sizes"]
     names = list(next(iter(sizes.values()))["rows"])
     by_row = {name: [size["rows"][name] for size in sizes.values()] for name in names}
     charts.bars(
-        common.RESULTS / "wire.png",
+        folder / "wire.png",
         {size: {n: r["p50"] for n, r in of["rows"].items()} for size, of in sizes.items()},
     )
     calls = [str(size["calls"]) for size in sizes.values()]
@@ -166,7 +219,7 @@ def _wire(results: dict[str, Any]) -> str:
     )
 
 
-def _server(results: dict[str, Any]) -> str:
+def _server(results: dict[str, Any], folder: Path) -> str:
     latency, modes = results["latency"], results["throughput"]
     rows = []
     for name, row in latency.items():
@@ -188,7 +241,7 @@ def _server(results: dict[str, Any]) -> str:
         shares = [f"{of[name]:.0f} ({of[name] / loop:.0%})" for name in clients]
         rates.append([mode, f"{loop:.0f}", *shares])
     charts.lines(
-        common.RESULTS / "server.png",
+        folder / "server.png",
         {m: [(int(n.split()[0]), of[n]) for n in clients] for m, of in modes.items()},
         "clients", "requests a second",
     )  # fmt: skip
@@ -201,7 +254,7 @@ def _server(results: dict[str, Any]) -> str:
     )
 
 
-def _encode(results: dict[str, Any]) -> str:
+def _encode(results: dict[str, Any], folder: Path) -> str:
     rows = []
     for name, ways in results["cases"].items():
         theirs, own = ways["torch's steps"]["p50"], ways["ours"]["p50"]
@@ -213,7 +266,7 @@ def _encode(results: dict[str, Any]) -> str:
     return ENCODE.format(table=_table(head, rows), facts=_facts(results["machine"]))
 
 
-def _hook(results: dict[str, Any]) -> str:
+def _hook(results: dict[str, Any], folder: Path) -> str:
     ways = results["ways"]
     first = next(iter(ways.values()))
     rows = [
@@ -233,11 +286,9 @@ def _hook(results: dict[str, Any]) -> str:
     )
 
 
-def _memory(results: dict[str, Any]) -> str:
+def _memory(results: dict[str, Any], folder: Path) -> str:
     curve = results["resident_mib"]
-    charts.lines(
-        common.RESULTS / "memory.png", {"server": curve}, "requests", "resident memory, MiB"
-    )
+    charts.lines(folder / "memory.png", {"server": curve}, "requests", "resident memory, MiB")
     return MEMORY.format(
         requests=results["requests"],
         start=curve[0][1],
@@ -264,8 +315,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-SECTIONS = {
+SECTIONS: dict[str, Section] = {
     "extractors": _extractors,
+    "matrix": _matrix,
     "server": _server,
     "wire": _wire,
     "encode": _encode,

@@ -1,9 +1,11 @@
 """A process of clients, good ones and bad ones; it counts how everything ended, a line at a time.
 
-    python callers.py ADDRESS THREADS plain|mixed
+    python callers.py ADDRESS THREADS plain|mixed [INTERVAL]
 
-It writes its counts so far as a JSON line to stdout, again and again, until it is killed or its
-stdin is closed. Needs no torch, as no client does.
+Each caller asks as soon as it was answered, or, with INTERVAL, begins a request every so many
+seconds and leaves out those that it is late for. The process writes its counts so far as a JSON
+line to stdout, again and again, until it is killed or its stdin is closed. Needs no torch, as no
+client does.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ LAYERS = ("first", "burn", "third")
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 
 OVERLOAD = {"OverloadedError"}
+LATER = OVERLOAD | {"RESOURCE_EXHAUSTED", "UnavailableError", "UNAVAILABLE"}
 # What may become of each kind of request, besides OK and what every client must expect.
 ALLOWED: dict[str, set[str]] = {
     "plain": OVERLOAD,
@@ -129,8 +132,8 @@ class Caller:
                 garbage = self._chance.randbytes(self._chance.randrange(1, 200))
                 self._client._channel.unary_unary(EXTRACT)(garbage, timeout=60)
 
-    def once(self, kind: str) -> None:
-        """Make a request of a kind, and count how it ended."""
+    def once(self, kind: str, *, patient: bool = True) -> None:
+        """Make a request of a kind, count how it ended, and be patient if told to come later."""
         try:
             self.bad(kind) if kind in FAILS else getattr(self, kind)()
         except errors.LayertapError as error:
@@ -142,7 +145,7 @@ class Caller:
         self.ended[f"{kind}: {outcome}"] += 1
         if outcome not in ALLOWED[kind] | ({"UnavailableError"} if kind in FAILS else {"OK"}):
             self._unexpected(kind, outcome)
-        if outcome in OVERLOAD | {"RESOURCE_EXHAUSTED", "UnavailableError", "UNAVAILABLE"}:
+        if patient and outcome in LATER:
             # As any client should: come again later.
             time.sleep(self._chance.uniform(0.01, 0.06))
 
@@ -190,36 +193,52 @@ def kinds(mixed: bool, chance: random.Random) -> Iterator[str]:
         yield "plain" if not mixed or chance.random() < 0.7 else chance.choice(others)
 
 
-def main(address: str, threads: int, mode: str) -> None:
+def ticks(interval: float, chance: random.Random) -> Iterator[None]:
+    """Yield at regular times, at a phase of its own; at once where there is no interval."""
+    due = time.monotonic() + chance.uniform(0, interval)
+    while True:
+        late = time.monotonic() - due
+        if late < 0:
+            time.sleep(-late)
+        elif interval:
+            due += late // interval * interval
+        due += interval
+        yield
+
+
+def main(address: str, threads: int, mode: str, interval: float = 0) -> None:
     """Let callers ask until stdin is closed."""
     callers = [Caller(address, random.randrange(1 << 32)) for _ in range(threads)]
     ended = threading.Event()
 
     def ask(caller: Caller) -> None:
-        for kind in kinds(mode == "mixed", caller._chance):
+        asked = kinds(mode == "mixed", caller._chance)
+        for kind, _ in zip(asked, ticks(interval, caller._chance), strict=False):
             if ended.is_set():
                 return
-            caller.once(kind)
+            caller.once(kind, patient=not interval)
 
+    begun = time.monotonic()
     asking = [threading.Thread(target=ask, args=(caller,)) for caller in callers]
     for thread in asking:
         thread.start()
     reader = threading.Thread(target=lambda: (sys.stdin.read(), ended.set()))
     reader.start()
     while not ended.wait(0.5):
-        report(callers)
+        report(callers, begun)
     for thread in asking:
         thread.join()
-    report(callers)
+    report(callers, begun)
 
 
-def report(callers: list[Caller]) -> None:
+def report(callers: list[Caller], begun: float) -> None:
     """Write what was seen so far."""
     total = sum((caller.ended for caller in callers), Counter())
     wrong = [text for caller in callers for text in caller.wrong]
     latencies = [ms for caller in callers for ms in caller.latencies]
-    print(json.dumps({"ended": total, "wrong": wrong[:20], "latencies": latencies}), flush=True)
+    said = {"ended": total, "wrong": wrong[:20], "latencies": latencies}
+    print(json.dumps(said | {"seconds": time.monotonic() - begun}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], *map(float, sys.argv[4:]))

@@ -3,9 +3,10 @@
     PYTHONPATH=tests python tests/soak/endure.py --seconds 300 --report build/soak.json
 
 A server in a process of its own is asked by others: first as many at once as it admits, then four
-times as many, then a mixture of good and bad clients, while weights are replaced under it and
-clients are killed in mid-call. In the end it is told to stop, under load. Exit code 1 where an
-answer was wrong, a refusal not a documented one, or memory or file descriptors were not level.
+times as often as it could answer, then by a mixture of good and bad clients, while weights are
+replaced under it and clients are killed in mid-call. In the end it is told to stop, under load.
+Exit code 1 where an answer was wrong, a refusal not a documented one, or memory or file descriptors
+were not level.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ item_shape = [3, {soaknets.SIDE}, {soaknets.SIDE}]
 class Callers:
     """A process of callers, and what it last said."""
 
-    def __init__(self, address: str, threads: int, mode: str) -> None:
+    def __init__(self, address: str, threads: int, mode: str, interval: float = 0) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "callers.py", address, str(threads), mode],
+            [sys.executable, HERE / "callers.py", address, *map(str, (threads, mode, interval))],
             env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self.seen: dict[str, Any] = {"ended": {}, "wrong": [], "latencies": []}
+        self.seen: dict[str, Any] = {"ended": {}, "wrong": [], "latencies": [], "seconds": 0}
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -150,10 +151,12 @@ class Soak:
         """Go through the stages and return the report."""
         address = self.server.address
         watch = Watch(self.server.process.pid)
-        self._plain(address, PENDING, self._seconds * 0.05)  # Warms up what is counted next.
+        self._plain(address, 1, self._seconds * 0.05)  # Warms up what is counted next.
         idle = watch.descriptors()
-        capacity = self._plain(address, PENDING, self._seconds * 0.15)
-        overload = self._plain(address, PENDING * OVERLOAD, self._seconds * 0.15)
+        capacity = self._plain(address, 1, self._seconds * 0.15)
+        # As often, all callers together, as OVERLOAD times what was answered just now.
+        interval = PENDING / capacity["answered a second"]
+        overload = self._plain(address, OVERLOAD, self._seconds * 0.15, interval)
         reloads, killed = self._mixed(address, self._seconds * 0.6)
         self._wait_idle(watch, idle)
         descriptors = watch.descriptors()
@@ -166,8 +169,9 @@ class Soak:
             "unavailable before the stop": sum(
                 count for how, count in self._before_end.items() if "navailable" in how.lower()
             ),
-            "p99 ms": {"at capacity": capacity, f"at {OVERLOAD}x": overload},
-            "p99 ratio": overload / capacity,
+            "at capacity": capacity,
+            f"at {OVERLOAD}x": overload,
+            "p99 ratio": overload["p99 ms"] / capacity["p99 ms"],
             "reloads": reloads,
             "clients killed": killed,
             "memory MiB": [round(memory) for memory, _ in watch.samples],
@@ -180,12 +184,21 @@ class Soak:
         self._wrong.extend(seen["wrong"])
         return list(seen["latencies"])
 
-    def _plain(self, address: str, callers: int, seconds: float) -> float:
-        """Let plain callers ask; return the 99th percentile of those that were answered, in ms."""
-        processes = [Callers(address, PENDING, "plain") for _ in range(callers // PENDING)]
+    def _plain(
+        self, address: str, processes: int, seconds: float, interval: float = 0
+    ) -> dict[str, float]:
+        """Let plain callers ask; return what was answered a second, and how long that took."""
+        callers = [Callers(address, PENDING, "plain", interval) for _ in range(processes)]
         time.sleep(seconds)
-        latencies = [ms for process in processes for ms in self._note(process.end())]
-        return statistics.quantiles(latencies, n=100)[98]
+        seen = [each.end() for each in callers]
+        seconds = max(each["seconds"] for each in seen)
+        latencies = [ms for each in seen for ms in self._note(each)]
+        return {
+            "asked a second": sum(sum(each["ended"].values()) for each in seen) / seconds,
+            "answered a second": len(latencies) / seconds,
+            "p50 ms": statistics.median(latencies),
+            "p99 ms": statistics.quantiles(latencies, n=100)[98],
+        }
 
     def _mixed(self, address: str, seconds: float) -> tuple[int, int]:
         """Let all kinds of callers ask, replace weights and kill clients meanwhile."""

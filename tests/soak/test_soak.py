@@ -11,7 +11,7 @@ from endure import soak
 def test_a_server_endures_bad_clients_and_reloads() -> None:
     """Under four times its capacity, kills and reloads: nothing wrong, nothing lost, all level."""
     report = soak(30)
-    print("\np99, ms:", report["p99 ms"], "ended:", report["ended"])
+    print("\np99 ratio:", report["p99 ratio"], "ended:", report["ended"])
     assert report["faults"] == []
     ended = report["ended"]
     assert ended["plain: OK"] > 100

@@ -1,0 +1,128 @@
+"""Every way to take layers out of a model in this process, each proven right before it is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from layertap import Extractor, Features
+from layertap.engine.reply import Envelope, ReplyWriter
+from layertap.engine.resolve import Resolved, resolve
+from layertap.extraction import PlanBuilder, Taps, measure
+from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.models import LoadedModel
+from layertap.selection import LayerSelection
+from layertap.wire.messages import Timings, encode_reply_head
+
+__all__ = ["EAGER", "INTO_REPLY", "Way", "Ways"]
+
+EAGER = "full eager pass with cloning hooks"
+INTO_REPLY = "HOOK, into the reply"
+
+Way = Callable[[], Any]
+
+
+class Ways:
+    """The ways for one model; measured once, asked for many layer sets.
+
+    Args:
+        model: The model, on its device.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._model = model
+        self.catalogue: Catalogue = measure(model)
+        self._builder = PlanBuilder(model, Taps(model.module), self.catalogue)
+
+    def of(self, layers: Sequence[str], x: torch.Tensor) -> dict[str, Way]:
+        """Return every way that serves all of these layers, by its name.
+
+        ``EAGER`` is today's habit; the extractors keep a clone of each value, as any caller in the
+        same process would; ``INTO_REPLY`` ends with the finished message instead.
+
+        Args:
+            layers: Names, or globs over them.
+            x: The batch, on the model's device.
+
+        Raises:
+            SystemExit: Where a way is wrong: a wrong answer has no speed.
+        """
+        selections = tuple(LayerSelection(layer) for layer in layers)
+        wanted = resolve(self.catalogue, selections, Extractor.AUTO, max_layers=4096)
+        truth = self._eager(wanted, x)
+        ways: dict[str, Way] = {EAGER: lambda: self._eager(wanted, x)}
+        for extractor in wanted.candidates:
+            plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
+            way = ways[extractor.name] = lambda plan=plan: _cloned(plan.built, wanted, x)
+            compiled = extractor is Extractor.TORCHSCRIPT
+            tolerance = TORCHSCRIPT_TOLERANCE[torch.float32] if compiled else 0.0
+            _check(extractor.name, way(), truth, tolerance)
+            if extractor is Extractor.HOOK:
+                way = ways[INTO_REPLY] = lambda plan=plan: _message(plan, wanted, x)
+                sent = list(Features(way()).torch().values())
+                of_points = {
+                    output.point: value for output, value in zip(wanted.outputs, sent, strict=True)
+                }
+                values = [of_points[index] for index in range(len(wanted.points))]
+                _check(INTO_REPLY, values, truth, 0.0)
+        return ways
+
+    def _eager(self, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]:
+        """Register hooks, run the whole model, remove them."""
+        kept: dict[str, list[Any]] = {point.path: [] for point in wanted.points}
+
+        def keep(values: list[Any]) -> Callable[..., None]:
+            def hook(module: Any, args: Any, output: Any) -> None:
+                values.append(_clone(output))
+
+            return hook
+
+        handles = [
+            self._model.module.get_submodule(path).register_forward_hook(keep(values))
+            for path, values in kept.items()
+        ]
+        self._model.forward(x)
+        for handle in handles:
+            handle.remove()
+        return [_member(kept[point.path][point.call], point.member) for point in wanted.points]
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {str(key): _clone(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return {str(index): _clone(each) for index, each in enumerate(value)}
+    return value
+
+
+def _member(value: Any, way: Sequence[str]) -> torch.Tensor:
+    for key in way:
+        value = value[key]
+    return value
+
+
+def _cloned(built: Any, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]:
+    kept: dict[int, torch.Tensor] = {}
+    built.run(x, lambda index, value: kept.__setitem__(index, value.clone()))
+    return [kept[index] for index in range(len(wanted.points))]
+
+
+def _message(plan: Any, wanted: Resolved, x: torch.Tensor) -> bytes:
+    head = encode_reply_head(Extractor.HOOK, Timings())
+    envelope = Envelope((1 << 31) - 1, len(head), lambda nbytes: None)
+    writer = ReplyWriter(wanted.outputs, plan.specs, x.shape, envelope)
+    plan.built.run(x, writer)
+    return writer.finish(head)
+
+
+def _check(
+    way: str, values: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], tolerance: float
+) -> None:
+    for value, true in zip(values, truth, strict=True):
+        if (error := difference(value.to(true.device), true)) > tolerance:
+            raise SystemExit(f"{way} is wrong by {error:.1e}")
