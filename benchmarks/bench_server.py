@@ -31,6 +31,11 @@ PHOTO = Path(__file__).resolve().parent.parent / "examples" / "images" / "grace_
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
 MODES = ("latency", "throughput")
 FIRST = 50
+BATCHING = {
+    "alone": (),
+    "max_batch_size 8": ("--max-batch-size", "8"),
+    "and a delay of 2 ms": ("--max-batch-size", "8", "--max-queue-delay-us", "2000"),
+}
 
 
 @contextmanager
@@ -110,33 +115,53 @@ def throughput(rounds: int, seconds: float) -> dict[str, Any]:
                 loop = plans.rate("layer1", seconds)
                 rates.setdefault("loop in process", []).append(loop)
                 for callers in CONCURRENCY:
-                    rate = load(address, callers, seconds)
+                    rate = load(address, callers, seconds)["rate"]
                     rates.setdefault(f"{callers} clients", []).append(rate)
         results[mode] = {name: statistics.median(values) for name, values in rates.items()}
     return results
 
 
-def load(address: str, callers: int, seconds: float) -> float:
-    """Return the requests a second that some callers get answered, each on its own channel."""
+def batching(rounds: int, seconds: float) -> dict[str, Any]:
+    """Let eight callers ask servers that let requests share passes, and some that don't."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    with ExitStack() as closing:
+        servers = {
+            f"{mode}, {title}": closing.enter_context(serving(mode, *flags))
+            for mode in MODES
+            for title, flags in BATCHING.items()
+        }
+        for _ in range(rounds):
+            for name, address in servers.items():
+                rows.setdefault(name, []).append(load(address, 8, seconds))
+    return {
+        name: {key: statistics.median(row[key] for row in taken) for key in taken[0]}
+        for name, taken in rows.items()
+    }
+
+
+def load(address: str, callers: int, seconds: float) -> dict[str, float]:
+    """Return the requests a second that some callers get answered, each on its own channel.
+
+    And the median and 99th percentile of how long they took, in milliseconds.
+    """
     begin = threading.Barrier(callers + 1)
     x = batch()
 
-    def call() -> int:
+    def call() -> list[float]:
         with Client(address) as client:
             client.extract(NET, x, "layer1")
             begin.wait()
-            ends, count = time.perf_counter() + seconds, 0
+            ends, times = time.perf_counter() + seconds, []
             while time.perf_counter() < ends:
-                client.extract(NET, x, "layer1")
-                count += 1
-        return count
+                times += common.timed(lambda: client.extract(NET, x, "layer1"), 1)
+        return times
 
     with ThreadPoolExecutor(callers) as pool:
-        counts = [pool.submit(call) for _ in range(callers)]
+        taken = [pool.submit(call) for _ in range(callers)]
         begin.wait()
         begun = time.perf_counter()
-        total = sum(count.result() for count in counts)
-    return total / (time.perf_counter() - begun)
+        times = [each for times in taken for each in times.result()]
+    return {"rate": len(times) / (time.perf_counter() - begun), **common.quantiles(times)}
 
 
 def main() -> None:
@@ -152,6 +177,7 @@ def main() -> None:
         "latency": latency(options.rounds * 3),
         "first_requests": first_requests(),
         "throughput": throughput(options.rounds, options.seconds),
+        "batching": batching(options.rounds, options.seconds),
     }
     common.save("server", results)
     report.write()

@@ -86,6 +86,11 @@ Requests a second for `layer1`, and the share of a loop without a server, in the
 
 ![Requests a second by the number of clients](results/server.png)
 
+Eight of these clients, where requests may [share a forward pass](../docs/batching.md) and where
+they may not:
+
+{batching}
+
 Machine: {facts}.
 """
 
@@ -250,6 +255,13 @@ def _server(results: dict[str, Any], folder: Path) -> str:
         first=len(results["first_requests"]["first"]),
         slowest=results["first_requests"]["slowest_of_first_to_median"],
         throughput=_table(["mode", "loop", *clients], rates),
+        batching=_table(
+            ["mode and batching", "requests a second", "p50, ms", "p99, ms"],
+            (
+                [name, *(charts.digits(row[key]) for key in ("rate", "p50", "p99"))]
+                for name, row in results["batching"].items()
+            ),
+        ),
         facts=_facts(results["machine"]),
     )
 

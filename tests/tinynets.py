@@ -263,6 +263,27 @@ def tokens() -> nn.Module:
     return seeded(Tokens)
 
 
+class Asserts(nn.Module):
+    """Checks each value before its next step, with what a symbolic trace keeps: as ViTs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.second = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        torch._assert(x.dim() == 4, "first is no batch of images")
+        x = self.second(x)
+        torch._assert(x.dim() == 4, "second is no batch of images")
+        return x
+
+
+def asserts() -> nn.Module:
+    """Return a net that asserts."""
+    return seeded(Asserts)
+
+
 class BakesBatch(nn.Module):
     """A Python number made of the batch size, which a trace keeps for ever."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
@@ -60,6 +61,18 @@ def test_torchscript_holds_nothing_behind_the_last_layer(load_net) -> None:
     total = sum(isinstance(m, torch.nn.Conv2d) for m in model.module.modules())
     assert total == 8
     assert sum("conv" in kind for kind in kinds) == 5
+
+
+def test_fx_runs_nothing_behind_the_last_layer(load_net) -> None:
+    """Assertions on later values, which a graph keeps alive, don't make their layers run."""
+    model, x = load_net("asserts"), torch.randn(2, *ITEM)
+    plan = builder(model).build(Extractor.FX, [point("first")], ITEM)
+    ran: list[nn.Module] = []
+    for layer in (model.module.first, model.module.second):
+        layer.register_forward_pre_hook(lambda module, args: ran.append(module))
+    (value,) = collect(plan.built, [point("first")], x)
+    assert ran == [model.module.first]
+    assert same(value, outputs_of(model.module, x, "first")[0])
 
 
 def test_a_parent_and_its_last_child_are_both_served_by_fx(load_net) -> None:

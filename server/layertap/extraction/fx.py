@@ -8,6 +8,9 @@ Note [FX done right]
     - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it runs
       while no forward pass does. Where it fails half way it leaves the model in training mode: the
       modes are put back here.
+    - Dead-code elimination keeps every ``torch._assert``, and with it what is asserted on: of a ViT's
+      first layer torchvision's extractor runs all layers. Here the graph ends behind the last
+      capture.
     - Dead-code elimination deletes unassigned in-place statements (``y.relu_()``). Who builds an
       extractor compares it with the oracle before use.
 """
@@ -190,8 +193,18 @@ def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dic
             graph.call_function(_capture, (returned[name], index))
     # Nothing is returned: each activation is freed as soon as the graph no longer needs it.
     output.args = ((),)
+    _end_behind_captures(graph)
     graph_module.recompile()
     return returned
+
+
+def _end_behind_captures(graph: fx.Graph) -> None:
+    """Erase what runs after the last capture: nothing that it does can be seen any more."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is _capture:
+            return
+        if node.op not in ("output", "placeholder"):
+            graph.erase_node(node)
 
 
 def _capture(value: Any, index: int) -> None:
