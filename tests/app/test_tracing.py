@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from layertap import Client, LayertapError
+from layertap import Client, Features, LayertapError
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.app.telemetry import open_tracing
 from layertap.app.tracing import Tracing
@@ -25,10 +25,12 @@ from layertap.engine import Engine
 from layertap.errors import ConfigError
 from layertap.models import ModelSpec
 from processes import serving
+from streams import RawStream, eventually, item
 from tinynets import ITEM
 
 BATCH = np.zeros((2, *ITEM), np.float32)
 EXTRACT = "layertap.v1.FeatureService/Extract"
+STREAM = "layertap.v1.FeatureService/ExtractStream"
 
 
 class Traced:
@@ -42,6 +44,10 @@ class Traced:
     def spans(self) -> dict[str, ReadableSpan]:
         """Return the spans by name, once the call's own has ended."""
         return {span.name: span for span in self._spans.get_finished_spans()}
+
+    def named(self, name: str) -> list[ReadableSpan]:
+        """Return all the spans of a name."""
+        return [span for span in self._spans.get_finished_spans() if span.name == name]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,46 @@ def test_without_a_callers_span_a_trace_begins(traced: Traced) -> None:
     """A caller without a span sends no context, and the server's span is a root."""
     traced.client.extract("residual", BATCH, "layer1")
     assert traced.spans()[EXTRACT].parent is None
+
+
+def test_a_stream_is_a_span_and_so_is_each_item(traced: Traced) -> None:
+    """Items are spans within the stream's, with their parts; one that failed says how."""
+    callers = TracerProvider(shutdown_on_exit=False).get_tracer("test")
+    with callers.start_as_current_span("caller") as caller:
+        answers = list(
+            traced.client.extract_many(
+                "residual", [BATCH, BATCH[:, :1], BATCH], "layer1", return_errors=True
+            )
+        )
+    eventually(lambda: STREAM in traced.spans())
+    stream = traced.spans()[STREAM]
+    assert stream.parent is not None
+    assert stream.parent.span_id == caller.get_span_context().span_id
+    assert attributes(stream)["rpc.grpc.status_code"] == 0
+    assert "layertap.model" not in attributes(stream)
+    items = traced.named("item")
+    assert [item.parent for item in items] == [stream.context] * 3
+    assert all(stream.start_time <= item.start_time <= item.end_time for item in items)
+    (failed,) = [item for item in items if "rpc.grpc.status_code" in attributes(item)]
+    assert attributes(failed)["rpc.grpc.status_code"] == 3
+    assert attributes(failed)["layertap.model"] == "residual"
+    parts = traced.named("compute")
+    assert {part.parent.span_id for part in parts} == {
+        item.context.span_id for item in items if item is not failed
+    }
+    told = sorted(each.timings.compute_ns for each in answers if isinstance(each, Features))
+    assert sorted(part.end_time - part.start_time for part in parts) == told
+
+
+def test_a_stream_that_is_left_ends_its_span(traced: Traced) -> None:
+    """A client that goes away leaves a span with CANCELLED, not one without an end."""
+    stream = RawStream(traced.channel)
+    stream.send(item(1, BATCH))
+    assert stream.read().id == 1
+    stream.call.cancel()
+    stream.half_close()
+    eventually(lambda: STREAM in traced.spans())
+    assert attributes(traced.spans()[STREAM])["rpc.grpc.status_code"] == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import grpc
 
 from layertap.client.failures import error_from_item, error_from_rpc
 from layertap.client.features import Features
+from layertap.client.trace_context import trace_metadata
 from layertap.errors import InvalidInputError, LayertapError, UnavailableError
 from layertap.wire.stream_messages import decode_stream_reply
 
@@ -62,7 +63,9 @@ class FeatureStream:
         # gRPC sends from a thread of its own, which waits here; None is the half close. It holds
         # as much as is in flight, at most.
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
-        self._call = method(iter(self._outgoing.get, None), timeout=timeout)
+        self._call = method(
+            iter(self._outgoing.get, None), timeout=timeout, metadata=trace_metadata()
+        )
 
     def extract(
         self, requests: Iterable[StreamRequest], *, ordered: bool = False

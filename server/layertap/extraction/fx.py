@@ -8,9 +8,9 @@ Note [FX done right]
     - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it runs
       while no forward pass does. Where it fails half way it leaves the model in training mode: the
       modes are put back here.
-    - Dead-code elimination keeps every ``torch._assert``, and with it what is asserted on: of a ViT's
-      first layer torchvision's extractor runs all layers. Here the graph ends behind the last
-      capture.
+    - Dead-code elimination keeps every ``torch._assert``, and with it what is asserted on: for the
+      first layer of a ViT torchvision's extractor runs all of them. Here the graph ends behind the
+      last capture.
     - Dead-code elimination deletes unassigned in-place statements (``y.relu_()``). Who builds an
       extractor compares it with the oracle before use.
 """

@@ -1,0 +1,139 @@
+"""The spans of calls: one for each unary call and each stream, in the caller's trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from opentelemetry import context as current
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from layertap.services.request import REQUEST_ID_KEY
+
+__all__ = ["TracingInterceptor", "in_stream"]
+
+_W3C = TraceContextTextMapPropagator()
+_CONTEXT_KEYS = ("traceparent", "tracestate")
+# Health checks and reflection come every few seconds and tell nobody anything.
+_TRACED = ("/layertap.", "/inference.")
+
+Code = grpc.StatusCode
+# The conventions' list for servers: what went wrong on the caller's side is no error of the span.
+SERVER_ERRORS = frozenset(
+    {
+        *(Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.UNIMPLEMENTED),
+        *(Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS),
+    }
+)
+
+_in_stream: ContextVar[bool] = ContextVar("layertap_traced_stream", default=False)
+
+
+def in_stream() -> bool:
+    """Tell whether this thread works for a stream, whose span is that of many extractions."""
+    return _in_stream.get()
+
+
+class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Makes a server span for each call of layertap's services.
+
+    Args:
+        tracer: Makes the spans.
+    """
+
+    def __init__(self, tracer: trace.Tracer) -> None:
+        self._tracer = tracer
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Wrap the handler of a call that is traced."""
+        handler, path = continuation(details), details.method
+        if handler is None or not path.startswith(_TRACED):
+            return handler
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(path, handler.unary_unary),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if handler.stream_stream is not None:
+            return grpc.stream_stream_rpc_method_handler(
+                self._stream(path, handler.stream_stream),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return handler
+
+    def _unary(self, path: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        def traced(message: Any, context: grpc.ServicerContext) -> Any:
+            with self._span(path, context):
+                return behaviour(message, context)
+
+        return traced
+
+    def _stream(self, path: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        def traced(messages: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            with self._span(path, context):
+                _in_stream.set(True)
+                yield from behaviour(messages, context)
+
+        return traced
+
+    @contextmanager
+    def _span(self, path: str, context: grpc.ServicerContext) -> Iterator[None]:
+        """Make a call's span and the current one.
+
+        It stays the current one: gRPC runs each call in a ``contextvars.Context`` of its own, and
+        a stream that is given up may be closed in another.
+        """
+        service, method = path.strip("/").split("/", 1)
+        span = self._tracer.start_span(
+            f"{service}/{method}",
+            context=_W3C.extract(_carrier(context)),
+            kind=SpanKind.SERVER,
+            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
+        )
+        current.attach(trace.set_span_in_context(span))
+        try:
+            yield
+            _tell(span, context, _outcome(context))
+        except GeneratorExit:
+            _tell(span, context, Code.CANCELLED)
+            raise
+        except Exception as error:
+            # gRPC's abort raises a bare Exception while the handler's own error is handled.
+            span.record_exception(error.__context__ or error)
+            _tell(span, context, context.code() or Code.UNKNOWN)
+            raise
+        finally:
+            span.end()
+
+
+def _carrier(context: grpc.ServicerContext) -> dict[str, str]:
+    metadata = context.invocation_metadata() or ()
+    return {key: value for key, value in metadata if key in _CONTEXT_KEYS}
+
+
+def _outcome(context: grpc.ServicerContext) -> grpc.StatusCode:
+    """Return how a call ended whose handler is content: its caller may be gone."""
+    if context.is_active():
+        return Code.OK
+    remaining = context.time_remaining()
+    over = remaining is not None and remaining <= 0
+    return Code.DEADLINE_EXCEEDED if over else Code.CANCELLED
+
+
+def _tell(span: trace.Span, context: grpc.ServicerContext, code: grpc.StatusCode) -> None:
+    span.set_attribute("rpc.grpc.status_code", code.value[0])
+    if request_id := dict(context.trailing_metadata() or ()).get(REQUEST_ID_KEY):
+        span.set_attribute("layertap.request_id", request_id)
+    if code in SERVER_ERRORS:
+        span.set_status(StatusCode.ERROR, (context.details() or b"").decode("utf-8", "replace"))
