@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
-from layertap.errors import DecodeError, SharedMemoryLostError
+from layertap.errors import DecodeError, InvalidInputError, SharedMemoryLostError
 from layertap.services.status import guarded
 from layertap.v1 import shared_memory_service_pb2
 from layertap.wire.shared.broker import Broker
@@ -51,14 +51,21 @@ def space_of(memory: SharedMemory | None, identifier: bytes) -> Space | None:
     return Space(memory, session) if session else None
 
 
-def input_of(tensor: SharedTensor, space: Space | None) -> TensorView:
+def input_of(tensor: SharedTensor, space: Space | None, most: int) -> TensorView:
     """Return a request's tensor that stands in shared memory, as a private copy.
+
+    Args:
+        tensor: What the request says of it.
+        space: What is lent to the request's session; None where it has none.
+        most: Bytes that a request may have.
 
     Raises:
         SharedMemoryLostError: Where no such memory is lent to the request's session.
-        InvalidInputError: For bytes outside of the region.
+        InvalidInputError: For bytes outside of the region, or too many.
         DecodeError: For a byte of a bool tensor that is neither 0 nor 1.
     """
     if space is None:
         raise SharedMemoryLostError("shared_memory_session: got none that this server knows")
+    if tensor.at.size > most:
+        raise InvalidInputError(f"shared: got {tensor.at.size} bytes, expected at most {most}")
     return tensor.view(space.memory.read(space.session, tensor.at))

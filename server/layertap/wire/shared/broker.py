@@ -48,18 +48,19 @@ _CREDENTIALS = struct.Struct("3i")
 
 
 class Broker:
-    """Listens until it is closed.
+    """Listens from ``start`` until it is closed.
 
     Args:
         memory: What to lend.
 
     Attributes:
+        memory: The same.
         name: The abstract socket's name, without the zero byte in front.
     """
 
     def __init__(self, memory: SharedMemory) -> None:
         self.name = f"layertap-{secrets.token_hex(16)}"
-        self._memory = memory
+        self.memory = memory
         self._tickets: dict[bytes, float] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -73,6 +74,9 @@ class Broker:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="layertap-shared", daemon=True)
+
+    def start(self) -> None:
+        """Let clients in."""
         self._thread.start()
 
     def ticket(self) -> bytes:
@@ -88,20 +92,27 @@ class Broker:
 
     def close(self) -> None:
         """End all sessions; clients keep what they were lent."""
+        if self._closed:
+            return
         self._closed = True
-        self._waker.send(b"\0")
-        self._thread.join()
+        if self._thread.is_alive():
+            self._waker.send(b"\0")
+            self._thread.join()
+        else:
+            self._end_all()
 
     def _run(self) -> None:
-        tick = min(1.0, self._memory.lease_seconds / 4)
+        tick = min(1.0, self.memory.lease_seconds / 4)
         due = time.monotonic() + tick
         while not self._closed:
-            # Without a client there is nothing whose time could be over, but free regions.
             for key, _ in self._selector.select(tick):
                 self._handle(key)
             if time.monotonic() >= due:
                 self._tick()
                 due = time.monotonic() + tick
+        self._end_all()
+
+    def _end_all(self) -> None:
         for connection in list(self._connections):
             self._end(connection, End.RETIRE)
         self._selector.close()
@@ -109,7 +120,7 @@ class Broker:
             each.close()
 
     def _tick(self) -> None:
-        self._memory.tick()
+        self.memory.tick()
         now = time.monotonic()
         for connection in list(self._connections):
             if connection.session is None and connection.since < now - _TICKET_SECONDS:
@@ -160,7 +171,7 @@ class Broker:
             end = self._tickets.pop(to_id(packet), 0.0)
         if end <= time.monotonic():
             raise ValueError("got no valid ticket")
-        session = self._memory.open(connection)
+        session = self.memory.open(connection)
         if session is None:
             raise ValueError("as many clients share memory as may")
         connection.session = session
@@ -168,9 +179,9 @@ class Broker:
 
     def _obey(self, connection: _Connection, session: Session, packet: Packet) -> None:
         if packet.kind is PacketKind.RETURN:
-            self._memory.give_back(session, packet.first, packet.second)
+            self.memory.give_back(session, packet.first, packet.second)
         elif packet.kind is PacketKind.BORROW:
-            lease = self._memory.borrow(session, packet.first)
+            lease = self.memory.borrow(session, packet.first)
             lent = (lease.region.number, lease.generation) if lease else (0, 0)
             connection.send(Packet(PacketKind.LENT, *lent))
         else:
@@ -178,7 +189,7 @@ class Broker:
 
     def _end(self, connection: _Connection, end: End) -> None:
         if connection.session is not None:
-            self._memory.close(connection.session, end)
+            self.memory.close(connection.session, end)
         self._selector.unregister(connection.socket)
         self._connections.discard(connection)
         connection.socket.close()
@@ -209,8 +220,10 @@ class _Connection:
     def send(self, packet: Packet) -> None:
         try:
             self.socket.send(packet.pack())
-        except OSError:
+        except BlockingIOError:
             self.close()
+        except OSError:  # It is gone, as the thread that reads will find.
+            pass
 
     def close(self) -> None:
         # The thread that reads finds the end of it. A client that is gone comes first: what it had
