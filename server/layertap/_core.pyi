@@ -103,16 +103,18 @@ def decode(
 
     Submessages ``field`` are read as tensors: (name, dtype, shape, data), ``data`` a read-only
     memoryview over ``message``; or the (region, generation, offset, size) of a tensor that stands
-    in shared memory, which says nothing about whether there is such a place. The rest, every other top-level field in order, goes to an ordinary
-    protobuf parser. Agrees with that parser on what is well-formed and what it means: the last of
-    a repeated scalar wins, a singular submessage met twice is merged (``repeated=False``), unknown
-    fields (groups included) are skipped. ``rivals`` are the length-delimited fields that share a
-    oneof with ``field``: the one met last wins and drops the other. Where a tensor drops a rival,
-    an empty submessage ``field`` follows the rival in the rest, so that the parser drops it too.
+    in shared memory, which says nothing about whether there is such a place. The rest, every other
+    top-level field in order, goes to an ordinary protobuf parser. Agrees with that parser on what
+    is well-formed and what it means: the last of a repeated scalar wins, a singular submessage met
+    twice is merged (``repeated=False``), unknown fields (groups included) are skipped. ``rivals``
+    are the length-delimited fields that share a oneof with ``field``: the one met last wins and
+    drops the other. Where a tensor drops a rival, an empty submessage ``field`` follows the rival
+    in the rest, so that the parser drops it too.
 
     Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, a tensor with an unknown
     dtype, a rank over MAX_RANK, a negative size, sizes that overflow, data or a shared slice of
-    another length than shape and dtype say, both of them, or a byte of a bool tensor that is neither 0 nor 1.
+    another length than shape and dtype say, both of them, or a byte of a bool tensor that is
+    neither 0 nor 1.
     """
 
 def keep_memory(bound: int) -> bool:

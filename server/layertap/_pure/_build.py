@@ -68,7 +68,7 @@ class ReplyLayout:
     def _add_slot(self, name: str, dtype: int, shape: tuple[int, ...], field: int) -> None:
         if self._apart:
             begin = -(-self._payload_nbytes // _ALIGNMENT) * _ALIGNMENT
-            slot = _slot_apart(name, dtype, shape, field, self._nbytes, begin)
+            slot = _slot_apart(name, dtype, shape, field, offset=self._nbytes, begin=begin)
             self._nbytes += len(slot.header)
             self._payload_nbytes = begin + slot.payload_size
         else:
@@ -233,7 +233,7 @@ def _payload_size(dtype: int, shape: tuple[int, ...]) -> int:
 
 
 def _slot_apart(
-    name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int, begin: int
+    name: str, dtype: int, shape: tuple[int, ...], field: int, *, offset: int, begin: int
 ) -> _Slot:
     size = _payload_size(dtype, shape)
     slots = _fixed64(_SIZE, size) + _fixed64(_OFFSET, begin)

@@ -22,7 +22,6 @@ from layertap._pure._wire import (
     varint,
 )
 
-
 _Slice = tuple[int, int, int, int]
 
 

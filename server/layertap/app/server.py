@@ -110,9 +110,7 @@ class FeatureServer:
         )
         self._health = health or ModelHealth()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._broker = open_broker(
-            options.shared_memory_bytes, options.shared_memory_lease_seconds
-        )
+        self._broker = open_broker(options.shared_memory_bytes, options.shared_memory_lease_seconds)
         self.shared_memory = self._broker.memory if self._broker else None
         self._service = FeatureService(engine, observer, self.shared_memory)
         self._server.add_generic_rpc_handlers((self._service.handlers(),))

@@ -113,9 +113,7 @@ class Pipeline:
         )
         head = encode_reply_head(plan.extractor, timings)
         reply = done.reply.finish(head + request.reply_fields)
-        return Extraction(
-            reply.message, plan.extractor, timings, done.together, reply.shared_bytes
-        )
+        return Extraction(reply.message, plan.extractor, timings, done.together, reply.shared_bytes)
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):

@@ -14,20 +14,28 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.errors import DecodeError
 from layertap.selection import Extractor
-from layertap.v1 import feature_service_pb2
+from layertap.v1 import feature_service_pb2, tensor_pb2
+from layertap.wire.dtypes import of_array
 from layertap.wire.enums import to_proto
-from layertap.wire.tensors import SharedTensor, TensorView, decode_message, encode_message
+from layertap.wire.tensors import (
+    SharedSlice,
+    SharedTensor,
+    TensorView,
+    decode_message,
+    encode_message,
+)
 
 __all__ = [
     "ERROR_METADATA_KEY",
     "REPLY_HEAD_SIZE",
     "REPLY_TENSOR_FIELD",
-    "Timings",
     "Find",
+    "Timings",
     "decode_reply",
     "decode_request",
     "encode_reply_head",
     "encode_request",
+    "encode_shared_request",
     "found",
 ]
 
@@ -78,6 +86,20 @@ def encode_request(request: feature_service_pb2.ExtractRequest, tensor: np.ndarr
     if tensor is None:
         return head
     return encode_message([("", tensor)], field=_REQUEST_TENSOR_FIELD, head=head)
+
+
+def encode_shared_request(
+    request: feature_service_pb2.ExtractRequest, tensor: np.ndarray, at: SharedSlice
+) -> bytes:
+    """Return an ExtractRequest whose input, an array like ``tensor``, stands in shared memory.
+
+    Raises:
+        InvalidInputError: For an array without a row in the dtype table.
+    """
+    request.tensor.dtype = of_array(tensor).number  # type: ignore[assignment] # an enum's number
+    request.tensor.shape.extend(tensor.shape)
+    request.tensor.shared.CopyFrom(tensor_pb2.SharedSlice(**at._asdict()))
+    return request.SerializeToString()
 
 
 def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:

@@ -75,9 +75,7 @@ class SharedTensor:
     shape: tuple[int, ...]
     at: SharedSlice
 
-    def view(
-        self, data: memoryview, remap: Callable[[], memoryview] | None = None
-    ) -> TensorView:
+    def view(self, data: memoryview, remap: Callable[[], memoryview] | None = None) -> TensorView:
         """Return the tensor with its elements, which were found at ``at``.
 
         Raises:

@@ -169,7 +169,9 @@ class SharedMemory:
         try:
             copy = np.empty(at.size, np.uint8)
             # Without the GIL, unlike a slice assignment.
-            np.copyto(copy, np.frombuffer(memory, np.uint8, at.size, at.offset) if at.size else copy)
+            np.copyto(
+                copy, np.frombuffer(memory, np.uint8, at.size, at.offset) if at.size else copy
+            )
         finally:
             with self._lock:
                 self._leave(lease)

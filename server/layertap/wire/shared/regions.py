@@ -127,5 +127,3 @@ def map_region(fd: int, kind: Kind, size: int, *, private: bool = False) -> mmap
     if kind is Kind.INPUT:
         return mmap.mmap(fd, size)
     return mmap.mmap(fd, size, prot=mmap.PROT_READ)
-
-
