@@ -280,7 +280,7 @@ def timed(call: Call, size: str) -> float:
     """Return the milliseconds from the call until its reply was dropped again.
 
     Something of each page is read, so that memory which was only promised is there in the end: a
-    reply that is received is in the receiver's memory, one that is shared may yet have to be mapped.
+    reply that was received is in the receiver's memory, a shared one may yet have to be mapped.
     """
     begun = time.perf_counter()
     see(call(size))

@@ -79,13 +79,13 @@ class Pool:
         ]
         fitting.sort(key=lambda region: (region.number not in known, region.size))
         close = next((region for region in fitting if region.size <= _WASTE * size), None)
-        if close is None and not self._make_room(size):
+        if close is None and self.total + size > self._limit:
             close = min(fitting, key=lambda region: region.size, default=None)
-            if close is None:
-                return None
         if close is not None:
             del self._free[close.number]
             return close
+        if not self._make_room(size):
+            return None
         region = self._make(next(self._numbers), kind, size)
         self.total += region.size
         return region
