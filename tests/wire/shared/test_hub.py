@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -84,7 +83,7 @@ def regions(memory: SharedMemory) -> dict[str, int]:
 
 
 def test_lease_returns_and_is_lent_again(memory: SharedMemory, session: Session) -> None:
-    """A region that was given back is lent again in another generation, without a new descriptor."""
+    """A region that was given back is lent again as another generation, without a descriptor."""
     first = lent(memory, session)
     assert regions(memory) == {"leased": 1}
     memory.give_back(session, first.region, first.generation)
@@ -262,7 +261,7 @@ def test_unused_regions_are_freed_and_clients_told(
 def test_share_and_limit_send_replies_through_the_network(
     memory: SharedMemory, session: Session
 ) -> None:
-    """A client has half of the memory at most; where none is left nobody gets any, and it counts."""
+    """A client has half of the memory at most; what is over that, or over all of it, counts."""
     assert memory.lend(session, 8 * MIB + 1) is None
     lent(memory, session, 8 * MIB)
     assert memory.lend(session, 1) is None
@@ -319,17 +318,15 @@ def test_sessions_are_bounded(memory: SharedMemory) -> None:
 
 
 @pytest.fixture
-def written(memory: SharedMemory, session: Session) -> Iterator[SharedSlice]:
+def written(memory: SharedMemory, session: Session) -> SharedSlice:
     """An input of 4 bytes in a region of 64 KiB."""
     lease = memory.borrow(session, 4)
     mapped = map_region(lease.region.fileno(), Kind.INPUT, lease.region.size)
     mapped[8:12] = b"abcd"
-    yield SharedSlice(lease.region.number, lease.generation, 8, 4)
+    return SharedSlice(lease.region.number, lease.generation, 8, 4)
 
 
-def test_input_is_copied_once(
-    memory: SharedMemory, session: Session, written: SharedSlice
-) -> None:
+def test_input_is_copied_once(memory: SharedMemory, session: Session, written: SharedSlice) -> None:
     """What the server has read stays, whatever the client writes afterwards."""
     copy = memory.read(session, written)
     region = session.channel.regions[written.region]

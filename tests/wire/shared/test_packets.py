@@ -26,5 +26,5 @@ def test_ids_travel_as_two_numbers() -> None:
 @pytest.mark.parametrize("data", [b"", bytes(24), b"\x08" + bytes(23), bytes(23), b"\1" * 25])
 def test_what_is_no_packet_is_refused(data: bytes) -> None:
     """Bytes of another size or of an unknown kind are a ValueError."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"packet: got|not a valid PacketKind"):
         Packet.unpack(data)
