@@ -21,6 +21,7 @@ from layertap.wire.shared.regions import Kind, Region, make_region, map_region, 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 
 SIZE = 64 * 1024
+REFUSED = r"Errno (1|9|13|22)\b"  # EPERM, EBADF, EACCES; EINVAL for the size of what is read-only
 
 
 @pytest.fixture
@@ -68,9 +69,8 @@ ATTEMPTS: dict[str, Callable[[Region], object]] = {
 @pytest.mark.parametrize("attempt", ATTEMPTS)
 def test_reply_region_can_only_be_read(reply: Region, attempt: str) -> None:
     """Whoever has a reply region's descriptor can neither write to it nor change its size."""
-    with pytest.raises(OSError, match="") as caught:
+    with pytest.raises(OSError, match=REFUSED):
         ATTEMPTS[attempt](reply)
-    assert caught.value.errno in {errno.EPERM, errno.EACCES, errno.EBADF}
     assert bytes(reply.memory[:4]) == b"abcd"
     assert os.fstat(reply.fileno()).st_size == SIZE
 
@@ -116,9 +116,7 @@ def test_older_kernels_hand_out_descriptors_for_reading(monkeypatch: pytest.Monk
     monkeypatch.setattr(regions.fcntl, "fcntl", without_the_seal)
     region = make_region(1, Kind.REPLY, SIZE)
     for attempt in ("map it for writing", "write to it", "make a mapping writable", "shrink it"):
-        with pytest.raises(
-            OSError, match=r"Permission denied|Bad file|not permitted|mprotect|Invalid"
-        ):
+        with pytest.raises(OSError, match=REFUSED):
             ATTEMPTS[attempt](region)
     region.memory[:4] = b"abcd"
     assert map_region(region.fileno(), Kind.REPLY, SIZE)[:4] == b"abcd"
