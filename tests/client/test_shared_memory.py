@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -186,8 +187,6 @@ def test_inputs_of_any_layout_are_written_as_they_are_meant(
     for given in (channels_last, LARGE.astype(">f4"), torch.from_numpy(LARGE)):
         assert same(ask(client, given), expected)
     assert served.regions()["input"] == 1
-    half = client.extract("residual", LARGE.astype(np.float16), "conv1")["conv1"]
-    assert np.allclose(half, expected["conv1"], atol=1e-2)
 
 
 def test_streams_share_memory_too(
@@ -307,8 +306,12 @@ def test_client_that_is_forgotten_ends_its_session(served: Served) -> None:
     assert eventually(lambda: served.memory.state().sessions == 0)
 
 
-def test_failed_requests_hold_nothing(served: Served, client: Client) -> None:
+def test_failed_requests_hold_nothing(
+    served: Served, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
     """A model that fails after its region was lent leaves the region free."""
+    # pytest would keep the records, and with them the frames of what failed.
+    caplog.set_level(logging.CRITICAL, "layertap.engine.work")
     for _ in range(5):
         with pytest.raises(errors.ModelRunError):
             client.extract("raises", LARGE + 1e6, "**")
@@ -347,7 +350,7 @@ def test_threads_share_one_session(
     """Six threads get the answers to their own questions, through one session."""
     wrong: list[int] = []
 
-    def ask(number: int) -> None:
+    def work(number: int) -> None:
         x = LARGE if number % 2 else np.ascontiguousarray(LARGE[::-1])
         for _ in range(4):
             got = ask(client, x)
@@ -355,7 +358,7 @@ def test_threads_share_one_session(
             if not all(np.allclose(values[n], expected[n], atol=1e-5) for n in expected):
                 wrong.append(number)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(6)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -365,17 +368,23 @@ def test_threads_share_one_session(
     assert eventually(lambda: "leased" not in served.regions())
 
 
-def test_thousands_of_calls_leak_nothing(served: Served, client: Client) -> None:
-    """2,000 calls leave as many files open, and as many bytes lent, as the first ones."""
-    for _ in range(20):
-        client.extract("residual", LARGE[:40], LAYERS)
-    gc.collect()
-    files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
-    for _ in range(2000):
-        client.extract("residual", LARGE[:40], LAYERS)
-    assert served.memory.state().reply_bytes >= 2000 * 256 * 1024
+def test_a_thousand_calls_leak_nothing(served: Served, client: Client) -> None:
+    """However many calls, the files open are those of the few regions that take turns."""
+
+    def others() -> int:
+        """Count the files besides each region's: two at either end, Python's mmap has its own."""
+        gc.collect()
+        open_files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        return open_files - 4 * sum(served.memory.state().regions.values())
+
+    client.extract("residual", LARGE[:100], LAYERS)
+    before = others()
+    for _ in range(1000):
+        client.extract("residual", LARGE[:100], LAYERS)
+    assert served.memory.state().reply_bytes >= 1000 * 256 * 1024
     assert eventually(lambda: "leased" not in served.regions())
-    assert len(os.listdir("/proc/self/fd")) <= files + 8  # noqa: PTH208
+    assert others() == before
+    assert served.regions()["free"] <= 16
 
 
 def hostile(
