@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from layertap.wire.shared.broker import Broker
-from layertap.wire.shared.hub import SharedMemory
+from layertap.wire.shared.hub import FALLBACK_REASONS, SharedMemory
 from layertap.wire.shared.regions import supported
 
 __all__ = ["SharedMemoryCollector", "open_broker"]
@@ -66,8 +66,8 @@ class SharedMemoryCollector(Collector):
             "reached, its session or socket is gone, the system refused.",
             labels=("reason",),
         )
-        for reason, count in state.fallbacks.items():
-            fallbacks.add_metric((reason,), count)
+        for reason in FALLBACK_REASONS:
+            fallbacks.add_metric((reason,), state.fallbacks.get(reason, 0))
         yield fallbacks
 
 

@@ -31,7 +31,8 @@ OPEN = "/layertap.v1.SharedMemoryService/OpenSharedMemory"
 SharedMemoryWish = bool | Literal["auto"]
 
 _OPEN_SECONDS = 1.0
-_RETRY_SECONDS = 30.0
+# A server that is being restarted is back soon; one without shared memory stays so.
+_AWAY_SECONDS, _RETRY_SECONDS = 1.0, 30.0
 
 
 class SharedMemoryClient:
@@ -70,6 +71,8 @@ class SharedMemoryClient:
             self._current = self._connect(self._open, timeout)
         finally:
             self._opening.release()
+        if self._open is None:  # It was closed meanwhile.
+            self.close()
         return self._current
 
     def close(self) -> None:
@@ -88,7 +91,8 @@ class SharedMemoryClient:
             connection = Connection(reply.socket, reply.ticket)
         except (grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error) as error:
             _log.debug("no shared memory, the wire instead: %s", error)
-            self._retry_at = time.monotonic() + _RETRY_SECONDS
+            away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
+            self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
             return None
         # Where nobody closes the client, its end does.
         weakref.finalize(self, connection.close).atexit = False

@@ -28,6 +28,7 @@ from layertap.wire.tensors import SharedSlice
 __all__ = [
     "DEFAULT_LEASE_SECONDS",
     "DEFAULT_MIB",
+    "FALLBACK_REASONS",
     "LEAST_BYTES",
     "SharedMemory",
     "SharedMemoryState",
@@ -36,6 +37,10 @@ __all__ = [
 
 DEFAULT_MIB = 1024
 DEFAULT_LEASE_SECONDS = 60.0
+
+FALLBACK_REASONS = ("session", "share", "limit", "socket", "system")
+"""Why a reply was sent: an unknown session, the client's share or the limit of all is reached, the
+client takes no descriptors, the system makes no region."""
 
 LEAST_BYTES = 256 * 1024
 """Tensors below are as quick, or quicker, in the message; docs/decisions/0008-shared-memory.md."""
