@@ -4,7 +4,8 @@
 that is there already, sent, received and dropped. Server and client of each row (wire_peers.py) are
 a process each and all of them live through the run; the rows take turns in an order that is
 shuffled each round, so that a machine whose speed drifts slows all of them alike. Every row's array
-is held against the expected one before anything is timed. Quote the ratios.
+is held against the expected one before anything is timed; what is timed ends when something of each
+page was read and the reply dropped. Quote the ratios.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import numpy as np
 from layertap import Client
 from layertap.app.channel import channel_options
 from layertap.selection import Extractor
+from layertap.services.shared_memory_service import SharedMemoryService, space_of
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from layertap.wire.codec import ReplyBuilder, ReplyLayout
 from layertap.wire.memory import keep_memory
@@ -37,6 +38,8 @@ from layertap.wire.messages import (
     decode_request,
     encode_reply_head,
 )
+from layertap.wire.shared.broker import Broker
+from layertap.wire.shared.hub import SharedMemory
 
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32
@@ -65,6 +68,7 @@ class Row:
         unix: Whether they meet on a Unix socket rather than on TCP over the loopback.
         keep: Whether both ends keep freed memory (``layertap.keep_memory``).
         fresh: Whether the receiver's buffer is a new one for each reply.
+        shared: Whether the reply stands in memory that both ends share.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Row:
     unix: bool = False
     keep: bool = False
     fresh: bool = False
+    shared: bool = False
 
 
 ROWS = (
@@ -80,6 +85,8 @@ ROWS = (
     Row("layertap, TCP, memory kept", "layertap", keep=True),
     Row("layertap, Unix socket", "layertap", unix=True),
     Row("layertap, Unix socket, memory kept", "layertap", unix=True, keep=True),
+    Row("layertap, TCP, shared memory", "layertap", shared=True),
+    Row("layertap, Unix socket, shared memory", "layertap", unix=True, shared=True),
     Row("raw TCP socket, new buffer", "socket", fresh=True),
     Row("raw TCP socket, reused buffer", "socket"),
     Row("raw Unix socket, new buffer", "socket", unix=True, fresh=True),
@@ -117,18 +124,31 @@ def naive_handler(arrays: Arrays) -> grpc.RpcMethodHandler:
     )
 
 
-def layertap_handler(arrays: Arrays) -> grpc.RpcMethodHandler:
+def layertap_handler(arrays: Arrays, memory: SharedMemory | None) -> grpc.RpcMethodHandler:
     """Return what layertap does with a captured value, with no model in front of it."""
 
     def extract(message: bytes, context: Any) -> bytes:
         request, _ = decode_request(message)
         array = arrays[request.model]
+        space = space_of(memory, request.shared_memory_session)
+        loan = space.lend(array.nbytes) if space else None
         layout = ReplyLayout(
-            [(LAYER, FLOAT32, array.shape)], field=REPLY_TENSOR_FIELD, head_size=REPLY_HEAD_SIZE
+            [(LAYER, FLOAT32, array.shape)],
+            field=REPLY_TENSOR_FIELD,
+            head_size=REPLY_HEAD_SIZE,
+            apart=loan is not None,
         )
-        builder = ReplyBuilder(layout)
+        if loan is None:
+            builder = ReplyBuilder(layout)
+        else:
+            builder = ReplyBuilder(
+                layout, loan.buffer, region=loan.region, generation=loan.generation
+            )
         builder.write(0, array, FLOAT32)
-        return builder.finish(encode_reply_head(Extractor.HOOK, Timings()))
+        reply = builder.finish(encode_reply_head(Extractor.HOOK, Timings()))
+        if loan is not None:
+            loan.publish()
+        return reply
 
     return grpc.unary_unary_rpc_method_handler(extract)
 
@@ -140,7 +160,12 @@ def serve_grpc(row: Row, folder: str) -> None:
     server = grpc.server(
         ThreadPoolExecutor(8), options=unlimited if naive else channel_options(1 << 20)
     )
-    handler = (naive_handler if naive else layertap_handler)(Arrays())
+    broker = Broker(SharedMemory(1 << 30)) if row.shared else None
+    if broker is not None:
+        broker.start()
+        server.add_generic_rpc_handlers((SharedMemoryService(broker).handlers(),))
+    memory = broker.memory if broker else None
+    handler = naive_handler(Arrays()) if naive else layertap_handler(Arrays(), memory)
     service, method = EXTRACT.strip("/").split("/")
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service, {method: handler}),)
@@ -151,6 +176,8 @@ def serve_grpc(row: Row, folder: str) -> None:
     print(address if row.unix else f"127.0.0.1:{port}", flush=True)
     sys.stdin.read()
     server.stop(0)
+    if broker is not None:
+        broker.close()
 
 
 def serve_socket(row: Row, folder: str) -> None:
@@ -192,9 +219,9 @@ def naive_call(target: str) -> Call:
     return call
 
 
-def layertap_call(target: str) -> Call:
+def layertap_call(target: str, shared: bool) -> Call:
     """Return layertap's own client."""
-    client = Client(target)
+    client = Client(target, shared_memory=shared)
     return lambda size: client.extract(size, REQUEST, LAYER)[LAYER]
 
 
@@ -243,17 +270,26 @@ def caller(row: Row, address: str) -> Call:
     if row.kind == "naive":
         return naive_call(address)
     if row.kind == "layertap":
-        return layertap_call(address)
+        return layertap_call(address, row.shared)
     if row.kind == "socket":
         return socket_call(address, row.unix, row.fresh)
     return memcpy_call()
 
 
 def timed(call: Call, size: str) -> float:
-    """Return the milliseconds from the call until its reply was dropped again."""
+    """Return the milliseconds from the call until its reply was dropped again.
+
+    Something of each page is read, so that memory which was only promised is there in the end: a
+    reply that was received is in the receiver's memory, a shared one may yet have to be mapped.
+    """
     begun = time.perf_counter()
-    call(size)
+    see(call(size))
     return (time.perf_counter() - begun) * 1000
+
+
+def see(array: np.ndarray) -> None:
+    """Read one element of each page."""
+    array.reshape(-1)[:: 4096 // array.itemsize].sum()
 
 
 def obey(call: Call) -> None:

@@ -52,13 +52,13 @@ py::tuple to_triple(py::handle item) {
 }
 
 std::shared_ptr<Layout> make_layout(const py::iterable& tensors, const py::object& field,
-                                    const py::object& head_size) {
+                                    const py::object& head_size, bool apart) {
   std::vector<TensorSpec> specs;
   for (py::handle item : tensors) {
     const py::tuple triple = to_triple(item);
     specs.push_back({to_utf8(triple[0]), to_int64(triple[1]), to_shape(triple[2])});
   }
-  return std::make_shared<Layout>(specs, to_int64(field), to_int64(head_size));
+  return std::make_shared<Layout>(specs, to_int64(field), to_int64(head_size), apart);
 }
 
 class ReplyBuilder {
@@ -66,6 +66,19 @@ class ReplyBuilder {
   explicit ReplyBuilder(std::shared_ptr<const Layout> layout)
       : builder_(std::move(layout)), message_(allocate(builder_.layout().nbytes())) {
     builder_.layout().write_headers(bytes());
+  }
+
+  // With a buffer for the payloads; see Note [Payloads apart].
+  ReplyBuilder(std::shared_ptr<const Layout> layout, py::handle payloads, std::uint64_t region,
+               std::uint64_t generation)
+      : ReplyBuilder(std::move(layout)) {
+    payloads_ = std::make_unique<WritableBuffer>(payloads);
+    const std::size_t needed = builder_.layout().payload_nbytes();
+    if (payloads_->size() < needed) {
+      throw py::value_error("payloads: got " + std::to_string(payloads_->size()) +
+                            " bytes, expected " + std::to_string(needed));
+    }
+    builder_.layout().write_region(bytes(), region, generation);
   }
 
   void write(const py::object& index, py::handle array, const py::object& dtype) {
@@ -78,7 +91,7 @@ class ReplyBuilder {
     const Run run = builder_.check(index, source, dtype);
     const TensorSlot& slot = builder_.layout().slots()[static_cast<std::size_t>(index)];
     Builder::Claim claim(builder_, static_cast<std::size_t>(index));
-    std::uint8_t* target = bytes() + slot.payload_offset;
+    std::uint8_t* target = (payloads_ ? payloads_->data() : bytes()) + slot.payload_offset;
     {
       std::optional<py::gil_scoped_release> released;
       if (slot.payload_size >= kReleaseBytes) released.emplace();
@@ -97,6 +110,7 @@ class ReplyBuilder {
     builder_.finish();
     // An empty message is Python's shared empty bytes object: there is nothing to write.
     if (size > 0) std::memcpy(bytes(), PyBytes_AS_STRING(head.ptr()), size);
+    payloads_.reset();
     return std::move(message_);
   }
 
@@ -113,7 +127,18 @@ class ReplyBuilder {
 
   Builder builder_;
   py::bytes message_;  // empty handle once finished
+  std::unique_ptr<WritableBuffer> payloads_;  // null where they stand in the message
 };
+
+std::unique_ptr<ReplyBuilder> make_builder(std::shared_ptr<const Layout> layout,
+                                           const py::object& payloads, std::uint64_t region,
+                                           std::uint64_t generation) {
+  if (layout->apart() != !payloads.is_none()) {
+    throw py::value_error("payloads: expected a buffer where the layout is apart, and only there");
+  }
+  if (payloads.is_none()) return std::make_unique<ReplyBuilder>(std::move(layout));
+  return std::make_unique<ReplyBuilder>(std::move(layout), payloads, region, generation);
+}
 
 py::bytes encode(const py::iterable& tensors, const py::object& field, const py::bytes& head) {
   std::vector<TensorSpec> specs;
@@ -124,7 +149,7 @@ py::bytes encode(const py::iterable& tensors, const py::object& field, const py:
     specs.push_back({to_utf8(triple[0]), to_int64(triple[1]), buffers.back()->shape()});
   }
   const auto layout =
-      std::make_shared<Layout>(specs, to_int64(field), PyBytes_GET_SIZE(head.ptr()));
+      std::make_shared<Layout>(specs, to_int64(field), PyBytes_GET_SIZE(head.ptr()), false);
   ReplyBuilder builder(layout);
   for (std::size_t i = 0; i < buffers.size(); ++i) {
     builder.write_buffer(static_cast<std::int64_t>(i), *buffers[i], specs[i].dtype);
@@ -162,8 +187,12 @@ py::tuple to_python(const py::bytes& message, const py::object& view, const Deco
   for (std::size_t i = 0; i < tensor.rank; ++i) shape[i] = py::int_(tensor.shape[i]);
   const auto begin = static_cast<py::ssize_t>(tensor.data.offset);
   const auto end = begin + static_cast<py::ssize_t>(tensor.data.size);
+  const SharedSlice& at = tensor.slice;
+  const py::object data = tensor.shared
+                              ? py::make_tuple(at.region, at.generation, at.offset, at.size)
+                              : py::object(view[py::slice(begin, end, 1)]);
   return py::make_tuple(py::str(bytes + tensor.name.offset, tensor.name.size), tensor.dtype,
-                        std::move(shape), view[py::slice(begin, end, 1)]);
+                        std::move(shape), data);
 }
 
 py::tuple decode_message(const py::bytes& message, const py::object& field, bool repeated,
@@ -204,15 +233,18 @@ PYBIND11_MODULE(_core, module) {
 
   py::class_<Layout, std::shared_ptr<Layout>>(module, "ReplyLayout", py::is_final())
       .def(py::init(&make_layout), py::arg("tensors"), py::kw_only(), py::arg("field"),
-           py::arg("head_size"))
+           py::arg("head_size"), py::arg("apart") = false)
       .def_property_readonly("nbytes", &Layout::nbytes)
+      .def_property_readonly("payload_nbytes", &Layout::payload_nbytes)
       .def("__len__", [](const Layout& layout) { return layout.slots().size(); });
 
   py::class_<ReplyBuilder>(module, "ReplyBuilder", py::is_final())
-      .def(py::init([](std::shared_ptr<Layout> layout) {
-             return std::make_unique<ReplyBuilder>(std::move(layout));
+      .def(py::init([](std::shared_ptr<Layout> layout, const py::object& payloads,
+                       std::uint64_t region, std::uint64_t generation) {
+             return make_builder(std::move(layout), payloads, region, generation);
            }),
-           py::arg("layout").none(false))
+           py::arg("layout").none(false), py::arg("payloads") = py::none(), py::kw_only(),
+           py::arg("region") = 0, py::arg("generation") = 0)
       .def("write", &ReplyBuilder::write, py::arg("index"), py::arg("array"), py::arg("dtype"))
       .def("finish", &ReplyBuilder::finish, py::arg("head"));
 

@@ -17,6 +17,7 @@ constexpr std::uint32_t kDtypeTag = (2 << 3) | kVarint;
 constexpr std::uint32_t kShapeTag = (3 << 3) | kVarint;
 constexpr std::uint32_t kPackedShapeTag = (3 << 3) | kLengthDelimited;
 constexpr std::uint32_t kDataTag = (5 << 3) | kLengthDelimited;
+constexpr std::uint32_t kSharedTag = (6 << 3) | kLengthDelimited;
 
 [[noreturn]] void malformed(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -27,6 +28,20 @@ void add_size(DecodedTensor& tensor, std::uint64_t size) {
 
 void check_field_number(std::uint32_t tag) {
   if (tag >> 3 == 0) malformed("message: field number 0");
+}
+
+void merge_slice(const std::uint8_t* message, Span span, SharedSlice& slice) {
+  std::uint64_t* const fields[] = {&slice.region, &slice.generation, &slice.offset, &slice.size};
+  Reader reader(message, span);
+  while (!reader.done()) {
+    const std::uint32_t tag = reader.tag();
+    check_field_number(tag);
+    if ((tag & 7) == kFixed64 && tag >> 3 <= 4) {
+      *fields[(tag >> 3) - 1] = reader.fixed64();
+    } else {
+      reader.skip(tag, kMaxDepth - 2);
+    }
+  }
 }
 
 void merge_tensor(const std::uint8_t* message, Span span, DecodedTensor& tensor) {
@@ -48,6 +63,9 @@ void merge_tensor(const std::uint8_t* message, Span span, DecodedTensor& tensor)
       while (!sizes.done()) add_size(tensor, sizes.varint());
     } else if (tag == kDataTag) {
       tensor.data = reader.length_delimited();
+    } else if (tag == kSharedTag) {
+      tensor.shared = true;
+      merge_slice(message, reader.length_delimited(), tensor.slice);
     } else {
       reader.skip(tag, kMaxDepth - 1);
     }
@@ -87,10 +105,13 @@ void check_meaning(const std::uint8_t* message, const DecodedTensor& tensor) {
   }
   const std::int64_t bytes = payload_bytes(tensor.shape.data(), tensor.rank, dtype->itemsize);
   if (bytes < 0) malformed("tensor: shape: got a negative size or one that overflows");
-  if (static_cast<std::uint64_t>(bytes) != tensor.data.size) {
-    malformed("tensor: data: got " + std::to_string(tensor.data.size) + " bytes, expected " +
-              std::to_string(bytes));
+  if (tensor.shared && tensor.data.size > 0) malformed("tensor: got both data and shared");
+  const std::uint64_t got = tensor.shared ? tensor.slice.size : tensor.data.size;
+  if (got != static_cast<std::uint64_t>(bytes)) {
+    malformed(std::string("tensor: ") + (tensor.shared ? "shared" : "data") + ": got " +
+              std::to_string(got) + " bytes, expected " + std::to_string(bytes));
   }
+  if (tensor.shared) return;
   if (dtype->number == kBool) check_bools(message + tensor.data.offset, tensor.data.size);
 }
 

@@ -5,8 +5,8 @@
 //   field of another wire type is unknown, shape may be packed or not, the last of a repeated
 //   scalar wins, enums are varints cut to 32 bits, names are UTF-8 each time they occur, groups
 //   nest 100 deep less the messages around them. Stricter on purpose, after the parse: dtype has a
-//   row, rank <= 32, no negative size, no overflow, data of exactly the size that follows, bools of
-//   0 and 1 only (numpy and torch leave undefined what another byte means), and a message of at
+//   row, rank <= 32, no negative size, no overflow, data or a shared slice of exactly the size that
+//   follows, not both, bools of 0 and 1 only (numpy and torch leave undefined what another byte means), and a message of at
 //   most 2**31 - 1 bytes.
 #pragma once
 
@@ -20,12 +20,22 @@
 
 namespace layertap {
 
+// layertap.v1.SharedSlice.
+struct SharedSlice {
+  std::uint64_t region = 0;
+  std::uint64_t generation = 0;
+  std::uint64_t offset = 0;
+  std::uint64_t size = 0;
+};
+
 struct DecodedTensor {
   Span name{0, 0};  // UTF-8
   std::int32_t dtype = 0;
   std::size_t rank = 0;  // counts on past the cap; only the first kMaxRank sizes are kept
   std::array<std::int64_t, kMaxRank> shape;
   Span data{0, 0};
+  bool shared = false;  // the elements stand in `slice`, and `data` is empty
+  SharedSlice slice;
 };
 
 struct Decoded {

@@ -12,7 +12,12 @@ namespace layertap {
 namespace {
 
 // Field numbers of layertap.v1.Tensor.
-enum : std::uint32_t { kName = 1, kDtype = 2, kShape = 3, kPadding = 4, kData = 5 };
+enum : std::uint32_t { kName = 1, kDtype = 2, kShape = 3, kPadding = 4, kData = 5, kShared = 6 };
+
+// Field numbers of layertap.v1.SharedSlice, and the bytes of its four fields.
+enum : std::uint32_t { kRegion = 1, kGeneration = 2, kOffset = 3, kSize = 4 };
+constexpr std::size_t kFixed64Field = 9;
+constexpr std::size_t kSliceSize = 4 * kFixed64Field;
 
 // The padding field's bytes at most: its tag, a length of one byte, and 127 zeros.
 constexpr std::size_t kMaxPaddingField = 129;
@@ -57,6 +62,11 @@ std::size_t padding_field(std::size_t begin, std::size_t fixed, std::size_t body
   refuse("layout: no padding aligns the payload");
 }
 
+void append_fixed64(std::string& out, std::uint32_t field, std::uint64_t value) {
+  append_tag(out, field, kFixed64);
+  for (int i = 0; i < 8; ++i) out.push_back(static_cast<char>(value >> (8 * i)));
+}
+
 std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype) {
   dtype = find_dtype(spec.dtype);
   if (dtype == nullptr) refuse("dtype: got " + std::to_string(spec.dtype) + ", not a DataType");
@@ -90,10 +100,32 @@ TensorSlot make_slot(const TensorSpec& spec, std::uint32_t field, std::size_t of
   return slot;
 }
 
+// Region and generation come last, for write_region to find.
+TensorSlot make_slot_apart(const TensorSpec& spec, std::uint32_t field, std::size_t offset,
+                           std::size_t payload_offset) {
+  TensorSlot slot;
+  slot.payload_size = checked_payload(spec, slot.dtype);
+  slot.payload_offset = payload_offset;
+  slot.shape = spec.shape;
+  slot.header_offset = offset;
+  std::string body = small_fields(spec);
+  append_tag(body, kShared, kLengthDelimited);
+  append_varint(body, kSliceSize);
+  append_fixed64(body, kSize, slot.payload_size);
+  append_fixed64(body, kOffset, payload_offset);
+  append_fixed64(body, kRegion, 0);
+  append_fixed64(body, kGeneration, 0);
+  append_tag(slot.header, field, kLengthDelimited);
+  append_varint(slot.header, body.size());
+  slot.header += body;
+  return slot;
+}
+
 }  // namespace
 
-Layout::Layout(const std::vector<TensorSpec>& tensors, std::int64_t field,
-               std::int64_t head_size) {
+Layout::Layout(const std::vector<TensorSpec>& tensors, std::int64_t field, std::int64_t head_size,
+               bool apart)
+    : apart_(apart) {
   if (field < 1 || field > kMaxFieldNumber) {
     refuse("field: got " + std::to_string(field) + ", expected 1 to 2**29 - 1");
   }
@@ -104,15 +136,40 @@ Layout::Layout(const std::vector<TensorSpec>& tensors, std::int64_t field,
   nbytes_ = head_size_;
   slots_.reserve(tensors.size());
   for (const TensorSpec& spec : tensors) {
-    slots_.push_back(make_slot(spec, static_cast<std::uint32_t>(field), nbytes_));
-    nbytes_ = slots_.back().payload_offset + slots_.back().payload_size;
-    if (nbytes_ > kMaxMessageBytes) refuse("message: larger than 2**31 - 1 bytes");
+    add_slot(spec, static_cast<std::uint32_t>(field));
+    if (nbytes_ + payload_nbytes_ > kMaxMessageBytes) {
+      refuse("message: larger than 2**31 - 1 bytes");
+    }
   }
+}
+
+void Layout::add_slot(const TensorSpec& spec, std::uint32_t field) {
+  if (!apart_) {
+    slots_.push_back(make_slot(spec, field, nbytes_));
+    nbytes_ = slots_.back().payload_offset + slots_.back().payload_size;
+    return;
+  }
+  const std::size_t begin =
+      (payload_nbytes_ + kPayloadAlignment - 1) / kPayloadAlignment * kPayloadAlignment;
+  slots_.push_back(make_slot_apart(spec, field, nbytes_, begin));
+  nbytes_ += slots_.back().header.size();
+  payload_nbytes_ = begin + slots_.back().payload_size;
 }
 
 void Layout::write_headers(std::uint8_t* message) const {
   for (const TensorSlot& slot : slots_) {
     std::memcpy(message + slot.header_offset, slot.header.data(), slot.header.size());
+  }
+}
+
+void Layout::write_region(std::uint8_t* message, std::uint64_t region,
+                          std::uint64_t generation) const {
+  std::string fields;
+  append_fixed64(fields, kRegion, region);
+  append_fixed64(fields, kGeneration, generation);
+  for (const TensorSlot& slot : slots_) {
+    std::memcpy(message + slot.header_offset + slot.header.size() - fields.size(), fields.data(),
+                fields.size());
   }
 }
 

@@ -6,6 +6,11 @@
 //   The head is the ordinary protobuf bytes of every other field. A tensor's payload comes last in
 //   its submessage and starts at an offset of 16 modulo 64: CPython puts the data of a large bytes
 //   object at 48 modulo 64, so the payload lands on a 64-byte boundary.
+//
+// Note [Payloads apart]
+//   The payloads may stand in a buffer of their own instead, each at a multiple of 64. A tensor's
+//   submessage then ends in a SharedSlice: size and offset, then region and generation, which are
+//   not known before the buffer is. All are fixed64, so their values don't move anything.
 #pragma once
 
 #include <cstddef>
@@ -31,25 +36,36 @@ struct TensorSlot {
   std::vector<std::int64_t> shape;
   std::size_t header_offset;  // in the message; the header ends where the payload begins
   std::string header;
-  std::size_t payload_offset;  // in the message
+  std::size_t payload_offset;  // in the message, or in the buffer that payloads stand in
   std::size_t payload_size;    // bytes
 };
 
 class Layout {
  public:
   // Throws std::invalid_argument for what can't be laid out.
-  Layout(const std::vector<TensorSpec>& tensors, std::int64_t field, std::int64_t head_size);
+  Layout(const std::vector<TensorSpec>& tensors, std::int64_t field, std::int64_t head_size,
+         bool apart);
 
   std::size_t head_size() const { return head_size_; }
   std::size_t nbytes() const { return nbytes_; }
+  bool apart() const { return apart_; }
+  // Bytes of the buffer that payloads stand in; 0 where they stand in the message.
+  std::size_t payload_nbytes() const { return payload_nbytes_; }
   const std::vector<TensorSlot>& slots() const { return slots_; }
 
   // Writes everything but the head and the payloads into `message`, of nbytes().
   void write_headers(std::uint8_t* message) const;
 
+  // Completes the references to payloads that stand apart.
+  void write_region(std::uint8_t* message, std::uint64_t region, std::uint64_t generation) const;
+
  private:
+  void add_slot(const TensorSpec& spec, std::uint32_t field);
+
   std::size_t head_size_;
   std::size_t nbytes_;
+  bool apart_;
+  std::size_t payload_nbytes_ = 0;
   std::vector<TensorSlot> slots_;
 };
 

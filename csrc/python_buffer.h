@@ -42,6 +42,25 @@ class PythonBuffer {
   std::vector<std::int64_t> strides_;  // bytes
 };
 
+// A buffer to write to, contiguous; held until it is dropped, under the GIL.
+class WritableBuffer {
+ public:
+  explicit WritableBuffer(pybind11::handle array) {
+    if (PyObject_GetBuffer(array.ptr(), &view_, PyBUF_WRITABLE) != 0) {
+      throw pybind11::error_already_set();
+    }
+  }
+  ~WritableBuffer() { PyBuffer_Release(&view_); }
+  WritableBuffer(const WritableBuffer&) = delete;
+  WritableBuffer& operator=(const WritableBuffer&) = delete;
+
+  std::uint8_t* data() const { return static_cast<std::uint8_t*>(view_.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+
+ private:
+  Py_buffer view_;
+};
+
 // An int, or whatever has __index__; ValueError for one of more than 64 bits, TypeError else.
 inline std::int64_t to_int64(pybind11::handle value) {
   const auto number = pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(value.ptr()));

@@ -79,6 +79,15 @@ std::uint32_t Reader::tag() {
   return static_cast<std::uint32_t>(value);
 }
 
+std::uint64_t Reader::fixed64() {
+  advance(8);
+  std::uint64_t value = 0;
+  for (int i = 0; i < 8; ++i) {
+    value |= static_cast<std::uint64_t>(message_[offset_ - 8 + i]) << (8 * i);
+  }
+  return value;
+}
+
 Span Reader::length_delimited() {
   const std::uint64_t size = varint_of(5);
   if (size > kMaxMessageBytes || size > remaining_) malformed("message: length past the end");

@@ -58,6 +58,7 @@ class Reader {
 
   std::uint32_t tag();
   std::uint64_t varint() { return varint_of(10); }
+  std::uint64_t fixed64();
   Span length_delimited();
 
   // Passes the value of a field whose tag was just read; a group is passed with everything in it.

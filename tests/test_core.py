@@ -251,6 +251,97 @@ def test_threads_write_different_tensors_at_once(core: ModuleType) -> None:
     assert all(data == arrays[index].data for index, (*_, data) in enumerate(found))
 
 
+def apart(core: ModuleType, size: int = 76, **where: int) -> tuple[object, bytearray]:
+    """Return a builder of an uint8 [2] and a float32 [3] that stand in a buffer, and the buffer."""
+    specs = [("a", U8, (2,)), ("b", F32, (3,))]
+    layout = core.ReplyLayout(specs, field=1, head_size=2, apart=True)
+    assert layout.payload_nbytes == 76
+    buffer = bytearray(size)
+    return core.ReplyBuilder(layout, buffer, **where), buffer
+
+
+@cores
+def test_payloads_apart_are_referred_to(core: ModuleType) -> None:
+    """The message says where in the buffer each tensor stands, and the buffer holds them."""
+    where = {"region": 7, "generation": (1 << 64) - 1}
+    builder, buffer = apart(core, **where)
+    builder.write(1, B, F32)
+    builder.write(0, A, U8)
+    message = builder.finish(HEAD)
+    reply = ExtractResponse.FromString(message)
+    assert reply.extractor == 4
+    assert [(t.name, t.data) for t in reply.tensors] == [("a", b""), ("b", b"")]
+    slices = [t.shared for t in reply.tensors]
+    assert [(s.offset, s.size) for s in slices] == [(0, 2), (64, 12)]
+    assert {(s.region, s.generation) for s in slices} == {(7, (1 << 64) - 1)}
+    assert buffer == A.tobytes() + bytes(62) + B.tobytes()
+    found = core.decode(message, field=1, repeated=True)[1]
+    assert [at for *_, at in found] == [(7, (1 << 64) - 1, 0, 2), (7, (1 << 64) - 1, 64, 12)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs, st.integers(0, 300), st.integers(1, (1 << 29) - 1), st.integers(0, (1 << 64) - 1))
+def test_payloads_apart_agree_with_the_twin(
+    specs: list, head_size: int, field: int, region: int
+) -> None:
+    """Whatever the tensors, both put them at the same multiples of 64 and write the same bytes."""
+    made = []
+    for core in (_core, _pure):
+        layout = core.ReplyLayout(specs, field=field, head_size=head_size, apart=True)
+        buffer = bytearray(layout.payload_nbytes)
+        builder = core.ReplyBuilder(layout, buffer, region=region, generation=head_size)
+        for index, (_, dtype, shape) in enumerate(specs):
+            builder.write(index, np.full(shape, index, "f4" if dtype == F32 else "u1"), dtype)
+        made.append((builder.finish(bytes(head_size)), bytes(buffer), layout.nbytes))
+    assert made[0] == made[1]
+    assert len(made[0][0]) == made[0][2]
+
+
+@cores
+def test_buffers_that_do_not_fit_are_refused(core: ModuleType) -> None:
+    """A buffer is needed where payloads stand apart and only there, large enough and writable."""
+    within = core.ReplyLayout([("", U8, (100,))], field=1, head_size=0)
+    layout = core.ReplyLayout([("", U8, (100,))], field=1, head_size=0, apart=True)
+    assert (within.payload_nbytes, layout.payload_nbytes) == (0, 100)
+    for arguments, match in (
+        ((layout,), "expected a buffer"),
+        ((within, bytearray(100)), "expected a buffer"),
+        ((layout, bytearray(99)), "got 99 bytes, expected 100"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            core.ReplyBuilder(*arguments)
+    for buffer in (bytes(100), memoryview(bytearray(200))[::2]):
+        with pytest.raises(BufferError):
+            core.ReplyBuilder(layout, buffer)
+    with pytest.raises(TypeError):
+        core.ReplyBuilder(layout, 3)
+
+
+@cores
+def test_buffer_is_held_until_the_message_is_finished(core: ModuleType) -> None:
+    """Nobody frees the memory that is being written to; a finished builder lets go of it."""
+    builder, buffer = apart(core)
+    with pytest.raises(BufferError):
+        buffer += b"x"
+    builder.write(0, A, U8)
+    builder.write(1, B, F32)
+    builder.finish(HEAD)
+    buffer += b"x"
+    builder, buffer = apart(core)
+    del builder
+    buffer += b"x"
+
+
+@cores
+def test_payloads_apart_have_the_limits_of_a_message(core: ModuleType) -> None:
+    """Standing elsewhere, tensors may not take more than 2**31 - 1 bytes with their message."""
+    size = (1 << 30) - 200
+    core.ReplyLayout([("", U8, (size,))] * 2, field=1, head_size=0, apart=True)
+    for shape in ((1 << 31) - 1,), (1 << 30,):
+        with pytest.raises(ValueError, match="larger than"):
+            core.ReplyLayout([("", U8, shape)] * 2, field=1, head_size=0, apart=True)
+
+
 @pytest.mark.parametrize("rival", ["write", "finish"])
 def test_what_meets_a_write_in_flight_is_refused(rival: str) -> None:
     """A second write of the tensor, or finish, is refused while a write is in flight, and no later.

@@ -50,7 +50,9 @@ void check_tensor(const DecodedTensor& tensor, const std::uint8_t* message, std:
   require(dtype != nullptr, "dtype has a row");
   require(tensor.rank <= kMaxRank, "rank is capped");
   const std::int64_t bytes = payload_bytes(tensor.shape.data(), tensor.rank, dtype->itemsize);
-  require(bytes >= 0 && static_cast<std::size_t>(bytes) == tensor.data.size, "data fills shape");
+  const std::uint64_t got = tensor.shared ? tensor.slice.size : tensor.data.size;
+  require(bytes >= 0 && static_cast<std::uint64_t>(bytes) == got, "elements fill the shape");
+  require(!tensor.shared || tensor.data.size == 0, "elements stand in one place");
   std::uint8_t seen = 0;
   for (std::size_t i = 0; i < tensor.data.size; ++i) seen |= message[tensor.data.offset + i];
   require(dtype->number != kBool || seen <= 1, "bools are 0 or 1");

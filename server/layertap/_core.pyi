@@ -25,9 +25,17 @@ class ReplyLayout:
     """
 
     def __init__(
-        self, tensors: Iterable[tuple[str, int, Sequence[int]]], *, field: int, head_size: int
+        self,
+        tensors: Iterable[tuple[str, int, Sequence[int]]],
+        *,
+        field: int,
+        head_size: int,
+        apart: bool = False,
     ) -> None:
         """Lay out (name, dtype, shape) tensors as submessages ``field``.
+
+        With ``apart`` the payloads stand in a buffer of their own, each at a multiple of 64, and
+        the message refers to them (``layertap.v1.SharedSlice``).
 
         Raises ValueError for an unknown dtype, a rank over MAX_RANK, a negative size, an overflow
         (of the sizes that are not 0, which numpy refuses too) or a message over MAX_MESSAGE_BYTES.
@@ -36,6 +44,10 @@ class ReplyLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of the finished message, head included."""
+
+    @property
+    def payload_nbytes(self) -> int:
+        """Bytes of the buffer that payloads stand in; 0 where they stand in the message."""
 
     def __len__(self) -> int:
         """How many tensors there are."""
@@ -49,7 +61,20 @@ class ReplyBuilder:
     tensors under 32 KiB, which take less time than getting it back.
     """
 
-    def __init__(self, layout: ReplyLayout) -> None: ...
+    def __init__(
+        self,
+        layout: ReplyLayout,
+        payloads: Buffer | None = None,
+        *,
+        region: int = 0,
+        generation: int = 0,
+    ) -> None:
+        """Begin a message; where its layout is ``apart``, tensors are written to ``payloads``.
+
+        ``payloads`` is held until the message is finished; ``region`` and ``generation`` say in the
+        message which memory it is. Raises ValueError for a buffer that is too small, missing, or
+        there without a use, BufferError for one that is not writable and contiguous.
+        """
     def write(self, index: int, array: Buffer, dtype: int) -> None:
         """Put a tensor in its place: cast to the layout's dtype, made contiguous on the way.
 
@@ -73,20 +98,23 @@ def encode(tensors: Iterable[tuple[str, int, Buffer]], *, field: int, head: byte
 
 def decode(
     message: bytes, *, field: int, repeated: bool, rivals: Iterable[int] = ()
-) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview]]]:
+) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview | tuple[int, int, int, int]]]]:
     """Split a message into its small rest and its tensors, without a copy of their payloads.
 
     Submessages ``field`` are read as tensors: (name, dtype, shape, data), ``data`` a read-only
-    memoryview over ``message``. The rest, every other top-level field in order, goes to an ordinary
-    protobuf parser. Agrees with that parser on what is well-formed and what it means: the last of
-    a repeated scalar wins, a singular submessage met twice is merged (``repeated=False``), unknown
-    fields (groups included) are skipped. ``rivals`` are the length-delimited fields that share a
-    oneof with ``field``: the one met last wins and drops the other. Where a tensor drops a rival,
-    an empty submessage ``field`` follows the rival in the rest, so that the parser drops it too.
+    memoryview over ``message``; or the (region, generation, offset, size) of a tensor that stands
+    in shared memory, which says nothing about whether there is such a place. The rest, every other
+    top-level field in order, goes to an ordinary protobuf parser. Agrees with that parser on what
+    is well-formed and what it means: the last of a repeated scalar wins, a singular submessage met
+    twice is merged (``repeated=False``), unknown fields (groups included) are skipped. ``rivals``
+    are the length-delimited fields that share a oneof with ``field``: the one met last wins and
+    drops the other. Where a tensor drops a rival, an empty submessage ``field`` follows the rival
+    in the rest, so that the parser drops it too.
 
     Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, a tensor with an unknown
-    dtype, a rank over MAX_RANK, a negative size, sizes that overflow, data of another length than
-    shape and dtype say, or a byte of a bool tensor that is neither 0 nor 1.
+    dtype, a rank over MAX_RANK, a negative size, sizes that overflow, data or a shared slice of
+    another length than shape and dtype say, both of them, or a byte of a bool tensor that is
+    neither 0 nor 1.
     """
 
 def keep_memory(bound: int) -> bool:

@@ -8,6 +8,7 @@ LayertapError
 │   └── LayerNotFoundError         the model has no such layer
 ├── ExtractorUnsupportedError      the layer exists, but the chosen extractor can't serve it
 ├── ReplyTooLargeError             the reply would pass the limit; decided before any compute
+├── SharedMemoryLostError          a reference to shared memory that is not lent to who sent it
 ├── OverloadedError                the queue is full
 ├── UnauthenticatedError           the call came without a valid token
 ├── PermissionDeniedError          the token has no right to what was called
@@ -42,6 +43,7 @@ __all__ = [
     "OverloadedError",
     "PermissionDeniedError",
     "ReplyTooLargeError",
+    "SharedMemoryLostError",
     "UnauthenticatedError",
     "UnavailableError",
     "WeightsUnavailableError",
@@ -78,6 +80,10 @@ class ExtractorUnsupportedError(LayertapError):
 
 class ReplyTooLargeError(LayertapError):
     """The reply would be larger than the limit; nothing was computed."""
+
+
+class SharedMemoryLostError(LayertapError):
+    """The session, region or lease is not, or no longer, the sender's; send the tensor itself."""
 
 
 class OverloadedError(LayertapError):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from layertap.selection import Extractor
-from layertap.v1.feature_service_pb2 import ExtractRequest, ImageBatch
-from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, DATA_TYPE_FLOAT32, Tensor
+from layertap.v1.feature_service_pb2 import ExtractRequest, ExtractResponse, ImageBatch
+from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, DATA_TYPE_FLOAT32, SharedSlice, Tensor
 from layertap.wire.dtypes import DTYPES
 from layertap.wire.messages import (
     REPLY_TENSOR_FIELD,
@@ -27,6 +27,12 @@ FOLDER = Path(__file__).parent / "corpus"
 
 SHAPES = {"scalar": (), "vector": (5,), "empty": (0,), "hollow": (3, 0, 2), "rank_32": (1,) * 32}
 HEAD = encode_reply_head(Extractor.FX, Timings(1, 2, 1 << 40, (1 << 64) - 1))
+SHARED = Tensor(
+    name="x",
+    dtype=DATA_TYPE_FLOAT32,
+    shape=[2, 3],
+    shared=SharedSlice(region=3, generation=1 << 40, offset=64, size=24),
+)
 ASK = ExtractRequest(
     model="resnet18",
     layers=[{"layer": "layer1.**", "dtype": 2}, {"layer": "fc", "capture": 2, "alias": "né"}],
@@ -48,6 +54,7 @@ def replies() -> dict[str, bytes]:
     for name, shape in SHAPES.items():
         out[f"reply_{name}"] = _reply({name: np.ones(shape, np.float32)})
     arrays = {f"b{row.number}": np.ones((1, row.number), row.numpy) for row in DTYPES}
+    out["reply_shared"] = ExtractResponse(tensors=[SHARED], extractor=4).SerializeToString()
     return {**out, "reply_many": _reply(arrays), "reply_head": HEAD, "reply_nothing": b""}
 
 
@@ -60,6 +67,9 @@ def requests() -> dict[str, bytes]:
     plain = Tensor(name="x", dtype=DATA_TYPE_FLOAT32, shape=[1, 300], data=bytes(1200))
     return {
         **out,
+        "request_shared": ExtractRequest(
+            model="m", tensor=SHARED, shared_memory_session=bytes(range(16))
+        ).SerializeToString(),
         "request_long_bool": encode_request(ASK, np.arange(5000) % 3 == 0),
         "request_images": images.SerializeToString(),
         "request_no_input": ASK.SerializeToString(),
@@ -74,6 +84,11 @@ def oddities() -> dict[str, bytes]:
     first, second = INT8 + field(3, 0, b"\x02"), field(3, 0, b"\x03") + field(5, 2, b"abcdef")
     full_group = field(9, 3) + field(0, 0, b"\1") + field(1, 2, b"\xff") + groups(2) + field(9, 4)
     strangers = field(1, 0, b"\x05") + field(2, 2, b"\x09") + field(5, 5, bytes(4)) + full_group
+    eight = bytes([1, *[0] * 7])
+    shared = [
+        field(6, 2, field(4, 1, bytes(8)) + field(1, 0, b"\x07") + groups(98)),
+        field(6, 2, field(4, 1, eight) + field(2, 1, eight) + field(9, 1, eight)),
+    ]
     return {
         "request_tensor_then_images": tensor + images,
         "request_images_then_tensor": images + tensor,
@@ -86,6 +101,7 @@ def oddities() -> dict[str, bytes]:
         "reply_overlong_varints": varint(1 << 3 | 2, 5) + varint(len(SCALAR), 5) + SCALAR,
         "reply_names_of_every_plane": field(1, 2, SCALAR + field(1, 2, "a\u07ff\uffff🜁".encode())),
         "reply_deep_groups": groups(100) + field(1, 2, SCALAR + groups(99)),
+        "reply_shared_twice": field(1, 2, INT8 + shared[0] + shared[1]),
         "reply_unknown_extractor": field(1, 2, SCALAR) + field(2, 0, b"\x4d"),
     }
 
@@ -102,6 +118,10 @@ def refused() -> dict[str, bytes]:
         "overflow_by_1": INT8 + field(3, 2, varint(1 << 62) + b"\x02"),
         "overflow_next_to_0": INT8 + field(3, 2, varint(1 << 62) + b"\x04\x00"),
         "data_too_long": INT8 + field(3, 0, b"\x02") + field(5, 2, b"abc"),
+        "shared_too_long": INT8 + field(6, 2, field(4, 1, bytes([2, *[0] * 7]))),
+        "shared_and_data": SCALAR + field(6, 2, field(4, 1, bytes([1, *[0] * 7]))),
+        "shared_cut": INT8 + field(6, 2, field(4, 1, bytes(7))),
+        "groups_too_deep_in_shared": SCALAR + field(6, 2, groups(99)),
         "bool_2_in_front": bool_ + field(3, 0, b"\x03") + field(5, 2, b"\2\1\0"),
         "bool_2": bool_ + field(3, 0, b"\x03") + field(5, 2, b"\0\1\2"),
         "name": SCALAR + field(1, 2, b"\xed\xa0\x80"),

@@ -27,7 +27,7 @@ from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, Tensor
 from layertap.wire import codec
 from layertap.wire.dtypes import DTYPES, by_number
 from layertap.wire.messages import decode_reply, decode_request
-from layertap.wire.tensors import TensorView
+from layertap.wire.tensors import SharedTensor, TensorView
 
 CORES = {"core": _core, "pure": _pure}
 KINDS = (ExtractRequest, ExtractResponse)
@@ -38,12 +38,12 @@ ITEMSIZE = {row.number: row.itemsize for row in DTYPES}
 
 
 class Found(NamedTuple):
-    """A tensor: name, the dtype's number, sizes and elements."""
+    """A tensor: name, the dtype's number, sizes and elements, or their place in shared memory."""
 
     name: str
     dtype: int
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | tuple[int, ...]
 
 
 class Reading(NamedTuple):
@@ -88,7 +88,7 @@ def by_upb(message: bytes, kind: type) -> Reading | str:
     for tensor in tensors:
         if rule := broken_rule(tensor):
             return rule
-    found = [Found(t.name, t.dtype, tuple(t.shape), t.data) for t in tensors]
+    found = [Found(t.name, t.dtype, tuple(t.shape), _elements(t)) for t in tensors]
     return Reading(_rest(parsed), found)
 
 
@@ -104,7 +104,15 @@ def broken_rule(tensor: Tensor) -> str:
         product *= size or 1
     if min(tensor.shape, default=0) < 0 or product >= 1 << 63:
         return "tensor: shape: got a negative size or one that overflows"
-    expected = 0 if 0 in tensor.shape else product
+    return _broken_rule_of_elements(tensor, 0 if 0 in tensor.shape else product)
+
+
+def _broken_rule_of_elements(tensor: Tensor, expected: int) -> str:
+    if tensor.HasField("shared"):
+        if tensor.data:
+            return "tensor: got both data and shared"
+        got = tensor.shared.size
+        return f"tensor: shared: got {got} bytes, expected {expected}" if got != expected else ""
     if len(tensor.data) != expected:
         return f"tensor: data: got {len(tensor.data)} bytes, expected {expected}"
     if tensor.dtype == DATA_TYPE_BOOL and (strays := tensor.data.strip(b"\0\1")):
@@ -113,6 +121,13 @@ def broken_rule(tensor: Tensor) -> str:
             f"tensor: data: got byte {strays[0]} at position {at} of a bool tensor, expected 0 or 1"
         )
     return ""
+
+
+def _elements(tensor: Tensor) -> bytes | tuple[int, ...]:
+    if not tensor.HasField("shared"):
+        return tensor.data
+    at = tensor.shared
+    return at.region, at.generation, at.offset, at.size
 
 
 def by_layertap(message: bytes, kind: type) -> Reading | str:
@@ -134,7 +149,13 @@ class Record:
     def decode(self, message: bytes, **arguments: Any) -> Any:
         self.decoded = None
         rest, found = self.core.decode(message, **arguments)
-        self.decoded = Reading(rest, [Found(*fields, bytes(data)) for *fields, data in found])
+        self.decoded = Reading(
+            rest,
+            [
+                Found(*fields, data if isinstance(data, tuple) else bytes(data))
+                for *fields, data in found
+            ],
+        )
         return rest, found
 
 
@@ -149,16 +170,18 @@ def decoding_by(core: ModuleType) -> Iterator[Record]:
         codec.decode = before
 
 
-def _decode(message: bytes, kind: type) -> tuple[Any, list[TensorView]]:
+def _decode(message: bytes, kind: type) -> tuple[Any, list[TensorView | SharedTensor]]:
     if kind is ExtractResponse:
-        response, tensors = decode_reply(message)
+        response, tensors = decode_reply(message, find=lambda shared: shared)  # type: ignore
         return response, list(tensors)
     request, tensor = decode_request(message)
     return request, [] if tensor is None else [tensor]
 
 
-def _found(view: TensorView) -> Found:
+def _found(view: TensorView | SharedTensor) -> Found:
     """Check a view's array, and return the tensor."""
+    if isinstance(view, SharedTensor):
+        return Found(view.name, view.dtype.number, view.shape, tuple(view.at))
     array = view.array()
     assert (array.shape, array.dtype) == (view.shape, view.dtype.numpy)
     assert not array.flags.writeable
@@ -179,7 +202,10 @@ def check_features(message: bytes) -> None:
     try:
         features = Features(message)
     except DecodeError:
-        assert isinstance(expected, str)
+        # What stands in shared memory is refused by who did not ask for it.
+        assert isinstance(expected, str) or any(
+            isinstance(tensor.data, tuple) for tensor in expected.tensors
+        )
         return
     except InvalidInputError:
         number = ExtractResponse.FromString(message).extractor

@@ -27,14 +27,15 @@ def hostile_value(random: Random, wire_type: int, depth: int) -> bytes:
         if kind == 5:
             return b"".join(hostile_value(random, 0, 0) for _ in range(random.randrange(3)))
         return random.randbytes(random.randrange(4))
-    return bytes({1: 8, 5: 4}.get(wire_type, 0))
+    size = {1: 8, 5: 4}.get(wire_type, 0)
+    return random.choice([bytes(size), random.randbytes(size), bytes([1, *bytes(size)])[:size]])
 
 
 def hostile_fields(random: Random, depth: int) -> bytes:
     """Return a run of fields, mostly well-formed, of few numbers and every wire type."""
     out = b""
     for _ in range(random.randrange(5)):
-        number = random.choice([*[1, 2] * 8, *[3, 4, 5, 15] * 3, 0, MAX_NUMBER])
+        number = random.choice([*[1, 2] * 8, *[3, 4, 5, 6, 15] * 3, 0, MAX_NUMBER])
         wire_type = random.choice([*[2] * 24, *[0] * 8, *[3, 1, 5] * 2, 4, 6])
         out += field(number, wire_type, hostile_value(random, wire_type, depth))
         if wire_type == 3:
@@ -87,7 +88,7 @@ def _change_field(random: Random, fields: list[tuple[int, bytes]], index: int) -
         case 3:
             fields[index] = (tag, hostile_value(random, tag & 7, 1))
         case 4:
-            number = random.choice([*range(1, 6), *range(1, 6), 0, 15, MAX_NUMBER, MAX_NUMBER + 1])
+            number = random.choice([*range(1, 7), *range(1, 7), 0, 15, MAX_NUMBER, MAX_NUMBER + 1])
             fields[index] = (number << 3 | tag & 7, value)
         case 5:
             fields[index] = (tag, _changed_bytes(random, value))

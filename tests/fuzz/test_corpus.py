@@ -44,6 +44,8 @@ def test_every_rule_is_broken_by_a_seed() -> None:
         "tensor: shape: got a",
         "tensor: data: got 3",
         "tensor: data: got byte",
+        "tensor: shared: got 2",
+        "tensor: got both data",
     }
 
 

@@ -305,3 +305,39 @@ def test_only_bytes_are_decoded(core: ModuleType) -> None:
     for number in (0, 1 << 29, 1 << 70):
         with pytest.raises(ValueError, match="field|64 bits"):
             core.decode(b"", field=number, repeated=True)
+
+
+def eight(number: int, value: int) -> bytes:
+    return field(number, 1, value.to_bytes(8, "little"))
+
+
+@cores
+def test_shared_slice_is_handed_out_as_four_numbers(core: ModuleType) -> None:
+    """A tensor in shared memory is its slice, any numbers of 64 bits, the later of each."""
+    most = (1 << 64) - 1
+    first = field(6, 2, eight(1, 5) + eight(2, most) + eight(3, most) + eight(4, 7))
+    second = field(6, 2, eight(4, 1) + eight(5, 9) + groups(98))
+    [(*_, at)] = core.decode(field(1, 2, INT8 + first + second), field=1, repeated=True)[1]
+    assert at == (5, most, most, 1)
+
+
+@cores
+def test_empty_slice_is_a_slice(core: ModuleType) -> None:
+    """A slice without a field is there all the same, as in every parser of submessages."""
+    [(*_, at)] = core.decode(
+        field(1, 2, INT8 + field(3, 0, b"\0") + field(6, 2)), field=1, repeated=True
+    )[1]
+    assert at == (0, 0, 0, 0)
+    refuses(core, INT8 + field(6, 2), "shared: got 0 bytes, expected 1")
+
+
+@cores
+def test_shared_slice_must_fit_and_be_alone(core: ModuleType) -> None:
+    """A slice of another size than the shape's, or one besides data, is refused."""
+    one = field(6, 2, eight(4, 1))
+    refuses(core, INT8 + field(3, 0, b"\2") + one, "shared: got 1 bytes, expected 2")
+    refuses(core, INT8 + field(6, 2, eight(4, 1 << 63)), "shared: got 9223372036854775808 bytes")
+    refuses(core, SCALAR + one, "got both data and shared")
+    refuses(core, INT8 + field(6, 2, field(4, 1, bytes(7))), "truncated")
+    refuses(core, INT8 + field(6, 2, b"\0\1"), "field number 0")
+    refuses(core, INT8 + field(6, 2, eight(4, 1) + groups(99)), "nested too deep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import NamedTuple, final
@@ -11,6 +12,7 @@ from typing_extensions import Buffer
 
 from layertap._pure._elements import FLOATS, NUMPY, cast_payload
 from layertap._pure._wire import (
+    FIXED64,
     LENGTH_DELIMITED,
     MAX_MESSAGE_BYTES,
     MAX_RANK,
@@ -24,7 +26,8 @@ from layertap._pure._wire import (
 )
 
 _ALIGNMENT, _RESIDUE = 64, 16
-_NAME, _DTYPE, _SHAPE, _PADDING, _DATA = 1, 2, 3, 4, 5
+_NAME, _DTYPE, _SHAPE, _PADDING, _DATA, _SHARED = 1, 2, 3, 4, 5, 6
+_REGION, _GENERATION, _OFFSET, _SIZE = 1, 2, 3, 4
 
 
 class _Slot(NamedTuple):
@@ -41,7 +44,12 @@ class ReplyLayout:
     """See ``layertap._core.ReplyLayout``."""
 
     def __init__(
-        self, tensors: Iterable[tuple[str, int, Sequence[int]]], *, field: int, head_size: int
+        self,
+        tensors: Iterable[tuple[str, int, Sequence[int]]],
+        *,
+        field: int,
+        head_size: int,
+        apart: bool = False,
     ) -> None:
         field, head_size = int64(field), int64(head_size)
         check_field(field)
@@ -50,17 +58,33 @@ class ReplyLayout:
         self._head_size = head_size
         self._slots: list[_Slot] = []
         self._nbytes = head_size
+        self._apart = apart
+        self._payload_nbytes = 0
         for name, dtype, shape in tensors:
-            slot = _slot(name, int64(dtype), tuple(map(int64, shape)), field, self._nbytes)
-            self._slots.append(slot)
-            self._nbytes = slot.payload_offset + slot.payload_size
-            if self._nbytes > MAX_MESSAGE_BYTES:
+            self._add_slot(name, int64(dtype), tuple(map(int64, shape)), field)
+            if self._nbytes + self._payload_nbytes > MAX_MESSAGE_BYTES:
                 raise ValueError("message: larger than 2**31 - 1 bytes")
+
+    def _add_slot(self, name: str, dtype: int, shape: tuple[int, ...], field: int) -> None:
+        if self._apart:
+            begin = -(-self._payload_nbytes // _ALIGNMENT) * _ALIGNMENT
+            slot = _slot_apart(name, dtype, shape, field, offset=self._nbytes, begin=begin)
+            self._nbytes += len(slot.header)
+            self._payload_nbytes = begin + slot.payload_size
+        else:
+            slot = _slot(name, dtype, shape, field, self._nbytes)
+            self._nbytes = slot.payload_offset + slot.payload_size
+        self._slots.append(slot)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the finished message, head included."""
         return self._nbytes
+
+    @property
+    def payload_nbytes(self) -> int:
+        """Bytes of the buffer that payloads stand in; 0 where they stand in the message."""
+        return self._payload_nbytes
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -70,13 +94,29 @@ class ReplyLayout:
 class ReplyBuilder:
     """See ``layertap._core.ReplyBuilder``."""
 
-    def __init__(self, layout: ReplyLayout) -> None:
+    def __init__(
+        self,
+        layout: ReplyLayout,
+        payloads: Buffer | None = None,
+        *,
+        region: int = 0,
+        generation: int = 0,
+    ) -> None:
         if not isinstance(layout, ReplyLayout):
             raise TypeError("layout: expected a ReplyLayout")
+        if layout._apart != (payloads is not None):
+            raise ValueError(
+                "payloads: expected a buffer where the layout is apart, and only there"
+            )
         self._layout = layout
         self._message = bytearray(layout.nbytes)
+        self._payloads = (
+            self._message if payloads is None else _writable(payloads, layout.payload_nbytes)
+        )
+        where = _fixed64(_REGION, region) + _fixed64(_GENERATION, generation)
         for slot in layout._slots:
-            self._message[slot.header_offset : slot.payload_offset] = slot.header
+            header = slot.header[: -len(where)] + where if layout._apart else slot.header
+            self._message[slot.header_offset : slot.header_offset + len(header)] = header
         self._written: set[int] = set()
         self._writing: set[int] = set()
         self._finished = False
@@ -94,7 +134,7 @@ class ReplyBuilder:
             self._writing.add(index)
         try:
             payload = np.frombuffer(
-                self._message, np.uint8, count=slot.payload_size, offset=slot.payload_offset
+                self._payloads, np.uint8, count=slot.payload_size, offset=slot.payload_offset
             )
             payload[...] = cast_payload(view, dtype, slot.dtype)
             self._written.add(index)
@@ -117,7 +157,8 @@ class ReplyBuilder:
                     raise ValueError(f"tensor {index}: never written")
             self._finished = True
         self._message[: len(head)] = head
-        message, self._message = bytes(self._message), bytearray()
+        message = bytes(self._message)
+        self._message = self._payloads = bytearray()
         return message
 
     def _check_open(self) -> None:
@@ -160,7 +201,25 @@ def encode(tensors: Iterable[tuple[str, int, Buffer]], *, field: int, head: byte
     return builder.finish(head)
 
 
-def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int) -> _Slot:
+def _writable(payloads: Buffer, needed: int) -> memoryview:
+    view = memoryview(payloads)
+    if view.readonly or not view.c_contiguous:
+        raise BufferError("payloads: expected a writable, contiguous buffer")
+    if view.nbytes < needed:
+        raise ValueError(f"payloads: got {view.nbytes} bytes, expected {needed}")
+    return view.cast("B")
+
+
+def _fixed64(field: int, value: int) -> bytes:
+    return tag(field, FIXED64) + struct.pack("<Q", value)
+
+
+def _small_fields(name: str, dtype: int, shape: tuple[int, ...]) -> bytes:
+    small = bytes_field(_NAME, name.encode()) + tag(_DTYPE, VARINT) + varint(dtype)
+    return small + bytes_field(_SHAPE, b"".join(map(varint, shape)))
+
+
+def _payload_size(dtype: int, shape: tuple[int, ...]) -> int:
     if dtype not in NUMPY:
         raise ValueError(f"dtype: got {dtype}, not a DataType")
     if len(shape) > MAX_RANK:
@@ -170,9 +229,25 @@ def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int
         raise ValueError("shape: got a negative size or one that overflows")
     if size > MAX_MESSAGE_BYTES:
         raise ValueError("message: larger than 2**31 - 1 bytes")
+    return size
+
+
+def _slot_apart(
+    name: str, dtype: int, shape: tuple[int, ...], field: int, *, offset: int, begin: int
+) -> _Slot:
+    size = _payload_size(dtype, shape)
+    slots = _fixed64(_SIZE, size) + _fixed64(_OFFSET, begin)
+    # Region and generation come last, for the builder to fill in.
+    slots += _fixed64(_REGION, 0) + _fixed64(_GENERATION, 0)
+    body = _small_fields(name, dtype, shape) + bytes_field(_SHARED, slots)
+    header = tag(field, LENGTH_DELIMITED) + varint(len(body)) + body
+    return _Slot(dtype, shape, offset, header, begin, size)
+
+
+def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int) -> _Slot:
+    size = _payload_size(dtype, shape)
     opening = tag(field, LENGTH_DELIMITED)
-    small = bytes_field(_NAME, name.encode()) + tag(_DTYPE, VARINT) + varint(dtype)
-    small += bytes_field(_SHAPE, b"".join(map(varint, shape)))
+    small = _small_fields(name, dtype, shape)
     data = tag(_DATA, LENGTH_DELIMITED) + varint(size)
     # The submessage's length takes part in where the payload lands, so paddings are tried.
     for zeros in range(-1, 128):

@@ -8,6 +8,7 @@ import numpy as np
 
 from layertap._pure._elements import BOOL, NUMPY
 from layertap._pure._wire import (
+    FIXED64,
     LENGTH_DELIMITED,
     MAX_DEPTH,
     MAX_MESSAGE_BYTES,
@@ -21,10 +22,12 @@ from layertap._pure._wire import (
     varint,
 )
 
+_Slice = tuple[int, int, int, int]
+
 
 def decode(
     message: bytes, *, field: int, repeated: bool, rivals: Iterable[int] = ()
-) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview]]]:
+) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview | _Slice]]]:
     """See ``layertap._core.decode``."""
     if not isinstance(message, bytes):
         raise TypeError("message: expected bytes")
@@ -65,6 +68,7 @@ class _Tensor:
         self._dtype = 0
         self._shape: list[int] = []
         self._data = (0, 0)
+        self._slice: list[int] | None = None
 
     def merge(self, begin: int, end: int) -> None:
         """Read the fields in a span of the message over what is there."""
@@ -87,10 +91,22 @@ class _Tensor:
                         self._shape.append(signed(sizes.varint(), 64))
                 case (5, 2):
                     self._data = reader.length_delimited()
+                case (6, 2):
+                    self._merge_slice(*reader.length_delimited())
                 case (number, wire_type):
                     reader.skip(number, wire_type, MAX_DEPTH - 1)
 
-    def checked(self) -> tuple[str, int, tuple[int, ...], memoryview]:
+    def _merge_slice(self, begin: int, end: int) -> None:
+        self._slice = self._slice or [0, 0, 0, 0]
+        reader = Reader(self._message, begin, end)
+        while not reader.done():
+            number, wire_type = reader.field_tag()
+            if wire_type == FIXED64 and number <= 4:
+                self._slice[number - 1] = reader.fixed64()
+            else:
+                reader.skip(number, wire_type, MAX_DEPTH - 2)
+
+    def checked(self) -> tuple[str, int, tuple[int, ...], memoryview | _Slice]:
         """Return the tensor; raise ValueError where it contradicts itself."""
         if self._dtype not in NUMPY:
             raise ValueError(f"tensor: dtype: got {self._dtype}, not a DataType")
@@ -100,6 +116,13 @@ class _Tensor:
         if expected is None:
             raise ValueError("tensor: shape: got a negative size or one that overflows")
         begin, end = self._data
+        if self._slice is not None:
+            region, generation, offset, size = self._slice
+            if end > begin:
+                raise ValueError("tensor: got both data and shared")
+            if size != expected:
+                raise ValueError(f"tensor: shared: got {size} bytes, expected {expected}")
+            return self._name, self._dtype, tuple(self._shape), (region, generation, offset, size)
         if end - begin != expected:
             raise ValueError(f"tensor: data: got {end - begin} bytes, expected {expected}")
         data = memoryview(self._message)[begin:end]

@@ -47,6 +47,11 @@ class Reader:
                 return value & (2**64 - 1)
         raise ValueError("message: varint with too many bytes")
 
+    def fixed64(self) -> int:
+        begin = self.at
+        self._advance(8)
+        return int.from_bytes(self._message[begin : self.at], "little")
+
     def length_delimited(self) -> tuple[int, int]:
         size = self.varint(max_bytes=5)
         begin = self.at

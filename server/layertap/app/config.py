@@ -27,6 +27,8 @@ from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
 from layertap.wire.memory import DEFAULT_MIB
+from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS
+from layertap.wire.shared.hub import DEFAULT_MIB as SHARED_MIB
 
 __all__ = ["LimitsSection", "ModelSection", "ServerConfig", "ServerSection", "with_flags"]
 
@@ -68,6 +70,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
         keep_memory: Whether memory freed by a reply is kept for the next one.
         keep_memory_mib: MiB of free memory that may be kept.
+        shared_memory_mib: MiB that may be shared with clients of this machine; 0 for none.
+        shared_memory_lease_seconds: How long such a client may keep what was lent to it.
         tls_cert: PEM file: the server's certificate and those up to its authority; turns TLS on.
         tls_key: PEM file: its private key.
         tls_client_ca: PEM file: authorities, one of which must vouch for each client.
@@ -100,6 +104,12 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
     keep_memory: Annotated[bool, Meta(description="true or false")] = True
     keep_memory_mib: Annotated[int, Meta(ge=1, description="a number of MiB from 1")] = DEFAULT_MIB
+    shared_memory_mib: Annotated[int, Meta(ge=0, description="a number of MiB, 0 for none")] = (
+        SHARED_MIB
+    )
+    shared_memory_lease_seconds: Annotated[
+        float, Meta(gt=0, description="a number of seconds above 0")
+    ] = DEFAULT_LEASE_SECONDS
     tls_cert: File = None
     tls_key: File = None
     tls_client_ca: File = None
@@ -120,7 +130,13 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         files = SecretFiles(**{k: Path(v).expanduser() for k, v in named.items() if v})
         # Whoever may use this machine may ask it to read again what its owner wrote.
         trusted = self.admin and is_loopback(self.host)
-        return ServerOptions(self.host, self.port, security=open_security(files, trusted=trusted))
+        return ServerOptions(
+            self.host,
+            self.port,
+            security=open_security(files, trusted=trusted),
+            shared_memory_bytes=self.shared_memory_mib * MIB,
+            shared_memory_lease_seconds=self.shared_memory_lease_seconds,
+        )
 
     def compute(self, device: str) -> tuple[int, int | None]:
         """Return (forward passes at once, cores of one; None leaves it to PyTorch).

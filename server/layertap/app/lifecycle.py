@@ -175,6 +175,8 @@ class _Running:
             admin=admin,
         )
         telemetry.metrics.show_waiting(lambda: self.server.waiting)
+        if self.server.shared_memory is not None:
+            telemetry.metrics.show_shared_memory(self.server.shared_memory)
         self.server.start()
         closing.callback(self.server.stop, 0.0)
         if options.metrics_port != METRICS_OFF:

@@ -22,10 +22,12 @@ from prometheus_client import (
 )
 
 from layertap.addresses import host_port
+from layertap.app.shared_memory import SharedMemoryCollector
 from layertap.app.state import StateCollector
 from layertap.engine import Engine, Extraction
 from layertap.errors import UnavailableError
 from layertap.wire.memory import retained_bytes
+from layertap.wire.shared.hub import SharedMemory
 
 __all__ = ["Metrics", "MetricsPage"]
 
@@ -79,7 +81,9 @@ class Metrics:
             ("model", "reason"),
         )
         self._reply_bytes = self._counter(
-            "reply_bytes", "Bytes of the extractions' replies.", ("model",)
+            "reply_bytes",
+            "Bytes of the extractions' replies, those in shared memory included.",
+            ("model",),
         )
         self._total = self._histogram("request", "From the request's bytes to the reply's.")
         self._prepare = self._histogram(
@@ -101,12 +105,16 @@ class Metrics:
             registry=self.registry,
         ).set_function(waiting)
 
+    def show_shared_memory(self, memory: SharedMemory) -> None:
+        """Show what is shared with clients of this machine."""
+        self.registry.register(SharedMemoryCollector(memory))
+
     def succeeded(self, model: str, extraction: Extraction) -> None:
         """Count an answer, its bytes and where its time went."""
         counts = self._of_model.get(model) or self._add_model(model)
         counts.success.inc()
         counts.passes.inc(1 / extraction.together)  # So that a shared pass counts once.
-        counts.reply_bytes.inc(len(extraction.message))
+        counts.reply_bytes.inc(len(extraction.message) + extraction.shared_bytes)
         timings = extraction.timings
         counts.total.observe(timings.total_ns * _NS)
         counts.prepare.observe(timings.prepare_ns * _NS)

@@ -15,12 +15,15 @@ from layertap.addresses import host_port
 from layertap.app.channel import channel_options
 from layertap.app.health import ModelHealth
 from layertap.app.security import Security
+from layertap.app.shared_memory import open_broker
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
 from layertap.services.admin_service import AdminService
 from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
 from layertap.services.observer import Observer
+from layertap.services.shared_memory_service import SharedMemoryService
+from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS, DEFAULT_MIB
 
 __all__ = ["FeatureServer", "ServerOptions"]
 
@@ -49,11 +52,15 @@ class ServerOptions:
         host: The address to bind; only this machine unless told otherwise.
         port: The port; 0 for a free one.
         security: TLS and tokens; neither unless told otherwise.
+        shared_memory_bytes: What may be shared with clients of this machine; 0 for none.
+        shared_memory_lease_seconds: How long a client may keep what was lent to it.
     """
 
     host: str = "127.0.0.1"
     port: int = PORT
     security: Security = field(default_factory=Security)
+    shared_memory_bytes: int = DEFAULT_MIB << 20
+    shared_memory_lease_seconds: float = DEFAULT_LEASE_SECONDS
 
 
 class FeatureServer:
@@ -74,6 +81,7 @@ class FeatureServer:
     Attributes:
         address: Where it listens, ``host:port``.
         security: TLS and tokens; its ``reload`` reads their files again.
+        shared_memory: What is shared with clients of this machine; None for nothing.
 
     Raises:
         UnavailableError: Where the address can't be bound.
@@ -102,12 +110,17 @@ class FeatureServer:
         )
         self._health = health or ModelHealth()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._service = FeatureService(engine, observer)
+        self._broker = open_broker(options.shared_memory_bytes, options.shared_memory_lease_seconds)
+        self.shared_memory = self._broker.memory if self._broker else None
+        self._service = FeatureService(engine, observer, self.shared_memory)
         self._server.add_generic_rpc_handlers((self._service.handlers(),))
         names = [FeatureService.NAME, HEALTH, reflection.SERVICE_NAME]
         if admin is not None:
             self._server.add_generic_rpc_handlers((admin.handlers(),))
             names.append(AdminService.NAME)
+        if self._broker is not None:
+            self._server.add_generic_rpc_handlers((SharedMemoryService(self._broker).handlers(),))
+            names.append(SharedMemoryService.NAME)
         reflection.enable_server_reflection(names, self._server)
         self._set_health(serving=False)
         self.address = self._bind(options)
@@ -119,6 +132,8 @@ class FeatureServer:
 
     def start(self) -> None:
         """Begin to answer; health stays NOT_SERVING until ``ready``."""
+        if self._broker is not None:
+            self._broker.start()
         self._server.start()
 
     def ready(self) -> None:
@@ -131,6 +146,8 @@ class FeatureServer:
         self._service.drain()
         self._server.stop(grace).wait()
         self._service.close()
+        if self._broker is not None:
+            self._broker.close()
 
     def wait(self) -> None:
         """Block until the server has stopped."""

@@ -99,6 +99,19 @@ MODEL_FLAGS = (
     metavar="N",
     help="MiB of free memory that may be kept; default 1024.",
 )
+@click.option(
+    "--shared-memory-mib",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="MiB that may be shared with clients of this machine; default 1024, 0 for none.",
+)
+@click.option(
+    "--shared-memory-lease",
+    "shared_memory_lease_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="S",
+    help="Seconds that such a client may keep what was lent to it; default 60.",
+)
 @secret_options
 @click.option(
     "--log-format",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -13,15 +14,24 @@ from layertap.client.channel import Tls, open_channel
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.requests import StreamRequest, request_fields
+from layertap.client.shared_memory import (
+    OPEN,
+    SharedMemoryClient,
+    SharedMemoryWish,
+    written,
+)
 from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
 from layertap.client.trace_context import trace_metadata
-from layertap.errors import LayertapError, UnavailableError
+from layertap.errors import LayertapError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
-from layertap.wire.messages import encode_request
+from layertap.wire.messages import encode_request, encode_shared_request
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from layertap.client.inputs import InputLike
+    from layertap.wire.shared.connection import Connection
 
 __all__ = ["Client"]
 
@@ -30,6 +40,8 @@ HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 SERVICE = "/layertap.v1.FeatureService/"
 RELOAD = "/layertap.v1.AdminService/Reload"
 TARGET = "127.0.0.1:8001"
+
+_log = logging.getLogger(__name__)
 
 
 class Client:
@@ -45,8 +57,13 @@ class Client:
         token: The bearer token to send with every call; ``read_token`` reads it from a file.
         allow_plaintext_token: Whether the token may be sent to another machine without TLS, for
             networks that encrypt by themselves.
+        shared_memory: Whether large tensors go through memory shared with the server, where it is
+            on this machine and runs as the same user: ``"auto"`` tries where the target is a
+            loopback address or a Unix socket, True everywhere, False never. Where it can't be had
+            they go through the network, without a word.
 
     Raises:
+        InvalidInputError: For a ``shared_memory`` that is none of these.
         ConfigError: For files or a token that won't do, and for a token that would be sent as plain
             text to another machine.
 
@@ -65,6 +82,7 @@ class Client:
         tls: bool | Tls = False,
         token: str | None = None,
         allow_plaintext_token: bool = False,
+        shared_memory: SharedMemoryWish = "auto",
     ) -> None:
         self._timeout = timeout
         # Features are large: gRPC's default of 4 MB would refuse most replies.
@@ -79,6 +97,7 @@ class Client:
             token=token,
             allow_plaintext_token=allow_plaintext_token,
         )
+        self._memory = SharedMemoryClient(target, shared_memory, self._channel.unary_unary(OPEN))
         self._extract = self._channel.unary_unary(f"{SERVICE}Extract")
         self._stream = self._channel.stream_stream(f"{SERVICE}ExtractStream")
         self._list = self._channel.unary_unary(f"{SERVICE}ListModels")
@@ -106,12 +125,18 @@ class Client:
             timeout: Seconds that this call may take; None for the client's own.
 
         Returns:
-            The layers by name: read-only numpy views of the received message.
+            The layers by name: read-only numpy views of the received message or of shared memory.
 
         Raises:
             LayertapError: Whatever the server refuses, as the exception that it names.
         """
         fields, tensor = request_fields(model, given, layers, extractor)
+        memory = self._memory.connection(self._timeout if timeout is None else timeout)
+        if memory is not None:
+            try:
+                return self._extract_shared(memory, fields, tensor, timeout)
+            except SharedMemoryLostError as error:
+                _log.debug("shared memory is lost, the wire instead: %s", error)
         message = encode_request(feature_service_pb2.ExtractRequest(**fields), tensor)
         return Features(self._call(self._extract, message, timeout))
 
@@ -135,6 +160,7 @@ class Client:
             max_in_flight,
             timeout,
             self._timeout if item_timeout is None else item_timeout,
+            self._memory.connection(self._timeout),
         )
 
     @overload
@@ -272,6 +298,7 @@ class Client:
 
     def close(self) -> None:
         """Close the channel. Features that were received stay valid."""
+        self._memory.close()
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -286,6 +313,22 @@ class Client:
     ) -> None:
         """Close the channel."""
         self.close()
+
+    def _extract_shared(
+        self,
+        memory: Connection,
+        fields: dict[str, Any],
+        tensor: np.ndarray | None,
+        timeout: float | None,
+    ) -> Features:
+        request = feature_service_pb2.ExtractRequest(shared_memory_session=memory.session, **fields)
+        with written(memory, tensor) as at:
+            if tensor is None or at is None:
+                message = encode_request(request, tensor)
+            else:
+                message = encode_shared_request(request, tensor, at)
+            reply = self._call(self._extract, message, timeout)
+        return Features(reply, memory.finder())
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None

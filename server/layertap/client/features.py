@@ -1,4 +1,4 @@
-"""What a client gets: named arrays that are views of the received message."""
+"""What a client gets: named arrays, views of the received message or of shared memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layertap.selection import Extractor
 from layertap.v1 import catalogue_pb2
 from layertap.v1.feature_service_pb2 import ExtractResponse, ExtractStreamResponse
 from layertap.wire.enums import from_proto
-from layertap.wire.messages import Timings, decode_reply
+from layertap.wire.messages import Find, Timings, decode_reply
 from layertap.wire.tensors import TensorView
 
 if TYPE_CHECKING:
@@ -23,16 +23,17 @@ __all__ = ["Features"]
 class Features(Mapping[str, np.ndarray]):
     """The layers of one reply, by name, in the order asked for.
 
-    The arrays are read-only views of the message; ``array.copy()`` makes a writable one of its own.
-    bfloat16 arrays have the type of the ``ml_dtypes`` package.
+    The arrays are read-only views of the message, or of memory shared with a server of this machine
+    (docs/shared_memory.md); ``array.copy()`` makes a writable one of its own. bfloat16 arrays have
+    the type of the ``ml_dtypes`` package.
 
     Attributes:
         extractor: Which extractor served them.
         timings: Where the server's time went, in nanoseconds.
     """
 
-    def __init__(self, message: bytes) -> None:
-        self._take(*decode_reply(message))
+    def __init__(self, message: bytes, find: Find | None = None) -> None:
+        self._take(*decode_reply(message, find))
 
     @classmethod
     def of_stream(cls, reply: ExtractStreamResponse, tensors: Sequence[TensorView]) -> Self:
@@ -76,6 +77,8 @@ class Features(Mapping[str, np.ndarray]):
         """Return the layers as torch tensors that share the message's memory.
 
         The memory is nobody else's, but other views of the same layer see what is written to it.
+        What came through shared memory is mapped anew, so that it may be written to as well: such
+        tensors share memory with one another, and not with the arrays.
 
         Raises:
             ImportError: Where torch is not installed.

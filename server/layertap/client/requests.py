@@ -40,12 +40,13 @@ class StreamRequest:
     timeout: float | None = None
     key: Any = None
 
-    def message(self, number: int, timeout: float | None) -> bytes:
+    def message(self, number: int, timeout: float | None, session: bytes = b"") -> bytes:
         """Return the item's message.
 
         Args:
             number: Its id.
             timeout: Seconds that it may take if it does not say so itself; None for no end.
+            session: The session of shared memory; empty for none.
 
         Raises:
             InvalidInputError: For an input or a selection that can't be sent.
@@ -55,7 +56,7 @@ class StreamRequest:
         timeout_ns = 0 if seconds is None else min(max(1, int(seconds * 1e9)), 2**64 - 1)
         fields, tensor = request_fields(self.model, self.given, self.layers, self.extractor)
         request = feature_service_pb2.ExtractStreamRequest(
-            id=number, timeout_ns=timeout_ns, **fields
+            id=number, timeout_ns=timeout_ns, shared_memory_session=session, **fields
         )
         return encode_stream_request(request, tensor)
 

@@ -18,6 +18,7 @@ from layertap.wire.stream_messages import decode_stream_reply
 
 if TYPE_CHECKING:
     from layertap.client.requests import StreamRequest
+    from layertap.wire.shared.connection import Connection
 
 __all__ = ["MAX_IN_FLIGHT", "FeatureStream"]
 
@@ -35,6 +36,7 @@ class FeatureStream:
         max_in_flight: Items that are sent and not yet yielded.
         timeout: Seconds that the stream may take; None for no end.
         item_timeout: Seconds for an item that does not say so itself; None for no end.
+        memory: The session of shared memory; None for none.
 
     Raises:
         InvalidInputError: For a ``max_in_flight`` below 1.
@@ -52,11 +54,13 @@ class FeatureStream:
         max_in_flight: int = MAX_IN_FLIGHT,
         timeout: float | None = None,
         item_timeout: float | None = None,
+        memory: Connection | None = None,
     ) -> None:
         if max_in_flight < 1:
             raise InvalidInputError(f"max_in_flight: got {max_in_flight}, expected at least 1")
         self._max_in_flight = max_in_flight
         self._item_timeout = item_timeout
+        self._memory = memory
         self._next_id = 0
         self._unanswered = 0
         self._closed = False
@@ -143,7 +147,8 @@ class FeatureStream:
             number, self._next_id = self._next_id, self._next_id + 1
             keys[number] = position if request.key is None else request.key
             try:
-                self._outgoing.put(request.message(number, self._item_timeout))
+                session = self._memory.session if self._memory else b""
+                self._outgoing.put(request.message(number, self._item_timeout, session))
                 self._unanswered += 1
             except LayertapError as error:  # It can't be sent: that is the outcome.
                 done[number] = error
@@ -157,7 +162,8 @@ class FeatureStream:
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         self._unanswered -= 1
-        reply, tensors = decode_stream_reply(message)
+        find = self._memory.finder() if self._memory else None
+        reply, tensors = decode_stream_reply(message, find)
         if reply.HasField("error"):
             return reply.id, error_from_item(reply.error)
         return reply.id, Features.of_stream(reply, tensors)

@@ -22,4 +22,6 @@ def to_torch(view: TensorView) -> torch.Tensor:
     dtype = getattr(torch, view.dtype.name)
     if not len(view.data):
         return torch.empty(view.shape, dtype=dtype)
-    return torch.frombuffer(view.data, dtype=dtype).reshape(view.shape)
+    # torch knows no read-only memory, and a write to what is mapped for reading ends the process.
+    data = view.data if view.remap is None else view.remap()
+    return torch.frombuffer(data, dtype=dtype).reshape(view.shape)

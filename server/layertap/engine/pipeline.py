@@ -30,6 +30,7 @@ from layertap.errors import DeadlineExceededError
 from layertap.extraction.plan import Plan
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import REPLY_HEAD_SIZE, Timings, encode_reply_head
+from layertap.wire.shared.hub import Space
 
 __all__ = ["Extraction", "ExtractionRequest", "Pipeline"]
 
@@ -44,6 +45,7 @@ class ExtractionRequest:
         selections: The layers to return.
         extractor: How to take them.
         reply_fields: Serialized fields that the reply bears besides its own, such as an item's id.
+        space: The shared memory that the reply's tensors may stand in.
     """
 
     model: str
@@ -51,6 +53,7 @@ class ExtractionRequest:
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
     reply_fields: bytes = b""
+    space: Space | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,14 @@ class Extraction:
         extractor: Which extractor served it; never AUTO.
         timings: Where the time went.
         together: Requests that shared the forward pass, this one included.
+        shared_bytes: Bytes of tensors that stand in shared memory instead of in the message.
     """
 
     message: bytes
     extractor: Extractor
     timings: Timings
     together: int = 1
+    shared_bytes: int = 0
 
 
 class Pipeline:
@@ -92,6 +97,7 @@ class Pipeline:
             self._limits.reply_bytes,
             REPLY_HEAD_SIZE + len(request.reply_fields),
             partial(self._admission.reserve, call=call),
+            request.space,
         )
         make = partial(_reply, plan, resolved, x.shape, envelope)
         work = Work(host, plan, resolved, x, make(), make, call)
@@ -106,8 +112,8 @@ class Pipeline:
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         head = encode_reply_head(plan.extractor, timings)
-        message = done.reply.finish(head + request.reply_fields)
-        return Extraction(message, plan.extractor, timings, done.together)
+        reply = done.reply.finish(head + request.reply_fields)
+        return Extraction(reply.message, plan.extractor, timings, done.together, reply.shared_bytes)
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):

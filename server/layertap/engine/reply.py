@@ -16,8 +16,18 @@ from layertap.selection import Reduction
 from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
 from layertap.wire.dtypes import DTYPES, DType
 from layertap.wire.messages import REPLY_TENSOR_FIELD
+from layertap.wire.shared.hub import Space
+from layertap.wire.shared.leases import Loan
 
-__all__ = ["Envelope", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
+__all__ = [
+    "Envelope",
+    "Published",
+    "Reply",
+    "ReplyCollector",
+    "ReplyWriter",
+    "ShapeChangedError",
+    "host_array",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +39,50 @@ class Envelope:
         head_size: Bytes of what ``finish`` will be given.
         admit: Is told the message's bytes before they are allocated; raises OverloadedError to
             refuse them.
+        space: The shared memory that the tensors may stand in; None for the message only.
     """
 
     max_bytes: int
     head_size: int
     admit: Callable[[int], object]
+    space: Space | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A finished reply.
+
+    Attributes:
+        message: The message.
+        shared_bytes: Bytes of its tensors that stand in shared memory.
+    """
+
+    message: bytes
+    shared_bytes: int = 0
+
+
+class _Target:
+    """Where a reply's tensors are written: the message itself, or a region that it refers to."""
+
+    def __init__(self, layout: ReplyLayout, loan: Loan | None = None) -> None:
+        # Kept until the end: without it the region would be lent to somebody else.
+        self._loan = loan
+        if loan is None:
+            self._builder = ReplyBuilder(layout)
+        else:
+            self._builder = ReplyBuilder(
+                layout, loan.buffer, region=loan.region, generation=loan.generation
+            )
+
+    def write(self, slot: int, value: torch.Tensor) -> None:
+        self._builder.write(slot, host_array(value), _ROWS[value.dtype].number)
+
+    def finish(self, head: bytes) -> Published:
+        message = self._builder.finish(head)
+        if self._loan is None:
+            return Published(message)
+        self._loan.publish()
+        return Published(message, self._loan.nbytes)
 
 
 _ROWS = {getattr(torch, row.name): row for row in DTYPES}
@@ -74,7 +123,7 @@ class ReplyWriter:
         batch, *item_shape = batch_shape
         made = _reductions(outputs, specs, item_shape)
         values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
-        self._builder = _builder(outputs, values, envelope)
+        self._target = _target(outputs, values, envelope)
         self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
         self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
@@ -85,11 +134,11 @@ class ReplyWriter:
         if (tuple(value.shape), value.dtype) != self._expected[point]:
             raise ShapeChangedError
         for slot, reduction in self._slots[point]:
-            _write(self._builder, slot, reduction.apply(value))
+            self._target.write(slot, reduction.apply(value))
 
-    def finish(self, head: bytes) -> bytes:
+    def finish(self, head: bytes) -> Published:
         """Publish the message."""
-        return self._builder.finish(head)
+        return self._target.finish(head)
 
 
 class ReplyCollector:
@@ -126,14 +175,14 @@ class ReplyCollector:
                 )
             self._values[slot] = self._made[slot].apply(value).clone()
 
-    def finish(self, head: bytes) -> bytes:
+    def finish(self, head: bytes) -> Published:
         """Lay the message out by what was captured, write and publish it."""
         values = [self._values[slot] for slot in range(len(self._outputs))]
         shapes = [(tuple(value.shape), value.dtype) for value in values]
-        builder = _builder(self._outputs, shapes, self._envelope)
+        target = _target(self._outputs, shapes, self._envelope)
         for slot, value in enumerate(values):
-            _write(builder, slot, value)
-        return builder.finish(head)
+            target.write(slot, value)
+        return target.finish(head)
 
 
 Reply = ReplyWriter | ReplyCollector
@@ -145,11 +194,11 @@ def _reductions(
     return [reduced(specs[o.point], o.reduction, o.layer, item_shape) for o in outputs]
 
 
-def _builder(
+def _target(
     outputs: Sequence[Output],
     values: Sequence[tuple[tuple[int, ...], torch.dtype]],
     envelope: Envelope,
-) -> ReplyBuilder:
+) -> _Target:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
         for output, (shape, dtype) in zip(outputs, values, strict=True)
@@ -161,12 +210,15 @@ def _builder(
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
     if layout.nbytes > limit:
         raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
+    loan = None
+    if envelope.space is not None and layout.nbytes >= envelope.space.least:
+        apart = ReplyLayout(
+            tensors, field=REPLY_TENSOR_FIELD, head_size=envelope.head_size, apart=True
+        )
+        loan = envelope.space.lend(apart.payload_nbytes)
+        layout = layout if loan is None else apart
     envelope.admit(layout.nbytes)
-    return ReplyBuilder(layout)
-
-
-def _write(builder: ReplyBuilder, slot: int, value: torch.Tensor) -> None:
-    builder.write(slot, host_array(value), _ROWS[value.dtype].number)
+    return _Target(layout, loan)
 
 
 def _too_large(predicted: str, limit: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,17 +13,19 @@ from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import REAL_EXTRACTORS
 from layertap.extraction.layout import Layout
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+from layertap.services.shared_memory_service import input_of, space_of
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
 from layertap.wire.messages import decode_request
-from layertap.wire.tensors import TensorView
+from layertap.wire.shared.hub import SharedMemory
+from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = [
+    "Converter",
     "description_to_proto",
     "layer_to_proto",
     "model_to_proto",
-    "request_from_bytes",
     "request_from_proto",
 ]
 
@@ -39,13 +42,38 @@ _LAYOUTS = {
 }
 
 
-def request_from_bytes(message: bytes) -> ExtractionRequest:
-    """Parse an ExtractRequest.
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """Turns requests into the engine's own form.
 
-    Raises:
-        InvalidInputError: For a malformed message, a missing input or an unknown enum value.
+    Attributes:
+        input_bytes: Bytes that an input may have.
+        memory: What is shared with clients of this machine; None for none.
     """
-    return request_from_proto(*decode_request(message))
+
+    input_bytes: int
+    memory: SharedMemory | None = None
+
+    def parse(self, message: bytes) -> ExtractionRequest:
+        """Parse an ExtractRequest; errors are those of ``convert``, and DecodeError."""
+        return self.convert(*decode_request(message))
+
+    def convert(
+        self,
+        request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
+        tensor: TensorView | SharedTensor | None,
+        reply_fields: bytes = b"",
+    ) -> ExtractionRequest:
+        """Return what a parsed request asks for, with its input out of shared memory.
+
+        Raises:
+            InvalidInputError: As ``request_from_proto``, and for bytes outside of shared memory.
+            SharedMemoryLostError: Where the shared memory that it names is not lent to it.
+        """
+        space = space_of(self.memory, request.shared_memory_session)
+        if isinstance(tensor, SharedTensor):
+            tensor = input_of(tensor, space, self.input_bytes)
+        return replace(request_from_proto(request, tensor, reply_fields), space=space)
 
 
 def request_from_proto(

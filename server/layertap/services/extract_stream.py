@@ -19,7 +19,7 @@ import grpc
 
 from layertap.engine import Call, Engine
 from layertap.errors import DecodeError, LayertapError, OverloadedError, UnavailableError
-from layertap.services.convert import request_from_proto
+from layertap.services.convert import Converter
 from layertap.services.observer import Observer
 from layertap.services.status import code_of, leaving
 from layertap.services.stream_window import StreamWindow
@@ -30,7 +30,7 @@ from layertap.wire.stream_messages import (
     id_field,
     id_of,
 )
-from layertap.wire.tensors import TensorView
+from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = ["ExtractStream"]
 
@@ -44,11 +44,13 @@ class ExtractStream:
     Args:
         engine: The engine; its limits say how many streams there may be, and how much in flight.
         observer: Is told how each item ended.
+        converter: Turns requests into the engine's own form.
     """
 
-    def __init__(self, engine: Engine, observer: Observer) -> None:
+    def __init__(self, engine: Engine, observer: Observer, converter: Converter) -> None:
         self._engine = engine
         self._observer = observer
+        self._converter = converter
         self._items = ThreadPoolExecutor(ITEM_THREADS, thread_name_prefix="layertap-item")
         self._lock = threading.Lock()
         self._windows: set[StreamWindow] = set()
@@ -131,19 +133,19 @@ class ExtractStream:
     def _run(
         self,
         request: ExtractStreamRequest,
-        tensor: TensorView | None,
+        tensor: TensorView | SharedTensor | None,
         call: Call,
         window: StreamWindow,
     ) -> None:
         window.answer(request.id, self._answer(request, tensor, call))
 
     def _answer(
-        self, request: ExtractStreamRequest, tensor: TensorView | None, call: Call
+        self, request: ExtractStreamRequest, tensor: TensorView | SharedTensor | None, call: Call
     ) -> bytes:
         model = ""
         try:
             call.check()
-            wanted = request_from_proto(request, tensor, id_field(request.id))
+            wanted = self._converter.convert(request, tensor, id_field(request.id))
             model = self._engine.host(wanted.model).model.name
             extraction = self._engine.extract(wanted, call)
             self._observer.succeeded(model, extraction)

@@ -15,11 +15,12 @@ from google.protobuf.message import Message
 
 from layertap.engine import Call, Engine
 from layertap.errors import DecodeError
-from layertap.services.convert import description_to_proto, model_to_proto, request_from_bytes
+from layertap.services.convert import Converter, description_to_proto, model_to_proto
 from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer, Unobserved
 from layertap.services.status import Handler, code_of, guarded, guarded_stream
 from layertap.v1 import feature_service_pb2
+from layertap.wire.shared.hub import SharedMemory
 
 __all__ = ["FeatureService"]
 
@@ -32,14 +33,21 @@ class FeatureService:
     Args:
         engine: The engine.
         observer: Is told how each extraction ended.
+        memory: What is shared with clients of this machine; None for none.
     """
 
     NAME = feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name
 
-    def __init__(self, engine: Engine, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        observer: Observer | None = None,
+        memory: SharedMemory | None = None,
+    ) -> None:
         self._engine = engine
         self._observer = observer or Unobserved()
-        self._streams = ExtractStream(engine, self._observer)
+        self._converter = Converter(engine.limits.request_bytes, memory)
+        self._streams = ExtractStream(engine, self._observer, self._converter)
 
     def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the selected layers."""
@@ -49,7 +57,7 @@ class FeatureService:
             call.cancel()
         model = ""
         try:
-            request = request_from_bytes(message)
+            request = self._converter.parse(message)
             model = self._engine.host(request.model).model.name
             extraction = self._engine.extract(request, call)
         except Exception as error:

@@ -23,6 +23,7 @@ STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
     errors.NotFoundError: Code.NOT_FOUND,
     errors.ExtractorUnsupportedError: Code.FAILED_PRECONDITION,
     errors.ReplyTooLargeError: Code.OUT_OF_RANGE,
+    errors.SharedMemoryLostError: Code.FAILED_PRECONDITION,
     errors.OverloadedError: Code.RESOURCE_EXHAUSTED,
     errors.UnauthenticatedError: Code.UNAUTHENTICATED,
     errors.PermissionDeniedError: Code.PERMISSION_DENIED,

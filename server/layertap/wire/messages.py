@@ -6,7 +6,7 @@ of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,19 +14,29 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.errors import DecodeError
 from layertap.selection import Extractor
-from layertap.v1 import feature_service_pb2
+from layertap.v1 import feature_service_pb2, tensor_pb2
+from layertap.wire.dtypes import of_array
 from layertap.wire.enums import to_proto
-from layertap.wire.tensors import TensorView, decode_message, encode_message
+from layertap.wire.tensors import (
+    SharedSlice,
+    SharedTensor,
+    TensorView,
+    decode_message,
+    encode_message,
+)
 
 __all__ = [
     "ERROR_METADATA_KEY",
     "REPLY_HEAD_SIZE",
     "REPLY_TENSOR_FIELD",
+    "Find",
     "Timings",
     "decode_reply",
     "decode_request",
     "encode_reply_head",
     "encode_request",
+    "encode_shared_request",
+    "found",
 ]
 
 ERROR_METADATA_KEY = "layertap-error"
@@ -35,6 +45,10 @@ ERROR_METADATA_KEY = "layertap-error"
 REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
 _REQUEST_TENSOR_FIELD = feature_service_pb2.ExtractRequest.TENSOR_FIELD_NUMBER
 _REQUEST_IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
+
+
+Find = Callable[[SharedTensor], TensorView]
+"""Finds the elements of a tensor in shared memory; raises LayertapError where it can't."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +63,7 @@ class Timings:
 
 def decode_request(
     message: bytes,
-) -> tuple[feature_service_pb2.ExtractRequest, TensorView | None]:
+) -> tuple[feature_service_pb2.ExtractRequest, TensorView | SharedTensor | None]:
     """Split an ExtractRequest into its small fields and its input tensor, if it has one.
 
     Raises:
@@ -74,6 +88,20 @@ def encode_request(request: feature_service_pb2.ExtractRequest, tensor: np.ndarr
     return encode_message([("", tensor)], field=_REQUEST_TENSOR_FIELD, head=head)
 
 
+def encode_shared_request(
+    request: feature_service_pb2.ExtractRequest, tensor: np.ndarray, at: SharedSlice
+) -> bytes:
+    """Return an ExtractRequest whose input, an array like ``tensor``, stands in shared memory.
+
+    Raises:
+        InvalidInputError: For an array without a row in the dtype table.
+    """
+    request.tensor.dtype = of_array(tensor).number  # type: ignore[assignment] # an enum's number
+    request.tensor.shape.extend(tensor.shape)
+    request.tensor.shared.CopyFrom(tensor_pb2.SharedSlice(**at._asdict()))
+    return request.SerializeToString()
+
+
 def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
     """Return an ExtractResponse without tensors; always of REPLY_HEAD_SIZE bytes."""
     response = feature_service_pb2.ExtractResponse(
@@ -92,9 +120,13 @@ REPLY_HEAD_SIZE = len(encode_reply_head(Extractor.HOOK, Timings()))
 
 
 def decode_reply(
-    message: bytes,
+    message: bytes, find: Find | None = None
 ) -> tuple[feature_service_pb2.ExtractResponse, Sequence[TensorView]]:
     """Split an ExtractResponse into its small fields and views of its tensors.
+
+    Args:
+        message: The whole message.
+        find: Finds tensors in shared memory; None where none was asked for.
 
     Raises:
         DecodeError: For bytes that are no well-formed response.
@@ -105,4 +137,17 @@ def decode_reply(
         response.ParseFromString(rest)
     except ProtobufDecodeError:
         raise DecodeError("reply: got bytes that are no ExtractResponse") from None
-    return response, tensors
+    return response, found(tensors, find)
+
+
+def found(tensors: Sequence[TensorView | SharedTensor], find: Find | None) -> list[TensorView]:
+    """Return tensors with their elements; raise DecodeError for shared memory without ``find``."""
+    views = []
+    for tensor in tensors:
+        if isinstance(tensor, TensorView):
+            views.append(tensor)
+        elif find is None:
+            raise DecodeError("reply: got a tensor in shared memory, which was not asked for")
+        else:
+            views.append(find(tensor))
+    return views

@@ -16,7 +16,8 @@ from layertap.v1.feature_service_pb2 import (
     ExtractStreamRequest,
     ExtractStreamResponse,
 )
-from layertap.wire.tensors import TensorView, decode_message, encode_message
+from layertap.wire.messages import Find, found
+from layertap.wire.tensors import SharedTensor, TensorView, decode_message, encode_message
 
 __all__ = [
     "decode_stream_reply",
@@ -40,7 +41,9 @@ def encode_stream_request(request: ExtractStreamRequest, tensor: np.ndarray | No
     return encode_message([("", tensor)], field=_REQUEST_TENSOR, head=head)
 
 
-def decode_stream_request(message: bytes) -> tuple[ExtractStreamRequest, TensorView | None]:
+def decode_stream_request(
+    message: bytes,
+) -> tuple[ExtractStreamRequest, TensorView | SharedTensor | None]:
     """Split an ExtractStreamRequest into its small fields and its input tensor, if it has one.
 
     Raises:
@@ -72,15 +75,19 @@ def encode_stream_error(number: int, code: int, kind: str, message: str) -> byte
     return ExtractStreamResponse(id=number, error=error).SerializeToString()
 
 
-def decode_stream_reply(message: bytes) -> tuple[ExtractStreamResponse, Sequence[TensorView]]:
+def decode_stream_reply(
+    message: bytes, find: Find | None = None
+) -> tuple[ExtractStreamResponse, Sequence[TensorView]]:
     """Split an ExtractStreamResponse into its small fields and views of its tensors.
+
+    ``find`` is that of ``decode_reply``.
 
     Raises:
         DecodeError: For bytes that are no well-formed response.
     """
     rest, tensors = decode_message(message, field=_REPLY_TENSORS, repeated=True)
     try:
-        return ExtractStreamResponse.FromString(rest), tensors
+        return ExtractStreamResponse.FromString(rest), found(tensors, find)
     except ProtobufDecodeError:
         raise DecodeError("reply: got bytes that are no ExtractStreamResponse") from None
 

@@ -1,10 +1,14 @@
-"""Tensors in messages: numpy arrays in, read-only views of the received bytes out."""
+"""Tensors in messages: numpy arrays in, read-only views of the received bytes out.
+
+Where a tensor's elements stand in shared memory the message has a SharedSlice in their place, and
+whoever knows the memory makes a view of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +16,7 @@ from layertap.errors import DecodeError, InvalidInputError
 from layertap.wire import codec
 from layertap.wire.dtypes import DType, by_number, of_array
 
-__all__ = ["TensorView", "decode_message", "encode_message"]
+__all__ = ["SharedSlice", "SharedTensor", "TensorView", "decode_message", "encode_message"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +28,14 @@ class TensorView:
         dtype: The row of its element type.
         shape: Sizes, outermost first.
         data: The elements, little-endian in C order: a read-only view that keeps the message.
+        remap: Returns them in memory that may be written to, where that of ``data`` may not.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     data: memoryview
+    remap: Callable[[], memoryview] | None = None
 
     def array(self) -> np.ndarray[Any, np.dtype[Any]]:
         """Return the elements as a read-only array of ``shape``, bfloat16 as ml_dtypes' type.
@@ -44,9 +50,47 @@ class TensorView:
         return flat.reshape(self.shape)
 
 
+class SharedSlice(NamedTuple):
+    """Bytes in a region of shared memory, as a message has them: any four numbers of 64 bits."""
+
+    region: int
+    generation: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTensor:
+    """A tensor whose elements stand in shared memory.
+
+    Attributes:
+        name: Its name in the message.
+        dtype: The row of its element type.
+        shape: Sizes, outermost first.
+        at: Where the elements are said to stand; of the size that dtype and shape have.
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    at: SharedSlice
+
+    def view(self, data: memoryview, remap: Callable[[], memoryview] | None = None) -> TensorView:
+        """Return the tensor with its elements, which were found at ``at``.
+
+        Raises:
+            DecodeError: For a byte of a bool tensor that is neither 0 nor 1.
+        """
+        if self.dtype.name == "bool" and len(data):
+            most = int(np.frombuffer(data, np.uint8).max())
+            if most > 1:
+                raise DecodeError(f"tensor: shared: got byte {most} of a bool, expected 0 or 1")
+        return TensorView(self.name, self.dtype, self.shape, data, remap)
+
+
 def decode_message(
     message: bytes, field: int, repeated: bool, rivals: Sequence[int] = ()
-) -> tuple[bytes, list[TensorView]]:
+) -> tuple[bytes, list[TensorView | SharedTensor]]:
     """Split a message into its small rest and views of its tensors; see ``layertap._core.decode``.
 
     Args:
@@ -66,7 +110,10 @@ def decode_message(
     except ValueError as error:
         raise DecodeError(str(error)) from None
     return rest, [
-        TensorView(name, by_number(dtype), shape, data) for name, dtype, shape, data in found
+        SharedTensor(name, by_number(dtype), shape, SharedSlice(*data))
+        if isinstance(data, tuple)
+        else TensorView(name, by_number(dtype), shape, data)
+        for name, dtype, shape, data in found
     ]
 
 

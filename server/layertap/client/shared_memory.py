@@ -1,0 +1,120 @@
+"""Shared memory with a server of this machine, where there is one; the wire where there is none."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import grpc
+import numpy as np
+from google.protobuf.message import DecodeError as ProtobufDecodeError
+
+from layertap.addresses import target_is_loopback
+from layertap.errors import InvalidInputError
+from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
+from layertap.wire.shared.connection import Connection
+from layertap.wire.shared.hub import LEAST_BYTES
+from layertap.wire.shared.regions import supported
+from layertap.wire.tensors import SharedSlice
+
+__all__ = ["OPEN", "SharedMemoryClient", "SharedMemoryWish", "written"]
+
+_log = logging.getLogger(__name__)
+
+OPEN = "/layertap.v1.SharedMemoryService/OpenSharedMemory"
+SharedMemoryWish = bool | Literal["auto"]
+
+_OPEN_SECONDS = 1.0
+# A server that is being restarted is back soon; one without shared memory stays so.
+_AWAY_SECONDS, _RETRY_SECONDS = 1.0, 30.0
+
+
+class SharedMemoryClient:
+    """Keeps a session with a server. Nothing that goes wrong with it is the caller's concern.
+
+    Args:
+        target: The server's address.
+        wish: ``"auto"`` tries where the address is this machine's, True everywhere, False never.
+        open_: Calls OpenSharedMemory.
+
+    Raises:
+        InvalidInputError: For any other wish.
+    """
+
+    def __init__(
+        self, target: str, wish: SharedMemoryWish, open_: grpc.UnaryUnaryMultiCallable
+    ) -> None:
+        if wish not in (True, False, "auto"):
+            raise InvalidInputError(f"shared_memory: got {wish!r}, expected True, False or 'auto'")
+        wanted = wish is True or (wish == "auto" and target_is_loopback(target))
+        self._open = open_ if wanted and supported() else None
+        self._opening = threading.Lock()
+        self._retry_at = 0.0
+        self._current: Connection | None = None
+
+    def connection(self, timeout: float | None) -> Connection | None:
+        """Return a session that is open, opened now if need be; None for the wire."""
+        current = self._current
+        if current is not None and not current.lost:
+            return current
+        if self._open is None or time.monotonic() < self._retry_at:
+            return None
+        if not self._opening.acquire(blocking=False):
+            return None
+        try:
+            self._current = self._connect(self._open, timeout)
+        finally:
+            self._opening.release()
+        if self._open is None:  # It was closed meanwhile.
+            self.close()
+        return self._current
+
+    def close(self) -> None:
+        """End the session, once nobody views what was lent; no other is opened."""
+        self._open = None
+        current, self._current = self._current, None
+        if current is not None:
+            current.close()
+
+    def _connect(
+        self, open_: grpc.UnaryUnaryMultiCallable, timeout: float | None
+    ) -> Connection | None:
+        seconds = _OPEN_SECONDS if timeout is None else min(timeout, _OPEN_SECONDS)
+        try:
+            reply = OpenSharedMemoryResponse.FromString(open_(b"", timeout=seconds))
+            connection = Connection(reply.socket, reply.ticket)
+        except (grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error) as error:
+            _log.debug("no shared memory, the wire instead: %s", error)
+            away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
+            self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
+            return None
+        # Where nobody closes the client, its end does.
+        weakref.finalize(self, connection.close).atexit = False
+        return connection
+
+
+@contextmanager
+def written(connection: Connection, tensor: np.ndarray | None) -> Iterator[SharedSlice | None]:
+    """Write an input into shared memory, and keep the place for as long as the block lasts.
+
+    Yields:
+        Where it stands; None where it has to be sent.
+    """
+    if tensor is None or tensor.nbytes < LEAST_BYTES:
+        yield None
+        return
+    borrowed = connection.borrow(tensor.nbytes)
+    if borrowed is None:
+        yield None
+        return
+    try:
+        borrowed.write(tensor)
+        yield SharedSlice(borrowed.number, borrowed.generation, 0, tensor.nbytes)
+    finally:
+        connection.keep(borrowed)
