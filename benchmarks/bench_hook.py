@@ -37,6 +37,7 @@ def child(way: str, calls: int) -> None:
     from layertap.models import ModelSpec, load_model
     from layertap.selection import Extractor, LayerSelection
     from layertap.wire.messages import Timings, encode_reply_head
+    from layertap.wire.reply_form import NativeForm
 
     with torch.inference_mode():
         model = load_model(ModelSpec(NET, weights="random"))
@@ -50,7 +51,7 @@ def child(way: str, calls: int) -> None:
             ReplyCollector if way == CLONE else ReplyWriter
         )
         head = encode_reply_head(Extractor.HOOK, Timings())
-        envelope = Envelope(1 << 30, len(head), lambda nbytes: None)
+        envelope = Envelope(1 << 30, NativeForm(Extractor.HOOK), lambda nbytes: None)
 
         def once() -> bytes:
             sink = kind(wanted.outputs, plan.specs, x.shape, envelope)

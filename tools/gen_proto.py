@@ -1,4 +1,4 @@
-"""Generate ``layertap.v1`` and ``layertap.inference`` from ``proto/``, or check that they are fresh.
+"""Generate ``layertap.v1`` and ``layertap.inference`` from ``proto/``, or check them.
 
 Run it by ``make gen`` and ``make check``, which use the environment with the pinned generator: the
 version of protoc decides which protobuf runtimes the result runs on, so any other one is refused.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,8 @@ from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError
 from layertap.extraction.plan import Plan
 from layertap.selection import Extractor, LayerSelection
-from layertap.wire.messages import REPLY_HEAD_SIZE, Timings, encode_reply_head
+from layertap.wire.messages import Timings
+from layertap.wire.reply_form import NativeForm, ReplyForm
 
 __all__ = ["Extraction", "ExtractionRequest", "Pipeline"]
 
@@ -43,14 +44,15 @@ class ExtractionRequest:
         input: The batch.
         selections: The layers to return.
         extractor: How to take them.
-        reply_fields: Serialized fields that the reply bears besides its own, such as an item's id.
+        form: Makes the form of the reply for the extractor that was chosen; the native one unless
+            told otherwise.
     """
 
     model: str
     input: TensorInput | ImagesInput
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
-    reply_fields: bytes = b""
+    form: Callable[[Extractor], ReplyForm] = NativeForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,18 @@ class Extraction:
     """What the caller gets.
 
     Attributes:
-        message: A serialized ``layertap.v1.ExtractResponse``, and ``reply_fields``.
+        message: The serialized reply: a ``layertap.v1.ExtractResponse``, or what the form makes.
         extractor: Which extractor served it; never AUTO.
         timings: Where the time went.
         together: Requests that shared the forward pass, this one included.
+        items: Items of the request.
     """
 
     message: bytes
     extractor: Extractor
     timings: Timings
     together: int = 1
+    items: int = 1
 
 
 class Pipeline:
@@ -88,10 +92,9 @@ class Pipeline:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape[1:]), call)
+        form = request.form(plan.extractor)
         envelope = Envelope(
-            self._limits.reply_bytes,
-            REPLY_HEAD_SIZE + len(request.reply_fields),
-            partial(self._admission.reserve, call=call),
+            self._limits.reply_bytes, form, partial(self._admission.reserve, call=call)
         )
         make = partial(_reply, plan, resolved, x.shape, envelope)
         work = Work(host, plan, resolved, x, make(), make, call)
@@ -105,9 +108,8 @@ class Pipeline:
             compute_ns=done.ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        head = encode_reply_head(plan.extractor, timings)
-        message = done.reply.finish(head + request.reply_fields)
-        return Extraction(message, plan.extractor, timings, done.together)
+        message = done.reply.finish(form.head(timings))
+        return Extraction(message, plan.extractor, timings, done.together, work.items)
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):

@@ -13,9 +13,9 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyT
 from layertap.extraction.points import ValueSpec
 from layertap.extraction.reductions import Reduced, reduced
 from layertap.selection import Reduction
-from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
+from layertap.wire.codec import MAX_MESSAGE_BYTES
 from layertap.wire.dtypes import DTYPES, DType
-from layertap.wire.messages import REPLY_TENSOR_FIELD
+from layertap.wire.reply_form import Builder, ReplyForm
 
 __all__ = ["Envelope", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
 
@@ -26,13 +26,13 @@ class Envelope:
 
     Attributes:
         max_bytes: The limit of the message.
-        head_size: Bytes of what ``finish`` will be given.
+        form: Lays the message out; what ``finish`` will be given is its head.
         admit: Is told the message's bytes before they are allocated; raises OverloadedError to
             refuse them.
     """
 
     max_bytes: int
-    head_size: int
+    form: ReplyForm
     admit: Callable[[int], object]
 
 
@@ -149,23 +149,23 @@ def _builder(
     outputs: Sequence[Output],
     values: Sequence[tuple[tuple[int, ...], torch.dtype]],
     envelope: Envelope,
-) -> ReplyBuilder:
+) -> Builder:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
         for output, (shape, dtype) in zip(outputs, values, strict=True)
     ]
     limit = min(envelope.max_bytes, MAX_MESSAGE_BYTES)
     try:
-        layout = ReplyLayout(tensors, field=REPLY_TENSOR_FIELD, head_size=envelope.head_size)
+        layout = envelope.form.lay_out(tensors)
     except ValueError:
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
     if layout.nbytes > limit:
         raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
-    envelope.admit(layout.nbytes)
-    return ReplyBuilder(layout)
+    envelope.admit(layout.nbytes + envelope.form.beside)
+    return envelope.form.builder(layout)
 
 
-def _write(builder: ReplyBuilder, slot: int, value: torch.Tensor) -> None:
+def _write(builder: Builder, slot: int, value: torch.Tensor) -> None:
     builder.write(slot, host_array(value), _ROWS[value.dtype].number)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,7 @@ from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
 from layertap.wire.messages import decode_request
+from layertap.wire.reply_form import NativeForm
 from layertap.wire.tensors import TensorView
 
 __all__ = [
@@ -76,7 +78,7 @@ def request_from_proto(
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         ),
-        reply_fields=reply_fields,
+        form=partial(NativeForm, fields=reply_fields),
     )
 
 

@@ -18,6 +18,7 @@ from layertap.errors import DecodeError
 from layertap.services.convert import description_to_proto, model_to_proto, request_from_bytes
 from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer, Unobserved
+from layertap.services.open_streams import OpenStreams
 from layertap.services.status import Handler, code_of, guarded, guarded_stream
 from layertap.v1 import feature_service_pb2
 
@@ -32,14 +33,21 @@ class FeatureService:
     Args:
         engine: The engine.
         observer: Is told how each extraction ended.
+        streams: Counts the streams; its own if not given.
     """
 
     NAME = feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name
 
-    def __init__(self, engine: Engine, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        observer: Observer | None = None,
+        streams: OpenStreams | None = None,
+    ) -> None:
         self._engine = engine
         self._observer = observer or Unobserved()
-        self._streams = ExtractStream(engine, self._observer)
+        streams = streams or OpenStreams(engine.limits.streams)
+        self._streams = ExtractStream(engine, self._observer, streams)
 
     def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the selected layers."""
@@ -81,10 +89,6 @@ class FeatureService:
             guarded_stream(self._streams.serve)
         )
         return grpc.method_handlers_generic_handler(self.NAME, handlers)
-
-    def drain(self) -> None:
-        """End the streams, once what they have in flight is answered; admit no new ones."""
-        self._streams.drain()
 
     def close(self) -> None:
         """Let go of the threads, when the server has stopped."""

@@ -1,0 +1,117 @@
+"""Which layers a request wants, by the names and parameters of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TypeVar
+
+from layertap.engine import ModelHost
+from layertap.errors import InvalidInputError
+from layertap.extraction import PointKind
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.selection import Capture, Extractor, LayerSelection, is_glob
+from layertap.services.infer.memory import PARAMETERS as MEMORY_PARAMETERS
+from layertap.services.infer.parameters import Parameters, check_known, number, text
+from layertap.wire.dtypes import DTYPES
+
+__all__ = ["default_selections", "extractor_of", "selections_of"]
+
+E = TypeVar("E", bound=StrEnum)
+OutputTensor = pb.ModelInferRequest.InferRequestedOutputTensor
+
+_KNOWN = ("layer", "capture", "reduction", "dtype", "extractor")
+_DTYPE_NAMES = {row.datatype: row.name for row in DTYPES}
+
+
+def default_selections(host: ModelHost) -> tuple[LayerSelection, ...]:
+    """Return the outputs of a request that names none.
+
+    The declared layers; where none are declared the output of the last module that runs.
+    """
+    if host.declared:
+        return tuple(host.declared)
+    last = ""
+    for entry in host.catalogue:
+        runs = entry.kind is PointKind.MODULE and entry.calls > 0
+        if runs and entry.serves(Extractor.HOOK, Capture.OUTPUT):
+            last = entry.name
+    return (LayerSelection(last),) if last else ()
+
+
+def selections_of(
+    outputs: Sequence[OutputTensor], host: ModelHost, most: int
+) -> tuple[LayerSelection, ...]:
+    """Return what the outputs of a request select; the default for none.
+
+    Args:
+        outputs: The outputs.
+        host: The model.
+        most: How many there may be.
+
+    Raises:
+        InvalidInputError: For too many, a glob or a parameter that does not say anything.
+    """
+    if not outputs:
+        return default_selections(host)
+    if len(outputs) > most:
+        raise InvalidInputError(f"outputs: got {len(outputs)}, expected at most {most}")
+    aliases = {each.alias: each for each in host.declared if each.alias}
+    return tuple(_selection(output, aliases) for output in outputs)
+
+
+def extractor_of(request: pb.ModelInferRequest) -> Extractor:
+    """Return the extractor that a request and its outputs name; AUTO where none of them does.
+
+    Raises:
+        InvalidInputError: For one that there is not, or several.
+    """
+    named = {
+        _member(text(parameters, "extractor", "extractor"), Extractor.AUTO, "extractor")
+        for parameters in (request.parameters, *(output.parameters for output in request.outputs))
+        if "extractor" in parameters
+    }
+    if len(named) > 1:
+        raise InvalidInputError(
+            f"extractor: got {', '.join(sorted(named))}, expected one for all outputs of a request"
+        )
+    return next(iter(named), Extractor.AUTO)
+
+
+def _selection(output: OutputTensor, aliases: dict[str, LayerSelection]) -> LayerSelection:
+    where = f"output {output.name!r}"
+    given = output.parameters
+    _check(given, where)
+    written = LayerSelection.parse(text(given, "layer", where) or output.name)
+    if "layer" not in given and output.name in aliases:
+        written = aliases[output.name]
+    if is_glob(written.layer):
+        raise InvalidInputError(f"{where}: got a glob, expected one layer for each output")
+    return LayerSelection(
+        layer=written.layer,
+        capture=_member(text(given, "capture", where), written.capture, "capture"),
+        alias=output.name,
+        reduction=_member(text(given, "reduction", where), written.reduction, "reduction"),
+        dtype=_dtype(text(given, "dtype", where)) or written.dtype,
+    )
+
+
+def _check(given: Parameters, where: str) -> None:
+    if number(given, "classification", where):
+        raise InvalidInputError(f"{where}: classification is not supported; ask for the layer")
+    check_known(given, (*_KNOWN, *MEMORY_PARAMETERS, "classification"), where)
+
+
+def _member(name: str, default: E, key: str) -> E:
+    if not name:
+        return default
+    try:
+        return type(default)[name.upper()]
+    except KeyError:
+        choices = ", ".join(member.name for member in type(default))
+        raise InvalidInputError(f"{key}: got {name!r}, expected one of {choices}") from None
+
+
+def _dtype(name: str) -> str:
+    """Return layertap's name of a type; both protocols' names are taken."""
+    return _DTYPE_NAMES.get(name.upper(), name)
