@@ -92,7 +92,7 @@ def decode(
 def raw_layout(
     tensors: Iterable[tuple[int, Sequence[int]]], *, field: int, head_size: int
 ) -> ReplyLayout:
-    """Lay out (dtype, shape) tensors, each as bytes of the repeated field ``field``, after the head.
+    """Lay out (dtype, shape) tensors after the head, each as bytes of the repeated field ``field``.
 
     What they are is said in the head, so they have no names here. Their payloads are not aligned.
     Raises ValueError as ``ReplyLayout`` does.

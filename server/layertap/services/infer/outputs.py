@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -40,24 +40,29 @@ def default_selections(host: ModelHost) -> tuple[LayerSelection, ...]:
 
 
 def selections_of(
-    outputs: Sequence[OutputTensor], host: ModelHost, most: int
+    request: pb.ModelInferRequest, host: ModelHost, most: int
 ) -> tuple[LayerSelection, ...]:
-    """Return what the outputs of a request select; the default for none.
+    """Return what the outputs of a request select; the default outputs for none.
 
     Args:
-        outputs: The outputs.
+        request: The request; where its own parameters say how to take a layer, they hold for all
+            outputs that don't say it themselves.
         host: The model.
-        most: How many there may be.
+        most: How many outputs there may be.
 
     Raises:
         InvalidInputError: For too many, a glob or a parameter that does not say anything.
     """
-    if not outputs:
-        return default_selections(host)
-    if len(outputs) > most:
-        raise InvalidInputError(f"outputs: got {len(outputs)}, expected at most {most}")
+    if len(request.outputs) > most:
+        raise InvalidInputError(f"outputs: got {len(request.outputs)}, expected at most {most}")
+    given, where = request.parameters, "request"
+    if not request.outputs:
+        return tuple(_adjusted(each, given, where) for each in default_selections(host))
     aliases = {each.alias: each for each in host.declared if each.alias}
-    return tuple(_selection(output, aliases) for output in outputs)
+    return tuple(
+        _adjusted(_adjusted(_named(output, aliases), given, where), output.parameters, output.name)
+        for output in request.outputs
+    )
 
 
 def extractor_of(request: pb.ModelInferRequest) -> Extractor:
@@ -78,7 +83,8 @@ def extractor_of(request: pb.ModelInferRequest) -> Extractor:
     return next(iter(named), Extractor.AUTO)
 
 
-def _selection(output: OutputTensor, aliases: dict[str, LayerSelection]) -> LayerSelection:
+def _named(output: OutputTensor, aliases: dict[str, LayerSelection]) -> LayerSelection:
+    """Return what an output's name selects."""
     where = f"output {output.name!r}"
     given = output.parameters
     _check(given, where)
@@ -87,12 +93,16 @@ def _selection(output: OutputTensor, aliases: dict[str, LayerSelection]) -> Laye
         written = aliases[output.name]
     if is_glob(written.layer):
         raise InvalidInputError(f"{where}: got a glob, expected one layer for each output")
-    return LayerSelection(
-        layer=written.layer,
-        capture=_member(text(given, "capture", where), written.capture, "capture"),
-        alias=output.name,
-        reduction=_member(text(given, "reduction", where), written.reduction, "reduction"),
-        dtype=_dtype(text(given, "dtype", where)) or written.dtype,
+    return replace(written, alias=output.name)
+
+
+def _adjusted(selection: LayerSelection, given: Parameters, where: str) -> LayerSelection:
+    """Return a selection as parameters change it."""
+    return replace(
+        selection,
+        capture=_member(text(given, "capture", where), selection.capture, "capture"),
+        reduction=_member(text(given, "reduction", where), selection.reduction, "reduction"),
+        dtype=_dtype(text(given, "dtype", where)) or selection.dtype,
     )
 
 

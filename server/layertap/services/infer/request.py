@@ -17,6 +17,7 @@ from layertap.wire.infer_messages import MODEL_VERSION, InferForm, Wanted
 __all__ = ["extraction_request", "find_host", "timeout_of"]
 
 _US = 1e-6
+_KNOWN = ("capture", "reduction", "dtype", "extractor", "timeout")
 
 
 def find_host(engine: Engine, name: str, version: str) -> ModelHost:
@@ -75,11 +76,11 @@ def extraction_request(
         NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
     """
     given = request.parameters
-    check_known(given, ("extractor", "timeout"), "request")
+    check_known(given, _KNOWN, "request")
     # 0 is no sequence; Triton's clients send flags of it even so.
     if "sequence_id" in given and given["sequence_id"] != pb.InferParameter(int64_param=0):
         raise InvalidInputError("sequence_id: sequences are not supported, expected none")
-    selections = selections_of(request.outputs, host, engine.limits.layers)
+    selections = selections_of(request, host, engine.limits.layers)
     places = {
         output.name: place
         for output in request.outputs
