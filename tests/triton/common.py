@@ -10,6 +10,8 @@ import tritonclient.grpc as triton
 ADDRESS = sys.argv[1]
 MODEL = "residual"
 ITEM = (3, 16, 16)
+# Answers are compared bit for bit, so they come from one extractor: others round differently.
+HOOK = {"extractor": "hook"}
 
 
 def batch(size: int = 2, seed: int = 5) -> np.ndarray:

@@ -8,14 +8,14 @@ import numpy as np
 import tritonclient.grpc as triton
 import tritonclient.utils.shared_memory as shm
 
-from common import ADDRESS, MODEL, batch, refused, tensor
+from common import ADDRESS, HOOK, MODEL, batch, refused, tensor
 
 client = triton.InferenceServerClient(ADDRESS)
 client.unregister_system_shared_memory()
 client.unregister_cuda_shared_memory()
 assert not client.get_cuda_shared_memory_status().regions
 x = batch()
-expected = client.infer(MODEL, [tensor(x)])
+expected = client.infer(MODEL, [tensor(x)], parameters=HOOK)
 sizes = {name: expected.as_numpy(name).nbytes for name in ("layer1", "before")}
 key = f"/test-{os.getpid()}"
 given = shm.create_shared_memory_region("given", f"{key}-in", x.nbytes)
@@ -34,7 +34,7 @@ try:
     layer1, before = (triton.InferRequestedOutput(name) for name in sizes)
     layer1.set_shared_memory("taken", sizes["layer1"])
     before.set_shared_memory("taken", sizes["before"], offset=sizes["layer1"])
-    result = client.infer(MODEL, [source], outputs=[layer1, before])
+    result = client.infer(MODEL, [source], outputs=[layer1, before], parameters=HOOK)
     offset = 0
     for name, size in sizes.items():
         out = result.get_output(name)

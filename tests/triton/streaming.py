@@ -7,12 +7,13 @@ import queue
 import numpy as np
 import tritonclient.grpc as triton
 
-from common import ADDRESS, MODEL, batch, tensor
+from common import ADDRESS, HOOK, MODEL, batch, tensor
 
 results: queue.Queue = queue.Queue()
 with triton.InferenceServerClient(ADDRESS) as client:
     expected = [
-        client.infer(MODEL, [tensor(batch(seed=seed))]).as_numpy("layer1") for seed in range(20)
+        client.infer(MODEL, [tensor(batch(seed=seed))], parameters=HOOK).as_numpy("layer1")
+        for seed in range(20)
     ]
     client.start_stream(lambda result, error: results.put((result, error)))
     for seed in range(20):
@@ -20,6 +21,7 @@ with triton.InferenceServerClient(ADDRESS) as client:
             "nope" if seed == 7 else MODEL,
             [tensor(batch(seed=seed))],
             request_id=str(seed),
+            parameters=HOOK,
             enable_empty_final_response=True,
         )
     for seed in range(20):

@@ -108,7 +108,7 @@ class Pipeline:
             compute_ns=done.ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        message = done.reply.finish(form.head(timings))
+        message = done.reply.finish(timings)
         return Extraction(message, plan.extractor, timings, done.together, work.items)
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:

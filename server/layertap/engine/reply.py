@@ -15,6 +15,7 @@ from layertap.extraction.reductions import Reduced, reduced
 from layertap.selection import Reduction
 from layertap.wire.codec import MAX_MESSAGE_BYTES
 from layertap.wire.dtypes import DTYPES, DType
+from layertap.wire.messages import Timings
 from layertap.wire.reply_form import Builder, ReplyForm
 
 __all__ = ["Envelope", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
@@ -26,7 +27,7 @@ class Envelope:
 
     Attributes:
         max_bytes: The limit of the message.
-        form: Lays the message out; what ``finish`` will be given is its head.
+        form: Lays the message out.
         admit: Is told the message's bytes before they are allocated; raises OverloadedError to
             refuse them.
     """
@@ -75,6 +76,7 @@ class ReplyWriter:
         made = _reductions(outputs, specs, item_shape)
         values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
         self._builder = _builder(outputs, values, envelope)
+        self._form = envelope.form
         self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
         self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
@@ -87,9 +89,9 @@ class ReplyWriter:
         for slot, reduction in self._slots[point]:
             _write(self._builder, slot, reduction.apply(value))
 
-    def finish(self, head: bytes) -> bytes:
+    def finish(self, timings: Timings) -> bytes:
         """Publish the message."""
-        return self._builder.finish(head)
+        return self._builder.finish(self._form.head(timings))
 
 
 class ReplyCollector:
@@ -126,14 +128,14 @@ class ReplyCollector:
                 )
             self._values[slot] = self._made[slot].apply(value).clone()
 
-    def finish(self, head: bytes) -> bytes:
+    def finish(self, timings: Timings) -> bytes:
         """Lay the message out by what was captured, write and publish it."""
         values = [self._values[slot] for slot in range(len(self._outputs))]
         shapes = [(tuple(value.shape), value.dtype) for value in values]
         builder = _builder(self._outputs, shapes, self._envelope)
         for slot, value in enumerate(values):
             _write(builder, slot, value)
-        return builder.finish(head)
+        return builder.finish(self._envelope.form.head(timings))
 
 
 Reply = ReplyWriter | ReplyCollector

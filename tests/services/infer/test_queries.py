@@ -91,10 +91,9 @@ def test_config_tells_how_a_model_is_served(stub, engine) -> None:
     assert not config.HasField("dynamic_batching")
     facts = {name: value.string_value for name, value in config.parameters.items()}
     assert facts["source"] == "tinynets:residual"
-    assert facts["images"] == "false"
     assert facts["input_shape"] == engine.host("residual").model.input.pattern
-    resnet = stub.ModelConfig(pb.ModelConfigRequest(name="resnet18")).config
-    assert resnet.parameters["images"].string_value == "true"
+    assert facts["images"] == "true"
+    assert facts["preprocessing"] == engine.host("residual").model.preprocess.describe()
 
 
 def test_every_layer_of_the_catalogue_in_the_config_can_be_asked_for(stub) -> None:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from infering import arrays, batch, bytes_tensor, given, output, parameters, raw_request
-from layertap import Client, LayerSelection, Reduction
+from layertap import Client, Extractor, LayerSelection, Reduction
 from layertap.inference import grpc_service_pb2 as pb
 
 PHOTO = Path(__file__).parents[3] / "examples" / "images" / "grace_hopper.jpg"
@@ -81,6 +81,7 @@ def test_output_parameters_are_the_native_selection(stub, client) -> None:
             ),
             "layer1",
         ],
+        extractor=Extractor.HOOK,
     )
     got = arrays(response)
     assert np.array_equal(got["avgpool"], features["avgpool:input"])
@@ -150,15 +151,13 @@ def test_a_photograph_is_preprocessed_as_in_the_native_protocol(stub, client) ->
 
 def test_values_whose_shape_depends_on_the_content_are_sent(stub, client) -> None:
     """A dynamic model's reply is laid out by what came out."""
-    x = batch(2)
-    names = [layer for layer in ("pick", "keep", "body") if _has(client, "dynamic", layer)]
-    name = names[0] if names else client.describe("dynamic").layers[0].name
-    got = arrays(stub.ModelInfer(raw_request(x, output(name), model_name="dynamic")))
-    assert np.array_equal(got[name], client.extract("dynamic", x, name)[name])
-
-
-def _has(client, model: str, layer: str) -> bool:
-    return layer in {each.name for each in client.describe(model).layers}
+    for size in (1, 2, 7):
+        x = batch(size, seed=size)
+        request = raw_request(x, output("score"), output("pick"), model_name="dynamic")
+        got = arrays(stub.ModelInfer(request))
+        features = client.extract("dynamic", x, ["score", "pick"])
+        assert np.array_equal(got["score"], features["score"])
+        assert np.array_equal(got["pick"], features["pick"])
 
 
 @pytest.mark.parametrize(
@@ -224,7 +223,15 @@ def _has(client, model: str, layer: str) -> bool:
             Code.INVALID_ARGUMENT,
             "extractor: got 'best', expected one of AUTO",
         ),
-        ({"model_name": "raises"}, Code.INTERNAL, "model 'raises' failed on this input"),
+        (
+            {
+                "model_name": "raises",
+                "outputs": [output("head")],
+                "raw_input_contents": [np.full((1, 3, 16, 16), 1e6, np.float32).tobytes()],
+            },
+            Code.INTERNAL,
+            "model 'raises' failed on this input (RuntimeError)",
+        ),
     ],
 )
 def test_bad_requests_are_refused(stub, changes: dict, code: Code, text: str) -> None:
@@ -248,9 +255,9 @@ def test_its_own_timeout_ends_a_request(stub) -> None:
 
 
 def test_a_reply_over_the_limit_is_refused_before_any_compute(stub) -> None:
-    """64 items of resnet18's first layer are over 4 MiB."""
-    x = np.zeros((8, 3, 224, 224), np.float32)
-    request = raw_request(x[:5], output("layer1"), model_name="resnet18")
+    """Six items of resnet18's layer1 are over 4 MiB."""
+    x = np.zeros((6, 3, 224, 224), np.float32)
+    request = raw_request(x, output("layer1"), model_name="resnet18")
     code, text = refusal(stub, request)
     assert (code, "predicted, limit 4194304" in text) == (Code.OUT_OF_RANGE, True)
 

@@ -48,7 +48,7 @@ def test_the_synchronous_client(server, tmp_path: Path) -> None:
     file = tmp_path / "layer1.npy"
     run("sync.py", server.address, file, PHOTO)
     with Client(server.address) as client:
-        expected = client.extract("residual", batch(2), "layer1")["layer1"]
+        expected = client.extract("residual", batch(2), "layer1", extractor="hook")["layer1"]
     assert np.array_equal(np.load(file), expected)
 
 
