@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from layertap.engine import ModelHost
 from layertap.extraction import ValueSpec
@@ -134,8 +135,6 @@ def _datatype(spec: ValueSpec) -> str:
     return next((row.datatype for row in dtypes.DTYPES if row.name == name), "")
 
 
-def _type(datatype: str) -> model_config_pb2.DataType:
-    name = f"TYPE_{datatype}"
-    if name not in model_config_pb2.DataType.keys():  # noqa: SIM118 - protobuf's own method
-        name = "TYPE_INVALID"
-    return model_config_pb2.DataType.Value(name)
+def _type(datatype: str) -> Any:
+    """Return the name in the config's enum, which message constructors take for the number."""
+    return f"TYPE_{datatype or 'INVALID'}"
