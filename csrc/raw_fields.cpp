@@ -51,6 +51,7 @@ RawSplit split_raw(const std::uint8_t* message, std::size_t size, std::uint32_t 
                    std::size_t most) {
   if (size > kMaxMessageBytes) refuse("message: larger than 2**31 - 1 bytes");
   RawSplit split;
+  std::size_t others = 0;
   Reader reader(message, {0, size});
   while (!reader.done()) {
     const std::size_t begin = reader.offset();
@@ -64,6 +65,9 @@ RawSplit split_raw(const std::uint8_t* message, std::size_t size, std::uint32_t 
       }
       split.payloads.push_back(reader.length_delimited());
     } else {
+      if (++others > kMaxRestFields) {
+        refuse("message: more than " + std::to_string(kMaxRestFields) + " fields");
+      }
       reader.skip(tag, kMaxDepth);
       add_span(split.rest, {begin, reader.offset() - begin});
     }

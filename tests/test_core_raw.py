@@ -82,6 +82,14 @@ def test_too_many_payloads_are_refused(core: ModuleType) -> None:
         core.split("text", field=RAW, most=1)
 
 
+@cores
+def test_lists_that_would_cost_a_parser_dearly_are_refused(core: ModuleType) -> None:
+    """Submessages of two bytes take a hundred of memory each, so there may be only so many."""
+    assert core.split(b"\x2a\x00" * 65_536, field=RAW, most=1)[1] == []
+    with pytest.raises(ValueError, match="more than 65536 fields"):
+        core.split(b"\x2a\x00" * 65_537, field=RAW, most=1)
+
+
 def test_hostile_messages_are_read_as_upb_reads_them() -> None:
     """What upb refuses is refused, and what it accepts is split into the same fields and bytes."""
     random = Random(5)

@@ -104,8 +104,8 @@ def split(message: bytes, *, field: int, most: int) -> tuple[bytes, list[memoryv
     Those are read-only memoryviews over ``message``; the rest, every other top-level field in
     order, goes to an ordinary protobuf parser. Agrees with that parser on what is well-formed.
 
-    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, or more than ``most`` of
-    the fields.
+    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, more than ``most`` of the
+    fields or more than 65,536 others.
     """
 
 def keep_memory(bound: int) -> bool:

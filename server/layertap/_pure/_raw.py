@@ -16,6 +16,8 @@ from layertap._pure._wire import (
     varint,
 )
 
+_MAX_REST_FIELDS = 1 << 16
+
 
 def raw_layout(
     tensors: Iterable[tuple[int, Sequence[int]]], *, field: int, head_size: int
@@ -55,4 +57,6 @@ def split(message: bytes, *, field: int, most: int) -> tuple[bytes, list[memoryv
         else:
             reader.skip(number, wire_type, MAX_DEPTH)
             rest.append(message[start : reader.at])
+            if len(rest) > _MAX_REST_FIELDS:
+                raise ValueError(f"message: more than {_MAX_REST_FIELDS} fields")
     return b"".join(rest), payloads
