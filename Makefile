@@ -8,12 +8,12 @@ soak: SECONDS ?= 300
 fuzz: SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-models soak fuzz bench check fmt gen clean
+.PHONY: help setup demo serve test test-models soak fuzz bench perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: .venv/.built .venv-gen/.installed ## make the environments and build the extension
+setup: .venv/.built .venv-gen/.installed .venv-triton/.installed ## make the environments and build the extension
 
 demo: .venv/.built ## start a server, ask it for layers, show what comes back
 	$(BIN)/python examples/python/demo.py
@@ -41,6 +41,9 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_encode.py
 	$(BIN)/python -W ignore benchmarks/bench_hook.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py
+
+perf-analyzer: .venv/.built ## NVIDIA's load generator against a served resnet18, three ways
+	$(BIN)/python tools/perf_analyzer.py $(ARGS)
 
 check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/ruff format --check .
@@ -82,6 +85,12 @@ clean: ## remove what was built and cached; the environments stay
 .venv-gen/.installed: tools/gen-requirements.txt
 	test -x .venv-gen/bin/python || $(PYTHON) -m venv .venv-gen
 	.venv-gen/bin/pip install --quiet -r tools/gen-requirements.txt
+	touch $@
+
+# NVIDIA's client, for the tests of the Open Inference Protocol.
+.venv-triton/.installed: tools/triton-requirements.txt
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet -r tools/triton-requirements.txt
 	touch $@
 
 # Beside the environment, not in it: one package that only `make fuzz` needs. Where it has no wheel

@@ -5,7 +5,10 @@ import sys
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-SOURCES = ["bindings", "builder", "cast", "decoder", "layout", "memory", "strided_copy", "wire"]
+SOURCES = [
+    *("bindings", "builder", "cast", "decoder", "layout", "memory", "raw_fields"),
+    *("strided_copy", "wire"),
+]
 FLAGS = ["/O2", "/W3"] if sys.platform == "win32" else ["-O3", "-Wall", "-Wextra"]
 
 setup(

@@ -15,7 +15,8 @@ from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import LoadedModel
 from layertap.selection import LayerSelection
-from layertap.wire.messages import Timings, encode_reply_head
+from layertap.wire.messages import Timings
+from layertap.wire.reply_form import NativeForm
 
 __all__ = ["EAGER", "INTO_REPLY", "Way", "Ways"]
 
@@ -113,11 +114,10 @@ def _cloned(built: Any, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]
 
 
 def _message(plan: Any, wanted: Resolved, x: torch.Tensor) -> bytes:
-    head = encode_reply_head(Extractor.HOOK, Timings())
-    envelope = Envelope((1 << 31) - 1, len(head), lambda nbytes: None)
+    envelope = Envelope((1 << 31) - 1, NativeForm(Extractor.HOOK), lambda nbytes: None)
     writer = ReplyWriter(wanted.outputs, plan.specs, x.shape, envelope)
     plan.built.run(x, writer)
-    return writer.finish(head)
+    return writer.finish(Timings())
 
 
 def _check(

@@ -21,6 +21,7 @@
 #include "layout.h"
 #include "memory.h"
 #include "python_buffer.h"
+#include "raw_fields.h"
 
 namespace py = pybind11;
 
@@ -212,6 +213,38 @@ py::tuple decode_message(const py::bytes& message, const py::object& field, bool
   return py::make_tuple(join_rest(message, decoded, options.field), std::move(tensors));
 }
 
+std::shared_ptr<Layout> make_raw_layout(const py::iterable& tensors, const py::object& field,
+                                        const py::object& head_size) {
+  std::vector<TensorSpec> specs;
+  for (py::handle item : tensors) {
+    auto pair = py::reinterpret_steal<py::tuple>(PySequence_Tuple(item.ptr()));
+    if (!pair) throw py::error_already_set();
+    if (pair.size() != 2) throw py::value_error("tensors: expected tuples of two");
+    specs.push_back({"", to_int64(pair[0]), to_shape(pair[1])});
+  }
+  return std::make_shared<Layout>(raw_layout(specs, to_int64(field), to_int64(head_size)));
+}
+
+py::tuple split_message(const py::bytes& message, const py::object& field, const py::object& most) {
+  const std::int64_t limit = to_int64(most);
+  if (limit < 0) throw py::value_error("most: got " + std::to_string(limit) + ", expected from 0");
+  const RawSplit split =
+      split_raw(reinterpret_cast<const std::uint8_t*>(PyBytes_AS_STRING(message.ptr())),
+                static_cast<std::size_t>(PyBytes_GET_SIZE(message.ptr())), to_field(field),
+                static_cast<std::size_t>(limit));
+  const py::object view =
+      py::reinterpret_steal<py::object>(PyMemoryView_FromObject(message.ptr()));
+  if (!view) throw py::error_already_set();
+  py::list payloads;
+  for (const Span& span : split.payloads) {
+    const auto begin = static_cast<py::ssize_t>(span.offset);
+    payloads.append(view[py::slice(begin, begin + static_cast<py::ssize_t>(span.size), 1)]);
+  }
+  Decoded decoded;
+  decoded.rest = split.rest;
+  return py::make_tuple(join_rest(message, decoded, 1), std::move(payloads));
+}
+
 bool keep_memory_bound(const py::object& bound) {
   const std::int64_t bytes = to_int64(bound);
   if (bytes < 1) throw py::value_error("bound: got " + std::to_string(bytes) + ", expected from 1");
@@ -252,6 +285,11 @@ PYBIND11_MODULE(_core, module) {
              py::arg("head"));
   module.def("decode", &decode_message, py::arg("message"), py::kw_only(), py::arg("field"),
              py::arg("repeated"), py::arg("rivals") = py::tuple());
+
+  module.def("raw_layout", &make_raw_layout, py::arg("tensors"), py::kw_only(), py::arg("field"),
+             py::arg("head_size"));
+  module.def("split", &split_message, py::arg("message"), py::kw_only(), py::arg("field"),
+             py::arg("most"));
 
   module.def("keep_memory", &keep_memory_bound, py::arg("bound"));
   // Giving a gigabyte back takes tens of milliseconds.

@@ -16,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dtype.h"
@@ -40,11 +41,19 @@ struct TensorSlot {
   std::size_t payload_size;    // bytes
 };
 
+// Bytes of a tensor's payload, and the row of its dtype; throws std::invalid_argument for a spec
+// that can't be laid out.
+std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype);
+
 class Layout {
  public:
   // Throws std::invalid_argument for what can't be laid out.
   Layout(const std::vector<TensorSpec>& tensors, std::int64_t field, std::int64_t head_size,
-         bool apart);
+         bool apart = false);
+
+  // What was laid out elsewhere; see Note [Raw fields].
+  Layout(std::size_t head_size, std::size_t nbytes, std::vector<TensorSlot> slots)
+      : head_size_(head_size), nbytes_(nbytes), slots_(std::move(slots)) {}
 
   std::size_t head_size() const { return head_size_; }
   std::size_t nbytes() const { return nbytes_; }
@@ -64,7 +73,7 @@ class Layout {
 
   std::size_t head_size_;
   std::size_t nbytes_;
-  bool apart_;
+  bool apart_ = false;
   std::size_t payload_nbytes_ = 0;
   std::vector<TensorSlot> slots_;
 };

@@ -145,7 +145,7 @@ def modules() -> Iterator[str]:
         # A compiled module and its plain twin have a .pyi for a list, and __main__ runs when
         # imported.
         private = found.name.rpartition(".")[2].startswith("_")
-        if not private and not found.name.startswith("layertap.v1"):
+        if not private and not found.name.startswith(("layertap.v1", "layertap.inference")):
             yield found.name
 
 

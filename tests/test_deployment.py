@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "examples" / "deploy"
 UNIT = DEPLOY / "systemd" / "layertap.service"
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
+KSERVE = DEPLOY / "kserve" / "layertap.yaml"
 MANIFEST = DEPLOY / "kubernetes" / "layertap.yaml"
 DASHBOARD = ROOT / "docs" / "grafana" / "layertap.json"
 OPERATIONS = ROOT / "docs" / "operations.md"
@@ -175,3 +176,25 @@ def test_image_is_built_from_files_that_exist() -> None:
         assert f"!{source}" in ignored
     assert f"EXPOSE {PORT} {ServerSection().metrics_port}\n" in text
     assert re.search(r"^USER (?!0|root)", text, re.MULTILINE)
+
+
+def test_kserve_runtime_fits_the_server() -> None:
+    """Its options are those of the verb, its port is probed and called h2c, and it is chosen."""
+    runtime, service = yaml.safe_load_all(KSERVE.read_text("utf-8"))
+    (container,) = runtime["spec"]["containers"]
+    verb, model, *args = container["args"]
+    assert {arg.partition("=")[0] for arg in args} <= options(verb)
+    assert model.startswith("{{.Name}}=/mnt/models/")
+    (port,) = container["ports"]
+    assert f"--port={port['containerPort']}" in args
+    assert port["name"] == "h2c"
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container[probe]["grpc"]["port"] == port["containerPort"]
+    wanted = service["spec"]["predictor"]["model"]
+    assert wanted["runtime"] == runtime["metadata"]["name"]
+    assert wanted["protocolVersion"] in runtime["spec"]["protocolVersions"]
+    formats = [each["name"] for each in runtime["spec"]["supportedModelFormats"]]
+    assert wanted["modelFormat"]["name"] in formats
+    assert runtime["spec"]["annotations"]["prometheus.kserve.io/port"] == str(
+        ServerSection().metrics_port
+    )

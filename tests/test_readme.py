@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from processes import layertap, serving
 
 ROOT = Path(__file__).resolve().parent.parent
+TRITON = ROOT / ".venv-triton" / "bin" / "python"
 README = (ROOT / "README.md").read_text("utf-8")
 
 
@@ -33,7 +35,7 @@ def command(verb: str) -> list[str]:
 
 def test_the_example_answers_with_the_shapes_that_it_claims() -> None:
     """The server's command and the client's code, with a free port and the real photograph."""
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     photo = ROOT / "examples" / "images" / "grace_hopper.jpg"
     _, *args = command("serve")
     with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
@@ -45,6 +47,29 @@ def test_the_example_answers_with_the_shapes_that_it_claims() -> None:
     for name, shape in re.findall(r'features\["([^"]+)"\].*?(\(\d[\d, ]*\))', code):
         assert str(features[name].shape) == shape
     assert set(features.torch()) == {"layer1", "avgpool:input"}
+
+
+def test_the_examples_with_nvidias_client_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The README's and docs/protocol.md's code, in its environment, has the shapes it claims."""
+    shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    _, short = blocks("python")
+    (long,) = blocks("python", (ROOT / "docs" / "protocol.md").read_text("utf-8"))
+    _, *args = command("serve")
+    with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
+        for code in (short, long):
+            claims = re.findall(
+                r"^(\w+\.as_numpy\(.+?\))  # .*?(\(\d[\d, ]*\))", code, re.MULTILINE
+            )
+            assert claims
+            for value, shape in claims:
+                code = code.replace(value, f"assert {value}.shape == {shape}")  # noqa: PLW2901
+            script = tmp_path / "example.py"
+            script.write_text(code.replace("127.0.0.1:8001", server.address), "utf-8")
+            done = subprocess.run([TRITON, script], capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
 
 
 def test_the_streaming_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

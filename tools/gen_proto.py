@@ -1,4 +1,4 @@
-"""Generate ``server/layertap/v1`` from ``proto/``, or check that it is up to date.
+"""Generate ``layertap.v1`` and ``layertap.inference`` from ``proto/``, or check them.
 
 Run it by ``make gen`` and ``make check``, which use the environment with the pinned generator: the
 version of protoc decides which protobuf runtimes the result runs on, so any other one is refused.
@@ -15,7 +15,8 @@ from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
 REQUIREMENTS = HOME / "tools" / "gen-requirements.txt"
-PACKAGE = Path("layertap") / "v1"
+PACKAGES = {"layertap/v1": "layertap/v1", "inference": "layertap/inference"}
+"""Folders of ``proto``, and where in ``server`` their code goes."""
 
 
 def pinned_generator() -> str:
@@ -37,8 +38,7 @@ def installed_generator() -> str:
 
 def generate(proto: Path, out: Path) -> None:
     """Write messages and their types for every file, and stubs for those with a service."""
-    files = sorted((proto / PACKAGE).glob("*.proto"))
-    for file in files:
+    for file in sorted(file for folder in PACKAGES for file in (proto / folder).glob("*.proto")):
         plugins = [f"--python_out={out}", f"--pyi_out={out}"]
         # protoc writes an empty *_pb2_grpc.py for a file without a service.
         if any(line.startswith("service ") for line in file.read_text("utf-8").splitlines()):
@@ -50,9 +50,28 @@ def generate(proto: Path, out: Path) -> None:
             raise SystemExit(f"protoc refused {file}")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Read the generated files of a folder; its ``__init__.py`` is written by hand."""
-    return {file.name: file.read_bytes() for file in sorted(folder.glob("*_pb2*.py*"))}
+def fresh(out: Path) -> dict[str, bytes]:
+    """Return what protoc wrote, by where in ``server`` it belongs.
+
+    protoc imports by the .proto's folder, which for the Open Inference Protocol would be a package
+    ``inference`` that is not ours to take: its imports are those of ``layertap.inference``.
+    """
+    return {
+        f"{package}/{file.name}": file.read_bytes().replace(
+            b"from inference import", b"from layertap.inference import"
+        )
+        for folder, package in PACKAGES.items()
+        for file in (out / folder).glob("*_pb2*.py*")
+    }
+
+
+def committed(server: Path) -> dict[str, bytes]:
+    """Read the committed files; each ``__init__.py`` is written by hand."""
+    return {
+        f"{package}/{file.name}": file.read_bytes()
+        for package in PACKAGES.values()
+        for file in (server / package).glob("*_pb2*.py*")
+    }
 
 
 def main() -> int:
@@ -65,11 +84,11 @@ def main() -> int:
         print(f"the generator is grpcio-tools {pinned}, here is {installed}: run `make gen`")
         return 1
 
-    target = options.root / "server" / PACKAGE
+    target = options.root / "server"
     with tempfile.TemporaryDirectory() as scratch:
         generate(options.root / "proto", Path(scratch))
-        fresh, kept = contents(Path(scratch) / PACKAGE), contents(target)
-    stale = sorted(name for name in fresh | kept if fresh.get(name) != kept.get(name))
+        made, kept = fresh(Path(scratch)), committed(target)
+    stale = sorted(name for name in made | kept if made.get(name) != kept.get(name))
     if options.check:
         for name in stale:
             print(f"stale: {target / name}")
@@ -78,11 +97,11 @@ def main() -> int:
         return 1 if stale else 0
 
     for name in stale:
-        if name in fresh:
-            (target / name).write_bytes(fresh[name])
+        if name in made:
+            (target / name).write_bytes(made[name])
         else:
             (target / name).unlink()
-        print(f"wrote: {target / name}" if name in fresh else f"removed: {target / name}")
+        print(f"wrote: {target / name}" if name in made else f"removed: {target / name}")
     return 0
 
 

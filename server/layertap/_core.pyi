@@ -117,6 +117,25 @@ def decode(
     neither 0 nor 1.
     """
 
+def raw_layout(
+    tensors: Iterable[tuple[int, Sequence[int]]], *, field: int, head_size: int
+) -> ReplyLayout:
+    """Lay out (dtype, shape) tensors after the head, each as bytes of the repeated field ``field``.
+
+    What they are is said in the head, so they have no names here. Their payloads are not aligned.
+    Raises ValueError as ``ReplyLayout`` does.
+    """
+
+def split(message: bytes, *, field: int, most: int) -> tuple[bytes, list[memoryview]]:
+    """Split a message into its small rest and the bytes of its repeated field ``field``.
+
+    Those are read-only memoryviews over ``message``; the rest, every other top-level field in
+    order, goes to an ordinary protobuf parser. Agrees with that parser on what is well-formed.
+
+    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, more than ``most`` of the
+    fields or more than 65,536 others.
+    """
+
 def keep_memory(bound: int) -> bool:
     """Have the C library's malloc keep freed memory for the next large block.
 

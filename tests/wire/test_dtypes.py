@@ -7,7 +7,7 @@ import pytest
 from layertap import _core, _pure
 from layertap.errors import InvalidInputError
 from layertap.v1 import tensor_pb2
-from layertap.wire.dtypes import DTYPES, DType, by_name, by_number, of_array
+from layertap.wire.dtypes import DTYPES, DType, by_datatype, by_name, by_number, of_array
 
 rows = pytest.mark.parametrize("row", DTYPES, ids=lambda row: row.name)
 
@@ -55,6 +55,7 @@ def test_lookups_find_a_row(row: DType) -> None:
     """A row is found by its number, its name and an array of its type."""
     assert by_number(row.number) is row
     assert by_name(row.name) is row
+    assert by_datatype(row.datatype) is row
     assert of_array(np.zeros(2, row.numpy)) is row
 
 
@@ -64,6 +65,8 @@ def test_lookups_refuse_strangers() -> None:
         by_number(0)
     with pytest.raises(InvalidInputError, match=r"got 'half', expected one of float32"):
         by_name("half")
+    with pytest.raises(InvalidInputError, match="datatype: got 'FP8', expected one of FP32, FP16"):
+        by_datatype("FP8")
     with pytest.raises(InvalidInputError, match=r"got numpy complex64, expected one of float32"):
         of_array(np.zeros(2, np.complex64))
 

@@ -7,6 +7,7 @@ compiler. ``_core.pyi`` documents the functions; here stands how they can be don
 from layertap._pure._build import ReplyBuilder, ReplyLayout, encode
 from layertap._pure._decode import decode
 from layertap._pure._memory import keep_memory, malloc_usage, trim_memory
+from layertap._pure._raw import raw_layout, split
 from layertap._pure._wire import MAX_MESSAGE_BYTES, MAX_RANK
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "encode",
     "keep_memory",
     "malloc_usage",
+    "raw_layout",
+    "split",
     "trim_memory",
 ]

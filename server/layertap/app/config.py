@@ -26,6 +26,7 @@ from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
+from layertap.wire.client_regions import ClientRegions
 from layertap.wire.memory import DEFAULT_MIB
 from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS
 from layertap.wire.shared.hub import DEFAULT_MIB as SHARED_MIB
@@ -85,6 +86,9 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             serves the others.
         admin: Whether ``layertap.v1.AdminService`` is served.
         watch: Whether changed files are reloaded without being asked to.
+        allow_client_shm: Whether clients of this machine may name shared memory for inputs and
+            outputs (docs/protocol.md).
+        client_shm_uids: Users whose shared memory is taken besides that of the server's own user.
     """
 
     host: Text = "127.0.0.1"
@@ -123,9 +127,14 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     strict: Annotated[bool, Meta(description="true or false")] = False
     admin: Annotated[bool, Meta(description="true or false")] = False
     watch: Annotated[bool, Meta(description="true or false")] = False
+    allow_client_shm: Annotated[bool, Meta(description="true or false")] = False
+    client_shm_uids: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...],
+        Meta(description="a list of numbers of users, such as [1000]"),
+    ] = ()
 
     def options(self) -> ServerOptions:
-        """Return how to listen; raise ConfigError for a file of TLS or tokens that won't do."""
+        """Return how to listen; raise ConfigError for files and settings that won't do."""
         named = {key: getattr(self, key) for key in SECRET_FILES}
         files = SecretFiles(**{k: Path(v).expanduser() for k, v in named.items() if v})
         # Whoever may use this machine may ask it to read again what its owner wrote.
@@ -136,7 +145,20 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             security=open_security(files, trusted=trusted),
             shared_memory_bytes=self.shared_memory_mib * MIB,
             shared_memory_lease_seconds=self.shared_memory_lease_seconds,
+            client_regions=self.client_regions(),
         )
+
+    def client_regions(self) -> ClientRegions | None:
+        """Return the shared memory that clients name; None where they may not.
+
+        Raises:
+            ConfigError: For users whose memory would be taken if any were.
+        """
+        if self.allow_client_shm:
+            return ClientRegions(frozenset(self.client_shm_uids))
+        if self.client_shm_uids:
+            raise ConfigError("client_shm_uids: of no use without allow_client_shm")
+        return None
 
     def compute(self, device: str) -> tuple[int, int | None]:
         """Return (forward passes at once, cores of one; None leaves it to PyTorch).

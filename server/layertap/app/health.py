@@ -20,6 +20,11 @@ class ModelHealth(health.HealthServicer):  # type: ignore[misc] # ships no types
         """Tell whether a model, a service or with ``""`` the server as a whole is served."""
         self.set(name, Status.SERVING if serving else Status.NOT_SERVING)
 
+    def serving(self, name: str) -> bool:
+        """Tell whether a model, a service or with ``""`` the server as a whole is served."""
+        with self._lock:
+            return bool(self._server_status.get(name) == Status.SERVING)
+
     def forget(self, name: str) -> None:
         """Let a model be unknown: watchers are told SERVICE_UNKNOWN, checks end NOT_FOUND."""
         self.set(name, Status.SERVICE_UNKNOWN)

@@ -173,6 +173,7 @@ class _Running:
             interceptors=telemetry.interceptors,
             health=health,
             admin=admin,
+            repository=self.reloader if options.admin else None,
         )
         telemetry.metrics.show_waiting(lambda: self.server.waiting)
         if self.server.shared_memory is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from layertap.app.config import ServerConfig
 from layertap.app.served_models import Narrator, ServedModels, check_models
 from layertap.engine import Call
-from layertap.errors import CancelledError, LayertapError, UnavailableError
+from layertap.errors import CancelledError, LayertapError, ModelLoadError, UnavailableError
 from layertap.services.admin_service import ReloadAction, ReloadReport
 
 __all__ = ["Reloader", "waiting_for_restart"]
@@ -75,14 +76,33 @@ class Reloader:
                 ``stop``.
             LayertapError: Where the configuration is wrong; nothing has changed then.
         """
-        if not self._ready:
-            raise UnavailableError("the server is starting or stopping, and doesn't reload")
-        if not self._turn.acquire(blocking=False):
-            raise UnavailableError("a reload is in progress; ask again when it has ended")
-        try:
+        with self._in_turn():
             return self._reload()
-        finally:
-            self._turn.release()
+
+    def load_model(self, name: str) -> None:
+        """Load one model of the configuration as it is now, in the caller's thread.
+
+        Raises:
+            ModelNotFoundError: Where the configuration has no such model.
+            ModelLoadError: Where it can't be loaded.
+            UnavailableError, LayertapError: As ``reload`` does.
+        """
+        with self._in_turn():
+            config = self._read_checked()
+            with self._cancellable() as call:
+                done = self._models.load_one(config, name, call)
+            if done.action is ReloadAction.FAILED:
+                raise ModelLoadError(f"failed to load {name!r}: {done.reason}")
+
+    def unload_model(self, name: str) -> None:
+        """Let one model go, until it or all are loaded again.
+
+        Raises:
+            ModelNotFoundError: Where no such model is served.
+            UnavailableError: As ``reload`` does.
+        """
+        with self._in_turn():
+            self._models.unload_one(self._config, name)
 
     def request(self) -> None:
         """Have it reloaded soon, in a thread of the reloader, after one that is in progress."""
@@ -118,19 +138,41 @@ class Reloader:
                 return True
         return False
 
-    def _reload(self) -> ReloadReport:
-        config = self._read()
-        check_models(config)
+    @contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        """Let nothing else reload meanwhile; raise UnavailableError where something does."""
+        if not self._ready:
+            raise UnavailableError("the server is starting or stopping, and doesn't reload")
+        if not self._turn.acquire(blocking=False):
+            raise UnavailableError("a reload is in progress; ask again when it has ended")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def _cancellable(self) -> Iterator[Call]:
+        """Yield what ``stop`` cancels; raise UnavailableError where it did."""
         # One for each reload: a call keeps what was computed for it.
         call = self._call = Call()
         try:
             if not self._ready:  # Stopped in between, when there was no such call to cancel.
                 call.cancel()
-            models = self._models.reload(config, call)
+            yield call
         except CancelledError:
             raise UnavailableError("the server is stopping; the reload was given up") from None
         finally:
             self._call = Call()
+
+    def _read_checked(self) -> ServerConfig:
+        config = self._read()
+        check_models(config)
+        return config
+
+    def _reload(self) -> ReloadReport:
+        config = self._read_checked()
+        with self._cancellable() as call:
+            models = self._models.reload(config, call)
         self._config = config
         waiting = waiting_for_restart(self._started_with, config)
         for text in waiting:

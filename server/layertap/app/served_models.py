@@ -19,6 +19,7 @@ from layertap.errors import (
     InvalidInputError,
     LayertapError,
     ModelLoadError,
+    ModelNotFoundError,
     NotFoundError,
 )
 from layertap.services.admin_service import ModelReload, ReloadAction
@@ -101,6 +102,34 @@ class ServedModels:
         done += [self._unload(name) for name in list(self._served) if name not in names]
         self._health.show("", serving=bool(self._engine.hosts()))
         return tuple(done)
+
+    def load_one(self, config: ServerConfig, name: str, call: Call) -> ModelReload:
+        """Load a model of the configuration, or replace it where it is new or changed.
+
+        Raises:
+            ModelNotFoundError: Where the configuration has no such model.
+            CancelledError: Where the call was cancelled.
+        """
+        model = next((each for each in config.models if each.spec().name == name), None)
+        if model is None:
+            raise ModelNotFoundError(f"model: got {name!r}, which the configuration does not name")
+        self._served.setdefault(name, None)
+        done = self._update(model, call)
+        self._health.show("", serving=bool(self._engine.hosts()))
+        return done
+
+    def unload_one(self, config: ServerConfig, name: str) -> None:
+        """Let a model go, which the configuration goes on to name.
+
+        Raises:
+            ModelNotFoundError: Where no such model is served.
+        """
+        if self._served.get(name) is None:
+            raise ModelNotFoundError(f"model: got {name!r}, which is not served")
+        self._unload(name)
+        self._engine.expect([model.spec().name for model in config.models])
+        self._engine.explain(name, "it was unloaded")
+        self._health.show("", serving=bool(self._engine.hosts()))
 
     def _expect(self, config: ServerConfig) -> None:
         names = [model.spec().name for model in config.models]

@@ -21,8 +21,13 @@ from layertap.errors import UnavailableError
 from layertap.services.admin_service import AdminService
 from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
-from layertap.services.observer import Observer
+from layertap.services.infer.repository import RepositoryControl
+from layertap.services.infer.service import InferenceService, InferenceSettings
+from layertap.services.infer.statistics import Statistics
+from layertap.services.observer import Observer, Observers
+from layertap.services.open_streams import OpenStreams
 from layertap.services.shared_memory_service import SharedMemoryService
+from layertap.wire.client_regions import ClientRegions
 from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS, DEFAULT_MIB
 
 __all__ = ["FeatureServer", "ServerOptions"]
@@ -54,6 +59,8 @@ class ServerOptions:
         security: TLS and tokens; neither unless told otherwise.
         shared_memory_bytes: What may be shared with clients of this machine; 0 for none.
         shared_memory_lease_seconds: How long a client may keep what was lent to it.
+        client_regions: Shared memory that clients of the Open Inference Protocol name; None where
+            they may not.
     """
 
     host: str = "127.0.0.1"
@@ -61,12 +68,13 @@ class ServerOptions:
     security: Security = field(default_factory=Security)
     shared_memory_bytes: int = DEFAULT_MIB << 20
     shared_memory_lease_seconds: float = DEFAULT_LEASE_SECONDS
+    client_regions: ClientRegions | None = None
 
 
 class FeatureServer:
     """Serves an engine. Models may be loaded into it before or after ``start``.
 
-    Health (``grpc.health.v1``) answers for the server (``""``), the service's full name and each
+    Health (``grpc.health.v1``) answers for the server (``""``), the services' full names and each
     model's name: NOT_SERVING until ``ready``, and from the begin of ``stop``. Whoever loads models
     later tells their health by ``health``.
 
@@ -77,6 +85,7 @@ class FeatureServer:
         interceptors: gRPC's own kind, the first one outermost.
         health: What to tell of models; one of its own if not given.
         admin: What the owner may ask for; nothing if not given.
+        repository: Loads and unloads models for the owner; nothing does if not given.
 
     Attributes:
         address: Where it listens, ``host:port``.
@@ -96,6 +105,7 @@ class FeatureServer:
         interceptors: Sequence[grpc.ServerInterceptor] = (),
         health: ModelHealth | None = None,
         admin: AdminService | None = None,
+        repository: RepositoryControl | None = None,
     ) -> None:
         self._engine = engine
         options = options or ServerOptions()
@@ -112,9 +122,22 @@ class FeatureServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._broker = open_broker(options.shared_memory_bytes, options.shared_memory_lease_seconds)
         self.shared_memory = self._broker.memory if self._broker else None
-        self._service = FeatureService(engine, observer, self.shared_memory)
-        self._server.add_generic_rpc_handlers((self._service.handlers(),))
-        names = [FeatureService.NAME, HEALTH, reflection.SERVICE_NAME]
+        statistics = Statistics()
+        observer = Observers(observer, statistics) if observer else statistics
+        self._streams = OpenStreams(engine.limits.streams)
+        self._service = FeatureService(engine, observer, self._streams, self.shared_memory)
+        self._inference = InferenceService(
+            engine,
+            InferenceSettings(
+                lambda: self._health.serving(""), statistics, options.client_regions, repository
+            ),
+            observer,
+            self._streams,
+        )
+        self._server.add_generic_rpc_handlers(
+            (self._service.handlers(), self._inference.handlers())
+        )
+        names = [FeatureService.NAME, InferenceService.NAME, HEALTH, reflection.SERVICE_NAME]
         if admin is not None:
             self._server.add_generic_rpc_handlers((admin.handlers(),))
             names.append(AdminService.NAME)
@@ -137,15 +160,16 @@ class FeatureServer:
         self._server.start()
 
     def ready(self) -> None:
-        """Report the server, its service and its models as SERVING."""
+        """Report the server, its services and its models as SERVING."""
         self._set_health(serving=True)
 
     def stop(self, grace: float) -> None:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
         self._health.enter_graceful_shutdown()
-        self._service.drain()
+        self._streams.drain()
         self._server.stop(grace).wait()
         self._service.close()
+        self._inference.close()
         if self._broker is not None:
             self._broker.close()
 
@@ -155,7 +179,7 @@ class FeatureServer:
 
     def _set_health(self, *, serving: bool) -> None:
         models = (host.model.name for host in self._engine.hosts())
-        for name in ("", FeatureService.NAME, *models):
+        for name in ("", FeatureService.NAME, InferenceService.NAME, *models):
             self._health.show(name, serving=serving)
 
     def _bind(self, options: ServerOptions) -> str:

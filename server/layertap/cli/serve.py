@@ -23,6 +23,17 @@ MODEL_FLAGS = (
 )
 
 
+def _numbers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = value.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"got {value!r}, expected numbers such as 1000,1001")
+    return tuple(map(int, parts))
+
+
 @click.command(short_help="Serve models over gRPC.")
 @click.argument("models", nargs=-1, metavar="[[NAME=]MODEL]...")
 @click.option(
@@ -143,6 +154,19 @@ MODEL_FLAGS = (
     is_flag=True,
     default=None,
     help="Reload when the configuration's or a model's file changes, as SIGHUP does.",
+)
+@click.option(
+    "--allow-client-shm",
+    is_flag=True,
+    default=None,
+    help="Let clients of this machine name shared memory for inputs and outputs (Triton's system "
+    "shared memory).",
+)
+@click.option(
+    "--client-shm-uids",
+    metavar="N,N",
+    callback=_numbers,
+    help="Users whose shared memory is taken besides that of the server's own.",
 )
 @click.option(
     "--config",

@@ -166,6 +166,10 @@ class Engine:
         """Return the served models in the order of ``expect``, then in that of their loading."""
         return self._versions.hosts()
 
+    def states(self) -> list[tuple[str, str]]:
+        """Return the models that were expected, and why each doesn't serve; empty where it does."""
+        return self._versions.states()
+
     def host(self, name: str) -> ModelHost:
         """Return a served model.
 

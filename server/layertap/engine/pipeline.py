@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +29,8 @@ from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError
 from layertap.extraction.plan import Plan
 from layertap.selection import Extractor, LayerSelection
-from layertap.wire.messages import REPLY_HEAD_SIZE, Timings, encode_reply_head
-from layertap.wire.shared.hub import Space
+from layertap.wire.messages import Timings
+from layertap.wire.reply_form import NativeForm, ReplyForm
 
 __all__ = ["Extraction", "ExtractionRequest", "Pipeline"]
 
@@ -44,16 +44,15 @@ class ExtractionRequest:
         input: The batch.
         selections: The layers to return.
         extractor: How to take them.
-        reply_fields: Serialized fields that the reply bears besides its own, such as an item's id.
-        space: The shared memory that the reply's tensors may stand in.
+        form: Makes the form of the reply for the extractor that was chosen; the native one unless
+            told otherwise.
     """
 
     model: str
     input: TensorInput | ImagesInput
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
-    reply_fields: bytes = b""
-    space: Space | None = None
+    form: Callable[[Extractor], ReplyForm] = NativeForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +60,12 @@ class Extraction:
     """What the caller gets.
 
     Attributes:
-        message: A serialized ``layertap.v1.ExtractResponse``, and ``reply_fields``.
+        message: The serialized reply: a ``layertap.v1.ExtractResponse``, or what the form makes.
         extractor: Which extractor served it; never AUTO.
         timings: Where the time went.
         together: Requests that shared the forward pass, this one included.
         shared_bytes: Bytes of tensors that stand in shared memory instead of in the message.
+        items: Items of the request.
     """
 
     message: bytes
@@ -73,6 +73,7 @@ class Extraction:
     timings: Timings
     together: int = 1
     shared_bytes: int = 0
+    items: int = 1
 
 
 class Pipeline:
@@ -93,11 +94,9 @@ class Pipeline:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape[1:]), call)
+        form = request.form(plan.extractor)
         envelope = Envelope(
-            self._limits.reply_bytes,
-            REPLY_HEAD_SIZE + len(request.reply_fields),
-            partial(self._admission.reserve, call=call),
-            request.space,
+            self._limits.reply_bytes, form, partial(self._admission.reserve, call=call)
         )
         make = partial(_reply, plan, resolved, x.shape, envelope)
         work = Work(host, plan, resolved, x, make(), make, call)
@@ -111,9 +110,10 @@ class Pipeline:
             compute_ns=done.ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        head = encode_reply_head(plan.extractor, timings)
-        reply = done.reply.finish(head + request.reply_fields)
-        return Extraction(reply.message, plan.extractor, timings, done.together, reply.shared_bytes)
+        message = done.reply.finish(timings)
+        return Extraction(
+            message, plan.extractor, timings, done.together, form.shared_bytes, work.items
+        )
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):

@@ -13,21 +13,12 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyT
 from layertap.extraction.points import ValueSpec
 from layertap.extraction.reductions import Reduced, reduced
 from layertap.selection import Reduction
-from layertap.wire.codec import MAX_MESSAGE_BYTES, ReplyBuilder, ReplyLayout
+from layertap.wire.codec import MAX_MESSAGE_BYTES
 from layertap.wire.dtypes import DTYPES, DType
-from layertap.wire.messages import REPLY_TENSOR_FIELD
-from layertap.wire.shared.hub import Space
-from layertap.wire.shared.leases import Loan
+from layertap.wire.messages import Timings
+from layertap.wire.reply_form import Builder, ReplyForm
 
-__all__ = [
-    "Envelope",
-    "Published",
-    "Reply",
-    "ReplyCollector",
-    "ReplyWriter",
-    "ShapeChangedError",
-    "host_array",
-]
+__all__ = ["Envelope", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,53 +27,14 @@ class Envelope:
 
     Attributes:
         max_bytes: The limit of the message.
-        head_size: Bytes of what ``finish`` will be given.
-        admit: Is told the message's bytes before they are allocated; raises OverloadedError to
-            refuse them.
-        space: The shared memory that the tensors may stand in; None for the message only.
+        form: Lays the message out.
+        admit: Is told the bytes that the form takes before they are allocated; raises
+            OverloadedError to refuse them.
     """
 
     max_bytes: int
-    head_size: int
+    form: ReplyForm
     admit: Callable[[int], object]
-    space: Space | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A finished reply.
-
-    Attributes:
-        message: The message.
-        shared_bytes: Bytes of its tensors that stand in shared memory.
-    """
-
-    message: bytes
-    shared_bytes: int = 0
-
-
-class _Target:
-    """Where a reply's tensors are written: the message itself, or a region that it refers to."""
-
-    def __init__(self, layout: ReplyLayout, loan: Loan | None = None) -> None:
-        # Kept until the end: without it the region would be lent to somebody else.
-        self._loan = loan
-        if loan is None:
-            self._builder = ReplyBuilder(layout)
-        else:
-            self._builder = ReplyBuilder(
-                layout, loan.buffer, region=loan.region, generation=loan.generation
-            )
-
-    def write(self, slot: int, value: torch.Tensor) -> None:
-        self._builder.write(slot, host_array(value), _ROWS[value.dtype].number)
-
-    def finish(self, head: bytes) -> Published:
-        message = self._builder.finish(head)
-        if self._loan is None:
-            return Published(message)
-        self._loan.publish()
-        return Published(message, self._loan.nbytes)
 
 
 _ROWS = {getattr(torch, row.name): row for row in DTYPES}
@@ -123,7 +75,8 @@ class ReplyWriter:
         batch, *item_shape = batch_shape
         made = _reductions(outputs, specs, item_shape)
         values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
-        self._target = _target(outputs, values, envelope)
+        self._builder = _builder(outputs, values, envelope)
+        self._form = envelope.form
         self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
         self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
@@ -134,11 +87,11 @@ class ReplyWriter:
         if (tuple(value.shape), value.dtype) != self._expected[point]:
             raise ShapeChangedError
         for slot, reduction in self._slots[point]:
-            self._target.write(slot, reduction.apply(value))
+            _write(self._builder, slot, reduction.apply(value))
 
-    def finish(self, head: bytes) -> Published:
+    def finish(self, timings: Timings) -> bytes:
         """Publish the message."""
-        return self._target.finish(head)
+        return self._builder.finish(self._form.head(timings))
 
 
 class ReplyCollector:
@@ -175,14 +128,14 @@ class ReplyCollector:
                 )
             self._values[slot] = self._made[slot].apply(value).clone()
 
-    def finish(self, head: bytes) -> Published:
+    def finish(self, timings: Timings) -> bytes:
         """Lay the message out by what was captured, write and publish it."""
         values = [self._values[slot] for slot in range(len(self._outputs))]
         shapes = [(tuple(value.shape), value.dtype) for value in values]
-        target = _target(self._outputs, shapes, self._envelope)
+        builder = _builder(self._outputs, shapes, self._envelope)
         for slot, value in enumerate(values):
-            target.write(slot, value)
-        return target.finish(head)
+            _write(builder, slot, value)
+        return builder.finish(self._envelope.form.head(timings))
 
 
 Reply = ReplyWriter | ReplyCollector
@@ -194,31 +147,27 @@ def _reductions(
     return [reduced(specs[o.point], o.reduction, o.layer, item_shape) for o in outputs]
 
 
-def _target(
+def _builder(
     outputs: Sequence[Output],
     values: Sequence[tuple[tuple[int, ...], torch.dtype]],
     envelope: Envelope,
-) -> _Target:
+) -> Builder:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
         for output, (shape, dtype) in zip(outputs, values, strict=True)
     ]
     limit = min(envelope.max_bytes, MAX_MESSAGE_BYTES)
     try:
-        layout = ReplyLayout(tensors, field=REPLY_TENSOR_FIELD, head_size=envelope.head_size)
+        layout = envelope.form.lay_out(tensors)
     except ValueError:
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
     if layout.nbytes > limit:
         raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
-    loan = None
-    if envelope.space is not None and layout.nbytes >= envelope.space.least:
-        apart = ReplyLayout(
-            tensors, field=REPLY_TENSOR_FIELD, head_size=envelope.head_size, apart=True
-        )
-        loan = envelope.space.lend(apart.payload_nbytes)
-        layout = layout if loan is None else apart
-    envelope.admit(layout.nbytes)
-    return _Target(layout, loan)
+    return envelope.form.builder(layout, envelope.admit)
+
+
+def _write(builder: Builder, slot: int, value: torch.Tensor) -> None:
+    builder.write(slot, host_array(value), _ROWS[value.dtype].number)
 
 
 def _too_large(predicted: str, limit: int) -> str:

@@ -17,9 +17,10 @@ from typing import Generic, Protocol, TypeVar
 
 from layertap.errors import ModelNotFoundError, UnavailableError
 
-__all__ = ["Version", "Versions"]
+__all__ = ["LOADING", "Version", "Versions"]
 
 LOADING = "it is being loaded"
+"""Why a model doesn't serve that is expected and was neither loaded nor given up."""
 
 
 class _Host(Protocol):
@@ -146,6 +147,15 @@ class Versions(Generic[H]):
         """Return what serves, in the order of ``expect``."""
         with self._news:
             return [slot.host for slot in self._slots.values() if isinstance(slot, Version)]
+
+    def states(self) -> list[tuple[str, str]]:
+        """Return each model's name and why it doesn't serve, in the order of ``expect``.
+
+        The reason is empty for one that serves, ``LOADING`` for one that was not tried yet.
+        """
+        with self._news:
+            slots = list(self._slots.items())
+        return [(name, slot if isinstance(slot, str) else "") for name, slot in slots]
 
     def _absent(self, name: str, reason: str | None) -> ModelNotFoundError | UnavailableError:
         if reason is not None:

@@ -18,7 +18,11 @@ _SCHEME = "bearer"
 
 # Orchestrators and load balancers probe without credentials, and learn nothing but SERVING or not.
 _OPEN = "/grpc.health.v1.Health/"
-_ADMIN = "/layertap.v1.AdminService/"
+_ADMIN = (
+    "/layertap.v1.AdminService/",
+    "/inference.GRPCInferenceService/RepositoryModelLoad",
+    "/inference.GRPCInferenceService/RepositoryModelUnload",
+)
 
 
 def needed_right(method: str) -> Right:

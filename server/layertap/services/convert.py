@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -18,7 +19,8 @@ from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
 from layertap.wire.messages import decode_request
-from layertap.wire.shared.hub import SharedMemory
+from layertap.wire.reply_form import NativeForm
+from layertap.wire.shared.hub import SharedMemory, Space
 from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = [
@@ -73,13 +75,14 @@ class Converter:
         space = space_of(self.memory, request.shared_memory_session)
         if isinstance(tensor, SharedTensor):
             tensor = input_of(tensor, space, self.input_bytes)
-        return replace(request_from_proto(request, tensor, reply_fields), space=space)
+        return request_from_proto(request, tensor, reply_fields, space)
 
 
 def request_from_proto(
     request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
     tensor: TensorView | None,
     reply_fields: bytes = b"",
+    space: Space | None = None,
 ) -> ExtractionRequest:
     """Return what a parsed request asks for.
 
@@ -87,6 +90,7 @@ def request_from_proto(
         request: Its small fields.
         tensor: Its tensor, if that is its input.
         reply_fields: What the reply bears besides its own fields.
+        space: The shared memory that the reply's tensors may stand in.
 
     Raises:
         InvalidInputError: For a missing input or an unknown enum value.
@@ -104,7 +108,7 @@ def request_from_proto(
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         ),
-        reply_fields=reply_fields,
+        form=partial(NativeForm, fields=reply_fields, space=space),
     )
 
 

@@ -12,15 +12,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from contextvars import copy_context
 
 import grpc
 
 from layertap.engine import Call, Engine
-from layertap.errors import DecodeError, LayertapError, OverloadedError, UnavailableError
+from layertap.errors import DecodeError, LayertapError
 from layertap.services.convert import Converter
 from layertap.services.observer import Observer
+from layertap.services.open_streams import OpenStreams
 from layertap.services.status import code_of, leaving
 from layertap.services.stream_window import StreamWindow
 from layertap.v1.feature_service_pb2 import ExtractStreamRequest
@@ -45,20 +45,21 @@ class ExtractStream:
         engine: The engine; its limits say how many streams there may be, and how much in flight.
         observer: Is told how each item ended.
         converter: Turns requests into the engine's own form.
+        streams: Counts the streams.
     """
 
-    def __init__(self, engine: Engine, observer: Observer, converter: Converter) -> None:
+    def __init__(
+        self, engine: Engine, observer: Observer, converter: Converter, streams: OpenStreams
+    ) -> None:
         self._engine = engine
         self._observer = observer
         self._converter = converter
+        self._streams = streams
         self._items = ThreadPoolExecutor(ITEM_THREADS, thread_name_prefix="layertap-item")
-        self._lock = threading.Lock()
-        self._windows: set[StreamWindow] = set()
-        self._draining = False
 
     def serve(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer the items of one stream."""
-        with self._opened() as window:
+        with self._streams.opened(StreamWindow(self._engine.limits.stream_in_flight)) as window:
             # False: the stream has ended already, and nobody will tell us any more.
             if not context.add_callback(window.close):
                 window.close()
@@ -73,34 +74,9 @@ class ExtractStream:
             reader.start()
             yield from window.replies()
 
-    def drain(self) -> None:
-        """Take no more items and no more streams; those in flight are answered."""
-        with self._lock:
-            self._draining = True
-            windows = list(self._windows)
-        for window in windows:
-            window.end(_shutting_down())
-
     def close(self) -> None:
         """Let the threads go once the items that they have are done."""
         self._items.shutdown(wait=False)
-
-    @contextmanager
-    def _opened(self) -> Iterator[StreamWindow]:
-        limits = self._engine.limits
-        window = StreamWindow(limits.stream_in_flight)
-        with self._lock:
-            if self._draining:
-                raise _shutting_down()
-            if len(self._windows) >= limits.streams:
-                raise OverloadedError(f"{limits.streams} streams are open, the most allowed")
-            self._windows.add(window)
-        try:
-            yield window
-        finally:
-            with self._lock:
-                self._windows.discard(window)
-            window.close()
 
     def _read(
         self, window: StreamWindow, messages: Iterator[bytes], context: grpc.ServicerContext
@@ -157,10 +133,6 @@ class ExtractStream:
         self._observer.failed(model, code_of(error))
         told = leaving(error)
         return encode_stream_error(number, code_of(told).value[0], type(told).__name__, str(told))
-
-
-def _shutting_down() -> UnavailableError:
-    return UnavailableError("the server is shutting down")
 
 
 def _least(timeout_ns: int, remaining: float | None) -> float | None:

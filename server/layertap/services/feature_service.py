@@ -18,6 +18,7 @@ from layertap.errors import DecodeError
 from layertap.services.convert import Converter, description_to_proto, model_to_proto
 from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer, Unobserved
+from layertap.services.open_streams import OpenStreams
 from layertap.services.status import Handler, code_of, guarded, guarded_stream
 from layertap.v1 import feature_service_pb2
 from layertap.wire.shared.hub import SharedMemory
@@ -33,6 +34,7 @@ class FeatureService:
     Args:
         engine: The engine.
         observer: Is told how each extraction ended.
+        streams: Counts the streams; its own if not given.
         memory: What is shared with clients of this machine; None for none.
     """
 
@@ -42,12 +44,14 @@ class FeatureService:
         self,
         engine: Engine,
         observer: Observer | None = None,
+        streams: OpenStreams | None = None,
         memory: SharedMemory | None = None,
     ) -> None:
         self._engine = engine
         self._observer = observer or Unobserved()
         self._converter = Converter(engine.limits.request_bytes, memory)
-        self._streams = ExtractStream(engine, self._observer, self._converter)
+        streams = streams or OpenStreams(engine.limits.streams)
+        self._streams = ExtractStream(engine, self._observer, self._converter, streams)
 
     def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the selected layers."""
@@ -89,10 +93,6 @@ class FeatureService:
             guarded_stream(self._streams.serve)
         )
         return grpc.method_handlers_generic_handler(self.NAME, handlers)
-
-    def drain(self) -> None:
-        """End the streams, once what they have in flight is answered; admit no new ones."""
-        self._streams.drain()
 
     def close(self) -> None:
         """Let go of the threads, when the server has stopped."""

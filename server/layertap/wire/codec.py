@@ -14,6 +14,8 @@ __all__ = [
     "encode",
     "keep_memory",
     "malloc_usage",
+    "raw_layout",
+    "split",
     "trim_memory",
 ]
 
@@ -42,4 +44,6 @@ decode = _codec.decode
 encode = _codec.encode
 keep_memory = _codec.keep_memory
 malloc_usage = _codec.malloc_usage
+raw_layout = _codec.raw_layout
+split = _codec.split
 trim_memory = _codec.trim_memory

@@ -10,7 +10,7 @@ import numpy as np
 
 from layertap.errors import InvalidInputError
 
-__all__ = ["DTYPES", "DType", "by_name", "by_number", "of_array"]
+__all__ = ["DTYPES", "DType", "by_datatype", "by_name", "by_number", "of_array"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class DType:
         name: Its name, the same in torch, numpy and the protocol.
         itemsize: Bytes an element.
         numpy: The little-endian numpy type; numpy has bfloat16 from ml_dtypes.
+        datatype: Its name in the Open Inference Protocol.
         is_float: Whether values may be cast to another floating-point type on the way out.
     """
 
@@ -29,6 +30,7 @@ class DType:
     name: str
     itemsize: int
     numpy: np.dtype
+    datatype: str
     is_float: bool = False
 
     @property
@@ -38,20 +40,21 @@ class DType:
 
 
 DTYPES: tuple[DType, ...] = (
-    DType(1, "float32", 4, np.dtype("<f4"), is_float=True),
-    DType(2, "float16", 2, np.dtype("<f2"), is_float=True),
-    DType(3, "bfloat16", 2, np.dtype(ml_dtypes.bfloat16), is_float=True),
-    DType(4, "float64", 8, np.dtype("<f8"), is_float=True),
-    DType(5, "int8", 1, np.dtype("i1")),
-    DType(6, "uint8", 1, np.dtype("u1")),
-    DType(7, "int16", 2, np.dtype("<i2")),
-    DType(8, "int32", 4, np.dtype("<i4")),
-    DType(9, "int64", 8, np.dtype("<i8")),
-    DType(10, "bool", 1, np.dtype("?")),
+    DType(1, "float32", 4, np.dtype("<f4"), "FP32", is_float=True),
+    DType(2, "float16", 2, np.dtype("<f2"), "FP16", is_float=True),
+    DType(3, "bfloat16", 2, np.dtype(ml_dtypes.bfloat16), "BF16", is_float=True),
+    DType(4, "float64", 8, np.dtype("<f8"), "FP64", is_float=True),
+    DType(5, "int8", 1, np.dtype("i1"), "INT8"),
+    DType(6, "uint8", 1, np.dtype("u1"), "UINT8"),
+    DType(7, "int16", 2, np.dtype("<i2"), "INT16"),
+    DType(8, "int32", 4, np.dtype("<i4"), "INT32"),
+    DType(9, "int64", 8, np.dtype("<i8"), "INT64"),
+    DType(10, "bool", 1, np.dtype("?"), "BOOL"),
 )
 
 _BY_NUMBER = {row.number: row for row in DTYPES}
 _BY_NAME = {row.name: row for row in DTYPES}
+_BY_DATATYPE = {row.datatype: row for row in DTYPES}
 _BY_NUMPY = {row.numpy: row for row in DTYPES}
 
 
@@ -68,6 +71,15 @@ def by_name(name: str) -> DType:
     row = _BY_NAME.get(name)
     if row is None:
         raise InvalidInputError(f"dtype: got {name!r}, expected one of {_choices()}")
+    return row
+
+
+def by_datatype(name: str) -> DType:
+    """Return the row of the Open Inference Protocol's name; raise InvalidInputError for another."""
+    row = _BY_DATATYPE.get(name)
+    if row is None:
+        choices = ", ".join(_BY_DATATYPE)
+        raise InvalidInputError(f"datatype: got {name!r}, expected one of {choices}")
     return row
 
 

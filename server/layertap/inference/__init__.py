@@ -1,0 +1,1 @@
+"""The generated messages of the Open Inference Protocol; ``proto/inference`` is their source."""

@@ -1,0 +1,140 @@
+"""What a model takes and gives, as this protocol says it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from layertap.engine import ModelHost
+from layertap.extraction import ValueSpec
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.inference import model_config_pb2
+from layertap.selection import Capture, Extractor
+from layertap.services.infer.inputs import TENSOR_NAME
+from layertap.services.infer.outputs import default_selections
+from layertap.wire import dtypes
+from layertap.wire.infer_messages import MODEL_VERSION
+
+__all__ = ["BACKEND", "PLATFORM", "config_of", "metadata_of"]
+
+PLATFORM = "layertap_pytorch"
+BACKEND = "layertap"
+
+
+def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
+    """Describe a model: its tensor input, and the outputs of a request that names none."""
+    kind = pb.ModelMetadataResponse.TensorMetadata
+    given = host.model.input
+    return pb.ModelMetadataResponse(
+        name=host.model.name,
+        versions=[MODEL_VERSION],
+        platform=PLATFORM,
+        inputs=[
+            kind(
+                name=TENSOR_NAME,
+                datatype=dtypes.by_name(given.dtype_name).datatype,
+                shape=[-1, *given.item_shape],
+            )
+        ],
+        outputs=[
+            kind(name=name, datatype=_datatype(spec), shape=_shape(spec))
+            for name, spec in _outputs(host)
+        ],
+    )
+
+
+def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_pb2.ModelConfig:
+    """Describe how a model is served.
+
+    Args:
+        host: The model.
+        max_batch: Items of one request.
+        instances: Forward passes that run at once.
+    """
+    given, device, batching = host.model.input, host.model.device, host.options.batching
+    cuda = device.type == "cuda"
+    config = model_config_pb2.ModelConfig(
+        name=host.model.name,
+        platform=PLATFORM,
+        backend=BACKEND,
+        max_batch_size=max_batch,
+        input=[
+            model_config_pb2.ModelInput(
+                name=TENSOR_NAME,
+                data_type=_type(dtypes.by_name(given.dtype_name).datatype),
+                format="FORMAT_NCHW" if len(given.item_shape) == 3 else "FORMAT_NONE",
+                dims=given.item_shape,
+            )
+        ],
+        output=[
+            model_config_pb2.ModelOutput(
+                name=name, data_type=_type(_datatype(spec)), dims=_shape(spec)[1:]
+            )
+            for name, spec in _outputs(host)
+        ],
+        instance_group=[
+            model_config_pb2.ModelInstanceGroup(
+                name=host.model.name,
+                count=instances,
+                kind="KIND_GPU" if cuda else "KIND_CPU",
+                gpus=[device.index or 0] if cuda else [],
+            )
+        ],
+        model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=False),
+    )
+    if batching.max_size > 1:
+        microseconds = round(batching.max_delay * 1e6)
+        config.dynamic_batching.max_queue_delay_microseconds = microseconds
+    for name, text in _facts(host).items():
+        config.parameters[name].string_value = text
+    return config
+
+
+def _facts(host: ModelHost) -> dict[str, str]:
+    model = host.model
+    return {
+        "source": model.source,
+        "weights": model.weights,
+        "input_shape": model.input.pattern,
+        "images": "true" if model.preprocess else "false",
+        "preprocessing": model.preprocess.describe() if model.preprocess else "",
+        "layers": json.dumps(_catalogue(host), separators=(",", ":")),
+    }
+
+
+def _catalogue(host: ModelHost) -> dict[str, list[object]]:
+    """Return every name that a request may ask for, with its datatype and shape."""
+    return {
+        entry.name if side is Capture.OUTPUT else f"{entry.name}:{side}": [
+            _datatype(entry.specs[side]),
+            _shape(entry.specs[side]),
+        ]
+        for entry in host.catalogue
+        for side in entry.specs
+        if entry.served_by(side) and _datatype(entry.specs[side])
+    }
+
+
+def _outputs(host: ModelHost) -> Iterator[tuple[str, ValueSpec]]:
+    selections = default_selections(host)
+    if not selections:
+        return
+    resolved = host.resolve(selections, Extractor.AUTO)
+    for output in resolved.outputs:
+        yield output.name, host.catalogue.specs[resolved.points[output.point]]
+
+
+def _shape(spec: ValueSpec) -> list[int]:
+    return [-1 if dim.batch or spec.dynamic else dim.size for dim in spec.dims]
+
+
+def _datatype(spec: ValueSpec) -> str:
+    """Return the protocol's name of a type; empty for one that it does not carry."""
+    name = str(spec.dtype).removeprefix("torch.")
+    return next((row.datatype for row in dtypes.DTYPES if row.name == name), "")
+
+
+def _type(datatype: str) -> Any:
+    """Return the name in the config's enum, which message constructors take for the number."""
+    return f"TYPE_{datatype or 'INVALID'}"

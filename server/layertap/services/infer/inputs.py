@@ -1,0 +1,217 @@
+"""The one input of a request: raw, typed or in shared memory; a tensor or encoded images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from layertap.engine import ImagesInput, Limits, TensorInput
+from layertap.errors import InvalidInputError
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.infer.memory import PARAMETERS, CallerMemory
+from layertap.services.infer.parameters import check_known
+from layertap.wire.codec import MAX_MESSAGE_BYTES, MAX_RANK
+from layertap.wire.dtypes import DType, by_datatype
+from layertap.wire.tensors import TensorView
+
+__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "input_of"]
+
+TENSOR_NAME = "input"
+IMAGES_NAME = "images"
+BYTES = "BYTES"
+
+InputTensor = pb.ModelInferRequest.InferInputTensor
+
+# The field of InferTensorContents for each datatype that has one.
+_TYPED = {
+    "BOOL": "bool_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "UINT8": "uint_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    BYTES: "bytes_contents",
+}
+
+
+def input_of(
+    request: pb.ModelInferRequest,
+    raw: Sequence[memoryview],
+    memory: CallerMemory,
+    limits: Limits,
+) -> TensorInput | ImagesInput:
+    """Return what a request gives the model.
+
+    Args:
+        request: Its small fields.
+        raw: Its raw contents.
+        memory: The caller's shared memory.
+        limits: What requests may ask for.
+
+    Raises:
+        InvalidInputError: Where the input contradicts itself, or there is not exactly one.
+        NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
+    """
+    if len(request.inputs) != 1:
+        raise InvalidInputError(
+            f"inputs: got {len(request.inputs)}, expected 1: {TENSOR_NAME!r} or {IMAGES_NAME!r}"
+        )
+    tensor = request.inputs[0]
+    where = f"input {tensor.name!r}"
+    expected = IMAGES_NAME if tensor.datatype == BYTES else TENSOR_NAME
+    if tensor.name != expected:
+        raise InvalidInputError(
+            f"unexpected inference input {tensor.name!r} for model {request.model_name!r}, "
+            f"expected {expected!r} for datatype {tensor.datatype!r}"
+        )
+    check_known(tensor.parameters, PARAMETERS, where)
+    shape = _shape(tensor, where)
+    data = _data(tensor, raw, memory, limits, where)
+    if tensor.datatype == BYTES:
+        return ImagesInput(_images(tensor, shape, data, limits.batch, where))
+    row = by_datatype(tensor.datatype)
+    if data is None:
+        data = _typed(tensor, row, math.prod(shape), where)
+    return TensorInput(TensorView(tensor.name, row, shape, _checked(data, row, shape, where)))
+
+
+def _shape(tensor: InputTensor, where: str) -> tuple[int, ...]:
+    if len(tensor.shape) > MAX_RANK:
+        raise InvalidInputError(
+            f"{where}: shape: got rank {len(tensor.shape)}, expected at most {MAX_RANK}"
+        )
+    shape = tuple(tensor.shape)
+    sizes = math.prod(size for size in shape if size)
+    if any(size < 0 for size in shape) or sizes > MAX_MESSAGE_BYTES:
+        raise InvalidInputError(
+            f"{where}: shape: got {list(shape)}, a negative size or more than a message holds"
+        )
+    return shape
+
+
+def _data(
+    tensor: InputTensor,
+    raw: Sequence[memoryview],
+    memory: CallerMemory,
+    limits: Limits,
+    where: str,
+) -> memoryview | None:
+    """Return the input's bytes; None where they are typed."""
+    place = memory.slice(tensor.parameters, where)
+    typed = tensor.HasField("contents")
+    if typed and raw:
+        raise InvalidInputError(
+            f"contents field must not be specified when using raw_input_contents for {where}"
+        )
+    if place is not None and (typed or raw):
+        raise InvalidInputError(f"{where}: got contents and shared memory, expected one of them")
+    if place is not None:
+        # Before it is read: a region may be far larger than any message.
+        if place.byte_size > limits.request_bytes:
+            raise InvalidInputError(
+                f"{where}: got {place.byte_size} bytes of shared memory, expected at most "
+                f"{limits.request_bytes}"
+            )
+        return memoryview(place.read())
+    if len(raw) > 1:
+        raise InvalidInputError(f"raw_input_contents: got {len(raw)}, expected 1 for 1 input")
+    if not typed and not raw:
+        raise InvalidInputError(
+            f"{where}: got no data, expected raw_input_contents, contents or shared memory"
+        )
+    return raw[0] if raw else None
+
+
+def _typed(tensor: InputTensor, row: DType, count: int, where: str) -> memoryview:
+    values = _contents(tensor, count, where)
+    kind = np.dtype(row.numpy)
+    array = np.array(values, dtype=np.int64 if kind.kind in "iu" else kind)
+    if kind.kind in "iu" and array.size:
+        limits = np.iinfo(kind)
+        if array.min() < limits.min or array.max() > limits.max:
+            raise InvalidInputError(
+                f"{where}: contents: got {array.min()} to {array.max()}, expected "
+                f"{limits.min} to {limits.max} for {tensor.datatype}"
+            )
+    return memoryview(array.astype(kind).tobytes())
+
+
+def _contents(tensor: InputTensor, count: int, where: str) -> Sequence[object]:
+    """Return the typed contents, which are as many as they should be and of the right type."""
+    name = _TYPED.get(tensor.datatype)
+    if name is None:
+        raise InvalidInputError(
+            f"{where}: {tensor.datatype} has no typed contents, expected raw_input_contents"
+        )
+    stray = [field.name for field, _ in tensor.contents.ListFields() if field.name != name]
+    if stray:
+        raise InvalidInputError(
+            f"{where}: contents: got {', '.join(stray)}, expected {name} for {tensor.datatype}"
+        )
+    values: Sequence[object] = getattr(tensor.contents, name)
+    if len(values) != count:
+        raise InvalidInputError(
+            f"{where}: {name}: got {len(values)} elements, expected {count} for shape "
+            f"{list(tensor.shape)}"
+        )
+    return values
+
+
+def _checked(data: memoryview, row: DType, shape: tuple[int, ...], where: str) -> memoryview:
+    expected = math.prod(shape) * row.itemsize
+    if data.nbytes != expected:
+        raise InvalidInputError(
+            f"unexpected total byte size {data.nbytes} for {where}, expecting {expected} for shape "
+            f"{list(shape)} of {row.datatype}"
+        )
+    # numpy and torch leave undefined what another byte means.
+    if row.name == "bool" and expected and np.frombuffer(data, np.uint8).max() > 1:
+        raise InvalidInputError(f"{where}: got a byte above 1 in BOOL, expected 0 or 1")
+    return data
+
+
+def _images(
+    tensor: InputTensor,
+    shape: tuple[int, ...],
+    data: memoryview | None,
+    max_batch: int,
+    where: str,
+) -> tuple[bytes, ...]:
+    if len(shape) != 1 or shape[0] < 1:
+        raise InvalidInputError(
+            f"{where}: shape: got {list(shape)}, expected [N]: N encoded images, at least one"
+        )
+    # Before they are taken apart, which takes a step for each.
+    if shape[0] > max_batch:
+        raise InvalidInputError(f"{where}: got {shape[0]} images, expected at most {max_batch}")
+    if data is None:
+        return tuple(map(bytes, _contents(tensor, shape[0], where)))  # type: ignore[arg-type]
+    return _split(data, shape[0], where)
+
+
+def _split(data: memoryview, count: int, where: str) -> tuple[bytes, ...]:
+    """Take byte strings apart, each with its length in front: 4 bytes, little-endian."""
+    found, at = [], 0
+    for index in range(count):
+        if data.nbytes - at < 4:
+            raise InvalidInputError(
+                f"{where}: got {index} BYTES elements in {data.nbytes} bytes, expected {count}"
+            )
+        size = int.from_bytes(data[at : at + 4], "little")
+        at += 4
+        if size > data.nbytes - at:
+            raise InvalidInputError(
+                f"{where}: BYTES element {index}: got a length of {size} with "
+                f"{data.nbytes - at} bytes left"
+            )
+        found.append(bytes(data[at : at + size]))
+        at += size
+    if at != data.nbytes:
+        raise InvalidInputError(
+            f"{where}: got {data.nbytes - at} bytes after {count} BYTES elements, expected none"
+        )
+    return tuple(found)

@@ -1,0 +1,127 @@
+"""Which layers a request wants, by the names and parameters of its outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from typing import TypeVar
+
+from layertap.engine import ModelHost
+from layertap.errors import InvalidInputError
+from layertap.extraction import PointKind
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.selection import Capture, Extractor, LayerSelection, is_glob
+from layertap.services.infer.memory import PARAMETERS as MEMORY_PARAMETERS
+from layertap.services.infer.parameters import Parameters, check_known, number, text
+from layertap.wire.dtypes import DTYPES
+
+__all__ = ["default_selections", "extractor_of", "selections_of"]
+
+E = TypeVar("E", bound=StrEnum)
+OutputTensor = pb.ModelInferRequest.InferRequestedOutputTensor
+
+_KNOWN = ("layer", "capture", "reduction", "dtype", "extractor")
+_DTYPE_NAMES = {row.datatype: row.name for row in DTYPES}
+
+
+def default_selections(host: ModelHost) -> tuple[LayerSelection, ...]:
+    """Return the outputs of a request that names none.
+
+    The declared layers; where none are declared the output of the last module that runs.
+    """
+    if host.declared:
+        return tuple(host.declared)
+    last = ""
+    for entry in host.catalogue:
+        runs = entry.kind is PointKind.MODULE and entry.calls > 0
+        if runs and entry.serves(Extractor.HOOK, Capture.OUTPUT):
+            last = entry.name
+    return (LayerSelection(last),) if last else ()
+
+
+def selections_of(
+    request: pb.ModelInferRequest, host: ModelHost, most: int
+) -> tuple[LayerSelection, ...]:
+    """Return what the outputs of a request select; the default outputs for none.
+
+    Args:
+        request: The request; where its own parameters say how to take a layer, they hold for all
+            outputs that don't say it themselves.
+        host: The model.
+        most: How many outputs there may be.
+
+    Raises:
+        InvalidInputError: For too many, a glob or a parameter that does not say anything.
+    """
+    if len(request.outputs) > most:
+        raise InvalidInputError(f"outputs: got {len(request.outputs)}, expected at most {most}")
+    given, where = request.parameters, "request"
+    if not request.outputs:
+        return tuple(_adjusted(each, given, where) for each in default_selections(host))
+    aliases = {each.alias: each for each in host.declared if each.alias}
+    return tuple(
+        _adjusted(_adjusted(_named(output, aliases), given, where), output.parameters, output.name)
+        for output in request.outputs
+    )
+
+
+def extractor_of(request: pb.ModelInferRequest) -> Extractor:
+    """Return the extractor that a request and its outputs name; AUTO where none of them does.
+
+    Raises:
+        InvalidInputError: For one that there is not, or several.
+    """
+    named = {
+        _member(text(parameters, "extractor", "extractor"), Extractor.AUTO, "extractor")
+        for parameters in (request.parameters, *(output.parameters for output in request.outputs))
+        if "extractor" in parameters
+    }
+    if len(named) > 1:
+        raise InvalidInputError(
+            f"extractor: got {', '.join(sorted(named))}, expected one for all outputs of a request"
+        )
+    return next(iter(named), Extractor.AUTO)
+
+
+def _named(output: OutputTensor, aliases: dict[str, LayerSelection]) -> LayerSelection:
+    """Return what an output's name selects."""
+    where = f"output {output.name!r}"
+    given = output.parameters
+    _check(given, where)
+    written = LayerSelection.parse(text(given, "layer", where) or output.name)
+    if "layer" not in given and output.name in aliases:
+        written = aliases[output.name]
+    if is_glob(written.layer):
+        raise InvalidInputError(f"{where}: got a glob, expected one layer for each output")
+    return replace(written, alias=output.name)
+
+
+def _adjusted(selection: LayerSelection, given: Parameters, where: str) -> LayerSelection:
+    """Return a selection as parameters change it."""
+    return replace(
+        selection,
+        capture=_member(text(given, "capture", where), selection.capture, "capture"),
+        reduction=_member(text(given, "reduction", where), selection.reduction, "reduction"),
+        dtype=_dtype(text(given, "dtype", where)) or selection.dtype,
+    )
+
+
+def _check(given: Parameters, where: str) -> None:
+    if number(given, "classification", where):
+        raise InvalidInputError(f"{where}: classification is not supported; ask for the layer")
+    check_known(given, (*_KNOWN, *MEMORY_PARAMETERS, "classification"), where)
+
+
+def _member(name: str, default: E, key: str) -> E:
+    if not name:
+        return default
+    try:
+        return type(default)[name.upper()]
+    except KeyError:
+        choices = ", ".join(member.name for member in type(default))
+        raise InvalidInputError(f"{key}: got {name!r}, expected one of {choices}") from None
+
+
+def _dtype(name: str) -> str:
+    """Return layertap's name of a type; both protocols' names are taken."""
+    return _DTYPE_NAMES.get(name.upper(), name)

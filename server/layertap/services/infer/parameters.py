@@ -1,0 +1,45 @@
+"""The typed parameters of requests, inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from layertap.errors import InvalidInputError
+from layertap.inference import grpc_service_pb2 as pb
+
+__all__ = ["Parameters", "check_known", "number", "text"]
+
+Parameters = Mapping[str, pb.InferParameter]
+
+# Of Triton, of its clients and of HTTP; they mean nothing here, and clients send them unasked.
+_RESERVED = ("triton_", "headers", "binary_data", "sequence_", "priority")
+
+
+def text(parameters: Parameters, key: str, where: str) -> str:
+    """Return a text, empty where there is none; raise InvalidInputError for another type."""
+    if key not in parameters:
+        return ""
+    kind = parameters[key].WhichOneof("parameter_choice")
+    if kind != "string_param":
+        raise InvalidInputError(f"{where}: parameter {key!r}: got {kind}, expected a string")
+    return parameters[key].string_param
+
+
+def number(parameters: Parameters, key: str, where: str) -> int:
+    """Return a number, 0 where there is none; raise InvalidInputError for another type."""
+    if key not in parameters:
+        return 0
+    kind = parameters[key].WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param"):
+        raise InvalidInputError(f"{where}: parameter {key!r}: got {kind}, expected an integer")
+    return int(getattr(parameters[key], kind))
+
+
+def check_known(parameters: Parameters, known: Iterable[str], where: str) -> None:
+    """Raise InvalidInputError for a parameter that nobody would look at."""
+    known = tuple(known)
+    for key in parameters:
+        if key not in known and not key.startswith(_RESERVED):
+            raise InvalidInputError(
+                f"{where}: parameter {key!r} is not known, expected {', '.join(known)}"
+            )

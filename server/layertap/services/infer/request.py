@@ -1,0 +1,96 @@
+"""From a ModelInferRequest to what the engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from layertap.engine import Engine, ExtractionRequest, ModelHost
+from layertap.errors import InvalidInputError, ModelNotFoundError
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.infer.inputs import input_of
+from layertap.services.infer.memory import CallerMemory
+from layertap.services.infer.outputs import extractor_of, selections_of
+from layertap.services.infer.parameters import check_known, number
+from layertap.wire.infer_messages import MODEL_VERSION, InferForm, Wanted
+
+__all__ = ["extraction_request", "find_host", "timeout_of"]
+
+_US = 1e-6
+_KNOWN = ("capture", "reduction", "dtype", "extractor", "timeout")
+
+
+def find_host(engine: Engine, name: str, version: str) -> ModelHost:
+    """Return a served model.
+
+    Raises:
+        ModelNotFoundError: Where there is none of that name and version.
+        UnavailableError: Where it is being loaded or could not be loaded.
+    """
+    if version not in ("", MODEL_VERSION):
+        raise ModelNotFoundError(
+            f"Request for unknown model: {name!r} version {version!r} is not found, expected "
+            f"version {MODEL_VERSION!r}"
+        )
+    try:
+        return engine.host(name)
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(
+            f"Request for unknown model: {name!r} is not found; {error}"
+        ) from None
+
+
+def timeout_of(request: pb.ModelInferRequest) -> float | None:
+    """Return the seconds that a request may take by its own word; None where it says nothing.
+
+    Raises:
+        InvalidInputError: For a ``timeout`` that is no number of microseconds.
+    """
+    microseconds = number(request.parameters, "timeout", "request")
+    if microseconds < 0:
+        raise InvalidInputError(f"timeout: got {microseconds}, expected microseconds from 0")
+    return microseconds * _US if microseconds else None
+
+
+def extraction_request(
+    request: pb.ModelInferRequest,
+    raw: Sequence[memoryview],
+    host: ModelHost,
+    engine: Engine,
+    memory: CallerMemory,
+    *,
+    streamed: bool = False,
+) -> ExtractionRequest:
+    """Return what a request asks of a model.
+
+    Args:
+        request: Its small fields.
+        raw: Its raw inputs.
+        host: Its model.
+        engine: Its limits are what may be asked for.
+        memory: The caller's shared memory.
+        streamed: Whether it is an item of a stream.
+
+    Raises:
+        InvalidInputError: Where it is wrong.
+        NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
+    """
+    given = request.parameters
+    check_known(given, _KNOWN, "request")
+    # 0 is no sequence; Triton's clients send flags of it even so.
+    if "sequence_id" in given and given["sequence_id"] != pb.InferParameter(int64_param=0):
+        raise InvalidInputError("sequence_id: sequences are not supported, expected none")
+    selections = selections_of(request, host, engine.limits.layers)
+    places = {
+        output.name: place
+        for output in request.outputs
+        if (place := memory.slice(output.parameters, f"output {output.name!r}")) is not None
+    }
+    wanted = Wanted(host.model.name, request.id, places, streamed)
+    return ExtractionRequest(
+        model=host.model.name,
+        input=input_of(request, raw, memory, engine.limits),
+        selections=selections,
+        extractor=extractor_of(request),
+        form=partial(InferForm, wanted=wanted),
+    )

@@ -1,0 +1,201 @@
+"""The servicer of ``inference.GRPCInferenceService``: convert, ask the engine, convert.
+
+As in ``layertap.services.feature_service`` the handlers take and return raw bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError as ProtobufDecodeError
+from google.protobuf.message import Message
+
+from layertap.engine import Call, Engine, Extraction
+from layertap.errors import DecodeError
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.infer.memory import SharedMemory
+from layertap.services.infer.queries import Queries
+from layertap.services.infer.repository import Repository, RepositoryControl
+from layertap.services.infer.request import extraction_request, find_host, timeout_of
+from layertap.services.infer.settings import log_settings, trace_settings
+from layertap.services.infer.statistics import Statistics
+from layertap.services.infer.stream import InferStream
+from layertap.services.observer import Observer, Unobserved
+from layertap.services.open_streams import OpenStreams
+from layertap.services.status import code_of, guarded, guarded_stream, leaving
+from layertap.wire.client_regions import ClientRegions
+from layertap.wire.infer_messages import decode_infer_request, encode_stream_error
+
+__all__ = ["InferenceService", "InferenceSettings"]
+
+Q = TypeVar("Q", bound=Message)
+_OWNERS = ("RepositoryModelLoad", "RepositoryModelUnload")
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceSettings:
+    """What the service may do besides inference.
+
+    Attributes:
+        ready: Tells whether the server is ready.
+        statistics: What is told of each model; whoever makes it lets it see all extractions.
+        regions: Shared memory of clients; None where they may share none.
+        control: Loads and unloads models; None where nobody may.
+    """
+
+    ready: Callable[[], bool]
+    statistics: Statistics
+    regions: ClientRegions | None = None
+    control: RepositoryControl | None = None
+
+
+class InferenceService:
+    """Serves an engine's models to clients of the Open Inference Protocol.
+
+    Args:
+        engine: The engine.
+        settings: What it may do besides inference.
+        observer: Is told how each inference ended.
+        streams: Counts the streams; its own if not given.
+    """
+
+    NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: InferenceSettings,
+        observer: Observer | None = None,
+        streams: OpenStreams | None = None,
+    ) -> None:
+        self._engine = engine
+        self._observer = observer or Unobserved()
+        self._memory = SharedMemory(settings.regions)
+        self._repository = Repository(engine, settings.control)
+        self._queries = Queries(
+            engine, settings.ready, settings.statistics, shared_memory=self._memory.enabled
+        )
+        self._streams = InferStream(
+            engine,
+            self._observer,
+            streams or OpenStreams(engine.limits.streams),
+            self.answer_item,
+        )
+
+    def infer(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+        """Run a model and return the layers that were asked for."""
+        call = Call(context.time_remaining())
+        # False: the call has ended already, and nobody will cancel it any more.
+        if not context.add_callback(call.cancel):
+            call.cancel()
+        return self._infer(pb.ModelInferRequest(), message, context, call)
+
+    def answer_item(self, message: bytes, call: Call, context: grpc.ServicerContext) -> bytes:
+        """Answer an item of a stream; where it fails with the reason."""
+        request = pb.ModelInferRequest()
+        try:
+            call.check()
+            return self._infer(request, message, context, call, streamed=True)
+        except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
+            return encode_stream_error(request.id, str(leaving(error)))
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return what a ``grpc.Server`` needs to serve this."""
+        handlers = {
+            name: _unary(kind, method, to_owner=name in _OWNERS)
+            for name, (kind, method) in self._methods().items()
+        }
+        handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(guarded(self.infer))
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
+            guarded_stream(self._streams.serve)
+        )
+        return grpc.method_handlers_generic_handler(self.NAME, handlers)
+
+    def close(self) -> None:
+        """Let go of the threads, when the server has stopped."""
+        self._streams.close()
+
+    def _infer(
+        self,
+        request: pb.ModelInferRequest,
+        message: bytes,
+        context: grpc.ServicerContext,
+        call: Call,
+        *,
+        streamed: bool = False,
+    ) -> bytes:
+        """Answer a request, whose small fields are put into ``request``; tell the observer."""
+        model = ""
+        try:
+            raw = decode_infer_request(message, request)
+            host = find_host(self._engine, request.model_name, request.model_version)
+            model = host.model.name
+            memory = self._memory.of(context)
+            wanted = extraction_request(request, raw, host, self._engine, memory, streamed=streamed)
+            extraction: Extraction = self._engine.extract(wanted, _patience(request, call))
+        except Exception as error:
+            self._observer.failed(model, code_of(error))
+            raise
+        self._observer.succeeded(model, extraction)
+        return extraction.message
+
+    def _methods(self) -> dict[str, tuple[type[Message], Callable[..., Message]]]:
+        """Return the other methods: what each takes, and what answers it."""
+        queries, memory, repository = self._queries, self._memory, self._repository
+        return {
+            "ServerLive": (pb.ServerLiveRequest, queries.server_live),
+            "ServerReady": (pb.ServerReadyRequest, queries.server_ready),
+            "ServerMetadata": (pb.ServerMetadataRequest, queries.server_metadata),
+            "ModelReady": (pb.ModelReadyRequest, queries.model_ready),
+            "ModelMetadata": (pb.ModelMetadataRequest, queries.model_metadata),
+            "ModelConfig": (pb.ModelConfigRequest, queries.model_config),
+            "ModelStatistics": (pb.ModelStatisticsRequest, queries.model_statistics),
+            "RepositoryIndex": (pb.RepositoryIndexRequest, repository.index),
+            "RepositoryModelLoad": (pb.RepositoryModelLoadRequest, repository.load),
+            "RepositoryModelUnload": (pb.RepositoryModelUnloadRequest, repository.unload),
+            "SystemSharedMemoryStatus": (pb.SystemSharedMemoryStatusRequest, memory.status),
+            "SystemSharedMemoryRegister": (pb.SystemSharedMemoryRegisterRequest, memory.register),
+            "SystemSharedMemoryUnregister": (
+                pb.SystemSharedMemoryUnregisterRequest,
+                memory.unregister,
+            ),
+            "CudaSharedMemoryStatus": (pb.CudaSharedMemoryStatusRequest, memory.cuda_status),
+            "CudaSharedMemoryRegister": (pb.CudaSharedMemoryRegisterRequest, memory.cuda_register),
+            "CudaSharedMemoryUnregister": (
+                pb.CudaSharedMemoryUnregisterRequest,
+                memory.cuda_unregister,
+            ),
+            "TraceSetting": (pb.TraceSettingRequest, trace_settings),
+            "LogSettings": (pb.LogSettingsRequest, log_settings),
+        }
+
+
+def _unary(
+    kind: type[Q],
+    method: Callable[[Q, grpc.ServicerContext], Message],
+    *,
+    to_owner: bool,
+) -> grpc.RpcMethodHandler:
+    def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+        request = kind()
+        try:
+            request.ParseFromString(message)
+        except ProtobufDecodeError:
+            raise DecodeError(f"request: got bytes that are no {kind.__name__}") from None
+        return method(request, context).SerializeToString()
+
+    return grpc.unary_unary_rpc_method_handler(guarded(handle, to_owner=to_owner))
+
+
+def _patience(request: pb.ModelInferRequest, call: Call) -> Call:
+    """Return a call that ends when the caller's does, or with the request's own timeout."""
+    timeout = timeout_of(request)
+    if timeout is None:
+        return call
+    remaining = call.remaining()
+    inner = Call(timeout if remaining is None else min(timeout, remaining))
+    call.on_cancel(inner.cancel)
+    return inner

@@ -1,0 +1,72 @@
+"""The streams that are open, of all services: a bounded number, and told when the server drains."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from layertap.errors import LayertapError, OverloadedError, UnavailableError
+
+__all__ = ["OpenStreams", "Window"]
+
+
+class Window(Protocol):
+    """What one stream has in flight."""
+
+    def end(self, fault: LayertapError | None = None) -> None:
+        """Take no more items; those in flight are answered, and then the stream ends by fault."""
+
+    def close(self) -> None:
+        """Say that nobody waits for replies any more."""
+
+
+W = TypeVar("W", bound=Window)
+
+
+class OpenStreams:
+    """Safe to share between threads.
+
+    Args:
+        most: Streams that may be open at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._windows: set[Window] = set()
+        self._draining = False
+
+    @contextmanager
+    def opened(self, window: W) -> Iterator[W]:
+        """Count a stream for as long as the block lasts, and close its window then.
+
+        Raises:
+            OverloadedError: Where there are too many.
+            UnavailableError: Where the server drains.
+        """
+        with self._lock:
+            if self._draining:
+                raise _shutting_down()
+            if len(self._windows) >= self._most:
+                raise OverloadedError(f"{self._most} streams are open, the most allowed")
+            self._windows.add(window)
+        try:
+            yield window
+        finally:
+            with self._lock:
+                self._windows.discard(window)
+            window.close()
+
+    def drain(self) -> None:
+        """Take no more items and no more streams; those in flight are answered."""
+        with self._lock:
+            self._draining = True
+            windows = list(self._windows)
+        for window in windows:
+            window.end(_shutting_down())
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down")

@@ -1,0 +1,73 @@
+"""A real server with tiny nets and resnet18, and a stub made by the protocol's own generator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from layertap.app.server import FeatureServer, ServerOptions
+from layertap.engine import Engine, Limits
+from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
+from layertap.models import ModelSpec
+from layertap.selection import LayerSelection
+from layertap.wire.client_regions import ClientRegions
+from streams import Counting
+from tinynets import ITEM
+
+LIMITS = Limits(
+    request_bytes=8 << 20, reply_bytes=4 << 20, batch=64, pixels=1 << 20, layers=40, streams=4
+)
+SHORT = Limits(request_bytes=1 << 20)
+
+
+@pytest.fixture(scope="package")
+def engine() -> Iterator[Engine]:
+    """An engine with nets that declare layers, and nets that don't."""
+    engine = Engine(LIMITS)
+    engine.load(
+        ModelSpec("tinynets:residual", item_shape=ITEM),
+        (LayerSelection("layer1"), LayerSelection.parse("avgpool:input=before")),
+    )
+    for name in ("dynamic", "raises", "tokens", "containers"):
+        engine.load(ModelSpec(f"tinynets:{name}", item_shape=ITEM))
+    engine.load(ModelSpec("resnet18", weights="random"))
+    engine.expect([*(host.model.name for host in engine.hosts()), "coming"])
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="package")
+def seen() -> Counting:
+    """The observer of the server."""
+    return Counting()
+
+
+@pytest.fixture(scope="package")
+def regions() -> ClientRegions:
+    """The shared memory of the server's clients."""
+    return ClientRegions()
+
+
+@pytest.fixture(scope="package")
+def server(engine: Engine, seen: Counting, regions: ClientRegions) -> Iterator[FeatureServer]:
+    """A server that takes shared memory."""
+    server = FeatureServer(engine, ServerOptions(port=0, client_regions=regions), seen)
+    server.start()
+    server.ready()
+    yield server
+    server.stop(0)
+
+
+@pytest.fixture(scope="package")
+def channel(server: FeatureServer) -> Iterator[grpc.Channel]:
+    """A channel to the server."""
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="package")
+def stub(channel: grpc.Channel) -> GRPCInferenceServiceStub:
+    """A stub of the service."""
+    return GRPCInferenceServiceStub(channel)

@@ -1,0 +1,58 @@
+"""NVIDIA's own client, unmodified and in its own environment, gets right answers."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from infering import batch
+from layertap import Client
+from layertap.engine import Engine
+from layertap.models import ModelSpec
+from tinynets import ITEM
+
+ROOT = Path(__file__).parents[3]
+PYTHON = ROOT / ".venv-triton" / "bin" / "python"
+SCRIPTS = ROOT / "tests" / "triton"
+PHOTO = ROOT / "examples" / "images" / "grace_hopper.jpg"
+
+
+def run(script: str, *args: object) -> None:
+    done = subprocess.run(
+        [PYTHON, SCRIPTS / script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["ok"]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def halves(engine: Engine) -> Iterator[None]:
+    """Two nets that compute in half precision."""
+    for name, precision in (("half", "float16"), ("brain", "bfloat16")):
+        engine.load(ModelSpec("tinynets:residual", name=name, item_shape=ITEM, precision=precision))
+    yield
+    for name in ("half", "brain"):
+        engine.unload(name)
+
+
+@pytest.mark.usefixtures("halves")
+def test_the_synchronous_client(server, tmp_path: Path) -> None:
+    """FP32, FP16, BF16 and photographs; metadata, statistics and refusals; native values."""
+    file = tmp_path / "layer1.npy"
+    run("sync.py", server.address, file, PHOTO)
+    with Client(server.address) as client:
+        expected = client.extract("residual", batch(2), "layer1", extractor="hook")["layer1"]
+    assert np.array_equal(np.load(file), expected)
+
+
+@pytest.mark.parametrize("script", ["asyncio_client.py", "streaming.py", "shared.py"])
+def test_the_other_ways_to_call(server, script: str) -> None:
+    """asyncio, streams and system shared memory."""
+    run(script, server.address)

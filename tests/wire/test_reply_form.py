@@ -1,0 +1,25 @@
+"""The native form is the ExtractResponse that it always was."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layertap.selection import Extractor
+from layertap.v1.feature_service_pb2 import ExtractStreamResponse
+from layertap.wire.messages import Timings
+from layertap.wire.reply_form import NativeForm
+from layertap.wire.stream_messages import id_field
+
+
+def test_the_native_form_is_what_upb_reads() -> None:
+    """Extractor, timings, fields of its own and tensors, at the size that was laid out."""
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    form = NativeForm(Extractor.FX, fields=id_field(7))
+    layout = form.lay_out([("a", 1, (2, 3))])
+    builder = form.builder(layout)
+    builder.write(0, x, 1)
+    message = builder.finish(form.head(Timings(1, 2, 3, 4)))
+    assert (len(message), form.beside) == (layout.nbytes, 0)
+    reply = ExtractStreamResponse.FromString(message)
+    assert (reply.id, reply.timings.compute_ns, reply.tensors[0].name) == (7, 3, "a")
+    assert reply.tensors[0].data == x.tobytes()
