@@ -204,6 +204,27 @@ def test_streams_share_memory_too(
     assert served.regions() == {"leased": 4}
 
 
+def test_slow_readers_of_streams_find_what_was_lent(
+    engine: Engine, expected: dict[str, np.ndarray]
+) -> None:
+    """A reply whose lease ran out before anybody read it is there, right, and then given back."""
+    served = Served(engine, 64, 0.2)
+    items = [StreamRequest("residual", LARGE, LAYERS, "hook") for _ in range(4)]
+    with Client(served.address) as client:
+        with client.stream() as stream:
+            got = stream.extract(items, ordered=True)
+            assert same(next(got)[1], expected)
+            assert eventually(lambda: served.regions().get("retired") == 3)
+            assert all(same(features, expected) for _, features in got)
+        assert eventually(lambda: served.regions() == {})
+        # Replies that nobody reads are given back when the stream ends.
+        with client.stream() as stream:
+            next(stream.extract(items))
+            assert eventually(lambda: served.regions().get("retired", 0) >= 3)
+        assert eventually(lambda: served.regions() == {})
+    served.server.stop(0)
+
+
 def test_values_of_unpredictable_shape_are_shared(served: Served, client: Client) -> None:
     """A reply that is laid out after the pass goes through shared memory as well."""
     with Client(served.address, shared_memory=False) as plain:

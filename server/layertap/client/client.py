@@ -322,13 +322,17 @@ class Client:
         timeout: float | None,
     ) -> Features:
         request = feature_service_pb2.ExtractRequest(shared_memory_session=memory.session, **fields)
-        with written(memory, tensor) as at:
-            if tensor is None or at is None:
-                message = encode_request(request, tensor)
-            else:
-                message = encode_shared_request(request, tensor, at)
-            reply = self._call(self._extract, message, timeout)
-        return Features(reply, memory.finder())
+        memory.begin_call()
+        try:
+            with written(memory, tensor) as at:
+                if tensor is None or at is None:
+                    message = encode_request(request, tensor)
+                else:
+                    message = encode_shared_request(request, tensor, at)
+                reply = self._call(self._extract, message, timeout)
+            return Features(reply, memory.finder())
+        finally:
+            memory.end_call()
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None

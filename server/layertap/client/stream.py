@@ -13,7 +13,13 @@ import grpc
 from layertap.client.failures import error_from_item, error_from_rpc
 from layertap.client.features import Features
 from layertap.client.trace_context import trace_metadata
-from layertap.errors import InvalidInputError, LayertapError, UnavailableError
+from layertap.errors import (
+    InvalidInputError,
+    LayertapError,
+    SharedMemoryLostError,
+    UnavailableError,
+)
+from layertap.v1.feature_service_pb2 import ExtractStreamResponse
 from layertap.wire.stream_messages import decode_stream_reply
 
 if TYPE_CHECKING:
@@ -61,6 +67,8 @@ class FeatureStream:
         self._max_in_flight = max_in_flight
         self._item_timeout = item_timeout
         self._memory = memory
+        if memory is not None:
+            memory.begin_call()
         self._next_id = 0
         self._unanswered = 0
         self._closed = False
@@ -119,6 +127,8 @@ class FeatureStream:
         if not self._unanswered and self._call.add_callback(ended.set):
             ended.wait(1.0)
         self._call.cancel()
+        if self._memory is not None:
+            self._memory.end_call()
 
     def __enter__(self) -> Self:
         """Return the stream."""
@@ -163,7 +173,10 @@ class FeatureStream:
             raise error_from_rpc(error) from None
         self._unanswered -= 1
         find = self._memory.finder() if self._memory else None
-        reply, tensors = decode_stream_reply(message, find)
+        try:
+            reply, tensors = decode_stream_reply(message, find)
+        except SharedMemoryLostError as error:
+            return ExtractStreamResponse.FromString(message).id, error
         if reply.HasField("error"):
             return reply.id, error_from_item(reply.error)
         return reply.id, Features.of_stream(reply, tensors)

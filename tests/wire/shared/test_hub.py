@@ -270,6 +270,24 @@ def test_share_and_limit_send_replies_through_the_network(
     assert memory.state().fallbacks == {"share": 2, "limit": 1}
 
 
+def test_client_has_few_enough_files_open(clock: Clock) -> None:
+    """A client that keeps many small replies is lent 96 regions at most, retired ones included."""
+    memory = SharedMemory(1024 * MIB, 10.0, clock=clock)
+    session = opened(memory)
+    for turn in range(96):
+        lent(memory, session, 1000)
+        if turn == 50:
+            clock.now = 11.0
+            memory.tick()
+    assert regions(memory) == {"leased": 45, "retired": 51}
+    assert memory.lend(session, 1000) is None
+    assert memory.borrow(session, 1000) is None
+    assert memory.state().fallbacks == {"share": 1}
+    assert not session.channel.closed
+    other = opened(memory)
+    assert memory.lend(other, 1000) is not None
+
+
 @pytest.mark.parametrize("nbytes", [0, -1, MOST, MOST + 1])
 def test_absurd_sizes_are_not_lent(memory: SharedMemory, session: Session, nbytes: int) -> None:
     """Nothing and more than there is are refused, for replies and inputs."""

@@ -99,3 +99,22 @@ def test_retired_bytes_count_until_they_are_settled() -> None:
     assert pool.take(Kind.REPLY, MIB) is None
     pool.settle(region.size)
     assert pool.take(Kind.REPLY, MIB) is not None
+
+
+def test_regions_are_few_enough_for_their_files() -> None:
+    """However small they are there are 192 at most, as each takes two open files; free ones go."""
+    dropped = Dropped()
+    pool = Pool(1024 * MIB, dropped)
+    regions = [pool.take(Kind.REPLY, 1000) for _ in range(192)]
+    assert pool.take(Kind.REPLY, 1000) is None
+    pool.give(regions[7], 0.0)
+    pool.give(regions[9], 0.0)
+    assert pool.take(Kind.INPUT, 1000) is not None
+    assert dropped == [regions[7].number]
+    assert pool.take(Kind.REPLY, MIB) is not None
+    assert dropped == [regions[7].number, regions[9].number]
+    pool.retire(regions[0])
+    assert pool.take(Kind.REPLY, MIB) is not None
+    for region in regions:
+        if region not in (regions[0], regions[7], regions[9]):
+            pool.drop(region)

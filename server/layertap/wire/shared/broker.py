@@ -104,13 +104,17 @@ class Broker:
     def _run(self) -> None:
         tick = min(1.0, self.memory.lease_seconds / 4)
         due = time.monotonic() + tick
-        while not self._closed:
-            for key, _ in self._selector.select(tick):
-                self._handle(key)
-            if time.monotonic() >= due:
-                self._tick()
-                due = time.monotonic() + tick
-        self._end_all()
+        try:
+            while not self._closed:
+                for key, _ in self._selector.select(tick):
+                    self._handle(key)
+                if time.monotonic() >= due:
+                    self._tick()
+                    due = time.monotonic() + tick
+        finally:
+            # Also where there is a fault in here: clients then use the wire.
+            self._closed = True
+            self._end_all()
 
     def _end_all(self) -> None:
         for connection in list(self._connections):
@@ -135,7 +139,8 @@ class Broker:
     def _accept(self) -> None:
         try:
             peer, _ = self._listener.accept()
-        except OSError:  # It has gone again, or there are too many open files.
+        except OSError:  # It has gone again, or there are too many open files: not at once anew.
+            time.sleep(0.01)
             return
         if not same_user(peer) or len(self._connections) >= _CONNECTIONS:
             peer.close()

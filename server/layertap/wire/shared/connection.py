@@ -7,6 +7,11 @@ Note [Views keep the lease]
     sent without waiting. The socket stays open for as long as there are views, even when the client
     is closed: its end would tell the server that the regions may be used again.
 
+Note [Replies that nobody has read yet]
+    A lease may run out while its reply waits to be read, in a stream whose consumer takes its time.
+    So a region that the server lets go of is kept for as long as calls are under way, unless its
+    last lease was seen here. Once no call is, such a reply will never be read.
+
 Note [Forks]
     A forked child shares its parent's socket, so a child that gave something back, or kept the
     socket open, would speak for its parent. It lets go of its copy.
@@ -46,7 +51,13 @@ _CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC, for which Python has no name.
 
 
 class _Mapped:
-    """A region that is mapped, and the leases of it that something here uses."""
+    """A region that is mapped, and what is known of its leases.
+
+    Attributes:
+        leases: Those that something here uses.
+        seen: The last of them.
+        forgotten: The lease after which the server will not use the region again; 0 for none.
+    """
 
     def __init__(self, number: int, kind: Kind, size: int, fd: int) -> None:
         self.number = number
@@ -54,7 +65,8 @@ class _Mapped:
         self.size = size
         self.fd = fd
         self.leases: set[int] = set()
-        self.forgotten = False
+        self.seen = 0
+        self.forgotten = 0
         weakref.finalize(self, os.close, fd).atexit = False
         self.memory = map_region(fd, kind, size)
 
@@ -139,6 +151,7 @@ class Connection:
         self._borrowing = threading.Lock()
         self._lent: Packet | None = None
         self._idle: list[Borrowed] = []
+        self._calls = 0
         self._closing = False
         self.lost = False
         try:
@@ -150,6 +163,21 @@ class Connection:
         weakref.finalize(self, self._socket.close).atexit = False
         _OPEN.add(self)
         threading.Thread(target=self._run, name="layertap-shared-client", daemon=True).start()
+
+    def begin_call(self) -> None:
+        """Say that replies are to be expected from now on."""
+        with self._changed:
+            self._calls += 1
+
+    def end_call(self) -> None:
+        """Say that one call less is under way; its replies are read, or never will be."""
+        # Note [Replies that nobody has read yet]
+        with self._changed:
+            self._calls -= 1
+            if not self._calls:
+                for mapped in list(self._regions.values()):
+                    if mapped.forgotten and not mapped.leases:
+                        self._let_go(mapped, mapped.forgotten)
 
     def finder(self) -> Callable[[SharedTensor], TensorView]:
         """Return what finds the tensors of one reply.
@@ -213,6 +241,7 @@ class Connection:
             if mapped is None or mapped.kind is not Kind.REPLY:
                 raise SharedMemoryLostError(f"shared: got region {number}, which was not lent")
             mapped.leases.add(generation)
+            mapped.seen = max(mapped.seen, generation)
             self._live.add((number, generation))
         return _Lease(mapped, lambda: self._released(mapped, generation))
 
@@ -303,8 +332,9 @@ class Connection:
             if mapped is None:
                 return
             # In this order: whoever gives its last lease back meanwhile sees it.
-            mapped.forgotten = True
-            if not mapped.leases:
+            mapped.forgotten = packet.second
+            unread = mapped.kind is Kind.REPLY and self._calls and packet.second > mapped.seen
+            if not mapped.leases and not unread:
                 self._idle = [each for each in self._idle if each.mapped is not mapped]
                 self._let_go(mapped, packet.second)
 

@@ -46,7 +46,8 @@ LEAST_BYTES = 256 * 1024
 """Tensors below are as quick, or quicker, in the message; docs/decisions/0008-shared-memory.md."""
 
 _SESSIONS = 64
-_KNOWN = 128
+# A region takes two files of either end; 1024 is what a process may have open by default.
+_REGIONS_OF_A_SESSION = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +230,9 @@ class SharedMemory:
             try:
                 region = self._pool.take(kind, nbytes, session.known)
                 reason = "" if region else "limit"
+                if region and self._has_enough(session, region):
+                    self._put_back(region)
+                    region, reason = None, "share"
             except OSError:
                 reason = "system"
         if region is not None:
@@ -240,17 +244,22 @@ class SharedMemory:
             self._fallbacks[reason] += 1
         return None
 
+    @staticmethod
+    def _has_enough(session: Session, region: Region) -> bool:
+        """Tell whether a client has as many regions mapped as it may."""
+        retired = sum(lease.retired for lease in session.leases.values())
+        new = region.number not in session.known
+        return new and len(session.known) + retired >= _REGIONS_OF_A_SESSION
+
     def _announced(self, session: Session, region: Region) -> Lease | None:
         """Lend a region, and see to it that the client has its descriptor."""
         lease = Lease(region, session, self._clock())
         session.leases[region.number] = lease
         session.held += region.size
         if region.number not in session.known:
-            known = len(session.known) < _KNOWN
-            if not (known and session.channel.announce(region)):
+            if not session.channel.announce(region):
                 self._settle(lease, End.REUSE)
-                if known:
-                    self._close(session, End.RETIRE)
+                self._close(session, End.RETIRE)
                 return None
             session.known.add(region.number)
         return lease
@@ -295,9 +304,15 @@ class SharedMemory:
         session.held -= region.size
         if lease.retired:
             self._pool.settle(region.size)
-        elif end is End.REUSE and region.kind is Kind.REPLY:
-            self._pool.give(region, self._clock())
+        elif end is End.REUSE:
+            self._put_back(region)
         else:
+            self._pool.drop(region)
+
+    def _put_back(self, region: Region) -> None:
+        if region.kind is Kind.REPLY:
+            self._pool.give(region, self._clock())
+        else:  # Who had it may still write to it.
             self._pool.drop(region)
 
     def _close(self, session: Session, end: End) -> None:

@@ -15,6 +15,8 @@ __all__ = ["Pool", "size_class"]
 
 _LEAST_STEP = 64 * 1024
 _WASTE = 2
+# Each takes two open files, of 1024 that a process may have by default.
+_REGIONS = 192
 
 
 def size_class(nbytes: int) -> int:
@@ -42,6 +44,7 @@ class Pool:
         make: Callable[[int, Kind, int], Region] = make_region,
     ) -> None:
         self.total = 0
+        self._made = 0
         self._limit = limit
         self._dropped = dropped
         self._make = make
@@ -79,7 +82,8 @@ class Pool:
         ]
         fitting.sort(key=lambda region: (region.number not in known, region.size))
         close = next((region for region in fitting if region.size <= _WASTE * size), None)
-        if close is None and self.total + size > self._limit:
+        full = self.total + size > self._limit or self._made >= _REGIONS
+        if close is None and full:
             close = min(fitting, key=lambda region: region.size, default=None)
         if close is not None:
             del self._free[close.number]
@@ -88,6 +92,7 @@ class Pool:
             return None
         region = self._make(next(self._numbers), kind, size)
         self.total += region.size
+        self._made += 1
         return region
 
     def give(self, region: Region, now: float) -> None:
@@ -103,6 +108,7 @@ class Pool:
         """Let go of a region that a client still holds: its bytes count until ``settle``."""
         self._dropped(region)
         region.close()
+        self._made -= 1
 
     def settle(self, nbytes: int) -> None:
         """Stop to count the bytes of a region that was retired."""
@@ -119,7 +125,9 @@ class Pool:
         """Let go of free regions, the longest unused first, until so many bytes fit."""
         if self.total - self.free_bytes + size > self._limit:
             return False
-        while self.total + size > self._limit:
+        if self._made - len(self._free) >= _REGIONS:
+            return False
+        while self.total + size > self._limit or self._made >= _REGIONS:
             number = next(iter(self._free))
             self.drop(self._free.pop(number)[0])
         return True
