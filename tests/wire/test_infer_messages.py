@@ -36,7 +36,9 @@ def path() -> Iterator[Path]:
 
 def build(form: InferForm, tensors: list, arrays: list) -> bytes:
     layout = form.lay_out(tensors)
-    builder = form.builder(layout)
+    admitted: list[int] = []
+    builder = form.builder(layout, admitted.append)
+    assert admitted == [layout.nbytes + form.shared_bytes]
     for index, (dtype, array) in enumerate(arrays):
         builder.write(index, array, dtype)
     message = builder.finish(form.head(TIMINGS))
@@ -92,7 +94,7 @@ def test_outputs_in_shared_memory_leave_an_empty_payload(path: Path) -> None:
     data = path.read_bytes()
     assert data[64:112] == x.tobytes()
     assert data[164:188] == x.T.astype(np.float16).tobytes()
-    assert form.beside == 48 + 24
+    assert form.shared_bytes == 48 + 24
 
 
 def test_bfloat16_goes_to_shared_memory_as_its_bits(path: Path) -> None:
@@ -118,7 +120,7 @@ def test_a_failed_write_is_told_at_the_end(path: Path) -> None:
     regions = ClientRegions()
     regions.register(0, "r", path.name, 0, 4096)
     form = InferForm(Extractor.HOOK, Wanted("net", places={"a": regions.slice(0, "r", 0, 16)}))
-    builder = form.builder(form.lay_out([("a", F32, (4,))]))
+    builder = form.builder(form.lay_out([("a", F32, (4,))]), lambda nbytes: None)
     path.write_bytes(b"")
     builder.write(0, np.zeros(4, np.float32), F32)
     with pytest.raises(InvalidInputError, match="shorter than it was"):
