@@ -51,15 +51,16 @@ DEVICE = "; the times are the host's until the device has finished, in brackets 
 WIRE = """
 ## What does a reply cost on its way, and what is the floor?
 
-[bench_wire.py](bench_wire.py): no model, from an array in one process to an array in another and
-until it is dropped there; milliseconds, median / 90th percentile of {calls} calls. Memory kept is
-[`layertap.keep_memory()`](../docs/performance.md) on both sides. Machine: {facts}.
+[bench_wire.py](bench_wire.py): no model, from an array in one process to an array in another, until
+one element of each page was read there and it was dropped; milliseconds, median / 90th percentile of {calls} calls. Memory kept is
+[`layertap.keep_memory()`](../docs/performance.md) on both sides; shared memory is
+[what a client on the server's machine gets](../docs/shared_memory.md). Machine: {facts}.
 
 {times}
 
 How many times as fast as naive protobuf, and which share of the speed of a raw TCP socket that
 receives into a reused buffer (at least 50 % is the goal, beside 5 times naive for 12.8 MB and 6
-times for 102 MB):
+times for 102 MB; 20 and 25 times naive with shared memory):
 
 {ratios}
 

@@ -70,7 +70,9 @@ def traced(engine: Engine) -> Iterator[Traced]:
     )
     server.start()
     server.ready()
-    with Client(server.address) as client, grpc.insecure_channel(server.address) as channel:
+    # Whose session would be a call, and a span, of its own.
+    sent = Client(server.address, shared_memory=False)
+    with sent as client, grpc.insecure_channel(server.address) as channel:
         yield Traced(client, channel, spans)
     server.stop(1)
     tracing.close()
@@ -273,7 +275,7 @@ def test_spans_reach_a_collector() -> None:
             serving(
                 "tinynets:residual", "--item-shape", "3,8,8", "--otel-endpoint", where
             ) as server,
-            Client(server.address) as client,
+            Client(server.address, shared_memory=False) as client,
         ):
             client.extract("residual", np.zeros((1, 3, 8, 8), np.float32), "layer1")
             server.process.terminate()
@@ -294,7 +296,7 @@ def test_a_collector_that_is_gone_holds_nothing_up() -> None:
             *("tinynets:residual", "--item-shape", "3,8,8"),
             *("--otel-endpoint", "http://127.0.0.1:9"),
         ) as server,
-        Client(server.address) as client,
+        Client(server.address, shared_memory=False) as client,
     ):
         client.extract("residual", np.zeros((1, 3, 8, 8), np.float32), "layer1")
         server.process.terminate()
