@@ -57,6 +57,20 @@ std::size_t padding_field(std::size_t begin, std::size_t fixed, std::size_t body
   refuse("layout: no padding aligns the payload");
 }
 
+std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype) {
+  dtype = find_dtype(spec.dtype);
+  if (dtype == nullptr) refuse("dtype: got " + std::to_string(spec.dtype) + ", not a DataType");
+  if (spec.shape.size() > kMaxRank) {
+    refuse("shape: got rank " + std::to_string(spec.shape.size()) + ", expected at most 32");
+  }
+  const std::int64_t bytes = payload_bytes(spec.shape.data(), spec.shape.size(), dtype->itemsize);
+  if (bytes < 0) refuse("shape: got a negative size or one that overflows");
+  if (static_cast<std::uint64_t>(bytes) > kMaxMessageBytes || spec.name.size() > kMaxMessageBytes) {
+    refuse("message: larger than 2**31 - 1 bytes");
+  }
+  return static_cast<std::size_t>(bytes);
+}
+
 TensorSlot make_slot(const TensorSpec& spec, std::uint32_t field, std::size_t offset) {
   TensorSlot slot;
   slot.payload_size = checked_payload(spec, slot.dtype);
@@ -77,20 +91,6 @@ TensorSlot make_slot(const TensorSpec& spec, std::uint32_t field, std::size_t of
 }
 
 }  // namespace
-
-std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype) {
-  dtype = find_dtype(spec.dtype);
-  if (dtype == nullptr) refuse("dtype: got " + std::to_string(spec.dtype) + ", not a DataType");
-  if (spec.shape.size() > kMaxRank) {
-    refuse("shape: got rank " + std::to_string(spec.shape.size()) + ", expected at most 32");
-  }
-  const std::int64_t bytes = payload_bytes(spec.shape.data(), spec.shape.size(), dtype->itemsize);
-  if (bytes < 0) refuse("shape: got a negative size or one that overflows");
-  if (static_cast<std::uint64_t>(bytes) > kMaxMessageBytes || spec.name.size() > kMaxMessageBytes) {
-    refuse("message: larger than 2**31 - 1 bytes");
-  }
-  return static_cast<std::size_t>(bytes);
-}
 
 Layout::Layout(const std::vector<TensorSpec>& tensors, std::int64_t field,
                std::int64_t head_size) {

@@ -27,7 +27,7 @@ _ALIGNMENT, _RESIDUE = 64, 16
 _NAME, _DTYPE, _SHAPE, _PADDING, _DATA = 1, 2, 3, 4, 5
 
 
-class Slot(NamedTuple):
+class _Slot(NamedTuple):
     dtype: int
     shape: tuple[int, ...]
     header_offset: int
@@ -48,17 +48,14 @@ class ReplyLayout:
         if not 0 <= head_size <= MAX_MESSAGE_BYTES:
             raise ValueError(f"head_size: got {head_size}, expected 0 to 2**31 - 1")
         self._head_size = head_size
-        self._slots: list[Slot] = []
+        self._slots: list[_Slot] = []
         self._nbytes = head_size
         for name, dtype, shape in tensors:
-            self.add(_slot(name, int64(dtype), tuple(map(int64, shape)), field, self._nbytes))
-
-    def add(self, slot: Slot) -> None:
-        """Let a tensor follow those that are there."""
-        self._slots.append(slot)
-        self._nbytes = slot.payload_offset + slot.payload_size
-        if self._nbytes > MAX_MESSAGE_BYTES:
-            raise ValueError("message: larger than 2**31 - 1 bytes")
+            slot = _slot(name, int64(dtype), tuple(map(int64, shape)), field, self._nbytes)
+            self._slots.append(slot)
+            self._nbytes = slot.payload_offset + slot.payload_size
+            if self._nbytes > MAX_MESSAGE_BYTES:
+                raise ValueError("message: larger than 2**31 - 1 bytes")
 
     @property
     def nbytes(self) -> int:
@@ -127,7 +124,7 @@ class ReplyBuilder:
         if self._finished:
             raise ValueError("builder: finished already")
 
-    def _checked_slot(self, index: int, view: memoryview, dtype: int) -> Slot:
+    def _checked_slot(self, index: int, view: memoryview, dtype: int) -> _Slot:
         slots = self._layout._slots
         if not 0 <= index < len(slots):
             raise IndexError(f"tensor {index}: expected 0 to {len(slots)} less 1")
@@ -163,8 +160,7 @@ def encode(tensors: Iterable[tuple[str, int, Buffer]], *, field: int, head: byte
     return builder.finish(head)
 
 
-def checked_payload(dtype: int, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a tensor's payload; raise ValueError for one that can't be laid out."""
+def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int) -> _Slot:
     if dtype not in NUMPY:
         raise ValueError(f"dtype: got {dtype}, not a DataType")
     if len(shape) > MAX_RANK:
@@ -174,11 +170,6 @@ def checked_payload(dtype: int, shape: tuple[int, ...]) -> int:
         raise ValueError("shape: got a negative size or one that overflows")
     if size > MAX_MESSAGE_BYTES:
         raise ValueError("message: larger than 2**31 - 1 bytes")
-    return size
-
-
-def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int) -> Slot:
-    size = checked_payload(dtype, shape)
     opening = tag(field, LENGTH_DELIMITED)
     small = bytes_field(_NAME, name.encode()) + tag(_DTYPE, VARINT) + varint(dtype)
     small += bytes_field(_SHAPE, b"".join(map(varint, shape)))
@@ -189,5 +180,5 @@ def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int
         body = small + padding + data
         header = opening + varint(len(body) + size) + body
         if (offset + len(header)) % _ALIGNMENT == _RESIDUE:
-            return Slot(dtype, shape, offset, header, offset + len(header), size)
+            return _Slot(dtype, shape, offset, header, offset + len(header), size)
     raise AssertionError("128 paddings in a row reach every residue")
