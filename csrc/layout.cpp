@@ -67,6 +67,20 @@ void append_fixed64(std::string& out, std::uint32_t field, std::uint64_t value) 
   for (int i = 0; i < 8; ++i) out.push_back(static_cast<char>(value >> (8 * i)));
 }
 
+std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype) {
+  dtype = find_dtype(spec.dtype);
+  if (dtype == nullptr) refuse("dtype: got " + std::to_string(spec.dtype) + ", not a DataType");
+  if (spec.shape.size() > kMaxRank) {
+    refuse("shape: got rank " + std::to_string(spec.shape.size()) + ", expected at most 32");
+  }
+  const std::int64_t bytes = payload_bytes(spec.shape.data(), spec.shape.size(), dtype->itemsize);
+  if (bytes < 0) refuse("shape: got a negative size or one that overflows");
+  if (static_cast<std::uint64_t>(bytes) > kMaxMessageBytes || spec.name.size() > kMaxMessageBytes) {
+    refuse("message: larger than 2**31 - 1 bytes");
+  }
+  return static_cast<std::size_t>(bytes);
+}
+
 TensorSlot make_slot(const TensorSpec& spec, std::uint32_t field, std::size_t offset) {
   TensorSlot slot;
   slot.payload_size = checked_payload(spec, slot.dtype);
@@ -108,20 +122,6 @@ TensorSlot make_slot_apart(const TensorSpec& spec, std::uint32_t field, std::siz
 }
 
 }  // namespace
-
-std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype) {
-  dtype = find_dtype(spec.dtype);
-  if (dtype == nullptr) refuse("dtype: got " + std::to_string(spec.dtype) + ", not a DataType");
-  if (spec.shape.size() > kMaxRank) {
-    refuse("shape: got rank " + std::to_string(spec.shape.size()) + ", expected at most 32");
-  }
-  const std::int64_t bytes = payload_bytes(spec.shape.data(), spec.shape.size(), dtype->itemsize);
-  if (bytes < 0) refuse("shape: got a negative size or one that overflows");
-  if (static_cast<std::uint64_t>(bytes) > kMaxMessageBytes || spec.name.size() > kMaxMessageBytes) {
-    refuse("message: larger than 2**31 - 1 bytes");
-  }
-  return static_cast<std::size_t>(bytes);
-}
 
 Layout::Layout(const std::vector<TensorSpec>& tensors, std::int64_t field, std::int64_t head_size,
                bool apart)

@@ -41,10 +41,6 @@ struct TensorSlot {
   std::size_t payload_size;    // bytes
 };
 
-// Bytes of a tensor's payload, and the row of its dtype; throws std::invalid_argument for a spec
-// that can't be laid out.
-std::size_t checked_payload(const TensorSpec& spec, const DType*& dtype);
-
 class Layout {
  public:
   // Throws std::invalid_argument for what can't be laid out.

@@ -12,10 +12,11 @@ namespace {
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 TensorSlot raw_slot(const TensorSpec& spec, std::uint32_t field, std::size_t offset) {
-  TensorSlot slot;
-  slot.payload_size = checked_payload(spec, slot.dtype);
-  slot.shape = spec.shape;
+  // Laid out alone, which checks it and tells its bytes.
+  const Layout alone({spec}, field, 0);
+  TensorSlot slot = alone.slots()[0];
   slot.header_offset = offset;
+  slot.header.clear();
   append_tag(slot.header, field, kLengthDelimited);
   append_varint(slot.header, slot.payload_size);
   slot.payload_offset = offset + slot.header.size();

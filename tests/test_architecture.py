@@ -173,6 +173,12 @@ def test_client_needs_no_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_client_leaves_the_inference_protocol_to_others() -> None:
+    """Importing it registers no message of package inference, which tritonclient has too."""
+    code = "import layertap.client, sys; sys.exit('layertap.inference' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def constraints() -> dict[str, str]:
     """Read constraints.txt: versions by normalised name."""
     pairs = {}

@@ -30,7 +30,7 @@ _NAME, _DTYPE, _SHAPE, _PADDING, _DATA, _SHARED = 1, 2, 3, 4, 5, 6
 _REGION, _GENERATION, _OFFSET, _SIZE = 1, 2, 3, 4
 
 
-class Slot(NamedTuple):
+class _Slot(NamedTuple):
     dtype: int
     shape: tuple[int, ...]
     header_offset: int
@@ -56,30 +56,25 @@ class ReplyLayout:
         if not 0 <= head_size <= MAX_MESSAGE_BYTES:
             raise ValueError(f"head_size: got {head_size}, expected 0 to 2**31 - 1")
         self._head_size = head_size
-        self._slots: list[Slot] = []
+        self._slots: list[_Slot] = []
         self._nbytes = head_size
         self._apart = apart
         self._payload_nbytes = 0
         for name, dtype, shape in tensors:
-            self.add(self._slot_of(name, int64(dtype), tuple(map(int64, shape)), field))
+            self._add_slot(name, int64(dtype), tuple(map(int64, shape)), field)
+            if self._nbytes + self._payload_nbytes > MAX_MESSAGE_BYTES:
+                raise ValueError("message: larger than 2**31 - 1 bytes")
 
-    def add(self, slot: Slot) -> None:
-        """Let a tensor follow those that are there."""
-        self._slots.append(slot)
-        end = slot.payload_offset + slot.payload_size
+    def _add_slot(self, name: str, dtype: int, shape: tuple[int, ...], field: int) -> None:
         if self._apart:
+            begin = -(-self._payload_nbytes // _ALIGNMENT) * _ALIGNMENT
+            slot = _slot_apart(name, dtype, shape, field, offset=self._nbytes, begin=begin)
             self._nbytes += len(slot.header)
-            self._payload_nbytes = end
+            self._payload_nbytes = begin + slot.payload_size
         else:
-            self._nbytes = end
-        if self._nbytes + self._payload_nbytes > MAX_MESSAGE_BYTES:
-            raise ValueError("message: larger than 2**31 - 1 bytes")
-
-    def _slot_of(self, name: str, dtype: int, shape: tuple[int, ...], field: int) -> Slot:
-        if not self._apart:
-            return _slot(name, dtype, shape, field, self._nbytes)
-        begin = -(-self._payload_nbytes // _ALIGNMENT) * _ALIGNMENT
-        return _slot_apart(name, dtype, shape, field, offset=self._nbytes, begin=begin)
+            slot = _slot(name, dtype, shape, field, self._nbytes)
+            self._nbytes = slot.payload_offset + slot.payload_size
+        self._slots.append(slot)
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +165,7 @@ class ReplyBuilder:
         if self._finished:
             raise ValueError("builder: finished already")
 
-    def _checked_slot(self, index: int, view: memoryview, dtype: int) -> Slot:
+    def _checked_slot(self, index: int, view: memoryview, dtype: int) -> _Slot:
         slots = self._layout._slots
         if not 0 <= index < len(slots):
             raise IndexError(f"tensor {index}: expected 0 to {len(slots)} less 1")
@@ -224,8 +219,7 @@ def _small_fields(name: str, dtype: int, shape: tuple[int, ...]) -> bytes:
     return small + bytes_field(_SHAPE, b"".join(map(varint, shape)))
 
 
-def checked_payload(dtype: int, shape: tuple[int, ...]) -> int:
-    """Return the bytes of a tensor's payload; raise ValueError for one that can't be laid out."""
+def _payload_size(dtype: int, shape: tuple[int, ...]) -> int:
     if dtype not in NUMPY:
         raise ValueError(f"dtype: got {dtype}, not a DataType")
     if len(shape) > MAX_RANK:
@@ -240,18 +234,18 @@ def checked_payload(dtype: int, shape: tuple[int, ...]) -> int:
 
 def _slot_apart(
     name: str, dtype: int, shape: tuple[int, ...], field: int, *, offset: int, begin: int
-) -> Slot:
-    size = checked_payload(dtype, shape)
+) -> _Slot:
+    size = _payload_size(dtype, shape)
     slots = _fixed64(_SIZE, size) + _fixed64(_OFFSET, begin)
     # Region and generation come last, for the builder to fill in.
     slots += _fixed64(_REGION, 0) + _fixed64(_GENERATION, 0)
     body = _small_fields(name, dtype, shape) + bytes_field(_SHARED, slots)
     header = tag(field, LENGTH_DELIMITED) + varint(len(body)) + body
-    return Slot(dtype, shape, offset, header, begin, size)
+    return _Slot(dtype, shape, offset, header, begin, size)
 
 
-def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int) -> Slot:
-    size = checked_payload(dtype, shape)
+def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int) -> _Slot:
+    size = _payload_size(dtype, shape)
     opening = tag(field, LENGTH_DELIMITED)
     small = _small_fields(name, dtype, shape)
     data = tag(_DATA, LENGTH_DELIMITED) + varint(size)
@@ -261,5 +255,5 @@ def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int
         body = small + padding + data
         header = opening + varint(len(body) + size) + body
         if (offset + len(header)) % _ALIGNMENT == _RESIDUE:
-            return Slot(dtype, shape, offset, header, offset + len(header), size)
+            return _Slot(dtype, shape, offset, header, offset + len(header), size)
     raise AssertionError("128 paddings in a row reach every residue")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from layertap._pure._build import ReplyLayout, Slot, checked_payload
+from layertap._pure._build import ReplyLayout
 from layertap._pure._wire import (
     LENGTH_DELIMITED,
     MAX_DEPTH,
@@ -25,11 +25,16 @@ def raw_layout(
     """See ``layertap._core.raw_layout``."""
     layout = ReplyLayout([], field=field, head_size=head_size)
     for dtype, shape in tensors:
-        sizes = tuple(map(int64, shape))
-        size = checked_payload(int64(dtype), sizes)
-        header = tag(field, LENGTH_DELIMITED) + varint(size)
-        begin = layout.nbytes
-        layout.add(Slot(dtype, sizes, begin, header, begin + len(header), size))
+        # Laid out alone, which checks it and tells its bytes.
+        (slot,) = ReplyLayout([("", dtype, shape)], field=field, head_size=0)._slots
+        header = tag(field, LENGTH_DELIMITED) + varint(slot.payload_size)
+        begin = layout.nbytes + len(header)
+        layout._slots.append(
+            slot._replace(header_offset=layout.nbytes, header=header, payload_offset=begin)
+        )
+        layout._nbytes = begin + slot.payload_size
+        if layout.nbytes > MAX_MESSAGE_BYTES:
+            raise ValueError("message: larger than 2**31 - 1 bytes")
     return layout
 
 

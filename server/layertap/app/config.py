@@ -84,7 +84,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             the ``OTEL_*`` environment variables name one.
         strict: Whether the server ends where one model can't be loaded at the start; else it
             serves the others.
-        admin: Whether ``layertap.v1.AdminService`` is served.
+        admin: Whether ``layertap.v1.AdminService`` is served, and models can be loaded and unloaded
+            by the Open Inference Protocol.
         watch: Whether changed files are reloaded without being asked to.
         allow_client_shm: Whether clients of this machine may name shared memory for inputs and
             outputs (docs/protocol.md).

@@ -19,7 +19,6 @@ from tinynets import ITEM
 LIMITS = Limits(
     request_bytes=8 << 20, reply_bytes=4 << 20, batch=64, pixels=1 << 20, layers=40, streams=4
 )
-SHORT = Limits(request_bytes=1 << 20)
 
 
 @pytest.fixture(scope="package")

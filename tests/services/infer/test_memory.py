@@ -198,6 +198,17 @@ def test_regions_belong_to_their_token(engine, path: Path, tmp_path: Path) -> No
         server.stop(0)
 
 
+def test_registering_over_and_over_leaks_nothing(stub, region: str, path: Path) -> None:
+    """Descriptors are as many after 500 cycles of calls as before."""
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    for number in range(500):
+        stub.SystemSharedMemoryRegister(register(f"r{number}", path.name))
+        name = f"r{number}" if number % 2 else ""
+        stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name=name))
+    assert len(list(descriptors.iterdir())) <= before
+
+
 def test_callers_from_elsewhere_share_no_memory() -> None:
     """A server that other machines reach opens no file for them."""
     memory = CallerMemory(ClientRegions(), None, local=False)
