@@ -222,10 +222,10 @@ def test_relative_paths_are_relative_to_the_file(read, tmp_path: Path) -> None:
 
 def test_clients_memory_is_configured(read) -> None:
     """Off by default; on with a list of users; a list alone is a mistake."""
-    assert read("").server.options().regions is None
+    assert read("").server.options().client_regions is None
     allowed = read("[server]\nallow_client_shm = true\nclient_shm_uids = [1000]\n").server
     assert allowed.client_shm_uids == (1000,)
-    assert allowed.options().regions is not None
+    assert allowed.options().client_regions is not None
     with pytest.raises(ConfigError, match="client_shm_uids: of no use without allow_client_shm"):
         read("[server]\nclient_shm_uids = [1000]\n").server.options()
     with pytest.raises(ConfigError, match="client_shm_uids: got .* expected a list of numbers"):

@@ -146,7 +146,11 @@ class FeatureServer:
             names.append(SharedMemoryService.NAME)
         reflection.enable_server_reflection(names, self._server)
         self._set_health(serving=False)
-        self.address = self._bind(options)
+        try:
+            self.address = self._bind(options)
+        except UnavailableError:
+            self._close()
+            raise
 
     @property
     def waiting(self) -> int:
@@ -168,14 +172,17 @@ class FeatureServer:
         self._health.enter_graceful_shutdown()
         self._streams.drain()
         self._server.stop(grace).wait()
-        self._service.close()
-        self._inference.close()
-        if self._broker is not None:
-            self._broker.close()
+        self._close()
 
     def wait(self) -> None:
         """Block until the server has stopped."""
         self._server.wait_for_termination()
+
+    def _close(self) -> None:
+        self._service.close()
+        self._inference.close()
+        if self._broker is not None:
+            self._broker.close()
 
     def _set_health(self, *, serving: bool) -> None:
         models = (host.model.name for host in self._engine.hosts())
