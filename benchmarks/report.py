@@ -38,9 +38,10 @@ WIRE = """
 ## What does a reply cost on its way, and what is the floor?
 
 [bench_wire.py](bench_wire.py): no model, from an array in one process to an array in another, until
-one element of each page was read there and it was dropped; milliseconds, median / 90th percentile of {calls} calls. Memory kept is
-[`layertap.keep_memory()`](../docs/performance.md) on both sides; shared memory is
-[what a client on the server's machine gets](../docs/shared_memory.md). Machine: {facts}.
+one element of each page was read there and it was dropped; milliseconds, median / 90th percentile
+of {calls} calls. Memory kept is [`layertap.keep_memory()`](../docs/performance.md) on both sides;
+shared memory is [what a client on the server's machine gets](../docs/shared_memory.md). Machine:
+{facts}.
 
 {times}
 
