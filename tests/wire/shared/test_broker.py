@@ -208,6 +208,34 @@ def test_gone_client_leaves_its_regions(broker: Broker, client: Client) -> None:
     assert eventually(lambda: broker.memory.state().regions["free"] == 5)
 
 
+def test_what_was_given_back_is_lent_at_once(broker: Broker, client: Client) -> None:
+    """A region that was returned just before the next reply is the one that it is written to.
+
+    But for the moment in which the broker's thread has read the packet and not yet obeyed it.
+    """
+    regions = set()
+    session = broker.memory.session(client.enter(broker.ticket()))
+    for _ in range(300):
+        loan = broker.memory.lend(session, MIB)
+        if loan.region not in regions:
+            regions.add(loan.region)
+            os.close(client.hear()[1][0])
+        loan.publish()
+        client.say(PacketKind.RETURN, loan.region, loan.generation)
+    assert eventually(lambda: broker.memory.state().regions["leased"] == 0)
+    assert len(regions) <= 2
+
+
+def test_garbage_is_garbage_for_whoever_reads_it(broker: Broker, client: Client) -> None:
+    """What is no packet ends the connection also where it is read on the way of a reply."""
+    session = broker.memory.session(client.enter(broker.ticket()))
+    client.socket.send(b"noise")
+    session.channel.poll()
+    assert client.ended()
+    assert eventually(lambda: broker.memory.state().sessions == 0)
+    assert broker.memory.lend(session, MIB) is None
+
+
 def test_many_leases_leak_nothing(broker: Broker, client: Client) -> None:
     """10,000 leases and returns over the socket leave as many files and bytes as one did."""
     session = broker.memory.session(client.enter(broker.ticket()))

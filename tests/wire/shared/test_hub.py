@@ -28,6 +28,9 @@ class Channel:
         self.closed = False
         self.full = False
 
+    def poll(self) -> None:
+        pass
+
     def announce(self, region: Region) -> bool:
         self.regions[region.number] = region
         return not self.full

@@ -8,7 +8,9 @@ Note [Who may connect]
 
 Note [One thread]
     All sockets are read by one thread, which never waits for a client: what a client can't take at
-    once ends its session. Other threads send, under the lock of SharedMemory.
+    once ends its session. Other threads send, under the lock of SharedMemory. A thread that is about
+    to lend a region reads what the client gave back just before its request, which mostly is the
+    very region to use.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 
 from layertap.errors import OverloadedError
 from layertap.wire.shared.hub import SharedMemory
@@ -44,6 +47,7 @@ _TICKETS = 64
 _TICKET_SECONDS = 10.0
 _CONNECTIONS = 128
 _SEND_BYTES = 1 << 20
+_POLLED = 16
 _CREDENTIALS = struct.Struct("3i")
 
 
@@ -145,7 +149,7 @@ class Broker:
         if not same_user(peer) or len(self._connections) >= _CONNECTIONS:
             peer.close()
             return
-        connection = _Connection(peer)
+        connection = _Connection(peer, self._take)
         self._connections.add(connection)
         self._selector.register(peer, selectors.EVENT_READ, connection)
 
@@ -159,6 +163,11 @@ class Broker:
         if not data:
             self._end(connection, End.RETIRE if connection.sent_away else End.REUSE)
             return
+        if not self._take(connection, data):
+            self._end(connection, End.RETIRE)
+
+    def _take(self, connection: _Connection, data: bytes) -> bool:
+        """Do what a packet asks for; return whether it was one that may be sent."""
         try:
             packet = Packet.unpack(data)
             if connection.session is None:
@@ -167,7 +176,8 @@ class Broker:
                 self._obey(connection, connection.session, packet)
         except ValueError as error:
             _log.debug("shared memory: a client is sent away: %s", error)
-            self._end(connection, End.RETIRE)
+            return False
+        return True
 
     def _welcome(self, connection: _Connection, packet: Packet) -> None:
         if packet.kind is not PacketKind.HELLO or packet.flag != VERSION:
@@ -203,13 +213,26 @@ class Broker:
 class _Connection:
     """The server's end of one client's socket (a ``layertap.wire.shared.leases.Channel``)."""
 
-    def __init__(self, peer: socket.socket) -> None:
+    def __init__(self, peer: socket.socket, take: Callable[[_Connection, bytes], bool]) -> None:
         peer.setblocking(False)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
         self.socket = peer
+        self._take = take
         self.session: Session | None = None
         self.since = time.monotonic()
         self.sent_away = False
+
+    def poll(self) -> None:
+        # The end of the connection stays to be found by the thread that reads.
+        for _ in range(_POLLED):
+            try:
+                data = self.socket.recv(PACKET_BYTES + 1)
+            except OSError:
+                return
+            if not data:
+                return
+            if not self._take(self, data):
+                self.close()
 
     def announce(self, region: Region) -> bool:
         packet = Packet(PacketKind.REGION, region.number, region.size, region.kind)

@@ -142,6 +142,7 @@ class SharedMemory:
 
     def lend(self, session: Session, nbytes: int) -> Loan | None:
         """Lend a region for a reply of so many bytes; None where it has to go another way."""
+        session.channel.poll()
         with self._lock:
             lease = self._lend(session, Kind.REPLY, nbytes)
             if lease is None:

@@ -15,6 +15,9 @@ __all__ = ["Channel", "End", "Lease", "Loan", "Session"]
 class Channel(Protocol):
     """The server's end of one client's socket. Nothing in it waits."""
 
+    def poll(self) -> None:
+        """Take what the client has said already, such as that it gives regions back."""
+
     def announce(self, region: Region) -> bool:
         """Hand a region's file descriptor over; False where the client can't take it now."""
 

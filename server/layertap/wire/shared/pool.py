@@ -75,9 +75,10 @@ class Pool:
             OSError: Where the system refuses to make one.
         """
         size = size_class(nbytes)
+        # Of equals the one used last, which is most likely in the caches still.
         fitting = [
             region
-            for region, _ in self._free.values()
+            for region, _ in reversed(self._free.values())
             if kind is Kind.REPLY and region.size >= nbytes
         ]
         fitting.sort(key=lambda region: (region.number not in known, region.size))
