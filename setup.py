@@ -22,6 +22,7 @@ setup(
                     "float_bits",
                     "python_buffer",
                     "shape",
+                    "stream_copy",
                     "transpose",
                 ]
             ],
