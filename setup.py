@@ -25,6 +25,7 @@ setup(
                     "float_bits",
                     "python_buffer",
                     "shape",
+                    "stream_copy",
                     "transpose",
                 ]
             ],

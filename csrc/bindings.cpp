@@ -22,6 +22,7 @@
 #include "memory.h"
 #include "python_buffer.h"
 #include "raw_fields.h"
+#include "stream_copy.h"
 
 namespace py = pybind11;
 
@@ -96,7 +97,12 @@ class ReplyBuilder {
     {
       std::optional<py::gil_scoped_release> released;
       if (slot.payload_size >= kReleaseBytes) released.emplace();
-      strided_copy(source, target, slot.dtype->itemsize, run);
+      if (payloads_ && slot.payload_size >= kStreamBytes && dtype == slot.dtype->number &&
+          is_dense(source)) {
+        stream_copy(source.data, target, slot.payload_size);
+      } else {
+        strided_copy(source, target, slot.dtype->itemsize, run);
+      }
     }
     claim.done();
   }

@@ -333,6 +333,27 @@ def test_buffer_is_held_until_the_message_is_finished(core: ModuleType) -> None:
 
 
 @cores
+@pytest.mark.parametrize("offset", [0, 1, 16, 63])
+@pytest.mark.parametrize("more", [0, 1, 63, 64])
+def test_large_payloads_apart_arrive_whole(core: ModuleType, offset: int, more: int) -> None:
+    """What is large enough to go past the caches is written as is, and nothing beside it."""
+    random = np.random.default_rng(offset)
+    array = np.frombuffer(random.bytes(2 * (MIB + more)), np.uint8).reshape(2, 1, -1)
+    layout = core.ReplyLayout([("", U8, array.shape)] * 2, field=1, head_size=0, apart=True)
+    memory = bytearray(b"\xaa" * (offset + layout.payload_nbytes + 64))
+    target = memoryview(memory)[offset : offset + layout.payload_nbytes]
+    builder = core.ReplyBuilder(layout, target)
+    builder.write(0, array, U8)
+    builder.write(1, array[::-1], U8)
+    builder.finish(b"")
+    begin = layout.payload_nbytes - array.nbytes
+    assert target[: array.nbytes] == array.tobytes()
+    assert target[begin:] == array[::-1].tobytes()
+    assert memory[:offset] == b"\xaa" * offset
+    assert memory[offset + layout.payload_nbytes :] == b"\xaa" * 64
+
+
+@cores
 def test_payloads_apart_have_the_limits_of_a_message(core: ModuleType) -> None:
     """Standing elsewhere, tensors may not take more than 2**31 - 1 bytes with their message."""
     size = (1 << 30) - 200

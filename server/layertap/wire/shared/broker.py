@@ -8,9 +8,9 @@ Note [Who may connect]
 
 Note [One thread]
     All sockets are read by one thread, which never waits for a client: what a client can't take at
-    once ends its session. Other threads send, under the lock of SharedMemory. A thread that is about
-    to lend a region reads what the client gave back just before its request, which mostly is the
-    very region to use.
+    once ends its session. Other threads send, under the lock of SharedMemory. A thread that is to
+    lend a region reads what the client gave back just before its request, which mostly is the very
+    region to use.
 """
 
 from __future__ import annotations
