@@ -128,6 +128,9 @@ class Splitter {
       add_tensor(reader.length_delimited());
       return;
     }
+    if (++others_ > kMaxRestFields) {
+      malformed("message: more than " + std::to_string(kMaxRestFields) + " fields");
+    }
     reader.skip(tag, kMaxDepth);
     if (is_rival(tag)) {
       rival_won_ = true;
@@ -178,6 +181,7 @@ class Splitter {
   const std::uint8_t* message_;
   const DecodeOptions& options_;
   Decoded decoded_;
+  std::size_t others_ = 0;
   bool rival_won_ = false;
 };
 

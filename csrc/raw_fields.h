@@ -27,10 +27,6 @@ struct RawSplit {
   std::vector<Span> payloads;  // in order
 };
 
-// Other fields that a message may have. An ordinary parser takes about a hundred bytes of memory for
-// an empty submessage of two, so that a list of them would cost it forty times the message.
-inline constexpr std::size_t kMaxRestFields = 1 << 16;
-
 // Splits a message into its length-delimited fields `field`, at most `most` of them, and all else.
 // Agrees with upb on what is well-formed (Note [Agreement with upb]), but for the two limits. Throws
 // std::invalid_argument; never reads outside [message, message + size).

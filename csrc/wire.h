@@ -15,6 +15,11 @@ namespace layertap {
 
 inline constexpr std::uint64_t kMaxMessageBytes = 0x7fffffff;
 inline constexpr std::uint32_t kMaxFieldNumber = (1u << 29) - 1;
+
+// Fields of a message that are left to an ordinary parser. It takes about a hundred bytes of memory
+// for an empty submessage of two, so that a list of them would cost it forty times the message.
+inline constexpr std::size_t kMaxRestFields = 1 << 16;
+
 inline constexpr int kMaxDepth = 100;  // nested messages and groups, the top level's limit in upb
 
 enum WireType : std::uint32_t {

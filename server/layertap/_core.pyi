@@ -111,10 +111,10 @@ def decode(
     drops the other. Where a tensor drops a rival, an empty submessage ``field`` follows the rival
     in the rest, so that the parser drops it too.
 
-    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, a tensor with an unknown
-    dtype, a rank over MAX_RANK, a negative size, sizes that overflow, data or a shared slice of
-    another length than shape and dtype say, both of them, or a byte of a bool tensor that is
-    neither 0 nor 1.
+    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, more than 65,536 other
+    fields, a tensor with an unknown dtype, a rank over MAX_RANK, a negative size, sizes that
+    overflow, data or a shared slice of another length than shape and dtype say, both of them, or a
+    byte of a bool tensor that is neither 0 nor 1.
     """
 
 def raw_layout(

@@ -341,3 +341,13 @@ def test_shared_slice_must_fit_and_be_alone(core: ModuleType) -> None:
     refuses(core, INT8 + field(6, 2, field(4, 1, bytes(7))), "truncated")
     refuses(core, INT8 + field(6, 2, b"\0\1"), "field number 0")
     refuses(core, INT8 + field(6, 2, eight(4, 1) + groups(99)), "nested too deep")
+
+
+@cores
+def test_lists_that_would_cost_a_parser_dearly_are_refused(core: ModuleType) -> None:
+    """Submessages of two bytes take a hundred of memory each, so there may be only so many."""
+    layers = b"\x22\x00"
+    rest, found = core.decode(layers * 65_536, field=2, repeated=False)
+    assert (rest, found) == (layers * 65_536, [])
+    with pytest.raises(ValueError, match="more than 65536 fields"):
+        core.decode(layers * 65_537, field=2, repeated=False)

@@ -13,6 +13,7 @@ from layertap._pure._wire import (
     MAX_DEPTH,
     MAX_MESSAGE_BYTES,
     MAX_RANK,
+    MAX_REST_FIELDS,
     Reader,
     check_field,
     int64,
@@ -39,6 +40,7 @@ def decode(
     rest: list[bytes] = []
     found: list[_Tensor] = []
     rival_won = False
+    others = 0
     reader = Reader(message, 0, len(message))
     while not reader.done():
         begin = reader.at
@@ -56,6 +58,9 @@ def decode(
                 found.clear()
                 rival_won = True
             rest.append(message[begin : reader.at])
+            others += 1
+            if others > MAX_REST_FIELDS:
+                raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")
     return b"".join(rest), [tensor.checked() for tensor in found]
 
 

@@ -9,14 +9,13 @@ from layertap._pure._wire import (
     LENGTH_DELIMITED,
     MAX_DEPTH,
     MAX_MESSAGE_BYTES,
+    MAX_REST_FIELDS,
     Reader,
     check_field,
     int64,
     tag,
     varint,
 )
-
-_MAX_REST_FIELDS = 1 << 16
 
 
 def raw_layout(
@@ -62,6 +61,6 @@ def split(message: bytes, *, field: int, most: int) -> tuple[bytes, list[memoryv
         else:
             reader.skip(number, wire_type, MAX_DEPTH)
             rest.append(message[start : reader.at])
-            if len(rest) > _MAX_REST_FIELDS:
-                raise ValueError(f"message: more than {_MAX_REST_FIELDS} fields")
+            if len(rest) > MAX_REST_FIELDS:
+                raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")
     return b"".join(rest), payloads

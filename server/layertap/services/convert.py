@@ -98,7 +98,7 @@ def request_from_proto(
     if tensor is not None:
         given: TensorInput | ImagesInput = TensorInput(tensor)
     elif request.HasField("images"):
-        given = ImagesInput(tuple(request.images.images))
+        given = ImagesInput(request.images.images)
     else:
         raise InvalidInputError("input: got none, expected tensor or images")
     return ExtractionRequest(
