@@ -43,6 +43,7 @@ metrics_port = -1
 plan_cache = "off"
 mode = "throughput"   # The clients are busy on the same cores, where teams of threads stall.
 grace_seconds = {GRACE}
+shared_memory_lease_seconds = 5   # After it what nobody uses is let go of, and its files are.
 
 [limits]
 pending = {PENDING}
