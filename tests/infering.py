@@ -57,13 +57,17 @@ def raw_request(
     *outputs: pb.ModelInferRequest.InferRequestedOutputTensor,
     **changes: object,
 ) -> pb.ModelInferRequest:
-    """Return a request of raw FP32 for residual's layer1, or other outputs."""
+    """Return a request of raw FP32 for residual's layer1, or other outputs.
+
+    By HOOK: answers are compared bit for bit, and AUTO may go over to another extractor meanwhile.
+    """
     x = batch() if x is None else x
     fields: dict[str, object] = {
         "model_name": "residual",
         "inputs": [given("input", "FP32", x.shape)],
         "outputs": outputs or [output("layer1")],
         "raw_input_contents": [x.tobytes()],
+        "parameters": {"extractor": pb.InferParameter(string_param="hook")},
     }
     return pb.ModelInferRequest(**{**fields, **changes})
 

@@ -97,7 +97,7 @@ def test_every_kind_of_image_is_the_same_image(client) -> None:
 def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
     """Strided and big-endian arrays and torch tensors are sent as what they mean."""
     x = batch(2)
-    expected = client.extract("residual", x, "layer1")["layer1"]
+    expected = client.extract("residual", x, "layer1", extractor="hook")["layer1"]
     channels_last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, 3)), 3, 1)
     for given in (channels_last, x.astype(">f4"), torch.from_numpy(x)):
         got = client.extract("residual", given, "layer1", extractor="hook")["layer1"]

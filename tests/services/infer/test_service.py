@@ -47,7 +47,7 @@ def test_outputs_are_those_of_the_native_protocol(stub, client) -> None:
     x = batch(3)
     names = ["layer1", "conv1", "avgpool:input", "fc"]
     response = stub.ModelInfer(raw_request(x, *map(output, names), id="seven"))
-    features = client.extract("residual", x, names)
+    features = client.extract("residual", x, names, extractor="hook")
     got = arrays(response)
     assert list(got) == names
     for name in names:
@@ -98,7 +98,7 @@ def test_a_request_that_names_no_outputs_gets_the_declared_layers(stub, client) 
     del request.outputs[:]
     got = arrays(stub.ModelInfer(request))
     assert list(got) == ["layer1", "before"]
-    features = client.extract("residual", x, ["layer1", "avgpool:input"])
+    features = client.extract("residual", x, ["layer1", "avgpool:input"], extractor="hook")
     assert np.array_equal(got["before"], features["avgpool:input"])
     alone = arrays(stub.ModelInfer(raw_request(x, output("before"))))
     assert np.array_equal(alone["before"], got["before"])
@@ -135,16 +135,16 @@ def test_a_photograph_is_preprocessed_as_in_the_native_protocol(stub, client) ->
     raw = pb.ModelInferRequest(
         model_name="resnet18",
         inputs=[given("images", "BYTES", [2])],
-        outputs=[output("avgpool")],
+        outputs=[output("avgpool", extractor="hook")],
         raw_input_contents=[bytes_tensor(*photos)],
     )
     contents = pb.InferTensorContents(bytes_contents=photos)
     typed = pb.ModelInferRequest(
         model_name="resnet18",
         inputs=[given("images", "BYTES", [2], contents=contents)],
-        outputs=[output("avgpool")],
+        outputs=[output("avgpool", extractor="hook")],
     )
-    expected = client.extract("resnet18", photos, "avgpool")["avgpool"]
+    expected = client.extract("resnet18", photos, "avgpool", extractor="hook")["avgpool"]
     assert np.array_equal(arrays(stub.ModelInfer(raw))["avgpool"], expected)
     assert np.array_equal(arrays(stub.ModelInfer(typed))["avgpool"], expected)
 
@@ -155,7 +155,7 @@ def test_values_whose_shape_depends_on_the_content_are_sent(stub, client) -> Non
         x = batch(size, seed=size)
         request = raw_request(x, output("score"), output("pick"), model_name="dynamic")
         got = arrays(stub.ModelInfer(request))
-        features = client.extract("dynamic", x, ["score", "pick"])
+        features = client.extract("dynamic", x, ["score", "pick"], extractor="hook")
         assert np.array_equal(got["score"], features["score"])
         assert np.array_equal(got["pick"], features["pick"])
 
