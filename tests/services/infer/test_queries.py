@@ -102,7 +102,7 @@ def test_every_layer_of_the_catalogue_in_the_config_can_be_asked_for(stub) -> No
     layers = json.loads(config.parameters["layers"].string_value)
     assert {"layer1.0.conv1", "avgpool", "avgpool:input", "layer1.0.relu_1"} <= set(layers)
     for name, (datatype, shape) in layers.items():
-        out = stub.ModelInfer(raw_request(None, output(name))).outputs[0]
+        out = stub.ModelInfer(raw_request(None, output(name), parameters={})).outputs[0]
         told = [1 if size == -1 else size for size in shape]
         assert (out.datatype, list(out.shape)) == (datatype, told), name
 
