@@ -62,9 +62,11 @@ def _nothing_is_left(narrow: Engine) -> Iterator[None]:
     """After each test no item is pending and no reader is left."""
     yield
     eventually(lambda: narrow.pending == 0)
-    eventually(
-        lambda: not [t for t in threading.enumerate() if t.name.startswith("layertap-stream")]
-    )
+    eventually(lambda: not readers())
+
+
+def readers() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name.startswith("layertap-stream")]
 
 
 class Stream:
@@ -164,14 +166,16 @@ def test_a_bounded_number_is_in_flight(line, narrow) -> None:
         assert len(stream.rest()) == 3 * PLACES
 
 
-def test_a_cancelled_stream_cancels_its_items(line, narrow) -> None:
-    """Once the client is gone, what it had in flight is given up."""
+def test_a_cancelled_stream_cancels_its_items(line, counted) -> None:
+    """Once the client is gone, what it had in flight is given up at its next layer."""
     stream = Stream(line)
-    with gate():
+    with gate() as closed:
         stream.send(*(held(n) for n in range(PLACES)))
-        eventually(lambda: narrow.pending == PLACES)
+        for _ in range(PLACES):
+            closed.arrived()
         stream.call.cancel()
-        eventually(lambda: narrow.pending == 0)
+        eventually(lambda: not readers())  # So the server knows.
+    counted.wait("gated CANCELLED", PLACES)
 
 
 def test_streams_of_both_protocols_share_one_bound(line) -> None:
