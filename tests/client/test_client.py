@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,25 @@ def test_a_channel_error_without_our_metadata_is_still_ours(engine) -> None:
         pytest.raises(errors.LayertapError),
     ):
         client.extract("residual", np.zeros((30_000, *ITEM), np.float32), "layer1")
+
+
+def test_a_call_that_the_other_side_ends_is_unavailable() -> None:
+    """gRPC resets calls that reach a stopping server: CANCELLED, though nobody here cancelled."""
+
+    def end(message: bytes, context: grpc.ServicerContext) -> bytes:
+        context.abort(grpc.StatusCode.CANCELLED, "RST_STREAM with error code 8")
+
+    handlers = {"ListModels": grpc.unary_unary_rpc_method_handler(end)}
+    with ThreadPoolExecutor(1) as pool:
+        server = grpc.server(pool)
+        server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("layertap.v1.FeatureService", handlers),)
+        )
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        with (
+            Client(f"127.0.0.1:{port}") as client,
+            pytest.raises(errors.UnavailableError, match="the server ended the call: RST_STREAM"),
+        ):
+            client.list_models()
+        server.stop(None).wait()

@@ -26,6 +26,9 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LayertapError]] = {
     Code.UNIMPLEMENTED: errors.UnavailableError,
 }
 
+# gRPC's words for what this side did itself.
+_OWN_DOING = ("Locally cancelled by application!", "Channel closed!")
+
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
 
 
@@ -33,7 +36,12 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
     """Return the exception that the server named, else the one that its status stands for."""
     metadata = dict(error.trailing_metadata() or ())
     name = str(metadata.get(ERROR_METADATA_KEY, ""))
-    return _error(error.code(), name, error.details() or "")
+    code, text = error.code(), error.details() or ""
+    if code is Code.CANCELLED and not name and text not in _OWN_DOING:
+        # A call that reaches gRPC as it stops is reset, before any handler sees it; so is one that
+        # outlasts the grace.
+        return errors.UnavailableError(f"the server ended the call: {text}")
+    return _error(code, name, text)
 
 
 def error_from_item(error: ExtractStreamError) -> errors.LayertapError:
