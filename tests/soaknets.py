@@ -17,10 +17,12 @@ class Telling(nn.Module):
     ``third`` is v(12c + 1).
     """
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: int, width: int = 32) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 1, bias=False)
-        self.burn = nn.Sequential(nn.Conv2d(4, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Tanh())
+        self.burn = nn.Sequential(
+            nn.Conv2d(4, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.Tanh()
+        )
         self.third = nn.Conv2d(4, 4, 1)
         nn.init.constant_(self.first.weight, version)
         nn.init.ones_(self.third.weight)
@@ -34,6 +36,11 @@ class Telling(nn.Module):
 def build() -> nn.Module:
     """Return version 0: a factory, whose weights come from a file."""
     return Telling(0)
+
+
+def build_heavy() -> nn.Module:
+    """Return version 1 with about as much work as a ResNet-18 has: 1.9 billion multiplications."""
+    return Telling(1, width=240)
 
 
 def save_weights(file: Path, version: int) -> None:

@@ -1,6 +1,6 @@
 """A process of clients, good ones and bad ones; it counts how everything ended, a line at a time.
 
-    python callers.py ADDRESS THREADS plain|mixed [INTERVAL]
+    python callers.py ADDRESS THREADS plain|heavy|mixed [INTERVAL]
 
 Each caller asks as soon as it was answered, or, with INTERVAL, begins a request every so many
 seconds and leaves out those that it is late for. The process writes its counts so far as a JSON
@@ -36,6 +36,7 @@ LATER = OVERLOAD | {"RESOURCE_EXHAUSTED", "UnavailableError", "UNAVAILABLE"}
 # What may become of each kind of request, besides OK and what every client must expect.
 ALLOWED: dict[str, set[str]] = {
     "plain": OVERLOAD,
+    "heavy": OVERLOAD,
     "described": set(),
     "cancelled": OVERLOAD | {"CANCELLED", "RESOURCE_EXHAUSTED"},
     "hurried": OVERLOAD | {"DeadlineExceededError"},
@@ -57,7 +58,7 @@ class Caller:
     Attributes:
         ended: How often each (kind of request, outcome) was seen.
         wrong: What was wrong in answers, or should not have happened.
-        latencies: Milliseconds of the plain requests that were answered.
+        latencies: Milliseconds of the plain and heavy requests that were answered.
     """
 
     def __init__(self, address: str, seed: int) -> None:
@@ -70,10 +71,12 @@ class Caller:
 
     def plain(self) -> None:
         """Ask for some layers of a few items, and check every element."""
-        begun = time.perf_counter()
-        model, value, x, layers = self._question(items=self._chance.choice([1, 1, 1, 2, 4]))
-        self._check(self._client.extract(model, x, layers), value)
-        self.latencies.append((time.perf_counter() - begun) * 1000)
+        self._timed(*self._question(items=self._chance.choice([1, 1, 1, 2, 4])))
+
+    def heavy(self) -> None:
+        """Ask for what takes the server as long as a pass of a usual network."""
+        _, value, x, layers = self._question(items=1)
+        self._timed("heavy", value, x, layers)
 
     def described(self) -> None:
         """Ask for the catalogue."""
@@ -163,6 +166,11 @@ class Caller:
         x = np.full((items, 3, SIDE, SIDE), value, np.float32)
         return self._chance.choice(MODELS), value, x, layers
 
+    def _timed(self, model: str, value: int, x: np.ndarray, layers: list[str]) -> None:
+        begun = time.perf_counter()
+        self._check(self._client.extract(model, x, layers), value)
+        self.latencies.append((time.perf_counter() - begun) * 1000)
+
     def _item(self, outcome: Features | errors.LayertapError, value: int) -> bool:
         """Count an item of a stream; tell whether it was answered."""
         if isinstance(outcome, errors.LayertapError):
@@ -186,11 +194,14 @@ class Caller:
             self.wrong.append("burn holds NaN")
 
 
-def kinds(mixed: bool, chance: random.Random) -> Iterator[str]:
-    """Yield kinds of requests, mostly plain ones."""
-    others = [kind for kind in ALLOWED if kind != "plain"]
+def kinds(mode: str, chance: random.Random) -> Iterator[str]:
+    """Yield the one kind of request, or all kinds but the heavy one, mostly plain ones."""
+    others = [kind for kind in ALLOWED if kind not in ("plain", "heavy")]
     while True:
-        yield "plain" if not mixed or chance.random() < 0.7 else chance.choice(others)
+        if mode != "mixed":
+            yield mode
+        else:
+            yield "plain" if chance.random() < 0.7 else chance.choice(others)
 
 
 def ticks(interval: float, chance: random.Random) -> Iterator[None]:
@@ -212,7 +223,7 @@ def main(address: str, threads: int, mode: str, interval: float = 0) -> None:
     ended = threading.Event()
 
     def ask(caller: Caller) -> None:
-        asked = kinds(mode == "mixed", caller._chance)
+        asked = kinds(mode, caller._chance)
         for kind, _ in zip(asked, ticks(interval, caller._chance), strict=False):
             if ended.is_set():
                 return

@@ -2,9 +2,10 @@
 
     PYTHONPATH=tests python tests/soak/endure.py --seconds 300 --report build/soak.json
 
-A server in a process of its own is asked by others: first as many at once as it admits, then four
-times as often as it could answer, then by a mixture of good and bad clients, while weights are
-replaced under it and clients are killed in mid-call. In the end it is told to stop, under load.
+A server in a process of its own is asked by others: first for passes as long as a ResNet-18's, by
+as many callers at once as it admits, then for those four times as often as it could answer, then by
+a mixture of good and bad clients for short ones, while weights are replaced under it and clients
+are killed in mid-call. In the end it is told to stop, under load.
 Exit code 1 where an answer was wrong, a refusal not a documented one, or memory or file descriptors
 were not level.
 """
@@ -65,6 +66,13 @@ name = "b"
 source = "soaknets:build"
 weights = "b.pth"
 item_shape = [3, {soaknets.SIDE}, {soaknets.SIDE}]
+
+# With passes that cost next to nothing, it is the callers on the same cores that would be measured.
+[[models]]
+name = "heavy"
+source = "soaknets:build_heavy"
+item_shape = [3, {soaknets.SIDE}, {soaknets.SIDE}]
+layers = ["first", "burn", "third"]
 """
 
 
@@ -152,12 +160,15 @@ class Soak:
         """Go through the stages and return the report."""
         address = self.server.address
         watch = Watch(self.server.process.pid)
-        self._plain(address, 1, self._seconds * 0.05)  # Warms up what is counted next.
+        self._timed(address, 1, self._seconds * 0.05)  # Warms up what is counted next.
         idle = watch.descriptors()
-        capacity = self._plain(address, 1, self._seconds * 0.15)
-        # As often, all callers together, as OVERLOAD times what was answered just now.
-        interval = PENDING / capacity["answered a second"]
-        overload = self._plain(address, OVERLOAD, self._seconds * 0.15, interval)
+        capacity = self._timed(address, 1, self._seconds * 0.15)
+        # As often, all callers together, as OVERLOAD times what was answered just now; each comes
+        # so seldom that it was answered before.
+        interval = 2 * PENDING / capacity["answered a second"]
+        overload = self._timed(
+            address, OVERLOAD, self._seconds * 0.15, threads=2 * PENDING, interval=interval
+        )
         reloads, killed = self._mixed(address, self._seconds * 0.6)
         self._wait_idle(watch, idle)
         descriptors = watch.descriptors()
@@ -185,11 +196,17 @@ class Soak:
         self._wrong.extend(seen["wrong"])
         return list(seen["latencies"])
 
-    def _plain(
-        self, address: str, processes: int, seconds: float, interval: float = 0
+    def _timed(
+        self,
+        address: str,
+        processes: int,
+        seconds: float,
+        *,
+        threads: int = PENDING,
+        interval: float = 0,
     ) -> dict[str, float]:
-        """Let plain callers ask; return what was answered a second, and how long that took."""
-        callers = [Callers(address, PENDING, "plain", interval) for _ in range(processes)]
+        """Let callers ask for heavy passes; return how many were answered, and how long it took."""
+        callers = [Callers(address, threads, "heavy", interval) for _ in range(processes)]
         time.sleep(seconds)
         seen = [each.end() for each in callers]
         seconds = max(each["seconds"] for each in seen)
