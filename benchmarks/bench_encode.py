@@ -13,6 +13,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,26 @@ def check(value: torch.Tensor, dtype: str) -> None:
         raise SystemExit(f"{dtype}: the encoder's bytes are not torch's")
 
 
-def both_threads(encode: Callable[[], bytes], seconds: float) -> float:
-    """Return the throughput of two threads at once as a multiple of one's."""
+def copier(size: int) -> Callable[[], object]:
+    """Return what copies so many bytes, to memory of its own."""
+    source, target = (ctypes.create_string_buffer(size) for _ in range(2))
+    return lambda: ctypes.memmove(target, source, size)
+
+
+def both_threads(make: Callable[[], Callable[[], object]], seconds: float) -> float:
+    """Return the throughput of two threads at once, each with its own call, as a multiple of one's.
+
+    Where plain copies reach no more either, it is the memory that both wait for.
+    """
 
     def rate(threads: int) -> float:
         counts = [0] * threads
+        calls = [make() for _ in counts]
         ends = time.perf_counter() + seconds
 
         def work(index: int) -> None:
             while time.perf_counter() < ends:
-                encode()
+                calls[index]()
                 counts[index] += 1
 
         workers = [threading.Thread(target=work, args=(index,)) for index in range(threads)]
@@ -101,10 +112,8 @@ def run(rounds: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, (value, dtype) in cases().items():
         check(value, dtype)
-        size = value.numel() * 4
-        source, target = (ctypes.create_string_buffer(size) for _ in range(2))
         ways = {
-            "memcpy of float32": lambda s=source, t=target, n=size: ctypes.memmove(t, s, n),
+            "memcpy of float32": copier(value.numel() * 4),
             "ours": lambda v=value, d=dtype: len(ours(v, d)),
             "torch's steps": lambda v=value, d=dtype: len(torchs(v, d)),
         }
@@ -113,7 +122,10 @@ def run(rounds: int) -> dict[str, Any]:
             for way, call in ways.items():
                 times[way] += common.timed(call, 3)
         results[name] = {way: common.quantiles(t) for way, t in times.items()}
-        results[name]["two threads"] = both_threads(lambda v=value, d=dtype: ours(v, d), 0.4)
+        results[name]["two threads"] = both_threads(
+            lambda v=value, d=dtype: partial(ours, v, d), 0.4
+        )
+        results[name]["two threads, memcpy"] = both_threads(partial(copier, value.numel() * 4), 0.4)
     return {"machine": common.machine("torch", "numpy"), "rounds": rounds, "cases": results}
 
 

@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 
 import common
@@ -29,6 +31,7 @@ from plan_process import LAYERS, NET, PlanProcess, batch
 
 PHOTO = Path(__file__).resolve().parent.parent / "examples" / "images" / "grace_hopper.jpg"
 CONCURRENCY = (1, 2, 4, 8, 16, 32)
+BARE_CALLERS = 8
 MODES = ("latency", "throughput")
 FIRST = 50
 BATCHING = {
@@ -52,17 +55,39 @@ def serving(mode: str, *flags: str) -> Iterator[str]:
             process.terminate()
 
 
-def check(client: Client, plans: PlanProcess) -> None:
-    """Stop where the server's values are not the plan's."""
+def check(ask: Ask, plans: PlanProcess) -> None:
+    """Stop where a server's values are not the plan's."""
     for layer in LAYERS:
         expected = plans.values(layer)
-        served = client.extract(NET, batch(), layer)[layer].ravel()[: len(expected)]
+        served = ask(layer).ravel()[: len(expected)]
         if not np.allclose(served, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max()):
             raise SystemExit(f"{layer}: the server's values are not the plan's")
 
 
+Ask = Callable[[str], np.ndarray]
+"""Asks a server for a layer of the batch."""
+
+
+@contextmanager
+def caller(address: str) -> Iterator[Ask]:
+    """Yield what asks our server, on a channel of its own."""
+    x = batch()
+    with Client(address) as client:
+        yield lambda layer: client.extract(NET, x, layer)[layer]
+
+
+@contextmanager
+def bare_caller(address: str) -> Iterator[Ask]:
+    """Yield what asks a bare gRPC server, on a channel of its own."""
+    x = batch()
+    # Without the option all channels of a process to one address share a connection.
+    with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        methods = {layer: channel.unary_unary(f"/bare/{layer}") for layer in LAYERS}
+        yield lambda layer: np.frombuffer(methods[layer](x.tobytes()), np.float32)
+
+
 def latency(rounds: int) -> dict[str, Any]:
-    """Time a lone caller: the plan, and a client of a server in latency mode, in turns."""
+    """Time a lone caller: the plan, a bare gRPC server, and ours in latency mode, in turns."""
     x, photo = batch(), PHOTO.read_bytes()
     times: dict[str, list[float]] = {}
     with ExitStack() as closing:
@@ -70,10 +95,13 @@ def latency(rounds: int) -> dict[str, Any]:
         closing.callback(plans.close)
         address = closing.enter_context(serving("latency"))
         client = closing.enter_context(Client(address))
-        check(client, plans)
+        check(lambda layer: client.extract(NET, x, layer)[layer], plans)
+        bare = closing.enter_context(bare_caller(plans.bare_server()))
+        check(bare, plans)
         ways: dict[str, Callable[[], list[float]]] = {}
         for layer in LAYERS:
             ways[f"{layer}, plan in process"] = lambda la=layer: plans.times(la, 10)
+            ways[f"{layer}, bare gRPC server"] = lambda la=layer: common.timed(lambda: bare(la), 10)
             ways[f"{layer}, client, tensor"] = lambda la=layer: common.timed(
                 lambda: client.extract(NET, x, la), 10
             )
@@ -110,13 +138,17 @@ def throughput(rounds: int, seconds: float) -> dict[str, Any]:
             plans = PlanProcess(mode)
             closing.callback(plans.close)
             address = closing.enter_context(serving(mode))
-            check(closing.enter_context(Client(address)), plans)
+            bare = plans.bare_server()
+            for ask in (caller(address), bare_caller(bare)):
+                check(closing.enter_context(ask), plans)
             for _ in range(rounds):
                 loop = plans.rate("layer1", seconds)
                 rates.setdefault("loop in process", []).append(loop)
                 for callers in CONCURRENCY:
-                    rate = load(address, callers, seconds)["rate"]
+                    rate = load(partial(caller, address), callers, seconds)["rate"]
                     rates.setdefault(f"{callers} clients", []).append(rate)
+                rate = load(partial(bare_caller, bare), BARE_CALLERS, seconds)["rate"]
+                rates.setdefault(f"{BARE_CALLERS} of a bare server", []).append(rate)
         results[mode] = {name: statistics.median(values) for name, values in rates.items()}
     return results
 
@@ -132,28 +164,29 @@ def batching(rounds: int, seconds: float) -> dict[str, Any]:
         }
         for _ in range(rounds):
             for name, address in servers.items():
-                rows.setdefault(name, []).append(load(address, 8, seconds))
+                rows.setdefault(name, []).append(load(partial(caller, address), 8, seconds))
     return {
         name: {key: statistics.median(row[key] for row in taken) for key in taken[0]}
         for name, taken in rows.items()
     }
 
 
-def load(address: str, callers: int, seconds: float) -> dict[str, float]:
+def load(
+    connect: Callable[[], AbstractContextManager[Ask]], callers: int, seconds: float
+) -> dict[str, float]:
     """Return the requests a second that some callers get answered, each on its own channel.
 
     And the median and 99th percentile of how long they took, in milliseconds.
     """
     begin = threading.Barrier(callers + 1)
-    x = batch()
 
     def call() -> list[float]:
-        with Client(address) as client:
-            client.extract(NET, x, "layer1")
+        with connect() as ask:
+            ask("layer1")
             begin.wait()
             ends, times = time.perf_counter() + seconds, []
             while time.perf_counter() < ends:
-                times += common.timed(lambda: client.extract(NET, x, "layer1"), 1)
+                times += common.timed(lambda: ask("layer1"), 1)
         return times
 
     with ThreadPoolExecutor(callers) as pool:

@@ -1,6 +1,7 @@
 """The plans that a server would run, without a server: in a process of its own, run on request.
 
-Started as a program it answers requests, a JSON object a line; ``PlanProcess`` starts it.
+Started as a program it answers requests, a JSON object a line; ``PlanProcess`` starts it. It also
+runs them behind the least that a Python gRPC server can be, which is the floor of any.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import grpc
 import numpy as np
 
 import common
@@ -55,6 +57,14 @@ class PlanProcess:
         """Return the runs a second of loops on every instance."""
         return float(self._ask(do="rate", layer=layer, seconds=seconds))
 
+    def bare_server(self) -> str:
+        """Serve the plans at the address that is returned, until the child ends.
+
+        The method is named after the layer, ``/bare/LAYER``; the request is the input's bytes, the
+        reply the layer's. Nothing is parsed, checked, named or counted.
+        """
+        return str(self._ask(do="bare_server"))
+
     def close(self) -> None:
         """End the child."""
         self._process.communicate()
@@ -84,6 +94,7 @@ class _Plans:
         self._model = load_model(ModelSpec(NET, weights="random"))
         self._x = torch.from_numpy(batch())
         self._built = self._run(self._build)
+        self._server: grpc.Server | None = None
 
     def _run(self, job: Any) -> Any:
         return self._threads.run(job, self._call())
@@ -98,9 +109,10 @@ class _Plans:
         points = {layer: [catalogue.entry(layer).points[Capture.OUTPUT]] for layer in LAYERS}
         return {la: plans.build(Extractor.TORCHSCRIPT, p, shape).built for la, p in points.items()}
 
-    def _once(self, layer: str) -> list[Any]:
+    def _once(self, layer: str, x: Any = None) -> list[Any]:
         kept: list[Any] = []
-        self._built[layer].run(self._x, lambda index, value: kept.append(value.clone()))
+        x = self._x if x is None else x
+        self._built[layer].run(x, lambda index, value: kept.append(value.clone()))
         return kept
 
     def values(self, layer: str) -> list[float]:
@@ -121,7 +133,30 @@ class _Plans:
             loops = [pool.submit(self._run, loop) for _ in range(self._threads.instances)]
             return sum(done.result() for done in loops) / seconds
 
+    def bare_server(self) -> str:
+        import torch
+
+        shape = tuple(self._x.shape)
+
+        def answer(layer: str, message: bytes) -> bytes:
+            x = torch.from_numpy(np.frombuffer(message, np.float32).reshape(shape))
+            return self._run(partial(self._once, layer, x))[0].numpy().tobytes()
+
+        handlers = {
+            layer: grpc.unary_unary_rpc_method_handler(lambda m, _, la=layer: answer(la, m))
+            for layer in LAYERS
+        }
+        self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("bare", handlers),)
+        )
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+        return f"127.0.0.1:{port}"
+
     def close(self) -> None:
+        if self._server is not None:
+            self._server.stop(0).wait()
         self._threads.close()
 
 

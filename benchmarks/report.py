@@ -73,7 +73,8 @@ SERVER = """
 
 [bench_server.py](bench_server.py): resnet18 at 3 × 224 × 224, batch 1, by TORCHSCRIPT. Milliseconds
 of a lone caller, the plan in a process of its own and the server in another taking turns; all of
-them keep freed memory:
+them keep freed memory. The bare server is the floor: grpcio around the same plan, the input's bytes
+in and the layer's out, nothing parsed, checked or counted:
 
 {latency}
 
@@ -101,7 +102,8 @@ ENCODE = """
 
 [bench_encode.py](bench_encode.py): a 12.8 MB activation to a finished message, milliseconds; in
 brackets how many times as fast as torch's steps (cast, contiguous, `tobytes`, protobuf). The last
-column is the throughput of two threads at once to that of one. Machine: {facts}.
+columns are the throughput of two threads at once to that of one, and the same for plain copies:
+where those don't double either, it is the memory that both threads wait for. Machine: {facts}.
 
 {table}
 """
@@ -230,7 +232,9 @@ def _server(results: dict[str, Any], folder: Path) -> str:
     latency, modes = results["latency"], results["throughput"]
     rows = []
     for name, row in latency.items():
-        plan = latency[f"{name.partition(',')[0]}, plan in process"]
+        layer = name.partition(",")[0]
+        plan = latency[f"{layer}, plan in process"]
+        bare = latency[f"{layer}, bare gRPC server"]
         ratio, added = row["p50"] / plan["p50"], row["p50"] - plan["p50"]
         rows.append(
             [
@@ -239,13 +243,15 @@ def _server(results: dict[str, Any], folder: Path) -> str:
                 charts.digits(row["p99"]),
                 f"{ratio:.2f}×",
                 charts.digits(added),
+                f"{row['p50'] / bare['p50']:.2f}×" if row is not plan else "–",
             ]
         )
     clients = [name for name in next(iter(modes.values())) if name.endswith("clients")]
+    bare_clients = [name for name in next(iter(modes.values())) if name.endswith("bare server")]
     rates = []
     for mode, of in modes.items():
         loop = of["loop in process"]
-        shares = [f"{of[name]:.0f} ({of[name] / loop:.0%})" for name in clients]
+        shares = [f"{of[name]:.0f} ({of[name] / loop:.0%})" for name in clients + bare_clients]
         rates.append([mode, f"{loop:.0f}", *shares])
     charts.lines(
         folder / "server.png",
@@ -253,10 +259,12 @@ def _server(results: dict[str, Any], folder: Path) -> str:
         "clients", "requests a second",
     )  # fmt: skip
     return SERVER.format(
-        latency=_table(["", "p50", "p99", "of the plan's p50", "added"], rows),
+        latency=_table(
+            ["", "p50", "p99", "of the plan's p50", "added", "of the bare server's p50"], rows
+        ),
         first=len(results["first_requests"]["first"]),
         slowest=results["first_requests"]["slowest_of_first_to_median"],
-        throughput=_table(["mode", "loop", *clients], rates),
+        throughput=_table(["mode", "loop", *clients, *bare_clients], rates),
         batching=_table(
             ["mode and batching", "requests a second", "p50, ms", "p99, ms"],
             (
@@ -275,8 +283,9 @@ def _encode(results: dict[str, Any], folder: Path) -> str:
         copy = ways["memcpy of float32"]["p50"]
         faster = f"{charts.digits(own)} ({theirs / own:.1f}×)"
         shown = [charts.digits(copy), charts.digits(theirs), faster]
-        rows.append([name, *shown, f"{ways['two threads']:.2f}×"])
-    head = ["", "memcpy of float32", "torch's steps", "layertap", "two threads"]
+        both = [f"{ways[way]:.2f}×" for way in ("two threads", "two threads, memcpy")]
+        rows.append([name, *shown, *both])
+    head = ["", "memcpy of float32", "torch's steps", "layertap", "two threads", "of memcpy"]
     return ENCODE.format(table=_table(head, rows), facts=_facts(results["machine"]))
 
 
