@@ -21,6 +21,7 @@ import torch
 import common
 import peaks
 import report
+from layertap import keep_memory
 from layertap.models import ModelSpec, load_model
 from ways import Way, Ways
 
@@ -137,6 +138,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=common.RESULTS)
     options = parser.parse_args()
+    keep_memory()  # As the server does by itself.
     clock = Clock(options.device)
 
     def batches(net: str) -> Sequence[int]:
