@@ -121,8 +121,10 @@ MEMORY = """
 ## Does a server's memory level off?
 
 [bench_memory.py](bench_memory.py): {requests:,} requests of every kind from 4 clients, mistakes
-included. Resident memory was {start:.0f} MiB when the server was ready, {half:.0f} MiB after half
-of the requests and {end:.0f} MiB at the end. Machine: {facts}.
+included. Resident memory was {start:.0f} MiB when the server was ready, at most {first:.0f} MiB
+during the first half of the requests and at most {second:.0f} MiB during the second: what is freed
+is kept until it is more than [a bound](../docs/performance.md#memory-is-kept), then all of it goes
+back. Machine: {facts}.
 
 ![Resident memory over the requests](results/memory.png)
 """
@@ -311,12 +313,13 @@ def _hook(results: dict[str, Any], folder: Path) -> str:
 
 def _memory(results: dict[str, Any], folder: Path) -> str:
     curve = results["resident_mib"]
+    half = len(curve) // 2
     charts.lines(folder / "memory.png", {"server": curve}, "requests", "resident memory, MiB")
     return MEMORY.format(
         requests=results["requests"],
         start=curve[0][1],
-        half=curve[len(curve) // 2][1],
-        end=curve[-1][1],
+        first=max(mib for _, mib in curve[:half]),
+        second=max(mib for _, mib in curve[half:]),
         facts=_facts(results["machine"]),
     )
 
