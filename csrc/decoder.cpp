@@ -128,13 +128,13 @@ class Splitter {
       add_tensor(reader.length_delimited());
       return;
     }
-    if (++others_ > kMaxRestFields) {
-      malformed("message: more than " + std::to_string(kMaxRestFields) + " fields");
-    }
-    reader.skip(tag, kMaxDepth);
+    count_other();
     if (is_rival(tag)) {
+      count_fields(reader.length_delimited());
       rival_won_ = true;
       decoded_.tensors.clear();
+    } else {
+      reader.skip(tag, kMaxDepth);
     }
     add_rest({begin, reader.offset() - begin});
   }
@@ -151,6 +151,23 @@ class Splitter {
     const auto& rivals = options_.rivals;
     return (tag & 7) == kLengthDelimited &&
            std::find(rivals.begin(), rivals.end(), tag >> 3) != rivals.end();
+  }
+
+  void count_other() {
+    if (++others_ > kMaxRestFields) {
+      malformed("message: more than " + std::to_string(kMaxRestFields) + " fields");
+    }
+  }
+
+  // A rival's fields are the ordinary parser's as well, such as a list of images.
+  void count_fields(Span span) {
+    Reader reader(message_, span);
+    while (!reader.done()) {
+      const std::uint32_t tag = reader.tag();
+      check_field_number(tag);
+      count_other();
+      reader.skip(tag, kMaxDepth - 1);
+    }
   }
 
   void add_tensor(Span span) {

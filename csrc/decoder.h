@@ -7,7 +7,8 @@
 //   nest 100 deep less the messages around them. Stricter on purpose, after the parse: dtype has a
 //   row, rank <= 32, no negative size, no overflow, data or a shared slice of exactly the size that
 //   follows, not both, bools of 0 and 1 only (numpy and torch leave undefined what another byte
-//   means), at most kMaxRestFields other fields, and a message of at most 2**31 - 1 bytes.
+//   means), at most kMaxRestFields other fields, those inside a rival included, and a message of at
+//   most 2**31 - 1 bytes.
 #pragma once
 
 #include <array>

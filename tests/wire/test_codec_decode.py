@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
+from google.protobuf.message import DecodeError
 
 from layertap import _core, _pure
 from layertap.v1.feature_service_pb2 import ExtractRequest
@@ -351,3 +352,30 @@ def test_lists_that_would_cost_a_parser_dearly_are_refused(core: ModuleType) -> 
     assert (rest, found) == (layers * 65_536, [])
     with pytest.raises(ValueError, match="more than 65536 fields"):
         core.decode(layers * 65_537, field=2, repeated=False)
+
+
+@cores
+def test_lists_in_a_rival_count_as_well(core: ModuleType) -> None:
+    """Empty images cost a parser eight times their bytes, so there may be only so many of them."""
+    image = b"\x0a\x00"
+    most = field(3, 2, image * 32_768)
+    rest, found = core.decode(most * 2 + b"\x22\x00", field=2, repeated=False, rivals=[])
+    assert (rest, found) == (most * 2 + b"\x22\x00", [])
+    fits = field(3, 2, image * 65_535)
+    assert core.decode(fits, field=2, repeated=False, rivals=[3]) == (fits, [])
+    for message in (field(3, 2, image * 65_536), most * 2, fits + b"\x22\x00"):
+        with pytest.raises(ValueError, match="more than 65536 fields"):
+            core.decode(message, field=2, repeated=False, rivals=[3])
+
+
+@cores
+def test_a_rival_is_walked_as_upb_does(core: ModuleType) -> None:
+    """Groups nest in it as deep as upb lets them, and what upb refuses in it is refused."""
+    deep = field(3, 2, groups(99))
+    assert core.decode(deep, field=2, repeated=False, rivals=[3]) == (deep, [])
+    assert ExtractRequest.FromString(deep).HasField("images")
+    for inner in (groups(100), b"\x0a\x05ab", b"\x02\x00", b"\x0c"):
+        with pytest.raises(ValueError, match=r"message: "):
+            core.decode(field(3, 2, inner), field=2, repeated=False, rivals=[3])
+        with pytest.raises(DecodeError):
+            ExtractRequest.FromString(field(3, 2, inner))

@@ -53,15 +53,27 @@ def decode(
                 found.append(_Tensor(message))
             found[-1].merge(*reader.length_delimited())
         else:
-            reader.skip(number, wire_type, MAX_DEPTH)
+            others += 1
             if wire_type == LENGTH_DELIMITED and number in rival_fields:
+                others += _fields(message, *reader.length_delimited())
                 found.clear()
                 rival_won = True
+            else:
+                reader.skip(number, wire_type, MAX_DEPTH)
             rest.append(message[begin : reader.at])
-            others += 1
             if others > MAX_REST_FIELDS:
                 raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")
     return b"".join(rest), [tensor.checked() for tensor in found]
+
+
+def _fields(message: bytes, begin: int, end: int) -> int:
+    """Return how many fields a submessage has."""
+    reader = Reader(message, begin, end)
+    count = 0
+    while not reader.done():
+        reader.skip(*reader.field_tag(), MAX_DEPTH - 1)
+        count += 1
+    return count
 
 
 class _Tensor:

@@ -27,6 +27,7 @@ from layertap.services.infer.statistics import Statistics
 from layertap.services.observer import Observer, Observers
 from layertap.services.open_streams import OpenStreams
 from layertap.services.shared_memory_service import SharedMemoryService
+from layertap.services.stream_threads import StreamThreads
 from layertap.wire.client_regions import ClientRegions
 from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS, DEFAULT_MIB
 
@@ -125,18 +126,17 @@ class FeatureServer:
         statistics = Statistics()
         observer = Observers(observer, statistics) if observer else statistics
         self._streams = OpenStreams(engine.limits.streams)
-        self._service = FeatureService(engine, observer, self._streams, self.shared_memory)
-        self._inference = InferenceService(
+        self._stream_threads = StreamThreads(self._streams, observer)
+        features = FeatureService(engine, observer, self._stream_threads, self.shared_memory)
+        inference = InferenceService(
             engine,
             InferenceSettings(
                 lambda: self._health.serving(""), statistics, options.client_regions, repository
             ),
             observer,
-            self._streams,
+            self._stream_threads,
         )
-        self._server.add_generic_rpc_handlers(
-            (self._service.handlers(), self._inference.handlers())
-        )
+        self._server.add_generic_rpc_handlers((features.handlers(), inference.handlers()))
         names = [FeatureService.NAME, InferenceService.NAME, HEALTH, reflection.SERVICE_NAME]
         if admin is not None:
             self._server.add_generic_rpc_handlers((admin.handlers(),))
@@ -179,8 +179,7 @@ class FeatureServer:
         self._server.wait_for_termination()
 
     def _close(self) -> None:
-        self._service.close()
-        self._inference.close()
+        self._stream_threads.close()
         if self._broker is not None:
             self._broker.close()
 

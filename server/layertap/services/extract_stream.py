@@ -1,18 +1,9 @@
-"""``ExtractStream``: many items over one stream, answered as they finish.
-
-Note [Threads of a stream]
-    In synchronous gRPC a stream holds the thread of its RPC, which sends; another one of its own
-    reads, as both block. The items of all streams share one pool, whose threads parse, wait for a
-    compute thread and encode, as those of unary calls do. Nothing polls. All of them end with the
-    RPC: gRPC tells its end by a callback, which cancels what is in flight, and wakes the reader.
-"""
+"""``ExtractStream``: many items over one stream, answered as they finish."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import grpc
 
@@ -20,8 +11,8 @@ from layertap.engine import Call, Engine
 from layertap.errors import DecodeError, LayertapError
 from layertap.services.convert import Converter
 from layertap.services.observer import Observer
-from layertap.services.open_streams import OpenStreams
 from layertap.services.status import code_of, leaving
+from layertap.services.stream_threads import StreamThreads
 from layertap.services.stream_window import StreamWindow
 from layertap.v1.feature_service_pb2 import ExtractStreamRequest
 from layertap.wire.stream_messages import (
@@ -34,77 +25,44 @@ from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = ["ExtractStream"]
 
-ITEM_THREADS = 32
-"""Items of all streams that are parsed or wait for a compute thread at once."""
-
-
 class ExtractStream:
     """Serves the streams.
 
     Args:
-        engine: The engine; its limits say how many streams there may be, and how much in flight.
+        engine: The engine; its limits say how much a stream may have in flight.
         observer: Is told how each item ended.
         converter: Turns requests into the engine's own form.
-        streams: Counts the streams.
+        threads: Serve the streams.
     """
 
     def __init__(
-        self, engine: Engine, observer: Observer, converter: Converter, streams: OpenStreams
+        self, engine: Engine, observer: Observer, converter: Converter, threads: StreamThreads
     ) -> None:
         self._engine = engine
         self._observer = observer
         self._converter = converter
-        self._streams = streams
-        self._items = ThreadPoolExecutor(ITEM_THREADS, thread_name_prefix="layertap-item")
+        self._threads = threads
 
     def serve(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer the items of one stream."""
-        with self._streams.opened(StreamWindow(self._engine.limits.stream_in_flight)) as window:
-            # False: the stream has ended already, and nobody will tell us any more.
-            if not context.add_callback(window.close):
-                window.close()
-            # In this call's context, and so are the items: what is logged tells the request.
-            reader = threading.Thread(
-                target=copy_context().run,
-                args=(self._read, window, messages, context),
-                name="layertap-stream-reader",
-            )
-            # Not to be waited for at the process's end: gRPC wakes it when the stream ends.
-            reader.daemon = True
-            reader.start()
-            yield from window.replies()
+        window = StreamWindow(self._engine.limits.stream_in_flight)
+        yield from self._threads.serve(window, partial(self._take, window), messages, context)
 
-    def close(self) -> None:
-        """Let the threads go once the items that they have are done."""
-        self._items.shutdown(wait=False)
-
-    def _read(
-        self, window: StreamWindow, messages: Iterator[bytes], context: grpc.ServicerContext
-    ) -> None:
-        try:
-            while window.wait_for_room() and (message := next(messages, None)) is not None:
-                self._take(message, window, context.time_remaining())
-                del message  # It may be large, and the next one may take long.
-            window.end()
-        except grpc.RpcError:
-            window.close()  # The stream was cancelled, or its client went away.
-        except Exception as error:  # noqa: BLE001 - it ends the stream, and is logged
-            self._observer.failed("", code_of(error))
-            window.end(leaving(error))
-
-    def _take(self, message: bytes, window: StreamWindow, remaining: float | None) -> None:
+    def _take(
+        self, window: StreamWindow, message: bytes, remaining: float | None
+    ) -> Callable[[], None] | None:
         try:
             request, tensor = decode_stream_request(message)
         except DecodeError as error:
             window.refuse(self._failed(id_of(message), "", error))
-            return
+            return None
         call = Call(_least(request.timeout_ns, remaining))
         try:
             window.admit(request.id, call)
         except LayertapError as error:
             window.refuse(self._failed(request.id, "", error))
-            return
-        self._items.submit(copy_context().run, self._run, request, tensor, call, window)
+            return None
+        return partial(self._run, request, tensor, call, window)
 
     def _run(
         self,

@@ -17,9 +17,9 @@ from layertap.engine import Call, Engine
 from layertap.errors import DecodeError
 from layertap.services.convert import Converter, description_to_proto, model_to_proto
 from layertap.services.extract_stream import ExtractStream
-from layertap.services.observer import Observer, Unobserved
-from layertap.services.open_streams import OpenStreams
+from layertap.services.observer import Observer
 from layertap.services.status import Handler, code_of, guarded, guarded_stream
+from layertap.services.stream_threads import StreamThreads
 from layertap.v1 import feature_service_pb2
 from layertap.wire.shared.hub import SharedMemory
 
@@ -34,7 +34,7 @@ class FeatureService:
     Args:
         engine: The engine.
         observer: Is told how each extraction ended.
-        streams: Counts the streams; its own if not given.
+        threads: Serve the streams.
         memory: What is shared with clients of this machine; None for none.
     """
 
@@ -43,15 +43,14 @@ class FeatureService:
     def __init__(
         self,
         engine: Engine,
-        observer: Observer | None = None,
-        streams: OpenStreams | None = None,
+        observer: Observer,
+        threads: StreamThreads,
         memory: SharedMemory | None = None,
     ) -> None:
         self._engine = engine
-        self._observer = observer or Unobserved()
+        self._observer = observer
         self._converter = Converter(engine.limits.request_bytes, memory)
-        streams = streams or OpenStreams(engine.limits.streams)
-        self._streams = ExtractStream(engine, self._observer, self._converter, streams)
+        self._streams = ExtractStream(engine, observer, self._converter, threads)
 
     def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the selected layers."""
@@ -93,10 +92,6 @@ class FeatureService:
             guarded_stream(self._streams.serve)
         )
         return grpc.method_handlers_generic_handler(self.NAME, handlers)
-
-    def close(self) -> None:
-        """Let go of the threads, when the server has stopped."""
-        self._streams.close()
 
 
 def _unary(handler: Handler) -> grpc.RpcMethodHandler:

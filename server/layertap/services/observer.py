@@ -8,7 +8,7 @@ import grpc
 
 from layertap.engine import Extraction
 
-__all__ = ["Observer", "Observers", "Unobserved"]
+__all__ = ["Observer", "Observers"]
 
 
 class Observer(Protocol):
@@ -23,16 +23,6 @@ class Observer(Protocol):
         ``model`` is a served model's name, or empty where the request named no such model: what
         strangers write must not become a label.
         """
-
-
-class Unobserved:
-    """Takes note of nothing."""
-
-    def succeeded(self, model: str, extraction: Extraction) -> None:
-        """Do nothing."""
-
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
-        """Do nothing."""
 
 
 class Observers:

@@ -13,7 +13,13 @@ __all__ = ["OpenStreams", "Window"]
 
 
 class Window(Protocol):
-    """What one stream has in flight."""
+    """What one stream has in flight. Safe between threads."""
+
+    def wait_for_room(self) -> bool:
+        """Wait until another item may be read; return False where none may any more."""
+
+    def replies(self) -> Iterator[bytes]:
+        """Yield replies until there are no more, and raise the fault that the stream ended by."""
 
     def end(self, fault: LayertapError | None = None) -> None:
         """Take no more items; those in flight are answered, and then the stream ends by fault."""

@@ -23,9 +23,9 @@ from layertap.services.infer.request import extraction_request, find_host, timeo
 from layertap.services.infer.settings import log_settings, trace_settings
 from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
-from layertap.services.observer import Observer, Unobserved
-from layertap.services.open_streams import OpenStreams
+from layertap.services.observer import Observer
 from layertap.services.status import code_of, guarded, guarded_stream, leaving
+from layertap.services.stream_threads import StreamThreads
 from layertap.wire.client_regions import ClientRegions
 from layertap.wire.infer_messages import decode_infer_request, encode_stream_error
 
@@ -59,7 +59,7 @@ class InferenceService:
         engine: The engine.
         settings: What it may do besides inference.
         observer: Is told how each inference ended.
-        streams: Counts the streams; its own if not given.
+        threads: Serve the streams.
     """
 
     NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -68,22 +68,17 @@ class InferenceService:
         self,
         engine: Engine,
         settings: InferenceSettings,
-        observer: Observer | None = None,
-        streams: OpenStreams | None = None,
+        observer: Observer,
+        threads: StreamThreads,
     ) -> None:
         self._engine = engine
-        self._observer = observer or Unobserved()
+        self._observer = observer
         self._memory = SharedMemory(settings.regions)
         self._repository = Repository(engine, settings.control)
         self._queries = Queries(
             engine, settings.ready, settings.statistics, shared_memory=self._memory.enabled
         )
-        self._streams = InferStream(
-            engine,
-            self._observer,
-            streams or OpenStreams(engine.limits.streams),
-            self.answer_item,
-        )
+        self._streams = InferStream(engine, threads, self.answer_item)
 
     def infer(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the layers that were asked for."""
@@ -113,10 +108,6 @@ class InferenceService:
             guarded_stream(self._streams.serve)
         )
         return grpc.method_handlers_generic_handler(self.NAME, handlers)
-
-    def close(self) -> None:
-        """Let go of the threads, when the server has stopped."""
-        self._streams.close()
 
     def _infer(
         self,
