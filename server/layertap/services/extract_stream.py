@@ -25,6 +25,7 @@ from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = ["ExtractStream"]
 
+
 class ExtractStream:
     """Serves the streams.
 
