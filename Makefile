@@ -8,7 +8,7 @@ soak: SECONDS ?= 300
 fuzz: SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-models soak fuzz bench perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-models soak fuzz bench bench-cuda perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,13 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_encode.py
 	$(BIN)/python -W ignore benchmarks/bench_hook.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py
+
+# For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
+# the Python and the torch that are there, and nothing installed.
+bench-cuda: ## hook, FX, TorchScript and CUDA graph on a GPU, in minutes: make bench-cuda PYTHON=python3
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda --batches 1 32 \
+	  --seconds 2 --results build/bench-cuda $(ARGS)
 
 perf-analyzer: .venv/.built ## NVIDIA's load generator against a served resnet18, three ways
 	$(BIN)/python tools/perf_analyzer.py $(ARGS)

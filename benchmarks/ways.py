@@ -10,7 +10,8 @@ import torch
 from layertap import Extractor, Features
 from layertap.engine.reply import Envelope, ReplyWriter
 from layertap.engine.resolve import Resolved, resolve
-from layertap.extraction import PlanBuilder, Taps, measure
+from layertap.engine.staging import Staging, proven_staging
+from layertap.extraction import Plan, PlanBuilder, Taps, measure
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import LoadedModel
@@ -18,10 +19,12 @@ from layertap.selection import LayerSelection
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm
 
-__all__ = ["EAGER", "INTO_REPLY", "Way", "Ways"]
+__all__ = ["BLOCKING", "EAGER", "GRAPH", "INTO_REPLY", "Way", "Ways"]
 
 EAGER = "full eager pass with cloning hooks"
 INTO_REPLY = "HOOK, into the reply"
+BLOCKING = "HOOK, into the reply, copies that block"
+GRAPH = "{}, CUDA graph"
 
 Way = Callable[[], Any]
 
@@ -37,12 +40,16 @@ class Ways:
         self._model = model
         self.catalogue: Catalogue = measure(model)
         self._builder = PlanBuilder(model, Taps(model.module), self.catalogue)
+        self._cuda = model.device.type == "cuda"
+        self._staging = proven_staging(model.device)
 
     def of(self, layers: Sequence[str], x: torch.Tensor) -> dict[str, Way]:
         """Return every way that serves all of these layers, by its name.
 
         ``EAGER`` is today's habit; the extractors keep a clone of each value, as any caller in the
-        same process would; ``INTO_REPLY`` ends with the finished message instead.
+        same process would; ``INTO_REPLY`` ends with the finished message instead. On a GPU
+        ``BLOCKING`` is the same without page-locked memory and a second stream, and ``GRAPH`` an
+        extractor's pass as a CUDA graph, where it can be recorded.
 
         Args:
             layers: Names, or globs over them.
@@ -58,18 +65,33 @@ class Ways:
         for extractor in wanted.candidates:
             plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
             way = ways[extractor.name] = lambda plan=plan: _cloned(plan.built, wanted, x)
-            compiled = extractor is Extractor.TORCHSCRIPT
-            tolerance = TORCHSCRIPT_TOLERANCE[torch.float32] if compiled else 0.0
-            _check(extractor.name, way(), truth, tolerance)
+            _check(extractor.name, way(), truth, _tolerance(extractor))
             if extractor is Extractor.HOOK:
-                way = ways[INTO_REPLY] = lambda plan=plan: _message(plan, wanted, x)
-                sent = list(Features(way()).torch().values())
-                of_points = {
-                    output.point: value for output, value in zip(wanted.outputs, sent, strict=True)
-                }
-                values = [of_points[index] for index in range(len(wanted.points))]
-                _check(INTO_REPLY, values, truth, 0.0)
+                for name, message in self._messages(plan, wanted, x).items():
+                    ways[name] = message
+                    _check(name, _sent(message, wanted), truth, 0.0)
+            if self._cuda and extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT):
+                ways |= self._graph(extractor, wanted, x, truth)
         return ways
+
+    def _messages(self, plan: Plan, wanted: Resolved, x: torch.Tensor) -> dict[str, Way]:
+        ways = {INTO_REPLY: lambda: _message(plan, wanted, x, self._staging)}
+        if self._cuda:
+            ways[BLOCKING] = lambda: _message(plan, wanted, x)
+        return ways
+
+    def _graph(
+        self, extractor: Extractor, wanted: Resolved, x: torch.Tensor, truth: list[torch.Tensor]
+    ) -> dict[str, Way]:
+        """Return an extractor's pass as a CUDA graph; nothing where it can't be recorded."""
+        shape = tuple(x.shape[1:])
+        plan = self._builder.build(extractor, wanted.points, shape)
+        if not self._builder.record(plan, shape, [len(x)]):
+            return {}
+        name = GRAPH.format(extractor.name)
+        tolerance = _tolerance(extractor)
+        _check(name, _cloned(plan.built, wanted, x), truth, tolerance)
+        return {name: lambda: _cloned(plan.built, wanted, x)}
 
     def _eager(self, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]:
         """Register hooks, run the whole model, remove them."""
@@ -113,11 +135,26 @@ def _cloned(built: Any, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]
     return [kept[index] for index in range(len(wanted.points))]
 
 
-def _message(plan: Any, wanted: Resolved, x: torch.Tensor) -> bytes:
+def _message(
+    plan: Plan, wanted: Resolved, x: torch.Tensor, staging: Staging | None = None
+) -> bytes:
     envelope = Envelope((1 << 31) - 1, NativeForm(Extractor.HOOK), lambda nbytes: None)
-    writer = ReplyWriter(wanted.outputs, plan.specs, x.shape, envelope)
+    writer = ReplyWriter(wanted.outputs, plan.specs, x.shape, envelope, staging)
     plan.built.run(x, writer)
+    writer.arrive()
     return writer.finish(Timings())
+
+
+def _sent(message: Way, wanted: Resolved) -> list[torch.Tensor]:
+    """Return what is in a message, in the order of the points."""
+    sent = zip(wanted.outputs, Features(message()).torch().values(), strict=True)
+    of_points = {output.point: value for output, value in sent}
+    return [of_points[index] for index in range(len(wanted.points))]
+
+
+def _tolerance(extractor: Extractor) -> float:
+    compiled = extractor is Extractor.TORCHSCRIPT
+    return TORCHSCRIPT_TOLERANCE[torch.float32] if compiled else 0.0
 
 
 def _check(

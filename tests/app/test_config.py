@@ -12,7 +12,8 @@ import pytest
 
 from layertap.app.config import LimitsSection, ModelSection, ServerConfig, ServerSection, with_flags
 from layertap.app.config_file import load_config
-from layertap.engine import Limits
+from layertap.app.served_models import check_models
+from layertap.engine import HostOptions, Limits
 from layertap.errors import ConfigError
 from layertap.selection import Capture, LayerSelection
 
@@ -45,6 +46,7 @@ layers = ["layer1", "avgpool:input"]
 require_finite = true
 precision = "bfloat16"
 channels_last = true
+cuda_graphs = [1, 8]
 
 [[models]]
 source = "mynets:build"
@@ -81,7 +83,8 @@ def test_every_key_is_read(read) -> None:
         LayerSelection("avgpool", Capture.INPUT),
     )
     assert second.spec().name == "build"
-    assert (first.require_finite, second.require_finite) == (True, False)
+    assert (first.options().require_finite, second.options()) == (True, HostOptions())
+    assert first.options().cuda_graphs == (1, 8)
     assert server.plans() is None
     assert (server.log_format, server.log_level) == ("json", "info")
     assert server.otel_endpoint == "http://127.0.0.1:4317"
@@ -251,6 +254,13 @@ def test_models_of_the_command_line_replace_the_files(read) -> None:
         ("vgg16", "vgg16", ("conv1",)),
         ("mine", "m:f", ("conv1",)),
     ]
+
+
+def test_graphs_of_no_layers_are_refused() -> None:
+    """There would be nothing to record, which whoever asks for it does not expect."""
+    nothing = ModelSection(source="resnet18", cuda_graphs=(1, 8))
+    with pytest.raises(ConfigError, match=r"cuda_graphs of resnet18: got \[1, 8\] without layers"):
+        check_models(ServerConfig(models=(nothing,)))
 
 
 def test_two_models_of_one_name_are_refused() -> None:

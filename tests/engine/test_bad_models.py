@@ -10,7 +10,7 @@ import pytest
 
 import asking
 from layertap import Extractor, Features, errors
-from layertap.engine import Engine
+from layertap.engine import Engine, HostOptions
 from layertap.models import ModelSpec
 from tinynets import ITEM
 
@@ -65,7 +65,7 @@ def test_nan_is_a_value_and_is_sent_as_it_is(engine, extractor) -> None:
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.FX, Extractor.TORCHSCRIPT])
 def test_nan_is_an_error_where_finite_values_are_required(engine, extractor) -> None:
     """The message has the layer and how much of it is not finite; finite layers are served."""
-    engine.load(spec("not_finite"), require_finite=True)
+    engine.load(spec("not_finite"), options=HostOptions(require_finite=True))
     elements = 2 * 4 * math.prod(ITEM[1:])
     with pytest.raises(
         errors.ModelRunError,

@@ -13,7 +13,7 @@ import torch
 import asking
 from devices import needs_cuda
 from layertap import Extractor, Features, LayerSelection
-from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput
+from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, ImagesInput
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
@@ -79,3 +79,46 @@ def test_a_photograph_reaches_the_gpu(engine) -> None:
     value = Features(engine.extract(request, Call()).message)["conv1"]
     assert value.shape[0] == 1
     assert np.isfinite(value).all()
+
+
+def test_a_value_is_sent_as_it_was_when_it_was_captured(engine) -> None:
+    """What comes after it on a busy device, in place, does not show in it."""
+    engine.load(ModelSpec("tinynets:residual", "busy", item_shape=ITEM))
+    x = torch.rand(64, *ITEM)
+    expected = {layer: truth(engine, x, layer) for layer in LAYERS}
+    for _ in range(20):
+        torch.cuda._sleep(20_000_000)
+        answer = asking.ask(engine, "busy", LAYERS, x, Extractor.HOOK).torch()
+        for layer in LAYERS:
+            assert torch.equal(answer[layer], expected[layer]), layer
+
+
+def graphed(engine: Engine, net: str, layer: str, *sizes: int) -> None:
+    """Load a net whose layer is served by CUDA graphs at some batch sizes."""
+    spec = ModelSpec(f"tinynets:{net}", "graphed", item_shape=ITEM)
+    engine.load(spec, [LayerSelection(layer)], options=HostOptions(cuda_graphs=sizes))
+
+
+def test_graphs_serve_their_batch_sizes_and_no_other(engine, caplog) -> None:
+    """Each caller gets the values of its own input, at recorded sizes and at others."""
+    caplog.set_level("INFO", "layertap")
+    graphed(engine, "residual", "layer1", 1, 8)
+    assert "CUDA graphs of layer1 at batch sizes [1, 8]" in caplog.text
+    inputs = [torch.rand(size, *ITEM) for size in (1, 8, 3, 1, 8, 8, 1)]
+    expected = [truth(engine, x, "layer1") for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda x: asking.ask(engine, "graphed", "layer1", x), inputs * 4))
+    for answer, oracle in zip(answers, expected * 4, strict=True):
+        assert answer.extractor is Extractor.TORCHSCRIPT
+        tolerance = TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert difference(answer.torch()["layer1"], oracle) <= tolerance
+
+
+def test_a_model_that_looks_at_values_is_served_without_a_graph(engine, caplog) -> None:
+    """A recording would go one way for every input; it is refused and said so."""
+    graphed(engine, "branching", "second", 1)
+    assert "no CUDA graph of second at batch size 1" in caplog.text
+    module = engine.host("graphed").model.module
+    for x in (torch.rand(1, *ITEM), -torch.rand(1, *ITEM)):
+        answer = asking.ask(engine, "graphed", "second", x).torch()["second"]
+        assert torch.equal(answer, outputs_of(module, x.to(DEVICE), "second")[0].cpu())

@@ -15,7 +15,7 @@ import torch
 
 import asking
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, Limits
+from layertap.engine import Call, Engine, HostOptions, Limits
 from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction import PointKind
 from layertap.models import ModelSpec
@@ -101,6 +101,19 @@ def test_a_declared_layer_of_a_torchscript_file_is_served_by_hook(engine, tmp_pa
     spec = ModelSpec(str(tmp_path / "net.pt"), item_shape=ITEM)
     engine.load(spec, [LayerSelection("layer1.0.bn1")])
     assert ask(engine, "net", "layer1.0.bn1").extractor is Extractor.HOOK
+
+
+def test_cuda_graphs_change_nothing_on_a_cpu(engine) -> None:
+    """One configuration fits machines with a GPU and without."""
+    load(engine, "residual", "layer1")
+    spec = ModelSpec("tinynets:residual", "again", item_shape=ITEM)
+    options = HostOptions(cuda_graphs=(1, 2))
+    engine.load(spec, [LayerSelection("layer1")], options=options)
+    x = np.random.default_rng(0).random((2, *ITEM), dtype=np.float32)
+    with_graphs = asking.ask(engine, "again", "layer1", x)
+    without = asking.ask(engine, "residual", "layer1", x)
+    assert with_graphs.extractor is without.extractor is Extractor.TORCHSCRIPT
+    np.testing.assert_array_equal(with_graphs["layer1"], without["layer1"])
 
 
 def test_a_declared_layer_that_does_not_exist_fails_the_load(engine) -> None:

@@ -19,7 +19,7 @@ import tinynets
 from asking import request_for
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.batching import BatchPolicy
-from layertap.engine import Call, Engine, Extraction
+from layertap.engine import Call, Engine, Extraction, HostOptions
 from layertap.engine.compute import ComputeThreads
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
@@ -37,12 +37,12 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
-def load(engine: Engine, source: str, *declared: str, **how: bool) -> list[int]:
+def load(engine: Engine, source: str, *declared: str, **options: bool) -> list[int]:
     """Load a net that serves up to eight items a pass; return the sizes of its passes from now."""
     name = source.rpartition(":")[2]
     layers = [LayerSelection.parse(layer) for layer in declared]
     spec = ModelSpec(source, name, item_shape=ITEM)
-    module = engine.load(spec, layers, batching=EIGHT, **how).model.module
+    module = engine.load(spec, layers, options=HostOptions(batching=EIGHT, **options)).model.module
     sizes: list[int] = []
     module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     return sizes

@@ -21,7 +21,7 @@ from layertap.app.logs import LogFormat, LogLevel
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import PORT, ServerOptions
 from layertap.batching import BatchPolicy
-from layertap.engine import DEVICE_PATTERN, Limits
+from layertap.engine import DEVICE_PATTERN, HostOptions, Limits
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
@@ -256,6 +256,8 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         max_batch_size: Items of requests that may share a forward pass; 1 runs each alone.
         max_queue_delay_us: Microseconds that a request may be held back for others to join it,
             where the last pass had several callers; 0 joins only those that wait already.
+        cuda_graphs: Batch sizes at which the layers are served by a CUDA graph; of no effect on a
+            CPU.
     """
 
     source: Text
@@ -276,10 +278,23 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     ] = ""
     max_batch_size: Count = 1
     max_queue_delay_us: Annotated[int, Meta(ge=0, description="microseconds from 0")] = 0
+    cuda_graphs: Annotated[
+        tuple[Annotated[int, Meta(ge=1)], ...],
+        Meta(description="a list of batch sizes, such as [1, 8]"),
+    ] = ()
 
-    def batching(self) -> BatchPolicy:
-        """Return how requests for the model may share forward passes."""
-        return BatchPolicy(self.max_batch_size, self.max_queue_delay_us * 1e-6)
+    def options(self) -> HostOptions:
+        """Return how the model is served; raise ConfigError for graphs of no layers."""
+        if self.cuda_graphs and not self.layers:
+            raise ConfigError(
+                f"cuda_graphs of {self.spec().name}: got {list(self.cuda_graphs)} without layers; "
+                f"expected the layers whose passes are to be recorded"
+            )
+        return HostOptions(
+            self.require_finite,
+            BatchPolicy(self.max_batch_size, self.max_queue_delay_us * 1e-6),
+            self.cuda_graphs,
+        )
 
     def spec(self) -> ModelSpec:
         """Return what to load; raise ConfigError for a malformed field."""

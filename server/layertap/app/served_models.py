@@ -43,7 +43,7 @@ def check_models(config: ServerConfig) -> None:
     """Find what can be found before any model is loaded.
 
     Raises:
-        ConfigError: For no model, or two of one name.
+        ConfigError: For no model, two of one name, or CUDA graphs of no layers.
         InvalidInputError: For a malformed layer.
     """
     config.check_names()
@@ -51,6 +51,7 @@ def check_models(config: ServerConfig) -> None:
         raise ConfigError("models: got none, expected at least one to serve")
     for model in config.models:
         model.selections()
+        model.options()
 
 
 class ServedModels:
@@ -173,8 +174,7 @@ class ServedModels:
             host = load(
                 spec,
                 declared,
-                require_finite=model.require_finite,
-                batching=model.batching(),
+                options=model.options(),
                 device=choose_device(model.device) if model.device else "",
             )
         former, self._served[spec.name] = self._served[spec.name], state

@@ -4,7 +4,7 @@ from layertap.engine.batch import ImagesInput, TensorInput
 from layertap.engine.call import Call
 from layertap.engine.device import DEVICE_PATTERN, choose_device
 from layertap.engine.engine import Engine
-from layertap.engine.host import ModelHost
+from layertap.engine.host import HostOptions, ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.pipeline import Extraction, ExtractionRequest
 
@@ -14,6 +14,7 @@ __all__ = [
     "Engine",
     "Extraction",
     "ExtractionRequest",
+    "HostOptions",
     "ImagesInput",
     "Limits",
     "ModelHost",

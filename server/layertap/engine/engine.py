@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from layertap.batching import ALONE, BatchPolicy
 from layertap.engine.admission import Admission
 from layertap.engine.beside import run_beside
 from layertap.engine.call import Call
@@ -71,8 +70,7 @@ class Engine:
         spec: ModelSpec,
         declared: Sequence[LayerSelection] = (),
         *,
-        require_finite: bool = False,
-        batching: BatchPolicy = ALONE,
+        options: HostOptions | None = None,
         device: str = "",
     ) -> ModelHost:
         """Load a model, measure its catalogue and warm the plans of its declared layers.
@@ -80,8 +78,7 @@ class Engine:
         Args:
             spec: What to load.
             declared: Layers that will be asked for.
-            require_finite: Whether NaN and infinity in a layer are an error.
-            batching: How large a batch of several requests may get, and how long it is waited for.
+            options: How it is served; the defaults if not given.
             device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
 
         Raises:
@@ -93,17 +90,14 @@ class Engine:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
         call, where = Call(), self._where(device)
         model = self._threads(where).run(lambda: load_model(spec, where), call)
-        return self._publish(
-            model, declared, HostOptions(require_finite, batching), where=where, call=call
-        )
+        return self._publish(model, declared, options, where=where, call=call)
 
     def replace(
         self,
         spec: ModelSpec,
         declared: Sequence[LayerSelection] = (),
         *,
-        require_finite: bool = False,
-        batching: BatchPolicy = ALONE,
+        options: HostOptions | None = None,
         device: str = "",
         call: Call | None = None,
     ) -> ModelHost:
@@ -117,8 +111,7 @@ class Engine:
         Args:
             spec: What to load.
             declared: Layers that will be asked for.
-            require_finite: Whether NaN and infinity in a layer are an error.
-            batching: How large a batch of several requests may get, and how long it is waited for.
+            options: How it is served; the defaults if not given.
             device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
             call: Cancels the load.
 
@@ -131,9 +124,7 @@ class Engine:
         call = call or Call()
         where = self._where(device)
         model = run_beside(lambda: load_model(spec, where), call)
-        return self._publish(
-            model, declared, HostOptions(require_finite, batching), where=where, call=call
-        )
+        return self._publish(model, declared, options, where=where, call=call)
 
     def unload(self, name: str, *, wait: bool = True) -> None:
         """Let go of a model; requests that were admitted are still answered.
@@ -221,7 +212,7 @@ class Engine:
         self,
         model: LoadedModel,
         declared: Sequence[LayerSelection],
-        options: HostOptions,
+        options: HostOptions | None,
         *,
         where: torch.device,
         call: Call,

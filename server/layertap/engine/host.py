@@ -17,6 +17,7 @@ from layertap.engine.compute import ComputeThreads
 from layertap.engine.limits import Limits
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
+from layertap.engine.staging import proven_staging
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
@@ -72,10 +73,13 @@ class HostOptions:
         require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
             sent as they are.
         batching: How large a batch of several requests may get, and how long it is waited for.
+        cuda_graphs: Batch sizes at which declared layers are served by a CUDA graph, where the
+            device is one of CUDA and their pass can be recorded.
     """
 
     require_finite: bool = False
     batching: BatchPolicy = ALONE
+    cuda_graphs: tuple[int, ...] = ()
 
 
 class ModelHost:
@@ -92,6 +96,7 @@ class ModelHost:
     Attributes:
         compute: The compute threads of its device.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
+        staging: Copies what a GPU computed to the host; None where values are written at once.
         turn: Held by each forward pass; a lock where two at once would see each other's state.
 
     Raises:
@@ -117,6 +122,7 @@ class ModelHost:
         self.compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model), call)
+        self.staging = compute.run(lambda: proven_staging(model.device), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
         shared = compute.instances > 1 and self.catalogue.keeps_state
         self.turn: AbstractContextManager[object] = threading.Lock() if shared else nullcontext()
@@ -160,6 +166,7 @@ class ModelHost:
             key, plan = self._build_best(resolved, call or Call())
             self._declared_plans[key] = plan
             self._warm_batches(plan)
+            self._record(plan)
 
     def plan(self, resolved: Resolved, item_shape: tuple[int, ...], call: Call) -> Plan:
         """Return the plan that serves a request, built on a compute thread where it is new."""
@@ -231,6 +238,17 @@ class ModelHost:
             )
             self.compute.run(warm, Call())
             size *= 2
+
+    def _record(self, plan: Plan) -> None:
+        """Replay a declared plan at the batch sizes for which that was asked."""
+        shape, sizes = self.model.input.item_shape, self.options.cuda_graphs
+        if not sizes or self.model.device.type != "cuda":
+            return
+        recorded = self.compute.run(partial(self._builder.record, plan, shape, sizes), Call())
+        _log.info(
+            "model %s: CUDA graphs of %s at batch sizes %s",
+            self.model.name, ", ".join(point.path for point in plan.points), recorded,
+        )  # fmt: skip
 
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...]) -> Extractor:
         if len(resolved.candidates) == 1:

@@ -25,6 +25,7 @@ from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
+from layertap.engine.staging import Staging
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError
 from layertap.extraction.plan import Plan
@@ -98,7 +99,7 @@ class Pipeline:
         envelope = Envelope(
             self._limits.reply_bytes, form, partial(self._admission.reserve, call=call)
         )
-        make = partial(_reply, plan, resolved, x.shape, envelope)
+        make = partial(_reply, plan, resolved, x.shape, envelope, host.staging)
         work = Work(host, plan, resolved, x, make(), make, call)
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
@@ -133,9 +134,15 @@ class Pipeline:
             self._decoders.release()
 
 
-def _reply(plan: Plan, resolved: Resolved, batch_shape: Sequence[int], envelope: Envelope) -> Reply:
+def _reply(
+    plan: Plan,
+    resolved: Resolved,
+    batch_shape: Sequence[int],
+    envelope: Envelope,
+    staging: Staging | None,
+) -> Reply:
     kind = ReplyCollector if plan.dynamic else ReplyWriter
-    return kind(resolved.outputs, plan.specs, batch_shape, envelope)
+    return kind(resolved.outputs, plan.specs, batch_shape, envelope, staging)
 
 
 def _key(work: Work) -> Hashable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from layertap.engine.resolve import Output
+from layertap.engine.staging import Staging
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyTooLargeError
 from layertap.extraction.points import ValueSpec
 from layertap.extraction.reductions import Reduced, reduced
@@ -50,13 +52,15 @@ class ShapeChangedError(BaseException):
 class ReplyWriter:
     """A sink that writes each value into its place in an unpublished reply.
 
-    The copy out of the activation, the cast and the serialization are one pass; no clone is made.
+    On the CPU the copy out of the activation, the cast and the serialization are one pass; no clone
+    is made. What a GPU computed is written by ``finish``, see Note [Staging].
 
     Args:
         outputs: The tensors of the reply.
         specs: The type and shape of each captured point.
         batch_shape: Sizes of the input, ``[B, ...]``.
         envelope: What goes around the tensors, and how large it all may be.
+        staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
 
     Raises:
         ReplyTooLargeError: Before any compute, from the predicted shapes.
@@ -71,10 +75,15 @@ class ReplyWriter:
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
         envelope: Envelope,
+        staging: Staging | None = None,
     ) -> None:
         batch, *item_shape = batch_shape
         made = _reductions(outputs, specs, item_shape)
         values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
+        if staging is not None:
+            envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
+        self._staging = staging
+        self._staged: dict[int, torch.Tensor] = {}
         self._builder = _builder(outputs, values, envelope)
         self._form = envelope.form
         self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
@@ -83,14 +92,25 @@ class ReplyWriter:
             self._slots.setdefault(output.point, []).append((slot, made[slot]))
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
-        """Write every output that is made of a point's value."""
+        """Write every output that is made of a point's value, or begin to copy it to the host."""
         if (tuple(value.shape), value.dtype) != self._expected[point]:
             raise ShapeChangedError
         for slot, reduction in self._slots[point]:
-            _write(self._builder, slot, reduction.apply(value))
+            made = reduction.apply(value)
+            if self._staging is None:
+                _write(self._builder, slot, made)
+            else:
+                self._staged[slot] = self._staging.take(made)
+
+    def arrive(self) -> None:
+        """Wait until every value is on the host; to be called behind the forward pass."""
+        if self._staging is not None:
+            self._staging.wait()
 
     def finish(self, timings: Timings) -> bytes:
-        """Publish the message."""
+        """Write what was copied to the host, and publish the message."""
+        for slot, value in self._staged.items():
+            _write(self._builder, slot, value)
         return self._builder.finish(self._form.head(timings))
 
 
@@ -107,8 +127,10 @@ class ReplyCollector:
         specs: Sequence[ValueSpec],
         batch_shape: Sequence[int],
         envelope: Envelope,
+        staging: Staging | None = None,
     ) -> None:
         batch, *item_shape = batch_shape
+        self._staging = staging
         # A reduction needs a shape to rely on: refused before any compute.
         self._made = _reductions(outputs, specs, item_shape)
         self._expected = [spec.shape(batch) for spec in specs]
@@ -126,7 +148,13 @@ class ReplyCollector:
                     f"reduction: the size of layer {output.layer!r} depends on the content, "
                     f"{output.reduction.name} needs one to rely on"
                 )
-            self._values[slot] = self._made[slot].apply(value).clone()
+            made = self._made[slot].apply(value)
+            self._values[slot] = made.clone() if self._staging is None else self._staging.take(made)
+
+    def arrive(self) -> None:
+        """See ``ReplyWriter``."""
+        if self._staging is not None:
+            self._staging.wait()
 
     def finish(self, timings: Timings) -> bytes:
         """Lay the message out by what was captured, write and publish it."""

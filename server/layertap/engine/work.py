@@ -59,7 +59,7 @@ class Computed:
     Attributes:
         reply: Its outputs, ready to be published.
         begun_ns: When its forward pass began, by ``time.perf_counter_ns``.
-        ended_ns: When its outputs had been written.
+        ended_ns: When its outputs had been written, or were on the host.
         together: Requests that the pass was run for.
     """
 
@@ -94,6 +94,8 @@ def compute(works: Sequence[Work]) -> list[Computed]:
             _run_alone(works[0])
         else:
             _run_together(works)
+        for work in works:
+            work.reply.arrive()
     except _AbandonedError as abandoned:
         raise abandoned.reason from None
     except LayertapError:

@@ -13,6 +13,7 @@ import torch
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.cuda_graph import GraphedExtractor
 from layertap.extraction.fx import FxExtractor, GraphNames, WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
@@ -185,6 +186,49 @@ class PlanBuilder:
         x = sample_input(self._model, size, item_shape)
         for _ in range(WARM_UP_RUNS):
             plan.built.run(x.clone(), lambda index, value: None)
+
+    def record(self, plan: Plan, item_shape: tuple[int, ...], sizes: Sequence[int]) -> list[int]:
+        """Replay a plan's passes as CUDA graphs at some batch sizes; return those that work.
+
+        Each graph is held against the oracle on inputs other than the recorded one, and forgotten
+        where it differs. Sizes whose pass can't be recorded are logged, and run as before. For a
+        model on a CUDA device.
+        """
+        graphed = GraphedExtractor(plan.built, plan.points)
+        recorded = [size for size in sizes if self._records(plan, graphed, item_shape, size)]
+        if recorded:
+            plan.built = graphed
+        return recorded
+
+    def _records(
+        self, plan: Plan, graphed: GraphedExtractor, item_shape: tuple[int, ...], size: int
+    ) -> bool:
+        x = sample_input(self._model, size, item_shape)
+        oracle = self._oracle(plan.points)
+        try:
+            self._refuse_replays(plan, x)
+            graphed.record(x)
+            # The second replay would show what the first one left behind.
+            for other in (x.flip(-1), x):
+                expected = collect(oracle, plan.points, other)
+                prove(plan.extractor, graphed, plan.points, other, expected)
+        except Exception as error:  # noqa: BLE001 - whatever a model's code makes of the refusal
+            graphed.forget(x.shape)
+            _log.warning(
+                "model %s: no CUDA graph of %s at batch size %d: %s",
+                self._model.name, _names(plan.points), size, error,
+            )  # fmt: skip
+            return False
+        return True
+
+    def _refuse_replays(self, plan: Plan, x: torch.Tensor) -> None:
+        """Refuse what would not be the same pass again; see Note [What a graph holds]."""
+        if self._catalogue.keeps_state:
+            raise ExtractorUnsupportedError("its modules write attributes while they run")
+        if plan.dynamic:
+            raise ExtractorUnsupportedError("its shapes depend on the content")
+        if self._looks(plan, x):
+            raise ExtractorUnsupportedError("its code looks at values")
 
     def _compiled(
         self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool

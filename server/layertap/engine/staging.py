@@ -1,0 +1,106 @@
+"""From a GPU to the host: copies into page-locked memory, beside the pass that goes on.
+
+Note [Staging]
+    A blocking copy in the middle of a forward pass makes the host wait for every kernel launched so
+    far and the device for every kernel launched after, once for each captured layer. So a value is
+    cloned on the device, in the pass's own stream, where no later in-place operation can show in
+    it; a second stream copies the clone to page-locked memory, without which such a copy blocks;
+    and the host waits once, behind the last layer. The reply is written from there by the caller's
+    thread, while the compute thread runs the next pass.
+
+    PyTorch's own allocator of page-locked memory reuses its blocks, and not before the copies into
+    them are over. It keeps what it has: the most that was in use at one time.
+
+    An order between streams that is wrong shows as wrong values now and then, and nowhere else. So
+    the way is held against blocking copies on the very device before it is used; where it differs
+    or fails, copies block.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+__all__ = ["Staging", "proven_staging"]
+
+_log = logging.getLogger(__name__)
+
+_BUSY = 2048
+_ROUNDS = 3
+_COPIES = 8
+_ELEMENTS = 1 << 22
+
+
+class Staging:
+    """Copies tensors of one device to the host. For that device's compute thread.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._copies = torch.cuda.Stream(device)
+
+    def take(self, value: torch.Tensor) -> torch.Tensor:
+        """Return where a value will be on the host once ``wait`` has returned.
+
+        The value may be overwritten or freed as soon as this returns. Strides are kept where the
+        value is dense.
+        """
+        clone = value.detach().resolve_conj().resolve_neg().clone()
+        host = torch.empty_strided(
+            clone.size(), clone.stride(), dtype=clone.dtype, device="cpu", pin_memory=True
+        )
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            host.copy_(clone, non_blocking=True)
+        # Or the clone's memory might be given out again before it was read.
+        clone.record_stream(self._copies)
+        return host
+
+    def wait(self) -> None:
+        """Wait until everything that was taken is on the host."""
+        self._copies.synchronize()
+
+
+def proven_staging(device: torch.device) -> Staging | None:
+    """Return a device's staging; None where it has none or its copies are not to be trusted.
+
+    To be called on the device's compute thread.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        staging = Staging(device)
+        if _proves(staging, device):
+            return staging
+        _log.error("%s: copies beside a pass differ from blocking ones, so copies block", device)
+    except RuntimeError:
+        _log.warning("%s: no copies beside a pass, so copies block", device, exc_info=True)
+    return None
+
+
+def _proves(staging: Staging, device: torch.device) -> bool:
+    """Tell whether values that change right after they were taken arrive as they were.
+
+    The device has much to do before each round, so that a copy that waits for nothing comes too
+    early; a round's blocks are those of the round before; and each value is known without a copy.
+    """
+    busy = torch.ones(_BUSY, _BUSY, device=device)
+    value = torch.arange(_ELEMENTS, dtype=torch.float32, device=device)
+    expected = torch.arange(_ELEMENTS, dtype=torch.float32)
+    for _ in range(_ROUNDS):
+        for _ in range(_COPIES):
+            busy = busy @ busy / _BUSY
+        taken = []
+        for _ in range(_COPIES):
+            taken.append(staging.take(value))
+            value.add_(1)
+        staging.wait()
+        for each in taken:
+            if not torch.equal(each, expected):
+                return False
+            expected.add_(1)
+    return True
