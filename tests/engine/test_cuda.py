@@ -117,7 +117,7 @@ def test_graphs_serve_their_batch_sizes_and_no_other(engine, caplog) -> None:
 def test_a_model_that_looks_at_values_is_served_without_a_graph(engine, caplog) -> None:
     """A recording would go one way for every input; it is refused and said so."""
     graphed(engine, "branching", "second", 1)
-    assert "no CUDA graph of second at batch size 1" in caplog.text
+    assert "no CUDA graph of 'second' at batch size 1" in caplog.text
     module = engine.host("graphed").model.module
     for x in (torch.rand(1, *ITEM), -torch.rand(1, *ITEM)):
         answer = asking.ask(engine, "graphed", "second", x).torch()["second"]
