@@ -71,3 +71,20 @@ def test_a_reply_that_is_being_read_outlives_the_close(broker: Broker) -> None:
     del view
     assert eventually(lambda: broker.memory.state().sessions == 1)
     other.close()
+
+
+def test_regions_that_others_had_last_are_let_go_of_at_once(broker: Broker) -> None:
+    """A call that takes long keeps what its own reply may stand in, not what others had."""
+    connection, session = connected(broker)
+    other, others = connected(broker)
+    for client, whose in ((connection, session), (other, others)):
+        tensor = replied(broker, whose, b"x")
+        client.finder()(tensor)
+        assert eventually(lambda: broker.memory.state().regions["leased"] == 0)
+    connection.begin_call()
+    broker.memory._pool.reap(time.monotonic() + 1)
+    assert eventually(lambda: not other._regions)
+    assert eventually(lambda: not connection._regions)
+    connection.end_call()
+    for client in (connection, other):
+        client.close()
