@@ -107,6 +107,24 @@ def test_a_thousand_calls_leak_nothing(served: Served, client: Client) -> None:
     assert served.regions()["free"] <= 16
 
 
+def test_sessions_that_ended_leave_no_file(served: Served, client: Client) -> None:
+    """A client that lives for long finds its session ended many times, and keeps one socket."""
+
+    def end_one() -> int:
+        client.extract("residual", LARGE[:1], LAYERS)
+        [session] = served.memory._sessions.values()
+        served.memory.close(session, End.RETIRE)
+        assert eventually(lambda: client._memory._current.lost)
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+    end_one()
+    before = end_one()
+    for _ in range(5):
+        after = end_one()
+    assert after <= before
+
+
 def hostile(
     session: bytes, region: int = 1, generation: int = 1, offset: int = 0, size: int = 3072
 ) -> bytes:

@@ -57,6 +57,7 @@ class SharedMemoryClient:
         self._opening = threading.Lock()
         self._retry_at = 0.0
         self._current: Connection | None = None
+        self._at_end: weakref.finalize[[], SharedMemoryClient] | None = None
 
     def connection(self, timeout: float | None) -> Connection | None:
         """Return a session that is open, opened now if need be; None for the wire."""
@@ -94,8 +95,12 @@ class SharedMemoryClient:
             away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
             self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
             return None
-        # Where nobody closes the client, its end does.
-        weakref.finalize(self, connection.close).atexit = False
+        # Where nobody closes the client, its end does. A session that was lost is not to be kept
+        # open by that until then.
+        if self._at_end is not None:
+            self._at_end.detach()
+        self._at_end = weakref.finalize(self, connection.close)
+        self._at_end.atexit = False
         return connection
 
 
