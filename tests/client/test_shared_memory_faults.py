@@ -125,6 +125,13 @@ def test_sessions_that_ended_leave_no_file(served: Served, client: Client) -> No
     assert after <= before
 
 
+def test_arrays_without_a_dtype_are_refused_as_on_the_wire(served: Served, client: Client) -> None:
+    """An array that no message can hold is the caller's mistake, however it would have gone."""
+    for size in (1, 100_000):
+        with pytest.raises(errors.InvalidInputError, match="dtype: got numpy object"):
+            client.extract("residual", np.full((size, 1), None), LAYERS)
+
+
 def hostile(
     session: bytes, region: int = 1, generation: int = 1, offset: int = 0, size: int = 3072
 ) -> bytes:

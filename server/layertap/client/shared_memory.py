@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 from layertap.addresses import target_is_loopback
 from layertap.errors import InvalidInputError
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
+from layertap.wire.dtypes import of_array
 from layertap.wire.shared.connection import Connection
 from layertap.wire.shared.hub import LEAST_BYTES
 from layertap.wire.shared.regions import supported
@@ -110,10 +111,14 @@ def written(connection: Connection, tensor: np.ndarray | None) -> Iterator[Share
 
     Yields:
         Where it stands; None where it has to be sent.
+
+    Raises:
+        InvalidInputError: For an array without a row in the dtype table.
     """
     if tensor is None or tensor.nbytes < LEAST_BYTES:
         yield None
         return
+    of_array(tensor)  # Objects, for one, can't be written anywhere.
     borrowed = connection.borrow(tensor.nbytes)
     if borrowed is None:
         yield None
