@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -94,6 +95,32 @@ def test_every_kind_of_image_is_the_same_image(client) -> None:
         for given in (PHOTO, str(PHOTO), PHOTO.read_bytes(), decoded, [decoded])
     ]
     assert all(np.array_equal(value, values[0]) for value in values)
+
+
+def test_decoded_images_are_sent_as_what_the_server_makes_of_their_files(client) -> None:
+    """PNG has no CMYK, which many photos are: the client makes the same RGB of it."""
+    encoded = io.BytesIO()
+    with Image.open(PHOTO) as image:
+        image.convert("CMYK").save(encoded, "JPEG")
+    with Image.open(encoded) as decoded:
+        assert decoded.mode == "CMYK"
+        got, expected = (
+            client.extract("residual", given, "avgpool", extractor="hook")["avgpool"]
+            for given in (decoded, encoded.getvalue())
+        )
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [400, 20_000])
+def test_an_image_that_cannot_be_encoded_is_refused(client, size) -> None:
+    """A mode that PNG lacks, and a file that was cut short, are the caller's mistake."""
+    with pytest.raises(errors.InvalidInputError, match="input: can't send"):
+        client.extract("residual", Image.new("F", (16, 16)), "layer1")
+    with (
+        Image.open(io.BytesIO(PHOTO.read_bytes()[:-size])) as image,
+        pytest.raises(errors.InvalidInputError, match="input: can't send"),
+    ):
+        client.extract("residual", image, "layer1")
 
 
 def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
