@@ -123,6 +123,12 @@ def test_an_image_that_cannot_be_encoded_is_refused(client, size) -> None:
         client.extract("residual", image, "layer1")
 
 
+def test_an_extractor_that_there_is_not_is_refused(client) -> None:
+    """A name that is no extractor's is one of our errors, with the names that are."""
+    with pytest.raises(errors.InvalidInputError, match="extractor: got 'hok', expected one of"):
+        client.extract("residual", batch(), "layer1", extractor="hok")
+
+
 def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
     """Strided and big-endian arrays and torch tensors are sent as what they mean."""
     x = batch(2)

@@ -144,6 +144,7 @@ def test_a_bad_item_is_an_outcome(client) -> None:
         StreamRequest("residual", x, "layer_1"),
         StreamRequest("residual", "/no/such/photo.jpg", "layer1"),
         StreamRequest("residual", Image.new("F", (16, 16)), "layer1"),
+        StreamRequest("residual", x, "layer1", extractor="hok"),
         StreamRequest("residual", x, "layer1.0", extractor="children"),
         StreamRequest("residual", x, "layer1"),
     ]
@@ -153,6 +154,7 @@ def test_a_bad_item_is_an_outcome(client) -> None:
         Features,
         errors.ModelNotFoundError,
         errors.LayerNotFoundError,
+        errors.InvalidInputError,
         errors.InvalidInputError,
         errors.InvalidInputError,
         errors.ExtractorUnsupportedError,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layertap.client.inputs import encode_input
+from layertap.errors import InvalidInputError
 from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
 from layertap.v1 import feature_service_pb2
 from layertap.wire import dtypes
@@ -49,7 +50,7 @@ class StreamRequest:
             session: The session of shared memory; empty for none.
 
         Raises:
-            InvalidInputError: For an input or a selection that can't be sent.
+            InvalidInputError: For an input, a selection or an extractor that can't be sent.
         """
         seconds = timeout if self.timeout is None else self.timeout
         # At least 1: 0 would mean no end.
@@ -71,13 +72,22 @@ def request_fields(
     fields: dict[str, Any] = {
         "model": model,
         "layers": [_selection(selection) for selection in parse_selections(layers)],
-        "extractor": to_proto(Extractor(extractor), "EXTRACTOR"),
+        "extractor": to_proto(_extractor(extractor), "EXTRACTOR"),
     }
     inputs = encode_input(given)
     if isinstance(inputs, np.ndarray):
         return fields, inputs
     fields["images"] = feature_service_pb2.ImageBatch(images=inputs)
     return fields, None
+
+
+def _extractor(name: Extractor | str) -> Extractor:
+    try:
+        return Extractor(name)
+    except ValueError:
+        raise InvalidInputError(
+            f"extractor: got {name!r}, expected one of {', '.join(Extractor)}"
+        ) from None
 
 
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
