@@ -185,6 +185,26 @@ def test_wait_ready_waits_for_health(engine) -> None:
         server.stop(0)
 
 
+def test_wait_ready_waits_for_a_server_that_restarts(engine) -> None:
+    """A server that goes away while it is waited for may come back: the time is not up yet."""
+    old = FeatureServer(engine, ServerOptions(port=0))
+    old.start()
+    port = int(old.address.rpartition(":")[2])
+    with Client(old.address) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.wait_ready, 60)
+        time.sleep(0.2)
+        old.stop(0)
+        time.sleep(0.2)
+        assert not waiting.done()
+        new = FeatureServer(engine, ServerOptions(port=port))
+        new.start()
+        new.ready()
+        try:
+            waiting.result(30)
+        finally:
+            new.stop(0)
+
+
 def test_large_replies_pass(client) -> None:
     """A reply over gRPC's default of 4 MB arrives."""
     features = client.extract("residual", np.zeros((600, *ITEM), np.float32), ["conv1", "layer1"])

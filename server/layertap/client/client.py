@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -40,6 +41,14 @@ HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 SERVICE = "/layertap.v1.FeatureService/"
 RELOAD = "/layertap.v1.AdminService/Reload"
 TARGET = "127.0.0.1:8001"
+
+# The time is up, or the server stops or has gone: another may stand in its place soon.
+_AWAY = (
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNAVAILABLE,
+)
+_AGAIN_SECONDS = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -275,25 +284,17 @@ class Client:
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Wait until the server reports itself as serving.
+        """Wait until the server reports itself as serving; it may come, go and come back meanwhile.
 
         Raises:
             UnavailableError: After ``timeout`` seconds.
+            LayertapError: Where it answers, but tells nobody, or not us, of its health.
         """
-        watch = self._channel.unary_stream(
-            HEALTH_WATCH,
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        replies = watch(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
-        try:
-            for reply in replies:
-                if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-        except grpc.RpcError:
-            pass  # The time is up, or the server went away while it was starting.
-        finally:
-            replies.cancel()
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            if self._watched(left):
+                return
+            time.sleep(min(_AGAIN_SECONDS, left))
         raise UnavailableError(f"the server was not ready within {timeout:g} seconds")
 
     def close(self) -> None:
@@ -333,6 +334,25 @@ class Client:
             return Features(reply, memory.finder())
         finally:
             memory.end_call()
+
+    def _watched(self, timeout: float) -> bool:
+        """Return whether it serves; False once it has gone, or the time is up."""
+        watch = self._channel.unary_stream(
+            HEALTH_WATCH,
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        replies = watch(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
+        try:
+            for reply in replies:
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return True
+        except grpc.RpcError as error:
+            if error.code() not in _AWAY:
+                raise error_from_rpc(error) from None
+        finally:
+            replies.cancel()
+        return False
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
