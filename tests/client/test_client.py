@@ -205,6 +205,39 @@ def test_wait_ready_waits_for_a_server_that_restarts(engine) -> None:
             new.stop(0)
 
 
+def test_a_closed_client_is_unavailable(engine) -> None:
+    """Every call of a client that was closed raises an error of ours."""
+    with running_server(engine) as address:
+        client = Client(address)
+        client.close()
+        for call in (
+            lambda: client.extract("residual", batch(), "layer1"),
+            client.list_models,
+            client.health,
+            client.stream,
+            lambda: list(client.extract_many("residual", [batch()], "layer1")),
+            lambda: client.wait_ready(1),
+        ):
+            with pytest.raises(errors.UnavailableError, match="closed"):
+                call()
+
+
+def test_waiting_ends_when_the_client_is_closed(engine) -> None:
+    """A thread that waits for a server hears that another one has closed the client."""
+    server = FeatureServer(engine, ServerOptions(port=0))
+    server.start()
+    client = Client(server.address)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(client.wait_ready, 60)
+            time.sleep(0.2)
+            client.close()
+            with pytest.raises(errors.UnavailableError, match="closed"):
+                waiting.result(30)
+    finally:
+        server.stop(0)
+
+
 def test_large_replies_pass(client) -> None:
     """A reply over gRPC's default of 4 MB arrives."""
     features = client.extract("residual", np.zeros((600, *ITEM), np.float32), ["conv1", "layer1"])

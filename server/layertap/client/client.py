@@ -94,6 +94,7 @@ class Client:
         shared_memory: SharedMemoryWish = "auto",
     ) -> None:
         self._timeout = timeout
+        self._closed = False
         # Features are large: gRPC's default of 4 MB would refuse most replies.
         options = [
             ("grpc.max_receive_message_length", -1),
@@ -164,6 +165,7 @@ class Client:
             item_timeout: Seconds that the server may take for one item, unless the item says
                 otherwise; None for the client's own.
         """
+        self._check_open()
         return FeatureStream(
             self._stream,
             max_in_flight,
@@ -292,13 +294,15 @@ class Client:
         """
         end = time.monotonic() + timeout
         while (left := end - time.monotonic()) > 0:
+            self._check_open()
             if self._watched(left):
                 return
             time.sleep(min(_AGAIN_SECONDS, left))
         raise UnavailableError(f"the server was not ready within {timeout:g} seconds")
 
     def close(self) -> None:
-        """Close the channel. Features that were received stay valid."""
+        """Close the channel, to every call's UnavailableError. Features that came stay valid."""
+        self._closed = True
         self._memory.close()
         self._channel.close()
 
@@ -354,9 +358,14 @@ class Client:
             replies.cancel()
         return False
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UnavailableError("the client is closed")
+
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
     ) -> bytes:
+        self._check_open()
         try:
             return method(  # type: ignore[no-any-return]
                 message,
@@ -365,3 +374,6 @@ class Client:
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
+        except ValueError:  # gRPC's word for a channel that was closed in this moment.
+            self._check_open()
+            raise
