@@ -139,6 +139,27 @@ def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
         assert np.array_equal(got, expected)
 
 
+def test_tensors_that_torch_changes_late_are_sent_as_they_are_seen(client) -> None:
+    """The imaginary part of a conjugate is a view that torch negates only when it is read."""
+    x = torch.from_numpy(batch())
+    lazy = torch.complex(x, -x).conj().imag
+    assert lazy.is_neg()
+    got, expected = (
+        client.extract("residual", given, "layer1", extractor="hook")["layer1"]
+        for given in (lazy, x)
+    )
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "float8", "meta"])
+def test_tensors_that_no_array_can_be_made_of_are_refused(client, kind) -> None:
+    """What numpy has no word for is the caller's mistake, said by one of our errors."""
+    x = torch.zeros(1, *ITEM)
+    given = {"sparse": x.to_sparse(), "float8": x.to(torch.float8_e5m2), "meta": x.to("meta")}
+    with pytest.raises(errors.InvalidInputError, match="input: can't send a Tensor"):
+        client.extract("residual", given[kind], "layer1")
+
+
 @pytest.mark.parametrize("given", [3, [], [3], ["/no/such/file.jpg"], object()])
 def test_what_is_no_input_is_refused_before_it_is_sent(client, given) -> None:
     """Something that is neither image nor array is the caller's mistake, said at once."""

@@ -87,7 +87,14 @@ def _little_endian(array: np.ndarray) -> np.ndarray:
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
-    tensor = tensor.detach().cpu()
+    try:
+        return _array_of(tensor.detach().cpu().resolve_conj().resolve_neg())
+    # What torch raises for a type that numpy lacks, sparse tensors, and those without values.
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise InvalidInputError(f"input: can't send a {type(tensor).__name__}: {error}") from error
+
+
+def _array_of(tensor: Any) -> np.ndarray:
     if str(tensor.dtype) != "torch.bfloat16":
         return tensor.numpy()  # type: ignore[no-any-return]
     import ml_dtypes
