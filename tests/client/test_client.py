@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import layertap
-from layertap import Client, LayerSelection, errors
+from layertap import Client, LayerSelection, StreamRequest, errors
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -184,6 +184,18 @@ def test_a_deadline_ends_the_call(client) -> None:
         client.extract("sleepy", ONE_SECOND, "conv", timeout=0.2)
     assert time.monotonic() - begun < 30
     assert client.extract("residual", batch(), "layer1", timeout=60)
+
+
+@pytest.mark.parametrize("seconds", [1e9, 1e12, float("inf")])
+def test_a_timeout_without_an_end_is_none(client, seconds) -> None:
+    """However long a caller would wait, calls, streams and their items are answered."""
+    assert client.extract("residual", batch(), "layer1", timeout=seconds)
+    assert list(client.extract_many("residual", [batch()], "layer1", item_timeout=seconds))
+    with client.stream(timeout=seconds) as stream:
+        asked = [StreamRequest("residual", batch(), "layer1", timeout=seconds)]
+        [(_, outcome)] = stream.extract(asked)
+    assert list(outcome) == ["layer1"]
+    client.wait_ready(seconds)
 
 
 def test_nobody_at_the_address_is_unavailable() -> None:

@@ -22,6 +22,7 @@ from layertap.client.shared_memory import (
     written,
 )
 from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
+from layertap.client.timeouts import bounded
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import LayertapError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
@@ -346,7 +347,9 @@ class Client:
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,
         )
-        replies = watch(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
+        replies = watch(
+            health_pb2.HealthCheckRequest(), timeout=bounded(timeout), wait_for_ready=True
+        )
         try:
             for reply in replies:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
@@ -369,7 +372,7 @@ class Client:
         try:
             return method(  # type: ignore[no-any-return]
                 message,
-                timeout=self._timeout if timeout is None else timeout,
+                timeout=bounded(self._timeout if timeout is None else timeout),
                 metadata=trace_metadata(),
             )
         except grpc.RpcError as error:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layertap.client.inputs import encode_input
+from layertap.client.timeouts import bounded
 from layertap.errors import InvalidInputError
 from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
 from layertap.v1 import feature_service_pb2
@@ -52,9 +53,9 @@ class StreamRequest:
         Raises:
             InvalidInputError: For an input, a selection or an extractor that can't be sent.
         """
-        seconds = timeout if self.timeout is None else self.timeout
+        seconds = bounded(timeout if self.timeout is None else self.timeout)
         # At least 1: 0 would mean no end.
-        timeout_ns = 0 if seconds is None else min(max(1, int(seconds * 1e9)), 2**64 - 1)
+        timeout_ns = 0 if seconds is None else max(1, int(seconds * 1e9))
         fields, tensor = request_fields(self.model, self.given, self.layers, self.extractor)
         request = feature_service_pb2.ExtractStreamRequest(
             id=number, timeout_ns=timeout_ns, shared_memory_session=session, **fields
