@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 
 import layertap
-from layertap import Client, LayerSelection, errors
+from layertap import Client, LayerSelection, StreamRequest, errors
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.models import ModelSpec
@@ -96,6 +97,38 @@ def test_every_kind_of_image_is_the_same_image(client) -> None:
     assert all(np.array_equal(value, values[0]) for value in values)
 
 
+def test_decoded_images_are_sent_as_what_the_server_makes_of_their_files(client) -> None:
+    """PNG has no CMYK, which many photos are: the client makes the same RGB of it."""
+    encoded = io.BytesIO()
+    with Image.open(PHOTO) as image:
+        image.convert("CMYK").save(encoded, "JPEG")
+    with Image.open(encoded) as decoded:
+        assert decoded.mode == "CMYK"
+        got, expected = (
+            client.extract("residual", given, "avgpool", extractor="hook")["avgpool"]
+            for given in (decoded, encoded.getvalue())
+        )
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [400, 20_000])
+def test_an_image_that_cannot_be_encoded_is_refused(client, size) -> None:
+    """A mode that PNG lacks, and a file that was cut short, are the caller's mistake."""
+    with pytest.raises(errors.InvalidInputError, match="input: can't send"):
+        client.extract("residual", Image.new("F", (16, 16)), "layer1")
+    with (
+        Image.open(io.BytesIO(PHOTO.read_bytes()[:-size])) as image,
+        pytest.raises(errors.InvalidInputError, match="input: can't send"),
+    ):
+        client.extract("residual", image, "layer1")
+
+
+def test_an_extractor_that_there_is_not_is_refused(client) -> None:
+    """A name that is no extractor's is one of our errors, with the names that are."""
+    with pytest.raises(errors.InvalidInputError, match="extractor: got 'hok', expected one of"):
+        client.extract("residual", batch(), "layer1", extractor="hok")
+
+
 def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
     """Strided and big-endian arrays and torch tensors are sent as what they mean."""
     x = batch(2)
@@ -104,6 +137,27 @@ def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
     for given in (channels_last, x.astype(">f4"), torch.from_numpy(x)):
         got = client.extract("residual", given, "layer1", extractor="hook")["layer1"]
         assert np.array_equal(got, expected)
+
+
+def test_tensors_that_torch_changes_late_are_sent_as_they_are_seen(client) -> None:
+    """The imaginary part of a conjugate is a view that torch negates only when it is read."""
+    x = torch.from_numpy(batch())
+    lazy = torch.complex(x, -x).conj().imag
+    assert lazy.is_neg()
+    got, expected = (
+        client.extract("residual", given, "layer1", extractor="hook")["layer1"]
+        for given in (lazy, x)
+    )
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "float8", "meta"])
+def test_tensors_that_no_array_can_be_made_of_are_refused(client, kind) -> None:
+    """What numpy has no word for is the caller's mistake, said by one of our errors."""
+    x = torch.zeros(1, *ITEM)
+    given = {"sparse": x.to_sparse(), "float8": x.to(torch.float8_e5m2), "meta": x.to("meta")}
+    with pytest.raises(errors.InvalidInputError, match="input: can't send a Tensor"):
+        client.extract("residual", given[kind], "layer1")
 
 
 @pytest.mark.parametrize("given", [3, [], [3], ["/no/such/file.jpg"], object()])
@@ -132,6 +186,18 @@ def test_a_deadline_ends_the_call(client) -> None:
     assert client.extract("residual", batch(), "layer1", timeout=60)
 
 
+@pytest.mark.parametrize("seconds", [1e9, 1e12, float("inf")])
+def test_a_timeout_without_an_end_is_none(client, seconds) -> None:
+    """However long a caller would wait, calls, streams and their items are answered."""
+    assert client.extract("residual", batch(), "layer1", timeout=seconds)
+    assert list(client.extract_many("residual", [batch()], "layer1", item_timeout=seconds))
+    with client.stream(timeout=seconds) as stream:
+        asked = [StreamRequest("residual", batch(), "layer1", timeout=seconds)]
+        [(_, outcome)] = stream.extract(asked)
+    assert list(outcome) == ["layer1"]
+    client.wait_ready(seconds)
+
+
 def test_nobody_at_the_address_is_unavailable() -> None:
     """A server that is not there is an error of its own, not a gRPC exception."""
     with Client("127.0.0.1:1", timeout=5) as client, pytest.raises(errors.UnavailableError):
@@ -148,6 +214,59 @@ def test_wait_ready_waits_for_health(engine) -> None:
                 client.wait_ready(0.2)
             threading.Timer(0.2, server.ready).start()
             client.wait_ready(60)
+    finally:
+        server.stop(0)
+
+
+def test_wait_ready_waits_for_a_server_that_restarts(engine) -> None:
+    """A server that goes away while it is waited for may come back: the time is not up yet."""
+    old = FeatureServer(engine, ServerOptions(port=0))
+    old.start()
+    port = int(old.address.rpartition(":")[2])
+    with Client(old.address) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.wait_ready, 60)
+        time.sleep(0.2)
+        old.stop(0)
+        time.sleep(0.2)
+        assert not waiting.done()
+        new = FeatureServer(engine, ServerOptions(port=port))
+        new.start()
+        new.ready()
+        try:
+            waiting.result(30)
+        finally:
+            new.stop(0)
+
+
+def test_a_closed_client_is_unavailable(engine) -> None:
+    """Every call of a client that was closed raises an error of ours."""
+    with running_server(engine) as address:
+        client = Client(address)
+        client.close()
+        for call in (
+            lambda: client.extract("residual", batch(), "layer1"),
+            client.list_models,
+            client.health,
+            client.stream,
+            lambda: list(client.extract_many("residual", [batch()], "layer1")),
+            lambda: client.wait_ready(1),
+        ):
+            with pytest.raises(errors.UnavailableError, match="closed"):
+                call()
+
+
+def test_waiting_ends_when_the_client_is_closed(engine) -> None:
+    """A thread that waits for a server hears that another one has closed the client."""
+    server = FeatureServer(engine, ServerOptions(port=0))
+    server.start()
+    client = Client(server.address)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(client.wait_ready, 60)
+            time.sleep(0.2)
+            client.close()
+            with pytest.raises(errors.UnavailableError, match="closed"):
+                waiting.result(30)
     finally:
         server.stop(0)
 

@@ -107,6 +107,31 @@ def test_a_thousand_calls_leak_nothing(served: Served, client: Client) -> None:
     assert served.regions()["free"] <= 16
 
 
+def test_sessions_that_ended_leave_no_file(served: Served, client: Client) -> None:
+    """A client that lives for long finds its session ended many times, and keeps one socket."""
+
+    def end_one() -> int:
+        client.extract("residual", LARGE[:1], LAYERS)
+        [session] = served.memory._sessions.values()
+        served.memory.close(session, End.RETIRE)
+        assert eventually(lambda: client._memory._current.lost)
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+
+    end_one()
+    before = end_one()
+    for _ in range(5):
+        after = end_one()
+    assert after <= before
+
+
+def test_arrays_without_a_dtype_are_refused_as_on_the_wire(served: Served, client: Client) -> None:
+    """An array that no message can hold is the caller's mistake, however it would have gone."""
+    for size in (1, 100_000):
+        with pytest.raises(errors.InvalidInputError, match="dtype: got numpy object"):
+            client.extract("residual", np.full((size, 1), None), LAYERS)
+
+
 def hostile(
     session: bytes, region: int = 1, generation: int = 1, offset: int = 0, size: int = 3072
 ) -> bytes:

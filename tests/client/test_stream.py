@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gatednets import HELD, gate
 from layertap import Client, Features, StreamRequest, errors
@@ -142,6 +143,8 @@ def test_a_bad_item_is_an_outcome(client) -> None:
         StreamRequest("nobody", x, "layer1"),
         StreamRequest("residual", x, "layer_1"),
         StreamRequest("residual", "/no/such/photo.jpg", "layer1"),
+        StreamRequest("residual", Image.new("F", (16, 16)), "layer1"),
+        StreamRequest("residual", x, "layer1", extractor="hok"),
         StreamRequest("residual", x, "layer1.0", extractor="children"),
         StreamRequest("residual", x, "layer1"),
     ]
@@ -151,6 +154,8 @@ def test_a_bad_item_is_an_outcome(client) -> None:
         Features,
         errors.ModelNotFoundError,
         errors.LayerNotFoundError,
+        errors.InvalidInputError,
+        errors.InvalidInputError,
         errors.InvalidInputError,
         errors.ExtractorUnsupportedError,
         Features,

@@ -199,7 +199,10 @@ def test_an_id_in_flight_is_taken(channel) -> None:
     assert stream.rest() == []
 
 
-@pytest.mark.parametrize("message", [b"\xff\xff\xff", b"\x0a\x05ab"])
+@pytest.mark.parametrize(
+    "message",
+    [b"\xff\xff\xff", b"\x0a\x05ab", pytest.param(b"\x22\x00" * 70_000, id="too many fields")],
+)
 def test_bytes_that_are_no_request_end_the_stream(channel, message) -> None:
     """Nothing can be answered without an id: the stream ends, after what came before it."""
     stream = RawStream(channel)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import wrappers_pb2
 
 from layertap.errors import DecodeError, InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
@@ -132,6 +133,34 @@ def test_malformed_requests_are_refused(message: bytes) -> None:
     """Truncated fields and texts that are no UTF-8 are a DecodeError."""
     with pytest.raises(DecodeError):
         decode_infer_request(message, pb.ModelInferRequest())
+
+
+def nested(*fields: int, count: int, inner: bytes) -> bytes:
+    """Return ``count`` times ``inner`` in a submessage within submessages, the outermost first."""
+    message = inner * count
+    for field in reversed(fields):
+        size = wrappers_pb2.UInt64Value(value=len(message)).SerializeToString()[1:]
+        message = bytes([field << 3 | 2]) + size + message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("fields", "inner"),
+    [
+        ((5,), b"\x22\x00"),  # inputs, parameters
+        ((5, 5), b"\x42\x00"),  # inputs, contents, bytes_contents
+        ((6,), b"\x12\x00"),  # outputs, parameters
+    ],
+)
+def test_inner_lists_that_would_cost_a_parser_dearly_are_refused(
+    fields: tuple[int, ...], inner: bytes
+) -> None:
+    """Entries of two bytes may be only so many within inputs and outputs as well, all together."""
+    request = pb.ModelInferRequest()
+    decode_infer_request(nested(*fields, count=65_536, inner=inner), request)
+    half = nested(*fields, count=32_769, inner=inner)
+    with pytest.raises(DecodeError, match="more than 65536"):
+        decode_infer_request(half + half, request)
 
 
 def test_a_failed_item_tells_its_id() -> None:

@@ -99,3 +99,21 @@ def test_the_id_of_a_bad_tensor_can_be_read() -> None:
             id_of(unreadable)
     with pytest.raises(DecodeError):
         decode_stream_reply(b"\xff\xff\xff")
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_the_id_is_found_without_what_would_cost_dearly(images: bool) -> None:
+    """What was refused for its many fields is not parsed after all to tell whose it is."""
+    many = pb.ExtractStreamRequest(id=7).SerializeToString()
+    if images:
+        batch = pb.ImageBatch(images=[b""] * 70_000)
+        many += pb.ExtractStreamRequest(images=batch).SerializeToString()
+    else:
+        many += b"\x22\x00" * 70_000  # layers
+    with pytest.raises(DecodeError, match="more than 65536 fields"):
+        decode_stream_request(many)
+    if images:
+        assert id_of(many) == 7
+    else:
+        with pytest.raises(DecodeError, match="more than 65536 fields"):
+            id_of(many)

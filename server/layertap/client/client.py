@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -21,6 +22,7 @@ from layertap.client.shared_memory import (
     written,
 )
 from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
+from layertap.client.timeouts import bounded
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import LayertapError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
@@ -40,6 +42,14 @@ HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 SERVICE = "/layertap.v1.FeatureService/"
 RELOAD = "/layertap.v1.AdminService/Reload"
 TARGET = "127.0.0.1:8001"
+
+# The time is up, or the server stops or has gone: another may stand in its place soon.
+_AWAY = (
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNAVAILABLE,
+)
+_AGAIN_SECONDS = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +95,7 @@ class Client:
         shared_memory: SharedMemoryWish = "auto",
     ) -> None:
         self._timeout = timeout
+        self._closed = False
         # Features are large: gRPC's default of 4 MB would refuse most replies.
         options = [
             ("grpc.max_receive_message_length", -1),
@@ -155,6 +166,7 @@ class Client:
             item_timeout: Seconds that the server may take for one item, unless the item says
                 otherwise; None for the client's own.
         """
+        self._check_open()
         return FeatureStream(
             self._stream,
             max_in_flight,
@@ -275,29 +287,23 @@ class Client:
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Wait until the server reports itself as serving.
+        """Wait until the server reports itself as serving; it may come, go and come back meanwhile.
 
         Raises:
             UnavailableError: After ``timeout`` seconds.
+            LayertapError: Where it answers, but tells nobody, or not us, of its health.
         """
-        watch = self._channel.unary_stream(
-            HEALTH_WATCH,
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        replies = watch(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
-        try:
-            for reply in replies:
-                if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-        except grpc.RpcError:
-            pass  # The time is up, or the server went away while it was starting.
-        finally:
-            replies.cancel()
+        end = time.monotonic() + timeout
+        while (left := end - time.monotonic()) > 0:
+            self._check_open()
+            if self._watched(left):
+                return
+            time.sleep(min(_AGAIN_SECONDS, left))
         raise UnavailableError(f"the server was not ready within {timeout:g} seconds")
 
     def close(self) -> None:
-        """Close the channel. Features that were received stay valid."""
+        """Close the channel, to every call's UnavailableError. Features that came stay valid."""
+        self._closed = True
         self._memory.close()
         self._channel.close()
 
@@ -334,14 +340,43 @@ class Client:
         finally:
             memory.end_call()
 
+    def _watched(self, timeout: float) -> bool:
+        """Return whether it serves; False once it has gone, or the time is up."""
+        watch = self._channel.unary_stream(
+            HEALTH_WATCH,
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        replies = watch(
+            health_pb2.HealthCheckRequest(), timeout=bounded(timeout), wait_for_ready=True
+        )
+        try:
+            for reply in replies:
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return True
+        except grpc.RpcError as error:
+            if error.code() not in _AWAY:
+                raise error_from_rpc(error) from None
+        finally:
+            replies.cancel()
+        return False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UnavailableError("the client is closed")
+
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
     ) -> bytes:
+        self._check_open()
         try:
             return method(  # type: ignore[no-any-return]
                 message,
-                timeout=self._timeout if timeout is None else timeout,
+                timeout=bounded(self._timeout if timeout is None else timeout),
                 metadata=trace_metadata(),
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
+        except ValueError:  # gRPC's word for a channel that was closed in this moment.
+            self._check_open()
+            raise

@@ -27,13 +27,13 @@ def encode_input(given: Any) -> np.ndarray | list[bytes]:
     Args:
         given: An array or tensor ``[B, ...]`` as the model takes it; or an image, or a list of
             images: a path, the bytes of a JPEG, PNG or WebP file, or a PIL image (which is sent as
-            PNG, without loss).
+            PNG, without loss; CMYK as the RGB that the server would make of it).
 
     Returns:
         The array in C order, or the images' bytes.
 
     Raises:
-        InvalidInputError: For anything else.
+        InvalidInputError: For anything else, and for an image that can't be read or sent.
     """
     if _is_image(given):
         return [_image_bytes(given)]
@@ -66,8 +66,19 @@ def _image_bytes(value: Any) -> bytes:
             raise InvalidInputError(
                 f"input: can't read image {os.fspath(value)!r}: {error.strerror}"
             ) from error
+    return _encoded(value)
+
+
+def _encoded(image: Image) -> bytes:
     buffer = io.BytesIO()
-    value.save(buffer, "PNG", compress_level=1)
+    try:
+        # PNG has no CMYK. The server makes RGB of every image, as is done here.
+        image = image.convert("RGB") if image.mode == "CMYK" else image
+        image.save(buffer, "PNG", compress_level=1)
+    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises, reading or writing.
+        raise InvalidInputError(
+            f"input: can't send a PIL image of mode {image.mode}: {error}"
+        ) from error
     return buffer.getvalue()
 
 
@@ -76,7 +87,14 @@ def _little_endian(array: np.ndarray) -> np.ndarray:
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
-    tensor = tensor.detach().cpu()
+    try:
+        return _array_of(tensor.detach().cpu().resolve_conj().resolve_neg())
+    # What torch raises for a type that numpy lacks, sparse tensors, and those without values.
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise InvalidInputError(f"input: can't send a {type(tensor).__name__}: {error}") from error
+
+
+def _array_of(tensor: Any) -> np.ndarray:
     if str(tensor.dtype) != "torch.bfloat16":
         return tensor.numpy()  # type: ignore[no-any-return]
     import ml_dtypes

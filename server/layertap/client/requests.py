@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layertap.client.inputs import encode_input
+from layertap.client.timeouts import bounded
+from layertap.errors import InvalidInputError
 from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
 from layertap.v1 import feature_service_pb2
 from layertap.wire import dtypes
@@ -49,11 +51,11 @@ class StreamRequest:
             session: The session of shared memory; empty for none.
 
         Raises:
-            InvalidInputError: For an input or a selection that can't be sent.
+            InvalidInputError: For an input, a selection or an extractor that can't be sent.
         """
-        seconds = timeout if self.timeout is None else self.timeout
+        seconds = bounded(timeout if self.timeout is None else self.timeout)
         # At least 1: 0 would mean no end.
-        timeout_ns = 0 if seconds is None else min(max(1, int(seconds * 1e9)), 2**64 - 1)
+        timeout_ns = 0 if seconds is None else max(1, int(seconds * 1e9))
         fields, tensor = request_fields(self.model, self.given, self.layers, self.extractor)
         request = feature_service_pb2.ExtractStreamRequest(
             id=number, timeout_ns=timeout_ns, shared_memory_session=session, **fields
@@ -71,13 +73,22 @@ def request_fields(
     fields: dict[str, Any] = {
         "model": model,
         "layers": [_selection(selection) for selection in parse_selections(layers)],
-        "extractor": to_proto(Extractor(extractor), "EXTRACTOR"),
+        "extractor": to_proto(_extractor(extractor), "EXTRACTOR"),
     }
     inputs = encode_input(given)
     if isinstance(inputs, np.ndarray):
         return fields, inputs
     fields["images"] = feature_service_pb2.ImageBatch(images=inputs)
     return fields, None
+
+
+def _extractor(name: Extractor | str) -> Extractor:
+    try:
+        return Extractor(name)
+    except ValueError:
+        raise InvalidInputError(
+            f"extractor: got {name!r}, expected one of {', '.join(Extractor)}"
+        ) from None
 
 
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:

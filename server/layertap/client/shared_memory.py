@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 from layertap.addresses import target_is_loopback
 from layertap.errors import InvalidInputError
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
+from layertap.wire.dtypes import of_array
 from layertap.wire.shared.connection import Connection
 from layertap.wire.shared.hub import LEAST_BYTES
 from layertap.wire.shared.regions import supported
@@ -57,6 +58,7 @@ class SharedMemoryClient:
         self._opening = threading.Lock()
         self._retry_at = 0.0
         self._current: Connection | None = None
+        self._at_end: weakref.finalize[[], SharedMemoryClient] | None = None
 
     def connection(self, timeout: float | None) -> Connection | None:
         """Return a session that is open, opened now if need be; None for the wire."""
@@ -94,8 +96,12 @@ class SharedMemoryClient:
             away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
             self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
             return None
-        # Where nobody closes the client, its end does.
-        weakref.finalize(self, connection.close).atexit = False
+        # Where nobody closes the client, its end does. A session that was lost is not to be kept
+        # open by that until then.
+        if self._at_end is not None:
+            self._at_end.detach()
+        self._at_end = weakref.finalize(self, connection.close)
+        self._at_end.atexit = False
         return connection
 
 
@@ -105,10 +111,14 @@ def written(connection: Connection, tensor: np.ndarray | None) -> Iterator[Share
 
     Yields:
         Where it stands; None where it has to be sent.
+
+    Raises:
+        InvalidInputError: For an array without a row in the dtype table.
     """
     if tensor is None or tensor.nbytes < LEAST_BYTES:
         yield None
         return
+    of_array(tensor)  # Objects, for one, can't be written anywhere.
     borrowed = connection.borrow(tensor.nbytes)
     if borrowed is None:
         yield None

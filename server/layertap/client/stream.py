@@ -12,6 +12,7 @@ import grpc
 
 from layertap.client.failures import error_from_item, error_from_rpc
 from layertap.client.features import Features
+from layertap.client.timeouts import bounded
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import (
     InvalidInputError,
@@ -76,7 +77,7 @@ class FeatureStream:
         # as much as is in flight, at most.
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._call = method(
-            iter(self._outgoing.get, None), timeout=timeout, metadata=trace_metadata()
+            iter(self._outgoing.get, None), timeout=bounded(timeout), metadata=trace_metadata()
         )
 
     def extract(

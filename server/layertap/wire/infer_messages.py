@@ -31,6 +31,17 @@ MAX_RAW_INPUTS = 64
 
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _RAW_OUTPUT = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
+_MOST_FIELDS = 1 << 16
+# Ways to the fields that occur any number of times.
+_INPUT_PATH = (
+    pb.ModelInferRequest.INPUTS_FIELD_NUMBER,
+    pb.ModelInferRequest.InferInputTensor.CONTENTS_FIELD_NUMBER,
+    pb.InferTensorContents.BYTES_CONTENTS_FIELD_NUMBER,
+)
+_OUTPUT_PATH = (
+    pb.ModelInferRequest.OUTPUTS_FIELD_NUMBER,
+    pb.ModelInferRequest.InferRequestedOutputTensor.PARAMETERS_FIELD_NUMBER,
+)
 # The tag of ModelStreamInferResponse.infer_response.
 _RESPONSE_TAG = bytes([pb.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER << 3 | 2])
 _UINT8 = 6
@@ -50,12 +61,28 @@ def decode_infer_request(message: bytes, request: pb.ModelInferRequest) -> list[
     """
     try:
         rest, raw = codec.split(message, field=_RAW_INPUT, most=MAX_RAW_INPUTS)
+        _check_inner_fields(rest)
         request.ParseFromString(rest)
     except ValueError as error:
         raise DecodeError(str(error)) from None
     except ProtobufDecodeError:
         raise DecodeError("request: got bytes that are no ModelInferRequest") from None
     return raw
+
+
+def _check_inner_fields(rest: bytes) -> None:
+    """Raise ValueError for more fields within inputs or outputs than there may be around them.
+
+    Each takes two bytes of the message, and a hundred of the parser's memory. Several submessages
+    are counted as one, since the fields of one after those of another are a message as well.
+    """
+    if len(rest) <= 2 * _MOST_FIELDS:  # As for all requests but hostile and typed ones.
+        return
+    for path in (_INPUT_PATH, _OUTPUT_PATH):
+        inner = rest
+        for number in path:
+            _, found = codec.split(inner, field=number, most=_MOST_FIELDS)
+            inner = b"".join(found)
 
 
 def encode_stream_error(request_id: str, text: str) -> bytes:

@@ -16,6 +16,7 @@ from layertap.v1.feature_service_pb2 import (
     ExtractStreamRequest,
     ExtractStreamResponse,
 )
+from layertap.wire import codec
 from layertap.wire.messages import Find, found
 from layertap.wire.tensors import SharedTensor, TensorView, decode_message, encode_message
 
@@ -30,6 +31,7 @@ __all__ = [
 
 _REQUEST_TENSOR = ExtractStreamRequest.TENSOR_FIELD_NUMBER
 _REQUEST_IMAGES = ExtractStreamRequest.IMAGES_FIELD_NUMBER
+_MOST_INPUTS = 1 << 16
 _REPLY_TENSORS = ExtractStreamResponse.TENSORS_FIELD_NUMBER
 
 
@@ -58,9 +60,18 @@ def decode_stream_request(
 def id_of(message: bytes) -> int:
     """Return the id of an ExtractStreamRequest whose tensor contradicts itself.
 
+    Only what is no input is parsed: a request that was refused because its parts would cost the
+    parser dearly is not to cost it now.
+
     Raises:
-        DecodeError: For bytes that are no protobuf message, so that they have no id.
+        DecodeError: For bytes that are no protobuf message, so that they have no id, and for more
+            fields than are looked at.
     """
+    try:
+        for field in (_REQUEST_TENSOR, _REQUEST_IMAGES):
+            message, _ = codec.split(message, field=field, most=_MOST_INPUTS)
+    except ValueError as error:
+        raise DecodeError(str(error)) from None
     return _parse_request(message).id
 
 

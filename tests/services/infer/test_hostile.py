@@ -68,6 +68,28 @@ def test_mutated_requests_are_answered_or_refused(channel, method: str) -> None:
     assert {Code.OK, Code.INVALID_ARGUMENT, Code.NOT_FOUND} <= seen.keys()
 
 
+@pytest.mark.parametrize(
+    ("method", "message", "match"),
+    [
+        ("ModelInfer", b"\x2a\x80\x80\x40" + b"\x22\x00" * (1 << 19), "more than 65536 fields"),
+        (
+            "TraceSetting",
+            b"\x0a\x00" * (1 << 19) + b"\x0a\x00",
+            "expected a TraceSettingRequest of",
+        ),
+        ("LogSettings", b"\x0a\x00" * (1 << 20), "of at most 1048576"),
+    ],
+    ids=["infer", "traces", "logs"],
+)
+def test_many_small_fields_are_refused_before_they_are_parsed(
+    channel, method: str, message: bytes, match: str
+) -> None:
+    """A request that would cost the parser many times its bytes of memory is told so."""
+    with pytest.raises(grpc.RpcError, match=match) as refusal:
+        channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(message, timeout=30)
+    assert refusal.value.code() is Code.INVALID_ARGUMENT
+
+
 def ending(call: grpc.UnaryUnaryMultiCallable, message: bytes) -> Code:
     """Return the status that a call ends with."""
     try:

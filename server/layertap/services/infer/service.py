@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 from google.protobuf.message import Message
 
 from layertap.engine import Call, Engine, Extraction
-from layertap.errors import DecodeError
+from layertap.errors import DecodeError, InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.memory import SharedMemory
 from layertap.services.infer.queries import Queries
@@ -32,6 +32,7 @@ from layertap.wire.infer_messages import decode_infer_request, encode_stream_err
 __all__ = ["InferenceService", "InferenceSettings"]
 
 Q = TypeVar("Q", bound=Message)
+_QUERY_BYTES = 1 << 20
 _OWNERS = ("RepositoryModelLoad", "RepositoryModelUnload")
 
 
@@ -171,6 +172,13 @@ def _unary(
     to_owner: bool,
 ) -> grpc.RpcMethodHandler:
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+        # Names and parameters: what is larger is refused before a parser makes objects of it, each
+        # of which takes far more memory than its bytes here.
+        if len(message) > _QUERY_BYTES:
+            raise InvalidInputError(
+                f"request: got {len(message)} bytes, expected a {kind.__name__} of at most "
+                f"{_QUERY_BYTES}"
+            )
         request = kind()
         try:
             request.ParseFromString(message)

@@ -5,7 +5,8 @@ Note [Views keep the lease]
     gone so is that array, and its finalizer gives the lease back. It runs in whatever thread, under
     whatever lock, so it takes none: sets and dicts change by single operations, and the packet is
     sent without waiting. The socket stays open for as long as there are views, even when the client
-    is closed: its end would tell the server that the regions may be used again.
+    is closed: its end would tell the server that the regions may be used again. So it does while a
+    call is under way, whose reply may be there already, with nobody viewing it yet.
 
 Note [Replies that nobody has read yet]
     A lease may run out while its reply waits to be read, in a stream whose consumer takes its time.
@@ -178,6 +179,7 @@ class Connection:
                 for mapped in list(self._regions.values()):
                     if mapped.forgotten and not mapped.leases:
                         self._let_go(mapped, mapped.forgotten)
+        self._end_if_unused()
 
     def finder(self) -> Callable[[SharedTensor], TensorView]:
         """Return what finds the tensors of one reply.
@@ -219,7 +221,7 @@ class Connection:
                 self._idle.append(borrowed)
 
     def close(self) -> None:
-        """End the session, once nobody views what was lent."""
+        """End the session, once nobody views what was lent and no call is under way."""
         self._closing = True
         self._end_if_unused()
 
@@ -255,7 +257,7 @@ class Connection:
         self._end_if_unused()
 
     def _end_if_unused(self) -> None:
-        if self._closing and not self._live and not self.lost:
+        if self._closing and not (self._calls or self._live or self.lost):
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -257,12 +257,11 @@ class SharedMemory:
         lease = Lease(region, session, self._clock())
         session.leases[region.number] = lease
         session.held += region.size
-        if region.number not in session.known:
-            if not session.channel.announce(region):
-                self._settle(lease, End.REUSE)
-                self._close(session, End.RETIRE)
-                return None
-            session.known.add(region.number)
+        if region.number not in session.known and not session.channel.announce(region):
+            self._settle(lease, End.REUSE)
+            self._close(session, End.RETIRE)
+            return None
+        session.known[region.number] = lease.generation
         return lease
 
     def _readable(self, session: Session | None, at: SharedSlice) -> Lease:
@@ -329,6 +328,6 @@ class SharedMemory:
 
     def _forget(self, region: Region) -> None:
         for session in self._sessions.values():
-            if region.number in session.known:
-                session.known.discard(region.number)
-                session.channel.forget(region.number, region.generation)
+            generation = session.known.pop(region.number, None)
+            if generation is not None:
+                session.channel.forget(region.number, generation)

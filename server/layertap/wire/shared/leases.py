@@ -70,7 +70,7 @@ class Session:
         id: 16 secret bytes that only its socket told it.
         channel: The server's end of its socket.
         leases: What is lent to it, by the region's number.
-        known: The regions whose descriptors it has.
+        known: The regions whose descriptors it has, each with the last lease that was its own.
         held: Bytes that are lent to it, or were retired and not given back.
         closed: Whether it has ended.
     """
@@ -79,7 +79,7 @@ class Session:
         self.id = identifier
         self.channel = channel
         self.leases: dict[int, Lease] = {}
-        self.known: set[int] = set()
+        self.known: dict[int, int] = {}
         self.held = 0
         self.closed = False
 
