@@ -29,6 +29,9 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LayertapError]] = {
 # gRPC's words for what this side did itself.
 _OWN_DOING = ("Locally cancelled by application!", "Channel closed!")
 
+# And for a message over its limit, for which it has the status of a full queue.
+_TOO_LARGE = "larger than max"
+
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
 
 
@@ -41,6 +44,9 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
         # A call that reaches gRPC as it stops is reset, before any handler sees it; so is one that
         # outlasts the grace.
         return errors.UnavailableError(f"the server ended the call: {text}")
+    if code is Code.RESOURCE_EXHAUSTED and not name and _TOO_LARGE in text:
+        # Whoever is told to try again later would do so for ever.
+        return errors.InvalidInputError(f"the request is larger than the server takes: {text}")
     return _error(code, name, text)
 
 
