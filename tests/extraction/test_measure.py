@@ -9,8 +9,10 @@ from torch import nn
 from layertap.errors import LayerNotFoundError, ModelLoadError
 from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
 from layertap.extraction.layout import Geometry, Layout
-from layertap.models import ModelSpec, load_model
+from layertap.models import InputSpec, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
+from oddnets import script
+from tinynets import ITEM
 
 OUTPUT, INPUT = Capture.OUTPUT, Capture.INPUT
 
@@ -198,3 +200,11 @@ def test_watching_for_looks_changes_no_claim() -> None:
     spec = ModelSpec("vit_b_32", weights="random", item_shape=(3, 64, 64))
     catalogue = measure(load_model(spec, "cpu"))
     assert len(names(catalogue, Extractor.FX)) > 60
+
+
+def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
+    """A model whose state follows from its state would compute with symbols for ever."""
+    model = load_model(ModelSpec("oddnets:recurrent", item_shape=ITEM))
+    measure(model)
+    assert type(model.module.state) is torch.Tensor
+    assert model.module(torch.rand(2, *ITEM)).isfinite().all()
