@@ -19,7 +19,7 @@ from layertap.extraction.looks import watch_looks
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.proof import Values, collect, prove, shares_passes
-from layertap.extraction.survey import sample_input
+from layertap.extraction.survey import sample_input, wide_input
 from layertap.extraction.taps import Taps
 from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
 from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
@@ -107,7 +107,7 @@ class PlanBuilder:
         *,
         keep: bool = False,
     ) -> Plan:
-        """Build an extractor and hold it against the oracle at two batch sizes.
+        """Build an extractor and hold it against the oracle at three batch sizes.
 
         The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
         equal to it bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
@@ -152,6 +152,9 @@ class PlanBuilder:
             for one, two in zip(*oracle, strict=True)
         )
         proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
+        if extractor is not Extractor.HOOK:
+            proof.cases.extend(self._wide_case(extractor, points, item_shape))
+            yield None
         if extractor is Extractor.TORCHSCRIPT:
             built = yield from self._compiled(points, proof, keep=keep)
         else:
@@ -168,10 +171,21 @@ class PlanBuilder:
         whose code looks at values goes one way for the whole batch.
         """
         if plan.shared is None:
-            x = sample_input(self._model, 3, item_shape)
-            alone = self._catalogue.keeps_state or self._looks(plan, x)
-            plan.shared = not alone and shares_passes(plan.built, plan.points, plan.specs, x)
+            plan.shared = not self._catalogue.keeps_state and self._shares(plan, item_shape)
         return plan.shared
+
+    def _shares(self, plan: Plan, item_shape: tuple[int, ...]) -> bool:
+        x = sample_input(self._model, 3, item_shape)
+        if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
+            return False
+        wide = wide_input(self._model, 3, item_shape)
+        if wide is None:
+            return True
+        try:
+            return shares_passes(plan.built, plan.points, plan.specs, wide)
+        except Exception:  # noqa: BLE001 - a model need not take such input; a batch would fail
+            _log.info("model %s fails on wide input", self._model.name, exc_info=True)
+            return True
 
     def _looks(self, plan: Plan, x: torch.Tensor) -> bool:
         if plan.extractor is Extractor.TORCHSCRIPT:
@@ -185,6 +199,24 @@ class PlanBuilder:
         x = sample_input(self._model, size, item_shape)
         for _ in range(WARM_UP_RUNS):
             plan.built.run(x.clone(), lambda index, value: None)
+
+    def _wide_case(
+        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+    ) -> list[tuple[torch.Tensor, Values]]:
+        """Return a batch of input outside [0, 1) and what the oracle gives for it, if it can.
+
+        A model that clamps its input, say, shows it on such input only.
+        """
+        x = wide_input(self._model, 3, item_shape)
+        if x is None:
+            return []
+        try:
+            values = self._run_oracle(points, x)
+        except InvalidInputError:
+            return []  # Not every model takes such input.
+        if extractor is Extractor.TORCHSCRIPT and not all(v.isfinite().all() for v in values):
+            return []  # The last bits decide where a root of some noise is NaN.
+        return [(x, values)]
 
     def _compiled(
         self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool

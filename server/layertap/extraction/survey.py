@@ -33,6 +33,7 @@ __all__ = [
     "survey_hooks",
     "survey_looks",
     "survey_walk",
+    "wide_input",
 ]
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -65,6 +66,18 @@ def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) ->
         values = torch.rand(shape, generator=generator, dtype=torch.float32)
     else:
         values = torch.randint(0, 2, shape, generator=generator)
+    return values.to(model.device, model.input.dtype)
+
+
+def wide_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Return a batch as ``sample_input`` does, of numbers on both sides of [0, 1), or None.
+
+    Twice as wide as normalised images; None where the model takes no floating-point numbers.
+    """
+    if not model.input.dtype.is_floating_point:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn((batch, *item_shape), generator=generator, dtype=torch.float32) * 2
     return values.to(model.device, model.input.dtype)
 
 
