@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,6 +64,7 @@ class _Proof:
     extractor: Extractor
     points: Sequence[CapturePoint]
     cases: list[tuple[torch.Tensor, Values]]
+    turn: AbstractContextManager[object]
 
     @property
     def example(self) -> torch.Tensor:
@@ -71,7 +72,8 @@ class _Proof:
 
     def steps(self, built: BuiltExtractor) -> Iterator[None]:
         for x, expected in self.cases:
-            prove(self.extractor, built, self.points, x, expected)
+            with self.turn:
+                prove(self.extractor, built, self.points, x, expected)
             yield None
 
 
@@ -85,6 +87,8 @@ class PlanBuilder:
         taps: Its taps.
         catalogue: Its catalogue.
         cache: Where the compiled plans that are to be kept are stored.
+        turn: Held while the model runs. Not while it is traced symbolically, which waits for the
+            passes of others, who may wait for this turn.
     """
 
     def __init__(
@@ -93,11 +97,13 @@ class PlanBuilder:
         taps: Taps,
         catalogue: Catalogue,
         cache: PlanCache | None = None,
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
         self._cache = cache
+        self._turn = turn or nullcontext()
 
     def build(
         self,
@@ -151,7 +157,7 @@ class PlanBuilder:
             ValueSpec.from_batches(one.dtype, one.shape, two.shape)
             for one, two in zip(*oracle, strict=True)
         )
-        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
+        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)), self._turn)
         if extractor is not Extractor.HOOK:
             proof.cases.extend(self._wide_case(extractor, points, item_shape))
             yield None
@@ -198,7 +204,8 @@ class PlanBuilder:
         """Run a plan on a batch of that many items, as the first such batch takes longer."""
         x = sample_input(self._model, size, item_shape)
         for _ in range(WARM_UP_RUNS):
-            plan.built.run(x.clone(), lambda index, value: None)
+            with self._turn:
+                plan.built.run(x.clone(), lambda index, value: None)
 
     def _wide_case(
         self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
@@ -242,7 +249,8 @@ class PlanBuilder:
         yield None
         yield from proof.steps(built)
         for _ in range(WARM_UP_RUNS):
-            built.run(proof.example.clone(), lambda index, value: None)
+            with self._turn:
+                built.run(proof.example.clone(), lambda index, value: None)
             yield None
         return built
 
@@ -258,7 +266,9 @@ class PlanBuilder:
 
     def _run_oracle(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
         try:
-            return collect(self._oracle(points), points, x)
+            oracle = self._oracle(points)
+            with self._turn:
+                return collect(oracle, points, x)
         except Exception as error:
             _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
             raise InvalidInputError(
@@ -305,9 +315,12 @@ class PlanBuilder:
     def _trace(
         self, points: Sequence[CapturePoint], example: torch.Tensor
     ) -> torch.jit.ScriptModule:
-        self._refuse_looks(points, example)
         try:
-            return trace_taps(self._model, self._taps, points, example.clone())
+            with self._turn:
+                self._refuse_looks(points, example)
+                return trace_taps(self._model, self._taps, points, example.clone())
+        except ExtractorUnsupportedError:
+            raise
         except Exception as error:
             _log.info("model %s can't be traced", self._model.name, exc_info=True)
             raise ExtractorUnsupportedError(
