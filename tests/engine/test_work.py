@@ -277,3 +277,18 @@ def test_a_net_whose_loud_items_quieten_others_is_never_shared(engine) -> None:
     for x, values in zip(batches, together.values(), strict=True):
         truth = outputs_of(module, torch.from_numpy(x), "tail")[0]
         assert torch.allclose(values["tail"], truth, atol=1e-5)
+
+
+def test_a_program_that_looks_at_values_is_never_shared(engine, tmp_path: Path) -> None:
+    """A TorchScript program branches for the whole batch, as the code that it was made from."""
+    file = tmp_path / "turns.pt"
+    oddnets.script(batchnets.turns()).save(file)
+    engine.load(ModelSpec(str(file), item_shape=ITEM), batching=EIGHT)
+    batches = inputs(1, 1)
+    batches[1] += 3
+    together = Together(engine, asking(engine, "turns", "tail", batches))
+    module = batchnets.turns()
+    for x, values in zip(batches, together.values(), strict=True):
+        truth = outputs_of(module, torch.from_numpy(x), "tail")[0]
+        assert torch.allclose(values["tail"], truth, atol=1e-5)
+    assert together.shared == [1, 1]

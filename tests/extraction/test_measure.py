@@ -208,3 +208,9 @@ def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
     measure(model)
     assert type(model.module.state) is torch.Tensor
     assert model.module(torch.rand(2, *ITEM)).isfinite().all()
+
+
+def test_a_model_with_sparse_tensors_is_measured() -> None:
+    """They have no plain memory, which nothing here relies on."""
+    catalogue = measure(load_model(ModelSpec("oddnets:sparse", item_shape=ITEM)))
+    assert catalogue.entry("tail").serves(Extractor.HOOK, OUTPUT)
