@@ -202,6 +202,32 @@ def test_watching_for_looks_changes_no_claim() -> None:
     assert len(names(catalogue, Extractor.FX)) > 60
 
 
+@pytest.mark.parametrize("net", ["recurrent", "counts", "remembers"])
+def test_what_a_model_keeps_is_seen(net) -> None:
+    """In attributes, in buffers that it writes in place, in containers that stay as long."""
+    assert measure(load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM))).keeps_state
+
+
+def test_what_a_program_keeps_is_seen() -> None:
+    """A TorchScript program's attributes are its own; its statements tell that it writes some."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.passes = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
+            return x * self.passes
+
+    def keeps_state(module: torch.jit.ScriptModule) -> bool:
+        spec = InputSpec(ITEM, spatial=2)
+        return measure(LoadedModel("net", "", "", module, torch.device("cpu"), spec)).keeps_state
+
+    assert keeps_state(script(Keeps()))
+    assert not keeps_state(script(nn.Conv2d(3, 4, 1).eval()))
+
+
 def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
     """A model whose state follows from its state would compute with symbols for ever."""
     model = load_model(ModelSpec("oddnets:recurrent", item_shape=ITEM))
