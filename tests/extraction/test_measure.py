@@ -236,6 +236,14 @@ def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
     assert model.module(torch.rand(2, *ITEM)).isfinite().all()
 
 
+def test_nodes_of_a_graph_that_computes_something_else_are_not_claimed() -> None:
+    """There is nothing to hold a node against; the graph's modules tell whether it is the model."""
+    catalogue = measure(load_model(ModelSpec("oddnets:only_tensors", item_shape=ITEM)))
+    support = catalogue.entry("add").support[Extractor.FX]
+    assert not support.output
+    assert "'conv' differs" in support.reason
+
+
 def test_a_model_with_sparse_tensors_is_measured() -> None:
     """They have no plain memory, which nothing here relies on."""
     catalogue = measure(load_model(ModelSpec("oddnets:sparse", item_shape=ITEM)))

@@ -155,7 +155,7 @@ Attributes = dict[str, _Attribute]
 
 
 def _attributes(module: nn.Module) -> Attributes:
-    """Return each attribute of each submodule, and the length of those that have one."""
+    """Return each attribute and buffer of each submodule."""
     if isinstance(module, torch.jit.ScriptModule):
         # Its own code alone sees its other attributes; ``writes_attributes`` reads that.
         return {name: _attribute(value) for name, value in module.named_buffers()}
@@ -216,11 +216,14 @@ class FxSurvey:
         equal: For each point that has a node, whether a request gets the oracle's value.
         shapes: The type and shape of every node whose value is a tensor.
         lost: Nodes whose value is another one once dead-code elimination has been at the graph.
+        astray: A module's call whose value in the graph is not what the module returned; empty
+            where there is none. The graph then computes something else than the model.
     """
 
     equal: dict[CapturePoint, bool] = field(default_factory=dict)
     shapes: dict[str, Shape] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
+    astray: str = ""
 
 
 def survey_fx(
@@ -238,6 +241,7 @@ def survey_fx(
         if node is not None:
             points.setdefault(node, []).append(point)
     survey = FxSurvey()
+    operations = set(trace.names.operations)
     whole: dict[str, torch.Tensor] = {}
 
     def see(index: int, value: torch.Tensor) -> None:
@@ -245,6 +249,8 @@ def survey_fx(
         survey.shapes[node] = (value.dtype, tuple(value.shape))
         for point in points.get(node, ()):
             survey.equal[point] = same(value, oracle[point])
+            if not survey.equal[point] and node not in operations:
+                survey.astray = survey.astray or point.path
         if trace.pruned is not None:
             whole[node] = value.clone()
 
