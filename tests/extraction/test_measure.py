@@ -244,6 +244,13 @@ def test_nodes_of_a_graph_that_computes_something_else_are_not_claimed() -> None
     assert "'conv' differs" in support.reason
 
 
+def test_children_behind_a_look_at_values_are_not_claimed_for_a_walk(load_net) -> None:
+    """What the code sees there may change what it feeds them."""
+    catalogue = measure(load_net("raises"))
+    assert catalogue.entry("conv").serves(Extractor.CHILDREN, OUTPUT)
+    assert not catalogue.entry("head").serves(Extractor.CHILDREN, OUTPUT)
+
+
 def test_a_model_with_sparse_tensors_is_measured() -> None:
     """They have no plain memory, which nothing here relies on."""
     catalogue = measure(load_model(ModelSpec("oddnets:sparse", item_shape=ITEM)))

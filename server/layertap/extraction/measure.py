@@ -203,7 +203,7 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     elif extractor is Extractor.FX:
         support = _fx_support(point, findings.graph)
     elif extractor in (Extractor.CHILDREN, Extractor.LAYER_GETTER):
-        support = _walk_support(point, findings.walk)
+        support = _walk_support(point, findings)
     else:
         support = Support(output=True)
     given = entry.points.get(Capture.INPUT)
@@ -227,13 +227,16 @@ def _traceable(
     )
 
 
-def _walk_support(point: CapturePoint, reasons: Mapping[str, str]) -> Support:
+def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
+    reasons = findings.walk
     if point.member:
         reason = "a walk over children passes on plain tensors only"
     elif point.call:
         reason = "a walk over children calls each child once"
     elif point.path not in reasons:
         reason = f"{point.path!r} is not a top-level child of the model"
+    elif point in findings.looked and not reasons[point.path]:
+        reason = "before it the model's code looks at values, and may not feed its children so"
     else:
         reason = reasons[point.path]
     return Support(output=not reason, reason=reason)
