@@ -6,16 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from layertap.errors import InvalidInputError
 
 __all__ = [
     "Capture",
     "Extractor",
+    "Glob",
     "LayerSelection",
     "Reduction",
     "SelectionLike",
-    "glob_pattern",
     "is_glob",
     "parse_selections",
 ]
@@ -93,14 +94,66 @@ def is_glob(name: str) -> bool:
     return any(sign in name for sign in "*?")
 
 
-def glob_pattern(glob: str) -> re.Pattern[str]:
-    """Return what matches a glob's names in full.
+class Glob:
+    """A glob over names, matched in full; see Note [Globs].
 
     ``*`` and ``?`` stay within one component of a path, ``**`` crosses components.
+
+    Note [Globs]
+        A glob comes from anybody. As a regular expression ``**?**?**?`` and so on takes years on a
+        name that it doesn't match, and Python holds every other thread up meanwhile. So all ways
+        through the glob are walked at once, a bit for each place in it: one step a character.
     """
-    parts = re.split(r"(\*\*|\*|\?)", glob)
-    signs = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
-    return re.compile("".join(signs.get(part) or re.escape(part) for part in parts))
+
+    def __init__(self, text: str) -> None:
+        # A run of stars with two of them says what two say.
+        self._parts = [part for part in re.split(r"(\*\*+|\*|\?)", text) if part]
+        # Longer than any name, a glob is never laid out.
+        self._least = sum(len(part) for part in self._parts if not part.startswith("*"))
+
+    def matches(self, name: str) -> bool:
+        """Tell whether the glob matches a whole name."""
+        if len(name) < self._least:
+            return False
+        steps = self._steps
+        places = steps.past_stars(1)
+        for char in name:
+            inside = char != "."
+            stay = places & (steps.deep | (steps.shallow if inside else 0))
+            go = places & (steps.literal.get(char, 0) | (steps.single if inside else 0))
+            places = steps.past_stars(stay | go << 1)
+        return bool(places >> steps.length)
+
+    @cached_property
+    def _steps(self) -> _Steps:
+        return _Steps(self._parts)
+
+
+class _Steps:
+    """Where in a glob each kind of step may be taken: bit n stands before the n-th sign."""
+
+    def __init__(self, parts: Iterable[str]) -> None:
+        self.deep = self.shallow = self.single = self.length = 0
+        self.literal: dict[str, int] = {}
+        for part in parts:
+            signs = [part] if part[0] in "*?" else part
+            for sign in signs:
+                self._add(sign, 1 << self.length)
+                self.length += 1
+
+    def past_stars(self, places: int) -> int:
+        """Return places with those behind their stars, which may stand for nothing."""
+        return places | (places & (self.deep | self.shallow)) << 1
+
+    def _add(self, sign: str, place: int) -> None:
+        if sign == "*":
+            self.shallow |= place
+        elif sign.startswith("*"):
+            self.deep |= place
+        elif sign == "?":
+            self.single |= place
+        else:
+            self.literal[sign] = self.literal.get(sign, 0) | place
 
 
 SelectionLike = str | LayerSelection | Mapping[str, str] | Iterable[str | LayerSelection]

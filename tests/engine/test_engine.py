@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import asking
+import tinynets
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, HostOptions, Limits
 from layertap.engine.promotion import PROMOTE_AFTER
@@ -281,3 +282,26 @@ def test_most_models_keep_no_state(engine) -> None:
     """Nothing is held back without a reason."""
     load(engine, "residual")
     assert not engine.host("residual").catalogue.keeps_state
+
+
+def test_plans_of_a_model_that_keeps_state_are_built_in_its_turn() -> None:
+    """The passes that a new plan is proven by would be seen by those of requests."""
+    engine = Engine(threads=1, instances=2)
+    load(engine, "keeps_state")
+    module = tinynets.keeps_state()
+    x = np.full((1, *ITEM), 8, np.float32)
+    with torch.inference_mode():
+        truth = outputs_of(module, torch.from_numpy(x), "tail")[0]
+
+    def ask_for(x: np.ndarray) -> torch.Tensor:
+        return asking.ask(engine, "keeps_state", "tail", x, Extractor.HOOK).torch()["tail"]
+
+    others = [np.zeros((1, 3, size, size), np.float32) for size in range(17, 57)]
+    with ThreadPoolExecutor(2) as pool:
+        built = pool.submit(lambda: [ask_for(other) for other in others])
+        answers = []
+        while not built.done():
+            answers.append(ask_for(x))
+        built.result()
+    assert all(torch.equal(answer, truth) for answer in answers)
+    engine.close()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import batchnets
+import oddnets
 import tinynets
 from asking import request_for
 from layertap import Extractor, Features, LayerSelection, errors
@@ -262,3 +264,31 @@ def test_a_pass_that_somebody_waits_for_is_not_given_up(engine) -> None:
     module.conv1.register_forward_hook(lambda *_: call.cancel())
     together = Together(engine, [*asked, lambda: engine.extract(request, call)])
     assert together.shared == [2, 2]
+
+
+def test_a_net_whose_loud_items_quieten_others_is_never_shared(engine) -> None:
+    """Random items in [0, 1) don't show what louder ones do to each other."""
+    load(engine, "oddnets:peaks")
+    batches = inputs(1, 1)
+    batches[1] *= 100
+    together = Together(engine, asking(engine, "peaks", "tail", batches))
+    assert together.shared == [1, 1]
+    module = oddnets.peaks()
+    for x, values in zip(batches, together.values(), strict=True):
+        truth = outputs_of(module, torch.from_numpy(x), "tail")[0]
+        assert torch.allclose(values["tail"], truth, atol=1e-5)
+
+
+def test_a_program_that_looks_at_values_is_never_shared(engine, tmp_path: Path) -> None:
+    """A TorchScript program branches for the whole batch, as the code that it was made from."""
+    file = tmp_path / "turns.pt"
+    oddnets.script(batchnets.turns()).save(file)
+    engine.load(ModelSpec(str(file), item_shape=ITEM), batching=EIGHT)
+    batches = inputs(1, 1)
+    batches[1] += 3
+    together = Together(engine, asking(engine, "turns", "tail", batches))
+    module = batchnets.turns()
+    for x, values in zip(batches, together.values(), strict=True):
+        truth = outputs_of(module, torch.from_numpy(x), "tail")[0]
+        assert torch.allclose(values["tail"], truth, atol=1e-5)
+    assert together.shared == [1, 1]

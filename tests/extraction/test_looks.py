@@ -15,6 +15,10 @@ LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
     "item": lambda x: x.sum().item(),
     "int": lambda x: int(x.sum()),
     "equal": lambda x: torch.equal(x, x + 1),
+    "allclose": lambda x: torch.allclose(x, x + 1),
+    "the size of a selection": lambda x: len(x[x > 0.5]),
+    "what was counted": lambda x: (x.nonzero() + 1).shape[0] > 2,
+    "a loop over what was found": lambda x: list(torch.where(x > 0.5)[0] * 2),
     "tolist": lambda x: x.tolist(),
     "numpy": lambda x: x.numpy(),
     "a view": lambda x: float(x[0, 0]),
@@ -23,6 +27,9 @@ LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
 NO_LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
     "shape": lambda x: x.shape[0] > 1 and len(x),
     "computing": lambda x: (x * 2).relu_().sum(),
+    "a selection": lambda x: x[x > 0.5].sum(),
+    "the size of a constant selection": lambda x: len(x[:, torch.tensor([True, False, True])]),
+    "the size of what was reordered": lambda x: len(x[x.argmax(0)]),
     "a constant": lambda x: torch.ones(3).sum().item(),
 }
 
@@ -43,3 +50,13 @@ def test_shapes_and_constants_are_none(name) -> None:
     with watch_looks(nn.Identity(), x) as looks:
         NO_LOOKS[name](x)
     assert looks.count == 0
+
+
+def test_sparse_tensors_can_be_watched() -> None:
+    """They have no memory to tell by; what is computed of them and the input is told."""
+    x, matrix = torch.rand(3, 3), torch.eye(3).to_sparse()
+    with watch_looks(nn.Identity(), x) as looks:
+        product = torch.sparse.mm(matrix, x)
+        assert looks.count == 0
+        assert product.sum().item() > 0
+    assert looks.count > 0

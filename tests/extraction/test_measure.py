@@ -9,8 +9,10 @@ from torch import nn
 from layertap.errors import LayerNotFoundError, ModelLoadError
 from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
 from layertap.extraction.layout import Geometry, Layout
-from layertap.models import ModelSpec, load_model
+from layertap.models import InputSpec, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
+from oddnets import script
+from tinynets import ITEM
 
 OUTPUT, INPUT = Capture.OUTPUT, Capture.INPUT
 
@@ -198,3 +200,58 @@ def test_watching_for_looks_changes_no_claim() -> None:
     spec = ModelSpec("vit_b_32", weights="random", item_shape=(3, 64, 64))
     catalogue = measure(load_model(spec, "cpu"))
     assert len(names(catalogue, Extractor.FX)) > 60
+
+
+@pytest.mark.parametrize("net", ["recurrent", "counts", "remembers"])
+def test_what_a_model_keeps_is_seen(net) -> None:
+    """In attributes, in buffers that it writes in place, in containers that stay as long."""
+    assert measure(load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM))).keeps_state
+
+
+def test_what_a_program_keeps_is_seen() -> None:
+    """A TorchScript program's attributes are its own; its statements tell that it writes some."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.passes = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.passes += 1
+            return x * self.passes
+
+    def keeps_state(module: torch.jit.ScriptModule) -> bool:
+        spec = InputSpec(ITEM, spatial=2)
+        return measure(LoadedModel("net", "", "", module, torch.device("cpu"), spec)).keeps_state
+
+    assert keeps_state(script(Keeps()))
+    assert not keeps_state(script(nn.Conv2d(3, 4, 1).eval()))
+
+
+def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
+    """A model whose state follows from its state would compute with symbols for ever."""
+    model = load_model(ModelSpec("oddnets:recurrent", item_shape=ITEM))
+    measure(model)
+    assert type(model.module.state) is torch.Tensor
+    assert model.module(torch.rand(2, *ITEM)).isfinite().all()
+
+
+def test_nodes_of_a_graph_that_computes_something_else_are_not_claimed() -> None:
+    """There is nothing to hold a node against; the graph's modules tell whether it is the model."""
+    catalogue = measure(load_model(ModelSpec("oddnets:only_tensors", item_shape=ITEM)))
+    support = catalogue.entry("add").support[Extractor.FX]
+    assert not support.output
+    assert "'conv' differs" in support.reason
+
+
+def test_children_behind_a_look_at_values_are_not_claimed_for_a_walk(load_net) -> None:
+    """What the code sees there may change what it feeds them."""
+    catalogue = measure(load_net("raises"))
+    assert catalogue.entry("conv").serves(Extractor.CHILDREN, OUTPUT)
+    assert not catalogue.entry("head").serves(Extractor.CHILDREN, OUTPUT)
+
+
+def test_a_model_with_sparse_tensors_is_measured() -> None:
+    """They have no plain memory, which nothing here relies on."""
+    catalogue = measure(load_model(ModelSpec("oddnets:sparse", item_shape=ITEM)))
+    assert catalogue.entry("tail").serves(Extractor.HOOK, OUTPUT)

@@ -10,7 +10,7 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.proof import collect
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference, same
-from layertap.models import LoadedModel
+from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from oracle import inputs_of, outputs_of
 from tinynets import ITEM
@@ -120,3 +120,22 @@ def test_content_dependent_values_make_a_dynamic_plan(load_net) -> None:
     """A plan knows when it can't predict."""
     plan = builder(load_net("dynamic")).build(Extractor.HOOK, [point("pick")], ITEM)
     assert plan.dynamic
+
+
+@pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.FX])
+@pytest.mark.parametrize("net", ["clamps", "clamps_in_place"])
+def test_what_differs_on_wide_input_only_gets_no_plan(extractor, net) -> None:
+    """Clamping to [0, 1] is nothing on random input in [0, 1), and much on normalised images."""
+    model = load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM))
+    if extractor is Extractor.FX and net == "clamps":  # Its clamp has a user, and stays.
+        assert builder(model).build(extractor, [point("tail")], ITEM)
+        return
+    with pytest.raises(ExtractorUnsupportedError, match=f"{extractor.name} can't.*differs"):
+        builder(model).build(extractor, [point("tail")], ITEM)
+
+
+def test_counting_what_was_found_is_not_compiled() -> None:
+    """A trace would go the way of the example's count for every input."""
+    model = load_model(ModelSpec("oddnets:sizes", item_shape=ITEM))
+    with pytest.raises(ExtractorUnsupportedError, match="looks at values"):
+        builder(model).build(Extractor.TORCHSCRIPT, [point("tail")], ITEM)

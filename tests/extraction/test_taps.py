@@ -12,6 +12,7 @@ from layertap.errors import ModelRunError
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.taps import Taps
 from layertap.selection import Capture
+from oddnets import tries
 from oracle import inputs_of, outputs_of
 from tinynets import ITEM, residual
 
@@ -139,3 +140,14 @@ def test_sessions_of_several_threads_do_not_mix() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == [0, 0, 0, 0]
+
+
+def test_what_a_model_catches_is_raised_at_the_end() -> None:
+    """A sink's refusal is not lost in a model that goes on where a child fails."""
+
+    def refuse(index: int, value: torch.Tensor) -> None:
+        raise ModelRunError("refused")
+
+    net = tries()
+    with pytest.raises(ModelRunError, match="^refused$"):
+        Taps(net).run(net, torch.rand(1, *ITEM), [point("conv"), point("tail")], refuse)

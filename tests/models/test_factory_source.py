@@ -121,3 +121,10 @@ def test_half_a_target_is_a_load_error(target: str) -> None:
     """A factory needs a module and a function."""
     with pytest.raises(ModelLoadError, match=r"expected package\.module:function"):
         build_factory(ModelSpec(target, name="x"))
+
+
+def test_a_lazy_module_is_refused(factory_module: Write) -> None:
+    """Its weights would be made by its first input, of no seed and after they were to be loaded."""
+    name = factory_module("from torch import nn\n\ndef lazy():\n    return nn.LazyConv2d(4, 3)\n")
+    with pytest.raises(ModelLoadError, match=r"'weight' has no shape yet.* run the module once"):
+        build_factory(ModelSpec(f"{name}:lazy", item_shape=(3, 8, 8)))

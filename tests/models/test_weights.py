@@ -186,3 +186,18 @@ def test_a_plain_dict_loads_into_a_module_that_wants_a_version() -> None:
 
     load_into(net, dict(net.state_dict()), "w.safetensors")
     load_into(net, OrderedDict(net.state_dict()), "w.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64])
+def test_weights_of_another_kind_are_refused(tiny_net: nn.Module, dtype: torch.dtype) -> None:
+    """Quantised weights would load as the whole numbers that they are stored as."""
+    state = {key: value.to(dtype) for key, value in tiny_net.state_dict().items()}
+    with pytest.raises(WeightsUnavailableError, match=f"types differ: .* is {dtype}, the model"):
+        load_into(tiny_net, state, "w.pth")
+
+
+def test_weights_of_another_precision_load(tiny_net: nn.Module) -> None:
+    """Half-precision files are converted, counters stored as floating-point numbers as well."""
+    state = {key: value.to(torch.float16) for key, value in tiny_net.state_dict().items()}
+    load_into(tiny_net, state, "w.pth")
+    assert all(torch.equal(v.to(torch.float16), state[k]) for k, v in tiny_net.state_dict().items())

@@ -97,15 +97,15 @@ def _chosen(
     description: feature_service_pb2.DescribeModelResponse, glob: str | None, everything: bool
 ) -> list[catalogue_pb2.Layer]:
     from layertap.errors import LayerNotFoundError
-    from layertap.selection import glob_pattern
+    from layertap.selection import Glob
     from layertap.v1 import catalogue_pb2
 
     shown = list(description.layers)
     if not everything:
         shown = [layer for layer in shown if layer.kind != catalogue_pb2.LAYER_KIND_NODE]
     if glob is not None:
-        pattern = glob_pattern(glob)
-        shown = [layer for layer in shown if pattern.fullmatch(layer.name)]
+        pattern = Glob(glob)
+        shown = [layer for layer in shown if pattern.matches(layer.name)]
         if not shown:
             raise LayerNotFoundError(
                 f"glob {glob!r} matches no layer; `*` stays within a path's component, `**` "

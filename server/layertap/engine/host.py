@@ -131,7 +131,7 @@ class ModelHost:
                 "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
                 model.name, self.catalogue.non_finite,
             )  # fmt: skip
-        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache)
+        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache, self.turn)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}

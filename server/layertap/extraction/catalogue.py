@@ -11,7 +11,7 @@ from layertap.errors import LayerNotFoundError
 from layertap.extraction.fx import GraphNames
 from layertap.extraction.layout import Geometry
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
-from layertap.selection import Capture, Extractor, glob_pattern
+from layertap.selection import Capture, Extractor, Glob
 
 __all__ = ["REAL_EXTRACTORS", "Catalogue", "LayerEntry", "Support"]
 
@@ -112,8 +112,8 @@ class Catalogue:
 
         ``*`` and ``?`` stay within one component of a path, ``**`` crosses components.
         """
-        expression = glob_pattern(pattern)
-        return [entry for entry in self if expression.fullmatch(entry.name)]
+        glob = Glob(pattern)
+        return [entry for entry in self if glob.matches(entry.name)]
 
 
 def _hint(name: str, names: Iterable[str]) -> str:

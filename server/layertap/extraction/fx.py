@@ -6,8 +6,9 @@ Note [FX done right]
     - Asked for a parent and its last child, torchvision silently drops one: both mean one node.
       Here every point is resolved to a node first, and each node is asked for once.
     - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it runs
-      while no forward pass does. Where it fails half way it leaves the model in training mode: the
-      modes are put back here.
+      while no forward pass does. Where it fails half way it leaves the model in training mode, and
+      what the model's code writes to its attributes meanwhile are symbols, with which later passes
+      would compute: both are put back here.
     - Dead-code elimination keeps every ``torch._assert``, and with it what is asserted on: for the
       first layer of a ViT torchvision's extractor runs all of them. Here the graph ends behind the
       last capture.
@@ -17,6 +18,7 @@ Note [FX done right]
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -95,7 +97,7 @@ class Trace:
 
 def trace(model: LoadedModel) -> Trace:
     """Trace a model symbolically; raise whatever tracing raises."""
-    with no_forward_pass(), _modes_kept(model.module):
+    with no_forward_pass(), _as_it_was(model.module):
         train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
     every = [name for name in evaluation if name != "output"]
     whole = FxExtractor(model, GraphNames(train, dict.fromkeys(every, "")), every)
@@ -116,7 +118,7 @@ class FxExtractor:
     """
 
     def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
-        with no_forward_pass(), _modes_kept(model.module):
+        with no_forward_pass(), _as_it_was(model.module):
             graph_module = create_feature_extractor(
                 model.module,
                 train_return_nodes={names.train: names.train},
@@ -173,14 +175,35 @@ class WholeGraphExtractor:
 
 
 @contextmanager
-def _modes_kept(module: nn.Module) -> Iterator[None]:
-    """Put every submodule's training mode back, whatever happens."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
+def _as_it_was(module: nn.Module) -> Iterator[None]:
+    """Put back every submodule's training mode and all that its code wrote, whatever happens."""
+    kept = [(values, values.copy()) for values in _written(module)]
     try:
         yield
     finally:
-        for submodule, mode in modes:
-            submodule.training = mode
+        for values, former in kept:
+            _put_back(values, former)
+
+
+_Written = dict[Any, Any] | list[Any] | deque[Any]
+
+
+def _written(module: nn.Module) -> Iterator[_Written]:
+    """Yield what a module's code may write to: each submodule's attributes and their containers."""
+    for submodule in module.modules():
+        attributes = vars(submodule)
+        yield attributes
+        yield from (v for v in attributes.values() if isinstance(v, dict | list | deque))
+
+
+def _put_back(values: _Written, former: Any) -> None:
+    if isinstance(values, dict):
+        for key in values.keys() - former.keys():
+            del values[key]
+        values.update(former)
+    else:
+        values.clear()
+        values.extend(former)
 
 
 def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dict[str, fx.Node]:

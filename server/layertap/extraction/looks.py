@@ -7,8 +7,9 @@ Note [Looks]
     by its memory, and a number that is taken out of marked memory is a look. Shapes are numbers
     without any tensor in an eager pass, and parameters are not marked, so neither counts.
 
-    Not seen: a size that follows the content (``len(boxes)``), which a trace keeps right as long as
-    nobody turns it into a Python number.
+    A size that follows the content (``len(boxes)``) is such a number too, though no operation tells
+    it: a trace keeps it right until the code branches on it or counts to it. What has such a size
+    is marked as well, and asking it for its size is a look.
 """
 
 from __future__ import annotations
@@ -26,16 +27,25 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = ["Looks", "watch_looks"]
 
-# Each takes values of a tensor to Python: bool(), int(), item() and comparisons of whole tensors.
-# In inference mode composite operations are seen as a whole, else their last part.
-_LOOKS = {
-    torch.ops.aten.is_nonzero.default,
-    torch.ops.aten.item.default,
-    torch.ops.aten._local_scalar_dense.default,
-    torch.ops.aten.equal.default,
-}
+# torch tags what takes values of a tensor to Python, item() and comparisons of whole tensors, but
+# for this one. In inference mode composite operations are seen as a whole, else their last part.
+_LOOKS = {torch.ops.aten.is_nonzero.default}
 # These do so without an operation.
 _EXPORTS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+# Composite operations whose results' sizes follow the content; torch tags their parts.
+_SIZED = {
+    torch.ops.aten.where.default,
+    torch.ops.aten.nonzero_numpy.default,
+    torch.ops.aten.repeat_interleave.self_Tensor,
+}
+_ASKS_SIZE = {
+    torch.Tensor.__len__,
+    torch.Tensor.__iter__,
+    torch.Tensor.numel,
+    torch.Tensor.size,
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.unbind,
+}
 
 
 class Looks:
@@ -48,21 +58,42 @@ class Looks:
     def __init__(self, x: torch.Tensor) -> None:
         self.count = 0
         # Weak, so that the pass needs no more memory; but the address of what is gone stays taken.
-        self._marked = {StorageWeakRef(x.untyped_storage())}
+        self._marked = set(_memory(x))
+        self._sized: set[StorageWeakRef] = set()
 
     def marked(self, values: Any) -> bool:
         """Tell whether some tensor among the values follows the input."""
-        return any(
-            StorageWeakRef(leaf.untyped_storage()) in self._marked
-            for leaf in tree_leaves(values)
-            if isinstance(leaf, torch.Tensor)
-        )
+        return not self._marked.isdisjoint(_memory(values))
 
     def mark(self, values: Any) -> None:
         """Note that the tensors among the values follow the input."""
-        for leaf in tree_leaves(values):
-            if isinstance(leaf, torch.Tensor):
-                self._marked.add(StorageWeakRef(leaf.untyped_storage()))
+        self._marked.update(_memory(values))
+
+    def sized(self, values: Any) -> bool:
+        """Tell whether the size of some tensor among the values follows the content."""
+        return not self._sized.isdisjoint(_memory(values))
+
+    def makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Tell whether the size of an operation's result follows the content of its arguments."""
+        if func is torch.ops.aten.index.Tensor:  # By a mask, not by numbers.
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            return self.marked(masks)
+        return func in _SIZED or torch.Tag.dynamic_output_shape in func.tags
+
+    def mark_sized(self, values: Any) -> None:
+        """Note that the sizes of the tensors among the values follow the content."""
+        self._sized.update(_memory(values))
+
+
+def _memory(values: Any) -> Iterator[StorageWeakRef]:
+    for leaf in tree_leaves(values):
+        # Sparse tensors have none to tell; what is computed of them with the input is marked.
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            yield StorageWeakRef(leaf.untyped_storage())
+
+
+def _takes_numbers(func: Any) -> bool:
+    return func in _LOOKS or torch.Tag.data_dependent_output in func.tags
 
 
 class _Operations(TorchDispatchMode):
@@ -81,7 +112,9 @@ class _Operations(TorchDispatchMode):
         follows = self._looks.marked((args, kwargs))
         result = func(*args, **kwargs)
         if follows:
-            self._looks.count += func in _LOOKS
+            self._looks.count += _takes_numbers(func)
+            if self._looks.makes_sizes(func, args) or self._looks.sized((args, kwargs)):
+                self._looks.mark_sized(result)
             # In-place operations return what they wrote to; so do those with an out argument.
             self._looks.mark(result)
         return result
@@ -99,20 +132,16 @@ class _Exports(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _EXPORTS and self._looks.marked(args):
+        if (func in _EXPORTS and self._looks.marked(args)) or (
+            func in _ASKS_SIZE and self._looks.sized(args)
+        ):
             self._looks.count += 1
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def watch_looks(module: nn.Module, x: torch.Tensor) -> Iterator[Looks]:
-    """Watch the forward passes of a model on ``x`` in the block, in this thread.
-
-    A TorchScript program is not watched: its branches are its own, and stay in it.
-    """
+    """Watch the forward passes of a model on ``x`` in the block, in this thread."""
     looks = Looks(x)
-    if isinstance(module, torch.jit.ScriptModule):
-        yield looks
-        return
     with _Exports(looks), _Operations(looks):
         yield looks

@@ -44,6 +44,7 @@ class _Graph:
     equal: Mapping[CapturePoint, bool] = field(default_factory=dict)
     specs: Mapping[str, ValueSpec] = field(default_factory=dict)
     lost: Collection[str] = ()
+    astray: str = ""
 
 
 @dataclass
@@ -146,7 +147,7 @@ def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor
         for name, (dtype, shape) in one.shapes.items()
         if name in graph.names.operations
     }
-    return _Graph(graph.names, "", one.equal, specs, one.lost)
+    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray)
 
 
 def _module_entries(survey: HookSurvey, findings: _Findings) -> list[LayerEntry]:
@@ -202,7 +203,7 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     elif extractor is Extractor.FX:
         support = _fx_support(point, findings.graph)
     elif extractor in (Extractor.CHILDREN, Extractor.LAYER_GETTER):
-        support = _walk_support(point, findings.walk)
+        support = _walk_support(point, findings)
     else:
         support = Support(output=True)
     given = entry.points.get(Capture.INPUT)
@@ -226,13 +227,16 @@ def _traceable(
     )
 
 
-def _walk_support(point: CapturePoint, reasons: Mapping[str, str]) -> Support:
+def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
+    reasons = findings.walk
     if point.member:
         reason = "a walk over children passes on plain tensors only"
     elif point.call:
         reason = "a walk over children calls each child once"
     elif point.path not in reasons:
         reason = f"{point.path!r} is not a top-level child of the model"
+    elif point in findings.looked and not reasons[point.path]:
+        reason = "before it the model's code looks at values, and may not feed its children so"
     else:
         reason = reasons[point.path]
     return Support(output=not reason, reason=reason)
@@ -263,8 +267,14 @@ def _node_entries(graph: _Graph) -> list[LayerEntry]:
     no = Support(output=False, reason="it is a node of the symbolic graph, not a module")
     lost = Support(output=False, reason="dead-code elimination drops statements that it depends on")
 
+    astray = Support(
+        output=False,
+        reason=f"the symbolic graph computes something else than the model: the value of "
+        f"{graph.astray!r} differs",
+    )
+
     def support(name: str) -> dict[Extractor, Support]:
-        own = lost if name in graph.lost else Support(output=True)
+        own = lost if name in graph.lost else astray if graph.astray else Support(output=True)
         return {**dict.fromkeys(REAL_EXTRACTORS, no), Extractor.FX: own}
 
     return [

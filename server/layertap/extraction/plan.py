@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from layertap.extraction.looks import watch_looks
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.proof import Values, collect, prove, shares_passes
-from layertap.extraction.survey import sample_input
+from layertap.extraction.survey import sample_input, wide_input
 from layertap.extraction.taps import Taps
 from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
 from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
@@ -65,6 +65,7 @@ class _Proof:
     extractor: Extractor
     points: Sequence[CapturePoint]
     cases: list[tuple[torch.Tensor, Values]]
+    turn: AbstractContextManager[object]
 
     @property
     def example(self) -> torch.Tensor:
@@ -72,7 +73,8 @@ class _Proof:
 
     def steps(self, built: BuiltExtractor) -> Iterator[None]:
         for x, expected in self.cases:
-            prove(self.extractor, built, self.points, x, expected)
+            with self.turn:
+                prove(self.extractor, built, self.points, x, expected)
             yield None
 
 
@@ -86,6 +88,8 @@ class PlanBuilder:
         taps: Its taps.
         catalogue: Its catalogue.
         cache: Where the compiled plans that are to be kept are stored.
+        turn: Held while the model runs. Not while it is traced symbolically, which waits for the
+            passes of others, who may wait for this turn.
     """
 
     def __init__(
@@ -94,11 +98,13 @@ class PlanBuilder:
         taps: Taps,
         catalogue: Catalogue,
         cache: PlanCache | None = None,
+        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
         self._cache = cache
+        self._turn = turn or nullcontext()
 
     def build(
         self,
@@ -108,7 +114,7 @@ class PlanBuilder:
         *,
         keep: bool = False,
     ) -> Plan:
-        """Build an extractor and hold it against the oracle at two batch sizes.
+        """Build an extractor and hold it against the oracle at three batch sizes.
 
         The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
         equal to it bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
@@ -152,7 +158,10 @@ class PlanBuilder:
             ValueSpec.from_batches(one.dtype, one.shape, two.shape)
             for one, two in zip(*oracle, strict=True)
         )
-        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
+        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)), self._turn)
+        if extractor is not Extractor.HOOK:
+            proof.cases.extend(self._wide_case(extractor, points, item_shape))
+            yield None
         if extractor is Extractor.TORCHSCRIPT:
             built = yield from self._compiled(points, proof, keep=keep)
         else:
@@ -169,10 +178,21 @@ class PlanBuilder:
         whose code looks at values goes one way for the whole batch.
         """
         if plan.shared is None:
-            x = sample_input(self._model, 3, item_shape)
-            alone = self._catalogue.keeps_state or self._looks(plan, x)
-            plan.shared = not alone and shares_passes(plan.built, plan.points, plan.specs, x)
+            plan.shared = not self._catalogue.keeps_state and self._shares(plan, item_shape)
         return plan.shared
+
+    def _shares(self, plan: Plan, item_shape: tuple[int, ...]) -> bool:
+        x = sample_input(self._model, 3, item_shape)
+        if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
+            return False
+        wide = wide_input(self._model, 3, item_shape)
+        if wide is None:
+            return True
+        try:
+            return shares_passes(plan.built, plan.points, plan.specs, wide)
+        except Exception:  # noqa: BLE001 - a model need not take such input; a batch would fail
+            _log.info("model %s fails on wide input", self._model.name, exc_info=True)
+            return True
 
     def _looks(self, plan: Plan, x: torch.Tensor) -> bool:
         if plan.extractor is Extractor.TORCHSCRIPT:
@@ -185,7 +205,26 @@ class PlanBuilder:
         """Run a plan on a batch of that many items, as the first such batch takes longer."""
         x = sample_input(self._model, size, item_shape)
         for _ in range(WARM_UP_RUNS):
-            plan.built.run(x.clone(), lambda index, value: None)
+            with self._turn:
+                plan.built.run(x.clone(), lambda index, value: None)
+
+    def _wide_case(
+        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+    ) -> list[tuple[torch.Tensor, Values]]:
+        """Return a batch of input outside [0, 1) and what the oracle gives for it, if it can.
+
+        A model that clamps its input, say, shows it on such input only.
+        """
+        x = wide_input(self._model, 3, item_shape)
+        if x is None:
+            return []
+        try:
+            values = self._run_oracle(points, x)
+        except InvalidInputError:
+            return []  # Not every model takes such input.
+        if extractor is Extractor.TORCHSCRIPT and not all(v.isfinite().all() for v in values):
+            return []  # The last bits decide where a root of some noise is NaN.
+        return [(x, values)]
 
     def record(self, plan: Plan, item_shape: tuple[int, ...], sizes: Sequence[int]) -> list[int]:
         """Replay a plan's passes as CUDA graphs at some batch sizes; return those that work.
@@ -254,7 +293,8 @@ class PlanBuilder:
         yield None
         yield from proof.steps(built)
         for _ in range(WARM_UP_RUNS):
-            built.run(proof.example.clone(), lambda index, value: None)
+            with self._turn:
+                built.run(proof.example.clone(), lambda index, value: None)
             yield None
         return built
 
@@ -270,7 +310,9 @@ class PlanBuilder:
 
     def _run_oracle(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
         try:
-            return collect(self._oracle(points), points, x)
+            oracle = self._oracle(points)
+            with self._turn:
+                return collect(oracle, points, x)
         except Exception as error:
             _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
             raise InvalidInputError(
@@ -317,9 +359,12 @@ class PlanBuilder:
     def _trace(
         self, points: Sequence[CapturePoint], example: torch.Tensor
     ) -> torch.jit.ScriptModule:
-        self._refuse_looks(points, example)
         try:
-            return trace_taps(self._model, self._taps, points, example.clone())
+            with self._turn:
+                self._refuse_looks(points, example)
+                return trace_taps(self._model, self._taps, points, example.clone())
+        except ExtractorUnsupportedError:
+            raise
         except Exception as error:
             _log.info("model %s can't be traced", self._model.name, exc_info=True)
             raise ExtractorUnsupportedError(

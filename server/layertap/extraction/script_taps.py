@@ -26,7 +26,7 @@ from torch.jit import ScriptModule
 from layertap.extraction.points import Observer
 from layertap.selection import Capture
 
-__all__ = ["instrument", "watch"]
+__all__ = ["instrument", "watch", "writes_attributes"]
 
 _watcher: ContextVar[_Watcher | None] = ContextVar("layertap_watcher", default=None)
 _instrumented: WeakSet[ScriptModule] = WeakSet()
@@ -96,6 +96,16 @@ def instrument(module: ScriptModule) -> None:
                 seen.add(key)
                 _instrument_graph(compiled._get_method(method).graph)
     _instrumented.add(module)
+
+
+def writes_attributes(module: ScriptModule) -> bool:
+    """Tell whether some method of a program writes attributes of its modules."""
+    compiled: Any = [submodule._c for submodule in module.modules()]
+    return any(
+        part._get_method(name).graph.findAllNodes("prim::SetAttr")
+        for part in compiled
+        for name in part._method_names()
+    )
 
 
 def _instrument_graph(graph: Any) -> None:

@@ -7,10 +7,11 @@ value equalled the oracle's.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from layertap.extraction.containers import flatten
 from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.script_taps import writes_attributes
 from layertap.extraction.taps import observe
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel
@@ -33,6 +35,7 @@ __all__ = [
     "survey_hooks",
     "survey_looks",
     "survey_walk",
+    "wide_input",
 ]
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -47,7 +50,8 @@ class HookSurvey:
         shapes: Every captured tensor's type and shape.
         values: A clone of every captured output, where they were asked for.
         mutated_input: Whether the batch was another one afterwards.
-        kept_state: Whether some module had other attributes afterwards.
+        kept_state: Whether some module had other attributes or buffers afterwards, or its program
+            has statements that write some.
     """
 
     order: list[tuple[str, int]] = field(default_factory=list)
@@ -65,6 +69,18 @@ def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) ->
         values = torch.rand(shape, generator=generator, dtype=torch.float32)
     else:
         values = torch.randint(0, 2, shape, generator=generator)
+    return values.to(model.device, model.input.dtype)
+
+
+def wide_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Return a batch as ``sample_input`` does, of numbers on both sides of [0, 1), or None.
+
+    Twice as wide as normalised images; None where the model takes no floating-point numbers.
+    """
+    if not model.input.dtype.is_floating_point:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn((batch, *item_shape), generator=generator, dtype=torch.float32) * 2
     return values.to(model.device, model.input.dtype)
 
 
@@ -89,6 +105,8 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
         model.forward(x)
     survey.mutated_input = not same(x, before)
     survey.kept_state = _differ(attributes, _attributes(model.module))
+    if isinstance(model.module, torch.jit.ScriptModule):
+        survey.kept_state |= writes_attributes(model.module)
     return survey
 
 
@@ -115,28 +133,60 @@ def survey_looks(model: LoadedModel, x: torch.Tensor) -> set[CapturePoint]:
     return looked
 
 
-Attributes = dict[str, tuple[object, int]]
+@dataclass
+class _Attribute:
+    """An attribute of a module at some moment, and what it held then."""
+
+    value: object
+    members: list[object]
+    content: torch.Tensor | None
+
+    def same(self, later: _Attribute) -> bool:
+        """Tell whether it is the same object, and holds the same."""
+        return (
+            self.value is later.value
+            and len(self.members) == len(later.members)
+            and all(map(operator.is_, self.members, later.members))
+            and (self.content is None or same(self.content, cast(torch.Tensor, later.content)))
+        )
+
+
+Attributes = dict[str, _Attribute]
 
 
 def _attributes(module: nn.Module) -> Attributes:
-    """Return each attribute of each submodule, and the length of those that have one."""
+    """Return each attribute and buffer of each submodule."""
     if isinstance(module, torch.jit.ScriptModule):
-        return {}  # Its own code alone sees its attributes, and hardly any writes them.
+        # Its own code alone sees its other attributes; ``writes_attributes`` reads that.
+        return {name: _attribute(value) for name, value in module.named_buffers()}
     return {
-        f"{path}.{name}": (value, _length(value))
+        f"{path}.{name}": _attribute(value)
         for path, submodule in module.named_modules()
         for name, value in (*vars(submodule).items(), *submodule._buffers.items())
     }
 
 
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, list | dict | set | deque) else 0
+def _attribute(value: object) -> _Attribute:
+    content = None
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+        content = value.clone()
+    return _Attribute(value, _held(value), content)
+
+
+def _held(value: object) -> list[object]:
+    if isinstance(value, list | tuple | set | deque):
+        return list(value)
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, nn.Module | torch.Tensor | type | Callable):
+        return []
+    # An object of the author's own, a cache say.
+    return list(getattr(value, "__dict__", {}).values())
 
 
 def _differ(before: Attributes, after: Attributes) -> bool:
     return before.keys() != after.keys() or any(
-        value is not after[name][0] or length != after[name][1]
-        for name, (value, length) in before.items()
+        not attribute.same(after[name]) for name, attribute in before.items()
     )
 
 
@@ -166,11 +216,14 @@ class FxSurvey:
         equal: For each point that has a node, whether a request gets the oracle's value.
         shapes: The type and shape of every node whose value is a tensor.
         lost: Nodes whose value is another one once dead-code elimination has been at the graph.
+        astray: A module's call whose value in the graph is not what the module returned; empty
+            where there is none. The graph then computes something else than the model.
     """
 
     equal: dict[CapturePoint, bool] = field(default_factory=dict)
     shapes: dict[str, Shape] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
+    astray: str = ""
 
 
 def survey_fx(
@@ -188,6 +241,7 @@ def survey_fx(
         if node is not None:
             points.setdefault(node, []).append(point)
     survey = FxSurvey()
+    operations = set(trace.names.operations)
     whole: dict[str, torch.Tensor] = {}
 
     def see(index: int, value: torch.Tensor) -> None:
@@ -195,6 +249,8 @@ def survey_fx(
         survey.shapes[node] = (value.dtype, tuple(value.shape))
         for point in points.get(node, ()):
             survey.equal[point] = same(value, oracle[point])
+            if not survey.equal[point] and node not in operations:
+                survey.astray = survey.astray or point.path
         if trace.pruned is not None:
             whole[node] = value.clone()
 

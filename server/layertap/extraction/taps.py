@@ -52,18 +52,38 @@ class _Session:
         self._points = points
         self._sink = sink
         self._calls: Counter[tuple[str, Capture]] = Counter()
+        self.refused: BaseException | None = None
 
     def see(self, path: str, side: Capture, value: Any) -> None:
         """Pass on what is wanted of a call; end the forward pass after the last."""
         call = self._calls[path, side]
         self._calls[path, side] = call + 1
         for index in self._wanted.pop((path, side, call), ()):
-            tensor = pick(value, self._points[index].member)
-            if tensor is None:
-                raise ModelRunError(f"layer {path!r}: returned no tensor on this input")
-            self._sink(index, tensor)
+            try:
+                self._take(index, value)
+            except BaseException as error:
+                self.refused = error
+                raise
         if not self._wanted:
             raise StopForward
+
+    def _take(self, index: int, value: Any) -> None:
+        point = self._points[index]
+        tensor = pick(value, point.member)
+        if tensor is None:
+            raise ModelRunError(f"layer {point.path!r}: returned no tensor on this input")
+        self._sink(index, tensor)
+
+    def end(self) -> None:
+        """Raise what the model's own code caught, or ModelRunError where a capture is missing."""
+        refused, self.refused = self.refused, None
+        try:
+            if refused is not None:
+                raise refused
+        finally:
+            del refused
+        if self._wanted:
+            raise ModelRunError(f"layers {self.missed()} did not run on this input")
 
     def missed(self) -> list[str]:
         """Return the paths of wanted calls that did not happen."""
@@ -124,10 +144,13 @@ class Taps:
             with watch(session.see):
                 forward(x)
         except StopForward:
-            return
+            pass
+        except BaseException:
+            session.refused = None  # Or it would refer to itself, and keep what was captured.
+            raise
         finally:
             _session.reset(token)
-        raise ModelRunError(f"layers {session.missed()} did not run on this input")
+        session.end()
 
     def close(self) -> None:
         """Take every hook off the model."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from layertap.errors import LayertapError, ModelLoadError, WeightsUnavailableError
 from layertap.models.guessed_input import guess_input
@@ -30,8 +32,8 @@ def build_factory(spec: ModelSpec) -> Built:
     """Import the factory, call it without arguments, and load the spec's weights into its module.
 
     Raises:
-        ModelLoadError: it can't be imported, it raises, it returns no ``nn.Module``, or the
-            module's input shape can't be told.
+        ModelLoadError: it can't be imported, it raises, it returns no ``nn.Module`` or one with
+            lazy parameters, or the module's input shape can't be told.
         WeightsUnavailableError: the weights can't be had.
     """
     factory = _find(spec.target)
@@ -90,4 +92,15 @@ def _call(factory: Callable[[], Any], target: str) -> nn.Module:
         raise ModelLoadError(
             f"factory {target}: it returned {type(module).__name__}, expected a torch.nn.Module"
         )
+    lazy = [name for name, tensor in _tensors(module) if is_lazy(tensor)]
+    if lazy:
+        raise ModelLoadError(
+            f"factory {target}: {lazy[0]!r} has no shape yet, as it belongs to a lazy module; run "
+            "the module once in the factory"
+        )
     return module
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

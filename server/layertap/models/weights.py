@@ -71,7 +71,7 @@ def read_state_dict(path: str) -> StateDict:
 
 
 def load_into(module: nn.Module, state: StateDict, origin: str) -> None:
-    """Load a state dict whose every key and shape must match the module's.
+    """Load a state dict whose every key and shape, and kind of numbers, must match the module's.
 
     Raises:
         WeightsUnavailableError: they don't; the message names the first few of each kind.
@@ -84,6 +84,14 @@ def load_into(module: nn.Module, state: StateDict, origin: str) -> None:
     ]
     if wrong:
         raise _mismatch(origin, [("shapes differ", wrong)])
+    # Loading would convert them, and quantised weights are no numbers until they are scaled.
+    unlike = [
+        f"{key} is {state[key].dtype}, the model has {value.dtype}"
+        for key, value in own.items()
+        if key in state and value.is_floating_point() and not state[key].is_floating_point()
+    ]
+    if unlike:
+        raise _mismatch(origin, [("types differ", unlike)])
     if not hasattr(state, "_metadata"):
         # Without the versions that torch.save keeps, some modules (MNASNet) refuse to load.
         state = OrderedDict(state)

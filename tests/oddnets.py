@@ -1,0 +1,205 @@
+"""Tiny networks that random input in [0, 1) says too little about. All take [B, 3, 16, 16]."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from tinynets import seeded
+
+
+def script(net: nn.Module) -> torch.jit.ScriptModule:
+    """Return a net as a TorchScript program, in silence: torch.jit is deprecated upstream."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(net)
+
+
+class Clamps(nn.Module):
+    """Clamps its input before its first child: to no effect on what lies in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.tail = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.conv(x.clamp(0, 1)))
+
+
+def clamps() -> nn.Module:
+    """Return a seeded Clamps."""
+    return seeded(Clamps)
+
+
+class ClampsInPlace(Clamps):
+    """The same by a statement without a user, which dead-code elimination takes for dead."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        x.clamp_(0, 1)
+        return self.tail(self.conv(x))
+
+
+def clamps_in_place() -> nn.Module:
+    """Return a seeded ClampsInPlace."""
+    return seeded(ClampsInPlace)
+
+
+class Peaks(Clamps):
+    """Divides by the peak of the batch where it is over 1: one loud item quietens the others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.conv(x / x.abs().amax().clamp(min=1)))
+
+
+def peaks() -> nn.Module:
+    """Return a seeded Peaks."""
+    return seeded(Peaks)
+
+
+class Recurrent(Clamps):
+    """Adds up what it saw: its state follows from its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(4, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        self.state = (y.mean((0, 2, 3), keepdim=True)[0] + self.state) / 2
+        return self.tail(y + self.state)
+
+
+def recurrent() -> nn.Module:
+    """Return a seeded Recurrent."""
+    return seeded(Recurrent)
+
+
+class Counts(Clamps):
+    """Counts its passes in a buffer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes.add_(1)
+        return self.tail(self.conv(x))
+
+
+def counts() -> nn.Module:
+    """Return a seeded Counts."""
+    return seeded(Counts)
+
+
+class Remembers(Clamps):
+    """Keeps what it saw in a list that never gets longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = [torch.zeros(())]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.memory[0] = x.mean()
+        return self.tail(self.conv(x))
+
+
+def remembers() -> nn.Module:
+    """Return a seeded Remembers."""
+    return seeded(Remembers)
+
+
+class Sizes(Clamps):
+    """Goes another way where many values are large, told by the length of a list of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        large = x[x > 2]
+        return self.tail(-x if len(large) > 8 else x)
+
+
+def sizes() -> nn.Module:
+    """Return a seeded Sizes."""
+    return seeded(Sizes)
+
+
+class OnlyTensors(Clamps):
+    """Does something to tensors only, and not to what a symbolic trace hands in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            x = x / 2
+        return self.tail(self.conv(x) + 1)
+
+
+def only_tensors() -> nn.Module:
+    """Return a seeded OnlyTensors."""
+    return seeded(OnlyTensors)
+
+
+class Tries(Clamps):
+    """Goes on with something else where a child fails."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            y = self.conv(x)
+        except Exception:  # noqa: BLE001 - as authors do
+            y = torch.zeros(len(x), 4, 16, 16)
+        return self.tail(y)
+
+
+def tries() -> nn.Module:
+    """Return a seeded Tries."""
+    return seeded(Tries)
+
+
+class Sparse(Clamps):
+    """Multiplies by a sparse matrix, whose memory is no plain storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mixing", torch.eye(16).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = torch.sparse.mm(self.mixing, x.permute(2, 0, 1, 3).reshape(16, -1))
+        return self.tail(self.conv(rows.reshape(16, len(x), 3, 16).permute(1, 2, 0, 3)))
+
+
+def sparse() -> nn.Module:
+    """Return a seeded Sparse."""
+    return seeded(Sparse)
+
+
+class Lazy(nn.Module):
+    """A layer that learns its size from the first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.LazyLinear(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.flatten(1))
+
+
+def lazy() -> nn.Module:
+    """Return a Lazy that has not run yet."""
+    return Lazy()
+
+
+class Scripted(Clamps):
+    """Has a child that is a TorchScript program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.conv(x))
+
+
+def scripted() -> nn.Module:
+    """Return a seeded Scripted."""
+    return seeded(Scripted)

@@ -1,0 +1,45 @@
+"""Globs over layers' names: what they match, and how long that takes."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+
+import pytest
+
+from layertap.selection import Glob
+
+NAMES = ["", ".", "a", "b", "ab", "a.b", "aa.b", "ab.ab", "a.a.a", "layer1.0.conv1", "layer1x0"]
+
+
+def by_expression(glob: str, name: str) -> bool:
+    """Match by a regular expression, which is right and may take for ever."""
+    signs = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
+    parts = re.split(r"(\*\*|\*|\?)", glob)
+    expression = "".join(signs.get(part) or re.escape(part) for part in parts)
+    return re.fullmatch(expression, name) is not None
+
+
+def test_globs_match_what_their_regular_expression_matches() -> None:
+    """Thousands of short globs, runs of stars included, agree on every name."""
+    made = random.Random(0)
+    for _ in range(4000):
+        glob = "".join(made.choices("ab.*?", k=made.randrange(7)))
+        for name in NAMES:
+            assert Glob(glob).matches(name) == by_expression(glob, name), (glob, name)
+
+
+@pytest.mark.parametrize("glob", ["**?" * 20 + "z", "*a" * 30 + "z", "*" * 64 + "z"])
+def test_no_glob_takes_long(glob) -> None:
+    """A glob that a regular expression would try in more ways than there are seconds."""
+    began = time.monotonic()
+    assert not Glob(glob).matches("a" * 200)
+    assert time.monotonic() - began < 5
+
+
+def test_a_glob_longer_than_any_name_costs_nothing() -> None:
+    """It can't match, and is not laid out to find that out."""
+    began = time.monotonic()
+    assert not Glob("?*" * 2_000_000).matches("layer1")
+    assert time.monotonic() - began < 30
