@@ -127,6 +127,8 @@ class ServedModels:
         if self._served.get(name) is None:
             raise ModelNotFoundError(f"model: got {name!r}, which is not served")
         self._unload(name)
+        # Still asked for: a reload without it has to let it be forgotten.
+        self._served[name] = None
         self._engine.expect([model.spec().name for model in config.models])
         self._engine.explain(name, "it was unloaded")
         self._health.show("", serving=bool(self._engine.hosts()))
