@@ -5,7 +5,12 @@ from __future__ import annotations
 import grpc
 from grpc_health.v1 import health, health_pb2
 
+from layertap.services.feature_service import FeatureService
+from layertap.services.infer.service import InferenceService
+
 __all__ = ["ModelHealth"]
+
+_SERVER = ("", FeatureService.NAME, InferenceService.NAME)
 
 Status = health_pb2.HealthCheckResponse
 
@@ -15,6 +20,11 @@ class ModelHealth(health.HealthServicer):  # type: ignore[misc] # ships no types
 
     After the server began to stop, nothing that is set is told any more.
     """
+
+    def show_server(self, *, serving: bool) -> None:
+        """Tell whether anything is served, for the server as a whole and for its services."""
+        for name in _SERVER:
+            self.show(name, serving=serving)
 
     def show(self, name: str, *, serving: bool) -> None:
         """Tell whether a model, a service or with ``""`` the server as a whole is served."""

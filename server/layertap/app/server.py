@@ -184,9 +184,9 @@ class FeatureServer:
             self._broker.close()
 
     def _set_health(self, *, serving: bool) -> None:
-        models = (host.model.name for host in self._engine.hosts())
-        for name in ("", FeatureService.NAME, InferenceService.NAME, *models):
-            self._health.show(name, serving=serving)
+        self._health.show_server(serving=serving)
+        for host in self._engine.hosts():
+            self._health.show(host.model.name, serving=serving)
 
     def _bind(self, options: ServerOptions) -> str:
         wanted = host_port(options.host, options.port)
