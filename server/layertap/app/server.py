@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from layertap.addresses import host_port
 from layertap.app.channel import channel_options
-from layertap.app.health import ModelHealth
+from layertap.app.health import WATCHES, ModelHealth
+from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
 from layertap.app.shared_memory import open_broker
 from layertap.engine import Engine, Limits
@@ -47,7 +48,7 @@ deadlines pass unseen. So whoever can't be admitted finds a thread that tells th
 
 def _workers(limits: Limits) -> int:
     """Return how many threads serve RPCs. A stream keeps one for as long as it is open."""
-    return limits.pending + limits.streams + SPARE_WORKERS
+    return limits.pending + limits.streams + WATCHES + REFLECTIONS + SPARE_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class FeatureServer:
         if self._broker is not None:
             self._server.add_generic_rpc_handlers((SharedMemoryService(self._broker).handlers(),))
             names.append(SharedMemoryService.NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), self._server)
         self._set_health(serving=False)
         try:
             self.address = self._bind(options)
