@@ -250,7 +250,7 @@ def test_the_verb_tells_what_was_done(config: Path) -> None:
 
 @pytest.mark.parametrize("trigger", ["signal", "call", "watch"])
 def test_every_reload_reads_tokens_again(config: Path, trigger: str) -> None:
-    """A token that was taken out of its file is refused after a reload, however it was asked for."""
+    """A token that is out of its file is refused after a reload, however that was asked for."""
     tokens = token_file(config.parent / "tokens", EXTRACT, UNKNOWN)
     secrets = ("--extract-tokens-file", str(tokens))
     admin_file = token_file(config.parent / "admin", ADMIN)
