@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -172,7 +173,8 @@ class FeatureServer:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
         self._health.enter_graceful_shutdown()
         self._streams.drain()
-        self._server.stop(grace).wait()
+        # No lock can be waited for any longer, nor for ever where that was said in seconds.
+        self._server.stop(min(grace, threading.TIMEOUT_MAX)).wait()
         self._close()
 
     def wait(self) -> None:
