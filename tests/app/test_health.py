@@ -56,26 +56,36 @@ def header(name: bytes, value: bytes) -> bytes:
     return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
 
 
-def deaf_watcher(address: str) -> socket.socket:
-    """Watch the server's health over a connection on which it may not send a byte of it."""
+def connected(address: str, window: int) -> socket.socket:
+    """Return a connection on which each call may be sent so many bytes."""
     host, port = address.rsplit(":", 1)
     connection = socket.create_connection((host, int(port)))
+    connection.sendall(
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+        + frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, window))
+        + frame(SETTINGS, ACK, 0, b"")
+    )
+    return connection
+
+
+def begun(method: bytes, stream: int) -> bytes:
+    """Return the frame that begins a call of health."""
     headers = {
         b":method": b"POST",
         b":scheme": b"http",
-        b":path": b"/grpc.health.v1.Health/Watch",
+        b":path": b"/grpc.health.v1.Health/" + method,
         b":authority": b"layertap",
         b"te": b"trailers",
         b"content-type": b"application/grpc",
     }
+    return frame(HEADERS, END_HEADERS, stream, b"".join(header(*each) for each in headers.items()))
+
+
+def deaf_watcher(address: str) -> socket.socket:
+    """Watch the server's health over a connection on which it may not send a byte of it."""
+    connection = connected(address, window=0)
     empty_message = bytes(5)
-    connection.sendall(
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
-        + frame(SETTINGS, ACK, 0, b"")
-        + frame(HEADERS, END_HEADERS, 1, b"".join(header(*each) for each in headers.items()))
-        + frame(DATA, END_STREAM, 1, empty_message)
-    )
+    connection.sendall(begun(b"Watch", 1) + frame(DATA, END_STREAM, 1, empty_message))
     return connection
 
 
@@ -137,3 +147,14 @@ def test_long_names_are_refused(server, stub) -> None:
         next(stub.Watch(Request(service="x" * (NAME_CHARACTERS + 1))))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert taken(server) == 0
+
+
+@pytest.mark.parametrize("method", [b"Check", b"Watch"])
+def test_calls_without_a_request_take_no_thread_of_others(server, method: bytes) -> None:
+    """However many calls of health are begun and never sent, others are served."""
+    with closing(connected(server.address, window=65_535)) as connection:
+        calls = 2 * server._workers._max_workers
+        connection.sendall(b"".join(begun(method, 2 * n + 1) for n in range(calls)))
+        time.sleep(0.5)  # Nobody tells of a call that waits for its request.
+        with Client(server.address) as client:
+            assert client.list_models(timeout=20) == []

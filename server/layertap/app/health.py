@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2
@@ -16,6 +18,9 @@ __all__ = ["WATCHES", "ModelHealth"]
 
 WATCHES = 64
 """Calls of ``Watch`` that may be open at once; anybody may make them, and each keeps a thread."""
+
+SPARE_THREADS = 16
+"""For checks, and for those who watch in vain."""
 
 NAME_CHARACTERS = 1024
 """Of a name that is watched, which is kept for as long."""
@@ -36,12 +41,27 @@ class ModelHealth(health.HealthServicer):  # type: ignore[misc] # ships no types
         client, without a token, would hold up every check, every reload and the stop. It also keeps
         each name that was ever watched. Here each watcher has a thread, which waits for news and
         sends outside of the lock, and nothing is kept of it once it is gone.
+
+    Note [Threads of health]
+        A call that is begun and whose request never comes keeps a thread, before any handler is
+        asked. Of health anybody may begin calls, so it has threads of its own: who has no token
+        can't take those of extraction.
     """
 
     def __init__(self) -> None:
         super().__init__(experimental_non_blocking=False)
         self._news = threading.Condition(self._lock)
         self._places = Places(WATCHES, "watch health")
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return what a ``grpc.Server`` needs to serve this by threads of its own."""
+        threads = ThreadPoolExecutor(WATCHES + SPARE_THREADS, thread_name_prefix="layertap-health")
+        coding = (health_pb2.HealthCheckRequest.FromString, Status.SerializeToString)
+        methods = {
+            "Check": grpc.unary_unary_rpc_method_handler(_Threaded(self.Check, threads), *coding),
+            "Watch": grpc.unary_stream_rpc_method_handler(_Threaded(self.Watch, threads), *coding),
+        }
+        return grpc.method_handlers_generic_handler(health.SERVICE_NAME, methods)
 
     def show_server(self, *, serving: bool) -> None:
         """Tell whether anything is served, for the server as a whole and for its services."""
@@ -111,3 +131,15 @@ class ModelHealth(health.HealthServicer):  # type: ignore[misc] # ships no types
     def _wake(self) -> None:
         with self._news:
             self._news.notify_all()
+
+
+class _Threaded:
+    """A behaviour that gRPC runs by other threads than the server's; it looks for the attribute."""
+
+    def __init__(self, behaviour: Callable[..., Any], threads: ThreadPoolExecutor) -> None:
+        self._behaviour = behaviour
+        self.experimental_thread_pool = threads
+
+    def __call__(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """Do it."""
+        return self._behaviour(request, context)

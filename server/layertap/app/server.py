@@ -8,13 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from layertap.addresses import host_port
 from layertap.app.channel import channel_options
-from layertap.app.health import WATCHES, ModelHealth
+from layertap.app.health import ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
 from layertap.app.shared_memory import open_broker
@@ -49,7 +48,7 @@ deadlines pass unseen. So whoever can't be admitted finds a thread that tells th
 
 def _workers(limits: Limits) -> int:
     """Return how many threads serve RPCs. A stream keeps one for as long as it is open."""
-    return limits.pending + limits.streams + WATCHES + REFLECTIONS + SPARE_WORKERS
+    return limits.pending + limits.streams + REFLECTIONS + SPARE_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +121,7 @@ class FeatureServer:
             options=channel_options(engine.limits.request_bytes),
         )
         self._health = health or ModelHealth()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((self._health.handlers(),))
         self._broker = open_broker(options.shared_memory_bytes, options.shared_memory_lease_seconds)
         self.shared_memory = self._broker.memory if self._broker else None
         statistics = Statistics()
