@@ -111,6 +111,15 @@ def test_plans_are_kept_in_the_users_cache_folder(tmp_path: Path, monkeypatch) -
     assert (tmp_path / "mine").is_dir()
 
 
+def test_a_plan_cache_is_beside_the_file_that_names_it(read, tmp_path: Path, monkeypatch) -> None:
+    """A relative folder is one of the file's own; ``~``, ``auto`` and ``off`` mean what they do."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert read('[server]\nplan_cache = "plans"').server.plan_cache == str(tmp_path / "plans")
+    assert read('[server]\nplan_cache = "~/plans"').server.plan_cache == "/home/someone/plans"
+    for word in ("auto", "off", "/plans"):
+        assert read(f'[server]\nplan_cache = "{word}"').server.plan_cache == word
+
+
 def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, caplog) -> None:
     """A home that can't be written stops no server; a folder that was named and fails does."""
     (tmp_path / "file").write_bytes(b"")

@@ -73,6 +73,21 @@ def test_serves_then_drains_on_sigterm() -> None:
         assert not any("Traceback" in line for line in server.lines)
 
 
+def test_an_endless_grace_is_one() -> None:
+    """``--grace inf`` waits for what was admitted, and ends then as with any other."""
+    with (
+        serving(*SLEEPY, "--grace", "inf", "--metrics-port", "0") as server,
+        ThreadPoolExecutor(1) as pool,
+        Client(server.address) as client,
+    ):
+        slow = pool.submit(client.extract, "sleepy", batch(1000), "conv", extractor="hook")
+        wait_until_running(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert slow.result()["conv"].shape == (1, 2, 4, 4)
+        assert server.ended() == 0
+        assert not any("Traceback" in line for line in server.lines)
+
+
 def test_second_signal_ends_at_once() -> None:
     """A second signal ends the process without waiting for the call that is running."""
     with (

@@ -122,7 +122,7 @@ def test_counters_agree_with_the_clients(engine: Engine) -> None:
 
 def test_the_page_parses_in_both_formats(engine: Engine) -> None:
     """Prometheus' text format and OpenMetrics are both valid, and tell the same names."""
-    metrics = Metrics(engine, ["residual"])
+    metrics = Metrics(engine)
     metrics.show_waiting(lambda: 0)
     page = MetricsPage(metrics, "127.0.0.1", 0)
     text = {family.name for family in parse_text(read(page))}
@@ -144,16 +144,17 @@ def test_versions_are_shown(engine: Engine) -> None:
 
 
 def test_models_are_ready_once_loaded() -> None:
-    """An expected model is shown as 0 until it is loaded, as 1 then, and as 0 when it is gone."""
+    """A model is shown as 0 from when it is expected, as 1 once loaded, and not once it is gone."""
     engine = Engine()
-    page = MetricsPage(Metrics(engine, ["residual"]), "127.0.0.1", 0)
+    page = MetricsPage(Metrics(engine), "127.0.0.1", 0)
     ready = frozenset({("model", "residual")})
     try:
+        engine.expect(["residual"])
         assert labelled(samples(page), "layertap_model_ready") == {ready: 0}
         engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
         assert labelled(samples(page), "layertap_model_ready") == {ready: 1}
         engine.unload("residual")
-        assert labelled(samples(page), "layertap_model_ready") == {ready: 0}
+        assert labelled(samples(page), "layertap_model_ready") == {}
     finally:
         page.close()
         engine.close()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from authorities import ADMIN, EXTRACT, UNKNOWN, token_file
 from layertap import Client, errors
 from layertap.v1 import admin_service_pb2 as admin
 from processes import layertap, serving
@@ -245,6 +246,46 @@ def test_the_verb_tells_what_was_done(config: Path) -> None:
         failed = layertap("reload", *server_flag)
         assert failed.returncode == 1
         assert failed.stdout.startswith("net: failed, the version before serves on: TorchScript")
+
+
+@pytest.mark.parametrize("trigger", ["signal", "call", "watch"])
+def test_every_reload_reads_tokens_again(config: Path, trigger: str) -> None:
+    """A token that is out of its file is refused after a reload, however that was asked for."""
+    tokens = token_file(config.parent / "tokens", EXTRACT, UNKNOWN)
+    secrets = ("--extract-tokens-file", str(tokens))
+    admin_file = token_file(config.parent / "admin", ADMIN)
+    options = ("--admin", "--watch", "--admin-tokens-file", str(admin_file), *secrets)
+    with serving("--config", str(config), *options) as server:
+        with Client(server.address, token=UNKNOWN) as leaked:
+            assert leaked.list_models()
+            token_file(tokens, EXTRACT)
+            if trigger == "signal":
+                server.process.send_signal(signal.SIGHUP)
+            elif trigger == "call":
+                with Client(server.address, token=ADMIN) as owner:
+                    owner.reload()
+            else:
+                save(config.parent / "net.pt", 2)
+            if trigger != "call":
+                server.line("reloaded")
+            with pytest.raises(errors.UnauthenticatedError):
+                leaked.list_models()
+        with Client(server.address, token=EXTRACT) as client:
+            assert client.list_models()
+
+
+def test_a_call_tells_of_secrets_that_will_not_do(config: Path) -> None:
+    """Who reloads by a call is told which file was wrong, and the tokens before stay valid."""
+    tokens = token_file(config.parent / "admin", ADMIN)
+    with (
+        serving("--config", str(config), "--admin", "--admin-tokens-file", str(tokens)) as server,
+        Client(server.address, token=ADMIN) as owner,
+    ):
+        tokens.write_text("short", encoding="utf-8")
+        with pytest.raises(errors.ConfigError, match="admin_tokens_file.*16 at least"):
+            owner.reload()
+        token_file(tokens, ADMIN)
+        assert outcome(owner.reload()) == [("net", "UNCHANGED", True)]
 
 
 def test_without_admin_nobody_reloads_by_a_call(config: Path) -> None:

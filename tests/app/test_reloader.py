@@ -130,3 +130,15 @@ def test_factories_are_not_imported_again(scene: Scene, tmp_path: Path, monkeypa
         scene.config = ServerConfig(models=(ModelSection(**mine, layers=("first",)),))
         client.reload()
         assert version_of(client) == 5
+
+
+def test_the_services_are_as_healthy_as_the_server(scene: Scene) -> None:
+    """Where no model is left the server and both services are NOT_SERVING, until one is back."""
+    scene.reloader.start()
+    names = ("", "layertap.v1.FeatureService", "inference.GRPCInferenceService")
+    with Client(scene.server.address) as client:
+        assert {client.health(name) for name in names} == {"SERVING"}
+        scene.reloader.unload_model("net")
+        assert {client.health(name) for name in names} == {"NOT_SERVING"}
+        scene.reloader.load_model("net")
+        assert {client.health(name) for name in names} == {"SERVING"}

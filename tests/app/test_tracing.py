@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
 
 import grpc
@@ -17,13 +18,17 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from authorities import EXTRACT as EXTRACT_TOKEN
+from authorities import token_file
 from layertap import Client, Features, LayertapError
+from layertap.app.security import Security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.app.telemetry import open_tracing
 from layertap.app.tracing import Tracing
 from layertap.engine import Engine
 from layertap.errors import ConfigError
 from layertap.models import ModelSpec
+from layertap.services.tokens import Tokens
 from processes import serving
 from streams import RawStream, eventually, item
 from tinynets import ITEM
@@ -160,8 +165,11 @@ def test_a_stream_is_a_span_and_so_is_each_item(traced: Traced) -> None:
 def test_a_stream_that_is_left_ends_its_span(traced: Traced) -> None:
     """A client that goes away leaves a span with CANCELLED, not one without an end."""
     stream = RawStream(traced.channel)
-    stream.send(item(1, BATCH))
-    assert stream.read().id == 1
+    # Replies that can't all be under way: with none left gRPC may tell of the cancellation as of a
+    # half close first, after which the stream ends well.
+    large = np.zeros((900, *ITEM), np.float32)
+    stream.send(*(item(number, large) for number in range(1, 13)))
+    assert stream.read().id
     stream.call.cancel()
     stream.half_close()
     eventually(lambda: STREAM in traced.spans())
@@ -214,6 +222,22 @@ def test_health_is_not_traced(traced: Traced) -> None:
     traced.client.wait_ready()
     traced.channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
     assert traced.spans() == {}
+
+
+def test_a_strangers_path_is_refused_as_any_other(engine: Engine, tmp_path: Path) -> None:
+    """A path that is no service and method is UNAUTHENTICATED, and its text tells nothing."""
+    tracing = Tracing(TracerProvider(shutdown_on_exit=False))
+    tokens = Tokens(token_file(tmp_path / "tokens", EXTRACT_TOKEN))
+    options = ServerOptions(port=0, security=Security(tokens=tokens))
+    server = FeatureServer(engine, options, tracing, interceptors=(tracing.interceptor,))
+    server.start()
+    with grpc.insecure_channel(server.address) as channel:
+        for path in ("/layertap.", "/layertap.v1.FeatureService/Extract/more"):
+            with pytest.raises(grpc.RpcError, match="a valid token is needed") as caught:
+                channel.unary_unary(path)(b"", timeout=20)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    server.stop(1)
+    tracing.close()
 
 
 def test_off_unless_asked_for() -> None:

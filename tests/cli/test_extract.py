@@ -127,6 +127,19 @@ def test_missing_files_are_told_first(images: list[str], tmp_path: Path) -> None
     assert (result.exit_code, "no such folder" in result.output) == (1, True)
 
 
+def test_a_broken_image_is_named(address: str, images: list[str], tmp_path: Path) -> None:
+    """Among many images, in whichever batch, the file that is none is told by its name."""
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    for order in ([*images[:4], str(broken)], [str(broken), *images[:2]]):
+        result = extract(
+            *(MODEL, *order, "-l", "features.3", "-o", str(tmp_path / "a.npz")),
+            *("--server", address, "--batch-size", "2"),
+        )
+        assert result.exit_code == 1
+        assert f"image {broken}: got 8 bytes of something else" in result.output
+
+
 class Reply(dict[str, np.ndarray]):
     """What Columns reads of Features."""
 
@@ -169,3 +182,27 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         columns.save(out)
     assert out.read_text() == "old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_place_that_takes_no_file_is_told(tmp_path: Path) -> None:
+    """Where a file can be neither made nor removed, that is an error without a traceback."""
+    columns = Columns()
+    columns.add(Reply(a=np.arange(3)), 3)
+    with pytest.raises(InvalidInputError, match="File name too long"):
+        columns.save(tmp_path / ("a" * 250 + ".npz"))
+
+
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the file is written leaves no part of it."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    columns = Columns()
+    columns.add(Reply(a=np.arange(3)), 3)
+    monkeypatch.setattr(np.lib.format, "write_array", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        columns.save(tmp_path / "a.npz")
+    assert list(tmp_path.iterdir()) == []

@@ -31,7 +31,7 @@ _SECTIONS = ServerConfig.__struct_fields__
 
 
 def load_config(path: str | Path) -> ServerConfig:
-    """Read a configuration file. Relative paths of sources and weights are relative to it.
+    """Read a configuration file. Relative paths in it are relative to its folder.
 
     Raises:
         ConfigError: Where the file can't be read or says something wrong.
@@ -74,6 +74,8 @@ class _Reader:
         files = {
             key: Path(name).expanduser() for key in SECRET_FILES if (name := getattr(server, key))
         }
+        if server.plan_cache not in ("auto", "off"):
+            files["plan_cache"] = Path(server.plan_cache).expanduser()
         folder = self._file.parent
         return msgspec.structs.replace(server, **{k: str(folder / f) for k, f in files.items()})
 

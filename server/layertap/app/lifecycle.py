@@ -25,7 +25,7 @@ from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
 from layertap.engine import Engine, choose_device
 from layertap.errors import LayertapError
-from layertap.services.admin_service import AdminService
+from layertap.services.admin_service import AdminService, ReloadReport
 from layertap.wire.memory import keep_memory
 
 __all__ = ["Narrator", "serve"]
@@ -164,7 +164,7 @@ class _Running:
         models = ServedModels(self._engine, health, narrator)
         self.reloader = Reloader(read, config, models, narrator)
         options = config.server
-        admin = AdminService(self.reloader.reload) if options.admin else None
+        admin = AdminService(self._reload_now) if options.admin else None
         telemetry = open_telemetry(self._engine, config, closing)
         self.server = FeatureServer(
             self._engine,
@@ -184,7 +184,7 @@ class _Running:
             page = MetricsPage(telemetry.metrics, bare_host(options.host), options.metrics_port)
             closing.callback(page.close)
             narrator.say(f"metrics on {page.url}")
-        watcher = Watcher(lambda: self._files(config_file), self.reloader.request)
+        watcher = Watcher(lambda: self._files(config_file), self.reload)
         models.load(config, strict=options.strict)
         self.server.ready()
         self.reloader.start()
@@ -202,10 +202,16 @@ class _Running:
     def reload(self) -> None:
         """Read certificates and tokens again, and have the models reloaded."""
         try:
+            # At once: a token that leaked can't wait for a model that is being loaded.
             self.server.security.reload()
         except LayertapError as error:
             self._narrator.say(f"error: {error}")
         self.reloader.request()
+
+    def _reload_now(self) -> ReloadReport:
+        """Do it for a caller who waits for what comes of it."""
+        self.server.security.reload()
+        return self.reloader.reload()
 
     def stop(self) -> None:
         """Refuse new calls and answer those that were admitted, within the grace."""

@@ -6,7 +6,7 @@ and Prometheus' own units (seconds, bytes).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -59,13 +59,12 @@ class Metrics:
 
     Args:
         engine: The engine whose queue and models are shown; None for no such gauges.
-        expected: The models that it will serve, which are shown as not ready until it does.
 
     Attributes:
         registry: The registry.
     """
 
-    def __init__(self, engine: Engine | None = None, expected: Sequence[str] = ()) -> None:
+    def __init__(self, engine: Engine | None = None) -> None:
         self.registry = CollectorRegistry()
         self._of_model: dict[str, _ModelCounts] = {}
         self._success = self._counter(
@@ -94,7 +93,7 @@ class Metrics:
             "compute", "The forward pass and writing the outputs into the reply."
         )
         if engine is not None:
-            self.registry.register(StateCollector(engine, expected))
+            self.registry.register(StateCollector(engine))
         self._show_memory()
 
     def show_waiting(self, waiting: Callable[[], int]) -> None:

@@ -101,7 +101,7 @@ class ServedModels:
         names = [model.spec().name for model in config.models]
         done = [self._update(model, call) for model in config.models]
         done += [self._unload(name) for name in list(self._served) if name not in names]
-        self._health.show("", serving=bool(self._engine.hosts()))
+        self._health.show_server(serving=bool(self._engine.hosts()))
         return tuple(done)
 
     def load_one(self, config: ServerConfig, name: str, call: Call) -> ModelReload:
@@ -116,7 +116,7 @@ class ServedModels:
             raise ModelNotFoundError(f"model: got {name!r}, which the configuration does not name")
         self._served.setdefault(name, None)
         done = self._update(model, call)
-        self._health.show("", serving=bool(self._engine.hosts()))
+        self._health.show_server(serving=bool(self._engine.hosts()))
         return done
 
     def unload_one(self, config: ServerConfig, name: str) -> None:
@@ -128,9 +128,11 @@ class ServedModels:
         if self._served.get(name) is None:
             raise ModelNotFoundError(f"model: got {name!r}, which is not served")
         self._unload(name)
+        # Still asked for: a reload without it has to let it be forgotten.
+        self._served[name] = None
         self._engine.expect([model.spec().name for model in config.models])
         self._engine.explain(name, "it was unloaded")
-        self._health.show("", serving=bool(self._engine.hosts()))
+        self._health.show_server(serving=bool(self._engine.hosts()))
 
     def _expect(self, config: ServerConfig) -> None:
         names = [model.spec().name for model in config.models]

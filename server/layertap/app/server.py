@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from layertap.addresses import host_port
 from layertap.app.channel import channel_options
 from layertap.app.health import ModelHealth
+from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
 from layertap.app.shared_memory import open_broker
 from layertap.engine import Engine, Limits
@@ -47,7 +48,7 @@ deadlines pass unseen. So whoever can't be admitted finds a thread that tells th
 
 def _workers(limits: Limits) -> int:
     """Return how many threads serve RPCs. A stream keeps one for as long as it is open."""
-    return limits.pending + limits.streams + SPARE_WORKERS
+    return limits.pending + limits.streams + REFLECTIONS + SPARE_WORKERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class FeatureServer:
             options=channel_options(engine.limits.request_bytes),
         )
         self._health = health or ModelHealth()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((self._health.handlers(),))
         self._broker = open_broker(options.shared_memory_bytes, options.shared_memory_lease_seconds)
         self.shared_memory = self._broker.memory if self._broker else None
         statistics = Statistics()
@@ -144,7 +145,7 @@ class FeatureServer:
         if self._broker is not None:
             self._server.add_generic_rpc_handlers((SharedMemoryService(self._broker).handlers(),))
             names.append(SharedMemoryService.NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), self._server)
         self._set_health(serving=False)
         try:
             self.address = self._bind(options)
@@ -171,7 +172,8 @@ class FeatureServer:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
         self._health.enter_graceful_shutdown()
         self._streams.drain()
-        self._server.stop(grace).wait()
+        # No lock can be waited for any longer, nor for ever where that was said in seconds.
+        self._server.stop(min(grace, threading.TIMEOUT_MAX)).wait()
         self._close()
 
     def wait(self) -> None:
@@ -184,9 +186,9 @@ class FeatureServer:
             self._broker.close()
 
     def _set_health(self, *, serving: bool) -> None:
-        models = (host.model.name for host in self._engine.hosts())
-        for name in ("", FeatureService.NAME, InferenceService.NAME, *models):
-            self._health.show(name, serving=serving)
+        self._health.show_server(serving=serving)
+        for host in self._engine.hosts():
+            self._health.show(host.model.name, serving=serving)
 
     def _bind(self, options: ServerOptions) -> str:
         wanted = host_port(options.host, options.port)

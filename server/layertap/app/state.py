@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -21,12 +21,10 @@ class StateCollector(Collector):
 
     Args:
         engine: The engine.
-        expected: Names of the models that it will serve.
     """
 
-    def __init__(self, engine: Engine, expected: Sequence[str] = ()) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._expected = tuple(expected)
         self._build = {
             **{"version" if name == "layertap" else name: version(name) for name in _VERSIONS},
             "python": platform.python_version(),
@@ -62,14 +60,13 @@ class StateCollector(Collector):
         yield self._memory()
 
     def _models(self) -> Metric:
-        loaded = {host.model.name for host in self._engine.hosts()}
         ready = GaugeMetricFamily(
             "layertap_model_ready",
             "1 where a model is loaded and its declared layers are warm, 0 until then.",
             labels=("model",),
         )
-        for name in dict.fromkeys((*self._expected, *sorted(loaded))):
-            ready.add_metric((name,), name in loaded)
+        for name, reason in self._engine.states():
+            ready.add_metric((name,), not reason)
         return ready
 
     def _memory(self) -> Metric:

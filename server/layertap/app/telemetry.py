@@ -49,7 +49,7 @@ def open_telemetry(engine: Engine, config: ServerConfig, closing: ExitStack) -> 
     Raises:
         ConfigError: As ``open_tracing``.
     """
-    metrics = Metrics(engine, [model.spec().name for model in config.models])
+    metrics = Metrics(engine)
     observers: list[Observer] = [metrics]
     if AccessLog.wanted():
         observers.append(AccessLog())

@@ -94,7 +94,8 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         It stays the current one: gRPC runs each call in a ``contextvars.Context`` of its own, and
         a stream that is given up may be closed in another.
         """
-        service, method = path.strip("/").split("/", 1)
+        # A stranger's path may be anything, and gets as far as the refusal of its call.
+        service, _, method = path.strip("/").partition("/")
         span = self._tracer.start_span(
             f"{service}/{method}",
             context=_W3C.extract(_carrier(context)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["extract"]
 
 DTYPES = ("float32", "float16", "bfloat16")
+
+_INDEX = re.compile(r"\bimages\[(\d+)\]")
 
 
 @click.command(short_help="Write layers of images into an .npz file.")
@@ -116,7 +119,8 @@ def extract(
     with opened as ask, terminal.counting("images", len(images)) as bar:
         for begin in range(0, len(images), batch_size):
             batch = [_read(image) for image in images[begin : begin + batch_size]]
-            columns.add(ask(batch), len(batch))
+            with _naming(images[begin:]):
+                columns.add(ask(batch), len(batch))
             bar.advance(bar.task_ids[0], len(batch))
     columns.save(output)
     show_features(columns.rows())
@@ -136,6 +140,16 @@ def _read(image: str) -> bytes:
         return Path(image).read_bytes()
     except OSError as error:
         raise InvalidInputError(f"image {image}: {error.strerror}") from error
+
+
+@contextmanager
+def _naming(images: Sequence[str]) -> Iterator[None]:
+    """Have errors name the files of a batch, which begins the list, instead of its indices."""
+    try:
+        yield
+    except InvalidInputError as error:
+        text = _INDEX.sub(lambda match: f"image {images[int(match[1])]}", str(error))
+        raise InvalidInputError(text) from error
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +61,12 @@ class Columns:
                         np.lib.format.write_array(member, array, allow_pickle=False)
             beside.replace(path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise InvalidInputError(f"output {path}: {error.strerror}") from error
+        finally:
+            # Whatever ended it, Ctrl-C too. Where nothing could be written, as on a read-only disk,
+            # nothing can be removed either.
+            with suppress(OSError):
+                beside.unlink()
 
     def _arrays(self) -> dict[str, np.ndarray]:
         for name in self._parts.keys() - self._joined.keys():

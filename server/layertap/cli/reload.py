@@ -24,8 +24,9 @@ __all__ = ["reload"]
 def reload(server: Connection, timeout: float) -> None:
     """Have a server read its configuration and changed weights again, without a failed request.
 
-    The server must have been started with --admin; `kill -HUP` does the same without. A model that
-    fails is told with the reason, and what was served before still is: the exit code is 1 then.
+    Its certificates and tokens are read again as well. The server must have been started with
+    --admin; `kill -HUP` does the same without. A model that fails is told with the reason, and what
+    was served before still is: the exit code is 1 then.
 
     \b
     Examples:

@@ -10,6 +10,8 @@ import pytest
 
 from authorities import ADMIN, EXTRACT, token_file
 from infering import arrays, given, output
+from layertap import Client
+from layertap.errors import ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from processes import serving
@@ -104,6 +106,27 @@ def test_an_owner_unloads_and_loads(tmp_path: Path) -> None:
         code, text = refusal(stub.RepositoryModelLoad, load("net"))
         assert (code, "failed to load 'net'" in text) == (Code.FAILED_PRECONDITION, True)
         assert index(stub) == {"net": ("READY", "")}
+
+
+def test_an_unloaded_model_goes_with_the_configuration(tmp_path: Path) -> None:
+    """What was unloaded and is no longer configured is forgotten by the next reload."""
+    file = tmp_path / "layertap.toml"
+    for name in ("net", "more"):
+        save(tmp_path / f"{name}.pt", 1)
+    write_config(file, "net", "more")
+    with (
+        serving("--config", str(file), "--admin") as server,
+        grpc.insecure_channel(server.address) as channel,
+        Client(server.address) as client,
+    ):
+        stub = GRPCInferenceServiceStub(channel)
+        stub.RepositoryModelUnload(unload("more"), timeout=60)
+        assert index(stub)["more"] == ("UNAVAILABLE", "it was unloaded")
+        write_config(file, "net")
+        client.reload()
+        assert index(stub) == {"net": ("READY", "")}
+        with pytest.raises(ModelNotFoundError):
+            client.describe_model("more")
 
 
 def test_loading_takes_an_admin_token(tmp_path: Path) -> None:

@@ -13,9 +13,13 @@ import pytest
 from gatednets import HELD, gate
 from infering import arrays, batch, given, output, parameters, raw_request
 from layertap.app.server import FeatureServer, ServerOptions
-from layertap.engine import Engine, Limits
+from layertap.engine import Call, Engine, Limits
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.models import ModelSpec
+from layertap.services.infer.service import InferenceService, InferenceSettings
+from layertap.services.infer.statistics import Statistics
+from layertap.services.open_streams import OpenStreams
+from layertap.services.stream_threads import StreamThreads
 from streams import GATED_ITEM, Counting, eventually
 from tinynets import ITEM
 
@@ -227,3 +231,17 @@ def test_the_deadline_of_the_stream_is_its_items(line) -> None:
             list(stream.call)
         assert caught.value.code() is Code.DEADLINE_EXCEEDED
         stream._out.put(None)
+
+
+def test_an_item_that_nobody_waits_for_is_counted(narrow) -> None:
+    """One whose stream ended before a thread took it up is a failure like any other."""
+    seen = Counting()
+    threads = StreamThreads(OpenStreams(1), seen)
+    settings = InferenceSettings(lambda: True, Statistics())
+    service = InferenceService(narrow, settings, seen, threads)
+    call = Call()
+    call.cancel()
+    reply = pb.ModelStreamInferResponse.FromString(service.answer_item(b"", call, None))
+    assert reply.error_message == "the caller went away"
+    assert seen.ends == {" CANCELLED": 1}
+    threads.close()

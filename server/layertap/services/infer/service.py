@@ -93,7 +93,6 @@ class InferenceService:
         """Answer an item of a stream; where it fails with the reason."""
         request = pb.ModelInferRequest()
         try:
-            call.check()
             return self._infer(request, message, context, call, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
             return encode_stream_error(request.id, str(leaving(error)))
@@ -122,6 +121,7 @@ class InferenceService:
         """Answer a request, whose small fields are put into ``request``; tell the observer."""
         model = ""
         try:
+            call.check()
             raw = decode_infer_request(message, request)
             host = find_host(self._engine, request.model_name, request.model_version)
             model = host.model.name
