@@ -84,9 +84,8 @@ class Ways:
         self, extractor: Extractor, wanted: Resolved, x: torch.Tensor, truth: list[torch.Tensor]
     ) -> dict[str, Way]:
         """Return an extractor's pass as a CUDA graph; nothing where it can't be recorded."""
-        shape = tuple(x.shape[1:])
-        plan = self._builder.build(extractor, wanted.points, shape)
-        if not self._builder.record(plan, shape, [len(x)]):
+        plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
+        if not self._builder.prover.record(plan, [len(x)]):
             return {}
         name = GRAPH.format(extractor.name)
         tolerance = _tolerance(extractor)

@@ -203,3 +203,43 @@ class Scripted(Clamps):
 def scripted() -> nn.Module:
     """Return a seeded Scripted."""
     return seeded(Scripted)
+
+
+class InPieces(Clamps):
+    """Goes over its batch four items at a time, which a trace does as often as its example did."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pieces = [self.conv(x[begin : begin + 4]) for begin in range(0, len(x), 4)]
+        return self.tail(torch.cat(pieces))
+
+
+def in_pieces() -> nn.Module:
+    """Return a seeded InPieces."""
+    return seeded(InPieces)
+
+
+class LargeBatches(Clamps):
+    """Computes something else for batches of more than four."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.tail(-x if len(x) > 4 else x)
+
+
+def large_batches() -> nn.Module:
+    """Return a seeded LargeBatches."""
+    return seeded(LargeBatches)
+
+
+class FewItems(Clamps):
+    """Takes at most four items, and says so."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 4:
+            raise ValueError("too many items")
+        return self.tail(self.conv(x))
+
+
+def few_items() -> nn.Module:
+    """Return a seeded FewItems."""
+    return seeded(FewItems)

@@ -1,4 +1,4 @@
-"""A plan serves the item shape and type that it was made for, and nothing else."""
+"""A plan serves the item shape, type and batch sizes that it was proven for, and nothing else."""
 
 from __future__ import annotations
 
@@ -73,3 +73,35 @@ def test_a_set_has_a_plan_of_its_own(engine) -> None:
             truth = outputs_of(module, x, source)[0]
             assert difference(features.torch()[name], truth) <= 1e-4
         assert all(isinstance(value, np.ndarray) for value in features.values())
+
+
+@pytest.mark.parametrize("net", ["in_pieces", "large_batches"])
+def test_a_batch_size_that_a_program_has_not_learnt_is_served_by_hook(engine, net) -> None:
+    """Code that goes by the batch size is right at each: AUTO chooses by size, and stays so."""
+    engine.load(ModelSpec(f"oddnets:{net}", item_shape=ITEM), [LayerSelection("tail")])
+    module = engine.host(net).model.module
+    hook, compiled = Extractor.HOOK, Extractor.TORCHSCRIPT
+    for size, extractor in ((2, compiled), (6, hook), (4, compiled), (9, hook), (6, hook)):
+        x = torch.rand(size, *ITEM)
+        features = ask(engine, net, "tail", x)
+        truth = outputs_of(module, x, "tail")[0]
+        assert difference(features.torch()["tail"], truth) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert features.extractor is extractor, size
+
+
+def test_a_batch_size_that_the_chosen_extractor_can_not_serve_is_refused(engine) -> None:
+    """Whoever names an extractor is told, and gets no other; other sizes are served."""
+    engine.load(ModelSpec("oddnets:large_batches", item_shape=ITEM))
+    for _ in range(2):
+        with pytest.raises(errors.ExtractorUnsupportedError, match="at batch size 6: .*HOOK can"):
+            ask(engine, "large_batches", "tail", torch.rand(6, *ITEM), Extractor.TORCHSCRIPT)
+    features = ask(engine, "large_batches", "tail", torch.rand(3, *ITEM), Extractor.TORCHSCRIPT)
+    assert features.extractor is Extractor.TORCHSCRIPT
+
+
+def test_a_batch_that_the_model_itself_fails_on_is_the_models_error(engine) -> None:
+    """AUTO leaves the word to the model, even where its program has lost the model's check."""
+    engine.load(ModelSpec("oddnets:few_items", item_shape=ITEM), [LayerSelection("tail")])
+    assert ask(engine, "few_items", "tail", torch.rand(4, *ITEM)).extractor is Extractor.TORCHSCRIPT
+    with pytest.raises(errors.ModelRunError, match="ValueError"):
+        ask(engine, "few_items", "tail", torch.rand(5, *ITEM))

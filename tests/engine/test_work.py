@@ -283,7 +283,7 @@ def test_a_program_that_looks_at_values_is_never_shared(engine, tmp_path: Path) 
     """A TorchScript program branches for the whole batch, as the code that it was made from."""
     file = tmp_path / "turns.pt"
     oddnets.script(batchnets.turns()).save(file)
-    engine.load(ModelSpec(str(file), item_shape=ITEM), batching=EIGHT)
+    engine.load(ModelSpec(str(file), item_shape=ITEM), options=HostOptions(batching=EIGHT))
     batches = inputs(1, 1)
     batches[1] += 3
     together = Together(engine, asking(engine, "turns", "tail", batches))
@@ -292,3 +292,17 @@ def test_a_program_that_looks_at_values_is_never_shared(engine, tmp_path: Path) 
         truth = outputs_of(module, torch.from_numpy(x), "tail")[0]
         assert torch.allclose(values["tail"], truth, atol=1e-5)
     assert together.shared == [1, 1]
+
+
+@pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
+def test_a_pass_of_more_items_than_were_tried_is_tried_first(engine, extractor) -> None:
+    """Two requests that a net computes in one way, and both together in another, run alone."""
+    load(engine, "oddnets:large_batches", "tail")
+    module = oddnets.large_batches()
+    for sizes, shared in (((2, 2), [2, 2]), ((3, 3), [1, 1]), ((2, 2), [2, 2])):
+        batches = inputs(*sizes)
+        together = Together(engine, asking(engine, "large_batches", "tail", batches, extractor))
+        for x, values in zip(batches, together.values(), strict=True):
+            truth = outputs_of(module, torch.from_numpy(x), "tail")[0]
+            assert torch.allclose(values["tail"], truth, atol=1e-5)
+        assert together.shared == shared

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from layertap.errors import ConfigError, ExtractorUnsupportedError
-from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure, plan
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure, plan_builder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.proof import collect
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
@@ -28,13 +28,13 @@ class Traces:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        trace = plan.trace_taps
+        trace = plan_builder.trace_taps
 
         def counted(*args: object) -> torch.jit.ScriptModule:
             self.count += 1
             return trace(*args)
 
-        monkeypatch.setattr(plan, "trace_taps", counted)
+        monkeypatch.setattr(plan_builder, "trace_taps", counted)
 
 
 @pytest.fixture

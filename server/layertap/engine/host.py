@@ -22,7 +22,8 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.measure import measure
-from layertap.extraction.plan import Plan, PlanBuilder
+from layertap.extraction.plan import Plan, quoted
+from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
@@ -42,6 +43,12 @@ MAX_PROMOTED = 24
 
 What torch does in a program's first run can't be cut into steps, and takes minutes for the hundreds
 of layers of a large transformer, in which nothing else would be served.
+"""
+
+MAX_SIZES_PROVEN = 8
+"""Every batch size up to it is proven before a model is ready; above it 16, 32 and so on.
+
+The others are proven at their first use.
 """
 
 MAX_REFUSALS = 256
@@ -168,14 +175,38 @@ class ModelHost:
             self._warm_batches(plan)
             self._record(plan)
 
-    def plan(self, resolved: Resolved, item_shape: tuple[int, ...], call: Call) -> Plan:
-        """Return the plan that serves a request, built on a compute thread where it is new."""
-        key = (self._choose(resolved, item_shape), resolved.points, item_shape)
-        return self._known(key) or self.compute.run(lambda: self._build(key), call)
+    def plan(self, resolved: Resolved, batch_shape: tuple[int, ...], call: Call) -> Plan:
+        """Return the plan that serves a request of that shape, ``[B, ...]``.
 
-    def prove_shared(self, plan: Plan, item_shape: tuple[int, ...]) -> bool:
-        """Tell whether requests may share a plan's passes. For a compute thread."""
-        return self._builder.prove_shared(plan, item_shape)
+        It is built on a compute thread where it is new, and proven there for a new batch size.
+
+        Raises:
+            InvalidInputError: Where the model can't run on such items.
+            ExtractorUnsupportedError: Where the extractor that was asked for can't serve them, or
+                that many of them.
+        """
+        size, *item = batch_shape
+        extractor = self._choose(resolved, tuple(item), size)
+        key = (extractor, resolved.points, tuple(item))
+        plan = self._known(key) or self.compute.run(lambda: self._build(key), call)
+        if plan.refusal(size) is None:
+            self.compute.run(partial(self._builder.prover.prove_size, plan, size), call)
+        refusal = plan.refusal(size)
+        if not refusal:
+            return plan
+        if self._choose(resolved, tuple(item), size) is not extractor:
+            return self.plan(resolved, batch_shape, call)
+        raise ExtractorUnsupportedError(
+            f"{extractor.name} can't serve {quoted(resolved.points)} of model {self.model.name!r} "
+            f"at batch size {size}: {refusal}"
+        )
+
+    def prove_shared(self, plan: Plan, items: int) -> bool:
+        """Tell whether requests may share a pass of so many items. For a compute thread."""
+        prover = self._builder.prover
+        # A plan may fit each of two requests, and not both together.
+        prover.prove_size(plan, items)
+        return not plan.refusal(items) and prover.prove_shared(plan, items)
 
     def refused_plans(self) -> list[RefusedPlan]:
         """Return the layer sets that an extractor was tried on and could not serve."""
@@ -221,44 +252,43 @@ class ModelHost:
         raise AssertionError("a resolved request has candidates")
 
     def _warm_batches(self, plan: Plan) -> None:
-        """Run a declared plan at the batch sizes up to the largest: 1, 2, 4 and so on."""
-        shape = self.model.input.item_shape
-        if self.options.batching.max_size == 1:
+        """Prove and run a declared plan at the batch sizes that its passes may have."""
+        most, prover = self.options.batching.max_size, self._builder.prover
+        if most == 1:
             return
-        if not self.compute.run(partial(self.prove_shared, plan, shape), Call()):
+        if not self.compute.run(partial(prover.prove_shared, plan), Call()):
             _log.warning(
                 "model %s: requests for %s don't share passes: the items of a batch are not "
                 "independent", self.model.name, ", ".join(point.path for point in plan.points),
             )  # fmt: skip
             return
-        size = 2
-        while size < 2 * self.options.batching.max_size:
-            warm = partial(
-                self._builder.warm, plan, shape, min(size, self.options.batching.max_size)
-            )
-            self.compute.run(warm, Call())
-            size *= 2
+        doubling = {*(1 << bit for bit in range(1, (most - 1).bit_length())), most}
+        for size in sorted(doubling | set(range(2, min(most, MAX_SIZES_PROVEN) + 1))):
+            self.compute.run(partial(self.prove_shared, plan, size), Call())
+            if size in doubling:  # The others have run twice by now.
+                self.compute.run(partial(prover.warm, plan, size), Call())
 
     def _record(self, plan: Plan) -> None:
         """Replay a declared plan at the batch sizes for which that was asked."""
-        shape, sizes = self.model.input.item_shape, self.options.cuda_graphs
+        sizes = self.options.cuda_graphs
         if not sizes or self.model.device.type != "cuda":
             return
-        recorded = self.compute.run(partial(self._builder.record, plan, shape, sizes), Call())
+        recorded = self.compute.run(partial(self._builder.prover.record, plan, sizes), Call())
         _log.info(
             "model %s: CUDA graphs of %s at batch sizes %s",
             self.model.name, ", ".join(point.path for point in plan.points), recorded,
         )  # fmt: skip
 
-    def _choose(self, resolved: Resolved, item_shape: tuple[int, ...]) -> Extractor:
+    def _choose(self, resolved: Resolved, item_shape: tuple[int, ...], size: int) -> Extractor:
         if len(resolved.candidates) == 1:
             return resolved.candidates[0]
         if Extractor.TORCHSCRIPT in resolved.candidates:
             compiled = (Extractor.TORCHSCRIPT, resolved.points, item_shape)
             with self._lock:
-                if compiled in self._declared_plans or compiled in self._plans:
-                    return Extractor.TORCHSCRIPT
-            if len(resolved.points) <= MAX_PROMOTED and self._fits:
+                plan = self._declared_plans.get(compiled) or self._plans.get(compiled)
+            if plan is not None and not plan.refusal(size):
+                return Extractor.TORCHSCRIPT
+            if plan is None and len(resolved.points) <= MAX_PROMOTED and self._fits:
                 self._promoter.note(compiled)
         return Extractor.HOOK if Extractor.HOOK in resolved.candidates else resolved.candidates[0]
 

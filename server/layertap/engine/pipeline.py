@@ -94,7 +94,7 @@ class Pipeline:
         """Run a request on a model; see ``Engine.extract``."""
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
-        plan = host.plan(resolved, tuple(x.shape[1:]), call)
+        plan = host.plan(resolved, tuple(x.shape), call)
         form = request.form(plan.extractor)
         envelope = Envelope(
             self._limits.reply_bytes, form, partial(self._admission.reserve, call=call)
@@ -150,6 +150,6 @@ def _key(work: Work) -> Hashable:
 
     The plan stands for model, layers and extractor.
     """
-    if work.host.options.batching.max_size == 1 or work.plan.dynamic or work.plan.shared is False:
+    if work.host.options.batching.max_size == 1 or work.plan.dynamic or work.plan.alone:
         return None
     return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype

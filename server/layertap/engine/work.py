@@ -128,7 +128,7 @@ def _capture(work: Work, x: torch.Tensor) -> None:
 def _run_together(works: Sequence[Work]) -> None:
     """Run one pass and give each request its items of every value."""
     host, plan = works[0].host, works[0].plan
-    if not host.prove_shared(plan, tuple(works[0].x.shape[1:])):
+    if not host.prove_shared(plan, sum(work.items for work in works)):
         raise _alone("items of its batches are not independent")
     x = torch.cat([work.x.to(host.model.device, host.model.input.dtype) for work in works])
     sinks = [_sink(work) for work in works]

@@ -2,8 +2,10 @@
 
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.measure import measure
-from layertap.extraction.plan import Plan, PlanBuilder
+from layertap.extraction.plan import Plan
+from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
+from layertap.extraction.prover import Prover
 from layertap.extraction.taps import Taps
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "Plan",
     "PlanBuilder",
     "PointKind",
+    "Prover",
     "Support",
     "Taps",
     "ValueSpec",

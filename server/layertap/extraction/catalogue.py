@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from layertap.errors import LayerNotFoundError
+from layertap.errors import ExtractorUnsupportedError, LayerNotFoundError
 from layertap.extraction.fx import GraphNames
 from layertap.extraction.layout import Geometry
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
@@ -99,6 +99,14 @@ class Catalogue:
 
     def __iter__(self) -> Iterator[LayerEntry]:
         return iter(self.entries.values())
+
+    def traced(self, model: str) -> GraphNames:
+        """Return the names of the graph; raise ExtractorUnsupportedError where there is none."""
+        if self.graph is None:
+            raise ExtractorUnsupportedError(
+                f"FX can't serve model {model!r}: it can't be traced symbolically"
+            )
+        return self.graph
 
     def entry(self, name: str) -> LayerEntry:
         """Return the entry of a name; raise LayerNotFoundError with close matches for another."""

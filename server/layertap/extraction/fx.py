@@ -75,6 +75,11 @@ class GraphNames:
             return None
         return next((name for name in reversed(self.eval) if name.startswith(inside)), None)
 
+    def nodes_of(self, points: Sequence[CapturePoint]) -> list[str]:
+        """Return the nodes of points; those that have none are left out."""
+        nodes = [self.node_of(point) for point in points]
+        return [node for node in nodes if node is not None]
+
 
 @dataclass(frozen=True)
 class Trace:

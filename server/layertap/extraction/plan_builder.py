@@ -1,0 +1,250 @@
+"""Building plans: an extractor for one layer set and item shape, proven before it is used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from layertap.errors import ExtractorUnsupportedError
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.fx import FxExtractor
+from layertap.extraction.hook import HookExtractor
+from layertap.extraction.looks import watch_looks
+from layertap.extraction.plan import Plan, quoted
+from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
+from layertap.extraction.points import CapturePoint, ValueSpec
+from layertap.extraction.proof import Values, prove
+from layertap.extraction.prover import Prover
+from layertap.extraction.survey import sample_input
+from layertap.extraction.taps import Taps
+from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
+from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
+from layertap.models import LoadedModel
+from layertap.selection import Extractor
+
+__all__ = ["PlanBuilder"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Proof:
+    """What an extractor is held against: batches, and what the oracle gave for each."""
+
+    extractor: Extractor
+    points: Sequence[CapturePoint]
+    cases: list[tuple[torch.Tensor, Values]]
+    turn: AbstractContextManager[object]
+
+    @property
+    def example(self) -> torch.Tensor:
+        return self.cases[0][0]
+
+    def steps(self, built: BuiltExtractor) -> Iterator[None]:
+        for x, expected in self.cases:
+            with self.turn:
+                prove(self.extractor, built, self.points, x, expected)
+            yield None
+
+
+class PlanBuilder:
+    """Builds and proves the plans of one model.
+
+    Every method runs the model, so each must be called on a compute thread.
+
+    Args:
+        model: The model.
+        taps: Its taps.
+        catalogue: Its catalogue.
+        cache: Where the compiled plans that are to be kept are stored.
+        turn: Held while the model runs. Not while it is traced symbolically, which waits for the
+            passes of others, who may wait for this turn.
+
+    Attributes:
+        prover: Holds the plans against the model, now and later.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        taps: Taps,
+        catalogue: Catalogue,
+        cache: PlanCache | None = None,
+        turn: AbstractContextManager[object] | None = None,
+    ) -> None:
+        self._model = model
+        self._taps = taps
+        self._catalogue = catalogue
+        self._cache = cache
+        self._turn = turn or nullcontext()
+        self.prover = Prover(model, taps, catalogue, self._turn)
+
+    def build(
+        self,
+        extractor: Extractor,
+        points: Sequence[CapturePoint],
+        item_shape: tuple[int, ...],
+        *,
+        keep: bool = False,
+    ) -> Plan:
+        """Build an extractor and hold it against the oracle at three batch sizes.
+
+        The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
+        equal to it bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
+
+        Args:
+            extractor: Any but AUTO.
+            points: Distinct capture points of the catalogue that the extractor claims to serve.
+            item_shape: The sizes of one item, without the batch.
+            keep: Whether to store a compiled plan on disk, or use the one stored there.
+
+        Raises:
+            InvalidInputError: Where the model itself can't run on such items.
+            ExtractorUnsupportedError: Where the extractor can't be built or its values differ.
+        """
+        *_, plan = self.steps(extractor, points, item_shape, keep=keep)
+        if plan is None:
+            raise AssertionError("the last step yields the plan")
+        return plan
+
+    def steps(
+        self,
+        extractor: Extractor,
+        points: Sequence[CapturePoint],
+        item_shape: tuple[int, ...],
+        *,
+        keep: bool = False,
+    ) -> Iterator[Plan | None]:
+        """Build as ``build`` does, in steps of about one forward pass; the last yields the plan."""
+        if extractor is Extractor.HOOK and item_shape == self._model.input.item_shape:
+            # The oracle at the size at which the catalogue was measured: nothing is left to learn.
+            specs = tuple(self._catalogue.specs[point] for point in points)
+            built: BuiltExtractor = HookExtractor(self._model, self._taps, points)
+            yield Plan(extractor, tuple(points), item_shape, specs, built)
+            return
+        batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
+        oracle = []
+        for x in batches:
+            oracle.append(self.prover.truth(points, x))
+            yield None
+        specs = tuple(
+            ValueSpec.from_batches(one.dtype, one.shape, two.shape)
+            for one, two in zip(*oracle, strict=True)
+        )
+        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)), self._turn)
+        if extractor is not Extractor.HOOK:
+            proof.cases.extend(self.prover.wide_case(extractor, points, item_shape))
+            yield None
+        if extractor is Extractor.TORCHSCRIPT:
+            built = yield from self._compiled(points, proof, keep=keep)
+        else:
+            built = self.construct(extractor, points, batches[0])
+            yield None
+            if extractor is not Extractor.HOOK:
+                yield from proof.steps(built)
+        proven = dict.fromkeys((len(x) for x, _ in proof.cases), "")
+        yield Plan(extractor, tuple(points), item_shape, specs, built, proven)
+
+    def _compiled(
+        self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool
+    ) -> Generator[None, None, BuiltExtractor]:
+        """Return a compiled, proven and warm plan: the stored one, or else a new one."""
+        example = proof.example
+        stored = self._stored(points, example) if keep else None
+        program = stored.load(self._model.device) if stored else None
+        if stored and program:
+            try:
+                return (yield from self._warm(TorchScriptExtractor(program), proof))
+            except ExtractorUnsupportedError:
+                _log.warning("model %s: a stored plan no longer fits it", self._model.name)
+                stored.forget()
+        frozen = self._trace(points, example)
+        yield None
+        with stored.storing(frozen) if stored else nullcontext():
+            return (yield from self._warm(TorchScriptExtractor(frozen), proof))
+
+    def _warm(
+        self, built: TorchScriptExtractor, proof: _Proof
+    ) -> Generator[None, None, BuiltExtractor]:
+        yield None
+        yield from proof.steps(built)
+        for _ in range(WARM_UP_RUNS):
+            with self._turn:
+                built.run(proof.example.clone(), lambda index, value: None)
+            yield None
+        return built
+
+    def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
+        if self._cache is None:
+            return None
+        digest = plan_digest(self._fingerprint, points, example.shape[1:], example.dtype)
+        return self._cache.file(digest)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        return fingerprint(self._model)
+
+    def construct(
+        self, extractor: Extractor, points: Sequence[CapturePoint], example: torch.Tensor
+    ) -> BuiltExtractor:
+        """Build an extractor without proving it.
+
+        Args:
+            extractor: Any but AUTO.
+            points: Distinct capture points that it claims to serve.
+            example: ``[B, ...]`` on the model's device; compiled programs hold for its item shape.
+
+        Raises:
+            ExtractorUnsupportedError: Where it can't be built.
+        """
+        match extractor:
+            case Extractor.HOOK:
+                return HookExtractor(self._model, self._taps, points)
+            case Extractor.CHILDREN:
+                return ChildrenExtractor(self._model, points)
+            case Extractor.LAYER_GETTER:
+                return LayerGetterExtractor(self._model, points)
+            case Extractor.FX:
+                names = self._catalogue.traced(self._model.name)
+                return FxExtractor(self._model, names, names.nodes_of(points))
+            case Extractor.TORCHSCRIPT:
+                return TorchScriptExtractor(self._trace(points, example))
+            case Extractor.AUTO:
+                raise ValueError("AUTO is a choice between extractors, not an extractor")
+
+    def _trace(
+        self, points: Sequence[CapturePoint], example: torch.Tensor
+    ) -> torch.jit.ScriptModule:
+        try:
+            with self._turn:
+                self._refuse_looks(points, example)
+                return trace_taps(self._model, self._taps, points, example.clone())
+        except ExtractorUnsupportedError:
+            raise
+        except Exception as error:
+            _log.info("model %s can't be traced", self._model.name, exc_info=True)
+            raise ExtractorUnsupportedError(
+                f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: "
+                f"tracing failed ({type(error).__name__}); HOOK can"
+            ) from error
+
+    def _refuse_looks(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
+        """Refuse to trace what would go the example's way for every input; see Note [Looks].
+
+        The catalogue knows of the item shape at which it was measured; code may look at others.
+        """
+        x = example.clone()
+        with watch_looks(self._model.module, x) as looks:
+            self._taps.run(self._model.forward, x, points, lambda index, value: None)
+        if looks.count:
+            raise ExtractorUnsupportedError(
+                f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: its code "
+                f"looks at values (bool, int or item of a tensor), and a trace would go the "
+                f"example's way for every input; HOOK can"
+            )

@@ -1,0 +1,219 @@
+"""Holding extractors against the model: when they are built, and again for each batch size.
+
+Note [Each batch size is proven]
+    Code may go by the size of its batch: ``if len(x) > 4``, or a loop over pieces of the batch,
+    which a trace has once and for all. No example shows that for every size. So a plan is held
+    against the oracle at the first use of each, which takes two passes more; and passes that
+    several requests share are tried at each total. HOOK runs the model itself and needs no proof.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.cuda_graph import GraphedExtractor
+from layertap.extraction.fx import WholeGraphExtractor
+from layertap.extraction.hook import HookExtractor
+from layertap.extraction.looks import watch_looks
+from layertap.extraction.plan import Plan, quoted
+from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.proof import Values, collect, prove, shares_passes
+from layertap.extraction.survey import sample_input, wide_input
+from layertap.extraction.taps import Taps
+from layertap.extraction.torchscript import WARM_UP_RUNS
+from layertap.models import LoadedModel
+from layertap.selection import Extractor
+
+__all__ = ["Prover"]
+
+_log = logging.getLogger(__name__)
+
+_SHARED = 3
+"""The items of the first shared pass that is tried: the fewest that two unlike parts make."""
+
+
+class Prover:
+    """Holds the plans of one model against it.
+
+    Every method runs the model, so each must be called on a compute thread.
+
+    Args:
+        model: The model.
+        taps: Its taps.
+        catalogue: Its catalogue.
+        turn: Held while the model runs.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        taps: Taps,
+        catalogue: Catalogue,
+        turn: AbstractContextManager[object],
+    ) -> None:
+        self._model = model
+        self._taps = taps
+        self._catalogue = catalogue
+        self._turn = turn
+
+    def truth(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
+        """Return what the oracle captures from a batch, in the order of the points.
+
+        Raises:
+            InvalidInputError: Where the model can't run on it.
+        """
+        try:
+            oracle = self._oracle(points)
+            with self._turn:
+                return collect(oracle, points, x)
+        except Exception as error:
+            _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
+            raise InvalidInputError(
+                f"tensor: model {self._model.name!r} can't run on items of shape "
+                f"{list(x.shape[1:])}; it was measured at {list(self._model.input.item_shape)}"
+            ) from error
+
+    def wide_case(
+        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+    ) -> list[tuple[torch.Tensor, Values]]:
+        """Return a batch of input outside [0, 1) and what the oracle gives for it, if it can.
+
+        A model that clamps its input, say, shows it on such input only.
+        """
+        x = wide_input(self._model, 3, item_shape)
+        if x is None:
+            return []
+        try:
+            values = self.truth(points, x)
+        except InvalidInputError:
+            return []  # Not every model takes such input.
+        if extractor is Extractor.TORCHSCRIPT and not all(v.isfinite().all() for v in values):
+            return []  # The last bits decide where a root of some noise is NaN.
+        return [(x, values)]
+
+    def prove_size(self, plan: Plan, size: int) -> None:
+        """Find out whether a plan serves a batch size, and keep the answer in it."""
+        if plan.refusal(size) is not None:
+            return
+        try:
+            x = sample_input(self._model, size, plan.item_shape)
+            expected = self.truth(plan.points, x)
+            with self._turn:
+                prove(plan.extractor, plan.built, plan.points, x, expected)
+        except InvalidInputError:
+            plan.sizes[size] = "the model itself fails on it"
+        except ExtractorUnsupportedError as error:
+            plan.sizes[size] = f"{error}; HOOK can"
+        except Exception as error:  # noqa: BLE001 - whatever a program of another size runs into
+            plan.sizes[size] = f"it failed there ({type(error).__name__}); HOOK can"
+        else:
+            plan.sizes[size] = ""
+        if plan.sizes[size]:
+            _log.warning(
+                "model %s: %s of %s does not serve batch size %d: %s", self._model.name,
+                plan.extractor.name, quoted(plan.points), size, plan.sizes[size],
+            )  # fmt: skip
+
+    def prove_shared(self, plan: Plan, items: int = _SHARED) -> bool:
+        """Find out whether requests may share a plan's passes of so many items; keep the answer.
+
+        A model whose modules write attributes while they run may remember what it saw, and one
+        whose code looks at values goes one way for the whole batch.
+        """
+        if plan.alone is None:
+            plan.alone = self._catalogue.keeps_state or not self._shares(plan)
+            plan.shared[_SHARED] = not plan.alone
+        if not plan.alone and items not in plan.shared:
+            plan.shared[items] = self._shares_at(plan, items)
+        return not plan.alone and plan.shared[items]
+
+    def warm(self, plan: Plan, size: int) -> None:
+        """Run a plan on a batch of that many items, as the first such batch takes longer."""
+        x = sample_input(self._model, size, plan.item_shape)
+        for _ in range(WARM_UP_RUNS):
+            with self._turn:
+                plan.built.run(x.clone(), lambda index, value: None)
+
+    def record(self, plan: Plan, sizes: Sequence[int]) -> list[int]:
+        """Replay a plan's passes as CUDA graphs at some batch sizes; return those that work.
+
+        Each graph is held against the oracle on inputs other than the recorded one, and forgotten
+        where it differs. Sizes whose pass can't be recorded are logged, and run as before. For a
+        model on a CUDA device.
+        """
+        graphed = GraphedExtractor(plan.built, plan.points)
+        recorded = [size for size in sizes if self._records(plan, graphed, size)]
+        if recorded:
+            plan.built = graphed
+        return recorded
+
+    def _oracle(self, points: Sequence[CapturePoint]) -> BuiltExtractor:
+        if all(point.kind is PointKind.MODULE for point in points):
+            return HookExtractor(self._model, self._taps, points)
+        # A graph node is no module, so hooks can't see it: the whole graph, in which no node is
+        # dead, stands in; the catalogue has held it against the modules.
+        names = self._catalogue.traced(self._model.name)
+        return WholeGraphExtractor(self._model, names, names.nodes_of(points))
+
+    def _shares(self, plan: Plan) -> bool:
+        x = sample_input(self._model, _SHARED, plan.item_shape)
+        if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
+            return False
+        wide = wide_input(self._model, _SHARED, plan.item_shape)
+        if wide is None:
+            return True
+        try:
+            return shares_passes(plan.built, plan.points, plan.specs, wide)
+        except Exception:  # noqa: BLE001 - a model need not take such input; a batch would fail
+            _log.info("model %s fails on wide input", self._model.name, exc_info=True)
+            return True
+
+    def _shares_at(self, plan: Plan, items: int) -> bool:
+        """See Note [Each batch size is proven]."""
+        x = sample_input(self._model, items, plan.item_shape)
+        try:
+            return shares_passes(plan.built, plan.points, plan.specs, x)
+        except Exception:  # noqa: BLE001 - then each request runs alone, and says why it fails
+            _log.info("model %s fails on %d items", self._model.name, items, exc_info=True)
+            return False
+
+    def _looks(self, plan: Plan, x: torch.Tensor) -> bool:
+        if plan.extractor is Extractor.TORCHSCRIPT:
+            return False  # Or it would not have been compiled.
+        with watch_looks(self._model.module, x) as looks:
+            plan.built.run(x.clone(), lambda index, value: None)
+        return looks.count > 0
+
+    def _records(self, plan: Plan, graphed: GraphedExtractor, size: int) -> bool:
+        x = sample_input(self._model, size, plan.item_shape)
+        try:
+            self._refuse_replays(plan, x)
+            graphed.record(x)
+            # The second replay would show what the first one left behind.
+            for other in (x.flip(-1), x):
+                expected = self.truth(plan.points, other)
+                prove(plan.extractor, graphed, plan.points, other, expected)
+        except Exception as error:  # noqa: BLE001 - whatever a model's code makes of the refusal
+            graphed.forget(x.shape)
+            _log.warning(
+                "model %s: no CUDA graph of %s at batch size %d: %s",
+                self._model.name, quoted(plan.points), size, error,
+            )  # fmt: skip
+            return False
+        return True
+
+    def _refuse_replays(self, plan: Plan, x: torch.Tensor) -> None:
+        """Refuse what would not be the same pass again; see Note [What a graph holds]."""
+        if self._catalogue.keeps_state:
+            raise ExtractorUnsupportedError("its modules write attributes while they run")
+        if plan.dynamic:
+            raise ExtractorUnsupportedError("its shapes depend on the content")
+        if self._looks(plan, x):
+            raise ExtractorUnsupportedError("its code looks at values")
