@@ -1,4 +1,4 @@
-"""Globs over layers' names: what they match, and how long that takes."""
+"""Selections: what may be written, what globs match, and how long that takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from layertap.selection import Glob
+from layertap.errors import InvalidInputError
+from layertap.selection import Capture, Glob, LayerSelection, Reduction
 
 NAMES = ["", ".", "a", "b", "ab", "a.b", "aa.b", "ab.ab", "a.a.a", "layer1.0.conv1", "layer1x0"]
 
@@ -43,3 +44,14 @@ def test_a_glob_longer_than_any_name_costs_nothing() -> None:
     began = time.monotonic()
     assert not Glob("?*" * 2_000_000).matches("layer1")
     assert time.monotonic() - began < 30
+
+
+def test_names_do_as_well_as_members() -> None:
+    """A side or reduction may be written as a text, in either case; another is an error."""
+    selection = LayerSelection("a", capture="input", reduction="FLATTEN")
+    assert selection == LayerSelection("a", Capture.INPUT, reduction=Reduction.FLATTEN)
+    assert isinstance(selection.reduction, Reduction)
+    with pytest.raises(InvalidInputError, match="reduction: got 'mean', expected one of none, glo"):
+        LayerSelection("a", reduction="mean")
+    with pytest.raises(InvalidInputError, match="capture: got None, expected one of output, input"):
+        LayerSelection("a", capture=None)

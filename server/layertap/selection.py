@@ -61,6 +61,10 @@ class LayerSelection:
         reduction: What to do with the value before it is sent.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to send floating-point values in;
             empty for the type that the model produced.
+
+    Raises:
+        InvalidInputError: For a side or a reduction that there is not; their names will do as well
+            as their members.
     """
 
     layer: str
@@ -68,6 +72,12 @@ class LayerSelection:
     alias: str = ""
     reduction: Reduction = Reduction.NONE
     dtype: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("capture", Capture), ("reduction", Reduction)):
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                object.__setattr__(self, name, _member(name, given, kind))
 
     @classmethod
     def parse(cls, text: str) -> LayerSelection:
@@ -87,6 +97,15 @@ class LayerSelection:
         if self.alias:
             return self.alias
         return layer if self.capture is Capture.OUTPUT else f"{layer}:input"
+
+
+def _member(name: str, given: object, kind: type[Capture] | type[Reduction]) -> StrEnum:
+    try:
+        return kind(str(given).lower())
+    except ValueError:
+        raise InvalidInputError(
+            f"{name}: got {given!r}, expected one of {', '.join(kind)}"
+        ) from None
 
 
 def is_glob(name: str) -> bool:

@@ -172,6 +172,10 @@ def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> Non
         ("[server]\nkeep_memory = 1", "line 2: server.keep_memory: got 1, expected true or false"),
         ("[server]\nkeep_memory_mib = 0", "line 2: server.keep_memory_mib: got 0, expected a num"),
         (
+            "[server]\nkeep_memory_mib = 9999999999",
+            "keep_memory_mib: got 9999999999, expected a num",
+        ),
+        (
             "[server]\nlog_format = 'xml'",
             "line 2: server.log_format: got 'xml', expected 'human' or",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,8 +251,9 @@ def test_off_unless_asked_for() -> None:
 
 def test_wrong_settings_are_told() -> None:
     """An endpoint without a scheme, and a protocol that is not gRPC, are errors that say so."""
-    with pytest.raises(ConfigError, match="otel_endpoint: got 'collector:4317'"):
-        open_tracing("collector:4317", {})
+    for endpoint in ("collector:4317", "http://", "http://[::1"):
+        with pytest.raises(ConfigError, match=f"otel_endpoint: got {re.escape(repr(endpoint))}"):
+            open_tracing(endpoint, {})
     with pytest.raises(ConfigError, match="http/protobuf"):
         open_tracing(
             "",

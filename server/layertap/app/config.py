@@ -108,7 +108,9 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     plan_cache_mib: Count = 2048
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
     keep_memory: Annotated[bool, Meta(description="true or false")] = True
-    keep_memory_mib: Annotated[int, Meta(ge=1, description="a number of MiB from 1")] = DEFAULT_MIB
+    keep_memory_mib: Annotated[
+        int, Meta(ge=1, le=1 << 20, description="a number of MiB from 1 to 1048576")
+    ] = DEFAULT_MIB
     shared_memory_mib: Annotated[int, Meta(ge=0, description="a number of MiB, 0 for none")] = (
         SHARED_MIB
     )
@@ -205,7 +207,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         request_mib: MiB of one request message.
         reply_mib: MiB of one reply message; protobuf itself ends below 2048.
         batch: Items of one request.
-        pixels: Pixels of one encoded image.
+        pixels: Pixels of one encoded image; four times as many of all that a request has, in the
+            sizes in which the model takes them.
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread or run on one.
         pending_mib: MiB of the replies that are being made or sent.

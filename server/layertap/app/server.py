@@ -200,5 +200,7 @@ class FeatureServer:
                 else self._server.add_insecure_port(wanted)
             )
         except RuntimeError:
-            raise UnavailableError(f"can't listen on {wanted}: is the port taken?") from None
+            raise UnavailableError(
+                f"can't listen on {wanted}: is the port taken, or the host another machine's?"
+            ) from None
         return host_port(options.host, port)

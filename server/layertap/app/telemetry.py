@@ -61,6 +61,14 @@ def open_telemetry(engine: Engine, config: ServerConfig, closing: ExitStack) -> 
     return Telemetry(metrics, observer, (tracing.interceptor,) if tracing else ())
 
 
+def _is_address(text: str) -> bool:
+    try:
+        address = urlsplit(text)
+        return address.scheme in ("http", "https") and bool(address.hostname)
+    except ValueError:  # Brackets that don't close.
+        return False
+
+
 def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | None:
     """Return what sends traces to an endpoint; None where none is named.
 
@@ -77,7 +85,7 @@ def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | Non
     disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not named or disabled or environment.get("OTEL_TRACES_EXPORTER") == "none":
         return None
-    if urlsplit(named).scheme not in ("http", "https"):
+    if not _is_address(named):
         raise ConfigError(
             f"otel_endpoint: got {named!r}, expected an address such as http://127.0.0.1:4317"
         )

@@ -70,7 +70,8 @@ class Client:
         shared_memory: Whether large tensors go through memory shared with the server, where it is
             on this machine and runs as the same user: ``"auto"`` tries where the target is a
             loopback address or a Unix socket, True everywhere, False never. Where it can't be had
-            they go through the network, without a word.
+            they go through the network, without a word; only an item of a stream whose memory
+            is lost on the way fails with SharedMemoryLostError.
 
     Raises:
         InvalidInputError: For a ``shared_memory`` that is none of these.

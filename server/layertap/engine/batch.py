@@ -38,6 +38,13 @@ class ImagesInput:
     images: Sequence[bytes]
 
 
+KEPT_IMAGES = 4
+"""How many images of the largest size a request's may be together, once they are resized.
+
+A file of some kilobytes can have all the pixels of one; of a thousand, nothing else bounds the sum.
+"""
+
+
 def check_tensor(model: LoadedModel, view: TensorView, limits: Limits) -> torch.Tensor:
     """Return a raw tensor's batch ``[B, ...]`` on the CPU, without a copy.
 
@@ -58,7 +65,7 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
 
     Raises:
         InvalidInputError: For no images, too many, a file that can't be decoded, one that can't be
-            resized, or a model that takes no images.
+            resized, more pixels than are kept at once, or a model that takes no images.
     """
     if model.preprocess is None:
         raise InvalidInputError(
@@ -69,10 +76,18 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
         raise InvalidInputError("images: got none, expected at least one")
     _check_size(len(images), limits)
     image_limits = ImageLimits(max_pixels=limits.pixels)
-    return [
-        model.preprocess.shrink(decode_image(data, index, image_limits))
-        for index, data in enumerate(images)
-    ]
+    kept: list[Image.Image] = []
+    room = limits.pixels * KEPT_IMAGES
+    for index, data in enumerate(images):
+        kept.append(model.preprocess.shrink(decode_image(data, index, image_limits)))
+        room -= kept[-1].width * kept[-1].height
+        if room < 0:
+            raise InvalidInputError(
+                f"images: got more than {limits.pixels * KEPT_IMAGES} pixels up to images[{index}] "
+                f"in the sizes in which model {model.name!r} takes them, the most allowed in all; "
+                f"send fewer at once"
+            )
+    return kept
 
 
 def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -17,7 +17,8 @@ class Limits:
         request_bytes: Bytes of one request message.
         reply_bytes: Bytes of one reply message; protobuf itself ends at 2 GiB.
         batch: Items of one request.
-        pixels: Pixels of one encoded image.
+        pixels: Pixels of one encoded image; four times as many of all that a request has, in the
+            sizes in which the model takes them.
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread or run on one.
         pending_bytes: Bytes of the replies that are being made or sent.

@@ -1,0 +1,53 @@
+"""A request's images cost no more memory than was allowed, however small their files are."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+from PIL import Image
+
+from layertap import LayerSelection, errors
+from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, Limits
+from layertap.engine.batch import KEPT_IMAGES
+from layertap.models import ModelSpec
+from tinynets import ITEM
+
+PIXELS = 1000
+# Each is cropped to the item's size.
+MOST = PIXELS * KEPT_IMAGES // (ITEM[1] * ITEM[2])
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine that takes images of 1,000 pixels."""
+    engine = Engine(Limits(pixels=PIXELS))
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    yield engine
+    engine.close()
+
+
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def ask(engine: Engine, *images: bytes) -> int:
+    request = ExtractionRequest("residual", ImagesInput(images), (LayerSelection("conv1"),))
+    return engine.extract(request, Call()).items
+
+
+def test_an_image_of_too_many_pixels_is_refused(engine) -> None:
+    """It is told by its header, before anything is decoded."""
+    assert ask(engine, png(40, 25)) == 1
+    with pytest.raises(errors.InvalidInputError, match=r"images\[1\]: got 40 x 26 pixels"):
+        ask(engine, png(40, 25), png(40, 26))
+
+
+def test_images_of_too_many_pixels_together_are_refused(engine) -> None:
+    """What counts is the size in which they are kept, and the last that fits is told."""
+    assert ask(engine, *[png(20, 20)] * MOST) == MOST
+    with pytest.raises(errors.InvalidInputError, match=rf"4000 pixels up to images\[{MOST}\]"):
+        ask(engine, *[png(20, 20)] * (MOST + 2))
