@@ -243,3 +243,18 @@ class FewItems(Clamps):
 def few_items() -> nn.Module:
     """Return a seeded FewItems."""
     return seeded(FewItems)
+
+
+class Hungry(Clamps):
+    """Wants more memory than any machine has, as long as it is told to."""
+
+    wants = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.empty(Hungry.wants)
+        return self.tail(self.conv(x))
+
+
+def hungry() -> nn.Module:
+    """Return a seeded Hungry."""
+    return seeded(Hungry)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import oddnets
 from asking import ask
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine
@@ -105,3 +106,18 @@ def test_a_batch_that_the_model_itself_fails_on_is_the_models_error(engine) -> N
     assert ask(engine, "few_items", "tail", torch.rand(4, *ITEM)).extractor is Extractor.TORCHSCRIPT
     with pytest.raises(errors.ModelRunError, match="ValueError"):
         ask(engine, "few_items", "tail", torch.rand(5, *ITEM))
+
+
+@pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
+def test_want_of_memory_is_no_property_of_a_plan(engine, monkeypatch, extractor) -> None:
+    """Whoever meets it may try again later, at a new shape or batch size as at a known one."""
+    engine.load(ModelSpec("oddnets:hungry", item_shape=ITEM))
+    known, larger, wider = (2, *ITEM), (6, *ITEM), (2, 3, 24, 24)
+    ask(engine, "hungry", "tail", torch.rand(known), Extractor.HOOK)
+    monkeypatch.setattr(oddnets.Hungry, "wants", 1 << 55)
+    for shape in (known, larger, wider):
+        with pytest.raises(errors.OverloadedError, match="memory: model 'hungry' ran out of it"):
+            ask(engine, "hungry", "tail", torch.rand(shape), extractor)
+    monkeypatch.setattr(oddnets.Hungry, "wants", 0)
+    for shape in (known, larger, wider):
+        assert ask(engine, "hungry", "tail", torch.rand(shape), extractor).extractor is extractor

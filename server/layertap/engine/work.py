@@ -13,8 +13,9 @@ from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ShapeChangedError
 from layertap.engine.resolve import Resolved
-from layertap.errors import LayertapError, ModelRunError
+from layertap.errors import LayertapError, ModelRunError, OverloadedError
 from layertap.extraction.checkpoints import checked
+from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.plan import Plan
 from layertap.extraction.points import Sink
 from layertap.extraction.proof import items_of
@@ -85,6 +86,7 @@ def compute(works: Sequence[Work]) -> list[Computed]:
 
     Raises:
         ModelRunError: Where the model fails.
+        OverloadedError: Where there is not the memory to run it.
         CancelledError, DeadlineExceededError: Where nobody waits any more; noticed between layers.
     """
     begun_ns = time.perf_counter_ns()
@@ -102,6 +104,10 @@ def compute(works: Sequence[Work]) -> list[Computed]:
         raise
     except Exception as error:
         _log.exception("model %s failed", host.model.name)
+        if is_out_of_memory(error):
+            raise OverloadedError(
+                f"memory: model {host.model.name!r} ran out of it on this input"
+            ) from error
         raise ModelRunError(
             f"model {host.model.name!r} failed on this input ({type(error).__name__})"
         ) from error

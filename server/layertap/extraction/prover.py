@@ -15,13 +15,14 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, OverloadedError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.cuda_graph import GraphedExtractor
 from layertap.extraction.fx import WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
+from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.proof import Values, collect, prove, shares_passes
@@ -68,6 +69,7 @@ class Prover:
 
         Raises:
             InvalidInputError: Where the model can't run on it.
+            OverloadedError: Where there is not the memory to run it.
         """
         try:
             oracle = self._oracle(points)
@@ -75,6 +77,8 @@ class Prover:
                 return collect(oracle, points, x)
         except Exception as error:
             _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
+            if is_out_of_memory(error):
+                raise self._hungry(x) from error
             raise InvalidInputError(
                 f"tensor: model {self._model.name!r} can't run on items of shape "
                 f"{list(x.shape[1:])}; it was measured at {list(self._model.input.item_shape)}"
@@ -99,7 +103,11 @@ class Prover:
         return [(x, values)]
 
     def prove_size(self, plan: Plan, size: int) -> None:
-        """Find out whether a plan serves a batch size, and keep the answer in it."""
+        """Find out whether a plan serves a batch size, and keep the answer in it.
+
+        Raises:
+            OverloadedError: Where there is not the memory to find out.
+        """
         if plan.refusal(size) is not None:
             return
         try:
@@ -107,11 +115,16 @@ class Prover:
             expected = self.truth(plan.points, x)
             with self._turn:
                 prove(plan.extractor, plan.built, plan.points, x, expected)
+        except OverloadedError:
+            raise
         except InvalidInputError:
             plan.sizes[size] = "the model itself fails on it"
         except ExtractorUnsupportedError as error:
             plan.sizes[size] = f"{error}; HOOK can"
-        except Exception as error:  # noqa: BLE001 - whatever a program of another size runs into
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._hungry(x) from error
+            # Whatever a program runs into that has learnt another size.
             plan.sizes[size] = f"it failed there ({type(error).__name__}); HOOK can"
         else:
             plan.sizes[size] = ""
@@ -161,6 +174,11 @@ class Prover:
         # dead, stands in; the catalogue has held it against the modules.
         names = self._catalogue.traced(self._model.name)
         return WholeGraphExtractor(self._model, names, names.nodes_of(points))
+
+    def _hungry(self, x: torch.Tensor) -> OverloadedError:
+        return OverloadedError(
+            f"memory: model {self._model.name!r} ran out of it on a batch of {len(x)}"
+        )
 
     def _shares(self, plan: Plan) -> bool:
         x = sample_input(self._model, _SHARED, plan.item_shape)
