@@ -8,7 +8,7 @@ soak: SECONDS ?= 300
 fuzz: SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-models soak fuzz bench bench-cuda perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models soak fuzz bench bench-cuda perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,9 @@ serve: .venv/.built ## serve a model: make serve ARGS="--help"
 
 test: setup ## run the tests: make test ARGS="tests/wire -k varint"
 	$(BIN)/python -m pytest $(ARGS)
+
+test-clients: setup ## the clients in other languages against a real server
+	$(BIN)/python -m pytest tests/languages/check_*.py $(ARGS)
 
 test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)

@@ -222,7 +222,8 @@ def test_tests_have_docstrings() -> None:
     """Every test states the behaviour that it is about."""
     silent = [
         f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
-        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        for kind in ("test", "check")
+        for file in sorted((ROOT / "tests").rglob(f"{kind}_*.py"))
         for node in ast.walk(ast.parse(file.read_text("utf-8")))
         if isinstance(node, ast.FunctionDef)
         and node.name.startswith("test_")

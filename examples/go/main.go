@@ -1,0 +1,166 @@
+// Command client asks a layertap server for layers of a photograph and of a tensor.
+//
+//	client HOST:PORT [MODEL] [PHOTO]
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log"
+	"math"
+	"os"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	health "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	pb "layertap.example/client/layertapv1"
+)
+
+//go:generate ./generate.sh
+
+const (
+	readyWithin  = 60 * time.Second
+	answerWithin = 60 * time.Second
+)
+
+func main() {
+	log.SetFlags(0)
+	arguments := append(os.Args[1:], "", "", "")
+	address, model, photo := arguments[0], arguments[1], arguments[2]
+	if address == "" {
+		log.Fatal("usage: client HOST:PORT [MODEL] [PHOTO]")
+	}
+	if model == "" {
+		model = "resnet18"
+	}
+	if photo == "" {
+		photo = "../images/grace_hopper.jpg"
+	}
+	if err := run(address, model, photo); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(address, model, photo string) error {
+	image, err := os.ReadFile(photo)
+	if err != nil {
+		return err
+	}
+	connection, err := grpc.NewClient(address,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		// A few layers of a batch are soon over the 4 MB that gRPC receives by default.
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)))
+	if err != nil {
+		return err
+	}
+	defer connection.Close()
+	if err := waitUntilReady(connection); err != nil {
+		return err
+	}
+	features := pb.NewFeatureServiceClient(connection)
+
+	images := &pb.ExtractRequest_Images{Images: &pb.ImageBatch{Images: [][]byte{image}}}
+	layer1 := &pb.LayerSelection{Layer: "layer1"}
+	pooled := &pb.LayerSelection{Layer: "avgpool", Capture: pb.Capture_CAPTURE_INPUT}
+	if err := show(features, "photo", &pb.ExtractRequest{
+		Model: model, Input: images, Layers: []*pb.LayerSelection{layer1, pooled},
+	}); err != nil {
+		return err
+	}
+
+	ramp, err := rampTensor(1, 3, 224, 224)
+	if err != nil {
+		return err
+	}
+	if err := show(features, "tensor", &pb.ExtractRequest{
+		Model: model, Input: ramp, Layers: []*pb.LayerSelection{{Layer: "avgpool"}},
+	}); err != nil {
+		return err
+	}
+
+	return showRefusal(features, &pb.ExtractRequest{
+		Model: model, Input: images, Layers: []*pb.LayerSelection{{Layer: "no.such.layer"}},
+	})
+}
+
+// waitUntilReady returns once the server's models are loaded.
+func waitUntilReady(connection *grpc.ClientConn) error {
+	ctx, cancel := context.WithTimeout(context.Background(), readyWithin)
+	defer cancel()
+	for {
+		// WaitForReady waits for the server to listen; it listens before its models are loaded.
+		reply, err := health.NewHealthClient(connection).Check(
+			ctx, &health.HealthCheckRequest{}, grpc.WaitForReady(true))
+		if err != nil {
+			return fmt.Errorf("not ready within %v: %w", readyWithin, err)
+		}
+		if reply.Status == health.HealthCheckResponse_SERVING {
+			return nil
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// rampTensor makes a float32 input whose element i is (i % 255) / 255.
+func rampTensor(shape ...int64) (*pb.ExtractRequest_Tensor, error) {
+	count := int64(1)
+	for _, size := range shape {
+		count *= size
+	}
+	values := make([]float32, count)
+	for i := range values {
+		values[i] = float32(i%255) / 255
+	}
+	data, err := binary.Append(nil, binary.LittleEndian, values)
+	if err != nil {
+		return nil, err
+	}
+	tensor := &pb.Tensor{Dtype: pb.DataType_DATA_TYPE_FLOAT32, Shape: shape, Data: data}
+	return &pb.ExtractRequest_Tensor{Tensor: tensor}, nil
+}
+
+// show prints a line for each tensor of the reply.
+func show(features pb.FeatureServiceClient, what string, request *pb.ExtractRequest) error {
+	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
+	defer cancel()
+	reply, err := features.Extract(ctx, request)
+	if err != nil {
+		return err
+	}
+	for _, tensor := range reply.Tensors {
+		values, err := floats(tensor)
+		if err != nil {
+			return err
+		}
+		sum := 0.0
+		for _, value := range values {
+			sum += float64(value)
+		}
+		shape := strings.Trim(strings.ReplaceAll(fmt.Sprint(tensor.Shape), " ", "x"), "[]")
+		fmt.Printf("%s %s float32 %s sum=%.4f first=%.6f\n", what, tensor.Name, shape, sum, values[0])
+	}
+	return nil
+}
+
+// showRefusal prints how the server refuses a request: the status says what to do about it, the
+// metadata which of the server's errors it is.
+func showRefusal(features pb.FeatureServiceClient, request *pb.ExtractRequest) error {
+	ctx, cancel := context.WithTimeout(context.Background(), answerWithin)
+	defer cancel()
+	var trailer metadata.MD
+	_, err := features.Extract(ctx, request, grpc.Trailer(&trailer))
+	if err == nil {
+		return errors.New("the server was expected to refuse the request")
+	}
+	kind := strings.Join(trailer.Get("layertap-error"), ",")
+	refusal := status.Convert(err)
+	fmt.Printf("error %s %s %s\n", refusal.Code(), kind, refusal.Message())
+	return nil
+}

@@ -1,0 +1,101 @@
+// Asks a layertap server for layers of a photograph and of a tensor:
+//
+//   node client.js HOST:PORT [MODEL] [PHOTO]
+
+import { readFile } from "node:fs/promises";
+import { setTimeout as sleep } from "node:timers/promises";
+import { fileURLToPath } from "node:url";
+import { promisify } from "node:util";
+import grpc from "@grpc/grpc-js";
+import { loadSync } from "@grpc/proto-loader";
+import health from "grpc-health-check";
+import { fromFloats, toFloats } from "./floats.js";
+
+const READY_WITHIN_MS = 60_000;
+const ANSWER_WITHIN_MS = 60_000;
+
+const here = (path) => fileURLToPath(new URL(path, import.meta.url));
+
+// Nothing is generated: the .proto files are read as the program starts. Sizes come as numbers,
+// since none of a shape is near 2^53, and the values of enums by their names.
+const definition = loadSync("layertap/v1/feature_service.proto", {
+  includeDirs: [here("../../proto")],
+  longs: Number,
+  enums: String,
+  defaults: true,
+});
+const { FeatureService } = grpc.loadPackageDefinition(definition).layertap.v1;
+const Health = grpc.makeClientConstructor(health.service, "Health");
+
+const deadline = (milliseconds) => ({ deadline: Date.now() + milliseconds });
+
+/** Returns once the server's models are loaded. */
+async function waitUntilReady(address) {
+  const client = new Health(address, grpc.credentials.createInsecure());
+  const check = promisify(client.check.bind(client));
+  // One deadline for all attempts, and waitForReady for a server that does not listen yet; it
+  // listens before its models are loaded.
+  const metadata = new grpc.Metadata({ waitForReady: true });
+  const options = deadline(READY_WITHIN_MS);
+  while ((await check({}, metadata, options)).status !== "SERVING") {
+    await sleep(200);
+  }
+  client.close();
+}
+
+/** A float32 input whose element i is (i % 255) / 255. */
+function rampTensor(shape) {
+  const count = shape.reduce((product, size) => product * size, 1);
+  const values = Float32Array.from({ length: count }, (_, i) => (i % 255) / 255);
+  return { dtype: "DATA_TYPE_FLOAT32", shape, data: fromFloats(values) };
+}
+
+/** Prints a line for each tensor of the reply. */
+async function show(extract, what, request) {
+  const { tensors } = await extract(request, deadline(ANSWER_WITHIN_MS));
+  for (const tensor of tensors) {
+    const values = toFloats(tensor);
+    let sum = 0; // A number is a double.
+    for (const value of values) sum += value;
+    const numbers = `sum=${sum.toFixed(4)} first=${values[0].toFixed(6)}`;
+    console.log(`${what} ${tensor.name} float32 ${tensor.shape.join("x")} ${numbers}`);
+  }
+}
+
+/**
+ * Prints how the server refuses a request: the status says what to do about it, the trailing
+ * metadata which of the server's errors it is.
+ */
+async function showRefusal(extract, request) {
+  const error = await extract(request, deadline(ANSWER_WITHIN_MS)).then(
+    () => Promise.reject(new Error("the server was expected to refuse the request")),
+    (error) => error,
+  );
+  const kind = error.metadata.get("layertap-error").join();
+  console.log(`error ${grpc.status[error.code]} ${kind} ${error.details}`);
+}
+
+async function main(address, model = "resnet18", photo = here("../images/grace_hopper.jpg")) {
+  if (!address) throw new Error("usage: node client.js HOST:PORT [MODEL] [PHOTO]");
+  const image = await readFile(photo);
+  await waitUntilReady(address);
+
+  const client = new FeatureService(address, grpc.credentials.createInsecure(), {
+    // A few layers of a batch are soon over the 4 MB that gRPC receives by default; -1 is no limit.
+    "grpc.max_receive_message_length": -1,
+  });
+  const extract = promisify(client.extract.bind(client));
+
+  const images = { images: [image] };
+  const bothSides = [{ layer: "layer1" }, { layer: "avgpool", capture: "CAPTURE_INPUT" }];
+  await show(extract, "photo", { model, images, layers: bothSides });
+  const tensor = rampTensor([1, 3, 224, 224]);
+  await show(extract, "tensor", { model, tensor, layers: [{ layer: "avgpool" }] });
+  await showRefusal(extract, { model, images, layers: [{ layer: "no.such.layer" }] });
+  client.close();
+}
+
+main(...process.argv.slice(2)).catch((error) => {
+  console.error(error.message);
+  process.exit(1);
+});

@@ -1,0 +1,31 @@
+"""The servers that the clients of ``examples/`` are run against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from layertap.app.server import FeatureServer, ServerOptions
+from layertap.engine import Engine
+from processes import serving
+
+MODELS = ("resnet18", "large=languages.largenet:build")
+
+
+@pytest.fixture(scope="session")
+def address() -> Iterator[str]:
+    """Where a `layertap serve` with resnet18 and a net of large layers listens."""
+    with serving(*MODELS, "--weights", "random", "--seed", "0") as server:
+        yield server.address
+
+
+@pytest.fixture
+def late_server() -> Iterator[FeatureServer]:
+    """A server that listens but is not ready, and has no models."""
+    engine = Engine()
+    server = FeatureServer(engine, ServerOptions(port=0))
+    server.start()
+    yield server
+    server.stop(0)
+    engine.close()
