@@ -1,0 +1,149 @@
+package layertap.examples;
+
+import com.google.protobuf.ByteString;
+import io.grpc.Channel;
+import io.grpc.Grpc;
+import io.grpc.InsecureChannelCredentials;
+import io.grpc.Metadata;
+import io.grpc.StatusRuntimeException;
+import io.grpc.health.v1.HealthCheckRequest;
+import io.grpc.health.v1.HealthCheckResponse.ServingStatus;
+import io.grpc.health.v1.HealthGrpc;
+import java.io.IOException;
+import java.nio.FloatBuffer;
+import java.nio.file.Files;
+import java.nio.file.Path;
+import java.util.List;
+import java.util.Locale;
+import java.util.concurrent.TimeUnit;
+import java.util.stream.Collectors;
+import layertap.v1.Catalogue.Capture;
+import layertap.v1.FeatureServiceGrpc;
+import layertap.v1.FeatureServiceOuterClass.ExtractRequest;
+import layertap.v1.FeatureServiceOuterClass.ImageBatch;
+import layertap.v1.FeatureServiceOuterClass.LayerSelection;
+import layertap.v1.TensorOuterClass.Tensor;
+
+/** Asks a layertap server for layers: {@code client HOST:PORT [MODEL] [PHOTO]}. */
+public final class Client {
+  private static final String PHOTO = "../images/grace_hopper.jpg";
+  private static final long READY_WITHIN_SECONDS = 60;
+  private static final long ASK_AGAIN_MS = 100;
+
+  /**
+   * gRPC refuses messages over 4 MB unless told otherwise, and activations are often larger: layer1
+   * of a batch of six images already is.
+   */
+  private static final int LARGEST_REPLY = 1 << 30;
+
+  private static final Metadata.Key<String> ERROR_KIND =
+      Metadata.Key.of("layertap-error", Metadata.ASCII_STRING_MARSHALLER);
+
+  private Client() {}
+
+  public static void main(String[] args) throws IOException, InterruptedException {
+    if (args.length < 1 || args.length > 3) {
+      System.err.println("usage: client HOST:PORT [MODEL] [PHOTO]");
+      System.exit(2);
+    }
+    var model = args.length > 1 ? args[1] : "resnet18";
+    var photo = Files.readAllBytes(Path.of(args.length > 2 ? args[2] : PHOTO));
+    var channel =
+        Grpc.newChannelBuilder(args[0], InsecureChannelCredentials.create())
+            .maxInboundMessageSize(LARGEST_REPLY)
+            .build();
+    try {
+      awaitReady(channel);
+      askForLayers(channel, model, photo);
+    } finally {
+      channel.shutdownNow();
+    }
+  }
+
+  private static void awaitReady(Channel channel) throws InterruptedException {
+    // withWaitForReady: until the server listens, calls would fail at once.
+    var health =
+        HealthGrpc.newBlockingStub(channel)
+            .withWaitForReady()
+            .withDeadlineAfter(READY_WITHIN_SECONDS, TimeUnit.SECONDS);
+    var request = HealthCheckRequest.getDefaultInstance();
+    while (health.check(request).getStatus() != ServingStatus.SERVING) {
+      Thread.sleep(ASK_AGAIN_MS);
+    }
+  }
+
+  private static void askForLayers(Channel channel, String model, byte[] photo) {
+    var features = FeatureServiceGrpc.newBlockingStub(channel);
+    var images = ImageBatch.newBuilder().addImages(ByteString.copyFrom(photo)).build();
+
+    var ofPhoto =
+        ExtractRequest.newBuilder()
+            .setModel(model)
+            .setImages(images)
+            .addLayers(layer("layer1"))
+            .addLayers(inputOf("avgpool"))
+            .build();
+    print("photo", features.extract(ofPhoto).getTensorsList());
+
+    var ofTensor =
+        ExtractRequest.newBuilder()
+            .setModel(model)
+            .setTensor(Elements.tensor(List.of(1L, 3L, 224L, 224L), i -> (i % 255) / 255f))
+            .addLayers(layer("avgpool"))
+            .build();
+    print("tensor", features.extract(ofTensor).getTensorsList());
+
+    var ofNothing =
+        ExtractRequest.newBuilder()
+            .setModel(model)
+            .setImages(images)
+            .addLayers(layer("no.such.layer"))
+            .build();
+    try {
+      features.extract(ofNothing);
+      throw new IllegalStateException("a layer that does not exist was served");
+    } catch (StatusRuntimeException error) {
+      print(error);
+    }
+  }
+
+  /** What the layer returns. */
+  private static LayerSelection layer(String name) {
+    return LayerSelection.newBuilder().setLayer(name).build();
+  }
+
+  /** What the layer is given; the reply calls it {@code name:input}. */
+  private static LayerSelection inputOf(String name) {
+    return LayerSelection.newBuilder().setLayer(name).setCapture(Capture.CAPTURE_INPUT).build();
+  }
+
+  private static void print(String what, List<Tensor> tensors) {
+    for (Tensor tensor : tensors) {
+      FloatBuffer elements = Elements.floats(tensor);
+      double sum = 0;
+      for (int i = 0; i < elements.limit(); i++) {
+        sum += elements.get(i);
+      }
+      float first = elements.hasRemaining() ? elements.get(0) : Float.NaN;
+      var shape =
+          tensor.getShapeList().stream().map(String::valueOf).collect(Collectors.joining("x"));
+      // Locale.ROOT: a point before the decimals, whatever the user's language.
+      System.out.printf(
+          Locale.ROOT,
+          "%s %s %s %s sum=%.4f first=%.6f%n",
+          what,
+          tensor.getName(),
+          Elements.nameOf(tensor.getDtype()),
+          shape,
+          sum,
+          first);
+    }
+  }
+
+  private static void print(StatusRuntimeException error) {
+    var status = error.getStatus();
+    var trailers = error.getTrailers();
+    var kind = trailers == null ? null : trailers.get(ERROR_KIND);
+    System.out.printf("error %s %s %s%n", status.getCode(), kind, status.getDescription());
+  }
+}

@@ -1,0 +1,134 @@
+//! Asks a layertap server for layers: `client HOST:PORT [MODEL] [PHOTO]`.
+
+mod elements;
+
+use std::error::Error;
+use std::time::Duration;
+
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+use v1::extract_request::Input;
+use v1::feature_service_client::FeatureServiceClient;
+use v1::{Capture, ExtractRequest, ImageBatch, LayerSelection, Tensor};
+
+/// What build.rs made of the contract in proto/layertap/v1.
+mod v1 {
+    tonic::include_proto!("layertap.v1");
+}
+
+const USAGE: &str = "usage: client HOST:PORT [MODEL] [PHOTO]";
+const PHOTO: &str = "../images/grace_hopper.jpg";
+const READY_WITHIN: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_millis(100);
+
+/// gRPC refuses messages over 4 MB unless told otherwise, and activations are often larger: layer1
+/// of a batch of six images already is.
+const LARGEST_REPLY: usize = 1 << 30;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let address = arguments.next().ok_or(USAGE)?;
+    let model = arguments.next().unwrap_or("resnet18".into());
+    let photo = std::fs::read(arguments.next().unwrap_or(PHOTO.into()))?;
+
+    let channel = Endpoint::from_shared(format!("http://{address}"))?.connect_lazy();
+    wait_until_ready(channel.clone()).await?;
+    let mut features = FeatureServiceClient::new(channel).max_decoding_message_size(LARGEST_REPLY);
+
+    let images = || {
+        Input::Images(ImageBatch {
+            images: vec![photo.clone()],
+        })
+    };
+    let request = ExtractRequest {
+        model: model.clone(),
+        input: Some(images()),
+        layers: vec![layer("layer1"), input_of("avgpool")],
+        ..Default::default()
+    };
+    let reply = features.extract(request).await?.into_inner();
+    print("photo", &reply.tensors)?;
+
+    let ramp = elements::tensor(&[1, 3, 224, 224], |i| (i % 255) as f32 / 255.0);
+    let request = ExtractRequest {
+        model: model.clone(),
+        input: Some(Input::Tensor(ramp)),
+        layers: vec![layer("avgpool")],
+        ..Default::default()
+    };
+    let reply = features.extract(request).await?.into_inner();
+    print("tensor", &reply.tensors)?;
+
+    let request = ExtractRequest {
+        model,
+        input: Some(images()),
+        layers: vec![layer("no.such.layer")],
+        ..Default::default()
+    };
+    match features.extract(request).await {
+        Ok(_) => return Err("a layer that does not exist was served".into()),
+        Err(status) => print_error(&status),
+    }
+    Ok(())
+}
+
+async fn wait_until_ready(channel: Channel) -> Result<(), Box<dyn Error>> {
+    let mut health = HealthClient::new(channel);
+    let serving = async {
+        loop {
+            // An error is no end: until the server listens, connections are refused.
+            if let Ok(reply) = health.check(HealthCheckRequest::default()).await
+                && reply.get_ref().status() == ServingStatus::Serving
+            {
+                return;
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        }
+    };
+    tokio::time::timeout(READY_WITHIN, serving)
+        .await
+        .map_err(|_| format!("the server was not ready within {READY_WITHIN:?}").into())
+}
+
+/// What the layer returns.
+fn layer(name: &str) -> LayerSelection {
+    LayerSelection {
+        layer: name.into(),
+        ..Default::default()
+    }
+}
+
+/// What the layer is given; the reply calls it `name:input`.
+fn input_of(name: &str) -> LayerSelection {
+    LayerSelection {
+        capture: Capture::Input.into(),
+        ..layer(name)
+    }
+}
+
+fn print(what: &str, tensors: &[Tensor]) -> Result<(), String> {
+    for tensor in tensors {
+        let elements = elements::floats(tensor)?;
+        let shape: Vec<_> = tensor.shape.iter().map(i64::to_string).collect();
+        let first = elements.clone().next().unwrap_or(f32::NAN);
+        let sum: f64 = elements.map(f64::from).sum();
+        println!(
+            "{what} {} {} {} sum={sum:.4} first={first:.6}",
+            tensor.name,
+            elements::dtype_name(tensor),
+            shape.join("x"),
+        );
+    }
+    Ok(())
+}
+
+fn print_error(status: &Status) {
+    let kind = status.metadata().get("layertap-error");
+    let kind = kind.and_then(|value| value.to_str().ok()).unwrap_or("none");
+    println!("error {:?} {kind} {}", status.code(), status.message());
+}
