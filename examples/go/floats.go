@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"unsafe"
 
-	pb "layertap.example/client/layertapv1"
+	pb "layertap.example/client/layertap/v1"
 )
 
 // Elements are little-endian on the wire, whatever the machine.

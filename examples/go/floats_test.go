@@ -7,7 +7,7 @@ import (
 	"testing"
 	"unsafe"
 
-	pb "layertap.example/client/layertapv1"
+	pb "layertap.example/client/layertap/v1"
 )
 
 // 1.0, -2.0 and 0.5, little-endian.

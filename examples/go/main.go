@@ -20,7 +20,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
-	pb "layertap.example/client/layertapv1"
+	pb "layertap.example/client/layertap/v1"
 )
 
 //go:generate ./generate.sh

@@ -24,13 +24,14 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'layertap/v1/shared_memory_service.proto\x12\x0blayertap.v1\"\x19\n\x17OpenSharedMemoryRequest\":\n\x18OpenSharedMemoryResponse\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x32v\n\x13SharedMemoryService\x12_\n\x10OpenSharedMemory\x12$.layertap.v1.OpenSharedMemoryRequest\x1a%.layertap.v1.OpenSharedMemoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'layertap/v1/shared_memory_service.proto\x12\x0blayertap.v1\"\x19\n\x17OpenSharedMemoryRequest\":\n\x18OpenSharedMemoryResponse\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x32v\n\x13SharedMemoryService\x12_\n\x10OpenSharedMemory\x12$.layertap.v1.OpenSharedMemoryRequest\x1a%.layertap.v1.OpenSharedMemoryResponseB\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'layertap.v1.shared_memory_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
+  _globals['DESCRIPTOR']._loaded_options = None
+  _globals['DESCRIPTOR']._serialized_options = b'P\001Z\026layertap/v1;layertapv1'
   _globals['_OPENSHAREDMEMORYREQUEST']._serialized_start=56
   _globals['_OPENSHAREDMEMORYREQUEST']._serialized_end=81
   _globals['_OPENSHAREDMEMORYRESPONSE']._serialized_start=83

@@ -17,12 +17,12 @@ import java.util.List;
 import java.util.Locale;
 import java.util.concurrent.TimeUnit;
 import java.util.stream.Collectors;
-import layertap.v1.Catalogue.Capture;
+import layertap.v1.Capture;
+import layertap.v1.ExtractRequest;
 import layertap.v1.FeatureServiceGrpc;
-import layertap.v1.FeatureServiceOuterClass.ExtractRequest;
-import layertap.v1.FeatureServiceOuterClass.ImageBatch;
-import layertap.v1.FeatureServiceOuterClass.LayerSelection;
-import layertap.v1.TensorOuterClass.Tensor;
+import layertap.v1.ImageBatch;
+import layertap.v1.LayerSelection;
+import layertap.v1.Tensor;
 
 /** Asks a layertap server for layers: {@code client HOST:PORT [MODEL] [PHOTO]}. */
 public final class Client {

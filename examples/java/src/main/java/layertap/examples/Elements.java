@@ -7,8 +7,8 @@ import java.nio.FloatBuffer;
 import java.util.List;
 import java.util.Locale;
 import java.util.function.IntToDoubleFunction;
-import layertap.v1.TensorOuterClass.DataType;
-import layertap.v1.TensorOuterClass.Tensor;
+import layertap.v1.DataType;
+import layertap.v1.Tensor;
 
 /** A tensor's bytes as native numbers, and native numbers as a tensor's bytes. */
 final class Elements {
