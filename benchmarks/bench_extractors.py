@@ -37,7 +37,7 @@ SERVED = "client of a server, AUTO"
 @contextmanager
 def served(name: str, layers: list[str], x: np.ndarray) -> Iterator[Way]:
     """Serve the layers from a process of its own, and yield a call to it."""
-    command = [sys.executable, "-m", "layertap.cli.main", "serve", name, "--weights", "random"]
+    command = [sys.executable, "-m", "layertap", "serve", name, "--weights", "random"]
     command += ["--layers", ",".join(layers), "--port", "0", "--metrics-port", "-1"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -78,7 +78,7 @@ def resident_mib(pid: int) -> float:
 
 def run(requests: int) -> dict[str, Any]:
     """Send the requests; return the curve and what became of them."""
-    command = [sys.executable, "-m", "layertap.cli.main", "serve", NET, "--weights", "random"]
+    command = [sys.executable, "-m", "layertap", "serve", NET, "--weights", "random"]
     command += ["--item-shape", f"3,{SIDE},{SIDE}", "--layers", "layer1,avgpool"]
     command += ["--port", "0", "--metrics-port", "-1", "--plan-cache", "off"]
     curve: list[tuple[int, float]] = []

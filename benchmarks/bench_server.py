@@ -44,7 +44,7 @@ BATCHING = {
 @contextmanager
 def serving(mode: str, *flags: str) -> Iterator[str]:
     """Serve the net from a process of its own; yield the address once it is ready."""
-    command = [sys.executable, "-m", "layertap.cli.main", "serve", NET, "--weights", "random"]
+    command = [sys.executable, "-m", "layertap", "serve", NET, "--weights", "random"]
     command += ["--layers", ",".join(LAYERS), "--port", "0", "--metrics-port", "-1"]
     command += ["--plan-cache", "off", "--mode", mode, *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:

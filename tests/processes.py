@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
-COMMAND = (sys.executable, "-m", "layertap.cli.main")
+COMMAND = (sys.executable, "-m", "layertap")
 # Without the terminal's own wishes, and with the tests' factories.
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")},

@@ -25,7 +25,7 @@ DEBIAN_PACKAGE = "libb64-0d"
 
 MODEL = "resnet18"
 SERVE = [
-    *("layertap.cli.main", "serve", MODEL, "--weights", "random", "--layers", "avgpool"),
+    *("layertap", "serve", MODEL, "--weights", "random", "--layers", "avgpool"),
     *("--port", "0", "--metrics-port", "-1", "--plan-cache", "off", "--allow-client-shm"),
 ]
 RUNS = {

@@ -23,7 +23,7 @@ STOP_SECONDS = 30
 @contextmanager
 def server() -> Iterator[str]:
     """Run a server on a free port; yields its address."""
-    command = [sys.executable, "-m", "layertap.cli.main", *SERVE]
+    command = [sys.executable, "-m", "layertap", *SERVE]
     print(f"$ layertap {' '.join(SERVE)}", flush=True)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:

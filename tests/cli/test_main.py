@@ -99,5 +99,5 @@ def test_help_and_remote_verbs_import_no_torch(tmp_path: Path) -> None:
 
 
 def test_runs_as_a_module() -> None:
-    """``python -m layertap.cli.main`` is the command too."""
-    assert layertap("--help").stdout.startswith("Usage: ")
+    """``python -m layertap`` is the command too."""
+    assert layertap("--help").stdout.startswith("Usage: layertap [OPTIONS] COMMAND")

@@ -52,6 +52,3 @@ main.add_command(reload)
 main.add_command(layers)
 main.add_command(extract)
 main.add_command(health)
-
-if __name__ == "__main__":
-    main()
