@@ -120,6 +120,23 @@ def test_keys_tell_items_apart(client) -> None:
 
 
 @pytest.mark.parametrize("ordered", [True, False])
+def test_two_iterators_of_a_stream_take_their_own(client, ordered) -> None:
+    """An outcome that the other one receives is kept for the one that asked for it."""
+    given = [np.full((1, *ITEM), value, np.float32) for value in range(20)]
+    with client.stream(max_in_flight=3) as stream:
+        halves = [
+            stream.extract(
+                [StreamRequest("residual", x, "conv1:input", key=float(x.max())) for x in half],
+                ordered=ordered,
+            )
+            for half in (given[:10], given[10:])
+        ]
+        pairs = [pair for both in zip(*halves, strict=True) for pair in both]
+    assert sorted(key for key, _ in pairs) == list(range(20))
+    assert all(float(features["conv1:input"].max()) == key for key, features in pairs)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
 def test_inputs_are_read_no_further_than_allowed(client, ordered) -> None:
     """What was taken and not yet handed out is bounded, whatever finishes first."""
     (x,) = batches(1)

@@ -72,6 +72,7 @@ class FeatureStream:
             memory.begin_call()
         self._next_id = 0
         self._unanswered = 0
+        self._done: dict[int, Outcome] = {}
         self._closed = False
         # gRPC sends from a thread of its own, which waits here; None is the half close. It holds
         # as much as is in flight, at most.
@@ -86,7 +87,8 @@ class FeatureStream:
         """Yield each item's key and its outcome: its features, or the error that it ended with.
 
         ``requests`` is read in the caller's thread, and no further than ``max_in_flight`` ahead of
-        what was yielded. An iterator that is left before its end closes the stream.
+        what was yielded. Several iterators may take turns. An iterator that is left before its end
+        closes the stream.
 
         Args:
             requests: The items.
@@ -101,16 +103,11 @@ class FeatureStream:
             raise UnavailableError("the stream is closed")
         numbered = enumerate(requests)
         keys: dict[int, Any] = {}
-        done: dict[int, Outcome] = {}
         finished = False
         try:
-            while self._fill(numbered, keys, done):
-                number = next(iter(keys if ordered else done), None)
-                while number not in done:
-                    got, outcome = self._receive()
-                    done[got] = outcome
-                    number = number if ordered else got
-                yield keys.pop(number), done.pop(number)
+            while self._fill(numbered, keys):
+                number = self._next_of(keys, ordered=ordered)
+                yield keys.pop(number), self._done.pop(number)
             finished = True
         finally:
             if not finished:
@@ -144,12 +141,20 @@ class FeatureStream:
         """Close the stream."""
         self.close()
 
-    def _fill(
-        self,
-        requests: Iterator[tuple[int, StreamRequest]],
-        keys: dict[int, Any],
-        done: dict[int, Outcome],
-    ) -> bool:
+    def _next_of(self, keys: dict[int, Any], *, ordered: bool) -> int:
+        """Receive until one of these items has its outcome, the first of them where that matters.
+
+        What belongs to another iterator is kept for it.
+        """
+        first = next(iter(keys))
+        found = first if ordered else next((n for n in keys if n in self._done), first)
+        while found not in self._done:
+            got, outcome = self._receive()
+            self._done[got] = outcome
+            found = got if got in keys and not ordered else found
+        return found
+
+    def _fill(self, requests: Iterator[tuple[int, StreamRequest]], keys: dict[int, Any]) -> bool:
         """Send items while there is room; return whether any is left to be yielded."""
         while len(keys) < self._max_in_flight:
             position, request = next(requests, (0, None))
@@ -162,7 +167,7 @@ class FeatureStream:
                 self._outgoing.put(request.message(number, self._item_timeout, session))
                 self._unanswered += 1
             except LayertapError as error:  # It can't be sent: that is the outcome.
-                done[number] = error
+                self._done[number] = error
         return bool(keys)
 
     def _receive(self) -> tuple[int, Outcome]:
