@@ -120,12 +120,12 @@ class Prover:
         except InvalidInputError:
             plan.sizes[size] = "the model itself fails on it"
         except ExtractorUnsupportedError as error:
-            plan.sizes[size] = f"{error}; HOOK can"
+            plan.sizes[size] = f"{error}{_advice(plan.points)}"
         except Exception as error:
             if is_out_of_memory(error):
                 raise self._hungry(x) from error
             # Whatever a program runs into that has learnt another size.
-            plan.sizes[size] = f"it failed there ({type(error).__name__}); HOOK can"
+            plan.sizes[size] = f"it failed there ({type(error).__name__}){_advice(plan.points)}"
         else:
             plan.sizes[size] = ""
         if plan.sizes[size]:
@@ -168,10 +168,10 @@ class Prover:
         return recorded
 
     def _oracle(self, points: Sequence[CapturePoint]) -> BuiltExtractor:
-        if all(point.kind is PointKind.MODULE for point in points):
+        if _are_modules(points):
             return HookExtractor(self._model, self._taps, points)
-        # A graph node is no module, so hooks can't see it: the whole graph, in which no node is
-        # dead, stands in; the catalogue has held it against the modules.
+        # The whole graph, in which no node is dead, stands in; the catalogue has held it against
+        # the modules.
         names = self._catalogue.traced(self._model.name)
         return WholeGraphExtractor(self._model, names, names.nodes_of(points))
 
@@ -235,3 +235,12 @@ class Prover:
             raise ExtractorUnsupportedError("its shapes depend on the content")
         if self._looks(plan, x):
             raise ExtractorUnsupportedError("its code looks at values")
+
+
+def _advice(points: Sequence[CapturePoint]) -> str:
+    return "; HOOK can" if _are_modules(points) else ""
+
+
+def _are_modules(points: Sequence[CapturePoint]) -> bool:
+    """Tell whether hooks can see all of them: a graph node is no module."""
+    return all(point.kind is PointKind.MODULE for point in points)
