@@ -1,0 +1,149 @@
+// Asks a layertap server for layers of a photograph and of a tensor.
+//
+//   client HOST:PORT [MODEL] [PHOTO]
+#include <absl/status/status.h>
+#include <grpcpp/grpcpp.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <initializer_list>
+#include <iterator>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "elements.h"
+#include "layertap/v1/feature_service.grpc.pb.h"
+
+namespace v1 = layertap::v1;
+
+namespace {
+
+constexpr std::chrono::seconds kReadyWithin(60);
+constexpr std::chrono::seconds kAnswerWithin(60);
+
+// The channel itself asks grpc.health.v1, and counts as connected only while the server ("" stands
+// for all of it) says SERVING. round_robin, since the default policy does not look at health.
+constexpr char kHealth[] = R"({
+  "loadBalancingConfig": [{"round_robin": {}}],
+  "healthCheckConfig": {"serviceName": ""}
+})";
+
+std::shared_ptr<grpc::Channel> connect(const std::string& address) {
+  grpc::ChannelArguments arguments;
+  arguments.SetServiceConfigJSON(kHealth);
+  // No limit: a few layers of a batch are soon over the 4 MB that gRPC receives by default.
+  arguments.SetMaxReceiveMessageSize(-1);
+  auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+  if (!channel->WaitForConnected(std::chrono::system_clock::now() + kReadyWithin)) {
+    throw std::runtime_error(address + " was not ready within " +
+                             std::to_string(kReadyWithin.count()) + " s");
+  }
+  return channel;
+}
+
+std::string read_file(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string bytes(std::istreambuf_iterator<char>(file), {});
+  if (bytes.empty()) throw std::runtime_error("can't read " + path);
+  return bytes;
+}
+
+// Makes a float32 tensor whose element i is (i % 255) / 255.
+v1::Tensor ramp(std::initializer_list<std::int64_t> shape) {
+  v1::Tensor tensor;
+  tensor.set_dtype(v1::DATA_TYPE_FLOAT32);
+  std::int64_t count = 1;
+  for (std::int64_t size : shape) {
+    tensor.add_shape(size);
+    count *= size;
+  }
+  std::string* data = tensor.mutable_data();
+  data->reserve(count * sizeof(float));
+  for (std::int64_t i = 0; i < count; ++i) append_float(data, static_cast<float>(i % 255) / 255);
+  return tensor;
+}
+
+// gRPC's numbers are Abseil's, which has names for them: NOT_FOUND.
+std::string name_of(grpc::StatusCode code) {
+  return absl::StatusCodeToString(static_cast<absl::StatusCode>(code));
+}
+
+grpc::Status extract(v1::FeatureService::Stub& features, const v1::ExtractRequest& request,
+                     v1::ExtractResponse* reply, grpc::ClientContext& context) {
+  context.set_deadline(std::chrono::system_clock::now() + kAnswerWithin);
+  return features.Extract(&context, request, reply);
+}
+
+// Prints a line for each tensor of the reply.
+void show(v1::FeatureService::Stub& features, const char* what, const v1::ExtractRequest& request) {
+  grpc::ClientContext context;
+  v1::ExtractResponse reply;
+  const grpc::Status status = extract(features, request, &reply, context);
+  if (!status.ok()) {
+    throw std::runtime_error(name_of(status.error_code()) + ": " + status.error_message());
+  }
+  for (const v1::Tensor& tensor : reply.tensors()) {
+    const Floats values = floats(tensor);
+    double sum = 0;
+    for (float value : values) sum += value;
+    std::printf("%s %s float32 %s sum=%.4f first=%.6f\n", what, tensor.name().c_str(),
+                shape_text(tensor).c_str(), sum, values.size() > 0 ? values.data()[0] : NAN);
+  }
+}
+
+// Prints how the server refuses a request: the status says what to do about it, the trailing
+// metadata which of the server's errors it is.
+void show_refusal(v1::FeatureService::Stub& features, const v1::ExtractRequest& request) {
+  grpc::ClientContext context;
+  v1::ExtractResponse reply;
+  const grpc::Status status = extract(features, request, &reply, context);
+  if (status.ok()) throw std::runtime_error("a layer that does not exist was served");
+  const auto& trailing = context.GetServerTrailingMetadata();
+  const auto found = trailing.find("layertap-error");
+  // Metadata is not terminated by a zero, as %s needs it.
+  const std::string kind =
+      found == trailing.end() ? "none" : std::string(found->second.data(), found->second.size());
+  std::printf("error %s %s %s\n", name_of(status.error_code()).c_str(), kind.c_str(),
+              status.error_message().c_str());
+}
+
+void run(const std::string& address, const std::string& model, const std::string& photo) {
+  const std::string image = read_file(photo);
+  const auto features = v1::FeatureService::NewStub(connect(address));
+
+  v1::ExtractRequest of_photo;
+  of_photo.set_model(model);
+  of_photo.mutable_images()->add_images(image);
+  of_photo.add_layers()->set_layer("layer1");
+  v1::LayerSelection* pooled = of_photo.add_layers();
+  pooled->set_layer("avgpool");
+  pooled->set_capture(v1::CAPTURE_INPUT);
+  show(*features, "photo", of_photo);
+
+  v1::ExtractRequest of_tensor;
+  of_tensor.set_model(model);
+  *of_tensor.mutable_tensor() = ramp({1, 3, 224, 224});
+  of_tensor.add_layers()->set_layer("avgpool");
+  show(*features, "tensor", of_tensor);
+
+  v1::ExtractRequest unknown;
+  unknown.set_model(model);
+  unknown.mutable_images()->add_images(image);
+  unknown.add_layers()->set_layer("no.such.layer");
+  show_refusal(*features, unknown);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  if (argc < 2) throw std::runtime_error("usage: client HOST:PORT [MODEL] [PHOTO]");
+  run(argv[1], argc > 2 ? argv[2] : "resnet18", argc > 3 ? argv[3] : "../images/grace_hopper.jpg");
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}
