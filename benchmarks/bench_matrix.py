@@ -4,8 +4,8 @@ Four networks; one shallow layer, one deep, many, and every one; every way in tu
 before it is timed. The highest memory is that of one call over what was in use before. On a GPU
 the times are the host's, from the call until the device has finished, and the device's own, by
 events around the call: where both agree the device is the bottleneck, else the kernels' launches.
-There each extractor that is quick enough for it is also a CUDA graph, and copies to the host that
-block stand beside those that don't.
+There HOOK and TORCHSCRIPT are CUDA graphs as well, where they can be recorded, and copies to the
+host that block stand beside those that don't.
 
     python benchmarks/bench_matrix.py --device cuda --batches 1 8 32 --results build/bench-cuda
 """

@@ -104,7 +104,7 @@ def test_a_declared_layer_of_a_torchscript_file_is_served_by_hook(engine, tmp_pa
     assert ask(engine, "net", "layer1.0.bn1").extractor is Extractor.HOOK
 
 
-def test_cuda_graphs_change_nothing_on_a_cpu(engine) -> None:
+def test_cuda_graphs_change_nothing_on_a_cpu(engine, caplog) -> None:
     """One configuration fits machines with a GPU and without."""
     load(engine, "residual", "layer1")
     spec = ModelSpec("tinynets:residual", "again", item_shape=ITEM)
@@ -113,6 +113,7 @@ def test_cuda_graphs_change_nothing_on_a_cpu(engine) -> None:
     x = np.random.default_rng(0).random((2, *ITEM), dtype=np.float32)
     with_graphs = asking.ask(engine, "again", "layer1", x)
     without = asking.ask(engine, "residual", "layer1", x)
+    assert "CUDA" not in caplog.text  # Nor was one tried.
     assert with_graphs.extractor is without.extractor is Extractor.TORCHSCRIPT
     np.testing.assert_array_equal(with_graphs["layer1"], without["layer1"])
 
