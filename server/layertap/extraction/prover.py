@@ -22,6 +22,7 @@ from layertap.extraction.cuda_graph import GraphedExtractor
 from layertap.extraction.fx import WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
+from layertap.extraction.obstacles import cause_of
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.points import CapturePoint, PointKind
@@ -78,11 +79,17 @@ class Prover:
         except Exception as error:
             _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
             if is_out_of_memory(error):
-                raise self._hungry(x) from error
+                raise self.out_of_memory(x) from error
             raise InvalidInputError(
                 f"tensor: model {self._model.name!r} can't run on items of shape "
                 f"{list(x.shape[1:])}; it was measured at {list(self._model.input.item_shape)}"
             ) from error
+
+    def out_of_memory(self, x: torch.Tensor) -> OverloadedError:
+        """Return the error for a batch that there was not the memory to run."""
+        return OverloadedError(
+            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
+        )
 
     def wide_case(
         self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
@@ -123,9 +130,9 @@ class Prover:
             plan.sizes[size] = f"{error}{_advice(plan.points)}"
         except Exception as error:
             if is_out_of_memory(error):
-                raise self._hungry(x) from error
+                raise self.out_of_memory(x) from error
             # Whatever a program runs into that has learnt another size.
-            plan.sizes[size] = f"it failed there ({type(error).__name__}){_advice(plan.points)}"
+            plan.sizes[size] = f"it failed there ({cause_of(error)}){_advice(plan.points)}"
         else:
             plan.sizes[size] = ""
         if plan.sizes[size]:
@@ -174,11 +181,6 @@ class Prover:
         # the modules.
         names = self._catalogue.traced(self._model.name)
         return WholeGraphExtractor(self._model, names, names.nodes_of(points))
-
-    def _hungry(self, x: torch.Tensor) -> OverloadedError:
-        return OverloadedError(
-            f"memory: model {self._model.name!r} ran out of it on a batch of {len(x)}"
-        )
 
     def _shares(self, plan: Plan) -> bool:
         x = sample_input(self._model, _SHARED, plan.item_shape)
