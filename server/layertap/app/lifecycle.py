@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from types import FrameType
 
 from layertap.addresses import bare_host
+from layertap.app.budget import MIB, excess
 from layertap.app.config import METRICS_OFF, ServerConfig
 from layertap.app.fingerprint import files_of
 from layertap.app.health import ModelHealth
@@ -194,6 +195,8 @@ class _Running:
         metrics_shown = options.metrics_port != METRICS_OFF
         for warning in self.server.security.warnings(options.host, metrics=metrics_shown):
             narrator.say(f"warning: {warning}")
+        if too_much := excess(_promised_mib(config)):
+            narrator.say(f"warning: {too_much}")
 
     def names(self) -> str:
         """Name the models that serve."""
@@ -229,9 +232,16 @@ class _Running:
             yield from files_of(model)
 
 
+def _promised_mib(config: ServerConfig) -> int:
+    """Return the MiB that replies, kept memory and shared memory may take together."""
+    options = config.server
+    kept = options.kept_mib() if options.keep_memory else 0
+    return config.limits.limits().pending_bytes // MIB + kept + options.shared_mib()
+
+
 def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     options = config.server
-    if options.keep_memory and not keep_memory(options.keep_memory_mib):
+    if options.keep_memory and not keep_memory(options.kept_mib()):
         narrator.say("note: this C library can't keep freed memory, so large replies take longer")
     device = choose_device(options.device)
     instances, threads = options.compute(device)
