@@ -17,7 +17,7 @@ from layertap.app.budget import MIB, excess
 from layertap.app.config import METRICS_OFF, ServerConfig
 from layertap.app.fingerprint import files_of
 from layertap.app.health import ModelHealth
-from layertap.app.metrics import MetricsPage
+from layertap.app.http_page import HttpPage
 from layertap.app.notify import notify
 from layertap.app.reload import Reloader
 from layertap.app.served_models import Narrator, ServedModels, check_models
@@ -182,7 +182,13 @@ class _Running:
         self.server.start()
         closing.callback(self.server.stop, 0.0)
         if options.metrics_port != METRICS_OFF:
-            page = MetricsPage(telemetry.metrics, bare_host(options.host), options.metrics_port)
+            page = HttpPage(
+                telemetry.metrics.registry,
+                bare_host(options.host),
+                options.metrics_port,
+                alive=lambda: self._engine.alive,
+                ready=lambda: health.serving(""),
+            )
             closing.callback(page.close)
             narrator.say(f"metrics on {page.url}")
         watcher = Watcher(lambda: self._files(config_file), self.reload)

@@ -85,6 +85,11 @@ class ComputeThreads:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether all of the threads run."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def run(self, job: Callable[[], R], call: Call) -> R:
         """Run a job under ``torch.inference_mode`` and return what it returns.
 
