@@ -65,6 +65,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         mode: ``latency`` gives all cores to one forward pass, ``throughput`` one core to each of
             as many passes as there are cores.
         threads: Cores of one forward pass in latency mode; PyTorch's own choice if not given.
+        tf32: Whether CUDA devices may compute float32 convolutions and matrix products in TF32,
+            which is faster and as exact as float16.
         plan_cache: The folder where compiled plans of declared layers are kept for the next start;
             ``auto`` is the user's cache folder, ``off`` keeps none.
         plan_cache_mib: MiB that the folder may grow to.
@@ -104,6 +106,7 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["latency", "throughput"], Meta(description="'latency' or 'throughput'")
     ] = "latency"
     threads: Threads = None
+    tf32: Annotated[bool, Meta(description="true or false")] = False
     plan_cache: Annotated[str, Meta(min_length=1, description="a folder, 'auto' or 'off'")] = "auto"
     plan_cache_mib: Count = 2048
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
