@@ -69,6 +69,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         threads: CPUs to compute with: those of one forward pass in latency mode, the passes that
             run at once in throughput mode. If not given, as many as the process may use: the
             machine's cores, or the whole CPUs of its quota if those are fewer.
+        tf32: Whether CUDA devices may compute float32 convolutions and matrix products in TF32,
+            which is faster and as exact as float16.
         plan_cache: The folder where compiled plans of declared layers are kept for the next start;
             ``auto`` is the user's cache folder, ``off`` keeps none.
         plan_cache_mib: MiB that the folder may grow to.
@@ -110,6 +112,7 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["latency", "throughput"], Meta(description="'latency' or 'throughput'")
     ] = "latency"
     threads: Threads = None
+    tf32: Annotated[bool, Meta(description="true or false")] = False
     plan_cache: Annotated[str, Meta(min_length=1, description="a folder, 'auto' or 'off'")] = "auto"
     plan_cache_mib: Count = 2048
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0

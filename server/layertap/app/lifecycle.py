@@ -24,7 +24,7 @@ from layertap.app.served_models import Narrator, ServedModels, check_models
 from layertap.app.server import FeatureServer
 from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
-from layertap.engine import Engine, choose_device
+from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import LayertapError
 from layertap.services.admin_service import AdminService, ReloadReport
 from layertap.wire.memory import keep_memory
@@ -249,6 +249,7 @@ def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     options = config.server
     if options.keep_memory and not keep_memory(options.kept_mib()):
         narrator.say("note: this C library can't keep freed memory, so large replies take longer")
+    allow_tf32(options.tf32)
     device = choose_device(options.device)
     instances, threads = options.compute(device)
     return Engine(config.limits.limits(), device, threads, options.plans(), instances)

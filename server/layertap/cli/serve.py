@@ -92,6 +92,12 @@ def _numbers(
     "once in throughput mode; default: as many as the process may use.",
 )
 @click.option(
+    "--tf32/--no-tf32",
+    default=None,
+    help="Let CUDA devices compute float32 convolutions and matrix products in TF32: faster, and "
+    "as exact as float16; default --no-tf32.",
+)
+@click.option(
     "--plan-cache",
     metavar="DIR",
     help="Where compiled plans are kept for the next start; default auto, the user's cache folder; "
