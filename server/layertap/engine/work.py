@@ -106,7 +106,7 @@ def compute(works: Sequence[Work]) -> list[Computed]:
         _log.exception("model %s failed", host.model.name)
         if is_out_of_memory(error):
             raise OverloadedError(
-                f"memory: model {host.model.name!r} ran out of it on this input"
+                f"out of memory while running model {host.model.name!r} on this input"
             ) from error
         raise ModelRunError(
             f"model {host.model.name!r} failed on this input ({type(error).__name__})"

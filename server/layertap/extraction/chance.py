@@ -32,6 +32,9 @@ class Generators:
 
     def moved(self) -> bool:
         """Tell whether any generator has been used since; once true, it stays true."""
+        if torch.compiler.is_compiling():
+            # torch.compile traces hooks as well, and would make numpy's calls part of its graph.
+            return self._moved
         self._moved = self._moved or not (
             all(map(torch.equal, self._torch, self._torch_states()))
             and self._python == random.getstate()
