@@ -150,6 +150,7 @@ def _key(work: Work) -> Hashable:
 
     The plan stands for model, layers and extractor.
     """
-    if work.host.options.batching.max_size == 1 or work.plan.dynamic or work.plan.alone:
+    plan = work.plan
+    if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
-    return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype
+    return id(plan), tuple(work.x.shape[1:]), work.x.dtype

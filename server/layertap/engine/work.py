@@ -121,7 +121,7 @@ def _run_alone(work: Work) -> None:
     try:
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
     except ShapeChangedError:
-        work.plan.dynamic = True
+        work.plan.findings.found_dynamic()
         work.reply = work.collect()
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
 
@@ -152,7 +152,7 @@ def _run_together(works: Sequence[Work]) -> None:
         with host.turn, checked(_abandoning([work.call for work in works])):
             plan.built.run(x, share)
     except ShapeChangedError:
-        plan.dynamic = True
+        plan.findings.found_dynamic()
         raise _alone("a value's shape changed") from None
 
 

@@ -21,9 +21,8 @@ from __future__ import annotations
 
 import io
 import threading
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -32,6 +31,7 @@ from torch import nn
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
+from layertap.silence import warnings_ignored
 
 __all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "load_program", "save_program", "trace_taps"]
 
@@ -45,8 +45,8 @@ The profiling executor specialises on the second call of a shape and settles on 
 _tracing = threading.Lock()
 """Held while a model is traced.
 
-torch.jit keeps the modules of the trace in a global: of two traces at once one puts the other's
-back, which keeps that model alive. Python's list of warnings to ignore is a global likewise.
+torch.jit keeps the modules of the trace in a global: of two traces at once, one puts the other's
+modules back, which keeps that model alive.
 """
 
 
@@ -111,12 +111,9 @@ def load_program(file: Path, device: torch.device) -> torch.jit.ScriptModule:
     return program
 
 
-@contextmanager
-def _deprecated() -> Iterator[None]:
-    """Silence what torch says of torch.jit itself, as the module's docstring does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _deprecated() -> AbstractContextManager[None]:
+    """Ignore torch's warnings that torch.jit is deprecated; the module's docstring says so too."""
+    return warnings_ignored()
 
 
 class TorchScriptExtractor:
