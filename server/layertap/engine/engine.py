@@ -61,6 +61,12 @@ class Engine:
         return self._admission.requests
 
     @property
+    def alive(self) -> bool:
+        """Whether every compute thread runs; one that ended would leave requests unanswered."""
+        with self._lock:
+            return all(threads.alive for threads in self._compute.values())
+
+    @property
     def pending_bytes(self) -> int:
         """Bytes of the replies that are being made or sent."""
         return self._admission.reply_bytes
