@@ -118,10 +118,12 @@ class Pipeline:
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):
-            return check_tensor(host.model, given.tensor, self._limits)
-        with self._decoding(call):
-            images = decode_images(host.model, given.images, self._limits)
-        return host.compute.run(lambda: preprocess_images(host.model, images), call)
+            x = check_tensor(host.model, given.tensor, self._limits)
+        else:
+            with self._decoding(call):
+                images = decode_images(host.model, given.images, self._limits)
+            x = host.preparing.run(lambda: preprocess_images(host.model, images), call)
+        return x if host.staging is None else host.staging.upload(x)
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
