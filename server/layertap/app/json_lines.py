@@ -99,7 +99,7 @@ def _copy(source: IO[bytes], target: IO[str]) -> None:
             target.flush()
 
 
-def main() -> None:
+def _main() -> None:
     """Read lines from stdin, write records to stdout."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _main()
