@@ -105,10 +105,12 @@ class Pipeline:
         done = host.compute.run_batched(
             work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
         )
+        done.arrive()
+        ended_ns = time.perf_counter_ns()
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
             queue_ns=done.begun_ns - prepared_ns,
-            compute_ns=done.ended_ns - done.begun_ns,
+            compute_ns=ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         message = done.reply.finish(timings)
