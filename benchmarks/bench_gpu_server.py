@@ -174,7 +174,7 @@ def latency(address: str, loop: Loop, rounds: int, seconds: float) -> dict[str, 
     """Time a lone caller and the loop in turns, by batch; and a photograph."""
     times: dict[str, list[float]] = {}
     with Client(address, timeout=60) as client:
-        asks: dict[str, Callable[[], object]] = {
+        asks: dict[str, Callable[[], Any]] = {
             f"batch {size}": partial(client.extract, NET, tensor(size), LAYER) for size in BATCHES
         }
         asks["photograph"] = partial(client.extract, NET, PHOTO.read_bytes(), LAYER)
@@ -187,7 +187,20 @@ def latency(address: str, loop: Loop, rounds: int, seconds: float) -> dict[str, 
                 while sum(got) < seconds * 1000:
                     got += common.timed(ask, 5)
                 times.setdefault(f"{name}, client", []).extend(got)
-    return {name: common.quantiles(taken) | {"calls": len(taken)} for name, taken in times.items()}
+        found = {name: common.quantiles(taken) | {"calls": len(taken)}
+                 for name, taken in times.items()}  # fmt: skip
+        for name, ask in asks.items():
+            found[f"{name}, client"] |= _parts(ask)
+    return found
+
+
+def _parts(ask: Callable[[], Any]) -> dict[str, float]:
+    """Return the medians of the server's own timings, in milliseconds."""
+    taken = [ask().timings for _ in range(30)]
+    return {
+        part: statistics.median(getattr(each, part) for each in taken) / 1e6
+        for part in ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
+    }
 
 
 def rates(

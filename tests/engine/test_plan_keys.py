@@ -117,7 +117,7 @@ def test_want_of_memory_is_no_property_of_a_plan(engine, monkeypatch, extractor)
     monkeypatch.setattr(oddnets.Hungry, "wants", 1 << 55)
     for shape in (known, larger, wider):
         with pytest.raises(
-            errors.OverloadedError, match="out of memory while running model .hungry."
+            errors.OverloadedError, match="out of memory while running model 'hungry'"
         ):
             ask(engine, "hungry", "tail", torch.rand(shape), extractor)
     monkeypatch.setattr(oddnets.Hungry, "wants", 0)

@@ -145,10 +145,12 @@ class Pipeline:
         done = host.compute.run_batched(
             work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
         )
+        done.arrive()
+        ended_ns = time.perf_counter_ns()
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
             queue_ns=done.begun_ns - prepared_ns,
-            compute_ns=done.ended_ns - done.begun_ns,
+            compute_ns=ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         message = done.reply.finish(timings)
@@ -158,10 +160,12 @@ class Pipeline:
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):
-            return check_tensor(host.model, given.tensor, self._limits)
-        with self._decoding(call):
-            images = decode_images(host.model, given.images, self._limits)
-        return host.compute.run(lambda: preprocess_images(host.model, images), call)
+            x = check_tensor(host.model, given.tensor, self._limits)
+        else:
+            with self._decoding(call):
+                images = decode_images(host.model, given.images, self._limits)
+            x = host.preparing.run(lambda: preprocess_images(host.model, images), call)
+        return x if host.staging is None else host.staging.upload(x)
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
@@ -190,6 +194,7 @@ def _key(work: Work) -> Hashable:
 
     The plan stands for model, layers and extractor.
     """
-    if work.host.options.batching.max_size == 1 or work.plan.dynamic or work.plan.alone:
+    plan = work.plan
+    if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
-    return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype
+    return id(plan), tuple(work.x.shape[1:]), work.x.dtype
