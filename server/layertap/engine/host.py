@@ -27,6 +27,7 @@ from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
+from layertap.extraction.trial import tried
 from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
 
@@ -122,7 +123,7 @@ class ModelHost:
         call: Call | None = None,
     ) -> None:
         call = call or Call()
-        self.model = model
+        self.model = model = compute.run(lambda: tried(model), call)
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()
