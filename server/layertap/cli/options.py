@@ -136,7 +136,7 @@ def embedded_engine(
     Raises:
         ConfigError, ModelLoadError: As ``Engine.load`` does.
     """
-    from layertap.engine import Engine, choose_device
+    from layertap.engine import Engine, allow_tf32, choose_device
     from layertap.models import ModelSpec
 
     find_local_modules()
@@ -148,6 +148,7 @@ def embedded_engine(
         input_dtype=input_dtype or "",
         free_dims=None if free_dims is None else tuple(free_dims),
     )
+    allow_tf32(False)
     engine = Engine(device=choose_device(device or "auto"))
     try:
         engine.load(spec)
