@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layertap.cli.options import find_local_modules, item_shape, seed
+from layertap.cli.options import find_local_modules, input_options, item_shape, seed
 from layertap.cli.secret_options import secret_options
 from layertap.errors import LayertapError
 
@@ -20,7 +20,7 @@ PORTS = click.IntRange(0, 65535)
 METRICS_PORTS = click.IntRange(-1, 65535)
 MODEL_FLAGS = (
     *("weights", "seed", "item_shape", "precision", "channels_last", "layers"),
-    *("max_batch_size", "max_queue_delay_us"),
+    *("max_batch_size", "max_queue_delay_us", "input_dtype", "free_dims"),
 )
 
 
@@ -49,6 +49,7 @@ def _numbers(
 )
 @seed
 @item_shape
+@input_options
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),

@@ -33,10 +33,19 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedModel:
     """Build the spec's model, put it into eval mode, drop gradients and move it to the device.
 
+    What of its input is a guess is marked as such in ``input.guess``.
+
     Raises:
         ModelLoadError: it can't be built, needs several inputs, or can't be put on the device.
         WeightsUnavailableError: its weights can't be had; other weights never take their place.
     """
+    # Tensors that are made in inference mode can't be differentiated with ever after, and some
+    # models differentiate inside their forward.
+    with torch.inference_mode(False), torch.no_grad():
+        return _load(spec, device)
+
+
+def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     built = _BUILD[spec.kind](spec)
     _check_inputs(spec, built.module)
     module = built.module.eval()
