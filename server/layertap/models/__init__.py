@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layertap.models.images import ImageLimits, decode_image
-from layertap.models.input_spec import InputGuess, InputSpec
+from layertap.models.input_spec import IdRange, InputGuess, InputSpec
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
 from layertap.models.preprocess import Preprocess
@@ -11,6 +11,7 @@ from layertap.models.spec import INPUT_DTYPES, ModelSpec, SourceKind
 
 __all__ = [
     "INPUT_DTYPES",
+    "IdRange",
     "ImageLimits",
     "InputGuess",
     "InputSpec",
