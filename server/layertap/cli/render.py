@@ -96,6 +96,8 @@ def show_layers(
         f"[{shape}] {_dtype(model.input.dtype)}{images}",
         soft_wrap=True,
     )
+    if model.input.images:
+        out.print(f"images: {model.input.preprocessing}", soft_wrap=True)
     out.print(_tree(layers) if tree else _flat(layers))
     if tree:
         for reason, names in _unserved(layers).items():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from layertap.engine.limits import Limits
 from layertap.errors import InvalidInputError
-from layertap.models import ImageLimits, LoadedModel, decode_image
+from layertap.models import ImageLimits, LoadedModel
 from layertap.wire.tensors import TensorView
 
 __all__ = ["ImagesInput", "TensorInput", "check_tensor", "decode_images", "preprocess_images"]
@@ -79,7 +79,7 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
     kept: list[Image.Image] = []
     room = limits.pixels * KEPT_IMAGES
     for index, data in enumerate(images):
-        kept.append(model.preprocess.shrink(decode_image(data, index, image_limits)))
+        kept.append(model.preprocess.decode(data, index, image_limits))
         room -= kept[-1].width * kept[-1].height
         if room < 0:
             raise InvalidInputError(

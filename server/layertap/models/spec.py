@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import PurePath
 
 from layertap.errors import ConfigError
+from layertap.models.image_settings import NOTHING_SET, ImageSettings
 
 __all__ = ["PRECISIONS", "ModelSpec", "SourceKind"]
 
@@ -47,6 +48,7 @@ class ModelSpec:
             ``"bfloat16"``; the weights' own if empty.
         channels_last: Whether convolutions' weights are laid out with channels last, which is
             faster on GPUs with tensor cores and on some CPUs. The values' shapes stay the same.
+        images: Steps of the image preprocessing that take the place of the model's own.
 
     Raises:
         ConfigError: a field is malformed; the message names it.
@@ -59,6 +61,7 @@ class ModelSpec:
     item_shape: tuple[int, ...] | None = None
     precision: str = ""
     channels_last: bool = False
+    images: ImageSettings = NOTHING_SET
 
     def __post_init__(self) -> None:
         if not self.target:
@@ -93,6 +96,7 @@ class ModelSpec:
         weights: str = "DEFAULT",
         seed: int = 0,
         item_shape: tuple[int, ...] | None = None,
+        images: ImageSettings = NOTHING_SET,
     ) -> ModelSpec:
         """Parse ``[NAME=]SOURCE``, as in ``"resnet18"`` or ``"mine=nets/mine.pt"``.
 
@@ -102,10 +106,14 @@ class ModelSpec:
         name, equals, source = text.strip().partition("=")
         if not equals or "/" in name or ":" in name:
             # An equals sign after a slash or colon belongs to a path, not to a name.
-            return cls(text.strip(), weights=weights, seed=seed, item_shape=item_shape)
+            return cls(
+                text.strip(), weights=weights, seed=seed, item_shape=item_shape, images=images
+            )
         if not name:
             raise ConfigError(f"model name: got nothing before '=' in {text!r}, expected a name")
-        return cls(source, name=name, weights=weights, seed=seed, item_shape=item_shape)
+        return cls(
+            source, name=name, weights=weights, seed=seed, item_shape=item_shape, images=images
+        )
 
     @property
     def kind(self) -> SourceKind:
