@@ -199,7 +199,7 @@ def embedded_engine(
     Raises:
         ConfigError, ModelLoadError: As ``Engine.load`` does.
     """
-    from layertap.engine import Engine, choose_device
+    from layertap.engine import Engine, allow_tf32, choose_device
     from layertap.models import ImageSettings, ModelSpec
 
     find_local_modules()
@@ -210,6 +210,7 @@ def embedded_engine(
         item_shape=tuple(item_shape) if item_shape else None,
         images=ImageSettings(**{n.removeprefix("image_"): value for n, value in images.items()}),
     )
+    allow_tf32(False)
     engine = Engine(device=choose_device(device or "auto"))
     try:
         engine.load(spec)

@@ -88,9 +88,20 @@ def _numbers(
 @click.option(
     "--mode",
     type=click.Choice(["latency", "throughput"]),
-    help="latency (the default) gives all cores to one request, throughput one core to each.",
+    help="latency (the default) gives all CPUs to one request, throughput one CPU to each.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Cores of one request; latency only.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPUs to compute with: those of one request in latency mode, the requests that run at "
+    "once in throughput mode; default: as many as the process may use.",
+)
+@click.option(
+    "--tf32/--no-tf32",
+    default=None,
+    help="Let CUDA devices compute float32 convolutions and matrix products in TF32: faster, and "
+    "as exact as float16; default --no-tf32.",
+)
 @click.option(
     "--plan-cache",
     metavar="DIR",
@@ -113,13 +124,14 @@ def _numbers(
     "--keep-memory-mib",
     type=click.IntRange(min=1),
     metavar="N",
-    help="MiB of free memory that may be kept; default 1024.",
+    help="MiB of free memory that may be kept; default 1024, less in a small container.",
 )
 @click.option(
     "--shared-memory-mib",
     type=click.IntRange(min=0),
     metavar="N",
-    help="MiB that may be shared with clients of this machine; default 1024, 0 for none.",
+    help="MiB that may be shared with clients of this machine; default 1024, less in a small "
+    "container; 0 for none.",
 )
 @click.option(
     "--shared-memory-lease",

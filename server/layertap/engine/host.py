@@ -99,9 +99,12 @@ class ModelHost:
         cache: Where the compiled plans of declared layers are stored.
         options: How it is served.
         call: Cancels the measuring.
+        preparing: The threads that make batches of decoded images; the compute threads if not
+            given.
 
     Attributes:
         compute: The compute threads of its device.
+        preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies what a GPU computed to the host; None where values are written at once.
         turn: Held by each forward pass; a lock where two at once would see each other's state.
@@ -120,9 +123,11 @@ class ModelHost:
         *,
         options: HostOptions | None = None,
         call: Call | None = None,
+        preparing: ComputeThreads | None = None,
     ) -> None:
         call = call or Call()
         self.model = model
+        self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()

@@ -1,4 +1,4 @@
-"""From a GPU to the host: copies into page-locked memory, beside the pass that goes on.
+"""Between the host and a GPU: copies through page-locked memory, beside the pass that runs.
 
 Note [Staging]
     A blocking copy in the middle of a forward pass makes the host wait for every kernel launched so
@@ -7,6 +7,11 @@ Note [Staging]
     it; a second stream copies the clone to page-locked memory, without which such a copy blocks;
     and the host waits once, behind the last layer. The reply is written from there by the caller's
     thread, while the compute thread runs the next pass.
+
+    An input goes the other way. A copy from ordinary memory makes CUDA copy it to page-locked memory
+    first, piece by piece, and the compute thread would wait for that. So the caller's thread
+    copies the input to page-locked memory, while the compute thread runs other requests, and the
+    compute thread only launches the copy to the device.
 
     PyTorch's own allocator of page-locked memory reuses its blocks, and not before the copies into
     them are over. It keeps what it has: the most that was in use at one time.
@@ -20,6 +25,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 __all__ = ["Staging", "proven_staging"]
@@ -33,7 +39,9 @@ _ELEMENTS = 1 << 22
 
 
 class Staging:
-    """Copies tensors of one device to the host. For that device's compute thread.
+    """Copies tensors between one device and the host.
+
+    ``take`` and ``wait`` belong to the device's compute thread; any thread may call ``upload``.
 
     Args:
         device: A CUDA device.
@@ -42,6 +50,18 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
+
+    def upload(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a batch in page-locked memory, which the device can read by itself.
+
+        Args:
+            batch: A contiguous tensor on the CPU, ``[B, ...]`` of any dtype.
+        """
+        page_locked = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+        # numpy copies on this thread alone and without the GIL; torch would start a team of OpenMP
+        # threads for each thread that calls it (Note [One compute thread]).
+        np.copyto(_bytes_of(page_locked), _bytes_of(batch))
+        return page_locked
 
     def take(self, value: torch.Tensor) -> torch.Tensor:
         """Return where a value will be on the host once ``wait`` has returned.
@@ -63,6 +83,12 @@ class Staging:
     def wait(self) -> None:
         """Wait until everything that was taken is on the host."""
         self._copies.synchronize()
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """Return a contiguous tensor's memory; numpy has no bfloat16, so bytes serve every dtype."""
+    flat: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
+    return flat
 
 
 def proven_staging(device: torch.device) -> Staging | None:

@@ -117,13 +117,24 @@ def compute(works: Sequence[Work]) -> list[Computed]:
 
 def _run_alone(work: Work) -> None:
     host = work.host
-    x = work.x.to(host.model.device, host.model.input.dtype)
+    x = _on_device(work)
     try:
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
     except ShapeChangedError:
         work.plan.dynamic = True
         work.reply = work.collect()
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
+
+
+def _on_device(work: Work) -> torch.Tensor:
+    """Return the input on the model's device, in the model's dtype.
+
+    A copy from page-locked memory is only launched here; PyTorch's allocator keeps that memory
+    until the copy is over.
+    """
+    model = work.host.model
+    moved = work.x.to(model.device, non_blocking=work.x.is_pinned())
+    return moved.to(model.input.dtype)
 
 
 def _capture(work: Work, x: torch.Tensor) -> None:
@@ -136,7 +147,7 @@ def _run_together(works: Sequence[Work]) -> None:
     host, plan = works[0].host, works[0].plan
     if not host.prove_shared(plan, sum(work.items for work in works)):
         raise _alone("items of its batches are not independent")
-    x = torch.cat([work.x.to(host.model.device, host.model.input.dtype) for work in works])
+    x = torch.cat([_on_device(work) for work in works])
     sinks = [_sink(work) for work in works]
 
     def share(index: int, value: torch.Tensor) -> None:
