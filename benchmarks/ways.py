@@ -11,7 +11,7 @@ from layertap import Extractor, Features
 from layertap.engine.reply import Envelope, ReplyWriter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import Staging, proven_staging
-from layertap.errors import ExtractorUnsupportedError
+from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
 from layertap.extraction import Plan, PlanBuilder, Taps, measure
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.verify import compiled_tolerance, difference
@@ -76,8 +76,13 @@ class Ways:
             _check(extractor, way(), truth)
             if extractor is Extractor.HOOK:
                 for name, message in self._messages(plan, wanted, x).items():
+                    try:
+                        sent = _sent(message, wanted)
+                    except ReplyTooLargeError as refusal:
+                        self.refused[name] = str(refusal)
+                        continue
                     ways[name] = message
-                    _check(extractor, _sent(message, wanted), truth)
+                    _check(extractor, sent, truth)
             if self._cuda and extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT):
                 ways |= self._graph(extractor, wanted, x, truth)
         return ways
@@ -148,7 +153,8 @@ def _message(
     envelope = Envelope((1 << 31) - 1, NativeForm(Extractor.HOOK), lambda nbytes: None)
     writer = ReplyWriter(wanted.outputs, plan.specs, x.shape, envelope, staging)
     plan.built.run(x, writer)
-    writer.arrive()
+    if staging is not None:
+        staging.launched().synchronize()
     return writer.finish(Timings())
 
 

@@ -6,7 +6,7 @@ rich leaves colours out where the stream is no terminal and where NO_COLOR is se
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 import numpy as np
@@ -52,8 +52,12 @@ class Stderr:
         self._console = Console(stderr=True, markup=False, highlight=False)
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(f"layertap: {text}", soft_wrap=True)
+        """Print a line; where stderr can't be written to, as a file on a full disk, print none.
+
+        A message that is lost must not end the server, as logging's own errors don't.
+        """
+        with suppress(OSError):
+            self._console.print(f"layertap: {text}", soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from layertap.cli.options import (
     seed,
 )
 from layertap.cli.secret_options import secret_options
+from layertap.errors import LayertapError
 
 if TYPE_CHECKING:
     from layertap.app.config import ServerConfig
@@ -213,10 +214,20 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     if not models and config_file is None:
         raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")
     # The answer to a wrong command line should not wait for torch.
+    from layertap.app.logs import (
+        LogNarrator,
+        configure_logs,
+        log_everything_as_json,
+        set_log_level,
+    )
+
+    as_json = flags["log_format"] == "json"
+    if as_json:  # Before torch is imported, which may have something to say.
+        log_everything_as_json(flags["log_level"] or "warning")
+
     from layertap.app import lifecycle
     from layertap.app.config import ServerConfig, with_flags
     from layertap.app.config_file import load_config
-    from layertap.app.logs import LogNarrator, configure_logs
     from layertap.cli.render import Stderr
 
     find_local_modules()
@@ -228,8 +239,20 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
         file = load_config(config_file) if config_file else ServerConfig()
         return with_flags(file, models, model_flags, flags)
 
-    config = read()
-    configure_logs(config.server.log_format, config.server.log_level)
+    try:
+        config = read()
+    except LayertapError as error:
+        if not as_json:
+            raise
+        LogNarrator().say(f"error: {error}")
+        raise SystemExit(1) from None
+    level = config.server.log_level
+    if config.server.log_format != "json":
+        configure_logs("human", level)
+    elif as_json:
+        set_log_level(level)
+    else:
+        log_everything_as_json(level)
     narrator = LogNarrator() if config.server.log_format == "json" else Stderr()
     path = Path(config_file) if config_file else None
     raise SystemExit(lifecycle.serve(config, narrator, read, path))

@@ -49,6 +49,9 @@ class Engine:
         self._device = torch.device(device)
         self._plan_cache = plan_cache
         self._instances = instances, threads
+        # Read before threads with one core each are started: PyTorch gives new threads the number
+        # that was set last, in whichever thread.
+        self._cores = min(torch.get_num_threads(), available_cpus())
         self._compute: dict[torch.device, ComputeThreads] = {}
         self._image_threads: ComputeThreads | None = None
         self._lock = threading.Lock()
@@ -215,7 +218,9 @@ class Engine:
         with self._lock:
             if device not in self._compute:
                 alike = device.type == self._device.type
-                self._compute[device] = ComputeThreads(*(self._instances if alike else (1, None)))
+                self._compute[device] = ComputeThreads(
+                    *(self._instances if alike else (1, self._cores))
+                )
             return self._compute[device]
 
     def _preparing(self, device: torch.device) -> ComputeThreads | None:

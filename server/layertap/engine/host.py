@@ -176,9 +176,10 @@ class ModelHost:
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
             key, plan = self._build_best(resolved, call or Call())
-            self._declared_plans[key] = plan
             self._warm_batches(plan)
-            self._record(plan)
+            plan = self._record(plan)
+            with self._lock:
+                self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, batch_shape: tuple[int, ...], call: Call) -> Plan:
         """Return the plan that serves a request of that shape, ``[B, ...]``.
@@ -273,16 +274,18 @@ class ModelHost:
             if size in doubling:  # The others have run twice by now.
                 self.compute.run(partial(prover.warm, plan, size), Call())
 
-    def _record(self, plan: Plan) -> None:
-        """Replay a declared plan at the batch sizes for which that was asked."""
+    def _record(self, plan: Plan) -> Plan:
+        """Return a declared plan that replays the batch sizes for which that was asked."""
         sizes = self.options.cuda_graphs
         if not sizes or self.model.device.type != "cuda":
-            return
-        recorded = self.compute.run(partial(self._builder.prover.record, plan, sizes), Call())
+            return plan
+        record = partial(self._builder.prover.record, plan, sizes)
+        replayed, recorded = self.compute.run(record, Call())
         _log.info(
             "model %s: CUDA graphs of %s at batch sizes %s",
             self.model.name, ", ".join(point.path for point in plan.points), recorded,
         )  # fmt: skip
+        return replayed
 
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...], size: int) -> Extractor:
         if len(resolved.candidates) == 1:

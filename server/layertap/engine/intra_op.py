@@ -8,12 +8,6 @@ from layertap.resources import available_cpus
 
 __all__ = ["set_intra_op"]
 
-_PYTORCH_DEFAULT = torch.get_num_threads()
-"""PyTorch's own choice, read before anything sets it.
-
-A thread that sets its number also sets the one with which later threads begin.
-"""
-
 
 def set_intra_op(cores: int | None) -> None:
     """Let operations that this thread runs compute with a number of cores.
@@ -29,5 +23,5 @@ def set_intra_op(cores: int | None) -> None:
     """
     if cores is not None:
         torch.set_num_threads(cores)
-    else:
-        torch.set_num_threads(min(_PYTORCH_DEFAULT, available_cpus()))
+    elif torch.get_num_threads() > (usable := available_cpus()):
+        torch.set_num_threads(usable)

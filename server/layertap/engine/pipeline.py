@@ -105,10 +105,12 @@ class Pipeline:
         done = host.compute.run_batched(
             work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
         )
+        done.arrive()
+        ended_ns = time.perf_counter_ns()
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
             queue_ns=done.begun_ns - prepared_ns,
-            compute_ns=done.ended_ns - done.begun_ns,
+            compute_ns=ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         message = done.reply.finish(timings)
@@ -152,6 +154,7 @@ def _key(work: Work) -> Hashable:
 
     The plan stands for model, layers and extractor.
     """
-    if work.host.options.batching.max_size == 1 or work.plan.dynamic or work.plan.alone:
+    plan = work.plan
+    if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
-    return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype
+    return id(plan), tuple(work.x.shape[1:]), work.x.dtype
