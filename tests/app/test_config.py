@@ -59,6 +59,9 @@ exif_orientation = false
 
 [[models]]
 source = "mynets:build"
+item_shape = [50, 6]
+input_dtype = "float64"
+free_dims = [0]
 """
 
 
@@ -103,6 +106,8 @@ def test_every_key_is_read(read) -> None:
         LayerSelection("avgpool", Capture.INPUT),
     )
     assert second.spec().name == "build"
+    assert (spec.input_dtype, spec.free_dims) == ("", None)
+    assert (second.spec().input_dtype, second.spec().free_dims) == ("float64", (0,))
     assert (first.options().require_finite, second.options()) == (True, HostOptions())
     assert first.options().cuda_graphs == (1, 8)
     assert server.plans() is None

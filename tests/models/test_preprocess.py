@@ -16,12 +16,12 @@ from torchvision.transforms._presets import ImageClassification
 from layertap.errors import ConfigError, InvalidInputError, ModelLoadError
 from layertap.models import ImageSettings, InputSpec, Preprocess
 from layertap.models.images import Color
-from layertap.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_preprocess
+from layertap.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_preprocess, fitted
 
 Encode = Callable[..., bytes]
 
-COLOUR = InputSpec((3, 224, 224), spatial=2)
-GRAY = InputSpec((1, 64, 64), spatial=2)
+COLOUR = InputSpec((3, 224, 224), free=(1, 2))
+GRAY = InputSpec((1, 64, 64), free=(1, 2))
 
 
 def of(builder: str) -> Preprocess:
@@ -197,7 +197,7 @@ def test_16_bit_grayscale_is_resized_like_others(encoded: Encode) -> None:
     deep = encoded(Image.fromarray(pixels.astype(np.uint16) * 257), "PNG")
     for crop in ((64, 64), (200, 64)):
         settings = ImageSettings(resize=(70,), crop=crop, mean=(0.5,), std=(0.5,))
-        preprocess = chosen(settings, InputSpec((1, *crop), spatial=2))
+        preprocess = chosen(settings, InputSpec((1, *crop), free=(1, 2)))
 
         one, other = (preprocess.batch([preprocess.decode(d, 0)]) for d in (shallow, deep))
 
@@ -210,7 +210,7 @@ def test_images_of_unknown_models_are_assumed_to_be_imagenets(
     side: int, photo: Image.Image
 ) -> None:
     """A model that says nothing gets what ResNet gets, and every step is named as assumed."""
-    preprocess = chosen(ImageSettings(), InputSpec((3, side, side), spatial=2))
+    preprocess = chosen(ImageSettings(), InputSpec((3, side, side), free=(1, 2)))
 
     expected = ImageClassification(crop_size=side, resize_size=round(side * 256 / 224))(photo)
     assert torch.equal(preprocess(photo), expected)
@@ -311,6 +311,20 @@ def test_other_inputs_take_no_images(takes: InputSpec) -> None:
     assert choose_preprocess(None, ImageSettings(), takes, "net") is None
 
 
+def test_an_input_that_was_found_decides_about_images() -> None:
+    """Assumptions are dropped where the model turns out to take no images; what is set fails."""
+    assumed = chosen(ImageSettings(), InputSpec((3, 64, 64), free=(1, 2)))
+    given = chosen(ImageSettings(crop=(32,)), InputSpec((3, 64, 64), free=(1, 2)))
+    fixed = InputSpec((3, 64, 64))
+
+    assert fitted(assumed, fixed, "net") is assumed
+    assert fitted(assumed, replace(fixed, dtype=torch.uint8), "net") is None
+    with pytest.raises(ConfigError, match="image_crop of net: got 32 x 32"):
+        fitted(given, fixed, "net")
+    with pytest.raises(ConfigError, match="images of net: .* takes .* int64, which is no image"):
+        fitted(given, replace(fixed, dtype=torch.int64), "net")
+
+
 def test_common_chains_become_steps(photo: Image.Image) -> None:
     """A chain of Resize, CenterCrop, ToTensor and Normalize is taken apart."""
     chain = transforms.Compose(
@@ -399,5 +413,5 @@ def test_a_function_that_does_not_fit_is_a_load_error(
     """A preprocess is tried at load: one that raises or makes another shape is told at once."""
     with pytest.raises(ModelLoadError, match=message):
         choose_preprocess(
-            Preprocess.of(transform), ImageSettings(), replace(COLOUR, spatial=0), "net"
+            Preprocess.of(transform), ImageSettings(), replace(COLOUR, free=()), "net"
         )

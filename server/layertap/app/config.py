@@ -25,7 +25,7 @@ from layertap.batching import BatchPolicy
 from layertap.engine import DEVICE_PATTERN, HostOptions, Limits
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
-from layertap.models import ImageSettings, ModelSpec
+from layertap.models import INPUT_DTYPES, ImageSettings, ModelSpec
 from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
 from layertap.wire.client_regions import ClientRegions
@@ -279,6 +279,9 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         weights: ``DEFAULT``, a torchvision weights name, a file, or ``random``.
         seed: Seeds random weights.
         item_shape: Sizes of one item without the batch.
+        input_dtype: The element type of the input, such as ``int64``; found by trying if empty.
+        free_dims: The dimensions of the input that may have another size, as indices into
+            item_shape: [0] for token ids of any length; found by trying if not given.
         precision: ``float32``, ``float16`` or ``bfloat16``; the weights' own if empty.
         channels_last: Whether convolutions' weights are laid out with channels last.
         layers: Layers to compile and warm before the server reports itself as ready.
@@ -307,6 +310,13 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     weights: Text = "DEFAULT"
     seed: Annotated[int, Meta(ge=0, description="a number from 0")] = 0
     item_shape: Sizes = None
+    input_dtype: Annotated[
+        str, Meta(pattern=f"^({'|'.join(INPUT_DTYPES)})?$", description=" or ".join(INPUT_DTYPES))
+    ] = ""
+    free_dims: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...] | None,
+        Meta(description="a list of indices into item_shape, such as [1, 2]"),
+    ] = None
     precision: Annotated[
         Literal["", "float32", "float16", "bfloat16"],
         Meta(description="'float32', 'float16' or 'bfloat16'"),
@@ -360,6 +370,8 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             item_shape=self.item_shape,
             precision=self.precision,
             channels_last=self.channels_last,
+            input_dtype=self.input_dtype,
+            free_dims=self.free_dims,
             images=ImageSettings(
                 mean=self.image_mean,
                 std=self.image_std,

@@ -22,6 +22,7 @@ __all__ = [
     "embedded_engine",
     "find_local_modules",
     "image_options",
+    "input_options",
     "item_shape",
     "local_model_options",
     "refuse_with_server",
@@ -125,6 +126,27 @@ def image_options(function: F) -> F:
     return function
 
 
+def input_options(function: F) -> F:
+    """Add ``--input-dtype`` and ``--free-dims``: what a model's input is declared to be."""
+    for option in (
+        click.option(
+            "--free-dims",
+            metavar="I,J",
+            callback=_indices,
+            help="Dimensions of the input that may have another size, as indices into the item "
+            "shape: 0 for token ids of any length, 1,2 for images of any size, none. Default: "
+            "found by trying.",
+        ),
+        click.option(
+            "--input-dtype",
+            metavar="TYPE",
+            help="The input's element type, such as int64; default: found by trying.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def device(function: F) -> F:
     """Add ``--device``."""
     return click.option(
@@ -142,6 +164,17 @@ def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> st
     return value
 
 
+def _indices(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = [] if value == "none" else value.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"got {value!r}, expected indices such as 1,2, or none")
+    return tuple(map(int, parts))
+
+
 def seed(function: F) -> F:
     """Add ``--seed``."""
     return click.option(
@@ -155,6 +188,7 @@ def local_model_options(function: F) -> F:
         connection_options(),
         image_options,
         device,
+        input_options,
         item_shape,
         seed,
         click.option(
@@ -181,6 +215,8 @@ def embedded_engine(
     seed: int | None,
     item_shape: Sequence[int] | None,
     device: str | None,
+    input_dtype: str | None = None,
+    free_dims: Sequence[int] | None = None,
     **images: Any,
 ) -> tuple[Engine, str]:
     """Load a model into this process.
@@ -191,6 +227,8 @@ def embedded_engine(
         seed: See there.
         item_shape: See there.
         device: What to run on; None for ``auto``.
+        input_dtype: As in ModelSpec.
+        free_dims: As in ModelSpec.
         images: The values of ``IMAGE_FLAGS``.
 
     Returns:
@@ -208,6 +246,8 @@ def embedded_engine(
         weights=weights or "DEFAULT",
         seed=seed or 0,
         item_shape=tuple(item_shape) if item_shape else None,
+        input_dtype=input_dtype or "",
+        free_dims=None if free_dims is None else tuple(free_dims),
         images=ImageSettings(**{n.removeprefix("image_"): value for n, value in images.items()}),
     )
     allow_tf32(False)

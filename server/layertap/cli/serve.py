@@ -12,6 +12,7 @@ from layertap.cli.options import (
     device,
     find_local_modules,
     image_options,
+    input_options,
     item_shape,
     seed,
 )
@@ -27,7 +28,7 @@ PORTS = click.IntRange(0, 65535)
 METRICS_PORTS = click.IntRange(-1, 65535)
 MODEL_FLAGS = (
     *("weights", "seed", "item_shape", "precision", "channels_last", "layers"),
-    *("max_batch_size", "max_queue_delay_us"),
+    *("max_batch_size", "max_queue_delay_us", "input_dtype", "free_dims"),
     *IMAGE_FLAGS,
 )
 
@@ -57,6 +58,7 @@ def _numbers(
 )
 @seed
 @item_shape
+@input_options
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),

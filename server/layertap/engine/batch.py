@@ -94,11 +94,21 @@ def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torc
     """Return the batch ``[B, C, H, W]`` of what decode_images returned. For a compute thread only.
 
     Raises:
-        InvalidInputError: Where the images come out in different sizes.
+        InvalidInputError: Where the images come out in different sizes, or in one that the model
+            doesn't take.
     """
     if model.preprocess is None:
         raise ValueError("decode_images refuses models that take no images")
-    return model.preprocess.batch(images)
+    x = model.preprocess.batch(images)
+    try:
+        # The model takes other types of floating-point values as well as float32.
+        model.input.check(x.shape, model.input.dtype_name)
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"images: got {list(x.shape)} after preprocessing, expected {model.input.pattern} as "
+            f"model {model.name!r} takes, such as {list(model.input.batch_shape(1))}"
+        ) from error
+    return x
 
 
 def _check_size(size: int, limits: Limits) -> None:

@@ -27,6 +27,7 @@ from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
+from layertap.extraction.trial import tried
 from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
 
@@ -126,7 +127,7 @@ class ModelHost:
         preparing: ComputeThreads | None = None,
     ) -> None:
         call = call or Call()
-        self.model = model
+        self.model = model = compute.run(lambda: tried(model), call)
         self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []

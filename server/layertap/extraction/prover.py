@@ -24,6 +24,7 @@ from layertap.extraction.fx import WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.own_words import own_words
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.proof import Values, collect, prove, shares_passes
@@ -77,12 +78,14 @@ class Prover:
             with self._turn:
                 return collect(oracle, points, x)
         except Exception as error:
-            _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
+            words = own_words(error)
+            _log.info("model %s fails on %s: %s", self._model.name, list(x.shape), words)
             if is_out_of_memory(error):
                 raise self._hungry(x) from error
             raise InvalidInputError(
                 f"tensor: model {self._model.name!r} can't run on items of shape "
-                f"{list(x.shape[1:])}; it was measured at {list(self._model.input.item_shape)}"
+                f"{list(x.shape[1:])}: {words}; it was measured at "
+                f"{list(self._model.input.item_shape)}"
             ) from error
 
     def wide_case(

@@ -35,11 +35,20 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedModel:
     """Build the spec's model, put it into eval mode, drop gradients and move it to the device.
 
+    What of its input is a guess is marked as such in ``input.guess``.
+
     Raises:
         ConfigError: The spec's image settings don't fit the model.
         ModelLoadError: it can't be built, needs several inputs, or can't be put on the device.
         WeightsUnavailableError: its weights can't be had; other weights never take their place.
     """
+    # Tensors that are made in inference mode can't be differentiated with ever after, and some
+    # models differentiate inside their forward.
+    with torch.inference_mode(False), torch.no_grad():
+        return _load(spec, device)
+
+
+def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     config = _beside_weights(spec.weights)
     if config is not None and config.item_shape is not None and spec.item_shape is None:
         spec = replace(spec, item_shape=config.item_shape)
@@ -121,7 +130,7 @@ def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> B
     if config is not None and not built.preprocess_is_code:
         known = config.preprocess(takes.item_shape) or known
     crop = spec.images.crop
-    if crop and spec.item_shape is None and takes.spatial == 2 and len(takes.item_shape) == 3:
+    if crop and spec.item_shape is None and takes.free == (1, 2) and len(takes.item_shape) == 3:
         # The layers are measured at the size that images have.
         takes = replace(takes, item_shape=(takes.item_shape[0], crop[0], crop[-1]))
     return replace(

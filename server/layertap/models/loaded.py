@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from layertap.models.input_spec import InputSpec
-from layertap.models.preprocess import Preprocess
+from layertap.models.preprocess import Preprocess, fitted
 
 __all__ = ["Built", "LoadedModel"]
 
@@ -50,6 +50,8 @@ class LoadedModel:
         preprocess: Makes an input item of an image; None where the model takes no images.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
+        differentiates: Whether the module differentiates inside its forward, which inference mode
+            forbids: its passes run under ``torch.no_grad`` instead.
     """
 
     name: str
@@ -60,13 +62,29 @@ class LoadedModel:
     input: InputSpec
     preprocess: Preprocess | None = None
     takes_list: bool = False
+    differentiates: bool = False
 
     def forward(self, x: torch.Tensor) -> Any:
         """Call the module on a batch ``[B, *item]`` that is on ``device``, and return its result.
 
-        Gradient mode is the caller's business; whatever the module raises passes through.
+        Gradient mode is the caller's business, except for a module that differentiates; whatever
+        the module raises passes through.
         """
-        return self.module(list(x.unbind(0)) if self.takes_list else x)
+        if not self.differentiates:
+            return self.module(list(x.unbind(0)) if self.takes_list else x)
+        with torch.inference_mode(False), torch.no_grad():
+            # A tensor that was made in inference mode can't require a gradient; its copy can.
+            x = x.clone() if x.is_inference() else x
+            return self.module(list(x.unbind(0)) if self.takes_list else x)
+
+    def with_input(self, found: InputSpec) -> LoadedModel:
+        """Return the model with the input that running it showed.
+
+        Raises:
+            ConfigError: Preprocessed images don't fit that input.
+        """
+        preprocess = self.preprocess and fitted(self.preprocess, found, self.name)
+        return replace(self, input=found, preprocess=preprocess)
 
     def assumptions(self) -> str:
         """Return a warning about image preprocessing that nothing says; empty if all is known."""

@@ -21,7 +21,7 @@ from layertap.models.images import (
 from layertap.models.input_spec import InputSpec
 from layertap.models.steps import CustomTransform, ResizeMode, Steps, steps_of
 
-__all__ = ["Preprocess", "choose_preprocess"]
+__all__ = ["Preprocess", "choose_preprocess", "fitted"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -180,9 +180,29 @@ def _with_steps(
         origin=_origin(known, settings),
         assumed=_still_assumed(known, settings),
     )
-    _check_channels(chosen, settings, model)
+    _check_channels(chosen, model)
     _check_size(chosen, takes, model)
     return chosen
+
+
+def fitted(preprocess: Preprocess, takes: InputSpec, model: str) -> Preprocess | None:
+    """Return a preprocessing that fits an input which was found by running the model.
+
+    Returns:
+        None where it was assumed and the input turned out to be no image.
+
+    Raises:
+        ConfigError: What is set or known doesn't fit the input.
+    """
+    if isinstance(preprocess.steps, Steps) and not _is_image(takes):
+        if not preprocess.origin:
+            return None
+        raise ConfigError(
+            f"images of {model}: their preprocessing is known ({preprocess.origin}), but the model "
+            f"takes {takes.pattern} {takes.dtype_name}, which is no image of one or three channels"
+        )
+    _check_size(preprocess, takes, model)
+    return preprocess
 
 
 def _color(channels: int) -> Color:
@@ -242,7 +262,7 @@ def _origin(known: Preprocess | None, settings: ImageSettings) -> str:
     return "; ".join(parts)
 
 
-def _check_channels(chosen: Preprocess, settings: ImageSettings, model: str) -> None:
+def _check_channels(chosen: Preprocess, model: str) -> None:
     if chosen.color is Color.RGB and chosen.channels == 1:
         raise ConfigError(
             f"image_color of {model}: got 'rgb', but the model takes one channel; expected 'gray'"
