@@ -169,17 +169,19 @@ class ImagePreprocessing(_message.Message):
     def __init__(self, color: _Optional[str] = ..., exif_orientation: bool = ..., resize: _Optional[_Iterable[int]] = ..., resize_mode: _Optional[str] = ..., interpolation: _Optional[str] = ..., crop: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., origin: _Optional[str] = ..., assumed: _Optional[_Iterable[str]] = ..., custom: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers")
+    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers", "notes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     DECLARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     weights: str
     device: str
     input: InputSpec
     declared_layers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
