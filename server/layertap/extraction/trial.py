@@ -48,6 +48,7 @@ def tried(model: LoadedModel) -> LoadedModel:
     was. No other forward pass may run meanwhile.
 
     Raises:
+        ConfigError: Preprocessed images don't fit the input that was found.
         ModelLoadError: The model runs on no element type that was tried.
     """
     guess = model.input.guess
@@ -61,7 +62,7 @@ def tried(model: LoadedModel) -> LoadedModel:
             model = _that_runs(model, guess)
         free = _free_dims(model) if guess and guess.free else model.input.free
         model = _with_id_range(model)
-    return replace(model, input=replace(model.input, free=free, guess=None))
+    return model.with_input(replace(model.input, free=free, guess=None))
 
 
 @dataclass
