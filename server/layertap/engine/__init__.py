@@ -1,5 +1,6 @@
 """The engine: models, planner and compute threads; knows no transport."""
 
+from layertap.engine.admission import Reservation
 from layertap.engine.batch import ImagesInput, TensorInput
 from layertap.engine.call import Call
 from layertap.engine.device import DEVICE_PATTERN, choose_device
@@ -18,6 +19,7 @@ __all__ = [
     "ImagesInput",
     "Limits",
     "ModelHost",
+    "Reservation",
     "TensorInput",
     "choose_device",
 ]

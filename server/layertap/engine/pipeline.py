@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from layertap.engine.admission import Admission
+from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
     ImagesInput,
     TensorInput,
+    batch_bytes,
     check_tensor,
     decode_images,
     preprocess_images,
@@ -24,11 +25,8 @@ from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
-from layertap.engine.resolve import Resolved
-from layertap.engine.staging import Staging
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError
-from layertap.extraction.plan import Plan
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm, ReplyForm
@@ -67,6 +65,7 @@ class Extraction:
         together: Requests that shared the forward pass, this one included.
         shared_bytes: Bytes of tensors that stand in shared memory instead of in the message.
         items: Items of the request.
+        reservation: The bytes of the message; to be released once it was sent or is not needed.
     """
 
     message: bytes
@@ -75,6 +74,12 @@ class Extraction:
     together: int = 1
     shared_bytes: int = 0
     items: int = 1
+    reservation: Reservation | None = field(default=None, compare=False, repr=False)
+
+    def release(self) -> None:
+        """Give back the bytes that were reserved for the message."""
+        if self.reservation is not None:
+            self.reservation.release()
 
 
 class Pipeline:
@@ -90,21 +95,51 @@ class Pipeline:
         self._limits = limits
         self._decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
 
-    def extract(self, host: ModelHost, request: ExtractionRequest, call: Call) -> Extraction:
+    def extract(
+        self, host: ModelHost, request: ExtractionRequest, call: Call, received: Reservation
+    ) -> Extraction:
         """Run a request on a model; see ``Engine.extract``."""
+        reply = self._admission.reserve("the reply would take")
+        try:
+            return self._extract(host, request, call, received, reply)
+        except BaseException:
+            reply.release()
+            raise
+
+    def _extract(
+        self,
+        host: ModelHost,
+        request: ExtractionRequest,
+        call: Call,
+        received: Reservation,
+        reserved: Reservation,
+    ) -> Extraction:
         resolved = host.resolve(request.selections, request.extractor)
-        x = self._batch(host, request.input, call)
+        x = self._batch(host, request.input, call, received)
         plan = host.plan(resolved, tuple(x.shape), call)
         form = request.form(plan.extractor)
-        envelope = Envelope(
-            self._limits.reply_bytes, form, partial(self._admission.reserve, call=call)
-        )
-        make = partial(_reply, plan, resolved, x.shape, envelope, host.staging)
-        work = Work(host, plan, resolved, x, make(), make, call)
+        envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
+        parts = (resolved.outputs, plan.specs, x.shape, envelope, host.staging)
+
+        def collect() -> Reply:
+            # The reply before was given up, and its memory with it.
+            reserved.shrink(0)
+            return ReplyCollector(*parts)
+
+        reply = (ReplyCollector if plan.dynamic else ReplyWriter)(*parts)
+        work = Work(host, plan, resolved, x, reply, collect, call)
+        items = work.items
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
-            work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
+            work,
+            compute,
+            call,
+            key=_key(work),
+            size=items,
+            policy=host.options.batching,
+            pins=(received, reserved),
         )
+        del work, x, reply  # They may be large, and were needed for the pass only.
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
             queue_ns=done.begun_ns - prepared_ns,
@@ -112,16 +147,30 @@ class Pipeline:
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         message = done.reply.finish(timings)
+        # What was copied to the host or cast on the way has gone; the message is left.
+        reserved.shrink(len(message))
         return Extraction(
-            message, plan.extractor, timings, done.together, form.shared_bytes, work.items
+            message, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
         )
 
-    def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
+    def _batch(
+        self,
+        host: ModelHost,
+        given: TensorInput | ImagesInput,
+        call: Call,
+        received: Reservation,
+    ) -> torch.Tensor:
         if isinstance(given, TensorInput):
             return check_tensor(host.model, given.tensor, self._limits)
-        with self._decoding(call):
-            images = decode_images(host.model, given.images, self._limits)
-        return host.compute.run(lambda: preprocess_images(host.model, images), call)
+        # The files are copies of what the message holds.
+        received.take(sum(map(len, given.images)))
+        with self._admission.reserve("the request's images take") as pixels:
+            with self._decoding(call):
+                images = decode_images(host.model, given.images, self._limits, pixels.take)
+            received.take(batch_bytes(host.model, images))
+            preprocess = partial(preprocess_images, host.model, images)
+            del images
+            return host.compute.run(preprocess, call, pins=(received, pixels))
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
@@ -132,17 +181,6 @@ class Pipeline:
             yield
         finally:
             self._decoders.release()
-
-
-def _reply(
-    plan: Plan,
-    resolved: Resolved,
-    batch_shape: Sequence[int],
-    envelope: Envelope,
-    staging: Staging | None,
-) -> Reply:
-    kind = ReplyCollector if plan.dynamic else ReplyWriter
-    return kind(resolved.outputs, plan.specs, batch_shape, envelope, staging)
 
 
 def _key(work: Work) -> Hashable:

@@ -35,8 +35,9 @@ class Work:
         resolved: Its layers.
         x: Its input ``[B, ...]``, on the CPU.
         reply: Where its outputs go.
-        collect: Makes a reply for values whose shapes are not those that the plan predicts.
-        call: The caller's patience.
+        collect: Makes a reply for values whose shapes are not those that the plan predicts, and
+            gives back what was reserved for the one before.
+        call: The deadline and cancellation state of the request.
     """
 
     host: ModelHost
@@ -122,8 +123,11 @@ def _run_alone(work: Work) -> None:
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
     except ShapeChangedError:
         work.plan.findings.found_dynamic()
-        work.reply = work.collect()
-        _capture(work, x.clone() if host.catalogue.mutates_input else x)
+    else:
+        return
+    # Behind the handler: the error refers to the former reply and its memory.
+    work.reply = work.collect()
+    _capture(work, x.clone() if host.catalogue.mutates_input else x)
 
 
 def _capture(work: Work, x: torch.Tensor) -> None:
