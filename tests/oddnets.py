@@ -258,3 +258,28 @@ class Hungry(Clamps):
 def hungry() -> nn.Module:
     """Return a seeded Hungry."""
     return seeded(Hungry)
+
+
+MARK = 12345.0
+"""A value that no sample has."""
+
+
+class Marked(Clamps):
+    """``stretch`` returns twice as many channels for an input that begins with MARK."""
+
+    class Stretch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, x], 1) if x[0, 0, 0, 0] == MARK else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stretch = self.Stretch()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.stretch(x[:, :2])
+        return super().forward(x)
+
+
+def marked() -> nn.Module:
+    """Return a seeded Marked."""
+    return seeded(Marked)

@@ -100,7 +100,7 @@ def embedded_engine(
     Raises:
         ConfigError, ModelLoadError: As ``Engine.load`` does.
     """
-    from layertap.engine import Engine, choose_device
+    from layertap.engine import Engine, allow_tf32, choose_device
     from layertap.models import ModelSpec
 
     find_local_modules()
@@ -110,6 +110,7 @@ def embedded_engine(
         seed=seed or 0,
         item_shape=tuple(item_shape) if item_shape else None,
     )
+    allow_tf32(False)
     engine = Engine(device=choose_device(device or "auto"))
     try:
         engine.load(spec)

@@ -8,6 +8,7 @@ from layertap.engine.engine import Engine
 from layertap.engine.host import HostOptions, ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.pipeline import Extraction, ExtractionRequest
+from layertap.extraction.tf32 import allow_tf32
 
 __all__ = [
     "DEVICE_PATTERN",
@@ -21,5 +22,6 @@ __all__ = [
     "ModelHost",
     "Reservation",
     "TensorInput",
+    "allow_tf32",
     "choose_device",
 ]

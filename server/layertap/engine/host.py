@@ -99,9 +99,12 @@ class ModelHost:
         cache: Where the compiled plans of declared layers are stored.
         options: How it is served.
         call: Cancels the measuring.
+        preparing: The threads that make batches of decoded images; the compute threads if not
+            given.
 
     Attributes:
         compute: The compute threads of its device.
+        preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies what a GPU computed to the host; None where values are written at once.
         turn: Held by each forward pass; a lock where two at once would see each other's state.
@@ -120,9 +123,11 @@ class ModelHost:
         *,
         options: HostOptions | None = None,
         call: Call | None = None,
+        preparing: ComputeThreads | None = None,
     ) -> None:
         call = call or Call()
         self.model = model
+        self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()
@@ -246,7 +251,7 @@ class ModelHost:
                     pass
                 return key, plan
             except ExtractorUnsupportedError as refusal:
-                self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+                self._refuse(key, refusal)
                 if extractor is resolved.candidates[-1]:
                     raise
                 _log.warning("model %s: %s", self.model.name, refusal)
@@ -310,7 +315,7 @@ class ModelHost:
         try:
             plan = self._builder.build(*key)
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
-            self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+            self._refuse(key, refusal)
             raise
         self._keep(key, plan)
         return plan
@@ -324,7 +329,7 @@ class ModelHost:
             while (plan := self.compute.run(partial(next, steps), Call())) is None:
                 yield
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
-            self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+            self._refuse(key, refusal)
             raise
         self._keep(key, plan)
 
@@ -335,6 +340,10 @@ class ModelHost:
             compiled = [known for known in self._plans if known[0] is Extractor.TORCHSCRIPT]
             for oldest in compiled[: -self._max_compiled]:
                 del self._plans[oldest]
+
+    def _refuse(self, key: PlanKey, refusal: Refusal) -> None:
+        """Remember a refusal. A copy: its traceback refers to the batches that were tried."""
+        self._remember(self._refusals, key, type(refusal)(str(refusal)), MAX_REFUSALS)
 
     def _remember(self, cache: OrderedDict[PlanKey, V], key: PlanKey, value: V, most: int) -> None:
         with self._lock:

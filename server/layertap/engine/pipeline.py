@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -27,6 +26,7 @@ from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError
+from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm, ReplyForm
@@ -93,7 +93,7 @@ class Pipeline:
     def __init__(self, admission: Admission, limits: Limits) -> None:
         self._admission = admission
         self._limits = limits
-        self._decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
+        self._decoders = threading.Semaphore(available_cpus())
 
     def extract(
         self, host: ModelHost, request: ExtractionRequest, call: Call, received: Reservation
@@ -126,8 +126,9 @@ class Pipeline:
             reserved.shrink(0)
             return ReplyCollector(*parts)
 
-        reply = (ReplyCollector if plan.dynamic else ReplyWriter)(*parts)
-        work = Work(host, plan, resolved, x, reply, collect, call)
+        kind = ReplyCollector if plan.dynamic else ReplyWriter
+        # Nothing here refers to the reply, so that its memory goes if ``collect`` replaces it.
+        work = Work(host, plan, resolved, x, kind(*parts), collect, call)
         items = work.items
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
@@ -139,11 +140,13 @@ class Pipeline:
             policy=host.options.batching,
             pins=(received, reserved),
         )
-        del work, x, reply  # They may be large, and were needed for the pass only.
+        del work, x  # The input may be large, and was needed for the pass only.
+        done.arrive()
+        ended_ns = time.perf_counter_ns()
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
             queue_ns=done.begun_ns - prepared_ns,
-            compute_ns=done.ended_ns - done.begun_ns,
+            compute_ns=ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         message = done.reply.finish(timings)
@@ -161,20 +164,29 @@ class Pipeline:
         received: Reservation,
     ) -> torch.Tensor:
         if isinstance(given, TensorInput):
-            return check_tensor(host.model, given.tensor, self._limits)
+            x = check_tensor(host.model, given.tensor, self._limits)
+        else:
+            x = self._images(host, given, call, received)
+        if host.staging is None:
+            return x
+        received.take(x.nbytes)
+        return host.staging.upload(x)
+
+    def _images(
+        self, host: ModelHost, given: ImagesInput, call: Call, received: Reservation
+    ) -> torch.Tensor:
         # The files are copies of what the message holds.
         received.take(sum(map(len, given.images)))
-        with self._admission.reserve("the request's images take") as pixels:
+        with self._admission.reserve("the request's decoded images take") as pixels:
             with self._decoding(call):
                 images = decode_images(host.model, given.images, self._limits, pixels.take)
             received.take(batch_bytes(host.model, images))
             preprocess = partial(preprocess_images, host.model, images)
-            del images
-            return host.compute.run(preprocess, call, pins=(received, pixels))
+            return host.preparing.run(preprocess, call, pins=(received, pixels))
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
-        """Decode no more images at once than there are cores: more would only slow each other."""
+        """Decode no more images at once than there are CPUs: more would only slow each other."""
         if not self._decoders.acquire(timeout=call.remaining()):
             raise DeadlineExceededError("the deadline passed before the images were decoded")
         try:

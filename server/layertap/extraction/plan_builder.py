@@ -96,7 +96,7 @@ class PlanBuilder:
         """Build an extractor and hold it against the oracle at three batch sizes.
 
         The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
-        equal to it bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
+        equal to it bit for bit, TORCHSCRIPT within ``compiled_tolerance``.
 
         Args:
             extractor: Any but AUTO.

@@ -181,7 +181,7 @@ class Prover:
 
     def _hungry(self, x: torch.Tensor) -> OverloadedError:
         return OverloadedError(
-            f"memory: model {self._model.name!r} ran out of it on a batch of {len(x)}"
+            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
         )
 
     def _shares(self, plan: Plan) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from layertap.engine import Call, Reservation
 from layertap.errors import LayertapError
 
-__all__ = ["Answer", "ItemWindow"]
+__all__ = ["Answer", "ItemWindow", "again"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,15 @@ class Answer:
         """Give the bytes back."""
         if self.reservation is not None:
             self.reservation.release()
+
+
+def again(error: LayertapError) -> LayertapError:
+    """Return an error to raise in place of one that is kept.
+
+    A kept error that is raised refers, by its traceback, to the frame that keeps it: a circle that
+    only the garbage collector would find.
+    """
+    return type(error)(str(error))
 
 
 class ItemWindow(ABC):
@@ -88,7 +97,7 @@ class ItemWindow(ABC):
                 del message  # It may be large, and the next one may take long.
                 self._sent()
         if self._fault is not None and not self._closed:
-            raise self._fault
+            raise again(self._fault)
 
     @abstractmethod
     def _pop(self) -> Answer | None:

@@ -6,7 +6,7 @@ from collections import deque
 
 from layertap.engine import Call
 from layertap.errors import CancelledError, InvalidInputError
-from layertap.services.item_window import Answer, ItemWindow
+from layertap.services.item_window import Answer, ItemWindow, again
 
 __all__ = ["StreamWindow"]
 
@@ -32,7 +32,7 @@ class StreamWindow(ItemWindow):
         """
         with self._changed:
             if self._ended:
-                raise self._fault or CancelledError("the stream has ended")
+                raise again(self._fault or CancelledError("the stream has ended"))
             if number in self._calls:
                 raise InvalidInputError(f"id: got {number}, which an item in flight has already")
             self._calls[number] = call
