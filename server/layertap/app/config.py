@@ -25,7 +25,7 @@ from layertap.batching import BatchPolicy
 from layertap.engine import DEVICE_PATTERN, HostOptions, Limits
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
-from layertap.models import ModelSpec
+from layertap.models import INPUT_DTYPES, ImageSettings, ModelSpec
 from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
 from layertap.wire.client_regions import ClientRegions
@@ -54,6 +54,18 @@ Sizes = Annotated[
     tuple[Annotated[int, Meta(ge=1)], ...] | None,
     Meta(description="sizes of one item without the batch, such as [3, 224, 224]"),
 ]
+Numbers = Annotated[
+    tuple[float, ...] | None,
+    Meta(description="a list with a number for each channel, such as [0.5, 0.5, 0.5]"),
+]
+ImageSize = Annotated[
+    tuple[Annotated[int, Meta(ge=1)], ...] | None,
+    Meta(description="a list of one size or of height and width, or an empty one for none"),
+]
+Device = Annotated[
+    str,
+    Meta(pattern=rf"^({DEVICE_PATTERN})$", description="'auto', 'cpu', 'cuda' or 'cuda:1'"),
+]
 
 
 class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +75,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         host: The address to bind, for calls and for metrics.
         port: Where calls are answered; 0 for a free port.
         metrics_port: Where the metrics page is; 0 for a free port, -1 for no page.
-        device: ``auto`` is CUDA where there is a device, else the CPU.
+        device: ``auto``, ``cpu``, ``cuda`` or one of several as ``cuda:1``; ``auto`` is CUDA where
+            there is a device, else the CPU.
         mode: ``latency`` gives all CPUs to one forward pass, ``throughput`` one CPU to each of
             as many passes as there are CPUs.
         threads: CPUs to compute with: those of one forward pass in latency mode, the passes that
@@ -105,9 +118,7 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     metrics_port: Annotated[
         int, Meta(ge=-1, le=65535, description="-1 for no metrics, 0 for a free port, to 65535")
     ] = METRICS_PORT
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], Meta(description="'auto', 'cpu' or 'cuda'")
-    ] = "auto"
+    device: Device = "auto"
     mode: Annotated[
         Literal["latency", "throughput"], Meta(description="'latency' or 'throughput'")
     ] = "latency"
@@ -267,8 +278,13 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         source: A torchvision model, a TorchScript file or a factory ``package.module:function``.
         name: What requests call it; derived from the source if empty.
         weights: ``DEFAULT``, a torchvision weights name, a file, or ``random``.
+        weights_key: Which state dict of the file is meant, as in ``teacher.backbone``; chosen by
+            the model's names if empty.
         seed: Seeds random weights.
         item_shape: Sizes of one item without the batch.
+        input_dtype: The element type of the input, such as ``int64``; found by trying if empty.
+        free_dims: The dimensions of the input that may have another size, as indices into
+            item_shape: [0] for token ids of any length; found by trying if not given.
         precision: ``float32``, ``float16`` or ``bfloat16``; the weights' own if empty.
         channels_last: Whether convolutions' weights are laid out with channels last.
         layers: Layers to compile and warm before the server reports itself as ready.
@@ -280,13 +296,31 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             where the last pass had several callers; 0 joins only those that wait already.
         cuda_graphs: Batch sizes at which the layers are served by a CUDA graph; of no effect on a
             CPU.
+        image_mean: Subtracted from pixels in [0, 1], one number for each channel or one for all;
+            ``[]`` for no normalisation. This and the following keys replace steps of the image
+            preprocessing that the model's own configuration describes.
+        image_std: The pixels are divided by it after that.
+        image_resize: One size for the short side, or height and width; ``[]`` for no resizing.
+        image_crop: One size or height and width, cut out of the centre; ``[]`` for no cropping.
+        image_interpolation: How resizing interpolates, such as ``bicubic``.
+        image_color: ``rgb`` or ``gray``, the channels that image files are decoded to.
+        exif_orientation: Whether a picture is turned as its EXIF orientation says; true if not
+            given.
     """
 
     source: Text
     name: Annotated[str, Meta(description="a text")] = ""
     weights: Text = "DEFAULT"
+    weights_key: Annotated[str, Meta(description="a text")] = ""
     seed: Annotated[int, Meta(ge=0, description="a number from 0")] = 0
     item_shape: Sizes = None
+    input_dtype: Annotated[
+        str, Meta(pattern=f"^({'|'.join(INPUT_DTYPES)})?$", description=" or ".join(INPUT_DTYPES))
+    ] = ""
+    free_dims: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...] | None,
+        Meta(description="a list of indices into item_shape, such as [1, 2]"),
+    ] = None
     precision: Annotated[
         Literal["", "float32", "float16", "bfloat16"],
         Meta(description="'float32', 'float16' or 'bfloat16'"),
@@ -304,6 +338,18 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         tuple[Annotated[int, Meta(ge=1)], ...],
         Meta(description="a list of batch sizes, such as [1, 8]"),
     ] = ()
+    image_mean: Numbers = None
+    image_std: Numbers = None
+    image_resize: ImageSize = None
+    image_crop: ImageSize = None
+    image_interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None,
+        Meta(description="'nearest', 'bilinear', 'bicubic', 'box', 'hamming' or 'lanczos'"),
+    ] = None
+    image_color: Annotated[Literal["rgb", "gray"] | None, Meta(description="'rgb' or 'gray'")] = (
+        None
+    )
+    exif_orientation: Annotated[bool | None, Meta(description="true or false")] = None
 
     def options(self) -> HostOptions:
         """Return how the model is served; raise ConfigError for graphs of no layers."""
@@ -321,13 +367,25 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def spec(self) -> ModelSpec:
         """Return what to load; raise ConfigError for a malformed field."""
         return ModelSpec(
-            self.source,
-            self.name,
-            self.weights,
-            self.seed,
-            self.item_shape,
-            self.precision,
-            self.channels_last,
+            source=self.source,
+            name=self.name,
+            weights=self.weights,
+            weights_key=self.weights_key,
+            seed=self.seed,
+            item_shape=self.item_shape,
+            precision=self.precision,
+            channels_last=self.channels_last,
+            input_dtype=self.input_dtype,
+            free_dims=self.free_dims,
+            images=ImageSettings(
+                mean=self.image_mean,
+                std=self.image_std,
+                resize=self.image_resize,
+                crop=self.image_crop,
+                interpolation=self.image_interpolation,
+                color=self.image_color,
+                exif_orientation=self.exif_orientation,
+            ),
         )
 
     def selections(self) -> tuple[LayerSelection, ...]:

@@ -94,12 +94,21 @@ def show_layers(
     """Print a model's layers, as a tree of modules or as a flat table in execution order."""
     out = console()
     images = " or images" if model.input.images else ""
-    shape = ", ".join(["B", *map(str, model.input.item_shape)])
+    free = model.input.free_dimensions
+    sizes = [
+        f"{size}*" if index in free else str(size)
+        for index, size in enumerate(model.input.item_shape)
+    ]
+    note = " (*: any size)" if free else ""
     out.print(
         f"{model.name}: {model.source}, weights {model.weights}, on {model.device}; takes "
-        f"[{shape}] {_dtype(model.input.dtype)}{images}",
+        f"[{', '.join(['B', *sizes])}] {_dtype(model.input.dtype)}{images}{note}",
         soft_wrap=True,
     )
+    if model.input.images:
+        out.print(f"images: {model.input.preprocessing}", soft_wrap=True)
+    for note in model.notes:
+        out.print(f"note: {note}", soft_wrap=True)
     out.print(_tree(layers) if tree else _flat(layers))
     if tree:
         for reason, names in _unserved(layers).items():

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layertap.cli.options import find_local_modules, item_shape, seed
+from layertap.cli.options import (
+    IMAGE_FLAGS,
+    device,
+    find_local_modules,
+    image_options,
+    input_options,
+    item_shape,
+    seed,
+    weights_key,
+)
 from layertap.cli.secret_options import secret_options
 from layertap.errors import LayertapError
 
@@ -19,8 +28,9 @@ __all__ = ["serve"]
 PORTS = click.IntRange(0, 65535)
 METRICS_PORTS = click.IntRange(-1, 65535)
 MODEL_FLAGS = (
-    *("weights", "seed", "item_shape", "precision", "channels_last", "layers"),
-    *("max_batch_size", "max_queue_delay_us"),
+    *("weights", "weights_key", "seed", "item_shape", "precision", "channels_last", "layers"),
+    *("max_batch_size", "max_queue_delay_us", "input_dtype", "free_dims"),
+    *IMAGE_FLAGS,
 )
 
 
@@ -40,8 +50,10 @@ def _numbers(
 @click.option(
     "--weights",
     metavar="W",
-    help="DEFAULT (the default), a torchvision name such as IMAGENET1K_V1, a file, or random.",
+    help="DEFAULT (the default), a torchvision name such as IMAGENET1K_V1, a file or folder, or "
+    "random.",
 )
+@weights_key
 @click.option(
     "--layers",
     metavar="A,B:input",
@@ -49,6 +61,7 @@ def _numbers(
 )
 @seed
 @item_shape
+@input_options
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -57,11 +70,8 @@ def _numbers(
 @click.option(
     "--channels-last", is_flag=True, default=None, help="Lay convolutions' weights out that way."
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    help="What to run on; auto (the default) is CUDA where there is a device.",
-)
+@image_options
+@device
 @click.option(
     "--max-batch-size",
     type=click.IntRange(min=1),

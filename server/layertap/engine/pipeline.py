@@ -24,8 +24,10 @@ from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
+from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work, compute
-from layertap.errors import DeadlineExceededError
+from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
+from layertap.extraction.plan import Plan
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings
@@ -82,6 +84,17 @@ class Extraction:
             self.reservation.release()
 
 
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """One request on its way through the pipeline, and what it has reserved."""
+
+    host: ModelHost
+    request: ExtractionRequest
+    call: Call
+    received: Reservation
+    reply: Reservation
+
+
 class Pipeline:
     """Takes requests through their models' compute threads.
 
@@ -101,23 +114,51 @@ class Pipeline:
         """Run a request on a model; see ``Engine.extract``."""
         reply = self._admission.reserve("the reply would take")
         try:
-            return self._extract(host, request, call, received, reply)
+            return self._extract(_Admitted(host, request, call, received, reply))
         except BaseException:
             reply.release()
             raise
 
-    def _extract(
-        self,
-        host: ModelHost,
-        request: ExtractionRequest,
-        call: Call,
-        received: Reservation,
-        reserved: Reservation,
-    ) -> Extraction:
+    def _extract(self, admitted: _Admitted) -> Extraction:
+        host, request, call = admitted.host, admitted.request, admitted.call
         resolved = host.resolve(request.selections, request.extractor)
-        x = self._batch(host, request.input, call, received)
+        x = self._batch(admitted)
         plan = host.plan(resolved, tuple(x.shape), call)
-        form = request.form(plan.extractor)
+        if plan.extractor is Extractor.TORCHSCRIPT and not _is_finite(request, x):
+            resolved = host.resolve(request.selections, _uncompiled(request, host))
+            plan = host.plan(resolved, tuple(x.shape), call)
+        try:
+            return self._run(admitted, x, resolved, plan)
+        except ModelRunError as error:
+            if plan.extractor is not Extractor.TORCHSCRIPT:
+                raise
+            reason = str(error)
+        # Behind the handler, as the error refers to the former reply and its memory.
+        admitted.reply.shrink(0)
+        return self._run_model(admitted, x, plan, reason)
+
+    def _run_model(
+        self, admitted: _Admitted, x: torch.Tensor, failed: Plan, reason: str
+    ) -> Extraction:
+        """Run the model itself where its compiled program failed.
+
+        If the model fails on this input too, its own error is raised. Else the program is at fault,
+        and gives way to HOOK.
+        """
+        host, request = admitted.host, admitted.request
+        resolved = host.resolve(request.selections, Extractor.HOOK)
+        plan = host.plan(resolved, tuple(x.shape), admitted.call)
+        extraction = self._run(admitted, x, resolved, plan)
+        refusal = host.refuse(failed, reason)
+        if request.extractor is Extractor.AUTO:
+            return extraction
+        raise refusal
+
+    def _run(
+        self, admitted: _Admitted, x: torch.Tensor, resolved: Resolved, plan: Plan
+    ) -> Extraction:
+        host, call, reserved = admitted.host, admitted.call, admitted.reply
+        form = admitted.request.form(plan.extractor)
         envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
         parts = (resolved.outputs, plan.specs, x.shape, envelope, host.staging)
 
@@ -138,9 +179,8 @@ class Pipeline:
             key=_key(work),
             size=items,
             policy=host.options.batching,
-            pins=(received, reserved),
+            pins=(admitted.received, reserved),
         )
-        del work, x  # The input may be large, and was needed for the pass only.
         done.arrive()
         ended_ns = time.perf_counter_ns()
         timings = Timings(
@@ -156,25 +196,19 @@ class Pipeline:
             message, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
         )
 
-    def _batch(
-        self,
-        host: ModelHost,
-        given: TensorInput | ImagesInput,
-        call: Call,
-        received: Reservation,
-    ) -> torch.Tensor:
+    def _batch(self, admitted: _Admitted) -> torch.Tensor:
+        host, given = admitted.host, admitted.request.input
         if isinstance(given, TensorInput):
             x = check_tensor(host.model, given.tensor, self._limits)
         else:
-            x = self._images(host, given, call, received)
+            x = self._images(admitted, given)
         if host.staging is None:
             return x
-        received.take(x.nbytes)
+        admitted.received.take(x.nbytes)
         return host.staging.upload(x)
 
-    def _images(
-        self, host: ModelHost, given: ImagesInput, call: Call, received: Reservation
-    ) -> torch.Tensor:
+    def _images(self, admitted: _Admitted, given: ImagesInput) -> torch.Tensor:
+        host, call, received = admitted.host, admitted.call, admitted.received
         # The files are copies of what the message holds.
         received.take(sum(map(len, given.images)))
         with self._admission.reserve("the request's decoded images take") as pixels:
@@ -193,6 +227,27 @@ class Pipeline:
             yield
         finally:
             self._decoders.release()
+
+
+def _is_finite(request: ExtractionRequest, x: torch.Tensor) -> bool:
+    """Tell whether a request's input has neither NaN nor infinity; images never do."""
+    if isinstance(request.input, ImagesInput) or not x.dtype.is_floating_point:
+        return True
+    # The sum is not finite if any element isn't, and takes a tenth of the time of asking each.
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def _uncompiled(request: ExtractionRequest, host: ModelHost) -> Extractor:
+    """Return the extractor for input that compiled programs take otherwise than the model.
+
+    Their fused kernels make zeros of NaN (``relu``), and spread it over other elements.
+    """
+    if request.extractor is Extractor.AUTO:
+        return Extractor.HOOK
+    raise ExtractorUnsupportedError(
+        f"TORCHSCRIPT can't serve an input that holds NaN or infinity: compiled programs handle "
+        f"them otherwise than model {host.model.name!r} does; HOOK can"
+    )
 
 
 def _key(work: Work) -> Hashable:
