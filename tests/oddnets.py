@@ -283,3 +283,26 @@ class Marked(Clamps):
 def marked() -> nn.Module:
     """Return a seeded Marked."""
     return seeded(Marked)
+
+
+class AddsRows(Clamps):
+    """``rows`` returns items that begin with MARK twice, and branches on nothing to do so."""
+
+    class Rows(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            marked = x[:, 0, 0, 0] == MARK
+            kept = torch.cat([marked, torch.ones_like(marked)])
+            return torch.cat([x, x])[kept]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self.Rows()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows(x)
+        return super().forward(x)
+
+
+def adds_rows() -> nn.Module:
+    """Return a seeded AddsRows."""
+    return seeded(AddsRows)
