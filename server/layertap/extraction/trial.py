@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from layertap.errors import ModelLoadError
 from layertap.extraction.own_words import own_words
-from layertap.extraction.script_taps import instrument
+from layertap.extraction.script_taps import instrument, programs
 from layertap.extraction.survey import sample_input
 from layertap.models import InputGuess, LoadedModel
 
@@ -52,9 +52,9 @@ def tried(model: LoadedModel) -> LoadedModel:
     guess = model.input.guess
     if guess is None:
         return model
-    if isinstance(model.module, torch.jit.ScriptModule):
+    for program in programs(model.module).values():
         # The first run decides for good what a program's calls are compiled to.
-        instrument(model.module)
+        instrument(program)
     with _undisturbed(model.module):
         model = _that_runs(model, guess)
         free = _free_dims(model) if guess.free else model.input.free
