@@ -60,8 +60,7 @@ def unsendable(tensor: torch.Tensor) -> str:
         return f"its value is a sparse tensor ({_name(tensor.layout)})"
     if tensor.dtype in _SENT or tensor.is_quantized:
         return ""
-    kind = "complex numbers" if tensor.is_complex() else "a type that the protocol does not carry"
-    return f"its value is {_name(tensor.dtype)}, {kind}; layers behind it may be served"
+    return f"its value is {_name(tensor.dtype)}, a type that the protocol does not carry"
 
 
 def _name(value: torch.dtype | torch.layout) -> str:

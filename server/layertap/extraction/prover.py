@@ -23,6 +23,7 @@ from layertap.extraction.cuda_graph import GraphedExtractor
 from layertap.extraction.fx import WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
+from layertap.extraction.obstacles import cause_of
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
 from layertap.extraction.plan import Plan, quoted
@@ -81,12 +82,18 @@ class Prover:
             words = own_words(error)
             _log.info("model %s fails on %s: %s", self._model.name, list(x.shape), words)
             if is_out_of_memory(error):
-                raise self._hungry(x) from error
+                raise self.out_of_memory(x) from error
             raise InvalidInputError(
                 f"tensor: model {self._model.name!r} can't run on items of shape "
                 f"{list(x.shape[1:])}: {words}; it was measured at "
                 f"{list(self._model.input.item_shape)}"
             ) from error
+
+    def out_of_memory(self, x: torch.Tensor) -> OverloadedError:
+        """Return the error for a batch that there was not the memory to run."""
+        return OverloadedError(
+            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
+        )
 
     def wide_case(
         self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
@@ -127,9 +134,9 @@ class Prover:
             reason = f"{error}{_advice(plan.points)}"
         except Exception as error:
             if is_out_of_memory(error):
-                raise self._hungry(x) from error
+                raise self.out_of_memory(x) from error
             # Whatever a program runs into that has learnt another size.
-            reason = f"it failed there ({type(error).__name__}){_advice(plan.points)}"
+            reason = f"it failed there ({cause_of(error)}){_advice(plan.points)}"
         else:
             reason = ""
         reason = plan.findings.found_size(size, reason)
@@ -181,11 +188,6 @@ class Prover:
         # the modules.
         names = self._catalogue.traced(self._model.name)
         return WholeGraphExtractor(self._model, names, names.nodes_of(points))
-
-    def _hungry(self, x: torch.Tensor) -> OverloadedError:
-        return OverloadedError(
-            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
-        )
 
     def _shares(self, plan: Plan) -> bool:
         x = sample_input(self._model, _SHARED, plan.item_shape)

@@ -175,6 +175,7 @@ class Taps:
 def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
     """Call ``observer`` at every call of every submodule; the hooks go when the block ends."""
     found = programs(module)
+    handles: list[RemovableHandle] = []
     for path, submodule in module.named_modules():
         see = partial(observer, path)
         if path in found:

@@ -128,6 +128,7 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
             preprocessing=model.preprocess.describe() if model.preprocess else "",
         ),
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
+        notes=host.catalogue.notes,
     )
 
 

@@ -147,17 +147,19 @@ class InputSpec(_message.Message):
     def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., free_dimensions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers")
+    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers", "notes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     DECLARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     weights: str
     device: str
     input: InputSpec
     declared_layers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
