@@ -160,6 +160,8 @@ def writes_attributes(module: ScriptModule) -> bool:
 
 
 def _instrument_graph(graph: Any) -> None:
+    if graph.findAllNodes("layertap::enter"):
+        return  # Programs that are scripted from one class share their graphs.
     self_value = next(iter(graph.inputs()))
     for node in _calls(graph):
         called, *arguments = node.inputs()
