@@ -47,6 +47,7 @@ def tried(model: LoadedModel) -> LoadedModel:
     was. No other forward pass may run meanwhile.
 
     Raises:
+        ConfigError: Preprocessed images don't fit the input that was found.
         ModelLoadError: The model runs on no element type that was tried.
     """
     guess = model.input.guess
@@ -58,7 +59,7 @@ def tried(model: LoadedModel) -> LoadedModel:
     with _undisturbed(model.module):
         model = _that_runs(model, guess)
         free = _free_dims(model) if guess.free else model.input.free
-    return replace(model, input=replace(model.input, free=free, guess=None))
+    return model.with_input(replace(model.input, free=free, guess=None))
 
 
 @dataclass
