@@ -129,3 +129,5 @@ def test_odd_names_of_modules(engine, key) -> None:
     assert list(got) == [f"heads.{key}"]
     right = fresh(images())[key]
     np.testing.assert_allclose(got[f"heads.{key}"], right.numpy(), rtol=1e-4, atol=1e-5)
+    text = "heads." + key.replace("=", r"\=").replace(":", r"\:")
+    assert asking.ask(engine, "odd_keys", text, images()).keys() == got.keys()
