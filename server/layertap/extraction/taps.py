@@ -81,6 +81,15 @@ class _Session:
             raise ModelRunError(f"layer {point.path!r}: returned no tensor on this input")
         self._sink(index, plain(tensor))
 
+    def returned(self, value: Any) -> None:
+        """Pass on what is wanted of the model's own result.
+
+        Hooks on the model would see the calls of one that calls itself, the outermost one last.
+        """
+        for key in [key for key in self._wanted if key[:2] == ("", Capture.OUTPUT)]:
+            for index in self._wanted.pop(key):
+                self._take(index, value)
+
     def end(self) -> None:
         """Raise what the model's own code caught, or ModelRunError where a capture is missing."""
         refused, self.refused = self.refused, None
@@ -123,8 +132,10 @@ class Taps:
 
     def install(self, path: str, side: Capture) -> None:
         """Put a hook on a module once; further calls do nothing."""
-        if path in self._in_programs:
-            return  # Reported by the program itself; see Note [Programs inside a model].
+        if not path or path in self._in_programs:
+            # The result is taken where the pass returns it; programs report their calls
+            # themselves, see Note [Programs inside a model].
+            return
         with self._lock:
             if (path, side) not in self._handles:
                 self._handles[path, side] = _hook(self._modules[path], side, partial(_route, path))
@@ -153,7 +164,7 @@ class Taps:
         token = _session.set(session)
         try:
             with watch(session.see):
-                forward(x)
+                session.returned(forward(x))
         except StopForward:
             pass
         except BaseException:
