@@ -301,10 +301,12 @@ def _module_entries(findings: _Findings) -> list[LayerEntry]:
             support=dict.fromkeys(REAL_EXTRACTORS, _no_tensor(path, call, findings)),
             is_result=not path,
         )
-        members: dict[tuple[str, ...], dict[Capture, CapturePoint]] = {(): {}}
+        members: dict[tuple[str, ...], dict[Capture, CapturePoint]] = {}
         for point in by_call.get((path, call), ()):
             if path or point.capture is Capture.OUTPUT:
                 members.setdefault(point.member, {})[point.capture] = point
+        # A container comes behind its members: what can be asked for comes first.
+        members.setdefault((), {})
         for way, points in members.items():
             entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries
