@@ -214,6 +214,8 @@ def layer_to_proto(
         layout=_LAYOUTS[shape.layout],
         grid=[shape.height, shape.width] if known else [],
         front_tokens=shape.front,
+        same_as=entry.same_as,
+        is_result=entry.is_result,
     )
 
 
@@ -251,6 +253,7 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
         shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
+        quantized=spec.quantized,
     )
 
 
