@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from layertap.extraction.containers import flatten
+from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import sample_input
@@ -331,7 +331,8 @@ def _watch(
         call = calls[path, side]
         calls[path, side] += 1
         for way, tensor in flatten(value):
-            take(CapturePoint(PointKind.MODULE, path, side, call, way), tensor)
+            if not unsendable(tensor):
+                take(CapturePoint(PointKind.MODULE, path, side, call, way), plain(tensor))
 
     with turn, observe(model.module, see):
         model.forward(x)

@@ -71,6 +71,8 @@ class ValueSpec:
         geometry: What is known of its layout, once the batch is in front.
         interleaved: Whether the elements that each item has along the batch dimension are not next
             to each other, as where ``[L, B, D]`` was made into ``[L * B, D]``.
+        quantized: The quantised type of the model's own value, such as ``"quint8"``, of which
+            ``dtype`` is the dequantised one; empty for a value that is not quantised.
     """
 
     dtype: torch.dtype
@@ -78,6 +80,7 @@ class ValueSpec:
     dynamic: bool = False
     geometry: Geometry = field(default_factory=Geometry)
     interleaved: bool = False
+    quantized: str = ""
 
     @classmethod
     def from_batches(
