@@ -167,7 +167,7 @@ def survey_first_item(
             axis = specs[point].batch_axis if point in specs else None
             if axis is None or point not in values or tensor.ndim <= axis[0]:
                 continue
-            mine = tensor.narrow(axis[0], 0, axis[1])
+            mine = plain(tensor).narrow(axis[0], 0, axis[1])
             if difference(mine, values[point]) < _NEAR:
                 first.add(point)
 
