@@ -167,4 +167,4 @@ def test_serve_logs_json_only() -> None:
         server.process.terminate()
         assert server.ended() == 0
         entries = [json.loads(line) for line in server.lines]
-    assert entries[-1]["message"] == "stopped"
+    assert entries[-1]["message"] == "stopped serving"

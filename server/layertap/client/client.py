@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import grpc
-from grpc_health.v1 import health_pb2
 
 from layertap.client.channel import Tls, open_channel
 from layertap.client.failures import error_from_rpc
@@ -25,6 +24,7 @@ from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
 from layertap.client.timeouts import bounded
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import LayertapError, SharedMemoryLostError, UnavailableError
+from layertap.grpc_health import health_pb2
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request, encode_shared_request
