@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from torchvision import transforms
 
+from disks import small_disk
 from layertap import Client, Extractor
 from layertap.cli.main import main
 from layertap.cli.npz import Columns
@@ -105,6 +107,43 @@ def test_bfloat16_is_stored_as_float32(remote) -> None:
     assert values.dtype == np.float32
     assert values.any()
     assert not (values.view(np.uint32) & 0xFFFF).any()
+
+
+def test_image_options_change_what_the_model_sees(images: list[str], tmp_path: Path) -> None:
+    """The pixels are those of the options, the reference torchvision's own transform of them."""
+    out = tmp_path / "out.npz"
+    options = ("--image-mean", "0.5", "--image-std", "0.25,0.5,1", "--image-resize", "48")
+    options += ("--image-crop", "40,44", "--image-interpolation", "bicubic")
+
+    result = extract(
+        *("tinynets:residual", images[0], "-l", "conv1:input", "-o", str(out)), *options
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.output
+    reference = transforms.Compose(
+        [
+            transforms.Resize(48, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop((40, 44)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.25, 0.5, 1]),
+        ]
+    )
+    with np.load(out) as stored, Image.open(images[0]) as image:
+        np.testing.assert_array_equal(stored["conv1:input"][0], reference(image).numpy())
+
+
+def test_assumed_preprocessing_is_warned_of(images: list[str], tmp_path: Path) -> None:
+    """A factory that says nothing of images is served by assumptions, which a warning names."""
+    out = tmp_path / "out.npz"
+
+    result = extract(
+        *("tinynets:residual", images[0], "-l", "layer1", "-o", str(out), "--item-shape", "3,16,16")
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "warning: model residual: neither the model nor the configuration says" in result.output
+    assert "image_mean, image_std, image_resize, image_crop" in result.output
 
 
 def test_refusal_leaves_the_old_file(address: str, images: list[str], tmp_path: Path) -> None:
@@ -206,3 +245,24 @@ def test_an_interrupted_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         columns.save(tmp_path / "a.npz")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_has_no_room_leaves_no_part_of_a_file(tmp_path) -> None:
+    """The error names the output and the reason, and a file that was there before stays whole."""
+    columns = Columns()
+    columns._joined = {"big": np.zeros((64, 1024), np.float32)}
+    columns._parts = {"big": [columns._joined["big"]]}
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        (disk.folder / "out.npz").write_bytes(b"before")
+        with pytest.raises(InvalidInputError, match=r"output .*out\.npz: No space left on device"):
+            columns.save(disk.folder / "out.npz")
+        assert disk.names() == ["out.npz"]
+        assert (disk.folder / "out.npz").read_bytes() == b"before"
+
+
+def test_a_folder_that_can_not_be_written_to_is_found_out_first(images, tmp_path) -> None:
+    """A read-only disk is refused before a model is loaded: this one does not even exist."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        disk.forbid_writing()
+        result = extract("no_model", images[0], "-l", "a", "-o", str(disk.folder / "a.npz"))
+    assert (result.exit_code, "can't be written to" in result.output) == (1, True)

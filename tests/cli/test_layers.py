@@ -63,7 +63,15 @@ def test_flat_table(address: str) -> None:
     assert row(output, "layer1.0.relu_1")[2] == "2"
     assert row(output, "fc")[-2:] == ["--FHT", "---HT"]
     assert "C CHILDREN, L LAYER_GETTER, F FX, H HOOK, T TORCHSCRIPT" in output
-    assert "takes [B, 3, 16, 16] float32" in output.splitlines()[0]
+    assert "takes [B, 3, 16*, 16*] float32 or images (*: any size)" in output.splitlines()[0]
+
+
+def test_the_image_preprocessing_is_shown(address: str) -> None:
+    """A line has the steps from a file to the input, and which of them were assumed."""
+    output = layers("residual", "--server", address).output
+    line = next(line for line in output.splitlines() if line.startswith("images: "))
+    assert "EXIF orientation applied, RGB (alpha dropped), resize 18 (bilinear" in line
+    assert "assumed, as nothing says it: image_mean" in line
 
 
 def test_unserved_layer_has_its_reason(address: str) -> None:

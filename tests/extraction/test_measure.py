@@ -221,7 +221,7 @@ def test_what_a_program_keeps_is_seen() -> None:
             return x * self.passes
 
     def keeps_state(module: torch.jit.ScriptModule) -> bool:
-        spec = InputSpec(ITEM, spatial=2)
+        spec = InputSpec(ITEM, free=(1, 2))
         return measure(LoadedModel("net", "", "", module, torch.device("cpu"), spec)).keeps_state
 
     assert keeps_state(script(Keeps()))

@@ -18,7 +18,7 @@ from layertap.engine.limits import Limits
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import proven_staging
-from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, OverloadedError
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.measure import measure
@@ -27,6 +27,7 @@ from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
+from layertap.extraction.trial import tried
 from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
 
@@ -99,9 +100,12 @@ class ModelHost:
         cache: Where the compiled plans of declared layers are stored.
         options: How it is served.
         call: Cancels the measuring.
+        preparing: The threads that make batches of decoded images; the compute threads if not
+            given.
 
     Attributes:
         compute: The compute threads of its device.
+        preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies what a GPU computed to the host; None where values are written at once.
         turn: Held by each forward pass; a lock where two at once would see each other's state.
@@ -120,9 +124,11 @@ class ModelHost:
         *,
         options: HostOptions | None = None,
         call: Call | None = None,
+        preparing: ComputeThreads | None = None,
     ) -> None:
         call = call or Call()
-        self.model = model
+        self.model = model = compute.run(lambda: tried(model), call)
+        self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()
@@ -138,6 +144,8 @@ class ModelHost:
                 "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
                 model.name, self.catalogue.non_finite,
             )  # fmt: skip
+        for note in self.catalogue.notes:
+            _log.info("model %s: %s", model.name, note)
         self._builder = PlanBuilder(model, self._taps, self.catalogue, cache, self.turn)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
@@ -171,9 +179,10 @@ class ModelHost:
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
             key, plan = self._build_best(resolved, call or Call())
-            self._declared_plans[key] = plan
             self._warm_batches(plan)
-            self._record(plan)
+            plan = self._record(plan)
+            with self._lock:
+                self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, batch_shape: tuple[int, ...], call: Call) -> Plan:
         """Return the plan that serves a request of that shape, ``[B, ...]``.
@@ -207,6 +216,25 @@ class ModelHost:
         # A plan may fit each of two requests, and not both together.
         prover.prove_size(plan, items)
         return not plan.refusal(items) and prover.prove_shared(plan, items)
+
+    def refuse(self, plan: Plan, reason: str) -> ExtractorUnsupportedError:
+        """Serve a plan no more, as its program failed where the model did not.
+
+        Returns:
+            The refusal that requests for it get from now on.
+        """
+        key = (plan.extractor, plan.points, plan.item_shape)
+        refusal = ExtractorUnsupportedError(
+            f"{plan.extractor.name} can't serve {quoted(plan.points)} of model "
+            f"{self.model.name!r}: its program failed where the model itself did not ({reason}); "
+            f"HOOK can"
+        )
+        with self._lock:
+            self._plans.pop(key, None)
+            self._declared_plans.pop(key, None)
+        self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+        _log.warning("%s", refusal)
+        return refusal
 
     def refused_plans(self) -> list[RefusedPlan]:
         """Return the layer sets that an extractor was tried on and could not serve."""
@@ -244,8 +272,10 @@ class ModelHost:
                 while (plan := self.compute.run(partial(next, steps), call)) is None:
                     pass
                 return key, plan
-            except ExtractorUnsupportedError as refusal:
-                self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+            except (ExtractorUnsupportedError, OverloadedError) as refusal:
+                # Memory that is missing now may be there later: that is not remembered.
+                if isinstance(refusal, ExtractorUnsupportedError):
+                    self._remember(self._refusals, key, refusal, MAX_REFUSALS)
                 if extractor is resolved.candidates[-1]:
                     raise
                 _log.warning("model %s: %s", self.model.name, refusal)
@@ -268,16 +298,18 @@ class ModelHost:
             if size in doubling:  # The others have run twice by now.
                 self.compute.run(partial(prover.warm, plan, size), Call())
 
-    def _record(self, plan: Plan) -> None:
-        """Replay a declared plan at the batch sizes for which that was asked."""
+    def _record(self, plan: Plan) -> Plan:
+        """Return a declared plan that replays the batch sizes for which that was asked."""
         sizes = self.options.cuda_graphs
         if not sizes or self.model.device.type != "cuda":
-            return
-        recorded = self.compute.run(partial(self._builder.prover.record, plan, sizes), Call())
+            return plan
+        record = partial(self._builder.prover.record, plan, sizes)
+        replayed, recorded = self.compute.run(record, Call())
         _log.info(
             "model %s: CUDA graphs of %s at batch sizes %s",
             self.model.name, ", ".join(point.path for point in plan.points), recorded,
         )  # fmt: skip
+        return replayed
 
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...], size: int) -> Extractor:
         if len(resolved.candidates) == 1:

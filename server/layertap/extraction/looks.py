@@ -1,4 +1,4 @@
-"""Whether a model's own code looks at values that follow its input.
+"""What a model's own code does with values that follow its input: looks, picks, calls into Python.
 
 Note [Looks]
     ``if x.max() > 1:`` asks a tensor for a Python number. A trace keeps the way that the example
@@ -10,10 +10,16 @@ Note [Looks]
     A size that follows the content (``len(boxes)``) is such a number too, though no operation tells
     it: a trace keeps it right until the code branches on it or counts to it. What has such a size
     is marked as well, and asking it for its size is a look.
+
+Note [Python functions]
+    A ``torch.autograd.Function`` is Python code that a compiled program can't hold. Its ``apply``
+    is seen by the interpreter's profiling hook, which belongs to this thread alone; patching
+    ``apply`` itself would change it for every other thread's pass.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +30,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from layertap.extraction.steps import discrete_results, is_new, keeps_exact
 
 __all__ = ["Looks", "watch_looks"]
 
@@ -53,6 +61,7 @@ class Looks:
 
     Attributes:
         count: How often the model looked.
+        functions: The names of the Python functions of autograd that it called.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
@@ -60,6 +69,9 @@ class Looks:
         # Weak, so that the pass needs no more memory; but the address of what is gone stays taken.
         self._marked = set(_memory(x))
         self._sized: set[StorageWeakRef] = set()
+        self._inexact: set[StorageWeakRef] = set()
+        self._steps: dict[StorageWeakRef, str] = {}
+        self.functions: list[str] = []
 
     def marked(self, values: Any) -> bool:
         """Tell whether some tensor among the values follows the input."""
@@ -72,6 +84,26 @@ class Looks:
     def sized(self, values: Any) -> bool:
         """Tell whether the size of some tensor among the values follows the content."""
         return not self._sized.isdisjoint(_memory(values))
+
+    def step(self, values: Any) -> str:
+        """Return the discontinuous operation that some tensor among the values follows from.
+
+        See Note [Discontinuous steps]; empty where there is none.
+        """
+        return next((self._steps[m] for m in _memory(values) if m in self._steps), "")
+
+    def note_steps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note which results of an operation are inexact, and which follow from a step."""
+        before = self.step((args, kwargs))
+        if before:
+            self._steps.update(dict.fromkeys(_memory(result), before))
+        inexact = any(m in self._inexact for m in _memory((args, kwargs)))
+        if inexact:
+            for value in discrete_results(func, args, result):
+                self._steps.update(dict.fromkeys(_memory(value), func.overloadpacket.__name__))
+        if inexact or not keeps_exact(func):
+            floats = [v for v in tree_leaves(result) if _may_be_rounded(v)]
+            self._inexact.update(_memory(floats))
 
     def makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Tell whether the size of an operation's result follows the content of its arguments."""
@@ -92,6 +124,14 @@ def _memory(values: Any) -> Iterator[StorageWeakRef]:
             yield StorageWeakRef(leaf.untyped_storage())
 
 
+def _is_function(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, torch.autograd.Function)
+
+
+def _may_be_rounded(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def _takes_numbers(func: Any) -> bool:
     return func in _LOOKS or torch.Tag.data_dependent_output in func.tags
 
@@ -109,12 +149,13 @@ class _Operations(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        follows = self._looks.marked((args, kwargs))
+        follows = self._looks.marked((args, kwargs)) and not is_new(func)
         result = func(*args, **kwargs)
         if follows:
             self._looks.count += _takes_numbers(func)
             if self._looks.makes_sizes(func, args) or self._looks.sized((args, kwargs)):
                 self._looks.mark_sized(result)
+            self._looks.note_steps(func, args, kwargs, result)
             # In-place operations return what they wrote to; so do those with an out argument.
             self._looks.mark(result)
         return result
@@ -143,5 +184,21 @@ class _Exports(TorchFunctionMode):
 def watch_looks(module: nn.Module, x: torch.Tensor) -> Iterator[Looks]:
     """Watch the forward passes of a model on ``x`` in the block, in this thread."""
     looks = Looks(x)
-    with _Exports(looks), _Operations(looks):
+    with _Exports(looks), _Operations(looks), _watch_functions(looks):
         yield looks
+
+
+@contextmanager
+def _watch_functions(looks: Looks) -> Iterator[None]:
+    """See Note [Python functions]."""
+    before = sys.getprofile()
+
+    def see(frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and called.__name__ == "apply" and _is_function(called.__self__):
+            looks.functions.append(called.__self__.__name__)
+
+    sys.setprofile(see)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)

@@ -1,12 +1,14 @@
-"""Measuring a catalogue: five forward passes and a symbolic trace."""
+"""Measuring a catalogue: a few forward passes and a symbolic trace."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,22 +17,23 @@ from layertap.errors import ModelLoadError
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
 from layertap.extraction.fx import GraphNames, trace
 from layertap.extraction.layout import Geometry, geometry
+from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import (
     HookSurvey,
+    LooksSurvey,
     Shape,
     sample_input,
     survey_fx,
     survey_hooks,
     survey_looks,
+    survey_repeat,
     survey_walk,
 )
 from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor
 
 __all__ = ["measure"]
-
-_COMPILED = Extractor.TORCHSCRIPT
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +58,8 @@ class _Findings:
     specs: dict[CapturePoint, ValueSpec]
     walk: dict[str, str]
     graph: _Graph
-    looked: Collection[CapturePoint]
+    looks: LooksSurvey
+    random: Collection[CapturePoint]
 
     @property
     def untraceable(self) -> str:
@@ -81,7 +85,8 @@ def measure(model: LoadedModel) -> Catalogue:
         specs=_specs(one.shapes, two.shapes),
         walk=survey_walk(model, x, oracle),
         graph=_survey_graph(model, oracle),
-        looked=survey_looks(model, x),
+        looks=survey_looks(model, x),
+        random=_random(model, one, two, x),
     )
     entries = {entry.name: entry for entry in _module_entries(one, findings)}
     for entry in _node_entries(findings.graph):
@@ -94,7 +99,55 @@ def measure(model: LoadedModel) -> Catalogue:
         mutates_input=one.mutated_input,
         keeps_state=one.kept_state or two.kept_state,
         non_finite=_first_non_finite(entries, oracle),
+        notes=tuple(_notes(findings, entries)),
     )
+
+
+def _random(
+    model: LoadedModel, one: HookSurvey, two: HookSurvey, x: torch.Tensor
+) -> set[CapturePoint]:
+    """Return the points whose values depend on chance.
+
+    A model that remembers earlier passes gives other values as well, without any chance.
+    """
+    found = one.random | two.random
+    if not (one.kept_state or two.kept_state):
+        found |= survey_repeat(model, x, one.values)
+    return found
+
+
+def _notes(findings: _Findings, entries: Mapping[str, LayerEntry]) -> Iterator[str]:
+    ungiven = _ungiven_arguments(findings.model.module)
+    if ungiven:
+        yield (
+            f"only the first argument of its forward is given; these keep their defaults: "
+            f"{', '.join(ungiven)}"
+        )
+    random = [
+        name
+        for name, entry in entries.items()
+        if entry.points.get(Capture.OUTPUT) in findings.random
+    ]
+    if random:
+        yield (
+            f"its forward draws random numbers, so two requests with the same input differ, from "
+            f"layer {random[0]!r} on"
+        )
+
+
+def _ungiven_arguments(module: nn.Module) -> list[str]:
+    """Return the names of the arguments that a call with one tensor leaves out."""
+    if isinstance(module, torch.jit.ScriptModule):
+        method: Any = module.forward
+        return [argument.name for argument in method.schema.arguments[2:]]
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # Some callables have no signature.
+        return []
+    _, *others = [
+        p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ] or [""]
+    return others
 
 
 def _first_non_finite(
@@ -209,22 +262,34 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     given = entry.points.get(Capture.INPUT)
     hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
     support = replace(support, input=hooked and given is not None)
-    return _traceable(support, point, given, findings) if extractor is _COMPILED else support
-
-
-def _traceable(
-    support: Support, point: CapturePoint | None, given: CapturePoint | None, findings: _Findings
-) -> Support:
-    """Take back what a trace would get wrong for inputs unlike its example."""
-    output = support.output and point not in findings.looked
-    if output is support.output and given not in findings.looked:
-        return support
-    return Support(
-        output=output,
-        input=support.input and given not in findings.looked,
-        reason="before it the model's code looks at values (bool, int or item of a tensor): a "
-        "trace would go the example's way for every input",
+    return _without(
+        support, _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)
     )
+
+
+def _without(support: Support, output: str, given: str) -> Support:
+    """Take back what can't be served for a reason; an empty reason is none."""
+    return Support(
+        output=support.output and not output,
+        input=support.input and not given,
+        reason=output or given or support.reason,
+    )
+
+
+def _obstacle(extractor: Extractor, point: CapturePoint | None, findings: _Findings) -> str:
+    """Return why an extractor would be wrong about a point for inputs unlike the sample."""
+    if point is None or extractor is Extractor.HOOK:
+        return ""
+    if point in findings.random:
+        return RANDOM
+    if extractor is not Extractor.TORCHSCRIPT:
+        return ""
+    looks = findings.looks
+    if point in looks.looked:
+        return LOOKS
+    if point in looks.functions:
+        return calls_function(looks.functions[point])
+    return takes_step(looks.steps[point]) if point in looks.steps else ""
 
 
 def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
@@ -235,8 +300,11 @@ def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
         reason = "a walk over children calls each child once"
     elif point.path not in reasons:
         reason = f"{point.path!r} is not a top-level child of the model"
-    elif point in findings.looked and not reasons[point.path]:
-        reason = "before it the model's code looks at values, and may not feed its children so"
+    elif point in findings.looks.looked and not reasons[point.path]:
+        reason = (
+            "before it the model branches on tensor values, so calling its children in order may "
+            "give another result"
+        )
     else:
         reason = reasons[point.path]
     return Support(output=not reason, reason=reason)

@@ -10,13 +10,15 @@ from functools import cached_property
 
 import torch
 
-from layertap.errors import ExtractorUnsupportedError
+from layertap.errors import ExtractorUnsupportedError, LayertapError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.fx import FxExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
-from layertap.extraction.plan import Plan, quoted
+from layertap.extraction.obstacles import LOOKS, calls_function, cause_of, takes_step
+from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.proof import Values, prove
@@ -96,7 +98,7 @@ class PlanBuilder:
         """Build an extractor and hold it against the oracle at three batch sizes.
 
         The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
-        equal to it bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
+        equal to it bit for bit, TORCHSCRIPT within ``compiled_tolerance``.
 
         Args:
             extractor: Any but AUTO.
@@ -126,7 +128,7 @@ class PlanBuilder:
             # The oracle at the size at which the catalogue was measured: nothing is left to learn.
             specs = tuple(self._catalogue.specs[point] for point in points)
             built: BuiltExtractor = HookExtractor(self._model, self._taps, points)
-            yield Plan(extractor, tuple(points), item_shape, specs, built)
+            yield Plan(extractor, tuple(points), item_shape, specs, built, Findings())
             return
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
         oracle = []
@@ -148,8 +150,8 @@ class PlanBuilder:
             yield None
             if extractor is not Extractor.HOOK:
                 yield from proof.steps(built)
-        proven = dict.fromkeys((len(x) for x, _ in proof.cases), "")
-        yield Plan(extractor, tuple(points), item_shape, specs, built, proven)
+        findings = Findings(len(x) for x, _ in proof.cases)
+        yield Plan(extractor, tuple(points), item_shape, specs, built, findings)
 
     def _compiled(
         self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool
@@ -160,24 +162,34 @@ class PlanBuilder:
         program = stored.load(self._model.device) if stored else None
         if stored and program:
             try:
-                return (yield from self._warm(TorchScriptExtractor(program), proof))
+                return (yield from self._warm(points, program, proof))
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
                 stored.forget()
         frozen = self._trace(points, example)
         yield None
         with stored.storing(frozen) if stored else nullcontext():
-            return (yield from self._warm(TorchScriptExtractor(frozen), proof))
+            return (yield from self._warm(points, frozen, proof))
 
     def _warm(
-        self, built: TorchScriptExtractor, proof: _Proof
+        self, points: Sequence[CapturePoint], frozen: torch.jit.ScriptModule, proof: _Proof
     ) -> Generator[None, None, BuiltExtractor]:
-        yield None
-        yield from proof.steps(built)
-        for _ in range(WARM_UP_RUNS):
-            with self._turn:
-                built.run(proof.example.clone(), lambda index, value: None)
+        """Optimise, prove and warm a program. Whatever it raises costs this plan only."""
+        try:
+            built = TorchScriptExtractor(frozen)
             yield None
+            yield from proof.steps(built)
+            for _ in range(WARM_UP_RUNS):
+                with self._turn:
+                    built.run(proof.example.clone(), lambda index, value: None)
+                yield None
+        except (LayertapError, GeneratorExit):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self.prover.out_of_memory(proof.example) from error
+            _log.info("a program of model %s fails", self._model.name, exc_info=True)
+            raise self._refusal(points, f"its program fails ({cause_of(error)})") from error
         return built
 
     def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
@@ -223,28 +235,38 @@ class PlanBuilder:
     ) -> torch.jit.ScriptModule:
         try:
             with self._turn:
-                self._refuse_looks(points, example)
+                self._refuse_obstacles(points, example)
                 return trace_taps(self._model, self._taps, points, example.clone())
         except ExtractorUnsupportedError:
             raise
         except Exception as error:
             _log.info("model %s can't be traced", self._model.name, exc_info=True)
-            raise ExtractorUnsupportedError(
-                f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: "
-                f"tracing failed ({type(error).__name__}); HOOK can"
-            ) from error
+            if is_out_of_memory(error):
+                raise self.prover.out_of_memory(example) from error
+            raise self._refusal(points, f"tracing failed ({cause_of(error)})") from error
 
-    def _refuse_looks(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
-        """Refuse to trace what would go the example's way for every input; see Note [Looks].
+    def _refuse_obstacles(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
+        """Refuse to trace what a trace would get wrong for inputs unlike the example.
 
-        The catalogue knows of the item shape at which it was measured; code may look at others.
+        The catalogue says so too, of the item shape at which it was measured; at others the model's
+        code may do something else.
         """
         x = example.clone()
+        steps: list[str] = []
         with watch_looks(self._model.module, x) as looks:
-            self._taps.run(self._model.forward, x, points, lambda index, value: None)
-        if looks.count:
-            raise ExtractorUnsupportedError(
-                f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: its code "
-                f"looks at values (bool, int or item of a tensor), and a trace would go the "
-                f"example's way for every input; HOOK can"
+            self._taps.run(
+                self._model.forward, x, points, lambda _, value: steps.append(looks.step(value))
             )
+        step = next(filter(None, steps), "")
+        if looks.count:
+            raise self._refusal(points, LOOKS)
+        if looks.functions:
+            raise self._refusal(points, calls_function(looks.functions[0]))
+        if step:
+            raise self._refusal(points, takes_step(step))
+
+    def _refusal(self, points: Sequence[CapturePoint], reason: str) -> ExtractorUnsupportedError:
+        return ExtractorUnsupportedError(
+            f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: {reason}; "
+            f"HOOK can"
+        )

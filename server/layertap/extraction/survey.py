@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten
 from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
@@ -29,11 +30,13 @@ from layertap.selection import Capture
 __all__ = [
     "FxSurvey",
     "HookSurvey",
+    "LooksSurvey",
     "Shape",
     "sample_input",
     "survey_fx",
     "survey_hooks",
     "survey_looks",
+    "survey_repeat",
     "survey_walk",
     "wide_input",
 ]
@@ -52,6 +55,7 @@ class HookSurvey:
         mutated_input: Whether the batch was another one afterwards.
         kept_state: Whether some module had other attributes or buffers afterwards, or its program
             has statements that write some.
+        random: The points that come after the model drew random numbers.
     """
 
     order: list[tuple[str, int]] = field(default_factory=list)
@@ -59,6 +63,7 @@ class HookSurvey:
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
     mutated_input: bool = False
     kept_state: bool = False
+    random: set[CapturePoint] = field(default_factory=set)
 
 
 def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor:
@@ -99,8 +104,11 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
             survey.shapes[point] = (tensor.dtype, tuple(tensor.shape))
             if keep_values and side is Capture.OUTPUT:
                 survey.values[point] = tensor.clone()
+            if generators.moved():
+                survey.random.add(point)
 
     before, attributes = x.clone(), _attributes(model.module)
+    generators = Generators(model.device)
     with observe(model.module, see):
         model.forward(x)
     survey.mutated_input = not same(x, before)
@@ -110,27 +118,69 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
     return survey
 
 
-def survey_looks(model: LoadedModel, x: torch.Tensor) -> set[CapturePoint]:
-    """Return the points that come after the model's code has looked at values.
+def survey_repeat(
+    model: LoadedModel, x: torch.Tensor, values: Mapping[CapturePoint, torch.Tensor]
+) -> set[CapturePoint]:
+    """Run a model on the same batch again; return the points whose value is another one now."""
+    changed: set[CapturePoint] = set()
+    calls: Counter[str] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        if side is Capture.INPUT:
+            return
+        call = calls[path]
+        calls[path] += 1
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            if point in values and not same(tensor, values[point]):
+                changed.add(point)
+
+    with observe(model.module, see):
+        model.forward(x.clone())
+    return changed
+
+
+@dataclass
+class LooksSurvey:
+    """What one forward pass did with its input's values, as far as it matters to what follows.
+
+    Attributes:
+        looked: The points that come after the model's code has looked at values.
+        functions: The points that come after a Python function of autograd, and its name.
+        steps: The points whose value follows from a discontinuous operation, and its name; see
+            Note [Discontinuous steps].
+    """
+
+    looked: set[CapturePoint] = field(default_factory=set)
+    functions: dict[CapturePoint, str] = field(default_factory=dict)
+    steps: dict[CapturePoint, str] = field(default_factory=dict)
+
+
+def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
+    """Run a model and watch every operation.
 
     A pass of its own: while operations are watched torch takes other ways through some of them, so
     that values differ in their last bits.
     """
-    looked: set[CapturePoint] = set()
+    survey = LooksSurvey()
     calls: Counter[tuple[str, Capture]] = Counter()
 
     def see(path: str, side: Capture, value: Any) -> None:
         call = calls[path, side]
         calls[path, side] += 1
-        if looks.count:
-            looked.update(
-                CapturePoint(PointKind.MODULE, path, side, call, way) for way, _ in flatten(value)
-            )
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            if looks.count:
+                survey.looked.add(point)
+            if looks.functions:
+                survey.functions[point] = looks.functions[0]
+            if step := looks.step(tensor):
+                survey.steps[point] = step
 
     x = x.clone()
     with watch_looks(model.module, x) as looks, observe(model.module, see):
         model.forward(x)
-    return looked
+    return survey
 
 
 @dataclass

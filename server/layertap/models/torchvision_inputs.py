@@ -32,8 +32,8 @@ def input_spec(
         ModelLoadError: the model can't take such an item.
     """
     natural = _natural_shape(builder, member, module)
-    spatial = 0 if isinstance(module, _FIXED_SIZE) else len(natural) - 1
-    own = InputSpec(natural, spatial)
+    free = () if isinstance(module, _FIXED_SIZE) else tuple(range(1, len(natural)))
+    own = InputSpec(natural, free)
     if item_shape is None:
         return own
     try:
@@ -43,11 +43,14 @@ def input_spec(
             f"item shape of {builder.name}: got {list(item_shape)}, expected what fits "
             f"{own.pattern}, such as {list(natural)}"
         ) from error
-    return InputSpec(item_shape, spatial)
+    return InputSpec(item_shape, free)
 
 
 def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:
-    """Return the preprocessing of the member's transforms, cropping to the default item."""
+    """Return the preprocessing of the member's transforms, cropping to the default item.
+
+    None for video models: an image is no clip.
+    """
     if family is Family.VIDEO:
         return None
     transform = member.transforms()
@@ -58,7 +61,7 @@ def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | No
         scale = max(height, width) / crop[0]
         transform.resize_size = [round(size * scale) for size in transform.resize_size]
         transform.crop_size = [height] if height == width else [height, width]
-    return Preprocess(transform)
+    return Preprocess.of(transform, f"torchvision's {member}")
 
 
 def _natural_shape(builder: Builder, member: Any, module: nn.Module) -> tuple[int, ...]:
