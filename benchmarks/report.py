@@ -6,6 +6,7 @@ without a benchmark.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,15 @@ Section = Callable[[dict[str, Any], Path], str]
 TITLE = """# Benchmarks
 
 `make bench` runs short versions of everything here, `make bench ARGS="--rounds 30"` longer ones,
-and writes this page from [results](results). Times are those of one machine, and a busy one is a
-slow one; the ratios, taken within one run, are what to quote. Outputs are verified before timing.
+and writes this page from [results](results); [cuda](cuda/README.md) has the figures of a GPU. Times
+are those of one machine, and a busy one is a slow one; the ratios, taken within one run, are what
+to quote. Outputs are verified before timing.
+"""
+
+GPU_TITLE = """# Benchmarks on a GPU
+
+`make bench-cuda PYTHON=python3` measures this on a machine with a GPU, and writes this page. Quote
+the ratios, taken within one run. Outputs are verified before timing.
 """
 
 EXTRACTORS = """
@@ -44,6 +52,19 @@ MATRIX = """
 [bench_matrix.py](bench_matrix.py): milliseconds, median / 99th percentile, and the MiB that one
 call adds at most to what is in use{device}. Random weights; {seconds:.0f} s for each column.
 Machine: {facts}.
+{tables}"""
+
+PICTURE = """
+When the device was busy during one call, resnet50 `avgpool` at batch 1:
+
+![Kernels of each way along the time](results/kernels.png)
+"""
+
+MATRIX_TF32 = """
+## And with TF32?
+
+The same with `--tf32`: convolutions and matrix products of float32 may use TF32, which a server
+allows only when it is [asked to](../docs/performance.md#on-a-gpu). Machine: {facts}.
 {tables}"""
 
 DEVICE = "; the times are the host's until the device has finished, in brackets the device's own"
@@ -97,6 +118,47 @@ they may not:
 Machine: {facts}.
 """
 
+GPU_SERVER = """
+## What does the server add on a GPU?
+
+[bench_gpu_server.py](bench_gpu_server.py): resnet50 `avgpool` by {extractor}, float32 ({float32}).
+The server replays CUDA graphs at the batch sizes {graphs}. The loop is the same plan without a
+server, {loop}: the input copied from page-locked memory and the layer back to it for each batch.
+Milliseconds of a lone caller, and the server's own parts of them; loop and server take turns:
+
+{latency}
+
+Answers a second, medians of {rounds} rounds of {seconds} s with their quartiles, and the share of
+the loop's batches a second. Callers are spread over several client processes on the server's
+machine. A photograph's loop is that of a tensor of batch 1, which decodes nothing:
+
+{rates}
+{graph_loop}
+Large replies, resnet18 `layer1` of the same float32; milliseconds. Each request also sends its
+input, three quarters of the reply's bytes:
+
+{large}
+
+Machine: {facts}.
+"""
+
+GRAPH_LOOP = """
+Another run, of one round, whose loop is a CUDA graph as the server's plan is:
+
+{table}
+"""
+
+GRAPHED = ["FX", "HOOK", "TORCHSCRIPT", "HOOK, CUDA graph", "TORCHSCRIPT, CUDA graph"]
+
+GRAPHS = """
+## What does a CUDA graph save?
+
+[bench_matrix.py](bench_matrix.py): {note}. A dash is a pass that can't be recorded, or an extractor
+that does not claim the layers. Machine: {facts}.
+
+{table}
+"""
+
 ENCODE = """
 ## What does the encoder's one pass cost?
 
@@ -143,7 +205,9 @@ def write(folder: Path = common.RESULTS) -> None:
     if folder == common.RESULTS:
         (common.HERE / "README.md").write_text(page, "utf-8")
     else:
-        (folder / "README.md").write_text(page.replace("](results/", "]("), "utf-8")
+        page = page.replace(TITLE, GPU_TITLE, 1).replace("](results/", "](")
+        page = re.sub(r"\]\((bench_\w+\.py|\.\./docs/)", r"](../\1", page)
+        (folder / "README.md").write_text(page, "utf-8")
 
 
 def _extractors(results: dict[str, Any], folder: Path) -> str:
@@ -189,8 +253,18 @@ def _matrix(results: dict[str, Any], folder: Path) -> str:
         seconds=results["seconds"],
         facts=_facts(results["machine"]),
         tables="".join(tables)
-        + "\n![Milliseconds of each way to one deep layer](results/matrix.png)\n",
+        + "\n![Milliseconds of each way to one deep layer](results/matrix.png)\n"
+        + (PICTURE if gpu else ""),
     )
+
+
+def _matrix_tf32(results: dict[str, Any], folder: Path) -> str:
+    tables = []
+    for title, columns in results["tables"].items():
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        rows = [[n, *(_costs(column.get(n)) for column in columns.values())] for n in names]
+        tables.append(f"\n**{title}**\n\n{_table(['way', *columns], rows)}\n")
+    return MATRIX_TF32.format(facts=_facts(results["machine"]), tables="".join(tables))
 
 
 def _kernels(row: dict[str, float] | None) -> str:
@@ -293,6 +367,84 @@ def _server(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _gpu_server(results: dict[str, Any], folder: Path) -> str:
+    servers = results["servers"]
+    first = servers["max_batch_size 1"]
+    rows = []
+    for name, row in first["latency"].items():
+        parts = [
+            charts.digits(row[part]) if part in row else "–"
+            for part in ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
+        ]
+        rows.append([name, _quartiles(row), *parts])
+    callers = [who for who in next(iter(first["rates"].values())) if who != "loop"]
+    rates = [
+        [f"{server}, {case}", _quartiles(row["loop"])]
+        + [f"{_quartiles(row[who])}, {row[who]['p50'] / row['loop']['p50']:.0%}" for who in callers]
+        for server, of in servers.items()
+        for case, row in of["rates"].items()
+    ]
+    sizes = first["large"]
+    large = [
+        [way, *(_quartiles(size["rows"][way]) for size in sizes.values())]
+        for way in next(iter(sizes.values()))["rows"]
+    ]
+    charts.lines(
+        folder / "gpu_server.png",
+        {
+            f"{server}, {case}": [(int(who), row[who]["p50"]) for who in callers]
+            for server, of in servers.items()
+            for case, row in of["rates"].items()
+        },
+        "callers", "answers a second",
+    )  # fmt: skip
+    return GPU_SERVER.format(
+        extractor=results["extractor"],
+        float32=results["machine"]["float32"],
+        graphs=results["graphs"],
+        loop=results["loop"],
+        graph_loop=_graph_loop(results.get("graph_loop", {})),
+        latency=_table(["", "p50 (quartiles)", "prepare", "queue", "compute", "total"], rows),
+        rounds=results["rounds"],
+        seconds=results["seconds"],
+        rates=_table(["", "loop", *(f"{who} callers" for who in callers)], rates)
+        + "\n\n![Answers a second by the number of callers](results/gpu_server.png)",
+        large=_table(["", *sizes], large),
+        facts=_facts(results["machine"]),
+    )
+
+
+def _graph_loop(rows: dict[str, dict[str, float]]) -> str:
+    if not rows:
+        return ""
+    callers = [who for who in next(iter(rows.values())) if who != "loop"]
+    shares = [
+        [
+            case,
+            f"{row['loop']:.0f}",
+            *(f"{row[w]:.0f} ({row[w] / row['loop']:.0%})" for w in callers),
+        ]
+        for case, row in rows.items()
+    ]
+    return GRAPH_LOOP.format(table=_table(["", "loop", *(f"{w} callers" for w in callers)], shares))
+
+
+def _graphs(results: dict[str, Any], folder: Path) -> str:
+    rows = []
+    for title, sets in results["tables"].items():
+        for layers, ways in sets.items():
+            times = [charts.digits(ways[way]["p50"]) if way in ways else "–" for way in GRAPHED]
+            rows.append([f"{title}, {layers}", *times])
+    return GRAPHS.format(
+        facts=_facts(results["machine"]), note=results["note"], table=_table(["", *GRAPHED], rows)
+    )
+
+
+def _quartiles(row: dict[str, float]) -> str:
+    p25, p50, p75 = (charts.digits(row[key]) for key in ("p25", "p50", "p75"))
+    return f"{p50} ({p25}–{p75})"
+
+
 def _encode(results: dict[str, Any], folder: Path) -> str:
     rows = []
     for name, ways in results["cases"].items():
@@ -359,7 +511,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 SECTIONS: dict[str, Section] = {
     "extractors": _extractors,
     "matrix": _matrix,
+    "matrix_tf32": _matrix_tf32,
+    "graphs": _graphs,
     "server": _server,
+    "gpu_server": _gpu_server,
     "wire": _wire,
     "encode": _encode,
     "hook": _hook,

@@ -133,6 +133,130 @@ def catches() -> nn.Module:
     return _made(Catches)
 
 
+class RemapsIds(nn.Module):
+    """Turns a special id into padding and clamps ids before it looks them up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        ids = torch.where(ids == 50, torch.zeros_like(ids), ids)
+        return self.head(self.embed(ids.clamp(max=59)))
+
+
+class HidesFromSymbols(nn.Module):
+    """Clamps tensors, which a symbol is not, to what no ordinary sample reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if isinstance(y, torch.Tensor):
+            y = y.clamp(-1e9, 1e9)
+        return self.last(y)
+
+
+class LargestId(nn.Module):
+    """Weighs each id by the largest of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1000, 8, padding_idx=3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        weight = ids.float() / ids.max().clamp(min=1)
+        return self.head((self.embed(ids) * weight[..., None]).sum(1))
+
+
+class LargestNumber(nn.Module):
+    """Divides by the batch's largest number where that is above 50."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x / x.amax().clamp(min=50))
+
+
+class OneNan(nn.Module):
+    """Blanks the whole batch where one of its numbers is NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.where(x.isnan().any(), torch.zeros_like(x), x))
+
+
+class TwoTables(nn.Module):
+    """Looks one column up in a large table and one in a small table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Embedding(90, 4)
+        self.small = nn.Parameter(torch.randn(7, 4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.large(ids[:, 0]) + self.small[ids[:, 1]]
+
+
+class Experts(nn.Module):
+    """Sends each item to one of two experts by its mean: a module runs for some inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.low = nn.Conv2d(4, 2, 1)
+        self.high = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.high(y) if x.mean() > 10 else self.low(y)
+
+
+def remaps_ids() -> nn.Module:
+    """Return a RemapsIds."""
+    return _made(RemapsIds)
+
+
+def hides_from_symbols() -> nn.Module:
+    """Return a HidesFromSymbols."""
+    return _made(HidesFromSymbols)
+
+
+def largest_id() -> nn.Module:
+    """Return a LargestId."""
+    return _made(LargestId)
+
+
+def largest_number() -> nn.Module:
+    """Return a LargestNumber."""
+    return _made(LargestNumber)
+
+
+def one_nan() -> nn.Module:
+    """Return a OneNan."""
+    return _made(OneNan)
+
+
+def two_tables() -> nn.Module:
+    """Return a TwoTables."""
+    return _made(TwoTables)
+
+
+def experts() -> nn.Module:
+    """Return an Experts."""
+    return _made(Experts)
+
+
 def calls_function() -> nn.Module:
     """Return a CallsFunction."""
     return _made(CallsFunction)

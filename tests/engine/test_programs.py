@@ -68,3 +68,20 @@ def test_what_the_model_itself_fails_on_costs_no_program(engine) -> None:
         ask(engine, "catches", "head", np.array([[0, 1, 2, -1]]))
     good = ask(engine, "catches", "head", np.array([[0, 1, 2, 8]]))
     assert good.extractor is Extractor.TORCHSCRIPT
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_input_that_is_not_finite_never_meets_a_program(engine, bad) -> None:
+    """Fused kernels make zeros of NaN; AUTO lets the model itself answer, TORCHSCRIPT refuses."""
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    engine.host("residual").declare([LayerSelection("layer1")])
+    x = np.random.default_rng(0).random((1, *ITEM), dtype=np.float32)
+    assert ask(engine, "residual", "layer1", x).extractor is Extractor.TORCHSCRIPT
+    x[0, 0, 3, 3] = bad
+    features = ask(engine, "residual", "layer1", x)
+    net = engine.host("residual").model.module
+    expected = outputs_of(net, torch.from_numpy(x), "layer1")[0]
+    assert features.extractor is Extractor.HOOK
+    np.testing.assert_array_equal(features["layer1"], expected.numpy())
+    with pytest.raises(errors.ExtractorUnsupportedError, match="NaN or infinity"):
+        ask(engine, "residual", "layer1", x, Extractor.TORCHSCRIPT)

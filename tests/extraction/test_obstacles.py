@@ -11,7 +11,6 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction import CapturePoint, Catalogue, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.chance import Generators
-from layertap.extraction.obstacles import cause_of
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from tinynets import ITEM
@@ -108,13 +107,13 @@ def test_layers_that_follow_from_a_discontinuous_pick_are_not_compiled() -> None
     assert head.serves(Extractor.FX, OUTPUT)
 
 
-def test_the_cause_of_an_interpreter_error_is_its_last_line() -> None:
-    """torch's interpreter writes a trace first; a caller needs the message."""
-    text = (
-        "The following operation failed in the TorchScript interpreter.\n"
-        "Traceback of TorchScript, serialized code (most recent call last):\n"
-        '  File "x.py", line 3, in forward\nRuntimeError: sizes differ\n'
-    )
-    assert cause_of(RuntimeError(text)) == "RuntimeError: sizes differ"
-    assert cause_of(ValueError("\nno good\nat all")) == "ValueError: no good"
-    assert cause_of(KeyError()) == "KeyError"
+def test_modules_that_run_for_some_inputs_only_are_noted_and_served_by_hooks() -> None:
+    """Each expert is in the catalogue, whichever one the sample chose, and the note names both."""
+    catalogue = measured("experts")
+    for name in ("low", "high"):
+        entry = catalogue.entry(name)
+        assert entry.served_by(OUTPUT) == [Extractor.HOOK]
+        assert "some inputs only" in entry.support[Extractor.TORCHSCRIPT].reason
+    assert catalogue.entry("high").specs[OUTPUT].dynamic
+    assert any("'high', 'low'" in note for note in catalogue.notes)
+    assert catalogue.entry("conv").serves(Extractor.TORCHSCRIPT, OUTPUT)

@@ -17,6 +17,7 @@ from layertap.client.channel import PathLike, Tls, open_channel, read_token
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.requests import StreamRequest, request_fields
+from layertap.client.retry import check_retries, retrying
 from layertap.client.shared_memory import (
     OPEN,
     SharedMemoryClient,
@@ -113,9 +114,13 @@ class Client:
         reply_compression: How the server compresses replies that go through the network:
             ``"none"``, ``"gzip"`` or ``"deflate"``. Worth it on slow networks only:
             docs/performance.md has what it costs.
+        retries: How often a call is made again that the server refuses because it is full, within
+            the call's timeout; streams are not. It waits as long as the server says, and a random
+            time on top. 0 raises OverloadedError at once, whose ``retry_after`` says how long.
 
     Raises:
-        InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these.
+        InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these,
+            or negative retries.
         ConfigError: For files or a token that won't do, for a token that would be sent as plain
             text to another machine, and under gevent without gRPC's ``init_gevent``.
 
@@ -137,7 +142,9 @@ class Client:
         allow_plaintext_token: bool = False,
         shared_memory: SharedMemoryWish = "auto",
         reply_compression: str = "none",
+        retries: int = 0,
     ) -> None:
+        check_retries(retries)
         if token is not None and token_file is not None:
             raise ConfigError("token: got token and token_file, expected one of them or none")
         if reply_compression not in REPLY_COMPRESSIONS:
@@ -154,7 +161,9 @@ class Client:
             "allow_plaintext_token": allow_plaintext_token,
             "shared_memory": shared_memory,
             "reply_compression": reply_compression,
+            "retries": retries,
         }
+        self._retries = retries
         self._timeout = timeout
         self._metadata: tuple[tuple[str, str], ...] = ()
         if reply_compression != "none":
@@ -224,7 +233,7 @@ class Client:
             timeout,
             self._timeout if item_timeout is None else item_timeout,
             transport.memory.connection(self._timeout),
-            self._metadata,
+            metadata=self._metadata,
         )
 
     @overload
@@ -461,11 +470,17 @@ class Client:
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
     ) -> bytes:
+        seconds = self._timeout if timeout is None else timeout
+        return retrying(lambda left: self._call_once(method, message, left), self._retries, seconds)
+
+    def _call_once(
+        self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
+    ) -> bytes:
         self._check_open()
         try:
             return method(  # type: ignore[no-any-return]
                 message,
-                timeout=bounded(self._timeout if timeout is None else timeout),
+                timeout=bounded(timeout),
                 metadata=(*self._metadata, *(trace_metadata() or ())),
             )
         except grpc.RpcError as error:

@@ -64,6 +64,7 @@ class FeatureStream:
         timeout: float | None = None,
         item_timeout: float | None = None,
         memory: Connection | None = None,
+        *,
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> None:
         if max_in_flight < 1:

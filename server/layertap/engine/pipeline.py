@@ -26,7 +26,7 @@ from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
 from layertap.engine.staging import Staging
 from layertap.engine.work import Work, compute
-from layertap.errors import DeadlineExceededError, ModelRunError
+from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
 from layertap.extraction.plan import Plan
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
@@ -95,6 +95,9 @@ class Pipeline:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape), call)
+        if plan.extractor is Extractor.TORCHSCRIPT and not _is_finite(request, x):
+            resolved = host.resolve(request.selections, _uncompiled(request, host))
+            plan = host.plan(resolved, tuple(x.shape), call)
         try:
             return self._run(host, request, x, call, resolved=resolved, plan=plan)
         except ModelRunError as error:
@@ -176,6 +179,27 @@ class Pipeline:
             yield
         finally:
             self._decoders.release()
+
+
+def _is_finite(request: ExtractionRequest, x: torch.Tensor) -> bool:
+    """Tell whether a request's input has neither NaN nor infinity; images never do."""
+    if isinstance(request.input, ImagesInput) or not x.dtype.is_floating_point:
+        return True
+    # The sum is not finite if any element isn't, and takes a tenth of the time of asking each.
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def _uncompiled(request: ExtractionRequest, host: ModelHost) -> Extractor:
+    """Return the extractor for input that compiled programs take otherwise than the model.
+
+    Their fused kernels make zeros of NaN (``relu``), and spread it over other elements.
+    """
+    if request.extractor is Extractor.AUTO:
+        return Extractor.HOOK
+    raise ExtractorUnsupportedError(
+        f"TORCHSCRIPT can't serve an input that holds NaN or infinity: compiled programs handle "
+        f"them otherwise than model {host.model.name!r} does; HOOK can"
+    )
 
 
 def _reply(

@@ -33,7 +33,7 @@ from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.models import LoadedModel
 
-__all__ = ["FxExtractor", "GraphNames", "Trace", "WholeGraphExtractor", "trace"]
+__all__ = ["FxExtractor", "GraphNames", "Trace", "WholeGraphExtractor", "as_it_was", "trace"]
 
 _sink: ContextVar[Sink | None] = ContextVar("layertap_fx_sink", default=None)
 
@@ -102,7 +102,7 @@ class Trace:
 
 def trace(model: LoadedModel) -> Trace:
     """Trace a model symbolically; raise whatever tracing raises."""
-    with no_forward_pass(), _as_it_was(model.module):
+    with no_forward_pass(), as_it_was(model.module):
         train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
     every = [name for name in evaluation if name != "output"]
     whole = FxExtractor(model, GraphNames(train, dict.fromkeys(every, "")), every)
@@ -123,7 +123,7 @@ class FxExtractor:
     """
 
     def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
-        with no_forward_pass(), _as_it_was(model.module):
+        with no_forward_pass(), as_it_was(model.module):
             graph_module = create_feature_extractor(
                 model.module,
                 train_return_nodes={names.train: names.train},
@@ -180,7 +180,7 @@ class WholeGraphExtractor:
 
 
 @contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
+def as_it_was(module: nn.Module) -> Iterator[None]:
     """Put back every submodule's training mode and all that its code wrote, whatever happens."""
     kept = [(values, values.copy()) for values in _written(module)]
     try:

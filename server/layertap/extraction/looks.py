@@ -46,6 +46,14 @@ _SIZED = {
     torch.ops.aten.nonzero_numpy.default,
     torch.ops.aten.repeat_interleave.self_Tensor,
 }
+# Their first argument is a table, by whose rows the ids of the second are bounded.
+_LOOK_UPS = {
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.embedding_bag.default,
+    torch.ops.aten.embedding_bag.padding_idx,
+    torch.ops.aten._embedding_bag.default,
+    torch.ops.aten._embedding_bag_forward_only.default,
+}
 _ASKS_SIZE = {
     torch.Tensor.__len__,
     torch.Tensor.__iter__,
@@ -61,7 +69,9 @@ class Looks:
 
     Attributes:
         count: How often the model looked.
+        operations: How many operations took values that follow the input.
         functions: The names of the Python functions of autograd that it called.
+        tables: The rows of the tables in which it looked up ids that follow the input.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
@@ -71,7 +81,9 @@ class Looks:
         self._sized: set[StorageWeakRef] = set()
         self._inexact: set[StorageWeakRef] = set()
         self._steps: dict[StorageWeakRef, str] = {}
+        self.operations = 0
         self.functions: list[str] = []
+        self.tables: set[int] = set()
 
     def marked(self, values: Any) -> bool:
         """Tell whether some tensor among the values follows the input."""
@@ -105,6 +117,16 @@ class Looks:
             floats = [v for v in tree_leaves(result) if _may_be_rounded(v)]
             self._inexact.update(_memory(floats))
 
+    def note_tables(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Note the table of an operation that looks up what follows the input in a constant."""
+        if func in _LOOK_UPS and not self.marked(args[0]):
+            self.tables.add(len(args[0]))
+        elif func is torch.ops.aten.index.Tensor and not self.marked(args[0]):
+            picked = [(axis, ids) for axis, ids in enumerate(args[1]) if self.marked(ids)]
+            self.tables.update(args[0].shape[axis] for axis, ids in picked if _counts(ids))
+        elif func is torch.ops.aten.one_hot.default and args[1] > 0:
+            self.tables.add(args[1])
+
     def makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Tell whether the size of an operation's result follows the content of its arguments."""
         if func is torch.ops.aten.index.Tensor:  # By a mask, not by numbers.
@@ -122,6 +144,10 @@ def _memory(values: Any) -> Iterator[StorageWeakRef]:
         # Sparse tensors have none to tell; what is computed of them with the input is marked.
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             yield StorageWeakRef(leaf.untyped_storage())
+
+
+def _counts(ids: torch.Tensor) -> bool:
+    return ids.dtype not in (torch.bool, torch.uint8)
 
 
 def _is_function(value: Any) -> bool:
@@ -152,9 +178,11 @@ class _Operations(TorchDispatchMode):
         follows = self._looks.marked((args, kwargs)) and not is_new(func)
         result = func(*args, **kwargs)
         if follows:
+            self._looks.operations += 1
             self._looks.count += _takes_numbers(func)
             if self._looks.makes_sizes(func, args) or self._looks.sized((args, kwargs)):
                 self._looks.mark_sized(result)
+            self._looks.note_tables(func, args)
             self._looks.note_steps(func, args, kwargs, result)
             # In-place operations return what they wrote to; so do those with an out argument.
             self._looks.mark(result)

@@ -6,7 +6,8 @@ import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,9 @@ from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry
 from layertap.extraction.fx import GraphNames, trace
 from layertap.extraction.layout import Geometry, geometry
 from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
-from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
+from layertap.extraction.samples import bytes_input, reaching_inputs
+from layertap.extraction.straight import straight_children
 from layertap.extraction.survey import (
     HookSurvey,
     LooksSurvey,
@@ -29,6 +32,7 @@ from layertap.extraction.survey import (
     survey_looks,
     survey_repeat,
     survey_walk,
+    wide_input,
 )
 from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor
@@ -36,6 +40,9 @@ from layertap.selection import Capture, Extractor
 __all__ = ["measure"]
 
 _log = logging.getLogger(__name__)
+
+_MAX_NAMED = 5
+"""Layers that a note names."""
 
 
 @dataclass
@@ -60,6 +67,8 @@ class _Findings:
     graph: _Graph
     looks: LooksSurvey
     random: Collection[CapturePoint]
+    order: list[tuple[str, int]]
+    varying: Collection[str]
 
     @property
     def untraceable(self) -> str:
@@ -80,18 +89,22 @@ def measure(model: LoadedModel) -> Catalogue:
     one, two = _run_twice(model)
     oracle = one.values
     x = sample_input(model, 1, model.input.item_shape)
+    looks = survey_looks(model, x)
+    others = _survey_others(model) if looks.looked else []
     findings = _Findings(
         model=model,
-        specs=_specs(one.shapes, two.shapes),
-        walk=survey_walk(model, x, oracle),
+        specs={**_sometimes(one, others), **_specs(one.shapes, two.shapes)},
+        walk=survey_walk(model, x, oracle, straight_children(model.module, looks)),
         graph=_survey_graph(model, oracle),
-        looks=survey_looks(model, x),
+        looks=looks,
         random=_random(model, one, two, x),
+        order=_order([one, *others]),
+        varying=_varying([one, *others]),
     )
-    entries = {entry.name: entry for entry in _module_entries(one, findings)}
+    entries = {entry.name: entry for entry in _module_entries(findings)}
     for entry in _node_entries(findings.graph):
         entries.setdefault(entry.name, entry)
-    for entry in _silent_entries(model, one):
+    for entry in _silent_entries(findings):
         entries.setdefault(entry.name, entry)
     return Catalogue(
         entries,
@@ -101,6 +114,44 @@ def measure(model: LoadedModel) -> Catalogue:
         non_finite=_first_non_finite(entries, oracle),
         notes=tuple(_notes(findings, entries)),
     )
+
+
+def _survey_others(model: LoadedModel) -> list[HookSurvey]:
+    """Run a model that looks at values on other input, for which other modules may run."""
+    shape = model.input.item_shape
+    surveys = []
+    for x in (
+        wide_input(model, 1, shape),
+        bytes_input(model, shape),
+        *reaching_inputs(model, shape),
+    ):
+        if x is not None:
+            # A model need not take such input; what it raises is its own business.
+            with suppress(Exception):
+                surveys.append(survey_hooks(model, x))
+    return surveys
+
+
+def _order(surveys: Sequence[HookSurvey]) -> list[tuple[str, int]]:
+    """Return the calls of every survey, those of the first one first."""
+    return list(dict.fromkeys(call for survey in surveys for call in survey.order))
+
+
+def _sometimes(one: HookSurvey, others: Sequence[HookSurvey]) -> dict[CapturePoint, ValueSpec]:
+    """Return what was captured on other input only; its shape can't be promised."""
+    return {
+        point: ValueSpec(dtype, tuple(Dim(size) for size in shape), dynamic=True)
+        for survey in others
+        for point, (dtype, shape) in survey.shapes.items()
+        if point not in one.shapes
+    }
+
+
+def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
+    """Return the modules that ran in some of the surveys only."""
+    ran = [{path for path, _ in survey.order} for survey in surveys]
+    always = set(ran[0]).intersection(*ran[1:])
+    return set(ran[0]).union(*ran[1:]) - always
 
 
 def _random(
@@ -122,6 +173,13 @@ def _notes(findings: _Findings, entries: Mapping[str, LayerEntry]) -> Iterator[s
         yield (
             f"only the first argument of its forward is given; these keep their defaults: "
             f"{', '.join(ungiven)}"
+        )
+    varying = sorted(findings.varying)
+    if varying:
+        more = f" and {len(varying) - _MAX_NAMED} more" if len(varying) > _MAX_NAMED else ""
+        yield (
+            f"some layers run for some inputs only, and a request for one that does not run fails: "
+            f"{', '.join(map(repr, varying[:_MAX_NAMED]))}{more}"
         )
     random = [
         name
@@ -203,14 +261,14 @@ def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor
     return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray)
 
 
-def _module_entries(survey: HookSurvey, findings: _Findings) -> list[LayerEntry]:
+def _module_entries(findings: _Findings) -> list[LayerEntry]:
     modules = dict(findings.model.module.named_modules())
-    calls = Counter(path for path, _ in survey.order)
+    calls = Counter(path for path, _ in findings.order)
     by_call: dict[tuple[str, int], list[CapturePoint]] = {}
     for point in findings.specs:
         by_call.setdefault((point.path, point.call), []).append(point)
     entries = []
-    for path, call in survey.order:
+    for path, call in findings.order:
         base = path if call == 0 else f"{path}_{call}"
         # The root has no name to ask for; a module that is named like another's further call wins.
         if not path or (call and base in modules):
@@ -272,7 +330,8 @@ def _without(support: Support, output: str, given: str) -> Support:
     return Support(
         output=support.output and not output,
         input=support.input and not given,
-        reason=output or given or support.reason,
+        # Chance explains why values differ; else the first reason is the more telling one.
+        reason=RANDOM if output == RANDOM else support.reason or output or given,
     )
 
 
@@ -282,9 +341,12 @@ def _obstacle(extractor: Extractor, point: CapturePoint | None, findings: _Findi
         return ""
     if point in findings.random:
         return RANDOM
-    if extractor is not Extractor.TORCHSCRIPT:
-        return ""
-    looks = findings.looks
+    if point.path in findings.varying:
+        return "the module runs for some inputs only"
+    return _uncompilable(point, findings.looks) if extractor is Extractor.TORCHSCRIPT else ""
+
+
+def _uncompilable(point: CapturePoint, looks: LooksSurvey) -> str:
     if point in looks.looked:
         return LOOKS
     if point in looks.functions:
@@ -359,9 +421,15 @@ def _node_entries(graph: _Graph) -> list[LayerEntry]:
     ]
 
 
-def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
-    ran = {path for path, _ in survey.order}
-    no = Support(output=False, reason="the module never runs in a forward pass")
+def _silent_entries(findings: _Findings) -> list[LayerEntry]:
+    ran = {path for path, _ in findings.order}
+    reason = "the module never runs in a forward pass"
+    if findings.looks.looked:
+        reason = (
+            "the module never runs in a forward pass on sample input; as the model branches on "
+            "tensor values, it may run for other input"
+        )
+    no = Support(output=False, reason=reason)
     return [
         LayerEntry(
             path,
@@ -370,7 +438,7 @@ def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
             0,
             support=dict.fromkeys(REAL_EXTRACTORS, no),
         )
-        for path, module in model.module.named_modules()
+        for path, module in findings.model.module.named_modules()
         if path and path not in ran
     ]
 

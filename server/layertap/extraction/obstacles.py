@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LOOKS", "RANDOM", "calls_function", "cause_of", "takes_step"]
-
-_LONGEST = 200
+__all__ = ["LOOKS", "RANDOM", "calls_function", "takes_step"]
 
 LOOKS = (
     "before it the model's code looks at values (bool, int or item of a tensor): a trace would go "
@@ -31,16 +29,3 @@ def takes_step(operation: str) -> str:
         f"its value follows from {operation} of computed numbers, which is discontinuous: a "
         f"compiled program rounds differently, and near a tie that gives another result"
     )
-
-
-def cause_of(error: BaseException) -> str:
-    """Return an error's type and message in one line, without the traces that torch puts into it.
-
-    The interpreter of compiled programs writes its own trace first and the message last.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if any("Traceback of TorchScript" in line for line in lines):
-        return lines[-1][:_LONGEST]
-    return f"{type(error).__name__}: {lines[0]}"[:_LONGEST]

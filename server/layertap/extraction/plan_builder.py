@@ -16,8 +16,9 @@ from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.fx import FxExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
-from layertap.extraction.obstacles import LOOKS, calls_function, cause_of, takes_step
+from layertap.extraction.obstacles import LOOKS, calls_function, takes_step
 from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.own_words import own_words
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
@@ -141,7 +142,7 @@ class PlanBuilder:
         )
         proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)), self._turn)
         if extractor is not Extractor.HOOK:
-            proof.cases.extend(self.prover.wide_case(extractor, points, item_shape))
+            proof.cases.extend(self.prover.reaching_cases(extractor, points, item_shape))
             yield None
         if extractor is Extractor.TORCHSCRIPT:
             built = yield from self._compiled(points, proof, keep=keep)
@@ -189,7 +190,7 @@ class PlanBuilder:
             if is_out_of_memory(error):
                 raise self.prover.out_of_memory(proof.example) from error
             _log.info("a program of model %s fails", self._model.name, exc_info=True)
-            raise self._refusal(points, f"its program fails ({cause_of(error)})") from error
+            raise self._refusal(points, f"its program fails ({own_words(error)})") from error
         return built
 
     def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
@@ -243,7 +244,7 @@ class PlanBuilder:
             _log.info("model %s can't be traced", self._model.name, exc_info=True)
             if is_out_of_memory(error):
                 raise self.prover.out_of_memory(example) from error
-            raise self._refusal(points, f"tracing failed ({cause_of(error)})") from error
+            raise self._refusal(points, f"tracing failed ({own_words(error)})") from error
 
     def _refuse_obstacles(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
         """Refuse to trace what a trace would get wrong for inputs unlike the example.

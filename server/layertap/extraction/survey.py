@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -73,7 +73,8 @@ def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) ->
     if model.input.dtype.is_floating_point:
         values = torch.rand(shape, generator=generator, dtype=torch.float32)
     else:
-        values = torch.randint(0, 2, shape, generator=generator)
+        rows = model.input.ids.rows if model.input.ids else 2
+        values = torch.randint(0, rows, shape, generator=generator)
     return values.to(model.device, model.input.dtype)
 
 
@@ -149,11 +150,14 @@ class LooksSurvey:
         functions: The points that come after a Python function of autograd, and its name.
         steps: The points whose value follows from a discontinuous operation, and its name; see
             Note [Discontinuous steps].
+        straight: The children that ran one after the other from the beginning, without any
+            operation between them.
     """
 
     looked: set[CapturePoint] = field(default_factory=set)
     functions: dict[CapturePoint, str] = field(default_factory=dict)
     steps: dict[CapturePoint, str] = field(default_factory=dict)
+    straight: list[str] = field(default_factory=list)
 
 
 def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
@@ -164,8 +168,21 @@ def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
     """
     survey = LooksSurvey()
     calls: Counter[tuple[str, Capture]] = Counter()
+    children = dict(model.module.named_children())
+    ended_at: int | None = 0  # Operations when the last child ended; None once the row is broken.
+
+    def follow(path: str, side: Capture) -> None:
+        nonlocal ended_at
+        if side is Capture.OUTPUT:
+            ended_at = None if ended_at is None else looks.operations
+        elif looks.operations == ended_at:
+            survey.straight.append(path)
+        else:
+            ended_at = None
 
     def see(path: str, side: Capture, value: Any) -> None:
+        if path in children:
+            follow(path, side)
         call = calls[path, side]
         calls[path, side] += 1
         for way, tensor in flatten(value):
@@ -241,9 +258,18 @@ def _differ(before: Attributes, after: Attributes) -> bool:
 
 
 def survey_walk(
-    model: LoadedModel, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+    model: LoadedModel,
+    x: torch.Tensor,
+    oracle: Mapping[CapturePoint, torch.Tensor],
+    straight: Collection[str],
 ) -> dict[str, str]:
     """Walk the top-level children as long as each one's output equals the oracle's.
+
+    Args:
+        model: The model.
+        x: The batch ``[1, ...]`` for which the oracle gave its values.
+        oracle: Those values.
+        straight: The children up to which ``forward`` does nothing but call them in order.
 
     Returns:
         For each child, why the walk can't serve it; empty for those that it serves.
@@ -254,6 +280,8 @@ def survey_walk(
     for name, child in model.module.named_children():
         if not broken:
             x, broken = _step(name, child, x, oracle)
+        if not broken and name not in straight:
+            broken = f"the forward pass does more than call the children in order up to {name!r}"
         reasons[name] = broken
     return reasons
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layertap.errors import ModelLoadError
+from layertap.extraction.id_range import with_id_range
 from layertap.extraction.own_words import own_words
 from layertap.extraction.script_taps import instrument
 from layertap.extraction.survey import sample_input
@@ -51,14 +52,16 @@ def tried(model: LoadedModel) -> LoadedModel:
         ModelLoadError: The model runs on no element type that was tried.
     """
     guess = model.input.guess
-    if guess is None:
+    if guess is None and model.input.dtype.is_floating_point:
         return model
     if isinstance(model.module, torch.jit.ScriptModule):
         # The first run decides for good what a program's calls are compiled to.
         instrument(model.module)
     with _undisturbed(model.module):
-        model = _that_runs(model, guess)
-        free = _free_dims(model) if guess.free else model.input.free
+        if guess:
+            model = _that_runs(model, guess)
+        free = _free_dims(model) if guess and guess.free else model.input.free
+        model = _with_id_range(model)
     return model.with_input(replace(model.input, free=free, guess=None))
 
 
@@ -100,6 +103,11 @@ def _that_runs(model: LoadedModel, guess: InputGuess) -> LoadedModel:
         f"model {model.name!r} fails on random input of item shape "
         f"{list(model.input.item_shape)}: {causes}"
     ) from failed[own]
+
+
+def _with_id_range(model: LoadedModel) -> LoadedModel:
+    with torch.inference_mode():
+        return with_id_range(model)
 
 
 def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:

@@ -27,6 +27,7 @@ from layertap.wire.tensors import (
 
 __all__ = [
     "ERROR_METADATA_KEY",
+    "PUSHBACK_METADATA_KEY",
     "REPLY_COMPRESSIONS",
     "REPLY_COMPRESSION_KEY",
     "REPLY_HEAD_SIZE",
@@ -49,6 +50,9 @@ REPLY_COMPRESSION_KEY = "layertap-reply-compression"
 
 REPLY_COMPRESSIONS = ("none", "gzip", "deflate")
 """What it may say."""
+
+PUSHBACK_METADATA_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata that says after how many milliseconds to call again (gRFC A6)."""
 
 REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
 _REQUEST_TENSOR_FIELD = feature_service_pb2.ExtractRequest.TENSOR_FIELD_NUMBER
