@@ -8,7 +8,7 @@ soak: SECONDS ?= 300
 fuzz: SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models soak fuzz bench bench-cuda perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models soak storm fuzz bench bench-cuda perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,10 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 soak: .venv/.built ## bad clients, overload and reloads at once, 5 minutes: make soak SECONDS=60
 	PYTHONPATH=tests $(BIN)/python tests/soak/endure.py --seconds $(SECONDS) $(ARGS)
 
+storm: .venv/.built build/storm ## 256 callers that ask again at once, a minute and a half: needs Go
+	PYTHONPATH=server:benchmarks $(BIN)/python -W ignore benchmarks/bench_storm.py \
+	  --generator build/storm $(ARGS)
+
 fuzz: .venv/.built build/fuzz/.installed ## fuzz the decoder against upb: make fuzz SECONDS=600
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS) $(ARGS)
 
@@ -47,10 +51,14 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
 # the Python and the torch that are there, and nothing installed.
-bench-cuda: ## hook, FX, TorchScript and CUDA graph on a GPU, in minutes: make bench-cuda PYTHON=python3
+bench-cuda: ## extractors, CUDA graphs and a server on a GPU, in minutes: make bench-cuda PYTHON=python3
 	$(PYTHON) setup.py --quiet egg_info build_ext --inplace
-	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda --batches 1 32 \
-	  --seconds 2 --results build/bench-cuda $(ARGS)
+	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda \
+	  --batches 1 8 32 --seconds 1 --results benchmarks/cuda $(ARGS)
+	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda --tf32 \
+	  --batches 1 32 --sets shallow deep --seconds 1 --results benchmarks/cuda
+	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_gpu_server.py --rounds 5 \
+	  --results benchmarks/cuda
 
 perf-analyzer: .venv/.built ## NVIDIA's load generator against a served resnet18, three ways
 	$(BIN)/python tools/perf_analyzer.py $(ARGS)
@@ -109,3 +117,8 @@ build/fuzz/.installed: tools/fuzz-requirements.txt
 	mkdir -p build/fuzz
 	-$(BIN)/pip install --quiet --only-binary :all: --upgrade --target build/fuzz/python -r $<
 	touch $@
+
+# The load generator: callers in Python would be the slower part.
+build/storm: tools/storm/main.go tools/storm/go.mod tools/storm/go.sum
+	mkdir -p build
+	cd tools/storm && go build -o ../../build/storm .
