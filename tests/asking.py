@@ -15,22 +15,24 @@ from layertap.wire.tensors import TensorView
 
 def request_for(
     net: str,
-    layers: str | Sequence[str],
+    layers: str | Sequence[str | LayerSelection],
     x: np.ndarray | torch.Tensor,
     extractor: Extractor = Extractor.AUTO,
 ) -> ExtractionRequest:
-    """Return the request for layers, written as on the command line, of a batch."""
+    """Return the request for layers, selections or texts as on the command line, of a batch."""
     array = x.numpy() if isinstance(x, torch.Tensor) else x
     view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
     texts = [layers] if isinstance(layers, str) else layers
-    selections = tuple(LayerSelection.parse(text) for text in texts)
+    selections = tuple(
+        text if isinstance(text, LayerSelection) else LayerSelection.parse(text) for text in texts
+    )
     return ExtractionRequest(net, TensorInput(view), selections, extractor)
 
 
 def ask(
     engine: Engine,
     net: str,
-    layers: str | Sequence[str],
+    layers: str | Sequence[str | LayerSelection],
     x: np.ndarray | torch.Tensor,
     extractor: Extractor = Extractor.AUTO,
 ) -> Features:

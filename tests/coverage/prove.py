@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from page import write_section
 from subjects import every_model
 from truths import Key, module_values, node_values
 
@@ -229,12 +230,12 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-HEADER = """# Coverage
+HEADER = """## Models of torchvision and timm
 
 Every layer of every model below, by every extractor that the catalogue says serves it, held
 against cloning hooks: bit for bit, TORCHSCRIPT within its tolerance. All layers of a model are
 asked for in one request of two items, in several where their values are over 3 GiB. Random weights,
-the smallest of a few input sizes that the model takes. `make test-models` writes this page.
+the smallest of a few input sizes that the model takes. `make test-models` writes this section.
 
 {models} models, {layers} layers, {values} values compared, **{wrong} wrong**.
 
@@ -246,8 +247,8 @@ that are no module, served by FX and held against an interpreter of the graph th
 """
 
 
-def page(rows: Sequence[Row]) -> str:
-    """Return docs/coverage.md."""
+def section(rows: Sequence[Row]) -> str:
+    """Return the section of docs/coverage.md."""
     tallies = [tally for row in rows for tally in row.tallies.values()]
     return HEADER.format(
         models=len(rows),
@@ -305,7 +306,7 @@ def main() -> int:
         rows.append(row)
         _tell(row)
         if options.write:  # Each time, so that a run that is cut keeps what it has.
-            options.write.write_text(page(sorted(rows, key=_place)), "utf-8")
+            write_section(options.write, "models", section(sorted(rows, key=_place)))
     wrong = sum(len(t.wrong) for row in rows for t in row.tallies.values())
     print(f"{len(rows)} models, {wrong} wrong")
     return 1 if wrong else 0

@@ -1,0 +1,51 @@
+"""docs/coverage.md: one page, of which each command writes its own section."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+__all__ = ["write_section"]
+
+PAGE = """# Coverage
+
+Is every value that layertap sends the value that the module returned? Three commands ask that of
+many models, each against an oracle that shares no code with layertap, and write what they found
+into this page.
+"""
+
+SECTIONS = ("models", "zoo", "packages")
+
+
+def write_section(file: Path, name: str, text: str) -> None:
+    """Put a section into the page, in the place of its former text; other sections stay.
+
+    Args:
+        file: The page; it is made where it does not exist.
+        name: One of SECTIONS, which is their order on the page.
+        text: Markdown, beginning with its heading.
+
+    Raises:
+        ValueError: For another name.
+    """
+    if name not in SECTIONS:
+        raise ValueError(f"section: got {name!r}, expected one of {', '.join(SECTIONS)}")
+    sections = _sections(file.read_text("utf-8")) if file.exists() else {}
+    sections[name] = text.strip()
+    parts = [PAGE]
+    for section in SECTIONS:
+        if section in sections:
+            parts.append(f"{_mark(section)}\n{sections[section]}\n")
+    file.write_text("\n".join(parts), "utf-8")
+
+
+def _sections(page: str) -> dict[str, str]:
+    """Return the text behind each mark, up to the next one."""
+    pieces = re.split(r"^<!-- section: (\w+) -->\n", page, flags=re.MULTILINE)
+    return {
+        name: text.strip() for name, text in zip(pieces[1::2], pieces[2::2], strict=True)
+    }
+
+
+def _mark(section: str) -> str:
+    return f"<!-- section: {section} -->"

@@ -1,0 +1,1 @@
+"""Models of public packages, each group in an environment of its own: ``make test-packages``."""

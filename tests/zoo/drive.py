@@ -1,0 +1,406 @@
+"""Serving a specimen in every way that the catalogue claims, and holding each answer to the truth."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from asking import ask
+from layertap import Extractor, Features
+from layertap.batching import ALONE, BatchPolicy
+from layertap.engine import Engine, HostOptions, ModelHost
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayertapError
+from layertap.extraction import PointKind
+from layertap.models import ModelSpec
+from layertap.selection import Capture, LayerSelection
+from zoo.specimen import Specimen
+from zoo.truth import Point, Truth, mistake, truth_of
+
+__all__ = ["FULL", "SHORT", "Cell", "Grid", "Report", "Way", "drive"]
+
+CALLERS = 8
+IN_A_ROW = 3
+TOLERANT = (Extractor.TORCHSCRIPT, Extractor.AUTO)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of serving.
+
+    Attributes:
+        name: What the table calls it.
+        instances: Forward passes that may run at once; 1 is latency mode.
+        shared: Whether requests may share passes.
+        declared: How many layers are declared when the model is loaded.
+        callers: Whether eight callers ask at once as well.
+    """
+
+    name: str
+    instances: int = 1
+    shared: bool = False
+    declared: int = 0
+    callers: bool = True
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried.
+
+    Attributes:
+        ways: Ways of serving.
+        singles: The extractors that are asked for each layer by itself too.
+        promotes: Whether AUTO is asked until a plan was compiled beside the requests.
+        extractors: Those that are asked.
+        most: Layers that one request asks for at most; several requests ask for more of them.
+        compiled: Layers, spread over the model, that the requests for TORCHSCRIPT and AUTO ask for.
+    """
+
+    ways: tuple[Way, ...]
+    singles: tuple[Extractor, ...]
+    promotes: bool = False
+    extractors: tuple[Extractor, ...] = tuple(Extractor)
+    most: int = 400
+    compiled: int = 400
+
+
+SHORT = Grid(
+    (Way("latency", callers=False), Way("throughput", instances=4)), singles=(Extractor.HOOK,)
+)
+FULL = Grid(
+    (
+        Way("latency"),
+        Way("latency, declared", declared=6),
+        Way("throughput", instances=4),
+        Way("throughput, declared", instances=4, declared=6),
+        Way("shared passes", shared=True, declared=6),
+        Way("shared passes, throughput", instances=4, shared=True),
+    ),
+    singles=tuple(Extractor),
+    promotes=True,
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One side of one layer of a catalogue."""
+
+    name: str
+    capture: Capture
+    point: Point
+
+    @property
+    def text(self) -> str:
+        """What the table calls it."""
+        return self.name if self.capture is Capture.OUTPUT else f"{self.name}:{self.capture}"
+
+    @property
+    def selection(self) -> LayerSelection:
+        """What is asked for; the alias finds it in the reply whatever its name has in it."""
+        return LayerSelection(self.name, capture=self.capture, alias=self.text)
+
+
+@dataclass
+class Cell:
+    """What became of one layer by one extractor.
+
+    Attributes:
+        answers: Answers that were right.
+        wrong: How answers were wrong.
+        late: Refusals that came only with a request, though the catalogue claimed the layer.
+        failed: Other errors, for inputs on which the model itself does not fail.
+    """
+
+    answers: int = 0
+    wrong: list[str] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What became of a specimen.
+
+    Attributes:
+        specimen: Its name.
+        cells: For each extractor and layer that it claims.
+        layers: Layers that run, one of whose sides is a tensor or refused.
+        refused: For each extractor the layers that the catalogue refuses.
+        unloadable: Why the model was refused when it was loaded; empty where it was not.
+        outputs: Layers whose output HOOK serves.
+        notes: What the catalogue says of the model in words.
+        door: Why requests were refused at the door, by what the catalogue says of the input.
+        chance: Layers whose values follow chance, of which no answer can be held against another.
+    """
+
+    specimen: str
+    cells: dict[tuple[Extractor, str], Cell] = field(default_factory=dict)
+    layers: set[str] = field(default_factory=set)
+    refused: dict[Extractor, set[str]] = field(default_factory=dict)
+    unloadable: str = ""
+    outputs: list[str] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)
+    door: set[str] = field(default_factory=set)
+    chance: set[str] = field(default_factory=set)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the catalogue says that an answer may depend on the requests before it."""
+        return any(note.startswith("stateful") for note in self.notes)
+
+    def cell(self, extractor: Extractor, layer: str) -> Cell:
+        """Return the cell, a new one where there is none."""
+        return self.cells.setdefault((extractor, layer), Cell())
+
+    def faults(self, kind: str) -> list[str]:
+        """Return one line for each cell that has faults of a kind: "wrong", "late", "failed"."""
+        return [
+            f"{extractor.name} {layer}: {getattr(cell, kind)[0]} ({len(getattr(cell, kind))}×)"
+            for (extractor, layer), cell in self.cells.items()
+            if getattr(cell, kind)
+        ]
+
+
+class Truths:
+    """The truth about each request of a specimen, found when it is first needed."""
+
+    def __init__(self, specimen: Specimen) -> None:
+        self._specimen = specimen
+
+    @cached_property
+    def all(self) -> list[Truth]:
+        """One for each request."""
+        return [truth_of(self._specimen.fresh(), x) for x in self._specimen.requests]
+
+    @cached_property
+    def others(self) -> list[Truth]:
+        """The same with another seed, where the specimen draws random numbers."""
+        if not self._specimen.draws:
+            return self.all
+        return [truth_of(self._specimen.fresh(), x, seed=1) for x in self._specimen.requests]
+
+    def by_chance(self, request: int, point: Point) -> bool:
+        """Tell whether a value follows chance."""
+        if not self._specimen.draws:
+            return False
+        one, two = self.all[request].values(point), self.others[request].values(point)
+        return len(one) != len(two) or any(
+            mistake(a.double().numpy(), b.double(), tolerant=False)
+            for a, b in zip(one, two, strict=True)
+        )
+
+
+def drive(specimen: Specimen, grid: Grid) -> Report:
+    """Serve a specimen in every way of a grid; never raises for what the model does."""
+    report = Report(specimen.name)
+    truths = Truths(specimen)
+    with torch.random.fork_rng(devices=[]):
+        _ = truths.all, truths.others
+    with warnings.catch_warnings():
+        # Models warn as they like; catching is not for threads, so it is done around all of them.
+        warnings.simplefilter("ignore")
+        for way in grid.ways:
+            with specimen.served() as served, _engine(way) as engine:
+                try:
+                    host = _load(engine, served, way, report)
+                except LayertapError as error:
+                    report.unloadable = str(error).splitlines()[0]
+                    continue
+                _Drive(engine, host, way, truths, specimen, report, grid).run()
+    return report
+
+
+@contextmanager
+def _engine(way: Way) -> Iterator[Engine]:
+    engine = Engine(threads=1, instances=way.instances)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _load(engine: Engine, specimen: Specimen, way: Way, report: Report) -> ModelHost:
+    spec = ModelSpec(specimen.source, name="net", item_shape=specimen.item)
+    policy = BatchPolicy(max_size=8, max_delay=0.02) if way.shared else ALONE
+    options = HostOptions(batching=policy)
+    if way.declared and not report.outputs:
+        # What can be declared is known once the catalogue is.
+        report.outputs = _outputs(engine.load(spec, options=options))
+        engine.unload("net")
+    declared = [LayerSelection(name) for name in report.outputs[-way.declared :]]
+    host = engine.load(spec, declared if way.declared else [], options=options)
+    report.outputs = _outputs(host)
+    return host
+
+
+def _outputs(host: ModelHost) -> list[str]:
+    layers = _claims(host)[Extractor.HOOK]
+    return [layer.name for layer in layers if layer.capture is Capture.OUTPUT]
+
+
+def _claims(host: ModelHost) -> dict[Extractor, list[Layer]]:
+    """Return what the catalogue says each extractor serves; AUTO serves what any of them does."""
+    claims: dict[Extractor, list[Layer]] = {extractor: [] for extractor in Extractor}
+    for entry in host.catalogue:
+        for capture, point in entry.points.items():
+            if point.kind is not PointKind.MODULE:
+                continue
+            layer = Layer(
+                entry.name, capture, (point.path, str(capture), point.call, point.member)
+            )
+            by = entry.served_by(capture)
+            for extractor in [*by, Extractor.AUTO] if by else ():
+                claims[extractor].append(layer)
+    return claims
+
+
+def _chosen(
+    claims: dict[Extractor, list[Layer]], grid: Grid
+) -> dict[Extractor, list[Layer]]:
+    """Leave out extractors that a grid does not ask, and layers over what is compiled at once."""
+    chosen = {extractor: claims[extractor] for extractor in grid.extractors}
+    for extractor in (Extractor.TORCHSCRIPT, Extractor.AUTO):
+        if layers := chosen.get(extractor):
+            step = -(-len(layers) // grid.compiled)
+            chosen[extractor] = layers[::-step][::-1]
+    return chosen
+
+
+class _Drive:
+    def __init__(
+        self,
+        engine: Engine,
+        host: ModelHost,
+        way: Way,
+        truths: Truths,
+        specimen: Specimen,
+        report: Report,
+        grid: Grid,
+    ) -> None:
+        self._grid = grid
+        self._engine = engine
+        self._way = way
+        self._truths = truths
+        self._requests = specimen.requests
+        self._report = report
+        self._claims = _chosen(_claims(host), grid)
+        self._host = host
+        self._lock = threading.Lock()
+        report.notes.update(host.catalogue.notes)
+        for entry in host.catalogue:
+            if entry.calls:
+                report.layers.add(entry.name)
+                for extractor in entry.support:
+                    if not entry.serves(extractor, Capture.OUTPUT):
+                        report.refused.setdefault(extractor, set()).add(entry.name)
+
+    def run(self) -> None:
+        """Ask for everything, alone and then by eight callers."""
+        grid = self._grid
+        for extractor, layers in self._claims.items():
+            for begin in range(0, len(layers), grid.most):
+                for request in range(IN_A_ROW):
+                    self._ask(extractor, layers[begin : begin + grid.most], request)
+            if extractor in grid.singles:
+                for layer in layers:
+                    for request in range(IN_A_ROW):
+                        self._ask(extractor, [layer], request)
+        for request in range(IN_A_ROW, len(self._requests)):
+            self._ask(Extractor.HOOK, self._claims[Extractor.HOOK], request)
+        if grid.promotes:
+            for _ in range(2):
+                for request in range(len(self._requests)):
+                    self._ask(Extractor.AUTO, self._claims[Extractor.AUTO][:20], request)
+        if self._way.callers:
+            with ThreadPoolExecutor(CALLERS) as pool:
+                barrier = threading.Barrier(CALLERS)
+                for done in [pool.submit(self._call, n, barrier) for n in range(CALLERS)]:
+                    done.result()
+
+    def _call(self, caller: int, barrier: threading.Barrier) -> None:
+        """Be one of several callers, each with an input of its own."""
+        grid, request = self._grid, caller % len(self._requests)
+        barrier.wait(60)
+        for extractor, layers in self._claims.items():
+            self._ask(extractor, layers[: grid.most], request)
+            self._ask(extractor, layers[-1:], request)
+            if extractor in grid.singles:
+                for layer in layers:
+                    self._ask(extractor, [layer], request)
+
+    def _ask(self, extractor: Extractor, layers: Sequence[Layer], request: int) -> None:
+        if not layers or not self._takes(request):
+            return
+        truth = self._truths.all[request]
+        known = [layer for layer in layers if truth.values(layer.point)]
+        if known != list(layers) and known:
+            # A module that does not run for this input makes the request for all of them fail.
+            self._ask_for(extractor, known, request)
+            layers = [layer for layer in layers if layer not in known]
+        self._ask_for(extractor, layers, request)
+
+    def _takes(self, request: int) -> bool:
+        """Tell whether the model says that it takes such a batch; else it is refused at the door."""
+        x = self._requests[request]
+        try:
+            self._host.model.input.check(x.shape, str(x.dtype).removeprefix("torch."))
+        except InvalidInputError as error:
+            self._report.door.add(str(error))
+            return False
+        return True
+
+    def _ask_for(self, extractor: Extractor, layers: Sequence[Layer], request: int) -> None:
+        truth = self._truths.all[request]
+        x = self._requests[request]
+        selections = [layer.selection for layer in layers]
+        where = f"{self._way.name}, request {request}"
+        try:
+            features = ask(self._engine, "net", selections, x, extractor)
+        except ExtractorUnsupportedError as error:
+            if "holds NaN or infinity" in str(error):
+                # Said of every compiled program by the documentation; AUTO takes HOOK for them.
+                self._report.door.add(str(error))
+                return
+            self._note(extractor, layers, "late", f"{where}: {error}")
+        except LayertapError as error:
+            if not truth.error and all(truth.values(layer.point) for layer in layers):
+                self._note(extractor, layers, "failed", f"{where}: {error}")
+        except Exception as error:  # noqa: BLE001 - a fault of the server is what is looked for
+            text = (str(error).splitlines() or [""])[-1]
+            self._note(extractor, layers, "failed", f"{where}: {type(error).__name__}: {text}")
+        else:
+            for layer in layers:
+                self._compare(extractor, layer, features, request, where)
+
+    def _compare(
+        self, extractor: Extractor, layer: Layer, features: Features, request: int, where: str
+    ) -> None:
+        if self._truths.by_chance(request, layer.point):
+            with self._lock:
+                self._report.chance.add(layer.name)
+            return
+        if self._report.stateful:
+            return
+        tolerant = extractor in TOLERANT or self._way.shared
+        values = self._truths.all[request].values(layer.point)
+        got = features[layer.text]
+        mistakes = [mistake(got, value, tolerant=tolerant) for value in values]
+        if not values:
+            self._note(extractor, [layer], "wrong", f"{where}: the module returned no tensor there")
+        elif all(mistakes):
+            by = features.extractor.name
+            self._note(extractor, [layer], "wrong", f"{where}, by {by}: {mistakes[-1]}")
+        else:
+            with self._lock:
+                self._report.cell(extractor, layer.text).answers += 1
+
+    def _note(self, extractor: Extractor, layers: Sequence[Layer], kind: str, text: str) -> None:
+        with self._lock:
+            for layer in layers:
+                getattr(self._report.cell(extractor, layer.text), kind).append(text)
