@@ -212,6 +212,10 @@ def drive(specimen: Specimen, grid: Grid) -> Report:
                 except LayertapError as error:
                     report.unloadable = str(error).splitlines()[0]
                     continue
+                except Exception as error:  # noqa: BLE001 - a fault of ours is what is looked for
+                    text = f"{type(error).__name__}: {error}".splitlines()[0]
+                    report.cell(Extractor.AUTO, "load").failed.append(f"{way.name}: {text}")
+                    continue
                 _Drive(engine, host, way, truths, specimen, report, grid).run()
     return report
 
@@ -288,6 +292,7 @@ class _Drive:
         self._way = way
         self._truths = truths
         self._requests = specimen.requests
+        self._twin = specimen.twin
         self._report = report
         self._claims = _chosen(_claims(host), grid)
         self._host = host
@@ -387,7 +392,7 @@ class _Drive:
             return
         if self._report.stateful:
             return
-        tolerant = extractor in TOLERANT or self._way.shared
+        tolerant = extractor in TOLERANT or self._way.shared or self._twin
         values = self._truths.all[request].values(layer.point)
         got = features[layer.text]
         mistakes = [mistake(got, value, tolerant=tolerant) for value in values]

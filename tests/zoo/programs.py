@@ -21,33 +21,34 @@ class Plain(Pair):
         return self.second(torch.relu(self.first(x)))
 
 
-@specimen("The whole model is a TorchScript program")
+@specimen("The whole model is a TorchScript program", twin=Plain)
 def scripted_model() -> nn.Module:
     return torch.jit.script(Plain())
 
 
-@specimen("A child is a scripted program with layers of its own, as in compiled heads")
+@specimen("A child is a scripted program with layers of its own, as in compiled heads",
+          twin=lambda: ScriptedChild(scripted=False))  # fmt: skip
 class ScriptedChild(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, scripted: bool = True) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.inner = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+        inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+        self.inner = torch.jit.script(inner) if scripted else inner
         self.last = nn.Conv2d(4, 2, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.inner(self.first(x)))
 
 
-@specimen("A child was traced on one size, and keeps that size's constants")
+@specimen("A child was traced on one size, and keeps that size's constants",
+          twin=lambda: TracedChild(traced=False))  # fmt: skip
 class TracedChild(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *, traced: bool = True) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3, padding=1)
-        self.inner = torch.jit.trace(
-            nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(256, 4)).eval(),
-            torch.zeros(2, 4, 8, 8),
-            check_trace=False,
-        )
+        inner = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(256, 4)).eval()
+        example = torch.zeros(2, 4, 8, 8)
+        self.inner = torch.jit.trace(inner, example, check_trace=False) if traced else inner
         self.last = nn.Linear(4, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,15 +63,17 @@ class Accumulates(nn.Module):
         self.register_buffer("total", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add one to the buffer, and multiply by it."""
         self.total += 1
         return x * self.total
 
 
-@specimen("A scripted child keeps state in a buffer of its program")
+@specimen("A scripted child keeps state in a buffer of its program",
+          twin=lambda: ScriptedState(scripted=False))  # fmt: skip
 class ScriptedState(Pair):
-    def __init__(self) -> None:
+    def __init__(self, *, scripted: bool = True) -> None:
         super().__init__()
-        self.count = torch.jit.script(Accumulates())
+        self.count = torch.jit.script(Accumulates()) if scripted else Accumulates()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.count(self.first(x)))

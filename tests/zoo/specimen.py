@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 __all__ = ["Specimen", "finite", "floats", "ids", "specimen", "specimens_in"]
 
@@ -84,6 +85,8 @@ class Specimen:
         item: The sizes of one item, without the batch.
         requests: Batches of which every one must be answered rightly; eight callers take one each.
         draws: Whether a pass draws random numbers, so that some values follow chance.
+        twin: Whether the oracle is a twin that does the same without a TorchScript program, whose
+            layers no hook sees; its last bits may differ.
     """
 
     name: str
@@ -93,6 +96,7 @@ class Specimen:
     item: tuple[int, ...]
     requests: Requests
     draws: bool = False
+    twin: bool = False
 
     @property
     def module(self) -> str:
@@ -106,10 +110,12 @@ class Specimen:
         whose last bits differ, where a parameter asks for gradients.
         """
         with _executed(self.module) as module:
-            net = specimens_in(module)[self.name].build()
+            found = _factories_in(module)[self.name]
+            net = (found.twin if self.twin else found.build)()
             net.eval()
             for parameter in net.parameters():
-                parameter.requires_grad_(False)
+                if not is_lazy(parameter):
+                    parameter.requires_grad_(False)
             return net
 
     @contextmanager
@@ -130,6 +136,7 @@ def specimen(
     item: tuple[int, ...] = (3, 8, 8),
     requests: Requests | None = None,
     draws: bool = False,
+    twin: Callable[[], nn.Module] | None = None,
 ) -> Callable[[Any], Any]:
     """Put a module class, or a function that returns a module, into the zoo.
 
@@ -138,12 +145,16 @@ def specimen(
     """
 
     def enter(made: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-        def build() -> nn.Module:
+        def seeded(make: Callable[[], nn.Module]) -> nn.Module:
             with _quietly(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_SEED)
-                return _trained(made())
+                return _trained(make())
+
+        def build() -> nn.Module:
+            return seeded(made)
 
         made.build = build
+        made.twin = lambda: seeded(twin or made)
         made.specimen = Specimen(
             name=made.__name__.strip("_"),
             awkward=awkward,
@@ -152,6 +163,7 @@ def specimen(
             item=item,
             requests=floats(item) if requests is None else requests,
             draws=draws,
+            twin=twin is not None,
         )
         return made
 
@@ -165,6 +177,12 @@ def _trained(net: nn.Module) -> nn.Module:
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
     return net
+
+
+def _factories_in(module: ModuleType) -> dict[str, Any]:
+    """Return the classes and functions of a module that are specimens, by name."""
+    found = (value for value in vars(module).values() if hasattr(value, "specimen"))
+    return {value.specimen.name: value for value in found}
 
 
 def specimens_in(module: ModuleType) -> dict[str, Specimen]:
