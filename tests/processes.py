@@ -35,9 +35,9 @@ def layertap(*args: str) -> subprocess.CompletedProcess[str]:
 class Serving:
     """A ``layertap serve`` that runs, and the lines that it wrote to stderr."""
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], cwd: Path | None = None) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", *args], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+            [*COMMAND, "serve", *args], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=cwd
         )
         self.lines: list[str] = []
         self._news = threading.Condition()

@@ -215,7 +215,8 @@ class ReadyWait:
 
 def describe_message(model: str) -> bytes:
     """Return the message of DescribeModel."""
-    return feature_service_pb2.DescribeModelRequest(model=model).SerializeToString()
+    message: bytes = feature_service_pb2.DescribeModelRequest(model=model).SerializeToString()
+    return message
 
 
 def health_message(service: str) -> bytes:
