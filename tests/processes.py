@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,11 +33,28 @@ def layertap(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 class Serving:
-    """A ``layertap serve`` that runs, and the lines that it wrote to stderr."""
+    """A ``layertap serve`` that runs, and the lines that it wrote to stderr.
 
-    def __init__(self, args: Sequence[str], cwd: Path | None = None) -> None:
+    Args:
+        args: Its flags.
+        prefix: A command that runs the one that follows it, such as one that sets limits first.
+        environment: Variables besides those of ENVIRONMENT.
+        cwd: The folder to run in; this process's if not given.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", *args], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=cwd
+            [*prefix, *COMMAND, "serve", *args],
+            env={**ENVIRONMENT, **(environment or {})},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
         )
         self.lines: list[str] = []
         self._news = threading.Condition()

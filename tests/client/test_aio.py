@@ -19,6 +19,7 @@ from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
+from serving import running_server
 from streams import GATED_ITEM, eventually, readers
 from tinynets import ITEM
 
@@ -368,9 +369,34 @@ def test_tls_and_tokens(engine, tmp_path: Path) -> None:
         server.stop(0)
 
 
+def test_a_full_server_is_asked_again() -> None:
+    """With ``retries`` a call that a full server refuses is made again, as often as is allowed."""
+    engine = Engine(Limits(pending=1))
+    engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
+    free = np.zeros((1, *GATED_ITEM), np.float32)
+
+    async def ask(address: str, closed) -> None:
+        async with AsyncClient(address) as once, AsyncClient(address, retries=9) as again:
+            running = asyncio.create_task(
+                once.extract("gated", HELD_INPUT, "conv", extractor="hook")
+            )
+            await asyncio.to_thread(closed.arrived)
+            with pytest.raises(errors.OverloadedError):
+                await once.extract("gated", free, "conv", extractor="hook")
+            waiting = asyncio.create_task(again.extract("gated", free, "conv", extractor="hook"))
+            await asyncio.sleep(0.2)
+            closed.open()
+            for each in await asyncio.gather(running, waiting):
+                assert list(each) == ["conv"]
+
+    with gate() as closed, running_server(engine) as address:
+        asyncio.run(ask(address, closed))
+    engine.close()
+
+
 def test_a_pickled_client_asks_too(server) -> None:
     """It is made again from its arguments; a token is never in the pickle."""
-    again = pickle.loads(pickle.dumps(AsyncClient(server.address, timeout=30)))  # noqa: S301
+    again = pickle.loads(pickle.dumps(AsyncClient(server.address, timeout=30)))
 
     async def ask() -> list[str]:
         async with again as client:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from layertap.addresses import host_port
-from layertap.app.channel import channel_options
+from layertap.app.channel import STREAMS, channel_options
 from layertap.app.health import HEALTH, ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
@@ -26,6 +26,7 @@ from layertap.services.infer.service import InferenceService, InferenceSettings
 from layertap.services.infer.statistics import Statistics
 from layertap.services.observer import Observer, Observers
 from layertap.services.open_streams import OpenStreams
+from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
 from layertap.threads import WorkerThreads, start_threads
@@ -115,6 +116,7 @@ class FeatureServer:
         self.security = options.security
         statistics = Statistics()
         observer = Observers(observer, statistics) if observer else statistics
+        self._overload = Overload(engine, observer)
         self._workers = WorkerThreads(_workers(engine.limits), "layertap-rpc")
         self._server = grpc.server(
             self._workers,
@@ -122,8 +124,12 @@ class FeatureServer:
                 ThreadLimit(self._workers, observer),
                 *interceptors,
                 Authorization(options.security.tokens),
+                # Behind the authorization: who has no token takes no place.
+                self._overload,
             ),
-            options=channel_options(engine.limits.request_bytes),
+            options=channel_options(
+                engine.limits.request_bytes, max(STREAMS, 2 * _workers(engine.limits))
+            ),
         )
         self._health = health or ModelHealth()
         self._server.add_generic_rpc_handlers((self._health.handlers(),))
@@ -179,6 +185,7 @@ class FeatureServer:
             )
         if self._broker is not None:
             self._broker.start()
+        self._overload.refusals.start()
         self._server.start()
 
     def ready(self) -> None:
@@ -189,6 +196,7 @@ class FeatureServer:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
         self._health.enter_graceful_shutdown()
         self._streams.drain()
+        self._overload.refusals.drain()
         # No lock can be waited for any longer, nor for ever where that was said in seconds.
         grace = min(grace, threading.TIMEOUT_MAX)
         try:
@@ -205,6 +213,7 @@ class FeatureServer:
         self._server.wait_for_termination()
 
     def _close(self) -> None:
+        self._overload.refusals.shutdown()
         for pool in self._pools:
             pool.shutdown(wait=False)
         for pool in self._pools:

@@ -26,9 +26,10 @@ from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.items import MAX_IN_FLIGHT, Outcome, StreamItems
 from layertap.client.requests import StreamRequest, request_fields
+from layertap.client.retry import Retries
 from layertap.client.shared_memory import SharedMemoryClient, is_shared, written
 from layertap.client.timeouts import bounded
-from layertap.errors import LayertapError, SharedMemoryLostError, UnavailableError
+from layertap.errors import LayertapError, OverloadedError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request, encode_shared_request
@@ -303,14 +304,21 @@ class AsyncClient(BaseClient):
         message: bytes,
         timeout: float | None,
     ) -> bytes:
-        self._check_open()
-        metadata = (*self._metadata(), *transport.bearer)
-        try:
-            return await self._answer(
-                method(message, timeout=self._seconds(timeout), metadata=metadata)
+        allowed = Retries(self._retries, self._timeout if timeout is None else timeout)
+        while True:
+            self._check_open()
+            call = method(
+                message,
+                timeout=bounded(allowed.remaining()),
+                metadata=(*self._metadata(), *transport.bearer),
             )
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from None
+            try:
+                return await self._answer(call)
+            except grpc.RpcError as error:
+                failure = error_from_rpc(error)
+            if not isinstance(failure, OverloadedError):
+                raise failure
+            await asyncio.sleep(allowed.pause(failure))
 
     async def _answer(self, call: Awaitable[bytes]) -> bytes:
         """Await a call; raise UnavailableError where it was the client that was closed."""

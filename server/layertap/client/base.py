@@ -8,8 +8,8 @@ import grpc
 
 from layertap.client.channel import ChannelSettings, PathLike, Tls, channel_settings, read_token
 from layertap.client.failures import error_from_rpc
+from layertap.client.retry import check_retries
 from layertap.client.shared_memory import SharedMemoryWish
-from layertap.client.timeouts import bounded
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import ConfigError, InvalidInputError, LayertapError, UnavailableError
 from layertap.grpc_health import health_pb2
@@ -64,9 +64,13 @@ class BaseClient:
         reply_compression: How the server compresses replies that go through the network:
             ``"none"``, ``"gzip"`` or ``"deflate"``. Worth it on slow networks only:
             docs/performance.md has what it costs.
+        retries: How often a call is made again that the server refuses because it is full, within
+            the call's timeout; streams are not. It waits as long as the server says, and a random
+            time on top. 0 raises OverloadedError at once, whose ``retry_after`` says how long.
 
     Raises:
-        InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these.
+        InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these,
+            or negative retries.
         ConfigError: For invalid TLS files or tokens, for a token that would be sent as plain text
             to another machine, and under gevent without gRPC's ``init_gevent``.
     """
@@ -82,7 +86,9 @@ class BaseClient:
         allow_plaintext_token: bool = False,
         shared_memory: SharedMemoryWish = "auto",
         reply_compression: str = "none",
+        retries: int = 0,
     ) -> None:
+        check_retries(retries)
         if token is not None and token_file is not None:
             raise ConfigError("token: got token and token_file, expected one of them or none")
         if reply_compression not in REPLY_COMPRESSIONS:
@@ -96,6 +102,7 @@ class BaseClient:
             )
         self._target = target
         self._timeout = timeout
+        self._retries = retries
         self._shared_memory = shared_memory
         self._closed = False
         self._arguments: dict[str, Any] = {
@@ -106,6 +113,7 @@ class BaseClient:
             "allow_plaintext_token": allow_plaintext_token,
             "shared_memory": shared_memory,
             "reply_compression": reply_compression,
+            "retries": retries,
         }
         self._own_metadata: Metadata = ()
         if reply_compression != "none":
@@ -144,10 +152,6 @@ class BaseClient:
     def _check_open(self) -> None:
         if self._closed:
             raise UnavailableError("the client is closed")
-
-    def _seconds(self, timeout: float | None) -> float | None:
-        """Return the seconds that a call may take, as gRPC takes them; None for no end."""
-        return bounded(self._timeout if timeout is None else timeout)
 
     def _metadata(self) -> Metadata:
         """Return what a call carries: the client's own metadata and the caller's trace."""

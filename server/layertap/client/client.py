@@ -26,6 +26,7 @@ from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.items import MAX_IN_FLIGHT
 from layertap.client.requests import StreamRequest, request_fields
+from layertap.client.retry import retrying
 from layertap.client.shared_memory import SharedMemoryClient, SharedMemoryWish, written
 from layertap.client.stream import FeatureStream
 from layertap.client.timeouts import bounded
@@ -147,7 +148,7 @@ class Client(BaseClient):
             timeout,
             self._timeout if item_timeout is None else item_timeout,
             transport.memory.connection(self._timeout),
-            self._own_metadata,
+            metadata=self._own_metadata,
         )
 
     @overload
@@ -346,11 +347,17 @@ class Client(BaseClient):
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
     ) -> bytes:
+        seconds = self._timeout if timeout is None else timeout
+        return retrying(lambda left: self._call_once(method, message, left), self._retries, seconds)
+
+    def _call_once(
+        self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
+    ) -> bytes:
         self._check_open()
         try:
             return method(  # type: ignore[no-any-return]
                 message,
-                timeout=self._seconds(timeout),
+                timeout=bounded(timeout),
                 metadata=self._metadata(),
             )
         except grpc.RpcError as error:

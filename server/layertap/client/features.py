@@ -29,8 +29,8 @@ class Features(Mapping[str, np.ndarray]):
     (docs/shared_memory.md); ``array.copy()`` makes a writable one of its own. bfloat16 arrays have
     the type of the ``ml_dtypes`` package.
 
-    Pickling copies the values, those in shared memory too; with protocol 5 and a ``buffer_callback``
-    it hands them out without a copy.
+    Pickling copies the values, those in shared memory too; with protocol 5 and a
+    ``buffer_callback`` it hands them out without a copy.
 
     Attributes:
         extractor: Which extractor served them.

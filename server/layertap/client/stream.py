@@ -52,6 +52,7 @@ class FeatureStream:
         timeout: float | None = None,
         item_timeout: float | None = None,
         memory: Connection | None = None,
+        *,
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> None:
         self._items = StreamItems(max_in_flight, item_timeout, memory)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import grpc
 
 from layertap import errors
+from layertap.services.compression import compress_replies
 from layertap.services.request import REQUEST_ID_KEY, Request, current_request, open_request
-from layertap.wire.messages import ERROR_METADATA_KEY
+from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
 
-__all__ = ["STATUS", "code_of", "guarded", "guarded_stream", "leaving", "status_of"]
+__all__ = [
+    "STATUS",
+    "code_of",
+    "guarded",
+    "guarded_stream",
+    "leaving",
+    "status_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +51,9 @@ _PRIVATE = (errors.ConfigError, errors.ModelLoadError)
 # A text travels in a header, each byte of it as up to three, and a client's gRPC takes 8 KiB of
 # headers by default: a longer one would replace the error by another. Requests are quoted in it.
 _TEXT_BYTES = 2048
+
+# Each refusal names a time of its own, so that those who obey don't come back together.
+_PUSHBACK_MS = (500, 1500)
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 StreamHandler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
@@ -95,6 +107,7 @@ def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
         request = open_request(context)
         try:
+            compress_replies(context)
             return handler(message, context)
         except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
             _abort(context, leaving(error, to_owner=to_owner), request)
@@ -108,6 +121,7 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         request = open_request(context)
         try:
+            compress_replies(context)
             yield from handler(messages, context)
         except Exception as error:  # noqa: BLE001 - as above
             _abort(context, leaving(error), request)
@@ -118,8 +132,10 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
 def _abort(
     context: grpc.ServicerContext, error: errors.LayertapError, request: Request
 ) -> NoReturn:
-    names = ((ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id))
-    context.set_trailing_metadata(names)
+    names = [(ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id)]
+    if isinstance(error, errors.OverloadedError):
+        names.append((PUSHBACK_METADATA_KEY, str(random.randint(*_PUSHBACK_MS))))
+    context.set_trailing_metadata(tuple(names))
     context.abort(status_of(type(error)), str(error))
     raise AssertionError("abort always raises")
 
