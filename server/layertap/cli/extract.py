@@ -220,7 +220,9 @@ def _embedded(
 
     def ask(images: list[bytes]) -> Features:
         request = ExtractionRequest(name, ImagesInput(images), tuple(selections), extractor)
-        return Features(engine.extract(request, Call()).message)
+        extraction = engine.extract(request, Call())
+        extraction.release()  # The limit is for callers of a server; these rows are all kept.
+        return Features(extraction.message)
 
     try:
         yield _Source(ask, lambda: description_to_proto(engine.host(name)))
