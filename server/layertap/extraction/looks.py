@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C import _functorch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,6 +142,8 @@ class Looks:
 
 def _memory(values: Any) -> Iterator[StorageWeakRef]:
     for leaf in tree_leaves(values):
+        while isinstance(leaf, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(leaf):
+            leaf = _functorch.get_unwrapped(leaf)  # noqa: PLW2901 - what vmap computes with
         # Sparse tensors have none to tell; what is computed of them with the input is marked.
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             yield StorageWeakRef(leaf.untyped_storage())

@@ -54,7 +54,9 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         spec = replace(spec, item_shape=config.item_shape)
     built = _with_images(_BUILD[spec.kind](spec), spec, config)
     _check_inputs(spec, built.module)
-    module = built.module.eval()
+    # Some models override train(), which eval() calls, and return nothing from it.
+    module = built.module
+    module.eval()
     # Not module.requires_grad_(): TorchScript modules refuse it.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
