@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TypeVar
@@ -104,7 +103,6 @@ class ModelHost:
         compute: The compute threads of its device.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies what a GPU computed to the host; None where values are written at once.
-        turn: Held by each forward pass; a lock where two at once would see each other's state.
 
     Raises:
         ModelLoadError: Where the model can't run on its own input shape.
@@ -131,14 +129,14 @@ class ModelHost:
         self.catalogue: Catalogue = compute.run(lambda: measure(model), call)
         self.staging = compute.run(lambda: proven_staging(model.device), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
-        shared = compute.instances > 1 and self.catalogue.keeps_state
-        self.turn: AbstractContextManager[object] = threading.Lock() if shared else nullcontext()
+        for note in self.catalogue.guard.rules.notes:
+            _log.warning("model %s: %s", model.name, note)
         if self.catalogue.non_finite:
             _log.warning(
                 "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
                 model.name, self.catalogue.non_finite,
             )  # fmt: skip
-        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache, self.turn)
+        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}

@@ -1,4 +1,4 @@
-"""Measuring a catalogue: five forward passes and a symbolic trace."""
+"""Measuring a catalogue: a few forward passes, watched, and a symbolic trace."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from layertap.errors import ModelLoadError
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
 from layertap.extraction.fx import GraphNames, trace
 from layertap.extraction.layout import Geometry, geometry
+from layertap.extraction.passes import KeptState, PassGuard, PassRules, survey_passes
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import (
     HookSurvey,
     Shape,
     sample_input,
     survey_fx,
-    survey_hooks,
     survey_looks,
     survey_walk,
 )
@@ -56,6 +56,7 @@ class _Findings:
     walk: dict[str, str]
     graph: _Graph
     looked: Collection[CapturePoint]
+    rules: PassRules
 
     @property
     def untraceable(self) -> str:
@@ -64,27 +65,44 @@ class _Findings:
             return "the model takes a list of images, not a tensor"
         if isinstance(self.model.module, torch.jit.ScriptModule):
             return "the model is a TorchScript program already, and runs as one under HOOK"
+        return self.rules.uncompiled
+
+    @property
+    def unwalked(self) -> str:
+        """Why only the model's own ``forward`` may run its modules; empty where others may."""
+        if self.rules.state is KeptState.KEPT:
+            return "the model is stateful, so its own forward pass must run to its end"
+        if not self.rules.early_stop:
+            return "the model's passes must run to their end"
         return ""
 
 
 def measure(model: LoadedModel) -> Catalogue:
-    """Run a model and write down its layers. No other forward pass may run meanwhile.
+    """Run a model, as it was loaded, and write down its layers and the rules for its passes.
+
+    No other forward pass of it may run meanwhile.
 
     Raises:
         ModelLoadError: Where the model can't run on the input that it claims to take.
     """
-    one, two = _run_twice(model)
+    guard = PassGuard(model.module)
+    one, two = _run_twice(model, guard)
     oracle = one.values
     x = sample_input(model, 1, model.input.item_shape)
+    with guard:
+        looked = survey_looks(model, x)
+    with guard:
+        walk = survey_walk(model, x, oracle)
     findings = _Findings(
         model=model,
         specs=_specs(one.shapes, two.shapes),
-        walk=survey_walk(model, x, oracle),
-        graph=_survey_graph(model, oracle),
-        looked=survey_looks(model, x),
+        walk=walk,
+        graph=_survey_graph(model, oracle, guard),
+        looked=looked,
+        rules=guard.rules,
     )
     entries = {entry.name: entry for entry in _module_entries(one, findings)}
-    for entry in _node_entries(findings.graph):
+    for entry in _node_entries(findings):
         entries.setdefault(entry.name, entry)
     for entry in _silent_entries(model, one):
         entries.setdefault(entry.name, entry)
@@ -92,7 +110,7 @@ def measure(model: LoadedModel) -> Catalogue:
         entries,
         findings.graph.names,
         mutates_input=one.mutated_input,
-        keeps_state=one.kept_state or two.kept_state,
+        guard=guard,
         non_finite=_first_non_finite(entries, oracle),
     )
 
@@ -109,17 +127,15 @@ def _first_non_finite(
     return next((names[point] for point in bad if point in names), "")
 
 
-def _run_twice(model: LoadedModel) -> tuple[HookSurvey, HookSurvey]:
+def _run_twice(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, HookSurvey]:
     shape = model.input.item_shape
     try:
-        one = survey_hooks(model, sample_input(model, 1, shape), keep_values=True)
-        two = survey_hooks(model, sample_input(model, 2, shape))
+        return survey_passes(model, guard)
     except Exception as error:
         raise ModelLoadError(
             f"model {model.name!r} fails on random input of item shape {list(shape)}, "
             f"{model.input.dtype}: {type(error).__name__}: {error}"
         ) from error
-    return one, two
 
 
 def _specs(
@@ -131,14 +147,16 @@ def _specs(
     }
 
 
-def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor]) -> _Graph:
+def _survey_graph(
+    model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
+) -> _Graph:
     shape = model.input.item_shape
     if isinstance(model.module, torch.jit.ScriptModule):
         return _Graph(reason="a TorchScript program can't be traced symbolically")
     try:
         graph = trace(model)
-        one = survey_fx(graph, sample_input(model, 1, shape), oracle)
-        two = survey_fx(graph, sample_input(model, 2, shape), {}).shapes
+        one = survey_fx(graph, sample_input(model, 1, shape), oracle, guard)
+        two = survey_fx(graph, sample_input(model, 2, shape), {}, guard).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
         return _Graph(reason=f"the model can't be traced symbolically ({type(error).__name__})")
@@ -197,6 +215,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     point = entry.points.get(Capture.OUTPUT)
     if extractor is Extractor.TORCHSCRIPT and findings.untraceable:
         return Support(output=False, reason=findings.untraceable)
+    if findings.unwalked and extractor not in (Extractor.HOOK, Extractor.TORCHSCRIPT):
+        return Support(output=False, reason=findings.unwalked)
     if point is None:
         missing = next(iter(entry.points.values()))
         support = _no_tensor(missing.path, findings)
@@ -263,7 +283,9 @@ def _has_members(path: str, findings: _Findings) -> bool:
     return any(p.path == path and p.member and p.capture is Capture.OUTPUT for p in findings.specs)
 
 
-def _node_entries(graph: _Graph) -> list[LayerEntry]:
+def _node_entries(findings: _Findings) -> list[LayerEntry]:
+    graph = findings.graph
+    unwalked = Support(output=False, reason=findings.unwalked)
     no = Support(output=False, reason="it is a node of the symbolic graph, not a module")
     lost = Support(output=False, reason="dead-code elimination drops statements that it depends on")
 
@@ -274,7 +296,15 @@ def _node_entries(graph: _Graph) -> list[LayerEntry]:
     )
 
     def support(name: str) -> dict[Extractor, Support]:
-        own = lost if name in graph.lost else astray if graph.astray else Support(output=True)
+        own = (
+            unwalked
+            if unwalked.reason
+            else lost
+            if name in graph.lost
+            else astray
+            if graph.astray
+            else Support(output=True)
+        )
         return {**dict.fromkeys(REAL_EXTRACTORS, no), Extractor.FX: own}
 
     return [
