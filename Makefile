@@ -48,7 +48,7 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
 # the Python and the torch that are there, and nothing installed.
 bench-cuda: ## hook, FX, TorchScript and CUDA graph on a GPU, in minutes: make bench-cuda PYTHON=python3
-	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) setup.py --quiet egg_info build_ext --inplace
 	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda --batches 1 32 \
 	  --seconds 2 --results build/bench-cuda $(ARGS)
 

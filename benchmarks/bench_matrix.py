@@ -4,6 +4,7 @@ Four networks; one shallow layer, one deep, many, and every one; every way in tu
 before it is timed. The highest memory is that of one call over what was in use before. On a GPU
 the times are the host's, from the call until the device has finished, and the device's own, by
 events around the call: where both agree the device is the bottleneck, else the kernels' launches.
+One more call runs under the profiler, which counts kernels and the gaps between them.
 There HOOK and TORCHSCRIPT are CUDA graphs as well, where they can be recorded, and copies to the
 host that block stand beside those that don't.
 
@@ -20,12 +21,15 @@ from typing import Any
 
 import torch
 
+import charts
 import common
+import kernels
 import peaks
 import report
 from layertap import keep_memory
+from layertap.engine import allow_tf32
 from layertap.models import ModelSpec, load_model
-from ways import Way, Ways
+from ways import EAGER, GRAPH, Way, Ways
 
 LAYERS = {
     "resnet18": {"shallow": ["layer1"], "deep": ["avgpool"], "many": ["relu", "layer?"]},
@@ -42,6 +46,9 @@ LAYERS = {
     },
 }
 EVERY = {"every": ["**"]}
+PICTURED = "resnet50, batch 1", "deep"
+"""The network, batch and layer set whose kernels are drawn along the time."""
+PICTURED_WAYS = [EAGER, "FX", "HOOK", "TORCHSCRIPT", GRAPH.format("TORCHSCRIPT")]
 
 
 class Clock:
@@ -95,6 +102,11 @@ def measure_ways(
             for name, taken in times.items()}  # fmt: skip
 
 
+def observe_ways(ways: dict[str, Way]) -> dict[str, list[kernels.Activity]]:
+    """Return what the device did in one more call of each way."""
+    return {name: kernels.observe(way) for name, way in ways.items()}
+
+
 def _summary(taken: Sequence[dict[str, float]]) -> dict[str, float]:
     found: dict[str, float] = {"calls": len(taken)}
     for clock in taken[0]:
@@ -107,25 +119,41 @@ def _summary(taken: Sequence[dict[str, float]]) -> dict[str, float]:
 def run(
     nets: Sequence[str],
     batches: Callable[[str], Sequence[int]],
+    sets: Sequence[str],
     clock: Clock,
+    *,
     rounds: int,
     seconds: float,
-) -> dict[str, Any]:
-    """Measure everything; return the tables by network and batch."""
+    picture: Path,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Measure everything; return the tables by network and batch, and the refusals likewise.
+
+    On a GPU the kernels of ``PICTURED`` are drawn into a file.
+    """
     device = "cuda" if clock.cuda else "cpu"
     tables: dict[str, Any] = {}
+    refused: dict[str, Any] = {}
     for net in nets:
         model = load_model(ModelSpec(net, weights="random"), device)
         measured = Ways(model)
         for batch in batches(net):
             x = torch.rand(batch, *model.input.item_shape, device=device)
             table = tables.setdefault(f"{net}, batch {batch}", {})
-            for title, layers in (LAYERS[net] | EVERY).items():
-                ways = measured.of(layers, x)
+            for title in sets:
+                ways = measured.of((LAYERS[net] | EVERY)[title], x)
                 table[title] = measure_ways(ways, clock, rounds, seconds)
+                if measured.refused:
+                    refused[f"{net}, batch {batch}, {title}"] = dict(measured.refused)
+                if clock.cuda:
+                    seen = observe_ways(ways)
+                    for way, activities in seen.items():
+                        table[title][way] |= kernels.summary(activities)
+                    if (f"{net}, batch {batch}", title) == PICTURED:
+                        drawn = {way: seen[way] for way in PICTURED_WAYS if way in seen}
+                        charts.timeline(picture, drawn)
                 shown = {way: round(row["p50"], 2) for way, row in table[title].items()}
-                print(f"{net}, batch {batch}, {title}: {shown}", flush=True)
-    return tables
+                print(f"{net}, batch {batch}, {title}: {shown} {measured.refused}", flush=True)
+    return tables, refused
 
 
 def main() -> None:
@@ -134,6 +162,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--nets", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--batches", nargs="+", type=int, help="1, and for resnet18 8 and 32 too")
+    parser.add_argument("--sets", nargs="+", default=[*LAYERS["resnet18"], *EVERY])
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 on the GPU")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument(
         "--seconds", type=float, default=4, help="for a layer set, three rounds at least"
@@ -142,18 +172,23 @@ def main() -> None:
     options = parser.parse_args()
     keep_memory()  # As the server does by itself.
     clock = Clock(options.device)
+    allow_tf32(options.tf32)
 
     def batches(net: str) -> Sequence[int]:
         return options.batches or ([1, 8, 32] if net == "resnet18" else [1])
 
     with torch.inference_mode():
-        tables = run(options.nets, batches, clock, options.rounds, options.seconds)
+        tables, refused = run(
+            options.nets, batches, options.sets, clock, rounds=options.rounds,
+            seconds=options.seconds, picture=options.results / "kernels.png",
+        )  # fmt: skip
     facts = common.machine("torch", "torchvision") | {
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if clock.cuda else None,
+        "float32": ("TF32" if options.tf32 else "IEEE") if clock.cuda else None,
     }
-    results = {"machine": facts, "seconds": options.seconds, "tables": tables}
-    common.save("matrix", results, options.results)
+    results = {"machine": facts, "seconds": options.seconds, "tables": tables, "refused": refused}
+    common.save("matrix_tf32" if options.tf32 else "matrix", results, options.results)
     report.write(options.results)
 
 

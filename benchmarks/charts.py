@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-__all__ = ["bars", "digits", "lines"]
+__all__ = ["bars", "digits", "lines", "timeline"]
 
 Panels = dict[str, dict[str, float]]
 
@@ -64,4 +65,31 @@ def lines(file: Path, lines: dict[str, list[tuple[float, float]]], x: str, y: st
     axis.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axis.legend(fontsize=8, frameon=False)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def timeline(file: Path, rows: dict[str, list[Any]]) -> None:
+    """Draw when the device was busy, a row for each way, into a PNG file.
+
+    Args:
+        file: The PNG file.
+        rows: ``kernels.Activity`` lists by the way's name.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no matplotlib: {file.name} is left as it is")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(9.0, 0.45 * len(rows) + 1.0), layout="tight")
+    axis = figure.subplots()
+    for place, activities in enumerate(rows.values()):
+        spans = [(each.begin / 1000, each.duration / 1000) for each in activities]
+        axis.broken_barh(spans, (place - 0.35, 0.7), linewidth=0)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.invert_yaxis()
+    axis.set_xlabel("ms since the first kernel began; white is an idle device", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.set_xlim(left=0)
+    axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=110, metadata={"Software": None})

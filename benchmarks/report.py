@@ -162,6 +162,7 @@ def _extractors(results: dict[str, Any], folder: Path) -> str:
 
 
 def _matrix(results: dict[str, Any], folder: Path) -> str:
+    gpu = results["machine"]["gpu"]
     tables = []
     for title, columns in results["tables"].items():
         names = list(dict.fromkeys(name for column in columns.values() for name in column))
@@ -169,11 +170,18 @@ def _matrix(results: dict[str, Any], folder: Path) -> str:
             [name, *(_costs(column.get(name)) for column in columns.values())] for name in names
         ]
         tables.append(f"\n**{title}**\n\n{_table(['way', *columns], rows)}\n")
+        if gpu:
+            rows = [[n, *(_kernels(column.get(n)) for column in columns.values())] for n in names]
+            tables.append(
+                "\nKernels and copies of one call; milliseconds in which the device was busy + "
+                f"idle between them:\n\n{_table(['way', *columns], rows)}\n"
+            )
     charts.bars(
         folder / "matrix.png",
         {
             f"{title}, deep": {name: row["p50"] for name, row in columns["deep"].items()}
             for title, columns in results["tables"].items()
+            if "deep" in columns
         },
     )
     return MATRIX.format(
@@ -183,6 +191,13 @@ def _matrix(results: dict[str, Any], folder: Path) -> str:
         tables="".join(tables)
         + "\n![Milliseconds of each way to one deep layer](results/matrix.png)\n",
     )
+
+
+def _kernels(row: dict[str, float] | None) -> str:
+    if row is None or "kernels" not in row:
+        return "–"
+    times = f"{charts.digits(row['busy_ms'])} + {charts.digits(row['gaps_ms'])}"
+    return f"{row['kernels']:.0f}: {times}"
 
 
 def _costs(row: dict[str, float] | None) -> str:

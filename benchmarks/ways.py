@@ -11,9 +11,10 @@ from layertap import Extractor, Features
 from layertap.engine.reply import Envelope, ReplyWriter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import Staging, proven_staging
+from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
 from layertap.extraction import Plan, PlanBuilder, Taps, measure
 from layertap.extraction.catalogue import Catalogue
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import compiled_tolerance, difference
 from layertap.models import LoadedModel
 from layertap.selection import LayerSelection
 from layertap.wire.messages import Timings
@@ -42,6 +43,8 @@ class Ways:
         self._builder = PlanBuilder(model, Taps(model.module), self.catalogue)
         self._cuda = model.device.type == "cuda"
         self._staging = proven_staging(model.device)
+        self.refused: dict[str, str] = {}
+        """Why ways could not be built for the layers that were asked for last, by their name."""
 
     def of(self, layers: Sequence[str], x: torch.Tensor) -> dict[str, Way]:
         """Return every way that serves all of these layers, by its name.
@@ -62,14 +65,24 @@ class Ways:
         wanted = resolve(self.catalogue, selections, Extractor.AUTO, max_layers=4096)
         truth = self._eager(wanted, x)
         ways: dict[str, Way] = {EAGER: lambda: self._eager(wanted, x)}
+        self.refused = {}
         for extractor in wanted.candidates:
-            plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
+            try:
+                plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
+            except ExtractorUnsupportedError as refusal:
+                self.refused[extractor.name] = str(refusal)
+                continue
             way = ways[extractor.name] = lambda plan=plan: _cloned(plan.built, wanted, x)
-            _check(extractor.name, way(), truth, _tolerance(extractor))
+            _check(extractor, way(), truth)
             if extractor is Extractor.HOOK:
                 for name, message in self._messages(plan, wanted, x).items():
+                    try:
+                        sent = _sent(message, wanted)
+                    except ReplyTooLargeError as refusal:
+                        self.refused[name] = str(refusal)
+                        continue
                     ways[name] = message
-                    _check(name, _sent(message, wanted), truth, 0.0)
+                    _check(extractor, sent, truth)
             if self._cuda and extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT):
                 ways |= self._graph(extractor, wanted, x, truth)
         return ways
@@ -85,11 +98,11 @@ class Ways:
     ) -> dict[str, Way]:
         """Return an extractor's pass as a CUDA graph; nothing where it can't be recorded."""
         plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
-        if not self._builder.prover.record(plan, [len(x)]):
-            return {}
         name = GRAPH.format(extractor.name)
-        tolerance = _tolerance(extractor)
-        _check(name, _cloned(plan.built, wanted, x), truth, tolerance)
+        if not self._builder.prover.record(plan, [len(x)]):
+            self.refused[name] = "the pass can't be recorded"
+            return {}
+        _check(extractor, _cloned(plan.built, wanted, x), truth)
         return {name: lambda: _cloned(plan.built, wanted, x)}
 
     def _eager(self, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]:
@@ -140,7 +153,8 @@ def _message(
     envelope = Envelope((1 << 31) - 1, NativeForm(Extractor.HOOK), lambda nbytes: None)
     writer = ReplyWriter(wanted.outputs, plan.specs, x.shape, envelope, staging)
     plan.built.run(x, writer)
-    writer.arrive()
+    if staging is not None:
+        staging.launched().synchronize()
     return writer.finish(Timings())
 
 
@@ -151,14 +165,11 @@ def _sent(message: Way, wanted: Resolved) -> list[torch.Tensor]:
     return [of_points[index] for index in range(len(wanted.points))]
 
 
-def _tolerance(extractor: Extractor) -> float:
-    compiled = extractor is Extractor.TORCHSCRIPT
-    return TORCHSCRIPT_TOLERANCE[torch.float32] if compiled else 0.0
-
-
 def _check(
-    way: str, values: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], tolerance: float
+    extractor: Extractor, values: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]
 ) -> None:
     for value, true in zip(values, truth, strict=True):
+        compiled = extractor is Extractor.TORCHSCRIPT
+        tolerance = compiled_tolerance(true) if compiled else 0.0
         if (error := difference(value.to(true.device), true)) > tolerance:
-            raise SystemExit(f"{way} is wrong by {error:.1e}")
+            raise SystemExit(f"{extractor.name} is wrong by {error:.1e}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from layertap.app.http_page import HttpPage
+from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 
@@ -19,3 +21,8 @@ def running_server(engine: Engine) -> Iterator[str]:
         yield server.address
     finally:
         server.stop(grace=1)
+
+
+def http_page(metrics: Metrics, port: int = 0) -> HttpPage:
+    """Show metrics of a server that works and serves; the page is the caller's to close."""
+    return HttpPage(metrics.registry, "127.0.0.1", port, alive=lambda: True, ready=lambda: True)

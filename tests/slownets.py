@@ -45,3 +45,9 @@ def never() -> nn.Module:
     """Take longer to build than any test waits."""
     time.sleep(600)
     return Sleepy()
+
+
+def loads_slowly() -> nn.Module:
+    """Take as long to build as a test needs to ask questions meanwhile."""
+    time.sleep(3)
+    return Sleepy()

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from layertap import Client, LayertapError
-from layertap.app.config import ServerSection
+from layertap.app.budget import default_mib
+from layertap.app.config import LimitsSection, ServerSection
 from layertap.app.config_file import load_config
 from layertap.app.server import PORT
 from layertap.app.tracing import FLUSH_SECONDS
@@ -32,6 +33,7 @@ KSERVE = DEPLOY / "kserve" / "layertap.yaml"
 MANIFEST = DEPLOY / "kubernetes" / "layertap.yaml"
 DASHBOARD = ROOT / "docs" / "grafana" / "layertap.json"
 OPERATIONS = ROOT / "docs" / "operations.md"
+PROBES = {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
 METRIC = re.compile(r"\b(?:layertap|process)_[a-z_]+\b")
 
 
@@ -79,6 +81,37 @@ def test_dashboard_asks_for_metrics_that_exist(shown: set[str]) -> None:
     asked = {name for query in queries for name in METRIC.findall(query)}
     assert len(asked) > 8
     assert asked - shown == set()
+
+
+def test_every_query_of_the_dashboard_is_of_the_chosen_jobs() -> None:
+    """Each metric of each query is filtered by ``$job``: another server's numbers stay out."""
+    board = json.loads(DASHBOARD.read_text("utf-8"))
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    job, model = (each for each in board["templating"]["list"] if each["name"] != "datasource")
+    for query in [*queries, model["query"]]:
+        for match in METRIC.finditer(query):
+            assert query[match.end() :].startswith('{job=~"$job"'), query
+    # "All" means the jobs of layertap, not every process that Prometheus knows.
+    assert "allValue" not in job
+
+
+@pytest.mark.parametrize("file", [MANIFEST, KSERVE])
+def test_the_memory_limit_is_above_the_servers_own(file: Path) -> None:
+    """What the server may fill by its own limits leaves a quarter of the pod to the models."""
+    parts = {each["kind"]: each for each in yaml.safe_load_all(file.read_text("utf-8"))}
+    limits = LimitsSection()
+    if "ConfigMap" in parts:
+        config = tomllib.loads(parts["ConfigMap"]["data"]["layertap.toml"])
+        limits = LimitsSection(**config.get("limits", {}))
+        (container,) = parts["Deployment"]["spec"]["template"]["spec"]["containers"]
+    else:
+        (container,) = parts["ServingRuntime"]["spec"]["containers"]
+    memory = container["resources"]["limits"]["memory"]
+    assert memory.endswith("Gi")
+    nbytes = int(memory[:-2]) << 30
+    names = ("pending_mib", "plan_mib", "keep_memory_mib", "shared_memory_mib")
+    most = {name: getattr(limits, name, None) or default_mib(name, nbytes) for name in names}
+    assert sum(most.values()) << 20 <= nbytes * 0.75
 
 
 def test_documented_metrics_are_those_that_exist(shown: set[str]) -> None:
@@ -138,8 +171,11 @@ def test_manifest_configures_the_server(tmp_path: Path) -> None:
     container = pod()["containers"][0]
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"grpc": server.port, "metrics": server.metrics_port}
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"]["port"] == server.port
+    for probe, path in PROBES.items():
+        assert container[probe]["httpGet"] == {"path": path, "port": "metrics"}
+    # Without a CPU limit a pod sees the node's cores.
+    assert "cpu" not in container["resources"]["limits"]
+    assert str(server.threads) == container["resources"]["requests"]["cpu"]
     assert [port["port"] for port in manifest()["Service"]["spec"]["ports"]] == list(ports.values())
     mounted = next(m for m in container["volumeMounts"] if m["name"] == "config")
     assert container["args"][-1] == f"{mounted['mountPath']}/layertap.toml"
@@ -189,7 +225,9 @@ def test_kserve_runtime_fits_the_server() -> None:
     assert f"--port={port['containerPort']}" in args
     assert port["name"] == "h2c"
     for probe in ("readinessProbe", "livenessProbe"):
-        assert container[probe]["grpc"]["port"] == port["containerPort"]
+        wanted = {"path": PROBES[probe], "port": ServerSection().metrics_port}
+        assert container[probe]["httpGet"] == wanted
+    assert f"--threads={container['resources']['requests']['cpu']}" in args
     wanted = service["spec"]["predictor"]["model"]
     assert wanted["runtime"] == runtime["metadata"]["name"]
     assert wanted["protocolVersion"] in runtime["spec"]["protocolVersions"]

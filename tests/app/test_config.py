@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -10,11 +9,13 @@ from typing import get_type_hints
 import msgspec
 import pytest
 
+from layertap.app.budget import default_mib, excess
 from layertap.app.config import LimitsSection, ModelSection, ServerConfig, ServerSection, with_flags
 from layertap.app.config_file import load_config
 from layertap.app.served_models import check_models
 from layertap.engine import HostOptions, Limits
 from layertap.errors import ConfigError
+from layertap.resources import available_cpus
 from layertap.selection import Capture, LayerSelection
 
 WHOLE = """\
@@ -50,6 +51,9 @@ cuda_graphs = [1, 8]
 
 [[models]]
 source = "mynets:build"
+item_shape = [50, 6]
+input_dtype = "float64"
+free_dims = [0]
 """
 
 
@@ -72,7 +76,8 @@ def test_every_key_is_read(read) -> None:
     assert (server.host, server.port, server.metrics_port) == ("0.0.0.0", 9001, -1)  # noqa: S104
     assert (server.device, server.threads, server.grace_seconds) == ("cpu", 2, 3.0)
     assert (server.keep_memory, server.keep_memory_mib) == (False, 64)
-    assert config.limits.limits() == Limits(request_bytes=16 << 20, pending=4)
+    limits = config.limits.limits()
+    assert (limits.request_bytes, limits.pending) == (16 << 20, 4)
     first, second = config.models
     spec = first.spec()
     assert (spec.name, spec.source, spec.weights, spec.seed) == ("a", "resnet18", "random", 5)
@@ -83,6 +88,8 @@ def test_every_key_is_read(read) -> None:
         LayerSelection("avgpool", Capture.INPUT),
     )
     assert second.spec().name == "build"
+    assert (spec.input_dtype, spec.free_dims) == ("", None)
+    assert (second.spec().input_dtype, second.spec().free_dims) == ("float64", (0,))
     assert (first.options().require_finite, second.options()) == (True, HostOptions())
     assert first.options().cuda_graphs == (1, 8)
     assert server.plans() is None
@@ -91,9 +98,37 @@ def test_every_key_is_read(read) -> None:
 
 
 def test_empty_file_is_the_defaults(read) -> None:
-    """An empty file says the same as none, and the limits' defaults are the engine's."""
+    """An empty file says the same as none; the defaults are the engine's where memory is ample."""
     assert read("") == ServerConfig()
-    assert ServerConfig().limits.limits() == Limits()
+    limits = ServerConfig().limits.limits()
+    for field in fields(Limits):
+        name = field.name.replace("_bytes", "_mib")
+        expected = getattr(Limits(), field.name)
+        if name != field.name:
+            expected = min(expected, default_mib(name) << 20)
+        assert getattr(limits, field.name) == expected
+
+
+def test_default_limits_fit_into_a_small_container() -> None:
+    """In 2 GiB all that replies, caches and shared memory may take leaves a third to the models."""
+    memory = 2 << 30
+    names = ("pending_mib", "plan_mib", "keep_memory_mib", "shared_memory_mib")
+    defaults = {name: default_mib(name, memory) for name in names}
+    assert defaults["pending_mib"] == 512
+    assert sum(defaults.values()) << 20 <= memory * 2 / 3
+    assert default_mib("reply_mib", memory) <= defaults["pending_mib"]
+    assert default_mib("request_mib", memory) < defaults["pending_mib"]
+    assert default_mib("keep_memory_mib", 1 << 20) == 1
+    assert [default_mib(name, 1 << 40) for name in names] == [4096, 2048, 1024, 1024]
+
+
+def test_limits_beyond_the_memory_are_warned_of() -> None:
+    """Settings that promise more than the process may use are named; those that fit are not."""
+    assert excess(1024, 2 << 30) == ""
+    warning = excess(4096, 2 << 30)
+    assert "4096 MiB" in warning
+    assert "2048 MiB" in warning
+    assert "pending_mib" in warning
 
 
 def test_every_limit_can_be_set() -> None:
@@ -131,13 +166,12 @@ def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, 
 
 
 def test_modes_never_ask_for_more_than_the_cores() -> None:
-    """Latency is one pass on all cores, throughput one pass a core on one; nothing in between."""
-    cores = len(os.sched_getaffinity(0))
+    """Latency is one pass on all CPUs, throughput one pass a CPU; ``threads`` sets how many."""
+    cores = available_cpus()
     assert ServerSection().compute("cpu") == (1, None)
     assert ServerSection(threads=3).compute("cpu") == (1, 3)
     assert ServerSection(mode="throughput").compute("cpu") == (cores, 1)
-    with pytest.raises(ConfigError, match="threads: got 3 with mode 'throughput'"):
-        ServerSection(mode="throughput", threads=3).compute("cpu")
+    assert ServerSection(mode="throughput", threads=3).compute("cpu") == (3, 1)
     with pytest.raises(ConfigError, match="mode: got 'throughput' on cuda"):
         ServerSection(mode="throughput").compute("cuda")
 

@@ -6,12 +6,14 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
+from layertap import Client
 from layertap.app.access_log import AccessLog
 from layertap.app.logs import LogNarrator, configure_logs
 from layertap.app.server import FeatureServer, ServerOptions
@@ -19,7 +21,7 @@ from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.v1 import feature_service_pb2
 from layertap.wire.messages import encode_request
-from processes import serving
+from processes import ENVIRONMENT, Serving, layertap, serving
 from tinynets import ITEM
 
 BATCH = np.zeros((2, *ITEM), np.float32)
@@ -168,3 +170,63 @@ def test_serve_logs_json_only() -> None:
         assert server.ended() == 0
         entries = [json.loads(line) for line in server.lines]
     assert entries[-1]["message"] == "stopped"
+
+
+def test_everything_that_a_server_writes_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of gRPC's core and of a model's code, warnings and uncaught exceptions are records."""
+    monkeypatch.setitem(ENVIRONMENT, "GRPC_VERBOSITY", "INFO")
+    monkeypatch.setitem(ENVIRONMENT, "GRPC_TRACE", "server_channel")
+    args = ("noisynets:noisy", "--item-shape", "3,8,8", "--log-format", "json")
+    with serving(*args) as server:
+        server.line(r'"message": "serving noisy on ')
+        server.process.terminate()
+        assert server.ended() == 0
+        entries = [json.loads(line) for line in server.lines]
+    found = {(each["logger"], each["level"], each["message"].split("\n")[0]) for each in entries}
+    assert ("output", "warning", "native text é") in found
+    assert ("output", "warning", "printed text") in found
+    core = [each["level"] for each in entries if "] gRPC Tracers: " in each["message"]]
+    assert core == ["info"]
+    (warning,) = [each for each in entries if each["logger"] == "py.warnings"]
+    assert "UserWarning: a model's warning" in warning["message"]
+    uncaught = {each["message"]: each for each in entries if each["logger"] == "layertap.uncaught"}
+    in_thread = uncaught["uncaught exception in noisy-thread: ValueError('in a thread')"]
+    assert "Traceback" in in_thread["exception"]
+    assert any("ValueError('in a destructor')" in message for message in uncaught)
+
+
+def test_the_last_words_of_a_crash_are_json() -> None:
+    """What native code writes just before it aborts the process is still a record."""
+    args = ["noisynets:aborts", "--item-shape", "3,8,8", "--log-format", "json"]
+    server = Serving([*args, "--port", "0", "--metrics-port", "-1", "--plan-cache", "off"])
+    assert server.ended() < 0
+    entries = [json.loads(line) for line in server.lines]
+    assert entries[-1]["message"] == "terminate called after throwing an instance of 'noisy'"
+    server.close()
+
+
+def test_a_wrong_configuration_is_told_as_json(tmp_path: Path) -> None:
+    """With --log-format json, what keeps a server from starting is a record as well."""
+    config = tmp_path / "layertap.toml"
+    config.write_text("[server]\nport = 'x'\n", "utf-8")
+    done = layertap("serve", "--config", str(config), "--log-format", "json")
+    assert done.returncode == 1
+    (entry,) = [json.loads(line) for line in done.stderr.splitlines()]
+    assert entry["level"] == "error"
+    assert "server.port: got 'x'" in entry["message"]
+
+
+def test_logged_bytes_include_shared_memory() -> None:
+    """A reply whose tensors travel in shared memory is logged with all of its bytes."""
+    args = ("tinynets:residual", "--item-shape", "3,64,64", "--log-format", "json")
+    with serving(*args, "--log-level", "info") as server:
+        address = server.line(r'"message": "serving residual on ([^"]+)"')[1]
+        batch = np.zeros((8, 3, 64, 64), np.float32)
+        sizes = []
+        for shared in (False, True):
+            with Client(address, shared_memory=shared) as client:
+                values = client.extract("residual", batch, "layer1")["layer1"]
+            line = server.line(r'"logger": "layertap.access".*', len(sizes) + 1)
+            sizes.append(json.loads("{" + line[0])["bytes"])
+    assert min(sizes) >= values.nbytes
+    assert abs(sizes[0] - sizes[1]) < 1000

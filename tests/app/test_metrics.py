@@ -12,12 +12,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from layertap import Client, LayertapError
-from layertap.app.metrics import Metrics, MetricsPage
+from layertap.app.http_page import HttpPage
+from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.errors import ModelRunError, UnavailableError
 from layertap.models import ModelSpec
 from layertap.wire.memory import retained_bytes
+from serving import http_page
 from tinynets import ITEM
 
 BATCH = np.zeros((2, *ITEM), np.float32)
@@ -29,7 +31,7 @@ Sample = tuple[str, tuple[tuple[str, str], ...]]
 class Served:
     """A server with a client and a metrics page."""
 
-    def __init__(self, client: Client, channel: grpc.Channel, page: MetricsPage) -> None:
+    def __init__(self, client: Client, channel: grpc.Channel, page: HttpPage) -> None:
         self.client = client
         self.extract_raw = channel.unary_unary("/layertap.v1.FeatureService/Extract")
         self.page = page
@@ -65,7 +67,7 @@ def served(engine: Engine) -> Iterator[Served]:
     server = FeatureServer(engine, ServerOptions(port=0), metrics)
     server.start()
     server.ready()
-    page = MetricsPage(metrics, "127.0.0.1", 0)
+    page = http_page(metrics)
     with Client(server.address) as client, grpc.insecure_channel(server.address) as channel:
         yield Served(client, channel, page)
     page.close()
@@ -134,7 +136,7 @@ def test_memory_is_shown(served: Served) -> None:
 def test_two_servers_count_apart(served: Served) -> None:
     """Metrics keep a registry of their own: another server's begin at nothing."""
     served.client.extract("residual", BATCH, "layer1")
-    other = MetricsPage(Metrics(), "127.0.0.1", 0)
+    other = http_page(Metrics())
     with urllib.request.urlopen(other.url) as reply:  # noqa: S310 - our own page
         assert b"residual" not in reply.read()
     other.close()
@@ -142,18 +144,18 @@ def test_two_servers_count_apart(served: Served) -> None:
 
 def test_closed_page_frees_its_port(served: Served) -> None:
     """A port in use is told with a remedy, and can be had again once the page is closed."""
-    page = MetricsPage(Metrics(), "127.0.0.1", 0)
+    page = http_page(Metrics())
     port = int(page.url.split(":")[2].split("/")[0])
     with pytest.raises(UnavailableError, match="--metrics-port"):
-        MetricsPage(Metrics(), "127.0.0.1", port)
+        http_page(Metrics(), port)
     page.close()
-    MetricsPage(Metrics(), "127.0.0.1", port).close()
+    http_page(Metrics(), port).close()
 
 
 def test_shows_the_memory_of_the_models_that_serve() -> None:
     """Each served model has the bytes of its parameters and buffers, until it is unloaded."""
     engine = Engine()
-    page = MetricsPage(Metrics(engine), "127.0.0.1", 0)
+    page = http_page(Metrics(engine))
     engine.load(ModelSpec("tinynets:heavy", item_shape=(3, 16, 16)))
     weights = 4 * (768 * 4096 + 4096 + 4096 * 8 + 8)
     line = re.compile(r'(?m)^layertap_model_memory_bytes\{device="cpu",model="heavy"\} (\S+)$')

@@ -18,11 +18,13 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 import layertap
 from layertap import Client, LayertapError
-from layertap.app.metrics import Metrics, MetricsPage
+from layertap.app.http_page import HttpPage
+from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.services.status import code_of
+from serving import http_page
 from tinynets import ITEM
 
 BATCH = np.zeros((2, *ITEM), np.float32)
@@ -50,13 +52,13 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
-def read(page: MetricsPage, accept: str = "text/plain") -> str:
+def read(page: HttpPage, accept: str = "text/plain") -> str:
     request = urllib.request.Request(page.url, headers={"Accept": accept})  # noqa: S310 - our own page
     with urllib.request.urlopen(request) as reply:  # noqa: S310 - our own page
         return reply.read().decode()
 
 
-def samples(page: MetricsPage) -> Samples:
+def samples(page: HttpPage) -> Samples:
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value
         for family in parse_text(read(page))
@@ -93,7 +95,7 @@ def test_counters_agree_with_the_clients(engine: Engine) -> None:
     metrics = Metrics(engine)
     server = FeatureServer(engine, ServerOptions(port=0), metrics)
     server.start()
-    page = MetricsPage(metrics, "127.0.0.1", 0)
+    page = http_page(metrics)
     with ThreadPoolExecutor(CLIENTS) as pool:
         results = list(pool.map(lambda seed: load(server.address, seed), range(CLIENTS)))
     found = samples(page)
@@ -124,7 +126,7 @@ def test_the_page_parses_in_both_formats(engine: Engine) -> None:
     """Prometheus' text format and OpenMetrics are both valid, and tell the same names."""
     metrics = Metrics(engine)
     metrics.show_waiting(lambda: 0)
-    page = MetricsPage(metrics, "127.0.0.1", 0)
+    page = http_page(metrics)
     text = {family.name for family in parse_text(read(page))}
     openmetrics_text = read(page, "application/openmetrics-text; version=1.0.0")
     page.close()
@@ -135,7 +137,7 @@ def test_the_page_parses_in_both_formats(engine: Engine) -> None:
 
 def test_versions_are_shown(engine: Engine) -> None:
     """The page tells the versions that are running."""
-    page = MetricsPage(Metrics(engine), "127.0.0.1", 0)
+    page = http_page(Metrics(engine))
     ((labels, value),) = labelled(samples(page), "layertap_build_info").items()
     page.close()
     assert value == 1
@@ -146,7 +148,7 @@ def test_versions_are_shown(engine: Engine) -> None:
 def test_models_are_ready_once_loaded() -> None:
     """A model is shown as 0 from when it is expected, as 1 once loaded, and not once it is gone."""
     engine = Engine()
-    page = MetricsPage(Metrics(engine), "127.0.0.1", 0)
+    page = http_page(Metrics(engine))
     ready = frozenset({("model", "residual")})
     try:
         engine.expect(["residual"])

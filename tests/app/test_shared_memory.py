@@ -21,7 +21,7 @@ import pytest
 
 from layertap import Client, errors
 from layertap.app.config import ServerSection
-from layertap.app.metrics import Metrics, MetricsPage
+from layertap.app.metrics import Metrics
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.app.shared_memory import open_broker
@@ -31,6 +31,7 @@ from layertap.models import ModelSpec
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
 from layertap.wire.shared.regions import supported
 from processes import serving
+from serving import http_page
 from tinynets import ITEM
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
@@ -200,7 +201,7 @@ def test_page_shows_regions_and_fallbacks(engine: Engine) -> None:
     metrics.show_shared_memory(server.shared_memory)
     server.start()
     server.ready()
-    page = MetricsPage(metrics, "127.0.0.1", 0)
+    page = http_page(metrics)
 
     def value(name: str) -> float:
         with urllib.request.urlopen(page.url) as reply:  # noqa: S310 - our own page

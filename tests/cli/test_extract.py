@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from disks import small_disk
 from layertap import Client, Extractor
 from layertap.cli.main import main
 from layertap.cli.npz import Columns
@@ -206,3 +207,24 @@ def test_an_interrupted_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         columns.save(tmp_path / "a.npz")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_has_no_room_leaves_no_part_of_a_file(tmp_path) -> None:
+    """The error names the output and the reason, and a file that was there before stays whole."""
+    columns = Columns()
+    columns._joined = {"big": np.zeros((64, 1024), np.float32)}
+    columns._parts = {"big": [columns._joined["big"]]}
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        (disk.folder / "out.npz").write_bytes(b"before")
+        with pytest.raises(InvalidInputError, match=r"output .*out\.npz: No space left on device"):
+            columns.save(disk.folder / "out.npz")
+        assert disk.names() == ["out.npz"]
+        assert (disk.folder / "out.npz").read_bytes() == b"before"
+
+
+def test_a_folder_that_can_not_be_written_to_is_found_out_first(images, tmp_path) -> None:
+    """A read-only disk is refused before a model is loaded: this one does not even exist."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        disk.forbid_writing()
+        result = extract("no_model", images[0], "-l", "a", "-o", str(disk.folder / "a.npz"))
+    assert (result.exit_code, "can't be written to" in result.output) == (1, True)

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import pytest
 from click.testing import CliRunner, Result
 
+from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.cli.main import main
 from layertap.engine import Engine
+from serving import http_page
 
 
 @pytest.fixture
@@ -67,3 +69,26 @@ def test_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_page_is_asked_by_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--url prints what the page says; the code is 0 for status 200 only, whatever proxy is set."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    page = http_page(Metrics())
+    ready = page.url.replace("/metrics", "/readyz")
+    result = health("--url", ready)
+    assert (result.exit_code, result.output) == (0, "ok\n")
+    result = health("--url", ready + "z")
+    assert (result.exit_code, result.output) == (1, "not found\n")
+    page.close()
+    result = health("--url", ready, "--timeout", "2")
+    assert result.exit_code == 1
+    assert "no answer" in result.output
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "127.0.0.1:8002", "http://", "https://a/"])
+def test_a_url_that_is_none_is_code_2(url: str) -> None:
+    """Anything but an http:// address is refused before anything is opened."""
+    result = health("--url", url)
+    assert result.exit_code == 2
+    assert "expected http://" in result.output

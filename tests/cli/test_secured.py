@@ -33,7 +33,8 @@ def test_a_session_with_tls_and_tokens(tmp_path: Path) -> None:
     secrets = ("--tls-client-ca", authority.file, "--admin-tokens-file")
     token_file(tmp_path / "admin.tokens", ADMIN)
     with serving(
-        *NET, "--config", str(config), *map(str, secrets), str(tmp_path / "admin.tokens")
+        *(*NET, "--config", str(config), *map(str, secrets), str(tmp_path / "admin.tokens")),
+        *("--metrics-port", "0"),
     ) as server:
         known = ("--server", server.address, "--ca", authority.file)
         shown = (*known, "--cert", mine.certificate, "--key", mine.key)
@@ -53,6 +54,11 @@ def test_a_session_with_tls_and_tokens(tmp_path: Path) -> None:
         )
         assert written.exit_code == 0, written.output
         assert output.exists()
+
+        # A probe has neither a certificate nor a token.
+        ready = server.line(r"metrics on (\S+)$")[1].replace("/metrics", "/readyz")
+        probe = run("health", "--url", ready)
+        assert (probe.exit_code, probe.output) == (0, "ok\n")
 
         no_token = run("layers", "residual", *shown)
         assert no_token.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,8 @@ import asking
 from devices import needs_cuda
 from layertap import Extractor, Features, LayerSelection
 from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, ImagesInput
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.tf32 import allow_tf32
+from layertap.extraction.verify import TF32_TOLERANCE, TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
 from tinynets import ITEM
@@ -24,6 +26,14 @@ pytestmark = needs_cuda
 DEVICE = "cuda"
 LAYERS = ("bn1", "layer1", "avgpool")
 PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
+
+
+@pytest.fixture(autouse=True)
+def _ieee_float32() -> Iterator[None]:
+    """Compute float32 as the server does, and restore PyTorch's defaults."""
+    allow_tf32(False)
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
 
 
 @pytest.fixture
@@ -62,6 +72,26 @@ def test_values_of_many_callers_are_whole(engine) -> None:
         answers = list(pool.map(lambda x: ask(engine, x, Extractor.HOOK), inputs * 4))
     for answer, oracle in zip(answers, expected * 4, strict=True):
         assert torch.equal(answer["layer1"], oracle)
+
+
+def test_float32_is_as_exact_as_on_the_cpu(engine) -> None:
+    """Without TF32 a GPU's values are the CPU's up to float32's own rounding."""
+    x = torch.rand(4, *ITEM)
+    module = copy.deepcopy(engine.host("residual").model.module).cpu()
+    for layer, value in ask(engine, x, Extractor.HOOK).items():
+        assert difference(value, outputs_of(module, x, layer)[0]) <= 1e-5, layer
+
+
+def test_tf32_is_served_compiled_too(engine) -> None:
+    """With TF32 compiled plans are proven within its own tolerance, and serve."""
+    allow_tf32(True)
+    engine.load(ModelSpec("resnet18", "tf32", weights="random"), [LayerSelection("avgpool")])
+    x = torch.rand(2, 3, 224, 224)
+    exact, compiled = (
+        asking.ask(engine, "tf32", "avgpool", x, extractor).torch()["avgpool"]
+        for extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
+    )
+    assert difference(compiled, exact) <= TF32_TOLERANCE
 
 
 def test_a_declared_layer_is_compiled(engine) -> None:

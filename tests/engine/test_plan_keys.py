@@ -116,7 +116,9 @@ def test_want_of_memory_is_no_property_of_a_plan(engine, monkeypatch, extractor)
     ask(engine, "hungry", "tail", torch.rand(known), Extractor.HOOK)
     monkeypatch.setattr(oddnets.Hungry, "wants", 1 << 55)
     for shape in (known, larger, wider):
-        with pytest.raises(errors.OverloadedError, match="memory: model 'hungry' ran out of it"):
+        with pytest.raises(
+            errors.OverloadedError, match="out of memory while running model 'hungry'"
+        ):
             ask(engine, "hungry", "tail", torch.rand(shape), extractor)
     monkeypatch.setattr(oddnets.Hungry, "wants", 0)
     for shape in (known, larger, wider):

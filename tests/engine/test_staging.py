@@ -35,7 +35,7 @@ def test_strides_dtypes_and_emptiness_survive(dtype) -> None:
     value = (torch.rand(4, 6, 5, 3, device="cuda") * 2).to(dtype)
     values = [value, value.permute(0, 3, 1, 2), value[:, ::2], value[:0], value[0, 0, 0, 0]]
     taken = [staging.take(each) for each in values]
-    staging.wait()
+    staging.launched().synchronize()
     for each, arrived in zip(values, taken, strict=True):
         assert arrived.is_pinned() or not arrived.numel()
         assert torch.equal(arrived, each.cpu())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
+from disks import small_disk
 from layertap.errors import ConfigError, ExtractorUnsupportedError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure, plan_builder
 from layertap.extraction.plan_cache import PlanCache
@@ -148,3 +150,74 @@ def test_a_folder_that_can_not_be_made_is_told(tmp_path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match="file"):
         PlanCache(tmp_path / "file" / "plans", PLENTY)
+
+
+def test_a_full_disk_costs_the_stored_plan_only(load_net, tmp_path, caplog) -> None:
+    """The plan is served, the log names the reason, and no part of a file is left behind."""
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        disk.fill()
+        model = load_net("residual")
+        check(model, build(model, disk.folder))
+        assert disk.names() == []
+        assert "plan not stored: No space left on device" in caplog.text
+        (disk.folder / "filler").unlink()
+        check(model, build(model, disk.folder))
+        assert len(disk.names()) == 1  # Room that comes later is used.
+
+
+def test_a_write_that_fails_midway_leaves_nothing(load_net, tmp_path, caplog) -> None:
+    """A file system that takes the first bytes of a program and not the rest is as good as full."""
+    model = load_net("residual")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        built = build(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    check(model, built)
+    assert files(tmp_path) == []
+    assert "plan not stored: File too large" in caplog.text
+
+
+def test_a_read_only_disk_is_read(load_net, tmp_path, traces, caplog) -> None:
+    """Stored plans are used from there, damaged ones and new ones are made, and nothing fails."""
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        model = load_net("residual")
+        build(model, disk.folder)
+        (disk.folder / "damaged").mkdir(mode=0o700)
+        build(model, disk.folder / "damaged")
+        (damaged,) = files(disk.folder / "damaged")
+        damaged.write_bytes(b"no program")
+        disk.forbid_writing()
+        assert traces.count == 2
+        check(model, build(model, disk.folder))
+        assert traces.count == 2
+        check(model, build(model, disk.folder / "damaged"))
+        check(model, build(model, disk.folder / "new"))
+        assert traces.count == 4
+    assert caplog.text.count("plan not stored: Read-only file system") == 2
+    assert "can't be removed: Read-only file system" in caplog.text
+    assert "new: plans are not stored: Read-only file system" in caplog.text
+
+
+def test_a_folder_that_was_removed_is_made_again(load_net, tmp_path) -> None:
+    """Somebody cleans up while the server runs: the next plan is stored as the first one was."""
+    model = load_net("residual")
+    cache = PlanCache(tmp_path / "plans", PLENTY)
+    (tmp_path / "plans").rmdir()
+    builder = PlanBuilder(model, Taps(model.module), measure(model), cache)
+    check(model, builder.build(Extractor.TORCHSCRIPT, LAYER1, ITEM, keep=True))
+    assert len(files(tmp_path / "plans")) == 1
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path) -> None:
+    """Parts of files that nobody has written to for hours go at the next start; younger ones stay.
+
+    Another process may be writing those.
+    """
+    (tmp_path / "old.part").write_bytes(b"part")
+    (tmp_path / "young.part").write_bytes(b"part")
+    tmp_path.chmod(0o700)
+    os.utime(tmp_path / "old.part", (1, 1))
+    PlanCache(tmp_path, PLENTY)
+    assert [path.name for path in files(tmp_path)] == ["young.part"]

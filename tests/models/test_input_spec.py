@@ -6,10 +6,11 @@ import torch
 from layertap.errors import InvalidInputError
 from layertap.models import InputSpec
 
-IMAGES = InputSpec((3, 224, 224), spatial=2)
+IMAGES = InputSpec((3, 224, 224), free=(1, 2))
 FIXED = InputSpec((3, 224, 224))
-VIDEO = InputSpec((3, 16, 112, 112), spatial=3)
+VIDEO = InputSpec((3, 16, 112, 112), free=(1, 2, 3))
 TOKENS = InputSpec((8,), dtype=torch.int64)
+SERIES = InputSpec((50, 6), free=(0,))
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,7 @@ TOKENS = InputSpec((8,), dtype=torch.int64)
         (FIXED, (2, 3, 224, 224), "float32"),
         (VIDEO, (1, 3, 4, 64, 48), "float32"),
         (TOKENS, (5, 8), "int64"),
+        (SERIES, (2, 7, 6), "float32"),
     ],
 )
 def test_right_inputs_pass(spec: InputSpec, shape: tuple[int, ...], dtype: str) -> None:
@@ -39,6 +41,8 @@ def test_right_inputs_pass(spec: InputSpec, shape: tuple[int, ...], dtype: str) 
         (FIXED, (1, 3, 224, 225)),
         (VIDEO, (1, 3, 112, 112)),
         (TOKENS, (1, 9)),
+        (SERIES, (1, 50, 7)),
+        (SERIES, (1, 50)),
     ],
 )
 def test_wrong_shapes_are_refused(spec: InputSpec, shape: tuple[int, ...]) -> None:
@@ -70,7 +74,9 @@ def test_a_wrong_dtype_is_refused() -> None:
         (IMAGES, "[B, 3, H, W]"),
         (FIXED, "[B, 3, 224, 224]"),
         (VIDEO, "[B, 3, T, H, W]"),
-        (InputSpec((1, 16000), spatial=1), "[B, 1, L]"),
+        (InputSpec((1, 16000), free=(1,)), "[B, 1, L]"),
+        (InputSpec((50, 6), free=(0,)), "[B, L, 6]"),
+        (InputSpec((4, 4, 4, 4), free=(0, 1, 2, 3)), "[B, N1, N2, N3, N4]"),
     ],
 )
 def test_pattern_names_what_may_vary(spec: InputSpec, pattern: str) -> None:
@@ -78,7 +84,8 @@ def test_pattern_names_what_may_vary(spec: InputSpec, pattern: str) -> None:
     assert spec.pattern == pattern
 
 
-def test_spatial_is_at_most_the_items_rank() -> None:
-    """A spec that lets more dimensions vary than there are is a programming error."""
-    with pytest.raises(ValueError, match="spatial"):
-        InputSpec((3,), spatial=2)
+@pytest.mark.parametrize("free", [(1,), (-1,), (0, 0)])
+def test_free_dimensions_are_dimensions_of_the_item(free: tuple[int, ...]) -> None:
+    """A free dimension that the item doesn't have, or that stands twice, is a programming error."""
+    with pytest.raises(ValueError, match="free"):
+        InputSpec((3,), free=free)

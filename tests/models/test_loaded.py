@@ -21,7 +21,7 @@ def model(*, takes_list: bool) -> LoadedModel:
         weights="w",
         module=Recorder(),
         device=torch.device("cpu"),
-        input=InputSpec((3, 4, 4), spatial=2),
+        input=InputSpec((3, 4, 4), free=(1, 2)),
         takes_list=takes_list,
     )
 

@@ -48,7 +48,7 @@ def test_a_fixed_size_follows_the_item_shape() -> None:
     """A ViT is built for the size that was asked for, and takes no other."""
     spec = ModelSpec("timm:vit_tiny_patch16_224", weights="random", item_shape=(3, 64, 64))
     model = load_model(spec)
-    assert model.input.spatial == 0
+    assert model.input.free == ()
     assert model.forward(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
 
 

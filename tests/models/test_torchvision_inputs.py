@@ -23,18 +23,18 @@ def takes(name: str, item_shape: tuple[int, ...] | None = None) -> InputSpec:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("resnet18", InputSpec((3, 224, 224), 2)),
-        ("inception_v3", InputSpec((3, 299, 299), 2)),
-        ("efficientnet_b3", InputSpec((3, 300, 300), 2)),
-        ("swin_v2_t", InputSpec((3, 256, 256), 2)),
-        ("vit_b_32", InputSpec((3, 224, 224), 0)),
-        ("maxvit_t", InputSpec((3, 224, 224), 0)),
-        ("r3d_18", InputSpec((3, 16, 112, 112), 3)),
-        ("s3d", InputSpec((3, 16, 224, 224), 3)),
-        ("mvit_v2_s", InputSpec((3, 16, 224, 224), 0)),
-        ("swin3d_t", InputSpec((3, 16, 112, 112), 3)),
-        ("lraspp_mobilenet_v3_large", InputSpec((3, 224, 224), 2)),
-        ("ssdlite320_mobilenet_v3_large", InputSpec((3, 256, 256), 2)),
+        ("resnet18", InputSpec((3, 224, 224), (1, 2))),
+        ("inception_v3", InputSpec((3, 299, 299), (1, 2))),
+        ("efficientnet_b3", InputSpec((3, 300, 300), (1, 2))),
+        ("swin_v2_t", InputSpec((3, 256, 256), (1, 2))),
+        ("vit_b_32", InputSpec((3, 224, 224))),
+        ("maxvit_t", InputSpec((3, 224, 224))),
+        ("r3d_18", InputSpec((3, 16, 112, 112), (1, 2, 3))),
+        ("s3d", InputSpec((3, 16, 224, 224), (1, 2, 3))),
+        ("mvit_v2_s", InputSpec((3, 16, 224, 224))),
+        ("swin3d_t", InputSpec((3, 16, 112, 112), (1, 2, 3))),
+        ("lraspp_mobilenet_v3_large", InputSpec((3, 224, 224), (1, 2))),
+        ("ssdlite320_mobilenet_v3_large", InputSpec((3, 256, 256), (1, 2))),
     ],
 )
 def test_default_items(name: str, expected: InputSpec) -> None:
@@ -44,7 +44,7 @@ def test_default_items(name: str, expected: InputSpec) -> None:
 
 def test_an_item_shape_takes_the_defaults_place() -> None:
     """A shape that the model can take becomes the default item; the rest stays."""
-    assert takes("resnet18", (3, 64, 96)) == InputSpec((3, 64, 96), 2)
+    assert takes("resnet18", (3, 64, 96)) == InputSpec((3, 64, 96), (1, 2))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_images_become_default_items(
     """An image comes out in the default item's size, with the same field of view."""
     builder = find_builder(name)
 
-    made = preprocess(builder.family, builder.reference(), InputSpec(item_shape, 2))
+    made = preprocess(builder.family, builder.reference(), InputSpec(item_shape, (1, 2)))
 
     assert made is not None
     assert made.describe().startswith(steps)
@@ -95,6 +95,6 @@ def test_images_become_default_items(
 def test_one_models_item_shape_leaves_the_weights_alone() -> None:
     """Transforms are made anew for each model, so another model's crop never shows."""
     builder = find_builder("resnet18")
-    preprocess(builder.family, builder.reference(), InputSpec((3, 64, 64), 2))
+    preprocess(builder.family, builder.reference(), InputSpec((3, 64, 64), (1, 2)))
 
     assert models.ResNet18_Weights.IMAGENET1K_V1.transforms().crop_size == [224]

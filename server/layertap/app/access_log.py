@@ -19,8 +19,9 @@ _log = logging.getLogger("layertap.access")
 class AccessLog:
     """Logs how each extraction ended, at INFO (a ``layertap.services.observer.Observer``).
 
-    Its fields: model, status, and total_ms; of an answer also extractor, bytes, prepare_ms,
-    queue_ms and compute_ms. The record's request id is that of the request.
+    Its fields: model, status, and total_ms; of an answer also extractor, bytes (those in shared
+    memory included), prepare_ms, queue_ms and compute_ms. The record's request id is that of the
+    request.
     """
 
     @staticmethod
@@ -35,7 +36,7 @@ class AccessLog:
             model=model,
             extractor=str(extraction.extractor),
             status="OK",
-            bytes=len(extraction.message),
+            bytes=len(extraction.message) + extraction.shared_bytes,
             prepare_ms=_ms(timings.prepare_ns),
             queue_ms=_ms(timings.queue_ns),
             compute_ms=_ms(timings.compute_ns),

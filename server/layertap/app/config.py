@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from layertap.addresses import is_loopback
+from layertap.app.budget import MIB, default_mib
 from layertap.app.logs import LogFormat, LogLevel
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import PORT, ServerOptions
@@ -24,24 +25,25 @@ from layertap.batching import BatchPolicy
 from layertap.engine import DEVICE_PATTERN, HostOptions, Limits
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
-from layertap.models import ModelSpec
+from layertap.models import INPUT_DTYPES, ModelSpec
+from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
 from layertap.wire.client_regions import ClientRegions
-from layertap.wire.memory import DEFAULT_MIB
 from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS
-from layertap.wire.shared.hub import DEFAULT_MIB as SHARED_MIB
 
 __all__ = ["LimitsSection", "ModelSection", "ServerConfig", "ServerSection", "with_flags"]
 
 _log = logging.getLogger(__name__)
 
-MIB = 1 << 20
 SECRET_FILES = tuple(field.name for field in fields(SecretFiles))
 METRICS_OFF = -1
 METRICS_PORT = 8002
 
 Count = Annotated[int, Meta(ge=1, description="a number from 1")]
-Mib = Annotated[int, Meta(ge=1, le=2047, description="a number of MiB, 1 to 2047")]
+Mib = Annotated[
+    Annotated[int, Meta(ge=1, le=2047)] | None, Meta(description="a number of MiB, 1 to 2047")
+]
+Budget = Annotated[Annotated[int, Meta(ge=1)] | None, Meta(description="a number of MiB from 1")]
 Text = Annotated[str, Meta(min_length=1, description="a text")]
 Layers = Annotated[
     tuple[str, ...], Meta(description='a list of layers such as ["layer1", "avgpool:input"]')
@@ -62,16 +64,22 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         port: Where calls are answered; 0 for a free port.
         metrics_port: Where the metrics page is; 0 for a free port, -1 for no page.
         device: ``auto`` is CUDA where there is a device, else the CPU.
-        mode: ``latency`` gives all cores to one forward pass, ``throughput`` one core to each of
-            as many passes as there are cores.
-        threads: Cores of one forward pass in latency mode; PyTorch's own choice if not given.
+        mode: ``latency`` gives all CPUs to one forward pass, ``throughput`` one CPU to each of
+            as many passes as there are CPUs.
+        threads: CPUs to compute with: those of one forward pass in latency mode, the passes that
+            run at once in throughput mode. If not given, as many as the process may use: the
+            machine's cores, or the whole CPUs of its quota if those are fewer.
+        tf32: Whether CUDA devices may compute float32 convolutions and matrix products in TF32,
+            which is faster and as exact as float16.
         plan_cache: The folder where compiled plans of declared layers are kept for the next start;
             ``auto`` is the user's cache folder, ``off`` keeps none.
         plan_cache_mib: MiB that the folder may grow to.
         grace_seconds: How long admitted calls may take to finish once the server was asked to stop.
         keep_memory: Whether memory freed by a reply is kept for the next one.
-        keep_memory_mib: MiB of free memory that may be kept.
-        shared_memory_mib: MiB that may be shared with clients of this machine; 0 for none.
+        keep_memory_mib: MiB of free memory that may be kept. If not given, 1024, or an eighth of
+            the memory that the process may use if that is less.
+        shared_memory_mib: MiB that may be shared with clients of this machine; 0 for none. If not
+            given, as for ``keep_memory_mib``.
         shared_memory_lease_seconds: How long such a client may keep what was lent to it.
         tls_cert: PEM file: the server's certificate and those up to its authority; turns TLS on.
         tls_key: PEM file: its private key.
@@ -104,16 +112,18 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         Literal["latency", "throughput"], Meta(description="'latency' or 'throughput'")
     ] = "latency"
     threads: Threads = None
+    tf32: Annotated[bool, Meta(description="true or false")] = False
     plan_cache: Annotated[str, Meta(min_length=1, description="a folder, 'auto' or 'off'")] = "auto"
     plan_cache_mib: Count = 2048
     grace_seconds: Annotated[float, Meta(ge=0, description="seconds from 0")] = 10.0
     keep_memory: Annotated[bool, Meta(description="true or false")] = True
     keep_memory_mib: Annotated[
-        int, Meta(ge=1, le=1 << 20, description="a number of MiB from 1 to 1048576")
-    ] = DEFAULT_MIB
-    shared_memory_mib: Annotated[int, Meta(ge=0, description="a number of MiB, 0 for none")] = (
-        SHARED_MIB
-    )
+        Annotated[int, Meta(ge=1, le=1 << 20)] | None,
+        Meta(description="a number of MiB from 1 to 1048576"),
+    ] = None
+    shared_memory_mib: Annotated[
+        Annotated[int, Meta(ge=0)] | None, Meta(description="a number of MiB, 0 for none")
+    ] = None
     shared_memory_lease_seconds: Annotated[
         float, Meta(gt=0, description="a number of seconds above 0")
     ] = DEFAULT_LEASE_SECONDS
@@ -146,10 +156,20 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             self.host,
             self.port,
             security=open_security(files, trusted=trusted),
-            shared_memory_bytes=self.shared_memory_mib * MIB,
+            shared_memory_bytes=self.shared_mib() * MIB,
             shared_memory_lease_seconds=self.shared_memory_lease_seconds,
             client_regions=self.client_regions(),
         )
+
+    def kept_mib(self) -> int:
+        """Return the MiB of free memory that may be kept."""
+        given = self.keep_memory_mib
+        return default_mib("keep_memory_mib") if given is None else given
+
+    def shared_mib(self) -> int:
+        """Return the MiB that may be shared with clients of this machine."""
+        given = self.shared_memory_mib
+        return default_mib("shared_memory_mib") if given is None else given
 
     def client_regions(self) -> ClientRegions | None:
         """Return the shared memory that clients name; None where they may not.
@@ -164,10 +184,10 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return None
 
     def compute(self, device: str) -> tuple[int, int | None]:
-        """Return (forward passes at once, cores of one; None leaves it to PyTorch).
+        """Return (forward passes at once, CPUs of one; None for all that the process may use).
 
         Raises:
-            ConfigError: For throughput mode on CUDA, or with a number of threads.
+            ConfigError: For throughput mode on CUDA.
         """
         if self.mode == "latency":
             return 1, self.threads
@@ -176,12 +196,7 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                 f"mode: got 'throughput' on {device}, where one pass fills the device; "
                 f"expected 'latency'"
             )
-        if self.threads is not None:
-            raise ConfigError(
-                f"threads: got {self.threads} with mode 'throughput', which computes each pass on "
-                f"one core; expected none"
-            )
-        return len(os.sched_getaffinity(0)), 1
+        return self.threads or available_cpus(), 1
 
     def plans(self) -> PlanCache | None:
         """Return where compiled plans are kept; raise ConfigError for a folder that won't do.
@@ -203,6 +218,9 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[limits]``: what a request may ask for, as in ``layertap.engine.Limits``.
 
+    Limits in MiB that are not given are those of ``layertap.engine.Limits``, or less where the
+    memory that the process may use is small (``layertap.app.budget``).
+
     Attributes:
         request_mib: MiB of one request message.
         reply_mib: MiB of one reply message; protobuf itself ends below 2048.
@@ -218,27 +236,27 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         stream_in_flight: Items of one stream that are read and whose replies are not yet sent.
     """
 
-    request_mib: Mib = Limits().request_bytes // MIB
-    reply_mib: Mib = Limits().reply_bytes // MIB
+    request_mib: Mib = None
+    reply_mib: Mib = None
     batch: Count = Limits().batch
     pixels: Count = Limits().pixels
     layers: Count = Limits().layers
     pending: Count = Limits().pending
-    pending_mib: Count = Limits().pending_bytes // MIB
+    pending_mib: Budget = None
     plans: Count = Limits().plans
-    plan_mib: Count = Limits().plan_bytes // MIB
+    plan_mib: Budget = None
     streams: Count = Limits().streams
     stream_in_flight: Count = Limits().stream_in_flight
 
     def limits(self) -> Limits:
-        """Return the engine's own form, in bytes."""
-        fields = msgspec.structs.asdict(self)
+        """Return the engine's own form, in bytes, with what was not given filled in."""
+        given = msgspec.structs.asdict(self)
         sizes = {
-            name.replace("_mib", "_bytes"): fields.pop(name) * MIB
-            for name in tuple(fields)
+            name.replace("_mib", "_bytes"): (given.pop(name) or default_mib(name)) * MIB
+            for name in tuple(given)
             if name.endswith("_mib")
         }
-        return Limits(**sizes, **fields)
+        return Limits(**sizes, **given)
 
 
 class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -250,6 +268,9 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         weights: ``DEFAULT``, a torchvision weights name, a file, or ``random``.
         seed: Seeds random weights.
         item_shape: Sizes of one item without the batch.
+        input_dtype: The element type of the input, such as ``int64``; found by trying if empty.
+        free_dims: The dimensions of the input that may have another size, as indices into
+            item_shape: [0] for token ids of any length; found by trying if not given.
         precision: ``float32``, ``float16`` or ``bfloat16``; the weights' own if empty.
         channels_last: Whether convolutions' weights are laid out with channels last.
         layers: Layers to compile and warm before the server reports itself as ready.
@@ -268,6 +289,13 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     weights: Text = "DEFAULT"
     seed: Annotated[int, Meta(ge=0, description="a number from 0")] = 0
     item_shape: Sizes = None
+    input_dtype: Annotated[
+        str, Meta(pattern=f"^({'|'.join(INPUT_DTYPES)})?$", description=" or ".join(INPUT_DTYPES))
+    ] = ""
+    free_dims: Annotated[
+        tuple[Annotated[int, Meta(ge=0)], ...] | None,
+        Meta(description="a list of indices into item_shape, such as [1, 2]"),
+    ] = None
     precision: Annotated[
         Literal["", "float32", "float16", "bfloat16"],
         Meta(description="'float32', 'float16' or 'bfloat16'"),
@@ -303,12 +331,14 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Return what to load; raise ConfigError for a malformed field."""
         return ModelSpec(
             self.source,
-            self.name,
-            self.weights,
-            self.seed,
-            self.item_shape,
-            self.precision,
-            self.channels_last,
+            name=self.name,
+            weights=self.weights,
+            seed=self.seed,
+            item_shape=self.item_shape,
+            precision=self.precision,
+            channels_last=self.channels_last,
+            input_dtype=self.input_dtype,
+            free_dims=self.free_dims,
         )
 
     def selections(self) -> tuple[LayerSelection, ...]:

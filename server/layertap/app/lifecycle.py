@@ -13,17 +13,18 @@ from queue import SimpleQueue
 from types import FrameType
 
 from layertap.addresses import bare_host
+from layertap.app.budget import MIB, excess
 from layertap.app.config import METRICS_OFF, ServerConfig
 from layertap.app.fingerprint import files_of
 from layertap.app.health import ModelHealth
-from layertap.app.metrics import MetricsPage
+from layertap.app.http_page import HttpPage
 from layertap.app.notify import notify
 from layertap.app.reload import Reloader
 from layertap.app.served_models import Narrator, ServedModels, check_models
 from layertap.app.server import FeatureServer
 from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
-from layertap.engine import Engine, choose_device
+from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import LayertapError
 from layertap.services.admin_service import AdminService, ReloadReport
 from layertap.wire.memory import keep_memory
@@ -181,7 +182,13 @@ class _Running:
         self.server.start()
         closing.callback(self.server.stop, 0.0)
         if options.metrics_port != METRICS_OFF:
-            page = MetricsPage(telemetry.metrics, bare_host(options.host), options.metrics_port)
+            page = HttpPage(
+                telemetry.metrics.registry,
+                bare_host(options.host),
+                options.metrics_port,
+                alive=lambda: self._engine.alive,
+                ready=lambda: health.serving(""),
+            )
             closing.callback(page.close)
             narrator.say(f"metrics on {page.url}")
         watcher = Watcher(lambda: self._files(config_file), self.reload)
@@ -194,6 +201,8 @@ class _Running:
         metrics_shown = options.metrics_port != METRICS_OFF
         for warning in self.server.security.warnings(options.host, metrics=metrics_shown):
             narrator.say(f"warning: {warning}")
+        if too_much := excess(_promised_mib(config)):
+            narrator.say(f"warning: {too_much}")
 
     def names(self) -> str:
         """Name the models that serve."""
@@ -229,10 +238,18 @@ class _Running:
             yield from files_of(model)
 
 
+def _promised_mib(config: ServerConfig) -> int:
+    """Return the MiB that replies, kept memory and shared memory may take together."""
+    options = config.server
+    kept = options.kept_mib() if options.keep_memory else 0
+    return config.limits.limits().pending_bytes // MIB + kept + options.shared_mib()
+
+
 def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     options = config.server
-    if options.keep_memory and not keep_memory(options.keep_memory_mib):
+    if options.keep_memory and not keep_memory(options.kept_mib()):
         narrator.say("note: this C library can't keep freed memory, so large replies take longer")
+    allow_tf32(options.tf32)
     device = choose_device(options.device)
     instances, threads = options.compute(device)
     return Engine(config.limits.limits(), device, threads, options.plans(), instances)

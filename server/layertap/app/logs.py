@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
+from layertap.app.json_lines import capture_output, json_line
 from layertap.services.request import current_request
 
-__all__ = ["LogFormat", "LogLevel", "LogNarrator", "configure_logs"]
+__all__ = [
+    "LogFormat",
+    "LogLevel",
+    "LogNarrator",
+    "configure_logs",
+    "log_everything_as_json",
+    "set_log_level",
+]
 
 LogFormat = Literal["human", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 NARRATION = "layertap.serve"
+_uncaught = logging.getLogger("layertap.uncaught")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -33,9 +43,61 @@ def configure_logs(form: LogFormat, level: LogLevel, stream: TextIO | None = Non
     handler.setFormatter(_Json() if form == "json" else _Human())
     handler.addFilter(_add_request_id)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("layertap").setLevel(level.upper())
+    set_log_level(level)
     # That it serves, and where, is told whatever the level: in the human form the console tells it.
     logging.getLogger(NARRATION).setLevel(logging.INFO)
+
+
+def set_log_level(level: LogLevel) -> None:
+    """Set the least that layertap's own loggers tell."""
+    logging.getLogger("layertap").setLevel(level.upper())
+
+
+def log_everything_as_json(level: LogLevel) -> None:
+    """Make every line that this process writes a JSON object, for the rest of its life.
+
+    Log records, Python's warnings, exceptions that nobody caught, and what native code and models
+    print to stderr and stdout (``layertap.app.json_lines``).
+
+    Args:
+        level: As for ``configure_logs``.
+    """
+    try:
+        stream = capture_output()
+    except OSError as error:
+        configure_logs("json", level)
+        logging.getLogger(NARRATION).warning(
+            "can't start a process (%s): what other code writes to stderr stays plain text", error
+        )
+    else:
+        configure_logs("json", level, stream)
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+    sys.unraisablehook = _log_unraisable
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    _uncaught.critical("uncaught exception: %r", error, exc_info=(kind, error, trace))
+
+
+def _log_uncaught_in_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is None or args.exc_type is SystemExit:
+        return
+    name = args.thread.name if args.thread else "a thread"
+    trace = (args.exc_type, args.exc_value, args.exc_traceback)
+    _uncaught.error("uncaught exception in %s: %r", name, args.exc_value, exc_info=trace)
+
+
+def _log_unraisable(args: sys.UnraisableHookArgs) -> None:
+    where = args.err_msg or "exception ignored in"
+    if args.exc_value is None:
+        _uncaught.error("%s %r: %s", where, args.object, args.exc_type)
+        return
+    trace = (args.exc_type, args.exc_value, args.exc_traceback)
+    _uncaught.error("%s %r: %r", where, args.object, args.exc_value, exc_info=trace)
 
 
 class LogNarrator:
@@ -81,16 +143,12 @@ class _Json(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the object."""
-        when = datetime.fromtimestamp(record.created, UTC)
-        entry: dict[str, Any] = {
-            "time": when.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        more: dict[str, Any] = {}
         if request_id := getattr(record, "request_id", ""):
-            entry["request_id"] = request_id
-        entry.update(getattr(record, "fields", {}))
+            more["request_id"] = request_id
+        more.update(getattr(record, "fields", {}))
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str)
+            more["exception"] = self.formatException(record.exc_info)
+        when = datetime.fromtimestamp(record.created, UTC)
+        level = record.levelname.lower()
+        return json_line(when, level, record.name, record.getMessage(), **more)

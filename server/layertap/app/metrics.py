@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
 import grpc
 from prometheus_client import (
@@ -18,18 +16,15 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    start_http_server,
 )
 
-from layertap.addresses import host_port
 from layertap.app.shared_memory import SharedMemoryCollector
 from layertap.app.state import StateCollector
 from layertap.engine import Engine, Extraction
-from layertap.errors import UnavailableError
 from layertap.wire.memory import retained_bytes
 from layertap.wire.shared.hub import SharedMemory
 
-__all__ = ["Metrics", "MetricsPage"]
+__all__ = ["Metrics"]
 
 # From a tiny model on a GPU to a large one on a CPU.
 _SECONDS = (
@@ -157,39 +152,3 @@ class Metrics:
             registry=self.registry,
             buckets=_SECONDS,
         )
-
-
-class MetricsPage:
-    """Shows metrics at ``http://host:port/metrics`` until it is closed.
-
-    Args:
-        metrics: What to show.
-        host: The address to bind.
-        port: The port; 0 for a free one.
-
-    Attributes:
-        url: Where the page is.
-
-    Raises:
-        UnavailableError: Where the address can't be bound.
-    """
-
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
-        self._server: WSGIServer
-        self._thread: Thread
-        try:
-            self._server, self._thread = start_http_server(
-                port, addr=host, registry=metrics.registry
-            )
-        except OSError as error:
-            raise UnavailableError(
-                f"can't show metrics on {host_port(host, port)}: {error.strerror}; choose another "
-                f"with --metrics-port, or -1 for none"
-            ) from error
-        self.url = f"http://{host_port(host, self._server.server_port)}/metrics"
-
-    def close(self) -> None:
-        """Stop showing them."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -131,8 +132,11 @@ def _check_files(images: Sequence[str], output: Path) -> None:
     for image in images:
         if not Path(image).is_file():
             raise InvalidInputError(f"image {image}: no such file")
-    if not output.absolute().parent.is_dir():
+    folder = output.absolute().parent
+    if not folder.is_dir():
         raise InvalidInputError(f"output {output}: no such folder {output.parent}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInputError(f"output {output}: the folder {output.parent} can't be written to")
 
 
 def _read(image: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -55,10 +56,14 @@ class Columns:
         """
         beside = path.with_name(f"{path.name}.part")
         try:
-            with zipfile.ZipFile(beside, "w", zipfile.ZIP_STORED) as archive:
-                for name, array in self._arrays().items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
+            with beside.open("wb") as file:
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                    for name, array in self._arrays().items():
+                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                            np.lib.format.write_array(member, array, allow_pickle=False)
+                file.flush()
+                # A disk may notice only now that it has no room.
+                os.fsync(file.fileno())
             beside.replace(path)
         except OSError as error:
             raise InvalidInputError(f"output {path}: {error.strerror}") from error

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "embedded_engine",
     "find_local_modules",
+    "input_options",
     "item_shape",
     "local_model_options",
     "refuse_with_server",
@@ -49,6 +50,38 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return sizes
 
 
+def input_options(function: F) -> F:
+    """Add ``--input-dtype`` and ``--free-dims``: what a model's input is declared to be."""
+    for option in (
+        click.option(
+            "--free-dims",
+            metavar="I,J",
+            callback=_indices,
+            help="Dimensions of the input that may have another size, as indices into the item "
+            "shape: 0 for token ids of any length, 1,2 for images of any size, none. Default: "
+            "found by trying.",
+        ),
+        click.option(
+            "--input-dtype",
+            metavar="TYPE",
+            help="The input's element type, such as int64; default: found by trying.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _indices(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    parts = [] if value == "none" else value.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"got {value!r}, expected indices such as 1,2, or none")
+    return tuple(map(int, parts))
+
+
 def seed(function: F) -> F:
     """Add ``--seed``."""
     return click.option(
@@ -65,6 +98,7 @@ def local_model_options(function: F) -> F:
             type=click.Choice(["auto", "cpu", "cuda"]),
             help="What to run on; auto is CUDA where there is a device.",
         ),
+        input_options,
         item_shape,
         seed,
         click.option(
@@ -91,6 +125,8 @@ def embedded_engine(
     seed: int | None,
     item_shape: Sequence[int] | None,
     device: str | None,
+    input_dtype: str | None = None,
+    free_dims: Sequence[int] | None = None,
 ) -> tuple[Engine, str]:
     """Load a model into this process.
 
@@ -100,7 +136,7 @@ def embedded_engine(
     Raises:
         ConfigError, ModelLoadError: As ``Engine.load`` does.
     """
-    from layertap.engine import Engine, choose_device
+    from layertap.engine import Engine, allow_tf32, choose_device
     from layertap.models import ModelSpec
 
     find_local_modules()
@@ -109,7 +145,10 @@ def embedded_engine(
         weights=weights or "DEFAULT",
         seed=seed or 0,
         item_shape=tuple(item_shape) if item_shape else None,
+        input_dtype=input_dtype or "",
+        free_dims=None if free_dims is None else tuple(free_dims),
     )
+    allow_tf32(False)
     engine = Engine(device=choose_device(device or "auto"))
     try:
         engine.load(spec)

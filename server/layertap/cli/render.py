@@ -6,7 +6,7 @@ rich leaves colours out where the stream is no terminal and where NO_COLOR is se
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 import numpy as np
@@ -52,8 +52,12 @@ class Stderr:
         self._console = Console(stderr=True, markup=False, highlight=False)
 
     def say(self, text: str) -> None:
-        """Print a line."""
-        self._console.print(f"layertap: {text}", soft_wrap=True)
+        """Print a line; where stderr can't be written to, as a file on a full disk, print none.
+
+        A message that is lost must not end the server, as logging's own errors don't.
+        """
+        with suppress(OSError):
+            self._console.print(f"layertap: {text}", soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
@@ -90,10 +94,15 @@ def show_layers(
     """Print a model's layers, as a tree of modules or as a flat table in execution order."""
     out = console()
     images = " or images" if model.input.images else ""
-    shape = ", ".join(["B", *map(str, model.input.item_shape)])
+    free = model.input.free_dimensions
+    sizes = [
+        f"{size}*" if index in free else str(size)
+        for index, size in enumerate(model.input.item_shape)
+    ]
+    note = " (*: any size)" if free else ""
     out.print(
         f"{model.name}: {model.source}, weights {model.weights}, on {model.device}; takes "
-        f"[{shape}] {_dtype(model.input.dtype)}{images}",
+        f"[{', '.join(['B', *sizes])}] {_dtype(model.input.dtype)}{images}{note}",
         soft_wrap=True,
     )
     out.print(_tree(layers) if tree else _flat(layers))

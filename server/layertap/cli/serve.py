@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layertap.cli.options import find_local_modules, item_shape, seed
+from layertap.cli.options import find_local_modules, input_options, item_shape, seed
 from layertap.cli.secret_options import secret_options
+from layertap.errors import LayertapError
 
 if TYPE_CHECKING:
     from layertap.app.config import ServerConfig
@@ -19,7 +20,7 @@ PORTS = click.IntRange(0, 65535)
 METRICS_PORTS = click.IntRange(-1, 65535)
 MODEL_FLAGS = (
     *("weights", "seed", "item_shape", "precision", "channels_last", "layers"),
-    *("max_batch_size", "max_queue_delay_us"),
+    *("max_batch_size", "max_queue_delay_us", "input_dtype", "free_dims"),
 )
 
 
@@ -48,6 +49,7 @@ def _numbers(
 )
 @seed
 @item_shape
+@input_options
 @click.option(
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -83,9 +85,20 @@ def _numbers(
 @click.option(
     "--mode",
     type=click.Choice(["latency", "throughput"]),
-    help="latency (the default) gives all cores to one request, throughput one core to each.",
+    help="latency (the default) gives all CPUs to one request, throughput one CPU to each.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Cores of one request; latency only.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="CPUs to compute with: those of one request in latency mode, the requests that run at "
+    "once in throughput mode; default: as many as the process may use.",
+)
+@click.option(
+    "--tf32/--no-tf32",
+    default=None,
+    help="Let CUDA devices compute float32 convolutions and matrix products in TF32: faster, and "
+    "as exact as float16; default --no-tf32.",
+)
 @click.option(
     "--plan-cache",
     metavar="DIR",
@@ -108,13 +121,14 @@ def _numbers(
     "--keep-memory-mib",
     type=click.IntRange(min=1),
     metavar="N",
-    help="MiB of free memory that may be kept; default 1024.",
+    help="MiB of free memory that may be kept; default 1024, less in a small container.",
 )
 @click.option(
     "--shared-memory-mib",
     type=click.IntRange(min=0),
     metavar="N",
-    help="MiB that may be shared with clients of this machine; default 1024, 0 for none.",
+    help="MiB that may be shared with clients of this machine; default 1024, less in a small "
+    "container; 0 for none.",
 )
 @click.option(
     "--shared-memory-lease",
@@ -196,10 +210,20 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     if not models and config_file is None:
         raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")
     # The answer to a wrong command line should not wait for torch.
+    from layertap.app.logs import (
+        LogNarrator,
+        configure_logs,
+        log_everything_as_json,
+        set_log_level,
+    )
+
+    as_json = flags["log_format"] == "json"
+    if as_json:  # Before torch is imported, which may have something to say.
+        log_everything_as_json(flags["log_level"] or "warning")
+
     from layertap.app import lifecycle
     from layertap.app.config import ServerConfig, with_flags
     from layertap.app.config_file import load_config
-    from layertap.app.logs import LogNarrator, configure_logs
     from layertap.cli.render import Stderr
 
     find_local_modules()
@@ -211,8 +235,20 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
         file = load_config(config_file) if config_file else ServerConfig()
         return with_flags(file, models, model_flags, flags)
 
-    config = read()
-    configure_logs(config.server.log_format, config.server.log_level)
+    try:
+        config = read()
+    except LayertapError as error:
+        if not as_json:
+            raise
+        LogNarrator().say(f"error: {error}")
+        raise SystemExit(1) from None
+    level = config.server.log_level
+    if config.server.log_format != "json":
+        configure_logs("human", level)
+    elif as_json:
+        set_log_level(level)
+    else:
+        log_everything_as_json(level)
     narrator = LogNarrator() if config.server.log_format == "json" else Stderr()
     path = Path(config_file) if config_file else None
     raise SystemExit(lifecycle.serve(config, narrator, read, path))

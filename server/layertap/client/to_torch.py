@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
+from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
 
 __all__ = ["to_torch"]
 
-with warnings.catch_warnings():
-    # torch warns once per process that it can't keep read-only memory from being written to. The
-    # message belongs to the caller alone, so let it warn into the void.
-    warnings.simplefilter("ignore")
+with warnings_ignored():
+    # torch warns once per process that it can't protect read-only memory from being written to. The
+    # message belongs to the caller alone, so this triggers the warning once, where it is ignored.
     torch.frombuffer(memoryview(b"\0"), dtype=torch.uint8)
 
 

@@ -7,6 +7,7 @@ from layertap.engine.engine import Engine
 from layertap.engine.host import HostOptions, ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.pipeline import Extraction, ExtractionRequest
+from layertap.extraction.tf32 import allow_tf32
 
 __all__ = [
     "DEVICE_PATTERN",
@@ -19,5 +20,6 @@ __all__ = [
     "Limits",
     "ModelHost",
     "TensorInput",
+    "allow_tf32",
     "choose_device",
 ]

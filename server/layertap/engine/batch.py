@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,14 +12,15 @@ from PIL import Image
 from layertap.engine.limits import Limits
 from layertap.errors import InvalidInputError
 from layertap.models import ImageLimits, LoadedModel, decode_image
+from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
 
 __all__ = ["ImagesInput", "TensorInput", "check_tensor", "decode_images", "preprocess_images"]
 
-with warnings.catch_warnings():
-    # torch warns once per process that it can't honour a read-only buffer. A request's bytes are
-    # nobody else's, and models that write into their batch get a copy: once, here, unheard.
-    warnings.simplefilter("ignore")
+with warnings_ignored():
+    # torch warns once per process that it can't protect a read-only buffer from being written to.
+    # A request's bytes belong to that request alone, and models that write into their batch get a
+    # copy, so this triggers the warning once, where it is ignored.
     torch.from_numpy(np.frombuffer(b"\0", np.uint8))
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from layertap.engine.call import Call
+from layertap.engine.intra_op import set_intra_op
 from layertap.errors import CancelledError
 
 __all__ = ["run_beside"]
@@ -35,6 +36,7 @@ def run_beside(job: Callable[[], T], call: Call) -> T:
 
     def work() -> None:
         try:
+            set_intra_op(None)
             with torch.inference_mode():
                 result = job()
         except BaseException as error:  # noqa: BLE001 - raised again where it is waited for

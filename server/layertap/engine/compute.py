@@ -24,6 +24,7 @@ import torch
 
 from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
 from layertap.engine.call import Call
+from layertap.engine.intra_op import set_intra_op
 from layertap.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -69,7 +70,8 @@ class ComputeThreads:
 
     Args:
         instances: Threads.
-        intra_op: Cores that one of them computes with; None leaves it to PyTorch.
+        intra_op: Cores that one of them computes with; None leaves it to PyTorch, which takes
+            those of the machine, but no more than the process may use.
     """
 
     def __init__(self, instances: int = 1, intra_op: int | None = None) -> None:
@@ -82,6 +84,11 @@ class ComputeThreads:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of the threads run."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def run(self, job: Callable[[], R], call: Call) -> R:
         """Run a job under ``torch.inference_mode`` and return what it returns.
@@ -145,8 +152,7 @@ class ComputeThreads:
             self._queue.discard(job)
 
     def _work(self) -> None:
-        if self._intra_op is not None:  # Here, as OpenMP keeps the number for each thread apart.
-            torch.set_num_threads(self._intra_op)
+        set_intra_op(self._intra_op)
         while jobs := self._queue.take():
             wanted = [job for job in jobs if job.begin()]
             if wanted:

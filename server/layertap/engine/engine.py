@@ -19,6 +19,7 @@ from layertap.engine.versions import Version, Versions
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import LoadedModel, ModelSpec, load_model
+from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
 
 __all__ = ["Engine"]
@@ -48,7 +49,11 @@ class Engine:
         self._device = torch.device(device)
         self._plan_cache = plan_cache
         self._instances = instances, threads
+        # Read before threads with one core each are started: PyTorch gives new threads the number
+        # that was set last, in whichever thread.
+        self._cores = min(torch.get_num_threads(), available_cpus())
         self._compute: dict[torch.device, ComputeThreads] = {}
+        self._image_threads: ComputeThreads | None = None
         self._lock = threading.Lock()
         self._admission = Admission(self.limits.pending, self.limits.pending_bytes)
         self._pipeline = Pipeline(self._admission, self.limits)
@@ -59,6 +64,12 @@ class Engine:
     def pending(self) -> int:
         """Requests that wait for a compute thread or run on one."""
         return self._admission.requests
+
+    @property
+    def alive(self) -> bool:
+        """Whether every compute thread runs; one that ended would leave requests unanswered."""
+        with self._lock:
+            return all(threads.alive for threads in self._compute.values())
 
     @property
     def pending_bytes(self) -> int:
@@ -187,6 +198,8 @@ class Engine:
 
     def close(self) -> None:
         """Finish what was admitted, then let go of the models."""
+        if self._image_threads is not None:
+            self._image_threads.close()
         for threads in self._compute.values():
             threads.close()
         for host in self._versions.hosts():
@@ -205,8 +218,22 @@ class Engine:
         with self._lock:
             if device not in self._compute:
                 alike = device.type == self._device.type
-                self._compute[device] = ComputeThreads(*(self._instances if alike else (1, None)))
+                self._compute[device] = ComputeThreads(
+                    *(self._instances if alike else (1, self._cores))
+                )
             return self._compute[device]
+
+    def _preparing(self, device: torch.device) -> ComputeThreads | None:
+        """Return threads that prepare images beside the passes of a GPU; None for a CPU.
+
+        On a CPU the compute threads prepare them, since the cores are theirs.
+        """
+        if device.type != "cuda":
+            return None
+        with self._lock:
+            if self._image_threads is None:
+                self._image_threads = ComputeThreads(available_cpus(), 1)
+            return self._image_threads
 
     def _publish(
         self,
@@ -224,6 +251,7 @@ class Engine:
             self._plan_cache,
             options=options,
             call=call,
+            preparing=self._preparing(where),
         )
         try:
             host.declare(declared, call)

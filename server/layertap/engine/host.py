@@ -21,11 +21,13 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.measure import measure
+from layertap.extraction.passes import PassGuard
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
+from layertap.extraction.trial import tried
 from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
 
@@ -98,9 +100,12 @@ class ModelHost:
         cache: Where the compiled plans of declared layers are stored.
         options: How it is served.
         call: Cancels the measuring.
+        preparing: The threads that make batches of decoded images; the compute threads if not
+            given.
 
     Attributes:
         compute: The compute threads of its device.
+        preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies what a GPU computed to the host; None where values are written at once.
 
@@ -118,15 +123,18 @@ class ModelHost:
         *,
         options: HostOptions | None = None,
         call: Call | None = None,
+        preparing: ComputeThreads | None = None,
     ) -> None:
         call = call or Call()
-        self.model = model
+        guard = compute.run(lambda: PassGuard(model.module), call)
+        self.model = model = compute.run(lambda: tried(model, guard), call)
+        self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()
         self.compute = compute
         self._taps = Taps(model.module)
-        self.catalogue: Catalogue = compute.run(lambda: measure(model), call)
+        self.catalogue: Catalogue = compute.run(lambda: measure(model, guard), call)
         self.staging = compute.run(lambda: proven_staging(model.device), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
         for note in self.catalogue.guard.rules.notes:
@@ -169,9 +177,10 @@ class ModelHost:
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
             key, plan = self._build_best(resolved, call or Call())
-            self._declared_plans[key] = plan
             self._warm_batches(plan)
-            self._record(plan)
+            plan = self._record(plan)
+            with self._lock:
+                self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, batch_shape: tuple[int, ...], call: Call) -> Plan:
         """Return the plan that serves a request of that shape, ``[B, ...]``.
@@ -266,16 +275,18 @@ class ModelHost:
             if size in doubling:  # The others have run twice by now.
                 self.compute.run(partial(prover.warm, plan, size), Call())
 
-    def _record(self, plan: Plan) -> None:
-        """Replay a declared plan at the batch sizes for which that was asked."""
+    def _record(self, plan: Plan) -> Plan:
+        """Return a declared plan that replays the batch sizes for which that was asked."""
         sizes = self.options.cuda_graphs
         if not sizes or self.model.device.type != "cuda":
-            return
-        recorded = self.compute.run(partial(self._builder.prover.record, plan, sizes), Call())
+            return plan
+        record = partial(self._builder.prover.record, plan, sizes)
+        replayed, recorded = self.compute.run(record, Call())
         _log.info(
             "model %s: CUDA graphs of %s at batch sizes %s",
             self.model.name, ", ".join(point.path for point in plan.points), recorded,
         )  # fmt: skip
+        return replayed
 
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...], size: int) -> Extractor:
         if len(resolved.candidates) == 1:

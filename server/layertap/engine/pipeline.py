@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -29,6 +28,7 @@ from layertap.engine.staging import Staging
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError
 from layertap.extraction.plan import Plan
+from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm, ReplyForm
@@ -88,7 +88,7 @@ class Pipeline:
     def __init__(self, admission: Admission, limits: Limits) -> None:
         self._admission = admission
         self._limits = limits
-        self._decoders = threading.Semaphore(len(os.sched_getaffinity(0)))
+        self._decoders = threading.Semaphore(available_cpus())
 
     def extract(self, host: ModelHost, request: ExtractionRequest, call: Call) -> Extraction:
         """Run a request on a model; see ``Engine.extract``."""
@@ -105,10 +105,12 @@ class Pipeline:
         done = host.compute.run_batched(
             work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
         )
+        done.arrive()
+        ended_ns = time.perf_counter_ns()
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
             queue_ns=done.begun_ns - prepared_ns,
-            compute_ns=done.ended_ns - done.begun_ns,
+            compute_ns=ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         message = done.reply.finish(timings)
@@ -118,14 +120,16 @@ class Pipeline:
 
     def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
         if isinstance(given, TensorInput):
-            return check_tensor(host.model, given.tensor, self._limits)
-        with self._decoding(call):
-            images = decode_images(host.model, given.images, self._limits)
-        return host.compute.run(lambda: preprocess_images(host.model, images), call)
+            x = check_tensor(host.model, given.tensor, self._limits)
+        else:
+            with self._decoding(call):
+                images = decode_images(host.model, given.images, self._limits)
+            x = host.preparing.run(lambda: preprocess_images(host.model, images), call)
+        return x if host.staging is None else host.staging.upload(x)
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
-        """Decode no more images at once than there are cores: more would only slow each other."""
+        """Decode no more images at once than there are CPUs: more would only slow each other."""
         if not self._decoders.acquire(timeout=call.remaining()):
             raise DeadlineExceededError("the deadline passed before the images were decoded")
         try:
@@ -150,6 +154,7 @@ def _key(work: Work) -> Hashable:
 
     The plan stands for model, layers and extractor.
     """
-    if work.host.options.batching.max_size == 1 or work.plan.dynamic or work.plan.alone:
+    plan = work.plan
+    if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
-    return id(work.plan), tuple(work.x.shape[1:]), work.x.dtype
+    return id(plan), tuple(work.x.shape[1:]), work.x.dtype

@@ -102,13 +102,8 @@ class ReplyWriter:
             else:
                 self._staged[slot] = self._staging.take(made)
 
-    def arrive(self) -> None:
-        """Wait until every value is on the host; to be called behind the forward pass."""
-        if self._staging is not None:
-            self._staging.wait()
-
     def finish(self, timings: Timings) -> bytes:
-        """Write what was copied to the host, and publish the message."""
+        """Publish the message; what a GPU computed is written now, and must be on the host."""
         for slot, value in self._staged.items():
             _write(self._builder, slot, value)
         return self._builder.finish(self._form.head(timings))
@@ -150,11 +145,6 @@ class ReplyCollector:
                 )
             made = self._made[slot].apply(value)
             self._values[slot] = made.clone() if self._staging is None else self._staging.take(made)
-
-    def arrive(self) -> None:
-        """See ``ReplyWriter``."""
-        if self._staging is not None:
-            self._staging.wait()
 
     def finish(self, timings: Timings) -> bytes:
         """Lay the message out by what was captured, write and publish it."""

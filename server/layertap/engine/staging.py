@@ -1,12 +1,20 @@
-"""From a GPU to the host: copies into page-locked memory, beside the pass that goes on.
+"""Between the host and a GPU: copies through page-locked memory, beside the pass that runs.
 
 Note [Staging]
     A blocking copy in the middle of a forward pass makes the host wait for every kernel launched so
     far and the device for every kernel launched after, once for each captured layer. So a value is
     cloned on the device, in the pass's own stream, where no later in-place operation can show in
     it; a second stream copies the clone to page-locked memory, without which such a copy blocks;
-    and the host waits once, behind the last layer. The reply is written from there by the caller's
-    thread, while the compute thread runs the next pass.
+    and the caller's thread waits once, for the last copy, and writes the reply from there.
+
+    Meanwhile the compute thread launches the next pass, so that the device does not wait for the
+    host between two passes. It goes no further than one pass ahead: requests that come later can
+    still join the pass after that, and the memory of what was launched stays bounded.
+
+    An input goes the other way. A copy from ordinary memory makes CUDA copy it to page-locked
+    memory first, piece by piece, and the compute thread would wait for that. So the caller's thread
+    copies the input to page-locked memory, while the compute thread runs other requests, and the
+    compute thread only launches the copy to the device.
 
     PyTorch's own allocator of page-locked memory reuses its blocks, and not before the copies into
     them are over. It keeps what it has: the most that was in use at one time.
@@ -20,6 +28,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 __all__ = ["Staging", "proven_staging"]
@@ -33,7 +42,9 @@ _ELEMENTS = 1 << 22
 
 
 class Staging:
-    """Copies tensors of one device to the host. For that device's compute thread.
+    """Copies tensors between one device and the host.
+
+    ``take`` and ``launched`` belong to the device's compute thread; any thread may call ``upload``.
 
     Args:
         device: A CUDA device.
@@ -42,9 +53,22 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._copies = torch.cuda.Stream(device)
+        self._last: torch.cuda.Event | None = None
+
+    def upload(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return a copy of a batch in page-locked memory, which the device can read by itself.
+
+        Args:
+            batch: A contiguous tensor on the CPU, ``[B, ...]`` of any dtype.
+        """
+        page_locked = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
+        # numpy copies on this thread alone and without the GIL; torch would start a team of OpenMP
+        # threads for each thread that calls it (Note [One compute thread]).
+        np.copyto(_bytes_of(page_locked), _bytes_of(batch))
+        return page_locked
 
     def take(self, value: torch.Tensor) -> torch.Tensor:
-        """Return where a value will be on the host once ``wait`` has returned.
+        """Return where a value will be on the host once its pass is over; see ``launched``.
 
         The value may be overwritten or freed as soon as this returns. Strides are kept where the
         value is dense.
@@ -60,9 +84,23 @@ class Staging:
         clone.record_stream(self._copies)
         return host
 
-    def wait(self) -> None:
-        """Wait until everything that was taken is on the host."""
-        self._copies.synchronize()
+    def launched(self) -> torch.cuda.Event:
+        """Return an event that is over once everything that was taken so far is on the host.
+
+        To be called behind each pass. It returns once the pass before is over, so that no more than
+        two are under way.
+        """
+        before, self._last = self._last, torch.cuda.Event()
+        self._last.record(self._copies)
+        if before is not None:
+            before.synchronize()
+        return self._last
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """Return a contiguous tensor's memory; numpy has no bfloat16, so bytes serve every dtype."""
+    flat: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
+    return flat
 
 
 def proven_staging(device: torch.device) -> Staging | None:
@@ -98,7 +136,7 @@ def _proves(staging: Staging, device: torch.device) -> bool:
         for _ in range(_COPIES):
             taken.append(staging.take(value))
             value.add_(1)
-        staging.wait()
+        staging.launched().synchronize()
         for each in taken:
             if not torch.equal(each, expected):
                 return False

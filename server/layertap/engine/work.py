@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +61,26 @@ class Computed:
     Attributes:
         reply: Its outputs, ready to be published.
         begun_ns: When its forward pass began, by ``time.perf_counter_ns``.
-        ended_ns: When its outputs had been written, or were on the host.
         together: Requests that the pass was run for.
+        model: The model's name.
+        arrival: Over once a GPU's values are on the host; None where they are already.
     """
 
     reply: Reply
     begun_ns: int
-    ended_ns: int
     together: int
+    model: str
+    arrival: torch.cuda.Event | None = None
+
+    def arrive(self) -> None:
+        """Wait until every value is on the host. For the caller's thread; see Note [Staging].
+
+        Raises:
+            ModelRunError: Where the device failed meanwhile.
+        """
+        if self.arrival is not None:
+            with _model_errors(self.model):
+                self.arrival.synchronize()
 
 
 class _AbandonedError(BaseException):
@@ -92,39 +104,55 @@ def compute(works: Sequence[Work]) -> list[Computed]:
     """
     begun_ns = time.perf_counter_ns()
     host = works[0].host
+    name = host.model.name
     try:
-        if len(works) == 1:
-            _run_alone(works[0])
-        else:
-            _run_together(works)
-        for work in works:
-            work.reply.arrive()
+        with _model_errors(name):
+            if len(works) == 1:
+                _run_alone(works[0])
+            else:
+                _run_together(works)
+            arrival = host.staging.launched() if host.staging else None
     except _AbandonedError as abandoned:
         raise abandoned.reason from None
+    return [Computed(work.reply, begun_ns, len(works), name, arrival) for work in works]
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    """Raise what a model's code or its device raises as one of our own errors."""
+    try:
+        yield
     except LayertapError:
         raise
     except Exception as error:
-        _log.exception("model %s failed", host.model.name)
+        _log.exception("model %s failed", name)
         if is_out_of_memory(error):
-            raise OverloadedError(
-                f"memory: model {host.model.name!r} ran out of it on this input"
-            ) from error
+            raise OverloadedError(f"out of memory while running model {name!r}") from error
         raise ModelRunError(
-            f"model {host.model.name!r} failed on this input ({type(error).__name__})"
+            f"model {name!r} failed on this input ({type(error).__name__})"
         ) from error
-    ended_ns = time.perf_counter_ns()
-    return [Computed(work.reply, begun_ns, ended_ns, len(works)) for work in works]
 
 
 def _run_alone(work: Work) -> None:
     host = work.host
-    x = work.x.to(host.model.device, host.model.input.dtype)
+    x = _on_device(work)
     try:
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
     except ShapeChangedError:
-        work.plan.dynamic = True
+        work.plan.findings.found_dynamic()
         work.reply = work.collect()
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
+
+
+def _on_device(work: Work) -> torch.Tensor:
+    """Return the input on the model's device, in the model's dtype.
+
+    A copy from page-locked memory is only launched here; PyTorch's allocator keeps that memory
+    until the copy is over.
+    """
+    model = work.host.model
+    moved = work.x.to(model.device, non_blocking=work.x.is_pinned())
+    return moved.to(model.input.dtype)
 
 
 def _capture(work: Work, x: torch.Tensor) -> None:
@@ -137,7 +165,7 @@ def _run_together(works: Sequence[Work]) -> None:
     host, plan = works[0].host, works[0].plan
     if not host.prove_shared(plan, sum(work.items for work in works)):
         raise _alone("items of its batches are not independent")
-    x = torch.cat([work.x.to(host.model.device, host.model.input.dtype) for work in works])
+    x = torch.cat([_on_device(work) for work in works])
     sinks = [_sink(work) for work in works]
 
     def share(index: int, value: torch.Tensor) -> None:
@@ -153,7 +181,7 @@ def _run_together(works: Sequence[Work]) -> None:
         with _abandonable(host, [work.call for work in works]):
             plan.built.run(x, share)
     except ShapeChangedError:
-        plan.dynamic = True
+        plan.findings.found_dynamic()
         raise _alone("a value's shape changed") from None
 
 

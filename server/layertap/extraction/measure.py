@@ -77,15 +77,19 @@ class _Findings:
         return ""
 
 
-def measure(model: LoadedModel) -> Catalogue:
+def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
     """Run a model, as it was loaded, and write down its layers and the rules for its passes.
 
     No other forward pass of it may run meanwhile.
 
+    Args:
+        model: The model.
+        guard: What kept it as it was loaded, where it has run before; a new one if not given.
+
     Raises:
         ModelLoadError: Where the model can't run on the input that it claims to take.
     """
-    guard = PassGuard(model.module)
+    guard = guard or PassGuard(model.module)
     one, two = _run_twice(model, guard)
     oracle = one.values
     x = sample_input(model, 1, model.input.item_shape)

@@ -1,34 +1,91 @@
-"""What a plan is."""
+"""Plans, and what is learnt about them while they serve."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.selection import Extractor
 
-__all__ = ["Plan", "quoted"]
+__all__ = ["Findings", "Plan", "quoted"]
 
 
-@dataclass
+class Findings:
+    """What is learnt about one plan after it was built. Safe to share between threads.
+
+    Several compute threads may find out the same thing at once. A finding against the plan stands:
+    a later one in its favour does not replace it.
+
+    Args:
+        proven: Batch sizes at which the plan was compared with the oracle and was right.
+        dynamic: Whether some value's shape is known to depend on more than the batch size.
+    """
+
+    def __init__(self, proven: Iterable[int] = (), *, dynamic: bool = False) -> None:
+        self._lock = threading.Lock()
+        self._sizes = dict.fromkeys(proven, "")
+        self._dynamic = dynamic
+        self._alone: bool | None = None
+        self._shared: dict[int, bool] = {}
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether some value's shape depends on more than the batch size."""
+        with self._lock:
+            return self._dynamic
+
+    def found_dynamic(self) -> None:
+        """Record that a forward pass gave a value of another shape than the specs predict."""
+        with self._lock:
+            self._dynamic = True
+
+    def refusal(self, size: int) -> str | None:
+        """Return why the plan can't serve a batch size; empty if it can, None if not known yet."""
+        with self._lock:
+            return self._sizes.get(size)
+
+    def found_size(self, size: int, reason: str) -> str:
+        """Record why the plan can't serve a batch size, empty if it can; return what now stands."""
+        with self._lock:
+            self._sizes[size] = self._sizes.get(size) or reason
+            return self._sizes[size]
+
+    @property
+    def alone(self) -> bool | None:
+        """Whether each request needs a forward pass of its own; None until that was tried."""
+        with self._lock:
+            return self._alone
+
+    def found_alone(self, *, alone: bool) -> None:
+        """Record whether each request needs a forward pass of its own."""
+        with self._lock:
+            self._alone = bool(self._alone) or alone
+
+    def shares(self, items: int) -> bool | None:
+        """Return whether requests may share a pass of so many items; None if not known yet."""
+        with self._lock:
+            return False if self._alone else self._shared.get(items)
+
+    def found_shares(self, items: int, *, shares: bool) -> None:
+        """Record whether requests may share a pass of so many items in all."""
+        with self._lock:
+            self._shared[items] = self._shared.get(items, True) and shares
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A proven way to capture a list of points from batches of one item shape.
 
     Attributes:
-        extractor: Which of the five it is.
+        extractor: Which extractor it is; never AUTO.
         points: What it captures.
         item_shape: The sizes of one item, without the batch.
         specs: The type and shape of each point's value, in the order of the points.
         built: The extractor itself; it runs on a compute thread only.
-        sizes: The batch sizes at which it was held against the oracle, and why it can't serve
-            them; empty texts where it can.
-        dynamic: Whether some value's shape follows more than the batch size, so that the specs
-            predict nothing. Set when a forward pass shows it.
-        alone: Whether each request needs a forward pass of its own; None until it was tried.
-        shared: Where not: whether requests may share a pass of so many items in all, for those
-            numbers that were tried.
+        findings: What was learnt about the plan since it was built.
     """
 
     extractor: Extractor
@@ -36,17 +93,19 @@ class Plan:
     item_shape: tuple[int, ...]
     specs: tuple[ValueSpec, ...]
     built: BuiltExtractor
-    sizes: dict[int, str] = field(default_factory=dict)
-    dynamic: bool = False
-    alone: bool | None = None
-    shared: dict[int, bool] = field(default_factory=dict)
+    findings: Findings
 
-    def __post_init__(self) -> None:
-        self.dynamic = self.dynamic or any(spec.dynamic for spec in self.specs)
+    @property
+    def dynamic(self) -> bool:
+        """Whether some value's shape depends on more than the batch size.
+
+        Then the specs predict nothing.
+        """
+        return self.findings.dynamic or any(spec.dynamic for spec in self.specs)
 
     def refusal(self, size: int) -> str | None:
-        """Return why it can't serve a batch size; empty if it can, None if that is not known."""
-        return "" if self.extractor is Extractor.HOOK else self.sizes.get(size)
+        """Return why it can't serve a batch size; empty if it can, None if not known yet."""
+        return "" if self.extractor is Extractor.HOOK else self.findings.refusal(size)
 
 
 def quoted(points: Sequence[CapturePoint]) -> str:

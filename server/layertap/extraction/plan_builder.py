@@ -17,7 +17,7 @@ from layertap.extraction.fx import FxExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.passes import GuardedExtractor
-from layertap.extraction.plan import Plan, quoted
+from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.proof import Values, prove
@@ -94,7 +94,7 @@ class PlanBuilder:
         """Build an extractor and hold it against the oracle at three batch sizes.
 
         The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
-        equal to it bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
+        equal to it bit for bit, TORCHSCRIPT within ``compiled_tolerance``.
 
         Args:
             extractor: Any but AUTO.
@@ -124,7 +124,7 @@ class PlanBuilder:
             # The oracle at the size at which the catalogue was measured: nothing is left to learn.
             specs = tuple(self._catalogue.specs[point] for point in points)
             built: BuiltExtractor = HookExtractor(self._model, self._taps, points, self._guard)
-            yield Plan(extractor, tuple(points), item_shape, specs, built)
+            yield Plan(extractor, tuple(points), item_shape, specs, built, Findings())
             return
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
         oracle = []
@@ -146,8 +146,8 @@ class PlanBuilder:
             yield None
             if extractor is not Extractor.HOOK:
                 yield from proof.steps(built)
-        proven = dict.fromkeys((len(x) for x, _ in proof.cases), "")
-        yield Plan(extractor, tuple(points), item_shape, specs, built, proven)
+        findings = Findings(len(x) for x, _ in proof.cases)
+        yield Plan(extractor, tuple(points), item_shape, specs, built, findings)
 
     def _compiled(
         self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool

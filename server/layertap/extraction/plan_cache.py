@@ -11,11 +11,13 @@ Loading a TorchScript file runs what is in it. So the folder belongs to this use
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +27,7 @@ import torchvision
 
 from layertap.errors import ConfigError
 from layertap.extraction.points import CapturePoint
-from layertap.extraction.torchscript import load_program, save_program
+from layertap.extraction.torchscript import program_bytes, program_of
 from layertap.models import LoadedModel
 
 __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest"]
@@ -34,41 +36,72 @@ _log = logging.getLogger(__name__)
 
 FORMAT = "1"
 SUFFIX = ".plan.pt"
+PART = ".part"
+"""Ends the name of a file that is being written."""
+
+# What the disk is to blame for, not the configuration.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_STALE_SECONDS = 3600.0
 
 
 class PlanCache:
     """A folder of traced and frozen programs, bounded in bytes; the longest unused go first.
+
+    A disk that is full, read-only or broken is no error: it is logged, nothing is stored, and the
+    server serves without. Each program is another try, so room that comes later is used.
 
     Args:
         folder: Made with mode 0700 where it is missing.
         max_bytes: Of all files together.
 
     Raises:
-        ConfigError: Where the folder can't be made, belongs to another user or is writable by one.
+        ConfigError: Where the folder can't be made for a reason other than the disk, belongs to
+            another user or is writable by one.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = folder
         self._max_bytes = max_bytes
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            state = folder.stat()
+            self._prepare()
         except OSError as error:
-            raise ConfigError(f"plan cache {folder}: {error.strerror}") from error
-        if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ConfigError(
-                f"plan cache {folder}: other users can write there, and programs in it are run; "
-                f"expected a folder of this user with mode 0700"
-            )
+            if error.errno not in _DISK_ERRORS:
+                raise ConfigError(f"plan cache {folder}: {error.strerror}") from error
+            _log.warning("plan cache %s: plans are not stored: %s", folder, error.strerror)
+        self._sweep()
 
     def file(self, digest: str) -> PlanFile:
         """Return the place of one program."""
         return PlanFile(self, self._folder / f"{digest}{SUFFIX}")
 
+    def write(self, data: memoryview) -> Path:
+        """Write a program to a file of its own, under a name that no reader looks for.
+
+        Args:
+            data: What to write; all of it is on the disk when this returns.
+
+        Raises:
+            OSError: Where it can't be written; no file is left.
+            ConfigError: Where others can write to the folder by now.
+        """
+        self._prepare()  # Somebody may have removed the folder meanwhile.
+        handle, name = tempfile.mkstemp(dir=self._folder, suffix=PART)
+        written = Path(name)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                # A disk may notice only now that it has no room.
+                os.fsync(handle)
+        except BaseException:
+            remove(written)
+            raise
+        return written
+
     def trim(self) -> None:
         """Remove the longest unused files until the rest fits."""
         found = []
-        for path in self._folder.glob(f"*{SUFFIX}"):
+        for path in self._files(SUFFIX):
             with suppress(OSError):  # Another process may be trimming too.
                 state = path.stat()
                 found.append((state.st_mtime_ns, state.st_size, path))
@@ -76,8 +109,40 @@ class PlanCache:
         for _, size, path in sorted(found):
             if total <= self._max_bytes:
                 return
-            path.unlink(missing_ok=True)
+            remove(path)
             total -= size
+
+    def _prepare(self) -> None:
+        """Make the folder where it is missing; raise ConfigError where others can write to it."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = self._folder.stat()
+        if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ConfigError(
+                f"plan cache {self._folder}: other users can write there, and programs in it are "
+                f"run; expected a folder of this user with mode 0700"
+            )
+
+    def _files(self, suffix: str) -> list[Path]:
+        try:
+            return list(self._folder.glob(f"*{suffix}"))
+        except OSError as error:
+            _log.warning("plan cache %s can't be listed: %s", self._folder, error.strerror)
+            return []
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed in mid-write have left."""
+        for path in self._files(PART):
+            with suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a file if it is there and can be removed; the log says why where it can't."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("stored plan %s can't be removed: %s", path.name, error.strerror)
 
 
 class PlanFile:
@@ -88,54 +153,59 @@ class PlanFile:
         self._path = path
 
     def load(self, device: torch.device) -> torch.jit.ScriptModule | None:
-        """Return the stored program; None where there is none or the file is damaged."""
-        if not self._path.exists():
+        """Return the stored program; None where there is none or it can't be read."""
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            # It may be whole: the disk could not be read now.
+            _log.warning("stored plan %s can't be read: %s", self._path.name, error.strerror)
             return None
         try:
-            program = load_program(self._path, device)
-            os.utime(self._path)
-        except (RuntimeError, OSError) as error:
-            _log.warning("stored plan %s can't be read: %s", self._path.name, type(error).__name__)
+            program = program_of(data, device)
+        except RuntimeError as error:
+            _log.warning("stored plan %s is damaged: %s", self._path.name, type(error).__name__)
             self.forget()
             return None
+        with suppress(OSError):  # A disk may be read-only; then nothing is trimmed there either.
+            os.utime(self._path)
         return program
 
     def forget(self) -> None:
         """Remove the file."""
-        self._path.unlink(missing_ok=True)
+        remove(self._path)
 
     @contextmanager
     def storing(self, frozen: torch.jit.ScriptModule) -> Iterator[None]:
         """Write a program, and keep the file only if the block ends well.
 
-        The block may optimise the program, which spoils it for saving. A disk that is full is
-        logged and nothing else.
+        The block may optimise the program, after which it can't be saved any more. Where it can't
+        be written, the log says why, and nothing else happens.
         """
         written = self._write(frozen)
         try:
             yield
         except BaseException:
             if written:
-                written.unlink(missing_ok=True)
+                remove(written)
             raise
         if written:
-            written.replace(self._path)
+            try:
+                written.replace(self._path)
+            except OSError as error:
+                _log.warning("plan not stored: %s", error.strerror)
+                remove(written)
             self._cache.trim()
 
     def _write(self, frozen: torch.jit.ScriptModule) -> Path | None:
         try:
-            handle, name = tempfile.mkstemp(dir=self._path.parent, suffix=".part")
+            return self._cache.write(program_bytes(frozen))
         except OSError as error:
             _log.warning("plan not stored: %s", error.strerror)
-            return None
-        os.close(handle)
-        try:
-            save_program(frozen, Path(name))
-        except (RuntimeError, OSError) as error:
-            _log.warning("plan not stored: %s", type(error).__name__)
-            Path(name).unlink(missing_ok=True)
-            return None
-        return Path(name)
+        except (RuntimeError, MemoryError, ConfigError) as error:
+            _log.warning("plan not stored: %s", error)
+        return None
 
 
 def fingerprint(model: LoadedModel) -> str:

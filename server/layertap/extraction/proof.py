@@ -9,7 +9,7 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.points import CapturePoint, ValueSpec
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import compiled_tolerance, difference
 from layertap.selection import Extractor
 
 __all__ = ["Values", "collect", "items_of", "prove", "shares_passes"]
@@ -38,7 +38,7 @@ def prove(
 ) -> None:
     """Run an extractor on a batch and hold it against what the oracle gave for it.
 
-    Bit for bit, TORCHSCRIPT within TORCHSCRIPT_TOLERANCE.
+    Bit for bit, TORCHSCRIPT within ``compiled_tolerance``.
 
     Raises:
         ExtractorUnsupportedError: Where a value differs.
@@ -53,7 +53,7 @@ def prove(
     built.run(x.clone(), compare)
     for index, (point, expected) in enumerate(zip(points, oracle, strict=True)):
         error = errors[index]
-        tolerance = TORCHSCRIPT_TOLERANCE.get(expected.dtype, 0.0) if compiled else 0.0
+        tolerance = compiled_tolerance(expected) if compiled else 0.0
         if error > tolerance:
             raise ExtractorUnsupportedError(
                 f"{extractor.name} can't serve layer {point.path!r} in this layer set: its value "
@@ -86,7 +86,7 @@ def shares_passes(
     """Tell whether requests may share a forward pass: whether each item's values are its own.
 
     A batch is run as a whole and in two parts. Where the values of the whole are those of the parts
-    put together, within TORCHSCRIPT_TOLERANCE (kernels for other batch sizes may add in another
+    put together, within ``compiled_tolerance`` (kernels for other batch sizes may add in another
     order), nothing passes from one item to another. A model that normalises over the batch, or
     lays the items' windows out side by side, fails.
 
@@ -102,6 +102,6 @@ def shares_passes(
     for begin, part in ((0, x[:1]), (1, x[1:])):
         for value, expected, spec in zip(whole, collect(built, points, part), specs, strict=True):
             mine = items_of(value, spec, begin, len(part))
-            if difference(mine, expected) > TORCHSCRIPT_TOLERANCE.get(expected.dtype, 0.0):
+            if difference(mine, expected) > compiled_tolerance(expected):
                 return False
     return True

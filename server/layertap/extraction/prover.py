@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -22,6 +23,7 @@ from layertap.extraction.fx import WholeGraphExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import GuardedExtractor, KeptState
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.points import CapturePoint, PointKind
@@ -67,12 +69,14 @@ class Prover:
         try:
             return collect(self._oracle(points), points, x)
         except Exception as error:
-            _log.info("model %s fails on %s", self._model.name, list(x.shape), exc_info=True)
+            words = own_words(error)
+            _log.info("model %s fails on %s: %s", self._model.name, list(x.shape), words)
             if is_out_of_memory(error):
                 raise self._hungry(x) from error
             raise InvalidInputError(
                 f"tensor: model {self._model.name!r} can't run on items of shape "
-                f"{list(x.shape[1:])}; it was measured at {list(self._model.input.item_shape)}"
+                f"{list(x.shape[1:])}: {words}; it was measured at "
+                f"{list(self._model.input.item_shape)}"
             ) from error
 
     def wide_case(
@@ -108,20 +112,21 @@ class Prover:
         except OverloadedError:
             raise
         except InvalidInputError:
-            plan.sizes[size] = "the model itself fails on it"
+            reason = "the model itself fails on it"
         except ExtractorUnsupportedError as error:
-            plan.sizes[size] = f"{error}{_advice(plan.points)}"
+            reason = f"{error}{_advice(plan.points)}"
         except Exception as error:
             if is_out_of_memory(error):
                 raise self._hungry(x) from error
             # Whatever a program runs into that has learnt another size.
-            plan.sizes[size] = f"it failed there ({type(error).__name__}){_advice(plan.points)}"
+            reason = f"it failed there ({type(error).__name__}){_advice(plan.points)}"
         else:
-            plan.sizes[size] = ""
-        if plan.sizes[size]:
+            reason = ""
+        reason = plan.findings.found_size(size, reason)
+        if reason:
             _log.warning(
                 "model %s: %s of %s does not serve batch size %d: %s", self._model.name,
-                plan.extractor.name, quoted(plan.points), size, plan.sizes[size],
+                plan.extractor.name, quoted(plan.points), size, reason,
             )  # fmt: skip
 
     def prove_shared(self, plan: Plan, items: int = _SHARED) -> bool:
@@ -130,12 +135,14 @@ class Prover:
         A model that keeps state after a pass may remember what it saw, and one whose code looks at
         values goes one way for the whole batch.
         """
-        if plan.alone is None:
-            plan.alone = not self._guard.rules.shared or not self._shares(plan)
-            plan.shared[_SHARED] = not plan.alone
-        if not plan.alone and items not in plan.shared:
-            plan.shared[items] = self._shares_at(plan, items)
-        return not plan.alone and plan.shared[items]
+        findings = plan.findings
+        if findings.alone is None:
+            alone = not self._guard.rules.shared or not self._shares(plan)
+            findings.found_alone(alone=alone)
+            findings.found_shares(_SHARED, shares=not alone)
+        if findings.shares(items) is None:
+            findings.found_shares(items, shares=self._shares_at(plan, items))
+        return bool(findings.shares(items))
 
     def warm(self, plan: Plan, size: int) -> None:
         """Run a plan on a batch of that many items, as the first such batch takes longer."""
@@ -143,8 +150,10 @@ class Prover:
         for _ in range(WARM_UP_RUNS):
             plan.built.run(x.clone(), lambda index, value: None)
 
-    def record(self, plan: Plan, sizes: Sequence[int]) -> list[int]:
-        """Replay a plan's passes as CUDA graphs at some batch sizes; return those that work.
+    def record(self, plan: Plan, sizes: Sequence[int]) -> tuple[Plan, list[int]]:
+        """Record a plan's passes as CUDA graphs at some batch sizes.
+
+        Returns the plan that replays them, and the sizes that work; the given plan for none.
 
         Each graph is held against the oracle on inputs other than the recorded one, and forgotten
         where it differs. Sizes whose pass can't be recorded are logged, and run as before. For a
@@ -152,9 +161,7 @@ class Prover:
         """
         graphed = GraphedExtractor(plan.built, plan.points)
         recorded = [size for size in sizes if self._records(plan, graphed, size)]
-        if recorded:
-            plan.built = graphed
-        return recorded
+        return (replace(plan, built=graphed) if recorded else plan), recorded
 
     def _oracle(self, points: Sequence[CapturePoint]) -> BuiltExtractor:
         if _are_modules(points):
@@ -167,7 +174,7 @@ class Prover:
 
     def _hungry(self, x: torch.Tensor) -> OverloadedError:
         return OverloadedError(
-            f"memory: model {self._model.name!r} ran out of it on a batch of {len(x)}"
+            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
         )
 
     def _shares(self, plan: Plan) -> bool:

@@ -127,7 +127,8 @@ class Snapshot:
             noticed where torch counts them, and can't be undone.
     """
 
-    @torch.inference_mode()
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def __init__(self, module: nn.Module, *, copies: bool = True) -> None:
         walk = _Walk(module, copies=copies)
         self._nodes = walk.nodes
@@ -146,14 +147,16 @@ class Snapshot:
         """
         return self._differing(lambda node: node.suspect() or node.written_unseen())
 
-    @torch.inference_mode()
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def restore(self) -> None:
         """Put everything back that can be and that ``changes`` sees."""
         for node in self._nodes:
             if node.suspect():
                 node.restore()
 
-    @torch.inference_mode()
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def deep_restore(self) -> None:
         """Put everything back that can be and that ``deep_changes`` sees."""
         for node in self._nodes:
@@ -177,14 +180,16 @@ class Snapshot:
             if droppable and not tensor.always:
                 tensor.forget()
 
-    @torch.inference_mode()
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def rewritten(self) -> set[str]:
         """Return the paths at which something was stored, be it the same value again."""
         return {
             node.change(key).path for node in self._nodes if node.suspect() for key in node.stored()
         }
 
-    @torch.inference_mode()
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def _differing(self, ask: Callable[[_Node], bool]) -> list[Change]:
         found: dict[str, Change] = {}
         for node in filter(ask, self._nodes):
@@ -215,13 +220,18 @@ class Watch:
 
     def look(self) -> None:
         """Compare now; later calls do nothing once all the time for it is spent."""
-        with self._lock:
+        # Not to be waited for: comparing runs code that may be followed line by line itself.
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             begun = time.perf_counter()
             if self._spent < WATCH_SECONDS:
                 self._compare()
                 ended = time.perf_counter()
                 self._spent += ended - begun
                 self._next = ended + 2 * (ended - begun)
+        finally:
+            self._lock.release()
 
     def look_now_and_then(self) -> None:
         """Compare where that takes a third of the time at most, and always in a small model."""
@@ -231,7 +241,8 @@ class Watch:
         if len(self._nodes) <= SMALL_NODES or time.perf_counter() >= self._next:
             self.look()
 
-    @torch.inference_mode()
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
     def _compare(self) -> None:
         differing = []
         for node in self._nodes:

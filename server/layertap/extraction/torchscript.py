@@ -21,10 +21,8 @@ from __future__ import annotations
 
 import io
 import threading
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -32,8 +30,9 @@ from torch import nn
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
+from layertap.silence import warnings_ignored
 
-__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "load_program", "save_program", "trace_taps"]
+__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "program_bytes", "program_of", "trace_taps"]
 
 WARM_UP_RUNS = 3
 """Runs after which a program is as fast as it gets, on the thread that will run it.
@@ -45,8 +44,8 @@ The profiling executor specialises on the second call of a shape and settles on 
 _tracing = threading.Lock()
 """Held while a model is traced.
 
-torch.jit keeps the modules of the trace in a global: of two traces at once one puts the other's
-back, which keeps that model alive. Python's list of warnings to ignore is a global likewise.
+torch.jit keeps the modules of the trace in a global: of two traces at once, one puts the other's
+modules back, which keeps that model alive.
 """
 
 
@@ -98,25 +97,31 @@ def _set(program: torch.jit.ScriptModule, values: Iterable[tuple[str, str, torch
         modules[path]._c.setattr(name, value)
 
 
-def save_program(frozen: torch.jit.ScriptModule, file: Path) -> None:
-    """Write a program that is not optimised yet; raise OSError or RuntimeError on failure."""
+def program_bytes(frozen: torch.jit.ScriptModule) -> memoryview:
+    """Return a program that is not optimised yet as the bytes of a TorchScript file.
+
+    In memory, never straight to a file: torch's own writer ends the process (``std::terminate``)
+    where it meets a full disk, as its destructor throws (pytorch/pytorch#156955).
+
+    Raises:
+        RuntimeError: Where the program can't be serialized.
+    """
+    buffer = io.BytesIO()
     with _deprecated():
-        torch.jit.save(frozen, file)
+        torch.jit.save(frozen, buffer)
+    return buffer.getbuffer()
 
 
-def load_program(file: Path, device: torch.device) -> torch.jit.ScriptModule:
-    """Read what save_program wrote; raise OSError or RuntimeError for anything else."""
+def program_of(data: bytes, device: torch.device) -> torch.jit.ScriptModule:
+    """Return the program that ``program_bytes`` gave; raise RuntimeError for other bytes."""
     with _deprecated():
-        program: torch.jit.ScriptModule = torch.jit.load(file, map_location=device)
+        program: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location=device)
     return program
 
 
-@contextmanager
-def _deprecated() -> Iterator[None]:
-    """Silence what torch says of torch.jit itself, as the module's docstring does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def _deprecated() -> AbstractContextManager[None]:
+    """Ignore torch's warnings that torch.jit is deprecated; the module's docstring says so too."""
+    return warnings_ignored()
 
 
 class TorchScriptExtractor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["TORCHSCRIPT_TOLERANCE", "difference", "same"]
+from layertap.extraction.tf32 import tf32_allowed
+
+__all__ = ["TORCHSCRIPT_TOLERANCE", "compiled_tolerance", "difference", "same"]
 
 TORCHSCRIPT_TOLERANCE = {
     torch.float64: 1e-10,
@@ -12,13 +14,31 @@ TORCHSCRIPT_TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 2e-3,
 }
-"""Largest error of a compiled plan as a share of the layer's largest magnitude.
+"""Largest error of a compiled plan as a share of the layer's largest magnitude, by dtype.
 
 Folding batch norms into convolutions reorders arithmetic; measured on resnet18 in float32 the error
 is 1e-6, on very deep models some 1e-5. A wrong plan is off by 1e-1 and more.
 """
 
+TF32_TOLERANCE = 5e-3
+"""The same for float32 on a CUDA device where TF32 is allowed; see Note [TF32]."""
+
 _PIECE = 1 << 22
+
+
+def compiled_tolerance(oracle: torch.Tensor) -> float:
+    """Return how far a compiled plan's value may be from the eager model's.
+
+    Args:
+        oracle: The eager model's value, on the device that computed it.
+
+    Returns:
+        The largest allowed error as a share of the value's largest magnitude; 0.0 for types that
+        are not floating point, which must be equal.
+    """
+    if oracle.is_cuda and oracle.dtype == torch.float32 and tf32_allowed():
+        return TF32_TOLERANCE
+    return TORCHSCRIPT_TOLERANCE.get(oracle.dtype, 0.0)
 
 
 def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:

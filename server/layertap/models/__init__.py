@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from layertap.models.images import ImageLimits, decode_image
-from layertap.models.input_spec import InputSpec
+from layertap.models.input_spec import InputGuess, InputSpec
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
 from layertap.models.preprocess import Preprocess
-from layertap.models.spec import ModelSpec, SourceKind
+from layertap.models.spec import INPUT_DTYPES, ModelSpec, SourceKind
 
 __all__ = [
+    "INPUT_DTYPES",
     "ImageLimits",
+    "InputGuess",
     "InputSpec",
     "LoadedModel",
     "ModelSpec",

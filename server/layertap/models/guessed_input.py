@@ -8,23 +8,28 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
-from layertap.models.input_spec import InputSpec
+from layertap.models.input_spec import InputGuess, InputSpec
 from layertap.models.spec import ModelSpec
 
 __all__ = ["guess_input"]
 
 _IMAGE = (224, 224)
 
+_TRIED = (torch.int64, torch.float32, torch.float64, torch.uint8, torch.bool)
+"""Element types that a model is tried with where its own floating-point type fails."""
+
 
 def guess_input(module: nn.Module, spec: ModelSpec) -> InputSpec:
-    """Return the spec's item shape, or images with the channels of the module's first layer.
+    """Return what the spec declares of the input, and a guess at the rest.
 
-    The sizes after the first (channels, features) may vary. Token models (an embedding first) take
-    int64, others the type of their first floating-point parameter.
+    The item shape is the declared one, or else an image with the channels of the module's first
+    layer. The element type is guessed to be int64 where an embedding comes first, else the type of
+    the first floating-point parameter or buffer; the sizes after the first (channels, features) are
+    guessed to be free. The guesses are marked as such: ``layertap.extraction.trial`` tries them.
 
     Raises:
-        ModelLoadError: the spec has no item shape and the module's first layer is no 2-D
-            convolution.
+        ModelLoadError: The spec declares no item shape and the module's first layer is no 2-D
+            convolution, or the spec's free dimensions are not dimensions of the item.
     """
     first = _first_layer(module)
     kind = "" if first is None else _kind(first)
@@ -36,8 +41,27 @@ def guess_input(module: nn.Module, spec: ModelSpec) -> InputSpec:
                 "one item without the batch, such as --item-shape 3,224,224"
             )
         shape = (_in_channels(first), *_IMAGE)
-    dtype = torch.int64 if kind == "Embedding" else _float_dtype(module)
-    return InputSpec(shape, spatial=min(3, len(shape) - 1), dtype=dtype)
+    floating = _float_dtype(module)
+    dtype = torch.int64 if kind == "Embedding" else floating
+    others = tuple(other for other in dict.fromkeys((floating, *_TRIED)) if other is not dtype)
+    declared = spec.input_dtype
+    return InputSpec(
+        shape,
+        _free(spec, shape),
+        getattr(torch, declared) if declared else dtype,
+        guess=InputGuess(() if declared else others, spec.free_dims is None),
+    )
+
+
+def _free(spec: ModelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if spec.free_dims is None:
+        return tuple(range(1, len(shape)))
+    if max(spec.free_dims, default=0) >= len(shape):
+        raise ModelLoadError(
+            f"free dimensions of {spec.name}: got {list(spec.free_dims)}, expected indices into "
+            f"the item shape {list(shape)}: 0 to {len(shape) - 1}"
+        )
+    return spec.free_dims
 
 
 def _first_layer(module: nn.Module) -> nn.Module | None:
@@ -59,7 +83,8 @@ def _in_channels(convolution: Any) -> int:
 
 
 def _float_dtype(module: nn.Module) -> torch.dtype:
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
+    for values in (module.parameters(), module.buffers()):
+        for tensor in values:
+            if tensor.is_floating_point():
+                return tensor.dtype
     return torch.float32

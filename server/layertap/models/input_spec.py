@@ -1,4 +1,4 @@
-"""What a model takes, checked at the door: a wrong shape fails late and obscurely inside it."""
+"""What a model takes, checked before anything runs: inside the model a wrong shape fails late."""
 
 from __future__ import annotations
 
@@ -9,10 +9,24 @@ import torch
 
 from layertap.errors import InvalidInputError
 
-__all__ = ["InputSpec"]
+__all__ = ["InputGuess", "InputSpec"]
 
-# The last n names stand for the last n dimensions: video is [T, H, W], images [H, W].
-_SPATIAL_NAMES = {0: (), 1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
+# The names of so many free dimensions: a video's are T, H and W, an image's H and W.
+_NAMES = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
+
+
+@dataclass(frozen=True, slots=True)
+class InputGuess:
+    """What a source does not know of its module, and only running it shows.
+
+    Attributes:
+        dtypes: Element types that the model may take instead of the one in the `InputSpec`; none
+            where that one was declared.
+        free: Whether the free dimensions are a guess.
+    """
+
+    dtypes: tuple[torch.dtype, ...] = ()
+    free: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,19 +35,24 @@ class InputSpec:
 
     Attributes:
         item_shape: Sizes of the default item without the batch, such as ``(3, 224, 224)``.
-        spatial: How many trailing dimensions may vary (0 to 3); the others are fixed.
+        free: The dimensions that may have another size, as indices into ``item_shape``, ascending:
+            ``(1, 2)`` for images of any height and width. The others are fixed.
         dtype: The element type that the model computes with.
         also: Element types that are converted to it.
+        guess: What of all that is to be found by running the module; None where the source knows
+            the module well.
     """
 
     item_shape: tuple[int, ...]
-    spatial: int = 0
+    free: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     also: tuple[torch.dtype, ...] = ()
+    guess: InputGuess | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.spatial <= min(3, len(self.item_shape)):
-            raise ValueError(f"spatial: got {self.spatial} for an item of {self.item_shape}")
+        allowed = range(len(self.item_shape))
+        if list(self.free) != sorted(set(self.free)) or not set(self.free) <= set(allowed):
+            raise ValueError(f"free: got {self.free} for an item of {self.item_shape}")
 
     @property
     def dtype_name(self) -> str:
@@ -43,8 +62,11 @@ class InputSpec:
     @property
     def pattern(self) -> str:
         """The shape in words, such as ``"[B, 3, H, W]"``."""
-        fixed = self.item_shape[: len(self.item_shape) - self.spatial]
-        return f"[{', '.join(['B', *map(str, fixed), *_SPATIAL_NAMES[self.spatial]])}]"
+        count = len(self.free)
+        names = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
+        named = dict(zip(self.free, names, strict=True))
+        sizes = [named.get(index, str(size)) for index, size in enumerate(self.item_shape)]
+        return f"[{', '.join(['B', *sizes])}]"
 
     def batch_shape(self, batch: int) -> tuple[int, ...]:
         """Return the shape of a batch of default items."""
@@ -62,13 +84,12 @@ class InputSpec:
                 f"tensor: got dtype {dtype_name}, expected {self.dtype_name}, the model's own"
                 f"{others}"
             )
-        fixed = len(self.item_shape) - self.spatial
-        right = (
-            len(shape) == len(self.item_shape) + 1
-            and min(shape) >= 1
-            and tuple(shape[1 : fixed + 1]) == self.item_shape[:fixed]
-        )
-        if not right:
+        right = len(shape) == len(self.item_shape) + 1 and min(shape) >= 1
+        if not right or not all(
+            shape[index + 1] == size
+            for index, size in enumerate(self.item_shape)
+            if index not in self.free
+        ):
             raise InvalidInputError(
                 f"tensor: got shape {list(shape)}, expected {self.pattern} (batch first, no size "
                 f"zero), such as {list(self.batch_shape(1))}"

@@ -46,6 +46,8 @@ class LoadedModel:
             preprocessing isn't known.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
+        differentiates: Whether the module differentiates inside its forward, which inference mode
+            forbids: its passes run under ``torch.no_grad`` instead.
     """
 
     name: str
@@ -56,13 +58,20 @@ class LoadedModel:
     input: InputSpec
     preprocess: Preprocess | None = None
     takes_list: bool = False
+    differentiates: bool = False
 
     def forward(self, x: torch.Tensor) -> Any:
         """Call the module on a batch ``[B, *item]`` that is on ``device``, and return its result.
 
-        Gradient mode is the caller's business; whatever the module raises passes through.
+        Gradient mode is the caller's business, except for a module that differentiates; whatever
+        the module raises passes through.
         """
-        return self.module(list(x.unbind(0)) if self.takes_list else x)
+        if not self.differentiates:
+            return self.module(list(x.unbind(0)) if self.takes_list else x)
+        with torch.inference_mode(False), torch.no_grad():
+            # A tensor that was made in inference mode can't require a gradient; its copy can.
+            x = x.clone() if x.is_inference() else x
+            return self.module(list(x.unbind(0)) if self.takes_list else x)
 
     def weight_bytes(self) -> int:
         """Return the bytes of the parameters and buffers; what is shared counts once."""

@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePath
+from typing import Any
 
 from layertap.errors import ConfigError
 
-__all__ = ["PRECISIONS", "ModelSpec", "SourceKind"]
+__all__ = ["INPUT_DTYPES", "PRECISIONS", "ModelSpec", "SourceKind"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
@@ -26,6 +27,10 @@ class SourceKind(StrEnum):
 
 
 PRECISIONS = ("float32", "float16", "bfloat16")
+INPUT_DTYPES = (
+    *("float32", "float64", "float16", "bfloat16"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
 
@@ -47,6 +52,11 @@ class ModelSpec:
             ``"bfloat16"``; the weights' own if empty.
         channels_last: Whether convolutions' weights are laid out with channels last, which is
             faster on GPUs with tensor cores and on some CPUs. The values' shapes stay the same.
+        input_dtype: The element type of the input, one of INPUT_DTYPES; empty to find it by trying.
+            For factories and TorchScript files.
+        free_dims: The dimensions of the input that may have another size, as indices into the item
+            shape: ``(0,)`` for token ids ``[B, L]``; None to find them by trying. For factories and
+            TorchScript files.
 
     Raises:
         ConfigError: a field is malformed; the message names it.
@@ -59,6 +69,8 @@ class ModelSpec:
     item_shape: tuple[int, ...] | None = None
     precision: str = ""
     channels_last: bool = False
+    input_dtype: str = ""
+    free_dims: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.target:
@@ -84,17 +96,15 @@ class ModelSpec:
                 f"precision of {self.name}: got {self.precision!r}, expected "
                 f"{', '.join(PRECISIONS)} or nothing"
             )
+        self._check_declared_input()
 
     @classmethod
-    def parse(
-        cls,
-        text: str,
-        *,
-        weights: str = "DEFAULT",
-        seed: int = 0,
-        item_shape: tuple[int, ...] | None = None,
-    ) -> ModelSpec:
+    def parse(cls, text: str, **options: Any) -> ModelSpec:
         """Parse ``[NAME=]SOURCE``, as in ``"resnet18"`` or ``"mine=nets/mine.pt"``.
+
+        Args:
+            text: The text.
+            options: The other fields, by name.
 
         Raises:
             ConfigError: the text, or a name in it, is malformed.
@@ -102,10 +112,29 @@ class ModelSpec:
         name, equals, source = text.strip().partition("=")
         if not equals or "/" in name or ":" in name:
             # An equals sign after a slash or colon belongs to a path, not to a name.
-            return cls(text.strip(), weights=weights, seed=seed, item_shape=item_shape)
+            return cls(text.strip(), **options)
         if not name:
             raise ConfigError(f"model name: got nothing before '=' in {text!r}, expected a name")
-        return cls(source, name=name, weights=weights, seed=seed, item_shape=item_shape)
+        return cls(source, name=name, **options)
+
+    def _check_declared_input(self) -> None:
+        if self.input_dtype not in ("", *INPUT_DTYPES):
+            raise ConfigError(
+                f"input dtype of {self.name}: got {self.input_dtype!r}, expected one of "
+                f"{', '.join(INPUT_DTYPES)}, or nothing to find it by trying"
+            )
+        dims = self.free_dims
+        if dims is not None and (list(dims) != sorted(set(dims)) or min(dims, default=0) < 0):
+            raise ConfigError(
+                f"free dimensions of {self.name}: got {list(dims)}, expected ascending indices "
+                "into the item shape, such as 1,2 for the height and width of images"
+            )
+        declared = bool(self.input_dtype) or dims is not None
+        if declared and self.kind not in (SourceKind.FACTORY, SourceKind.TORCHSCRIPT):
+            raise ConfigError(
+                f"input of {self.name}: input_dtype and free_dims can be declared for factories "
+                f"and TorchScript files; the input of a {self.kind} model is known"
+            )
 
     @property
     def kind(self) -> SourceKind:

@@ -51,7 +51,7 @@ def build_timm(spec: ModelSpec) -> Built:
         module=module,
         source=f"timm:{name}",
         weights=weights,
-        input=InputSpec(shape, spatial=0 if fixed else 2),
+        input=InputSpec(shape, free=() if fixed else (1, 2)),
         preprocess=Preprocess(_Transform(timm, {**config, "input_size": shape})),
     )
 

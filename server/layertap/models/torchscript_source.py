@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from layertap.models.guessed_input import guess_input
 from layertap.models.loaded import Built
 from layertap.models.spec import ModelSpec
 from layertap.models.weights import DEFAULT, RANDOM
+from layertap.silence import warnings_ignored
 
 __all__ = ["build_torchscript"]
 
@@ -53,9 +53,7 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise ModelLoadError(f"TorchScript file {path}: no such file")
     try:
-        with warnings.catch_warnings():
-            # TorchScript is deprecated, with a category that differs between torch's versions.
-            warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is")
+        with warnings_ignored():  # torch.jit is deprecated; files that it saved are still in use.
             return torch.jit.load(path, map_location="cpu")
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelLoadError(

@@ -32,8 +32,8 @@ def input_spec(
         ModelLoadError: the model can't take such an item.
     """
     natural = _natural_shape(builder, member, module)
-    spatial = 0 if isinstance(module, _FIXED_SIZE) else len(natural) - 1
-    own = InputSpec(natural, spatial)
+    free = () if isinstance(module, _FIXED_SIZE) else tuple(range(1, len(natural)))
+    own = InputSpec(natural, free)
     if item_shape is None:
         return own
     try:
@@ -43,7 +43,7 @@ def input_spec(
             f"item shape of {builder.name}: got {list(item_shape)}, expected what fits "
             f"{own.pattern}, such as {list(natural)}"
         ) from error
-    return InputSpec(item_shape, spatial)
+    return InputSpec(item_shape, free)
 
 
 def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:

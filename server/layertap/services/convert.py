@@ -123,6 +123,7 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
         input=catalogue_pb2.InputSpec(
             dtype=_dtype_name(model.input.dtype),
             item_shape=model.input.item_shape,
+            free_dimensions=model.input.free,
             images=model.preprocess is not None,
             preprocessing=model.preprocess.describe() if model.preprocess else "",
         ),

@@ -127,16 +127,18 @@ class RefusedPlan(_message.Message):
     def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., layers: _Optional[_Iterable[str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class InputSpec(_message.Message):
-    __slots__ = ("dtype", "item_shape", "images", "preprocessing")
+    __slots__ = ("dtype", "item_shape", "images", "preprocessing", "free_dimensions")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ITEM_SHAPE_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
+    FREE_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
     dtype: _tensor_pb2.DataType
     item_shape: _containers.RepeatedScalarFieldContainer[int]
     images: bool
     preprocessing: str
-    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., images: bool = ..., preprocessing: _Optional[str] = ...) -> None: ...
+    free_dimensions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., free_dimensions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "source", "weights", "device", "input", "declared_layers")

@@ -1,0 +1,201 @@
+"""What only running a model shows: the element type and the free dimensions of its input.
+
+Note [Found by trying]
+    A factory's module or a TorchScript file says nothing of its input, and the class of its first
+    layer says little: a text tower may begin with a parameter of its own, a tabular model with an
+    embedding of one column. So the model is run on random input: of one element type after the
+    other until it runs, then with each dimension at half and at twice its size. What runs is taken.
+    An input that was declared is not tried.
+
+Note [Differentiation inside forward]
+    A force field differentiates its own energy in ``forward``. Inference mode, in which passes run,
+    forbids that for every tensor that was made in it; ``torch.no_grad`` allows it. So models are
+    loaded under ``no_grad``, and the passes of a model that turns gradients on run under it too.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from layertap.errors import ModelLoadError
+from layertap.extraction.own_words import own_words
+from layertap.extraction.passes import PassGuard
+from layertap.extraction.script_taps import instrument
+from layertap.extraction.survey import sample_input
+from layertap.models import InputGuess, LoadedModel
+
+__all__ = ["tried"]
+
+_LOOK_UP = {
+    nn.functional.embedding,
+    nn.functional.embedding_bag,
+    nn.functional.one_hot,
+}
+
+
+def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
+    """Return a model with what its source did not know of it, found by running it.
+
+    See Note [Found by trying] and Note [Differentiation inside forward]. No other forward pass may
+    run meanwhile.
+
+    Args:
+        model: The model.
+        guard: Its guard, held in each pass, so that the model is left as it was; one of its own if
+            not given.
+
+    Raises:
+        ModelLoadError: The model runs on no element type that was tried.
+    """
+    guess = model.input.guess
+    if guess is None:
+        return model
+    if isinstance(model.module, torch.jit.ScriptModule):
+        # The first run decides for good what a program's calls are compiled to.
+        instrument(model.module)
+    guard = guard or PassGuard(model.module)
+    model = _that_runs(model, guess, guard)
+    free = _free_dims(model, guard) if guess.free else model.input.free
+    guard.snapshot.deep_restore()
+    return replace(model, input=replace(model.input, free=free, guess=None))
+
+
+@dataclass
+class _Run:
+    """How a pass on random input went.
+
+    Attributes:
+        error: What the model raised; None where it ran to its end.
+        ids: Whether all of the input was looked up in a table of embeddings.
+        differentiates: Whether gradients were turned on.
+    """
+
+    error: Exception | None = None
+    ids: bool = False
+    differentiates: bool = False
+
+
+def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> LoadedModel:
+    """Return the model with an element type and a mode of passes in which it runs.
+
+    Floating-point types come first. Where one runs, and the model rounds all of it to look it up in
+    a table, the input is token ids nevertheless.
+    """
+    own = model.input.dtype
+    types = sorted(dict.fromkeys((own, *guess.dtypes)), key=lambda dtype: not _is_float(dtype))
+    failed: dict[torch.dtype, Exception] = {}
+    for dtype in types:
+        candidate, run = _in_its_mode(_of_type(model, dtype), guard)
+        if run.error is not None:
+            failed[dtype] = run.error
+            continue
+        if run.ids and _is_float(dtype) and torch.int64 in types:
+            ids, second = _in_its_mode(_of_type(model, torch.int64), guard)
+            return candidate if second.error else ids
+        return candidate
+    causes = "; ".join(f"{_name(dtype)}: {own_words(error)}" for dtype, error in failed.items())
+    raise ModelLoadError(
+        f"model {model.name!r} fails on random input of item shape "
+        f"{list(model.input.item_shape)}: {causes}"
+    ) from failed[own]
+
+
+def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
+    if dtype is model.input.dtype:
+        return model
+    return replace(model, input=replace(model.input, dtype=dtype, also=()))
+
+
+def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
+    """Run a model, under ``no_grad`` where it turns gradients on or fails in inference mode."""
+    run = _run(model, model.input.item_shape, guard)
+    if run.error is None and not run.differentiates:
+        return model, run
+    plain = replace(model, differentiates=True)
+    second = _run(plain, model.input.item_shape, guard)
+    return (model, run) if second.error else (plain, second)
+
+
+def _run(model: LoadedModel, item_shape: tuple[int, ...], guard: PassGuard) -> _Run:
+    x = sample_input(model, 1, item_shape)
+    watcher = _Watcher(x.numel())
+    try:
+        with torch.inference_mode(), guard, watcher:
+            model.forward(x)
+    except Exception as error:  # noqa: BLE001 - a model may raise anything; it is reported
+        watcher.run.error = error
+    return watcher.run
+
+
+class _Watcher(TorchFunctionMode):
+    """Sees what a model calls: whether it looks its input up, and whether it differentiates."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.run = _Run()
+        self._elements = elements
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _LOOK_UP:
+            given = args[0] if args else (kwargs or {}).get("input")
+            self.run.ids |= isinstance(given, torch.Tensor) and given.numel() == self._elements
+        self.run.differentiates |= torch.is_grad_enabled()
+        return func(*args, **(kwargs or {}))
+
+
+def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
+    """Return the dimensions of the item with which the model runs at another size too.
+
+    Dimensions of one size that may not differ alone are tried together: height and width of a model
+    that takes squares only.
+    """
+    shape = model.input.item_shape
+    alone = [index for index in range(len(shape)) if _runs_at_other_sizes(model, (index,), guard)]
+    alike: dict[int, list[int]] = defaultdict(list)
+    for index, size in enumerate(shape):
+        if index not in alone:
+            alike[size].append(index)
+    tied = [group for group in alike.values() if len(group) > 1]
+    together = [
+        i for group in tied if _runs_at_other_sizes(model, tuple(group), guard) for i in group
+    ]
+    return tuple(sorted(alone + together))
+
+
+def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...], guard: PassGuard) -> bool:
+    """Tell whether a model runs with the dimensions at half or at twice their size."""
+    size = model.input.item_shape[dims[0]]
+    # Not at 1, which may pass for the right size where a tensor is broadcast.
+    others = [other for other in (size // 2, 2 * size) if other > 1]
+    return any(
+        _run(
+            model,
+            tuple(
+                other if index in dims else own for index, own in enumerate(model.input.item_shape)
+            ),
+            guard,
+        ).error
+        is None
+        for other in others
+    )
+
+
+def _is_float(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

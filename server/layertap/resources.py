@@ -1,0 +1,128 @@
+"""The CPUs and the memory that this process may use: in a container fewer than the node has.
+
+Read from the process's control groups, version 2 and version 1, and from the affinity mask. A
+container with a quota of one CPU on a node of 64 still sees 64 cores; as many threads would be
+throttled for most of the time.
+
+Sources: cgroups(7), the kernel's documents cgroup-v2.rst (``cpu.max``, ``memory.max``,
+``memory.high``) and cgroup-v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), and proc(5) for
+``/proc/self/cgroup`` and ``/proc/self/mountinfo``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+__all__ = ["available_cpus", "memory_limit"]
+
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+def available_cpus(proc: Path = Path("/proc")) -> int:
+    """Return how many threads can compute at once without being throttled; at least 1.
+
+    The cores of the affinity mask, or the whole CPUs of the smallest CPU quota if those are fewer.
+    A fraction is rounded down: what is left of it goes to the threads that talk to callers.
+
+    Args:
+        proc: Where procfs is mounted.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quotas = [quota for group in _groups("cpu", proc) if (quota := _cpu_quota(group)) is not None]
+    return max(1, int(min([cores, *quotas])))
+
+
+def memory_limit(proc: Path = Path("/proc")) -> int:
+    """Return the bytes of memory that this process may use.
+
+    The smallest limit of its control groups, or the machine's memory if that is less.
+
+    Args:
+        proc: Where procfs is mounted.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    names = ("memory.max", "memory.high", "memory.limit_in_bytes")
+    limits = [
+        int(text)
+        for group in _groups("memory", proc)
+        for name in names
+        if (text := _read(group / name)).isdecimal()
+    ]
+    # A limit of 0 would let nothing run: somebody is about to end the group.
+    return min([machine, *(limit for limit in limits if limit > 0)])
+
+
+def _cpu_quota(group: Path) -> float | None:
+    """Return the CPUs that a group may use; None where it has no quota."""
+    quota, _, period = _read(group / "cpu.max").partition(" ")
+    if not quota:
+        quota = _read(group / "cpu.cfs_quota_us")
+        period = _read(group / "cpu.cfs_period_us")
+    # "max" in version 2 and "-1" in version 1 mean no quota.
+    if not (quota.isdecimal() and period.isdecimal() and int(period)):
+        return None
+    return int(quota) / int(period)
+
+
+def _groups(controller: str, proc: Path) -> Iterator[Path]:
+    """Yield the folders of this process's groups that a controller may limit, and their parents.
+
+    A limit of any of them holds, so a reader takes the smallest. On machines with both versions of
+    control groups the controller belongs to one of them, and the other's folders lack its files.
+    """
+    paths = dict(_memberships(controller, proc))
+    for version, root, mounted in _mounts(controller, proc):
+        if version not in paths:
+            continue
+        path = PurePosixPath(paths[version])
+        # Without a cgroup namespace the process is told a path of the node, of which a container's
+        # mount shows the end only.
+        inside = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
+        if ".." in inside.parts:  # The group is outside of what the namespace shows.
+            inside = PurePosixPath()
+        folder = mounted / inside
+        yield folder
+        while folder != mounted:
+            folder = folder.parent
+            yield folder
+
+
+def _memberships(controller: str, proc: Path) -> Iterator[tuple[int, str]]:
+    """Yield (version, path) of the groups in which the process is."""
+    for line in _read(proc / "self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers:
+            yield 2, path
+        elif controller in controllers.split(","):
+            yield 1, path
+
+
+def _mounts(controller: str, proc: Path) -> Iterator[tuple[int, PurePosixPath, Path]]:
+    """Yield (version, the group that is mounted, where) of the mounted hierarchies."""
+    for line in _read(proc / "self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        fields, kinds = before.split(), after.split()
+        if len(fields) < 5 or len(kinds) < 3:
+            continue
+        root, where = _unescaped(fields[3]), _unescaped(fields[4])
+        if kinds[0] == "cgroup2":
+            yield 2, PurePosixPath(root), Path(where)
+        elif kinds[0] == "cgroup" and controller in kinds[2].split(","):
+            yield 1, PurePosixPath(root), Path(where)
+
+
+def _unescaped(text: str) -> str:
+    """Return a path of mountinfo, which writes a space as a backslash and 040."""
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def _read(file: Path) -> str:
+    """Return what a file says; empty where it is not there, or not ours to read."""
+    try:
+        return file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,49 @@
+"""TF32 is one setting of the process, which can be read back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from layertap.extraction.tf32 import allow_tf32, tf32_allowed
+from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, compiled_tolerance
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    backends = torch.backends
+    former = backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32
+    yield
+    backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32 = former
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_was_set_is_reported(allowed) -> None:
+    """Both APIs of PyTorch, the present one and the former, see what was set."""
+    allow_tf32(allowed)
+    assert tf32_allowed() is allowed
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert torch.backends.cuda.matmul.allow_tf32 is allowed
+
+
+def test_pytorch_allows_it_by_default() -> None:
+    """The reason for the setting: a fresh process lets convolutions use TF32."""
+    code = "from layertap.extraction.tf32 import tf32_allowed; print(tf32_allowed())"
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert fresh.stdout == "True\n"
+
+
+@pytest.mark.parametrize("dtype", list(TORCHSCRIPT_TOLERANCE))
+def test_a_cpu_has_no_tf32(dtype) -> None:
+    """On a CPU the tolerance is the dtype's own, whatever the setting."""
+    allow_tf32(True)
+    assert compiled_tolerance(torch.zeros(1, dtype=dtype)) == TORCHSCRIPT_TOLERANCE[dtype]
+
+
+def test_other_types_must_be_equal() -> None:
+    """Integers have no tolerance."""
+    assert compiled_tolerance(torch.zeros(1, dtype=torch.int64)) == 0.0

@@ -1,0 +1,166 @@
+"""CPUs and memory are those of the process's control groups, not those of the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from layertap.resources import available_cpus, memory_limit
+
+CORES = len(os.sched_getaffinity(0))
+MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+MIB = 1 << 20
+
+
+class Groups:
+    """Writes what the kernel would tell of control groups; the files are real, the limits ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.proc = folder / "proc"
+        self.mounted = folder / "sys fs"
+        (self.proc / "self").mkdir(parents=True)
+
+    def member(self, *lines: str) -> None:
+        (self.proc / "self/cgroup").write_text("".join(f"{line}\n" for line in lines), "ascii")
+
+    def mount(self, kind: str, options: str, root: str = "/", at: str = "") -> Path:
+        where = self.mounted / at
+        where.mkdir(parents=True, exist_ok=True)
+        shown = str(where).replace(" ", "\\040")
+        with (self.proc / "self/mountinfo").open("a", encoding="ascii") as file:
+            file.write(f"31 24 0:27 {root} {shown} rw,nosuid shared:9 - {kind} {kind} {options}\n")
+        return where
+
+    @staticmethod
+    def set(group: Path, **values: str) -> None:
+        group.mkdir(parents=True, exist_ok=True)
+        for name, value in values.items():
+            (group / name.replace("__", ".")).write_text(f"{value}\n", "ascii")
+
+    def cpus(self) -> int:
+        return available_cpus(self.proc)
+
+    def memory(self) -> int:
+        return memory_limit(self.proc)
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> Groups:
+    return Groups(tmp_path)
+
+
+def test_without_control_groups_they_are_the_machines(groups: Groups) -> None:
+    """Where the kernel has no control groups, the affinity mask and the memory count."""
+    assert (groups.cpus(), groups.memory()) == (CORES, MACHINE)
+
+
+def test_a_quota_of_version_2_limits_the_cpus(groups: Groups) -> None:
+    """``cpu.max`` and ``memory.max`` of the process's own group are its limits."""
+    groups.member("0::/kubepods/pod7")
+    group = groups.mount("cgroup2", "rw,nsdelegate") / "kubepods/pod7"
+    groups.set(group, cpu__max="100000 100000", memory__max=str(256 * MIB))
+    assert (groups.cpus(), groups.memory()) == (1, 256 * MIB)
+
+
+def test_the_smallest_limit_of_all_parents_holds(groups: Groups) -> None:
+    """A pod's limit holds for a container without one, and ``memory.high`` counts as well."""
+    groups.member("0::/pod/container")
+    top = groups.mount("cgroup2", "rw")
+    groups.set(top / "pod", cpu__max="50000 100000", memory__high=str(512 * MIB))
+    groups.set(top / "pod/container", cpu__max="max 100000", memory__max="max")
+    assert (groups.cpus(), groups.memory()) == (1, 512 * MIB)
+
+
+def test_a_quota_of_version_1_limits_the_cpus(groups: Groups) -> None:
+    """Each controller of version 1 has a hierarchy of its own; -1 and 2^63 mean no limit."""
+    groups.member("4:memory:/docker/ab", "3:cpu,cpuacct:/docker/ab", "0::/")
+    cpu = groups.mount("cgroup", "rw,cpu,cpuacct", at="cpu,cpuacct") / "docker/ab"
+    memory = groups.mount("cgroup", "rw,memory", at="memory") / "docker/ab"
+    groups.mount("cgroup2", "rw", at="unified")
+    groups.set(cpu, cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    groups.set(memory, memory__limit_in_bytes="9223372036854771712")
+    assert (groups.cpus(), groups.memory()) == (CORES, MACHINE)
+    groups.set(cpu, cpu__cfs_quota_us="150000")
+    groups.set(memory, memory__limit_in_bytes=str(300 * MIB))
+    assert (groups.cpus(), groups.memory()) == (1, 300 * MIB)
+
+
+@pytest.mark.parametrize("told", ["/docker/ab", "/", "/../../elsewhere"])
+def test_a_container_sees_its_own_group_at_the_mount(groups: Groups, told: str) -> None:
+    """With or without a cgroup namespace, the mount of a container shows its own group."""
+    groups.member(f"3:cpu:{told}")
+    root = "/docker/ab" if told == "/docker/ab" else "/"
+    groups.set(
+        groups.mount("cgroup", "rw,cpu", root),
+        cpu__cfs_quota_us="100000",
+        cpu__cfs_period_us="100000",
+    )
+    assert groups.cpus() == 1
+
+
+def test_a_fraction_of_a_cpu_is_one_thread(groups: Groups) -> None:
+    """Half a CPU still computes with one thread."""
+    groups.member("0::/")
+    groups.set(groups.mount("cgroup2", "rw"), cpu__max="50000 100000")
+    assert groups.cpus() == 1
+
+
+@pytest.mark.parametrize("text", ["", "rubbish", "100000", "100000 0", "-5 100000"])
+def test_what_makes_no_sense_is_no_limit(groups: Groups, text: str) -> None:
+    """A file that the kernel would not write limits nothing, and raises nothing."""
+    groups.member("0::/", "nonsense")
+    groups.set(groups.mount("cgroup2", "rw"), cpu__max=text, memory__max=text)
+    with (groups.proc / "self/mountinfo").open("a", encoding="ascii") as file:
+        file.write("rubbish\n - \n")
+    assert (groups.cpus(), groups.memory() <= MACHINE) == (CORES, True)
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_the_affinity_mask_counts() -> None:
+    """A process that is bound to one core has one CPU."""
+    former = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(former)})
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, former)
+
+
+@pytest.fixture
+def quota_group() -> Iterator[Path]:
+    """A real control group with a quota of one CPU, where this machine lets us make one."""
+    for parent in (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")):
+        group = parent / f"layertap-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            if (group / "cpu.max").exists():
+                (group / "cpu.max").write_text("100000 100000")
+            else:
+                (group / "cpu.cfs_quota_us").write_text("100000")
+            yield group
+            return
+        except OSError:
+            continue
+        finally:
+            group.rmdir()
+    pytest.skip("may not make a control group with a CPU quota here")
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_the_kernels_own_quota_is_read(quota_group: Path) -> None:
+    """A process in a real group with a quota of one CPU says that it has one."""
+    program = (
+        f"open('{quota_group}/cgroup.procs', 'w').write('0')\n"
+        "from layertap.resources import available_cpus\n"
+        "print(available_cpus())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"1\n"
