@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ NET, LAYER = "resnet50", "avgpool"
 LARGE_NET, LARGE_LAYER = "resnet18", "layer1"
 LARGE = {"12.8 MB": 16, "102 MB": 128}
 """Batch sizes at which the layer ``[B, 64, 56, 56] float32`` has as many bytes."""
-CALLERS = (1, 2, 4, 8, 16, 32, 64)
+CALLERS = (1, 2, 4, 8, 16, 64)
 BATCHES = (1, 8, 32)
 GRAPHS = (1, 2, 4, 8, 16, 32)
 
@@ -204,29 +204,33 @@ def _parts(ask: Callable[[], Any]) -> dict[str, float]:
 
 
 def rates(
-    address: str, loop: Loop, rounds: int, seconds: float, processes: int
+    address: str,
+    loop: Loop,
+    sizes: Sequence[int],
+    *,
+    rounds: int,
+    seconds: float,
+    processes: int,
 ) -> dict[str, dict[str, Any]]:
-    """Count what callers get answered a second, by batch, beside the loop, in turns."""
-    found: dict[str, dict[str, list[Any]]] = {}
+    """Count what callers get answered a second, by batch, beside the loop, in turns.
+
+    A batch of 0 is a photograph, whose loop is that of a tensor of batch 1.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
     callers = Callers(address, processes)
     for _ in range(rounds):
-        for size in (*BATCHES, 0):
+        for size in sizes:
             row = found.setdefault(f"batch {size}" if size else "photograph", {})
-            if size:
-                row.setdefault("loop", []).append(
-                    1000 / statistics.median(loop.times(size, seconds))
-                )
+            median = statistics.median(loop.times(size or 1, seconds))
+            row.setdefault("loop", []).append(1000 / median)
             for many in CALLERS:
                 got = callers.load(NET, LAYER, many, seconds, batch=size)
-                row.setdefault(str(many), []).append(got)
+                row.setdefault(str(many), []).append(got["rate"])
     callers.close()
-    return {name: {who: _median(got) for who, got in row.items()} for name, row in found.items()}
-
-
-def _median(got: list[Any]) -> Any:
-    if isinstance(got[0], dict):
-        return {key: statistics.median(each[key] for each in got) for key in got[0]}
-    return statistics.median(got)
+    return {
+        name: {who: common.quantiles(got) for who, got in row.items()}
+        for name, row in found.items()
+    }
 
 
 def large_replies(address: str, loop: Loop, rounds: int) -> dict[str, Any]:
@@ -307,8 +311,9 @@ def main() -> None:
                     row["latency"] = latency(address, loop, options.rounds, options.seconds)
                     row["large"] = large_replies(address, large, options.rounds * 3)
                 row["rates"] = rates(
-                    address, loop, options.rounds, options.seconds, options.processes
-                )
+                    address, loop, (*BATCHES, 0) if together == 1 else (1, 0),
+                    rounds=options.rounds, seconds=options.seconds, processes=options.processes,
+                )  # fmt: skip
                 print(json.dumps(row), flush=True)
             name = "gpu_server_tf32" if options.tf32 else "gpu_server"
             common.save(name, results, options.results)

@@ -125,10 +125,12 @@ def run(
     rounds: int,
     seconds: float,
     picture: Path,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Measure everything; return the tables by network and batch, and the refusals likewise.
+    keep: Callable[[dict[str, Any], dict[str, Any]], None],
+) -> None:
+    """Measure everything; keep the tables by network and batch, and the refusals, as they grow.
 
-    On a GPU the kernels of ``PICTURED`` are drawn into a file.
+    On a GPU the kernels of ``PICTURED`` are drawn into a file. Every layer at once is measured at
+    batch 1 only: its values are gigabytes at more.
     """
     device = "cuda" if clock.cuda else "cpu"
     tables: dict[str, Any] = {}
@@ -140,6 +142,8 @@ def run(
             x = torch.rand(batch, *model.input.item_shape, device=device)
             table = tables.setdefault(f"{net}, batch {batch}", {})
             for title in sets:
+                if title in EVERY and batch > 1 and clock.cuda:
+                    continue
                 ways = measured.of((LAYERS[net] | EVERY)[title], x)
                 table[title] = measure_ways(ways, clock, rounds, seconds)
                 if measured.refused:
@@ -153,7 +157,7 @@ def run(
                         charts.timeline(picture, drawn)
                 shown = {way: round(row["p50"], 2) for way, row in table[title].items()}
                 print(f"{net}, batch {batch}, {title}: {shown} {measured.refused}", flush=True)
-    return tables, refused
+                keep(tables, refused)
 
 
 def main() -> None:
@@ -177,18 +181,21 @@ def main() -> None:
     def batches(net: str) -> Sequence[int]:
         return options.batches or ([1, 8, 32] if net == "resnet18" else [1])
 
-    with torch.inference_mode():
-        tables, refused = run(
-            options.nets, batches, options.sets, clock, rounds=options.rounds,
-            seconds=options.seconds, picture=options.results / "kernels.png",
-        )  # fmt: skip
     facts = common.machine("torch", "torchvision") | {
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if clock.cuda else None,
         "float32": ("TF32" if options.tf32 else "IEEE") if clock.cuda else None,
     }
-    results = {"machine": facts, "seconds": options.seconds, "tables": tables, "refused": refused}
-    common.save("matrix_tf32" if options.tf32 else "matrix", results, options.results)
+
+    def keep(tables: dict[str, Any], refused: dict[str, Any]) -> None:
+        found = {"machine": facts, "seconds": options.seconds, "tables": tables, "refused": refused}
+        common.save("matrix_tf32" if options.tf32 else "matrix", found, options.results)
+
+    with torch.inference_mode():
+        run(
+            options.nets, batches, options.sets, clock, rounds=options.rounds,
+            seconds=options.seconds, picture=options.results / "kernels.png", keep=keep,
+        )  # fmt: skip
     report.write(options.results)
 
 

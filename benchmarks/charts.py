@@ -22,6 +22,8 @@ def bars(file: Path, panels: Panels) -> None:
     Each panel has a scale of its own, since a benchmark's columns differ by orders of magnitude.
     Without matplotlib, which only development needs, the chart stays as it is.
     """
+    if not panels:
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -56,9 +56,15 @@ def timed(call: Callable[[], object], calls: int) -> list[float]:
 
 
 def quantiles(times: Sequence[float]) -> dict[str, float]:
-    """Return the median and the 99th percentile."""
+    """Return the quartiles and the 99th percentile."""
     ordered = sorted(times)
-    return {"p50": statistics.median(ordered), "p99": ordered[math.ceil(0.99 * (len(ordered) - 1))]}
+    last = len(ordered) - 1
+    return {
+        "p25": ordered[round(0.25 * last)],
+        "p50": statistics.median(ordered),
+        "p75": ordered[round(0.75 * last)],
+        "p99": ordered[math.ceil(0.99 * last)],
+    }
 
 
 def save(name: str, results: dict[str, Any], folder: Path = RESULTS) -> None:

@@ -46,6 +46,19 @@ call adds at most to what is in use{device}. Random weights; {seconds:.0f} s for
 Machine: {facts}.
 {tables}"""
 
+PICTURE = """
+When the device was busy during one call, resnet50 `avgpool` at batch 1:
+
+![Kernels of each way along the time](results/kernels.png)
+"""
+
+MATRIX_TF32 = """
+## And with TF32?
+
+The same with `--tf32`: convolutions and matrix products of float32 may use TF32, which a server
+allows only when it is [asked to](../docs/performance.md#on-a-gpu). Machine: {facts}.
+{tables}"""
+
 DEVICE = "; the times are the host's until the device has finished, in brackets the device's own"
 
 WIRE = """
@@ -93,6 +106,30 @@ Eight of these clients, where requests may [share a forward pass](../docs/batchi
 they may not:
 
 {batching}
+
+Machine: {facts}.
+"""
+
+GPU_SERVER = """
+## What does the server add on a GPU?
+
+[bench_gpu_server.py](bench_gpu_server.py): resnet50 `avgpool` by {extractor}, float32 ({float32}).
+The loop is the same plan without a server: a CUDA graph at the batch sizes {graphs}, the input
+copied from page-locked memory and the layer back to it for each batch. Milliseconds of a lone
+caller, and the server's own parts of them; loop and server take turns:
+
+{latency}
+
+Answers a second, medians of {rounds} rounds of {seconds} s with their quartiles, and the share of
+the loop's batches a second. Callers are spread over several client processes on the server's
+machine. A photograph's loop is that of a tensor of batch 1, which decodes nothing:
+
+{rates}
+
+Large replies, resnet18 `layer1` of the same float32; milliseconds. Each request also sends its
+input, three quarters of the reply's bytes:
+
+{large}
 
 Machine: {facts}.
 """
@@ -189,8 +226,18 @@ def _matrix(results: dict[str, Any], folder: Path) -> str:
         seconds=results["seconds"],
         facts=_facts(results["machine"]),
         tables="".join(tables)
-        + "\n![Milliseconds of each way to one deep layer](results/matrix.png)\n",
+        + "\n![Milliseconds of each way to one deep layer](results/matrix.png)\n"
+        + (PICTURE if gpu else ""),
     )
+
+
+def _matrix_tf32(results: dict[str, Any], folder: Path) -> str:
+    tables = []
+    for title, columns in results["tables"].items():
+        names = list(dict.fromkeys(name for column in columns.values() for name in column))
+        rows = [[n, *(_costs(column.get(n)) for column in columns.values())] for n in names]
+        tables.append(f"\n**{title}**\n\n{_table(['way', *columns], rows)}\n")
+    return MATRIX_TF32.format(facts=_facts(results["machine"]), tables="".join(tables))
 
 
 def _kernels(row: dict[str, float] | None) -> str:
@@ -293,6 +340,56 @@ def _server(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _gpu_server(results: dict[str, Any], folder: Path) -> str:
+    servers = results["servers"]
+    first = servers["max_batch_size 1"]
+    rows = []
+    for name, row in first["latency"].items():
+        parts = [
+            charts.digits(row[part]) if part in row else "–"
+            for part in ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
+        ]
+        rows.append([name, _quartiles(row), *parts])
+    callers = [who for who in next(iter(first["rates"].values())) if who != "loop"]
+    rates = [
+        [f"{server}, {case}", _quartiles(row["loop"])]
+        + [f"{_quartiles(row[who])}, {row[who]['p50'] / row['loop']['p50']:.0%}" for who in callers]
+        for server, of in servers.items()
+        for case, row in of["rates"].items()
+    ]
+    sizes = first["large"]
+    large = [
+        [way, *(_quartiles(size["rows"][way]) for size in sizes.values())]
+        for way in next(iter(sizes.values()))["rows"]
+    ]
+    charts.lines(
+        folder / "gpu_server.png",
+        {
+            f"{server}, {case}": [(int(who), row[who]["p50"]) for who in callers]
+            for server, of in servers.items()
+            for case, row in of["rates"].items()
+        },
+        "callers", "answers a second",
+    )  # fmt: skip
+    return GPU_SERVER.format(
+        extractor=results["extractor"],
+        float32=results["machine"]["float32"],
+        graphs=results["graphs"],
+        latency=_table(["", "p50 (quartiles)", "prepare", "queue", "compute", "total"], rows),
+        rounds=results["rounds"],
+        seconds=results["seconds"],
+        rates=_table(["", "loop", *(f"{who} callers" for who in callers)], rates)
+        + "\n\n![Answers a second by the number of callers](results/gpu_server.png)",
+        large=_table(["", *sizes], large),
+        facts=_facts(results["machine"]),
+    )
+
+
+def _quartiles(row: dict[str, float]) -> str:
+    p25, p50, p75 = (charts.digits(row[key]) for key in ("p25", "p50", "p75"))
+    return f"{p50} ({p25}–{p75})"
+
+
 def _encode(results: dict[str, Any], folder: Path) -> str:
     rows = []
     for name, ways in results["cases"].items():
@@ -359,7 +456,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 SECTIONS: dict[str, Section] = {
     "extractors": _extractors,
     "matrix": _matrix,
+    "matrix_tf32": _matrix_tf32,
     "server": _server,
+    "gpu_server": _gpu_server,
     "wire": _wire,
     "encode": _encode,
     "hook": _hook,

@@ -329,7 +329,7 @@ class Groups(Two):
         vars(self)["me"] = [self]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        factor = len(self.sizes) + list(self.order.values())[0] + len(self.groups["x"])
+        factor = len(self.sizes) + next(iter(self.order.values())) + len(self.groups["x"])
         self.sizes.add(time.perf_counter_ns())
         self.order.move_to_end("a")
         self.groups["x"].append(float(x.shape[-1]))

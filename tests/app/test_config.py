@@ -15,6 +15,7 @@ from layertap.app.config_file import load_config
 from layertap.app.served_models import check_models
 from layertap.engine import HostOptions, Limits
 from layertap.errors import ConfigError
+from layertap.models import ImageSettings
 from layertap.resources import available_cpus
 from layertap.selection import Capture, LayerSelection
 
@@ -48,6 +49,13 @@ require_finite = true
 precision = "bfloat16"
 channels_last = true
 cuda_graphs = [1, 8]
+image_mean = [0.5, 0.4, 0.3]
+image_std = [1]
+image_resize = [60]
+image_crop = []
+image_interpolation = "bicubic"
+image_color = "gray"
+exif_orientation = false
 
 [[models]]
 source = "mynets:build"
@@ -83,6 +91,16 @@ def test_every_key_is_read(read) -> None:
     assert (spec.name, spec.source, spec.weights, spec.seed) == ("a", "resnet18", "random", 5)
     assert spec.item_shape == (3, 64, 64)
     assert (spec.precision, spec.channels_last) == ("bfloat16", True)
+    assert spec.images == ImageSettings(
+        mean=(0.5, 0.4, 0.3),
+        std=(1.0,),
+        resize=(60,),
+        crop=(),
+        interpolation="bicubic",
+        color="gray",
+        exif_orientation=False,
+    )
+    assert second.spec().images == ImageSettings()
     assert first.selections() == (
         LayerSelection("layer1"),
         LayerSelection("avgpool", Capture.INPUT),
@@ -202,7 +220,10 @@ def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> Non
             "[models]\nsource = 'a'",
             "line 1: models: got {'source': 'a'}, expected a list of tables",
         ),
-        ("[server]\ndevice = 'gpu'", "line 2: server.device: got 'gpu', expected 'auto', 'cpu' or"),
+        (
+            "[server]\ndevice = 'gpu'",
+            "line 2: server.device: got 'gpu', expected 'auto', 'cpu', 'c",
+        ),
         ("[server]\nkeep_memory = 1", "line 2: server.keep_memory: got 1, expected true or false"),
         ("[server]\nkeep_memory_mib = 0", "line 2: server.keep_memory_mib: got 0, expected a num"),
         (
@@ -222,6 +243,22 @@ def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> Non
         (
             "[[models]]\nsource = 'a'\nlayers = [\n  'layer1',\n  3,\n]",
             "line 3: models[0].layers: got ['layer1', 3], expected a list of layers",
+        ),
+        (
+            "[[models]]\nsource = 'a'\nimage_mean = 0.5",
+            "line 3: models[0].image_mean: got 0.5, expected a list with a number for each channel",
+        ),
+        (
+            "[[models]]\nsource = 'a'\nimage_std = [0.5, 0]",
+            "line 1: image_std: got [0.5, 0.0], expected a number above 0 for each channel",
+        ),
+        (
+            "[[models]]\nsource = 'a'\nimage_crop = [0]",
+            "line 3: models[0].image_crop: got [0], expected a list of one size",
+        ),
+        (
+            "[[models]]\nsource = 'a'\nimage_color = 'bgr'",
+            "line 3: models[0].image_color: got 'bgr', expected 'rgb' or 'gray'",
         ),
         ("[[models]]\nsource = 'a'\nname = 'a b'", "line 1: model name: got 'a b'"),
         ("[[models]]\nsource = 'a'\nlayers = ['b:up']", "line 1: layer: got 'b:up'"),
@@ -268,6 +305,30 @@ def test_relative_paths_are_relative_to_the_file(read, tmp_path: Path) -> None:
         ("resnet18", str(tmp_path / "w.safetensors")),
         ("/abs/d.pt", "/abs/w.pth"),
     ]
+
+
+def test_a_tilde_is_the_home_folder(read, monkeypatch) -> None:
+    """``~`` in the paths of weights and sources is the user's home, as it is in other paths."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = "[[models]]\nname = 'a'\nsource = '{}'\nweights = '{}'"
+
+    found = [
+        (model.spec().target, model.weights)
+        for model in (
+            *read(text.format("resnet18", "~/w.pth")).models,
+            *read(text.format("~/nets/a.pt", "DEFAULT")).models,
+        )
+    ]
+
+    assert found == [("resnet18", "/home/someone/w.pth"), ("/home/someone/nets/a.pt", "DEFAULT")]
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+def test_the_server_takes_the_devices_that_models_take(read, device: str) -> None:
+    """One of several GPUs may be named in [server] as it may in [[models]]."""
+    config = read(f"[server]\ndevice = '{device}'\n[[models]]\nsource = 'a'\ndevice = '{device}'")
+
+    assert (config.server.device, config.models[0].device) == (device, device)
 
 
 def test_clients_memory_is_configured(read) -> None:

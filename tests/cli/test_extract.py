@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
+from torchvision import transforms
 
 from disks import small_disk
 from layertap import Client, Extractor
@@ -106,6 +107,43 @@ def test_bfloat16_is_stored_as_float32(remote) -> None:
     assert values.dtype == np.float32
     assert values.any()
     assert not (values.view(np.uint32) & 0xFFFF).any()
+
+
+def test_image_options_change_what_the_model_sees(images: list[str], tmp_path: Path) -> None:
+    """The pixels are those of the options, the reference torchvision's own transform of them."""
+    out = tmp_path / "out.npz"
+    options = ("--image-mean", "0.5", "--image-std", "0.25,0.5,1", "--image-resize", "48")
+    options += ("--image-crop", "40,44", "--image-interpolation", "bicubic")
+
+    result = extract(
+        *("tinynets:residual", images[0], "-l", "conv1:input", "-o", str(out)), *options
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.output
+    reference = transforms.Compose(
+        [
+            transforms.Resize(48, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop((40, 44)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.25, 0.5, 1]),
+        ]
+    )
+    with np.load(out) as stored, Image.open(images[0]) as image:
+        np.testing.assert_array_equal(stored["conv1:input"][0], reference(image).numpy())
+
+
+def test_assumed_preprocessing_is_warned_of(images: list[str], tmp_path: Path) -> None:
+    """A factory that says nothing of images is served by assumptions, which a warning names."""
+    out = tmp_path / "out.npz"
+
+    result = extract(
+        *("tinynets:residual", images[0], "-l", "layer1", "-o", str(out), "--item-shape", "3,16,16")
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "warning: model residual: neither the model nor the configuration says" in result.output
+    assert "image_mean, image_std, image_resize, image_crop" in result.output
 
 
 def test_refusal_leaves_the_old_file(address: str, images: list[str], tmp_path: Path) -> None:

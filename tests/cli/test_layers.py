@@ -66,6 +66,14 @@ def test_flat_table(address: str) -> None:
     assert "takes [B, 3, 16*, 16*] float32 or images (*: any size)" in output.splitlines()[0]
 
 
+def test_the_image_preprocessing_is_shown(address: str) -> None:
+    """A line has the steps from a file to the input, and which of them were assumed."""
+    output = layers("residual", "--server", address).output
+    line = next(line for line in output.splitlines() if line.startswith("images: "))
+    assert "EXIF orientation applied, RGB (alpha dropped), resize 18 (bilinear" in line
+    assert "assumed, as nothing says it: image_mean" in line
+
+
 def test_unserved_layer_has_its_reason(address: str) -> None:
     """A layer that no extractor serves says why, in the table and under the tree."""
     flat = layers("silent", "--server", address).output

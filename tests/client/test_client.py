@@ -116,11 +116,29 @@ def test_an_image_that_cannot_be_encoded_is_refused(client, size) -> None:
     """A mode that PNG lacks, and a file that was cut short, are the caller's mistake."""
     with pytest.raises(errors.InvalidInputError, match="input: can't send"):
         client.extract("residual", Image.new("F", (16, 16)), "layer1")
+    with pytest.raises(errors.InvalidInputError, match="mode I, whose 32-bit numbers have no"):
+        client.extract("residual", Image.new("I", (16, 16)), "layer1")
     with (
         Image.open(io.BytesIO(PHOTO.read_bytes()[:-size])) as image,
         pytest.raises(errors.InvalidInputError, match="input: can't send"),
     ):
         client.extract("residual", image, "layer1")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_and_its_file_are_the_same(client, orientation: int, tmp_path: Path) -> None:
+    """A PIL image keeps the EXIF orientation that its file has, so both are served upright."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "phone.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(path, exif=exif)
+
+    with Image.open(path) as image:
+        of_image = client.extract("residual", image, "conv1:input")
+    of_file = client.extract("residual", path, "conv1:input")
+
+    assert np.array_equal(of_image["conv1:input"], of_file["conv1:input"])
 
 
 def test_an_extractor_that_there_is_not_is_refused(client) -> None:

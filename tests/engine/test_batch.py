@@ -11,7 +11,7 @@ from PIL import Image
 from layertap import LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, Limits
 from layertap.engine.batch import KEPT_IMAGES
-from layertap.models import ModelSpec
+from layertap.models import ImageSettings, ModelSpec
 from tinynets import ITEM
 
 PIXELS = 1000
@@ -51,3 +51,16 @@ def test_images_of_too_many_pixels_together_are_refused(engine) -> None:
     assert ask(engine, *[png(20, 20)] * MOST) == MOST
     with pytest.raises(errors.InvalidInputError, match=rf"4000 pixels up to images\[{MOST}\]"):
         ask(engine, *[png(20, 20)] * (MOST + 2))
+
+
+def test_images_of_a_size_that_the_model_lacks_are_refused() -> None:
+    """Where the preprocessing doesn't crop, the size is checked before the model runs."""
+    engine = Engine()
+    images = ImageSettings(resize=(), crop=(), mean=(), std=())
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM, free_dims=(), images=images))
+    try:
+        assert ask(engine, png(*ITEM[1:])) == 1
+        with pytest.raises(errors.InvalidInputError, match=r"images: got \[1, 3, 30, 20\] after"):
+            ask(engine, png(20, 30))
+    finally:
+        engine.close()

@@ -25,7 +25,7 @@ from tinynets import ITEM
 RANDOM = {"Noisy"}
 KEPT = {"Cycles"}
 EQUAL = sorted(set(NETS) - RANDOM - KEPT)
-"""Nets whose answers are those of a fresh module. The others are random, or say that they aren't."""
+"""Nets whose answers are those of a fresh module; the others are random or reported stateful."""
 
 
 @pytest.fixture(params=[1, 2], ids=["latency", "throughput"])
@@ -124,7 +124,7 @@ def test_what_can_not_be_put_back_is_reported(engine: Engine) -> None:
     catalogue = engine.host("Cycles").catalogue
     rules = catalogue.guard.rules
     assert rules.state is KeptState.KEPT
-    assert not rules.early_stop and not rules.concurrent and not rules.shared
+    assert not any((rules.early_stop, rules.concurrent, rules.shared))
     assert any("answers may depend on the requests before" in note for note in rules.notes)
     assert catalogue.entry("first").served_by(Capture.OUTPUT) == [Extractor.HOOK]
     ratios = []

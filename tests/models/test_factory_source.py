@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
 
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.models import ModelSpec
@@ -46,6 +50,116 @@ def test_the_factorys_own_weights_stay(factory_module: Write) -> None:
     assert torch.equal(built.module[0].weight, torch.ones(4, 3, 3, 3))
     assert (built.source, built.weights) == (f"{name}:ones", "factory's own")
     assert built.preprocess is None
+
+
+PREPROCESSED = """
+from torch import nn
+from torchvision.transforms import functional
+from torchvision.transforms._presets import ImageClassification
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3))
+
+def chain():
+    return net()
+chain.preprocess = ImageClassification(
+    crop_size=48, resize_size=50, mean=(0.5,) * 3, std=(0.2,) * 3
+)
+
+def own():
+    return net()
+own.preprocess = lambda image: functional.to_tensor(image.resize((224, 224))) - 0.5
+
+def settings():
+    return net()
+settings.preprocess = {"mean": [0.5], "std": [0.25], "resize": [60, 60], "interpolation": "bicubic"}
+
+def misspelt():
+    return net()
+misspelt.preprocess = {"means": [0.5]}
+
+def unfit():
+    return net()
+unfit.preprocess = {"std": [0.0]}
+
+def number():
+    return net()
+number.preprocess = 3
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3))
+
+    def preprocess(self, x):
+        raise AssertionError("it takes tensors, as segment-anything's does")
+
+class Described(nn.Conv2d):
+    pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 96, 96)}
+
+    def __init__(self):
+        super().__init__(3, 4, 3)
+"""
+
+
+def test_the_factorys_preprocess_is_taken(factory_module: Write, photo: Image.Image) -> None:
+    """A function or a dict of settings at the factory says how images become its input."""
+    name = factory_module(PREPROCESSED)
+    reference = transforms.Compose(
+        [
+            transforms.Resize((60, 60), InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.25] * 3),
+        ]
+    )
+    expected = {
+        "chain": ImageClassification(crop_size=48, resize_size=50, mean=(0.5,) * 3, std=(0.2,) * 3)(
+            photo
+        ),
+        "own": transforms.functional.to_tensor(photo.resize((224, 224))) - 0.5,
+        "settings": reference(photo),
+    }
+
+    for function, tensor in expected.items():
+        built = build_factory(ModelSpec(f"{name}:{function}"))
+        assert built.preprocess is not None
+        assert torch.equal(built.preprocess(photo), tensor), function
+        assert built.preprocess.origin == f"the preprocess of {name}:{function}"
+        assert built.preprocess_is_code
+    assert build_factory(ModelSpec(f"{name}:chain")).input.item_shape == (3, 48, 48)
+    assert build_factory(ModelSpec(f"{name}:settings")).preprocess.assumed == ()  # type: ignore[union-attr]
+
+
+def test_a_modules_own_configuration_is_taken(factory_module: Write) -> None:
+    """A pretrained_cfg, as timm's models have, gives the preprocessing and the item's size."""
+    built = build_factory(ModelSpec(f"{factory_module(PREPROCESSED)}:Described"))
+
+    assert built.input.item_shape == (3, 96, 96)
+    assert built.preprocess is not None
+    assert built.preprocess.origin == "the model's pretrained_cfg"
+
+
+def test_a_method_of_a_class_is_no_preprocess(factory_module: Write) -> None:
+    """A class's method ``preprocess`` takes the instance, and mostly tensors: it is left alone."""
+    built = build_factory(ModelSpec(f"{factory_module(PREPROCESSED)}:Net"))
+
+    assert built.preprocess is None
+    assert not built.preprocess_is_code
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("misspelt", "its preprocess has 'means', expected mean, std, resize"),
+        ("unfit", r"its preprocess: image_std: got \[0.0\]"),
+        ("number", "its preprocess is a int, expected a function from a PIL image"),
+    ],
+)
+def test_a_bad_preprocess_is_a_load_error(
+    function: str, message: str, factory_module: Write
+) -> None:
+    """What is neither a function nor known settings is named, and nothing is assumed instead."""
+    with pytest.raises(ModelLoadError, match=message):
+        build_factory(ModelSpec(f"{factory_module(PREPROCESSED)}:{function}"))
 
 
 def test_a_factory_may_be_an_attribute(factory_module: Write) -> None:

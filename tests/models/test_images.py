@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 import zlib
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import Grayscale
 
 from layertap.errors import InvalidInputError
 from layertap.models import ImageLimits, decode_image
+from layertap.models.images import Color, Reading
 
 Encode = Callable[..., bytes]
 
@@ -34,9 +37,6 @@ def loaded_by_torchvision(data: bytes, folder: Path) -> np.ndarray:
 
 def variants(image: Image.Image, encode: Encode) -> dict[str, bytes]:
     """The image in each format and mode that needs its own path through Pillow."""
-    sixteen_bit = Image.fromarray(
-        np.random.default_rng(0).integers(0, 2**16, (30, 40), dtype=np.uint16)
-    )
     palette = image.quantize(16)
     return {
         "jpeg": encode(image, "JPEG"),
@@ -49,7 +49,6 @@ def variants(image: Image.Image, encode: Encode) -> dict[str, bytes]:
         "png gray": encode(image.convert("L"), "PNG"),
         "png gray alpha": encode(image.convert("LA"), "PNG"),
         "png one bit": encode(image.convert("1"), "PNG"),
-        "png 16 bit": encode(sixteen_bit, "PNG"),
         "png palette": encode(palette, "PNG"),
         "png palette transparent": encode(palette, "PNG", transparency=bytes(range(16))),
         "png rgb transparent": encode(image, "PNG", transparency=(1, 2, 3)),
@@ -68,6 +67,96 @@ def test_every_mode_equals_torchvisions_loader(
         image = decode_image(data, 0)
         assert image.mode == "RGB", name
         assert np.array_equal(np.asarray(image), loaded_by_torchvision(data, tmp_path)), name
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_orientation_is_applied(
+    kind: str, orientation: int, noise: Image.Image, encoded: Encode
+) -> None:
+    """A picture of each orientation stands as Pillow turns it; on request it is left as stored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(noise, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    stored = Image.open(io.BytesIO(data))
+    upright = ImageOps.exif_transpose(stored).convert("RGB")
+
+    assert decode_image(data, 0).tobytes() == upright.tobytes()
+    assert decode_image(data, 0).size == upright.size
+    as_stored = decode_image(data, 0, reading=Reading(exif_orientation=False))
+    assert as_stored.tobytes() == stored.convert("RGB").tobytes()
+    assert as_stored.size == (40, 30)
+
+
+def test_an_orientation_in_xmp_is_applied(noise: Image.Image, encoded: Encode) -> None:
+    """Some cameras' software writes the orientation as XMP only; Pillow and viewers honour it."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(noise, "JPEG", xmp=xmp)
+
+    assert decode_image(data, 0).size == (30, 40)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_leaves_the_picture_as_stored(
+    kind: str, exif: bytes, noise: Image.Image, encoded: Encode
+) -> None:
+    """Exif data that can't be read affects no pixel, as in image viewers."""
+    image = decode_image(encoded(noise, kind, exif=exif), 0)
+
+    assert image.size == (40, 30)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_orientations_out_of_range_are_ignored(
+    orientation: int, noise: Image.Image, encoded: Encode
+) -> None:
+    """Only 2 to 8 turn a picture."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    assert decode_image(encoded(noise, "PNG", exif=exif), 0).tobytes() == noise.tobytes()
+
+
+def deep_png(encode: Encode, pixels: np.ndarray) -> bytes:
+    """Return a grayscale PNG of 16 bits a pixel."""
+    return encode(Image.fromarray(pixels.astype(np.uint16)), "PNG")
+
+
+def test_16_bit_grayscale_keeps_its_brightness(encoded: Encode) -> None:
+    """The high byte is taken, where Pillow's own conversion clips all above 255 to white."""
+    pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40))
+    data = deep_png(encoded, pixels)
+
+    for color, mode in ((Color.RGB, "RGB"), (Color.GRAY, "L")):
+        image = decode_image(data, 0, reading=Reading(color))
+        assert image.mode == mode
+        got = np.asarray(image)
+        assert np.array_equal(got if mode == "L" else got[..., 1], pixels >> 8)
+
+
+def test_16_bits_are_kept_on_request(encoded: Encode) -> None:
+    """Where the caller can use them, all 16 bits come through."""
+    pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40))
+
+    image = decode_image(deep_png(encoded, pixels), 0, reading=Reading(keep_16_bit=True))
+
+    assert image.mode == "I;16"
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_gray_is_the_luma_of_torchvisions_loader(
+    noise: Image.Image, encoded: Encode, tmp_path: Path
+) -> None:
+    """Each format and mode becomes the gray that torchvision's Grayscale makes of its RGB."""
+    for name, data in variants(noise, encoded).items():
+        image = decode_image(data, 0, reading=Reading(Color.GRAY))
+        expected = Grayscale()(Image.fromarray(loaded_by_torchvision(data, tmp_path)))
+        assert image.mode == "L", name
+        assert image.tobytes() == expected.tobytes(), name
 
 
 def test_a_real_photograph_equals_torchvisions_loader(photo_bytes: bytes, tmp_path: Path) -> None:

@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms._presets import ImageClassification
 
 from devices import needs_cuda
 from layertap.errors import ModelLoadError, WeightsUnavailableError
-from layertap.models import InputSpec, LoadedModel, ModelSpec, decode_image, load_model
-from layertap.models.preprocess import default_preprocess
+from layertap.models import ImageSettings, LoadedModel, ModelSpec, load_model
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,7 @@ def test_a_model_is_ready_to_run(model: LoadedModel) -> None:
 def test_a_photograph_goes_all_the_way(model: LoadedModel, photo_bytes: bytes) -> None:
     """A JPEG's bytes become an input that the model's own spec accepts, and runs."""
     assert model.preprocess is not None
-    batch = model.preprocess.batch([model.preprocess.shrink(decode_image(photo_bytes, 0))] * 2)
+    batch = model.preprocess.batch([model.preprocess.decode(photo_bytes, 0)] * 2)
 
     model.input.check(batch.shape, "float32")
     with torch.inference_mode():
@@ -40,11 +37,11 @@ def test_a_photograph_goes_all_the_way(model: LoadedModel, photo_bytes: bytes) -
     assert torch.allclose(outcome[0], outcome[1], atol=1e-5)
 
 
-def test_results_depend_on_the_seed_alone(model: LoadedModel, photo: Image.Image) -> None:
+def test_results_depend_on_the_seed_alone(model: LoadedModel, photo_bytes: bytes) -> None:
     """A model loaded again with the same seed gives the same numbers."""
     again = load_model(ModelSpec("squeezenet1_1", weights="random"), torch.device("cpu"))
     assert again.preprocess is not None
-    x = again.preprocess.batch([again.preprocess.shrink(photo)])
+    x = again.preprocess.batch([again.preprocess.decode(photo_bytes, 0)])
 
     with torch.inference_mode():
         assert torch.equal(again.forward(x), model.forward(x))
@@ -83,17 +80,25 @@ def test_a_model_moves_to_the_gpu() -> None:
     assert {parameter.device for parameter in model.module.parameters()} == {model.device}
 
 
-@pytest.mark.parametrize("side", [8, 224])
-def test_images_of_a_factorys_model_get_imagenets_preprocessing(side: int) -> None:
-    """A model of colour images that says nothing of preprocessing gets what ResNet gets."""
-    model = load_model(ModelSpec("tinynets:residual", item_shape=(3, side, side)))
-    assert model.preprocess is not None
-    image = Image.new("RGB", (640, 480), (255, 0, 0))
-    expected = ImageClassification(crop_size=side, resize_size=round(side * 256 / 224))(image)
-    assert torch.equal(model.preprocess(image), expected)
+def test_assumed_preprocessing_is_warned_of() -> None:
+    """A factory that says nothing of images is told what was assumed; one that is set is not."""
+    assumed = load_model(ModelSpec("tinynets:residual", item_shape=(3, 8, 8)))
+    known = load_model(ModelSpec("squeezenet1_1", weights="random"))
+
+    assert "says image_mean, image_std" in assumed.assumptions()
+    assert known.assumptions() == ""
+    assert known.preprocess is not None
+    assert known.preprocess.origin == "torchvision's SqueezeNet1_1_Weights.IMAGENET1K_V1"
 
 
-@pytest.mark.parametrize("item_shape", [(4, 8, 8), (3, 8)])
-def test_other_inputs_have_no_preprocessing(item_shape: tuple[int, ...]) -> None:
-    """What is no three-channel image is not preprocessed like one."""
-    assert default_preprocess(InputSpec(item_shape)) is None
+def test_the_crop_that_is_set_is_the_default_item() -> None:
+    """Layers are measured at the size of preprocessed images, unless an item shape is given."""
+    images = ImageSettings(crop=(48, 40))
+
+    cropped = load_model(ModelSpec("tinynets:residual", images=images))
+    other = load_model(ModelSpec("tinynets:residual", images=images, item_shape=(3, 8, 8)))
+
+    assert cropped.input.item_shape == (3, 48, 40)
+    assert other.input.item_shape == (3, 8, 8)
+    assert other.preprocess is not None
+    assert other.preprocess.item_shape == (3, 48, 40)

@@ -1,17 +1,41 @@
+"""An image file becomes what the model's own transform makes of it, and what is assumed is said."""
+
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import models
+from torchvision import models, transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms._presets import ImageClassification
 
-from layertap.errors import InvalidInputError
-from layertap.models import Preprocess
+from layertap.errors import ConfigError, InvalidInputError, ModelLoadError
+from layertap.models import ImageSettings, InputSpec, Preprocess
+from layertap.models.images import Color
+from layertap.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_preprocess, fitted
+
+Encode = Callable[..., bytes]
+
+COLOUR = InputSpec((3, 224, 224), free=(1, 2))
+GRAY = InputSpec((1, 64, 64), free=(1, 2))
 
 
 def of(builder: str) -> Preprocess:
     """Return the preprocessing of a builder's default weights."""
-    return Preprocess(models.get_model_weights(builder).DEFAULT.transforms())
+    return Preprocess.of(models.get_model_weights(builder).DEFAULT.transforms())
+
+
+def chosen(
+    settings: ImageSettings, takes: InputSpec = COLOUR, known: Preprocess | None = None
+) -> Preprocess:
+    """Return the preprocessing of a model that takes images."""
+    preprocess = choose_preprocess(known, settings, takes, "net")
+    assert preprocess is not None
+    return preprocess
 
 
 @pytest.mark.parametrize("builder", ["resnet18", "inception_v3", "fcn_resnet50", "ssd300_vgg16"])
@@ -48,39 +72,36 @@ def test_equals_the_weights_own_transforms(builder: str, photo: Image.Image) -> 
 )
 def test_describe_says_what_is_done(builder: str, words: str) -> None:
     """The description lists the steps in order with their numbers."""
-    assert of(builder).describe() == words
+    assert of(builder).describe() == f"EXIF orientation applied, RGB (alpha dropped), {words}"
 
 
-def test_a_batch_is_its_items_stacked(photo: Image.Image) -> None:
+def test_a_batch_is_its_items_stacked(
+    photo: Image.Image, photo_bytes: bytes, encoded: Encode
+) -> None:
     """Images of different sizes make one batch where the preprocessing crops."""
     narrow = photo.resize((100, 300))
     preprocess = of("resnet18")
 
-    batch = preprocess.batch([preprocess.shrink(photo), preprocess.shrink(narrow)])
+    decoded = [preprocess.decode(data, 0) for data in (photo_bytes, encoded(narrow, "PNG"))]
+    batch = preprocess.batch(decoded)
 
     assert batch.shape == (2, 3, 224, 224)
     assert torch.equal(batch[1], preprocess(narrow))
 
 
-def test_most_of_the_work_needs_no_pytorch(photo: Image.Image) -> None:
-    """Shrinking makes an image of the model's size, and the rest makes the same tensor of it."""
-    preprocess = of("resnet18")
+@pytest.mark.parametrize(
+    ("builder", "size"), [("resnet18", (224, 224)), ("lraspp_mobilenet_v3_large", (520, 609))]
+)
+def test_most_of_the_work_needs_no_pytorch(
+    builder: str, size: tuple[int, int], photo: Image.Image, photo_bytes: bytes
+) -> None:
+    """Decoding makes an image of the model's size, and the rest makes the same tensor of it."""
+    preprocess = of(builder)
 
-    shrunk = preprocess.shrink(photo)
+    decoded = preprocess.decode(photo_bytes, 0)
 
-    assert shrunk.size == (224, 224)
-    assert torch.equal(preprocess.batch([shrunk])[0], preprocess(photo))
-
-
-def test_a_transform_of_unknown_steps_is_left_whole(photo: Image.Image) -> None:
-    """What can't be cut in two runs as it is, after the shrinking that is none."""
-    transform = models.get_model_weights("fcn_resnet50").DEFAULT.transforms()
-    preprocess = Preprocess(transform)
-
-    shrunk = preprocess.shrink(photo)
-
-    assert shrunk is photo
-    assert torch.equal(preprocess.batch([shrunk])[0], transform(photo))
+    assert decoded.size == size
+    assert torch.equal(preprocess.batch([decoded])[0], preprocess(photo))
 
 
 def test_sizes_must_agree_where_nothing_crops(photo: Image.Image) -> None:
@@ -100,12 +121,297 @@ def test_an_empty_batch_is_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
-def test_extreme_proportions_are_refused(size: tuple[int, int]) -> None:
+def test_extreme_proportions_are_refused(size: tuple[int, int], encoded: Encode) -> None:
     """A sliver isn't blown up to hundreds of millions of pixels by resizing its short side."""
-    with pytest.raises(InvalidInputError, match=f"images: got {size[0]} x {size[1]} pixels"):
-        of("resnet18")(Image.new("RGB", size))
+    data = encoded(Image.new("RGB", size), "PNG")
+    with pytest.raises(InvalidInputError, match=rf"images\[2\]: got {size[0]} x {size[1]} pixels"):
+        of("resnet18").decode(data, 2)
 
 
 def test_slivers_pass_where_nothing_resizes() -> None:
     """Without a resize no image grows, so its proportions don't matter."""
     assert of("ssd300_vgg16")(Image.new("RGB", (1, 10_000))).shape == (3, 10_000, 1)
+
+
+def test_a_picture_is_turned_by_its_exif_orientation(photo: Image.Image, encoded: Encode) -> None:
+    """A phone's picture is preprocessed as it is shown, and as it is stored where that is set."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo, "PNG", exif=exif)
+    transform = models.ResNet18_Weights.DEFAULT.transforms()
+
+    upright = of("resnet18")
+    stored = chosen(ImageSettings(exif_orientation=False), known=upright)
+
+    turned = transform(photo.transpose(Image.Transpose.ROTATE_270))
+    assert torch.equal(upright.batch([upright.decode(data, 0)])[0], turned)
+    assert torch.equal(stored.batch([stored.decode(data, 0)])[0], transform(photo))
+    assert stored.describe().startswith("EXIF orientation not applied, ")
+
+
+def test_one_channel_models_get_gray_images(photo: Image.Image, photo_bytes: bytes) -> None:
+    """A model of one channel takes a photograph's luma, as torchvision's Grayscale gives it."""
+    preprocess = chosen(ImageSettings(mean=(0.5,), std=(0.25,), resize=(64, 64)), GRAY)
+    reference = transforms.Compose(
+        [
+            transforms.Grayscale(),
+            transforms.Resize((64, 64)),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.25]),
+        ]
+    )
+
+    got = preprocess.batch([preprocess.decode(photo_bytes, 0)])
+
+    assert got.shape == (1, 1, 64, 64)
+    assert torch.equal(got[0], reference(photo))
+
+
+def test_a_model_of_colour_can_be_given_gray_images(photo: Image.Image, photo_bytes: bytes) -> None:
+    """Three equal channels of the luma, as torchvision's Grayscale(3) gives them."""
+    transform = ImageClassification(crop_size=224)
+
+    preprocess = chosen(ImageSettings(color="gray"), known=Preprocess.of(transform))
+
+    got = preprocess.batch([preprocess.decode(photo_bytes, 0)])
+    assert torch.equal(got[0], transform(transforms.Grayscale(3)(photo)))
+
+
+@pytest.mark.parametrize("takes", [GRAY, COLOUR])
+def test_16_bit_grayscale_is_divided_by_65535(takes: InputSpec, encoded: Encode) -> None:
+    """All 16 bits count: what a deep PNG becomes has more than 256 levels, in the right places."""
+    ramp = np.linspace(2000, 60000, 64 * 64, dtype=np.uint16).reshape(64, 64)
+    preprocess = chosen(ImageSettings(mean=(), std=(), resize=(), crop=()), takes)
+
+    got = preprocess.batch([preprocess.decode(encoded(Image.fromarray(ramp), "PNG"), 0)])[0]
+
+    expected = torch.from_numpy(ramp.astype(np.float32)) / 65535
+    assert all(torch.equal(channel, expected) for channel in got)
+    assert len(got) == takes.item_shape[0]
+
+
+def test_16_bit_grayscale_is_resized_like_others(encoded: Encode) -> None:
+    """Resizing, cropping and padding a deep PNG gives what the same steps give for 8 bits."""
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 50)).astype(np.uint8)
+    shallow = encoded(Image.fromarray(pixels), "PNG")
+    deep = encoded(Image.fromarray(pixels.astype(np.uint16) * 257), "PNG")
+    for crop in ((64, 64), (200, 64)):
+        settings = ImageSettings(resize=(70,), crop=crop, mean=(0.5,), std=(0.5,))
+        preprocess = chosen(settings, InputSpec((1, *crop), free=(1, 2)))
+
+        one, other = (preprocess.batch([preprocess.decode(d, 0)]) for d in (shallow, deep))
+
+        assert torch.allclose(one, other, atol=2 / 255)
+        assert one.std() > 0.1
+
+
+@pytest.mark.parametrize("side", [8, 224])
+def test_images_of_unknown_models_are_assumed_to_be_imagenets(
+    side: int, photo: Image.Image
+) -> None:
+    """A model that says nothing gets what ResNet gets, and every step is named as assumed."""
+    preprocess = chosen(ImageSettings(), InputSpec((3, side, side), free=(1, 2)))
+
+    expected = ImageClassification(crop_size=side, resize_size=round(side * 256 / 224))(photo)
+    assert torch.equal(preprocess(photo), expected)
+    assert preprocess.assumed == (
+        *("image_mean", "image_std", "image_resize", "image_crop", "image_interpolation"),
+    )
+    assert "assumed, as nothing says it: image_mean, image_std" in preprocess.describe()
+
+
+def test_one_channel_is_not_normalised_by_assumption(photo: Image.Image) -> None:
+    """ImageNet's numbers are of three channels; one channel stays in [0, 1]."""
+    preprocess = chosen(ImageSettings(), GRAY)
+
+    assert 0 <= preprocess(photo.convert("L")).min() <= preprocess(photo.convert("L")).max() <= 1
+    assert (preprocess.color, preprocess.channels) == (Color.GRAY, 1)
+
+
+def test_what_is_set_is_not_assumed(photo: Image.Image) -> None:
+    """Each key takes the place of one assumption; with all of them set nothing is assumed."""
+    some = chosen(ImageSettings(mean=(0.5,), std=(0.5,), resize=(300, 280)))
+    every = chosen(
+        ImageSettings(
+            mean=(0.1, 0.2, 0.3),
+            std=(0.4, 0.5, 0.6),
+            resize=(240,),
+            crop=(224,),
+            interpolation="bicubic",
+        )
+    )
+    reference = transforms.Compose(
+        [
+            transforms.Resize(240, InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]),
+        ]
+    )
+
+    assert some.assumed == ("image_interpolation",)
+    assert some(photo).shape == (3, 300, 280)
+    assert every.assumed == ()
+    assert torch.equal(every(photo), reference(photo))
+    assert "set by the server's owner: image_mean, image_std, image_resize" in every.describe()
+
+
+def test_settings_replace_known_steps_one_by_one(photo: Image.Image) -> None:
+    """A mean and standard deviation that are set leave the weights' resize and crop as they are."""
+    known = Preprocess.of(ImageClassification(crop_size=224, resize_size=232), "the weights")
+
+    preprocess = chosen(ImageSettings(mean=(0.5,) * 3, std=(0.5,) * 3), known=known)
+
+    reference = ImageClassification(crop_size=224, resize_size=232, mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert torch.equal(preprocess(photo), reference(photo))
+    assert preprocess.assumed == ()
+    assert preprocess.origin == "the weights; set by the server's owner: image_mean, image_std"
+
+
+@pytest.mark.parametrize(
+    ("settings", "takes", "message"),
+    [
+        (
+            ImageSettings(color="rgb"),
+            GRAY,
+            "image_color of net: got 'rgb', but the model takes one",
+        ),
+        (ImageSettings(mean=IMAGENET_MEAN), GRAY, "image_mean of net: .* 1 channels"),
+        (ImageSettings(mean=(0.5,)), InputSpec((3, 8)), r"its input is \[B, 3, 8\] float32, which"),
+        (
+            ImageSettings(exif_orientation=True),
+            InputSpec((5,), dtype=torch.int64),
+            "exif_orientation of net: its input is .* int64",
+        ),
+        (
+            ImageSettings(crop=(100,)),
+            InputSpec((3, 64, 64)),
+            r"image_crop of net: got 100 x 100 .* takes \[B, 3, 64, 64\]",
+        ),
+        (
+            ImageSettings(resize=(100, 90)),
+            InputSpec((3, 64, 64)),
+            r"image_resize of net: got 100 x 90 ",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    settings: ImageSettings, takes: InputSpec, message: str
+) -> None:
+    """A setting that the model's input contradicts is an error at load, which names both."""
+    with pytest.raises(ConfigError, match=message):
+        choose_preprocess(None, settings, takes, "net")
+
+
+@pytest.mark.parametrize(
+    "takes", [InputSpec((4, 8, 8)), InputSpec((3, 8)), InputSpec((3, 4, 8, 8))]
+)
+def test_other_inputs_take_no_images(takes: InputSpec) -> None:
+    """What is no image of one or three channels is not preprocessed like one."""
+    assert choose_preprocess(None, ImageSettings(), takes, "net") is None
+
+
+def test_an_input_that_was_found_decides_about_images() -> None:
+    """Assumptions are dropped where the model turns out to take no images; what is set fails."""
+    assumed = chosen(ImageSettings(), InputSpec((3, 64, 64), free=(1, 2)))
+    given = chosen(ImageSettings(crop=(32,)), InputSpec((3, 64, 64), free=(1, 2)))
+    fixed = InputSpec((3, 64, 64))
+
+    assert fitted(assumed, fixed, "net") is assumed
+    assert fitted(assumed, replace(fixed, dtype=torch.uint8), "net") is None
+    with pytest.raises(ConfigError, match="image_crop of net: got 32 x 32"):
+        fitted(given, fixed, "net")
+    with pytest.raises(ConfigError, match="images of net: .* takes .* int64, which is no image"):
+        fitted(given, replace(fixed, dtype=torch.int64), "net")
+
+
+def test_common_chains_become_steps(photo: Image.Image) -> None:
+    """A chain of Resize, CenterCrop, ToTensor and Normalize is taken apart."""
+    chain = transforms.Compose(
+        [
+            transforms.Resize(100, InterpolationMode.BICUBIC),
+            transforms.CenterCrop((90, 80)),
+            transforms.ToTensor(),
+            transforms.Normalize(torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)),
+        ]
+    )
+
+    preprocess = Preprocess.of(chain)
+
+    assert torch.equal(preprocess(photo), chain(photo))
+    assert preprocess.item_shape == (3, 90, 80)
+    assert "normalize mean [0.485, 0.456, 0.406] std [0.229, 0.224, 0.225]" in preprocess.describe()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda image: transforms.functional.to_tensor(image.resize((224, 224))) * 2 - 1,
+        transforms.Compose([transforms.Resize((224, 224)), transforms.PILToTensor()]),
+        transforms.Compose(
+            [
+                transforms.Resize(224, max_size=300),
+                transforms.CenterCrop(224),
+                transforms.ToTensor(),
+            ]
+        ),
+    ],
+)
+def test_other_functions_run_as_they_are(
+    transform: Callable[[Image.Image], torch.Tensor], photo: Image.Image
+) -> None:
+    """A function of unknown steps is applied whole, and named to clients."""
+    own = Preprocess.of(transform, "the factory")
+
+    preprocess = chosen(ImageSettings(), known=own)
+
+    assert torch.equal(preprocess(photo), transform(photo).float())
+    assert preprocess.describe().endswith("; the factory")
+    assert preprocess.assumed == ()
+
+
+def test_a_function_of_its_own_gets_the_upright_picture(
+    photo: Image.Image, encoded: Encode
+) -> None:
+    """The EXIF orientation is applied before the function, unless that is switched off."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    data = encoded(photo, "PNG", exif=exif)
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        return transforms.functional.to_tensor(image.resize((224, 224)))
+
+    own = Preprocess.of(transform)
+    upright, stored = (
+        chosen(ImageSettings(exif_orientation=wanted), known=own) for wanted in (None, False)
+    )
+
+    turned = transform(photo.transpose(Image.Transpose.ROTATE_90))
+    assert torch.equal(upright.batch([upright.decode(data, 0)])[0], turned)
+    assert torch.equal(stored.batch([stored.decode(data, 0)])[0], transform(photo))
+
+
+def test_steps_of_a_function_can_not_be_replaced() -> None:
+    """A mean beside a function of unknown steps would be guesswork, so it is refused."""
+    own = Preprocess.of(transforms.functional.to_tensor)
+
+    with pytest.raises(ConfigError, match=r"image_mean of net: .* can't be replaced one by one"):
+        choose_preprocess(own, ImageSettings(mean=(0.5,)), COLOUR, "net")
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda image: image.no_such_method(), "it raised AttributeError"),
+        (lambda image: image, "it raised RuntimeError"),
+        (transforms.Compose([transforms.PILToTensor()]), r"it made \[3, 240, 320\] of a picture"),
+    ],
+)
+def test_a_function_that_does_not_fit_is_a_load_error(
+    transform: Callable[[Image.Image], torch.Tensor], message: str
+) -> None:
+    """A preprocess is tried at load: one that raises or makes another shape is told at once."""
+    with pytest.raises(ModelLoadError, match=message):
+        choose_preprocess(
+            Preprocess.of(transform), ImageSettings(), replace(COLOUR, free=()), "net"
+        )

@@ -24,6 +24,26 @@ def test_a_model_loads_with_timms_transform(photo: Image.Image) -> None:
     assert "center crop 224" in model.preprocess.describe()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vit_tiny_patch16_224.augreg_in21k", "normalize mean [0.5, 0.5, 0.5] std [0.5, 0.5, 0.5]"),
+        ("efficientvit_b0", "resize 235 (bicubic, antialias), center crop 224"),
+    ],
+)
+def test_each_models_own_configuration_counts(name: str, words: str, photo: Image.Image) -> None:
+    """Mean, size and interpolation are those of the model's pretrained configuration."""
+    model = load_model(ModelSpec(f"timm:{name}", weights="random"))
+    config = timm.data.resolve_data_config({}, model=model.module)
+    expected = timm.data.create_transform(**config, is_training=False)(photo)
+
+    assert model.preprocess is not None
+    assert torch.equal(model.preprocess(photo), expected)
+    assert words in model.preprocess.describe()
+    assert model.preprocess.origin == "timm's configuration"
+    assert model.preprocess.assumed == ()
+
+
 def test_random_weights_depend_on_the_seed(photo: Image.Image) -> None:
     """One seed gives one model, another seed another."""
     spec = "timm:mobilenetv3_small_050"

@@ -388,6 +388,22 @@ def test_list_models(client) -> None:
     assert "224" in resnet.input.preprocessing
 
 
+def test_describe_tells_the_image_preprocessing(client) -> None:
+    """Each step is a field of its own, with where it comes from and what was assumed."""
+    known = client.describe_model("resnet18").model.input.image_preprocessing
+    assumed = client.describe_model("residual").model.input.image_preprocessing
+
+    assert (known.color, known.exif_orientation) == ("rgb", True)
+    assert (list(known.resize), known.resize_mode) == ([256], "short side")
+    assert (known.interpolation, list(known.crop)) == ("bilinear", [224, 224])
+    assert np.allclose(known.mean, [0.485, 0.456, 0.406])
+    assert np.allclose(known.std, [0.229, 0.224, 0.225])
+    assert known.origin == "torchvision's ResNet18_Weights.IMAGENET1K_V1"
+    assert (list(known.assumed), known.custom) == ([], "")
+    assert "image_mean" in assumed.assumed
+    assert not client.describe_model("pairs").model.input.HasField("image_preprocessing")
+
+
 def test_describe_model(client) -> None:
     """The catalogue has each layer's measured shape, and every extractor's answer."""
     layers = {layer.name: layer for layer in client.describe_model("residual").layers}

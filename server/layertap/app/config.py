@@ -25,7 +25,7 @@ from layertap.batching import BatchPolicy
 from layertap.engine import DEVICE_PATTERN, HostOptions, Limits
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
-from layertap.models import INPUT_DTYPES, ModelSpec
+from layertap.models import INPUT_DTYPES, ImageSettings, ModelSpec
 from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
 from layertap.wire.client_regions import ClientRegions
@@ -54,6 +54,18 @@ Sizes = Annotated[
     tuple[Annotated[int, Meta(ge=1)], ...] | None,
     Meta(description="sizes of one item without the batch, such as [3, 224, 224]"),
 ]
+Numbers = Annotated[
+    tuple[float, ...] | None,
+    Meta(description="a list with a number for each channel, such as [0.5, 0.5, 0.5]"),
+]
+ImageSize = Annotated[
+    tuple[Annotated[int, Meta(ge=1)], ...] | None,
+    Meta(description="a list of one size or of height and width, or an empty one for none"),
+]
+Device = Annotated[
+    str,
+    Meta(pattern=rf"^({DEVICE_PATTERN})$", description="'auto', 'cpu', 'cuda' or 'cuda:1'"),
+]
 
 
 class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +75,8 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         host: The address to bind, for calls and for metrics.
         port: Where calls are answered; 0 for a free port.
         metrics_port: Where the metrics page is; 0 for a free port, -1 for no page.
-        device: ``auto`` is CUDA where there is a device, else the CPU.
+        device: ``auto``, ``cpu``, ``cuda`` or one of several as ``cuda:1``; ``auto`` is CUDA where
+            there is a device, else the CPU.
         mode: ``latency`` gives all CPUs to one forward pass, ``throughput`` one CPU to each of
             as many passes as there are CPUs.
         threads: CPUs to compute with: those of one forward pass in latency mode, the passes that
@@ -105,9 +118,7 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     metrics_port: Annotated[
         int, Meta(ge=-1, le=65535, description="-1 for no metrics, 0 for a free port, to 65535")
     ] = METRICS_PORT
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], Meta(description="'auto', 'cpu' or 'cuda'")
-    ] = "auto"
+    device: Device = "auto"
     mode: Annotated[
         Literal["latency", "throughput"], Meta(description="'latency' or 'throughput'")
     ] = "latency"
@@ -282,6 +293,16 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             where the last pass had several callers; 0 joins only those that wait already.
         cuda_graphs: Batch sizes at which the layers are served by a CUDA graph; of no effect on a
             CPU.
+        image_mean: Subtracted from pixels in [0, 1], one number for each channel or one for all;
+            ``[]`` for no normalisation. This and the following keys replace steps of the image
+            preprocessing that the model's own configuration describes.
+        image_std: The pixels are divided by it after that.
+        image_resize: One size for the short side, or height and width; ``[]`` for no resizing.
+        image_crop: One size or height and width, cut out of the centre; ``[]`` for no cropping.
+        image_interpolation: How resizing interpolates, such as ``bicubic``.
+        image_color: ``rgb`` or ``gray``, the channels that image files are decoded to.
+        exif_orientation: Whether a picture is turned as its EXIF orientation says; true if not
+            given.
     """
 
     source: Text
@@ -313,6 +334,18 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         tuple[Annotated[int, Meta(ge=1)], ...],
         Meta(description="a list of batch sizes, such as [1, 8]"),
     ] = ()
+    image_mean: Numbers = None
+    image_std: Numbers = None
+    image_resize: ImageSize = None
+    image_crop: ImageSize = None
+    image_interpolation: Annotated[
+        Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None,
+        Meta(description="'nearest', 'bilinear', 'bicubic', 'box', 'hamming' or 'lanczos'"),
+    ] = None
+    image_color: Annotated[Literal["rgb", "gray"] | None, Meta(description="'rgb' or 'gray'")] = (
+        None
+    )
+    exif_orientation: Annotated[bool | None, Meta(description="true or false")] = None
 
     def options(self) -> HostOptions:
         """Return how the model is served; raise ConfigError for graphs of no layers."""
@@ -330,7 +363,7 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def spec(self) -> ModelSpec:
         """Return what to load; raise ConfigError for a malformed field."""
         return ModelSpec(
-            self.source,
+            source=self.source,
             name=self.name,
             weights=self.weights,
             seed=self.seed,
@@ -339,6 +372,15 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             channels_last=self.channels_last,
             input_dtype=self.input_dtype,
             free_dims=self.free_dims,
+            images=ImageSettings(
+                mean=self.image_mean,
+                std=self.image_std,
+                resize=self.image_resize,
+                crop=self.image_crop,
+                interpolation=self.image_interpolation,
+                color=self.image_color,
+                exif_orientation=self.exif_orientation,
+            ),
         )
 
     def selections(self) -> tuple[LayerSelection, ...]:

@@ -109,7 +109,7 @@ class _Reader:
         return msgspec.structs.replace(
             model,
             source=_from_folder(self._file.parent, spec),
-            weights=str(self._file.parent / spec.weights)
+            weights=str(self._file.parent / Path(spec.weights).expanduser())
             if is_path(spec.weights)
             else spec.weights,
             name=spec.name,
@@ -134,7 +134,7 @@ def _from_folder(folder: Path, spec: ModelSpec) -> str:
     """Return the source, its path taken as relative to the file's folder."""
     if spec.kind is not SourceKind.TORCHSCRIPT or PurePath(spec.target).is_absolute():
         return spec.source
-    return f"{SourceKind.TORCHSCRIPT}:{folder / spec.target}"
+    return f"{SourceKind.TORCHSCRIPT}:{folder / Path(spec.target).expanduser()}"
 
 
 def _dotted(path: KeyPath) -> str:

@@ -186,6 +186,8 @@ class ServedModels:
             f"{'replaced' if former else 'loaded'} {loaded.name}: {loaded.source}, weights "
             f"{loaded.weights}, on {loaded.device}, in {time.monotonic() - begun:.1f} s"
         )
+        if assumed := loaded.assumptions():
+            self._narrator.say(f"warning: {assumed}")
 
     def _fail(self, model: ModelSection, error: Exception) -> None:
         name = model.spec().name

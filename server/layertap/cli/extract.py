@@ -177,6 +177,8 @@ def _embedded(
 
     with terminal.busy(f"loading {model}"):
         engine, name = embedded_engine(model, **flags)
+    if assumed := engine.host(name).model.assumptions():
+        terminal.say(f"warning: {assumed}")
 
     def ask(images: list[bytes]) -> Features:
         request = ExtractionRequest(name, ImagesInput(images), tuple(selections), extractor)

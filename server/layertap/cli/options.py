@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from layertap.engine import Engine
 
 __all__ = [
+    "IMAGE_FLAGS",
+    "device",
     "embedded_engine",
     "find_local_modules",
+    "image_options",
     "input_options",
     "item_shape",
     "local_model_options",
@@ -26,6 +30,13 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# As layertap.engine.DEVICE_PATTERN, which can't be imported without PyTorch; a test compares them.
+DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+IMAGE_FLAGS = (
+    *("image_mean", "image_std", "image_resize", "image_crop"),
+    *("image_interpolation", "image_color", "exif_orientation"),
+)
 
 
 def item_shape(function: F) -> F:
@@ -50,6 +61,71 @@ def _sizes(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return sizes
 
 
+def _numbers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[float, ...] | None:
+    if value is None or value == "none":
+        return None if value is None else ()
+    try:
+        return tuple(float(number) for number in value.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"got {value!r}, expected numbers such as 0.485,0.456,0.406, or none"
+        ) from None
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    return () if value == "none" else _sizes(ctx, param, value)
+
+
+def image_options(function: F) -> F:
+    """Add the options of the image preprocessing; their names are ``IMAGE_FLAGS``."""
+    for option in (
+        click.option(
+            "--exif-orientation/--no-exif-orientation",
+            default=None,
+            help="Turn pictures as their EXIF orientation says (the default).",
+        ),
+        click.option(
+            "--image-color",
+            type=click.Choice(["rgb", "gray"]),
+            help="The channels that image files are decoded to.",
+        ),
+        click.option(
+            "--image-interpolation",
+            type=click.Choice(["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]),
+            help="How images are resized.",
+        ),
+        click.option(
+            "--image-crop",
+            metavar="N|H,W",
+            callback=_size,
+            help="Cut this size out of the centre of images; none leaves them whole.",
+        ),
+        click.option(
+            "--image-resize",
+            metavar="N|H,W",
+            callback=_size,
+            help="Resize the short side of images to N, or images to H x W; none leaves them.",
+        ),
+        click.option(
+            "--image-std",
+            metavar="S,S,S",
+            callback=_numbers,
+            help="Divide the pixels by this, after --image-mean was subtracted; or none.",
+        ),
+        click.option(
+            "--image-mean",
+            metavar="M,M,M",
+            callback=_numbers,
+            help="Subtract this from pixels in [0, 1]; none for no normalisation. The image "
+            "options replace steps of the preprocessing that the model's configuration describes.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def input_options(function: F) -> F:
     """Add ``--input-dtype`` and ``--free-dims``: what a model's input is declared to be."""
     for option in (
@@ -69,6 +145,23 @@ def input_options(function: F) -> F:
     ):
         function = option(function)
     return function
+
+
+def device(function: F) -> F:
+    """Add ``--device``."""
+    return click.option(
+        "--device",
+        metavar="DEVICE",
+        callback=_device,
+        help="auto (the default), cpu, cuda, or one of several as cuda:1; auto is CUDA where there "
+        "is a device.",
+    )(function)
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not DEVICES.fullmatch(value):
+        raise click.BadParameter(f"got {value!r}, expected auto, cpu, cuda or cuda:1")
+    return value
 
 
 def _indices(
@@ -93,11 +186,8 @@ def local_model_options(function: F) -> F:
     """Add the options of a model that is loaded into this process, and ``--server`` instead."""
     for option in (
         connection_options(),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            help="What to run on; auto is CUDA where there is a device.",
-        ),
+        image_options,
+        device,
         input_options,
         item_shape,
         seed,
@@ -127,8 +217,19 @@ def embedded_engine(
     device: str | None,
     input_dtype: str | None = None,
     free_dims: Sequence[int] | None = None,
+    **images: Any,
 ) -> tuple[Engine, str]:
     """Load a model into this process.
+
+    Args:
+        model: ``[NAME=]SOURCE``.
+        weights: As in ModelSpec, like ``seed`` and ``item_shape``; None for their defaults.
+        seed: See there.
+        item_shape: See there.
+        device: What to run on; None for ``auto``.
+        input_dtype: As in ModelSpec.
+        free_dims: As in ModelSpec.
+        images: The values of ``IMAGE_FLAGS``.
 
     Returns:
         The engine, which is the caller's to close, and the model's name in it.
@@ -137,7 +238,7 @@ def embedded_engine(
         ConfigError, ModelLoadError: As ``Engine.load`` does.
     """
     from layertap.engine import Engine, allow_tf32, choose_device
-    from layertap.models import ModelSpec
+    from layertap.models import ImageSettings, ModelSpec
 
     find_local_modules()
     spec = ModelSpec.parse(
@@ -147,6 +248,7 @@ def embedded_engine(
         item_shape=tuple(item_shape) if item_shape else None,
         input_dtype=input_dtype or "",
         free_dims=None if free_dims is None else tuple(free_dims),
+        images=ImageSettings(**{n.removeprefix("image_"): value for n, value in images.items()}),
     )
     allow_tf32(False)
     engine = Engine(device=choose_device(device or "auto"))

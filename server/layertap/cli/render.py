@@ -105,6 +105,10 @@ def show_layers(
         f"[{', '.join(['B', *sizes])}] {_dtype(model.input.dtype)}{images}{note}",
         soft_wrap=True,
     )
+    if model.input.images:
+        out.print(f"images: {model.input.preprocessing}", soft_wrap=True)
+    for note in model.notes:
+        out.print(f"note: {note}", soft_wrap=True)
     out.print(_tree(layers) if tree else _flat(layers))
     if tree:
         for reason, names in _unserved(layers).items():

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from layertap.cli.options import find_local_modules, input_options, item_shape, seed
+from layertap.cli.options import (
+    IMAGE_FLAGS,
+    device,
+    find_local_modules,
+    image_options,
+    input_options,
+    item_shape,
+    seed,
+)
 from layertap.cli.secret_options import secret_options
 from layertap.errors import LayertapError
 
@@ -21,6 +29,7 @@ METRICS_PORTS = click.IntRange(-1, 65535)
 MODEL_FLAGS = (
     *("weights", "seed", "item_shape", "precision", "channels_last", "layers"),
     *("max_batch_size", "max_queue_delay_us", "input_dtype", "free_dims"),
+    *IMAGE_FLAGS,
 )
 
 
@@ -58,11 +67,8 @@ def _numbers(
 @click.option(
     "--channels-last", is_flag=True, default=None, help="Lay convolutions' weights out that way."
 )
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    help="What to run on; auto (the default) is CUDA where there is a device.",
-)
+@image_options
+@device
 @click.option(
     "--max-batch-size",
     type=click.IntRange(min=1),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["encode_input"]
 
+_ORIENTATION = 0x0112
+
 
 def encode_input(given: Any) -> np.ndarray | list[bytes]:
     """Tell images from arrays.
@@ -27,7 +29,8 @@ def encode_input(given: Any) -> np.ndarray | list[bytes]:
     Args:
         given: An array or tensor ``[B, ...]`` as the model takes it; or an image, or a list of
             images: a path, the bytes of a JPEG, PNG or WebP file, or a PIL image (which is sent as
-            PNG, without loss; CMYK as the RGB that the server would make of it).
+            PNG, without loss and with its EXIF orientation; CMYK as the RGB that the server would
+            make of it).
 
     Returns:
         The array in C order, or the images' bytes.
@@ -70,16 +73,37 @@ def _image_bytes(value: Any) -> bytes:
 
 
 def _encoded(image: Image) -> bytes:
+    if image.mode == "I":
+        raise InvalidInputError(
+            "input: can't send a PIL image of mode I, whose 32-bit numbers have no known range; "
+            "convert it to 'I;16' (0 to 65535) or 'L' (0 to 255)"
+        )
     buffer = io.BytesIO()
     try:
-        # PNG has no CMYK. The server makes RGB of every image, as is done here.
+        options = _orientation(image)
+        # PNG has no CMYK. The server makes RGB of such a file, as is done here.
         image = image.convert("RGB") if image.mode == "CMYK" else image
-        image.save(buffer, "PNG", compress_level=1)
+        image.save(buffer, "PNG", compress_level=1, **options)
     except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises, reading or writing.
         raise InvalidInputError(
             f"input: can't send a PIL image of mode {image.mode}: {error}"
         ) from error
     return buffer.getvalue()
+
+
+def _orientation(image: Image) -> dict[str, Any]:
+    """Return the option of ``save`` that keeps the EXIF orientation, which PNG drops otherwise."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - Pillow's parser raises what it trips over
+        return {}
+    if orientation == 1:
+        return {}
+    from PIL.Image import Exif
+
+    kept = Exif()
+    kept[_ORIENTATION] = orientation
+    return {"exif": kept}
 
 
 def _little_endian(array: np.ndarray) -> np.ndarray:

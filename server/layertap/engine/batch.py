@@ -11,7 +11,7 @@ from PIL import Image
 
 from layertap.engine.limits import Limits
 from layertap.errors import InvalidInputError
-from layertap.models import ImageLimits, LoadedModel, decode_image
+from layertap.models import ImageLimits, LoadedModel
 from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
 
@@ -79,7 +79,7 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
     kept: list[Image.Image] = []
     room = limits.pixels * KEPT_IMAGES
     for index, data in enumerate(images):
-        kept.append(model.preprocess.shrink(decode_image(data, index, image_limits)))
+        kept.append(model.preprocess.decode(data, index, image_limits))
         room -= kept[-1].width * kept[-1].height
         if room < 0:
             raise InvalidInputError(
@@ -94,11 +94,21 @@ def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torc
     """Return the batch ``[B, C, H, W]`` of what decode_images returned. For a compute thread only.
 
     Raises:
-        InvalidInputError: Where the images come out in different sizes.
+        InvalidInputError: Where the images come out in different sizes, or in one that the model
+            doesn't take.
     """
     if model.preprocess is None:
         raise ValueError("decode_images refuses models that take no images")
-    return model.preprocess.batch(images)
+    x = model.preprocess.batch(images)
+    try:
+        # The model takes other types of floating-point values as well as float32.
+        model.input.check(x.shape, model.input.dtype_name)
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"images: got {list(x.shape)} after preprocessing, expected {model.input.pattern} as "
+            f"model {model.name!r} takes, such as {list(model.input.batch_shape(1))}"
+        ) from error
+    return x
 
 
 def _check_size(size: int, limits: Limits) -> None:

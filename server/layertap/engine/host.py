@@ -17,7 +17,7 @@ from layertap.engine.limits import Limits
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import proven_staging
-from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, OverloadedError
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.measure import measure
@@ -144,6 +144,8 @@ class ModelHost:
                 "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
                 model.name, self.catalogue.non_finite,
             )  # fmt: skip
+        for note in self.catalogue.notes:
+            _log.info("model %s: %s", model.name, note)
         self._builder = PlanBuilder(model, self._taps, self.catalogue, cache)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
@@ -215,6 +217,25 @@ class ModelHost:
         prover.prove_size(plan, items)
         return not plan.refusal(items) and prover.prove_shared(plan, items)
 
+    def refuse(self, plan: Plan, reason: str) -> ExtractorUnsupportedError:
+        """Serve a plan no more, as its program failed where the model did not.
+
+        Returns:
+            The refusal that requests for it get from now on.
+        """
+        key = (plan.extractor, plan.points, plan.item_shape)
+        refusal = ExtractorUnsupportedError(
+            f"{plan.extractor.name} can't serve {quoted(plan.points)} of model "
+            f"{self.model.name!r}: its program failed where the model itself did not ({reason}); "
+            f"HOOK can"
+        )
+        with self._lock:
+            self._plans.pop(key, None)
+            self._declared_plans.pop(key, None)
+        self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+        _log.warning("%s", refusal)
+        return refusal
+
     def refused_plans(self) -> list[RefusedPlan]:
         """Return the layer sets that an extractor was tried on and could not serve."""
         names = self.catalogue.names
@@ -251,8 +272,10 @@ class ModelHost:
                 while (plan := self.compute.run(partial(next, steps), call)) is None:
                     pass
                 return key, plan
-            except ExtractorUnsupportedError as refusal:
-                self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+            except (ExtractorUnsupportedError, OverloadedError) as refusal:
+                # Memory that is missing now may be there later: that is not remembered.
+                if isinstance(refusal, ExtractorUnsupportedError):
+                    self._remember(self._refusals, key, refusal, MAX_REFUSALS)
                 if extractor is resolved.candidates[-1]:
                     raise
                 _log.warning("model %s: %s", self.model.name, refusal)

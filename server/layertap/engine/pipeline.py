@@ -26,7 +26,7 @@ from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
 from layertap.engine.staging import Staging
 from layertap.engine.work import Work, compute
-from layertap.errors import DeadlineExceededError
+from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
 from layertap.extraction.plan import Plan
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
@@ -95,6 +95,49 @@ class Pipeline:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(host, request.input, call)
         plan = host.plan(resolved, tuple(x.shape), call)
+        if plan.extractor is Extractor.TORCHSCRIPT and not _is_finite(request, x):
+            resolved = host.resolve(request.selections, _uncompiled(request, host))
+            plan = host.plan(resolved, tuple(x.shape), call)
+        try:
+            return self._run(host, request, x, call, resolved=resolved, plan=plan)
+        except ModelRunError as error:
+            if plan.extractor is not Extractor.TORCHSCRIPT:
+                raise
+            return self._run_model(host, request, x, call, failed=plan, error=error)
+
+    def _run_model(
+        self,
+        host: ModelHost,
+        request: ExtractionRequest,
+        x: torch.Tensor,
+        call: Call,
+        *,
+        failed: Plan,
+        error: ModelRunError,
+    ) -> Extraction:
+        """Run the model itself where its compiled program failed.
+
+        If the model fails on this input too, its own error is raised. Else the program is at fault,
+        and gives way to HOOK.
+        """
+        resolved = host.resolve(request.selections, Extractor.HOOK)
+        plan = host.plan(resolved, tuple(x.shape), call)
+        extraction = self._run(host, request, x, call, resolved=resolved, plan=plan)
+        refusal = host.refuse(failed, str(error))
+        if request.extractor is Extractor.AUTO:
+            return extraction
+        raise refusal
+
+    def _run(
+        self,
+        host: ModelHost,
+        request: ExtractionRequest,
+        x: torch.Tensor,
+        call: Call,
+        *,
+        resolved: Resolved,
+        plan: Plan,
+    ) -> Extraction:
         form = request.form(plan.extractor)
         envelope = Envelope(
             self._limits.reply_bytes, form, partial(self._admission.reserve, call=call)
@@ -136,6 +179,27 @@ class Pipeline:
             yield
         finally:
             self._decoders.release()
+
+
+def _is_finite(request: ExtractionRequest, x: torch.Tensor) -> bool:
+    """Tell whether a request's input has neither NaN nor infinity; images never do."""
+    if isinstance(request.input, ImagesInput) or not x.dtype.is_floating_point:
+        return True
+    # The sum is not finite if any element isn't, and takes a tenth of the time of asking each.
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
+
+
+def _uncompiled(request: ExtractionRequest, host: ModelHost) -> Extractor:
+    """Return the extractor for input that compiled programs take otherwise than the model.
+
+    Their fused kernels make zeros of NaN (``relu``), and spread it over other elements.
+    """
+    if request.extractor is Extractor.AUTO:
+        return Extractor.HOOK
+    raise ExtractorUnsupportedError(
+        f"TORCHSCRIPT can't serve an input that holds NaN or infinity: compiled programs handle "
+        f"them otherwise than model {host.model.name!r} does; HOOK can"
+    )
 
 
 def _reply(

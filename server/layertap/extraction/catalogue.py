@@ -73,6 +73,8 @@ class Catalogue:
         guard: Held in each pass of the model; has the rules for them.
         non_finite: The first layer that returned NaN or infinity when it was measured; empty where
             none did.
+        notes: What a caller should know about the model that no layer's entry says, in sentences:
+            arguments that are never given, random numbers, layers that run for some inputs only.
     """
 
     entries: Mapping[str, LayerEntry]
@@ -80,6 +82,7 @@ class Catalogue:
     mutates_input: bool
     guard: PassGuard
     non_finite: str = ""
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def specs(self) -> Mapping[CapturePoint, ValueSpec]:

@@ -34,7 +34,7 @@ from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.extraction.state import Snapshot
 from layertap.models import LoadedModel
 
-__all__ = ["FxExtractor", "GraphNames", "Trace", "WholeGraphExtractor", "trace"]
+__all__ = ["FxExtractor", "GraphNames", "Trace", "WholeGraphExtractor", "as_it_was", "trace"]
 
 _sink: ContextVar[Sink | None] = ContextVar("layertap_fx_sink", default=None)
 
@@ -103,7 +103,7 @@ class Trace:
 
 def trace(model: LoadedModel) -> Trace:
     """Trace a model symbolically; raise whatever tracing raises."""
-    with no_forward_pass(), _as_it_was(model.module):
+    with no_forward_pass(), as_it_was(model.module):
         train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
     every = [name for name in evaluation if name != "output"]
     whole = FxExtractor(model, GraphNames(train, dict.fromkeys(every, "")), every)
@@ -124,7 +124,7 @@ class FxExtractor:
     """
 
     def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
-        with no_forward_pass(), _as_it_was(model.module):
+        with no_forward_pass(), as_it_was(model.module):
             graph_module = create_feature_extractor(
                 model.module,
                 train_return_nodes={names.train: names.train},
@@ -181,7 +181,7 @@ class WholeGraphExtractor:
 
 
 @contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
+def as_it_was(module: nn.Module) -> Iterator[None]:
     """Put back every submodule's training mode and all that its code wrote, whatever happens.
 
     Meanwhile ``train()`` and ``eval()`` set flags only: a model's own version may do more, such as

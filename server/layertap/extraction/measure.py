@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,24 +18,32 @@ from layertap.errors import ModelLoadError
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
 from layertap.extraction.fx import GraphNames, trace
 from layertap.extraction.layout import Geometry, geometry
+from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
 from layertap.extraction.passes import KeptState, PassGuard, PassRules, survey_passes
-from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
+from layertap.extraction.samples import bytes_input, reaching_inputs
+from layertap.extraction.straight import straight_children
 from layertap.extraction.survey import (
     HookSurvey,
+    LooksSurvey,
     Shape,
     sample_input,
     survey_fx,
+    survey_hooks,
     survey_looks,
+    survey_repeat,
     survey_walk,
+    wide_input,
 )
 from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor
 
 __all__ = ["measure"]
 
-_COMPILED = Extractor.TORCHSCRIPT
-
 _log = logging.getLogger(__name__)
+
+_MAX_NAMED = 5
+"""Layers that a note names."""
 
 
 @dataclass
@@ -55,7 +66,10 @@ class _Findings:
     specs: dict[CapturePoint, ValueSpec]
     walk: dict[str, str]
     graph: _Graph
-    looked: Collection[CapturePoint]
+    looks: LooksSurvey
+    random: Collection[CapturePoint]
+    order: list[tuple[str, int]]
+    varying: Collection[str]
     rules: PassRules
 
     @property
@@ -94,21 +108,26 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
     oracle = one.values
     x = sample_input(model, 1, model.input.item_shape)
     with guard:
-        looked = survey_looks(model, x)
+        looks = survey_looks(model, x)
+    others = _survey_others(model, guard) if looks.looked else []
+    straight = straight_children(model.module, looks)
     with guard:
-        walk = survey_walk(model, x, oracle)
+        walk = survey_walk(model, x, oracle, straight)
     findings = _Findings(
         model=model,
-        specs=_specs(one.shapes, two.shapes),
+        specs={**_sometimes(one, others), **_specs(one.shapes, two.shapes)},
         walk=walk,
         graph=_survey_graph(model, oracle, guard),
-        looked=looked,
+        looks=looks,
+        random=_random(model, one, two, x, guard),
+        order=_order([one, *others]),
+        varying=_varying([one, *others]),
         rules=guard.rules,
     )
-    entries = {entry.name: entry for entry in _module_entries(one, findings)}
+    entries = {entry.name: entry for entry in _module_entries(findings)}
     for entry in _node_entries(findings):
         entries.setdefault(entry.name, entry)
-    for entry in _silent_entries(model, one):
+    for entry in _silent_entries(findings):
         entries.setdefault(entry.name, entry)
     return Catalogue(
         entries,
@@ -116,7 +135,101 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
         mutates_input=one.mutated_input,
         guard=guard,
         non_finite=_first_non_finite(entries, oracle),
+        notes=tuple(_notes(findings, entries)),
     )
+
+
+def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
+    """Run a model that looks at values on other input, for which other modules may run."""
+    shape = model.input.item_shape
+    surveys = []
+    for x in (
+        wide_input(model, 1, shape),
+        bytes_input(model, shape),
+        *reaching_inputs(model, shape),
+    ):
+        if x is not None:
+            # A model need not take such input; what it raises is its own business.
+            with suppress(Exception), guard:
+                surveys.append(survey_hooks(model, x))
+    return surveys
+
+
+def _order(surveys: Sequence[HookSurvey]) -> list[tuple[str, int]]:
+    """Return the calls of every survey, those of the first one first."""
+    return list(dict.fromkeys(call for survey in surveys for call in survey.order))
+
+
+def _sometimes(one: HookSurvey, others: Sequence[HookSurvey]) -> dict[CapturePoint, ValueSpec]:
+    """Return what was captured on other input only; its shape can't be promised."""
+    return {
+        point: ValueSpec(dtype, tuple(Dim(size) for size in shape), dynamic=True)
+        for survey in others
+        for point, (dtype, shape) in survey.shapes.items()
+        if point not in one.shapes
+    }
+
+
+def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
+    """Return the modules that ran in some of the surveys only."""
+    ran = [{path for path, _ in survey.order} for survey in surveys]
+    always = set(ran[0]).intersection(*ran[1:])
+    return set(ran[0]).union(*ran[1:]) - always
+
+
+def _random(
+    model: LoadedModel, one: HookSurvey, two: HookSurvey, x: torch.Tensor, guard: PassGuard
+) -> set[CapturePoint]:
+    """Return the points whose values depend on chance.
+
+    A stateful model gives other values as well, without any chance.
+    """
+    found = one.random | two.random
+    if guard.rules.state is not KeptState.KEPT:
+        with guard:
+            found |= survey_repeat(model, x, one.values)
+    return found
+
+
+def _notes(findings: _Findings, entries: Mapping[str, LayerEntry]) -> Iterator[str]:
+    ungiven = _ungiven_arguments(findings.model.module)
+    if ungiven:
+        yield (
+            f"only the first argument of its forward is given; these keep their defaults: "
+            f"{', '.join(ungiven)}"
+        )
+    varying = sorted(findings.varying)
+    if varying:
+        more = f" and {len(varying) - _MAX_NAMED} more" if len(varying) > _MAX_NAMED else ""
+        yield (
+            f"some layers run for some inputs only, and a request for one that does not run fails: "
+            f"{', '.join(map(repr, varying[:_MAX_NAMED]))}{more}"
+        )
+    random = [
+        name
+        for name, entry in entries.items()
+        if entry.points.get(Capture.OUTPUT) in findings.random
+    ]
+    if random:
+        yield (
+            f"its forward draws random numbers, so two requests with the same input differ, from "
+            f"layer {random[0]!r} on"
+        )
+
+
+def _ungiven_arguments(module: nn.Module) -> list[str]:
+    """Return the names of the arguments that a call with one tensor leaves out."""
+    if isinstance(module, torch.jit.ScriptModule):
+        method: Any = module.forward
+        return [argument.name for argument in method.schema.arguments[2:]]
+    try:
+        parameters = inspect.signature(module.forward).parameters.values()
+    except (TypeError, ValueError):  # Some callables have no signature.
+        return []
+    _, *others = [
+        p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ] or [""]
+    return others
 
 
 def _first_non_finite(
@@ -172,14 +285,14 @@ def _survey_graph(
     return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray)
 
 
-def _module_entries(survey: HookSurvey, findings: _Findings) -> list[LayerEntry]:
+def _module_entries(findings: _Findings) -> list[LayerEntry]:
     modules = dict(findings.model.module.named_modules())
-    calls = Counter(path for path, _ in survey.order)
+    calls = Counter(path for path, _ in findings.order)
     by_call: dict[tuple[str, int], list[CapturePoint]] = {}
     for point in findings.specs:
         by_call.setdefault((point.path, point.call), []).append(point)
     entries = []
-    for path, call in survey.order:
+    for path, call in findings.order:
         base = path if call == 0 else f"{path}_{call}"
         # The root has no name to ask for; a module that is named like another's further call wins.
         if not path or (call and base in modules):
@@ -233,22 +346,38 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     given = entry.points.get(Capture.INPUT)
     hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
     support = replace(support, input=hooked and given is not None)
-    return _traceable(support, point, given, findings) if extractor is _COMPILED else support
-
-
-def _traceable(
-    support: Support, point: CapturePoint | None, given: CapturePoint | None, findings: _Findings
-) -> Support:
-    """Take back what a trace would get wrong for inputs unlike its example."""
-    output = support.output and point not in findings.looked
-    if output is support.output and given not in findings.looked:
-        return support
-    return Support(
-        output=output,
-        input=support.input and given not in findings.looked,
-        reason="before it the model's code looks at values (bool, int or item of a tensor): a "
-        "trace would go the example's way for every input",
+    return _without(
+        support, _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)
     )
+
+
+def _without(support: Support, output: str, given: str) -> Support:
+    """Take back what can't be served for a reason; an empty reason is none."""
+    return Support(
+        output=support.output and not output,
+        input=support.input and not given,
+        # Chance explains why values differ; else the first reason is the more telling one.
+        reason=RANDOM if output == RANDOM else support.reason or output or given,
+    )
+
+
+def _obstacle(extractor: Extractor, point: CapturePoint | None, findings: _Findings) -> str:
+    """Return why an extractor would be wrong about a point for inputs unlike the sample."""
+    if point is None or extractor is Extractor.HOOK:
+        return ""
+    if point in findings.random:
+        return RANDOM
+    if point.path in findings.varying:
+        return "the module runs for some inputs only"
+    return _uncompilable(point, findings.looks) if extractor is Extractor.TORCHSCRIPT else ""
+
+
+def _uncompilable(point: CapturePoint, looks: LooksSurvey) -> str:
+    if point in looks.looked:
+        return LOOKS
+    if point in looks.functions:
+        return calls_function(looks.functions[point])
+    return takes_step(looks.steps[point]) if point in looks.steps else ""
 
 
 def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
@@ -259,8 +388,11 @@ def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
         reason = "a walk over children calls each child once"
     elif point.path not in reasons:
         reason = f"{point.path!r} is not a top-level child of the model"
-    elif point in findings.looked and not reasons[point.path]:
-        reason = "before it the model's code looks at values, and may not feed its children so"
+    elif point in findings.looks.looked and not reasons[point.path]:
+        reason = (
+            "before it the model branches on tensor values, so calling its children in order may "
+            "give another result"
+        )
     else:
         reason = reasons[point.path]
     return Support(output=not reason, reason=reason)
@@ -325,9 +457,15 @@ def _node_entries(findings: _Findings) -> list[LayerEntry]:
     ]
 
 
-def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
-    ran = {path for path, _ in survey.order}
-    no = Support(output=False, reason="the module never runs in a forward pass")
+def _silent_entries(findings: _Findings) -> list[LayerEntry]:
+    ran = {path for path, _ in findings.order}
+    reason = "the module never runs in a forward pass"
+    if findings.looks.looked:
+        reason = (
+            "the module never runs in a forward pass on sample input; as the model branches on "
+            "tensor values, it may run for other input"
+        )
+    no = Support(output=False, reason=reason)
     return [
         LayerEntry(
             path,
@@ -336,7 +474,7 @@ def _silent_entries(model: LoadedModel, survey: HookSurvey) -> list[LayerEntry]:
             0,
             support=dict.fromkeys(REAL_EXTRACTORS, no),
         )
-        for path, module in model.module.named_modules()
+        for path, module in findings.model.module.named_modules()
         if path and path not in ran
     ]
 

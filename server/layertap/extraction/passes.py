@@ -13,7 +13,6 @@ Note [Each pass begins with the loaded state]
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,13 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten
+from layertap.extraction.looks import unwatched
 from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.extraction.script_taps import writes_attributes
 from layertap.extraction.state import Change, Snapshot, Watch
@@ -71,7 +71,6 @@ class PassRules:
         concurrent: Whether several passes may run at once.
         shared: Whether requests may share a pass, if their items prove to be independent.
         state: What happens to the state that passes write.
-        random: Whether two passes on one input differ because the model draws random numbers.
         uncompiled: Why no compiled program may take the model's place; empty where one may.
         everywhere: Whether the state belongs to a class or a file, so that passes of all such
             models take turns.
@@ -82,7 +81,6 @@ class PassRules:
     concurrent: bool = True
     shared: bool = True
     state: KeptState = KeptState.NONE
-    random: bool = False
     uncompiled: str = ""
     everywhere: bool = False
     notes: tuple[str, ...] = ()
@@ -136,7 +134,8 @@ class PassGuard:
         with self._turns:
             try:
                 if self._running == 1 and not self.rules.concurrent:
-                    self.snapshot.restore()
+                    with unwatched():
+                        self.snapshot.restore()
             finally:
                 self._running -= 1
                 alone, self._alone = self._alone, False
@@ -163,13 +162,14 @@ class PassGuard:
         """
         if self.rules.state is not KeptState.NONE:
             return
-        changes = self.snapshot.changes()
+        with unwatched():
+            changes = self.snapshot.changes()
         if not changes:
             return
         with self._turns:
             rules = _for_changes(changes, persistent=True)
             notes = (*self.rules.notes, *rules.notes)
-            self.rules = replace(rules, random=self.rules.random, notes=notes)
+            self.rules = replace(rules, notes=notes)
         for note in rules.notes:
             _log.warning("model %s: %s", name, note)
 
@@ -202,7 +202,6 @@ class _Seen:
         carried: Whether a pass on what another left behind gives other values.
         by_batch: What one pass made, later passes keep, and another batch size makes otherwise.
         threads: Whether modules ran on other threads than the pass's own.
-        random: Whether two passes differ by the random numbers drawn.
         unexplained: Whether two passes that both began with the loaded state differ.
     """
 
@@ -211,7 +210,6 @@ class _Seen:
     carried: bool = False
     by_batch: tuple[str, ...] = ()
     threads: bool = False
-    random: bool = False
     unexplained: bool = False
 
     def add(self, changes: Sequence[Change]) -> None:
@@ -229,7 +227,7 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
     """
     seen = _Seen()
     shape = model.input.item_shape
-    x, snapshot, chance = sample_input(model, 1, shape), guard.snapshot, _Chance()
+    x, snapshot, chance = sample_input(model, 1, shape), guard.snapshot, Generators(model.device)
     watch = Watch(snapshot)
     with each_line(watch.look):
         one = survey_hooks(model, x, keep_values=True, look=watch.look_now_and_then)
@@ -237,7 +235,6 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
     seen.add([*watch.changes.values(), *after])
     seen.threads = len(watch.threads) > 1
     dirty = Snapshot(model.module) if after else None
-    drawn = chance.drawn
     with chance.repeated():
         again = _agrees(model, x, one.values)
     rewritten = dirty.rewritten() if dirty else set()
@@ -249,9 +246,6 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
             seen.unexplained = not _agrees(model, x, one.values)
         snapshot.deep_restore()
         seen.carried = not again and not seen.unexplained
-    if drawn:
-        seen.random = not _agrees(model, x, one.values)
-        snapshot.deep_restore()
     two = survey_hooks(model, sample_input(model, 2, shape))
     after_two = snapshot.deep_changes()
     seen.add(after_two)
@@ -284,8 +278,6 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
     if seen.threads:
         rules = replace(rules, early_stop=False)
         notes.append("its modules run on several threads, so each pass runs to its end")
-    if seen.random:
-        notes.append("it draws random numbers: two passes on one input differ")
     if seen.unexplained:
         notes.append(
             "two passes from the loaded state differ, though neither state nor random numbers that "
@@ -297,7 +289,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
             f"it holds modules that are not registered ({_named(guard.snapshot.outside)}): eval(), "
             "the device and the precision don't reach them, and they have no layer names"
         )
-    return replace(rules, random=seen.random, notes=tuple(notes))
+    return replace(rules, notes=tuple(notes))
 
 
 def _for_changes(changes: Sequence[Change], *, persistent: bool) -> PassRules:
@@ -391,55 +383,3 @@ def _stop_early(model: LoadedModel, x: torch.Tensor, calls: int) -> None:
         pass
     except Exception:  # noqa: BLE001 - code that catches our stop may raise what it likes instead
         _log.info("model %s fails when a pass ends early", model.name, exc_info=True)
-
-
-class _Chance:
-    """The process's random numbers: whether they were drawn since, and drawing them once more."""
-
-    def __init__(self) -> None:
-        self._before = self._states()
-
-    @property
-    def drawn(self) -> bool:
-        """Whether numbers were drawn; by anything in the process."""
-        return self._differ(self._before, self._states())
-
-    def repeated(self) -> Any:
-        """Return a block in which the numbers drawn are those drawn after construction."""
-        return _Repeated(self._before)
-
-    @staticmethod
-    def _states() -> tuple[Any, ...]:
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        legacy: Any = np.random.get_state()
-        return torch.get_rng_state(), random.getstate(), legacy, cuda
-
-    @staticmethod
-    def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-        return (
-            not torch.equal(one[0], other[0])
-            or one[1] != other[1]
-            or one[2][2] != other[2][2]
-            or not np.array_equal(one[2][1], other[2][1])
-            or not all(map(torch.equal, one[3], other[3]))
-        )
-
-
-class _Repeated:
-    def __init__(self, states: tuple[Any, ...]) -> None:
-        self._states = states
-
-    def __enter__(self) -> None:
-        self._after = _Chance._states()
-        self._set(self._states)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self._after)
-
-    @staticmethod
-    def _set(states: tuple[Any, ...]) -> None:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-        if states[3]:
-            torch.cuda.set_rng_state_all(states[3])

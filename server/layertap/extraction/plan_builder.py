@@ -10,12 +10,15 @@ from functools import cached_property
 
 import torch
 
-from layertap.errors import ExtractorUnsupportedError
+from layertap.errors import ExtractorUnsupportedError, LayertapError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.fx import FxExtractor
 from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
+from layertap.extraction.obstacles import LOOKS, calls_function, takes_step
+from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import GuardedExtractor
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
@@ -137,7 +140,7 @@ class PlanBuilder:
         )
         proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
         if extractor is not Extractor.HOOK:
-            proof.cases.extend(self.prover.wide_case(extractor, points, item_shape))
+            proof.cases.extend(self.prover.reaching_cases(extractor, points, item_shape))
             yield None
         if extractor is Extractor.TORCHSCRIPT:
             built = yield from self._compiled(points, proof, keep=keep)
@@ -158,23 +161,33 @@ class PlanBuilder:
         program = stored.load(self._model.device) if stored else None
         if stored and program:
             try:
-                return (yield from self._warm(TorchScriptExtractor(program), proof))
+                return (yield from self._warm(points, program, proof))
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
                 stored.forget()
         frozen = self._trace(points, example)
         yield None
         with stored.storing(frozen) if stored else nullcontext():
-            return (yield from self._warm(TorchScriptExtractor(frozen), proof))
+            return (yield from self._warm(points, frozen, proof))
 
     def _warm(
-        self, built: TorchScriptExtractor, proof: _Proof
+        self, points: Sequence[CapturePoint], frozen: torch.jit.ScriptModule, proof: _Proof
     ) -> Generator[None, None, BuiltExtractor]:
-        yield None
-        yield from proof.steps(built)
-        for _ in range(WARM_UP_RUNS):
-            built.run(proof.example.clone(), lambda index, value: None)
+        """Optimise, prove and warm a program. Whatever it raises costs this plan only."""
+        try:
+            built = TorchScriptExtractor(frozen)
             yield None
+            yield from proof.steps(built)
+            for _ in range(WARM_UP_RUNS):
+                built.run(proof.example.clone(), lambda index, value: None)
+                yield None
+        except (LayertapError, GeneratorExit):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self.prover.out_of_memory(proof.example) from error
+            _log.info("a program of model %s fails", self._model.name, exc_info=True)
+            raise self._refusal(points, f"its program fails ({own_words(error)})") from error
         return built
 
     def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
@@ -221,29 +234,39 @@ class PlanBuilder:
     ) -> torch.jit.ScriptModule:
         try:
             with self._guard:
-                self._refuse_looks(points, example)
+                self._refuse_obstacles(points, example)
             with self._guard:
                 return trace_taps(self._model, self._taps, points, example.clone())
         except ExtractorUnsupportedError:
             raise
         except Exception as error:
             _log.info("model %s can't be traced", self._model.name, exc_info=True)
-            raise ExtractorUnsupportedError(
-                f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: "
-                f"tracing failed ({type(error).__name__}); HOOK can"
-            ) from error
+            if is_out_of_memory(error):
+                raise self.prover.out_of_memory(example) from error
+            raise self._refusal(points, f"tracing failed ({own_words(error)})") from error
 
-    def _refuse_looks(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
-        """Refuse to trace what would go the example's way for every input; see Note [Looks].
+    def _refuse_obstacles(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
+        """Refuse to trace what a trace would get wrong for inputs unlike the example.
 
-        The catalogue knows of the item shape at which it was measured; code may look at others.
+        The catalogue says so too, of the item shape at which it was measured; at others the model's
+        code may do something else.
         """
         x = example.clone()
+        steps: list[str] = []
         with watch_looks(self._model.module, x) as looks:
-            self._taps.run(self._model.forward, x, points, lambda index, value: None)
-        if looks.count:
-            raise ExtractorUnsupportedError(
-                f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: its code "
-                f"looks at values (bool, int or item of a tensor), and a trace would go the "
-                f"example's way for every input; HOOK can"
+            self._taps.run(
+                self._model.forward, x, points, lambda _, value: steps.append(looks.step(value))
             )
+        step = next(filter(None, steps), "")
+        if looks.count:
+            raise self._refusal(points, LOOKS)
+        if looks.functions:
+            raise self._refusal(points, calls_function(looks.functions[0]))
+        if step:
+            raise self._refusal(points, takes_step(step))
+
+    def _refusal(self, points: Sequence[CapturePoint], reason: str) -> ExtractorUnsupportedError:
+        return ExtractorUnsupportedError(
+            f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: {reason}; "
+            f"HOOK can"
+        )

@@ -30,7 +30,7 @@ from layertap.extraction.points import CapturePoint
 from layertap.extraction.torchscript import program_bytes, program_of
 from layertap.models import LoadedModel
 
-__all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest"]
+__all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest", "remove"]
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.points import CapturePoint, ValueSpec
-from layertap.extraction.verify import compiled_tolerance, difference
+from layertap.extraction.verify import compiled_tolerance, difference, mismatch
 from layertap.selection import Extractor
 
 __all__ = ["Values", "collect", "items_of", "prove", "shares_passes"]
@@ -44,21 +44,20 @@ def prove(
         ExtractorUnsupportedError: Where a value differs.
     """
     compiled = extractor is Extractor.TORCHSCRIPT
-    errors: dict[int, float] = {}
+    faults: dict[int, str] = {}
 
     def compare(index: int, value: torch.Tensor) -> None:
-        errors[index] = difference(value, oracle[index])
+        expected = oracle[index]
+        tolerance = compiled_tolerance(expected) if compiled else 0.0
+        faults[index] = mismatch(value, expected, tolerance)
 
     # The model may write into its batch, and the caller uses the batch again.
     built.run(x.clone(), compare)
-    for index, (point, expected) in enumerate(zip(points, oracle, strict=True)):
-        error = errors[index]
-        tolerance = compiled_tolerance(expected) if compiled else 0.0
-        if error > tolerance:
+    for index, point in enumerate(points):
+        if faults[index]:
             raise ExtractorUnsupportedError(
-                f"{extractor.name} can't serve layer {point.path!r} in this layer set: its value "
-                f"differs from the model's by {error:.1e} of the largest magnitude "
-                f"(allowed: {tolerance:.0e})"
+                f"{extractor.name} can't serve layer {point.path!r} in this layer set: at batch "
+                f"size {len(x)} {faults[index]}"
             )
 
 

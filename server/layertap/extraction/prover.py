@@ -28,6 +28,7 @@ from layertap.extraction.passes import GuardedExtractor, KeptState
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.proof import Values, collect, prove, shares_passes
+from layertap.extraction.samples import bytes_input, reaching_inputs, unlike_items
 from layertap.extraction.survey import sample_input, wide_input
 from layertap.extraction.taps import Taps
 from layertap.extraction.torchscript import WARM_UP_RUNS
@@ -72,30 +73,44 @@ class Prover:
             words = own_words(error)
             _log.info("model %s fails on %s: %s", self._model.name, list(x.shape), words)
             if is_out_of_memory(error):
-                raise self._hungry(x) from error
+                raise self.out_of_memory(x) from error
             raise InvalidInputError(
                 f"tensor: model {self._model.name!r} can't run on items of shape "
                 f"{list(x.shape[1:])}: {words}; it was measured at "
                 f"{list(self._model.input.item_shape)}"
             ) from error
 
-    def wide_case(
+    def out_of_memory(self, x: torch.Tensor) -> OverloadedError:
+        """Return the error for a batch that there was not the memory to run."""
+        return OverloadedError(
+            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
+        )
+
+    def reaching_cases(
         self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
     ) -> list[tuple[torch.Tensor, Values]]:
-        """Return a batch of input outside [0, 1) and what the oracle gives for it, if it can.
+        """Return batches of less ordinary input, and what the oracle gives for each, where it can.
 
-        A model that clamps its input, say, shows it on such input only.
+        See Note [Samples that reach]. TORCHSCRIPT is spared NaN, infinity and items of several
+        magnitudes in one batch, which its tolerance would hide: what it computes for input that is
+        not finite is not served (see ``engine.pipeline``).
         """
-        x = wide_input(self._model, 3, item_shape)
-        if x is None:
-            return []
-        try:
-            values = self.truth(points, x)
-        except InvalidInputError:
-            return []  # Not every model takes such input.
-        if extractor is Extractor.TORCHSCRIPT and not all(v.isfinite().all() for v in values):
-            return []  # The last bits decide where a root of some noise is NaN.
-        return [(x, values)]
+        compiled = extractor is Extractor.TORCHSCRIPT
+        batches = [wide_input(self._model, 3, item_shape), bytes_input(self._model, item_shape)]
+        if not compiled or not self._model.input.dtype.is_floating_point:
+            batches.extend(reaching_inputs(self._model, item_shape))
+        cases = []
+        for x in batches:
+            if x is None:
+                continue
+            try:
+                values = self.truth(points, x)
+            except InvalidInputError:
+                continue  # Not every model takes such input.
+            # The last bits decide where a root of some noise is NaN.
+            if not compiled or all(v.isfinite().all() for v in values):
+                cases.append((x, values))
+        return cases
 
     def prove_size(self, plan: Plan, size: int) -> None:
         """Find out whether a plan serves a batch size, and keep the answer in it.
@@ -117,9 +132,9 @@ class Prover:
             reason = f"{error}{_advice(plan.points)}"
         except Exception as error:
             if is_out_of_memory(error):
-                raise self._hungry(x) from error
+                raise self.out_of_memory(x) from error
             # Whatever a program runs into that has learnt another size.
-            reason = f"it failed there ({type(error).__name__}){_advice(plan.points)}"
+            reason = f"it failed there ({own_words(error)}){_advice(plan.points)}"
         else:
             reason = ""
         reason = plan.findings.found_size(size, reason)
@@ -172,39 +187,46 @@ class Prover:
         whole = WholeGraphExtractor(self._model, names, names.nodes_of(points))
         return GuardedExtractor(whole, self._guard)
 
-    def _hungry(self, x: torch.Tensor) -> OverloadedError:
-        return OverloadedError(
-            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
-        )
-
     def _shares(self, plan: Plan) -> bool:
         x = sample_input(self._model, _SHARED, plan.item_shape)
         if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
             return False
-        wide = wide_input(self._model, _SHARED, plan.item_shape)
-        if wide is None:
-            return True
+        compiled = plan.extractor is Extractor.TORCHSCRIPT
+        return all(
+            self._shares_on(plan, items)
+            for batch in (wide_input(self._model, _SHARED, plan.item_shape),
+                          *reaching_inputs(self._model, plan.item_shape))
+            # As whole and parts are compared, each kind of item is once the first and alone.
+            if batch is not None and not (compiled and not batch.isfinite().all())
+            for items in (batch, batch.flip(0))
+        )  # fmt: skip
+
+    def _shares_on(self, plan: Plan, x: torch.Tensor) -> bool:
         try:
-            return shares_passes(plan.built, plan.points, plan.specs, wide)
-        except Exception:  # noqa: BLE001 - a model need not take such input; a batch would fail
-            _log.info("model %s fails on wide input", self._model.name, exc_info=True)
+            return shares_passes(plan.built, plan.points, plan.specs, x)
+        except Exception as error:  # noqa: BLE001 - a model need not take such input; a batch fails
+            _log.info("model %s fails on unusual input: %s", self._model.name, own_words(error))
             return True
 
     def _shares_at(self, plan: Plan, items: int) -> bool:
         """See Note [Each batch size is proven]."""
-        x = sample_input(self._model, items, plan.item_shape)
+        ordinary = sample_input(self._model, items, plan.item_shape)
         try:
-            return shares_passes(plan.built, plan.points, plan.specs, x)
+            shares = shares_passes(plan.built, plan.points, plan.specs, ordinary)
         except Exception:  # noqa: BLE001 - then each request runs alone, and says why it fails
             _log.info("model %s fails on %d items", self._model.name, items, exc_info=True)
             return False
+        return shares and self._shares_on(plan, unlike_items(self._model, items, plan.item_shape))
 
     def _looks(self, plan: Plan, x: torch.Tensor) -> bool:
         if plan.extractor is Extractor.TORCHSCRIPT:
             return False  # Or it would not have been compiled.
+        # What follows from a discontinuous step is another value in a pass of another size.
+        x = x.clone()
+        steps: list[str] = []
         with watch_looks(self._model.module, x) as looks:
-            plan.built.run(x.clone(), lambda index, value: None)
-        return looks.count > 0
+            plan.built.run(x, lambda _, value: steps.append(looks.step(value)))
+        return looks.count > 0 or any(steps)
 
     def _records(self, plan: Plan, graphed: GraphedExtractor, size: int) -> bool:
         x = sample_input(self._model, size, plan.item_shape)

@@ -8,7 +8,7 @@ value equalled the oracle's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten
 from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
@@ -28,11 +29,13 @@ from layertap.selection import Capture
 __all__ = [
     "FxSurvey",
     "HookSurvey",
+    "LooksSurvey",
     "Shape",
     "sample_input",
     "survey_fx",
     "survey_hooks",
     "survey_looks",
+    "survey_repeat",
     "survey_walk",
     "wide_input",
 ]
@@ -49,12 +52,14 @@ class HookSurvey:
         shapes: Every captured tensor's type and shape.
         values: A clone of every captured output, where they were asked for.
         mutated_input: Whether the batch was another one afterwards.
+        random: The points that come after the model drew random numbers.
     """
 
     order: list[tuple[str, int]] = field(default_factory=list)
     shapes: dict[CapturePoint, Shape] = field(default_factory=dict)
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
     mutated_input: bool = False
+    random: set[CapturePoint] = field(default_factory=set)
 
 
 def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor:
@@ -64,7 +69,8 @@ def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) ->
     if model.input.dtype.is_floating_point:
         values = torch.rand(shape, generator=generator, dtype=torch.float32)
     else:
-        values = torch.randint(0, 2, shape, generator=generator)
+        rows = model.input.ids.rows if model.input.ids else 2
+        values = torch.randint(0, rows, shape, generator=generator)
     return values.to(model.device, model.input.dtype)
 
 
@@ -110,41 +116,111 @@ def survey_hooks(
             survey.shapes[point] = (tensor.dtype, tuple(tensor.shape))
             if keep_values and side is Capture.OUTPUT:
                 survey.values[point] = tensor.clone()
+            if generators.moved():
+                survey.random.add(point)
 
     given = x.clone()
+    generators = Generators(model.device)
     with observe(model.module, see):
         model.forward(given)
     survey.mutated_input = not same(given, x)
     return survey
 
 
-def survey_looks(model: LoadedModel, x: torch.Tensor) -> set[CapturePoint]:
-    """Return the points that come after the model's code has looked at values.
+def survey_repeat(
+    model: LoadedModel, x: torch.Tensor, values: Mapping[CapturePoint, torch.Tensor]
+) -> set[CapturePoint]:
+    """Run a model on the same batch again; return the points whose value is another one now."""
+    changed: set[CapturePoint] = set()
+    calls: Counter[str] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        if side is Capture.INPUT:
+            return
+        call = calls[path]
+        calls[path] += 1
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            if point in values and not same(tensor, values[point]):
+                changed.add(point)
+
+    with observe(model.module, see):
+        model.forward(x.clone())
+    return changed
+
+
+@dataclass
+class LooksSurvey:
+    """What one forward pass did with its input's values, as far as it matters to what follows.
+
+    Attributes:
+        looked: The points that come after the model's code has looked at values.
+        functions: The points that come after a Python function of autograd, and its name.
+        steps: The points whose value follows from a discontinuous operation, and its name; see
+            Note [Discontinuous steps].
+        straight: The children that ran one after the other from the beginning, without any
+            operation between them.
+    """
+
+    looked: set[CapturePoint] = field(default_factory=set)
+    functions: dict[CapturePoint, str] = field(default_factory=dict)
+    steps: dict[CapturePoint, str] = field(default_factory=dict)
+    straight: list[str] = field(default_factory=list)
+
+
+def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
+    """Run a model and watch every operation.
 
     A pass of its own: while operations are watched torch takes other ways through some of them, so
     that values differ in their last bits.
     """
-    looked: set[CapturePoint] = set()
+    survey = LooksSurvey()
     calls: Counter[tuple[str, Capture]] = Counter()
+    children = dict(model.module.named_children())
+    ended_at: int | None = 0  # Operations when the last child ended; None once the row is broken.
+
+    def follow(path: str, side: Capture) -> None:
+        nonlocal ended_at
+        if side is Capture.OUTPUT:
+            ended_at = None if ended_at is None else looks.operations
+        elif looks.operations == ended_at:
+            survey.straight.append(path)
+        else:
+            ended_at = None
 
     def see(path: str, side: Capture, value: Any) -> None:
+        if path in children:
+            follow(path, side)
         call = calls[path, side]
         calls[path, side] += 1
-        if looks.count:
-            looked.update(
-                CapturePoint(PointKind.MODULE, path, side, call, way) for way, _ in flatten(value)
-            )
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            if looks.count:
+                survey.looked.add(point)
+            if looks.functions:
+                survey.functions[point] = looks.functions[0]
+            if step := looks.step(tensor):
+                survey.steps[point] = step
 
     x = x.clone()
     with watch_looks(model.module, x) as looks, observe(model.module, see):
         model.forward(x)
-    return looked
+    return survey
 
 
 def survey_walk(
-    model: LoadedModel, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+    model: LoadedModel,
+    x: torch.Tensor,
+    oracle: Mapping[CapturePoint, torch.Tensor],
+    straight: Collection[str],
 ) -> dict[str, str]:
     """Walk the top-level children as long as each one's output equals the oracle's.
+
+    Args:
+        model: The model.
+        x: The batch ``[1, ...]`` for which the oracle gave its values.
+        oracle: Those values.
+        straight: The children up to which ``forward`` does nothing but call them in order.
 
     Returns:
         For each child, why the walk can't serve it; empty for those that it serves.
@@ -155,6 +231,8 @@ def survey_walk(
     for name, child in model.module.named_children():
         if not broken:
             x, broken = _step(name, child, x, oracle)
+        if not broken and name not in straight:
+            broken = f"the forward pass does more than call the children in order up to {name!r}"
         reasons[name] = broken
     return reasons
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layertap.errors import ModelLoadError
+from layertap.extraction.id_range import with_id_range
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.script_taps import instrument
@@ -52,19 +53,22 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
             not given.
 
     Raises:
+        ConfigError: Preprocessed images don't fit the input that was found.
         ModelLoadError: The model runs on no element type that was tried.
     """
     guess = model.input.guess
-    if guess is None:
+    if guess is None and model.input.dtype.is_floating_point:
         return model
     if isinstance(model.module, torch.jit.ScriptModule):
         # The first run decides for good what a program's calls are compiled to.
         instrument(model.module)
     guard = guard or PassGuard(model.module)
-    model = _that_runs(model, guess, guard)
-    free = _free_dims(model, guard) if guess.free else model.input.free
+    if guess:
+        model = _that_runs(model, guess, guard)
+    free = _free_dims(model, guard) if guess and guess.free else model.input.free
+    model = _with_id_range(model, guard)
     guard.snapshot.deep_restore()
-    return replace(model, input=replace(model.input, free=free, guess=None))
+    return model.with_input(replace(model.input, free=free, guess=None))
 
 
 @dataclass
@@ -105,6 +109,11 @@ def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> Loade
         f"model {model.name!r} fails on random input of item shape "
         f"{list(model.input.item_shape)}: {causes}"
     ) from failed[own]
+
+
+def _with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+    with torch.inference_mode():
+        return with_id_range(model, guard)
 
 
 def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:

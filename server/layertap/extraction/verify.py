@@ -6,7 +6,7 @@ import torch
 
 from layertap.extraction.tf32 import tf32_allowed
 
-__all__ = ["TORCHSCRIPT_TOLERANCE", "compiled_tolerance", "difference", "same"]
+__all__ = ["TORCHSCRIPT_TOLERANCE", "compiled_tolerance", "difference", "mismatch", "same"]
 
 TORCHSCRIPT_TOLERANCE = {
     torch.float64: 1e-10,
@@ -62,6 +62,34 @@ def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:
             error = max(error, (mine[finite].double() - expected).abs().max().item())
             scale = max(scale, expected.abs().max().item())
     return error / scale if scale else float("inf")
+
+
+def mismatch(value: torch.Tensor, oracle: torch.Tensor, tolerance: float) -> str:
+    """Return in words how a value differs from the oracle's; empty where it is near enough.
+
+    Args:
+        value: The value to judge.
+        oracle: What it should be.
+        tolerance: The largest error allowed, as a share of the oracle's largest magnitude.
+    """
+    if value.shape != oracle.shape:
+        return f"its shape is {list(value.shape)}, the model's is {list(oracle.shape)}"
+    if value.dtype != oracle.dtype:
+        return f"its type is {value.dtype}, the model's is {oracle.dtype}"
+    error = difference(value, oracle)
+    if error <= tolerance:
+        return ""
+    return f"its value differs from the model's {_how(value, oracle, error, tolerance)}"
+
+
+def _how(value: torch.Tensor, oracle: torch.Tensor, error: float, tolerance: float) -> str:
+    if error < float("inf"):
+        return f"by {error:.1e} of the largest magnitude (allowed: {tolerance:.0e})"
+    if not oracle.is_floating_point():
+        return f"in {int((value != oracle).sum())} of {oracle.numel()} elements"
+    if torch.equal(value.isfinite(), oracle.isfinite()):
+        return "where the model's is zero everywhere"
+    return "in which elements are NaN or infinite"
 
 
 def _pieces(value: torch.Tensor) -> tuple[torch.Tensor, ...]:

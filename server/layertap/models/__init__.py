@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from layertap.models.image_settings import ImageSettings
 from layertap.models.images import ImageLimits, decode_image
-from layertap.models.input_spec import InputGuess, InputSpec
+from layertap.models.input_spec import IdRange, InputGuess, InputSpec
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
 from layertap.models.preprocess import Preprocess
 from layertap.models.spec import INPUT_DTYPES, ModelSpec, SourceKind
+from layertap.models.steps import Steps
 
 __all__ = [
     "INPUT_DTYPES",
+    "IdRange",
     "ImageLimits",
+    "ImageSettings",
     "InputGuess",
     "InputSpec",
     "LoadedModel",
     "ModelSpec",
     "Preprocess",
     "SourceKind",
+    "Steps",
     "decode_image",
     "load_model",
 ]

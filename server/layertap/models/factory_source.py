@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -11,9 +13,12 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from layertap.errors import LayertapError, ModelLoadError, WeightsUnavailableError
+from layertap.errors import ConfigError, LayertapError, ModelLoadError, WeightsUnavailableError
 from layertap.models.guessed_input import guess_input
+from layertap.models.image_config import config_of_module
+from layertap.models.image_settings import ImageSettings
 from layertap.models.loaded import Built
+from layertap.models.preprocess import Preprocess, choose_preprocess
 from layertap.models.seeding import seeded
 from layertap.models.spec import ModelSpec
 from layertap.models.weights import (
@@ -53,7 +58,72 @@ def build_factory(spec: ModelSpec) -> Built:
             f"weights of {spec.target}: got {spec.weights!r}, expected DEFAULT (the factory's "
             "own), the path of a state dict, or 'random'"
         )
-    return Built(module=module, source=spec.target, weights=text, input=guess_input(module, spec))
+    return _described(spec, factory, module, text)
+
+
+def _described(
+    spec: ModelSpec, factory: Callable[[], Any], module: nn.Module, weights: str
+) -> Built:
+    """Return the module with its input, and the preprocessing that it or its factory describes."""
+    given = _own_preprocess(factory, spec.target)
+    own = None if given is None or isinstance(given, Mapping) else Preprocess.of(given)
+    config = None if given is not None else config_of_module(module)
+    shape = spec.item_shape
+    if shape is None and own is not None:
+        shape = own.item_shape
+    elif shape is None and config is not None:
+        shape = config.item_shape
+    takes = guess_input(module, replace(spec, item_shape=shape))
+    if isinstance(given, Mapping):
+        own = choose_preprocess(None, _settings(given, spec.target), takes, spec.name)
+    if own is not None:
+        own = replace(own, origin=f"the preprocess of {spec.target}")
+    elif config is not None:
+        own = config.preprocess(takes.item_shape)
+    return Built(
+        module=module,
+        source=spec.target,
+        weights=weights,
+        input=takes,
+        preprocess=own,
+        preprocess_is_code=given is not None,
+    )
+
+
+def _own_preprocess(factory: Any, target: str) -> Any:
+    """Return the factory's attribute ``preprocess``, None if it has none.
+
+    Of a class, a method of that name is another thing: it takes the instance first.
+    """
+    found = getattr(factory, "preprocess", None)
+    if inspect.isclass(factory) and inspect.isfunction(
+        inspect.getattr_static(factory, "preprocess", None)
+    ):
+        return None
+    if found is not None and not callable(found) and not isinstance(found, Mapping):
+        raise ModelLoadError(
+            f"factory {target}: its preprocess is a {type(found).__name__}, expected a function "
+            f"from a PIL image to a tensor, or a dict of settings such as "
+            f"{{'mean': [0.5], 'std': [0.5]}}"
+        )
+    return found
+
+
+def _settings(given: Mapping[str, Any], target: str) -> ImageSettings:
+    known = [field.name for field in fields(ImageSettings)]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ModelLoadError(
+            f"factory {target}: its preprocess has {unknown[0]!r}, expected {', '.join(known)}"
+        )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, (list, tuple)) else value
+        for key, value in given.items()
+    }
+    try:
+        return ImageSettings(**values)
+    except (ConfigError, TypeError) as error:
+        raise ModelLoadError(f"factory {target}: its preprocess: {error}") from error
 
 
 def _find(target: str) -> Callable[[], Any]:

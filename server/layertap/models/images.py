@@ -1,12 +1,14 @@
-"""From encoded bytes to RGB pixels, with nothing decoded before its header is judged."""
+"""Decode image files to pixels, and reject a file by its header before decoding it."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -14,9 +16,44 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from layertap.errors import InvalidInputError
 
-__all__ = ["ImageLimits", "decode_image"]
+__all__ = ["Color", "ImageLimits", "Reading", "decode_image"]
 
 _EXPECTED = "a JPEG, PNG or WebP image"
+
+# How to turn the stored pixels so that they stand upright; the values of EXIF 2.32, section 4.6.4.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Color(StrEnum):
+    """The channels that an image file is decoded to."""
+
+    RGB = "rgb"
+    GRAY = "gray"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How an image file is decoded.
+
+    Attributes:
+        color: The channels of the decoded image. Colour becomes gray by Pillow's luma formula
+            (ITU-R 601-2).
+        exif_orientation: Whether the picture is turned as its EXIF orientation says.
+        keep_16_bit: Whether a grayscale PNG of 16 bits a pixel keeps them: the decoded image then
+            has the mode ``I;16``, whatever ``color`` says. Otherwise the high byte is taken.
+    """
+
+    color: Color = Color.RGB
+    exif_orientation: bool = True
+    keep_16_bit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +68,31 @@ class ImageLimits:
 
 
 DEFAULT_LIMITS = ImageLimits()
+DEFAULT_READING = Reading()
 
 
 def decode_image(
-    data: bytes | memoryview, index: int, limits: ImageLimits = DEFAULT_LIMITS
+    data: bytes | memoryview,
+    index: int,
+    limits: ImageLimits = DEFAULT_LIMITS,
+    reading: Reading = DEFAULT_READING,
 ) -> Image.Image:
-    """Decode one JPEG, PNG or WebP image to RGB, as torchvision's default loader does.
+    """Decode one JPEG, PNG or WebP image. May be called from any thread.
 
-    Whatever the mode (palette, alpha, grayscale, 16 bit, CMYK), Pillow converts it to RGB; of an
-    animation the first frame is taken, and an EXIF orientation is not applied. May be called from
-    any thread.
+    Pixels are those of torchvision's default loader, with two differences: the EXIF orientation is
+    applied (on request it isn't), and 16-bit grayscale keeps its brightness instead of being
+    clipped at 255. So alpha is dropped (transparent pixels show the colour stored under them), CMYK
+    is converted by Pillow's formula without colour profiles, and the first frame of an animation is
+    taken.
 
     Args:
         data: The encoded file.
         index: The image's place in the request, for messages.
         limits: What it may cost.
+        reading: The wanted channels, and whether the EXIF orientation is applied.
+
+    Returns:
+        An image of mode ``RGB``, ``L`` or ``I;16``.
 
     Raises:
         InvalidInputError: the bytes are no such image, are damaged or cut short, or announce more
@@ -64,9 +111,13 @@ def decode_image(
     try:
         with open_file(io.BytesIO(data)) as image:
             _check_size(image.size, index, limits)
+            image.load()
+            # PNG may have its EXIF after the pixels, so it is read once they are loaded.
+            turn = _UPRIGHT.get(_orientation(image)) if reading.exif_orientation else None
             # Its values are dropped on conversion anyway, and Pillow warns about some of them.
             image.info.pop("transparency", None)
-            return image.convert("RGB")
+            converted = _converted(image, reading)
+            return converted if turn is None else converted.transpose(turn)
     except (InvalidInputError, MemoryError):
         raise
     # Pillow raises what its parsers trip over: OSError, SyntaxError, ValueError, struct.error, ...
@@ -76,6 +127,30 @@ def decode_image(
             f"images[{index}]: got {len(data)} bytes that are damaged or cut short, expected "
             f"{_EXPECTED}, complete"
         ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none or it can't be read.
+
+    Image viewers ignore damaged EXIF data as well: the pixels are not affected.
+    """
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - Pillow's parser raises what it trips over
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _converted(image: Image.Image, reading: Reading) -> Image.Image:
+    if image.mode.startswith("I"):
+        # A grayscale PNG of 16 bits: Pillow's own conversion would clip all above 255 to white.
+        if reading.keep_16_bit and image.mode == "I;16":
+            return image.copy()
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    rgb = image.convert("RGB")
+    return rgb if reading.color is Color.RGB else rgb.convert("L")
 
 
 def _opener(head: bytes) -> Callable[[io.BytesIO], ImageFile] | None:

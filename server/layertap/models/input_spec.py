@@ -9,7 +9,7 @@ import torch
 
 from layertap.errors import InvalidInputError
 
-__all__ = ["InputGuess", "InputSpec"]
+__all__ = ["IdRange", "InputGuess", "InputSpec"]
 
 # The names of so many free dimensions: a video's are T, H and W, an image's H and W.
 _NAMES = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
@@ -30,6 +30,19 @@ class InputGuess:
 
 
 @dataclass(frozen=True, slots=True)
+class IdRange:
+    """The token ids that a model takes.
+
+    Attributes:
+        rows: Ids are from 0 up to, but not including, this number.
+        padding: The id that stands for nothing.
+    """
+
+    rows: int
+    padding: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class InputSpec:
     """The tensor a model takes: ``[B, *item_shape]``, the batch first.
 
@@ -41,6 +54,8 @@ class InputSpec:
         also: Element types that are converted to it.
         guess: What of all that is to be found by running the module; None where the source knows
             the module well.
+        ids: The range of integers with which the module was found to run; None where the input is
+            no integers, or only 0 and 1 are known to be taken.
     """
 
     item_shape: tuple[int, ...]
@@ -48,6 +63,7 @@ class InputSpec:
     dtype: torch.dtype = torch.float32
     also: tuple[torch.dtype, ...] = ()
     guess: InputGuess | None = None
+    ids: IdRange | None = None
 
     def __post_init__(self) -> None:
         allowed = range(len(self.item_shape))

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
+from layertap.models.checkpoint_files import config_folder
 from layertap.models.factory_source import build_factory
+from layertap.models.image_config import ImageConfig, config_of_folder
 from layertap.models.input_spec import InputSpec
 from layertap.models.loaded import Built, LoadedModel
-from layertap.models.preprocess import Preprocess, default_preprocess
+from layertap.models.preprocess import choose_preprocess
 from layertap.models.spec import ModelSpec, SourceKind
 from layertap.models.timm_source import build_timm
 from layertap.models.torchscript_source import build_torchscript
@@ -42,6 +44,7 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
     What of its input is a guess is marked as such in ``input.guess``.
 
     Raises:
+        ConfigError: The spec's image settings don't fit the model.
         ModelLoadError: it can't be built, needs several inputs, or can't be put on the device.
         WeightsUnavailableError: its weights can't be had; other weights never take their place.
     """
@@ -52,7 +55,10 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
 
 
 def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
-    built = _BUILD[spec.kind](spec)
+    config = _beside_weights(spec.weights)
+    if config is not None and config.item_shape is not None and spec.item_shape is None:
+        spec = replace(spec, item_shape=config.item_shape)
+    built = _with_images(_BUILD[spec.kind](spec), spec, config)
     _check_inputs(spec, built.module)
     module = built.module
     _into_evaluation_mode(module, spec.name)
@@ -73,7 +79,7 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         module=module,
         device=place,
         input=_takes(built.input, spec),
-        preprocess=_preprocess(spec, built),
+        preprocess=built.preprocess,
         takes_list=built.takes_list,
     )
 
@@ -136,8 +142,25 @@ def _check_inputs(spec: ModelSpec, module: nn.Module) -> None:
         )
 
 
-def _preprocess(spec: ModelSpec, built: Built) -> Preprocess | None:
-    # torchvision says of each of its models how to preprocess, and of some that it takes no images.
-    if spec.kind is SourceKind.TORCHVISION:
-        return built.preprocess
-    return built.preprocess or default_preprocess(built.input)
+def _beside_weights(weights: str) -> ImageConfig | None:
+    """Return what the configuration beside a checkpoint says of images; None if there is none."""
+    folder = config_folder(weights)
+    return None if folder is None else config_of_folder(folder)
+
+
+def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> Built:
+    """Return the built model with its image preprocessing, and the item that this makes.
+
+    What the spec says wins over the model's code, that over the configuration beside the weights,
+    and that over what the source knows of the model.
+    """
+    takes, known = built.input, built.preprocess
+    if config is not None and not built.preprocess_is_code:
+        known = config.preprocess(takes.item_shape) or known
+    crop = spec.images.crop
+    if crop and spec.item_shape is None and takes.free == (1, 2) and len(takes.item_shape) == 3:
+        # The layers are measured at the size that images have.
+        takes = replace(takes, item_shape=(takes.item_shape[0], crop[0], crop[-1]))
+    return replace(
+        built, input=takes, preprocess=choose_preprocess(known, spec.images, takes, spec.name)
+    )

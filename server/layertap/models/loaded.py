@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from layertap.models.input_spec import InputSpec
-from layertap.models.preprocess import Preprocess
+from layertap.models.preprocess import Preprocess, fitted
 
 __all__ = ["Built", "LoadedModel"]
 
@@ -18,7 +18,11 @@ __all__ = ["Built", "LoadedModel"]
 class Built:
     """What a source hands to ``load_model``: the module on the CPU, and the facts about it.
 
-    The fields are those of `LoadedModel`.
+    The fields are those of `LoadedModel`, and:
+
+    Attributes:
+        preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
+            over a configuration beside its weights.
     """
 
     module: nn.Module
@@ -27,6 +31,7 @@ class Built:
     input: InputSpec
     preprocess: Preprocess | None = None
     takes_list: bool = False
+    preprocess_is_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,7 @@ class LoadedModel:
         module: In eval mode, without gradients, on ``device``.
         device: Where the module is and its input must be.
         input: The tensors it takes.
-        preprocess: Makes an input item of an image; None where the model takes no images or its
-            preprocessing isn't known.
+        preprocess: Makes an input item of an image; None where the model takes no images.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
         differentiates: Whether the module differentiates inside its forward, which inference mode
@@ -72,6 +76,26 @@ class LoadedModel:
             # A tensor that was made in inference mode can't require a gradient; its copy can.
             x = x.clone() if x.is_inference() else x
             return self.module(list(x.unbind(0)) if self.takes_list else x)
+
+    def with_input(self, found: InputSpec) -> LoadedModel:
+        """Return the model with the input that running it showed.
+
+        Raises:
+            ConfigError: Preprocessed images don't fit that input.
+        """
+        preprocess = self.preprocess and fitted(self.preprocess, found, self.name)
+        return replace(self, input=found, preprocess=preprocess)
+
+    def assumptions(self) -> str:
+        """Return a warning about image preprocessing that nothing says; empty if all is known."""
+        if self.preprocess is None or not self.preprocess.assumed:
+            return ""
+        return (
+            f"model {self.name}: neither the model nor the configuration says "
+            f"{', '.join(self.preprocess.assumed)}, so image files are preprocessed by assumption: "
+            f"{self.preprocess.describe()}. If that is not what the model was trained with, its "
+            f"features of images are wrong; set these keys, or the factory's attribute 'preprocess'"
+        )
 
     def weight_bytes(self) -> int:
         """Return the bytes of the parameters and buffers; what is shared counts once."""

@@ -1,80 +1,108 @@
-"""From a PIL image to the tensor a torchvision model was trained on."""
+"""From an encoded image to the tensor that a model takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from PIL import Image
-from torchvision.transforms._presets import ImageClassification
-from torchvision.transforms.functional import (
-    center_crop,
-    convert_image_dtype,
-    normalize,
-    pil_to_tensor,
-    resize,
+
+from layertap.errors import ConfigError, InvalidInputError, ModelLoadError
+from layertap.models.image_settings import ImageSettings
+from layertap.models.images import (
+    DEFAULT_LIMITS,
+    Color,
+    ImageLimits,
+    Reading,
+    decode_image,
 )
-
-from layertap.errors import InvalidInputError
 from layertap.models.input_spec import InputSpec
+from layertap.models.steps import CustomTransform, ResizeMode, Steps, steps_of
 
-__all__ = ["MAX_RESIZED_PIXELS", "Preprocess", "default_preprocess"]
+__all__ = ["Preprocess", "choose_preprocess", "fitted"]
 
-MAX_RESIZED_PIXELS = 16 * 2**20
-"""An image of 1 x 10,000 pixels whose short side becomes 256 would have 655 million of them."""
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
-    """A transform as torchvision's weights give it: ``weights.transforms()``.
+    """How an image file becomes an input item of a model.
 
     Attributes:
-        transform: Takes a PIL image, gives ``[C, H, W] float32``. What it does is read from its
-            attributes ``resize_size``, ``crop_size``, ``mean``, ``std``, ``interpolation`` and
-            ``antialias``, where it has them.
+        steps: What is done with the decoded image.
+        channels: Channels of the item; a gray image is repeated for each of several.
+        color: The channels that a file is decoded to.
+        exif_orientation: Whether the picture is turned as its EXIF orientation says.
+        origin: Where the steps come from, such as ``"timm's configuration"``; shown to clients.
+        assumed: The steps that nothing says and that were assumed, by their names in ``[[models]]``
+            (``"image_mean"``); empty where all are known.
     """
 
-    transform: Callable[[Image.Image], torch.Tensor]
+    steps: Steps | CustomTransform
+    channels: int = 3
+    color: Color = Color.RGB
+    exif_orientation: bool = True
+    origin: str = ""
+    assumed: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def of(cls, transform: Callable[[Image.Image], Any], origin: str = "") -> Preprocess:
+        """Return the preprocessing that a function from a PIL image to ``[C, H, W]`` does."""
+        return cls(steps_of(transform), origin=origin)
+
+    @property
+    def item_shape(self) -> tuple[int, ...] | None:
+        """``(C, H, W)`` of what it makes of any image; None where that depends on the image."""
+        if not isinstance(self.steps, Steps):
+            return None
+        exact = self.steps.resize if self.steps.resize_mode is ResizeMode.EXACT else ()
+        size = self.steps.crop or exact
+        return (self.channels, *size) if size else None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return the image as ``[C, H, W] float32``, on the CPU.
+        """Return a decoded image as ``[C, H, W] float32``, on the CPU.
 
         Raises:
             InvalidInputError: the image is so narrow that resizing it would make a huge one.
         """
-        return self._finish(self.shrink(image))
+        return self.batch([self.steps.shrink(image)])[0]
 
-    def shrink(self, image: Image.Image) -> Image.Image:
-        """Do the part of the work that is PIL's alone, which is most of it: resize and crop.
+    def decode(
+        self, data: bytes | memoryview, index: int, limits: ImageLimits = DEFAULT_LIMITS
+    ) -> Image.Image:
+        """Decode an image file and do what PIL alone does: resize and crop.
 
-        No PyTorch runs here, so any thread may; where a transform can't be cut in two nothing is
-        done yet.
+        This is most of the work. No PyTorch runs here, so any thread may call it.
+
+        Args:
+            data: The encoded file.
+            index: The image's place in the request, for messages.
+            limits: What decoding may cost.
 
         Raises:
-            InvalidInputError: the image is so narrow that resizing it would make a huge one.
+            InvalidInputError: the file can't be decoded, or the image is so narrow that resizing it
+                would make a huge one.
         """
-        self._check_resized(image.width, image.height)
-        steps = self._steps()
-        if steps is None:
-            return image
-        resized = resize(image, steps.resize_size, steps.interpolation, antialias=steps.antialias)
-        shrunk: Image.Image = center_crop(resized, steps.crop_size)
-        return shrunk
+        reading = Reading(
+            self.color, self.exif_orientation, keep_16_bit=isinstance(self.steps, Steps)
+        )
+        return self.steps.shrink(decode_image(data, index, limits, reading), f"images[{index}]")
 
-    def batch(self, shrunk: Sequence[Image.Image]) -> torch.Tensor:
-        """Return images that ``shrink`` returned as one batch ``[B, C, H, W] float32``, on the CPU.
+    def batch(self, decoded: Sequence[Image.Image]) -> torch.Tensor:
+        """Return images that ``decode`` returned as one batch ``[B, C, H, W] float32``, on the CPU.
 
         Raises:
             InvalidInputError: there is no image, or their sizes differ after preprocessing, as
                 happens where the model's preprocessing doesn't crop.
         """
-        if not shrunk:
+        if not decoded:
             raise InvalidInputError("images: got none, expected at least one")
         tensors: list[torch.Tensor] = []
-        for index, image in enumerate(shrunk):
-            tensor = self._finish(image)
+        for index, image in enumerate(decoded):
+            tensor = self.steps.finish(image, self.channels)
             if tensors and tensor.shape != tensors[0].shape:
                 raise InvalidInputError(
                     f"images[{index}]: got {_size(tensor)} after preprocessing, expected "
@@ -84,66 +112,237 @@ class Preprocess:
             tensors.append(tensor)
         return torch.stack(tensors)
 
-    def _finish(self, shrunk: Image.Image) -> torch.Tensor:
-        steps = self._steps()
-        if steps is None:
-            return self.transform(shrunk)
-        values = convert_image_dtype(pil_to_tensor(shrunk), torch.float32)
-        normal: torch.Tensor = normalize(values, mean=steps.mean, std=steps.std)
-        return normal
-
-    def _steps(self) -> Any:
-        """Return torchvision's transform for classification, whose steps are known; else None."""
-        # A subclass may do anything.
-        return self.transform if type(self.transform) is ImageClassification else None
-
     def describe(self) -> str:
-        """Return the steps in words, such as ``"resize 256 (bilinear, antialias), ..."``."""
-        steps = []
-        if self._sizes("resize_size"):
-            how = [str(getattr(self._of("interpolation"), "value", "bilinear"))]
-            if self._of("antialias"):
-                how.append("antialias")
-            steps.append(f"resize {_by(self._sizes('resize_size'))} ({', '.join(how)})")
-        if self._sizes("crop_size"):
-            steps.append(f"center crop {_by(self._sizes('crop_size'))}")
-        steps.append("rescale to [0, 1]")
-        if self._of("mean"):
-            steps.append(f"normalize mean {list(self._of('mean'))} std {list(self._of('std'))}")
-        return ", ".join(steps)
+        """Return the steps in words, and where they come from."""
+        turn = "" if self.exif_orientation else " not"
+        color = "RGB (alpha dropped)" if self.color is Color.RGB else "gray (alpha dropped)"
+        words = [f"EXIF orientation{turn} applied", color, *self.steps.describe()]
+        notes = [self.origin] if self.origin else []
+        if self.assumed:
+            notes.append(f"assumed, as nothing says it: {', '.join(self.assumed)}")
+        return ", ".join(words) + (f"; {'; '.join(notes)}" if notes else "")
 
-    def _of(self, attribute: str) -> Any:
-        return getattr(self.transform, attribute, None)
 
-    def _sizes(self, attribute: str) -> list[int]:
-        return list(self._of(attribute) or ())
+def choose_preprocess(
+    known: Preprocess | None, settings: ImageSettings, takes: InputSpec, model: str
+) -> Preprocess | None:
+    """Return a model's preprocessing: what the user set, else what is known, else assumptions.
 
-    def _check_resized(self, width: int, height: int) -> None:
-        sizes = self._sizes("resize_size")
-        if len(sizes) != 1:
-            return
-        short, long = sorted((width, height))
-        # Torchvision's rule: one size is the short side's, the long side keeps the proportion.
-        if sizes[0] * (sizes[0] * long // short) > MAX_RESIZED_PIXELS:
-            raise InvalidInputError(
-                f"images: got {width} x {height} pixels, expected an image whose short side can "
-                f"become {sizes[0]} pixels with at most {MAX_RESIZED_PIXELS} pixels in all"
+    What nothing says is assumed as torchvision evaluates ResNet, and named in ``assumed``: the
+    short side resized to 256/224 of the item's size, the centre cropped, and ImageNet's mean and
+    standard deviation for three channels, none for one.
+
+    Args:
+        known: What the model's own configuration says; None if there is none.
+        settings: What the user set.
+        takes: The model's input.
+        model: Its name, for messages.
+
+    Returns:
+        None where the model's input is no image of one or three channels, and nothing is set.
+
+    Raises:
+        ConfigError: The settings don't fit the model's input or its own preprocessing.
+    """
+    if known is not None and isinstance(known.steps, CustomTransform):
+        return _with_custom(known, known.steps, settings, takes, model)
+    if not _is_image(takes):
+        if known is None and settings.given:
+            raise ConfigError(
+                f"{settings.given[0]} of {model}: its input is {takes.pattern} {takes.dtype_name}, "
+                f"which is no image of one or three channels"
+            )
+        return known
+    return _with_steps(known, settings, takes, model)
+
+
+def _is_image(takes: InputSpec) -> bool:
+    return (
+        takes.dtype.is_floating_point
+        and len(takes.item_shape) == 3
+        and takes.item_shape[0] in (1, 3)
+    )
+
+
+def _with_steps(
+    known: Preprocess | None, settings: ImageSettings, takes: InputSpec, model: str
+) -> Preprocess:
+    channels, *size = takes.item_shape
+    base = known.steps if known is not None else _assumed_steps(channels, tuple(size), settings)
+    if not isinstance(base, Steps):
+        raise TypeError("a custom transform has no steps to replace")
+    color = Color(settings.color) if settings.color else _color(channels)
+    chosen = Preprocess(
+        _merged(base, settings),
+        channels,
+        color,
+        exif_orientation=settings.exif_orientation is not False,
+        origin=_origin(known, settings),
+        assumed=_still_assumed(known, settings),
+    )
+    _check_channels(chosen, model)
+    _check_size(chosen, takes, model)
+    return chosen
+
+
+def fitted(preprocess: Preprocess, takes: InputSpec, model: str) -> Preprocess | None:
+    """Return a preprocessing that fits an input which was found by running the model.
+
+    Returns:
+        None where it was assumed and the input turned out to be no image.
+
+    Raises:
+        ConfigError: What is set or known doesn't fit the input.
+    """
+    if isinstance(preprocess.steps, Steps) and not _is_image(takes):
+        if not preprocess.origin:
+            return None
+        raise ConfigError(
+            f"images of {model}: their preprocessing is known ({preprocess.origin}), but the model "
+            f"takes {takes.pattern} {takes.dtype_name}, which is no image of one or three channels"
+        )
+    _check_size(preprocess, takes, model)
+    return preprocess
+
+
+def _color(channels: int) -> Color:
+    return Color.GRAY if channels == 1 else Color.RGB
+
+
+def _assumed_steps(channels: int, size: tuple[int, ...], settings: ImageSettings) -> Steps:
+    crop = settings.crop if settings.crop is not None else size
+    if settings.resize is not None and len(settings.resize) == 2 and settings.crop is None:
+        crop = ()  # Both sizes are said already.
+    short = round(max(crop or size) * 256 / 224)
+    return Steps(
+        resize=(short,),
+        crop=_pair(crop),
+        mean=IMAGENET_MEAN if channels == 3 else (),
+        std=IMAGENET_STD if channels == 3 else (),
+    )
+
+
+def _merged(base: Steps, settings: ImageSettings) -> Steps:
+    """Return the steps with those that are set in their places."""
+    changes: dict[str, Any] = {}
+    if settings.mean is not None:
+        changes["mean"] = settings.mean
+    if settings.std is not None:
+        changes["std"] = settings.std
+    if settings.interpolation is not None:
+        changes["interpolation"] = settings.interpolation
+    if settings.crop is not None:
+        changes["crop"] = _pair(settings.crop)
+    if settings.resize is not None:
+        exact = len(settings.resize) == 2
+        changes["resize"] = settings.resize
+        changes["resize_mode"] = ResizeMode.EXACT if exact else ResizeMode.SHORT_SIDE
+        changes["fill"] = ()
+        if exact and settings.crop is None:
+            changes["crop"] = ()  # Both sizes are said already.
+    return replace(base, **changes)
+
+
+def _still_assumed(known: Preprocess | None, settings: ImageSettings) -> tuple[str, ...]:
+    """Return the steps that neither the model's configuration nor the settings say."""
+    names = ("mean", "std", "resize", "crop", "interpolation")
+    assumed = known.assumed if known is not None else [f"image_{name}" for name in names]
+    said = set(settings.given)
+    if settings.resize is not None and len(settings.resize) == 2:
+        said.add("image_crop")  # Both sizes are said already.
+    if settings.resize == ():
+        said.add("image_interpolation")
+    return tuple(name for name in assumed if name not in said)
+
+
+def _origin(known: Preprocess | None, settings: ImageSettings) -> str:
+    parts = [known.origin] if known is not None and known.origin else []
+    if settings.given:
+        parts.append(f"set by the server's owner: {', '.join(settings.given)}")
+    return "; ".join(parts)
+
+
+def _check_channels(chosen: Preprocess, model: str) -> None:
+    if chosen.color is Color.RGB and chosen.channels == 1:
+        raise ConfigError(
+            f"image_color of {model}: got 'rgb', but the model takes one channel; expected 'gray'"
+        )
+    steps = chosen.steps
+    for name in ("mean", "std"):
+        values = getattr(steps, name)
+        if len(values) not in (0, 1, chosen.channels):
+            raise ConfigError(
+                f"image_{name} of {model}: got {list(values)}, expected one number or one for each "
+                f"of the model's {chosen.channels} channels"
             )
 
 
-def default_preprocess(takes: InputSpec) -> Preprocess | None:
-    """Return ImageNet's preprocessing for a model that takes ``[B, 3, H, W] float32``, else None.
+def _check_size(chosen: Preprocess, takes: InputSpec, model: str) -> None:
+    made = chosen.item_shape
+    if made is None:
+        return
+    try:
+        takes.check((1, *made), takes.dtype_name)
+    except InvalidInputError as error:
+        cropped = isinstance(chosen.steps, Steps) and chosen.steps.crop
+        name = "image_crop" if cropped else "image_resize"
+        raise ConfigError(
+            f"{name} of {model}: got {_by(made[1:])} (height x width), but the model takes "
+            f"{takes.pattern}, such as {list(takes.batch_shape(1))}; give it another item shape, "
+            f"or another size here"
+        ) from error
 
-    torchvision's evaluation transform of ResNet: the short side to 256 / 224 of the item, the
-    centre cropped, ImageNet's mean and standard deviation.
+
+def _with_custom(
+    known: Preprocess,
+    custom: CustomTransform,
+    settings: ImageSettings,
+    takes: InputSpec,
+    model: str,
+) -> Preprocess:
+    """Return a custom preprocessing, tried once, with the settings that concern reading the file.
+
+    Raises:
+        ConfigError: Other steps are set, which can't be exchanged within the function.
+        ModelLoadError: It doesn't make the model's input of a picture.
     """
-    if takes.dtype is not torch.float32 or len(takes.item_shape) != 3 or takes.item_shape[0] != 3:
-        return None
-    height, width = takes.item_shape[1:]
-    resize = round(max(height, width) * 256 / 224)
-    transform = ImageClassification(crop_size=height, resize_size=resize)
-    transform.crop_size = [height, width]
-    return Preprocess(transform)
+    fixed = [name for name in settings.given if name not in ("exif_orientation", "image_color")]
+    if fixed:
+        raise ConfigError(
+            f"{fixed[0]} of {model}: its preprocessing is a function of its own ({custom.name}), "
+            f"whose steps can't be replaced one by one; leave {', '.join(fixed)} out, or change "
+            f"the function"
+        )
+    color = Color(settings.color) if settings.color else known.color
+    chosen = replace(
+        known,
+        channels=takes.item_shape[0] if takes.item_shape else 1,
+        color=color,
+        exif_orientation=settings.exif_orientation is not False,
+        origin=_origin(known, settings),
+    )
+    probe = Image.effect_noise((320, 240), 64).convert("RGB" if color is Color.RGB else "L")
+    wanted = f"a function that makes a tensor {takes.pattern.replace('B, ', '')} of a PIL image"
+    try:
+        made = chosen(probe)
+    # The user's own code, which may raise anything.
+    except Exception as error:
+        raise ModelLoadError(
+            f"preprocess of {model} ({custom.name}): it raised {type(error).__name__}: {error}; "
+            f"expected {wanted}"
+        ) from error
+    try:
+        takes.check((1, *made.shape), takes.dtype_name)
+    except InvalidInputError as error:
+        raise ModelLoadError(
+            f"preprocess of {model} ({custom.name}): it made {list(made.shape)} of a picture, "
+            f"expected {wanted}"
+        ) from error
+    return chosen
+
+
+def _pair(sizes: Sequence[int]) -> tuple[int, ...]:
+    return (sizes[0], sizes[-1]) if sizes else ()
 
 
 def _by(sizes: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from layertap.errors import ConfigError
+from layertap.models.image_settings import NOTHING_SET, ImageSettings
 
 __all__ = ["INPUT_DTYPES", "PRECISIONS", "ModelSpec", "SourceKind"]
 
@@ -52,6 +53,7 @@ class ModelSpec:
             ``"bfloat16"``; the weights' own if empty.
         channels_last: Whether convolutions' weights are laid out with channels last, which is
             faster on GPUs with tensor cores and on some CPUs. The values' shapes stay the same.
+        images: Steps of the image preprocessing that take the place of the model's own.
         input_dtype: The element type of the input, one of INPUT_DTYPES; empty to find it by trying.
             For factories and TorchScript files.
         free_dims: The dimensions of the input that may have another size, as indices into the item
@@ -71,6 +73,7 @@ class ModelSpec:
     channels_last: bool = False
     input_dtype: str = ""
     free_dims: tuple[int, ...] | None = None
+    images: ImageSettings = NOTHING_SET
 
     def __post_init__(self) -> None:
         if not self.target:

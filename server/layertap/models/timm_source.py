@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import math
 from pathlib import PurePath
 from typing import Any
 
 from torch import nn
-from torchvision.transforms import InterpolationMode
 
 from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models.image_config import config_of_timm
 from layertap.models.input_spec import InputSpec
 from layertap.models.loaded import Built
-from layertap.models.preprocess import Preprocess
 from layertap.models.seeding import seeded
 from layertap.models.spec import ModelSpec
 from layertap.models.weights import (
@@ -52,25 +50,8 @@ def build_timm(spec: ModelSpec) -> Built:
         source=f"timm:{name}",
         weights=weights,
         input=InputSpec(shape, free=() if fixed else (1, 2)),
-        preprocess=Preprocess(_Transform(timm, {**config, "input_size": shape})),
+        preprocess=config_of_timm(config, "timm's configuration").preprocess(shape),
     )
-
-
-class _Transform:
-    """timm's evaluation transform, with what it does as the attributes that Preprocess reads."""
-
-    def __init__(self, timm: Any, config: dict[str, Any]) -> None:
-        self._transform = timm.data.create_transform(**config, is_training=False)
-        _, height, width = config["input_size"]
-        # timm scales so that the crop is this share of the short side.
-        self.resize_size = [math.floor(height / config["crop_pct"])]
-        self.crop_size = [height, width]
-        self.mean, self.std = config["mean"], config["std"]
-        self.interpolation = InterpolationMode(config["interpolation"])
-        self.antialias = True
-
-    def __call__(self, image: Any) -> Any:
-        return self._transform(image)
 
 
 def _timm() -> Any:

@@ -47,7 +47,10 @@ def input_spec(
 
 
 def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:
-    """Return the preprocessing of the member's transforms, cropping to the default item."""
+    """Return the preprocessing of the member's transforms, cropping to the default item.
+
+    None for video models: an image is no clip.
+    """
     if family is Family.VIDEO:
         return None
     transform = member.transforms()
@@ -58,7 +61,7 @@ def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | No
         scale = max(height, width) / crop[0]
         transform.resize_size = [round(size * scale) for size in transform.resize_size]
         transform.crop_size = [height] if height == width else [height, width]
-    return Preprocess(transform)
+    return Preprocess.of(transform, f"torchvision's {member}")
 
 
 def _natural_shape(builder: Builder, member: Any, module: nn.Module) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import REAL_EXTRACTORS
 from layertap.extraction.layout import Layout
+from layertap.models import Preprocess, Steps
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_memory_service import input_of, space_of
 from layertap.v1 import catalogue_pb2, feature_service_pb2
@@ -126,9 +127,34 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
             free_dimensions=model.input.free,
             images=model.preprocess is not None,
             preprocessing=model.preprocess.describe() if model.preprocess else "",
+            image_preprocessing=_preprocessing(model.preprocess),
         ),
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
+        notes=[*host.catalogue.notes, *host.catalogue.guard.rules.notes],
     )
+
+
+def _preprocessing(preprocess: Preprocess | None) -> catalogue_pb2.ImagePreprocessing | None:
+    if preprocess is None:
+        return None
+    described = catalogue_pb2.ImagePreprocessing(
+        color=preprocess.color,
+        exif_orientation=preprocess.exif_orientation,
+        origin=preprocess.origin,
+        assumed=preprocess.assumed,
+    )
+    steps = preprocess.steps
+    if not isinstance(steps, Steps):
+        described.custom = steps.name
+        return described
+    if steps.resize:
+        described.resize.extend(steps.resize)
+        described.resize_mode = steps.resize_mode
+        described.interpolation = steps.interpolation
+    described.crop.extend(steps.crop)
+    described.mean.extend(steps.mean)
+    described.std.extend(steps.std)
+    return described
 
 
 def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelResponse:

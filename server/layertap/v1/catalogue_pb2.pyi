@@ -127,31 +127,61 @@ class RefusedPlan(_message.Message):
     def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., layers: _Optional[_Iterable[str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class InputSpec(_message.Message):
-    __slots__ = ("dtype", "item_shape", "images", "preprocessing", "free_dimensions")
+    __slots__ = ("dtype", "item_shape", "images", "preprocessing", "image_preprocessing", "free_dimensions")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ITEM_SHAPE_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
     FREE_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
     dtype: _tensor_pb2.DataType
     item_shape: _containers.RepeatedScalarFieldContainer[int]
     images: bool
     preprocessing: str
+    image_preprocessing: ImagePreprocessing
     free_dimensions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., free_dimensions: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., image_preprocessing: _Optional[_Union[ImagePreprocessing, _Mapping]] = ..., free_dimensions: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ImagePreprocessing(_message.Message):
+    __slots__ = ("color", "exif_orientation", "resize", "resize_mode", "interpolation", "crop", "mean", "std", "origin", "assumed", "custom")
+    COLOR_FIELD_NUMBER: _ClassVar[int]
+    EXIF_ORIENTATION_FIELD_NUMBER: _ClassVar[int]
+    RESIZE_FIELD_NUMBER: _ClassVar[int]
+    RESIZE_MODE_FIELD_NUMBER: _ClassVar[int]
+    INTERPOLATION_FIELD_NUMBER: _ClassVar[int]
+    CROP_FIELD_NUMBER: _ClassVar[int]
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    ASSUMED_FIELD_NUMBER: _ClassVar[int]
+    CUSTOM_FIELD_NUMBER: _ClassVar[int]
+    color: str
+    exif_orientation: bool
+    resize: _containers.RepeatedScalarFieldContainer[int]
+    resize_mode: str
+    interpolation: str
+    crop: _containers.RepeatedScalarFieldContainer[int]
+    mean: _containers.RepeatedScalarFieldContainer[float]
+    std: _containers.RepeatedScalarFieldContainer[float]
+    origin: str
+    assumed: _containers.RepeatedScalarFieldContainer[str]
+    custom: str
+    def __init__(self, color: _Optional[str] = ..., exif_orientation: bool = ..., resize: _Optional[_Iterable[int]] = ..., resize_mode: _Optional[str] = ..., interpolation: _Optional[str] = ..., crop: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., origin: _Optional[str] = ..., assumed: _Optional[_Iterable[str]] = ..., custom: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers")
+    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers", "notes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     INPUT_FIELD_NUMBER: _ClassVar[int]
     DECLARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     weights: str
     device: str
     input: InputSpec
     declared_layers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -1,0 +1,71 @@
+"""How far a model's token ids reach: found from the table that they are looked up in.
+
+Note [Which table]
+    One pass is watched. Ids that follow the input are looked up in a table of so many rows:
+    ``nn.Embedding``, ``functional.embedding``, plain indexing. A model has several such tables
+    (words, positions, columns of a table row), so the largest range with which the model runs at
+    every batch size of a proof is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from layertap.extraction.looks import watch_looks
+from layertap.extraction.passes import PassGuard
+from layertap.extraction.survey import sample_input
+from layertap.models import IdRange, LoadedModel
+
+__all__ = ["with_id_range"]
+
+_BYTES = 256
+"""Values of integers that are looked up in no table: a byte's."""
+
+
+def with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+    """Return the model with the range of its ids, where its input is integers and none is known.
+
+    The model runs, each pass inside its guard. Where it runs on no larger range than 0 and 1, its
+    input stays as it is.
+    """
+    dtype = model.input.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool or model.input.ids:
+        return model
+    for rows in (*sorted(_tables(model, guard), reverse=True), min(_BYTES, torch.iinfo(dtype).max)):
+        known = IdRange(rows, _padding(model.module, rows))
+        found = replace(model, input=replace(model.input, ids=known))
+        if rows > 2 and _runs(found, guard):
+            return found
+    return model
+
+
+def _tables(model: LoadedModel, guard: PassGuard) -> set[int]:
+    """Return the rows of the tables in which ids that follow the input are looked up."""
+    x = sample_input(model, 1, model.input.item_shape)
+    with guard, watch_looks(model.module, x) as looks:
+        try:
+            model.forward(x)
+        except Exception:  # noqa: BLE001 - measuring the model will say what it fails on
+            return set()
+    return looks.tables
+
+
+def _padding(module: nn.Module, rows: int) -> int:
+    for part in module.modules():
+        own = getattr(part, "padding_idx", None)
+        if isinstance(own, int) and getattr(part, "num_embeddings", rows) == rows:
+            return own
+    return 0
+
+
+def _runs(model: LoadedModel, guard: PassGuard) -> bool:
+    try:
+        for batch in (1, 2, 3):
+            with guard:
+                model.forward(sample_input(model, batch, model.input.item_shape))
+    except Exception:  # noqa: BLE001 - a model may raise anything at ids that it can't look up
+        return False
+    return True

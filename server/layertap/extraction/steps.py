@@ -1,0 +1,103 @@
+"""Operations whose result jumps where their argument moves by a rounding error.
+
+Note [Discontinuous steps]
+    A compiled program folds batch norms into convolutions, and a shared pass runs kernels for
+    another batch size: both add in another order, so that values differ in their last bits. Behind
+    ``topk``, ``argmax``, a comparison or a rounding that is not a small difference: near a tie
+    another element is picked, and every value that follows from it is another one. No sample shows
+    that reliably, since ties are rare on random input. So one pass is watched (see ``looks``), and
+    what follows from such a step is left to extractors that run the model's own arithmetic.
+
+    Numbers of the input itself are exact: comparing them, or picking by token ids, is no step.
+    Neither is picking the largest value (``max``, ``topk``'s values): it moves as little as its
+    argument does. What is discrete, and so jumps, is told by its type: integers and booleans that
+    are computed from inexact floating-point numbers, and a few operations that return floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["discrete_results", "is_new", "keeps_exact"]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ROUND = _words(
+    "ceil fake_quantize_per_channel_affine_cachemask fake_quantize_per_tensor_affine_cachemask "
+    "floor floor_divide fmod frac hardshrink heaviside mode remainder round sgn sign trunc"
+)
+"""Operations on floating-point numbers whose floating-point results jump."""
+
+_NO_STEPS = _words("isfinite isinf isnan isneginf isposinf isreal is_floating_point")
+"""These tell infinity and NaN from numbers, which rounding does not turn into one another."""
+
+_NEW = _words(
+    "empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like "
+    "rand_like randint_like randn_like zeros_like"
+)
+"""Operations that take shape and type from their argument, and nothing of its values."""
+
+_EXACT = _words(
+    "_reshape_alias _to_copy _unsafe_view abs alias as_strided cat chunk clamp clamp_max "
+    "clamp_min clone constant_pad_nd contiguous copy_ detach diagonal embedding expand fill "
+    "flatten flip gather index index_select lift_fresh masked_fill masked_select "
+    "max_pool2d_with_indices max min maximum minimum narrow nan_to_num neg permute "
+    "pixel_shuffle relu repeat reshape roll select select_scatter slice slice_scatter split "
+    "split_with_sizes squeeze stack swapaxes t tile to topk transpose tril triu unbind unfold "
+    "unsqueeze unsqueeze_ view where"
+)
+"""Operations that move numbers, or pick among them, and compute no new ones."""
+
+
+def _name(func: Any) -> str:
+    name: str = func.overloadpacket.__name__
+    return name
+
+
+def is_new(func: Any) -> bool:
+    """Tell whether the values of an operation's result follow from none of its arguments."""
+    return _name(func) in _NEW
+
+
+def keeps_exact(func: Any) -> bool:
+    """Tell whether an operation's result is exact where its arguments are."""
+    name = _name(func)
+    # In-place operations end in an underscore; `copy_` is one of its own.
+    return name in _EXACT or name.removesuffix("_") in _EXACT
+
+
+def discrete_results(func: Any, args: Any, result: Any) -> Iterator[torch.Tensor]:
+    """Yield those results of an operation that jump where an inexact argument moves.
+
+    Args:
+        func: The operation.
+        args: Its arguments, at least one of them inexact.
+        result: What it returned.
+    """
+    name = _name(func)
+    if name in _NO_STEPS or _compares_with_itself(name, args):
+        return
+    rounds = name.removesuffix("_") in _ROUND or func is torch.ops.aten.div.Tensor_mode
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, torch.Tensor) and (rounds or _is_discrete(leaf)):
+            yield leaf
+
+
+def _is_discrete(value: torch.Tensor) -> bool:
+    return not (value.is_floating_point() or value.is_complex())
+
+
+def _compares_with_itself(name: str, args: Any) -> bool:
+    """Tell whether a comparison looks for NaN (``x == x``) or infinity, as ``isfinite`` does."""
+    if name not in ("eq", "ne") or len(args) != 2:
+        return False
+    first, second = args
+    infinite = isinstance(second, float) and abs(second) == float("inf")
+    return second is first or infinite

@@ -1,0 +1,275 @@
+"""The steps from a decoded image to a model's input tensor, done by torchvision's functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from PIL import Image
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    Normalize,
+    Resize,
+    ToTensor,
+)
+from torchvision.transforms._presets import (
+    ImageClassification,
+    ObjectDetection,
+    SemanticSegmentation,
+)
+from torchvision.transforms.functional import (
+    center_crop,
+    convert_image_dtype,
+    normalize,
+    pad,
+    pil_to_tensor,
+    resize,
+)
+
+from layertap.errors import InvalidInputError
+
+__all__ = ["MAX_RESIZED_PIXELS", "CustomTransform", "ResizeMode", "Steps", "steps_of"]
+
+MAX_RESIZED_PIXELS = 16 * 2**20
+"""An image of 1 x 10,000 pixels whose short side becomes 256 would have 655 million of them."""
+
+
+class ResizeMode(StrEnum):
+    """What the sizes of a resize mean.
+
+    SHORT_SIDE has one size, the others a height and a width. COVER keeps the proportions and makes
+    the image no smaller than both, CONTAIN no larger than both; EXACT doesn't keep proportions.
+    """
+
+    SHORT_SIDE = "short side"
+    EXACT = "exact"
+    COVER = "cover"
+    CONTAIN = "contain"
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Resize, crop the centre, scale to [0, 1], normalise.
+
+    The same functions run in the same order as in torchvision's ``ImageClassification`` and timm's
+    evaluation transform, so the values are equal bit for bit.
+
+    Attributes:
+        resize: One size for the short side, or a height and a width; empty for no resizing.
+        resize_mode: What two sizes mean.
+        interpolation: How it is resized, a value of torchvision's ``InterpolationMode``.
+        crop: Height and width, or empty for no cropping. A smaller image is padded.
+        fill: The value, 0 to 255, of padded pixels, one for each channel; black if empty.
+        mean: One number for each channel or one for all; empty for no normalisation.
+        std: The same for the division.
+    """
+
+    resize: tuple[int, ...] = ()
+    resize_mode: ResizeMode = ResizeMode.SHORT_SIDE
+    interpolation: str = "bilinear"
+    crop: tuple[int, ...] = ()
+    fill: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def shrink(self, image: Image.Image, what: str = "image") -> Image.Image:
+        """Resize and crop. No PyTorch runs here, so any thread may call it.
+
+        Args:
+            image: The decoded image.
+            what: What messages call it, such as ``"images[3]"``.
+
+        Raises:
+            InvalidInputError: the image is so narrow that resizing it would make a huge one.
+        """
+        if self.resize:
+            size = self._resized(image.width, image.height, what)
+            image = resize(image, list(size), InterpolationMode(self.interpolation))
+        if self.crop:
+            if self.fill:
+                image = _padded(image, self.crop, self.fill)
+            image = center_crop(image, list(self.crop))
+        return image
+
+    def finish(self, shrunk: Image.Image, channels: int) -> torch.Tensor:
+        """Return the resized image as ``[channels, H, W] float32``, on the CPU.
+
+        A gray image of a model of several channels is repeated for each.
+        """
+        # 16-bit pixels are divided by 65535, others by 255.
+        values: torch.Tensor = convert_image_dtype(pil_to_tensor(shrunk), torch.float32)
+        if values.shape[0] == 1 and channels > 1:
+            values = values.repeat(channels, 1, 1)
+        if not self.mean and not self.std:
+            return values
+        mean, std = self.mean or (0.0,), self.std or (1.0,)
+        normal: torch.Tensor = normalize(values, mean=list(mean), std=list(std))
+        return normal
+
+    def describe(self) -> list[str]:
+        """Return the steps in words, such as ``["resize 256 (bilinear)", ...]``."""
+        words = []
+        if self.resize:
+            # One size is the short side's, which is what most models have.
+            how = [self.interpolation, "antialias"]
+            if self.resize_mode in (ResizeMode.COVER, ResizeMode.CONTAIN):
+                how.insert(0, f"{self.resize_mode}, proportions kept")
+            words.append(f"resize {_by(self.resize)} ({', '.join(how)})")
+        if self.crop:
+            size = self.crop[:1] if len(set(self.crop)) == 1 else self.crop
+            fill = f" (padded with {list(self.fill)})" if self.fill else ""
+            words.append(f"center crop {_by(size)}{fill}")
+        words.append("rescale to [0, 1]")
+        if self.mean or self.std:
+            words.append(
+                f"normalize mean {list(self.mean or (0.0,))} std {list(self.std or (1.0,))}"
+            )
+        return words
+
+    def _resized(self, width: int, height: int, what: str) -> tuple[int, ...]:
+        """Return the sizes to resize to: one for the short side, else height and width."""
+        size: tuple[int, ...] = self.resize
+        result = size
+        if self.resize_mode in (ResizeMode.COVER, ResizeMode.CONTAIN):
+            # As timm's ResizeKeepRatio computes them.
+            ratios = height / size[0], width / size[1]
+            ratio = max(ratios) if self.resize_mode is ResizeMode.CONTAIN else min(ratios)
+            size = result = (round(height / ratio), round(width / ratio))
+        elif len(size) == 1:
+            # torchvision's rule: the long side keeps the proportion.
+            short, long = sorted((width, height))
+            result = (size[0], size[0] * long // short)
+        if math.prod(result) > MAX_RESIZED_PIXELS:
+            raise InvalidInputError(
+                f"{what}: got {width} x {height} pixels, expected an image whose short side can "
+                f"become {min(result)} pixels with at most {MAX_RESIZED_PIXELS} pixels in all"
+            )
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class CustomTransform:
+    """A function whose steps are not known: a factory's own preprocessing.
+
+    Attributes:
+        transform: Takes a PIL image, gives a tensor ``[C, H, W]``.
+        name: What clients read.
+    """
+
+    transform: Callable[[Image.Image], Any]
+    name: str
+
+    def shrink(self, image: Image.Image, what: str = "image") -> Image.Image:
+        """Return the image as it is: the function must not run outside of a compute thread."""
+        return image
+
+    def finish(self, shrunk: Image.Image, channels: int) -> torch.Tensor:
+        """Return what the function makes of the image, as float32 on the CPU."""
+        return torch.as_tensor(self.transform(shrunk)).to("cpu", torch.float32)
+
+    def describe(self) -> list[str]:
+        """Return the function's name or, of a chain of transforms, each of them."""
+        return [self.name]
+
+
+def steps_of(transform: Callable[..., Any]) -> Steps | CustomTransform:
+    """Return the steps of torchvision's presets and common chains; else the function itself."""
+    # Compared exactly, as a subclass may do anything.
+    kind = type(transform)
+    if kind is ImageClassification:
+        return _preset(transform, crop=True)
+    if kind is SemanticSegmentation:
+        return _preset(transform, crop=False)
+    if kind is ObjectDetection:
+        return Steps()
+    return (_chain(transform) if kind is Compose else None) or CustomTransform(
+        transform, _name(transform)
+    )
+
+
+def _preset(preset: Any, *, crop: bool) -> Steps:
+    return Steps(
+        resize=tuple(preset.resize_size or ()),
+        interpolation=str(preset.interpolation.value),
+        crop=_pair(preset.crop_size) if crop else (),
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        resize_mode=_mode_of(tuple(preset.resize_size or ())),
+    )
+
+
+def _mode_of(sizes: Sequence[int]) -> ResizeMode:
+    return ResizeMode.EXACT if len(sizes) == 2 else ResizeMode.SHORT_SIDE
+
+
+def _chain(compose: Any) -> Steps | None:
+    """Return the steps of [Resize][CenterCrop] ToTensor [Normalize]; None for any other chain."""
+    rest = list(compose.transforms)
+    resizing = _take(rest, Resize)
+    cropping = _take(rest, CenterCrop)
+    scaling = _take(rest, ToTensor)
+    normal = _take(rest, Normalize)
+    if rest or scaling is None or (resizing is not None and resizing.max_size is not None):
+        return None
+    sizes: tuple[int, ...] = ()
+    if resizing is not None:
+        sizes = tuple(resizing.size) if isinstance(resizing.size, Sequence) else (resizing.size,)
+    return Steps(
+        resize=sizes,
+        resize_mode=_mode_of(sizes),
+        interpolation=str(resizing.interpolation.value) if resizing is not None else "bilinear",
+        crop=_pair(cropping.size) if cropping is not None else (),
+        mean=_numbers(normal.mean) if normal is not None else (),
+        std=_numbers(normal.std) if normal is not None else (),
+    )
+
+
+def _take(rest: list[Any], kind: type) -> Any | None:
+    return rest.pop(0) if rest and type(rest[0]) is kind else None
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    if isinstance(values, torch.Tensor):
+        # The shortest decimal of each float32, such as 0.485: the same number, read more easily.
+        return tuple(float(str(value)) for value in values.float().reshape(-1).numpy())
+    return tuple(map(float, values))
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    sizes = list(size) if isinstance(size, Sequence) else [size]
+    return int(sizes[0]), int(sizes[-1])
+
+
+def _padded(image: Image.Image, crop: tuple[int, ...], fill: tuple[int, ...]) -> Image.Image:
+    """Pad the image with a colour to at least the crop's size, as timm's CenterCropOrPad does."""
+    height, width = crop
+    across, down = max(0, width - image.width), max(0, height - image.height)
+    if not across and not down:
+        return image
+    color: Any = fill if image.mode == "RGB" else round(sum(fill) / len(fill))
+    if image.mode == "I;16":
+        color *= 257
+    edges = [across // 2, down // 2, (across + 1) // 2, (down + 1) // 2]
+    padded: Image.Image = pad(image, edges, fill=color)
+    return padded
+
+
+def _name(transform: Any) -> str:
+    if isinstance(transform, Compose):
+        return ", ".join(_name(each) for each in transform.transforms)
+    name = getattr(transform, "__qualname__", None)
+    if name is not None:
+        return f"{transform.__module__}.{name}"
+    words = repr(transform)
+    # Python's own repr names an address only.
+    return type(transform).__name__ if " at 0x" in words else " ".join(words.split())
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
