@@ -47,10 +47,14 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
 # the Python and the torch that are there, and nothing installed.
-bench-cuda: ## hook, FX, TorchScript and CUDA graph on a GPU, in minutes: make bench-cuda PYTHON=python3
+bench-cuda: ## extractors, CUDA graphs and a server on a GPU, in minutes: make bench-cuda PYTHON=python3
 	$(PYTHON) setup.py --quiet egg_info build_ext --inplace
-	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda --batches 1 32 \
-	  --seconds 2 --results build/bench-cuda $(ARGS)
+	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda \
+	  --batches 1 8 32 --seconds 1 --results benchmarks/cuda $(ARGS)
+	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_matrix.py --device cuda --tf32 \
+	  --batches 1 32 --sets shallow deep --seconds 1 --results benchmarks/cuda
+	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_gpu_server.py --rounds 5 \
+	  --results benchmarks/cuda
 
 perf-analyzer: .venv/.built ## NVIDIA's load generator against a served resnet18, three ways
 	$(BIN)/python tools/perf_analyzer.py $(ARGS)

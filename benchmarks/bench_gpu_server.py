@@ -85,7 +85,7 @@ class Loop:
         self.graphs: list[int] = []
         self._cuda = device == "cuda"
         if self._cuda:
-            self.graphs = builder.prover.record(self._plan, sizes)
+            self._plan, self.graphs = builder.prover.record(self._plan, sizes)
         self._device = device
         self._host: dict[int, torch.Tensor] = {}
 
@@ -302,12 +302,17 @@ def main() -> None:
     with torch.inference_mode():
         loop = Loop(NET, LAYER, options.device, GRAPHS)
         large = Loop(LARGE_NET, LARGE_LAYER, options.device, ())
-        results |= {"extractor": loop.extractor, "graphs": loop.graphs, "servers": {}}
+        results |= {
+            "extractor": loop.extractor,
+            "graphs": list(GRAPHS),
+            "servers": {},
+            "loop": f"a CUDA graph at the batch sizes {loop.graphs}",
+        }
         for together in options.together:
             with serving(options.device, together, options.tf32) as address:
                 check(address, loop, large)
                 row = results["servers"][f"max_batch_size {together}"] = {}
-                if together == 1:
+                if together == min(options.together):
                     row["latency"] = latency(address, loop, options.rounds, options.seconds)
                     row["large"] = large_replies(address, large, options.rounds * 3)
                 row["rates"] = rates(

@@ -6,6 +6,7 @@ without a benchmark.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,15 @@ Section = Callable[[dict[str, Any], Path], str]
 TITLE = """# Benchmarks
 
 `make bench` runs short versions of everything here, `make bench ARGS="--rounds 30"` longer ones,
-and writes this page from [results](results). Times are those of one machine, and a busy one is a
-slow one; the ratios, taken within one run, are what to quote. Outputs are verified before timing.
+and writes this page from [results](results); [cuda](cuda/README.md) has the figures of a GPU. Times
+are those of one machine, and a busy one is a slow one; the ratios, taken within one run, are what
+to quote. Outputs are verified before timing.
+"""
+
+GPU_TITLE = """# Benchmarks on a GPU
+
+`make bench-cuda PYTHON=python3` measures this on a machine with a GPU, and writes this page. Quote
+the ratios, taken within one run. Outputs are verified before timing.
 """
 
 EXTRACTORS = """
@@ -114,9 +122,9 @@ GPU_SERVER = """
 ## What does the server add on a GPU?
 
 [bench_gpu_server.py](bench_gpu_server.py): resnet50 `avgpool` by {extractor}, float32 ({float32}).
-The loop is the same plan without a server: a CUDA graph at the batch sizes {graphs}, the input
-copied from page-locked memory and the layer back to it for each batch. Milliseconds of a lone
-caller, and the server's own parts of them; loop and server take turns:
+The server replays CUDA graphs at the batch sizes {graphs}. The loop is the same plan without a
+server, {loop}: the input copied from page-locked memory and the layer back to it for each batch.
+Milliseconds of a lone caller, and the server's own parts of them; loop and server take turns:
 
 {latency}
 
@@ -125,13 +133,30 @@ the loop's batches a second. Callers are spread over several client processes on
 machine. A photograph's loop is that of a tensor of batch 1, which decodes nothing:
 
 {rates}
-
+{graph_loop}
 Large replies, resnet18 `layer1` of the same float32; milliseconds. Each request also sends its
 input, three quarters of the reply's bytes:
 
 {large}
 
 Machine: {facts}.
+"""
+
+GRAPH_LOOP = """
+Another run, of one round, whose loop is a CUDA graph as the server's plan is:
+
+{table}
+"""
+
+GRAPHED = ["FX", "HOOK", "TORCHSCRIPT", "HOOK, CUDA graph", "TORCHSCRIPT, CUDA graph"]
+
+GRAPHS = """
+## What does a CUDA graph save?
+
+[bench_matrix.py](bench_matrix.py): {note}. A dash is a pass that can't be recorded, or an extractor
+that does not claim the layers. Machine: {facts}.
+
+{table}
 """
 
 ENCODE = """
@@ -180,7 +205,9 @@ def write(folder: Path = common.RESULTS) -> None:
     if folder == common.RESULTS:
         (common.HERE / "README.md").write_text(page, "utf-8")
     else:
-        (folder / "README.md").write_text(page.replace("](results/", "]("), "utf-8")
+        page = page.replace(TITLE, GPU_TITLE, 1).replace("](results/", "](")
+        page = re.sub(r"\]\((bench_\w+\.py|\.\./docs/)", r"](../\1", page)
+        (folder / "README.md").write_text(page, "utf-8")
 
 
 def _extractors(results: dict[str, Any], folder: Path) -> str:
@@ -375,6 +402,8 @@ def _gpu_server(results: dict[str, Any], folder: Path) -> str:
         extractor=results["extractor"],
         float32=results["machine"]["float32"],
         graphs=results["graphs"],
+        loop=results["loop"],
+        graph_loop=_graph_loop(results.get("graph_loop", {})),
         latency=_table(["", "p50 (quartiles)", "prepare", "queue", "compute", "total"], rows),
         rounds=results["rounds"],
         seconds=results["seconds"],
@@ -382,6 +411,32 @@ def _gpu_server(results: dict[str, Any], folder: Path) -> str:
         + "\n\n![Answers a second by the number of callers](results/gpu_server.png)",
         large=_table(["", *sizes], large),
         facts=_facts(results["machine"]),
+    )
+
+
+def _graph_loop(rows: dict[str, dict[str, float]]) -> str:
+    if not rows:
+        return ""
+    callers = [who for who in next(iter(rows.values())) if who != "loop"]
+    shares = [
+        [
+            case,
+            f"{row['loop']:.0f}",
+            *(f"{row[w]:.0f} ({row[w] / row['loop']:.0%})" for w in callers),
+        ]
+        for case, row in rows.items()
+    ]
+    return GRAPH_LOOP.format(table=_table(["", "loop", *(f"{w} callers" for w in callers)], shares))
+
+
+def _graphs(results: dict[str, Any], folder: Path) -> str:
+    rows = []
+    for title, sets in results["tables"].items():
+        for layers, ways in sets.items():
+            times = [charts.digits(ways[way]["p50"]) if way in ways else "–" for way in GRAPHED]
+            rows.append([f"{title}, {layers}", *times])
+    return GRAPHS.format(
+        facts=_facts(results["machine"]), note=results["note"], table=_table(["", *GRAPHED], rows)
     )
 
 
@@ -457,6 +512,7 @@ SECTIONS: dict[str, Section] = {
     "extractors": _extractors,
     "matrix": _matrix,
     "matrix_tf32": _matrix_tf32,
+    "graphs": _graphs,
     "server": _server,
     "gpu_server": _gpu_server,
     "wire": _wire,

@@ -99,11 +99,12 @@ class Ways:
         """Return an extractor's pass as a CUDA graph; nothing where it can't be recorded."""
         plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
         name = GRAPH.format(extractor.name)
-        if not self._builder.prover.record(plan, [len(x)]):
+        replayed, recorded = self._builder.prover.record(plan, [len(x)])
+        if not recorded:
             self.refused[name] = "the pass can't be recorded"
             return {}
-        _check(extractor, _cloned(plan.built, wanted, x), truth)
-        return {name: lambda: _cloned(plan.built, wanted, x)}
+        _check(extractor, _cloned(replayed.built, wanted, x), truth)
+        return {name: lambda: _cloned(replayed.built, wanted, x)}
 
     def _eager(self, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]:
         """Register hooks, run the whole model, remove them."""

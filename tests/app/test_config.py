@@ -41,7 +41,8 @@ pending = 4
 [[models]]
 name = "a"
 source = "resnet18"
-weights = "random"
+weights = "w.pth"
+weights_key = "teacher.backbone"
 seed = 5
 item_shape = [3, 64, 64]
 layers = ["layer1", "avgpool:input"]
@@ -77,7 +78,7 @@ def read(tmp_path: Path):
     return read_text
 
 
-def test_every_key_is_read(read) -> None:
+def test_every_key_is_read(read, tmp_path: Path) -> None:
     """Each section arrives in the objects that the server is built from."""
     config = read(WHOLE)
     server = config.server
@@ -88,7 +89,10 @@ def test_every_key_is_read(read) -> None:
     assert (limits.request_bytes, limits.pending) == (16 << 20, 4)
     first, second = config.models
     spec = first.spec()
-    assert (spec.name, spec.source, spec.weights, spec.seed) == ("a", "resnet18", "random", 5)
+    assert (spec.name, spec.source, spec.weights, spec.seed) == (
+        *("a", "resnet18", str(tmp_path / "w.pth"), 5),
+    )
+    assert spec.weights_key == "teacher.backbone"
     assert spec.item_shape == (3, 64, 64)
     assert (spec.precision, spec.channels_last) == ("bfloat16", True)
     assert spec.images == ImageSettings(
@@ -351,7 +355,7 @@ def test_flags_win(read) -> None:
     )
     assert (merged.server.port, merged.server.host) == (0, "0.0.0.0")  # noqa: S104
     assert [model.seed for model in merged.models] == [9, 9]
-    assert [model.weights for model in merged.models] == ["random", "DEFAULT"]
+    assert [Path(model.weights).name for model in merged.models] == ["w.pth", "DEFAULT"]
     assert merged.limits == config.limits
 
 

@@ -72,3 +72,10 @@ def test_empty_weights_are_refused() -> None:
     """Empty weights are refused rather than taken for some default."""
     with pytest.raises(ConfigError, match="weights of resnet18"):
         ModelSpec("resnet18", weights="")
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "random"])
+def test_a_key_needs_a_checkpoint(weights: str) -> None:
+    """A key of a state dict says nothing of weights that are no file's."""
+    with pytest.raises(ConfigError, match="weights_key of resnet18: got 'teacher' with weights"):
+        ModelSpec("resnet18", weights=weights, weights_key="teacher")

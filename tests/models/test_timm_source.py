@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,41 @@ def test_a_name_of_weights_is_refused() -> None:
     """timm's weights are part of the model's name."""
     with pytest.raises(WeightsUnavailableError, match="timm names its weights in the model"):
         load_model(ModelSpec("timm:resnet18", weights="IMAGENET1K_V1"))
+
+
+def test_a_training_checkpoint_is_read_as_timm_reads_it(tmp_path: Path, photo: Image.Image) -> None:
+    """Its EMA weights are taken, and images are preprocessed by the training script's arguments."""
+    raw, averaged = (timm.create_model("resnet10t", num_classes=1000) for _ in range(2))
+    arguments = {"mean": [0.5, 0.4, 0.3], "std": None, "img_size": 96, "crop_pct": 1.0, "lr": 0.1}
+    file = tmp_path / "last.pth.tar"
+    torch.save(
+        {
+            "state_dict": raw.state_dict(),
+            "state_dict_ema": averaged.state_dict(),
+            "args": argparse.Namespace(**arguments),
+        },
+        file,
+    )
+    reference = timm.create_model("resnet10t").eval()
+    reference.load_state_dict(averaged.state_dict())
+    config = timm.data.resolve_data_config(arguments, model=reference)
+    expected = timm.data.create_transform(**config, is_training=False)(photo)
+
+    model = load_model(ModelSpec("timm:resnet10t", weights=str(file)))
+
+    assert model.weights == "last.pth.tar: state_dict_ema"
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(model.forward(x), reference(x))
+    assert model.input.item_shape == (3, 96, 96)
+    assert model.preprocess is not None
+    assert torch.equal(model.preprocess(photo), expected)
+
+
+def test_a_model_can_be_built_for_one_channel(photo: Image.Image) -> None:
+    """An item shape of one channel builds the model for it; the mean of colours is dropped."""
+    model = load_model(ModelSpec("timm:resnet10t", weights="random", item_shape=(1, 64, 64)))
+
+    assert model.forward(torch.rand(1, 1, 64, 64)).shape == (1, 1000)
+    assert model.preprocess is not None
+    assert model.preprocess.assumed == ("image_mean", "image_std")
+    assert model.preprocess(photo.convert("L")).shape == (1, 64, 64)

@@ -277,6 +277,8 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         source: A torchvision model, a TorchScript file or a factory ``package.module:function``.
         name: What requests call it; derived from the source if empty.
         weights: ``DEFAULT``, a torchvision weights name, a file, or ``random``.
+        weights_key: Which state dict of the file is meant, as in ``teacher.backbone``; chosen by
+            the model's names if empty.
         seed: Seeds random weights.
         item_shape: Sizes of one item without the batch.
         input_dtype: The element type of the input, such as ``int64``; found by trying if empty.
@@ -308,6 +310,7 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     source: Text
     name: Annotated[str, Meta(description="a text")] = ""
     weights: Text = "DEFAULT"
+    weights_key: Annotated[str, Meta(description="a text")] = ""
     seed: Annotated[int, Meta(ge=0, description="a number from 0")] = 0
     item_shape: Sizes = None
     input_dtype: Annotated[
@@ -366,6 +369,7 @@ class ModelSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             source=self.source,
             name=self.name,
             weights=self.weights,
+            weights_key=self.weights_key,
             seed=self.seed,
             item_shape=self.item_shape,
             precision=self.precision,

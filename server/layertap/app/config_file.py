@@ -20,7 +20,7 @@ from layertap.app.config import (
 )
 from layertap.errors import ConfigError, LayertapError
 from layertap.models import ModelSpec, SourceKind
-from layertap.models.weights import is_path
+from layertap.models.checkpoint_files import expanded, is_path
 
 __all__ = ["load_config"]
 
@@ -109,7 +109,7 @@ class _Reader:
         return msgspec.structs.replace(
             model,
             source=_from_folder(self._file.parent, spec),
-            weights=str(self._file.parent / Path(spec.weights).expanduser())
+            weights=str(self._file.parent / expanded(spec.weights))
             if is_path(spec.weights)
             else spec.weights,
             name=spec.name,
@@ -134,7 +134,7 @@ def _from_folder(folder: Path, spec: ModelSpec) -> str:
     """Return the source, its path taken as relative to the file's folder."""
     if spec.kind is not SourceKind.TORCHSCRIPT or PurePath(spec.target).is_absolute():
         return spec.source
-    return f"{SourceKind.TORCHSCRIPT}:{folder / Path(spec.target).expanduser()}"
+    return f"{SourceKind.TORCHSCRIPT}:{folder / expanded(spec.target)}"
 
 
 def _dotted(path: KeyPath) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from layertap.app.config import ModelSection
 from layertap.models import SourceKind
-from layertap.models.weights import is_path
+from layertap.models.checkpoint_files import files_of_weights, is_path
 
 __all__ = ["Fingerprint", "Snapshot", "files_of", "fingerprint", "snapshot"]
 
@@ -34,7 +34,7 @@ def files_of(section: ModelSection) -> tuple[Path, ...]:
     """Return the files that a model is loaded from. Python code is not among them."""
     spec = section.spec()
     source = [Path(spec.target)] if spec.kind is SourceKind.TORCHSCRIPT else []
-    weights = [Path(spec.weights)] if is_path(spec.weights) else []
+    weights = files_of_weights(spec.weights) if is_path(spec.weights) else ()
     return (*source, *weights)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "local_model_options",
     "refuse_with_server",
     "seed",
+    "weights_key",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -182,6 +183,16 @@ def seed(function: F) -> F:
     )(function)
 
 
+def weights_key(function: F) -> F:
+    """Add ``--weights-key``."""
+    return click.option(
+        "--weights-key",
+        metavar="KEY",
+        help="Which state dict of the weights file is meant, such as teacher.backbone; default: "
+        "the one that has the model's names.",
+    )(function)
+
+
 def local_model_options(function: F) -> F:
     """Add the options of a model that is loaded into this process, and ``--server`` instead."""
     for option in (
@@ -191,10 +202,11 @@ def local_model_options(function: F) -> F:
         input_options,
         item_shape,
         seed,
+        weights_key,
         click.option(
             "--weights",
             metavar="W",
-            help="DEFAULT, a torchvision name such as IMAGENET1K_V1, a file, or random.",
+            help="DEFAULT, a torchvision name such as IMAGENET1K_V1, a file or folder, or random.",
         ),
     ):
         function = option(function)
@@ -217,6 +229,7 @@ def embedded_engine(
     device: str | None,
     input_dtype: str | None = None,
     free_dims: Sequence[int] | None = None,
+    weights_key: str | None = None,
     **images: Any,
 ) -> tuple[Engine, str]:
     """Load a model into this process.
@@ -229,6 +242,7 @@ def embedded_engine(
         device: What to run on; None for ``auto``.
         input_dtype: As in ModelSpec.
         free_dims: As in ModelSpec.
+        weights_key: As in ModelSpec.
         images: The values of ``IMAGE_FLAGS``.
 
     Returns:
@@ -244,6 +258,7 @@ def embedded_engine(
     spec = ModelSpec.parse(
         model,
         weights=weights or "DEFAULT",
+        weights_key=weights_key or "",
         seed=seed or 0,
         item_shape=tuple(item_shape) if item_shape else None,
         input_dtype=input_dtype or "",

@@ -15,6 +15,7 @@ from layertap.cli.options import (
     input_options,
     item_shape,
     seed,
+    weights_key,
 )
 from layertap.cli.secret_options import secret_options
 from layertap.errors import LayertapError
@@ -27,7 +28,7 @@ __all__ = ["serve"]
 PORTS = click.IntRange(0, 65535)
 METRICS_PORTS = click.IntRange(-1, 65535)
 MODEL_FLAGS = (
-    *("weights", "seed", "item_shape", "precision", "channels_last", "layers"),
+    *("weights", "weights_key", "seed", "item_shape", "precision", "channels_last", "layers"),
     *("max_batch_size", "max_queue_delay_us", "input_dtype", "free_dims"),
     *IMAGE_FLAGS,
 )
@@ -49,8 +50,10 @@ def _numbers(
 @click.option(
     "--weights",
     metavar="W",
-    help="DEFAULT (the default), a torchvision name such as IMAGENET1K_V1, a file, or random.",
+    help="DEFAULT (the default), a torchvision name such as IMAGENET1K_V1, a file or folder, or "
+    "random.",
 )
+@weights_key
 @click.option(
     "--layers",
     metavar="A,B:input",

@@ -1,24 +1,236 @@
-"""Which files a path given as ``weights`` stands for."""
+"""Which files a path given as ``weights`` stands for, and what they hold."""
 
 from __future__ import annotations
 
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import Any
 
-__all__ = ["INDEX_SUFFIX", "config_folder"]
+import safetensors
+import torch
 
-INDEX_SUFFIX = ".index.json"
+from layertap.errors import WeightsUnavailableError
+from layertap.models.stand_ins import load_pickled
 
+__all__ = [
+    "Checkpoint",
+    "config_folder",
+    "expanded",
+    "files_of_weights",
+    "is_path",
+    "read_checkpoint",
+]
+
+NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_dict(), PATH)"
+
+_INDEX_SUFFIX = ".index.json"
+_SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".pyth"})
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 # Files of these names stand in folders that Hugging Face, timm or open_clip saved, beside the
 # configuration. Beside other names a config.json may be anybody's.
 _PUBLISHED = ("model.", "pytorch_model.", "open_clip_", "diffusion_pytorch_model.")
+# What a folder is asked for, in the order in which Hugging Face's own loader looks.
+_PREFERRED = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+    *("open_clip_model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What the files of a checkpoint hold.
+
+    Attributes:
+        path: The path as it was given, for messages to the server's owner.
+        name: Its last component, for clients.
+        contents: Tensors, numbers, texts and containers of them; ``StandIn`` for other objects.
+        aliases: Names that safetensors left out, since they are of the same tensor, with the names
+            that it kept.
+    """
+
+    path: str
+    name: str
+    contents: Any
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def is_path(weights: str) -> bool:
+    """Tell whether the text names a file or folder rather than a weights member."""
+    separators = "/" in weights or "\\" in weights
+    return separators or PurePath(weights).suffix in _SUFFIXES or weights.endswith(_INDEX_SUFFIX)
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Read a checkpoint onto the CPU, without running any code in it.
+
+    Args:
+        path: A file of safetensors or torch.save, an index file (``*.index.json``) with the shards
+            beside it, or a folder that holds one of these.
+
+    Raises:
+        WeightsUnavailableError: There is no such file, it can't be read, or a shard is missing.
+    """
+    file = _file_of(path)
+    name = Path(path).absolute().name
+    if file.name.endswith(_INDEX_SUFFIX):
+        contents, aliases = _read_shards(file)
+    else:
+        shard = _SHARD.search(file.name)
+        if shard is not None and int(shard[2]) > 1:
+            raise WeightsUnavailableError(
+                f"weights file {file}: it is shard {int(shard[1])} of {int(shard[2])}; give the "
+                f"folder or the index file ({_index_beside(file)}) instead"
+            )
+        contents, aliases = _read(file)
+    return Checkpoint(path, name, contents, aliases)
+
+
+def files_of_weights(path: str) -> tuple[Path, ...]:
+    """Return the files that a path given as weights is read from, as far as they can be told."""
+    try:
+        file = _file_of(path)
+        if not file.name.endswith(_INDEX_SUFFIX):
+            return (file,)
+        shards = sorted(set(_weight_map(file).values()))
+    except WeightsUnavailableError:
+        return (expanded(path),)
+    return (file, *(file.parent / shard for shard in shards))
 
 
 def config_folder(weights: str) -> Path | None:
     """Return the folder whose configuration files belong to the weights; None if there is none."""
-    path = Path(weights)
-    if path.is_dir() and ("/" in weights or "\\" in weights):
+    if not is_path(weights):
+        return None
+    path = expanded(weights)
+    if path.is_dir():
         return path
-    named = PurePath(weights).name
-    if path.is_file() and (named.endswith(INDEX_SUFFIX) or named.startswith(_PUBLISHED)):
-        return path.parent
-    return None
+    published = path.name.endswith(_INDEX_SUFFIX) or path.name.startswith(_PUBLISHED)
+    return path.parent if published and path.is_file() else None
+
+
+def expanded(path: str) -> Path:
+    """Return a path with ``~`` replaced by the home folder, where that is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # There is no such user, or none at all.
+        return Path(path)
+
+
+def _file_of(path: str) -> Path:
+    file = expanded(path)
+    if file.is_dir():
+        return _file_in(file)
+    if not file.is_file():
+        raise WeightsUnavailableError(f"weights file {path}: no such file")
+    return file
+
+
+def _file_in(folder: Path) -> Path:
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    for name in _PREFERRED:
+        if name in names:
+            return folder / name
+    indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    whole = [
+        name for name in names if PurePath(name).suffix in _SUFFIXES and _SHARD.search(name) is None
+    ]
+    found = indices or whole
+    if len(found) == 1:
+        return folder / found[0]
+    held = f"it holds {', '.join(found)}; name one of them" if found else "it holds none"
+    raise WeightsUnavailableError(
+        f"weights folder {folder}: expected one weights file (such as model.safetensors) or one "
+        f"index file (such as model.safetensors{_INDEX_SUFFIX}); {held}"
+    )
+
+
+def _index_beside(shard: Path) -> str:
+    """Return the name of the index file that a shard is listed in, as far as can be told."""
+    beside = sorted(entry.name for entry in shard.parent.glob(f"*{_INDEX_SUFFIX}"))
+    return beside[0] if len(beside) == 1 else f"*{_INDEX_SUFFIX}"
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    weight_map = _weight_map(index)
+    state: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = index.parent / shard
+        if not file.is_file():
+            raise WeightsUnavailableError(
+                f"weights index {index}: the shard {shard} that it names is not there"
+            )
+        contents, left_out = _read(file)
+        aliases |= left_out
+        for key in (key for key, of in weight_map.items() if of == shard):
+            if not isinstance(contents, Mapping) or key not in contents:
+                raise WeightsUnavailableError(
+                    f"weights index {index}: the shard {shard} lacks {key!r}, which the index says "
+                    f"is in it"
+                )
+            state[key] = contents[key]
+    return state, aliases
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return each tensor's shard. The shards are files beside the index, never elsewhere."""
+    try:
+        content = json.loads(index.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsUnavailableError(f"weights index {index}: {error}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(
+            isinstance(shard, str) and shard and PurePath(shard).name == shard
+            for shard in weight_map.values()
+        )
+    ):
+        raise WeightsUnavailableError(
+            f"weights index {index}: expected a 'weight_map' from each tensor's name to the file "
+            f"beside the index that holds it"
+        )
+    return weight_map
+
+
+def _read(file: Path) -> tuple[Any, dict[str, str]]:
+    read: Callable[[Path], tuple[Any, dict[str, str]]]
+    read = _read_safetensors if file.suffix == ".safetensors" else _read_pickled
+    try:
+        return read(file)
+    # A file of another kind reaches torch's unpickler, which raises what it happens to trip over.
+    except (
+        AttributeError,
+        EOFError,
+        IndexError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+        safetensors.SafetensorError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsUnavailableError(
+            f"weights file {file}: {reason}; {NOT_A_STATE_DICT}"
+        ) from error
+
+
+def _read_safetensors(file: Path) -> tuple[Any, dict[str, str]]:
+    with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
+        names = opened.keys()
+        state: dict[str, torch.Tensor] = {name: opened.get_tensor(name) for name in names}
+        # save_model writes a tensor of several names once, and notes the other names here.
+        noted: Mapping[str, str] = opened.metadata() or {}
+    return state, {name: kept for name, kept in noted.items() if kept in state}
+
+
+def _read_pickled(file: Path) -> tuple[Any, dict[str, str]]:
+    return load_pickled(file), {}

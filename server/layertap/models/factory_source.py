@@ -6,7 +6,6 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ from layertap.models.weights import (
     DEFAULT,
     RANDOM,
     is_path,
-    load_into,
+    load_checkpoint,
     random_text,
-    read_state_dict,
+    read_checkpoint,
 )
 
 __all__ = ["build_factory"]
@@ -49,14 +48,13 @@ def build_factory(spec: ModelSpec) -> Built:
     elif spec.weights == DEFAULT:
         module, text = _call(factory, spec.target), "factory's own"
     elif is_path(spec.weights):
-        state = read_state_dict(spec.weights)
-        text = PurePath(spec.weights).name
+        checkpoint = read_checkpoint(spec.weights)
         module = _call(factory, spec.target)
-        load_into(module, state, text)
+        text = load_checkpoint(module, checkpoint, spec.weights_key)
     else:
         raise WeightsUnavailableError(
             f"weights of {spec.target}: got {spec.weights!r}, expected DEFAULT (the factory's "
-            "own), the path of a state dict, or 'random'"
+            "own), the path of a checkpoint (a file, index or folder), or 'random'"
         )
     return _described(spec, factory, module, text)
 

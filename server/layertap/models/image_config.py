@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,12 @@ class ImageConfig:
         if len(item_shape) != 3:
             return None
         steps = self.steps(*item_shape[1:])
-        return Preprocess(steps, item_shape[0], origin=self.origin, assumed=self.assumed)
+        assumed = self.assumed
+        if len(steps.mean) not in (0, 1, item_shape[0]):
+            # The statistics of colours say nothing of a model that was built for one channel.
+            steps = replace(steps, mean=(), std=(), fill=())
+            assumed = ("image_mean", "image_std", *assumed)
+        return Preprocess(steps, item_shape[0], origin=self.origin, assumed=assumed)
 
 
 def config_of_module(module: Any) -> ImageConfig | None:

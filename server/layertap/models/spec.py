@@ -45,7 +45,8 @@ class ModelSpec:
             (``"package.module:function"``), or a timm model (``"timm:NAME"``).
         name: What requests call it, letters, digits and ``_.-``; derived from the source if empty.
         weights: ``"DEFAULT"``, the name of a torchvision weights member such as
-            ``"IMAGENET1K_V1"``, the path of a state dict (.pth, .pt, .safetensors) or ``"random"``.
+            ``"IMAGENET1K_V1"``, the path of a checkpoint (a .pth, .pt, .bin, .ckpt or .safetensors
+            file, an index of shards, or a folder with one of these) or ``"random"``.
         seed: Seeds the initial values of ``"random"`` weights.
         item_shape: Sizes of one item without the batch, such as ``(3, 224, 224)``; None takes the
             model's own.
@@ -54,6 +55,9 @@ class ModelSpec:
         channels_last: Whether convolutions' weights are laid out with channels last, which is
             faster on GPUs with tensor cores and on some CPUs. The values' shapes stay the same.
         images: Steps of the image preprocessing that take the place of the model's own.
+        weights_key: Which of a checkpoint's state dicts is meant: the keys that lead to it, then
+            the beginning of its tensors' names, joined by dots; empty to choose by the model's
+            names.
         input_dtype: The element type of the input, one of INPUT_DTYPES; empty to find it by trying.
             For factories and TorchScript files.
         free_dims: The dimensions of the input that may have another size, as indices into the item
@@ -74,6 +78,7 @@ class ModelSpec:
     input_dtype: str = ""
     free_dims: tuple[int, ...] | None = None
     images: ImageSettings = NOTHING_SET
+    weights_key: str = ""
 
     def __post_init__(self) -> None:
         if not self.target:
@@ -86,6 +91,11 @@ class ModelSpec:
             raise ConfigError(
                 f"weights of {self.source}: got an empty text, expected 'DEFAULT', a weights name, "
                 "a file or 'random'"
+            )
+        if self.weights_key and self.weights in ("DEFAULT", "random"):
+            raise ConfigError(
+                f"weights_key of {self.source}: got {self.weights_key!r} with weights "
+                f"{self.weights!r}, expected the path of a checkpoint as weights"
             )
         if not self.name:
             object.__setattr__(self, "name", _derived_name(self.kind, self.target))

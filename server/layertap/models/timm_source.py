@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import PurePath
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.models.checkpoint_files import Checkpoint
 from layertap.models.image_config import config_of_timm
 from layertap.models.input_spec import InputSpec
 from layertap.models.loaded import Built
 from layertap.models.seeding import seeded
 from layertap.models.spec import ModelSpec
+from layertap.models.stand_ins import StandIn
 from layertap.models.weights import (
     DEFAULT,
     RANDOM,
     is_path,
-    load_into,
+    load_checkpoint,
     random_text,
-    read_state_dict,
+    read_checkpoint,
 )
 
 __all__ = ["build_timm"]
 
+# Those of timm's training script that its resolve_data_config reads.
+_IMAGE_ARGUMENTS = (
+    *("input_size", "img_size", "in_chans", "mean", "std"),
+    *("interpolation", "crop_pct", "crop_mode"),
+)
+
 
 def build_timm(spec: ModelSpec) -> Built:
     """Create a timm model by its name, such as ``timm:convnext_tiny`` or ``timm:vit_base.augreg``.
+
+    An item shape of one channel builds it for one, to which timm converts weights of three.
 
     Weights: DEFAULT for those that timm's name stands for, the path of a state dict, or random.
 
@@ -41,8 +51,13 @@ def build_timm(spec: ModelSpec) -> Built:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
         raise ModelLoadError(f"timm has no model {name!r}{hint}")
-    module, weights = _weighted(timm, spec)
-    config = timm.data.resolve_data_config({}, model=module)
+    module, weights, settings = _weighted(timm, spec)
+    try:
+        config = timm.data.resolve_data_config(settings, model=module)
+    except (AssertionError, TypeError) as error:
+        raise ModelLoadError(
+            f"timm:{name}: the training arguments in {weights} do not describe its images: {error}"
+        ) from error
     shape = spec.item_shape or tuple(config["input_size"])
     fixed = _takes_size(timm, name)
     return Built(
@@ -66,24 +81,43 @@ def _timm() -> Any:
     return timm
 
 
-def _weighted(timm: Any, spec: ModelSpec) -> tuple[nn.Module, str]:
-    size = {}
+def _weighted(timm: Any, spec: ModelSpec) -> tuple[nn.Module, str, dict[str, Any]]:
+    """Return the module, what clients read of its weights, and settings of its images beside them.
+
+    A checkpoint of timm's training script holds the script's arguments, by which it resolved the
+    preprocessing of its own evaluation.
+    """
+    size: dict[str, Any] = {}
+    channels = spec.item_shape[0] if spec.item_shape and len(spec.item_shape) == 3 else 3
+    if channels != 3:
+        size["in_chans"] = channels
     if spec.item_shape is not None and _takes_size(timm, spec.target):
         size["img_size"] = spec.item_shape[-2:]
     if spec.weights == DEFAULT:
-        return _pretrained(timm, spec.target, size), "timm's own"
+        return _pretrained(timm, spec.target, size), "timm's own", {}
     if spec.weights == RANDOM:
         with seeded(spec.seed):
-            return timm.create_model(spec.target, pretrained=False, **size), random_text(spec.seed)
+            module = timm.create_model(spec.target, pretrained=False, **size)
+        return module, random_text(spec.seed), {}
     if is_path(spec.weights):
         module = timm.create_model(spec.target, pretrained=False, **size)
-        text = PurePath(spec.weights).name
-        load_into(module, read_state_dict(spec.weights), text)
-        return module, text
+        checkpoint = read_checkpoint(spec.weights)
+        text = load_checkpoint(module, checkpoint, spec.weights_key)
+        return module, text, _image_settings(checkpoint)
     raise WeightsUnavailableError(
         f"weights of timm:{spec.target}: got {spec.weights!r}, expected DEFAULT, the path of a "
         f"state dict, or 'random'; timm names its weights in the model, such as 'resnet50.a1_in1k'"
     )
+
+
+def _image_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    contents = checkpoint.contents
+    arguments = contents.get("args") if isinstance(contents, Mapping) else None
+    if isinstance(arguments, StandIn):
+        arguments = arguments.content
+    if not isinstance(arguments, Mapping):
+        return {}
+    return {name: arguments[name] for name in _IMAGE_ARGUMENTS if arguments.get(name)}
 
 
 def _takes_size(timm: Any, name: str) -> bool:

@@ -19,7 +19,14 @@ from layertap.models.seeding import seeded
 from layertap.models.spec import ModelSpec
 from layertap.models.torchvision_catalogue import Builder, Family, find_builder
 from layertap.models.torchvision_inputs import input_spec, preprocess
-from layertap.models.weights import RANDOM, is_path, load_into, random_text, read_state_dict
+from layertap.models.weights import (
+    RANDOM,
+    is_path,
+    likely_state,
+    load_checkpoint,
+    random_text,
+    read_checkpoint,
+)
 
 __all__ = ["build_torchvision"]
 
@@ -46,9 +53,8 @@ def build_torchvision(spec: ModelSpec) -> Built:
         module, member = _with_random(builder, spec), builder.reference()
         text = random_text(spec.seed)
     elif is_path(spec.weights):
-        module = _with_file(builder, spec.weights)
+        module, text = _with_file(builder, spec.weights, spec.weights_key)
         member = builder.published(spec.weights) or builder.reference()
-        text = PurePath(spec.weights).name
     else:
         member = builder.member(spec.weights)
         module, text = _with_member(builder, member), str(member)
@@ -73,22 +79,22 @@ def _with_random(builder: Builder, spec: ModelSpec) -> nn.Module:
         return _build(builder, options)
 
 
-def _with_file(builder: Builder, path: str) -> nn.Module:
-    state = read_state_dict(path)
-    options = _options(builder) | _options_of(builder, state)
+def _with_file(builder: Builder, path: str, key: str) -> tuple[nn.Module, str]:
+    checkpoint = read_checkpoint(path)
+    options = _options(builder) | _options_of(builder, likely_state(checkpoint, key))
     published = builder.published(path)
     if published and builder.name in {"googlenet", "inception_v3"}:
         options["transform_input"] = True
     with seeded(0):
         module = _build(builder, options)
-    load_into(module, state, PurePath(path).name)
+    text = load_checkpoint(module, checkpoint, key)
     if builder.name == "googlenet":
         _drop_auxiliary_heads(module)
     if PurePath(path).name in _ZERO_EPSILON:
         for part in module.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.eps = 0.0
-    return module
+    return module, text
 
 
 def _with_member(builder: Builder, member: Any) -> nn.Module:

@@ -1,39 +1,42 @@
-"""State dicts: read from a file, and loaded into a module with every difference named."""
+"""Weights of a checkpoint, loaded into a module with every difference named."""
 
 from __future__ import annotations
 
-import os
-import pickle
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePath
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from layertap.errors import WeightsUnavailableError
+from layertap.models.checkpoint import (
+    Part,
+    choose_part,
+    held_in,
+    likely_part,
+    may_be_weights,
+    suggestions,
+)
+from layertap.models.checkpoint_files import Checkpoint, is_path, read_checkpoint
 
-__all__ = ["DEFAULT", "RANDOM", "is_path", "load_into", "random_text", "read_state_dict"]
+__all__ = [
+    "DEFAULT",
+    "RANDOM",
+    "is_path",
+    "likely_state",
+    "load_checkpoint",
+    "load_into",
+    "random_text",
+    "read_checkpoint",
+]
 
 DEFAULT = "DEFAULT"
 RANDOM = "random"
 
-StateDict = Mapping[str, torch.Tensor]
+State = Mapping[str, Any]
 
-_SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".bin", ".ckpt"})
-_NESTED_UNDER = ("state_dict", "model")
-# Wrappers that rename every key: DataParallel and torch.compile.
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _NAMED = 5
-_NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_dict(), PATH)"
-
-
-def is_path(weights: str) -> bool:
-    """Tell whether the text names a file rather than a weights member."""
-    return "/" in weights or os.sep in weights or PurePath(weights).suffix in _SUFFIXES
 
 
 def random_text(seed: int) -> str:
@@ -41,108 +44,168 @@ def random_text(seed: int) -> str:
     return f"random (seed {seed})"
 
 
-def read_state_dict(path: str) -> StateDict:
-    """Read a .safetensors or torch.save file onto the CPU, without running any code in it.
+def load_checkpoint(module: nn.Module, checkpoint: Checkpoint, key: str = "") -> str:
+    """Load the weights of a checkpoint that belong to a module.
 
-    A dict nested under ``state_dict`` or ``model`` is unwrapped, and a prefix that DataParallel or
-    torch.compile put before every key is dropped.
+    See Note [Which weights a file stands for] in ``layertap.models.checkpoint``.
+
+    Args:
+        module: On the CPU.
+        checkpoint: What ``read_checkpoint`` returned.
+        key: Which state dict is meant; empty to choose by the module's names.
+
+    Returns:
+        What clients read: the file's name, and the state dict's where there are several.
 
     Raises:
-        WeightsUnavailableError: there is no such file, or it holds no state dict.
+        WeightsUnavailableError: No state dict fits, or several do.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise WeightsUnavailableError(f"weights file {path}: no such file")
-    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
-    for key in _NESTED_UNDER:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise WeightsUnavailableError(
-            f"weights file {path}: got {type(loaded).__name__}, {_NOT_A_STATE_DICT}"
-        )
-    for key, value in loaded.items():
-        if not isinstance(value, torch.Tensor):
-            raise WeightsUnavailableError(
-                f"weights file {path}: got {type(value).__name__} under {key!r}, "
-                f"{_NOT_A_STATE_DICT}"
-            )
-    return _without_wrapper(loaded)
+    own = module.state_dict()
+    tied = _tied(own)
+
+    def fits(state: State) -> bool:
+        whole = _aliased(state, own, checkpoint.aliases)
+        missed = (name for name in own if name not in whole and _is_missed(name, whole, tied))
+        return whole.keys() <= own.keys() and next(missed, None) is None
+
+    part = choose_part(checkpoint, fits, key)
+    several = bool(key) or _is_one_of_several(checkpoint, part)
+    text = f"{checkpoint.name}: {part.key}" if several and part.key else checkpoint.name
+    try:
+        load_into(module, _aliased(part.state, own, checkpoint.aliases), text)
+    except WeightsUnavailableError as error:
+        raise WeightsUnavailableError(f"{error}{_ways_out(checkpoint, fits)}") from error
+    return text
 
 
-def load_into(module: nn.Module, state: StateDict, origin: str) -> None:
+def likely_state(checkpoint: Checkpoint, key: str = "") -> State:
+    """Return the state dict that is most likely meant, for what its names tell of the module.
+
+    Raises:
+        WeightsUnavailableError: There is none.
+    """
+    return likely_part(checkpoint, key).state
+
+
+def load_into(module: nn.Module, state: State, origin: str) -> None:
     """Load a state dict whose every key and shape, and kind of numbers, must match the module's.
+
+    A tensor that the module has under several names (tied weights) needs one of them only.
 
     Raises:
         WeightsUnavailableError: they don't; the message names the first few of each kind.
     """
     own = module.state_dict()
-    wrong = [
-        f"{key} is {list(state[key].shape)}, the model has {list(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if wrong:
-        raise _mismatch(origin, [("shapes differ", wrong)])
-    # Loading would convert them, and quantised weights are no numbers until they are scaled.
-    unlike = [
-        f"{key} is {state[key].dtype}, the model has {value.dtype}"
-        for key, value in own.items()
-        if key in state and value.is_floating_point() and not state[key].is_floating_point()
-    ]
-    if unlike:
-        raise _mismatch(origin, [("types differ", unlike)])
+    tied = _tied(own)
+    _check_values(own, state, tied, origin)
     if not hasattr(state, "_metadata"):
         # Without the versions that torch.save keeps, some modules (MNASNet) refuse to load.
         state = OrderedDict(state)
         state._metadata = own._metadata  # type: ignore[attr-defined]
-    # Not strict: modules may rename the keys of old files while loading; what is left is judged.
-    outcome = module.load_state_dict(state, strict=False)
-    # The counter steers training only, and files from before torch 0.4.1 lack it.
-    missing = [key for key in outcome.missing_keys if not key.endswith("num_batches_tracked")]
+    try:
+        # Not strict: modules may rename the keys of old files while loading; what is left is
+        # judged.
+        outcome = module.load_state_dict(state, strict=False)
+    # Modules may convert what they load, and refuse it, by code of their own.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise WeightsUnavailableError(f"weights {origin} don't fit the model: {reason}") from error
+    unexpected = set(outcome.unexpected_keys)
+    loaded = {key: value for key, value in state.items() if key not in unexpected}
+    missing = [key for key in outcome.missing_keys if _is_missed(key, loaded, tied)]
     if missing or outcome.unexpected_keys:
         raise _mismatch(
             origin, [("missing", missing), ("not in the model", outcome.unexpected_keys)]
         )
 
 
-def _read_safetensors(file: Path) -> Any:
-    try:
-        return safetensors.torch.load_file(file, device="cpu")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise _unreadable(file, error) from error
+def _check_values(
+    own: State, state: State, tied: Mapping[str, frozenset[str]], origin: str
+) -> None:
+    """Compare what a file and a module have under one name, before anything is loaded."""
+    pairs = [
+        (key, state[key], value)
+        for key, value in own.items()
+        # What quantised modules keep besides tensors is theirs to read.
+        if key in state and isinstance(value, torch.Tensor)
+    ]
+    wrong = [
+        f"{key} is {type(given).__name__}, the model has a tensor"
+        for key, given, _ in pairs
+        if not isinstance(given, torch.Tensor)
+    ]
+    if wrong:
+        raise _mismatch(origin, [("values differ", wrong)])
+    wrong = [
+        f"{key} is {list(given.shape)}, the model has {list(value.shape)}"
+        for key, given, value in pairs
+        if given.shape != value.shape
+    ]
+    if wrong:
+        raise _mismatch(origin, [("shapes differ", wrong)])
+    # Loading would convert them, and quantised weights are no numbers until they are scaled.
+    wrong = [
+        f"{key} is {given.dtype}, the model has {value.dtype}"
+        for key, given, value in pairs
+        if value.is_floating_point() and not given.is_floating_point()
+    ]
+    if wrong:
+        raise _mismatch(origin, [("types differ", wrong)])
+    wrong = [
+        f"{key} and {other} are one tensor of the model, and two in the file"
+        for key, given, _ in pairs
+        for other in tied.get(key, ())
+        if other > key
+        and isinstance(state.get(other), torch.Tensor)
+        and not torch.equal(given, state[other])
+    ]
+    if wrong:
+        raise _mismatch(origin, [("tied weights differ", wrong)])
 
 
-def _read_pickled(file: Path) -> Any:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    # A file of another kind reaches torch's unpickler, which raises what it happens to trip over.
-    except (
-        AttributeError,
-        EOFError,
-        IndexError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise _unreadable(file, error) from error
+def _tied(own: State) -> dict[str, frozenset[str]]:
+    """Return each name of a tensor that has several, with all of them."""
+    names: dict[tuple[object, ...], list[str]] = defaultdict(list)
+    for key, value in own.items():
+        if isinstance(value, torch.Tensor) and value.numel() and value.data_ptr():
+            place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            names[place].append(key)
+    return {key: frozenset(keys) for keys in names.values() if len(keys) > 1 for key in keys}
 
 
-def _unreadable(file: Path, error: Exception) -> WeightsUnavailableError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return WeightsUnavailableError(f"weights file {file}: {reason}; {_NOT_A_STATE_DICT}")
+def _is_missed(name: str, state: State, tied: Mapping[str, frozenset[str]]) -> bool:
+    """Tell whether a name that a file lacks leaves a tensor of the module without its value."""
+    # The counter steers training only, and files from before torch 0.4.1 lack it.
+    return not name.endswith("num_batches_tracked") and not any(
+        other in state for other in tied.get(name, ())
+    )
 
 
-def _without_wrapper(state: Mapping[str, torch.Tensor]) -> StateDict:
-    for prefix in _WRAPPER_PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            return _without_wrapper(
-                {key.removeprefix(prefix): value for key, value in state.items()}
-            )
-    return state
+def _aliased(state: State, own: State, aliases: Mapping[str, str]) -> State:
+    """Return the state with the names that safetensors left out, where the module has them."""
+    left_out = {
+        name: state[kept]
+        for name, kept in aliases.items()
+        if name in own and name not in state and kept in state
+    }
+    return {**state, **left_out} if left_out else state
+
+
+def _is_one_of_several(checkpoint: Checkpoint, part: Part) -> bool:
+    """Tell whether a file holds other weights, or what may be such, beside the chosen ones."""
+    contents = checkpoint.contents
+    for key in part.path:
+        if any(other != key and may_be_weights(other, contents[other]) for other in contents):
+            return True
+        contents = contents[key]
+    return False
+
+
+def _ways_out(checkpoint: Checkpoint, fits: Callable[[State], bool]) -> str:
+    """Return what the file holds, and which option would take the weights out of it."""
+    keys = suggestions(checkpoint, fits)
+    hint = f". weights_key (--weights-key) {' or '.join(map(repr, keys))} would fit" if keys else ""
+    return f". The file holds {held_in(checkpoint.contents)}{hint}"
 
 
 def _mismatch(origin: str, groups: Iterable[tuple[str, list[str]]]) -> WeightsUnavailableError:

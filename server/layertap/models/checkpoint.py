@@ -1,0 +1,321 @@
+"""Which of the state dicts in a checkpoint belongs to a module, and under which names.
+
+Note [Which weights a file stands for]
+    A training script saves more than a state dict: several of them, nested in dicts, under names
+    that wrappers put a prefix to. Which one is meant is decided by the module's own names:
+
+    * A state dict is taken as it is if its names are those of the module. So a model whose own
+      names begin with ``module.`` or ``model.`` is not harmed.
+    * Otherwise the names are tried without what wrappers add: ``module.`` (DataParallel,
+      DistributedDataParallel), ``module.`` beside ``n_averaged`` (AveragedModel), ``_orig_mod``
+      (torch.compile), and the module's attribute in a checkpoint of PyTorch Lightning.
+    * Of raw and EMA weights that both fit, the EMA weights are taken, as timm's loader does, and
+      the text that clients read says so.
+    * Anything else is refused, with what the file holds and the ``weights_key`` that would take it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layertap.errors import WeightsUnavailableError
+from layertap.models.checkpoint_files import NOT_A_STATE_DICT, Checkpoint
+from layertap.models.stand_ins import StandIn
+
+__all__ = [
+    "Part",
+    "choose_part",
+    "held_in",
+    "likely_part",
+    "may_be_weights",
+    "suggestions",
+]
+
+_DEPTH = 4
+_NAMED = 12
+_EMA = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
+# The attributes by which these wrappers hold the module; no model's own names have them.
+_TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_AVERAGED = "n_averaged"
+_DATA_PARALLEL = "module."
+# Every checkpoint of PyTorch Lightning has these.
+_LIGHTNING = ("pytorch-lightning_version", "state_dict", "epoch", "global_step")
+
+State = Mapping[str, Any]
+Fits = Callable[[State], bool]
+"""Whether a state dict has the module's names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One state dict of a checkpoint.
+
+    Attributes:
+        path: The keys that lead to it; empty for a file that is a state dict.
+        state: Tensors, and whatever else stands beside them, by name.
+    """
+
+    path: tuple[str, ...]
+    state: State
+
+    @property
+    def key(self) -> str:
+        """The ``weights_key`` that takes it."""
+        return ".".join(self.path)
+
+
+def choose_part(checkpoint: Checkpoint, fits: Fits, key: str) -> Part:
+    """Return the state dict that belongs to a module, under the module's names where it fits.
+
+    See Note [Which weights a file stands for]. Where nothing fits and there is one state dict only,
+    that is returned for the caller to say what differs.
+
+    Args:
+        checkpoint: What the files hold.
+        fits: Tells whether a state dict has the module's names.
+        key: The ``weights_key``; empty to choose by the names.
+
+    Raises:
+        WeightsUnavailableError: There is no state dict, none of several fits, several fit, or the
+            key leads nowhere.
+    """
+    lightning = _is_lightning(checkpoint.contents)
+    if key:
+        part = _at(checkpoint, key)
+        return _fitting(part, fits, lightning=False) or Part(part.path, _unwrapped(part.state))
+    parts = _parts_of(checkpoint)
+    fitting = [fit for part in parts if (fit := _fitting(part, fits, lightning=lightning))]
+    if not fitting:
+        if len(parts) == 1:
+            return Part(parts[0].path, _unwrapped(parts[0].state))
+        raise _refusal(checkpoint, fits, "none of its state dicts has the model's names")
+    if len(fitting) == 1 or all(_same(fitting[0], other) for other in fitting[1:]):
+        return fitting[0]
+    averaged = [part for part in fitting if part.path and _EMA.search(part.path[-1])]
+    others = [part for part in fitting if part not in averaged]
+    if len(averaged) == 1 and all(_is_plain(part) for part in others):
+        return averaged[0]
+    choices = ", ".join(repr(part.key) for part in fitting)
+    raise WeightsUnavailableError(
+        f"weights {checkpoint.path}: {len(fitting)} state dicts in it fit the model; say which is "
+        f"meant by weights_key (--weights-key), one of {choices}. The file holds "
+        f"{held_in(checkpoint.contents)}"
+    )
+
+
+def likely_part(checkpoint: Checkpoint, key: str) -> Part:
+    """Return the state dict that is most likely meant, where the module is not built yet.
+
+    Raises:
+        WeightsUnavailableError: There is none.
+    """
+    if key:
+        part = _at(checkpoint, key)
+    else:
+        parts = _parts_of(checkpoint)
+        averaged = [part for part in parts if part.path and _EMA.search(part.path[-1])]
+        part = max(averaged or parts, key=lambda part: len(part.state))
+    return Part(part.path, _unwrapped(part.state))
+
+
+def suggestions(checkpoint: Checkpoint, fits: Fits) -> list[str]:
+    """Return the values of ``weights_key`` that would lead to exactly the module's names."""
+    found = []
+    for part in _all_parts(checkpoint.contents):
+        for prefix in _prefixes(part.state):
+            inner = _below(part.state, prefix)
+            if fits(inner):
+                found.append(".".join([*part.path, prefix.removesuffix(".")]))
+    return found
+
+
+def held_in(contents: Any) -> str:
+    """Return in words what a checkpoint holds, such as ``"state_dict (102 tensors), epoch"``."""
+    if not isinstance(contents, Mapping):
+        return _kind(contents)
+    entries = [f"{key} ({_kind(value)})" for key, value in list(contents.items())[:_NAMED]]
+    more = len(contents) - len(entries)
+    return ", ".join(entries) + (f" and {more} more" if more > 0 else "")
+
+
+def may_be_weights(key: object, value: Any) -> bool:
+    """Tell whether an entry of a checkpoint holds tensors, or is EMA weights in some other form."""
+    if isinstance(value, Mapping):
+        return any(isinstance(each, torch.Tensor) for each in value.values())
+    return bool(_EMA.search(str(key))) and isinstance(value, (list, tuple, StandIn))
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"tensor {list(value.shape)}"
+    if isinstance(value, Mapping):
+        tensors = sum(isinstance(each, torch.Tensor) for each in value.values())
+        inner = [str(key) for key, each in value.items() if isinstance(each, Mapping)]
+        if not tensors and inner:
+            return f"dict with {', '.join(inner[:_NAMED])}"
+        return f"{tensors} tensors" if tensors else "dict"
+    return _class_of(value)
+
+
+def _class_of(value: Any) -> str:
+    return f"object of {value.origin}" if isinstance(value, StandIn) else type(value).__name__
+
+
+def _parts_of(checkpoint: Checkpoint) -> list[Part]:
+    """Return the state dicts of a checkpoint, of which there is at least one."""
+    parts = list(_all_parts(checkpoint.contents))
+    if not parts:
+        empty = isinstance(checkpoint.contents, Mapping) and not checkpoint.contents
+        what = "is empty" if empty else f"holds {held_in(checkpoint.contents)}"
+        raise WeightsUnavailableError(
+            f"weights {checkpoint.path}: the file {what}; {NOT_A_STATE_DICT}"
+        )
+    return parts
+
+
+def _all_parts(contents: Any, path: tuple[str, ...] = ()) -> Iterator[Part]:
+    """Yield every dict that holds tensors, outermost first."""
+    if not isinstance(contents, Mapping) or not all(isinstance(key, str) for key in contents):
+        return  # An optimizer's state has numbers as keys.
+    if any(isinstance(value, torch.Tensor) for value in contents.values()):
+        yield Part(path, contents)
+    if len(path) < _DEPTH:
+        for key, value in contents.items():
+            yield from _all_parts(value, (*path, key))
+
+
+def _fitting(part: Part, fits: Fits, *, lightning: bool) -> Part | None:
+    """Return the part under the first of its possible names that are the module's."""
+    for state in _variants(part, lightning=lightning):
+        if fits(state):
+            return Part(part.path, state)
+    return None
+
+
+def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
+    bare = _without_transparent(part.state)
+    # The module itself may be compiled, so its own names may have what torch.compile adds.
+    for state in (part.state,) if bare is part.state else (part.state, bare):
+        yield state
+        inner = state
+        if _AVERAGED in inner:
+            inner = _renamed(inner, lambda key: None if key == _AVERAGED else key)
+        while inner and all(key.startswith(_DATA_PARALLEL) for key in inner):
+            inner = _below(inner, _DATA_PARALLEL)
+            yield inner
+        if lightning:
+            for prefix in _prefixes(inner):
+                if all(key.startswith(prefix) for key in inner):
+                    yield _below(inner, prefix)
+
+
+def _unwrapped(state: State) -> State:
+    """Return the state without all that wrappers may have added to its names."""
+    variants = list(_variants(Part((), state), lightning=False))
+    return variants[-1]
+
+
+def _without_transparent(state: State) -> State:
+    if not any(_TRANSPARENT & set(key.split(".")) for key in state):
+        return state
+    return _renamed(
+        state, lambda key: ".".join(part for part in key.split(".") if part not in _TRANSPARENT)
+    )
+
+
+def _below(state: State, prefix: str) -> State:
+    """Return what stands below a prefix, without it."""
+    return _renamed(state, lambda key: key[len(prefix) :] if key.startswith(prefix) else None)
+
+
+def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
+    """Return the state under other names, with the versions that torch.save keeps beside it.
+
+    Modules read these to convert what older versions of them saved.
+    """
+    renamed: OrderedDict[str, Any] = OrderedDict()
+    for key, value in state.items():
+        if (new := rename(key)) is not None:
+            renamed[new] = value
+    versions = getattr(state, "_metadata", None)
+    if isinstance(versions, Mapping):
+        # Names of modules: the outermost one is empty, and there is no dot at the end.
+        kept = {}
+        for path, version in versions.items():
+            new = rename(f"{path}." if path else "")
+            if new is not None:
+                kept[new.removesuffix(".")] = version
+        renamed._metadata = kept  # type: ignore[attr-defined]
+    return renamed
+
+
+def _prefixes(state: State) -> list[str]:
+    """Return every beginning of names up to a dot, shortest first."""
+    found: dict[str, None] = {}
+    for key in state:
+        parts = key.split(".")[:-1]
+        for end in range(1, min(len(parts), _DEPTH) + 1):
+            found[".".join(parts[:end]) + "."] = None
+    return sorted(found, key=len)
+
+
+def _at(checkpoint: Checkpoint, key: str) -> Part:
+    """Return the part that a ``weights_key`` leads to: keys of dicts, then beginnings of names."""
+    parts = list(_all_parts(checkpoint.contents))
+    for part in parts:
+        if part.key == key:
+            return part
+    for part in parts:
+        begin = f"{part.key}." if part.path else ""
+        # In a file of one state dict its own key may be left out.
+        for start in {begin, ""} if len(parts) == 1 else {begin}:
+            if key.startswith(start):
+                inner = _below(part.state, f"{key[len(start) :]}.")
+                if inner:
+                    return Part((key,), inner)
+    raise WeightsUnavailableError(
+        f"weights_key of {checkpoint.path}: got {key!r}, which leads to no state dict. The file "
+        f"holds {held_in(checkpoint.contents)}"
+    )
+
+
+def _is_lightning(contents: Any) -> bool:
+    return isinstance(contents, Mapping) and all(key in contents for key in _LIGHTNING)
+
+
+def _is_plain(part: Part) -> bool:
+    """Tell whether a part's key is a usual one of raw weights."""
+    return not part.path or part.path[-1] in (
+        *("state_dict", "model", "model_state_dict", "net", "network", "params", "weights"),
+    )
+
+
+def _same(part: Part, other: Part) -> bool:
+    return part.state.keys() == other.state.keys() and all(
+        value is other.state[key]
+        or (
+            isinstance(value, torch.Tensor)
+            and isinstance(other.state[key], torch.Tensor)
+            and torch.equal(value, other.state[key])
+        )
+        for key, value in part.state.items()
+    )
+
+
+def _refusal(checkpoint: Checkpoint, fits: Fits, reason: str) -> WeightsUnavailableError:
+    keys = suggestions(checkpoint, fits)
+    hint = (
+        f"give weights_key (--weights-key), one of {', '.join(map(repr, keys[:_NAMED]))}"
+        if keys
+        else "name the one that is meant by weights_key (--weights-key) to see what differs"
+    )
+    return WeightsUnavailableError(
+        f"weights {checkpoint.path}: {reason}; {hint}. The file holds "
+        f"{held_in(checkpoint.contents)}"
+    )
