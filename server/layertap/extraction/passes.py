@@ -163,7 +163,8 @@ class PassGuard:
         if self.rules.state is not KeptState.NONE:
             return
         with unwatched():
-            changes = self.snapshot.changes()
+            # Hooks may have come from outside, since the model was measured.
+            changes = self.snapshot.changes(hooks=False)
         if not changes:
             return
         with self._turns:

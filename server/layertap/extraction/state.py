@@ -135,9 +135,11 @@ class Snapshot:
         self.outside = tuple(walk.outside)
         """Modules that the model keeps where ``named_modules`` doesn't see them, by path."""
 
-    def changes(self) -> list[Change]:
-        """Return what differs now, each path once."""
-        return self._differing(lambda node: node.suspect())
+    def changes(self, *, hooks: bool = True) -> list[Change]:
+        """Return what differs now, each path once, with or without hooks on modules."""
+        return self._differing(
+            lambda node: (hooks or not isinstance(node, _Hooks)) and node.suspect()
+        )
 
     def deep_changes(self) -> list[Change]:
         """Return what differs now, after reading all that there is a copy of.
