@@ -8,7 +8,7 @@ soak: SECONDS ?= 300
 fuzz: SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models soak fuzz bench bench-cuda perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models soak storm fuzz bench bench-cuda perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +32,10 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 
 soak: .venv/.built ## bad clients, overload and reloads at once, 5 minutes: make soak SECONDS=60
 	PYTHONPATH=tests $(BIN)/python tests/soak/endure.py --seconds $(SECONDS) $(ARGS)
+
+storm: .venv/.built build/storm ## 256 callers that ask again at once, a minute and a half: needs Go
+	PYTHONPATH=server:benchmarks $(BIN)/python -W ignore benchmarks/bench_storm.py \
+	  --generator build/storm $(ARGS)
 
 fuzz: .venv/.built build/fuzz/.installed ## fuzz the decoder against upb: make fuzz SECONDS=600
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS) $(ARGS)
@@ -113,3 +117,8 @@ build/fuzz/.installed: tools/fuzz-requirements.txt
 	mkdir -p build/fuzz
 	-$(BIN)/pip install --quiet --only-binary :all: --upgrade --target build/fuzz/python -r $<
 	touch $@
+
+# The load generator: callers in Python would be the slower part.
+build/storm: tools/storm/main.go tools/storm/go.mod tools/storm/go.sum
+	mkdir -p build
+	cd tools/storm && go build -o ../../build/storm .

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,11 +33,25 @@ def layertap(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 class Serving:
-    """A ``layertap serve`` that runs, and the lines that it wrote to stderr."""
+    """A ``layertap serve`` that runs, and the lines that it wrote to stderr.
 
-    def __init__(self, args: Sequence[str]) -> None:
+    Args:
+        args: Its flags.
+        prefix: A command that runs the one that follows it, such as one that sets limits first.
+        environment: Variables besides those of ENVIRONMENT.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", *args], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+            [*prefix, *COMMAND, "serve", *args],
+            env={**ENVIRONMENT, **(environment or {})},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self.lines: list[str] = []
         self._news = threading.Condition()

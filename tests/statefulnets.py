@@ -419,7 +419,7 @@ class ScriptedChild(Two):
         self.program = script(Script())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(self.second(self.program(x)))
+        return self.out(self.second(self.program(x) + self.first(x)))
 
 
 class PerThread(Two):
@@ -463,7 +463,7 @@ NETS = {
         Skips, Fills, FillsDeque, KeptByHooks, Recurrent, Counts, CountsOnItsClass, FillsItsFile,
         Between, RunningMean, Unnoticed, Shrinks, ShrinksInPlace, Numbers, OwnChance, Noisy, Cycles,
         Locks, DefaultArgument, Closure, CacheOfSizes, BatchStart, Groups, Frozen, OwnModes,
-        HooksItself, NormalisesWeights, PerThread, Unregistered, Grows,
+        HooksItself, NormalisesWeights, ScriptedChild, PerThread, Unregistered, Grows,
     )
 }  # fmt: skip
 

@@ -87,7 +87,14 @@ class SharedMemoryLostError(LayertapError):
 
 
 class OverloadedError(LayertapError):
-    """The server's queue is full; try again later."""
+    """The server's queue is full; try again later.
+
+    Attributes:
+        retry_after: Seconds after which the server asks to be called again; negative where it asks
+            not to be, None where it says nothing.
+    """
+
+    retry_after: float | None = None
 
 
 class UnauthenticatedError(LayertapError):

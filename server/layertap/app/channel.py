@@ -7,14 +7,26 @@ Sources: gRPC's doc/keepalive.md for the pings, its channel_arg_names.h for the 
 
 from __future__ import annotations
 
-__all__ = ["METADATA_BYTES", "channel_options"]
+__all__ = ["METADATA_BYTES", "STREAMS", "channel_options"]
+
+STREAMS = 256
+"""Calls of one connection that are under way; its client queues those above.
+
+Far above what the engine's own queue takes, so that this one refuses, with its own words. Each may
+keep 64 KiB of a message that is not read yet; by default there is no limit.
+"""
 
 METADATA_BYTES = 16 * 1024
 """Bytes of one call's metadata: a token or a trace's context takes one or two thousand."""
 
 
-def channel_options(request_bytes: int) -> list[tuple[str, int]]:
-    """Return them; ``request_bytes`` is the most that one request may have."""
+def channel_options(request_bytes: int, streams: int = STREAMS) -> list[tuple[str, int]]:
+    """Return them.
+
+    Args:
+        request_bytes: The most that one request may have.
+        streams: Calls that one connection may have under way.
+    """
     return [
         # Two servers on one port would each get half of the calls, unnoticed.
         ("grpc.so_reuseport", 0),
@@ -23,6 +35,7 @@ def channel_options(request_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         *_METADATA,
         *_KEEPALIVE,
+        ("grpc.max_concurrent_streams", streams),
         *_CONNECTIONS,
     ]
 
@@ -49,9 +62,6 @@ _KEEPALIVE = (
 )
 
 _CONNECTIONS = (
-    # Calls of one connection under way; the client queues those above. Far above what the engine's
-    # own queue takes, so that this one refuses, with its own words; by default there is no limit.
-    ("grpc.max_concurrent_streams", 1024),
     # Somebody who connects and says nothing holds a socket for so long; the default is 2 minutes.
     ("grpc.server_handshake_timeout_ms", 20_000),
 )

@@ -12,7 +12,7 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from layertap.addresses import host_port
-from layertap.app.channel import channel_options
+from layertap.app.channel import STREAMS, channel_options
 from layertap.app.health import ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
@@ -27,6 +27,7 @@ from layertap.services.infer.service import InferenceService, InferenceSettings
 from layertap.services.infer.statistics import Statistics
 from layertap.services.observer import Observer, Observers
 from layertap.services.open_streams import OpenStreams
+from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
 from layertap.wire.client_regions import ClientRegions
@@ -115,17 +116,25 @@ class FeatureServer:
         self._workers = ThreadPoolExecutor(
             _workers(engine.limits), thread_name_prefix="layertap-rpc"
         )
+        statistics = Statistics()
+        observer = Observers(observer, statistics) if observer else statistics
+        self._overload = Overload(engine, observer)
         self._server = grpc.server(
             self._workers,
-            interceptors=(*interceptors, Authorization(options.security.tokens)),
-            options=channel_options(engine.limits.request_bytes),
+            interceptors=(
+                *interceptors,
+                Authorization(options.security.tokens),
+                # Behind the authorization: who has no token takes no place.
+                self._overload,
+            ),
+            options=channel_options(
+                engine.limits.request_bytes, max(STREAMS, 2 * _workers(engine.limits))
+            ),
         )
         self._health = health or ModelHealth()
         self._server.add_generic_rpc_handlers((self._health.handlers(),))
         self._broker = open_broker(options.shared_memory_bytes, options.shared_memory_lease_seconds)
         self.shared_memory = self._broker.memory if self._broker else None
-        statistics = Statistics()
-        observer = Observers(observer, statistics) if observer else statistics
         self._streams = OpenStreams(engine.limits.streams)
         self._stream_threads = StreamThreads(self._streams, observer)
         features = FeatureService(engine, observer, self._stream_threads, self.shared_memory)
@@ -162,6 +171,7 @@ class FeatureServer:
         """Begin to answer; health stays NOT_SERVING until ``ready``."""
         if self._broker is not None:
             self._broker.start()
+        self._overload.refusals.start()
         self._server.start()
 
     def ready(self) -> None:
@@ -172,6 +182,7 @@ class FeatureServer:
         """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
         self._health.enter_graceful_shutdown()
         self._streams.drain()
+        self._overload.refusals.drain()
         # No lock can be waited for any longer, nor for ever where that was said in seconds.
         self._server.stop(min(grace, threading.TIMEOUT_MAX)).wait()
         self._close()
@@ -181,6 +192,7 @@ class FeatureServer:
         self._server.wait_for_termination()
 
     def _close(self) -> None:
+        self._overload.refusals.shutdown()
         self._stream_threads.close()
         if self._broker is not None:
             self._broker.close()

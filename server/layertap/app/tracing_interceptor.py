@@ -85,6 +85,10 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
                 _in_stream.set(True)
                 yield from behaviour(messages, context)
 
+        # A behaviour may bring its own threads, for which gRPC looks at this attribute.
+        threads = getattr(behaviour, "experimental_thread_pool", None)
+        if threads is not None:
+            traced.experimental_thread_pool = threads  # type: ignore[attr-defined]
         return traced
 
     @contextmanager

@@ -15,6 +15,7 @@ from layertap.client.channel import Tls, open_channel
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.requests import StreamRequest, request_fields
+from layertap.client.retry import check_retries, retrying
 from layertap.client.shared_memory import (
     OPEN,
     SharedMemoryClient,
@@ -72,9 +73,12 @@ class Client:
             loopback address or a Unix socket, True everywhere, False never. Where it can't be had
             they go through the network, without a word; only an item of a stream whose memory
             is lost on the way fails with SharedMemoryLostError.
+        retries: How often a call is made again that the server refuses because it is full, within
+            the call's timeout; streams are not. It waits as long as the server says, and a random
+            time on top. 0 raises OverloadedError at once, whose ``retry_after`` says how long.
 
     Raises:
-        InvalidInputError: For a ``shared_memory`` that is none of these.
+        InvalidInputError: For a ``shared_memory`` that is none of these, or negative retries.
         ConfigError: For files or a token that won't do, and for a token that would be sent as plain
             text to another machine.
 
@@ -94,7 +98,10 @@ class Client:
         token: str | None = None,
         allow_plaintext_token: bool = False,
         shared_memory: SharedMemoryWish = "auto",
+        retries: int = 0,
     ) -> None:
+        check_retries(retries)
+        self._retries = retries
         self._timeout = timeout
         self._closed = False
         # Features are large: gRPC's default of 4 MB would refuse most replies.
@@ -369,12 +376,16 @@ class Client:
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
     ) -> bytes:
+        seconds = self._timeout if timeout is None else timeout
+        return retrying(lambda left: self._call_once(method, message, left), self._retries, seconds)
+
+    def _call_once(
+        self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
+    ) -> bytes:
         self._check_open()
         try:
             return method(  # type: ignore[no-any-return]
-                message,
-                timeout=bounded(self._timeout if timeout is None else timeout),
-                metadata=trace_metadata(),
+                message, timeout=bounded(timeout), metadata=trace_metadata()
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None

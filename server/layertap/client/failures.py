@@ -6,7 +6,7 @@ import grpc
 
 from layertap import errors
 from layertap.v1.feature_service_pb2 import ExtractStreamError
-from layertap.wire.messages import ERROR_METADATA_KEY
+from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
 
 __all__ = ["error_from_item", "error_from_rpc"]
 
@@ -47,12 +47,22 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
     if code is Code.RESOURCE_EXHAUSTED and not name and _TOO_LARGE in text:
         # Whoever is told to try again later would do so for ever.
         return errors.InvalidInputError(f"the request is larger than the server takes: {text}")
-    return _error(code, name, text)
+    failure = _error(code, name, text)
+    if isinstance(failure, errors.OverloadedError):
+        failure.retry_after = _pushback(str(metadata.get(PUSHBACK_METADATA_KEY, "")))
+    return failure
 
 
 def error_from_item(error: ExtractStreamError) -> errors.LayertapError:
     """Return the exception that an item of a stream failed with, by the same rules."""
     return _error(_CODES.get(error.code, Code.UNKNOWN), error.kind, error.message)
+
+
+def _pushback(text: str) -> float | None:
+    """Return the seconds to wait; -1 for never, as gRFC A6 takes all that is no number from 0."""
+    if not text:
+        return None
+    return int(text) / 1000 if text.isdecimal() and len(text) < 10 else -1.0
 
 
 def _error(code: grpc.StatusCode, name: str, text: str) -> errors.LayertapError:

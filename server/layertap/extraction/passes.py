@@ -25,10 +25,10 @@ from torch import nn
 
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.chance import Generators
-from layertap.extraction.containers import flatten
+from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.looks import unwatched
 from layertap.extraction.points import CapturePoint, PointKind, Sink
-from layertap.extraction.script_taps import writes_attributes
+from layertap.extraction.script_taps import programs, writes_attributes
 from layertap.extraction.state import Change, Snapshot, Watch
 from layertap.extraction.survey import HookSurvey, sample_input, survey_hooks
 from layertap.extraction.taps import StopForward, observe
@@ -263,7 +263,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
     rules = PassRules()
     if seen.changes:
         rules = _for_changes(list(seen.changes.values()), persistent=seen.lasting)
-    elif any(map(writes_attributes, _programs(model.module))):
+    elif any(map(writes_attributes, programs(model.module).values())):
         rules = PassRules(
             concurrent=False,
             shared=False,
@@ -338,10 +338,6 @@ def _named(paths: Sequence[str]) -> str:
     return shown + (f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else "")
 
 
-def _programs(module: nn.Module) -> list[torch.jit.ScriptModule]:
-    return [part for part in module.modules() if isinstance(part, torch.jit.ScriptModule)]
-
-
 def _agrees(
     model: LoadedModel, x: torch.Tensor, values: Mapping[CapturePoint, torch.Tensor]
 ) -> bool:
@@ -356,7 +352,8 @@ def _agrees(
         call = calls[path] = calls.get(path, -1) + 1
         for way, tensor in flatten(value):
             expected = values.get(CapturePoint(PointKind.MODULE, path, side, call, way))
-            agrees = agrees and expected is not None and difference(tensor, expected) <= SAME
+            if expected is not None and not unsendable(tensor):
+                agrees = agrees and difference(plain(tensor), expected) <= SAME
 
     try:
         with observe(model.module, see):

@@ -67,11 +67,14 @@ class ValueSpec:
         dims: Outermost first.
         dynamic: Whether the shape follows something other than the batch size; ``dims`` is then
             the shape of a batch of one.
+        quantized: The quantised type of the model's own value, such as ``"quint8"``, of which
+            ``dtype`` is the dequantised one; empty for a value that is not quantised.
     """
 
     dtype: torch.dtype
     dims: tuple[Dim, ...]
     dynamic: bool = False
+    quantized: str = ""
 
     @classmethod
     def from_batches(

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from layertap.extraction.attention import WEIGHTS, FusedAttention
 from layertap.extraction.chance import Generators
-from layertap.extraction.containers import flatten
+from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.points import CapturePoint, PointKind
@@ -32,6 +33,7 @@ __all__ = [
     "LooksSurvey",
     "Shape",
     "sample_input",
+    "survey_fused",
     "survey_fx",
     "survey_hooks",
     "survey_looks",
@@ -51,6 +53,8 @@ class HookSurvey:
         order: (module path, call) in the order in which the calls began.
         shapes: Every captured tensor's type and shape.
         values: A clone of every captured output, where they were asked for.
+        unsendable: Why nothing can be sent of a value, for those of which that is so.
+        quantized: The quantised type of each value that is quantised.
         mutated_input: Whether the batch was another one afterwards.
         random: The points that come after the model drew random numbers.
     """
@@ -58,6 +62,8 @@ class HookSurvey:
     order: list[tuple[str, int]] = field(default_factory=list)
     shapes: dict[CapturePoint, Shape] = field(default_factory=dict)
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
+    unsendable: dict[CapturePoint, str] = field(default_factory=dict)
+    quantized: dict[CapturePoint, str] = field(default_factory=dict)
     mutated_input: bool = False
     random: set[CapturePoint] = field(default_factory=set)
 
@@ -113,11 +119,23 @@ def survey_hooks(
             survey.order.append((path, call))
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
-            survey.shapes[point] = (tensor.dtype, tuple(tensor.shape))
-            if keep_values and side is Capture.OUTPUT:
-                survey.values[point] = tensor.clone()
             if generators.moved():
                 survey.random.add(point)
+            reason = unsendable(tensor)
+            if reason:
+                survey.unsendable[point] = reason
+                survey.shapes[point] = (
+                    tensor.dtype,
+                    () if tensor.is_nested else tuple(tensor.shape),
+                )
+                continue
+            if tensor.is_quantized:
+                survey.quantized[point] = str(tensor.dtype).removeprefix("torch.")
+            sent = plain(tensor)
+            survey.shapes[point] = (sent.dtype, tuple(sent.shape))
+            # Attention weights are large, and nothing is held against them.
+            if keep_values and side is Capture.OUTPUT and WEIGHTS not in way:
+                survey.values[point] = sent.clone()
 
     given = x.clone()
     generators = Generators(model.device)
@@ -141,7 +159,7 @@ def survey_repeat(
         calls[path] += 1
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
-            if point in values and not same(tensor, values[point]):
+            if point in values and not same(plain(tensor), values[point]):
                 changed.add(point)
 
     with observe(model.module, see):
@@ -206,6 +224,29 @@ def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
     with watch_looks(model.module, x) as looks, observe(model.module, see):
         model.forward(x)
     return survey
+
+
+def survey_fused(model: LoadedModel, x: torch.Tensor) -> set[str]:
+    """Return the paths of the modules that attend in one fused operation, and so have no weights.
+
+    A pass of its own, as ``survey_looks`` is.
+    """
+    fused: set[str] = set()
+    running: list[str] = []
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        if side is Capture.INPUT:
+            running.append(path)
+        elif running:
+            running.pop()
+
+    def attends() -> None:
+        if running:
+            fused.add(running[-1])
+
+    with FusedAttention(attends), observe(model.module, see):
+        model.forward(x.clone())
+    return fused
 
 
 def survey_walk(
@@ -313,6 +354,6 @@ def _step(
         y = child(x)
     except Exception:  # noqa: BLE001 - whatever a model raises, the walk ends here
         y = None
-    if isinstance(y, torch.Tensor) and same(y, expected):
+    if isinstance(y, torch.Tensor) and same(plain(y), expected):
         return y, ""
     return x, f"the forward pass does not feed child {name!r} with the child registered before it"

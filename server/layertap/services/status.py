@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -10,9 +11,16 @@ import grpc
 
 from layertap import errors
 from layertap.services.request import REQUEST_ID_KEY, Request, current_request, open_request
-from layertap.wire.messages import ERROR_METADATA_KEY
+from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
 
-__all__ = ["STATUS", "code_of", "guarded", "guarded_stream", "leaving", "status_of"]
+__all__ = [
+    "STATUS",
+    "code_of",
+    "guarded",
+    "guarded_stream",
+    "leaving",
+    "status_of",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +50,9 @@ _PRIVATE = (errors.ConfigError, errors.ModelLoadError)
 # A text travels in a header, each byte of it as up to three, and a client's gRPC takes 8 KiB of
 # headers by default: a longer one would replace the error by another. Requests are quoted in it.
 _TEXT_BYTES = 2048
+
+# Each refusal names a time of its own, so that those who obey don't come back together.
+_PUSHBACK_MS = (500, 1500)
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 StreamHandler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
@@ -118,8 +129,10 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
 def _abort(
     context: grpc.ServicerContext, error: errors.LayertapError, request: Request
 ) -> NoReturn:
-    names = ((ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id))
-    context.set_trailing_metadata(names)
+    names = [(ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id)]
+    if isinstance(error, errors.OverloadedError):
+        names.append((PUSHBACK_METADATA_KEY, str(random.randint(*_PUSHBACK_MS))))
+    context.set_trailing_metadata(tuple(names))
     context.abort(status_of(type(error)), str(error))
     raise AssertionError("abort always raises")
 

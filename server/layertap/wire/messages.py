@@ -27,6 +27,7 @@ from layertap.wire.tensors import (
 
 __all__ = [
     "ERROR_METADATA_KEY",
+    "PUSHBACK_METADATA_KEY",
     "REPLY_HEAD_SIZE",
     "REPLY_TENSOR_FIELD",
     "Find",
@@ -41,6 +42,9 @@ __all__ = [
 
 ERROR_METADATA_KEY = "layertap-error"
 """Trailing metadata with the name of an error's class, so that clients can raise the same."""
+
+PUSHBACK_METADATA_KEY = "grpc-retry-pushback-ms"
+"""Trailing metadata that says after how many milliseconds to call again (gRFC A6)."""
 
 REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
 _REQUEST_TENSOR_FIELD = feature_service_pb2.ExtractRequest.TENSOR_FIELD_NUMBER

@@ -241,7 +241,8 @@ def test_an_item_that_nobody_waits_for_is_counted(narrow) -> None:
     service = InferenceService(narrow, settings, seen, threads)
     call = Call()
     call.cancel()
-    reply = pb.ModelStreamInferResponse.FromString(service.answer_item(b"", call, None))
+    answer = service.answer_item(b"", call, narrow.reserve(0), None)
+    reply = pb.ModelStreamInferResponse.FromString(answer.message)
     assert reply.error_message == "the caller went away"
     assert seen.ends == {" CANCELLED": 1}
     threads.close()

@@ -1,0 +1,238 @@
+"""Refuses extractions that a full server can't take, cheaply and no faster than it can afford.
+
+Note [A retry storm]
+    A call that is refused costs the server about as much as one that is admitted, except for the
+    forward pass: gRPC reads its message, a thread parses it. 256 callers that ask again at once
+    were refused 1,300 times a second, which took the cores from the forward passes: 11 answers a
+    second, where 8 callers got 40. Three things keep the cores for those that are admitted:
+
+    - A call is refused before its message is read, where as many as may be pending are already
+      being received, waiting or running. What the client has sent of it stays unread.
+    - A few refusals a second are sent at once, so that a caller who was merely unlucky can ask
+      another server. Above that a refusal is held back for a while. A caller that waits for its
+      refusal can't ask again meanwhile, so a storm is as fast as the server lets it be. A call
+      that is held has no thread and no place among the pending ones.
+    - A refusal says when to come again (``grpc-retry-pushback-ms``, gRFC A6), at a time of its own
+      for each call, so that those who obey it don't come back together.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import grpc
+
+from layertap.engine import Engine
+from layertap.errors import OverloadedError
+from layertap.services.observer import Observer
+from layertap.services.status import code_of, guarded
+
+__all__ = ["HeldRefusals", "Overload"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+AT_ONCE = 20
+"""Refusals a second that are sent at once."""
+
+HELD_SECONDS = 1.0
+"""How long the others are held back."""
+
+HELD = 1024
+"""Refusals that may be held at once; one more is sent at once. Each may keep what the client has
+sent of its message, 64 KiB unless the connection is fast and far."""
+
+RECEIVE_SECONDS = 1.0
+"""How long a call whose message has not arrived yet takes a place. A client that sends nothing, or
+very slowly, must not keep others out; its call is still served once its message is there."""
+
+_METHODS = ("/layertap.v1.FeatureService/Extract", "/inference.GRPCInferenceService/ModelInfer")
+
+
+class HeldRefusals(ThreadPoolExecutor):
+    """Runs refusals, each at once or a while later; one thread for all of them.
+
+    It is a ThreadPoolExecutor because gRPC lets a handler bring its own threads only as one
+    (``experimental_thread_pool``).
+
+    Args:
+        clock: Returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(1)
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._numbers = itertools.count()
+        self._held: list[tuple[float, int, Callable[[], object]]] = []
+        self._allowed = float(AT_ONCE)
+        self._counted = clock()
+        self._draining = self._closed = False
+        self._thread = threading.Thread(target=self._run, name="layertap-refusals", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Until then refusals wait."""
+        self._thread.start()
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Run a refusal at once, if there were few in the last second; else in a while."""
+        future: Future[R] = Future()
+
+        def refuse() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+                future.set_exception(error)
+
+        with self._changed:
+            due = self._due()
+            heapq.heappush(self._held, (due, next(self._numbers), refuse))
+            self._changed.notify()
+        return future
+
+    def drain(self) -> None:
+        """Send at once what is held, and hold nothing any more: the server stops."""
+        with self._changed:
+            self._draining = True
+            self._held = [(0.0, number, refuse) for _, number, refuse in sorted(self._held)]
+            self._changed.notify()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Send at once what is held, and end the thread.
+
+        Args:
+            wait: Whether to wait for that.
+            cancel_futures: Without effect: each refusal is sent.
+        """
+        self.drain()
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if wait and self._thread.is_alive():
+            self._thread.join()
+
+    def _due(self) -> float:
+        """Return when the next refusal is to be sent, and count it."""
+        now = self._clock()
+        self._allowed = min(float(AT_ONCE), self._allowed + (now - self._counted) * AT_ONCE)
+        self._counted = now
+        if self._draining or len(self._held) >= HELD:
+            return 0.0
+        if self._allowed >= 1.0:
+            self._allowed -= 1.0
+            return 0.0
+        return now + HELD_SECONDS
+
+    def _run(self) -> None:
+        while (refuse := self._next()) is not None:
+            refuse()
+            del refuse
+
+    def _next(self) -> Callable[[], object] | None:
+        """Wait for the next refusal that is due; None once there are none and never will be."""
+        with self._changed:
+            while True:
+                if not self._held:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+                elif (seconds := self._held[0][0] - self._clock()) > 0:
+                    self._changed.wait(seconds)
+                else:
+                    return heapq.heappop(self._held)[2]
+
+
+class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
+    """Refuses extractions before their message is read, where the engine's queue is full.
+
+    The engine's own admission stays what decides: this counts calls that are still being received
+    as well, and may let a few too many through.
+
+    Args:
+        engine: The engine.
+        observer: Is told of each refusal.
+        clock: Returns seconds.
+
+    Attributes:
+        refusals: Sends the refusals; to be started with the server and shut down after it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        observer: Observer,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.refusals = HeldRefusals()
+        self._engine = engine
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        # Calls whose message is awaited, in the order in which they came, and when each gives up
+        # its place; and calls whose handler runs.
+        self._awaited: dict[int, float] = {}
+        self._running = 0
+
+        def refuse(message: object, context: grpc.ServicerContext) -> bytes:
+            error = OverloadedError(
+                f"queue full: {engine.limits.pending} requests are waiting, the most allowed"
+            )
+            observer.failed("", code_of(error))
+            raise error
+
+        refusing = guarded(refuse)
+        refusing.experimental_thread_pool = self.refusals  # type: ignore[attr-defined]
+        # A stream's behaviour is called before any message is read, a unary call's after.
+        self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Pass a call on and count it, or return what refuses it."""
+        handler = continuation(handler_call_details)
+        if handler is None or handler_call_details.method not in _METHODS:
+            return handler
+        number = self._begin()
+        if number is None:
+            return self._refusal
+        return grpc.unary_unary_rpc_method_handler(
+            self._counted(number, handler.unary_unary),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
+
+    def _begin(self) -> int | None:
+        """Take a place for a call that is to be received; return None where there is none."""
+        now = self._clock()
+        with self._lock:
+            while self._awaited and next(iter(self._awaited.values())) < now:
+                # Its client has left, or is slow.
+                del self._awaited[next(iter(self._awaited))]
+            # The engine counts items of streams as well, but no call before it is parsed.
+            under_way = max(self._running, self._engine.pending) + len(self._awaited)
+            if under_way >= self._engine.limits.pending:
+                return None
+            number = next(self._numbers)
+            self._awaited[number] = now + RECEIVE_SECONDS
+            return number
+
+    def _counted(self, number: int, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+        def run(message: Any, context: grpc.ServicerContext) -> Any:
+            with self._lock:
+                self._awaited.pop(number, None)
+                self._running += 1
+            try:
+                return behaviour(message, context)
+            finally:
+                with self._lock:
+                    self._running -= 1
+
+        return run
