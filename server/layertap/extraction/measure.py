@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import nn
 from layertap.errors import ModelLoadError
 from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
-from layertap.extraction.fx import GraphNames, trace
-from layertap.extraction.layout import Geometry, geometry
+from layertap.extraction.fx import GraphNames, Trace, trace
+from layertap.extraction.grid import survey_grids
+from layertap.extraction.layout import Geometry
 from layertap.extraction.names import LayerNames
 from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
 from layertap.extraction.passes import KeptState, PassGuard, PassRules, survey_passes
@@ -31,6 +33,7 @@ from layertap.extraction.survey import (
     LooksSurvey,
     Shape,
     sample_input,
+    survey_first_item,
     survey_fused,
     survey_fx,
     survey_hooks,
@@ -60,6 +63,14 @@ class _Graph:
     specs: Mapping[str, ValueSpec] = field(default_factory=dict)
     lost: Collection[str] = ()
     astray: str = ""
+    trace: Trace | None = None
+
+    def shapes(self, guard: PassGuard, x: torch.Tensor) -> dict[CapturePoint, tuple[int, ...]]:
+        """Return the shape of every node that calls no module, for a batch."""
+        if self.trace is None:
+            return {}
+        shapes = survey_fx(self.trace, x, {}, guard).shapes
+        return {_node(name): shape for name, (_, shape) in shapes.items() if name in self.specs}
 
 
 @dataclass
@@ -124,11 +135,19 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
     straight = straight_children(model.module, looks)
     with guard:
         walk = survey_walk(model, x, oracle, straight)
+    graph = _survey_graph(model, oracle, guard)
+    specs = {**_sometimes(one, others), **_specs(one, two.shapes)}
+    with guard:
+        specs = _in_order(model, specs, oracle, x)
+    specs, graph = _placed(model, specs, graph, guard)
+    with guard:
+        # Other input and other sizes may have led to code that writes state.
+        guard.learn(model.name)
     findings = _Findings(
         model=model,
-        specs={**_sometimes(one, others), **_specs(one, two.shapes)},
+        specs=specs,
         walk=walk,
-        graph=_survey_graph(model, oracle, guard),
+        graph=graph,
         looks=looks,
         random=_random(model, one, two, x, guard),
         order=_order([one, *others]),
@@ -303,7 +322,52 @@ def _survey_graph(
         for name, (dtype, shape) in one.shapes.items()
         if name in graph.names.operations
     }
-    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray)
+    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray, graph)
+
+
+def _in_order(
+    model: LoadedModel,
+    specs: dict[CapturePoint, ValueSpec],
+    values: Mapping[CapturePoint, torch.Tensor],
+    x: torch.Tensor,
+) -> dict[CapturePoint, ValueSpec]:
+    """Return the specs with those marked whose items are interleaved along the batch dimension.
+
+    Args:
+        model: The model.
+        specs: The type and shape of each point.
+        values: The outputs for a batch of one item.
+        x: That batch.
+    """
+    several = {p: spec for p, spec in specs.items() if (spec.batch_axis or (0, 1))[1] > 1}
+    if not several:
+        return specs
+    other = sample_input(model, 2, model.input.item_shape)[1:]
+    first = survey_first_item(model, torch.cat([x, other]), several, values)
+    return {
+        point: replace(spec, interleaved=True) if point in several and point not in first else spec
+        for point, spec in specs.items()
+    }
+
+
+def _node(name: str) -> CapturePoint:
+    return CapturePoint(PointKind.NODE, name)
+
+
+def _placed(
+    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: _Graph, guard: PassGuard
+) -> tuple[dict[CapturePoint, ValueSpec], _Graph]:
+    """Return the specs of modules and nodes with what is known of their layouts."""
+    nodes = {_node(name): spec for name, spec in graph.specs.items()}
+    found = survey_grids(model, {**specs, **nodes}, guard, partial(graph.shapes, guard))
+
+    def placed(point: CapturePoint, spec: ValueSpec) -> ValueSpec:
+        return replace(spec, geometry=found[point]) if point in found else spec
+
+    return (
+        {point: placed(point, spec) for point, spec in specs.items()},
+        replace(graph, specs={p.path: placed(p, spec) for p, spec in nodes.items()}, trace=None),
+    )
 
 
 def _module_entries(findings: _Findings) -> list[LayerEntry]:
@@ -352,12 +416,11 @@ def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
     if not entry.points:
         return entry
     specs = {side: findings.specs[point] for side, point in entry.points.items()}
-    item_shape = findings.model.input.item_shape
     output = specs.get(Capture.OUTPUT)
     return replace(
         entry,
         specs=specs,
-        geometry=geometry(output, item_shape) if output else Geometry(),
+        geometry=output.geometry if output else Geometry(),
         support={extractor: _support(extractor, entry, findings) for extractor in REAL_EXTRACTORS},
     )
 
@@ -523,8 +586,9 @@ def _node_entries(findings: _Findings) -> list[LayerEntry]:
             PointKind.NODE,
             re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]),
             1,
-            points={Capture.OUTPUT: CapturePoint(PointKind.NODE, name)},
+            points={Capture.OUTPUT: _node(name)},
             specs={Capture.OUTPUT: spec},
+            geometry=spec.geometry,
             support=support(name),
         )
         for name, spec in graph.specs.items()

@@ -93,8 +93,8 @@ _UNKNOWN = PassRules(early_stop=False, concurrent=False, shared=False, state=Kep
 class PassGuard:
     """Held around each forward pass of a model; keeps its rules.
 
-    Entering waits for the passes that may not run at the same time; leaving puts the state back.
-    Not to be nested.
+    Entering waits for the passes that may not run at the same time; leaving puts the state back. A
+    block inside another one of the same thread belongs to the same pass.
 
     Args:
         module: The model, as it was loaded: no pass of it has run yet.
@@ -111,9 +111,13 @@ class PassGuard:
         self._turns = threading.Condition()
         self._running = 0
         self._alone = False
+        self._mine = threading.local()
 
     def __enter__(self) -> PassGuard:
         """Wait for this pass's turn."""
+        depth = self._mine.depth = getattr(self._mine, "depth", 0) + 1
+        if depth > 1:
+            return self
         with self._turns:
             self._turns.wait_for(self._may_begin)
             self._running += 1
@@ -131,6 +135,9 @@ class PassGuard:
         trace: TracebackType | None,
     ) -> None:
         """Put the state back where passes write some, and let the next pass begin."""
+        self._mine.depth -= 1
+        if self._mine.depth:
+            return
         with self._turns:
             try:
                 if self._running == 1 and not self.rules.concurrent:

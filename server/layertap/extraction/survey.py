@@ -21,9 +21,9 @@ from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
-from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.taps import observe
-from layertap.extraction.verify import same
+from layertap.extraction.verify import difference, same
 from layertap.models import LoadedModel
 from layertap.selection import Capture
 
@@ -33,6 +33,7 @@ __all__ = [
     "LooksSurvey",
     "Shape",
     "sample_input",
+    "survey_first_item",
     "survey_fused",
     "survey_fx",
     "survey_hooks",
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
+
+_NEAR = 1e-2
+"""Kernels for another batch size may add in another order; another item differs by far more."""
 
 
 @dataclass
@@ -143,6 +147,42 @@ def survey_hooks(
         model.forward(given)
     survey.mutated_input = not same(given, x)
     return survey
+
+
+def survey_first_item(
+    model: LoadedModel,
+    x: torch.Tensor,
+    specs: Mapping[CapturePoint, ValueSpec],
+    values: Mapping[CapturePoint, torch.Tensor],
+) -> set[CapturePoint]:
+    """Return the points whose first elements along the batch dimension are the first item's.
+
+    Args:
+        model: The model.
+        x: ``[2, ...]``.
+        specs: The type and shape of each point to look at.
+        values: What the first item alone gives.
+    """
+    first: set[CapturePoint] = set()
+    calls: Counter[str] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        if side is Capture.INPUT:
+            return
+        call = calls[path]
+        calls[path] += 1
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            axis = specs[point].batch_axis if point in specs else None
+            if axis is None or point not in values or tensor.ndim <= axis[0]:
+                continue
+            mine = plain(tensor).narrow(axis[0], 0, axis[1])
+            if difference(mine, values[point]) < _NEAR:
+                first.add(point)
+
+    with observe(model.module, see):
+        model.forward(x.clone())
+    return first
 
 
 def survey_repeat(

@@ -253,6 +253,7 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
         shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
+        interleaved=spec.interleaved,
         quantized=spec.quantized,
     )
 
