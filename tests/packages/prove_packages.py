@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing is downloaded: what asks a hub fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(TESTS), str(TESTS / "coverage")]
+sys.path[:1] = [str(TESTS), str(TESTS / "coverage"), str(TESTS.parent / "server")]
 
 from layertap import Extractor
 from packages.subject import subjects_in

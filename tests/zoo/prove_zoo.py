@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # As a script it stands in its own folder; it belongs to the package that the folder is.
 TESTS = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(TESTS), str(TESTS / "coverage")]
+sys.path[:1] = [str(TESTS), str(TESTS / "coverage"), str(TESTS.parent / "server")]
 
 import torch
 from page import write_section

@@ -52,15 +52,24 @@ def truth_of(net: nn.Module, x: torch.Tensor, seed: int = 0) -> Truth:
     truth = Truth()
     open_calls: dict[str, list[int]] = {}
     begun: Counter[str] = Counter()
+    attention: dict[tuple[str, int], tuple[Any, Any]] = {}
 
-    def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         open_calls.setdefault(path, []).append(begun[path])
         given = args[0] if len(args) == 1 and not kwargs else _named(args, kwargs)
         truth.calls[path, "input", begun[path]] = _clone(given)
+        if type(module) is nn.MultiheadAttention:
+            attention[path, begun[path]] = args, kwargs
         begun[path] += 1
 
-    def after(path: str, output: Any) -> None:
-        truth.calls[path, "output", open_calls[path].pop()] = _clone(output)
+    def after(module: nn.Module, path: str, output: Any) -> None:
+        call = open_calls[path].pop()
+        truth.calls[path, "output", call] = _clone(output)
+        if (path, call) in attention and output[1] is None:
+            args, kwargs = attention[path, call]
+            asked = {**kwargs, "need_weights": True, "average_attn_weights": False}
+            weights = module.forward(*args, **asked)[1]
+            truth.calls[path, "output", call]["attention_weights"] = weights.clone()
 
     handles = list(_hooks(net, before, after))
     torch.manual_seed(seed)
@@ -86,9 +95,11 @@ def _hooks(net: nn.Module, before: Any, after: Any) -> Iterator[Any]:
         if isinstance(module, torch.jit.ScriptModule) and path:
             continue
         yield module.register_forward_pre_hook(
-            lambda m, args, kwargs, path=path: before(path, args, kwargs), with_kwargs=True
+            lambda m, args, kwargs, path=path: before(m, path, args, kwargs), with_kwargs=True
         )
-        yield module.register_forward_hook(lambda m, args, output, path=path: after(path, output))
+        yield module.register_forward_hook(
+            lambda m, args, output, path=path: after(m, path, output)
+        )
 
 
 class _Wrapped(nn.Module):

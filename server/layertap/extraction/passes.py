@@ -210,6 +210,8 @@ class _Seen:
         carried: Whether a pass on what another left behind gives other values.
         by_batch: What one pass made, later passes keep, and another batch size makes otherwise.
         threads: Whether modules ran on other threads than the pass's own.
+        stopped: What a pass that ends early leaves changed, and one that ends does not.
+        seeds: Whether passes seed the global random number generators and then draw from them.
         unexplained: Whether two passes that both began with the loaded state differ.
     """
 
@@ -218,6 +220,8 @@ class _Seen:
     carried: bool = False
     by_batch: tuple[str, ...] = ()
     threads: bool = False
+    stopped: tuple[str, ...] = ()
+    seeds: bool = False
     unexplained: bool = False
 
     def add(self, changes: Sequence[Change]) -> None:
@@ -247,9 +251,10 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
         again = _agrees(model, x, one.values)
     rewritten = dirty.rewritten() if dirty else set()
     snapshot.deep_restore()
+    seen.stopped = _left_by_stops(model, x, len(one.order), snapshot, seen)
+    seen.seeds = chance.moved() and _agrees(model, x, one.values)
+    snapshot.deep_restore()
     if seen.changes or not again:
-        _stop_early(model, x, len(one.order))
-        snapshot.deep_restore()
         with chance.repeated():
             seen.unexplained = not _agrees(model, x, one.values)
         snapshot.deep_restore()
@@ -283,6 +288,25 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
         what = _named(seen.by_batch) if seen.by_batch else "what an earlier pass left behind"
         rules = replace(rules, uncompiled=f"the model keeps state between calls ({what}), which a "
                         "compiled program would hold as a constant")  # fmt: skip
+    written = [change.path for change in seen.changes.values() if change.in_place]
+    if written and not rules.uncompiled:
+        # The memory of such a tensor is a constant of the program, which other sizes overrun.
+        rules = replace(
+            rules,
+            uncompiled=f"its passes write tensors that it keeps in place ({_named(written)}), which "
+            "a compiled program would hold as constants",
+        )
+    if seen.stopped:
+        rules = replace(rules, early_stop=False)
+        notes.append(
+            f"a pass that ends early changes {_named(seen.stopped)}, so each pass runs to its end"
+        )
+    if seen.seeds:
+        rules = replace(rules, concurrent=False, everywhere=True)
+        notes.append(
+            "its passes seed the random number generators of the whole process and draw from them: "
+            "they run one at a time, and not while another such model runs"
+        )
     if seen.threads:
         rules = replace(rules, early_stop=False)
         notes.append("its modules run on several threads, so each pass runs to its end")
@@ -371,9 +395,24 @@ def _agrees(
     return agrees
 
 
-def _stop_early(model: LoadedModel, x: torch.Tensor, calls: int) -> None:
-    """Run a pass that ends half-way, as one does whose last wanted layer comes early."""
-    left = max(1, calls // 2)
+def _left_by_stops(
+    model: LoadedModel, x: torch.Tensor, calls: int, snapshot: Snapshot, seen: _Seen
+) -> tuple[str, ...]:
+    """End passes early at a few places, and return what only such passes leave changed.
+
+    A model whose code catches the stop may take it for a failure of its own, for good.
+    """
+    left: dict[str, None] = {}
+    for quarter in (1, 2, 3):
+        _stop_early(model, x, max(1, calls * quarter // 4))
+        left.update(dict.fromkeys(change.path for change in snapshot.deep_changes()))
+        snapshot.deep_restore()
+    return tuple(path for path in left if path not in seen.changes)
+
+
+def _stop_early(model: LoadedModel, x: torch.Tensor, after: int) -> None:
+    """Run a pass that ends behind so many calls, as one does whose last wanted layer comes early."""
+    left = after
 
     def see(path: str, side: Capture, value: Any) -> None:
         nonlocal left

@@ -109,11 +109,13 @@ class Change:
         reason: Why it can't be put back; empty where it can.
         everywhere: Whether it belongs to a class or a file, so that every model made of that code
             in the process shares it.
+        in_place: Whether it is a tensor that was written in place.
     """
 
     path: str
     reason: str = ""
     everywhere: bool = False
+    in_place: bool = False
 
 
 class Snapshot:
@@ -263,6 +265,7 @@ class _Node(ABC):
     """One object whose content may change."""
 
     reason = ""
+    in_place = False
 
     def __init__(self, path: str, *, everywhere: bool) -> None:
         self.path = path
@@ -280,7 +283,8 @@ class _Node(ABC):
 
     def change(self, key: str) -> Change:
         """Return the change of one part of it, which ``differing`` named."""
-        return Change((self.path + key).removeprefix("."), self.reason, self.everywhere)
+        path = (self.path + key).removeprefix(".")
+        return Change(path, self.reason, self.everywhere, self.in_place)
 
     @abstractmethod
     def differing(self) -> list[str]:
@@ -532,6 +536,8 @@ class _Script(_Node):
 class _Tensor(_Node):
     """A tensor: the memory it stands for, and what is written there."""
 
+    in_place = True
+
     def __init__(
         self,
         path: str,
@@ -598,11 +604,44 @@ class _Tensor(_Node):
         self._copy = None
 
 
+class _Settings(_Node):
+    """Settings of torch that hold for the whole process, which other passes run under as well.
+
+    Whoever changes one while it runs is expected to put it back: only where a pass was seen to
+    change them are they restored.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch's settings", everywhere=True)
+        self._held = self._now()
+
+    @staticmethod
+    def _now() -> tuple[Any, ...]:
+        return (
+            torch.get_default_dtype(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.backends.mkldnn.enabled,
+        )
+
+    def suspect(self) -> bool:
+        return self._now() != self._held
+
+    def differing(self) -> list[str]:
+        return [""] if self.suspect() else []
+
+    def restore(self) -> None:
+        if self.always:
+            dtype, deterministic, mkldnn = self._held
+            torch.set_default_dtype(dtype)
+            torch.use_deterministic_algorithms(deterministic)
+            torch.backends.mkldnn.enabled = mkldnn
+
+
 class _Walk:
     """Finds every object that a snapshot has to see, starting at a module."""
 
     def __init__(self, root: nn.Module, *, copies: bool) -> None:
-        self.nodes: list[_Node] = []
+        self.nodes: list[_Node] = [_Settings()]
         self.outside: list[str] = []
         self._registered = {id(module): path for path, module in root.named_modules()}
         self._seen: set[int] = set()
