@@ -20,12 +20,15 @@ METADATA_BYTES = 16 * 1024
 """Bytes of one call's metadata: a token or a trace's context takes one or two thousand."""
 
 
-def channel_options(request_bytes: int, streams: int = STREAMS) -> list[tuple[str, int]]:
+def channel_options(
+    request_bytes: int, streams: int = STREAMS, connections: int = 0
+) -> list[tuple[str, int]]:
     """Return them.
 
     Args:
         request_bytes: The most that one request may have.
         streams: Calls that one connection may have under way.
+        connections: Connections that may be open at once, one more is closed; 0 for no limit.
     """
     return [
         # Two servers on one port would each get half of the calls, unnoticed.
@@ -36,6 +39,7 @@ def channel_options(request_bytes: int, streams: int = STREAMS) -> list[tuple[st
         *_METADATA,
         *_KEEPALIVE,
         ("grpc.max_concurrent_streams", streams),
+        *([("grpc.max_allowed_incoming_connections", connections)] if connections else []),
         *_CONNECTIONS,
     ]
 

@@ -19,6 +19,7 @@ from layertap.app.security import Security
 from layertap.app.shared_memory import open_broker
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
+from layertap.resources import file_limit
 from layertap.services.admin_service import AdminService
 from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
@@ -128,7 +129,11 @@ class FeatureServer:
                 self._overload,
             ),
             options=channel_options(
-                engine.limits.request_bytes, max(STREAMS, 2 * _workers(engine.limits))
+                engine.limits.request_bytes,
+                max(STREAMS, 2 * _workers(engine.limits)),
+                # The other half is for probes, shared memory, and files of models: where strangers'
+                # connections took all, nobody could be accepted, and no probe would be answered.
+                max(1, file_limit() // 2),
             ),
         )
         self._health = health or ModelHealth()
