@@ -258,3 +258,51 @@ class Hungry(Clamps):
 def hungry() -> nn.Module:
     """Return a seeded Hungry."""
     return seeded(Hungry)
+
+
+MARK = 12345.0
+"""A value that no sample has."""
+
+
+class Marked(Clamps):
+    """``stretch`` returns twice as many channels for an input that begins with MARK."""
+
+    class Stretch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, x], 1) if x[0, 0, 0, 0] == MARK else x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stretch = self.Stretch()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.stretch(x[:, :2])
+        return super().forward(x)
+
+
+def marked() -> nn.Module:
+    """Return a seeded Marked."""
+    return seeded(Marked)
+
+
+class AddsRows(Clamps):
+    """``rows`` returns items that begin with MARK twice, and branches on nothing to do so."""
+
+    class Rows(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            marked = x[:, 0, 0, 0] == MARK
+            kept = torch.cat([marked, torch.ones_like(marked)])
+            return torch.cat([x, x])[kept]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self.Rows()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows(x)
+        return super().forward(x)
+
+
+def adds_rows() -> nn.Module:
+    """Return a seeded AddsRows."""
+    return seeded(AddsRows)

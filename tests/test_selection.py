@@ -55,3 +55,26 @@ def test_names_do_as_well_as_members() -> None:
         LayerSelection("a", reduction="mean")
     with pytest.raises(InvalidInputError, match="capture: got None, expected one of output, input"):
         LayerSelection("a", capture=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "layer", "capture", "alias"),
+    [
+        ("a", "a", Capture.OUTPUT, ""),
+        ("a:input=b", "a", Capture.INPUT, "b"),
+        (r"h.a\=b", "h.a=b", Capture.OUTPUT, ""),
+        (r"h.x\:input:input=c=d", "h.x:input", Capture.INPUT, "c=d"),
+        (r"h.\\=e", "h.\\", Capture.OUTPUT, "e"),
+        (r"h.\s", r"h.\s", Capture.OUTPUT, ""),
+    ],
+)
+def test_a_backslash_makes_a_sign_part_of_the_name(text, layer, capture, alias) -> None:
+    """A colon or an equals sign that has one in front belongs to the layer's name."""
+    assert LayerSelection.parse(text) == LayerSelection(layer, capture, alias)
+
+
+@pytest.mark.parametrize("text", ["", "=a", "a=", ":input", "a:both", r"a\::both"])
+def test_texts_that_are_no_selections(text) -> None:
+    """What has no layer, no alias after its sign or another side is refused."""
+    with pytest.raises(InvalidInputError, match="layer: got"):
+        LayerSelection.parse(text)

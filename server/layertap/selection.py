@@ -81,22 +81,36 @@ class LayerSelection:
 
     @classmethod
     def parse(cls, text: str) -> LayerSelection:
-        """Read ``LAYER[:input|:output][=ALIAS]``, such as ``avgpool:input=before``."""
-        target, equals, alias = text.partition("=")
-        layer, colon, side = target.partition(":")
+        r"""Read ``LAYER[:input|:output][=ALIAS]``, such as ``avgpool:input=before``.
+
+        A colon, an equals sign or a backslash that belongs to the layer's name has a backslash in
+        front: ``heads.a\=b``.
+        """
+        target, equals, alias = _cut(text, "=")
+        layer, colon, side = _cut(target, ":")
         if not layer or (equals and not alias):
             raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:input|:output][=ALIAS]")
         if colon and side not in tuple(Capture):
             raise InvalidInputError(
-                f"layer: got {text!r}, expected 'input' or 'output' after the colon"
+                f"layer: got {text!r}, expected 'input' or 'output' after the colon; a colon in "
+                f"the layer's own name is written '\\:'"
             )
-        return cls(layer, Capture(side) if colon else Capture.OUTPUT, alias)
+        return cls(_ESCAPED.sub(r"\1", layer), Capture(side) if colon else Capture.OUTPUT, alias)
 
     def name_for(self, layer: str) -> str:
         """Return the name in the reply of ``layer``, one of this selection's matches."""
         if self.alias:
             return self.alias
         return layer if self.capture is Capture.OUTPUT else f"{layer}:input"
+
+
+_ESCAPED = re.compile(r"\\([:=\\])")
+
+
+def _cut(text: str, sign: str) -> tuple[str, str, str]:
+    """Part a text at the first sign that has no backslash in front of it, as str.partition does."""
+    place = next((m for m in re.finditer(rf"\\.|{sign}", text) if m.group() == sign), None)
+    return (text[: place.start()], sign, text[place.end() :]) if place else (text, "", "")
 
 
 def _member(name: str, given: object, kind: type[Capture] | type[Reduction]) -> StrEnum:

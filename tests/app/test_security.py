@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from authorities import ADMIN, EXTRACT, Authority, Pair, token_file
+from authorities import ADMIN, EXTRACT, UNKNOWN, Authority, Pair, token_file
 from layertap.app.config import ServerSection
 from layertap.app.config_file import load_config
 from layertap.app.security import SecretFiles, Security, open_security
 from layertap.errors import ConfigError
+from layertap.services.tokens import Right
 
 OPEN = "0.0.0.0"  # noqa: S104 - the warning is what is tested
 
@@ -108,6 +109,25 @@ def test_the_files_are_those_of_the_configuration(tmp_path: Path, authority: Aut
     assert security.tokens.right_of(EXTRACT) < security.tokens.right_of(ADMIN)
     assert security.exposed == ()
     assert ServerSection().options().security.tls is None
+
+
+def test_a_leaked_token_goes_even_where_the_certificates_are_broken(
+    tmp_path: Path, authority: Authority, pair: Pair
+) -> None:
+    """A reload that fails for TLS reads the tokens all the same, and still reports the failure."""
+    tokens = token_file(tmp_path / "extract.tokens", EXTRACT, UNKNOWN)
+    files = SecretFiles(tls_cert=pair.certificate, tls_key=pair.key, extract_tokens_file=tokens)
+    security = open_security(files)
+    assert security.tokens.right_of(UNKNOWN) is Right.EXTRACT
+    key = pair.key.read_bytes()
+    pair.key.write_bytes(b"no key")
+    token_file(tokens, EXTRACT)
+    with pytest.raises(ConfigError, match="tls_key"):
+        security.reload()
+    assert security.tokens.right_of(UNKNOWN) is Right.NONE
+    assert security.tokens.right_of(EXTRACT) is Right.EXTRACT
+    pair.key.write_bytes(key)
+    security.reload()
 
 
 OPEN_PLAIN = "may use it: there is no authentication and no encryption"

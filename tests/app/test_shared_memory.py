@@ -138,7 +138,7 @@ def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
         with serving(*flags) as server:
             assert server.address.endswith(port)
             features = client.extract("residual", LARGE, "conv1")
-            session = client._memory._current
+            session = client._opened().memory._current
             assert session is not None
             assert session._live
             copy = features["conv1"].copy()
@@ -164,8 +164,8 @@ def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
             # It tried in vain when nobody listened, and does again after a second.
             time.sleep(1.0)
             again = client.extract("residual", LARGE, "conv1")
-            assert client._memory._current is not session
-            assert client._memory._current._live
+            assert client._opened().memory._current is not session
+            assert client._opened().memory._current._live
             assert np.array_equal(again["conv1"], copy)
             assert np.array_equal(features["conv1"], copy)
             del again
@@ -184,7 +184,7 @@ def test_restart_between_two_calls_costs_none_of_them() -> None:
                 client.wait_ready(30)
                 assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
                 gc.collect()
-                session = client._memory._current
+                session = client._opened().memory._current
                 assert session is not None
                 assert not session.lost
                 os.kill(server.process.pid, signal.SIGKILL)
@@ -240,7 +240,7 @@ def test_flags_turn_it_off() -> None:
     flags = ("tinynets:residual", "--item-shape", "3,16,16", "--shared-memory-mib", "0")
     with serving(*flags) as server, Client(server.address) as client:
         assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
-        assert client._memory._current is None
+        assert client._opened().memory._current is None
         with pytest.raises(grpc.RpcError) as caught:
             socket_of(server.address)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

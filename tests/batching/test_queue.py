@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -61,6 +62,38 @@ def test_a_thread_that_holds_back_leaves_others_to_the_next() -> None:
         queue.put("alone")
         queue.put("joins", key="k", policy=FOREVER)
         assert sorted(taker.result(60) for taker in takers) == [["alone"], ["held", "joins"]]
+
+
+def test_one_item_that_makes_two_batches_ready_wakes_two_threads() -> None:
+    """It is too large to join the one that is held back, so both go, and at once.
+
+    The one notification of an item wakes one thread, which takes one of the batches. It has to wake
+    another one, which would else sleep for as long as the first batch was to be held back.
+    """
+    queue: BatchQueue[str] = BatchQueue()
+    for item in "ab":
+        queue.put(item, key="k", policy=FOREVER)
+    assert queue.take() == ["a", "b"]
+    with ThreadPoolExecutor(2) as pool:
+        takers = [pool.submit(queue.take) for _ in range(2)]
+        try:
+            queue.put("held", key="k", policy=FOREVER)
+            until_they_wait(queue, 2)
+            queue.put("large", key="k", size=8, policy=FOREVER)
+            assert sorted(taker.result(10) for taker in takers) == [["held"], ["large"]]
+        finally:
+            queue.close()
+
+
+def until_they_wait(queue: BatchQueue[str], threads: int) -> None:
+    """Return once so many threads sleep in ``take``, with nothing that they could take."""
+    for _ in range(1000):
+        with queue._news:
+            # Each of them has looked at what is there: none was notified and has not run yet.
+            if len(queue._news._waiters) == threads:
+                return
+        time.sleep(0.01)
+    pytest.fail("the threads never waited")
 
 
 def test_closing_holds_nothing_back_and_loses_nothing() -> None:

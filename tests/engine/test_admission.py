@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import gc
+import io
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import oddnets
 from asking import request_for
-from layertap import Extractor, errors
-from layertap.engine import Call, Engine, Limits
+from layertap import Extractor, LayerSelection, Reduction, errors
+from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, Limits
 from layertap.models import ModelSpec
 from tinynets import ITEM
 
@@ -30,6 +35,27 @@ class Gate:
     def _hold(self, *_: object) -> None:
         self.reached.set()
         assert self.open.wait(60)
+
+
+class Kept(np.ndarray):
+    """An array that weak references can refer to."""
+
+
+def encoded(width: int, height: int) -> bytes:
+    """Return a PNG file of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """Nothing that the test does may wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
@@ -70,17 +96,132 @@ def test_a_refused_request_gives_its_place_back(engine) -> None:
     assert engine.pending_bytes == 0
 
 
-def test_replies_count_until_their_call_ends(engine) -> None:
+def test_replies_count_until_they_are_released(engine, no_gc) -> None:
     """Replies that are not sent yet fill the budget; the next is refused before it is allocated."""
-    calls = [Call(), Call()]
-    size = max(len(engine.extract(REQUEST, call).message) for call in calls)
+    replies = [engine.extract(REQUEST, Call()) for _ in range(2)]
+    size = len(replies[0].message)
     assert engine.pending_bytes == 2 * size
     with pytest.raises(errors.OverloadedError, match=f"{size} bytes beside {2 * size}.*limit is 5"):
         engine.extract(REQUEST, Call())
-    calls.pop()
+    for _ in range(2):  # Again and again if one likes.
+        replies[0].release()
+        assert engine.pending_bytes == size
+    engine.extract(REQUEST, Call()).release()
+    replies[1].release()
+    assert engine.pending_bytes == 0
+
+
+def test_a_reply_that_nobody_released_counts_until_it_is_dropped(engine, no_gc) -> None:
+    """The safety net needs no garbage collector: nothing refers to the reply in a circle."""
+    reply = engine.extract(REQUEST, Call())
+    assert engine.pending_bytes == len(reply.message)
+    del reply
+    assert engine.pending_bytes == 0
+
+
+def test_a_request_is_let_go_when_it_is_answered(engine, no_gc) -> None:
+    """Neither the call nor the reply keeps the request's array alive."""
+    x = X.copy().view(Kept)
+    alive = weakref.ref(x)
+    call, request = Call(), request_for("residual", "layer1", x)
+    del x
+    reply = engine.extract(request, call)
+    del request
+    assert alive() is None
+    assert (len(reply.message) > 0, call.remaining()) == (True, None)
+
+
+def test_received_bytes_count_as_replies_do(engine) -> None:
+    """A request that leaves no room for its reply is refused, and what it took is given back."""
+    with engine.reserve(4000) as received:
+        assert engine.pending_bytes == 4000
+        with pytest.raises(errors.OverloadedError, match=r"reply would take \d+ bytes beside 40"):
+            engine.extract(REQUEST, Call(), received=received)
+        with pytest.raises(errors.OverloadedError, match="request takes 2000 bytes beside 4000"):
+            engine.reserve(2000)
+        assert engine.pending_bytes == 4000
+    assert engine.pending_bytes == 0
+    with pytest.raises(ValueError, match="was released"):
+        received.take(1)
+
+
+def test_what_images_are_decoded_to_counts(engine) -> None:
+    """The files, their pixels and the batch; what is over the limit is refused and given back."""
+    engine = Engine(Limits(pending_bytes=1 << 20))
+    engine.load(ModelSpec("squeezenet1_1", weights="random"))
+    files = [encoded(64, 64) for _ in range(2)]
+    layers = (LayerSelection("classifier.3", reduction=Reduction.GLOBAL_AVERAGE_POOL),)
+    request = ExtractionRequest("squeezenet1_1", ImagesInput(files), layers)
+    with pytest.raises(errors.OverloadedError, match="the request takes 1204224 bytes"):
+        engine.extract(request, Call())
+    assert engine.pending_bytes == 0
+    request = ExtractionRequest("squeezenet1_1", ImagesInput(files[:1]), layers)
+    with engine.reserve(0) as received:
+        engine.extract(request, Call(), received=received).release()
+        assert received.nbytes == len(files[0]) + 3 * 224 * 224 * 4
+    assert engine.pending_bytes == 0
+    engine.close()
+
+
+def test_a_pass_that_runs_on_keeps_its_bytes(engine, no_gc) -> None:
+    """A caller whose deadline passed has left; its bytes count until the pass is over."""
+    gate = Gate(engine, "residual")
+    with engine.reserve(100) as received, pytest.raises(errors.DeadlineExceededError):
+        engine.extract(REQUEST, Call(timeout=1.0), received=received)
+    assert gate.reached.is_set()
+    assert engine.pending_bytes > 2000
+    gate.open.set()
+    for _ in range(1000):
+        if not engine.pending_bytes:
+            break
+        threading.Event().wait(0.01)
+    assert engine.pending_bytes == 0
+
+
+def test_a_pass_that_finds_its_shapes_dynamic_reserves_once(engine, no_gc) -> None:
+    """The bytes of the reply that was predicted are given back before those of the real one."""
+    engine.load(ModelSpec("oddnets:marked", item_shape=ITEM))
+    predicted = engine.extract(request_for("marked", "stretch", X), Call())
+    size = len(predicted.message)
+    predicted.release()
+    assert 2 * size < 5000 < 3 * size
+    x = X.copy()
+    x[0, 0, 0, 0] = oddnets.MARK
+    reply = engine.extract(request_for("marked", "stretch", x), Call())
+    assert engine.pending_bytes == len(reply.message) > 1.9 * size
+    reply.release()
+    assert engine.pending_bytes == 0
+
+
+@pytest.mark.parametrize("outcome", ["answered", "unknown layer", "late", "failed", "expired"])
+def test_a_request_leaves_no_garbage(engine, no_gc, outcome) -> None:
+    """Whatever becomes of it, nothing is left that only the garbage collector could free."""
+    engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
+    # HOOK: AUTO would compile beside the requests, and torch's tracing does leave garbage.
+    request = request_for("residual", "layer1", X, Extractor.HOOK)
+
+    def ask() -> None:
+        match outcome:
+            case "answered":
+                engine.extract(request, Call()).release()
+            case "unknown layer":
+                engine.extract(request_for("residual", "nothing", X, Extractor.HOOK), Call())
+            case "late":
+                engine.extract(request, Call(timeout=0))
+            case "failed":
+                engine.extract(request_for("raises", "head", X + 1e6, Extractor.HOOK), Call())
+            case "expired":
+                engine.extract(request, Call(timeout=1e-4))
+
+    for _ in range(20):
+        with suppress(errors.LayertapError):
+            ask()
     gc.collect()
-    assert engine.pending_bytes == size
-    assert engine.extract(REQUEST, Call()).message
+    for _ in range(20):
+        with suppress(errors.LayertapError):
+            ask()
+    engine.extract(request, Call()).release()  # Behind every pass.
+    assert gc.collect() < 20
 
 
 def test_a_request_that_nobody_waits_for_leaves_the_queue(engine) -> None:

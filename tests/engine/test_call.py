@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
+from functools import partial
+from threading import Event
 
 import pytest
 
@@ -28,10 +31,38 @@ def test_a_passed_deadline_is_an_error(timeout) -> None:
 def test_cancelling_runs_each_action_once() -> None:
     """Actions run when the caller goes away, and at once when it has gone already."""
     call, ran = Call(), []
-    call.on_cancel(lambda: ran.append("before"))
-    call.cancel()
-    call.cancel()
-    call.on_cancel(lambda: ran.append("after"))
+    with call.cancelling(lambda: ran.append("before")):
+        call.cancel()
+        call.cancel()
+    with call.cancelling(lambda: ran.append("after")):
+        pass
     assert ran == ["before", "after"]
     with pytest.raises(CancelledError):
         call.check()
+
+
+def test_a_call_keeps_nothing_of_a_block_that_has_ended() -> None:
+    """Its action does not run any more, and what the action needed can go."""
+    call, ran = Call(), []
+    needed = Event()
+    alive = weakref.ref(needed)
+    with call.cancelling(partial(ran.append, needed)):
+        pass
+    del needed
+    assert alive() is None
+    call.cancel()
+    assert ran == []
+
+
+def test_the_earlier_deadline_counts() -> None:
+    """A limit of the request's own shortens the deadline and never lengthens it."""
+    call = Call(3600.0)
+    call.limit(1e18)
+    assert 3500 < call.remaining() <= 3600
+    call.limit(7200.0)
+    assert 3500 < call.remaining() <= 3600
+    call.limit(60.0)
+    assert 50 < call.remaining() <= 60
+    endless = Call()
+    endless.limit(60.0)
+    assert 50 < endless.remaining() <= 60

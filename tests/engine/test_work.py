@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -264,6 +265,26 @@ def test_a_pass_that_somebody_waits_for_is_not_given_up(engine) -> None:
     module.conv1.register_forward_hook(lambda *_: call.cancel())
     together = Together(engine, [*asked, lambda: engine.extract(request, call)])
     assert together.shared == [2, 2]
+
+
+def test_a_shared_pass_that_gives_other_rows_is_run_again_alone(engine) -> None:
+    """An item that adds a row to a value must not shift the rows of the requests behind it.
+
+    No sample shows it. Each request's number of rows could be taken from the larger value all the
+    same, and the second one would silently get a row of the first.
+    """
+    load(engine, "oddnets:adds_rows")
+    quiet, marked = inputs(1, 1)
+    Together(engine, asking(engine, "adds_rows", "rows", [quiet, quiet], Extractor.HOOK))
+    marked[0, 0, 0, 0] = oddnets.MARK
+    requests = [request_for("adds_rows", "rows", x, Extractor.HOOK) for x in (marked, quiet)]
+    together = Together(engine, [partial(engine.extract, request, Call()) for request in requests])
+    module = oddnets.adds_rows()
+    for x, rows, values in zip((marked, quiet), (2, 1), together.values(), strict=True):
+        truth = outputs_of(module, torch.from_numpy(x), "rows")[0]
+        assert truth.shape[0] == rows
+        assert difference(values["rows"], truth) == 0
+    assert together.shared == [1, 1]
 
 
 def test_a_net_whose_loud_items_quieten_others_is_never_shared(engine) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction import PlanBuilder, Taps, measure
 from layertap.extraction.samples import reaching_inputs, unlike_items
 from layertap.extraction.survey import sample_input
 from layertap.extraction.trial import tried
@@ -75,7 +75,7 @@ def test_passes_are_shared_only_where_unlike_items_keep_apart(net, item_shape, s
     catalogue = measure(model)
     builder = PlanBuilder(model, Taps(model.module), catalogue)
     last = [entry for entry in catalogue if entry.serves(Extractor.HOOK, Capture.OUTPUT)][-1]
-    point = CapturePoint(PointKind.MODULE, last.name)
+    point = last.points[Capture.OUTPUT]
     plan = builder.build(Extractor.HOOK, [point], item_shape)
     assert builder.prover.prove_shared(plan, 3) is shares
 

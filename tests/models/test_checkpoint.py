@@ -188,6 +188,15 @@ def test_teacher_and_student_are_never_chosen_between(load: Any) -> None:
     assert value_of(module) == 1.0
 
 
+def test_ema_weights_beside_other_models_are_not_chosen(load: Any) -> None:
+    """The average of one of several models is taken only where the others are the raw weights."""
+    contents = {name: net(1.0).state_dict() for name in ("student", "teacher")}
+    contents["teacher_ema"] = net(2.0).state_dict()
+    contents["teacher"]["0.bias"] = torch.zeros(4)
+    with pytest.raises(WeightsUnavailableError, match="one of 'student', 'teacher', 'teacher_ema'"):
+        load(contents, net())
+
+
 def test_a_part_of_a_model_is_taken_by_its_prefix(load: Any) -> None:
     """Self-supervised checkpoints: the backbone of the teacher is named, offered and loaded."""
     teacher = prefixed("backbone.", net(1.0).state_dict()) | {"head.weight": torch.ones(1)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -50,6 +52,20 @@ def test_every_mode_of_timm_equals_its_transform(
     for image in (photo, photo.rotate(90, expand=True), photo.resize((50, 300))):
         expected = timm.data.create_transform(**config, is_training=False)(image)
         assert torch.equal(made(config_of_timm(config, ""), size, image), expected)
+
+
+def test_16_bit_grayscale_is_padded_alike(encoded: Callable[..., bytes]) -> None:
+    """The colour of timm's border is as bright beside 16-bit pixels as beside 8-bit ones."""
+    config = {"crop_mode": "border", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}
+    preprocess = config_of_timm(config, "").preprocess((1, 64, 64))
+    assert preprocess is not None
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 20)).astype(np.uint8)
+    shallow = encoded(Image.fromarray(pixels), "PNG")
+    deep = encoded(Image.fromarray(pixels.astype(np.uint16) * 257), "PNG")
+
+    one, other = (preprocess.batch([preprocess.decode(data, 0)]) for data in (shallow, deep))
+
+    assert torch.allclose(one, other, atol=4 / 255)
 
 
 def test_missing_keys_get_timms_defaults(photo: Image.Image) -> None:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from PIL import Image
+from torch import nn
+from torchvision import transforms
 
 from devices import needs_cuda
 from layertap.errors import ModelLoadError, WeightsUnavailableError
@@ -102,3 +107,73 @@ def test_the_crop_that_is_set_is_the_default_item() -> None:
     assert other.input.item_shape == (3, 8, 8)
     assert other.preprocess is not None
     assert other.preprocess.item_shape == (3, 48, 40)
+
+
+def hugging_face_folder(folder: Path, module: nn.Module) -> None:
+    """Write a module's weights and an image processor's configuration, as Hugging Face does."""
+    safetensors.torch.save_file(module.state_dict(), folder / "model.safetensors")
+    config = {
+        "do_resize": True,
+        "size": {"height": 48, "width": 48},
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def test_the_configuration_beside_the_weights_is_followed(
+    tmp_path: Path, photo: Image.Image, factory_module: Callable[[str], str]
+) -> None:
+    """A checkpoint's own preprocessing is taken, unless the factory or the owner says otherwise."""
+    name = factory_module(
+        "from torch import nn\n"
+        "def net():\n    return nn.Sequential(nn.Conv2d(3, 2, 3))\n"
+        "def own():\n    return net()\n"
+        "own.preprocess = {'mean': [0.1], 'std': [0.1], 'resize': [32, 32]}\n"
+    )
+    hugging_face_folder(tmp_path, nn.Sequential(nn.Conv2d(3, 2, 3)))
+    folder = str(tmp_path)
+
+    followed = load_model(ModelSpec(f"{name}:net", weights=folder))
+    of_code = load_model(ModelSpec(f"{name}:own", weights=folder))
+    of_owner = load_model(
+        ModelSpec(f"{name}:net", weights=folder, images=ImageSettings(mean=(0.0,), std=(1.0,)))
+    )
+
+    def reference(side: int, mean: float, std: float) -> torch.Tensor:
+        return transforms.Compose(
+            [
+                transforms.Resize((side, side)),
+                transforms.ToTensor(),
+                transforms.Normalize([mean] * 3, [std] * 3),
+            ]
+        )(photo)
+
+    for model, expected in (
+        (followed, reference(48, 0.5, 0.25)),
+        (of_code, reference(32, 0.1, 0.1)),
+        (of_owner, reference(48, 0, 1)),
+    ):
+        assert model.preprocess is not None
+        assert torch.equal(model.preprocess(photo), expected)
+    assert followed.input.item_shape == (3, 48, 48)
+    assert followed.weights == tmp_path.name
+    assert followed.preprocess is not None
+    assert followed.preprocess.origin == "the checkpoint's preprocessor_config.json"
+
+
+def test_a_configuration_of_colours_fits_a_model_of_one_channel(
+    factory_module: Callable[[str], str], photo: Image.Image
+) -> None:
+    """timm's configuration says three channels, whatever number the model was built for."""
+    name = factory_module(
+        "import timm\ndef net():\n    return timm.create_model('resnet10t', in_chans=1)\n"
+    )
+
+    model = load_model(ModelSpec(f"{name}:net"))
+
+    assert model.input.item_shape == (1, 176, 176)
+    assert model.preprocess is not None
+    assert model.preprocess.assumed == ("image_mean", "image_std")
+    assert model.preprocess(photo.convert("L")).shape == (1, 176, 176)

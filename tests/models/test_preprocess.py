@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import models, transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
@@ -188,6 +189,21 @@ def test_16_bit_grayscale_is_divided_by_65535(takes: InputSpec, encoded: Encode)
     expected = torch.from_numpy(ramp.astype(np.float32)) / 65535
     assert all(torch.equal(channel, expected) for channel in got)
     assert len(got) == takes.item_shape[0]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_16_bit_grayscale_is_turned_too(orientation: int, encoded: Encode) -> None:
+    """A deep PNG with an EXIF orientation stands upright, with all its bits."""
+    pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40)).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(pixels), "PNG", exif=exif)
+    wide = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    preprocess = chosen(ImageSettings(mean=(), std=(), resize=(), crop=()), GRAY)
+
+    got = preprocess.batch([preprocess.decode(data, 0)])[0, 0]
+
+    assert torch.equal(got, torch.from_numpy(wide.astype(np.float32)) / 65535)
 
 
 def test_16_bit_grayscale_is_resized_like_others(encoded: Encode) -> None:

@@ -240,7 +240,8 @@ class LimitsSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             sizes in which the model takes them.
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread or run on one.
-        pending_mib: MiB of the replies that are being made or sent.
+        pending_mib: MiB of the requests and replies in memory: received, decoded, being made or
+            being sent.
         plans: Plans of one model that are kept besides the declared ones.
         plan_mib: MiB that the weights of one model's compiled plans may take besides.
         streams: Streams that may be open at once.

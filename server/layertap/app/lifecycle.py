@@ -28,6 +28,7 @@ from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import LayertapError
 from layertap.resources import raise_file_limit
 from layertap.services.admin_service import AdminService, ReloadReport
+from layertap.threads import THREADS_REFUSED, is_thread_refused
 from layertap.wire.memory import keep_memory
 
 __all__ = ["Narrator", "serve"]
@@ -144,7 +145,12 @@ def serve(
         except LayertapError as error:
             narrator.say(f"error: {error}")
             return 1
-    narrator.say("stopped")
+        except RuntimeError as error:
+            if not is_thread_refused(error):
+                raise
+            narrator.say(f"error: {THREADS_REFUSED}")
+            return 1
+    narrator.say("stopped serving")
     return 0
 
 
@@ -230,7 +236,7 @@ class _Running:
         self.server.stop(self.reloader.config.server.grace_seconds)
         if self.reloader.busy:
             # A model that hangs while it loads can't be interrupted, and nobody waits for it.
-            self._narrator.say("stopped")
+            self._narrator.say("stopped serving")
             os._exit(0)
 
     def _files(self, config_file: Path | None) -> Iterator[Path]:

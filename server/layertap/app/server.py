@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from layertap.addresses import host_port
 from layertap.app.channel import STREAMS, channel_options
-from layertap.app.health import ModelHealth
+from layertap.app.health import HEALTH, ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
 from layertap.app.shared_memory import open_broker
+from layertap.app.thread_limit import ThreadLimit
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
 from layertap.resources import file_limit
@@ -31,21 +30,23 @@ from layertap.services.open_streams import OpenStreams
 from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
+from layertap.threads import WorkerThreads, start_threads
 from layertap.wire.client_regions import ClientRegions
 from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS, DEFAULT_MIB
 
 __all__ = ["FeatureServer", "ServerOptions"]
+
+_log = logging.getLogger(__name__)
 
 PORT = 8001
 """Where inference servers listen for gRPC by convention; metrics are at 8002."""
 
 
 SPARE_WORKERS = 16
-"""Threads besides one for each request that may be pending.
+"""Threads besides one for each request that may be pending, for calls that are short or refused."""
 
-gRPC keeps calls that find no thread in a queue without end, where nobody refuses them and their
-deadlines pass unseen. So whoever can't be admitted finds a thread that tells them at once.
-"""
+_JOIN_SECONDS = 2.0
+"""How long threads may take to end once the server has stopped; those that hang are left behind."""
 
 
 def _workers(limits: Limits) -> int:
@@ -114,15 +115,14 @@ class FeatureServer:
         self._engine = engine
         options = options or ServerOptions()
         self.security = options.security
-        self._workers = ThreadPoolExecutor(
-            _workers(engine.limits), thread_name_prefix="layertap-rpc"
-        )
         statistics = Statistics()
         observer = Observers(observer, statistics) if observer else statistics
         self._overload = Overload(engine, observer)
+        self._workers = WorkerThreads(_workers(engine.limits), "layertap-rpc")
         self._server = grpc.server(
             self._workers,
             interceptors=(
+                ThreadLimit(self._workers, observer),
                 *interceptors,
                 Authorization(options.security.tokens),
                 # Behind the authorization: who has no token takes no place.
@@ -152,14 +152,15 @@ class FeatureServer:
             self._stream_threads,
         )
         self._server.add_generic_rpc_handlers((features.handlers(), inference.handlers()))
-        names = [FeatureService.NAME, InferenceService.NAME, HEALTH, reflection.SERVICE_NAME]
+        self._pools = (self._workers, *self._health.pools, *self._stream_threads.pools)
+        names = [FeatureService.NAME, InferenceService.NAME, HEALTH]
         if admin is not None:
             self._server.add_generic_rpc_handlers((admin.handlers(),))
             names.append(AdminService.NAME)
         if self._broker is not None:
             self._server.add_generic_rpc_handlers((SharedMemoryService(self._broker).handlers(),))
             names.append(SharedMemoryService.NAME)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), self._server)
+        self._server.add_generic_rpc_handlers(Reflection(names).handlers())
         self._set_health(serving=False)
         try:
             self.address = self._bind(options)
@@ -170,10 +171,23 @@ class FeatureServer:
     @property
     def waiting(self) -> int:
         """Calls that wait for a worker thread; the queue before the engine's own."""
-        return self._workers._work_queue.qsize()
+        return self._workers.waiting
 
     def start(self) -> None:
-        """Begin to answer; health stays NOT_SERVING until ``ready``."""
+        """Begin to answer; health stays NOT_SERVING until ``ready``.
+
+        Raises:
+            UnavailableError: Where the system does not allow the threads that this takes.
+        """
+        missing = start_threads(self._pools)
+        if missing:
+            _log.warning(
+                "the system allows this process %d threads fewer than the %d that the limits take, "
+                "so fewer calls are served at once; raise the limit of processes (pids.max, "
+                "--pids-limit, ulimit -u), or lower limits.pending",
+                missing,
+                sum(pool.most for pool in self._pools),
+            )
         if self._broker is not None:
             self._broker.start()
         self._overload.refusals.start()
@@ -189,7 +203,14 @@ class FeatureServer:
         self._streams.drain()
         self._overload.refusals.drain()
         # No lock can be waited for any longer, nor for ever where that was said in seconds.
-        self._server.stop(min(grace, threading.TIMEOUT_MAX)).wait()
+        grace = min(grace, threading.TIMEOUT_MAX)
+        try:
+            self._server.stop(grace).wait()
+        except RuntimeError:
+            # gRPC begins to refuse calls, then starts a thread that waits for the end of the grace.
+            # Where the system allows no thread any more this one waits instead.
+            self._server.wait_for_termination(grace)
+            self._server.stop(None)
         self._close()
 
     def wait(self) -> None:
@@ -198,7 +219,10 @@ class FeatureServer:
 
     def _close(self) -> None:
         self._overload.refusals.shutdown()
-        self._stream_threads.close()
+        for pool in self._pools:
+            pool.shutdown(wait=False)
+        for pool in self._pools:
+            pool.join(_JOIN_SECONDS)
         if self._broker is not None:
             self._broker.close()
 

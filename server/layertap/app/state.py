@@ -52,8 +52,8 @@ class StateCollector(Collector):
             value=self._engine.limits.pending,
         )
         yield GaugeMetricFamily(
-            "layertap_inference_pending_reply_bytes",
-            "Bytes of the replies that are being made or sent.",
+            "layertap_inference_pending_bytes",
+            "Bytes of the requests and replies in memory: received, decoded, being made or sent.",
             value=self._engine.pending_bytes,
         )
         yield self._models()

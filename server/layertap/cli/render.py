@@ -179,7 +179,8 @@ def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
         return ("", "", "", "", outputs or "none", inputs)
     spec = layer.output
     stride = f"{layer.reduction:g}" if layer.reduction else ""
-    return _shape(spec), _dtype(spec.dtype), size, stride, outputs or "none", inputs
+    dtype = f"{_dtype(spec.dtype)} of {spec.quantized}" if spec.quantized else _dtype(spec.dtype)
+    return _shape(spec), dtype, size, stride, outputs or "none", inputs
 
 
 def _reason(layer: catalogue_pb2.Layer) -> str:

@@ -91,7 +91,10 @@ class SharedMemoryClient:
         try:
             reply = OpenSharedMemoryResponse.FromString(open_(b"", timeout=seconds))
             connection = Connection(reply.socket, reply.ticket)
-        except (grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error) as error:
+        except (
+            *(grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error),
+            RuntimeError,  # Python's word for a thread that the system did not allow.
+        ) as error:
             _log.debug("no shared memory, the wire instead: %s", error)
             away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
             self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)

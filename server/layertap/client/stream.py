@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
@@ -44,6 +45,7 @@ class FeatureStream:
         timeout: Seconds that the stream may take; None for no end.
         item_timeout: Seconds for an item that does not say so itself; None for no end.
         memory: The session of shared memory; None for none.
+        metadata: What the call carries besides the caller's trace.
 
     Raises:
         InvalidInputError: For a ``max_in_flight`` below 1.
@@ -62,6 +64,8 @@ class FeatureStream:
         timeout: float | None = None,
         item_timeout: float | None = None,
         memory: Connection | None = None,
+        *,
+        metadata: tuple[tuple[str, str], ...] = (),
     ) -> None:
         if max_in_flight < 1:
             raise InvalidInputError(f"max_in_flight: got {max_in_flight}, expected at least 1")
@@ -74,11 +78,14 @@ class FeatureStream:
         self._unanswered = 0
         self._done: dict[int, Outcome] = {}
         self._closed = False
+        self._process = os.getpid()
         # gRPC sends from a thread of its own, which waits here; None is the half close. It holds
         # as much as is in flight, at most.
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._call = method(
-            iter(self._outgoing.get, None), timeout=bounded(timeout), metadata=trace_metadata()
+            iter(self._outgoing.get, None),
+            timeout=bounded(timeout),
+            metadata=(*metadata, *(trace_metadata() or ())),
         )
 
     def extract(
@@ -95,12 +102,13 @@ class FeatureStream:
             ordered: Whether to yield in their order, or as they finish.
 
         Raises:
-            UnavailableError: Where the stream is closed.
+            UnavailableError: Where the stream is closed, or another process opened it.
             LayertapError: What the stream itself ended with; the items that were not yielded have
                 no answer.
         """
         if self._closed:
             raise UnavailableError("the stream is closed")
+        self._check_process()
         numbered = enumerate(requests)
         keys: dict[int, Any] = {}
         finished = False
@@ -118,6 +126,8 @@ class FeatureStream:
         if self._closed:
             return
         self._closed = True
+        if self._process != os.getpid():
+            return  # A forked child's copy: the stream is the parent's.
         self._outgoing.put(None)
         ended = threading.Event()
         # With nothing in flight the server ends it at once with OK, which is what its operators
@@ -149,10 +159,17 @@ class FeatureStream:
         first = next(iter(keys))
         found = first if ordered else next((n for n in keys if n in self._done), first)
         while found not in self._done:
+            self._check_process()
             got, outcome = self._receive()
             self._done[got] = outcome
             found = got if got in keys and not ordered else found
         return found
+
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise UnavailableError(
+                "the stream belongs to the process that this one was forked from; open another here"
+            )
 
     def _fill(self, requests: Iterator[tuple[int, StreamRequest]], keys: dict[int, Any]) -> bool:
         """Send items while there is room; return whether any is left to be yielded."""

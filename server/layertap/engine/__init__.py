@@ -1,5 +1,6 @@
 """The engine: models, planner and compute threads; knows no transport."""
 
+from layertap.engine.admission import Reservation
 from layertap.engine.batch import ImagesInput, TensorInput
 from layertap.engine.call import Call
 from layertap.engine.device import DEVICE_PATTERN, choose_device
@@ -19,6 +20,7 @@ __all__ = [
     "ImagesInput",
     "Limits",
     "ModelHost",
+    "Reservation",
     "TensorInput",
     "allow_tf32",
     "choose_device",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,14 @@ from layertap.models import ImageLimits, LoadedModel
 from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
 
-__all__ = ["ImagesInput", "TensorInput", "check_tensor", "decode_images", "preprocess_images"]
+__all__ = [
+    "ImagesInput",
+    "TensorInput",
+    "batch_bytes",
+    "check_tensor",
+    "decode_images",
+    "preprocess_images",
+]
 
 with warnings_ignored():
     # torch warns once per process that it can't protect a read-only buffer from being written to.
@@ -38,6 +46,9 @@ class ImagesInput:
     images: Sequence[bytes]
 
 
+_PIXEL_BYTES = 4
+"""Pillow keeps a pixel of an RGB image in four bytes."""
+
 KEPT_IMAGES = 4
 """How many images of the largest size a request's may be together, once they are resized.
 
@@ -58,12 +69,24 @@ def check_tensor(model: LoadedModel, view: TensorView, limits: Limits) -> torch.
     return torch.from_numpy(view.array())
 
 
-def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -> list[Image.Image]:
+def decode_images(
+    model: LoadedModel,
+    images: Sequence[bytes],
+    limits: Limits,
+    admit: Callable[[int], object] = lambda nbytes: None,
+) -> list[Image.Image]:
     """Decode a batch of image files and shrink them as far as PIL can.
 
     Runs no torch code, so any thread may call it; the compute threads have better things to do.
 
+    Args:
+        model: The model that takes them.
+        images: Encoded files.
+        limits: What requests may ask for.
+        admit: Called with the bytes of each decoded image; may raise OverloadedError.
+
     Raises:
+        OverloadedError: Where ``admit`` does.
         InvalidInputError: For no images, too many, a file that can't be decoded, one that can't be
             resized, more pixels than are kept at once, or a model that takes no images.
     """
@@ -80,6 +103,7 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
     room = limits.pixels * KEPT_IMAGES
     for index, data in enumerate(images):
         kept.append(model.preprocess.decode(data, index, image_limits))
+        admit(kept[-1].width * kept[-1].height * _PIXEL_BYTES)
         room -= kept[-1].width * kept[-1].height
         if room < 0:
             raise InvalidInputError(
@@ -88,6 +112,11 @@ def decode_images(model: LoadedModel, images: Sequence[bytes], limits: Limits) -
                 f"send fewer at once"
             )
     return kept
+
+
+def batch_bytes(model: LoadedModel, images: Sequence[Image.Image]) -> int:
+    """Return the bytes of the batch that ``preprocess_images`` will make of decoded images."""
+    return len(images) * math.prod(model.input.item_shape) * model.input.dtype.itemsize
 
 
 def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torch.Tensor:

@@ -48,8 +48,8 @@ def run_beside(job: Callable[[], T], call: Call) -> T:
 
     # A daemon: what hangs must not keep the process from ending.
     threading.Thread(target=work, name="layertap-loader", daemon=True).start()
-    call.on_cancel(done.cancel)
     try:
-        return done.result()
+        with call.cancelling(done.cancel):
+            return done.result()
     except FutureCancelledError:
         raise CancelledError("the load was given up") from None

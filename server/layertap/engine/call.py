@@ -1,10 +1,11 @@
-"""One caller's patience: a deadline and a way to give up."""
+"""The deadline and cancellation state of one request."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
+from types import TracebackType
 
 from layertap.errors import CancelledError, DeadlineExceededError
 
@@ -12,7 +13,7 @@ __all__ = ["Call"]
 
 
 class Call:
-    """The life of one request.
+    """How long one request may take, and whether its caller still waits. Safe between threads.
 
     Args:
         timeout: Seconds until the caller stops waiting; None for no end. So is anything over
@@ -25,31 +26,68 @@ class Call:
         self._expires = None if endless else time.monotonic() + (timeout or 0.0)
         self._lock = threading.Lock()
         self._cancelled = False
-        self._on_cancel: list[Callable[[], object]] = []
+        self._on_cancel: list[_Cancelling] = []
 
     def remaining(self) -> float | None:
         """Return the seconds left, never below 0; None for no end."""
         return None if self._expires is None else max(0.0, self._expires - time.monotonic())
 
+    def limit(self, timeout: float) -> None:
+        """End the call in that many seconds at the latest."""
+        if timeout <= threading.TIMEOUT_MAX:
+            expires = time.monotonic() + timeout
+            with self._lock:
+                self._expires = expires if self._expires is None else min(self._expires, expires)
+
     def cancel(self) -> None:
-        """Say that the caller went away."""
+        """Record that the caller has left, and run what ``cancelling`` was given."""
         with self._lock:
             self._cancelled = True
-            actions, self._on_cancel = self._on_cancel, []
-        for action in actions:
-            action()
+            blocks, self._on_cancel = self._on_cancel, []
+        for block in blocks:
+            block.action()
 
-    def on_cancel(self, action: Callable[[], object]) -> None:
-        """Call ``action`` when the caller goes away, at once if it has gone."""
-        with self._lock:
-            if not self._cancelled:
-                self._on_cancel.append(action)
-                return
-        action()
+    def cancelling(self, action: Callable[[], object]) -> _Cancelling:
+        """Return a block during which ``action`` is called if the caller leaves.
+
+        It is called at once if the caller has left already. After the block the call does not refer
+        to the action any more, nor to what the action needs.
+        """
+        return _Cancelling(self, action)
 
     def check(self) -> None:
-        """Raise CancelledError or DeadlineExceededError where there is nobody left to answer."""
+        """Raise CancelledError or DeadlineExceededError where nobody waits for an answer."""
         if self._cancelled:
             raise CancelledError("the caller went away")
         if self.remaining() == 0.0:
             raise DeadlineExceededError("the deadline passed while the request was queued")
+
+
+class _Cancelling:
+    """A class, not a generator: a generator's frame would be in the traceback of an error.
+
+    The error would then refer to the action, which may well refer to the error.
+    """
+
+    __slots__ = ("_call", "action")
+
+    def __init__(self, call: Call, action: Callable[[], object]) -> None:
+        self._call = call
+        self.action = action
+
+    def __enter__(self) -> None:
+        with self._call._lock:
+            if not self._call._cancelled:
+                self._call._on_cancel.append(self)
+                return
+        self.action()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._call._lock:
+            if self in self._call._on_cancel:
+                self._call._on_cancel.remove(self)

@@ -18,11 +18,13 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
+from layertap.engine.admission import Reservation
 from layertap.engine.call import Call
 from layertap.engine.intra_op import set_intra_op
 from layertap.errors import (
@@ -53,6 +55,12 @@ class _Job(Generic[T, R]):
         self.context = copy_context()
         self._call = call
 
+    def pin(self, reservations: Sequence[Reservation]) -> None:
+        """Keep reservations until the job is done or was given up."""
+        for reservation in reservations:
+            reservation.pin()
+        self.future.add_done_callback(partial(_unpin, reservations))
+
     def begin(self) -> bool:
         """Tell whether somebody still waits for it."""
         if not self.future.set_running_or_notify_cancel():
@@ -60,9 +68,15 @@ class _Job(Generic[T, R]):
         try:
             self._call.check()
         except LayertapError as error:
-            self.future.set_exception(error)
+            # Without its traceback, which refers to this job, which refers to the error.
+            self.future.set_exception(error.with_traceback(None))
             return False
         return True
+
+
+def _unpin(reservations: Sequence[Reservation], done: Future[Any]) -> None:
+    for reservation in reservations:
+        reservation.unpin()
 
 
 class ComputeThreads:
@@ -90,16 +104,21 @@ class ComputeThreads:
         """Whether all of the threads run."""
         return all(thread.is_alive() for thread in self._threads)
 
-    def run(self, job: Callable[[], R], call: Call) -> R:
+    def run(self, job: Callable[[], R], call: Call, pins: Sequence[Reservation] = ()) -> R:
         """Run a job under ``torch.inference_mode`` and return what it returns.
 
         A job whose caller went away or whose deadline passed before its turn is not run.
+
+        Args:
+            job: What to run.
+            call: The deadline and cancellation state of its request.
+            pins: See ``run_batched``.
 
         Raises:
             UnavailableError: After ``close``.
             DeadlineExceededError, CancelledError: Where the caller is not waiting any more.
         """
-        return self.run_batched(None, lambda _: [job()], call)
+        return self.run_batched(None, lambda _: [job()], call, pins=pins)
 
     def run_batched(
         self,
@@ -110,6 +129,7 @@ class ComputeThreads:
         key: Hashable = None,
         size: int = 1,
         policy: BatchPolicy = ALONE,
+        pins: Sequence[Reservation] = (),
     ) -> R:
         """Run an item as ``run`` does a job, together with others of its key that wait as well.
 
@@ -119,19 +139,19 @@ class ComputeThreads:
         Args:
             item: What is to be computed.
             runner: Computes items of one key; that of the oldest is called.
-            call: The caller's patience.
+            call: The deadline and cancellation state of its request.
             key: Which items may go together; None for none.
             size: What the item adds to a batch.
             policy: How large a batch may get and how long it is waited for.
+            pins: Bytes that the job uses: they stay reserved until it is done, also where its
+                caller has left before.
         """
         job = _Job(item, runner, call)
         try:
-            self._queue.put(job, key, size, policy)
-        except ClosedError:
-            raise UnavailableError("the server is shutting down") from None
-        call.on_cancel(lambda: self._forget(job))
-        try:
-            return job.future.result(timeout=call.remaining())
+            job.pin(pins)
+            self._put(job, key, size, policy)
+            with call.cancelling(partial(self._forget, job)):
+                return job.future.result(timeout=call.remaining())
         except FutureCancelledError:
             raise CancelledError("the caller went away") from None
         except TimeoutError:
@@ -139,12 +159,23 @@ class ComputeThreads:
                 raise
             self._forget(job)
             raise DeadlineExceededError("the deadline passed before the answer was ready") from None
+        finally:
+            # An error that the job raised refers to this frame: it must not refer to the job, which
+            # refers to the error.
+            del job
 
     def close(self) -> None:
         """Finish what was admitted, refuse anything new, end the threads."""
         self._queue.close()
         for thread in self._threads:
             thread.join()
+
+    def _put(self, job: _Job[Any, Any], key: Hashable, size: int, policy: BatchPolicy) -> None:
+        try:
+            self._queue.put(job, key, size, policy)
+        except ClosedError:
+            job.future.cancel()
+            raise UnavailableError("the server is shutting down") from None
 
     def _forget(self, job: _Job[Any, Any]) -> None:
         """Take a job out of the queue that nobody waits for; one that runs already runs on."""
@@ -165,8 +196,7 @@ class ComputeThreads:
 def _settle(jobs: Sequence[_Job[Any, Any]]) -> None:
     """Run jobs of one key together, each alone where that fails."""
     try:
-        first = jobs[0]
-        results = first.context.run(first.runner, [job.item for job in jobs])
+        results = jobs[0].context.run(jobs[0].runner, [job.item for job in jobs])
     except BaseException as error:  # noqa: BLE001 - it is the callers', whatever it is
         if len(jobs) == 1:
             jobs[0].future.set_exception(error)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
-from layertap.engine.admission import Admission
+from layertap.engine.admission import Admission, Reservation
 from layertap.engine.beside import run_beside
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
@@ -73,8 +74,8 @@ class Engine:
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes of the replies that are being made or sent."""
-        return self._admission.reply_bytes
+        """Bytes of the requests and replies that are in memory."""
+        return self._admission.bytes
 
     def load(
         self,
@@ -181,20 +182,58 @@ class Engine:
         """
         return self._versions.host(name)
 
-    def extract(self, request: ExtractionRequest, call: Call) -> Extraction:
+    def lease(self, name: str) -> AbstractContextManager[ModelHost]:
+        """Return a block in which one version of a model is used; it stays until the block ends.
+
+        A request takes one lease for all that it does with the model, so that no answer mixes two
+        versions: Note [A version is let go when nobody uses it]. The block must be entered at once.
+
+        Raises:
+            ModelNotFoundError, UnavailableError: As ``host`` does.
+        """
+        return self._versions.lease(name)
+
+    def reserve(self, nbytes: int) -> Reservation:
+        """Count the bytes of a request that was received; the caller has to release them.
+
+        Raises:
+            OverloadedError: Where they would be over ``pending_bytes`` of the limits.
+        """
+        return self._admission.reserve("the request takes", nbytes)
+
+    def extract(
+        self,
+        request: ExtractionRequest,
+        call: Call,
+        host: ModelHost | None = None,
+        received: Reservation | None = None,
+    ) -> Extraction:
         """Run one request: admit, check, plan, compute, publish.
 
         Args:
             request: What is wanted.
-            call: The caller's patience. The reply's bytes count as pending for as long as anything
-                refers to it.
+            call: The deadline and cancellation state of the request.
+            host: The version to run, of which the caller has a lease; the one that serves the
+                request's model now if None.
+            received: What ``reserve`` gave for the request. Bytes that are decoded from it are
+                added; the caller has to release it afterwards. None where nothing is to be counted
+                but what is decoded.
+
+        Returns:
+            The reply. The caller has to call ``release`` of it once it is not needed any more;
+            until then its bytes count as pending.
 
         Raises:
             LayertapError: See the tree; nothing is computed for a request that is refused.
         """
-        # Note [A version is let go when nobody uses it]
-        with self._admission.request(), self._versions.lease(request.model) as host:
-            return self._pipeline.extract(host, request, call)
+        if host is None:
+            with self.lease(request.model) as leased:
+                return self.extract(request, call, leased, received)
+        if received is None:
+            with self.reserve(0) as decoded:
+                return self.extract(request, call, host, decoded)
+        with self._admission.request():
+            return self._pipeline.extract(host, request, call, received)
 
     def close(self) -> None:
         """Finish what was admitted, then let go of the models."""

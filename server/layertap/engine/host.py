@@ -232,7 +232,7 @@ class ModelHost:
         with self._lock:
             self._plans.pop(key, None)
             self._declared_plans.pop(key, None)
-        self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+        self._refuse(key, refusal)
         _log.warning("%s", refusal)
         return refusal
 
@@ -275,7 +275,7 @@ class ModelHost:
             except (ExtractorUnsupportedError, OverloadedError) as refusal:
                 # Memory that is missing now may be there later: that is not remembered.
                 if isinstance(refusal, ExtractorUnsupportedError):
-                    self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+                    self._refuse(key, refusal)
                 if extractor is resolved.candidates[-1]:
                     raise
                 _log.warning("model %s: %s", self.model.name, refusal)
@@ -339,7 +339,7 @@ class ModelHost:
         try:
             plan = self._builder.build(*key)
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
-            self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+            self._refuse(key, refusal)
             raise
         self._keep(key, plan)
         return plan
@@ -353,7 +353,7 @@ class ModelHost:
             while (plan := self.compute.run(partial(next, steps), Call())) is None:
                 yield
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
-            self._remember(self._refusals, key, refusal, MAX_REFUSALS)
+            self._refuse(key, refusal)
             raise
         self._keep(key, plan)
 
@@ -364,6 +364,10 @@ class ModelHost:
             compiled = [known for known in self._plans if known[0] is Extractor.TORCHSCRIPT]
             for oldest in compiled[: -self._max_compiled]:
                 del self._plans[oldest]
+
+    def _refuse(self, key: PlanKey, refusal: Refusal) -> None:
+        """Remember a refusal. A copy: its traceback refers to the batches that were tried."""
+        self._remember(self._refusals, key, type(refusal)(str(refusal)), MAX_REFUSALS)
 
     def _remember(self, cache: OrderedDict[PlanKey, V], key: PlanKey, value: V, most: int) -> None:
         with self._lock:

@@ -21,7 +21,8 @@ class Limits:
             sizes in which the model takes them.
         layers: Selections of one request, and layers that they match.
         pending: Requests that wait for a compute thread or run on one.
-        pending_bytes: Bytes of the replies that are being made or sent.
+        pending_bytes: Bytes of requests and replies that are in memory: received, decoded, being
+            made or being sent.
         plans: Plans of one model that are kept besides the declared ones.
         plan_bytes: Bytes that the weights of one model's compiled plans may take besides; each is
             counted as all of the model's. A model over that is compiled only where it is declared,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from layertap.engine.admission import Admission
+from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
     ImagesInput,
     TensorInput,
+    batch_bytes,
     check_tensor,
     decode_images,
     preprocess_images,
@@ -24,7 +25,6 @@ from layertap.engine.host import ModelHost
 from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
-from layertap.engine.staging import Staging
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
 from layertap.extraction.plan import Plan
@@ -67,6 +67,7 @@ class Extraction:
         together: Requests that shared the forward pass, this one included.
         shared_bytes: Bytes of tensors that stand in shared memory instead of in the message.
         items: Items of the request.
+        reservation: The bytes of the message; to be released once it was sent or is not needed.
     """
 
     message: bytes
@@ -75,6 +76,23 @@ class Extraction:
     together: int = 1
     shared_bytes: int = 0
     items: int = 1
+    reservation: Reservation | None = field(default=None, compare=False, repr=False)
+
+    def release(self) -> None:
+        """Give back the bytes that were reserved for the message."""
+        if self.reservation is not None:
+            self.reservation.release()
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """One request on its way through the pipeline, and what it has reserved."""
+
+    host: ModelHost
+    request: ExtractionRequest
+    call: Call
+    received: Reservation
+    reply: Reservation
 
 
 class Pipeline:
@@ -90,63 +108,78 @@ class Pipeline:
         self._limits = limits
         self._decoders = threading.Semaphore(available_cpus())
 
-    def extract(self, host: ModelHost, request: ExtractionRequest, call: Call) -> Extraction:
+    def extract(
+        self, host: ModelHost, request: ExtractionRequest, call: Call, received: Reservation
+    ) -> Extraction:
         """Run a request on a model; see ``Engine.extract``."""
+        reply = self._admission.reserve("the reply would take")
+        try:
+            return self._extract(_Admitted(host, request, call, received, reply))
+        except BaseException:
+            reply.release()
+            raise
+
+    def _extract(self, admitted: _Admitted) -> Extraction:
+        host, request, call = admitted.host, admitted.request, admitted.call
         resolved = host.resolve(request.selections, request.extractor)
-        x = self._batch(host, request.input, call)
+        x = self._batch(admitted)
         plan = host.plan(resolved, tuple(x.shape), call)
         if plan.extractor is Extractor.TORCHSCRIPT and not _is_finite(request, x):
             resolved = host.resolve(request.selections, _uncompiled(request, host))
             plan = host.plan(resolved, tuple(x.shape), call)
         try:
-            return self._run(host, request, x, call, resolved=resolved, plan=plan)
+            return self._run(admitted, x, resolved, plan)
         except ModelRunError as error:
             if plan.extractor is not Extractor.TORCHSCRIPT:
                 raise
-            return self._run_model(host, request, x, call, failed=plan, error=error)
+            reason = str(error)
+        # Behind the handler, as the error refers to the former reply and its memory.
+        admitted.reply.shrink(0)
+        return self._run_model(admitted, x, plan, reason)
 
     def _run_model(
-        self,
-        host: ModelHost,
-        request: ExtractionRequest,
-        x: torch.Tensor,
-        call: Call,
-        *,
-        failed: Plan,
-        error: ModelRunError,
+        self, admitted: _Admitted, x: torch.Tensor, failed: Plan, reason: str
     ) -> Extraction:
         """Run the model itself where its compiled program failed.
 
         If the model fails on this input too, its own error is raised. Else the program is at fault,
         and gives way to HOOK.
         """
+        host, request = admitted.host, admitted.request
         resolved = host.resolve(request.selections, Extractor.HOOK)
-        plan = host.plan(resolved, tuple(x.shape), call)
-        extraction = self._run(host, request, x, call, resolved=resolved, plan=plan)
-        refusal = host.refuse(failed, str(error))
+        plan = host.plan(resolved, tuple(x.shape), admitted.call)
+        extraction = self._run(admitted, x, resolved, plan)
+        refusal = host.refuse(failed, reason)
         if request.extractor is Extractor.AUTO:
             return extraction
         raise refusal
 
     def _run(
-        self,
-        host: ModelHost,
-        request: ExtractionRequest,
-        x: torch.Tensor,
-        call: Call,
-        *,
-        resolved: Resolved,
-        plan: Plan,
+        self, admitted: _Admitted, x: torch.Tensor, resolved: Resolved, plan: Plan
     ) -> Extraction:
-        form = request.form(plan.extractor)
-        envelope = Envelope(
-            self._limits.reply_bytes, form, partial(self._admission.reserve, call=call)
-        )
-        make = partial(_reply, plan, resolved, x.shape, envelope, host.staging)
-        work = Work(host, plan, resolved, x, make(), make, call)
+        host, call, reserved = admitted.host, admitted.call, admitted.reply
+        form = admitted.request.form(plan.extractor)
+        envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
+        parts = (resolved.outputs, plan.specs, x.shape, envelope, host.staging)
+
+        def collect() -> Reply:
+            # The reply before was given up, and its memory with it.
+            reserved.shrink(0)
+            return ReplyCollector(*parts)
+
+        kind = ReplyCollector if plan.dynamic else ReplyWriter
+        # Nothing here refers to the reply, so that its memory goes if ``collect`` replaces it.
+        work = Work(host, plan, resolved, x, kind(*parts), collect, call)
+        items = work.items
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
-            work, compute, call, key=_key(work), size=work.items, policy=host.options.batching
+            work,
+            compute,
+            call,
+            key=_key(work),
+            size=items,
+            policy=host.options.batching,
+            pins=(admitted.received, reserved),
         )
         done.arrive()
         ended_ns = time.perf_counter_ns()
@@ -157,18 +190,33 @@ class Pipeline:
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         message = done.reply.finish(timings)
+        # What was copied to the host or cast on the way has gone; the message is left.
+        reserved.shrink(len(message))
         return Extraction(
-            message, plan.extractor, timings, done.together, form.shared_bytes, work.items
+            message, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
         )
 
-    def _batch(self, host: ModelHost, given: TensorInput | ImagesInput, call: Call) -> torch.Tensor:
+    def _batch(self, admitted: _Admitted) -> torch.Tensor:
+        host, given = admitted.host, admitted.request.input
         if isinstance(given, TensorInput):
             x = check_tensor(host.model, given.tensor, self._limits)
         else:
+            x = self._images(admitted, given)
+        if host.staging is None:
+            return x
+        admitted.received.take(x.nbytes)
+        return host.staging.upload(x)
+
+    def _images(self, admitted: _Admitted, given: ImagesInput) -> torch.Tensor:
+        host, call, received = admitted.host, admitted.call, admitted.received
+        # The files are copies of what the message holds.
+        received.take(sum(map(len, given.images)))
+        with self._admission.reserve("the request's decoded images take") as pixels:
             with self._decoding(call):
-                images = decode_images(host.model, given.images, self._limits)
-            x = host.preparing.run(lambda: preprocess_images(host.model, images), call)
-        return x if host.staging is None else host.staging.upload(x)
+                images = decode_images(host.model, given.images, self._limits, pixels.take)
+            received.take(batch_bytes(host.model, images))
+            preprocess = partial(preprocess_images, host.model, images)
+            return host.preparing.run(preprocess, call, pins=(received, pixels))
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
@@ -200,17 +248,6 @@ def _uncompiled(request: ExtractionRequest, host: ModelHost) -> Extractor:
         f"TORCHSCRIPT can't serve an input that holds NaN or infinity: compiled programs handle "
         f"them otherwise than model {host.model.name!r} does; HOOK can"
     )
-
-
-def _reply(
-    plan: Plan,
-    resolved: Resolved,
-    batch_shape: Sequence[int],
-    envelope: Envelope,
-    staging: Staging | None,
-) -> Reply:
-    kind = ReplyCollector if plan.dynamic else ReplyWriter
-    return kind(resolved.outputs, plan.specs, batch_shape, envelope, staging)
 
 
 def _key(work: Work) -> Hashable:

@@ -30,7 +30,7 @@ class Envelope:
     Attributes:
         max_bytes: The limit of the message.
         form: Lays the message out.
-        admit: Is told the bytes that the form takes before they are allocated; raises
+        admit: Called with the bytes that the form takes before they are allocated; raises
             OverloadedError to refuse them.
     """
 

@@ -90,7 +90,8 @@ def resolve(
 def _matches(
     catalogue: Catalogue, selection: LayerSelection, extractor: Extractor
 ) -> Iterator[LayerEntry]:
-    if not is_glob(selection.layer):
+    # A module's name may have a star or a question mark in it.
+    if selection.layer in catalogue.entries or not is_glob(selection.layer):
         entry = catalogue.entry(selection.layer)
         _check_served(entry, selection.capture, extractor)
         yield entry
@@ -129,7 +130,9 @@ def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> 
     reason = entry.support[chosen].reason
     if capture is Capture.INPUT and entry.serves(chosen, Capture.OUTPUT):
         takes = chosen in (Extractor.HOOK, Extractor.TORCHSCRIPT)
-        reason = "the layer's input is no single tensor" if takes else "it takes outputs only"
+        spec = entry.specs.get(capture)
+        kind = f"{spec.dtype}, which can't be sent" if spec else "no single tensor"
+        reason = f"the layer's input is {kind}" if takes else "it takes outputs only"
     raise ExtractorUnsupportedError(
         f"{extractor.name} can't serve the {capture} of layer {entry.name!r}: {reason}; "
         f"extractors that can: {others}"

@@ -36,8 +36,9 @@ class Work:
         resolved: Its layers.
         x: Its input ``[B, ...]``, on the CPU.
         reply: Where its outputs go.
-        collect: Makes a reply for values whose shapes are not those that the plan predicts.
-        call: The caller's patience.
+        collect: Makes a reply for values whose shapes are not those that the plan predicts, and
+            gives back what was reserved for the one before.
+        call: The deadline and cancellation state of the request.
     """
 
     host: ModelHost
@@ -113,7 +114,8 @@ def compute(works: Sequence[Work]) -> list[Computed]:
                 _run_together(works)
             arrival = host.staging.launched() if host.staging else None
     except _AbandonedError as abandoned:
-        raise abandoned.reason from None
+        # A new one: that one belongs to the frames that this error's context refers to.
+        raise type(abandoned.reason)(str(abandoned.reason)) from None
     return [Computed(work.reply, begun_ns, len(works), name, arrival) for work in works]
 
 
@@ -140,8 +142,11 @@ def _run_alone(work: Work) -> None:
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
     except ShapeChangedError:
         work.plan.findings.found_dynamic()
-        work.reply = work.collect()
-        _capture(work, x.clone() if host.catalogue.mutates_input else x)
+    else:
+        return
+    # Behind the handler: the error refers to the former reply and its memory.
+    work.reply = work.collect()
+    _capture(work, x.clone() if host.catalogue.mutates_input else x)
 
 
 def _on_device(work: Work) -> torch.Tensor:
@@ -198,7 +203,8 @@ def _abandoning(calls: Sequence[Call]) -> Callable[[], None]:
             try:
                 call.check()
             except LayertapError as error:
-                reason = error
+                # Without its traceback, which refers to this frame and so to the error itself.
+                reason = error.with_traceback(None)
             else:
                 return
         raise _AbandonedError(reason)

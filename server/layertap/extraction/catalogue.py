@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +33,7 @@ class LayerEntry:
     """One layer.
 
     Attributes:
-        name: What to ask for.
+        name: What to ask for; see Note [Names].
         kind: A module's call, or a node of the symbolic graph.
         type: The module's class or the node's operation.
         calls: How often the module runs in one forward pass; 0 if never.
@@ -40,6 +41,9 @@ class LayerEntry:
         specs: The shape and type of each of those.
         support: Every extractor's answer.
         geometry: How the output is laid out.
+        same_as: The name of the same layer by the first path of its module, where ``name`` is by
+            another path to that module; else empty.
+        is_result: Whether it is what the model itself returns, or a member of that.
     """
 
     name: str
@@ -50,6 +54,8 @@ class LayerEntry:
     specs: Mapping[Capture, ValueSpec] = field(default_factory=dict)
     support: Mapping[Extractor, Support] = field(default_factory=dict)
     geometry: Geometry = field(default_factory=Geometry)
+    same_as: str = ""
+    is_result: bool = False
 
     def serves(self, extractor: Extractor, capture: Capture) -> bool:
         """Tell whether an extractor can take that side of the layer."""
@@ -97,6 +103,7 @@ class Catalogue:
         return {
             point: entry.name if side is Capture.OUTPUT else f"{entry.name}:{side}"
             for entry in self
+            if not entry.same_as
             for side, point in entry.points.items()
         }
 
@@ -121,10 +128,22 @@ class Catalogue:
     def match(self, pattern: str) -> list[LayerEntry]:
         """Return the entries that a glob matches, in execution order.
 
-        ``*`` and ``?`` stay within one component of a path, ``**`` crosses components.
+        ``*`` and ``?`` stay within one component of a path, ``**`` crosses components. A layer
+        that matches by several of its names is returned once. The model's own result is returned
+        only for a glob that begins with its name, since it is mostly the last layer's output.
         """
         glob = Glob(pattern)
-        return [entry for entry in self if glob.matches(entry.name)]
+        found = {entry.name: entry for entry in self if glob.matches(entry.name)}
+        return [
+            entry
+            for entry in found.values()
+            if entry.same_as not in found
+            and (not entry.is_result or pattern.startswith(_beginning(entry.name)))
+        ]
+
+
+def _beginning(name: str) -> str:
+    return re.split(r"[.\[]", name, maxsplit=1)[0]
 
 
 def _hint(name: str, names: Iterable[str]) -> str:

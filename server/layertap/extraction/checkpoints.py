@@ -38,10 +38,10 @@ class Checkpoints:
 
     def __init__(self, module: nn.Module, catalogue: Catalogue) -> None:
         self._handles = []
-        # torch refuses hooks on modules of TorchScript programs.
-        if not isinstance(module, torch.jit.ScriptModule):
-            modules = dict(module.named_modules())
-            for path in _spread(catalogue):
+        modules = dict(module.named_modules())
+        for path in _spread(catalogue):
+            # torch refuses hooks on modules of TorchScript programs.
+            if not isinstance(modules[path], torch.jit.ScriptModule):
                 self._handles.append(modules[path].register_forward_pre_hook(_ask))
 
     def close(self) -> None:

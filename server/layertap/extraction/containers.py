@@ -1,4 +1,8 @@
-"""Containers of tensors as named tensors: tuples by index, mappings and dataclasses by key."""
+"""Containers of tensors as named tensors: tuples by index, mappings and dataclasses by key.
+
+Some tensors can't be sent as they are. ``plain`` makes what is sent of a value; ``unsendable`` says
+of which values nothing is made.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["flatten", "pick"]
+from layertap.extraction.attention import WEIGHTS, Attended
+from layertap.wire.dtypes import DTYPES
+
+__all__ = ["flatten", "pick", "plain", "unsendable"]
+
+_SENT = {getattr(torch, row.name) for row in DTYPES}
 
 MAX_DEPTH = 8
 
@@ -30,12 +39,40 @@ def flatten(value: Any, depth: int = 0) -> Iterator[tuple[tuple[str, ...], torch
 def pick(value: Any, way: tuple[str, ...]) -> torch.Tensor | None:
     """Return the tensor at the end of ``way``, or None where there is none."""
     for step in way:
+        if isinstance(value, Attended) and step != WEIGHTS:
+            value = value.output  # Its weights are computed for those who want them only.
         value = dict(_members(value)).get(step)
     return value if isinstance(value, torch.Tensor) else None
 
 
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what is sent of a tensor: without its gradient's graph, dequantised if quantised."""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def unsendable(tensor: torch.Tensor) -> str:
+    """Return why a tensor can't be sent; empty where what ``plain`` makes of it can be."""
+    if tensor.is_nested:
+        return "its value is a nested tensor, whose items differ in size"
+    if tensor.layout is not torch.strided:
+        return f"its value is a sparse tensor ({_name(tensor.layout)})"
+    if tensor.dtype in _SENT or tensor.is_quantized:
+        return ""
+    return f"its value is {_name(tensor.dtype)}, a type that the protocol does not carry"
+
+
+def _name(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
+
+
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
+    if isinstance(value, Attended):
+        yield from _members(value.output)
+        if not value.too_large:
+            yield WEIGHTS, value.weights()
+    elif isinstance(value, Mapping):
         yield from ((str(key), member) for key, member in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from zip(value._fields, value, strict=True)

@@ -29,6 +29,7 @@ import torch
 from torch import fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from layertap.extraction.containers import plain
 from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.models import LoadedModel
@@ -67,6 +68,8 @@ class GraphNames:
         """
         if point.kind is PointKind.NODE:
             return point.path if point.path in self._targets else None
+        if not point.path:
+            return None  # The model's own result: no node says which one it is.
         own = [name for name, target in self._targets.items() if target == point.path]
         if own:
             return own[point.call] if point.call < len(own) else None
@@ -238,4 +241,4 @@ def _end_behind_captures(graph: fx.Graph) -> None:
 def _capture(value: Any, index: int) -> None:
     sink = _sink.get()
     if sink is not None and isinstance(value, torch.Tensor):
-        sink(index, value)
+        sink(index, plain(value))

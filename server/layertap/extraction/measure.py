@@ -7,7 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,18 +15,24 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
+from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
-from layertap.extraction.fx import GraphNames, trace
-from layertap.extraction.layout import Geometry, geometry
+from layertap.extraction.fx import GraphNames, Trace, trace
+from layertap.extraction.grid import survey_grids
+from layertap.extraction.layout import Geometry
+from layertap.extraction.names import LayerNames
 from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
 from layertap.extraction.samples import bytes_input, reaching_inputs
+from layertap.extraction.script_taps import programs
 from layertap.extraction.straight import straight_children
 from layertap.extraction.survey import (
     HookSurvey,
     LooksSurvey,
     Shape,
     sample_input,
+    survey_first_item,
+    survey_fused,
     survey_fx,
     survey_hooks,
     survey_looks,
@@ -55,6 +61,14 @@ class _Graph:
     specs: Mapping[str, ValueSpec] = field(default_factory=dict)
     lost: Collection[str] = ()
     astray: str = ""
+    trace: Trace | None = None
+
+    def shapes(self, x: torch.Tensor) -> dict[CapturePoint, tuple[int, ...]]:
+        """Return the shape of every node that calls no module, for a batch."""
+        if self.trace is None:
+            return {}
+        shapes = survey_fx(self.trace, x, {}).shapes
+        return {_node(name): shape for name, (_, shape) in shapes.items() if name in self.specs}
 
 
 @dataclass
@@ -69,6 +83,8 @@ class _Findings:
     random: Collection[CapturePoint]
     order: list[tuple[str, int]]
     varying: Collection[str]
+    names: LayerNames
+    unsendable: Mapping[CapturePoint, str]
 
     @property
     def untraceable(self) -> str:
@@ -77,6 +93,11 @@ class _Findings:
             return "the model takes a list of images, not a tensor"
         if isinstance(self.model.module, torch.jit.ScriptModule):
             return "the model is a TorchScript program already, and runs as one under HOOK"
+        inner = next(iter(programs(self.model.module)), "")
+        if inner:
+            return f"a part of the model, {inner!r}, is a TorchScript program already"
+        if self.model.differentiates:
+            return "the model differentiates in its forward pass, which a trace does not record"
         return ""
 
 
@@ -91,17 +112,25 @@ def measure(model: LoadedModel) -> Catalogue:
     x = sample_input(model, 1, model.input.item_shape)
     looks = survey_looks(model, x)
     others = _survey_others(model) if looks.looked else []
+    graph = _survey_graph(model, oracle)
+    specs = {**_sometimes(one, others), **_specs(one, two.shapes)}
+    specs = _in_order(model, specs, oracle, x)
+    specs, graph = _placed(model, specs, graph)
     findings = _Findings(
         model=model,
-        specs={**_sometimes(one, others), **_specs(one.shapes, two.shapes)},
+        specs=specs,
         walk=survey_walk(model, x, oracle, straight_children(model.module, looks)),
-        graph=_survey_graph(model, oracle),
+        graph=graph,
         looks=looks,
         random=_random(model, one, two, x),
         order=_order([one, *others]),
         varying=_varying([one, *others]),
+        names=LayerNames(model.module),
+        unsendable=_unsendable([one, *others]),
     )
     entries = {entry.name: entry for entry in _module_entries(findings)}
+    for entry in _weightless_entries(findings, x):
+        entries.setdefault(entry.name, entry)
     for entry in _node_entries(findings.graph):
         entries.setdefault(entry.name, entry)
     for entry in _silent_entries(findings):
@@ -145,6 +174,11 @@ def _sometimes(one: HookSurvey, others: Sequence[HookSurvey]) -> dict[CapturePoi
         for point, (dtype, shape) in survey.shapes.items()
         if point not in one.shapes
     }
+
+
+def _unsendable(surveys: Sequence[HookSurvey]) -> dict[CapturePoint, str]:
+    """Return why nothing can be sent of some values, for each such value of some survey."""
+    return {point: reason for survey in surveys for point, reason in survey.unsendable.items()}
 
 
 def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
@@ -233,12 +267,13 @@ def _run_twice(model: LoadedModel) -> tuple[HookSurvey, HookSurvey]:
     return one, two
 
 
-def _specs(
-    one: Mapping[CapturePoint, Shape], two: Mapping[CapturePoint, Shape]
-) -> dict[CapturePoint, ValueSpec]:
+def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePoint, ValueSpec]:
     return {
-        point: ValueSpec.from_batches(dtype, shape, two[point][1] if point in two else None)
-        for point, (dtype, shape) in one.items()
+        point: replace(
+            ValueSpec.from_batches(dtype, shape, two[point][1] if point in two else None),
+            quantized=one.quantized.get(point, ""),
+        )
+        for point, (dtype, shape) in one.shapes.items()
     }
 
 
@@ -258,7 +293,52 @@ def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor
         for name, (dtype, shape) in one.shapes.items()
         if name in graph.names.operations
     }
-    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray)
+    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray, graph)
+
+
+def _in_order(
+    model: LoadedModel,
+    specs: dict[CapturePoint, ValueSpec],
+    values: Mapping[CapturePoint, torch.Tensor],
+    x: torch.Tensor,
+) -> dict[CapturePoint, ValueSpec]:
+    """Return the specs with those marked whose items are interleaved along the batch dimension.
+
+    Args:
+        model: The model.
+        specs: The type and shape of each point.
+        values: The outputs for a batch of one item.
+        x: That batch.
+    """
+    several = {p: spec for p, spec in specs.items() if (spec.batch_axis or (0, 1))[1] > 1}
+    if not several:
+        return specs
+    other = sample_input(model, 2, model.input.item_shape)[1:]
+    first = survey_first_item(model, torch.cat([x, other]), several, values)
+    return {
+        point: replace(spec, interleaved=True) if point in several and point not in first else spec
+        for point, spec in specs.items()
+    }
+
+
+def _node(name: str) -> CapturePoint:
+    return CapturePoint(PointKind.NODE, name)
+
+
+def _placed(
+    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: _Graph
+) -> tuple[dict[CapturePoint, ValueSpec], _Graph]:
+    """Return the specs of modules and nodes with what is known of their layouts."""
+    nodes = {_node(name): spec for name, spec in graph.specs.items()}
+    found = survey_grids(model, {**specs, **nodes}, nullcontext(), graph.shapes)
+
+    def placed(point: CapturePoint, spec: ValueSpec) -> ValueSpec:
+        return replace(spec, geometry=found[point]) if point in found else spec
+
+    return (
+        {point: placed(point, spec) for point, spec in specs.items()},
+        replace(graph, specs={p.path: placed(p, spec) for p, spec in nodes.items()}, trace=None),
+    )
 
 
 def _module_entries(findings: _Findings) -> list[LayerEntry]:
@@ -267,39 +347,51 @@ def _module_entries(findings: _Findings) -> list[LayerEntry]:
     by_call: dict[tuple[str, int], list[CapturePoint]] = {}
     for point in findings.specs:
         by_call.setdefault((point.path, point.call), []).append(point)
-    entries = []
-    for path, call in findings.order:
-        base = path if call == 0 else f"{path}_{call}"
-        # The root has no name to ask for; a module that is named like another's further call wins.
-        if not path or (call and base in modules):
-            continue
+    # The model's own call began first, and its result comes last. Of one that calls itself, the
+    # outermost call ends last.
+    order = [(path, call) for path, call in findings.order if path]
+    entries: list[LayerEntry] = []
+    for path, call in (*order, ("", calls[""] - 1)):
         bare = LayerEntry(
-            base,
+            findings.names.of_call(path, call)[0],
             PointKind.MODULE,
             _class_name(modules[path]),
             calls[path],
-            support=dict.fromkeys(REAL_EXTRACTORS, _no_tensor(path, findings)),
+            support=dict.fromkeys(REAL_EXTRACTORS, _no_tensor(path, call, findings)),
+            is_result=not path,
         )
-        named: dict[str, dict[Capture, CapturePoint]] = {base: {}}
+        members: dict[tuple[str, ...], dict[Capture, CapturePoint]] = {}
         for point in by_call.get((path, call), ()):
-            name = ".".join((base, *point.member))
-            if name == base or name not in modules:
-                named.setdefault(name, {})[point.capture] = point
-        for name, points in named.items():
-            entries.append(_describe(replace(bare, name=name, points=points), findings))
+            if path or point.capture is Capture.OUTPUT:
+                members.setdefault(point.member, {})[point.capture] = point
+        # A container comes behind its members: what can be asked for comes first.
+        members.setdefault((), {})
+        for way, points in members.items():
+            entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries
+
+
+def _named(
+    entry: LayerEntry, path: str, call: int, way: tuple[str, ...], findings: _Findings
+) -> Iterator[LayerEntry]:
+    """Yield a layer by each of its names; see Note [Names]."""
+    calls = findings.names.of_call(path, call)
+    own, *others = (findings.names.of_member(each, way) for each in calls)
+    described = _describe(replace(entry, name=own), findings)
+    yield described
+    for other in others:
+        yield replace(described, name=other, same_as=own)
 
 
 def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
     if not entry.points:
         return entry
     specs = {side: findings.specs[point] for side, point in entry.points.items()}
-    item_shape = findings.model.input.item_shape
     output = specs.get(Capture.OUTPUT)
     return replace(
         entry,
         specs=specs,
-        geometry=geometry(output, item_shape) if output else Geometry(),
+        geometry=output.geometry if output else Geometry(),
         support={extractor: _support(extractor, entry, findings) for extractor in REAL_EXTRACTORS},
     )
 
@@ -310,7 +402,9 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
         return Support(output=False, reason=findings.untraceable)
     if point is None:
         missing = next(iter(entry.points.values()))
-        support = _no_tensor(missing.path, findings)
+        support = _no_tensor(missing.path, missing.call, findings)
+    elif point in findings.unsendable:
+        support = Support(output=False, reason=findings.unsendable[point])
     elif extractor is Extractor.FX:
         support = _fx_support(point, findings.graph)
     elif extractor in (Extractor.CHILDREN, Extractor.LAYER_GETTER):
@@ -319,7 +413,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
         support = Support(output=True)
     given = entry.points.get(Capture.INPUT)
     hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
-    support = replace(support, input=hooked and given is not None)
+    sent = given is not None and given not in findings.unsendable
+    support = replace(support, input=hooked and sent)
     return _without(
         support, _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)
     )
@@ -356,7 +451,9 @@ def _uncompilable(point: CapturePoint, looks: LooksSurvey) -> str:
 
 def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
     reasons = findings.walk
-    if point.member:
+    if not point.path:
+        reason = "a walk over children has the children's values, not the model's own result"
+    elif point.member:
         reason = "a walk over children passes on plain tensors only"
     elif point.call:
         reason = "a walk over children calls each child once"
@@ -384,13 +481,44 @@ def _fx_support(point: CapturePoint, graph: _Graph) -> Support:
     return Support(output=not reason, reason=reason)
 
 
-def _no_tensor(path: str, findings: _Findings) -> Support:
-    inside = f"; ask for a member of it, such as {path}.0" if _has_members(path, findings) else ""
-    return Support(output=False, reason=f"the layer returns no plain tensor{inside}")
+def _no_tensor(path: str, call: int, findings: _Findings) -> Support:
+    what = "layer" if path else "model"
+    inside = _first_member(path, call, findings)
+    advice = f"; ask for a member of it, such as {inside}" if inside else ""
+    return Support(output=False, reason=f"the {what} returns no plain tensor{advice}")
 
 
-def _has_members(path: str, findings: _Findings) -> bool:
-    return any(p.path == path and p.member and p.capture is Capture.OUTPUT for p in findings.specs)
+def _first_member(path: str, call: int, findings: _Findings) -> str:
+    """Return the name of the first tensor in a container that a call returned; empty for none."""
+    base = findings.names.of_call(path, call)[0]
+    return next(
+        (
+            findings.names.of_member(base, point.member)
+            for point in findings.specs
+            if (point.path, point.call, point.capture) == (path, call, Capture.OUTPUT)
+            and point.member
+        ),
+        "",
+    )
+
+
+def _weightless_entries(findings: _Findings, x: torch.Tensor) -> Iterator[LayerEntry]:
+    """Yield a layer for the attention weights of each module that can't be made to return them."""
+    modules = dict(findings.model.module.named_modules())
+    # Not worth a pass where nothing is called so.
+    if not any("att" in f"{path}.{_class_name(each)}".lower() for path, each in modules.items()):
+        return
+    calls = Counter(path for path, _ in findings.order)
+    for path in sorted(survey_fused(findings.model, x)):
+        reason = TOO_LARGE if returns_weights(modules[path]) else FUSED
+        name = findings.names.of_member(findings.names.of_call(path, 0)[0], (WEIGHTS,))
+        yield LayerEntry(
+            name,
+            PointKind.MODULE,
+            _class_name(modules[path]),
+            calls[path],
+            support=dict.fromkeys(REAL_EXTRACTORS, Support(output=False, reason=reason)),
+        )
 
 
 def _node_entries(graph: _Graph) -> list[LayerEntry]:
@@ -413,15 +541,16 @@ def _node_entries(graph: _Graph) -> list[LayerEntry]:
             PointKind.NODE,
             re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]),
             1,
-            points={Capture.OUTPUT: CapturePoint(PointKind.NODE, name)},
+            points={Capture.OUTPUT: _node(name)},
             specs={Capture.OUTPUT: spec},
+            geometry=spec.geometry,
             support=support(name),
         )
         for name, spec in graph.specs.items()
     ]
 
 
-def _silent_entries(findings: _Findings) -> list[LayerEntry]:
+def _silent_entries(findings: _Findings) -> Iterator[LayerEntry]:
     ran = {path for path, _ in findings.order}
     reason = "the module never runs in a forward pass"
     if findings.looks.looked:
@@ -430,17 +559,18 @@ def _silent_entries(findings: _Findings) -> list[LayerEntry]:
             "tensor values, it may run for other input"
         )
     no = Support(output=False, reason=reason)
-    return [
-        LayerEntry(
-            path,
-            PointKind.MODULE,
-            _class_name(module),
-            0,
-            support=dict.fromkeys(REAL_EXTRACTORS, no),
-        )
-        for path, module in findings.model.module.named_modules()
-        if path and path not in ran
-    ]
+    for path, module in findings.model.module.named_modules():
+        if not path or path in ran:
+            continue
+        for name in findings.names.of_call(path, 0):
+            yield LayerEntry(
+                name,
+                PointKind.MODULE,
+                _class_name(module),
+                0,
+                support=dict.fromkeys(REAL_EXTRACTORS, no),
+                same_as="" if name == path else path,
+            )
 
 
 def _class_name(module: nn.Module) -> str:

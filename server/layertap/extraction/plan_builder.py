@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -137,8 +137,8 @@ class PlanBuilder:
             oracle.append(self.prover.truth(points, x))
             yield None
         specs = tuple(
-            ValueSpec.from_batches(one.dtype, one.shape, two.shape)
-            for one, two in zip(*oracle, strict=True)
+            self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), item_shape)
+            for point, one, two in zip(points, *oracle, strict=True)
         )
         proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)), self._turn)
         if extractor is not Extractor.HOOK:
@@ -153,6 +153,20 @@ class PlanBuilder:
                 yield from proof.steps(built)
         findings = Findings(len(x) for x, _ in proof.cases)
         yield Plan(extractor, tuple(points), item_shape, specs, built, findings)
+
+    def _placed(
+        self, point: CapturePoint, spec: ValueSpec, item_shape: tuple[int, ...]
+    ) -> ValueSpec:
+        """Return a spec with what the catalogue has found out about the point."""
+        measured = self._catalogue.specs.get(point)
+        if measured is None or len(measured.dims) != len(spec.dims):
+            return spec
+        spec = replace(spec, interleaved=measured.interleaved)
+        if spec.batch_axis is None:
+            return spec
+        shape = [1, *(dim.size for dim in spec.dims if not dim.batch)]
+        geometry = measured.geometry.at(shape, item_shape, self._model.input.item_shape)
+        return replace(spec, geometry=geometry)
 
     def _compiled(
         self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool

@@ -9,6 +9,12 @@ Note [Hooks in a program]
     dead-code elimination from removing them.
 
 A frozen program has no submodules left, and so no layers.
+
+Note [Programs inside a model]
+    An eager model may have programs among its submodules. The call of such a program comes from
+    Python, and ordinary hooks see it; they say at which path of the model it is, so that the
+    operators inside know where they are. What happens in a program that was entered in another way,
+    by a method other than ``forward`` say, has no path and is not reported.
 """
 
 from __future__ import annotations
@@ -21,12 +27,13 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import nn
 from torch.jit import ScriptModule
 
 from layertap.extraction.points import Observer
 from layertap.selection import Capture
 
-__all__ = ["instrument", "watch", "writes_attributes"]
+__all__ = ["begin_program", "end_program", "instrument", "programs", "watch", "writes_attributes"]
 
 _watcher: ContextVar[_Watcher | None] = ContextVar("layertap_watcher", default=None)
 _instrumented: WeakSet[ScriptModule] = WeakSet()
@@ -37,9 +44,21 @@ class _Watcher:
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
-        self._paths: list[str] = []
+        # None for the calls of a program whose own path is not known.
+        self._paths: list[str | None] = []
+        self._outside: list[list[str | None]] = []
         self._arguments: list[torch.Tensor] = []
         self.raised: BaseException | None = None
+
+    def begin(self, path: str) -> None:
+        """Begin the call of a program at a path of the model."""
+        self._outside.append(self._paths)
+        self._paths = [path]
+
+    def end(self) -> None:
+        """End the call of a program."""
+        if self._outside:
+            self._paths = self._outside.pop()
 
     def report(self, method: str, *values: Any) -> None:
         """Take an operator's report, and remember what the observer raises."""
@@ -56,13 +75,18 @@ class _Watcher:
     def enter(self, name: str) -> None:
         """Begin the call of a submodule of the current one."""
         arguments, self._arguments = self._arguments, []
-        self._paths.append(f"{self._paths[-1]}.{name}" if self._paths else name)
+        parent = self._paths[-1] if self._paths else None
+        path = None if parent is None else f"{parent}.{name}" if parent else name
+        self._paths.append(path)
         value = arguments[0] if len(arguments) == 1 else tuple(arguments)
-        self._observer(self._paths[-1], Capture.INPUT, value)
+        if path is not None:
+            self._observer(path, Capture.INPUT, value)
 
     def leave(self, value: torch.Tensor | None = None) -> None:
         """End the current call."""
-        self._observer(self._paths.pop(), Capture.OUTPUT, value)
+        path = self._paths.pop()
+        if path is not None:
+            self._observer(path, Capture.OUTPUT, value)
 
 
 @contextmanager
@@ -79,6 +103,33 @@ def watch(observer: Observer) -> Iterator[None]:
         raise watcher.raised from error
     finally:
         _watcher.reset(token)
+
+
+def begin_program(path: str) -> None:
+    """Tell the current watcher that the program at a path of the model begins."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher.begin(path)
+
+
+def end_program() -> None:
+    """Tell the current watcher that the program that began last ends."""
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher.end()
+
+
+def programs(module: nn.Module) -> dict[str, ScriptModule]:
+    """Return the TorchScript programs of a model by their paths, outermost ones only.
+
+    A model that is a program itself has the empty path. Each is returned once, by its first path.
+    """
+    found: dict[str, ScriptModule] = {}
+    for path, submodule in module.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
+        if isinstance(submodule, ScriptModule) and not inside:
+            found[path] = submodule
+    return found
 
 
 def instrument(module: ScriptModule) -> None:
@@ -109,6 +160,8 @@ def writes_attributes(module: ScriptModule) -> bool:
 
 
 def _instrument_graph(graph: Any) -> None:
+    if graph.findAllNodes("layertap::enter"):
+        return  # Programs that are scripted from one class share their graphs.
     self_value = next(iter(graph.inputs()))
     for node in _calls(graph):
         called, *arguments = node.inputs()

@@ -16,14 +16,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from layertap.extraction.attention import WEIGHTS, FusedAttention
 from layertap.extraction.chance import Generators
-from layertap.extraction.containers import flatten
+from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
-from layertap.extraction.points import CapturePoint, PointKind
-from layertap.extraction.script_taps import writes_attributes
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.script_taps import programs, writes_attributes
 from layertap.extraction.taps import observe
-from layertap.extraction.verify import same
+from layertap.extraction.verify import difference, same
 from layertap.models import LoadedModel
 from layertap.selection import Capture
 
@@ -33,6 +34,8 @@ __all__ = [
     "LooksSurvey",
     "Shape",
     "sample_input",
+    "survey_first_item",
+    "survey_fused",
     "survey_fx",
     "survey_hooks",
     "survey_looks",
@@ -43,6 +46,9 @@ __all__ = [
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
+_NEAR = 1e-2
+"""Kernels for another batch size may add in another order; another item differs by far more."""
+
 
 @dataclass
 class HookSurvey:
@@ -52,6 +58,8 @@ class HookSurvey:
         order: (module path, call) in the order in which the calls began.
         shapes: Every captured tensor's type and shape.
         values: A clone of every captured output, where they were asked for.
+        unsendable: Why nothing can be sent of a value, for those of which that is so.
+        quantized: The quantised type of each value that is quantised.
         mutated_input: Whether the batch was another one afterwards.
         kept_state: Whether some module had other attributes or buffers afterwards, or its program
             has statements that write some.
@@ -61,6 +69,8 @@ class HookSurvey:
     order: list[tuple[str, int]] = field(default_factory=list)
     shapes: dict[CapturePoint, Shape] = field(default_factory=dict)
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
+    unsendable: dict[CapturePoint, str] = field(default_factory=dict)
+    quantized: dict[CapturePoint, str] = field(default_factory=dict)
     mutated_input: bool = False
     kept_state: bool = False
     random: set[CapturePoint] = field(default_factory=set)
@@ -102,11 +112,23 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
             survey.order.append((path, call))
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
-            survey.shapes[point] = (tensor.dtype, tuple(tensor.shape))
-            if keep_values and side is Capture.OUTPUT:
-                survey.values[point] = tensor.clone()
             if generators.moved():
                 survey.random.add(point)
+            reason = unsendable(tensor)
+            if reason:
+                survey.unsendable[point] = reason
+                survey.shapes[point] = (
+                    tensor.dtype,
+                    () if tensor.is_nested else tuple(tensor.shape),
+                )
+                continue
+            if tensor.is_quantized:
+                survey.quantized[point] = str(tensor.dtype).removeprefix("torch.")
+            sent = plain(tensor)
+            survey.shapes[point] = (sent.dtype, tuple(sent.shape))
+            # Attention weights are large, and nothing is held against them.
+            if keep_values and side is Capture.OUTPUT and WEIGHTS not in way:
+                survey.values[point] = sent.clone()
 
     before, attributes = x.clone(), _attributes(model.module)
     generators = Generators(model.device)
@@ -114,9 +136,44 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
         model.forward(x)
     survey.mutated_input = not same(x, before)
     survey.kept_state = _differ(attributes, _attributes(model.module))
-    if isinstance(model.module, torch.jit.ScriptModule):
-        survey.kept_state |= writes_attributes(model.module)
+    survey.kept_state |= any(map(writes_attributes, programs(model.module).values()))
     return survey
+
+
+def survey_first_item(
+    model: LoadedModel,
+    x: torch.Tensor,
+    specs: Mapping[CapturePoint, ValueSpec],
+    values: Mapping[CapturePoint, torch.Tensor],
+) -> set[CapturePoint]:
+    """Return the points whose first elements along the batch dimension are the first item's.
+
+    Args:
+        model: The model.
+        x: ``[2, ...]``.
+        specs: The type and shape of each point to look at.
+        values: What the first item alone gives.
+    """
+    first: set[CapturePoint] = set()
+    calls: Counter[str] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        if side is Capture.INPUT:
+            return
+        call = calls[path]
+        calls[path] += 1
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            axis = specs[point].batch_axis if point in specs else None
+            if axis is None or point not in values or tensor.ndim <= axis[0]:
+                continue
+            mine = plain(tensor).narrow(axis[0], 0, axis[1])
+            if difference(mine, values[point]) < _NEAR:
+                first.add(point)
+
+    with observe(model.module, see):
+        model.forward(x.clone())
+    return first
 
 
 def survey_repeat(
@@ -133,7 +190,7 @@ def survey_repeat(
         calls[path] += 1
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
-            if point in values and not same(tensor, values[point]):
+            if point in values and not same(plain(tensor), values[point]):
                 changed.add(point)
 
     with observe(model.module, see):
@@ -198,6 +255,29 @@ def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
     with watch_looks(model.module, x) as looks, observe(model.module, see):
         model.forward(x)
     return survey
+
+
+def survey_fused(model: LoadedModel, x: torch.Tensor) -> set[str]:
+    """Return the paths of the modules that attend in one fused operation, and so have no weights.
+
+    A pass of its own, as ``survey_looks`` is.
+    """
+    fused: set[str] = set()
+    running: list[str] = []
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        if side is Capture.INPUT:
+            running.append(path)
+        elif running:
+            running.pop()
+
+    def attends() -> None:
+        if running:
+            fused.add(running[-1])
+
+    with FusedAttention(attends), observe(model.module, see):
+        model.forward(x.clone())
+    return fused
 
 
 @dataclass
@@ -357,6 +437,6 @@ def _step(
         y = child(x)
     except Exception:  # noqa: BLE001 - whatever a model raises, the walk ends here
         y = None
-    if isinstance(y, torch.Tensor) and same(y, expected):
+    if isinstance(y, torch.Tensor) and same(plain(y), expected):
         return y, ""
     return x, f"the forward pass does not feed child {name!r} with the child registered before it"

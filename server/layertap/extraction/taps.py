@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -25,9 +25,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from layertap.errors import ModelRunError
-from layertap.extraction.containers import pick
+from layertap.extraction.attention import attended
+from layertap.extraction.containers import pick, plain
 from layertap.extraction.points import CapturePoint, Observer, Sink
-from layertap.extraction.script_taps import instrument, watch
+from layertap.extraction.script_taps import (
+    begin_program,
+    end_program,
+    instrument,
+    programs,
+    watch,
+)
 from layertap.selection import Capture
 
 __all__ = ["StopForward", "Taps", "call_input", "observe"]
@@ -72,7 +79,16 @@ class _Session:
         tensor = pick(value, point.member)
         if tensor is None:
             raise ModelRunError(f"layer {point.path!r}: returned no tensor on this input")
-        self._sink(index, tensor)
+        self._sink(index, plain(tensor))
+
+    def returned(self, value: Any) -> None:
+        """Pass on what is wanted of the model's own result.
+
+        Hooks on the model would see the calls of one that calls itself, the outermost one last.
+        """
+        for key in [key for key in self._wanted if key[:2] == ("", Capture.OUTPUT)]:
+            for index in self._wanted.pop(key):
+                self._take(index, value)
 
     def end(self) -> None:
         """Raise what the model's own code caught, or ModelRunError where a capture is missing."""
@@ -101,9 +117,13 @@ class Taps:
         self._modules = dict(module.named_modules())
         self._handles: dict[tuple[str, Capture], RemovableHandle] = {}
         self._lock = threading.Lock()
-        self._script = isinstance(module, torch.jit.ScriptModule)
-        if isinstance(module, torch.jit.ScriptModule):
-            instrument(module)
+        self._in_programs: set[str] = set()
+        for path, program in programs(module).items():
+            instrument(program)
+            inside = (name for name, _ in program.named_modules())
+            self._in_programs.update(_join(path, name) for name in inside)
+            for side, handle in _hook_program(path, program, partial(_route, path)):
+                self._handles[path, side] = handle
         # torch runs these layers by a fused path that calls no submodule, unless one has a hook.
         # A hook from the start keeps answers from depending on what was asked for before.
         for path, submodule in self._modules.items():
@@ -112,7 +132,9 @@ class Taps:
 
     def install(self, path: str, side: Capture) -> None:
         """Put a hook on a module once; further calls do nothing."""
-        if self._script:
+        if not path or path in self._in_programs:
+            # The result is taken where the pass returns it; programs report their calls
+            # themselves, see Note [Programs inside a model].
             return
         with self._lock:
             if (path, side) not in self._handles:
@@ -142,7 +164,7 @@ class Taps:
         token = _session.set(session)
         try:
             with watch(session.see):
-                forward(x)
+                session.returned(forward(x))
         except StopForward:
             pass
         except BaseException:
@@ -163,18 +185,18 @@ class Taps:
 @contextmanager
 def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
     """Call ``observer`` at every call of every submodule; the hooks go when the block ends."""
-    if isinstance(module, torch.jit.ScriptModule):
-        instrument(module)
-        with watch(observer):
-            yield
-        return
-    handles = [
-        _hook(submodule, side, partial(observer, path))
-        for path, submodule in module.named_modules()
-        for side in (Capture.INPUT, Capture.OUTPUT)
-    ]
+    found = programs(module)
+    handles: list[RemovableHandle] = []
+    for path, submodule in module.named_modules():
+        see = partial(observer, path)
+        if path in found:
+            instrument(found[path])
+            handles.extend(handle for _, handle in _hook_program(path, submodule, see))
+        elif not isinstance(submodule, torch.jit.ScriptModule):
+            handles.extend(_hook(submodule, side, see) for side in (Capture.INPUT, Capture.OUTPUT))
     try:
-        yield
+        with watch(observer) if found else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -192,12 +214,36 @@ def _hook(module: nn.Module, side: Capture, see: Callable[[Capture, Any], None])
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(Capture.INPUT, call_input(args, kwargs))
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        see(Capture.OUTPUT, output)
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        see(Capture.OUTPUT, attended(module, args, kwargs, output))
 
     if side is Capture.INPUT:
         return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after)
+    return module.register_forward_hook(after, with_kwargs=True)
+
+
+def _hook_program(
+    path: str, program: nn.Module, see: Callable[[Capture, Any], None]
+) -> list[tuple[Capture, RemovableHandle]]:
+    """Hook the calls of a TorchScript program; see Note [Programs inside a model]."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin_program(path)
+        see(Capture.INPUT, call_input(args, kwargs))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        end_program()
+        see(Capture.OUTPUT, output)
+
+    # torch refuses hooks on programs, for those inside of one would never run. The outermost one is
+    # called as any module is.
+    first = nn.Module.register_forward_pre_hook(program, before, with_kwargs=True)
+    last = nn.Module.register_forward_hook(program, after)
+    return [(Capture.INPUT, first), (Capture.OUTPUT, last)]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
 
 
 def _route(path: str, side: Capture, value: Any) -> None:

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from layertap.errors import ModelLoadError
 from layertap.extraction.id_range import with_id_range
 from layertap.extraction.own_words import own_words
-from layertap.extraction.script_taps import instrument
+from layertap.extraction.script_taps import instrument, programs
 from layertap.extraction.survey import sample_input
 from layertap.models import InputGuess, LoadedModel
 
@@ -54,9 +54,9 @@ def tried(model: LoadedModel) -> LoadedModel:
     guess = model.input.guess
     if guess is None and model.input.dtype.is_floating_point:
         return model
-    if isinstance(model.module, torch.jit.ScriptModule):
+    for program in programs(model.module).values():
         # The first run decides for good what a program's calls are compiled to.
-        instrument(model.module)
+        instrument(program)
     with _undisturbed(model.module):
         if guess:
             model = _that_runs(model, guess)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
+from layertap.extraction.containers import plain
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.models import LoadedModel
 
@@ -57,7 +58,7 @@ def walk(
     for name, child in children:
         x = child(x)
         if name in indices:
-            sink(indices[name], x)
+            sink(indices[name], plain(x))
 
 
 def _indices(points: Sequence[CapturePoint]) -> dict[str, int]:

@@ -25,6 +25,9 @@ __all__ = [
     "read_checkpoint",
 ]
 
+CONFIG_FILES = ("preprocessor_config.json", "config.json", "open_clip_config.json")
+"""What the libraries of Hugging Face, timm and open_clip call their configuration."""
+
 NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_dict(), PATH)"
 
 _INDEX_SUFFIX = ".index.json"
@@ -91,15 +94,20 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 
 def files_of_weights(path: str) -> tuple[Path, ...]:
-    """Return the files that a path given as weights is read from, as far as they can be told."""
+    """Return the files that a path given as weights is read from, as far as they can be told.
+
+    They are the weights file, or the index and its shards, and the configuration beside them.
+    """
+    folder = config_folder(path)
+    config = () if folder is None else tuple(folder / name for name in CONFIG_FILES)
     try:
         file = _file_of(path)
         if not file.name.endswith(_INDEX_SUFFIX):
-            return (file,)
+            return (file, *config)
         shards = sorted(set(_weight_map(file).values()))
     except WeightsUnavailableError:
-        return (expanded(path),)
-    return (file, *(file.parent / shard for shard in shards))
+        return (expanded(path), *config)
+    return (file, *(file.parent / shard for shard in shards), *config)
 
 
 def config_folder(weights: str) -> Path | None:

@@ -66,12 +66,9 @@ def _described(
     given = _own_preprocess(factory, spec.target)
     own = None if given is None or isinstance(given, Mapping) else Preprocess.of(given)
     config = None if given is not None else config_of_module(module)
-    shape = spec.item_shape
-    if shape is None and own is not None:
-        shape = own.item_shape
-    elif shape is None and config is not None:
-        shape = config.item_shape
-    takes = guess_input(module, replace(spec, item_shape=shape))
+    described = own or config
+    shape = None if described is None else described.item_shape
+    takes = guess_input(module, replace(spec, item_shape=_item_shape(spec, module, shape)))
     if isinstance(given, Mapping):
         own = choose_preprocess(None, _settings(given, spec.target), takes, spec.name)
     if own is not None:
@@ -86,6 +83,23 @@ def _described(
         preprocess=own,
         preprocess_is_code=given is not None,
     )
+
+
+def _item_shape(
+    spec: ModelSpec, module: nn.Module, described: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """Return the spec's item shape, else that of the described images, else None.
+
+    The channels are those of the module's first layer where it has any: a configuration made for
+    colours often goes with a module that was built for another number of channels.
+    """
+    if spec.item_shape is not None or described is None:
+        return spec.item_shape
+    try:
+        guessed = guess_input(module, spec).item_shape
+    except ModelLoadError:
+        return described
+    return (guessed[0], *described[1:])
 
 
 def _own_preprocess(factory: Any, target: str) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from layertap.models.checkpoint_files import CONFIG_FILES
 from layertap.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from layertap.models.steps import ResizeMode, Steps
 
@@ -108,12 +109,8 @@ def config_of_folder(folder: Path) -> ImageConfig | None:
     ``pretrained_cfg``, and ``open_clip_config.json``. A file that can't be read, or that asks for
     steps which layertap doesn't do, is logged and left out.
     """
-    readers: tuple[tuple[str, Callable[[Mapping[str, Any], str], ImageConfig | None]], ...] = (
-        ("preprocessor_config.json", _of_hugging_face),
-        ("config.json", _of_timm_hub),
-        ("open_clip_config.json", _of_open_clip_hub),
-    )
-    for name, read in readers:
+    readers = (_of_hugging_face, _of_timm_hub, _of_open_clip_hub)
+    for name, read in zip(CONFIG_FILES, readers, strict=True):
         file = folder / name
         if not file.is_file():
             continue

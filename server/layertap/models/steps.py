@@ -117,7 +117,8 @@ class Steps:
         words = []
         if self.resize:
             # One size is the short side's, which is what most models have.
-            how = [self.interpolation, "antialias"]
+            # Pillow smooths what it makes smaller, with every filter but the nearest pixel's.
+            how = [self.interpolation, *(["antialias"] if self.interpolation != "nearest" else [])]
             if self.resize_mode in (ResizeMode.COVER, ResizeMode.CONTAIN):
                 how.insert(0, f"{self.resize_mode}, proportions kept")
             words.append(f"resize {_by(self.resize)} ({', '.join(how)})")
@@ -145,6 +146,8 @@ class Steps:
             # torchvision's rule: the long side keeps the proportion.
             short, long = sorted((width, height))
             result = (size[0], size[0] * long // short)
+        elif self.resize_mode is ResizeMode.EXACT:
+            return size  # Of a size that the server's owner chose, whatever the image's.
         if math.prod(result) > MAX_RESIZED_PIXELS:
             raise InvalidInputError(
                 f"{what}: got {width} x {height} pixels, expected an image whose short side can "

@@ -8,7 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, TensorInput
+from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorInput
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import REAL_EXTRACTORS
@@ -57,25 +57,33 @@ class Converter:
     input_bytes: int
     memory: SharedMemory | None = None
 
-    def parse(self, message: bytes) -> ExtractionRequest:
+    def parse(self, message: bytes, received: Reservation) -> ExtractionRequest:
         """Parse an ExtractRequest; errors are those of ``convert``, and DecodeError."""
-        return self.convert(*decode_request(message))
+        return self.convert(*decode_request(message), received)
 
     def convert(
         self,
         request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
         tensor: TensorView | SharedTensor | None,
+        received: Reservation,
         reply_fields: bytes = b"",
     ) -> ExtractionRequest:
         """Return what a parsed request asks for, with its input out of shared memory.
 
+        Args:
+            request: Its small fields.
+            tensor: Its tensor, if that is its input.
+            received: Where the bytes are counted that are copied out of shared memory.
+            reply_fields: What the reply bears besides its own fields.
+
         Raises:
             InvalidInputError: As ``request_from_proto``, and for bytes outside of shared memory.
+            OverloadedError: Where the copy would be over the limit.
             SharedMemoryLostError: Where the shared memory that it names is not lent to it.
         """
         space = space_of(self.memory, request.shared_memory_session)
         if isinstance(tensor, SharedTensor):
-            tensor = input_of(tensor, space, self.input_bytes)
+            tensor = input_of(tensor, space, self.input_bytes, received.take)
         return request_from_proto(request, tensor, reply_fields, space)
 
 
@@ -206,6 +214,8 @@ def layer_to_proto(
         layout=_LAYOUTS[shape.layout],
         grid=[shape.height, shape.width] if known else [],
         front_tokens=shape.front,
+        same_as=entry.same_as,
+        is_result=entry.is_result,
     )
 
 
@@ -243,6 +253,8 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
         shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
+        interleaved=spec.interleaved,
+        quantized=spec.quantized,
     )
 
 

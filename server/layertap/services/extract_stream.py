@@ -7,9 +7,11 @@ from functools import partial
 
 import grpc
 
-from layertap.engine import Call, Engine
+from layertap.engine import Call, Engine, Reservation
 from layertap.errors import DecodeError, LayertapError
 from layertap.services.convert import Converter
+from layertap.services.data_plane import Converted, DataPlane
+from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
 from layertap.services.status import code_of, leaving
 from layertap.services.stream_threads import StreamThreads
@@ -39,14 +41,15 @@ class ExtractStream:
     def __init__(
         self, engine: Engine, observer: Observer, converter: Converter, threads: StreamThreads
     ) -> None:
-        self._engine = engine
+        self._plane = DataPlane(engine, observer)
+        self._places = engine.limits.stream_in_flight
         self._observer = observer
         self._converter = converter
         self._threads = threads
 
     def serve(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer the items of one stream."""
-        window = StreamWindow(self._engine.limits.stream_in_flight)
+        window = StreamWindow(self._places)
         yield from self._threads.serve(window, partial(self._take, window), messages, context)
 
     def _take(
@@ -55,43 +58,49 @@ class ExtractStream:
         try:
             request, tensor = decode_stream_request(message)
         except DecodeError as error:
-            window.refuse(self._failed(id_of(message), "", error))
+            window.refuse(self._failed(id_of(message), error))
             return None
         call = Call(_least(request.timeout_ns, remaining))
         try:
             window.admit(request.id, call)
         except LayertapError as error:
-            window.refuse(self._failed(request.id, "", error))
+            window.refuse(self._failed(request.id, error))
             return None
-        return partial(self._run, request, tensor, call, window)
+        try:
+            received = self._plane.receive(len(message))
+        except LayertapError as error:
+            window.answer(request.id, _failure(request.id, error))
+            return None
+        return partial(self._run, request, tensor, call, received, window)
 
     def _run(
         self,
         request: ExtractStreamRequest,
         tensor: TensorView | SharedTensor | None,
         call: Call,
+        received: Reservation,
         window: StreamWindow,
     ) -> None:
-        window.answer(request.id, self._answer(request, tensor, call))
+        def convert() -> Converted:
+            wanted = self._converter.convert(request, tensor, received, id_field(request.id))
+            return wanted.model, lambda host: wanted
 
-    def _answer(
-        self, request: ExtractStreamRequest, tensor: TensorView | SharedTensor | None, call: Call
-    ) -> bytes:
-        model = ""
         try:
-            call.check()
-            wanted = self._converter.convert(request, tensor, id_field(request.id))
-            model = self._engine.host(wanted.model).model.name
-            extraction = self._engine.extract(wanted, call)
-            self._observer.succeeded(model, extraction)
+            extraction = self._plane.extract(received, call, convert)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            return self._failed(request.id, model, error)
-        return extraction.message
+            window.answer(request.id, _failure(request.id, error))
+        else:
+            window.answer(request.id, Answer(extraction.message, extraction.reservation))
 
-    def _failed(self, number: int, model: str, error: Exception) -> bytes:
-        self._observer.failed(model, code_of(error))
-        told = leaving(error)
-        return encode_stream_error(number, code_of(told).value[0], type(told).__name__, str(told))
+    def _failed(self, number: int, error: Exception) -> bytes:
+        self._observer.failed("", code_of(error))
+        return _failure(number, error).message
+
+
+def _failure(number: int, error: Exception) -> Answer:
+    told = leaving(error)
+    code = code_of(told).value[0]
+    return Answer(encode_stream_error(number, code, type(told).__name__, str(told)))
 
 
 def _least(timeout_ns: int, remaining: float | None) -> float | None:

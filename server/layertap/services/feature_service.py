@@ -16,9 +16,10 @@ from google.protobuf.message import Message
 from layertap.engine import Call, Engine
 from layertap.errors import DecodeError
 from layertap.services.convert import Converter, description_to_proto, model_to_proto
+from layertap.services.data_plane import Converted, DataPlane, release_when_sent
 from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer
-from layertap.services.status import Handler, code_of, guarded, guarded_stream
+from layertap.services.status import Handler, guarded, guarded_stream
 from layertap.services.stream_threads import StreamThreads
 from layertap.v1 import feature_service_pb2
 from layertap.wire.shared.hub import SharedMemory
@@ -48,8 +49,8 @@ class FeatureService:
         memory: SharedMemory | None = None,
     ) -> None:
         self._engine = engine
-        self._observer = observer
         self._converter = Converter(engine.limits.request_bytes, memory)
+        self._plane = DataPlane(engine, observer)
         self._streams = ExtractStream(engine, observer, self._converter, threads)
 
     def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
@@ -58,15 +59,14 @@ class FeatureService:
         # False: the call has ended already, and nobody will cancel it any more.
         if not context.add_callback(call.cancel):
             call.cancel()
-        model = ""
-        try:
-            request = self._converter.parse(message)
-            model = self._engine.host(request.model).model.name
-            extraction = self._engine.extract(request, call)
-        except Exception as error:
-            self._observer.failed(model, code_of(error))
-            raise
-        self._observer.succeeded(model, extraction)
+        received = self._plane.receive(len(message))
+
+        def convert() -> Converted:
+            wanted = self._converter.parse(message, received)
+            return wanted.model, lambda host: wanted
+
+        extraction = self._plane.extract(received, call, convert)
+        release_when_sent(extraction, context)
         return extraction.message
 
     def list_models(self, message: bytes, context: grpc.ServicerContext) -> bytes:

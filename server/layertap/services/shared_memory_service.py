@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
@@ -51,15 +53,19 @@ def space_of(memory: SharedMemory | None, identifier: bytes) -> Space | None:
     return Space(memory, session) if session else None
 
 
-def input_of(tensor: SharedTensor, space: Space | None, most: int) -> TensorView:
+def input_of(
+    tensor: SharedTensor, space: Space | None, most: int, admit: Callable[[int], object]
+) -> TensorView:
     """Return a request's tensor that stands in shared memory, as a private copy.
 
     Args:
         tensor: What the request says of it.
         space: What is lent to the request's session; None where it has none.
         most: Bytes that a request may have.
+        admit: Called with the bytes of the copy before it is made.
 
     Raises:
+        OverloadedError: Where ``admit`` does.
         SharedMemoryLostError: Where no such memory is lent to the request's session.
         InvalidInputError: For bytes outside of the region, or too many.
         DecodeError: For a byte of a bool tensor that is neither 0 nor 1.
@@ -68,4 +74,5 @@ def input_of(tensor: SharedTensor, space: Space | None, most: int) -> TensorView
         raise SharedMemoryLostError("shared_memory_session: got none that this server knows")
     if tensor.at.size > most:
         raise InvalidInputError(f"shared: got {tensor.at.size} bytes, expected at most {most}")
+    admit(tensor.at.size)
     return tensor.view(space.memory.read(space.session, tensor.at))

@@ -10,6 +10,7 @@ from typing import NoReturn
 import grpc
 
 from layertap import errors
+from layertap.services.compression import compress_replies
 from layertap.services.request import REQUEST_ID_KEY, Request, current_request, open_request
 from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
 
@@ -113,6 +114,7 @@ def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
         request = open_request(context)
         try:
+            compress_replies(context)
             return handler(message, context)
         except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
             _abort(context, leaving(error, to_owner=to_owner), request)
@@ -126,6 +128,7 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         request = open_request(context)
         try:
+            compress_replies(context)
             yield from handler(messages, context)
         except Exception as error:  # noqa: BLE001 - as above
             _abort(context, leaving(error), request)

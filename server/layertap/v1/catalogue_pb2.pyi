@@ -63,16 +63,20 @@ class Dimension(_message.Message):
     def __init__(self, size: _Optional[int] = ..., batch: bool = ...) -> None: ...
 
 class TensorSpec(_message.Message):
-    __slots__ = ("dtype", "shape", "bytes_per_item", "dynamic")
+    __slots__ = ("dtype", "shape", "bytes_per_item", "dynamic", "interleaved", "quantized")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_ITEM_FIELD_NUMBER: _ClassVar[int]
     DYNAMIC_FIELD_NUMBER: _ClassVar[int]
+    INTERLEAVED_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZED_FIELD_NUMBER: _ClassVar[int]
     dtype: _tensor_pb2.DataType
     shape: _containers.RepeatedCompositeFieldContainer[Dimension]
     bytes_per_item: int
     dynamic: bool
-    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., bytes_per_item: _Optional[int] = ..., dynamic: bool = ...) -> None: ...
+    interleaved: bool
+    quantized: str
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., bytes_per_item: _Optional[int] = ..., dynamic: bool = ..., interleaved: bool = ..., quantized: _Optional[str] = ...) -> None: ...
 
 class ExtractorSupport(_message.Message):
     __slots__ = ("extractor", "output", "input", "reason")
@@ -87,7 +91,7 @@ class ExtractorSupport(_message.Message):
     def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., output: bool = ..., input: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Layer(_message.Message):
-    __slots__ = ("name", "kind", "type", "calls", "output", "input", "channels", "reduction", "extractors", "layout", "grid", "front_tokens")
+    __slots__ = ("name", "kind", "type", "calls", "output", "input", "channels", "reduction", "extractors", "layout", "grid", "front_tokens", "same_as", "is_result")
     NAME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     TYPE_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +104,8 @@ class Layer(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     GRID_FIELD_NUMBER: _ClassVar[int]
     FRONT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAME_AS_FIELD_NUMBER: _ClassVar[int]
+    IS_RESULT_FIELD_NUMBER: _ClassVar[int]
     name: str
     kind: LayerKind
     type: str
@@ -112,7 +118,9 @@ class Layer(_message.Message):
     layout: Layout
     grid: _containers.RepeatedScalarFieldContainer[int]
     front_tokens: int
-    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., type: _Optional[str] = ..., calls: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ..., input: _Optional[_Union[TensorSpec, _Mapping]] = ..., channels: _Optional[int] = ..., reduction: _Optional[float] = ..., extractors: _Optional[_Iterable[_Union[ExtractorSupport, _Mapping]]] = ..., layout: _Optional[_Union[Layout, str]] = ..., grid: _Optional[_Iterable[int]] = ..., front_tokens: _Optional[int] = ...) -> None: ...
+    same_as: str
+    is_result: bool
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., type: _Optional[str] = ..., calls: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ..., input: _Optional[_Union[TensorSpec, _Mapping]] = ..., channels: _Optional[int] = ..., reduction: _Optional[float] = ..., extractors: _Optional[_Iterable[_Union[ExtractorSupport, _Mapping]]] = ..., layout: _Optional[_Union[Layout, str]] = ..., grid: _Optional[_Iterable[int]] = ..., front_tokens: _Optional[int] = ..., same_as: _Optional[str] = ..., is_result: bool = ...) -> None: ...
 
 class RefusedPlan(_message.Message):
     __slots__ = ("extractor", "layers", "item_shape", "reason")

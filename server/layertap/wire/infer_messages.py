@@ -191,7 +191,8 @@ class _Scattered:
     ) -> None:
         self._builder = builder
         self._targets = [(dtype, places.get(name)) for name, dtype, _ in tensors]
-        self._failure: InvalidInputError | None = None
+        # A text, not the error, whose traceback would refer to this object.
+        self._failure = ""
 
     def write(self, index: int, array: np.ndarray, dtype: int) -> None:
         """See ``Builder``."""
@@ -203,13 +204,13 @@ class _Scattered:
         try:
             place.write(_dense(array, dtype, target))
         except InvalidInputError as error:
-            # Told at the end: here it would cross the model's own code.
-            self._failure = error
+            # Raised at the end: here it would cross the model's own code.
+            self._failure = str(error)
 
     def finish(self, head: bytes) -> bytes:
         """See ``Builder``."""
-        if self._failure is not None:
-            raise self._failure
+        if self._failure:
+            raise InvalidInputError(self._failure)
         return self._builder.finish(head)
 
 

@@ -8,18 +8,19 @@ import pytest
 
 from layertap.errors import UnavailableError
 from layertap.services.infer.ordered_window import OrderedWindow
+from layertap.services.item_window import Answer
 
 
 def test_replies_leave_in_the_order_of_the_places() -> None:
     """The second's reply waits for the first's."""
     window = OrderedWindow(3)
     first, second = window.admit(), window.admit()
-    second.answer(b"2")
+    second.answer(Answer(b"2"))
     replies = window.replies()
     got: list[bytes] = []
     sender = threading.Thread(target=lambda: got.extend(replies))
     sender.start()
-    first.answer(b"1")
+    first.answer(Answer(b"1"))
     window.end()
     sender.join(10)
     assert got == [b"1", b"2"]
@@ -29,7 +30,7 @@ def test_a_place_is_free_once_its_reply_was_taken() -> None:
     """There is no room while a reply is being sent, and room when the next is asked for."""
     window = OrderedWindow(1)
     assert window.wait_for_room()
-    window.admit().answer(b"1")
+    window.admit().answer(Answer(b"1"))
     replies = window.replies()
     assert next(replies) == b"1"
     room = threading.Thread(target=window.wait_for_room)
@@ -49,7 +50,7 @@ def test_the_end_answers_what_is_in_flight_and_raises_its_reason() -> None:
     window.end(UnavailableError("over"))
     assert window.admit() is None
     assert not window.wait_for_room()
-    place.answer(b"1")
+    place.answer(Answer(b"1"))
     replies = window.replies()
     assert next(replies) == b"1"
     with pytest.raises(UnavailableError, match="over"):
@@ -61,8 +62,8 @@ def test_closing_cancels_and_ends() -> None:
     window = OrderedWindow(2)
     place = window.admit()
     cancelled = []
-    place.call.on_cancel(lambda: cancelled.append(True))
-    window.close()
-    place.answer(b"late")
+    with place.call.cancelling(lambda: cancelled.append(True)):
+        window.close()
+    place.answer(Answer(b"late"))
     assert cancelled == [True]
     assert list(window.replies()) == []

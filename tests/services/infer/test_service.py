@@ -164,7 +164,7 @@ def test_values_whose_shape_depends_on_the_content_are_sent(stub, client) -> Non
     ("changes", "code", "text"),
     [
         ({"model_name": "nope"}, Code.NOT_FOUND, "Request for unknown model: 'nope' is not found"),
-        ({"model_version": "2"}, Code.NOT_FOUND, "Request for unknown model: 'residual' version"),
+        ({"model_version": "2"}, Code.NOT_FOUND, "Request for unknown model: 'residual' is not"),
         ({"model_name": "coming"}, Code.UNAVAILABLE, "model 'coming' is not ready"),
         ({"outputs": [output("layer7")]}, Code.NOT_FOUND, "no layer 'layer7'; did you mean"),
         (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -43,6 +43,8 @@ def input_of(
     raw: Sequence[memoryview],
     memory: CallerMemory,
     limits: Limits,
+    *,
+    admit: Callable[[int], object] = lambda nbytes: None,
 ) -> TensorInput | ImagesInput:
     """Return what a request gives the model.
 
@@ -51,6 +53,8 @@ def input_of(
         raw: Its raw contents.
         memory: The caller's shared memory.
         limits: What requests may ask for.
+        admit: Called with bytes that the input takes besides the message, before they are taken;
+            raises OverloadedError to refuse them.
 
     Raises:
         InvalidInputError: Where the input contradicts itself, or there is not exactly one.
@@ -70,12 +74,12 @@ def input_of(
         )
     check_known(tensor.parameters, PARAMETERS, where)
     shape = _shape(tensor, where)
-    data = _data(tensor, raw, memory, limits, where)
+    data = _data(tensor, raw, memory, limits, admit=admit)
     if tensor.datatype == BYTES:
         return ImagesInput(_images(tensor, shape, data, limits.batch, where))
     row = by_datatype(tensor.datatype)
     if data is None:
-        data = _typed(tensor, row, math.prod(shape), where)
+        data = _typed(tensor, row, math.prod(shape), where, admit)
     return TensorInput(TensorView(tensor.name, row, shape, _checked(data, row, shape, where)))
 
 
@@ -98,9 +102,11 @@ def _data(
     raw: Sequence[memoryview],
     memory: CallerMemory,
     limits: Limits,
-    where: str,
+    *,
+    admit: Callable[[int], object],
 ) -> memoryview | None:
     """Return the input's bytes; None where they are typed."""
+    where = f"input {tensor.name!r}"
     place = memory.slice(tensor.parameters, where)
     typed = tensor.HasField("contents")
     if typed and raw:
@@ -116,6 +122,7 @@ def _data(
                 f"{where}: got {place.byte_size} bytes of shared memory, expected at most "
                 f"{limits.request_bytes}"
             )
+        admit(place.byte_size)
         return memoryview(place.read())
     if len(raw) > 1:
         raise InvalidInputError(f"raw_input_contents: got {len(raw)}, expected 1 for 1 input")
@@ -126,8 +133,11 @@ def _data(
     return raw[0] if raw else None
 
 
-def _typed(tensor: InputTensor, row: DType, count: int, where: str) -> memoryview:
+def _typed(
+    tensor: InputTensor, row: DType, count: int, where: str, admit: Callable[[int], object]
+) -> memoryview:
     values = _contents(tensor, count, where)
+    admit(count * row.itemsize)
     kind = np.dtype(row.numpy)
     array = np.array(values, dtype=np.int64 if kind.kind in "iu" else kind)
     if kind.kind in "iu" and array.size:

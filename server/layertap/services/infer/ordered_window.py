@@ -1,13 +1,11 @@
-"""What a stream has in flight whose replies go out in the order of its requests."""
+"""The window of a stream whose replies go out in the order of its requests."""
 
 from __future__ import annotations
 
-import threading
 from collections import deque
-from collections.abc import Iterator
 
 from layertap.engine import Call
-from layertap.errors import LayertapError
+from layertap.services.item_window import Answer, ItemWindow
 
 __all__ = ["OrderedWindow", "Place"]
 
@@ -16,23 +14,23 @@ class Place:
     """The place of one item, from when it was read until gRPC has taken its reply.
 
     Attributes:
-        call: The item's patience.
+        call: The deadline and cancellation state of the item.
     """
 
-    __slots__ = ("_window", "call", "reply")
+    __slots__ = ("_window", "call", "given")
 
     def __init__(self, window: OrderedWindow, timeout: float | None) -> None:
         self._window = window
         self.call = Call(timeout)
-        self.reply: bytes | None = None
+        self.given: Answer | None = None
 
-    def answer(self, reply: bytes) -> None:
+    def answer(self, answer: Answer) -> None:
         """Hand in the reply, which is sent after those of the items before."""
-        self._window.take_reply(self, reply)
+        self._window.take_answer(self, answer)
 
 
-class OrderedWindow:
-    """The items of one stream; a bounded number. Safe between threads, as StreamWindow.
+class OrderedWindow(ItemWindow):
+    """The items of one ``ModelStreamInfer``.
 
     Triton answers the requests of a stream in their order, and its clients rely on that: they need
     not give their requests ids.
@@ -42,75 +40,34 @@ class OrderedWindow:
     """
 
     def __init__(self, places: int) -> None:
-        self._places = places
-        self._changed = threading.Condition()
+        super().__init__(places)
         self._items: deque[Place] = deque()
-        self._sending = 0
-        self._ended = False
-        self._closed = False
-        self._fault: LayertapError | None = None
-
-    def wait_for_room(self) -> bool:
-        """Wait until another item may be read; return False where none may any more."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._ended or len(self._items) + self._sending < self._places
-            )
-            return not self._ended
 
     def admit(self, timeout: float | None = None) -> Place | None:
         """Let an item take a place, for so many seconds; None where no more items are taken."""
         with self._changed:
             if self._ended:
                 return None
+            self._taken += 1
             self._items.append(Place(self, timeout))
             return self._items[-1]
 
-    def take_reply(self, place: Place, reply: bytes) -> None:
-        """Keep the reply of an item until it is its turn."""
+    def take_answer(self, place: Place, answer: Answer) -> None:
+        """Keep the reply of an item until it is its turn; it is released with the window."""
         with self._changed:
             if not self._closed:
-                place.reply = reply
+                place.given = answer
                 self._changed.notify_all()
+                return
+        answer.release()
 
-    def end(self, fault: LayertapError | None = None) -> None:
-        """Take no more items; once those in flight are answered, ``replies`` raises ``fault``."""
-        with self._changed:
-            if not self._ended:
-                self._ended, self._fault = True, fault
-                self._changed.notify_all()
+    def _pop(self) -> Answer | None:
+        if not self._items or self._items[0].given is None:
+            return None
+        return self._items.popleft().given
 
-    def close(self) -> None:
-        """Say that nobody waits for replies any more: cancel what is in flight."""
-        with self._changed:
-            self._ended = self._closed = True
-            items = list(self._items)
-            self._items.clear()
-            self._changed.notify_all()
-        for item in items:
-            item.call.cancel()
-
-    def replies(self) -> Iterator[bytes]:
-        """Yield the replies in order, until there are no more; a resumed yield means sent."""
-        while (reply := self._next_reply()) is not None:
-            yield reply
-            del reply  # It may be large, and the next one may take long.
-            with self._changed:
-                self._sending = 0
-                self._changed.notify_all()
-        if self._fault is not None and not self._closed:
-            raise self._fault
-
-    def _next_reply(self) -> bytes | None:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._closed
-                    or (self._items and self._items[0].reply is not None)
-                    or (self._ended and not self._items)
-                )
-            )
-            if not self._items:
-                return None
-            self._sending = 1
-            return self._items.popleft().reply
+    def _clear(self) -> tuple[list[Call], list[Answer]]:
+        calls = [item.call for item in self._items]
+        answers = [item.given for item in self._items if item.given is not None]
+        self._items.clear()
+        return calls, answers

@@ -34,7 +34,8 @@ def default_selections(host: ModelHost) -> tuple[LayerSelection, ...]:
     last = ""
     for entry in host.catalogue:
         runs = entry.kind is PointKind.MODULE and entry.calls > 0
-        if runs and entry.serves(Extractor.HOOK, Capture.OUTPUT):
+        own = not entry.is_result and not entry.same_as
+        if runs and own and entry.serves(Extractor.HOOK, Capture.OUTPUT):
             last = entry.name
     return (LayerSelection(last),) if last else ()
 

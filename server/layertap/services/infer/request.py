@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from layertap.engine import Engine, ExtractionRequest, ModelHost
@@ -14,7 +14,7 @@ from layertap.services.infer.outputs import extractor_of, selections_of
 from layertap.services.infer.parameters import check_known, number
 from layertap.wire.infer_messages import MODEL_VERSION, InferForm, Wanted
 
-__all__ = ["extraction_request", "find_host", "timeout_of"]
+__all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "unknown_model"]
 
 _US = 1e-6
 _KNOWN = ("capture", "reduction", "dtype", "extractor", "timeout")
@@ -27,17 +27,22 @@ def find_host(engine: Engine, name: str, version: str) -> ModelHost:
         ModelNotFoundError: Where there is none of that name and version.
         UnavailableError: Where it is being loaded or could not be loaded.
     """
-    if version not in ("", MODEL_VERSION):
-        raise ModelNotFoundError(
-            f"Request for unknown model: {name!r} version {version!r} is not found, expected "
-            f"version {MODEL_VERSION!r}"
-        )
     try:
+        check_version(version)
         return engine.host(name)
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(
-            f"Request for unknown model: {name!r} is not found; {error}"
-        ) from None
+        raise unknown_model(name, error) from None
+
+
+def check_version(version: str) -> None:
+    """Raise ModelNotFoundError for a version that no model has in this protocol."""
+    if version not in ("", MODEL_VERSION):
+        raise ModelNotFoundError(f"version: got {version!r}, expected {MODEL_VERSION!r}")
+
+
+def unknown_model(name: str, error: ModelNotFoundError) -> ModelNotFoundError:
+    """Return the error as Triton words it; its clients look for the first words."""
+    return ModelNotFoundError(f"Request for unknown model: {name!r} is not found; {error}")
 
 
 def timeout_of(request: pb.ModelInferRequest) -> float | None:
@@ -59,6 +64,7 @@ def extraction_request(
     engine: Engine,
     memory: CallerMemory,
     *,
+    admit: Callable[[int], object] = lambda nbytes: None,
     streamed: bool = False,
 ) -> ExtractionRequest:
     """Return what a request asks of a model.
@@ -69,6 +75,7 @@ def extraction_request(
         host: Its model.
         engine: Its limits are what may be asked for.
         memory: The caller's shared memory.
+        admit: Called with bytes that the input takes besides the message, before they are taken.
         streamed: Whether it is an item of a stream.
 
     Raises:
@@ -89,7 +96,7 @@ def extraction_request(
     wanted = Wanted(host.model.name, request.id, places, streamed)
     return ExtractionRequest(
         model=host.model.name,
-        input=input_of(request, raw, memory, engine.limits),
+        input=input_of(request, raw, memory, engine.limits, admit=admit),
         selections=selections,
         extractor=extractor_of(request),
         form=partial(InferForm, wanted=wanted),

@@ -5,26 +5,42 @@ As in ``layertap.services.feature_service`` the handlers take and return raw byt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 from google.protobuf.message import Message
 
-from layertap.engine import Call, Engine, Extraction
-from layertap.errors import DecodeError, InvalidInputError
+from layertap.engine import (
+    Call,
+    Engine,
+    Extraction,
+    ExtractionRequest,
+    ModelHost,
+    Reservation,
+)
+from layertap.errors import DecodeError, InvalidInputError, LayertapError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.data_plane import Converted, DataPlane, release_when_sent
 from layertap.services.infer.memory import SharedMemory
 from layertap.services.infer.queries import Queries
 from layertap.services.infer.repository import Repository, RepositoryControl
-from layertap.services.infer.request import extraction_request, find_host, timeout_of
+from layertap.services.infer.request import (
+    check_version,
+    extraction_request,
+    timeout_of,
+    unknown_model,
+)
 from layertap.services.infer.settings import log_settings, trace_settings
 from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
+from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, guarded, guarded_stream, leaving
+from layertap.services.status import guarded, guarded_stream, leaving
 from layertap.services.stream_threads import StreamThreads
 from layertap.wire.client_regions import ClientRegions
 from layertap.wire.infer_messages import decode_infer_request, encode_stream_error
@@ -73,13 +89,16 @@ class InferenceService:
         threads: StreamThreads,
     ) -> None:
         self._engine = engine
-        self._observer = observer
+        self._plane = DataPlane(engine, observer)
         self._memory = SharedMemory(settings.regions)
         self._repository = Repository(engine, settings.control)
         self._queries = Queries(
             engine, settings.ready, settings.statistics, shared_memory=self._memory.enabled
         )
-        self._streams = InferStream(engine, threads, self.answer_item)
+        places = engine.limits.stream_in_flight
+        self._streams = InferStream(
+            self._plane, places, threads, self.answer_item, self.refuse_item
+        )
 
     def infer(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the layers that were asked for."""
@@ -87,15 +106,28 @@ class InferenceService:
         # False: the call has ended already, and nobody will cancel it any more.
         if not context.add_callback(call.cancel):
             call.cancel()
-        return self._infer(pb.ModelInferRequest(), message, context, call)
+        received = self._plane.receive(len(message))
+        extraction = self._infer(pb.ModelInferRequest(), message, context, call, received)
+        release_when_sent(extraction, context)
+        return extraction.message
 
-    def answer_item(self, message: bytes, call: Call, context: grpc.ServicerContext) -> bytes:
+    def answer_item(
+        self, message: bytes, call: Call, received: Reservation, context: grpc.ServicerContext
+    ) -> Answer:
         """Answer an item of a stream; where it fails with the reason."""
         request = pb.ModelInferRequest()
         try:
-            return self._infer(request, message, context, call, streamed=True)
+            extraction = self._infer(request, message, context, call, received, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            return encode_stream_error(request.id, str(leaving(error)))
+            return Answer(encode_stream_error(request.id, str(leaving(error))))
+        return Answer(extraction.message, extraction.reservation)
+
+    def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
+        """Answer an item of a stream that is not run with the reason."""
+        request = pb.ModelInferRequest()
+        with suppress(DecodeError):  # Without its id then: the replies are in order.
+            decode_infer_request(message, request)
+        return Answer(encode_stream_error(request.id, str(leaving(error))))
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a ``grpc.Server`` needs to serve this."""
@@ -115,24 +147,36 @@ class InferenceService:
         message: bytes,
         context: grpc.ServicerContext,
         call: Call,
+        received: Reservation,
         *,
         streamed: bool = False,
-    ) -> bytes:
-        """Answer a request, whose small fields are put into ``request``; tell the observer."""
-        model = ""
-        try:
-            call.check()
+    ) -> Extraction:
+        """Run a request, whose small fields are put into ``request``."""
+
+        def convert() -> Converted:
             raw = decode_infer_request(message, request)
-            host = find_host(self._engine, request.model_name, request.model_version)
-            model = host.model.name
+            check_version(request.model_version)
+            return request.model_name, partial(request_for, raw)
+
+        def request_for(raw: Sequence[memoryview], host: ModelHost) -> ExtractionRequest:
+            timeout = timeout_of(request)
+            if timeout is not None:
+                call.limit(timeout)
             memory = self._memory.of(context)
-            wanted = extraction_request(request, raw, host, self._engine, memory, streamed=streamed)
-            extraction: Extraction = self._engine.extract(wanted, _patience(request, call))
-        except Exception as error:
-            self._observer.failed(model, code_of(error))
-            raise
-        self._observer.succeeded(model, extraction)
-        return extraction.message
+            return extraction_request(
+                request,
+                raw,
+                host,
+                self._engine,
+                memory,
+                admit=received.take,
+                streamed=streamed,
+            )
+
+        try:
+            return self._plane.extract(received, call, convert)
+        except ModelNotFoundError as error:
+            raise unknown_model(request.model_name, error) from None
 
     def _methods(self) -> dict[str, tuple[type[Message], Callable[..., Message]]]:
         """Return the other methods: what each takes, and what answers it."""
@@ -187,14 +231,3 @@ def _unary(
         return method(request, context).SerializeToString()
 
     return grpc.unary_unary_rpc_method_handler(guarded(handle, to_owner=to_owner))
-
-
-def _patience(request: pb.ModelInferRequest, call: Call) -> Call:
-    """Return a call that ends when the caller's does, or with the request's own timeout."""
-    timeout = timeout_of(request)
-    if timeout is None:
-        return call
-    remaining = call.remaining()
-    inner = Call(timeout if remaining is None else min(timeout, remaining))
-    call.on_cancel(inner.cancel)
-    return inner

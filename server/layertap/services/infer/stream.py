@@ -6,38 +6,60 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
-from layertap.engine import Call, Engine
+from layertap.engine import Call, Reservation
+from layertap.errors import LayertapError
+from layertap.services.data_plane import DataPlane
 from layertap.services.infer.ordered_window import OrderedWindow
+from layertap.services.item_window import Answer
 from layertap.services.stream_threads import StreamThreads
 
-__all__ = ["Answer", "InferStream"]
+__all__ = ["AnswerItem", "InferStream", "RefuseItem"]
 
-Answer = Callable[[bytes, Call, grpc.ServicerContext], bytes]
+AnswerItem = Callable[[bytes, Call, Reservation, grpc.ServicerContext], Answer]
 """Answers one item, failures included; called from many threads."""
+
+RefuseItem = Callable[[bytes, LayertapError], Answer]
+"""Answers one item that is not run."""
 
 
 class InferStream:
     """Serves the streams.
 
     Args:
-        engine: The engine; its limits say how much a stream may have in flight.
+        plane: Counts the bytes of the items.
+        places: Items of one stream that may be in flight.
         threads: Serve the streams.
         answer: Answers an item.
+        refuse: Answers an item for which there is no memory.
     """
 
-    def __init__(self, engine: Engine, threads: StreamThreads, answer: Answer) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        plane: DataPlane,
+        places: int,
+        threads: StreamThreads,
+        answer: AnswerItem,
+        refuse: RefuseItem,
+    ) -> None:
+        self._plane = plane
+        self._places = places
         self._threads = threads
         self._answer = answer
+        self._refuse = refuse
 
     def serve(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer the items of one stream."""
-        window = OrderedWindow(self._engine.limits.stream_in_flight)
+        window = OrderedWindow(self._places)
 
         def take(message: bytes, remaining: float | None) -> Callable[[], None] | None:
             place = window.admit(remaining)
             if place is None:
                 return None
-            return lambda: place.answer(self._answer(message, place.call, context))
+            try:
+                received = self._plane.receive(len(message))
+            except LayertapError as error:
+                place.answer(self._refuse(message, error))
+                return None
+            return lambda: place.answer(self._answer(message, place.call, received, context))
 
         yield from self._threads.serve(window, take, messages, context)

@@ -1,0 +1,99 @@
+"""What layers are called: paths of modules, further calls, members of containers, the result.
+
+Note [Names]
+    - A module's call is named by the module's path: ``layer1.0.conv1``. Its further calls are
+      ``path_1``, ``path_2`` and so on; ``path@1`` where a module has the name ``path_1``.
+    - A module that can be reached by several paths has a name for each. The first one, in the order
+      of ``named_modules``, is its own; the others are aliases of it.
+    - A member of a tuple, a dict or a dataclass is ``path.0`` or ``path.key``. Where a module has
+      that name, as in a ``Sequential`` that returns a tuple, it is ``path[0]`` or ``path[key]``.
+    - What the model itself returns is ``output``; ``model_output`` where a module of the model has
+      that name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+__all__ = ["RESULT", "LayerNames", "aliases"]
+
+RESULT = "output"
+"""What the model's own result is called, where no module has that name."""
+
+MAX_ALIASES = 10_000
+"""Further paths of a model's modules that are named; modules that share parts have many."""
+
+
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Return the further paths of a model's modules, each with the path of ``named_modules``.
+
+    A path leads to no module twice, so that modules which hold one another end it. The parts of
+    a TorchScript program have one path each.
+    """
+    first = {id(submodule): path for path, submodule in module.named_modules()}
+    found: dict[str, str] = {}
+    for path, submodule in _paths(module, "", set()):
+        if path != first[id(submodule)]:
+            found[path] = first[id(submodule)]
+        if len(found) == MAX_ALIASES:
+            break
+    return found
+
+
+def _paths(module: nn.Module, path: str, above: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in above:
+        return
+    yield path, module
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    inside = above | {id(module)}
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _paths(child, f"{path}.{name}" if path else name, inside)
+
+
+class LayerNames:
+    """Names for the values of one model; see Note [Names].
+
+    Args:
+        module: The model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._aliases: dict[str, list[str]] = {}
+        for alias, path in aliases(module).items():
+            self._aliases.setdefault(path, []).append(alias)
+        self._paths = {path for path, _ in module.named_modules()}
+        self._paths.update(alias for paths in self._aliases.values() for alias in paths)
+        self.result = RESULT
+        while self.result in self._paths:
+            self.result = f"model_{self.result}"
+
+    def of_call(self, path: str, call: int) -> list[str]:
+        """Return the names of a module's call, that of its own path first."""
+        if not path:
+            return [self.result]
+        return [self._numbered(each, call) for each in (path, *self._aliases.get(path, ()))]
+
+    def of_member(self, call: str, way: tuple[str, ...]) -> str:
+        """Return the name of a member of what a call returned or was given.
+
+        Args:
+            call: One of the call's names.
+            way: The way into the container; empty for a plain tensor.
+        """
+        name = ".".join((call, *way))
+        if not way or name not in self._paths:
+            return name
+        return call + "".join(f"[{key}]" for key in way)
+
+    def _numbered(self, path: str, call: int) -> str:
+        name = f"{path}_{call}" if call else path
+        return f"{path}@{call}" if call and name in self._paths else name
+
+    def aliases_of(self, path: str) -> list[str]:
+        """Return the further paths of a module."""
+        return self._aliases.get(path, [])

@@ -1,0 +1,150 @@
+"""Scripted parts, quantised ones, complex values and a model's own threads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import asking
+import hardnets
+from layertap import Extractor, LayerSelection, errors
+from layertap.engine import Engine
+from layertap.extraction.plan_cache import PlanCache
+from layertap.models import ModelSpec
+from layertap.selection import Capture
+from oracle import outputs_of
+
+ITEM = (3, 16, 16)
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """An engine without models."""
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def busy() -> Iterator[Engine]:
+    """An engine that runs several passes at once."""
+    engine = Engine(instances=2, threads=1)
+    yield engine
+    engine.close()
+
+
+def images(seed: int = 0) -> torch.Tensor:
+    return torch.rand((2, *ITEM), generator=torch.Generator().manual_seed(seed))
+
+
+def load(engine: Engine, net: str) -> torch.nn.Module:
+    engine.load(ModelSpec(f"hardnets:{net}", item_shape=ITEM))
+    return getattr(hardnets, net)()
+
+
+def check(engine: Engine, net: str, layer: str, right: torch.Tensor, seed: int = 0) -> None:
+    for extractor in (Extractor.AUTO, Extractor.HOOK):
+        got = asking.ask(engine, net, layer, images(seed), extractor)[layer]
+        np.testing.assert_allclose(got, right.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["conv", "first", "second", "last", "output"])
+def test_a_model_with_scripted_parts(engine, layer) -> None:
+    """Its eager modules and the calls of its programs are served as hooks give them."""
+    fresh = load(engine, "scripted")
+    seen: list[torch.Tensor] = []
+    module = fresh if layer == "output" else fresh.get_submodule(layer)
+    torch.nn.Module.register_forward_hook(module, lambda _, __, out: seen.append(out.clone()))
+    fresh(images())
+    check(engine, "scripted", layer, seen[0])
+
+
+@pytest.mark.parametrize("program", ["first", "second"])
+def test_layers_inside_scripted_parts(engine, program) -> None:
+    """Each program's inner layers have their own values, though both share one graph."""
+    fresh = load(engine, "scripted")
+    (y,) = outputs_of(fresh, images(), "conv")
+    inner = fresh.get_submodule(program).inner(torch.relu(y))
+    check(engine, "scripted", f"{program}.inner", inner)
+    check(engine, "scripted", f"{program}.last", fresh.get_submodule(program).last(inner))
+    entry = engine.host("scripted").catalogue.entry(f"{program}.last")
+    assert entry.calls == 1
+    assert "is a TorchScript program already" in entry.support[Extractor.TORCHSCRIPT].reason
+
+
+def test_the_result_of_a_program(engine, tmp_path) -> None:
+    """What a TorchScript file returns has the reserved name too."""
+    net = hardnets.Head().eval()
+    file = tmp_path / "head.pt"
+    with warnings.catch_warnings():
+        # Torch deprecates TorchScript.
+        warnings.simplefilter("ignore")
+        torch.jit.save(hardnets.script(net), file)
+    engine.load(ModelSpec(str(file), item_shape=(4, 8, 8)))
+    x = torch.rand(2, 4, 8, 8)
+    for layer, right in (("output", net(x)), ("inner", net.inner(x))):
+        got = asking.ask(engine, "head", layer, x)[layer]
+        np.testing.assert_allclose(got, right.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", ["quant", "conv", "relu", "dequant", "head"])
+def test_quantised_layers_are_sent_dequantised(engine, layer) -> None:
+    """The values are those of dequantize(), and the catalogue says what they were."""
+    fresh = load(engine, "quantized")
+    (value,) = outputs_of(fresh, images(), layer)
+    spec = engine.host("quantized").catalogue.entry(layer).specs[Capture.OUTPUT]
+    assert spec.quantized == ("quint8" if value.is_quantized else "")
+    assert spec.dtype is torch.float32
+    right = value.dequantize() if value.is_quantized else value
+    for extractor in (
+        Extractor.AUTO,
+        *engine.host("quantized").catalogue.entry(layer).served_by(Capture.OUTPUT),
+    ):
+        try:
+            got = asking.ask(engine, "quantized", layer, images(), extractor)[layer]
+        except errors.ExtractorUnsupportedError:
+            assert extractor not in (Extractor.AUTO, Extractor.HOOK)
+            continue
+        # A rounding that falls on the other side is one step of the scale off.
+        np.testing.assert_allclose(got, right.numpy(), atol=1e-5)
+
+
+def test_declared_quantised_layers_are_kept(tmp_path) -> None:
+    """A quantised model's declared layers load with a plan cache, twice."""
+    right = hardnets.quantized()(images())
+    for _ in range(2):
+        engine = Engine(plan_cache=PlanCache(tmp_path, 64 << 20))
+        spec = ModelSpec("hardnets:quantized", item_shape=ITEM)
+        try:
+            engine.load(spec, [LayerSelection("conv"), LayerSelection("output")])
+            got = asking.ask(engine, "quantized", "output", images())["output"]
+        finally:
+            engine.close()
+        np.testing.assert_allclose(got, right.numpy(), atol=1e-5)
+
+
+def test_dynamic_quantisation(engine) -> None:
+    """Layers that are quantised while they run give what they give in a fresh model."""
+    fresh = load(engine, "dynamic")
+    for layer in ("first", "second"):
+        (right,) = outputs_of(fresh, images(), layer)
+        check(engine, "dynamic", layer, right)
+
+
+def test_complex_values_are_refused_in_the_catalogue(engine) -> None:
+    """No extractor claims them, the reason names the type, and layers behind them are served."""
+    fresh = load(engine, "spectrum")
+    catalogue = engine.host("spectrum").catalogue
+    assert catalogue.entry("fourier").served_by(Capture.OUTPUT) == []
+    assert catalogue.entry("back").served_by(Capture.INPUT) == []
+    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a type that the proto"):
+        asking.ask(engine, "spectrum", "fourier", images())
+    with pytest.raises(errors.ExtractorUnsupportedError, match="input is torch.complex64"):
+        asking.ask(engine, "spectrum", "back:input", images())
+    for layer in ("back", "out"):
+        (right,) = outputs_of(fresh, images(), layer)
+        check(engine, "spectrum", layer, right)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import namednets
+from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.measure import measure
+from layertap.extraction.names import LayerNames, aliases
+from layertap.models import ModelSpec, load_model
+from layertap.selection import Capture, Extractor
+
+ITEM = (3, 16, 16)
+
+
+def catalogue(net: str, item_shape: tuple[int, ...] = ITEM) -> Catalogue:
+    return measure(load_model(ModelSpec(f"namednets:{net}", item_shape=item_shape)))
+
+
+def test_every_path_of_a_module_is_an_alias_of_its_first() -> None:
+    """The paths are those of named_modules without the removal of duplicates."""
+    net = namednets.two_names()
+    every = dict(net.named_modules(remove_duplicate=False))
+    first = dict(net.named_modules())
+    found = aliases(net)
+    assert set(found) == set(every) - set(first)
+    assert all(every[alias] is first[path] for alias, path in found.items())
+
+
+def test_modules_that_hold_one_another_end() -> None:
+    """A cycle of modules has the paths of its first round only."""
+    assert aliases(namednets.cycle()) == {}
+
+
+def test_further_names_serve_the_same_points() -> None:
+    """Each name of a module is a layer, and says which is its own name; so do silent modules."""
+    found = catalogue("two_names")
+    assert found.entry("layer1").points == found.entry("base.2").points
+    assert found.entry("layer0.0").same_as == "base.0"
+    assert found.entry("layer0").same_as == ""
+    assert (found.entry("also_unused").calls, found.entry("also_unused").same_as) == (0, "unused")
+    assert found.names[found.entry("layer1").points[Capture.OUTPUT]] == "base.2"
+
+
+def test_a_glob_returns_a_layer_once() -> None:
+    """Of several names that a glob matches the first counts; one that matches alone counts too."""
+    found = catalogue("two_names")
+    assert [entry.name for entry in found.match("layer?")] == ["layer0", "layer1"]
+    matched = [entry.name for entry in found.match("**")]
+    assert "layer1" not in matched
+    assert "base.2" in matched
+
+
+def test_the_result_is_a_layer_that_globs_leave_out() -> None:
+    """The model's own result is called output; a glob finds it only where it begins so."""
+    found = catalogue("functions")
+    entry = found.entry("output")
+    assert entry.is_result
+    assert entry.served_by(Capture.OUTPUT) == [Extractor.HOOK]
+    assert entry.specs[Capture.OUTPUT].shape(2) == (2, 5)
+    assert Capture.INPUT not in entry.points
+    assert [each.name for each in found.match("**")] == ["conv"]
+    assert [each.name for each in found.match("outp*")] == []
+    assert [each.name for each in found.match("output*")] == ["output"]
+
+
+def test_a_module_keeps_its_name() -> None:
+    """Where a module is called as a result or a further call would be, the other gives way."""
+    found = catalogue("taken")
+    assert (found.entry("output").type, found.entry("conv_1").type) == ("Conv2d", "Conv2d")
+    assert found.entry("conv@1").points[Capture.OUTPUT].call == 1
+    assert found.entry("model_output.logits").is_result
+
+
+@pytest.mark.parametrize(
+    ("net", "names"),
+    [("joined", ["encoder[0]", "encoder[1]"]), ("keyed", ["heads[a]", "heads[b]"])],
+)
+def test_members_that_are_called_like_children(net: str, names: list[str]) -> None:
+    """A member is told from the child of its name, and the refusal of the whole names a member."""
+    found = catalogue(net)
+    whole, _, rest = names[0].partition("[")
+    assert [found.entry(name).points[Capture.OUTPUT].member for name in names] == [
+        (name.partition("[")[2].rstrip("]"),) for name in names
+    ]
+    child = found.entry(f"{whole}.{rest.rstrip(']')}")
+    assert child.points[Capture.OUTPUT].path == child.name
+    assert f"such as {names[0]}" in found.entry(whole).support[Extractor.HOOK].reason
+
+
+def test_the_result_of_a_model_that_calls_itself_is_the_outermost_calls() -> None:
+    """Of a recursive model's calls the one that ended last is its result."""
+    assert catalogue("recursive").entry("output").points[Capture.OUTPUT].call == 2
+
+
+def test_attention_weights_are_layers() -> None:
+    """They are layers where the module can return them, and a refusal with the reason elsewhere."""
+    found = catalogue("attends", (5, 8))
+    weights = found.entry("layer.self_attn.attention_weights")
+    assert weights.specs[Capture.OUTPUT].shape(3) == (3, 2, 5, 5)
+    assert "asked.attention_weights" not in found.entries
+    assert found.entry("asked.1").specs[Capture.OUTPUT].shape(3) == (3, 5, 5)
+    fused = found.entry("fused.attention_weights")
+    assert fused.served_by(Capture.OUTPUT) == []
+    assert "scaled_dot_product_attention" in fused.support[Extractor.HOOK].reason
+
+
+def test_names_of_calls_and_members() -> None:
+    """The rules of Note [Names], one by one."""
+    names = LayerNames(namednets.two_names())
+    assert names.of_call("base.2", 0) == ["base.2", "layer1"]
+    assert names.of_call("base.2", 1) == ["base.2_1", "layer1_1"]
+    assert names.of_call("", 0) == ["output"]
+    assert names.of_member("layer1", ("x", "0")) == "layer1.x.0"
+    assert names.of_member("base", ("2",)) == "base[2]"
+    assert LayerNames(torch.nn.Sequential()).result == "output"

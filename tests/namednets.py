@@ -1,0 +1,204 @@
+"""Tiny networks whose layers have several names, none, or one that another layer has too."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from torch import nn
+
+from tinynets import seeded
+
+
+class TwoNames(nn.Module):
+    """Keeps a backbone and slices of it, as a U-Net on a ResNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.layer0 = nn.Sequential(*list(self.base.children())[:2])
+        self.layer1 = self.base[2]
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.also_unused = self.unused
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer1(self.layer0(x))
+
+
+class Cycle(nn.Module):
+    """Its child knows it as a child of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.conv.parent = self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+class Functions(nn.Module):
+    """Its result is made by functions behind the last module; it can't be traced symbolically."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.projection = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.isnan().any():
+            raise ValueError("no image")
+        return F.normalize(self.conv(x).mean((2, 3)) @ self.projection, dim=-1)
+
+
+class Joiner(nn.Sequential):
+    """A Sequential that returns a tuple, whose members' names are its children's."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self[0](x)
+        return torch.relu(x) * 2, self[1](x)
+
+
+class Joined(nn.Module):
+    """DETR's way of putting a backbone and its position encoding together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Joiner(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features, position = self.encoder(x)
+        return self.head(features + position)
+
+
+class Keyed(nn.ModuleDict):
+    """A ModuleDict that returns a dict with its own keys, its values scaled."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return OrderedDict((key, 2 * head(x)) for key, head in self.items())
+
+
+class Taken(nn.Module):
+    """A child is called ``output``, another as the second call of a third would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.conv_1 = nn.Conv2d(3, 3, 1)
+        self.output = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": 2 * self.output(self.conv_1(self.conv(self.conv(x))))}
+
+
+class Recursive(nn.Module):
+    """Calls itself on a smaller image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] <= 4:
+            return self.conv(x)
+        return self.conv(x) + F.interpolate(self(x[..., ::2, ::2]), x.shape[-2:])
+
+
+class Attends(nn.Module):
+    """A transformer layer, an attention that returns its weights, and a fused one without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.asked = nn.MultiheadAttention(8, 2)
+        self.fused = FusedAttention()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x)
+        y = x.transpose(0, 1)
+        return self.fused(x + self.asked(y, y, y)[0].transpose(0, 1))
+
+
+class FusedAttention(nn.Module):
+    """timm's way: one projection, one fused operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*self.qkv(x).chunk(3, -1))
+
+
+class OddKeys(nn.Module):
+    """Children whose names have signs that selections use."""
+
+    KEYS = ("a=b", "x:input", "what?", "s p", "p/q", "ünï", "[0]", "st*r", "star")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({key: nn.Conv2d(3, 2, 1) for key in self.KEYS})
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {key: head(x) for key, head in self.heads.items()}
+
+
+class KeyedNet(nn.Module):
+    """Holds a Keyed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = Keyed({"a": nn.Conv2d(3, 2, 1), "b": nn.Conv2d(3, 4, 1)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.heads(x)["a"]
+
+
+def two_names() -> nn.Module:
+    """Return a seeded TwoNames."""
+    return seeded(TwoNames)
+
+
+def cycle() -> nn.Module:
+    """Return a seeded Cycle."""
+    # Not by `seeded`, whose eval() follows the cycle without an end, as torch's own does.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        return Cycle()
+
+
+def functions() -> nn.Module:
+    """Return a seeded Functions."""
+    return seeded(Functions)
+
+
+def joined() -> nn.Module:
+    """Return a seeded Joined."""
+    return seeded(Joined)
+
+
+def keyed() -> nn.Module:
+    """Return a seeded KeyedNet."""
+    return seeded(KeyedNet)
+
+
+def taken() -> nn.Module:
+    """Return a seeded Taken."""
+    return seeded(Taken)
+
+
+def recursive() -> nn.Module:
+    """Return a seeded Recursive."""
+    return seeded(Recursive)
+
+
+def attends() -> nn.Module:
+    """Return a seeded Attends."""
+    return seeded(Attends)
+
+
+def odd_keys() -> nn.Module:
+    """Return a seeded OddKeys."""
+    return seeded(OddKeys)
