@@ -101,9 +101,8 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
         return error if short == text else type(error)(short)
     if isinstance(error, MemoryError):  # It may be gone when less is going on.
         _log.warning("request %s failed: out of memory", request_id)
-        return errors.OverloadedError(
-            "the server is out of memory; try again later, or ask for less"
-        )
+        text = "the server is out of memory; try again later, or ask for less"
+        return errors.OverloadedError(text)
     _log.exception("request %s failed", request_id)
     return errors.InternalError(f"internal error; the server's log has it as {request_id}")
 
