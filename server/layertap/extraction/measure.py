@@ -364,9 +364,9 @@ def _module_entries(findings: _Findings) -> list[LayerEntry]:
         for point in by_call.get((path, call), ()):
             if path or point.capture is Capture.OUTPUT:
                 members.setdefault(point.member, {})[point.capture] = point
-        # A container comes behind its members: what can be asked for comes first.
         members.setdefault((), {})
-        for way, points in members.items():
+        # What can be asked for comes first: members of the output, then the container.
+        for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
             entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries
 
