@@ -67,11 +67,10 @@ def test_the_unexpected_is_internal_and_keeps_its_text(caplog) -> None:
 
 def test_want_of_memory_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
     """A MemoryError, wherever it was raised, is RESOURCE_EXHAUSTED: it may be gone in a while."""
-    try:
+    with pytest.raises(MemoryError) as caught:
         bytearray(1 << 60)
-    except MemoryError as error:
-        assert code_of(error) is grpc.StatusCode.RESOURCE_EXHAUSTED
-        told = leaving(error)
+    assert code_of(caught.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    told = leaving(caught.value)
     assert isinstance(told, errors.OverloadedError)
     assert "out of memory" in str(told)
     assert "out of memory" in caplog.text
