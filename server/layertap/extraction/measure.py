@@ -149,7 +149,7 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
         walk=walk,
         graph=graph,
         looks=looks,
-        random=_random(model, one, two, x, guard),
+        random=_random(model, [one, two, *others], x, guard),
         order=_order([one, *others]),
         varying=_varying([one, *others]),
         names=LayerNames(model.module),
@@ -217,16 +217,16 @@ def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
 
 
 def _random(
-    model: LoadedModel, one: HookSurvey, two: HookSurvey, x: torch.Tensor, guard: PassGuard
+    model: LoadedModel, surveys: Sequence[HookSurvey], x: torch.Tensor, guard: PassGuard
 ) -> set[CapturePoint]:
-    """Return the points whose values depend on chance.
+    """Return the points whose values depend on chance, for some input at least.
 
-    A stateful model gives other values as well, without any chance.
+    The first survey is that of ``x``. A stateful model gives other values as well, without any chance.
     """
-    found = one.random | two.random
+    found: set[CapturePoint] = set().union(*(survey.random for survey in surveys))
     if guard.rules.state is not KeptState.KEPT:
         with guard:
-            found |= survey_repeat(model, x, one.values)
+            found |= survey_repeat(model, x, surveys[0].values)
     return found
 
 
@@ -310,6 +310,11 @@ def _survey_graph(
     shape = model.input.item_shape
     if isinstance(model.module, torch.jit.ScriptModule):
         return _Graph(reason="a TorchScript program can't be traced symbolically")
+    if own := _own_modes(model.module):
+        return _Graph(
+            reason=f"symbolic tracing calls train() and eval(), of which {own} has its own, which "
+            "may change the model"
+        )
     try:
         graph = trace(model)
         one = survey_fx(graph, sample_input(model, 1, shape), oracle, guard)
@@ -368,6 +373,20 @@ def _placed(
         {point: placed(point, spec) for point, spec in specs.items()},
         replace(graph, specs={p.path: placed(p, spec) for p, spec in nodes.items()}, trace=None),
     )
+
+
+def _own_modes(module: nn.Module) -> str:
+    """Return the class of a submodule that has a train() or eval() of its own; else nothing.
+
+    LoRA layers merge their weights there, say. torch's own classes are known to do no such thing.
+    """
+    for part in module.modules():
+        kind = type(part)
+        if kind.__module__.startswith("torch."):
+            continue
+        if kind.train is not nn.Module.train or kind.eval is not nn.Module.eval:
+            return kind.__name__
+    return ""
 
 
 def _module_entries(findings: _Findings) -> list[LayerEntry]:

@@ -15,7 +15,12 @@ from dataclasses import replace
 
 import torch
 
-from layertap.errors import ExtractorUnsupportedError, InvalidInputError, OverloadedError
+from layertap.errors import (
+    ExtractorUnsupportedError,
+    InvalidInputError,
+    ModelRunError,
+    OverloadedError,
+)
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.cuda_graph import GraphedExtractor
@@ -65,10 +70,17 @@ class Prover:
 
         Raises:
             InvalidInputError: Where the model can't run on it.
+            ExtractorUnsupportedError: Where some of the layers don't run on it.
             OverloadedError: Where there is not the memory to run it.
         """
         try:
             return collect(self._oracle(points), points, x)
+        except ModelRunError as error:
+            # The model runs; a layer does not, or returns no tensor, for some inputs.
+            raise ExtractorUnsupportedError(
+                f"what {quoted(points)} give can't be proven: {error}; HOOK serves them where they "
+                "run"
+            ) from error
         except Exception as error:
             words = own_words(error)
             _log.info("model %s fails on %s: %s", self._model.name, list(x.shape), words)
@@ -105,8 +117,8 @@ class Prover:
                 continue
             try:
                 values = self.truth(points, x)
-            except InvalidInputError:
-                continue  # Not every model takes such input.
+            except (InvalidInputError, ExtractorUnsupportedError):
+                continue  # Not every model takes such input, and not every layer runs on it.
             # The last bits decide where a root of some noise is NaN.
             if not compiled or all(v.isfinite().all() for v in values):
                 cases.append((x, values))

@@ -113,12 +113,15 @@ def survey_hooks(
     """
     survey = HookSurvey()
     calls: Counter[tuple[str, Capture]] = Counter()
+    recursive: set[str] = set()
 
     def see(path: str, side: Capture, value: Any) -> None:
         if look is not None:
             look()
         call = calls[path, side]
         calls[path, side] += 1
+        if calls[path, Capture.INPUT] - calls[path, Capture.OUTPUT] > 1:
+            recursive.add(path)
         if side is Capture.INPUT:
             survey.order.append((path, call))
         for way, tensor in flatten(value):
@@ -146,6 +149,11 @@ def survey_hooks(
     with observe(model.module, see):
         model.forward(given)
     survey.mutated_input = not same(given, x)
+    # Calls are counted as they end, which here is not the order in which they begin.
+    for point in survey.shapes:
+        if point.path in recursive - {""} and point.capture is Capture.OUTPUT:
+            survey.unsendable[point] = "the module calls itself, so its calls can't be told apart"
+            survey.values.pop(point, None)
     return survey
 
 

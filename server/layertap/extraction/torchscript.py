@@ -62,7 +62,9 @@ def trace_taps(
 
     Raises whatever tracing raises.
     """
-    tapped = _Tapped(model, taps, points).eval()
+    tapped = _Tapped(model, taps, points)
+    # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
+    tapped.training = False
     # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
     with _tracing, _deprecated():
         traced = torch.jit.trace(tapped, (example,), check_trace=False)

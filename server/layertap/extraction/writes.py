@@ -37,7 +37,7 @@ _WRITERS = {
     "acquire", "release", "push", "send", "write", "read", "next", "setattr", "delattr", "vars",
     "__setattr__", "__dict__", "__setitem__", "__next__", "heappush", "heappop", "rotate", "sort",
     "register_forward_hook", "register_forward_pre_hook", "register_buffer", "set_state", "data",
-    "setstate", "shuffle", "fill",
+    "setstate", "shuffle", "fill", "set_default_dtype", "use_deterministic_algorithms",
 }  # fmt: skip
 """Names of what changes an object that it is called on, or given."""
 
