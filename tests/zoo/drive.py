@@ -297,7 +297,7 @@ class _Drive:
         self._claims = _chosen(_claims(host), grid)
         self._host = host
         self._lock = threading.Lock()
-        report.notes.update(host.catalogue.notes)
+        report.notes.update(host.catalogue.notes, host.catalogue.guard.rules.notes)
         for entry in host.catalogue:
             if entry.calls:
                 report.layers.add(entry.name)

@@ -76,6 +76,7 @@ class PassRules:
         uncompiled: Why no compiled program may take the model's place; empty where one may.
         everywhere: Whether the state belongs to a class or a file, so that passes of all such
             models take turns.
+        threads: Whether modules run on threads of the model's own.
         notes: What was seen, in words.
     """
 
@@ -85,6 +86,7 @@ class PassRules:
     state: KeptState = KeptState.NONE
     uncompiled: str = ""
     everywhere: bool = False
+    threads: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -310,8 +312,17 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
             "they run one at a time, and not while another such model runs"
         )
     if seen.threads:
-        rules = replace(rules, early_stop=False)
-        notes.append("its modules run on several threads, so each pass runs to its end")
+        rules = replace(
+            rules,
+            early_stop=False,
+            concurrent=False,
+            threads=True,
+            uncompiled=rules.uncompiled
+            or "its modules run on threads of its own, which a trace does not follow",
+        )
+        notes.append(
+            "its modules run on several threads, so passes run one at a time and to their end"
+        )
     if seen.unexplained:
         notes.append(
             "two passes from the loaded state differ, though neither state nor random numbers that "

@@ -70,6 +70,10 @@ class _Session:
 
     def see(self, path: str, side: Capture, value: Any) -> None:
         """Pass on what is wanted of a call; end the forward pass after the last, if it may end."""
+        with self._lock:  # Several threads of the model's own may call.
+            self._see(path, side, value)
+
+    def _see(self, path: str, side: Capture, value: Any) -> None:
         call = self._calls[path, side]
         self._calls[path, side] = call + 1
         for index in self._wanted.pop((path, side, call), ()):
@@ -161,6 +165,7 @@ class Taps:
         sink: Sink,
         *,
         to_end: bool = False,
+        threads: bool = False,
     ) -> None:
         """Run a forward pass until every point was captured.
 
@@ -170,6 +175,8 @@ class Taps:
             points: What to capture; hooks are installed where they are missing.
             sink: Called at the moment of each capture.
             to_end: Whether the pass goes on to its end; what the sink raises is raised there.
+            threads: Whether the model runs modules on threads of its own. No other pass of it may
+                run meanwhile; see Note [A model's own threads].
 
         Raises:
             ModelRunError: Where the pass ended without some capture.
@@ -178,6 +185,7 @@ class Taps:
             self.install(point.path, point.capture)
         session = _Session(points, sink, to_end=to_end)
         token = _session.set(session)
+        self._running = session if threads else None
         try:
             with watch(session.see):
                 session.returned(forward(x))
@@ -192,6 +200,7 @@ class Taps:
             session.refused = None  # Or it would refer to itself, and keep what was captured.
             raise
         finally:
+            self._running = None
             _session.reset(token)
         session.end()
 
