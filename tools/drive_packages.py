@@ -46,7 +46,7 @@ def environment(group: str) -> Path:
 
 def drive(group: str, options: argparse.Namespace) -> int:
     """Drive the models of a group in its environment; return the exit status."""
-    command = [
+    command: list[str | Path] = [
         environment(group), "-W", "ignore", TESTS / "prove_packages.py", group,
         "--jobs", str(options.jobs), "--write", BUILD / f"{group}.json",
     ]  # fmt: skip

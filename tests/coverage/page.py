@@ -33,18 +33,14 @@ def write_section(file: Path, name: str, text: str) -> None:
     sections = _sections(file.read_text("utf-8")) if file.exists() else {}
     sections[name] = text.strip()
     parts = [PAGE]
-    for section in SECTIONS:
-        if section in sections:
-            parts.append(f"{_mark(section)}\n{sections[section]}\n")
+    parts.extend(f"{_mark(name)}\n{sections[name]}\n" for name in SECTIONS if name in sections)
     file.write_text("\n".join(parts), "utf-8")
 
 
 def _sections(page: str) -> dict[str, str]:
     """Return the text behind each mark, up to the next one."""
     pieces = re.split(r"^<!-- section: (\w+) -->\n", page, flags=re.MULTILINE)
-    return {
-        name: text.strip() for name, text in zip(pieces[1::2], pieces[2::2], strict=True)
-    }
+    return {name: text.strip() for name, text in zip(pieces[1::2], pieces[2::2], strict=True)}
 
 
 def _mark(section: str) -> str:

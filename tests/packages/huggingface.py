@@ -82,7 +82,8 @@ def convbert() -> nn.Module:
 @text
 def funnel() -> nn.Module:
     config = transformers.FunnelConfig(
-        vocab_size=99, block_sizes=[1, 1], block_repeats=[1, 1], num_decoder_layers=1, d_model=32, n_head=4,
+        vocab_size=99, block_sizes=[1, 1], block_repeats=[1, 1], num_decoder_layers=1, d_model=32,
+        n_head=4,
         d_head=8, d_inner=37,
     )  # fmt: skip
     return transformers.FunnelModel(config)
@@ -221,7 +222,7 @@ def segformer() -> nn.Module:
 @image64
 def mobilevit() -> nn.Module:
     return _model(
-        "MobileViT", image_size=64, hidden_sizes=[16, 20, 24], neck_hidden_sizes=[8, 8, 8, 8, 8, 8, 8],
+        "MobileViT", image_size=64, hidden_sizes=[16, 20, 24], neck_hidden_sizes=[8] * 7,
         num_attention_heads=2,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Is every answer about the models of public packages right?
 
-``tools/drive_packages.py`` makes an environment for each group of packages and runs this file in it:
-every model of the group is served by HOOK, TORCHSCRIPT and AUTO, three requests in a row and in
+``tools/drive_packages.py`` makes an environment for each group of packages and runs this file in
+it: every model of the group is served by HOOK, TORCHSCRIPT and AUTO, three requests in a row and in
 throughput mode to eight callers, and each answer is held against a fresh instance of the model.
 Random weights, the smallest configurations. The group's rows go into a JSON file.
 """

@@ -1,4 +1,4 @@
-"""What is common to the groups of packages: a public model with random weights, and its requests."""
+"""What the groups of packages share: a public model with random weights, and its requests."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ TESTS = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(TESTS), str(TESTS / "coverage")]
 
 from page import write_section
+
 from zoo.prove_zoo import Row, remarks
 
 ORDER = ("HOOK", "TORCHSCRIPT", "AUTO")

@@ -153,7 +153,9 @@ class SpecialId(Tokens):
         return self.second(-y if bool((x == 39).any()) else y)
 
 
-@specimen("Ids over a limit are remapped in forward, around the children", item=(6,), requests=TOKENS)
+@specimen(
+    "Ids over a limit are remapped in forward, around the children", item=(6,), requests=TOKENS
+)
 class RemapsIds(Tokens):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.first(self.embed(torch.where(x > 29, x - 30, x))))
@@ -235,7 +237,9 @@ class PerElement(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(3, 4)
-        self.nets = nn.ModuleDict({"H": nn.Linear(4, 1), "C": nn.Linear(4, 1), "O": nn.Linear(4, 1)})
+        self.nets = nn.ModuleDict(
+            {"H": nn.Linear(4, 1), "C": nn.Linear(4, 1), "O": nn.Linear(4, 1)}
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.embed(x)

@@ -232,7 +232,9 @@ class FoldsFrames(nn.Module):
         return self.head(self.time(frames.view(len(x), -1, 4).transpose(1, 2)).mean(2))
 
 
-@specimen("A graph of the nearest items of the batch is built and averaged over", requests=floats(ITEM))
+@specimen(
+    "A graph of the nearest items of the batch is built and averaged over", requests=floats(ITEM)
+)
 class NearestItems(nn.Module):
     def __init__(self) -> None:
         super().__init__()

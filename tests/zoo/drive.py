@@ -1,10 +1,10 @@
-"""Serving a specimen in every way that the catalogue claims, and holding each answer to the truth."""
+"""Serving a specimen in every way that its catalogue claims; each answer is held to the truth."""
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -216,7 +216,10 @@ def drive(specimen: Specimen, grid: Grid) -> Report:
                     text = f"{type(error).__name__}: {error}".splitlines()[0]
                     report.cell(Extractor.AUTO, "load").failed.append(f"{way.name}: {text}")
                     continue
-                _Drive(engine, host, way, truths, specimen, report, grid).run()
+                _Drive(
+                    engine, host, way=way, truths=truths, specimen=specimen, report=report,
+                    grid=grid,
+                ).run()  # fmt: skip
     return report
 
 
@@ -255,18 +258,14 @@ def _claims(host: ModelHost) -> dict[Extractor, list[Layer]]:
         for capture, point in entry.points.items():
             if point.kind is not PointKind.MODULE:
                 continue
-            layer = Layer(
-                entry.name, capture, (point.path, str(capture), point.call, point.member)
-            )
+            layer = Layer(entry.name, capture, (point.path, str(capture), point.call, point.member))
             by = entry.served_by(capture)
             for extractor in [*by, Extractor.AUTO] if by else ():
                 claims[extractor].append(layer)
     return claims
 
 
-def _chosen(
-    claims: dict[Extractor, list[Layer]], grid: Grid
-) -> dict[Extractor, list[Layer]]:
+def _chosen(claims: dict[Extractor, list[Layer]], grid: Grid) -> dict[Extractor, list[Layer]]:
     """Leave out extractors that a grid does not ask, and layers over what is compiled at once."""
     chosen = {extractor: claims[extractor] for extractor in grid.extractors}
     for extractor in (Extractor.TORCHSCRIPT, Extractor.AUTO):
@@ -281,6 +280,7 @@ class _Drive:
         self,
         engine: Engine,
         host: ModelHost,
+        *,
         way: Way,
         truths: Truths,
         specimen: Specimen,
@@ -351,7 +351,7 @@ class _Drive:
         self._ask_for(extractor, layers, request)
 
     def _takes(self, request: int) -> bool:
-        """Tell whether the model says that it takes such a batch; else it is refused at the door."""
+        """Tell whether the model says that it takes such a batch; else the door refuses it."""
         x = self._requests[request]
         try:
             self._host.model.input.check(x.shape, str(x.dtype).removeprefix("torch."))

@@ -138,7 +138,7 @@ class PythonNoise(Pair):
 @specimen("Noise of NumPy's global generator, drawn in forward", draws=True)
 class NumpyNoise(Pair):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(x) * float(np.random.rand()))  # noqa: NPY002
+        return self.second(self.first(x) * float(np.random.rand()))
 
 
 @specimen("forward replaces a function of torch while it runs, as profilers and patches do")

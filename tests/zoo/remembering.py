@@ -195,7 +195,9 @@ class NegativeQueue(Pair):
         return self.second(y) + logits.mean(1)[:, None, None, None]
 
 
-@specimen("A batch norm is put back into training mode inside forward, as test-time adaptation does")
+@specimen(
+    "A batch norm is put back into training mode inside forward, as test-time adaptation does"
+)
 class AdaptsAtTest(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +309,9 @@ class Stream:
     layers: list[dict[str, Any]]
 
 
-@specimen("State stands in a dictionary in a list in a dataclass, as in Mamba's inference parameters")
+@specimen(
+    "State stands in a dictionary in a list in a dataclass, as in Mamba's inference parameters"
+)
 class DeepState(Pair):
     def __init__(self) -> None:
         super().__init__()

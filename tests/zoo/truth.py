@@ -74,7 +74,7 @@ def truth_of(net: nn.Module, x: torch.Tensor, seed: int = 0) -> Truth:
     handles = list(_hooks(net, before, after))
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the generator that the models draw from
+    np.random.seed(seed)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

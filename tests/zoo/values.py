@@ -143,7 +143,9 @@ class LazySigns(nn.Module):
         return self.last(self.imaginary(z.imag))
 
 
-@specimen("The best patches are taken by topk, and near ties decide which", requests=near_ties(ITEM))
+@specimen(
+    "The best patches are taken by topk, and near ties decide which", requests=near_ties(ITEM)
+)
 class TopPatches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -158,7 +160,9 @@ class TopPatches(nn.Module):
         return self.out(y.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)))
 
 
-@specimen("Each vector becomes its nearest code, and near ties decide which", requests=near_ties(ITEM))
+@specimen(
+    "Each vector becomes its nearest code, and near ties decide which", requests=near_ties(ITEM)
+)
 class NearestCode(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +177,9 @@ class NearestCode(nn.Module):
         return self.out(self.codes(nearest).view(y.shape).permute(0, 3, 1, 2))
 
 
-@specimen("Activations are rounded to 4 bits, as in quantisation-aware training", requests=near_ties(ITEM))
+@specimen(
+    "Activations are rounded to 4 bits, as in quantisation-aware training", requests=near_ties(ITEM)
+)
 class Rounds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +192,9 @@ class Rounds(nn.Module):
         return self.out((y * 8).round().clamp(-8, 7) / 8)
 
 
-@specimen("Spikes are comparisons with a threshold, as in spiking networks", requests=near_ties(ITEM))
+@specimen(
+    "Spikes are comparisons with a threshold, as in spiking networks", requests=near_ties(ITEM)
+)
 class Spikes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +213,9 @@ class Spikes(nn.Module):
         return self.out(rate)
 
 
-@specimen("Weights are binarised by sign inside forward, as in XNOR networks", requests=near_ties(ITEM))
+@specimen(
+    "Weights are binarised by sign inside forward, as in XNOR networks", requests=near_ties(ITEM)
+)
 class Signs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +228,9 @@ class Signs(nn.Module):
         return F.conv2d(y, self.binary.weight.sign())
 
 
-@specimen("Pixels are sorted and the median is taken, as in robust pooling", requests=near_ties(ITEM))
+@specimen(
+    "Pixels are sorted and the median is taken, as in robust pooling", requests=near_ties(ITEM)
+)
 class Sorts(Pair):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.second(self.first(x)).flatten(2)
@@ -271,7 +283,7 @@ class DrawsLatent(nn.Module):
         self.decode = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean, log_variance = self.encode(x).flatten(1).chunk(2, 1)
+        mean, _ = self.encode(x).flatten(1).chunk(2, 1)
         return self.decode(torch.distributions.Normal(mean.nan_to_num(), 1.0).sample() + mean)
 
 

@@ -7,6 +7,7 @@ import threading
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,7 +243,7 @@ class CannotCopy(Pair):
         super().__init__()
         self.lock = threading.Lock()
         self.numbers: Iterator[int] = iter(range(3))
-        self.file = open(__file__, encoding="utf-8")  # noqa: SIM115 - what the specimen is about
+        self.file = Path(__file__).open(encoding="utf-8")  # noqa: SIM115 - it is about this
         self.file.close()
         self.scale = lambda y: y * 2
 

@@ -221,7 +221,7 @@ def _random(
 ) -> set[CapturePoint]:
     """Return the points whose values depend on chance, for some input at least.
 
-    The first survey is that of ``x``. A stateful model gives other values as well, without any chance.
+    The first survey is that of ``x``. A stateful model gives other values too, without any chance.
     """
     found: set[CapturePoint] = set().union(*(survey.random for survey in surveys))
     if guard.rules.state is not KeptState.KEPT:

@@ -255,14 +255,17 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
         again = _agrees(model, x, one.values)
     rewritten = dirty.rewritten() if dirty else set()
     snapshot.deep_restore()
-    seen.stopped = _left_by_stops(model, x, len(one.order), snapshot, seen)
-    seen.seeds = chance.moved() and _agrees(model, x, one.values)
-    snapshot.deep_restore()
     if seen.changes or not again:
+        _stop_early(model, x, max(1, len(one.order) // 2))
+        snapshot.deep_restore()
         with chance.repeated():
             seen.unexplained = not _agrees(model, x, one.values)
         snapshot.deep_restore()
         seen.carried = not again and not seen.unexplained
+    if not seen.unexplained:
+        seen.stopped = _left_by_stops(model, x, len(one.order), snapshot, seen)
+        seen.seeds = chance.moved() and _agrees(model, x, one.values)
+        snapshot.deep_restore()
     two = survey_hooks(model, sample_input(model, 2, shape))
     after_two = snapshot.deep_changes()
     seen.add(after_two)
@@ -297,8 +300,8 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
         # The memory of such a tensor is a constant of the program, which other sizes overrun.
         rules = replace(
             rules,
-            uncompiled=f"its passes write tensors that it keeps in place ({_named(written)}), which "
-            "a compiled program would hold as constants",
+            uncompiled=f"its passes write tensors in place ({_named(written)}), which a compiled "
+            "program would hold as constants",
         )
     if seen.stopped:
         rules = replace(rules, early_stop=False)
@@ -424,7 +427,7 @@ def _left_by_stops(
 
 
 def _stop_early(model: LoadedModel, x: torch.Tensor, after: int) -> None:
-    """Run a pass that ends behind so many calls, as one does whose last wanted layer comes early."""
+    """Run a pass that ends behind so many calls, as where the last wanted layer comes early."""
     left = after
 
     def see(path: str, side: Capture, value: Any) -> None:
