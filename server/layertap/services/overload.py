@@ -11,7 +11,9 @@ Note [A retry storm]
     - A few refusals a second are sent at once, so that a caller who was merely unlucky can ask
       another server. Above that a refusal is held back for a while. A caller that waits for its
       refusal can't ask again meanwhile, so a storm is as fast as the server lets it be. A call
-      that is held has no thread and no place among the pending ones.
+      that is held has no thread and no place among the pending ones. Where the queue has run half
+      empty meanwhile, each call that ends lets two held ones go, so that nobody waits for a second
+      beside an idle server.
     - A refusal says when to come again (``grpc-retry-pushback-ms``, gRFC A6), at a time of its own
       for each call, so that those who obey it don't come back together.
 """
@@ -43,6 +45,9 @@ AT_ONCE = 20
 
 HELD_SECONDS = 1.0
 """How long the others are held back."""
+
+RELEASED = 2
+"""Held refusals that are sent for each call that ends while the queue is less than half full."""
 
 HELD = 1024
 """Refusals that may be held at once; one more is sent at once. Each may keep what the client has
@@ -95,6 +100,14 @@ class HeldRefusals(ThreadPoolExecutor):
             heapq.heappush(self._held, (due, next(self._numbers), refuse))
             self._changed.notify()
         return future
+
+    def release(self, count: int) -> None:
+        """Send some of the refusals that are held at once, the oldest first."""
+        with self._changed:
+            oldest = [heapq.heappop(self._held) for _ in range(min(count, len(self._held)))]
+            for _, number, refuse in oldest:
+                heapq.heappush(self._held, (0.0, number, refuse))
+            self._changed.notify()
 
     def drain(self) -> None:
         """Send at once what is held, and hold nothing any more: the server stops."""
@@ -169,7 +182,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.refusals = HeldRefusals()
+        self.refusals = HeldRefusals(clock)
         self._engine = engine
         self._clock = clock
         self._lock = threading.Lock()
@@ -216,13 +229,16 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
             while self._awaited and next(iter(self._awaited.values())) < now:
                 # Its client has left, or is slow.
                 del self._awaited[next(iter(self._awaited))]
-            # The engine counts items of streams as well, but no call before it is parsed.
-            under_way = max(self._running, self._engine.pending) + len(self._awaited)
-            if under_way >= self._engine.limits.pending:
+            if self._under_way() >= self._engine.limits.pending:
                 return None
             number = next(self._numbers)
             self._awaited[number] = now + RECEIVE_SECONDS
             return number
+
+    def _under_way(self) -> int:
+        """Return how many calls are being received, wait or run. For holders of the lock."""
+        # The engine counts items of streams as well, but no call before it is parsed.
+        return max(self._running, self._engine.pending) + len(self._awaited)
 
     def _counted(self, number: int, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         def run(message: Any, context: grpc.ServicerContext) -> Any:
@@ -234,5 +250,8 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
             finally:
                 with self._lock:
                     self._running -= 1
+                    half_empty = 2 * self._under_way() < self._engine.limits.pending
+                if half_empty:
+                    self.refusals.release(RELEASED)
 
         return run
