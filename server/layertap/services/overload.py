@@ -20,10 +20,10 @@ Note [A retry storm]
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -74,8 +74,9 @@ class HeldRefusals(ThreadPoolExecutor):
         super().__init__(1)
         self._clock = clock
         self._changed = threading.Condition()
-        self._numbers = itertools.count()
-        self._held: list[tuple[float, int, Callable[[], object]]] = []
+        # Those to be sent now; and those that are held, with the time of each, which only grows.
+        self._due: deque[Callable[[], object]] = deque()
+        self._held: deque[tuple[float, Callable[[], object]]] = deque()
         self._allowed = float(AT_ONCE)
         self._counted = clock()
         self._draining = self._closed = False
@@ -96,25 +97,25 @@ class HeldRefusals(ThreadPoolExecutor):
                 future.set_exception(error)
 
         with self._changed:
-            due = self._due()
-            heapq.heappush(self._held, (due, next(self._numbers), refuse))
+            if self._at_once():
+                self._due.append(refuse)
+            else:
+                self._held.append((self._clock() + HELD_SECONDS, refuse))
             self._changed.notify()
         return future
 
     def release(self, count: int) -> None:
         """Send some of the refusals that are held at once, the oldest first."""
         with self._changed:
-            oldest = [heapq.heappop(self._held) for _ in range(min(count, len(self._held)))]
-            for _, number, refuse in oldest:
-                heapq.heappush(self._held, (0.0, number, refuse))
+            for _ in range(min(count, len(self._held))):
+                self._due.append(self._held.popleft()[1])
             self._changed.notify()
 
     def drain(self) -> None:
         """Send at once what is held, and hold nothing any more: the server stops."""
         with self._changed:
             self._draining = True
-            self._held = [(0.0, number, refuse) for _, number, refuse in sorted(self._held)]
-            self._changed.notify()
+            self.release(len(self._held))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Send at once what is held, and end the thread.
@@ -130,17 +131,17 @@ class HeldRefusals(ThreadPoolExecutor):
         if wait and self._thread.is_alive():
             self._thread.join()
 
-    def _due(self) -> float:
-        """Return when the next refusal is to be sent, and count it."""
+    def _at_once(self) -> bool:
+        """Return whether the next refusal is to be sent at once, and count it."""
         now = self._clock()
         self._allowed = min(float(AT_ONCE), self._allowed + (now - self._counted) * AT_ONCE)
         self._counted = now
         if self._draining or len(self._held) >= HELD:
-            return 0.0
-        if self._allowed >= 1.0:
-            self._allowed -= 1.0
-            return 0.0
-        return now + HELD_SECONDS
+            return True
+        if self._allowed < 1.0:
+            return False
+        self._allowed -= 1.0
+        return True
 
     def _run(self) -> None:
         while (refuse := self._next()) is not None:
@@ -150,15 +151,13 @@ class HeldRefusals(ThreadPoolExecutor):
     def _next(self) -> Callable[[], object] | None:
         """Wait for the next refusal that is due; None once there are none and never will be."""
         with self._changed:
-            while True:
-                if not self._held:
-                    if self._closed:
-                        return None
-                    self._changed.wait()
-                elif (seconds := self._held[0][0] - self._clock()) > 0:
-                    self._changed.wait(seconds)
-                else:
-                    return heapq.heappop(self._held)[2]
+            while not self._due:
+                if self._held and (seconds := self._held[0][0] - self._clock()) <= 0:
+                    return self._held.popleft()[1]
+                if self._closed and not self._held:
+                    return None
+                self._changed.wait(seconds if self._held else None)
+            return self._due.popleft()
 
 
 class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
