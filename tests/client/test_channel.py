@@ -11,7 +11,7 @@ import pytest
 
 from authorities import EXTRACT, Authority, token_file
 from layertap import Client, Tls, errors, read_token
-from layertap.client.channel import open_channel
+from layertap.client.channel import channel_settings
 
 ELSEWHERE = "features.example.org:8001"
 
@@ -90,7 +90,8 @@ def mirror() -> Iterator[str]:
 
 
 def ask(address: str, kind: str, token: str | None) -> bytes:
-    channel = open_channel(address, tls=False, token=token, allow_plaintext_token=False)
+    settings = channel_settings(address, tls=False, token=token, allow_plaintext_token=False)
+    channel = settings.open()
     with channel:
         message = iter([b""]) if kind.startswith("stream") else b""
         reply = getattr(channel, kind)(f"/test.Mirror/{kind}")(message, timeout=30)

@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
-from layertap.addresses import bare_host
+from layertap.addresses import bare_host, is_unix
 from layertap.app.budget import MIB, excess
 from layertap.app.config import METRICS_OFF, ServerConfig
 from layertap.app.fingerprint import files_of
@@ -135,7 +135,9 @@ def serve(
                 running = _Running(config, narrator, read or (lambda: config), config_file, closing)
                 signals.ready()
                 notify("READY=1")
-                narrator.say(f"serving {running.names()} on {running.server.address}")
+                narrator.say(
+                    f"serving {running.names()} on {' and '.join(running.server.addresses)}"
+                )
                 signals.wait(running.reload)
                 notify("STOPPING=1")
                 narrator.say("stopping: waiting for the calls that were admitted")
@@ -185,12 +187,12 @@ class _Running:
         telemetry.metrics.show_waiting(lambda: self.server.waiting)
         if self.server.shared_memory is not None:
             telemetry.metrics.show_shared_memory(self.server.shared_memory)
-        self.server.start()
         closing.callback(self.server.stop, 0.0)
+        self.server.start()
         if options.metrics_port != METRICS_OFF:
             page = HttpPage(
                 telemetry.metrics.registry,
-                bare_host(options.host),
+                "127.0.0.1" if is_unix(options.host) else bare_host(options.host),
                 options.metrics_port,
                 alive=lambda: self._engine.alive,
                 ready=lambda: health.serving(""),

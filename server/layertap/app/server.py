@@ -6,16 +6,18 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 
-from layertap.addresses import host_port
+from layertap.addresses import host_port, is_unix, unix_path
 from layertap.app.channel import STREAMS, channel_options
 from layertap.app.health import HEALTH, ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
 from layertap.app.shared_memory import open_broker
 from layertap.app.thread_limit import ThreadLimit
+from layertap.app.unix_socket import UnixSocket
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
 from layertap.services.admin_service import AdminService
@@ -36,6 +38,9 @@ from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS, DEFAULT_MIB
 __all__ = ["FeatureServer", "ServerOptions"]
 
 _log = logging.getLogger(__name__)
+
+UNIX_SOCKET_MODE = 0o600
+"""Only this user may connect, unless told otherwise."""
 
 PORT = 8001
 """Where inference servers listen for gRPC by convention; metrics are at 8002."""
@@ -58,8 +63,15 @@ class ServerOptions:
     """How to listen.
 
     Attributes:
-        host: The address to bind; only this machine unless told otherwise.
+        host: The address to bind; only this machine unless told otherwise. ``unix:/path`` or
+            ``unix-abstract:name`` for a Unix socket instead of a port.
         port: The port; 0 for a free one.
+        unix_socket: The path of a Unix socket to listen on as well; None for none.
+        unix_socket_mode: The permissions of the socket's file.
+        connection_age_seconds: How long a connection lasts, give or take a tenth, before its client
+            has to make another; 0 for no end.
+        connection_age_grace_seconds: How long the calls of such a connection may take to finish; 0
+            for no end.
         security: TLS and tokens; neither unless told otherwise.
         shared_memory_bytes: What may be shared with clients of this machine; 0 for none.
         shared_memory_lease_seconds: How long a client may keep what was lent to it.
@@ -73,6 +85,10 @@ class ServerOptions:
     shared_memory_bytes: int = DEFAULT_MIB << 20
     shared_memory_lease_seconds: float = DEFAULT_LEASE_SECONDS
     client_regions: ClientRegions | None = None
+    unix_socket: Path | None = None
+    unix_socket_mode: int = UNIX_SOCKET_MODE
+    connection_age_seconds: float = 0.0
+    connection_age_grace_seconds: float = 0.0
 
 
 class FeatureServer:
@@ -92,7 +108,8 @@ class FeatureServer:
         repository: Loads and unloads models for the owner; nothing does if not given.
 
     Attributes:
-        address: Where it listens, ``host:port``.
+        addresses: Where it listens: ``host:port``, ``unix:/path``.
+        address: The first of them.
         security: TLS and tokens; its ``reload`` reads their files again.
         shared_memory: What is shared with clients of this machine; None for nothing.
 
@@ -128,7 +145,10 @@ class FeatureServer:
                 self._overload,
             ),
             options=channel_options(
-                engine.limits.request_bytes, max(STREAMS, 2 * _workers(engine.limits))
+                engine.limits.request_bytes,
+                max(STREAMS, 2 * _workers(engine.limits)),
+                options.connection_age_seconds,
+                options.connection_age_grace_seconds,
             ),
         )
         self._health = health or ModelHealth()
@@ -157,11 +177,17 @@ class FeatureServer:
             names.append(SharedMemoryService.NAME)
         self._server.add_generic_rpc_handlers(Reflection(names).handlers())
         self._set_health(serving=False)
+        self._sockets: list[UnixSocket] = []
         try:
-            self.address = self._bind(options)
+            self.addresses = self._bind_all(options)
         except UnavailableError:
             self._close()
             raise
+
+    @property
+    def address(self) -> str:
+        """The first address at which it listens."""
+        return self.addresses[0]
 
     @property
     def waiting(self) -> int:
@@ -213,6 +239,8 @@ class FeatureServer:
         self._server.wait_for_termination()
 
     def _close(self) -> None:
+        for each in self._sockets:
+            each.close()
         self._overload.refusals.shutdown()
         for pool in self._pools:
             pool.shutdown(wait=False)
@@ -226,17 +254,39 @@ class FeatureServer:
         for host in self._engine.hosts():
             self._health.show(host.model.name, serving=serving)
 
-    def _bind(self, options: ServerOptions) -> str:
-        wanted = host_port(options.host, options.port)
-        tls = options.security.tls
+    def _bind_all(self, options: ServerOptions) -> tuple[str, ...]:
+        """Listen everywhere; return the addresses."""
+        path = unix_path(options.host)
+        if path:
+            addresses = [self._bind_unix(Path(path), options)]
+        elif is_unix(options.host):
+            self._bind(options.host, options)
+            addresses = [options.host]
+        else:
+            port = self._bind(host_port(options.host, options.port), options)
+            addresses = [host_port(options.host, port)]
+        if options.unix_socket is not None:
+            addresses.append(self._bind_unix(options.unix_socket, options))
+        return tuple(addresses)
+
+    def _bind_unix(self, path: Path, options: ServerOptions) -> str:
+        made = UnixSocket(
+            path, options.unix_socket_mode, lambda address: self._add(address, options)
+        )
+        self._sockets.append(made)
+        return f"unix:{made.path}"
+
+    def _bind(self, wanted: str, options: ServerOptions) -> int:
         try:
-            port = (
-                self._server.add_secure_port(wanted, tls.credentials())
-                if tls
-                else self._server.add_insecure_port(wanted)
-            )
+            return self._add(wanted, options)
         except RuntimeError:
             raise UnavailableError(
                 f"can't listen on {wanted}: is the port taken, or the host another machine's?"
             ) from None
-        return host_port(options.host, port)
+
+    def _add(self, address: str, options: ServerOptions) -> int:
+        """Have gRPC listen; return the port. Raises RuntimeError where it can't."""
+        tls = options.security.tls
+        if tls:
+            return int(self._server.add_secure_port(address, tls.credentials()))
+        return int(self._server.add_insecure_port(address))

@@ -13,36 +13,27 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import grpc
 
-from layertap.client.channel import PathLike, Tls, open_channel, read_token
+from layertap.client.base import (
+    BaseClient,
+    Method,
+    ReadyWait,
+    describe_message,
+    health_in,
+    health_message,
+)
+from layertap.client.channel import ChannelSettings
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
+from layertap.client.items import MAX_IN_FLIGHT
 from layertap.client.requests import StreamRequest, request_fields
-from layertap.client.retry import check_retries, retrying
-from layertap.client.shared_memory import (
-    OPEN,
-    SharedMemoryClient,
-    SharedMemoryWish,
-    written,
-)
-from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
+from layertap.client.retry import retrying
+from layertap.client.shared_memory import SharedMemoryClient, SharedMemoryWish, written
+from layertap.client.stream import FeatureStream
 from layertap.client.timeouts import bounded
-from layertap.client.trace_context import trace_metadata
-from layertap.errors import (
-    ConfigError,
-    InvalidInputError,
-    LayertapError,
-    SharedMemoryLostError,
-    UnavailableError,
-)
-from layertap.grpc_health import health_pb2
+from layertap.errors import LayertapError, SharedMemoryLostError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
-from layertap.wire.messages import (
-    REPLY_COMPRESSION_KEY,
-    REPLY_COMPRESSIONS,
-    encode_request,
-    encode_shared_request,
-)
+from layertap.wire.messages import encode_request, encode_shared_request
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,20 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Client"]
 
-HEALTH_CHECK = "/grpc.health.v1.Health/Check"
-SERVICE = "/layertap.v1.FeatureService/"
-RELOAD = "/layertap.v1.AdminService/Reload"
-TARGET = "127.0.0.1:8001"
-
-# The time is up, or the server stops or has gone: another may stand in its place soon.
-_AWAY = (
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNAVAILABLE,
-)
-# How often ``wait_ready`` asks: soon at first, then less and less often.
-_ASK_AGAIN_SECONDS, _ASK_AGAIN_AT_MOST = 0.05, 0.5
-
 _log = logging.getLogger(__name__)
 
 
@@ -74,55 +51,30 @@ class _Transport:
 
     def __init__(self, target: str, channel: grpc.Channel, shared_memory: SharedMemoryWish) -> None:
         self.channel = channel
-        self.memory = SharedMemoryClient(target, shared_memory, channel.unary_unary(OPEN))
-        self.extract = channel.unary_unary(f"{SERVICE}Extract")
-        self.stream = channel.stream_stream(f"{SERVICE}ExtractStream")
-        self.list = channel.unary_unary(f"{SERVICE}ListModels")
-        self.describe = channel.unary_unary(f"{SERVICE}DescribeModel")
-        self.reload = channel.unary_unary(RELOAD)
-        self.health = channel.unary_unary(HEALTH_CHECK)
+        open_memory = channel.unary_unary(Method.OPEN_SHARED_MEMORY)
+        self.memory = SharedMemoryClient(target, shared_memory, open_memory)
+        self.extract = channel.unary_unary(Method.EXTRACT)
+        self.stream = channel.stream_stream(Method.EXTRACT_STREAM)
+        self.list = channel.unary_unary(Method.LIST_MODELS)
+        self.describe = channel.unary_unary(Method.DESCRIBE_MODEL)
+        self.reload = channel.unary_unary(Method.RELOAD)
+        self.health = channel.unary_unary(Method.HEALTH)
 
     def close(self) -> None:
         self.memory.close()
         self.channel.close()
 
 
-class Client:
+class Client(BaseClient):
     """Asks a layertap server for layers.
 
     Safe to share between threads. Use it as a context manager, or ``close`` it. A client that a
     forked process inherits opens a connection of its own there. A pickled one (for
     ``multiprocessing`` or a data loader's workers) is made again from its arguments where it is
     unpickled; with ``token`` it can't be pickled, as the pickle would hold the secret, but with
-    ``token_file`` it can.
+    ``token_file`` it can. ``AsyncClient`` has the same methods for asyncio.
 
-    Args:
-        target: The server's address: ``host:port``, or ``unix:/path`` for a Unix socket.
-        timeout: Seconds that a call may take, unless the call says otherwise; None for no end.
-        tls: ``True`` for a server that a public authority vouches for; a ``Tls`` for one with an
-            authority of its own, or one that asks for a client's certificate; False for no TLS.
-        token: The bearer token to send with every call.
-        token_file: A file whose first token is sent, instead of ``token``: one a line, ``#`` begins
-            a comment.
-        allow_plaintext_token: Whether the token may be sent to another machine without TLS, for
-            networks that encrypt by themselves.
-        shared_memory: Whether large tensors go through memory shared with the server, where it is
-            on this machine and runs as the same user: ``"auto"`` tries where the target is a
-            loopback address or a Unix socket, True everywhere, False never. Where it can't be had
-            they go through the network, without a word; only an item of a stream whose memory
-            is lost on the way fails with SharedMemoryLostError.
-        reply_compression: How the server compresses replies that go through the network:
-            ``"none"``, ``"gzip"`` or ``"deflate"``. Worth it on slow networks only:
-            docs/performance.md has what it costs.
-        retries: How often a call is made again that the server refuses because it is full, within
-            the call's timeout; streams are not. It waits as long as the server says, and a random
-            time on top. 0 raises OverloadedError at once, whose ``retry_after`` says how long.
-
-    Raises:
-        InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these,
-            or negative retries.
-        ConfigError: For files or a token that won't do, for a token that would be sent as plain
-            text to another machine, and under gevent without gRPC's ``init_gevent``.
+    Arguments and errors are those of ``BaseClient``.
 
     Example:
         >>> with Client("127.0.0.1:8001") as client:
@@ -131,46 +83,9 @@ class Client:
         (1, 64, 56, 56)
     """
 
-    def __init__(
-        self,
-        target: str = TARGET,
-        *,
-        timeout: float | None = 60.0,
-        tls: bool | Tls = False,
-        token: str | None = None,
-        token_file: PathLike | None = None,
-        allow_plaintext_token: bool = False,
-        shared_memory: SharedMemoryWish = "auto",
-        reply_compression: str = "none",
-        retries: int = 0,
-    ) -> None:
-        check_retries(retries)
-        if token is not None and token_file is not None:
-            raise ConfigError("token: got token and token_file, expected one of them or none")
-        if reply_compression not in REPLY_COMPRESSIONS:
-            raise InvalidInputError(
-                f"reply_compression: got {reply_compression!r}, expected one of "
-                f"{', '.join(REPLY_COMPRESSIONS)}"
-            )
-        self._target = target
-        self._arguments: dict[str, Any] = {
-            "timeout": timeout,
-            "tls": tls,
-            "token": token,
-            "token_file": token_file,
-            "allow_plaintext_token": allow_plaintext_token,
-            "shared_memory": shared_memory,
-            "reply_compression": reply_compression,
-            "retries": retries,
-        }
-        self._retries = retries
-        self._timeout = timeout
-        self._metadata: tuple[tuple[str, str], ...] = ()
-        if reply_compression != "none":
-            self._metadata = ((REPLY_COMPRESSION_KEY, reply_compression),)
-        self._closed = False
+    def _start(self, settings: ChannelSettings) -> None:
         self._opening = threading.Lock()
-        self._transport: _Transport | None = self._open()
+        self._transport: _Transport | None = self._open(settings)
         _CLIENTS.add(self)
 
     def extract(
@@ -233,7 +148,7 @@ class Client:
             timeout,
             self._timeout if item_timeout is None else item_timeout,
             transport.memory.connection(self._timeout),
-            metadata=self._metadata,
+            metadata=self._own_metadata,
         )
 
     @overload
@@ -312,8 +227,7 @@ class Client:
         self, model: str, *, timeout: float | None = None
     ) -> feature_service_pb2.DescribeModelResponse:
         """Return a model's catalogue: every layer, its shapes and the extractors that serve it."""
-        request = feature_service_pb2.DescribeModelRequest(model=model)
-        reply = self._call(self._opened().describe, request.SerializeToString(), timeout)
+        reply = self._call(self._opened().describe, describe_message(model), timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 
     def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
@@ -341,9 +255,7 @@ class Client:
             NotFoundError: For a name that it does not know.
             UnavailableError: Where it can't be reached.
         """
-        request = health_pb2.HealthCheckRequest(service=service)
-        reply = self._call(self._opened().health, request.SerializeToString(), timeout)
-        return _status_in(reply)
+        return health_in(self._call(self._opened().health, health_message(service), timeout))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until the server reports itself as serving; it may come, go and come back meanwhile.
@@ -354,32 +266,22 @@ class Client:
             UnavailableError: After ``timeout`` seconds; the text says what was last heard.
             LayertapError: Where it answers, but does not report its health, or not to us.
         """
-        end = time.monotonic() + timeout
-        pause = _ASK_AGAIN_SECONDS
-        heard = "it never answered"
-        while (left := end - time.monotonic()) > 0:
+        wait = ReadyWait(self._target, timeout, time.monotonic())
+        while (left := wait.left(time.monotonic())) > 0:
             try:
                 reply = self._opened().health(
-                    b"", timeout=bounded(left), wait_for_ready=True, metadata=self._metadata
+                    b"", timeout=bounded(left), wait_for_ready=True, metadata=self._metadata()
                 )
             except grpc.RpcError as error:
-                if error.code() not in _AWAY:
-                    raise error_from_rpc(error) from None
-                if error.code() is grpc.StatusCode.UNAVAILABLE:
-                    heard = str(error_from_rpc(error))
+                wait.failed(error)
             except ValueError:  # The channel was closed in this moment.
                 self._check_open()
                 raise
             else:
-                status = _status_in(reply)
-                if status == "SERVING":
+                if wait.serves(reply):
                     return
-                heard = f"it reports {status}"
-            time.sleep(max(0.0, min(pause, end - time.monotonic())))
-            pause = min(_ASK_AGAIN_AT_MOST, pause * 1.5)
-        raise UnavailableError(
-            f"the server at {self._target} was not ready within {timeout:g} seconds: {heard}"
-        )
+            time.sleep(wait.pause(time.monotonic()))
+        raise wait.over()
 
     def close(self) -> None:
         """Close the channel, to every call's UnavailableError. Features that came stay valid."""
@@ -387,19 +289,6 @@ class Client:
         transport = self._transport
         if transport is not None:
             transport.close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the arguments.
-
-        Raises:
-            TypeError: Where they hold a token.
-        """
-        if self._arguments["token"] is not None:
-            raise TypeError(
-                "cannot pickle a Client that was given a token, which the pickle would hold for "
-                "anybody to read; give it token_file, or make a Client in each process"
-            )
-        return _made_again, (type(self), self._target, self._arguments)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -435,16 +324,8 @@ class Client:
         finally:
             memory.end_call()
 
-    def _open(self) -> _Transport:
-        given = self._arguments
-        token, file = given["token"], given["token_file"]
-        channel = open_channel(
-            self._target,
-            tls=given["tls"],
-            token=token if file is None else read_token(file),
-            allow_plaintext_token=given["allow_plaintext_token"],
-        )
-        return _Transport(self._target, channel, given["shared_memory"])
+    def _open(self, settings: ChannelSettings) -> _Transport:
+        return _Transport(self._target, settings.open(), self._shared_memory)
 
     def _opened(self) -> _Transport:
         """Return the transport; one of its own in a forked process."""
@@ -452,7 +333,7 @@ class Client:
         transport = self._transport
         if transport is None:
             with self._opening:
-                transport = self._transport = self._transport or self._open()
+                transport = self._transport = self._transport or self._open(self._settings())
         return transport
 
     def _after_fork(self) -> None:
@@ -462,10 +343,6 @@ class Client:
             _PARENTS.append(self._transport)
         self._transport = None
         self._opening = threading.Lock()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UnavailableError("the client is closed")
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
@@ -481,23 +358,13 @@ class Client:
             return method(  # type: ignore[no-any-return]
                 message,
                 timeout=bounded(timeout),
-                metadata=(*self._metadata, *(trace_metadata() or ())),
+                metadata=self._metadata(),
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         except ValueError:  # gRPC's word for a channel that was closed in this moment.
             self._check_open()
             raise
-
-
-def _status_in(reply: bytes) -> str:
-    status = health_pb2.HealthCheckResponse.FromString(reply).status
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
-
-
-def _made_again(kind: type[Client], target: str, arguments: dict[str, Any]) -> Client:
-    """Return what was pickled."""
-    return kind(target, **arguments)
 
 
 _CLIENTS: weakref.WeakSet[Client] = weakref.WeakSet()
