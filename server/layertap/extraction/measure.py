@@ -47,6 +47,10 @@ from layertap.selection import Capture, Extractor
 
 __all__ = ["measure"]
 
+_UNORDERED = (
+    "the module runs several times in threads of the model's own, in an order that nothing settles"
+)
+
 _log = logging.getLogger(__name__)
 
 _MAX_NAMED = 5
@@ -87,6 +91,7 @@ class _Findings:
     varying: Collection[str]
     names: LayerNames
     unsendable: Mapping[CapturePoint, str]
+    threaded: Collection[str]
     rules: PassRules
 
     @property
@@ -154,6 +159,7 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
         varying=_varying([one, *others]),
         names=LayerNames(model.module),
         unsendable=_unsendable([one, *others]),
+        threaded=one.threaded | two.threaded,
         rules=guard.rules,
     )
     entries = {entry.name: entry for entry in _module_entries(findings)}
@@ -436,6 +442,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
         support = _no_tensor(missing.path, missing.call, findings)
     elif point in findings.unsendable:
         support = Support(output=False, reason=findings.unsendable[point])
+    elif point.path in findings.threaded and entry.calls > 1:
+        support = Support(output=False, reason=_UNORDERED)
     elif extractor is Extractor.FX:
         support = _fx_support(point, findings.graph)
     elif extractor in (Extractor.CHILDREN, Extractor.LAYER_GETTER):
@@ -445,6 +453,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     given = entry.points.get(Capture.INPUT)
     hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
     sent = given is not None and given not in findings.unsendable
+    if given is not None and given.path in findings.threaded and entry.calls > 1:
+        sent = False
     support = replace(support, input=hooked and sent)
     return _without(
         support, _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)
