@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 
 from layertap.errors import ExtractorUnsupportedError, LayertapError
+from layertap.extraction.apart import ProgramEndedError, may_end_the_process, run_apart
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.fx import FxExtractor
@@ -27,6 +28,7 @@ from layertap.extraction.prover import Prover
 from layertap.extraction.survey import sample_input
 from layertap.extraction.taps import Taps
 from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
+from layertap.extraction.verify import compiled_tolerance, mismatch
 from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
 from layertap.models import LoadedModel
 from layertap.selection import Extractor
@@ -34,6 +36,9 @@ from layertap.selection import Extractor
 __all__ = ["PlanBuilder"]
 
 _log = logging.getLogger(__name__)
+
+_LARGER = 7
+"""A batch size beyond those of a proof, at which a program that may end its process is tried."""
 
 
 @dataclass
@@ -191,6 +196,8 @@ class PlanBuilder:
     ) -> Generator[None, None, BuiltExtractor]:
         """Optimise, prove and warm a program. Whatever it raises costs this plan only."""
         try:
+            if may_end_the_process(frozen):
+                yield from self._tried_apart(points, frozen, proof)
             built = TorchScriptExtractor(frozen)
             yield None
             yield from proof.steps(built)
@@ -206,6 +213,30 @@ class PlanBuilder:
             _log.info("a program of model %s fails", self._model.name, exc_info=True)
             raise self._refusal(points, f"its program fails ({own_words(error)})") from error
         return built
+
+    def _tried_apart(
+        self, points: Sequence[CapturePoint], frozen: torch.jit.ScriptModule, proof: _Proof
+    ) -> Iterator[None]:
+        """Hold a program against the oracle in a process of its own; see ``apart``."""
+        larger = sample_input(self._model, _LARGER, tuple(proof.example.shape[1:]))
+        cases = [*proof.cases, (larger, self.prover.truth(points, larger))]
+        yield None
+        try:
+            answers = yield from run_apart(
+                frozen, [x for x, _ in cases], self._model.device, WARM_UP_RUNS
+            )
+        except ProgramEndedError as error:
+            raise self._refusal(points, f"its program fails ({error})") from error
+        for (x, expected), values in zip(cases, answers, strict=True):
+            self._check(points, x, values, expected)
+
+    def _check(
+        self, points: Sequence[CapturePoint], x: torch.Tensor, values: Values, expected: Values
+    ) -> None:
+        for value, right in zip(values, expected, strict=True):
+            fault = mismatch(value, right.cpu(), compiled_tolerance(right))
+            if fault:
+                raise self._refusal(points, f"at batch size {len(x)} {fault}")
 
     def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
         if self._cache is None:

@@ -63,20 +63,20 @@ class Dimension(_message.Message):
     def __init__(self, size: _Optional[int] = ..., batch: bool = ...) -> None: ...
 
 class TensorSpec(_message.Message):
-    __slots__ = ("dtype", "shape", "bytes_per_item", "dynamic", "interleaved", "quantized")
+    __slots__ = ("dtype", "shape", "bytes_per_item", "dynamic", "quantized", "interleaved")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     BYTES_PER_ITEM_FIELD_NUMBER: _ClassVar[int]
     DYNAMIC_FIELD_NUMBER: _ClassVar[int]
-    INTERLEAVED_FIELD_NUMBER: _ClassVar[int]
     QUANTIZED_FIELD_NUMBER: _ClassVar[int]
+    INTERLEAVED_FIELD_NUMBER: _ClassVar[int]
     dtype: _tensor_pb2.DataType
     shape: _containers.RepeatedCompositeFieldContainer[Dimension]
     bytes_per_item: int
     dynamic: bool
-    interleaved: bool
     quantized: str
-    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., bytes_per_item: _Optional[int] = ..., dynamic: bool = ..., interleaved: bool = ..., quantized: _Optional[str] = ...) -> None: ...
+    interleaved: bool
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., bytes_per_item: _Optional[int] = ..., dynamic: bool = ..., quantized: _Optional[str] = ..., interleaved: bool = ...) -> None: ...
 
 class ExtractorSupport(_message.Message):
     __slots__ = ("extractor", "output", "input", "reason")
