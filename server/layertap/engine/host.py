@@ -6,7 +6,6 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TypeVar
@@ -22,6 +21,7 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError, Overlo
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.measure import measure
+from layertap.extraction.passes import PassGuard
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
@@ -108,7 +108,6 @@ class ModelHost:
         preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies what a GPU computed to the host; None where values are written at once.
-        turn: Held by each forward pass; a lock where two at once would see each other's state.
 
     Raises:
         ModelLoadError: Where the model can't run on its own input shape.
@@ -127,18 +126,19 @@ class ModelHost:
         preparing: ComputeThreads | None = None,
     ) -> None:
         call = call or Call()
-        self.model = model = compute.run(lambda: tried(model), call)
+        guard = compute.run(lambda: PassGuard(model.module), call)
+        self.model = model = compute.run(lambda: tried(model, guard), call)
         self.preparing = preparing or compute
         self.options = options or HostOptions()
         self.declared: list[LayerSelection] = []
         self.weight_bytes = model.weight_bytes()
         self.compute = compute
         self._taps = Taps(model.module)
-        self.catalogue: Catalogue = compute.run(lambda: measure(model), call)
+        self.catalogue: Catalogue = compute.run(lambda: measure(model, guard), call)
         self.staging = compute.run(lambda: proven_staging(model.device), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
-        shared = compute.instances > 1 and self.catalogue.keeps_state
-        self.turn: AbstractContextManager[object] = threading.Lock() if shared else nullcontext()
+        for note in self.catalogue.guard.rules.notes:
+            _log.warning("model %s: %s", model.name, note)
         if self.catalogue.non_finite:
             _log.warning(
                 "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
@@ -146,7 +146,7 @@ class ModelHost:
             )  # fmt: skip
         for note in self.catalogue.notes:
             _log.info("model %s: %s", model.name, note)
-        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache, self.turn)
+        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}

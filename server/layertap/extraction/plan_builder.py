@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from layertap.extraction.looks import watch_looks
 from layertap.extraction.obstacles import LOOKS, calls_function, takes_step
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
+from layertap.extraction.passes import GuardedExtractor
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
@@ -48,7 +49,6 @@ class _Proof:
     extractor: Extractor
     points: Sequence[CapturePoint]
     cases: list[tuple[torch.Tensor, Values]]
-    turn: AbstractContextManager[object]
 
     @property
     def example(self) -> torch.Tensor:
@@ -56,8 +56,7 @@ class _Proof:
 
     def steps(self, built: BuiltExtractor) -> Iterator[None]:
         for x, expected in self.cases:
-            with self.turn:
-                prove(self.extractor, built, self.points, x, expected)
+            prove(self.extractor, built, self.points, x, expected)
             yield None
 
 
@@ -71,8 +70,6 @@ class PlanBuilder:
         taps: Its taps.
         catalogue: Its catalogue.
         cache: Where the compiled plans that are to be kept are stored.
-        turn: Held while the model runs. Not while it is traced symbolically, which waits for the
-            passes of others, who may wait for this turn.
 
     Attributes:
         prover: Holds the plans against the model, now and later.
@@ -84,14 +81,15 @@ class PlanBuilder:
         taps: Taps,
         catalogue: Catalogue,
         cache: PlanCache | None = None,
-        turn: AbstractContextManager[object] | None = None,
     ) -> None:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
+        # Not to be held while the model is traced symbolically, which waits for the passes of
+        # others, who may wait for this guard.
+        self._guard = catalogue.guard
         self._cache = cache
-        self._turn = turn or nullcontext()
-        self.prover = Prover(model, taps, catalogue, self._turn)
+        self.prover = Prover(model, taps, catalogue)
 
     def build(
         self,
@@ -133,7 +131,7 @@ class PlanBuilder:
         if extractor is Extractor.HOOK and item_shape == self._model.input.item_shape:
             # The oracle at the size at which the catalogue was measured: nothing is left to learn.
             specs = tuple(self._catalogue.specs[point] for point in points)
-            built: BuiltExtractor = HookExtractor(self._model, self._taps, points)
+            built: BuiltExtractor = HookExtractor(self._model, self._taps, points, self._guard)
             yield Plan(extractor, tuple(points), item_shape, specs, built, Findings())
             return
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
@@ -145,7 +143,7 @@ class PlanBuilder:
             self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), item_shape)
             for point, one, two in zip(points, *oracle, strict=True)
         )
-        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)), self._turn)
+        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
         if extractor is not Extractor.HOOK:
             proof.cases.extend(self.prover.reaching_cases(extractor, points, item_shape))
             yield None
@@ -202,8 +200,7 @@ class PlanBuilder:
             yield None
             yield from proof.steps(built)
             for _ in range(WARM_UP_RUNS):
-                with self._turn:
-                    built.run(proof.example.clone(), lambda index, value: None)
+                built.run(proof.example.clone(), lambda index, value: None)
                 yield None
         except (LayertapError, GeneratorExit):
             raise
@@ -263,14 +260,15 @@ class PlanBuilder:
         """
         match extractor:
             case Extractor.HOOK:
-                return HookExtractor(self._model, self._taps, points)
+                return HookExtractor(self._model, self._taps, points, self._guard)
             case Extractor.CHILDREN:
-                return ChildrenExtractor(self._model, points)
+                return GuardedExtractor(ChildrenExtractor(self._model, points), self._guard)
             case Extractor.LAYER_GETTER:
-                return LayerGetterExtractor(self._model, points)
+                return GuardedExtractor(LayerGetterExtractor(self._model, points), self._guard)
             case Extractor.FX:
                 names = self._catalogue.traced(self._model.name)
-                return FxExtractor(self._model, names, names.nodes_of(points))
+                built = FxExtractor(self._model, names, names.nodes_of(points))
+                return GuardedExtractor(built, self._guard)
             case Extractor.TORCHSCRIPT:
                 return TorchScriptExtractor(self._trace(points, example))
             case Extractor.AUTO:
@@ -280,8 +278,9 @@ class PlanBuilder:
         self, points: Sequence[CapturePoint], example: torch.Tensor
     ) -> torch.jit.ScriptModule:
         try:
-            with self._turn:
+            with self._guard:
                 self._refuse_obstacles(points, example)
+            with self._guard:
                 return trace_taps(self._model, self._taps, points, example.clone())
         except ExtractorUnsupportedError:
             raise

@@ -57,7 +57,8 @@ class StopForward(BaseException):
 class _Session:
     """The captures of one forward pass."""
 
-    def __init__(self, points: Sequence[CapturePoint], sink: Sink) -> None:
+    def __init__(self, points: Sequence[CapturePoint], sink: Sink, *, to_end: bool) -> None:
+        self._to_end = to_end
         self._wanted: dict[tuple[str, Capture, int], list[int]] = {}
         for index, point in enumerate(points):
             self._wanted.setdefault((point.path, point.capture, point.call), []).append(index)
@@ -68,16 +69,19 @@ class _Session:
         self.refused: BaseException | None = None
 
     def see(self, path: str, side: Capture, value: Any) -> None:
-        """Pass on what is wanted of a call; end the forward pass after the last."""
+        """Pass on what is wanted of a call; end the forward pass after the last, if it may end."""
         call = self._calls[path, side]
         self._calls[path, side] = call + 1
         for index in self._wanted.pop((path, side, call), ()):
+            if self.refused is not None:
+                continue  # The pass goes on only because it may not end here.
             try:
                 self._take(index, value)
             except BaseException as error:
                 self.refused = error
-                raise
-        if not self._wanted:
+                if not self._to_end:
+                    raise
+        if not self._wanted and not self._to_end:
             raise StopForward
 
     def _take(self, index: int, value: Any) -> None:
@@ -155,6 +159,8 @@ class Taps:
         x: torch.Tensor,
         points: Sequence[CapturePoint],
         sink: Sink,
+        *,
+        to_end: bool = False,
     ) -> None:
         """Run a forward pass until every point was captured.
 
@@ -163,19 +169,25 @@ class Taps:
             x: The batch.
             points: What to capture; hooks are installed where they are missing.
             sink: Called at the moment of each capture.
+            to_end: Whether the pass goes on to its end; what the sink raises is raised there.
 
         Raises:
             ModelRunError: Where the pass ended without some capture.
         """
         for point in points:
             self.install(point.path, point.capture)
-        session = _Session(points, sink)
+        session = _Session(points, sink, to_end=to_end)
         token = _session.set(session)
         try:
             with watch(session.see):
                 session.returned(forward(x))
         except StopForward:
             pass
+        except Exception:
+            # Behind the last capture it concerns nobody, as where the pass may end there.
+            if session.missed() or not to_end:
+                session.refused = None  # Or it would refer to itself, and keep what was captured.
+                raise
         except BaseException:
             session.refused = None  # Or it would refer to itself, and keep what was captured.
             raise

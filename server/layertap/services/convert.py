@@ -138,7 +138,7 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
             image_preprocessing=_preprocessing(model.preprocess),
         ),
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
-        notes=host.catalogue.notes,
+        notes=[*host.catalogue.notes, *host.catalogue.guard.rules.notes],
     )
 
 
