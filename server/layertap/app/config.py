@@ -136,17 +136,6 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     metrics_port: Annotated[
         int, Meta(ge=-1, le=65535, description="-1 for no metrics, 0 for a free port, to 65535")
     ] = METRICS_PORT
-    unix_socket: File = None
-    unix_socket_mode: Annotated[
-        str,
-        Meta(pattern="^0?[0-7]{3}$", description="permissions in octal digits, such as '0660'"),
-    ] = f"{UNIX_SOCKET_MODE:04o}"
-    max_connection_age_seconds: Annotated[
-        float, Meta(ge=0, description="seconds from 0, 0 for no end")
-    ] = 0.0
-    max_connection_age_grace_seconds: Annotated[
-        float, Meta(ge=0, description="seconds from 0, 0 for no end")
-    ] = 0.0
     device: Device = "auto"
     mode: Annotated[
         Literal["latency", "throughput"], Meta(description="'latency' or 'throughput'")
