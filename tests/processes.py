@@ -39,6 +39,7 @@ class Serving:
         args: Its flags.
         prefix: A command that runs the one that follows it, such as one that sets limits first.
         environment: Variables besides those of ENVIRONMENT.
+        cwd: The folder to run in; this process's if not given.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Serving:
         args: Sequence[str],
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
         self.process = subprocess.Popen(
             [*prefix, *COMMAND, "serve", *args],
             env={**ENVIRONMENT, **(environment or {})},
             stderr=subprocess.PIPE,
             text=True,
+            cwd=cwd,
         )
         self.lines: list[str] = []
         self._news = threading.Condition()

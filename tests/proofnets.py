@@ -257,6 +257,46 @@ def experts() -> nn.Module:
     return _made(Experts)
 
 
+class FixedState(nn.Module):
+    """An LSTM whose start state is kept for a batch of one: eager code makes another, a trace not.
+
+    It writes no attribute once it was made for each batch size, so nothing tells that it is
+    stateful.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 16)
+        self.rnn = nn.LSTM(16, 64, batch_first=True)
+        self.states = {n: (torch.zeros(1, n, 64), torch.zeros(1, n, 64)) for n in range(1, 65)}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.rnn(self.embed(ids), self.states[len(ids)])[0]
+
+
+class Recurrent(nn.Module):
+    """An ordinary LSTM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(100, 16)
+        self.rnn = nn.LSTM(16, 8, batch_first=True)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.rnn(self.embed(ids))[0])
+
+
+def fixed_state() -> nn.Module:
+    """Return a FixedState."""
+    return _made(FixedState)
+
+
+def recurrent() -> nn.Module:
+    """Return a Recurrent."""
+    return _made(Recurrent)
+
+
 def calls_function() -> nn.Module:
     """Return a CallsFunction."""
     return _made(CallsFunction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import Counter
@@ -107,6 +108,24 @@ def eventually(what: Callable[[], bool]) -> None:
     while not what():
         assert time.monotonic() < until, "it never happened"
         time.sleep(0.01)
+
+
+def readers() -> list[threading.Thread]:
+    """Return the threads that read a stream now; idle ones of the pools don't count."""
+    return [
+        thread
+        for thread in threading.enumerate()
+        if thread.name.startswith("layertap-stream-reader") and _reads(thread.ident)
+    ]
+
+
+def _reads(ident: int | None) -> bool:
+    frame = sys._current_frames().get(ident or 0)
+    while frame is not None:
+        if frame.f_code.co_name == "_read" and "stream_threads" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def stub(channel: grpc.Channel) -> feature_service_pb2_grpc.FeatureServiceStub:

@@ -1,4 +1,4 @@
-"""Generate ``layertap.v1`` and ``layertap.inference`` from ``proto/``, or check them.
+"""Generate the message modules under ``server/layertap`` from ``proto/``, or check them.
 
 Run it by ``make gen`` and ``make check``, which use the environment with the pinned generator: the
 version of protoc decides which protobuf runtimes the result runs on, so any other one is refused.
@@ -15,8 +15,17 @@ from pathlib import Path
 
 HOME = Path(__file__).resolve().parent.parent
 REQUIREMENTS = HOME / "tools" / "gen-requirements.txt"
-PACKAGES = {"layertap/v1": "layertap/v1", "inference": "layertap/inference"}
+PACKAGES = {
+    "layertap/v1": "layertap/v1",
+    "inference": "layertap/inference",
+    "grpc/health/v1": "layertap/grpc_health",
+    "grpc/reflection/v1": "layertap/grpc_reflection",
+    "grpc/reflection/v1alpha": "layertap/grpc_reflection",
+}
 """Folders of ``proto``, and where in ``server`` their code goes."""
+
+MESSAGES_ONLY = ("grpc/",)
+"""Folders whose services need no generated stubs."""
 
 
 def pinned_generator() -> str:
@@ -40,29 +49,41 @@ def generate(proto: Path, out: Path) -> None:
     """Write messages and their types for every file, and stubs for those with a service."""
     for file in sorted(file for folder in PACKAGES for file in (proto / folder).glob("*.proto")):
         plugins = [f"--python_out={out}", f"--pyi_out={out}"]
-        # protoc writes an empty *_pb2_grpc.py for a file without a service.
-        if any(line.startswith("service ") for line in file.read_text("utf-8").splitlines()):
-            plugins.append(f"--grpc_python_out={out}")
         # Relative, because the path that protoc is given ends up in the generated code.
         name = file.relative_to(proto).as_posix()
+        # protoc writes an empty *_pb2_grpc.py for a file without a service.
+        service = any(line.startswith("service ") for line in file.read_text("utf-8").splitlines())
+        if service and not name.startswith(MESSAGES_ONLY):
+            plugins.append(f"--grpc_python_out={out}")
         command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto}", *plugins, name]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"protoc refused {file}")
 
 
 def fresh(out: Path) -> dict[str, bytes]:
-    """Return what protoc wrote, by where in ``server`` it belongs.
-
-    protoc imports by the .proto's folder, which for the Open Inference Protocol would be a package
-    ``inference`` that is not ours to take: its imports are those of ``layertap.inference``.
-    """
+    """Return what protoc wrote, adapted, by where in ``server`` it belongs."""
     return {
-        f"{package}/{file.name}": file.read_bytes().replace(
-            b"from inference import", b"from layertap.inference import"
-        )
+        f"{package}/{file.name}": adapted(file.read_bytes())
         for folder, package in PACKAGES.items()
         for file in (out / folder).glob("*_pb2*.py*")
     }
+
+
+def adapted(code: bytes) -> bytes:
+    """Return generated code with our package's imports and our own descriptor pool.
+
+    protoc imports by the .proto's folder, which for the Open Inference Protocol would be a package
+    ``inference`` that is not ours to take: its imports are those of ``layertap.inference``. And it
+    registers messages in the pool of the whole process; ``layertap.descriptors`` says why we don't.
+    """
+    return (
+        code.replace(b"from inference import", b"from layertap.inference import")
+        .replace(
+            b"from google.protobuf import descriptor_pool as _descriptor_pool\n",
+            b"from layertap.descriptors import POOL as _pool\n",
+        )
+        .replace(b"_descriptor_pool.Default()", b"_pool")
+    )
 
 
 def committed(server: Path) -> dict[str, bytes]:

@@ -7,6 +7,8 @@ starts. Importing this package does not import torch.
 from importlib.metadata import version
 
 from layertap.client import (
+    AsyncClient,
+    AsyncFeatureStream,
     Client,
     Features,
     FeatureStream,
@@ -19,6 +21,8 @@ from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.wire.memory import keep_memory
 
 __all__ = [
+    "AsyncClient",
+    "AsyncFeatureStream",
     "Capture",
     "Client",
     "Extractor",

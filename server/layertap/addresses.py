@@ -1,10 +1,17 @@
-"""Hosts and ports as text: brackets around IPv6, and what can't be reached from elsewhere."""
+"""Addresses as text: brackets around IPv6, Unix sockets, what can't be reached from elsewhere."""
 
 from __future__ import annotations
 
 import ipaddress
 
-__all__ = ["bare_host", "host_port", "is_loopback", "target_is_loopback"]
+__all__ = [
+    "bare_host",
+    "host_port",
+    "is_loopback",
+    "is_unix",
+    "target_is_loopback",
+    "unix_path",
+]
 
 # Anything else before a colon is a host's name, as gRPC reads it.
 _SCHEMES = ("dns", "ipv4", "ipv6")
@@ -22,8 +29,24 @@ def host_port(host: str, port: int) -> str:
     return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
 
+def is_unix(address: str) -> bool:
+    """Return whether an address is a Unix socket's: ``unix:path`` or ``unix-abstract:name``."""
+    scheme, colon, _ = address.partition(":")
+    return bool(colon) and scheme in _LOCAL_SCHEMES
+
+
+def unix_path(address: str) -> str:
+    """Return the path of ``unix:path`` or ``unix:///path``; empty for any other address."""
+    scheme, _, path = address.partition(":")
+    if scheme != "unix":
+        return ""
+    return path.removeprefix("//") if path.startswith("///") else path
+
+
 def is_loopback(host: str) -> bool:
-    """Tell whether a host can only be reached from this machine."""
+    """Return whether a host can only be reached from this machine; so can any Unix socket."""
+    if is_unix(host):
+        return True
     bare = bare_host(host)
     try:
         return ipaddress.ip_address(bare).is_loopback
@@ -38,7 +61,7 @@ def target_is_loopback(target: str) -> bool:
     ``ipv4:a:port,b:port``, ``ipv6:[a]:port`` and ``unix:path``.
     """
     scheme, colon, rest = target.partition(":")
-    if colon and scheme in _LOCAL_SCHEMES:
+    if is_unix(target):
         return True
     if not colon or scheme not in _SCHEMES:
         return is_loopback(_host_of(target))

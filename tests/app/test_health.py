@@ -153,7 +153,7 @@ def test_long_names_are_refused(server, stub) -> None:
 def test_calls_without_a_request_take_no_thread_of_others(server, method: bytes) -> None:
     """However many calls of health are begun and never sent, others are served."""
     with closing(connected(server.address, window=65_535)) as connection:
-        calls = 2 * server._workers._max_workers
+        calls = 2 * server._workers.count
         connection.sendall(b"".join(begun(method, 2 * n + 1) for n in range(calls)))
         time.sleep(0.5)  # Nobody tells of a call that waits for its request.
         with Client(server.address) as client:

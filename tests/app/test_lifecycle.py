@@ -69,7 +69,7 @@ def test_serves_then_drains_on_sigterm() -> None:
         server.line("stopping")
         assert slow.result()["conv"].shape == (1, 2, 4, 4)
         assert server.ended() == 0
-        assert server.lines[-1] == "layertap: stopped"
+        assert server.lines[-1] == "layertap: stopped serving"
         assert not any("Traceback" in line for line in server.lines)
 
 

@@ -169,7 +169,7 @@ def test_serve_logs_json_only() -> None:
         server.process.terminate()
         assert server.ended() == 0
         entries = [json.loads(line) for line in server.lines]
-    assert entries[-1]["message"] == "stopped"
+    assert entries[-1]["message"] == "stopped serving"
 
 
 def test_everything_that_a_server_writes_is_json(monkeypatch: pytest.MonkeyPatch) -> None:

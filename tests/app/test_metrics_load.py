@@ -167,7 +167,7 @@ def test_calls_beyond_the_workers_are_shown(engine: Engine) -> None:
     metrics = Metrics(engine)
     server = FeatureServer(engine, ServerOptions(port=0), metrics)
     server.start()
-    workers = server._workers._max_workers
+    workers = server._workers.count
     busy, release = threading.Barrier(workers + 1), threading.Event()
 
     def hold() -> None:

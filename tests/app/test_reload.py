@@ -313,5 +313,5 @@ def test_a_reload_in_progress_does_not_hold_the_stop(config: Path) -> None:
         assert version_of(client) == 1
         server.process.send_signal(signal.SIGTERM)
         assert server.ended() == 0
-        assert server.lines[-1] == "layertap: stopped"
+        assert server.lines[-1] == "layertap: stopped serving"
         assert not any("Traceback" in line for line in server.lines)

@@ -25,7 +25,7 @@ from layertap.app.metrics import Metrics
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.app.shared_memory import open_broker
-from layertap.client.shared_memory import OPEN
+from layertap.client.base import Method
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
@@ -119,7 +119,7 @@ def listens(name: str) -> bool:
 def socket_of(address: str) -> str:
     """Ask a server for its abstract socket's name."""
     with grpc.insecure_channel(address) as channel:
-        reply = channel.unary_unary(OPEN)(b"", timeout=20)
+        reply = channel.unary_unary(Method.OPEN_SHARED_MEMORY)(b"", timeout=20)
     return OpenSharedMemoryResponse.FromString(reply).socket
 
 
@@ -138,7 +138,7 @@ def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
         with serving(*flags) as server:
             assert server.address.endswith(port)
             features = client.extract("residual", LARGE, "conv1")
-            session = client._memory._current
+            session = client._opened().memory._current
             assert session is not None
             assert session._live
             copy = features["conv1"].copy()
@@ -164,8 +164,8 @@ def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
             # It tried in vain when nobody listened, and does again after a second.
             time.sleep(1.0)
             again = client.extract("residual", LARGE, "conv1")
-            assert client._memory._current is not session
-            assert client._memory._current._live
+            assert client._opened().memory._current is not session
+            assert client._opened().memory._current._live
             assert np.array_equal(again["conv1"], copy)
             assert np.array_equal(features["conv1"], copy)
             del again
@@ -184,7 +184,7 @@ def test_restart_between_two_calls_costs_none_of_them() -> None:
                 client.wait_ready(30)
                 assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
                 gc.collect()
-                session = client._memory._current
+                session = client._opened().memory._current
                 assert session is not None
                 assert not session.lost
                 os.kill(server.process.pid, signal.SIGKILL)
@@ -240,7 +240,7 @@ def test_flags_turn_it_off() -> None:
     flags = ("tinynets:residual", "--item-shape", "3,16,16", "--shared-memory-mib", "0")
     with serving(*flags) as server, Client(server.address) as client:
         assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
-        assert client._memory._current is None
+        assert client._opened().memory._current is None
         with pytest.raises(grpc.RpcError) as caught:
             socket_of(server.address)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -270,7 +270,7 @@ def test_tokens_guard_the_ticket(engine: Engine, tmp_path: Path) -> None:
     with running(engine, security=security) as server:
         with grpc.insecure_channel(server.address) as channel:
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(OPEN)(b"", timeout=10)
+                channel.unary_unary(Method.OPEN_SHARED_MEMORY)(b"", timeout=10)
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         with Client(server.address, token=TOKEN) as client:
             features = client.extract("residual", LARGE, "conv1")

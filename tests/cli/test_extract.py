@@ -185,21 +185,35 @@ class Reply(dict[str, np.ndarray]):
     extractor = Extractor.HOOK
 
 
+def test_batches_are_joined_along_the_measured_dimension() -> None:
+    """Along the second where that is the batch; rows of the first dimension would be no images."""
+    columns = Columns(lambda: {"a": 1})
+    parts = [np.random.default_rng(seed).random((5, 2, 3)) for seed in range(2)]
+    for part in parts:
+        columns.add(Reply(a=part), 2)
+    [(_, joined, _)] = columns.rows()
+    np.testing.assert_array_equal(joined, np.concatenate(parts, 1))
+
+
 def test_rows_that_cannot_be_told_apart_are_refused() -> None:
-    """Batches are put below one another only where each item has rows of its own."""
-    columns = Columns()
+    """Batches are joined only where each item has elements of its own along one dimension."""
+    columns = Columns(lambda: {"a": None})
+    columns.add(Reply(a=np.zeros((2, 4))), 2)
+    with pytest.raises(InvalidInputError, match="one by one"):
+        columns.add(Reply(a=np.zeros((2, 4))), 2)
+    columns = Columns(lambda: {"a": 0})
     columns.add(Reply(a=np.zeros((3, 4))), 2)
     with pytest.raises(InvalidInputError, match="--batch-size"):
         columns.add(Reply(a=np.zeros((3, 4))), 2)
-    columns = Columns()
+    columns = Columns(lambda: {"a": 0})
     columns.add(Reply(a=np.zeros((2, 4))), 2)
-    with pytest.raises(InvalidInputError, match="can't be put below"):
+    with pytest.raises(InvalidInputError, match="can't be joined"):
         columns.add(Reply(a=np.zeros((1, 5))), 1)
 
 
 def test_any_name_can_be_a_key(tmp_path: Path) -> None:
     """A layer called ``file``, which ``np.savez`` could not store, is a key like any other."""
-    columns = Columns()
+    columns = Columns(dict)
     columns.add(Reply(file=np.arange(3)), 3)
     columns.save(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as stored:
@@ -214,7 +228,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
     out = tmp_path / "a.npz"
     out.write_text("old")
-    columns = Columns()
+    columns = Columns(dict)
     columns.add(Reply(a=np.arange(3)), 3)
     monkeypatch.setattr(np.lib.format, "write_array", full)
     with pytest.raises(InvalidInputError, match="No space left"):
@@ -225,7 +239,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_place_that_takes_no_file_is_told(tmp_path: Path) -> None:
     """Where a file can be neither made nor removed, that is an error without a traceback."""
-    columns = Columns()
+    columns = Columns(dict)
     columns.add(Reply(a=np.arange(3)), 3)
     with pytest.raises(InvalidInputError, match="File name too long"):
         columns.save(tmp_path / ("a" * 250 + ".npz"))
@@ -239,7 +253,7 @@ def test_an_interrupted_write_leaves_nothing(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    columns = Columns()
+    columns = Columns(dict)
     columns.add(Reply(a=np.arange(3)), 3)
     monkeypatch.setattr(np.lib.format, "write_array", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -249,7 +263,7 @@ def test_an_interrupted_write_leaves_nothing(
 
 def test_a_disk_that_has_no_room_leaves_no_part_of_a_file(tmp_path) -> None:
     """The error names the output and the reason, and a file that was there before stays whole."""
-    columns = Columns()
+    columns = Columns(dict)
     columns._joined = {"big": np.zeros((64, 1024), np.float32)}
     columns._parts = {"big": [columns._joined["big"]]}
     with small_disk(tmp_path / "disk", "64k") as disk:

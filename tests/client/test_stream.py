@@ -14,7 +14,7 @@ from layertap import Client, Features, StreamRequest, errors
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
-from streams import GATED_ITEM, eventually
+from streams import GATED_ITEM, eventually, readers
 from tinynets import ITEM
 
 IN_FLIGHT = 4
@@ -52,12 +52,7 @@ def _nothing_is_left(engine: Engine) -> Iterator[None]:
     """After each test, no item is pending and no stream is open."""
     yield
     eventually(lambda: engine.pending == 0)
-    eventually(lambda: not open_streams())
-
-
-def open_streams() -> list[str]:
-    names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith("layertap-stream")]
+    eventually(lambda: not readers())
 
 
 def batches(count: int) -> list[np.ndarray]:
@@ -202,13 +197,13 @@ def test_stopping_early_closes_the_stream(engine, client) -> None:
             next(outcomes)
             closed.arrived()
             outcomes.close()
-            eventually(lambda: not open_streams())
+            eventually(lambda: not readers())
             with pytest.raises(errors.UnavailableError, match="closed"):
                 next(stream.extract([]))
         many = client.extract_many("residual", [x] * 9, "layer1")
         next(many)
         many.close()
-        eventually(lambda: not open_streams())
+        eventually(lambda: not readers())
 
 
 def test_an_items_time(client) -> None:

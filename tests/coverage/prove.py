@@ -100,7 +100,9 @@ def prove(source: str) -> Row:
         row.error = str(error).splitlines()[0]
         return row
     row.item_shape = model.input.item_shape
-    entries = [entry for entry in catalogue if entry.kind is PointKind.MODULE and entry.calls]
+    modules = (entry for entry in catalogue if entry.kind is PointKind.MODULE)
+    # A further name of a layer is no further layer.
+    entries = [entry for entry in modules if entry.calls and not entry.same_as]
     row.layers = len(entries)
     row.nodes = sum(entry.kind is PointKind.NODE for entry in catalogue)
     row.silent = sum(not entry.calls for entry in catalogue)
@@ -111,7 +113,7 @@ def prove(source: str) -> Row:
             whole = Capture.OUTPUT in entry.points
             tally.refused += whole and not entry.serves(extractor, Capture.OUTPUT)
     x = sample_input(model, BATCH, row.item_shape)
-    for group in _groups([entry for entry in catalogue if entry.points]):
+    for group in _groups([each for each in catalogue if each.points and not each.same_as]):
         subject = _subject(model, plans, x, group)
         for extractor, tally in row.tallies.items():
             points = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -38,7 +39,10 @@ def module_values(
         )
         handles.append(
             submodule.register_forward_hook(
-                lambda m, args, output, path=path: note(path, "output", output)
+                lambda m, args, kwargs, output, path=path: note(
+                    path, "output", _output(m, args, kwargs, output)
+                ),
+                with_kwargs=True,
             )
         )
     forward()
@@ -73,6 +77,15 @@ def node_values(
 
     Cloning(fx.GraphModule(tracer.root, graph)).run(x)
     return seen
+
+
+def _output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Return what a module returned, with the weights that an attention was not asked for."""
+    if type(module) is not nn.MultiheadAttention or output[1] is not None:
+        return output
+    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    asked = {**given, "need_weights": True, "average_attn_weights": False}
+    return {"0": output[0], "attention_weights": module.forward(**asked)[1]}
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, HostOptions, Limits
 from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction import PointKind
+from layertap.extraction.passes import PassRules
 from layertap.models import ModelSpec
 from oracle import outputs_of
 from tinynets import ITEM, residual
@@ -215,7 +216,7 @@ def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
     engine = Engine(threads=1, instances=2)
     load(engine, "keeps_state")
     host = engine.host("keeps_state")
-    assert host.catalogue.keeps_state
+    assert not host.catalogue.guard.rules.concurrent
     module = host.model.module
     inputs = [np.full((1, *ITEM), value, np.float32) for value in range(8)]
     truth = [outputs_of(module, torch.from_numpy(x), "tail")[0] for x in inputs]
@@ -282,7 +283,7 @@ def test_a_model_over_the_budget_is_not_compiled_beside_requests() -> None:
 def test_most_models_keep_no_state(engine) -> None:
     """Nothing is held back without a reason."""
     load(engine, "residual")
-    assert not engine.host("residual").catalogue.keeps_state
+    assert engine.host("residual").catalogue.guard.rules == PassRules()
 
 
 def test_plans_of_a_model_that_keeps_state_are_built_in_its_turn() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from layertap.errors import LayerNotFoundError, ModelLoadError
 from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
 from layertap.extraction.layout import Geometry, Layout
+from layertap.extraction.passes import KeptState
 from layertap.models import InputSpec, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from oddnets import script
@@ -207,7 +208,8 @@ def test_watching_for_looks_changes_no_claim() -> None:
 @pytest.mark.parametrize("net", ["recurrent", "counts", "remembers"])
 def test_what_a_model_keeps_is_seen(net) -> None:
     """In attributes, in buffers that it writes in place, in containers that stay as long."""
-    assert measure(load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM))).keeps_state
+    catalogue = measure(load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM)))
+    assert catalogue.guard.rules.state is KeptState.RESET
 
 
 def test_what_a_program_keeps_is_seen() -> None:
@@ -222,12 +224,14 @@ def test_what_a_program_keeps_is_seen() -> None:
             self.passes += 1
             return x * self.passes
 
-    def keeps_state(module: torch.jit.ScriptModule) -> bool:
+    def kept(module: torch.jit.ScriptModule) -> KeptState:
         spec = InputSpec(ITEM, free=(1, 2))
-        return measure(LoadedModel("net", "", "", module, torch.device("cpu"), spec)).keeps_state
+        return measure(
+            LoadedModel("net", "", "", module, torch.device("cpu"), spec)
+        ).guard.rules.state
 
-    assert keeps_state(script(Keeps()))
-    assert not keeps_state(script(nn.Conv2d(3, 4, 1).eval()))
+    assert kept(script(Keeps())) is KeptState.RESET
+    assert kept(script(nn.Conv2d(3, 4, 1).eval())) is KeptState.NONE
 
 
 def test_symbolic_tracing_leaves_no_symbols_behind() -> None:

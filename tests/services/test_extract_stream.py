@@ -19,7 +19,7 @@ from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from processes import ENVIRONMENT
-from streams import GATED_ITEM, Counting, RawStream, eventually, held_item, item
+from streams import GATED_ITEM, Counting, RawStream, eventually, held_item, item, readers
 from tinynets import ITEM
 
 Code = grpc.StatusCode
@@ -98,11 +98,6 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     eventually(lambda: engine.pending == 0)
     eventually(lambda: not readers())
-
-
-def readers() -> list[str]:
-    names = [thread.name for thread in threading.enumerate()]
-    return [name for name in names if name.startswith("layertap-stream")]
 
 
 def eager(engine: Engine, x: np.ndarray) -> np.ndarray:

@@ -36,9 +36,12 @@ def window(request: pytest.FixtureRequest) -> ItemWindow:
 def give(window: ItemWindow, budget: Admission) -> Give:
     """Admit an item and answer it with bytes that count."""
     numbers = count()
+    # Kept, so that no finalizer gives back what the window should have released.
+    reservations: list[Reservation] = []
 
     def answer(message: bytes) -> None:
-        reply = Answer(message, budget.reserve("the reply takes", len(message)))
+        reservations.append(budget.reserve("the reply takes", len(message)))
+        reply = Answer(message, reservations[-1])
         if isinstance(window, StreamWindow):
             number = next(numbers)
             window.admit(number, Call())

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -23,6 +28,7 @@ from layertap.engine import Engine, Limits
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.models import ModelSpec
 from layertap.v1 import feature_service_pb2
+from processes import ENVIRONMENT
 from streams import GATED_ITEM, Counting, RawStream, eventually, held_item, item, stub
 from tinynets import ITEM
 
@@ -37,7 +43,7 @@ AROUND = 400
 @contextmanager
 def serving(pending_bytes: int, instances: int = 1) -> Iterator[tuple[FeatureServer, Engine]]:
     """Serve two nets within a budget of bytes, while the garbage collector rests."""
-    engine = Engine(Limits(pending_bytes=pending_bytes), threads=1, instances=instances)
+    engine = Engine(Limits(pending_bytes=pending_bytes, batch=8192), threads=1, instances=instances)
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     server = FeatureServer(engine, ServerOptions(port=0, shared_memory_bytes=0), Counting())
@@ -116,6 +122,49 @@ def test_a_reply_counts_until_its_client_has_read_it() -> None:
         assert not any(stream.read().HasField("error") for _ in range(3))
         eventually(lambda: engine.pending_bytes == 0)
         stream.half_close()
+
+
+CALLER = """
+import sys
+import numpy as np
+from layertap import Client
+with Client(sys.argv[1], shared_memory=False) as client:
+    x = np.zeros((8192, 3, 16, 16), np.float32)
+    print(client.extract("residual", x, "layer1", extractor="hook")["layer1"].shape[0], flush=True)
+"""
+
+
+def test_a_unary_reply_counts_until_it_was_sent() -> None:
+    """A client that is stopped takes nothing of its 16 MiB: they count until it goes on."""
+    with serving(1 << 30) as (server, engine):
+        reached, go_on = threading.Event(), threading.Event()
+
+        def hold(*_: object) -> None:
+            reached.set()
+            assert go_on.wait(60)
+
+        engine.host("residual").model.module.register_forward_pre_hook(hold)
+        with subprocess.Popen(
+            [sys.executable, "-c", CALLER, server.address],
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as caller:
+            try:
+                assert reached.wait(60)
+                caller.send_signal(signal.SIGSTOP)
+                go_on.set()
+                eventually(lambda: engine.pending == 0)
+                reply_bytes = 8192 * REPLY_BYTES
+                # The handler returns a moment after the pass; then only the reply is left.
+                eventually(lambda: engine.pending_bytes < reply_bytes + AROUND)
+                time.sleep(0.2)
+                assert engine.pending_bytes > reply_bytes
+                caller.send_signal(signal.SIGCONT)
+                assert caller.communicate(timeout=60)[0] == "8192\n"
+            finally:
+                caller.kill()
+        eventually(lambda: engine.pending_bytes == 0)
 
 
 def test_a_stream_that_is_cancelled_gives_everything_back() -> None:

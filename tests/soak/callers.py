@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "hurried": OVERLOAD | {"DeadlineExceededError"},
     "streamed": OVERLOAD | {"DeadlineExceededError"},
     "left": OVERLOAD,
-    "unknown model": {"ModelNotFoundError"},
+    "unknown model": OVERLOAD | {"ModelNotFoundError"},
     "unknown layer": OVERLOAD | {"LayerNotFoundError"},
     "wrong shape": OVERLOAD | {"InvalidInputError"},
     "too many items": OVERLOAD | {"InvalidInputError"},
@@ -94,7 +94,9 @@ class Caller:
         """Go away in the middle of the call."""
         model, _, x, _ = self._question(items=2)
         request = pb.ExtractRequest(model=model, layers=[pb.LayerSelection(layer="third")])
-        call = self._client._channel.unary_unary(EXTRACT).future(encode_request(request, x))
+        call = (
+            self._client._opened().channel.unary_unary(EXTRACT).future(encode_request(request, x))
+        )
         time.sleep(self._chance.uniform(0, 0.02))
         call.cancel()
         with suppress(grpc.FutureCancelledError):
@@ -133,7 +135,7 @@ class Caller:
                 self._client.extract("a", b"not an image", "third")
             case "garbage":
                 garbage = self._chance.randbytes(self._chance.randrange(1, 200))
-                self._client._channel.unary_unary(EXTRACT)(garbage, timeout=60)
+                self._client._opened().channel.unary_unary(EXTRACT)(garbage, timeout=60)
 
     def once(self, kind: str, *, patient: bool = True) -> None:
         """Make a request of a kind, count how it ended, and be patient if told to come later."""

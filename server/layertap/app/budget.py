@@ -32,7 +32,8 @@ _PARTS = {
 """Each default takes at most one such part of the memory.
 
 Replies, kept memory, shared memory and one model's compiled plans together take five eighths; the
-rest is left to the process and the models. A single reply may take all of ``pending_mib``.
+rest is left to the process and the models. A single reply may take most of ``pending_mib``,
+which counts its request as well.
 """
 
 

@@ -20,12 +20,21 @@ METADATA_BYTES = 16 * 1024
 """Bytes of one call's metadata: a token or a trace's context takes one or two thousand."""
 
 
-def channel_options(request_bytes: int, streams: int = STREAMS) -> list[tuple[str, int]]:
+def channel_options(
+    request_bytes: int,
+    streams: int = STREAMS,
+    age_seconds: float = 0.0,
+    age_grace_seconds: float = 0.0,
+    connections: int = 0,
+) -> list[tuple[str, int]]:
     """Return them.
 
     Args:
         request_bytes: The most that one request may have.
         streams: Calls that one connection may have under way.
+        age_seconds: How long a connection lasts, give or take a tenth; 0 for no end.
+        age_grace_seconds: How long its calls may then take to finish; 0 for no end.
+        connections: Connections that may be open at once, one more is closed; 0 for no limit.
     """
     return [
         # Two servers on one port would each get half of the calls, unnoticed.
@@ -36,8 +45,19 @@ def channel_options(request_bytes: int, streams: int = STREAMS) -> list[tuple[st
         *_METADATA,
         *_KEEPALIVE,
         ("grpc.max_concurrent_streams", streams),
+        *([("grpc.max_allowed_incoming_connections", connections)] if connections else []),
         *_CONNECTIONS,
+        *_age("grpc.max_connection_age_ms", age_seconds),
+        *_age("grpc.max_connection_age_grace_ms", age_grace_seconds),
     ]
+
+
+def _age(name: str, seconds: float) -> tuple[tuple[str, int], ...]:
+    """Return the option; none without an end, which is gRPC's default."""
+    return ((name, min(max(1, round(seconds * 1000)), _MOST)),) if seconds else ()
+
+
+_MOST = 2**31 - 1  # gRPC's options are integers of 32 bits; this one means no end.
 
 
 # Between the two gRPC refuses calls at random, more of them the larger they are. Equal ones make it

@@ -20,7 +20,7 @@ from layertap.addresses import is_loopback
 from layertap.app.budget import MIB, default_mib
 from layertap.app.logs import LogFormat, LogLevel
 from layertap.app.security import SecretFiles, open_security
-from layertap.app.server import PORT, ServerOptions
+from layertap.app.server import PORT, UNIX_SOCKET_MODE, ServerOptions
 from layertap.batching import BatchPolicy
 from layertap.engine import DEVICE_PATTERN, HostOptions, Limits
 from layertap.errors import ConfigError
@@ -72,7 +72,14 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """``[server]``: where to listen and what to run on.
 
     Attributes:
-        host: The address to bind, for calls and for metrics.
+        host: The address to bind, for calls and for metrics; ``unix:/path`` or
+            ``unix-abstract:name`` answers calls on a Unix socket only.
+        unix_socket: The path of a Unix socket on which calls are answered as well.
+        unix_socket_mode: The permissions of its file, in octal digits.
+        max_connection_age_seconds: How long a connection lasts, give or take a tenth, before its
+            client has to make another; 0 for no end.
+        max_connection_age_grace_seconds: How long the calls and streams of such a connection may
+            take to finish; 0 for no end.
         port: Where calls are answered; 0 for a free port.
         metrics_port: Where the metrics page is; 0 for a free port, -1 for no page.
         device: ``auto``, ``cpu``, ``cuda`` or one of several as ``cuda:1``; ``auto`` is CUDA where
@@ -115,6 +122,17 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     host: Text = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="0 for a free port, to 65535")] = PORT
+    unix_socket: File = None
+    unix_socket_mode: Annotated[
+        str,
+        Meta(pattern="^0?[0-7]{3}$", description="permissions in octal digits, such as '0660'"),
+    ] = f"{UNIX_SOCKET_MODE:04o}"
+    max_connection_age_seconds: Annotated[
+        float, Meta(ge=0, description="seconds from 0, 0 for no end")
+    ] = 0.0
+    max_connection_age_grace_seconds: Annotated[
+        float, Meta(ge=0, description="seconds from 0, 0 for no end")
+    ] = 0.0
     metrics_port: Annotated[
         int, Meta(ge=-1, le=65535, description="-1 for no metrics, 0 for a free port, to 65535")
     ] = METRICS_PORT
@@ -170,6 +188,10 @@ class ServerSection(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             shared_memory_bytes=self.shared_mib() * MIB,
             shared_memory_lease_seconds=self.shared_memory_lease_seconds,
             client_regions=self.client_regions(),
+            unix_socket=Path(self.unix_socket).expanduser() if self.unix_socket else None,
+            unix_socket_mode=int(self.unix_socket_mode, 8),
+            connection_age_seconds=self.max_connection_age_seconds,
+            connection_age_grace_seconds=self.max_connection_age_grace_seconds,
         )
 
     def kept_mib(self) -> int:

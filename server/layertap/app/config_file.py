@@ -72,7 +72,9 @@ class _Reader:
         server = self._section(ServerSection, table, ("server",))
         # A `~` is the user's home, not a folder beside the file.
         files = {
-            key: Path(name).expanduser() for key in SECRET_FILES if (name := getattr(server, key))
+            key: Path(name).expanduser()
+            for key in (*SECRET_FILES, "unix_socket")
+            if (name := getattr(server, key))
         }
         if server.plan_cache not in ("auto", "off"):
             files["plan_cache"] = Path(server.plan_cache).expanduser()

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.app.places import Places
+from layertap.grpc_health import health_pb2
 from layertap.services.feature_service import FeatureService
 from layertap.services.infer.service import InferenceService
+from layertap.threads import WorkerThreads
 
-__all__ = ["WATCHES", "ModelHealth"]
+__all__ = ["HEALTH", "WATCHES", "ModelHealth"]
+
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+"""The full name of the service."""
 
 WATCHES = 64
 """Calls of ``Watch`` that may be open at once; anybody may make them, and each keeps a thread."""
 
-SPARE_THREADS = 16
-"""For checks, and for those who watch in vain."""
+CHECK_THREADS = 16
+"""Threads that answer ``Check``."""
+
+REFUSAL_THREADS = 16
+"""Threads that refuse calls of ``Watch`` above the limit."""
 
 NAME_CHARACTERS = 1024
 """Of a name that is watched, which is kept for as long."""
@@ -30,116 +37,145 @@ _SERVER = ("", FeatureService.NAME, InferenceService.NAME)
 Status = health_pb2.HealthCheckResponse
 
 
-class ModelHealth(health.HealthServicer):  # type: ignore[misc] # ships no types
-    """Health by service name; each model has its own.
+class ModelHealth:
+    """Reports health by service name; each model has its own.
 
-    After the server began to stop, nothing that is set is told any more.
+    Once the server has begun to stop everything is NOT_SERVING, whatever is set after that.
 
     Note [A watcher that does not listen]
-        gRPC's own ``Watch`` sends while it holds the lock of all statuses, and a message to a
-        client that takes none (an HTTP/2 window of 0) waits until the client is gone: one such
-        client, without a token, would hold up every check, every reload and the stop. It also keeps
-        each name that was ever watched. Here each watcher has a thread, which waits for news and
-        sends outside of the lock, and nothing is kept of it once it is gone.
+        A message to a client that takes none (an HTTP/2 window of 0) waits until the client is
+        gone. So each watcher has a thread, which waits for news and sends outside of the lock:
+        else one such client, without a token, would hold up every check, every reload and the
+        stop. Nothing is kept of a watcher once it is gone, not even the name that it watched.
 
     Note [Threads of health]
         A call that is begun and whose request never comes keeps a thread, before any handler is
-        asked. Of health anybody may begin calls, so it has threads of its own: who has no token
-        can't take those of extraction.
+        asked. Health needs no token, so it has thread pools of its own: unauthenticated callers
+        can't take the threads that serve extraction. Check and Watch have one each, so that checks
+        are answered however many watch.
     """
 
     def __init__(self) -> None:
-        super().__init__(experimental_non_blocking=False)
-        self._news = threading.Condition(self._lock)
+        self._changed = threading.Condition()
+        self._statuses: dict[str, Status.ServingStatus] = {}
+        self._stopping = False
         self._places = Places(WATCHES, "watch health")
+        self.pools = (
+            WorkerThreads(CHECK_THREADS, "layertap-health-check"),
+            WorkerThreads(WATCHES + REFUSAL_THREADS, "layertap-health-watch"),
+        )
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this by threads of its own."""
-        threads = ThreadPoolExecutor(WATCHES + SPARE_THREADS, thread_name_prefix="layertap-health")
-        coding = (health_pb2.HealthCheckRequest.FromString, Status.SerializeToString)
+        """Return what a ``grpc.Server`` needs to serve this by ``pools``, which have to run."""
+        check, watch = self.pools
+        encode = Status.SerializeToString
         methods = {
-            "Check": grpc.unary_unary_rpc_method_handler(_Threaded(self.Check, threads), *coding),
-            "Watch": grpc.unary_stream_rpc_method_handler(_Threaded(self.Watch, threads), *coding),
+            "Check": grpc.unary_unary_rpc_method_handler(
+                _Threaded(self.check, check), response_serializer=encode
+            ),
+            "Watch": grpc.unary_stream_rpc_method_handler(
+                _Threaded(self.watch, watch), response_serializer=encode
+            ),
         }
-        return grpc.method_handlers_generic_handler(health.SERVICE_NAME, methods)
+        return grpc.method_handlers_generic_handler(HEALTH, methods)
 
     def show_server(self, *, serving: bool) -> None:
-        """Tell whether anything is served, for the server as a whole and for its services."""
+        """Report whether anything is served, for the server as a whole and for its services."""
         for name in _SERVER:
             self.show(name, serving=serving)
 
     def show(self, name: str, *, serving: bool) -> None:
-        """Tell whether a model, a service or with ``""`` the server as a whole is served."""
-        self.set(name, Status.SERVING if serving else Status.NOT_SERVING)
+        """Report whether a model, a service or with ``""`` the server as a whole is served."""
+        self._set(name, Status.SERVING if serving else Status.NOT_SERVING)
 
     def serving(self, name: str) -> bool:
-        """Tell whether a model, a service or with ``""`` the server as a whole is served."""
-        with self._lock:
-            return bool(self._server_status.get(name) == Status.SERVING)
+        """Return whether a model, a service or with ``""`` the server as a whole is served."""
+        return self._status(name) == Status.SERVING
 
     def forget(self, name: str) -> None:
-        """Let a model be unknown: watchers are told SERVICE_UNKNOWN, checks end NOT_FOUND."""
-        self.set(name, Status.SERVICE_UNKNOWN)
-
-    def set(self, service: str, status: int) -> None:
-        """Set a status, and tell those who watch it."""
-        with self._news:
-            super().set(service, status)
-            self._news.notify_all()
+        """Report a model as unknown: watchers get SERVICE_UNKNOWN, checks end NOT_FOUND."""
+        with self._changed:
+            if not self._stopping:
+                self._statuses.pop(name, None)
+                self._changed.notify_all()
 
     def enter_graceful_shutdown(self) -> None:
-        """Tell NOT_SERVING of everything from now on; who watches hears that and no more."""
-        with self._news:
-            super().enter_graceful_shutdown()
-            self._news.notify_all()
+        """Report NOT_SERVING for everything from now on; watchers are told so, and then end."""
+        with self._changed:
+            self._stopping = True
+            self._statuses = dict.fromkeys(self._statuses, Status.NOT_SERVING)
+            self._changed.notify_all()
 
-    def Watch(  # noqa: N802 - gRPC's name
-        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
+    def check(
+        self, message: bytes, context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        """Answer with the current status; NOT_FOUND for an unknown name."""
+        name = _name_in(message, context)
+        status = self._status(name)
+        if status == Status.SERVICE_UNKNOWN:
+            text = f"service: got {name[:NAME_CHARACTERS]!r}, which this server does not have"
+            context.abort(grpc.StatusCode.NOT_FOUND, text)
+        return Status(status=status)
+
+    def watch(
+        self, message: bytes, context: grpc.ServicerContext
     ) -> Iterator[health_pb2.HealthCheckResponse]:
-        """Tell a status and each that follows, until the caller is gone or the server stops."""
-        if len(request.service) > NAME_CHARACTERS:
-            text = f"service: got {len(request.service)} characters, at most {NAME_CHARACTERS}"
+        """Yield the status and each that follows, until the caller is gone or the server stops."""
+        name = _name_in(message, context)
+        if len(name) > NAME_CHARACTERS:
+            text = f"service: got {len(name)} characters, expected at most {NAME_CHARACTERS}"
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         with self._places.taken(context):
             context.add_callback(self._wake)
-            told = None
-            while (status := self._next(request.service, told, context)) is not None:
+            sent = None
+            while (status := self._next(name, sent, context)) is not None:
                 yield Status(status=status)
-                told = status
+                sent = status
 
-    def Check(  # noqa: N802 - gRPC's name
-        self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
-    ) -> health_pb2.HealthCheckResponse:
-        """Answer a check. SERVICE_UNKNOWN is for watchers alone, says the protocol."""
-        reply: health_pb2.HealthCheckResponse = super().Check(request, context)
-        if reply.status == Status.SERVICE_UNKNOWN:
-            context.set_code(grpc.StatusCode.NOT_FOUND)
-        return reply
+    def _set(self, name: str, status: Status.ServingStatus) -> None:
+        with self._changed:
+            self._statuses[name] = Status.NOT_SERVING if self._stopping else status
+            self._changed.notify_all()
 
-    def _next(self, name: str, told: int | None, context: grpc.ServicerContext) -> int | None:
-        """Wait for another status than the one that was told; None where there will be none."""
-        with self._news:
+    def _status(self, name: str) -> Status.ServingStatus:
+        with self._changed:
+            return self._statuses.get(name, Status.SERVICE_UNKNOWN)
+
+    def _next(
+        self, name: str, sent: Status.ServingStatus | None, context: grpc.ServicerContext
+    ) -> Status.ServingStatus | None:
+        """Wait for another status than the one that was sent; None where there will be none."""
+        with self._changed:
             while context.is_active():
-                status: int = self._server_status.get(name, Status.SERVICE_UNKNOWN)
-                if status != told:
+                status = self._statuses.get(name, Status.SERVICE_UNKNOWN)
+                if status != sent:
                     return status
-                if self._gracefully_shutting_down:
+                if self._stopping:
                     return None
-                self._news.wait()
+                self._changed.wait()
         return None
 
     def _wake(self) -> None:
-        with self._news:
-            self._news.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _name_in(message: bytes, context: grpc.ServicerContext) -> str:
+    try:
+        return health_pb2.HealthCheckRequest.FromString(message).service
+    except ProtobufDecodeError:
+        text = "request: got bytes that are no HealthCheckRequest"
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        raise
 
 
 class _Threaded:
-    """A behaviour that gRPC runs by other threads than the server's; it looks for the attribute."""
+    """A behaviour that gRPC runs by threads of its own, for which it looks at the attribute."""
 
-    def __init__(self, behaviour: Callable[..., Any], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, behaviour: Callable[..., Any], threads: WorkerThreads) -> None:
         self._behaviour = behaviour
         self.experimental_thread_pool = threads
 
-    def __call__(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Do it."""
+    def __call__(self, request: bytes, context: grpc.ServicerContext) -> Any:
+        """Run the behaviour."""
         return self._behaviour(request, context)

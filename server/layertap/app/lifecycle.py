@@ -12,7 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
 
-from layertap.addresses import bare_host
+from layertap.addresses import bare_host, is_unix
 from layertap.app.budget import MIB, excess
 from layertap.app.config import METRICS_OFF, ServerConfig
 from layertap.app.fingerprint import files_of
@@ -26,7 +26,9 @@ from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
 from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import LayertapError
+from layertap.resources import raise_file_limit
 from layertap.services.admin_service import AdminService, ReloadReport
+from layertap.threads import THREADS_REFUSED, is_thread_refused
 from layertap.wire.memory import keep_memory
 
 __all__ = ["Narrator", "serve"]
@@ -127,6 +129,7 @@ def serve(
         The exit code: 0 after a stop that was asked for, 1 for anything that made serving
         impossible.
     """
+    raise_file_limit()
     signals = _Signals()
     with signals.handled():
         try:
@@ -134,7 +137,9 @@ def serve(
                 running = _Running(config, narrator, read or (lambda: config), config_file, closing)
                 signals.ready()
                 notify("READY=1")
-                narrator.say(f"serving {running.names()} on {running.server.address}")
+                narrator.say(
+                    f"serving {running.names()} on {' and '.join(running.server.addresses)}"
+                )
                 signals.wait(running.reload)
                 notify("STOPPING=1")
                 narrator.say("stopping: waiting for the calls that were admitted")
@@ -142,7 +147,12 @@ def serve(
         except LayertapError as error:
             narrator.say(f"error: {error}")
             return 1
-    narrator.say("stopped")
+        except RuntimeError as error:
+            if not is_thread_refused(error):
+                raise
+            narrator.say(f"error: {THREADS_REFUSED}")
+            return 1
+    narrator.say("stopped serving")
     return 0
 
 
@@ -179,12 +189,12 @@ class _Running:
         telemetry.metrics.show_waiting(lambda: self.server.waiting)
         if self.server.shared_memory is not None:
             telemetry.metrics.show_shared_memory(self.server.shared_memory)
-        self.server.start()
         closing.callback(self.server.stop, 0.0)
+        self.server.start()
         if options.metrics_port != METRICS_OFF:
             page = HttpPage(
                 telemetry.metrics.registry,
-                bare_host(options.host),
+                "127.0.0.1" if is_unix(options.host) else bare_host(options.host),
                 options.metrics_port,
                 alive=lambda: self._engine.alive,
                 ready=lambda: health.serving(""),
@@ -228,7 +238,7 @@ class _Running:
         self.server.stop(self.reloader.config.server.grace_seconds)
         if self.reloader.busy:
             # A model that hangs while it loads can't be interrupted, and nobody waits for it.
-            self._narrator.say("stopped")
+            self._narrator.say("stopped serving")
             os._exit(0)
 
     def _files(self, config_file: Path | None) -> Iterator[Path]:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
-from grpc_health.v1.health import SERVICE_NAME as HEALTH
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from layertap.addresses import host_port
+from layertap.addresses import host_port, is_unix, unix_path
 from layertap.app.channel import STREAMS, channel_options
-from layertap.app.health import ModelHealth
+from layertap.app.health import HEALTH, ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
 from layertap.app.shared_memory import open_broker
+from layertap.app.thread_limit import ThreadLimit
+from layertap.app.unix_socket import UnixSocket
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
+from layertap.resources import file_limit
 from layertap.services.admin_service import AdminService
 from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
@@ -30,21 +32,26 @@ from layertap.services.open_streams import OpenStreams
 from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
+from layertap.threads import WorkerThreads, start_threads
 from layertap.wire.client_regions import ClientRegions
 from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS, DEFAULT_MIB
 
 __all__ = ["FeatureServer", "ServerOptions"]
+
+_log = logging.getLogger(__name__)
+
+UNIX_SOCKET_MODE = 0o600
+"""Only this user may connect, unless told otherwise."""
 
 PORT = 8001
 """Where inference servers listen for gRPC by convention; metrics are at 8002."""
 
 
 SPARE_WORKERS = 16
-"""Threads besides one for each request that may be pending.
+"""Threads besides one for each request that may be pending, for calls that are short or refused."""
 
-gRPC keeps calls that find no thread in a queue without end, where nobody refuses them and their
-deadlines pass unseen. So whoever can't be admitted finds a thread that tells them at once.
-"""
+_JOIN_SECONDS = 2.0
+"""How long threads may take to end once the server has stopped; those that hang are left behind."""
 
 
 def _workers(limits: Limits) -> int:
@@ -57,8 +64,15 @@ class ServerOptions:
     """How to listen.
 
     Attributes:
-        host: The address to bind; only this machine unless told otherwise.
+        host: The address to bind; only this machine unless told otherwise. ``unix:/path`` or
+            ``unix-abstract:name`` for a Unix socket instead of a port.
         port: The port; 0 for a free one.
+        unix_socket: The path of a Unix socket to listen on as well; None for none.
+        unix_socket_mode: The permissions of the socket's file.
+        connection_age_seconds: How long a connection lasts, give or take a tenth, before its client
+            has to make another; 0 for no end.
+        connection_age_grace_seconds: How long the calls of such a connection may take to finish; 0
+            for no end.
         security: TLS and tokens; neither unless told otherwise.
         shared_memory_bytes: What may be shared with clients of this machine; 0 for none.
         shared_memory_lease_seconds: How long a client may keep what was lent to it.
@@ -72,6 +86,10 @@ class ServerOptions:
     shared_memory_bytes: int = DEFAULT_MIB << 20
     shared_memory_lease_seconds: float = DEFAULT_LEASE_SECONDS
     client_regions: ClientRegions | None = None
+    unix_socket: Path | None = None
+    unix_socket_mode: int = UNIX_SOCKET_MODE
+    connection_age_seconds: float = 0.0
+    connection_age_grace_seconds: float = 0.0
 
 
 class FeatureServer:
@@ -91,7 +109,8 @@ class FeatureServer:
         repository: Loads and unloads models for the owner; nothing does if not given.
 
     Attributes:
-        address: Where it listens, ``host:port``.
+        addresses: Where it listens: ``host:port``, ``unix:/path``.
+        address: The first of them.
         security: TLS and tokens; its ``reload`` reads their files again.
         shared_memory: What is shared with clients of this machine; None for nothing.
 
@@ -113,22 +132,27 @@ class FeatureServer:
         self._engine = engine
         options = options or ServerOptions()
         self.security = options.security
-        self._workers = ThreadPoolExecutor(
-            _workers(engine.limits), thread_name_prefix="layertap-rpc"
-        )
         statistics = Statistics()
         observer = Observers(observer, statistics) if observer else statistics
         self._overload = Overload(engine, observer)
+        self._workers = WorkerThreads(_workers(engine.limits), "layertap-rpc")
         self._server = grpc.server(
             self._workers,
             interceptors=(
+                ThreadLimit(self._workers, observer),
                 *interceptors,
                 Authorization(options.security.tokens),
                 # Behind the authorization: who has no token takes no place.
                 self._overload,
             ),
             options=channel_options(
-                engine.limits.request_bytes, max(STREAMS, 2 * _workers(engine.limits))
+                engine.limits.request_bytes,
+                max(STREAMS, 2 * _workers(engine.limits)),
+                options.connection_age_seconds,
+                options.connection_age_grace_seconds,
+                # The other half is for probes, shared memory, and files of models: where strangers'
+                # connections took all, nobody could be accepted, and no probe would be answered.
+                connections=max(1, file_limit() // 2),
             ),
         )
         self._health = health or ModelHealth()
@@ -147,28 +171,48 @@ class FeatureServer:
             self._stream_threads,
         )
         self._server.add_generic_rpc_handlers((features.handlers(), inference.handlers()))
-        names = [FeatureService.NAME, InferenceService.NAME, HEALTH, reflection.SERVICE_NAME]
+        self._pools = (self._workers, *self._health.pools, *self._stream_threads.pools)
+        names = [FeatureService.NAME, InferenceService.NAME, HEALTH]
         if admin is not None:
             self._server.add_generic_rpc_handlers((admin.handlers(),))
             names.append(AdminService.NAME)
         if self._broker is not None:
             self._server.add_generic_rpc_handlers((SharedMemoryService(self._broker).handlers(),))
             names.append(SharedMemoryService.NAME)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(Reflection(names), self._server)
+        self._server.add_generic_rpc_handlers(Reflection(names).handlers())
         self._set_health(serving=False)
+        self._sockets: list[UnixSocket] = []
         try:
-            self.address = self._bind(options)
+            self.addresses = self._bind_all(options)
         except UnavailableError:
             self._close()
             raise
 
     @property
+    def address(self) -> str:
+        """The first address at which it listens."""
+        return self.addresses[0]
+
+    @property
     def waiting(self) -> int:
         """Calls that wait for a worker thread; the queue before the engine's own."""
-        return self._workers._work_queue.qsize()
+        return self._workers.waiting
 
     def start(self) -> None:
-        """Begin to answer; health stays NOT_SERVING until ``ready``."""
+        """Begin to answer; health stays NOT_SERVING until ``ready``.
+
+        Raises:
+            UnavailableError: Where the system does not allow the threads that this takes.
+        """
+        missing = start_threads(self._pools)
+        if missing:
+            _log.warning(
+                "the system allows this process %d threads fewer than the %d that the limits take, "
+                "so fewer calls are served at once; raise the limit of processes (pids.max, "
+                "--pids-limit, ulimit -u), or lower limits.pending",
+                missing,
+                sum(pool.most for pool in self._pools),
+            )
         if self._broker is not None:
             self._broker.start()
         self._overload.refusals.start()
@@ -184,7 +228,14 @@ class FeatureServer:
         self._streams.drain()
         self._overload.refusals.drain()
         # No lock can be waited for any longer, nor for ever where that was said in seconds.
-        self._server.stop(min(grace, threading.TIMEOUT_MAX)).wait()
+        grace = min(grace, threading.TIMEOUT_MAX)
+        try:
+            self._server.stop(grace).wait()
+        except RuntimeError:
+            # gRPC begins to refuse calls, then starts a thread that waits for the end of the grace.
+            # Where the system allows no thread any more this one waits instead.
+            self._server.wait_for_termination(grace)
+            self._server.stop(None)
         self._close()
 
     def wait(self) -> None:
@@ -192,8 +243,13 @@ class FeatureServer:
         self._server.wait_for_termination()
 
     def _close(self) -> None:
+        for each in self._sockets:
+            each.close()
         self._overload.refusals.shutdown()
-        self._stream_threads.close()
+        for pool in self._pools:
+            pool.shutdown(wait=False)
+        for pool in self._pools:
+            pool.join(_JOIN_SECONDS)
         if self._broker is not None:
             self._broker.close()
 
@@ -202,17 +258,39 @@ class FeatureServer:
         for host in self._engine.hosts():
             self._health.show(host.model.name, serving=serving)
 
-    def _bind(self, options: ServerOptions) -> str:
-        wanted = host_port(options.host, options.port)
-        tls = options.security.tls
+    def _bind_all(self, options: ServerOptions) -> tuple[str, ...]:
+        """Listen everywhere; return the addresses."""
+        path = unix_path(options.host)
+        if path:
+            addresses = [self._bind_unix(Path(path), options)]
+        elif is_unix(options.host):
+            self._bind(options.host, options)
+            addresses = [options.host]
+        else:
+            port = self._bind(host_port(options.host, options.port), options)
+            addresses = [host_port(options.host, port)]
+        if options.unix_socket is not None:
+            addresses.append(self._bind_unix(options.unix_socket, options))
+        return tuple(addresses)
+
+    def _bind_unix(self, path: Path, options: ServerOptions) -> str:
+        made = UnixSocket(
+            path, options.unix_socket_mode, lambda address: self._add(address, options)
+        )
+        self._sockets.append(made)
+        return f"unix:{made.path}"
+
+    def _bind(self, wanted: str, options: ServerOptions) -> int:
         try:
-            port = (
-                self._server.add_secure_port(wanted, tls.credentials())
-                if tls
-                else self._server.add_insecure_port(wanted)
-            )
+            return self._add(wanted, options)
         except RuntimeError:
             raise UnavailableError(
                 f"can't listen on {wanted}: is the port taken, or the host another machine's?"
             ) from None
-        return host_port(options.host, port)
+
+    def _add(self, address: str, options: ServerOptions) -> int:
+        """Have gRPC listen; return the port. Raises RuntimeError where it can't."""
+        tls = options.security.tls
+        if tls:
+            return int(self._server.add_secure_port(address, tls.credentials()))
+        return int(self._server.add_insecure_port(address))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,14 @@ import click
 
 from layertap.cli.options import embedded_engine, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
-from layertap.selection import Extractor, LayerSelection, Reduction
+from layertap.selection import Capture, Extractor, Glob, LayerSelection, Reduction
 
 if TYPE_CHECKING:
     from layertap.cli.connection import Connection
     from layertap.client import Features
+    from layertap.v1 import catalogue_pb2, feature_service_pb2
 
-    Source = Callable[[list[bytes]], Features]
-
-__all__ = ["extract"]
+__all__ = ["batch_axes", "extract"]
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -87,7 +86,10 @@ def extract(
     server: Connection | None,
     **flags: Any,
 ) -> None:
-    """Write layers of IMAGEs into an .npz file: an array for each layer, a row for each image.
+    """Write layers of IMAGEs into an .npz file: an array for each layer, all images in it.
+
+    Batches are joined along the dimension that was measured to be the batch: the first of most
+    layers, so that there is a row for each image, the second of layers such as [L, N, D].
 
     MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
     (package.module:function); with --server, the name of a model that it serves. Images are JPEG,
@@ -109,7 +111,6 @@ def extract(
     from layertap.cli.npz import Columns
     from layertap.cli.render import Stderr, show_features
 
-    columns = Columns()
     terminal = Stderr()
     how = Extractor(extractor)
     opened = (
@@ -117,14 +118,47 @@ def extract(
         if server
         else _embedded(terminal, model, selections, how, flags)
     )
-    with opened as ask, terminal.counting("images", len(images)) as bar:
+    with opened as source, terminal.counting("images", len(images)) as bar:
+        columns = Columns(lambda: batch_axes(source.describe(), selections))
         for begin in range(0, len(images), batch_size):
             batch = [_read(image) for image in images[begin : begin + batch_size]]
             with _naming(images[begin:]):
-                columns.add(ask(batch), len(batch))
+                columns.add(source.ask(batch), len(batch))
             bar.advance(bar.task_ids[0], len(batch))
     columns.save(output)
     show_features(columns.rows())
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where values come from: `ask` extracts them from encoded images, `describe` the model."""
+
+    ask: Callable[[list[bytes]], Features]
+    describe: Callable[[], feature_service_pb2.DescribeModelResponse]
+
+
+def batch_axes(
+    description: feature_service_pb2.DescribeModelResponse, selections: Sequence[LayerSelection]
+) -> dict[str, int | None]:
+    """Return which dimension of each output holds the items of the batch, one after the other.
+
+    None for an output of which none does: where it was measured that none grows with the batch, or
+    several do, or items are interleaved along it.
+    """
+    axes: dict[str, int | None] = {}
+    for selection in selections:
+        glob = Glob(selection.layer)
+        for layer in description.layers:
+            if layer.name == selection.layer or glob.matches(layer.name):
+                spec = layer.output if selection.capture is Capture.OUTPUT else layer.input
+                plain = selection.reduction is Reduction.NONE
+                axes[selection.name_for(layer.name)] = _batch_axis(spec) if plain else 0
+    return axes
+
+
+def _batch_axis(spec: catalogue_pb2.TensorSpec) -> int | None:
+    grown = [axis for axis, dim in enumerate(spec.shape) if dim.batch]
+    return None if spec.interleaved or spec.dynamic or len(grown) != 1 else grown[0]
 
 
 def _check_files(images: Sequence[str], output: Path) -> None:
@@ -159,9 +193,12 @@ def _naming(images: Sequence[str]) -> Iterator[None]:
 @contextmanager
 def _remote(
     server: Connection, model: str, selections: list[LayerSelection], extractor: Extractor
-) -> Iterator[Source]:
+) -> Iterator[_Source]:
     with server.client() as client:
-        yield lambda images: client.extract(model, images, selections, extractor=extractor)
+        yield _Source(
+            lambda images: client.extract(model, images, selections, extractor=extractor),
+            lambda: client.describe_model(model),
+        )
 
 
 @contextmanager
@@ -171,9 +208,10 @@ def _embedded(
     selections: list[LayerSelection],
     extractor: Extractor,
     flags: dict[str, Any],
-) -> Iterator[Source]:
+) -> Iterator[_Source]:
     from layertap.client import Features
     from layertap.engine import Call, ExtractionRequest, ImagesInput
+    from layertap.services.convert import description_to_proto
 
     with terminal.busy(f"loading {model}"):
         engine, name = embedded_engine(model, **flags)
@@ -182,9 +220,11 @@ def _embedded(
 
     def ask(images: list[bytes]) -> Features:
         request = ExtractionRequest(name, ImagesInput(images), tuple(selections), extractor)
-        return Features(engine.extract(request, Call()).message)
+        extraction = engine.extract(request, Call())
+        extraction.release()  # The limit is for callers of a server; these rows are all kept.
+        return Features(extraction.message)
 
     try:
-        yield ask
+        yield _Source(ask, lambda: description_to_proto(engine.host(name)))
     finally:
         engine.close()

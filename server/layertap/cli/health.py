@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import click
 
 from layertap.cli.connection import Connection, connection_options
-from layertap.client.client import TARGET
+from layertap.client.base import TARGET
 
 __all__ = ["health"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,9 +17,16 @@ __all__ = ["Columns"]
 
 
 class Columns:
-    """One array for each output, a batch's rows below those of the batch before."""
+    """One array for each output, joined from batches along the measured batch dimension.
 
-    def __init__(self) -> None:
+    Args:
+        axes: Returns, by the output's name, the dimension that grows with the batch, or None where
+            batches can't be joined. Called before the second batch is joined.
+    """
+
+    def __init__(self, axes: Callable[[], Mapping[str, int | None]]) -> None:
+        self._axes = axes
+        self._known: Mapping[str, int | None] = {}
         self._parts: dict[str, list[np.ndarray]] = {}
         self._joined: dict[str, np.ndarray] = {}
         self._extractor = ""
@@ -28,17 +35,20 @@ class Columns:
         """Take a reply to a batch of that many items.
 
         Raises:
-            InvalidInputError: Where rows can't be told from items, and there are several batches.
+            InvalidInputError: Where there are several batches, and they can't be joined.
         """
+        if self._parts and not self._known:
+            self._known = self._axes()
         self._extractor = features.extractor.value
         for name, array in features.items():
             parts = self._parts.setdefault(name, [])
             parts.append(_storable(array))
-            if len(parts) > 1 and not _fits(parts, items):
+            if len(parts) > 1 and not _fits(parts, self._known.get(name), items):
                 raise InvalidInputError(
                     f"output {name!r}: batches of shapes {list(parts[-2].shape)} and "
-                    f"{list(parts[-1].shape)} can't be put below one another; raise --batch-size "
-                    f"to the number of images, or take them one by one"
+                    f"{list(parts[-1].shape)} can't be joined, as no dimension holds the images "
+                    f"one after the other; raise --batch-size to the number of images, or take "
+                    f"them one by one"
                 )
 
     def rows(self) -> Iterator[tuple[str, np.ndarray, str]]:
@@ -77,7 +87,8 @@ class Columns:
         for name in self._parts.keys() - self._joined.keys():
             parts = self._parts[name]
             # One batch is stored as it is, whatever its axes mean.
-            self._joined[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            axis = self._known.get(name) or 0
+            self._joined[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
         return {name: self._joined[name] for name in self._parts}
 
 
@@ -86,6 +97,9 @@ def _storable(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
-def _fits(parts: list[np.ndarray], items: int) -> bool:
+def _fits(parts: list[np.ndarray], axis: int | None, items: int) -> bool:
     before, now = parts[-2:]
-    return now.ndim > 0 and now.shape[1:] == before.shape[1:] and now.shape[0] % items == 0
+    if axis is None or not axis < now.ndim == before.ndim or now.shape[axis] % items:
+        return False
+    others = [size for index, size in enumerate(now.shape) if index != axis]
+    return others == [size for index, size in enumerate(before.shape) if index != axis]

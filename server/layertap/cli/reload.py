@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from layertap.cli.connection import Connection, connection_options
-from layertap.client.client import TARGET
+from layertap.client.base import TARGET
 from layertap.errors import PermissionDeniedError, UnavailableError
 from layertap.v1 import admin_service_pb2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,12 @@ def _numbers(
     return tuple(map(int, parts))
 
 
+def _mode(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not re.fullmatch("0?[0-7]{3}", value):
+        raise click.BadParameter(f"got {value!r}, expected octal digits such as 0660")
+    return value
+
+
 @click.command(short_help="Serve models over gRPC.")
 @click.argument("models", nargs=-1, metavar="[[NAME=]MODEL]...")
 @click.option(
@@ -84,7 +91,35 @@ def _numbers(
     metavar="N",
     help="Microseconds that a request may be held back for others to join it; default 0.",
 )
-@click.option("--host", help="The address to listen on; default 127.0.0.1, this machine only.")
+@click.option(
+    "--host",
+    help="The address to listen on; default 127.0.0.1, this machine only. unix:/path listens on a "
+    "Unix socket instead.",
+)
+@click.option(
+    "--unix-socket", type=click.Path(), metavar="PATH", help="A Unix socket to listen on as well."
+)
+@click.option(
+    "--unix-socket-mode",
+    metavar="OCTAL",
+    callback=_mode,
+    help="The permissions of the socket's file; default 0600, this user only.",
+)
+@click.option(
+    "--max-connection-age",
+    "max_connection_age_seconds",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds, give or take a tenth, after which clients make another connection, so that a "
+    "load balancer can spread them anew; default 0: never.",
+)
+@click.option(
+    "--max-connection-age-grace",
+    "max_connection_age_grace_seconds",
+    type=click.FloatRange(min=0),
+    metavar="S",
+    help="Seconds that calls and streams of such a connection get to finish; default 0: no end.",
+)
 @click.option("--port", type=PORTS, help="The port; default 8001, 0 takes a free one.")
 @click.option(
     "--metrics-port",

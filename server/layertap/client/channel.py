@@ -1,9 +1,10 @@
-"""The client's channel: TLS, the token, and when a token may be sent."""
+"""The client's channel: TLS, the token and when it may be sent, reconnecting, and gevent."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +16,25 @@ from layertap.certificates import read_authorities, read_key_pair
 from layertap.errors import ConfigError
 from layertap.tokens import check_token, read_tokens
 
-__all__ = ["Tls", "open_channel", "read_token"]
+__all__ = ["ChannelSettings", "Tls", "channel_settings", "read_token"]
 
 PathLike = str | os.PathLike[str]
+
+_OPTIONS = (
+    # Features are large: gRPC's default of 4 MB would refuse most replies.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # By default gRPC waits up to two minutes before it tries again to reach a server that was away,
+    # and fails every call until then. Its jitter adds a fifth to these.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # One attempt may take so long: lost packets are sent again by a new attempt, not by TCP, whose
+    # pauses grow like the back-off does.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
+    # A name that a cluster gave to another machine is looked up again within the same time; by
+    # default only every 30 seconds.
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,39 +81,102 @@ def read_token(file: PathLike) -> str:
     return read_tokens(Path(file), "token file")[0]
 
 
-def open_channel(
+@dataclass(frozen=True, slots=True)
+class ChannelSettings:
+    """How to reach a server, for a channel of either kind.
+
+    Attributes:
+        target: The server's address.
+        options: gRPC's channel arguments.
+        credentials: TLS; None for none.
+        token: The bearer token to send with every call; None for none.
+    """
+
+    target: str
+    options: tuple[tuple[str, int | str], ...]
+    credentials: grpc.ChannelCredentials | None
+    token: str | None
+
+    def open(self) -> grpc.Channel:
+        """Open a channel that sends the token with every call."""
+        if self.credentials is None:
+            channel = grpc.insecure_channel(self.target, options=self.options)
+        else:
+            channel = grpc.secure_channel(self.target, self.credentials, options=self.options)
+        return (
+            channel if self.token is None else grpc.intercept_channel(channel, _Bearer(self.token))
+        )
+
+    def open_async(self) -> grpc.aio.Channel:
+        """Open a channel of the running event loop, whose calls add ``bearer`` themselves."""
+        if self.credentials is None:
+            return grpc.aio.insecure_channel(self.target, options=self.options)
+        return grpc.aio.secure_channel(self.target, self.credentials, options=self.options)
+
+    @property
+    def bearer(self) -> tuple[tuple[str, str], ...]:
+        """The metadata with the token; empty for none."""
+        return () if self.token is None else (_bearer(self.token),)
+
+
+def channel_settings(
     target: str,
-    options: Sequence[tuple[str, int]],
     *,
     tls: bool | Tls,
     token: str | None,
     allow_plaintext_token: bool,
-) -> grpc.Channel:
-    """Open a channel that sends the token with every call.
+) -> ChannelSettings:
+    """Return how to reach a server, checked.
 
     Raises:
-        ConfigError: For TLS files that won't do, a malformed token, and a token that would cross
-            the network as plain text without ``allow_plaintext_token``.
+        ConfigError: For TLS files that can't be used, a malformed token, a token that would cross
+            the network as plain text without ``allow_plaintext_token``, and where gevent has
+            patched the process and gRPC does not know of it.
     """
-    every: list[tuple[str, int | str]] = list(options)
+    _check_gevent()
+    # Channels with equal options share a connection. A forked child must not share its parent's.
+    options: list[tuple[str, int | str]] = [*_OPTIONS, ("layertap.process", os.getpid())]
+    local = target_is_loopback(target)
+    if local:
+        # No proxy reaches this machine, whatever the environment's http_proxy and no_proxy say;
+        # and it would read what is sent without TLS.
+        options.append(("grpc.enable_http_proxy", 0))
     how = Tls() if tls is True else tls
     if token is not None:
         check_token(token, "token")
     if isinstance(how, Tls):
         if how.server_name:
-            every.append(("grpc.ssl_target_name_override", how.server_name))
-        channel = grpc.secure_channel(target, how.credentials(), options=every)
-    else:
-        if token is not None and not allow_plaintext_token:
-            if not target_is_loopback(target):
-                raise ConfigError(
-                    f"token: {target} would get it as plain text, for anybody on the way to read; "
-                    f"expected TLS, a server on this machine, or allow_plaintext_token"
-                )
-            # Or a proxy of the environment would get it, and proxies stand elsewhere.
-            every.append(("grpc.enable_http_proxy", 0))
-        channel = grpc.insecure_channel(target, options=every)
-    return channel if token is None else grpc.intercept_channel(channel, _Bearer(token))
+            options.append(("grpc.ssl_target_name_override", how.server_name))
+        return ChannelSettings(target, tuple(options), how.credentials(), token)
+    if token is not None and not allow_plaintext_token and not local:
+        raise ConfigError(
+            f"token: {target} would get it as plain text, for anybody on the way to read; "
+            f"expected TLS, a server on this machine, or allow_plaintext_token"
+        )
+    return ChannelSettings(target, tuple(options), None, token)
+
+
+def _check_gevent() -> None:
+    """Raise ConfigError where gRPC would block gevent's only thread.
+
+    gevent makes greenlets of all threads. gRPC then waits in native code for a greenlet that can't
+    run meanwhile: every call stops the whole program, and streams never go on.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return
+    # gRPC has no other way to ask; the client's tests notice where it goes away.
+    if getattr(sys.modules.get("grpc._cython.cygrpc"), "g_gevent_activated", True):
+        return
+    raise ConfigError(
+        "gevent has patched this process but gRPC was not told, so its calls would block every "
+        "greenlet: call grpc.experimental.gevent.init_gevent() after monkey.patch_all() and before "
+        "the first Client"
+    )
+
+
+def _bearer(token: str) -> tuple[str, str]:
+    return "authorization", f"Bearer {token}"
 
 
 class _CallDetails(NamedTuple):
@@ -122,7 +202,7 @@ class _Bearer(
     """
 
     def __init__(self, token: str) -> None:
-        self._metadata = ("authorization", f"Bearer {token}")
+        self._metadata = _bearer(token)
 
     def _send(
         self, continuation: Callable[[Any, Any], Any], details: grpc.ClientCallDetails, request: Any

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import grpc
-from grpc_health.v1 import health_pb2
 
-from layertap.client.channel import Tls, open_channel
+from layertap.client.base import (
+    BaseClient,
+    Method,
+    ReadyWait,
+    describe_message,
+    health_in,
+    health_message,
+)
+from layertap.client.channel import ChannelSettings
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
+from layertap.client.items import MAX_IN_FLIGHT
 from layertap.client.requests import StreamRequest, request_fields
-from layertap.client.retry import check_retries, retrying
-from layertap.client.shared_memory import (
-    OPEN,
-    SharedMemoryClient,
-    SharedMemoryWish,
-    written,
-)
-from layertap.client.stream import MAX_IN_FLIGHT, FeatureStream
+from layertap.client.retry import retrying
+from layertap.client.shared_memory import SharedMemoryClient, SharedMemoryWish, written
+from layertap.client.stream import FeatureStream
 from layertap.client.timeouts import bounded
-from layertap.client.trace_context import trace_metadata
-from layertap.errors import LayertapError, SharedMemoryLostError, UnavailableError
+from layertap.errors import LayertapError, SharedMemoryLostError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request, encode_shared_request
@@ -38,49 +43,38 @@ if TYPE_CHECKING:
 
 __all__ = ["Client"]
 
-HEALTH_CHECK = "/grpc.health.v1.Health/Check"
-HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
-SERVICE = "/layertap.v1.FeatureService/"
-RELOAD = "/layertap.v1.AdminService/Reload"
-TARGET = "127.0.0.1:8001"
-
-# The time is up, or the server stops or has gone: another may stand in its place soon.
-_AWAY = (
-    grpc.StatusCode.CANCELLED,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.UNAVAILABLE,
-)
-_AGAIN_SECONDS = 0.1
-
 _log = logging.getLogger(__name__)
 
 
-class Client:
+class _Transport:
+    """A channel, its methods and its shared memory: what belongs to one process."""
+
+    def __init__(self, target: str, channel: grpc.Channel, shared_memory: SharedMemoryWish) -> None:
+        self.channel = channel
+        open_memory = channel.unary_unary(Method.OPEN_SHARED_MEMORY)
+        self.memory = SharedMemoryClient(target, shared_memory, open_memory)
+        self.extract = channel.unary_unary(Method.EXTRACT)
+        self.stream = channel.stream_stream(Method.EXTRACT_STREAM)
+        self.list = channel.unary_unary(Method.LIST_MODELS)
+        self.describe = channel.unary_unary(Method.DESCRIBE_MODEL)
+        self.reload = channel.unary_unary(Method.RELOAD)
+        self.health = channel.unary_unary(Method.HEALTH)
+
+    def close(self) -> None:
+        self.memory.close()
+        self.channel.close()
+
+
+class Client(BaseClient):
     """Asks a layertap server for layers.
 
-    Safe to share between threads. Use it as a context manager, or ``close`` it.
+    Safe to share between threads. Use it as a context manager, or ``close`` it. A client that a
+    forked process inherits opens a connection of its own there. A pickled one (for
+    ``multiprocessing`` or a data loader's workers) is made again from its arguments where it is
+    unpickled; with ``token`` it can't be pickled, as the pickle would hold the secret, but with
+    ``token_file`` it can. ``AsyncClient`` has the same methods for asyncio.
 
-    Args:
-        target: The server's address, ``host:port``.
-        timeout: Seconds that a call may take, unless the call says otherwise; None for no end.
-        tls: ``True`` for a server that a public authority vouches for; a ``Tls`` for one with an
-            authority of its own, or one that asks for a client's certificate; False for no TLS.
-        token: The bearer token to send with every call; ``read_token`` reads it from a file.
-        allow_plaintext_token: Whether the token may be sent to another machine without TLS, for
-            networks that encrypt by themselves.
-        shared_memory: Whether large tensors go through memory shared with the server, where it is
-            on this machine and runs as the same user: ``"auto"`` tries where the target is a
-            loopback address or a Unix socket, True everywhere, False never. Where it can't be had
-            they go through the network, without a word; only an item of a stream whose memory
-            is lost on the way fails with SharedMemoryLostError.
-        retries: How often a call is made again that the server refuses because it is full, within
-            the call's timeout; streams are not. It waits as long as the server says, and a random
-            time on top. 0 raises OverloadedError at once, whose ``retry_after`` says how long.
-
-    Raises:
-        InvalidInputError: For a ``shared_memory`` that is none of these, or negative retries.
-        ConfigError: For files or a token that won't do, and for a token that would be sent as plain
-            text to another machine.
+    Arguments and errors are those of ``BaseClient``.
 
     Example:
         >>> with Client("127.0.0.1:8001") as client:
@@ -89,38 +83,10 @@ class Client:
         (1, 64, 56, 56)
     """
 
-    def __init__(
-        self,
-        target: str = TARGET,
-        *,
-        timeout: float | None = 60.0,
-        tls: bool | Tls = False,
-        token: str | None = None,
-        allow_plaintext_token: bool = False,
-        shared_memory: SharedMemoryWish = "auto",
-        retries: int = 0,
-    ) -> None:
-        check_retries(retries)
-        self._retries = retries
-        self._timeout = timeout
-        self._closed = False
-        # Features are large: gRPC's default of 4 MB would refuse most replies.
-        options = [
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_send_message_length", -1),
-        ]
-        self._channel = open_channel(
-            target,
-            options,
-            tls=tls,
-            token=token,
-            allow_plaintext_token=allow_plaintext_token,
-        )
-        self._memory = SharedMemoryClient(target, shared_memory, self._channel.unary_unary(OPEN))
-        self._extract = self._channel.unary_unary(f"{SERVICE}Extract")
-        self._stream = self._channel.stream_stream(f"{SERVICE}ExtractStream")
-        self._list = self._channel.unary_unary(f"{SERVICE}ListModels")
-        self._describe = self._channel.unary_unary(f"{SERVICE}DescribeModel")
+    def _start(self, settings: ChannelSettings) -> None:
+        self._opening = threading.Lock()
+        self._transport: _Transport | None = self._open(settings)
+        _CLIENTS.add(self)
 
     def extract(
         self,
@@ -150,14 +116,15 @@ class Client:
             LayertapError: Whatever the server refuses, as the exception that it names.
         """
         fields, tensor = request_fields(model, given, layers, extractor)
-        memory = self._memory.connection(self._timeout if timeout is None else timeout)
+        transport = self._opened()
+        memory = transport.memory.connection(self._timeout if timeout is None else timeout)
         if memory is not None:
             try:
-                return self._extract_shared(memory, fields, tensor, timeout)
+                return self._extract_shared(transport, memory, fields, tensor, timeout)
             except SharedMemoryLostError as error:
                 _log.debug("shared memory is lost, the wire instead: %s", error)
         message = encode_request(feature_service_pb2.ExtractRequest(**fields), tensor)
-        return Features(self._call(self._extract, message, timeout))
+        return Features(self._call(transport.extract, message, timeout))
 
     def stream(
         self,
@@ -174,13 +141,14 @@ class Client:
             item_timeout: Seconds that the server may take for one item, unless the item says
                 otherwise; None for the client's own.
         """
-        self._check_open()
+        transport = self._opened()
         return FeatureStream(
-            self._stream,
+            transport.stream,
             max_in_flight,
             timeout,
             self._timeout if item_timeout is None else item_timeout,
-            self._memory.connection(self._timeout),
+            transport.memory.connection(self._timeout),
+            metadata=self._own_metadata,
         )
 
     @overload
@@ -252,15 +220,14 @@ class Client:
 
     def list_models(self, *, timeout: float | None = None) -> list[catalogue_pb2.Model]:
         """Return the models that the server holds."""
-        reply = self._call(self._list, b"", timeout)
+        reply = self._call(self._opened().list, b"", timeout)
         return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
 
     def describe_model(
         self, model: str, *, timeout: float | None = None
     ) -> feature_service_pb2.DescribeModelResponse:
         """Return a model's catalogue: every layer, its shapes and the extractors that serve it."""
-        request = feature_service_pb2.DescribeModelRequest(model=model)
-        reply = self._call(self._describe, request.SerializeToString(), timeout)
+        reply = self._call(self._opened().describe, describe_message(model), timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 
     def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
@@ -273,7 +240,7 @@ class Client:
             LayertapError: Where the configuration is wrong, another reload is in progress, or the
                 server was started without ``--admin``.
         """
-        reply = self._call(self._channel.unary_unary(RELOAD), b"", timeout)
+        reply = self._call(self._opened().reload, b"", timeout)
         return admin_service_pb2.ReloadResponse.FromString(reply)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
@@ -288,32 +255,40 @@ class Client:
             NotFoundError: For a name that it does not know.
             UnavailableError: Where it can't be reached.
         """
-        request = health_pb2.HealthCheckRequest(service=service)
-        message = request.SerializeToString()
-        reply = self._call(self._channel.unary_unary(HEALTH_CHECK), message, timeout)
-        status = health_pb2.HealthCheckResponse.FromString(reply).status
-        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+        return health_in(self._call(self._opened().health, health_message(service), timeout))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until the server reports itself as serving; it may come, go and come back meanwhile.
 
+        Calls by this client reach it then: it is this client's connection that is waited for.
+
         Raises:
-            UnavailableError: After ``timeout`` seconds.
-            LayertapError: Where it answers, but tells nobody, or not us, of its health.
+            UnavailableError: After ``timeout`` seconds; the text says what was last heard.
+            LayertapError: Where it answers, but does not report its health, or not to us.
         """
-        end = time.monotonic() + timeout
-        while (left := end - time.monotonic()) > 0:
-            self._check_open()
-            if self._watched(left):
-                return
-            time.sleep(min(_AGAIN_SECONDS, left))
-        raise UnavailableError(f"the server was not ready within {timeout:g} seconds")
+        wait = ReadyWait(self._target, timeout, time.monotonic())
+        while (left := wait.left(time.monotonic())) > 0:
+            try:
+                reply = self._opened().health(
+                    b"", timeout=bounded(left), wait_for_ready=True, metadata=self._metadata()
+                )
+            except grpc.RpcError as error:
+                wait.failed(error)
+            except ValueError:  # The channel was closed in this moment.
+                self._check_open()
+                raise
+            else:
+                if wait.serves(reply):
+                    return
+            time.sleep(wait.pause(time.monotonic()))
+        raise wait.over()
 
     def close(self) -> None:
         """Close the channel, to every call's UnavailableError. Features that came stay valid."""
         self._closed = True
-        self._memory.close()
-        self._channel.close()
+        transport = self._transport
+        if transport is not None:
+            transport.close()
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -330,6 +305,7 @@ class Client:
 
     def _extract_shared(
         self,
+        transport: _Transport,
         memory: Connection,
         fields: dict[str, Any],
         tensor: np.ndarray | None,
@@ -343,35 +319,30 @@ class Client:
                     message = encode_request(request, tensor)
                 else:
                     message = encode_shared_request(request, tensor, at)
-                reply = self._call(self._extract, message, timeout)
+                reply = self._call(transport.extract, message, timeout)
             return Features(reply, memory.finder())
         finally:
             memory.end_call()
 
-    def _watched(self, timeout: float) -> bool:
-        """Return whether it serves; False once it has gone, or the time is up."""
-        watch = self._channel.unary_stream(
-            HEALTH_WATCH,
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
-        replies = watch(
-            health_pb2.HealthCheckRequest(), timeout=bounded(timeout), wait_for_ready=True
-        )
-        try:
-            for reply in replies:
-                if reply.status == health_pb2.HealthCheckResponse.SERVING:
-                    return True
-        except grpc.RpcError as error:
-            if error.code() not in _AWAY:
-                raise error_from_rpc(error) from None
-        finally:
-            replies.cancel()
-        return False
+    def _open(self, settings: ChannelSettings) -> _Transport:
+        return _Transport(self._target, settings.open(), self._shared_memory)
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UnavailableError("the client is closed")
+    def _opened(self) -> _Transport:
+        """Return the transport; one of its own in a forked process."""
+        self._check_open()
+        transport = self._transport
+        if transport is None:
+            with self._opening:
+                transport = self._transport = self._transport or self._open(self._settings())
+        return transport
+
+    def _after_fork(self) -> None:
+        """Leave the connection to the parent process, in a child that was forked from it."""
+        if self._transport is not None:
+            # Never let go of: to close it would speak on the parent's sockets.
+            _PARENTS.append(self._transport)
+        self._transport = None
+        self._opening = threading.Lock()
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
@@ -385,10 +356,25 @@ class Client:
         self._check_open()
         try:
             return method(  # type: ignore[no-any-return]
-                message, timeout=bounded(timeout), metadata=trace_metadata()
+                message,
+                timeout=bounded(timeout),
+                metadata=self._metadata(),
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
         except ValueError:  # gRPC's word for a channel that was closed in this moment.
             self._check_open()
             raise
+
+
+_CLIENTS: weakref.WeakSet[Client] = weakref.WeakSet()
+_PARENTS: list[_Transport] = []
+
+
+def _forked() -> None:
+    for client in list(_CLIENTS):
+        client._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

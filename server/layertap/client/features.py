@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 
 import numpy as np
 
 from layertap.selection import Extractor
 from layertap.v1 import catalogue_pb2
 from layertap.v1.feature_service_pb2 import ExtractResponse, ExtractStreamResponse
+from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
 from layertap.wire.messages import Find, Timings, decode_reply
 from layertap.wire.tensors import TensorView
@@ -26,6 +28,9 @@ class Features(Mapping[str, np.ndarray]):
     The arrays are read-only views of the message, or of memory shared with a server of this machine
     (docs/shared_memory.md); ``array.copy()`` makes a writable one of its own. bfloat16 arrays have
     the type of the ``ml_dtypes`` package.
+
+    Pickling copies the values, those in shared memory too; with protocol 5 and a
+    ``buffer_callback`` it hands them out without a copy.
 
     Attributes:
         extractor: Which extractor served them.
@@ -73,6 +78,15 @@ class Features(Mapping[str, np.ndarray]):
         shapes = ", ".join(f"{v.name}: {v.dtype.name}{list(v.shape)}" for v in self._views.values())
         return f"Features({shapes})"
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Pickle the values as they are in the message, without the message itself."""
+        wrap: Any = pickle.PickleBuffer if int(protocol) >= 5 else bytes
+        tensors = [
+            (view.name, view.dtype.number, view.shape, wrap(view.data))
+            for view in self._views.values()
+        ]
+        return _unpickled, (type(self), self.extractor, self.timings, tensors)
+
     def torch(self) -> dict[str, torch.Tensor]:
         """Return the layers as torch tensors that share the message's memory.
 
@@ -86,3 +100,19 @@ class Features(Mapping[str, np.ndarray]):
         from layertap.client.to_torch import to_torch
 
         return {name: to_torch(view) for name, view in self._views.items()}
+
+
+def _unpickled(
+    kind: type[Features],
+    extractor: Extractor,
+    timings: Timings,
+    tensors: Sequence[tuple[str, int, tuple[int, ...], Any]],
+) -> Features:
+    features = kind.__new__(kind)
+    features.extractor = extractor
+    features.timings = timings
+    features._views = {
+        name: TensorView(name, dtypes.by_number(number), shape, memoryview(data).toreadonly())
+        for name, number, shape, data in tensors
+    }
+    return features

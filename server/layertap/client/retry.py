@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from layertap.errors import InvalidInputError, OverloadedError
 
-__all__ = ["check_retries", "retrying"]
+__all__ = ["Retries", "check_retries", "retrying"]
 
 R = TypeVar("R")
 
@@ -23,17 +23,51 @@ def check_retries(retries: int) -> None:
         raise InvalidInputError(f"retries: got {retries}, expected a number from 0")
 
 
+class Retries:
+    """How often and when to call again; asks nobody and sleeps nowhere.
+
+    Waits as long as the server says; where it says nothing 0.5 seconds, and twice as long each
+    further time up to 8. To that comes up to half as long again at random, so that callers who were
+    refused together don't come back together.
+
+    Args:
+        retries: How many times to call again at most.
+        timeout: Seconds for all calls and waits together; None for no end.
+    """
+
+    def __init__(self, retries: int, timeout: float | None) -> None:
+        self._left = retries
+        self._end = None if timeout is None else time.monotonic() + timeout
+        self._backoff = _FIRST_SECONDS
+
+    def remaining(self) -> float | None:
+        """Return the seconds that are left for the next call; None for no end."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def pause(self, error: OverloadedError) -> float:
+        """Return the seconds to wait before the next call.
+
+        Raises:
+            OverloadedError: The error itself, after the last retry, where the server says not to
+                call again, and where the wait would outlast the timeout.
+        """
+        wanted = self._backoff if error.retry_after is None else error.retry_after
+        self._backoff = min(2 * self._backoff, _MOST_SECONDS)
+        seconds = wanted * random.uniform(1.0, 1.5)
+        late = self._end is not None and time.monotonic() + seconds >= self._end
+        if not self._left or late or wanted < 0:
+            raise error
+        self._left -= 1
+        return seconds
+
+
 def retrying(
     call: Callable[[float | None], R],
     retries: int,
     timeout: float | None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> R:
-    """Make a call, and again while the server refuses it because it is full.
-
-    Waits as long as the server says; where it says nothing 0.5 seconds, and twice as long each
-    further time up to 8. To that comes up to half as long again at random, so that callers who were
-    refused together don't come back together.
+    """Make a call, and again while the server refuses it because it is full; see ``Retries``.
 
     Args:
         call: Makes the call; gets the seconds that are left for it, None for no end.
@@ -42,22 +76,13 @@ def retrying(
         sleep: Waits so many seconds.
 
     Raises:
-        OverloadedError: After the last retry, where the server says not to call again, and where
-            the wait would outlast the timeout.
+        OverloadedError: As ``Retries.pause`` does.
         LayertapError: Whatever else the call raises, at once.
     """
-    ends = None if timeout is None else time.monotonic() + timeout
-    backoff = _FIRST_SECONDS
-    for left in range(retries, -1, -1):
-        remaining = None if ends is None else max(0.0, ends - time.monotonic())
+    allowed = Retries(retries, timeout)
+    while True:
         try:
-            return call(remaining)
+            return call(allowed.remaining())
         except OverloadedError as error:
-            wanted = backoff if error.retry_after is None else error.retry_after
-            backoff = min(2 * backoff, _MOST_SECONDS)
-            seconds = wanted * random.uniform(1.0, 1.5)
-            late = ends is not None and time.monotonic() + seconds >= ends
-            if not left or late or wanted < 0:
-                raise
+            seconds = allowed.pause(error)
         sleep(seconds)
-    raise AssertionError("the last round returns or raises")

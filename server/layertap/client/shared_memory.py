@@ -7,16 +7,15 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import grpc
 import numpy as np
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.addresses import target_is_loopback
-from layertap.errors import InvalidInputError
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
 from layertap.wire.dtypes import of_array
 from layertap.wire.shared.connection import Connection
@@ -24,11 +23,10 @@ from layertap.wire.shared.hub import LEAST_BYTES
 from layertap.wire.shared.regions import supported
 from layertap.wire.tensors import SharedSlice
 
-__all__ = ["OPEN", "SharedMemoryClient", "SharedMemoryWish", "written"]
+__all__ = ["SharedMemoryClient", "SharedMemoryWish", "is_shared", "written"]
 
 _log = logging.getLogger(__name__)
 
-OPEN = "/layertap.v1.SharedMemoryService/OpenSharedMemory"
 SharedMemoryWish = bool | Literal["auto"]
 
 _OPEN_SECONDS = 1.0
@@ -42,23 +40,24 @@ class SharedMemoryClient:
     Args:
         target: The server's address.
         wish: ``"auto"`` tries where the address is this machine's, True everywhere, False never.
-        open_: Calls OpenSharedMemory.
-
-    Raises:
-        InvalidInputError: For any other wish.
+        open_: Calls OpenSharedMemory: takes the message and a ``timeout`` in seconds.
     """
 
-    def __init__(
-        self, target: str, wish: SharedMemoryWish, open_: grpc.UnaryUnaryMultiCallable
-    ) -> None:
-        if wish not in (True, False, "auto"):
-            raise InvalidInputError(f"shared_memory: got {wish!r}, expected True, False or 'auto'")
+    def __init__(self, target: str, wish: SharedMemoryWish, open_: Callable[..., bytes]) -> None:
         wanted = wish is True or (wish == "auto" and target_is_loopback(target))
         self._open = open_ if wanted and supported() else None
         self._opening = threading.Lock()
         self._retry_at = 0.0
         self._current: Connection | None = None
         self._at_end: weakref.finalize[[], SharedMemoryClient] | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether ``connection`` returns at once, without asking the server."""
+        current = self._current
+        if current is not None and not current.lost:
+            return True
+        return self._open is None or time.monotonic() < self._retry_at
 
     def connection(self, timeout: float | None) -> Connection | None:
         """Return a session that is open, opened now if need be; None for the wire."""
@@ -84,14 +83,15 @@ class SharedMemoryClient:
         if current is not None:
             current.close()
 
-    def _connect(
-        self, open_: grpc.UnaryUnaryMultiCallable, timeout: float | None
-    ) -> Connection | None:
+    def _connect(self, open_: Callable[..., bytes], timeout: float | None) -> Connection | None:
         seconds = _OPEN_SECONDS if timeout is None else min(timeout, _OPEN_SECONDS)
         try:
             reply = OpenSharedMemoryResponse.FromString(open_(b"", timeout=seconds))
             connection = Connection(reply.socket, reply.ticket)
-        except (grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error) as error:
+        except (
+            *(grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error),
+            RuntimeError,  # Python's word for a thread that the system did not allow.
+        ) as error:
             _log.debug("no shared memory, the wire instead: %s", error)
             away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
             self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
@@ -105,6 +105,11 @@ class SharedMemoryClient:
         return connection
 
 
+def is_shared(tensor: np.ndarray | None) -> TypeGuard[np.ndarray]:
+    """Tell whether an input is large enough for shared memory."""
+    return tensor is not None and tensor.nbytes >= LEAST_BYTES
+
+
 @contextmanager
 def written(connection: Connection, tensor: np.ndarray | None) -> Iterator[SharedSlice | None]:
     """Write an input into shared memory, and keep the place for as long as the block lasts.
@@ -115,7 +120,7 @@ def written(connection: Connection, tensor: np.ndarray | None) -> Iterator[Share
     Raises:
         InvalidInputError: For an array without a row in the dtype table.
     """
-    if tensor is None or tensor.nbytes < LEAST_BYTES:
+    if not is_shared(tensor):
         yield None
         return
     of_array(tensor)  # Objects, for one, can't be written anywhere.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
@@ -10,29 +11,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 
-from layertap.client.failures import error_from_item, error_from_rpc
-from layertap.client.features import Features
+from layertap.client.failures import error_from_rpc
+from layertap.client.items import MAX_IN_FLIGHT, Outcome, StreamItems
 from layertap.client.timeouts import bounded
 from layertap.client.trace_context import trace_metadata
-from layertap.errors import (
-    InvalidInputError,
-    LayertapError,
-    SharedMemoryLostError,
-    UnavailableError,
-)
-from layertap.v1.feature_service_pb2 import ExtractStreamResponse
-from layertap.wire.stream_messages import decode_stream_reply
+from layertap.errors import UnavailableError
 
 if TYPE_CHECKING:
     from layertap.client.requests import StreamRequest
     from layertap.wire.shared.connection import Connection
 
-__all__ = ["MAX_IN_FLIGHT", "FeatureStream"]
-
-MAX_IN_FLIGHT = 16
-"""Items in flight unless told otherwise: what a server reads ahead by default."""
-
-Outcome = Features | LayertapError
+__all__ = ["FeatureStream"]
 
 
 class FeatureStream:
@@ -44,6 +33,7 @@ class FeatureStream:
         timeout: Seconds that the stream may take; None for no end.
         item_timeout: Seconds for an item that does not say so itself; None for no end.
         memory: The session of shared memory; None for none.
+        metadata: What the call carries besides the caller's trace.
 
     Raises:
         InvalidInputError: For a ``max_in_flight`` below 1.
@@ -62,23 +52,22 @@ class FeatureStream:
         timeout: float | None = None,
         item_timeout: float | None = None,
         memory: Connection | None = None,
+        *,
+        metadata: tuple[tuple[str, str], ...] = (),
     ) -> None:
-        if max_in_flight < 1:
-            raise InvalidInputError(f"max_in_flight: got {max_in_flight}, expected at least 1")
-        self._max_in_flight = max_in_flight
-        self._item_timeout = item_timeout
+        self._items = StreamItems(max_in_flight, item_timeout, memory)
         self._memory = memory
         if memory is not None:
             memory.begin_call()
-        self._next_id = 0
-        self._unanswered = 0
-        self._done: dict[int, Outcome] = {}
         self._closed = False
+        self._process = os.getpid()
         # gRPC sends from a thread of its own, which waits here; None is the half close. It holds
         # as much as is in flight, at most.
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._call = method(
-            iter(self._outgoing.get, None), timeout=bounded(timeout), metadata=trace_metadata()
+            iter(self._outgoing.get, None),
+            timeout=bounded(timeout),
+            metadata=(*metadata, *(trace_metadata() or ())),
         )
 
     def extract(
@@ -95,19 +84,21 @@ class FeatureStream:
             ordered: Whether to yield in their order, or as they finish.
 
         Raises:
-            UnavailableError: Where the stream is closed.
+            UnavailableError: Where the stream is closed, or another process opened it.
             LayertapError: What the stream itself ended with; the items that were not yielded have
                 no answer.
         """
         if self._closed:
             raise UnavailableError("the stream is closed")
+        self._check_process()
         numbered = enumerate(requests)
         keys: dict[int, Any] = {}
         finished = False
         try:
             while self._fill(numbered, keys):
-                number = self._next_of(keys, ordered=ordered)
-                yield keys.pop(number), self._done.pop(number)
+                while (taken := self._items.take(keys, ordered=ordered)) is None:
+                    self._receive()
+                yield taken
             finished = True
         finally:
             if not finished:
@@ -118,11 +109,13 @@ class FeatureStream:
         if self._closed:
             return
         self._closed = True
+        if self._process != os.getpid():
+            return  # A forked child's copy: the stream is the parent's.
         self._outgoing.put(None)
         ended = threading.Event()
         # With nothing in flight the server ends it at once with OK, which is what its operators
         # want to read; where it doesn't, nobody waits for long.
-        if not self._unanswered and self._call.add_callback(ended.set):
+        if not self._items.unanswered and self._call.add_callback(ended.set):
             ended.wait(1.0)
         self._call.cancel()
         if self._memory is not None:
@@ -141,48 +134,29 @@ class FeatureStream:
         """Close the stream."""
         self.close()
 
-    def _next_of(self, keys: dict[int, Any], *, ordered: bool) -> int:
-        """Receive until one of these items has its outcome, the first of them where that matters.
-
-        What belongs to another iterator is kept for it.
-        """
-        first = next(iter(keys))
-        found = first if ordered else next((n for n in keys if n in self._done), first)
-        while found not in self._done:
-            got, outcome = self._receive()
-            self._done[got] = outcome
-            found = got if got in keys and not ordered else found
-        return found
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise UnavailableError(
+                "the stream belongs to the process that this one was forked from; open another here"
+            )
 
     def _fill(self, requests: Iterator[tuple[int, StreamRequest]], keys: dict[int, Any]) -> bool:
         """Send items while there is room; return whether any is left to be yielded."""
-        while len(keys) < self._max_in_flight:
+        while self._items.has_room(keys):
             position, request = next(requests, (0, None))
             if request is None:
                 break
-            number, self._next_id = self._next_id, self._next_id + 1
-            keys[number] = position if request.key is None else request.key
-            try:
-                session = self._memory.session if self._memory else b""
-                self._outgoing.put(request.message(number, self._item_timeout, session))
-                self._unanswered += 1
-            except LayertapError as error:  # It can't be sent: that is the outcome.
-                self._done[number] = error
+            message = self._items.encode(position, request, keys)
+            if message is not None:
+                self._outgoing.put(message)
         return bool(keys)
 
-    def _receive(self) -> tuple[int, Outcome]:
+    def _receive(self) -> None:
+        """Receive an outcome; one that belongs to another iterator is kept for it."""
+        self._check_process()
         try:
-            message = next(self._call)
+            self._items.receive(next(self._call))
         except StopIteration:
             raise UnavailableError("the server ended the stream") from None
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
-        self._unanswered -= 1
-        find = self._memory.finder() if self._memory else None
-        try:
-            reply, tensors = decode_stream_reply(message, find)
-        except SharedMemoryLostError as error:
-            return ExtractStreamResponse.FromString(message).id, error
-        if reply.HasField("error"):
-            return reply.id, error_from_item(reply.error)
-        return reply.id, Features.of_stream(reply, tensors)

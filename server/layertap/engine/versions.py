@@ -1,11 +1,12 @@
 """The versions of the served models, and the requests that are in each.
 
 Note [A version is let go when nobody uses it]
-    A request looks its model up once and stays with that version to its end: it resolves names,
-    finds plans and computes there, so no answer mixes two versions. Until then the version counts
-    it, and its hooks stay. The count alone is not enough: a caller whose deadline passed leaves
-    while its forward pass goes on. So hooks are taken off by a compute thread as well, while no
-    forward pass runs (``layertap.engine.engine``).
+    A request takes one lease of its model's version (``Engine.lease``), in every protocol, and does
+    everything with that version: it reads the declared layers and their aliases, resolves names,
+    finds plans and computes there. So no answer mixes two versions. Until the lease ends the
+    version counts the request, and its hooks stay. The count alone is not enough: a caller whose
+    deadline passed leaves while its forward pass goes on. So hooks are taken off by a compute
+    thread as well, while no forward pass runs (``layertap.engine.engine``).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -161,7 +161,7 @@ def _on_device(work: Work) -> torch.Tensor:
 
 
 def _capture(work: Work, x: torch.Tensor) -> None:
-    with work.host.turn, checked(_abandoning([work.call])):
+    with _abandonable(work.host, [work.call]):
         work.plan.built.run(x, _sink(work))
 
 
@@ -183,7 +183,7 @@ def _run_together(works: Sequence[Work]) -> None:
             begin += work.items
 
     try:
-        with host.turn, checked(_abandoning([work.call for work in works])):
+        with _abandonable(host, [work.call for work in works]):
             plan.built.run(x, share)
     except ShapeChangedError:
         plan.findings.found_dynamic()
@@ -193,6 +193,11 @@ def _run_together(works: Sequence[Work]) -> None:
 def _alone(why: str) -> ModelRunError:
     """Return what makes the compute thread run each request of a batch alone. Nobody is told it."""
     return ModelRunError(f"each request must run alone: {why}")
+
+
+def _abandonable(host: ModelHost, calls: Sequence[Call]) -> AbstractContextManager[object]:
+    """Return a block whose passes are given up once nobody waits, if they may end early at all."""
+    return checked(_abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
 
 
 def _abandoning(calls: Sequence[Call]) -> Callable[[], None]:

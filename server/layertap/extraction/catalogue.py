@@ -11,6 +11,7 @@ from functools import cached_property
 from layertap.errors import ExtractorUnsupportedError, LayerNotFoundError
 from layertap.extraction.fx import GraphNames
 from layertap.extraction.layout import Geometry
+from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.selection import Capture, Extractor, Glob
 
@@ -75,8 +76,7 @@ class Catalogue:
         entries: By name.
         graph: The names of the symbolic graph, where the model can be traced symbolically.
         mutates_input: Whether the model writes into the batch that it is given.
-        keeps_state: Whether the model's modules write attributes of their own while they run, so
-            that two forward passes at once could see each other's.
+        guard: Held in each pass of the model; has the rules for them.
         non_finite: The first layer that returned NaN or infinity when it was measured; empty where
             none did.
         notes: What a caller should know about the model that no layer's entry says, in sentences:
@@ -86,7 +86,7 @@ class Catalogue:
     entries: Mapping[str, LayerEntry]
     graph: GraphNames | None
     mutates_input: bool
-    keeps_state: bool = False
+    guard: PassGuard
     non_finite: str = ""
     notes: tuple[str, ...] = ()
 

@@ -9,6 +9,9 @@ device), Python's and numpy's.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +45,25 @@ class Generators:
         )
         return self._moved
 
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Draw in the block the numbers that were drawn since this object was made once more."""
+        after = Generators(self._device)
+        self._set()
+        try:
+            yield
+        finally:
+            after._set()
+
+    def _set(self) -> None:
+        states = iter(self._torch)
+        torch.set_rng_state(next(states))
+        for state in states:
+            torch.cuda.set_rng_state(state, self._device)
+        random.setstate(self._python)
+        name, keys, *rest = self._numpy
+        np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
+
     def _torch_states(self) -> list[torch.Tensor]:
         states = [torch.get_rng_state()]
         if self._device.type == "cuda":
@@ -49,7 +71,7 @@ class Generators:
         return states
 
 
-def _numpy_state() -> tuple[object, ...]:
+def _numpy_state() -> tuple[Any, ...]:
     # The legacy generator behind np.random.rand(); the others belong to whoever made them.
     name, keys, *rest = np.random.get_state(legacy=True)
     return (name, keys.tobytes(), *rest)  # type: ignore[union-attr]

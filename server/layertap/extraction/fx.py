@@ -18,11 +18,11 @@ Note [FX done right]
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 from layertap.extraction.containers import plain
 from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.points import CapturePoint, PointKind, Sink
+from layertap.extraction.state import Snapshot
 from layertap.models import LoadedModel
 
 __all__ = ["FxExtractor", "GraphNames", "Trace", "WholeGraphExtractor", "as_it_was", "trace"]
@@ -184,34 +185,24 @@ class WholeGraphExtractor:
 
 @contextmanager
 def as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back every submodule's training mode and all that its code wrote, whatever happens."""
-    kept = [(values, values.copy()) for values in _written(module)]
+    """Put back every submodule's training mode and all that its code wrote, whatever happens.
+
+    Meanwhile ``train()`` and ``eval()`` set flags only: a model's own version may do more, such as
+    merge low-rank weights into others, which does not undo itself exactly.
+    """
+    snapshot = Snapshot(module, copies=False)
+    for submodule in module.modules():
+        vars(submodule)["train"] = partial(_set_mode, submodule)
     try:
         yield
     finally:
-        for values, former in kept:
-            _put_back(values, former)
+        snapshot.restore()
 
 
-_Written = dict[Any, Any] | list[Any] | deque[Any]
-
-
-def _written(module: nn.Module) -> Iterator[_Written]:
-    """Yield what a module's code may write to: each submodule's attributes and their containers."""
+def _set_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     for submodule in module.modules():
-        attributes = vars(submodule)
-        yield attributes
-        yield from (v for v in attributes.values() if isinstance(v, dict | list | deque))
-
-
-def _put_back(values: _Written, former: Any) -> None:
-    if isinstance(values, dict):
-        for key in values.keys() - former.keys():
-            del values[key]
-        values.update(former)
-    else:
-        values.clear()
-        values.extend(former)
+        vars(submodule)["training"] = mode
+    return module
 
 
 def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dict[str, fx.Node]:

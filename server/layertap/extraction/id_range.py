@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from layertap.extraction.looks import watch_looks
+from layertap.extraction.passes import PassGuard
 from layertap.extraction.survey import sample_input
 from layertap.models import IdRange, LoadedModel
 
@@ -24,27 +25,27 @@ _BYTES = 256
 """Values of integers that are looked up in no table: a byte's."""
 
 
-def with_id_range(model: LoadedModel) -> LoadedModel:
+def with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
     """Return the model with the range of its ids, where its input is integers and none is known.
 
-    The model runs; whoever calls this puts its state back. Where it runs on no larger range than
-    0 and 1, its input stays as it is.
+    The model runs, each pass inside its guard. Where it runs on no larger range than 0 and 1, its
+    input stays as it is.
     """
     dtype = model.input.dtype
     if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool or model.input.ids:
         return model
-    for rows in (*sorted(_tables(model), reverse=True), min(_BYTES, torch.iinfo(dtype).max)):
+    for rows in (*sorted(_tables(model, guard), reverse=True), min(_BYTES, torch.iinfo(dtype).max)):
         known = IdRange(rows, _padding(model.module, rows))
         found = replace(model, input=replace(model.input, ids=known))
-        if rows > 2 and _runs(found):
+        if rows > 2 and _runs(found, guard):
             return found
     return model
 
 
-def _tables(model: LoadedModel) -> set[int]:
+def _tables(model: LoadedModel, guard: PassGuard) -> set[int]:
     """Return the rows of the tables in which ids that follow the input are looked up."""
     x = sample_input(model, 1, model.input.item_shape)
-    with watch_looks(model.module, x) as looks:
+    with guard, watch_looks(model.module, x) as looks:
         try:
             model.forward(x)
         except Exception:  # noqa: BLE001 - measuring the model will say what it fails on
@@ -60,10 +61,11 @@ def _padding(module: nn.Module, rows: int) -> int:
     return 0
 
 
-def _runs(model: LoadedModel) -> bool:
+def _runs(model: LoadedModel, guard: PassGuard) -> bool:
     try:
         for batch in (1, 2, 3):
-            model.forward(sample_input(model, batch, model.input.item_shape))
+            with guard:
+                model.forward(sample_input(model, batch, model.input.item_shape))
     except Exception:  # noqa: BLE001 - a model may raise anything at ids that it can't look up
         return False
     return True

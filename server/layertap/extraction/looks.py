@@ -15,11 +15,18 @@ Note [Python functions]
     A ``torch.autograd.Function`` is Python code that a compiled program can't hold. Its ``apply``
     is seen by the interpreter's profiling hook, which belongs to this thread alone; patching
     ``apply`` itself would change it for every other thread's pass.
+
+Note [Freed memory]
+    Marks are weak references to the memory of tensors. One to memory that was freed keeps its small
+    head allocated, between the buffers that were freed: the allocator can then neither join those
+    nor return them, and a pass takes many times its own memory. So marks of freed memory are
+    dropped soon.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 from layertap.extraction.steps import discrete_results, is_new, keeps_exact
 
-__all__ = ["Looks", "watch_looks"]
+__all__ = ["Looks", "unwatched", "watch_looks"]
 
 # torch tags what takes values of a tensor to Python, item() and comparisons of whole tensors, but
 # for this one. In inference mode composite operations are seen as a whole, else their last part.
@@ -64,6 +71,17 @@ _ASKS_SIZE = {
 }
 
 
+SLACK = 32
+"""Marks of freed memory that may stay for a while: dropping them goes through all marks."""
+
+
+class _Eyes(threading.local):
+    closed = False
+
+
+_eyes = _Eyes()
+
+
 class Looks:
     """What has been seen so far.
 
@@ -76,11 +94,12 @@ class Looks:
 
     def __init__(self, x: torch.Tensor) -> None:
         self.count = 0
-        # Weak, so that the pass needs no more memory; but the address of what is gone stays taken.
+        # Weak, so that the pass needs no more memory; see Note [Freed memory].
         self._marked = set(_memory(x))
         self._sized: set[StorageWeakRef] = set()
         self._inexact: set[StorageWeakRef] = set()
         self._steps: dict[StorageWeakRef, str] = {}
+        self._limit = SLACK
         self.operations = 0
         self.functions: list[str] = []
         self.tables: set[int] = set()
@@ -126,6 +145,16 @@ class Looks:
             self.tables.update(args[0].shape[axis] for axis, ids in picked if _counts(ids))
         elif func is torch.ops.aten.one_hot.default and args[1] > 0:
             self.tables.add(args[1])
+
+    def forget_freed(self) -> None:
+        """Drop the marks of memory that was freed; see Note [Freed memory]."""
+        if len(self._marked) <= self._limit:
+            return
+        for marks in (self._marked, self._sized, self._inexact):
+            marks.difference_update([memory for memory in marks if memory.expired()])
+        for memory in [memory for memory in self._steps if memory.expired()]:
+            del self._steps[memory]
+        self._limit = len(self._marked) + SLACK
 
     def makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Tell whether the size of an operation's result follows the content of its arguments."""
@@ -175,6 +204,8 @@ class _Operations(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if _eyes.closed:
+            return func(*args, **kwargs)
         follows = self._looks.marked((args, kwargs)) and not is_new(func)
         result = func(*args, **kwargs)
         if follows:
@@ -186,6 +217,7 @@ class _Operations(TorchDispatchMode):
             self._looks.note_steps(func, args, kwargs, result)
             # In-place operations return what they wrote to; so do those with an out argument.
             self._looks.mark(result)
+            self._looks.forget_freed()
         return result
 
 
@@ -201,11 +233,23 @@ class _Exports(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if _eyes.closed:
+            return func(*args, **(kwargs or {}))
         if (func in _EXPORTS and self._looks.marked(args)) or (
             func in _ASKS_SIZE and self._looks.sized(args)
         ):
             self._looks.count += 1
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Leave out what runs in the block, in this thread: it is not the model's own code."""
+    before, _eyes.closed = _eyes.closed, True
+    try:
+        yield
+    finally:
+        _eyes.closed = before
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Measuring a catalogue: a few forward passes and a symbolic trace."""
+"""Measuring a catalogue: a few forward passes, watched, and a symbolic trace."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import nn
 from layertap.errors import ModelLoadError
 from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
-from layertap.extraction.fx import GraphNames, trace
-from layertap.extraction.layout import Geometry, geometry
+from layertap.extraction.fx import GraphNames, Trace, trace
+from layertap.extraction.grid import survey_grids
+from layertap.extraction.layout import Geometry
 from layertap.extraction.names import LayerNames
 from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
+from layertap.extraction.passes import KeptState, PassGuard, PassRules, survey_passes
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
 from layertap.extraction.samples import bytes_input, reaching_inputs
 from layertap.extraction.script_taps import programs
@@ -30,6 +33,7 @@ from layertap.extraction.survey import (
     LooksSurvey,
     Shape,
     sample_input,
+    survey_first_item,
     survey_fused,
     survey_fx,
     survey_hooks,
@@ -59,6 +63,14 @@ class _Graph:
     specs: Mapping[str, ValueSpec] = field(default_factory=dict)
     lost: Collection[str] = ()
     astray: str = ""
+    trace: Trace | None = None
+
+    def shapes(self, guard: PassGuard, x: torch.Tensor) -> dict[CapturePoint, tuple[int, ...]]:
+        """Return the shape of every node that calls no module, for a batch."""
+        if self.trace is None:
+            return {}
+        shapes = survey_fx(self.trace, x, {}, guard).shapes
+        return {_node(name): shape for name, (_, shape) in shapes.items() if name in self.specs}
 
 
 @dataclass
@@ -75,6 +87,7 @@ class _Findings:
     varying: Collection[str]
     names: LayerNames
     unsendable: Mapping[CapturePoint, str]
+    rules: PassRules
 
     @property
     def untraceable(self) -> str:
@@ -88,36 +101,65 @@ class _Findings:
             return f"a part of the model, {inner!r}, is a TorchScript program already"
         if self.model.differentiates:
             return "the model differentiates in its forward pass, which a trace does not record"
+        return self.rules.uncompiled
+
+    @property
+    def unwalked(self) -> str:
+        """Why only the model's own ``forward`` may run its modules; empty where others may."""
+        if self.rules.state is KeptState.KEPT:
+            return "the model is stateful, so its own forward pass must run to its end"
+        if not self.rules.early_stop:
+            return "the model's passes must run to their end"
         return ""
 
 
-def measure(model: LoadedModel) -> Catalogue:
-    """Run a model and write down its layers. No other forward pass may run meanwhile.
+def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
+    """Run a model, as it was loaded, and write down its layers and the rules for its passes.
+
+    No other forward pass of it may run meanwhile.
+
+    Args:
+        model: The model.
+        guard: What kept it as it was loaded, where it has run before; a new one if not given.
 
     Raises:
         ModelLoadError: Where the model can't run on the input that it claims to take.
     """
-    one, two = _run_twice(model)
+    guard = guard or PassGuard(model.module)
+    one, two = _run_twice(model, guard)
     oracle = one.values
     x = sample_input(model, 1, model.input.item_shape)
-    looks = survey_looks(model, x)
-    others = _survey_others(model) if looks.looked else []
+    with guard:
+        looks = survey_looks(model, x)
+    others = _survey_others(model, guard) if looks.looked else []
+    straight = straight_children(model.module, looks)
+    with guard:
+        walk = survey_walk(model, x, oracle, straight)
+    graph = _survey_graph(model, oracle, guard)
+    specs = {**_sometimes(one, others), **_specs(one, two.shapes)}
+    with guard:
+        specs = _in_order(model, specs, oracle, x)
+    specs, graph = _placed(model, specs, graph, guard)
+    with guard:
+        # Other input and other sizes may have led to code that writes state.
+        guard.learn(model.name)
     findings = _Findings(
         model=model,
-        specs={**_sometimes(one, others), **_specs(one, two.shapes)},
-        walk=survey_walk(model, x, oracle, straight_children(model.module, looks)),
-        graph=_survey_graph(model, oracle),
+        specs=specs,
+        walk=walk,
+        graph=graph,
         looks=looks,
-        random=_random(model, one, two, x),
+        random=_random(model, one, two, x, guard),
         order=_order([one, *others]),
         varying=_varying([one, *others]),
         names=LayerNames(model.module),
         unsendable=_unsendable([one, *others]),
+        rules=guard.rules,
     )
     entries = {entry.name: entry for entry in _module_entries(findings)}
-    for entry in _weightless_entries(findings, x):
+    for entry in _weightless_entries(findings, x, guard):
         entries.setdefault(entry.name, entry)
-    for entry in _node_entries(findings.graph):
+    for entry in _node_entries(findings):
         entries.setdefault(entry.name, entry)
     for entry in _silent_entries(findings):
         entries.setdefault(entry.name, entry)
@@ -125,13 +167,13 @@ def measure(model: LoadedModel) -> Catalogue:
         entries,
         findings.graph.names,
         mutates_input=one.mutated_input,
-        keeps_state=one.kept_state or two.kept_state,
+        guard=guard,
         non_finite=_first_non_finite(entries, oracle),
         notes=tuple(_notes(findings, entries)),
     )
 
 
-def _survey_others(model: LoadedModel) -> list[HookSurvey]:
+def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
     """Run a model that looks at values on other input, for which other modules may run."""
     shape = model.input.item_shape
     surveys = []
@@ -142,7 +184,7 @@ def _survey_others(model: LoadedModel) -> list[HookSurvey]:
     ):
         if x is not None:
             # A model need not take such input; what it raises is its own business.
-            with suppress(Exception):
+            with suppress(Exception), guard:
                 surveys.append(survey_hooks(model, x))
     return surveys
 
@@ -175,15 +217,16 @@ def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
 
 
 def _random(
-    model: LoadedModel, one: HookSurvey, two: HookSurvey, x: torch.Tensor
+    model: LoadedModel, one: HookSurvey, two: HookSurvey, x: torch.Tensor, guard: PassGuard
 ) -> set[CapturePoint]:
     """Return the points whose values depend on chance.
 
-    A model that remembers earlier passes gives other values as well, without any chance.
+    A stateful model gives other values as well, without any chance.
     """
     found = one.random | two.random
-    if not (one.kept_state or two.kept_state):
-        found |= survey_repeat(model, x, one.values)
+    if guard.rules.state is not KeptState.KEPT:
+        with guard:
+            found |= survey_repeat(model, x, one.values)
     return found
 
 
@@ -240,17 +283,15 @@ def _first_non_finite(
     return next((names[point] for point in bad if point in names), "")
 
 
-def _run_twice(model: LoadedModel) -> tuple[HookSurvey, HookSurvey]:
+def _run_twice(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, HookSurvey]:
     shape = model.input.item_shape
     try:
-        one = survey_hooks(model, sample_input(model, 1, shape), keep_values=True)
-        two = survey_hooks(model, sample_input(model, 2, shape))
+        return survey_passes(model, guard)
     except Exception as error:
         raise ModelLoadError(
             f"model {model.name!r} fails on random input of item shape {list(shape)}, "
             f"{model.input.dtype}: {type(error).__name__}: {error}"
         ) from error
-    return one, two
 
 
 def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePoint, ValueSpec]:
@@ -263,14 +304,16 @@ def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePo
     }
 
 
-def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor]) -> _Graph:
+def _survey_graph(
+    model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
+) -> _Graph:
     shape = model.input.item_shape
     if isinstance(model.module, torch.jit.ScriptModule):
         return _Graph(reason="a TorchScript program can't be traced symbolically")
     try:
         graph = trace(model)
-        one = survey_fx(graph, sample_input(model, 1, shape), oracle)
-        two = survey_fx(graph, sample_input(model, 2, shape), {}).shapes
+        one = survey_fx(graph, sample_input(model, 1, shape), oracle, guard)
+        two = survey_fx(graph, sample_input(model, 2, shape), {}, guard).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
         return _Graph(reason=f"the model can't be traced symbolically ({type(error).__name__})")
@@ -279,7 +322,52 @@ def _survey_graph(model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor
         for name, (dtype, shape) in one.shapes.items()
         if name in graph.names.operations
     }
-    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray)
+    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray, graph)
+
+
+def _in_order(
+    model: LoadedModel,
+    specs: dict[CapturePoint, ValueSpec],
+    values: Mapping[CapturePoint, torch.Tensor],
+    x: torch.Tensor,
+) -> dict[CapturePoint, ValueSpec]:
+    """Return the specs with those marked whose items are interleaved along the batch dimension.
+
+    Args:
+        model: The model.
+        specs: The type and shape of each point.
+        values: The outputs for a batch of one item.
+        x: That batch.
+    """
+    several = {p: spec for p, spec in specs.items() if (spec.batch_axis or (0, 1))[1] > 1}
+    if not several:
+        return specs
+    other = sample_input(model, 2, model.input.item_shape)[1:]
+    first = survey_first_item(model, torch.cat([x, other]), several, values)
+    return {
+        point: replace(spec, interleaved=True) if point in several and point not in first else spec
+        for point, spec in specs.items()
+    }
+
+
+def _node(name: str) -> CapturePoint:
+    return CapturePoint(PointKind.NODE, name)
+
+
+def _placed(
+    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: _Graph, guard: PassGuard
+) -> tuple[dict[CapturePoint, ValueSpec], _Graph]:
+    """Return the specs of modules and nodes with what is known of their layouts."""
+    nodes = {_node(name): spec for name, spec in graph.specs.items()}
+    found = survey_grids(model, {**specs, **nodes}, guard, partial(graph.shapes, guard))
+
+    def placed(point: CapturePoint, spec: ValueSpec) -> ValueSpec:
+        return replace(spec, geometry=found[point]) if point in found else spec
+
+    return (
+        {point: placed(point, spec) for point, spec in specs.items()},
+        replace(graph, specs={p.path: placed(p, spec) for p, spec in nodes.items()}, trace=None),
+    )
 
 
 def _module_entries(findings: _Findings) -> list[LayerEntry]:
@@ -305,9 +393,9 @@ def _module_entries(findings: _Findings) -> list[LayerEntry]:
         for point in by_call.get((path, call), ()):
             if path or point.capture is Capture.OUTPUT:
                 members.setdefault(point.member, {})[point.capture] = point
-        # A container comes behind its members: what can be asked for comes first.
         members.setdefault((), {})
-        for way, points in members.items():
+        # What can be asked for comes first: members of the output, then the container.
+        for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
             entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries
 
@@ -328,12 +416,11 @@ def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
     if not entry.points:
         return entry
     specs = {side: findings.specs[point] for side, point in entry.points.items()}
-    item_shape = findings.model.input.item_shape
     output = specs.get(Capture.OUTPUT)
     return replace(
         entry,
         specs=specs,
-        geometry=geometry(output, item_shape) if output else Geometry(),
+        geometry=output.geometry if output else Geometry(),
         support={extractor: _support(extractor, entry, findings) for extractor in REAL_EXTRACTORS},
     )
 
@@ -342,6 +429,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     point = entry.points.get(Capture.OUTPUT)
     if extractor is Extractor.TORCHSCRIPT and findings.untraceable:
         return Support(output=False, reason=findings.untraceable)
+    if findings.unwalked and extractor not in (Extractor.HOOK, Extractor.TORCHSCRIPT):
+        return Support(output=False, reason=findings.unwalked)
     if point is None:
         missing = next(iter(entry.points.values()))
         support = _no_tensor(missing.path, missing.call, findings)
@@ -444,14 +533,18 @@ def _first_member(path: str, call: int, findings: _Findings) -> str:
     )
 
 
-def _weightless_entries(findings: _Findings, x: torch.Tensor) -> Iterator[LayerEntry]:
+def _weightless_entries(
+    findings: _Findings, x: torch.Tensor, guard: PassGuard
+) -> Iterator[LayerEntry]:
     """Yield a layer for the attention weights of each module that can't be made to return them."""
     modules = dict(findings.model.module.named_modules())
     # Not worth a pass where nothing is called so.
     if not any("att" in f"{path}.{_class_name(each)}".lower() for path, each in modules.items()):
         return
     calls = Counter(path for path, _ in findings.order)
-    for path in sorted(survey_fused(findings.model, x)):
+    with guard:
+        fused = survey_fused(findings.model, x)
+    for path in sorted(fused):
         reason = TOO_LARGE if returns_weights(modules[path]) else FUSED
         name = findings.names.of_member(findings.names.of_call(path, 0)[0], (WEIGHTS,))
         yield LayerEntry(
@@ -463,7 +556,9 @@ def _weightless_entries(findings: _Findings, x: torch.Tensor) -> Iterator[LayerE
         )
 
 
-def _node_entries(graph: _Graph) -> list[LayerEntry]:
+def _node_entries(findings: _Findings) -> list[LayerEntry]:
+    graph = findings.graph
+    unwalked = Support(output=False, reason=findings.unwalked)
     no = Support(output=False, reason="it is a node of the symbolic graph, not a module")
     lost = Support(output=False, reason="dead-code elimination drops statements that it depends on")
 
@@ -474,7 +569,15 @@ def _node_entries(graph: _Graph) -> list[LayerEntry]:
     )
 
     def support(name: str) -> dict[Extractor, Support]:
-        own = lost if name in graph.lost else astray if graph.astray else Support(output=True)
+        own = (
+            unwalked
+            if unwalked.reason
+            else lost
+            if name in graph.lost
+            else astray
+            if graph.astray
+            else Support(output=True)
+        )
         return {**dict.fromkeys(REAL_EXTRACTORS, no), Extractor.FX: own}
 
     return [
@@ -483,8 +586,9 @@ def _node_entries(graph: _Graph) -> list[LayerEntry]:
             PointKind.NODE,
             re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]),
             1,
-            points={Capture.OUTPUT: CapturePoint(PointKind.NODE, name)},
+            points={Capture.OUTPUT: _node(name)},
             specs={Capture.OUTPUT: spec},
+            geometry=spec.geometry,
             support=support(name),
         )
         for name, spec in graph.specs.items()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from layertap.errors import ExtractorUnsupportedError, LayertapError
+from layertap.extraction.apart import ProgramEndedError, may_end_the_process, run_apart
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.fx import FxExtractor
@@ -19,6 +20,7 @@ from layertap.extraction.looks import watch_looks
 from layertap.extraction.obstacles import LOOKS, calls_function, takes_step
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
+from layertap.extraction.passes import GuardedExtractor
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
@@ -27,6 +29,7 @@ from layertap.extraction.prover import Prover
 from layertap.extraction.survey import sample_input
 from layertap.extraction.taps import Taps
 from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
+from layertap.extraction.verify import compiled_tolerance, mismatch
 from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
 from layertap.models import LoadedModel
 from layertap.selection import Extractor
@@ -34,6 +37,9 @@ from layertap.selection import Extractor
 __all__ = ["PlanBuilder"]
 
 _log = logging.getLogger(__name__)
+
+_LARGER = 7
+"""A batch size beyond those of a proof, at which a program that may end its process is tried."""
 
 
 @dataclass
@@ -43,7 +49,6 @@ class _Proof:
     extractor: Extractor
     points: Sequence[CapturePoint]
     cases: list[tuple[torch.Tensor, Values]]
-    turn: AbstractContextManager[object]
 
     @property
     def example(self) -> torch.Tensor:
@@ -51,8 +56,7 @@ class _Proof:
 
     def steps(self, built: BuiltExtractor) -> Iterator[None]:
         for x, expected in self.cases:
-            with self.turn:
-                prove(self.extractor, built, self.points, x, expected)
+            prove(self.extractor, built, self.points, x, expected)
             yield None
 
 
@@ -66,8 +70,8 @@ class PlanBuilder:
         taps: Its taps.
         catalogue: Its catalogue.
         cache: Where the compiled plans that are to be kept are stored.
-        turn: Held while the model runs. Not while it is traced symbolically, which waits for the
-            passes of others, who may wait for this turn.
+        proving: A module of its own for what is only measured, and its taps, where a pass of the
+            model itself would change later answers.
 
     Attributes:
         prover: Holds the plans against the model, now and later.
@@ -79,14 +83,17 @@ class PlanBuilder:
         taps: Taps,
         catalogue: Catalogue,
         cache: PlanCache | None = None,
-        turn: AbstractContextManager[object] | None = None,
+        *,
+        proving: tuple[LoadedModel, Taps] | None = None,
     ) -> None:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
+        # Not to be held while the model is traced symbolically, which waits for the passes of
+        # others, who may wait for this guard.
+        self._guard = catalogue.guard
         self._cache = cache
-        self._turn = turn or nullcontext()
-        self.prover = Prover(model, taps, catalogue, self._turn)
+        self.prover = Prover(*(proving or (model, taps)), catalogue)
 
     def build(
         self,
@@ -128,7 +135,7 @@ class PlanBuilder:
         if extractor is Extractor.HOOK and item_shape == self._model.input.item_shape:
             # The oracle at the size at which the catalogue was measured: nothing is left to learn.
             specs = tuple(self._catalogue.specs[point] for point in points)
-            built: BuiltExtractor = HookExtractor(self._model, self._taps, points)
+            built: BuiltExtractor = HookExtractor(self._model, self._taps, points, self._guard)
             yield Plan(extractor, tuple(points), item_shape, specs, built, Findings())
             return
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
@@ -137,10 +144,10 @@ class PlanBuilder:
             oracle.append(self.prover.truth(points, x))
             yield None
         specs = tuple(
-            ValueSpec.from_batches(one.dtype, one.shape, two.shape)
-            for one, two in zip(*oracle, strict=True)
+            self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), item_shape)
+            for point, one, two in zip(points, *oracle, strict=True)
         )
-        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)), self._turn)
+        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
         if extractor is not Extractor.HOOK:
             proof.cases.extend(self.prover.reaching_cases(extractor, points, item_shape))
             yield None
@@ -153,6 +160,20 @@ class PlanBuilder:
                 yield from proof.steps(built)
         findings = Findings(len(x) for x, _ in proof.cases)
         yield Plan(extractor, tuple(points), item_shape, specs, built, findings)
+
+    def _placed(
+        self, point: CapturePoint, spec: ValueSpec, item_shape: tuple[int, ...]
+    ) -> ValueSpec:
+        """Return a spec with what the catalogue has found out about the point."""
+        measured = self._catalogue.specs.get(point)
+        if measured is None or len(measured.dims) != len(spec.dims):
+            return spec
+        spec = replace(spec, interleaved=measured.interleaved)
+        if spec.batch_axis is None:
+            return spec
+        shape = [1, *(dim.size for dim in spec.dims if not dim.batch)]
+        geometry = measured.geometry.at(shape, item_shape, self._model.input.item_shape)
+        return replace(spec, geometry=geometry)
 
     def _compiled(
         self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool
@@ -177,12 +198,13 @@ class PlanBuilder:
     ) -> Generator[None, None, BuiltExtractor]:
         """Optimise, prove and warm a program. Whatever it raises costs this plan only."""
         try:
+            if may_end_the_process(frozen):
+                yield from self._tried_apart(points, frozen, proof)
             built = TorchScriptExtractor(frozen)
             yield None
             yield from proof.steps(built)
             for _ in range(WARM_UP_RUNS):
-                with self._turn:
-                    built.run(proof.example.clone(), lambda index, value: None)
+                built.run(proof.example.clone(), lambda index, value: None)
                 yield None
         except (LayertapError, GeneratorExit):
             raise
@@ -192,6 +214,30 @@ class PlanBuilder:
             _log.info("a program of model %s fails", self._model.name, exc_info=True)
             raise self._refusal(points, f"its program fails ({own_words(error)})") from error
         return built
+
+    def _tried_apart(
+        self, points: Sequence[CapturePoint], frozen: torch.jit.ScriptModule, proof: _Proof
+    ) -> Iterator[None]:
+        """Hold a program against the oracle in a process of its own; see ``apart``."""
+        larger = sample_input(self._model, _LARGER, tuple(proof.example.shape[1:]))
+        cases = [*proof.cases, (larger, self.prover.truth(points, larger))]
+        yield None
+        try:
+            answers = yield from run_apart(
+                frozen, [x for x, _ in cases], self._model.device, WARM_UP_RUNS
+            )
+        except ProgramEndedError as error:
+            raise self._refusal(points, f"its program fails ({error})") from error
+        for (x, expected), values in zip(cases, answers, strict=True):
+            self._check(points, x, values, expected)
+
+    def _check(
+        self, points: Sequence[CapturePoint], x: torch.Tensor, values: Values, expected: Values
+    ) -> None:
+        for value, right in zip(values, expected, strict=True):
+            fault = mismatch(value, right.cpu(), compiled_tolerance(right))
+            if fault:
+                raise self._refusal(points, f"at batch size {len(x)} {fault}")
 
     def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
         if self._cache is None:
@@ -218,14 +264,15 @@ class PlanBuilder:
         """
         match extractor:
             case Extractor.HOOK:
-                return HookExtractor(self._model, self._taps, points)
+                return HookExtractor(self._model, self._taps, points, self._guard)
             case Extractor.CHILDREN:
-                return ChildrenExtractor(self._model, points)
+                return GuardedExtractor(ChildrenExtractor(self._model, points), self._guard)
             case Extractor.LAYER_GETTER:
-                return LayerGetterExtractor(self._model, points)
+                return GuardedExtractor(LayerGetterExtractor(self._model, points), self._guard)
             case Extractor.FX:
                 names = self._catalogue.traced(self._model.name)
-                return FxExtractor(self._model, names, names.nodes_of(points))
+                built = FxExtractor(self._model, names, names.nodes_of(points))
+                return GuardedExtractor(built, self._guard)
             case Extractor.TORCHSCRIPT:
                 return TorchScriptExtractor(self._trace(points, example))
             case Extractor.AUTO:
@@ -235,8 +282,9 @@ class PlanBuilder:
         self, points: Sequence[CapturePoint], example: torch.Tensor
     ) -> torch.jit.ScriptModule:
         try:
-            with self._turn:
+            with self._guard:
                 self._refuse_obstacles(points, example)
+            with self._guard:
                 return trace_taps(self._model, self._taps, points, example.clone())
         except ExtractorUnsupportedError:
             raise

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 import torch
 
+from layertap.extraction.layout import Geometry
 from layertap.selection import Capture
 
 __all__ = ["CapturePoint", "Dim", "Observer", "PointKind", "Sink", "ValueSpec"]
@@ -67,6 +68,9 @@ class ValueSpec:
         dims: Outermost first.
         dynamic: Whether the shape follows something other than the batch size; ``dims`` is then
             the shape of a batch of one.
+        geometry: What is known of its layout, once the batch is in front.
+        interleaved: Whether the elements that each item has along the batch dimension are not next
+            to each other, as where ``[L, B, D]`` was made into ``[L * B, D]``.
         quantized: The quantised type of the model's own value, such as ``"quint8"``, of which
             ``dtype`` is the dequantised one; empty for a value that is not quantised.
     """
@@ -74,6 +78,8 @@ class ValueSpec:
     dtype: torch.dtype
     dims: tuple[Dim, ...]
     dynamic: bool = False
+    geometry: Geometry = field(default_factory=Geometry)
+    interleaved: bool = False
     quantized: str = ""
 
     @classmethod
@@ -95,8 +101,11 @@ class ValueSpec:
     def batch_axis(self) -> tuple[int, int] | None:
         """Return (the one dimension that grows with the batch, its elements for each item).
 
-        None where there is no such dimension, or more than one.
+        None where there is no such dimension, or more than one, or where the elements of an item
+        along it are interleaved with those of others.
         """
+        if self.interleaved:
+            return None
         axes = [(axis, dim.size) for axis, dim in enumerate(self.dims) if dim.batch]
         return axes[0] if len(axes) == 1 else None
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -25,6 +24,7 @@ from layertap.extraction.hook import HookExtractor
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
+from layertap.extraction.passes import GuardedExtractor, KeptState
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.proof import Values, collect, prove, shares_passes
@@ -52,20 +52,13 @@ class Prover:
         model: The model.
         taps: Its taps.
         catalogue: Its catalogue.
-        turn: Held while the model runs.
     """
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        taps: Taps,
-        catalogue: Catalogue,
-        turn: AbstractContextManager[object],
-    ) -> None:
+    def __init__(self, model: LoadedModel, taps: Taps, catalogue: Catalogue) -> None:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
-        self._turn = turn
+        self._guard = catalogue.guard
 
     def truth(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
         """Return what the oracle captures from a batch, in the order of the points.
@@ -75,9 +68,7 @@ class Prover:
             OverloadedError: Where there is not the memory to run it.
         """
         try:
-            oracle = self._oracle(points)
-            with self._turn:
-                return collect(oracle, points, x)
+            return collect(self._oracle(points), points, x)
         except Exception as error:
             words = own_words(error)
             _log.info("model %s fails on %s: %s", self._model.name, list(x.shape), words)
@@ -132,8 +123,7 @@ class Prover:
         try:
             x = sample_input(self._model, size, plan.item_shape)
             expected = self.truth(plan.points, x)
-            with self._turn:
-                prove(plan.extractor, plan.built, plan.points, x, expected)
+            prove(plan.extractor, plan.built, plan.points, x, expected)
         except OverloadedError:
             raise
         except InvalidInputError:
@@ -157,12 +147,12 @@ class Prover:
     def prove_shared(self, plan: Plan, items: int = _SHARED) -> bool:
         """Find out whether requests may share a plan's passes of so many items; keep the answer.
 
-        A model whose modules write attributes while they run may remember what it saw, and one
-        whose code looks at values goes one way for the whole batch.
+        A model that keeps state after a pass may remember what it saw, and one whose code looks at
+        values goes one way for the whole batch.
         """
         findings = plan.findings
         if findings.alone is None:
-            alone = self._catalogue.keeps_state or not self._shares(plan)
+            alone = not self._guard.rules.shared or not self._shares(plan)
             findings.found_alone(alone=alone)
             findings.found_shares(_SHARED, shares=not alone)
         if findings.shares(items) is None:
@@ -173,8 +163,7 @@ class Prover:
         """Run a plan on a batch of that many items, as the first such batch takes longer."""
         x = sample_input(self._model, size, plan.item_shape)
         for _ in range(WARM_UP_RUNS):
-            with self._turn:
-                plan.built.run(x.clone(), lambda index, value: None)
+            plan.built.run(x.clone(), lambda index, value: None)
 
     def record(self, plan: Plan, sizes: Sequence[int]) -> tuple[Plan, list[int]]:
         """Record a plan's passes as CUDA graphs at some batch sizes.
@@ -191,11 +180,12 @@ class Prover:
 
     def _oracle(self, points: Sequence[CapturePoint]) -> BuiltExtractor:
         if _are_modules(points):
-            return HookExtractor(self._model, self._taps, points)
+            return HookExtractor(self._model, self._taps, points, self._guard, oracle=True)
         # The whole graph, in which no node is dead, stands in; the catalogue has held it against
         # the modules.
         names = self._catalogue.traced(self._model.name)
-        return WholeGraphExtractor(self._model, names, names.nodes_of(points))
+        whole = WholeGraphExtractor(self._model, names, names.nodes_of(points))
+        return GuardedExtractor(whole, self._guard)
 
     def _shares(self, plan: Plan) -> bool:
         x = sample_input(self._model, _SHARED, plan.item_shape)
@@ -258,8 +248,8 @@ class Prover:
 
     def _refuse_replays(self, plan: Plan, x: torch.Tensor) -> None:
         """Refuse what would not be the same pass again; see Note [What a graph holds]."""
-        if self._catalogue.keeps_state:
-            raise ExtractorUnsupportedError("its modules write attributes while they run")
+        if self._guard.rules.state is not KeptState.NONE:
+            raise ExtractorUnsupportedError("its modules write state while they run")
         if plan.dynamic:
             raise ExtractorUnsupportedError("its shapes depend on the content")
         if self._looks(plan, x):

@@ -1,19 +1,20 @@
 """What can be done to a captured value before it is sent.
 
-Which dimensions are the channels and which the image's is told by ``layertap.extraction.layout``:
-the mean over the wrong ones would be a wrong answer that nobody sees.
+Which dimensions are the channels and which the image's was found by experiment, see
+``layertap.extraction.grid``: the mean over the wrong ones would be a wrong answer that nobody sees.
+So what is not known is refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from layertap.errors import InvalidInputError
-from layertap.extraction.layout import Geometry, Layout, geometry
+from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.points import Dim, ValueSpec
 from layertap.selection import Reduction
 
@@ -39,7 +40,7 @@ def reduced(
         spec: The values' type and shape.
         reduction: What to do.
         layer: The layer's name, for the error.
-        item_shape: The input's sizes without the batch, which tell the layout.
+        item_shape: The input's sizes without the batch, for the error.
 
     Raises:
         InvalidInputError: Where the reduction can't be applied to such values.
@@ -47,19 +48,33 @@ def reduced(
     if reduction is Reduction.NONE:
         return Reduced(spec, _same)
     takes, make = _RULES[reduction]
-    batched = bool(spec.dims) and spec.dims[0].batch and not any(d.batch for d in spec.dims[1:])
-    made = make(spec, geometry(spec, item_shape)) if batched and not spec.dynamic else None
-    if made is None:
+    front = _batch_in_front(spec)
+    made = make(front, spec.geometry) if front and not spec.dynamic else None
+    if front is None or made is None:
         shape = [f"{dim.size}B" if dim.batch else dim.size for dim in spec.dims]
+        known = "" if spec.geometry != Geometry() else ", of which the layout is not known,"
         raise InvalidInputError(
             f"reduction: {reduction.name} takes {takes}, but layer {layer!r} is "
-            f"{spec.dtype} {shape} for items of {list(item_shape)}"
+            f"{spec.dtype} {shape}{known} for items of {list(item_shape)}"
         )
     dims, apply = made
-    return Reduced(ValueSpec(spec.dtype, (spec.dims[0], *dims)), apply)
+    axis = next(index for index, dim in enumerate(spec.dims) if dim.batch)
+    return Reduced(
+        ValueSpec(spec.dtype, (front.dims[0], *dims)),
+        apply if axis == 0 else lambda value: apply(value.movedim(axis, 0)),
+    )
 
 
 Made = tuple[Sequence[Dim], Apply] | None
+
+
+def _batch_in_front(spec: ValueSpec) -> ValueSpec | None:
+    """Return the spec with its batch dimension first; None where rows are not items."""
+    axis = spec.batch_axis
+    if axis is None or axis[1] != 1:
+        return None
+    others = spec.dims[: axis[0]] + spec.dims[axis[0] + 1 :]
+    return replace(spec, dims=(spec.dims[axis[0]], *others))
 
 
 def _same(value: torch.Tensor) -> torch.Tensor:
@@ -74,8 +89,17 @@ def _average_pool(spec: ValueSpec, shape: Geometry) -> Made:
             return [Dim(shape.channels)], lambda value: value[:, shape.front :].mean(1)
         case Layout.CHANNELS_LAST:
             return [Dim(shape.channels)], lambda value: value.flatten(1, -2).mean(1)
-        case _:
+        case Layout.CHANNELS_FIRST:
             return spec.dims[1:2], lambda value: value.flatten(2).mean(2)
+        case _:
+            return _average_over(spec, shape.positions)
+
+
+def _average_over(spec: ValueSpec, positions: tuple[int, ...]) -> Made:
+    rest = [dim for axis, dim in enumerate(spec.dims) if axis and axis not in positions]
+    if not positions or len(rest) != 1:
+        return None
+    return rest, lambda value: value.mean(positions)
 
 
 def _flatten(spec: ValueSpec, _: Geometry) -> Made:
@@ -87,7 +111,8 @@ def _flatten(spec: ValueSpec, _: Geometry) -> Made:
 def _class_token(spec: ValueSpec, shape: Geometry) -> Made:
     # Where the patches alone make the whole grid, the first token is a patch like any other.
     bare = shape.layout is Layout.TOKENS and not shape.front
-    if len(spec.dims) != 3 or not spec.dims[1].size or bare:
+    tokens = shape.layout is Layout.TOKENS or shape.positions == (1,)
+    if len(spec.dims) != 3 or not spec.dims[1].size or bare or not tokens:
         return None
     return spec.dims[2:], lambda value: value[:, 0]
 
@@ -112,7 +137,8 @@ def _token_grid(spec: ValueSpec, shape: Geometry) -> Made:
 
 _RULES: dict[Reduction, tuple[str, Callable[[ValueSpec, Geometry], Made]]] = {
     Reduction.GLOBAL_AVERAGE_POOL: (
-        "[B, C, ...], [B, H, W, C] or patch tokens [B, N, C] of a floating-point type",
+        "[B, C, H, W], [B, H, W, C], patch tokens [B, N, C] or a series ([B, T, C] or [B, C, T]) "
+        "of a floating-point type",
         _average_pool,
     ),
     Reduction.FLATTEN: ("[B, ...]", _flatten),

@@ -7,11 +7,11 @@ value equalled the oracle's.
 
 from __future__ import annotations
 
-import operator
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +21,9 @@ from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
-from layertap.extraction.points import CapturePoint, PointKind
-from layertap.extraction.script_taps import programs, writes_attributes
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.taps import observe
-from layertap.extraction.verify import same
+from layertap.extraction.verify import difference, same
 from layertap.models import LoadedModel
 from layertap.selection import Capture
 
@@ -34,6 +33,7 @@ __all__ = [
     "LooksSurvey",
     "Shape",
     "sample_input",
+    "survey_first_item",
     "survey_fused",
     "survey_fx",
     "survey_hooks",
@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
+
+_NEAR = 1e-2
+"""Kernels for another batch size may add in another order; another item differs by far more."""
 
 
 @dataclass
@@ -57,8 +60,6 @@ class HookSurvey:
         unsendable: Why nothing can be sent of a value, for those of which that is so.
         quantized: The quantised type of each value that is quantised.
         mutated_input: Whether the batch was another one afterwards.
-        kept_state: Whether some module had other attributes or buffers afterwards, or its program
-            has statements that write some.
         random: The points that come after the model drew random numbers.
     """
 
@@ -68,7 +69,6 @@ class HookSurvey:
     unsendable: dict[CapturePoint, str] = field(default_factory=dict)
     quantized: dict[CapturePoint, str] = field(default_factory=dict)
     mutated_input: bool = False
-    kept_state: bool = False
     random: set[CapturePoint] = field(default_factory=set)
 
 
@@ -96,12 +96,27 @@ def wide_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> t
     return values.to(model.device, model.input.dtype)
 
 
-def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = False) -> HookSurvey:
-    """Run a model with hooks on every module; raise whatever the model raises."""
+def survey_hooks(
+    model: LoadedModel,
+    x: torch.Tensor,
+    *,
+    keep_values: bool = False,
+    look: Callable[[], None] | None = None,
+) -> HookSurvey:
+    """Run a model with hooks on every module; raise whatever the model raises.
+
+    Args:
+        model: The model.
+        x: ``[B, ...]``; it stays as it is.
+        keep_values: Whether to keep a clone of every output.
+        look: Called when a module begins and when it ends.
+    """
     survey = HookSurvey()
     calls: Counter[tuple[str, Capture]] = Counter()
 
     def see(path: str, side: Capture, value: Any) -> None:
+        if look is not None:
+            look()
         call = calls[path, side]
         calls[path, side] += 1
         if side is Capture.INPUT:
@@ -126,14 +141,48 @@ def survey_hooks(model: LoadedModel, x: torch.Tensor, *, keep_values: bool = Fal
             if keep_values and side is Capture.OUTPUT and WEIGHTS not in way:
                 survey.values[point] = sent.clone()
 
-    before, attributes = x.clone(), _attributes(model.module)
+    given = x.clone()
     generators = Generators(model.device)
     with observe(model.module, see):
-        model.forward(x)
-    survey.mutated_input = not same(x, before)
-    survey.kept_state = _differ(attributes, _attributes(model.module))
-    survey.kept_state |= any(map(writes_attributes, programs(model.module).values()))
+        model.forward(given)
+    survey.mutated_input = not same(given, x)
     return survey
+
+
+def survey_first_item(
+    model: LoadedModel,
+    x: torch.Tensor,
+    specs: Mapping[CapturePoint, ValueSpec],
+    values: Mapping[CapturePoint, torch.Tensor],
+) -> set[CapturePoint]:
+    """Return the points whose first elements along the batch dimension are the first item's.
+
+    Args:
+        model: The model.
+        x: ``[2, ...]``.
+        specs: The type and shape of each point to look at.
+        values: What the first item alone gives.
+    """
+    first: set[CapturePoint] = set()
+    calls: Counter[str] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        if side is Capture.INPUT:
+            return
+        call = calls[path]
+        calls[path] += 1
+        for way, tensor in flatten(value):
+            point = CapturePoint(PointKind.MODULE, path, side, call, way)
+            axis = specs[point].batch_axis if point in specs else None
+            if axis is None or point not in values or tensor.ndim <= axis[0]:
+                continue
+            mine = plain(tensor).narrow(axis[0], 0, axis[1])
+            if difference(mine, values[point]) < _NEAR:
+                first.add(point)
+
+    with observe(model.module, see):
+        model.forward(x.clone())
+    return first
 
 
 def survey_repeat(
@@ -240,63 +289,6 @@ def survey_fused(model: LoadedModel, x: torch.Tensor) -> set[str]:
     return fused
 
 
-@dataclass
-class _Attribute:
-    """An attribute of a module at some moment, and what it held then."""
-
-    value: object
-    members: list[object]
-    content: torch.Tensor | None
-
-    def same(self, later: _Attribute) -> bool:
-        """Tell whether it is the same object, and holds the same."""
-        return (
-            self.value is later.value
-            and len(self.members) == len(later.members)
-            and all(map(operator.is_, self.members, later.members))
-            and (self.content is None or same(self.content, cast(torch.Tensor, later.content)))
-        )
-
-
-Attributes = dict[str, _Attribute]
-
-
-def _attributes(module: nn.Module) -> Attributes:
-    """Return each attribute and buffer of each submodule."""
-    if isinstance(module, torch.jit.ScriptModule):
-        # Its own code alone sees its other attributes; ``writes_attributes`` reads that.
-        return {name: _attribute(value) for name, value in module.named_buffers()}
-    return {
-        f"{path}.{name}": _attribute(value)
-        for path, submodule in module.named_modules()
-        for name, value in (*vars(submodule).items(), *submodule._buffers.items())
-    }
-
-
-def _attribute(value: object) -> _Attribute:
-    content = None
-    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-        content = value.clone()
-    return _Attribute(value, _held(value), content)
-
-
-def _held(value: object) -> list[object]:
-    if isinstance(value, list | tuple | set | deque):
-        return list(value)
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    if isinstance(value, nn.Module | torch.Tensor | type | Callable):
-        return []
-    # An object of the author's own, a cache say.
-    return list(getattr(value, "__dict__", {}).values())
-
-
-def _differ(before: Attributes, after: Attributes) -> bool:
-    return before.keys() != after.keys() or any(
-        not attribute.same(after[name]) for name, attribute in before.items()
-    )
-
-
 def survey_walk(
     model: LoadedModel,
     x: torch.Tensor,
@@ -345,13 +337,16 @@ class FxSurvey:
 
 
 def survey_fx(
-    trace: Trace, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+    trace: Trace,
+    x: torch.Tensor,
+    oracle: Mapping[CapturePoint, torch.Tensor],
+    turn: AbstractContextManager[object],
 ) -> FxSurvey:
     """Run the symbolic graph and hold each module's node against the oracle.
 
     Where some nodes look useless, the graph is run once more without them: what is right only as
     long as they are there is lost in an extractor of a few layers. If anything is, so are the
-    useless nodes themselves, whose ancestors may look useless too.
+    useless nodes themselves, whose ancestors may look useless too. ``turn`` is held in each pass.
     """
     points: dict[str, list[CapturePoint]] = {}
     for point in oracle:
@@ -377,9 +372,11 @@ def survey_fx(
         if not same(value, whole[node]):
             survey.lost.add(node)
 
-    trace.whole.run(x.clone(), see)
+    with turn:
+        trace.whole.run(x.clone(), see)
     if trace.pruned is not None:
-        trace.pruned.run(x.clone(), compare)
+        with turn:
+            trace.pruned.run(x.clone(), compare)
     if survey.lost:
         survey.lost |= set(trace.names.eval) - set(trace.useful)
         for node in survey.lost:

@@ -8,6 +8,11 @@ Note [What the value is]
     The captured value is what the module returned, or was given, at that moment. The sink copies
     it before the hook returns, so that a later in-place operation can't show in it. Inputs are
     read in a pre-hook, since a forward hook sees them after the module may have changed them.
+
+Note [A model's own threads]
+    A model may run its modules in a thread pool of its own, where no ContextVar says to which pass
+    a call belongs. It belongs to the one pass that runs: the passes of such a model run one at a
+    time and to their end, so that none of its threads still runs modules of the pass before.
 """
 
 from __future__ import annotations
@@ -52,26 +57,31 @@ class StopForward(BaseException):
 class _Session:
     """The captures of one forward pass."""
 
-    def __init__(self, points: Sequence[CapturePoint], sink: Sink) -> None:
+    def __init__(self, points: Sequence[CapturePoint], sink: Sink, *, to_end: bool) -> None:
+        self._to_end = to_end
         self._wanted: dict[tuple[str, Capture, int], list[int]] = {}
         for index, point in enumerate(points):
             self._wanted.setdefault((point.path, point.capture, point.call), []).append(index)
         self._points = points
         self._sink = sink
         self._calls: Counter[tuple[str, Capture]] = Counter()
+        self._lock = threading.RLock()
         self.refused: BaseException | None = None
 
     def see(self, path: str, side: Capture, value: Any) -> None:
-        """Pass on what is wanted of a call; end the forward pass after the last."""
+        """Pass on what is wanted of a call; end the forward pass after the last, if it may end."""
         call = self._calls[path, side]
         self._calls[path, side] = call + 1
         for index in self._wanted.pop((path, side, call), ()):
+            if self.refused is not None:
+                continue  # The pass goes on only because it may not end here.
             try:
                 self._take(index, value)
             except BaseException as error:
                 self.refused = error
-                raise
-        if not self._wanted:
+                if not self._to_end:
+                    raise
+        if not self._wanted and not self._to_end:
             raise StopForward
 
     def _take(self, index: int, value: Any) -> None:
@@ -117,12 +127,13 @@ class Taps:
         self._modules = dict(module.named_modules())
         self._handles: dict[tuple[str, Capture], RemovableHandle] = {}
         self._lock = threading.Lock()
+        self._running: _Session | None = None
         self._in_programs: set[str] = set()
         for path, program in programs(module).items():
             instrument(program)
             inside = (name for name, _ in program.named_modules())
             self._in_programs.update(_join(path, name) for name in inside)
-            for side, handle in _hook_program(path, program, partial(_route, path)):
+            for side, handle in _hook_program(path, program, partial(self._route, path)):
                 self._handles[path, side] = handle
         # torch runs these layers by a fused path that calls no submodule, unless one has a hook.
         # A hook from the start keeps answers from depending on what was asked for before.
@@ -138,7 +149,9 @@ class Taps:
             return
         with self._lock:
             if (path, side) not in self._handles:
-                self._handles[path, side] = _hook(self._modules[path], side, partial(_route, path))
+                self._handles[path, side] = _hook(
+                    self._modules[path], side, partial(self._route, path)
+                )
 
     def run(
         self,
@@ -146,6 +159,8 @@ class Taps:
         x: torch.Tensor,
         points: Sequence[CapturePoint],
         sink: Sink,
+        *,
+        to_end: bool = False,
     ) -> None:
         """Run a forward pass until every point was captured.
 
@@ -154,25 +169,37 @@ class Taps:
             x: The batch.
             points: What to capture; hooks are installed where they are missing.
             sink: Called at the moment of each capture.
+            to_end: Whether the pass goes on to its end; what the sink raises is raised there.
 
         Raises:
             ModelRunError: Where the pass ended without some capture.
         """
         for point in points:
             self.install(point.path, point.capture)
-        session = _Session(points, sink)
+        session = _Session(points, sink, to_end=to_end)
         token = _session.set(session)
         try:
             with watch(session.see):
                 session.returned(forward(x))
         except StopForward:
             pass
+        except Exception:
+            # Behind the last capture it concerns nobody, as where the pass may end there.
+            if session.missed() or not to_end:
+                session.refused = None  # Or it would refer to itself, and keep what was captured.
+                raise
         except BaseException:
             session.refused = None  # Or it would refer to itself, and keep what was captured.
             raise
         finally:
             _session.reset(token)
         session.end()
+
+    def _route(self, path: str, side: Capture, value: Any) -> None:
+        # In a thread of the model's own there is no session; see Note [A model's own threads].
+        session = _session.get() or self._running
+        if session is not None:
+            session.see(path, side, value)
 
     def close(self) -> None:
         """Take every hook off the model."""
@@ -244,9 +271,3 @@ def _hook_program(
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
-
-
-def _route(path: str, side: Capture, value: Any) -> None:
-    session = _session.get()
-    if session is not None:
-        session.see(path, side, value)

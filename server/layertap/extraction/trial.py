@@ -16,8 +16,7 @@ Note [Differentiation inside forward]
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from layertap.errors import ModelLoadError
 from layertap.extraction.id_range import with_id_range
 from layertap.extraction.own_words import own_words
+from layertap.extraction.passes import PassGuard
 from layertap.extraction.script_taps import instrument, programs
 from layertap.extraction.survey import sample_input
 from layertap.models import InputGuess, LoadedModel
@@ -41,11 +41,16 @@ _LOOK_UP = {
 }
 
 
-def tried(model: LoadedModel) -> LoadedModel:
+def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
     """Return a model with what its source did not know of it, found by running it.
 
-    See Note [Found by trying] and Note [Differentiation inside forward]. The model is left as it
-    was. No other forward pass may run meanwhile.
+    See Note [Found by trying] and Note [Differentiation inside forward]. No other forward pass may
+    run meanwhile.
+
+    Args:
+        model: The model.
+        guard: Its guard, held in each pass, so that the model is left as it was; one of its own if
+            not given.
 
     Raises:
         ConfigError: Preprocessed images don't fit the input that was found.
@@ -57,11 +62,12 @@ def tried(model: LoadedModel) -> LoadedModel:
     for program in programs(model.module).values():
         # The first run decides for good what a program's calls are compiled to.
         instrument(program)
-    with _undisturbed(model.module):
-        if guess:
-            model = _that_runs(model, guess)
-        free = _free_dims(model) if guess and guess.free else model.input.free
-        model = _with_id_range(model)
+    guard = guard or PassGuard(model.module)
+    if guess:
+        model = _that_runs(model, guess, guard)
+    free = _free_dims(model, guard) if guess and guess.free else model.input.free
+    model = _with_id_range(model, guard)
+    guard.snapshot.deep_restore()
     return model.with_input(replace(model.input, free=free, guess=None))
 
 
@@ -80,7 +86,7 @@ class _Run:
     differentiates: bool = False
 
 
-def _that_runs(model: LoadedModel, guess: InputGuess) -> LoadedModel:
+def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> LoadedModel:
     """Return the model with an element type and a mode of passes in which it runs.
 
     Floating-point types come first. Where one runs, and the model rounds all of it to look it up in
@@ -90,12 +96,12 @@ def _that_runs(model: LoadedModel, guess: InputGuess) -> LoadedModel:
     types = sorted(dict.fromkeys((own, *guess.dtypes)), key=lambda dtype: not _is_float(dtype))
     failed: dict[torch.dtype, Exception] = {}
     for dtype in types:
-        candidate, run = _in_its_mode(_of_type(model, dtype))
+        candidate, run = _in_its_mode(_of_type(model, dtype), guard)
         if run.error is not None:
             failed[dtype] = run.error
             continue
         if run.ids and _is_float(dtype) and torch.int64 in types:
-            ids, second = _in_its_mode(_of_type(model, torch.int64))
+            ids, second = _in_its_mode(_of_type(model, torch.int64), guard)
             return candidate if second.error else ids
         return candidate
     causes = "; ".join(f"{_name(dtype)}: {own_words(error)}" for dtype, error in failed.items())
@@ -105,9 +111,9 @@ def _that_runs(model: LoadedModel, guess: InputGuess) -> LoadedModel:
     ) from failed[own]
 
 
-def _with_id_range(model: LoadedModel) -> LoadedModel:
+def _with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
     with torch.inference_mode():
-        return with_id_range(model)
+        return with_id_range(model, guard)
 
 
 def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
@@ -116,21 +122,21 @@ def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
     return replace(model, input=replace(model.input, dtype=dtype, also=()))
 
 
-def _in_its_mode(model: LoadedModel) -> tuple[LoadedModel, _Run]:
+def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
     """Run a model, under ``no_grad`` where it turns gradients on or fails in inference mode."""
-    run = _run(model, model.input.item_shape)
+    run = _run(model, model.input.item_shape, guard)
     if run.error is None and not run.differentiates:
         return model, run
     plain = replace(model, differentiates=True)
-    second = _run(plain, model.input.item_shape)
+    second = _run(plain, model.input.item_shape, guard)
     return (model, run) if second.error else (plain, second)
 
 
-def _run(model: LoadedModel, item_shape: tuple[int, ...]) -> _Run:
+def _run(model: LoadedModel, item_shape: tuple[int, ...], guard: PassGuard) -> _Run:
     x = sample_input(model, 1, item_shape)
     watcher = _Watcher(x.numel())
     try:
-        with torch.inference_mode(), watcher:
+        with torch.inference_mode(), guard, watcher:
             model.forward(x)
     except Exception as error:  # noqa: BLE001 - a model may raise anything; it is reported
         watcher.run.error = error
@@ -159,24 +165,26 @@ class _Watcher(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _free_dims(model: LoadedModel) -> tuple[int, ...]:
+def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
     """Return the dimensions of the item with which the model runs at another size too.
 
     Dimensions of one size that may not differ alone are tried together: height and width of a model
     that takes squares only.
     """
     shape = model.input.item_shape
-    alone = [index for index in range(len(shape)) if _runs_at_other_sizes(model, (index,))]
+    alone = [index for index in range(len(shape)) if _runs_at_other_sizes(model, (index,), guard)]
     alike: dict[int, list[int]] = defaultdict(list)
     for index, size in enumerate(shape):
         if index not in alone:
             alike[size].append(index)
     tied = [group for group in alike.values() if len(group) > 1]
-    together = [i for group in tied if _runs_at_other_sizes(model, tuple(group)) for i in group]
+    together = [
+        i for group in tied if _runs_at_other_sizes(model, tuple(group), guard) for i in group
+    ]
     return tuple(sorted(alone + together))
 
 
-def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...]) -> bool:
+def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...], guard: PassGuard) -> bool:
     """Tell whether a model runs with the dimensions at half or at twice their size."""
     size = model.input.item_shape[dims[0]]
     # Not at 1, which may pass for the right size where a tensor is broadcast.
@@ -187,33 +195,11 @@ def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...]) -> bool:
             tuple(
                 other if index in dims else own for index, own in enumerate(model.input.item_shape)
             ),
+            guard,
         ).error
         is None
         for other in others
     )
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put back what the passes of the block write to a module's attributes and buffers."""
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    attributes = [(values, values.copy()) for values in _written(module)]
-    try:
-        yield
-    finally:
-        for values, former in attributes:
-            values.clear()
-            (values.update if isinstance(values, dict) else values.extend)(former)
-        for buffer, content in buffers:
-            buffer.copy_(content)
-
-
-def _written(module: nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
-    """Yield what a module's code may write to: each submodule's attributes and their containers."""
-    for submodule in module.modules():
-        attributes = vars(submodule)
-        yield attributes
-        yield from (value for value in attributes.values() if isinstance(value, dict | list))
 
 
 def _is_float(dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,11 @@ from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
 
 __all__ = ["load_model"]
+
+_log = logging.getLogger(__name__)
+
+MAX_NAMED = 5
+"""Modules that a warning names."""
 
 _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
     SourceKind.TORCHVISION: build_torchvision,
@@ -54,7 +60,8 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         spec = replace(spec, item_shape=config.item_shape)
     built = _with_images(_BUILD[spec.kind](spec), spec, config)
     _check_inputs(spec, built.module)
-    module = built.module.eval()
+    module = built.module
+    _into_evaluation_mode(module, spec.name)
     # Not module.requires_grad_(): TorchScript modules refuse it.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -75,6 +82,27 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         preprocess=built.preprocess,
         takes_list=built.takes_list,
     )
+
+
+def _into_evaluation_mode(module: nn.Module, name: str) -> None:
+    """Put every submodule into evaluation mode, also where a model's own ``train`` leaves some out.
+
+    A dropout that stays on would make answers random, and a batch norm that does would make them
+    depend on the other items of the batch.
+    """
+    module.eval()
+    left = [
+        (path or "the model itself", part)
+        for path, part in module.named_modules()
+        if part.training and not isinstance(part, torch.jit.ScriptModule)
+    ]
+    for _, part in left:
+        vars(part)["training"] = False
+    if left:
+        _log.warning(
+            "model %s: its own eval() left %s in training mode; layertap serves every module in "
+            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_NAMED]),
+        )  # fmt: skip
 
 
 def _formed(module: nn.Module, spec: ModelSpec) -> nn.Module:

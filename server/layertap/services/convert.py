@@ -13,6 +13,7 @@ from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import REAL_EXTRACTORS
 from layertap.extraction.layout import Layout
+from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import Preprocess, Steps
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_memory_service import input_of, space_of
@@ -42,6 +43,11 @@ _LAYOUTS = {
     Layout.CHANNELS_FIRST: catalogue_pb2.LAYOUT_CHANNELS_FIRST,
     Layout.CHANNELS_LAST: catalogue_pb2.LAYOUT_CHANNELS_LAST,
     Layout.TOKENS: catalogue_pb2.LAYOUT_TOKENS,
+}
+_KEPT = {
+    KeptState.NONE: catalogue_pb2.KEPT_STATE_NONE,
+    KeptState.RESET: catalogue_pb2.KEPT_STATE_RESET,
+    KeptState.KEPT: catalogue_pb2.KEPT_STATE_KEPT,
 }
 
 
@@ -138,7 +144,8 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
             image_preprocessing=_preprocessing(model.preprocess),
         ),
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
-        notes=host.catalogue.notes,
+        notes=[*host.catalogue.notes, *host.catalogue.guard.rules.notes],
+        pass_rules=_pass_rules(host.catalogue.guard.rules),
     )
 
 
@@ -219,6 +226,15 @@ def layer_to_proto(
     )
 
 
+def _pass_rules(rules: PassRules) -> catalogue_pb2.PassRules:
+    return catalogue_pb2.PassRules(
+        early_stop=rules.early_stop,
+        concurrent=rules.concurrent,
+        shared=rules.shared,
+        state=_KEPT[rules.state],
+    )
+
+
 def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
     return LayerSelection(
         layer=layer.layer,
@@ -253,6 +269,7 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
         shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
+        interleaved=spec.interleaved,
         quantized=spec.quantized,
     )
 

@@ -36,10 +36,13 @@ class OpenStreams:
 
     Args:
         most: Streams that may be open at once.
+
+    Attributes:
+        most: The same.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._lock = threading.Lock()
         self._windows: set[Window] = set()
         self._draining = False
@@ -55,8 +58,8 @@ class OpenStreams:
         with self._lock:
             if self._draining:
                 raise _shutting_down()
-            if len(self._windows) >= self._most:
-                raise OverloadedError(f"{self._most} streams are open, the most allowed")
+            if len(self._windows) >= self.most:
+                raise OverloadedError(f"{self.most} streams are open, the most allowed")
             self._windows.add(window)
         try:
             yield window

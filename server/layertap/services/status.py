@@ -10,6 +10,7 @@ from typing import NoReturn
 import grpc
 
 from layertap import errors
+from layertap.services.compression import compress_replies
 from layertap.services.request import REQUEST_ID_KEY, Request, current_request, open_request
 from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
 
@@ -72,6 +73,8 @@ def status_of(kind: type[errors.LayertapError]) -> grpc.StatusCode:
 
 def code_of(error: Exception) -> grpc.StatusCode:
     """Return the status that an error leaves with; INTERNAL for what is no domain error."""
+    if isinstance(error, MemoryError):
+        return STATUS[errors.OverloadedError]
     return status_of(type(error)) if isinstance(error, errors.LayertapError) else Code.INTERNAL
 
 
@@ -96,6 +99,10 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
         text = str(error)
         short = _short(text)
         return error if short == text else type(error)(short)
+    if isinstance(error, MemoryError):  # It may be gone when less is going on.
+        _log.warning("request %s failed: out of memory", request_id)
+        text = "the server is out of memory; try again later, or ask for less"
+        return errors.OverloadedError(text)
     _log.exception("request %s failed", request_id)
     return errors.InternalError(f"internal error; the server's log has it as {request_id}")
 
@@ -106,6 +113,7 @@ def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
         request = open_request(context)
         try:
+            compress_replies(context)
             return handler(message, context)
         except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
             _abort(context, leaving(error, to_owner=to_owner), request)
@@ -119,6 +127,7 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         request = open_request(context)
         try:
+            compress_replies(context)
             yield from handler(messages, context)
         except Exception as error:  # noqa: BLE001 - as above
             _abort(context, leaving(error), request)

@@ -1,24 +1,26 @@
 """How a stream of items is served, whatever its items are.
 
 Note [Threads of a stream]
-    In synchronous gRPC a stream holds the thread of its RPC, which sends; another one of its own
-    reads, as both block. The items of all streams share one pool, whose threads parse, wait for a
-    compute thread and encode, as those of unary calls do. Nothing polls. All of them end with the
-    RPC: gRPC tells its end by a callback, which cancels what is in flight, and wakes the reader.
+    In synchronous gRPC a stream holds the thread of its RPC, which sends; a second one reads, as
+    both block. The items of all streams share one pool, whose threads parse, wait for a compute
+    thread and encode, as those of unary calls do. Nothing polls. All of them are done with a stream
+    when its RPC ends: gRPC reports the end by a callback, which cancels what is in flight, and it
+    wakes the reader.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 
 import grpc
 
+from layertap.errors import OverloadedError
 from layertap.services.observer import Observer
 from layertap.services.open_streams import OpenStreams, Window
 from layertap.services.status import code_of, leaving
+from layertap.threads import WorkerThreads
 
 __all__ = ["StreamThreads", "Take"]
 
@@ -39,12 +41,17 @@ class StreamThreads:
     Args:
         streams: Counts the streams.
         observer: Is told of streams that could not be read.
+
+    Attributes:
+        pools: The threads that it needs, which whoever makes it starts and shuts down.
     """
 
     def __init__(self, streams: OpenStreams, observer: Observer) -> None:
         self._streams = streams
         self._observer = observer
-        self._items = ThreadPoolExecutor(ITEM_THREADS, thread_name_prefix="layertap-item")
+        self._items = WorkerThreads(ITEM_THREADS, "layertap-item")
+        self._readers = WorkerThreads(streams.most, "layertap-stream-reader")
+        self.pools = (self._items, self._readers)
 
     def serve(
         self,
@@ -68,20 +75,12 @@ class StreamThreads:
             # False: the stream has ended already, and nobody will tell us any more.
             if not context.add_callback(window.close):
                 window.close()
-            # In this call's context, and so are the items: what is logged tells the request.
-            reader = threading.Thread(
-                target=copy_context().run,
-                args=(self._read, window, take, messages, context),
-                name="layertap-stream-reader",
-            )
-            # Not to be waited for at the process's end: gRPC wakes it when the stream ends.
-            reader.daemon = True
-            reader.start()
+            # In this call's context, and so are the items: log records name its request. gRPC wakes
+            # the reader when the stream ends.
+            read = partial(copy_context().run, self._read, window, take, messages, context)
+            if self._readers.submit_if_free(read) is None:
+                raise OverloadedError("no thread is left to read another stream; try again later")
             yield from window.replies()
-
-    def close(self) -> None:
-        """Let the threads go once the items that they have are done."""
-        self._items.shutdown(wait=False)
 
     def _read(
         self,

@@ -5,7 +5,7 @@
 # Protobuf Python Version: 6.30.0
 """Generated protocol buffer code."""
 from google.protobuf import descriptor as _descriptor
-from google.protobuf import descriptor_pool as _descriptor_pool
+from layertap.descriptors import POOL as _pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1flayertap/v1/admin_service.proto\x12\x0blayertap.v1\"\x0f\n\rReloadRequest\"g\n\x0bModelReload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x19.layertap.v1.ReloadAction\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07serving\x18\x04 \x01(\x08\"O\n\x0eReloadResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.layertap.v1.ModelReload\x12\x13\n\x0bnot_applied\x18\x02 \x03(\t*\xb6\x01\n\x0cReloadAction\x12\x1d\n\x19RELOAD_ACTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELOAD_ACTION_UNCHANGED\x10\x01\x12\x18\n\x14RELOAD_ACTION_LOADED\x10\x02\x12\x1a\n\x16RELOAD_ACTION_REPLACED\x10\x03\x12\x1a\n\x16RELOAD_ACTION_UNLOADED\x10\x04\x12\x18\n\x14RELOAD_ACTION_FAILED\x10\x05\x32Q\n\x0c\x41\x64minService\x12\x41\n\x06Reload\x12\x1a.layertap.v1.ReloadRequest\x1a\x1b.layertap.v1.ReloadResponseB\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
+DESCRIPTOR = _pool.AddSerializedFile(b'\n\x1flayertap/v1/admin_service.proto\x12\x0blayertap.v1\"\x0f\n\rReloadRequest\"g\n\x0bModelReload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x06\x61\x63tion\x18\x02 \x01(\x0e\x32\x19.layertap.v1.ReloadAction\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07serving\x18\x04 \x01(\x08\"O\n\x0eReloadResponse\x12(\n\x06models\x18\x01 \x03(\x0b\x32\x18.layertap.v1.ModelReload\x12\x13\n\x0bnot_applied\x18\x02 \x03(\t*\xb6\x01\n\x0cReloadAction\x12\x1d\n\x19RELOAD_ACTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17RELOAD_ACTION_UNCHANGED\x10\x01\x12\x18\n\x14RELOAD_ACTION_LOADED\x10\x02\x12\x1a\n\x16RELOAD_ACTION_REPLACED\x10\x03\x12\x1a\n\x16RELOAD_ACTION_UNLOADED\x10\x04\x12\x18\n\x14RELOAD_ACTION_FAILED\x10\x05\x32Q\n\x0c\x41\x64minService\x12\x41\n\x06Reload\x12\x1a.layertap.v1.ReloadRequest\x1a\x1b.layertap.v1.ReloadResponseB\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)

@@ -5,7 +5,7 @@
 # Protobuf Python Version: 6.30.0
 """Generated protocol buffer code."""
 from google.protobuf import descriptor as _descriptor
-from google.protobuf import descriptor_pool as _descriptor_pool
+from layertap.descriptors import POOL as _pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'layertap/v1/shared_memory_service.proto\x12\x0blayertap.v1\"\x19\n\x17OpenSharedMemoryRequest\":\n\x18OpenSharedMemoryResponse\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x32v\n\x13SharedMemoryService\x12_\n\x10OpenSharedMemory\x12$.layertap.v1.OpenSharedMemoryRequest\x1a%.layertap.v1.OpenSharedMemoryResponseB\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
+DESCRIPTOR = _pool.AddSerializedFile(b'\n\'layertap/v1/shared_memory_service.proto\x12\x0blayertap.v1\"\x19\n\x17OpenSharedMemoryRequest\":\n\x18OpenSharedMemoryResponse\x12\x0e\n\x06socket\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x32v\n\x13SharedMemoryService\x12_\n\x10OpenSharedMemory\x12$.layertap.v1.OpenSharedMemoryRequest\x1a%.layertap.v1.OpenSharedMemoryResponseB\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)

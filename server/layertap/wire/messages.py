@@ -28,6 +28,8 @@ from layertap.wire.tensors import (
 __all__ = [
     "ERROR_METADATA_KEY",
     "PUSHBACK_METADATA_KEY",
+    "REPLY_COMPRESSIONS",
+    "REPLY_COMPRESSION_KEY",
     "REPLY_HEAD_SIZE",
     "REPLY_TENSOR_FIELD",
     "Find",
@@ -42,6 +44,12 @@ __all__ = [
 
 ERROR_METADATA_KEY = "layertap-error"
 """Trailing metadata with the name of an error's class, so that clients can raise the same."""
+
+REPLY_COMPRESSION_KEY = "layertap-reply-compression"
+"""Metadata of a call that asks for a compressed reply."""
+
+REPLY_COMPRESSIONS = ("none", "gzip", "deflate")
+"""What it may say."""
 
 PUSHBACK_METADATA_KEY = "grpc-retry-pushback-ms"
 """Trailing metadata that says after how many milliseconds to call again (gRFC A6)."""

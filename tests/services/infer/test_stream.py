@@ -20,7 +20,7 @@ from layertap.services.infer.service import InferenceService, InferenceSettings
 from layertap.services.infer.statistics import Statistics
 from layertap.services.open_streams import OpenStreams
 from layertap.services.stream_threads import StreamThreads
-from streams import GATED_ITEM, Counting, eventually
+from streams import GATED_ITEM, Counting, eventually, readers
 from tinynets import ITEM
 
 Code = grpc.StatusCode
@@ -67,10 +67,6 @@ def _nothing_is_left(narrow: Engine) -> Iterator[None]:
     yield
     eventually(lambda: narrow.pending == 0)
     eventually(lambda: not readers())
-
-
-def readers() -> list[threading.Thread]:
-    return [each for each in threading.enumerate() if each.name.startswith("layertap-stream")]
 
 
 class Stream:
@@ -245,4 +241,3 @@ def test_an_item_that_nobody_waits_for_is_counted(narrow) -> None:
     reply = pb.ModelStreamInferResponse.FromString(answer.message)
     assert reply.error_message == "the caller went away"
     assert seen.ends == {" CANCELLED": 1}
-    threads.close()

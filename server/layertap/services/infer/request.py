@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from layertap.engine import Engine, ExtractionRequest, Limits, ModelHost
+from layertap.engine import Engine, ExtractionRequest, ModelHost
 from layertap.errors import InvalidInputError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.inputs import input_of
@@ -61,7 +61,7 @@ def extraction_request(
     request: pb.ModelInferRequest,
     raw: Sequence[memoryview],
     host: ModelHost,
-    limits: Limits,
+    engine: Engine,
     memory: CallerMemory,
     *,
     admit: Callable[[int], object] = lambda nbytes: None,
@@ -73,7 +73,7 @@ def extraction_request(
         request: Its small fields.
         raw: Its raw inputs.
         host: Its model.
-        limits: What may be asked for.
+        engine: Its limits are what may be asked for.
         memory: The caller's shared memory.
         admit: Called with bytes that the input takes besides the message, before they are taken.
         streamed: Whether it is an item of a stream.
@@ -87,7 +87,7 @@ def extraction_request(
     # 0 is no sequence; Triton's clients send flags of it even so.
     if "sequence_id" in given and given["sequence_id"] != pb.InferParameter(int64_param=0):
         raise InvalidInputError("sequence_id: sequences are not supported, expected none")
-    selections = selections_of(request, host, limits.layers)
+    selections = selections_of(request, host, engine.limits.layers)
     places = {
         output.name: place
         for output in request.outputs
@@ -96,7 +96,7 @@ def extraction_request(
     wanted = Wanted(host.model.name, request.id, places, streamed)
     return ExtractionRequest(
         model=host.model.name,
-        input=input_of(request, raw, memory, limits, admit=admit),
+        input=input_of(request, raw, memory, engine.limits, admit=admit),
         selections=selections,
         extractor=extractor_of(request),
         form=partial(InferForm, wanted=wanted),

@@ -88,7 +88,7 @@ class InferenceService:
         observer: Observer,
         threads: StreamThreads,
     ) -> None:
-        self._limits = engine.limits
+        self._engine = engine
         self._plane = DataPlane(engine, observer)
         self._memory = SharedMemory(settings.regions)
         self._repository = Repository(engine, settings.control)
@@ -167,7 +167,7 @@ class InferenceService:
                 request,
                 raw,
                 host,
-                self._limits,
+                self._engine,
                 memory,
                 admit=received.take,
                 streamed=streamed,

@@ -1,0 +1,59 @@
+"""Refuses calls that would wait long for a thread, instead of letting them wait unseen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+
+from layertap.app.health import HEALTH
+from layertap.errors import OverloadedError
+from layertap.services.observer import Observer
+from layertap.services.status import code_of, guarded
+from layertap.threads import CallersThread, WorkerThreads
+
+__all__ = ["ThreadLimit"]
+
+_HAS_OWN_THREADS = f"/{HEALTH}/"
+
+
+class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
+    """Refuses a call at once where as many calls wait for a thread as there are threads.
+
+    gRPC puts calls that find no thread into a queue without end, where nobody refuses them and
+    their deadlines pass unseen. A burst of short calls may wait there; more than that is refused,
+    before its message is read and in the thread of gRPC that reports the call, so that refusing
+    needs no other thread.
+
+    Args:
+        workers: The threads.
+        observer: Is told of each refusal.
+    """
+
+    def __init__(self, workers: WorkerThreads, observer: Observer) -> None:
+        self._workers = workers
+
+        def refuse(message: object, context: grpc.ServicerContext) -> bytes:
+            error = OverloadedError(
+                f"{workers.count} calls wait for one of the {workers.count} threads that serve "
+                f"them, the most allowed; try again later"
+            )
+            observer.failed("", code_of(error))
+            raise error
+
+        refusing = guarded(refuse)
+        # gRPC looks for this attribute, and runs the behaviour by these threads.
+        refusing.experimental_thread_pool = CallersThread()  # type: ignore[attr-defined]
+        # A stream's behaviour is called before any message is read, a unary call's after.
+        self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Pass a call on, or return what refuses it."""
+        full = self._workers.waiting >= self._workers.count
+        if full and not handler_call_details.method.startswith(_HAS_OWN_THREADS):
+            return self._refusal
+        return continuation(handler_call_details)

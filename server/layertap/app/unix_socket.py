@@ -1,0 +1,110 @@
+"""A Unix socket as an address to listen on: a file with a mode, stale ones, and its end.
+
+Note [How the file comes and goes]
+    gRPC's core removes whatever socket is at the path before it binds one there, another server's
+    included, and removes the path again when it stops, whoever's it is by then. And a file that is
+    bound first and gets its mode later can be connected to in between. So gRPC binds in a folder
+    that only this user may enter; the file gets its mode there and is then moved to its path. When
+    the server stops, the path is removed only if it is still that file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from layertap.errors import UnavailableError
+
+__all__ = ["UnixSocket"]
+
+_log = logging.getLogger(__name__)
+
+_PATH_BYTES = 107
+"""What a Unix socket's address holds (``sun_path`` of unix(7), less the zero at its end)."""
+
+
+class UnixSocket:
+    """A socket file, from when it is bound until it is closed.
+
+    Args:
+        path: Where it is. A socket that nobody listens on any more is replaced.
+        mode: Who may connect: the file's permissions, such as ``0o600`` for this user alone.
+        bind: Binds and listens on an address such as ``unix:/path``; raises RuntimeError where
+            that can't be done.
+
+    Raises:
+        UnavailableError: Where another server listens there, something else is there, or the
+            system refuses.
+    """
+
+    def __init__(self, path: Path, mode: int, bind: Callable[[str], object]) -> None:
+        self.path = path.absolute()
+        _check_free(self.path)
+        try:
+            self._identity = _bind(self.path, mode, bind)
+        except OSError as error:
+            raise _refused(self.path, error.strerror or str(error)) from error
+        except RuntimeError as error:  # gRPC's; the reason is in its own log.
+            raise _refused(self.path, "see the log") from error
+
+    def close(self) -> None:
+        """Remove the file, unless another one is there by now."""
+        try:
+            found = self.path.lstat()
+            if (found.st_dev, found.st_ino) == self._identity:
+                self.path.unlink()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _log.warning("can't remove the socket %s: %s", self.path, error.strerror)
+
+
+def _bind(path: Path, mode: int, bind: Callable[[str], object]) -> tuple[int, int]:
+    """Bind a socket file, give it its mode and then its path; return its device and inode."""
+    folder = Path(tempfile.mkdtemp(prefix=".", dir=path.parent))
+    try:
+        made = folder / "s"
+        for each in (made, path):
+            if len(os.fsencode(each)) > _PATH_BYTES:
+                raise _refused(path, f"the path is too long for a socket ({_PATH_BYTES} bytes)")
+        bind(f"unix:{made}")
+        made.chmod(mode)
+        found = made.lstat()
+        made.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return found.st_dev, found.st_ino
+
+
+def _check_free(path: Path) -> None:
+    """Raise UnavailableError unless there is nothing at a path, or a socket without a listener."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise _refused(path, error.strerror or str(error)) from error
+    if not stat.S_ISSOCK(found.st_mode):
+        raise _refused(path, "there is something that is no socket; it is left alone")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            _log.info("replacing the socket %s, on which nobody listens any more", path)
+            return
+        except FileNotFoundError:  # It is gone in this moment.
+            return
+        except OSError as error:
+            raise _refused(path, error.strerror or str(error)) from error
+    raise _refused(path, "another server listens there")
+
+
+def _refused(path: Path, reason: str) -> UnavailableError:
+    return UnavailableError(f"can't listen on unix:{path}: {reason}")

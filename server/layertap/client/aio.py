@@ -1,0 +1,511 @@
+"""The asyncio client: the methods of ``Client``, awaited."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+
+import grpc
+import grpc.aio
+
+from layertap.client.base import (
+    BaseClient,
+    Method,
+    ReadyWait,
+    describe_message,
+    health_in,
+    health_message,
+)
+from layertap.client.channel import ChannelSettings
+from layertap.client.failures import error_from_rpc
+from layertap.client.features import Features
+from layertap.client.items import MAX_IN_FLIGHT, Outcome, StreamItems
+from layertap.client.requests import StreamRequest, request_fields
+from layertap.client.retry import Retries
+from layertap.client.shared_memory import SharedMemoryClient, is_shared, written
+from layertap.client.timeouts import bounded
+from layertap.errors import LayertapError, OverloadedError, SharedMemoryLostError, UnavailableError
+from layertap.selection import Extractor, SelectionLike
+from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
+from layertap.wire.messages import encode_request, encode_shared_request
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from layertap.client.inputs import InputLike
+    from layertap.wire.shared.connection import Connection
+
+__all__ = ["AsyncClient", "AsyncFeatureStream"]
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CLOSE_SECONDS = 1.0
+
+
+class _Transport:
+    """A channel, its methods and its shared memory: what belongs to one event loop."""
+
+    def __init__(self, client: BaseClient, settings: ChannelSettings) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.bearer = settings.bearer
+        self.channel = settings.open_async()
+        self.extract = self.channel.unary_unary(Method.EXTRACT)
+        self.stream = self.channel.stream_stream(Method.EXTRACT_STREAM)
+        self.list = self.channel.unary_unary(Method.LIST_MODELS)
+        self.describe = self.channel.unary_unary(Method.DESCRIBE_MODEL)
+        self.reload = self.channel.unary_unary(Method.RELOAD)
+        self.health = self.channel.unary_unary(Method.HEALTH)
+        self._open_memory = self.channel.unary_unary(Method.OPEN_SHARED_MEMORY)
+        self.memory = SharedMemoryClient(
+            client._target, client._shared_memory, self._ask_for_memory
+        )
+
+    def _ask_for_memory(self, message: bytes, timeout: float) -> bytes:
+        """Call OpenSharedMemory from a thread that is not the loop's, and wait for the reply."""
+
+        async def ask() -> bytes:
+            return await self._open_memory(message, timeout=timeout, metadata=self.bearer)  # type: ignore[no-any-return]
+
+        return asyncio.run_coroutine_threadsafe(ask(), self.loop).result()
+
+
+class AsyncClient(BaseClient):
+    """Asks a layertap server for layers, from asyncio.
+
+    The methods are those of ``Client``, awaited. A cancelled task cancels its call, and the server
+    stops computing for it. Use the client as an asynchronous context manager, or ``close`` it. One
+    client serves all tasks of an event loop; in another loop (a second ``asyncio.run``) it opens a
+    connection of its own. Files are read, and large inputs written to shared memory, in threads.
+
+    Arguments and errors are those of ``BaseClient``.
+
+    Example:
+        >>> async with AsyncClient("127.0.0.1:8001") as client:
+        ...     features = await client.extract("resnet18", "photo.jpg", "layer1")
+    """
+
+    _transport: _Transport | None = None
+
+    async def extract(
+        self,
+        model: str,
+        given: InputLike,
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = Extractor.AUTO,
+        timeout: float | None = None,
+    ) -> Features:
+        """Run a model on a batch and return layers of it; see ``Client.extract``."""
+        transport = self._opened()
+        fields, tensor = await _request_fields(model, given, layers, extractor)
+        memory = await self._session(transport, timeout)
+        if memory is not None:
+            try:
+                return await self._extract_shared(transport, memory, fields, tensor, timeout)
+            except SharedMemoryLostError as error:
+                _log.debug("shared memory is lost, the wire instead: %s", error)
+        message = encode_request(feature_service_pb2.ExtractRequest(**fields), tensor)
+        return Features(await self._call(transport, transport.extract, message, timeout))
+
+    async def stream(
+        self,
+        *,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        timeout: float | None = None,
+        item_timeout: float | None = None,
+    ) -> AsyncFeatureStream:
+        """Open a stream for many items; see ``Client.stream``."""
+        transport = self._opened()
+        return AsyncFeatureStream(
+            transport.stream,
+            max_in_flight,
+            timeout=timeout,
+            item_timeout=self._timeout if item_timeout is None else item_timeout,
+            memory=await self._session(transport, None),
+            metadata=(*self._metadata(), *transport.bearer),
+        )
+
+    @overload
+    def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike] | AsyncIterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = ...,
+        ordered: bool = ...,
+        return_errors: Literal[False] = ...,
+        max_in_flight: int = ...,
+        item_timeout: float | None = ...,
+    ) -> AsyncIterator[Features]: ...
+
+    @overload
+    def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike] | AsyncIterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = ...,
+        ordered: bool = ...,
+        return_errors: bool,
+        max_in_flight: int = ...,
+        item_timeout: float | None = ...,
+    ) -> AsyncIterator[Outcome]: ...
+
+    async def extract_many(
+        self,
+        model: str,
+        inputs: Iterable[InputLike] | AsyncIterable[InputLike],
+        layers: SelectionLike,
+        *,
+        extractor: Extractor | str = Extractor.AUTO,
+        ordered: bool = True,
+        return_errors: bool = False,
+        max_in_flight: int = MAX_IN_FLIGHT,
+        item_timeout: float | None = None,
+    ) -> AsyncIterator[Outcome]:
+        """Yield the layers of many inputs; see ``Client.extract_many``.
+
+        ``inputs`` may be asynchronous. Leaving the iterator early, by ``break`` for one, leaves the
+        stream open until the iterator is closed: use ``contextlib.aclosing``.
+        """
+        opening = self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout)
+        async with await opening as stream:
+            requests = (
+                StreamRequest(model, given, layers, extractor) async for given in _each(inputs)
+            )
+            async for _, outcome in stream.extract(requests, ordered=ordered):
+                if isinstance(outcome, LayertapError) and not return_errors:
+                    raise outcome
+                yield outcome
+
+    async def list_models(self, *, timeout: float | None = None) -> list[catalogue_pb2.Model]:
+        """Return the models that the server holds."""
+        transport = self._opened()
+        reply = await self._call(transport, transport.list, b"", timeout)
+        return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
+
+    async def describe_model(
+        self, model: str, *, timeout: float | None = None
+    ) -> feature_service_pb2.DescribeModelResponse:
+        """Return a model's catalogue; see ``Client.describe_model``."""
+        transport = self._opened()
+        message = describe_message(model)
+        reply = await self._call(transport, transport.describe, message, timeout)
+        return feature_service_pb2.DescribeModelResponse.FromString(reply)
+
+    async def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
+        """Have the server read its configuration and changed weights again; see ``Client``."""
+        transport = self._opened()
+        reply = await self._call(transport, transport.reload, b"", timeout)
+        return admin_service_pb2.ReloadResponse.FromString(reply)
+
+    async def health(self, service: str = "", *, timeout: float | None = None) -> str:
+        """Return what the server reports by ``grpc.health.v1``; see ``Client.health``."""
+        transport = self._opened()
+        message = health_message(service)
+        return health_in(await self._call(transport, transport.health, message, timeout))
+
+    async def wait_ready(self, timeout: float = 60.0) -> None:
+        """Wait until the server reports itself as serving; see ``Client.wait_ready``."""
+        wait = ReadyWait(self._target, timeout, time.monotonic())
+        while (left := wait.left(time.monotonic())) > 0:
+            transport = self._opened()
+            try:
+                call = transport.health(
+                    b"",
+                    timeout=bounded(left),
+                    wait_for_ready=True,
+                    metadata=(*self._metadata(), *transport.bearer),
+                )
+                if wait.serves(await self._answer(call)):
+                    return
+            except grpc.RpcError as error:
+                wait.failed(error)
+            await asyncio.sleep(wait.pause(time.monotonic()))
+        raise wait.over()
+
+    async def close(self) -> None:
+        """Close the channel, to every call's UnavailableError. Features that came stay valid."""
+        self._closed = True
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.memory.close()
+            if transport.loop is asyncio.get_running_loop():
+                await transport.channel.close()
+
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the channel."""
+        await self.close()
+
+    def _opened(self) -> _Transport:
+        """Return the transport of the running loop."""
+        self._check_open()
+        if self._transport is None or self._transport.loop is not asyncio.get_running_loop():
+            if self._transport is not None:
+                # Its loop has ended, or goes on elsewhere; the channel is closed with it.
+                self._transport.memory.close()
+            self._transport = _Transport(self, self._settings())
+        return self._transport
+
+    async def _session(self, transport: _Transport, timeout: float | None) -> Connection | None:
+        """Return the session of shared memory; None for the wire."""
+        seconds = self._timeout if timeout is None else timeout
+        if transport.memory.is_settled:
+            return transport.memory.connection(seconds)
+        return await _in_thread(lambda: transport.memory.connection(seconds))
+
+    async def _extract_shared(
+        self,
+        transport: _Transport,
+        memory: Connection,
+        fields: dict[str, Any],
+        tensor: np.ndarray | None,
+        timeout: float | None,
+    ) -> Features:
+        request = feature_service_pb2.ExtractRequest(shared_memory_session=memory.session, **fields)
+        memory.begin_call()
+        try:
+            with ExitStack() as stack:
+                if is_shared(tensor):
+                    at = await _in_thread(lambda: stack.enter_context(written(memory, tensor)))
+                else:
+                    at = None
+                if tensor is None or at is None:
+                    message = encode_request(request, tensor)
+                else:
+                    message = encode_shared_request(request, tensor, at)
+                reply = await self._call(transport, transport.extract, message, timeout)
+            return Features(reply, memory.finder())
+        finally:
+            memory.end_call()
+
+    async def _call(
+        self,
+        transport: _Transport,
+        method: grpc.aio.UnaryUnaryMultiCallable,
+        message: bytes,
+        timeout: float | None,
+    ) -> bytes:
+        allowed = Retries(self._retries, self._timeout if timeout is None else timeout)
+        while True:
+            self._check_open()
+            call = method(
+                message,
+                timeout=bounded(allowed.remaining()),
+                metadata=(*self._metadata(), *transport.bearer),
+            )
+            try:
+                return await self._answer(call)
+            except grpc.RpcError as error:
+                failure = error_from_rpc(error)
+            if not isinstance(failure, OverloadedError):
+                raise failure
+            await asyncio.sleep(allowed.pause(failure))
+
+    async def _answer(self, call: Awaitable[bytes]) -> bytes:
+        """Await a call; raise UnavailableError where it was the client that was closed."""
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if _task_is_cancelled():
+                raise
+            raise UnavailableError("the client is closed") from None
+
+
+class AsyncFeatureStream:
+    """One open ``ExtractStream``. For one task at a time; ``AsyncClient.stream`` makes them.
+
+    Args:
+        method: The channel's ``ExtractStream``.
+        max_in_flight: Items that are sent and not yet yielded.
+        timeout: Seconds that the stream may take; None for no end.
+        item_timeout: Seconds for an item that does not say so itself; None for no end.
+        memory: The session of shared memory; None for none.
+        metadata: What the call carries.
+
+    Raises:
+        InvalidInputError: For a ``max_in_flight`` below 1.
+
+    Example:
+        >>> asks = [StreamRequest("resnet18", path, "avgpool", key=path) for path in paths]
+        >>> async with await client.stream() as stream:
+        ...     async for path, outcome in stream.extract(asks):
+        ...         print(path, outcome)
+    """
+
+    def __init__(
+        self,
+        method: grpc.aio.StreamStreamMultiCallable,
+        max_in_flight: int,
+        *,
+        timeout: float | None,
+        item_timeout: float | None,
+        memory: Connection | None,
+        metadata: tuple[tuple[str, str], ...],
+    ) -> None:
+        self._items = StreamItems(max_in_flight, item_timeout, memory)
+        self._memory = memory
+        if memory is not None:
+            memory.begin_call()
+        self._closed = False
+        self._call = method(timeout=bounded(timeout), metadata=metadata)
+        # A task of its own sends, or a server that waits to be read and a client that waits to
+        # send would wait for each other. None is the half close.
+        self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._sending = asyncio.create_task(self._send())
+
+    async def extract(
+        self,
+        requests: Iterable[StreamRequest] | AsyncIterable[StreamRequest],
+        *,
+        ordered: bool = False,
+    ) -> AsyncIterator[tuple[Any, Outcome]]:
+        """Yield each item's key and its outcome; see ``FeatureStream.extract``.
+
+        ``requests`` may be asynchronous. An iterator that is closed before its end closes the
+        stream.
+        """
+        if self._closed:
+            raise UnavailableError("the stream is closed")
+        waiting = _each(requests)
+        keys: dict[int, Any] = {}
+        position = 0
+        more = finished = False
+        try:
+            more = True
+            while more or keys:
+                while more and self._items.has_room(keys):
+                    request = await anext(waiting, None)
+                    if request is None:
+                        more = False
+                        break
+                    await self._submit(position, request, keys)
+                    position += 1
+                if not keys:
+                    break
+                while (taken := self._items.take(keys, ordered=ordered)) is None:
+                    await self._receive()
+                yield taken
+            finished = True
+        finally:
+            if not finished:
+                await self.close()
+
+    async def close(self) -> None:
+        """End the stream: what is in flight is given up. Features that came stay valid."""
+        if self._closed:
+            return
+        self._closed = True
+        self._outgoing.put_nowait(None)
+        try:
+            # With nothing in flight the server ends it at once with OK, which is what its operators
+            # want to read; where it doesn't, nobody waits for long.
+            if not self._items.unanswered:
+                ended = asyncio.ensure_future(self._call.code())
+                await asyncio.wait([ended], timeout=_CLOSE_SECONDS)
+                ended.cancel()
+        finally:
+            self._call.cancel()
+            self._sending.cancel()
+            if self._memory is not None:
+                self._memory.end_call()
+
+    async def __aenter__(self) -> Self:
+        """Return the stream."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the stream."""
+        await self.close()
+
+    async def _submit(self, position: int, request: StreamRequest, keys: dict[int, Any]) -> None:
+        if _is_in_memory(request.given):
+            message = self._items.encode(position, request, keys)
+        else:
+            message = await _in_thread(lambda: self._items.encode(position, request, keys))
+        if message is not None:
+            self._outgoing.put_nowait(message)
+
+    async def _send(self) -> None:
+        """Send what is encoded, until the half close or the end of the call."""
+        try:
+            while (message := await self._outgoing.get()) is not None:
+                await self._call.write(message)
+            await self._call.done_writing()
+        except (grpc.RpcError, asyncio.InvalidStateError):
+            pass  # The call has ended, which who receives is told.
+
+    async def _receive(self) -> None:
+        """Receive an outcome; one that belongs to another iterator is kept for it."""
+        try:
+            message = await self._call.read()
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
+        except asyncio.CancelledError:
+            if _task_is_cancelled():
+                raise
+            raise UnavailableError("the stream is closed") from None
+        if message is grpc.aio.EOF:
+            raise UnavailableError("the server ended the stream")
+        self._items.receive(message)
+
+
+async def _request_fields(
+    model: str, given: InputLike, layers: SelectionLike, extractor: Extractor | str
+) -> tuple[dict[str, Any], np.ndarray | None]:
+    if _is_in_memory(given):
+        return request_fields(model, given, layers, extractor)
+    return await _in_thread(lambda: request_fields(model, given, layers, extractor))
+
+
+def _is_in_memory(given: Any) -> bool:
+    """Tell whether an input takes no time to encode: an array, a tensor or a file's bytes."""
+    return isinstance(given, bytes) or hasattr(given, "dtype")
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Run work in a thread to its end, even where the task is cancelled meanwhile."""
+    running = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+def _task_is_cancelled() -> bool:
+    """Tell whether a CancelledError is the task's own, not that of a call that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

@@ -1,0 +1,239 @@
+"""What both clients are made of: arguments, messages and replies. Does no input or output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from layertap.client.channel import ChannelSettings, PathLike, Tls, channel_settings, read_token
+from layertap.client.failures import error_from_rpc
+from layertap.client.retry import check_retries
+from layertap.client.shared_memory import SharedMemoryWish
+from layertap.client.trace_context import trace_metadata
+from layertap.errors import ConfigError, InvalidInputError, LayertapError, UnavailableError
+from layertap.grpc_health import health_pb2
+from layertap.v1 import feature_service_pb2
+from layertap.wire.messages import REPLY_COMPRESSION_KEY, REPLY_COMPRESSIONS
+
+__all__ = [
+    "TARGET",
+    "BaseClient",
+    "Method",
+    "ReadyWait",
+    "describe_message",
+    "health_in",
+    "health_message",
+]
+
+TARGET = "127.0.0.1:8001"
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+class Method:
+    """Full names of the RPCs that a client calls."""
+
+    EXTRACT = "/layertap.v1.FeatureService/Extract"
+    EXTRACT_STREAM = "/layertap.v1.FeatureService/ExtractStream"
+    LIST_MODELS = "/layertap.v1.FeatureService/ListModels"
+    DESCRIBE_MODEL = "/layertap.v1.FeatureService/DescribeModel"
+    RELOAD = "/layertap.v1.AdminService/Reload"
+    HEALTH = "/grpc.health.v1.Health/Check"
+    OPEN_SHARED_MEMORY = "/layertap.v1.SharedMemoryService/OpenSharedMemory"
+
+
+class BaseClient:
+    """The arguments of a client, and the messages that its methods send.
+
+    Args:
+        target: The server's address: ``host:port``, or ``unix:/path`` for a Unix socket.
+        timeout: Seconds that a call may take, unless the call says otherwise; None for no end.
+        tls: ``True`` for a server that a public authority vouches for; a ``Tls`` for one with an
+            authority of its own, or one that asks for a client's certificate; False for no TLS.
+        token: The bearer token to send with every call.
+        token_file: A file whose first token is sent, instead of ``token``: one a line, ``#`` begins
+            a comment.
+        allow_plaintext_token: Whether the token may be sent to another machine without TLS, for
+            networks that encrypt by themselves.
+        shared_memory: Whether large tensors go through memory shared with the server, where it is
+            on this machine and runs as the same user: ``"auto"`` tries where the target is a
+            loopback address or a Unix socket, True everywhere, False never. Where shared memory is
+            not available, tensors go through the network without a message; only an item of a
+            stream whose memory is lost on the way fails with SharedMemoryLostError.
+        reply_compression: How the server compresses replies that go through the network:
+            ``"none"``, ``"gzip"`` or ``"deflate"``. Worth it on slow networks only:
+            docs/performance.md has what it costs.
+        retries: How often a call is made again that the server refuses because it is full, within
+            the call's timeout; streams are not. It waits as long as the server says, and a random
+            time on top. 0 raises OverloadedError at once, whose ``retry_after`` says how long.
+
+    Raises:
+        InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these,
+            or negative retries.
+        ConfigError: For invalid TLS files or tokens, for a token that would be sent as plain text
+            to another machine, and under gevent without gRPC's ``init_gevent``.
+    """
+
+    def __init__(
+        self,
+        target: str = TARGET,
+        *,
+        timeout: float | None = 60.0,
+        tls: bool | Tls = False,
+        token: str | None = None,
+        token_file: PathLike | None = None,
+        allow_plaintext_token: bool = False,
+        shared_memory: SharedMemoryWish = "auto",
+        reply_compression: str = "none",
+        retries: int = 0,
+    ) -> None:
+        check_retries(retries)
+        if token is not None and token_file is not None:
+            raise ConfigError("token: got token and token_file, expected one of them or none")
+        if reply_compression not in REPLY_COMPRESSIONS:
+            raise InvalidInputError(
+                f"reply_compression: got {reply_compression!r}, expected one of "
+                f"{', '.join(REPLY_COMPRESSIONS)}"
+            )
+        if shared_memory not in (True, False, "auto"):
+            raise InvalidInputError(
+                f"shared_memory: got {shared_memory!r}, expected True, False or 'auto'"
+            )
+        self._target = target
+        self._timeout = timeout
+        self._retries = retries
+        self._shared_memory = shared_memory
+        self._closed = False
+        self._arguments: dict[str, Any] = {
+            "timeout": timeout,
+            "tls": tls,
+            "token": token,
+            "token_file": token_file,
+            "allow_plaintext_token": allow_plaintext_token,
+            "shared_memory": shared_memory,
+            "reply_compression": reply_compression,
+            "retries": retries,
+        }
+        self._own_metadata: Metadata = ()
+        if reply_compression != "none":
+            self._own_metadata = ((REPLY_COMPRESSION_KEY, reply_compression),)
+        # Now, so that files that can't be used are reported here and not by the first call.
+        self._start(self._settings())
+
+    def _start(self, settings: ChannelSettings) -> None:
+        """Begin with input and output, or leave it to the first call."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the arguments.
+
+        Raises:
+            TypeError: Where they hold a token.
+        """
+        if self._arguments["token"] is not None:
+            raise TypeError(
+                f"cannot pickle a {type(self).__name__} that was given a token, which the pickle "
+                f"would hold for anybody to read; give it token_file, or make a client in each "
+                f"process"
+            )
+        return _made_again, (type(self), self._target, self._arguments)
+
+    def _settings(self) -> ChannelSettings:
+        """Return how to open a channel; the token file is read again each time."""
+        given = self._arguments
+        token, file = given["token"], given["token_file"]
+        return channel_settings(
+            self._target,
+            tls=given["tls"],
+            token=token if file is None else read_token(file),
+            allow_plaintext_token=given["allow_plaintext_token"],
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UnavailableError("the client is closed")
+
+    def _metadata(self) -> Metadata:
+        """Return what a call carries: the client's own metadata and the caller's trace."""
+        return (*self._own_metadata, *(trace_metadata() or ()))
+
+
+class ReadyWait:
+    """What to do between two questions of ``wait_ready``, which asks ever less often.
+
+    Args:
+        target: The server's address, for the error.
+        timeout: Seconds to wait in all.
+        now: The present time in seconds, by the clock that ``left`` is given.
+    """
+
+    _FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.05, 0.5, 1.5
+
+    # The time is up, or the server is stopping or away: another may soon take its place.
+    _AWAY = (
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNAVAILABLE,
+    )
+
+    def __init__(self, target: str, timeout: float, now: float) -> None:
+        self._target = target
+        self._timeout = timeout
+        self._end = now + timeout
+        self._pause = self._FIRST_PAUSE
+        self._heard = "it never answered"
+
+    def left(self, now: float) -> float:
+        """Return the seconds that are left."""
+        return self._end - now
+
+    def serves(self, reply: bytes) -> bool:
+        """Return whether a reply says that the server serves."""
+        status = health_in(reply)
+        self._heard = f"it reports {status}"
+        return status == "SERVING"
+
+    def failed(self, error: grpc.RpcError) -> None:
+        """Take note of a failed question.
+
+        Raises:
+            LayertapError: Where asking again is of no use.
+        """
+        if error.code() not in self._AWAY:
+            raise error_from_rpc(error) from None
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            self._heard = str(error_from_rpc(error))
+
+    def pause(self, now: float) -> float:
+        """Return the seconds to sleep before the next question."""
+        pause, self._pause = self._pause, min(self._LONGEST_PAUSE, self._pause * self._GROWTH)
+        return max(0.0, min(pause, self.left(now)))
+
+    def over(self) -> LayertapError:
+        """Return the error of a server that did not become ready in time."""
+        return UnavailableError(
+            f"the server at {self._target} was not ready within {self._timeout:g} seconds: "
+            f"{self._heard}"
+        )
+
+
+def describe_message(model: str) -> bytes:
+    """Return the message of DescribeModel."""
+    message: bytes = feature_service_pb2.DescribeModelRequest(model=model).SerializeToString()
+    return message
+
+
+def health_message(service: str) -> bytes:
+    """Return the message of a health check."""
+    return health_pb2.HealthCheckRequest(service=service).SerializeToString()
+
+
+def health_in(reply: bytes) -> str:
+    """Return the status in a health check's reply, such as ``SERVING``."""
+    status = health_pb2.HealthCheckResponse.FromString(reply).status
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
+
+def _made_again(kind: type[BaseClient], target: str, arguments: dict[str, Any]) -> BaseClient:
+    """Return what was pickled."""
+    return kind(target, **arguments)

@@ -1,0 +1,427 @@
+"""Which dimensions of an activation follow the input's: found by experiment.
+
+Note [Two experiments]
+    *Another size.* The model runs once more with another height and width, in another ratio. A
+    dimension that grew as the height did is the height; one that grew as their product, but for
+    some tokens in front, holds the grid row by row; one that stayed is channels, or heads.
+
+    *Another place.* Many transformers take one size only, and adaptive pooling gives one size for
+    all. There a small block of the input is changed, in three places, and the activation's largest
+    change is looked for. Where it is where the block is, in each of the three, that dimension is
+    the grid's. Behind an attention or a mixing layer without a residual connection every element
+    changes, and this shows nothing; but where a size has been found to be a grid's and never
+    channels, it is the grid's in the model's other layers too.
+
+    What neither experiment shows stays unknown. Sizes alone prove nothing: 256 channels are no 16 ×
+    16 grid.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layertap.extraction.containers import flatten, plain, unsendable
+from layertap.extraction.layout import Geometry, Layout
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.survey import sample_input
+from layertap.extraction.taps import observe
+from layertap.models import LoadedModel
+from layertap.selection import Capture
+
+__all__ = ["Grids", "other_items", "survey_grids"]
+
+_log = logging.getLogger(__name__)
+
+MAX_TOKENS_IN_FRONT = 8
+"""Class, distillation and register tokens; DINOv2 has the most, one and four."""
+
+_STEPS = (32, 28, 48)
+"""Pixels by which an image is made lower and wider: multiples of the usual strides and patches."""
+
+_PLACES = ((0.15, 0.6), (0.5, 0.2), (0.85, 0.9))
+"""Where a block is changed, as shares of height and width."""
+
+_BLOCK = 112
+"""A block is one in so many of height and of width, and at least two by two pixels.
+
+A patch is larger; a model that skips every other pixel must not miss it.
+"""
+
+Shapes = Mapping[CapturePoint, tuple[int, ...]]
+Moves = Mapping[CapturePoint, Sequence[Sequence[int]]]
+"""For each place of a block: where along each dimension of one item the largest change is."""
+
+
+@dataclass
+class Grids:
+    """What the experiments showed of one model.
+
+    Attributes:
+        specs: The type and shape of each point.
+        item_shape: The sizes of the item at which they were measured.
+        other: The sizes of the other item; equal to ``item_shape`` where none could be tried.
+        shapes: The shape of each point for a batch of one such item, as far as the model ran.
+        moves: For each point whose shape told nothing, see ``Moves``.
+    """
+
+    specs: Mapping[CapturePoint, ValueSpec]
+    item_shape: tuple[int, ...]
+    other: tuple[int, ...]
+    shapes: Shapes
+    moves: Moves = field(default_factory=dict)
+
+    def geometries(self) -> dict[CapturePoint, Geometry]:
+        """Return the geometry of each point of which something is known."""
+        found = {point: self._of(point) for point in self.specs}
+        known = {point: geometry for point, geometry in found.items() if geometry}
+        rows = {
+            (g.front + g.height * g.width, g.channels): g
+            for g in known.values()
+            if g.layout is Layout.TOKENS
+        }
+        maps = {(g.height, g.width) for g in known.values() if g.layout is not Layout.UNKNOWN}
+        for point in self.specs.keys() - known.keys() - self.shapes.keys():
+            if alike := _alike(_item_sizes(self.specs[point]), rows, maps):
+                known[point] = alike
+        return known
+
+    def _of(self, point: CapturePoint) -> Geometry | None:
+        return self.by_size(point) or self.by_place(point) or self._pooled(point)
+
+    def _pooled(self, point: CapturePoint) -> Geometry | None:
+        """Return the geometry of what was pooled to one position: the mean of one is itself."""
+        sizes = _item_sizes(self.specs[point])
+        if len(sizes) == len(self.item_shape) == 3 and 1 < max(sizes) == math.prod(sizes):
+            if sizes[0] > 1:
+                return _map(Layout.CHANNELS_FIRST, sizes)
+            if sizes[2] > 1:
+                return _map(Layout.CHANNELS_LAST, sizes)
+        return None
+
+    def by_size(self, point: CapturePoint) -> Geometry | None:
+        """Return what another size of the input shows of a point."""
+        sizes, others = _item_sizes(self.specs[point]), self._others(point)
+        if others is None or len(others) != len(sizes):
+            return None
+        follows = [axis for axis, size in enumerate(sizes) if others[axis] != size]
+        if not follows or len(follows) == len(sizes):
+            return None
+        if len(self.item_shape) < 3:
+            changed = sum(map(int.__ne__, self.item_shape, self.other))
+            more = len(follows) > changed  # Such as an attention's map of every two positions.
+            return None if more else Geometry(positions=tuple(axis + 1 for axis in follows))
+        if len(sizes) == len(self.item_shape):
+            for layout, height, width in ((Layout.CHANNELS_FIRST, -2, -1),
+                                          (Layout.CHANNELS_LAST, -3, -2)):  # fmt: skip
+                axes = [len(sizes) + height, len(sizes) + width]
+                if follows == axes and self._scales(sizes, others, axes):
+                    return _map(layout, sizes)
+        if len(sizes) == 2 and len(follows) == 1:
+            return self._tokens(sizes, others, follows[0])
+        return None
+
+    def by_place(self, point: CapturePoint) -> Geometry | None:
+        """Return what the places of the largest changes show of a point."""
+        moves, sizes = self.moves.get(point), _item_sizes(self.specs[point])
+        if moves is None:
+            return None
+        if len(self.item_shape) < 3:
+            return self._series(moves, sizes)
+        if len(sizes) == len(self.item_shape):
+            for layout, height, width in ((Layout.CHANNELS_FIRST, -2, -1),
+                                          (Layout.CHANNELS_LAST, -3, -2)):  # fmt: skip
+                if _moves_along(moves, sizes, height, width):
+                    return _map(layout, sizes)
+        if len(sizes) == 2 and len(self.item_shape) == 3:
+            for axis in (0, 1):
+                for front, h, w in _grids(sizes[axis], self.item_shape[-2:]):
+                    seen = [move[axis] for move in moves]
+                    if seen == [front + _cell(y, h) * w + _cell(x, w) for y, x in _PLACES]:
+                        return _row(axis, sizes, front, h, w)
+        return None
+
+    def _others(self, point: CapturePoint) -> tuple[int, ...] | None:
+        shape, axis = self.shapes.get(point), self.specs[point].batch_axis
+        if shape is None or axis is None:
+            return None
+        return shape[: axis[0]] + shape[axis[0] + 1 :]
+
+    def _scales(self, sizes: Sequence[int], others: Sequence[int], axes: Sequence[int]) -> bool:
+        """Tell whether height and width of an activation grew as the input's did."""
+        return all(
+            abs(sizes[axis] * self.other[side] / self.item_shape[side] - others[axis]) < 1.5
+            for axis, side in zip(axes, (-2, -1), strict=True)
+        )
+
+    def _tokens(self, sizes: Sequence[int], others: Sequence[int], axis: int) -> Geometry:
+        # A video's tokens are those of its frames, one after the other.
+        image = self.item_shape[-2:] if len(self.item_shape) == 3 else ()
+        for front, height, width in _grids(sizes[axis], image):
+            for other in _grids(others[axis], self.other[-2:], [front]):
+                if self._scales((height, width), other[1:], (0, 1)):
+                    return _row(axis, sizes, front, height, width)
+        return Geometry(positions=(axis + 1,))
+
+    def _series(self, moves: Sequence[Sequence[int]], sizes: Sequence[int]) -> Geometry | None:
+        length = self.item_shape[-1]
+        for axis, size in enumerate(sizes):
+            front = size - length
+            seen = [move[axis] for move in moves]
+            near = 0 <= front <= MAX_TOKENS_IN_FRONT and len(sizes) > 1
+            if near and seen == [front + _cell(x, length) for _, x in _PLACES]:
+                return Geometry(positions=(axis + 1,))
+        return None
+
+
+def survey_grids(
+    model: LoadedModel,
+    specs: Mapping[CapturePoint, ValueSpec],
+    turn: AbstractContextManager[object],
+    others: Callable[[torch.Tensor], Shapes],
+) -> dict[CapturePoint, Geometry]:
+    """Find the geometry of each point; see Note [Two experiments].
+
+    Args:
+        model: The model; no other forward pass of it may run meanwhile.
+        specs: The type and shape of each point, at the model's own item shape.
+        turn: Held in each pass.
+        others: Returns the shapes of the points that are no module's, for a batch.
+    """
+    item_shape = model.input.item_shape
+    specs = {p: spec for p, spec in specs.items() if _is_plain(spec)}
+    best: tuple[tuple[int, ...], Shapes] = (item_shape, {})
+    for other in other_items(item_shape, model.input.free):
+        x = sample_input(model, 1, other)
+        shapes, ended = _shapes(model, x, turn)
+        if ended:
+            best = other, {**shapes, **_of_nodes(others, x)}
+            break
+        if len(shapes) > len(best[1]):
+            best = other, shapes
+    grids = Grids(specs, item_shape, *best)
+    # Not what follows another size, and has but one dimension with several elements.
+    open_points = {p for p in specs if _is_open(specs[p]) and not grids.by_size(p)}
+    if open_points:
+        grids.moves = _survey_moves(model, {p: specs[p] for p in open_points}, turn)
+    return grids.geometries()
+
+
+def other_items(item_shape: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Yield item shapes at which a model may show which dimensions follow which.
+
+    An image's height and width change in different ratios, so that they can be told apart. A model
+    that is said to take one size is tried too: it may run far enough.
+    """
+    if len(item_shape) >= 3:
+        *rest, height, width = item_shape
+        if min(height, width) > 3 * max(_STEPS):
+            for step in _STEPS:
+                yield (*rest, height - step, width + step)
+        else:
+            yield (*rest, 2 * height, 3 * width)
+        return
+    axes = free or [len(item_shape) - 1]
+    for twice, half in ((2, 1), (1, 2)):
+        other = tuple(
+            size * twice // half if axis in axes else size for axis, size in enumerate(item_shape)
+        )
+        if min(other) > 0:
+            yield other
+
+
+def _shapes(
+    model: LoadedModel, x: torch.Tensor, turn: AbstractContextManager[object]
+) -> tuple[dict[CapturePoint, tuple[int, ...]], bool]:
+    """Return the shapes of a pass, and whether it ran to its end."""
+    shapes: dict[CapturePoint, tuple[int, ...]] = {}
+
+    def see(point: CapturePoint, tensor: torch.Tensor) -> None:
+        shapes[point] = tuple(tensor.shape)
+
+    try:
+        _watch(model, x, turn, see)
+    except Exception as error:  # noqa: BLE001 - a model need not take another size
+        _log.debug("model %s does not run on %s: %s", model.name, list(x.shape), error)
+        return shapes, False
+    return shapes, True
+
+
+def _of_nodes(others: Callable[[torch.Tensor], Shapes], x: torch.Tensor) -> Shapes:
+    try:
+        return others(x)
+    except Exception as error:  # noqa: BLE001 - a symbolic graph may hold the sizes of its example
+        _log.debug("the symbolic graph does not run on %s: %s", list(x.shape), error)
+        return {}
+
+
+def _survey_moves(
+    model: LoadedModel,
+    specs: Mapping[CapturePoint, ValueSpec],
+    turn: AbstractContextManager[object],
+) -> dict[CapturePoint, list[list[int]]]:
+    """Return for each point where it changes most when the input changes at each place."""
+    moves: dict[CapturePoint, list[list[int]]] = {point: [] for point in specs}
+    if len(model.input.item_shape) == 2:
+        return {}  # Which of the two is the time can't be told.
+
+    def see(point: CapturePoint, tensor: torch.Tensor) -> None:
+        if point in specs and (where := _largest_change(tensor, specs[point])):
+            moves[point].append(where)
+
+    for place in _PLACES:
+        try:
+            _watch(model, _changed_at(model, place), turn, see)
+        except Exception as error:  # noqa: BLE001 - the block may be what the model can't take
+            _log.debug("model %s does not run on a changed input: %s", model.name, error)
+    return {point: seen for point, seen in moves.items() if len(seen) == len(_PLACES)}
+
+
+def _changed_at(model: LoadedModel, place: tuple[float, float]) -> torch.Tensor:
+    """Return a batch of two items, of which the second has another block at a place."""
+    x = sample_input(model, 1, model.input.item_shape).repeat(2, *[1] * len(model.input.item_shape))
+    block = x[1]
+    sides = model.input.item_shape[-2:] if x.ndim > 3 else model.input.item_shape[-1:]
+    for share, size, axis in zip(place[-len(sides) :], sides, range(-len(sides), 0), strict=True):
+        begin = int(share * size)
+        least = 2 if len(sides) == 2 else 1
+        block = block.narrow(axis, begin, min(size - begin, max(least, size // _BLOCK)))
+    if model.input.dtype.is_floating_point:
+        block.add_(3)
+    else:
+        rows = model.input.ids.rows if model.input.ids else 2
+        block.add_(max(1, rows // 2)).remainder_(rows)
+    return x
+
+
+def _largest_change(tensor: torch.Tensor, spec: ValueSpec) -> list[int]:
+    """Return where along each dimension of an item two items differ most; empty for nowhere."""
+    axis = spec.batch_axis
+    if axis is None or tensor.ndim != len(spec.dims) or tensor.shape[axis[0]] != 2:
+        return []
+    first, second = tensor.unbind(axis[0])
+    change = (second.double() - first.double()).abs()
+    if not change.isfinite().all() or not change.any():
+        return []
+    rest = range(change.ndim)
+    return [
+        int(change.sum([other for other in rest if other != own]).argmax())
+        if change.ndim > 1
+        else int(change.argmax())
+        for own in rest
+    ]
+
+
+def _watch(
+    model: LoadedModel,
+    x: torch.Tensor,
+    turn: AbstractContextManager[object],
+    take: Callable[[CapturePoint, torch.Tensor], None],
+) -> None:
+    calls: Counter[tuple[str, Capture]] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        call = calls[path, side]
+        calls[path, side] += 1
+        for way, tensor in flatten(value):
+            if not unsendable(tensor):
+                take(CapturePoint(PointKind.MODULE, path, side, call, way), plain(tensor))
+
+    with turn, observe(model.module, see):
+        model.forward(x)
+
+
+def _is_plain(spec: ValueSpec) -> bool:
+    """Tell whether a value has a batch dimension of one element for each item, and two others."""
+    axis = spec.batch_axis
+    return not spec.dynamic and axis is not None and axis[1] == 1 and len(spec.dims) > 2
+
+
+def _is_open(spec: ValueSpec) -> bool:
+    return spec.dtype.is_floating_point and sum(size > 1 for size in _item_sizes(spec)) > 1
+
+
+def _item_sizes(spec: ValueSpec) -> tuple[int, ...]:
+    return tuple(dim.size for dim in spec.dims if not dim.batch)
+
+
+def _map(layout: Layout, sizes: Sequence[int]) -> Geometry:
+    if layout is Layout.CHANNELS_FIRST:
+        return Geometry(layout, sizes[0], sizes[-2], sizes[-1])
+    return Geometry(layout, sizes[-1], sizes[-3], sizes[-2])
+
+
+def _row(axis: int, sizes: Sequence[int], front: int, height: int, width: int) -> Geometry:
+    """Return the geometry of a grid in one row: tokens, or channels of a row of numbers each."""
+    if axis == 0:
+        return Geometry(Layout.TOKENS, sizes[1], height, width, front)
+    return Geometry(positions=(2,))
+
+
+def _alike(
+    sizes: tuple[int, ...],
+    rows: Mapping[tuple[int, int], Geometry],
+    maps: set[tuple[int, int]],
+) -> Geometry | None:
+    """Return the geometry of sizes that the model's other layers were found to have.
+
+    Args:
+        sizes: Those of one item.
+        rows: What is known of a layer of so many tokens and channels.
+        maps: The heights and widths that are known.
+    """
+    if len(sizes) == 2:
+        tokens, turned = rows.get((sizes[0], sizes[1])), rows.get((sizes[1], sizes[0]))
+        if tokens:
+            return tokens
+        return Geometry(positions=(2,)) if turned else None
+    if len(sizes) == 3:
+        first, last = sizes[1:] in maps, sizes[:2] in maps
+        if first != last:
+            return _map(Layout.CHANNELS_FIRST if first else Layout.CHANNELS_LAST, sizes)
+    return None
+
+
+def _cell(share: float, cells: int) -> int:
+    return min(cells - 1, int(share * cells))
+
+
+def _moves_along(
+    moves: Sequence[Sequence[int]], sizes: Sequence[int], height: int, width: int
+) -> bool:
+    """Tell whether the largest change is where the block is, or one cell beside it."""
+    h, w = sizes[height], sizes[width]
+    if h < 2 or w < 2:
+        return False
+    rows = [move[height] - _cell(y, h) for move, (y, _) in zip(moves, _PLACES, strict=True)]
+    columns = [move[width] - _cell(x, w) for move, (_, x) in zip(moves, _PLACES, strict=True)]
+    beside = 0 if min(h, w) < 4 else 1
+    return max(map(abs, rows + columns)) <= beside
+
+
+def _grids(
+    tokens: int, image: Sequence[int], fronts: Sequence[int] | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (tokens in front, height, width) of the grids that so many tokens may be.
+
+    Their cells are as high as they are wide, up to rounding.
+    """
+    if not image:
+        return
+    for front in fronts if fronts is not None else range(MAX_TOKENS_IN_FRONT + 1):
+        cells = tokens - front
+        for height in range(1, cells + 1):
+            width, rest = divmod(cells, height)
+            if (
+                not rest
+                and abs(image[1] * height / image[0] - width) < 1
+                and (abs(image[0] * width / image[1] - height) < 1)
+            ):
+                yield front, height, width

@@ -1,0 +1,392 @@
+"""How the passes of a model may be run, given what they do to the state that it keeps in Python.
+
+Note [Each pass begins with the loaded state]
+    A model may fill a list in ``forward`` and empty it at the end, keep a recurrent state between
+    calls, or leave activations in helper objects. A pass that ends early, two passes at once, or
+    merely the pass before would then change an answer. So the model is watched while it is
+    measured. One that writes no state is run freely. One that does runs one pass at a time, and
+    after each everything is put back as it was when the model was loaded: every answer is that of
+    the first call of a fresh module. Where something can't be put back, nothing is: passes run one
+    at a time and to their end, by HOOK only, as the calls of a plain module would, and the
+    catalogue says that the model is stateful. What was measured has run by then, so another module,
+    built anew, serves the requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.chance import Generators
+from layertap.extraction.containers import flatten, plain, unsendable
+from layertap.extraction.looks import unwatched
+from layertap.extraction.points import CapturePoint, PointKind, Sink
+from layertap.extraction.script_taps import programs, writes_attributes
+from layertap.extraction.state import Change, Snapshot, Watch
+from layertap.extraction.survey import HookSurvey, sample_input, survey_hooks
+from layertap.extraction.taps import StopForward, observe
+from layertap.extraction.verify import difference
+from layertap.extraction.writes import each_line
+from layertap.models import LoadedModel
+from layertap.selection import Capture
+
+__all__ = ["GuardedExtractor", "KeptState", "PassGuard", "PassRules", "survey_passes"]
+
+_log = logging.getLogger(__name__)
+
+MAX_NAMED = 5
+"""Places that a sentence about state names."""
+
+SAME = 1e-4
+"""Largest difference of two passes that counts as none: some kernels add in changing order."""
+
+_process_wide = threading.Lock()
+"""Held by passes that write what a class or a file holds: other models may be of the same code."""
+
+
+class KeptState(StrEnum):
+    """What happens to the state that a model's passes write."""
+
+    NONE = "none"
+    """Its passes write none."""
+    RESET = "reset"
+    """It is put back after each pass, to what it was when the model was loaded."""
+    KEPT = "kept"
+    """It can't be put back, so an answer may depend on the requests before: a stateful model."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassRules:
+    """What is allowed of a model's passes.
+
+    Attributes:
+        early_stop: Whether a pass may end behind the last layer that is wanted.
+        concurrent: Whether several passes may run at once.
+        shared: Whether requests may share a pass, if their items prove to be independent.
+        state: What happens to the state that passes write.
+        uncompiled: Why no compiled program may take the model's place; empty where one may.
+        everywhere: Whether the state belongs to a class or a file, so that passes of all such
+            models take turns.
+        notes: What was seen, in words.
+    """
+
+    early_stop: bool = True
+    concurrent: bool = True
+    shared: bool = True
+    state: KeptState = KeptState.NONE
+    uncompiled: str = ""
+    everywhere: bool = False
+    notes: tuple[str, ...] = ()
+
+
+_UNKNOWN = PassRules(early_stop=False, concurrent=False, shared=False, state=KeptState.RESET)
+"""What holds until a model has been watched."""
+
+
+class PassGuard:
+    """Held around each forward pass of a model; keeps its rules.
+
+    Entering waits for the passes that may not run at the same time; leaving puts the state back. A
+    block inside another one of the same thread belongs to the same pass.
+
+    Args:
+        module: The model, as it was loaded: no pass of it has run yet.
+
+    Attributes:
+        rules: What is allowed. Stricter once a pass is seen to write state that no pass before it
+            wrote.
+        snapshot: The loaded state.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.rules = _UNKNOWN
+        self.snapshot = Snapshot(module)
+        self._turns = threading.Condition()
+        self._running = 0
+        self._alone = False
+        self._mine = threading.local()
+
+    def __enter__(self) -> PassGuard:
+        """Wait for this pass's turn."""
+        depth = self._mine.depth = getattr(self._mine, "depth", 0) + 1
+        if depth > 1:
+            return self
+        with self._turns:
+            self._turns.wait_for(self._may_begin)
+            self._running += 1
+            self._alone = not self.rules.concurrent
+            everywhere = self._alone and self.rules.everywhere
+        if everywhere:
+            _process_wide.acquire()
+        self._everywhere = everywhere
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Put the state back where passes write some, and let the next pass begin."""
+        self._mine.depth -= 1
+        if self._mine.depth:
+            return
+        with self._turns:
+            try:
+                if self._running == 1 and self.rules.state is KeptState.RESET:
+                    with unwatched():
+                        self.snapshot.restore()
+            finally:
+                self._running -= 1
+                alone, self._alone = self._alone, False
+                if alone and self._everywhere:
+                    self._everywhere = False
+                    _process_wide.release()
+                self._turns.notify_all()
+
+    def _may_begin(self) -> bool:
+        if self._alone:
+            return False
+        return self.rules.concurrent or not self._running
+
+    def settle(self, rules: PassRules, changes: Sequence[Change]) -> None:
+        """Take the rules that watching the model led to, and free the copies that it needs not."""
+        self.rules = rules
+        self.snapshot.settle(change.path for change in changes)
+
+    def learn(self, name: str) -> None:
+        """Look whether a pass wrote state though none did before; to be called inside the block.
+
+        Args:
+            name: The model's name, for the log.
+        """
+        if self.rules.state is not KeptState.NONE:
+            return
+        with unwatched():
+            # Hooks may have come from outside, since the model was measured.
+            changes = self.snapshot.changes(hooks=False)
+        if not changes:
+            return
+        with self._turns:
+            rules = _for_changes(changes, persistent=True)
+            notes = (*self.rules.notes, *rules.notes)
+            self.rules = replace(rules, notes=notes)
+        for note in rules.notes:
+            _log.warning("model %s: %s", name, note)
+
+
+class GuardedExtractor:
+    """An extractor that runs the model's modules, each pass inside the model's guard.
+
+    Args:
+        built: The extractor.
+        guard: The model's guard.
+    """
+
+    def __init__(self, built: BuiltExtractor, guard: PassGuard) -> None:
+        self._built = built
+        self._guard = guard
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        with self._guard:
+            self._built.run(x, sink)
+
+
+@dataclass
+class _Seen:
+    """What watched passes showed.
+
+    Attributes:
+        changes: Everything that some pass wrote, by path.
+        lasting: Whether some of it was still there after a whole pass.
+        carried: Whether a pass on what another left behind gives other values.
+        by_batch: What one pass made, later passes keep, and another batch size makes otherwise.
+        threads: Whether modules ran on other threads than the pass's own.
+        unexplained: Whether two passes that both began with the loaded state differ.
+    """
+
+    changes: dict[str, Change] = field(default_factory=dict)
+    lasting: bool = False
+    carried: bool = False
+    by_batch: tuple[str, ...] = ()
+    threads: bool = False
+    unexplained: bool = False
+
+    def add(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            self.changes.setdefault(change.path, change)
+
+
+def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, HookSurvey]:
+    """Run a model on batches of one and two, watch what it does to its state, settle its rules.
+
+    No other pass of the model may run meanwhile. Whatever the model raises passes through.
+
+    Returns:
+        What hooks saw at batch 1, values included, and at batch 2; both from the loaded state.
+    """
+    seen = _Seen()
+    shape = model.input.item_shape
+    x, snapshot, chance = sample_input(model, 1, shape), guard.snapshot, Generators(model.device)
+    watch = Watch(snapshot)
+    with each_line(watch.look):
+        one = survey_hooks(model, x, keep_values=True, look=watch.look_now_and_then)
+    after = snapshot.deep_changes()
+    seen.add([*watch.changes.values(), *after])
+    seen.threads = len(watch.threads) > 1
+    dirty = Snapshot(model.module) if after else None
+    with chance.repeated():
+        again = _agrees(model, x, one.values)
+    rewritten = dirty.rewritten() if dirty else set()
+    snapshot.deep_restore()
+    if seen.changes or not again:
+        _stop_early(model, x, len(one.order))
+        snapshot.deep_restore()
+        with chance.repeated():
+            seen.unexplained = not _agrees(model, x, one.values)
+        snapshot.deep_restore()
+        seen.carried = not again and not seen.unexplained
+    two = survey_hooks(model, sample_input(model, 2, shape))
+    after_two = snapshot.deep_changes()
+    seen.add(after_two)
+    seen.lasting = bool(after or after_two)
+    if dirty is not None:
+        kept = {change.path for change in after} - rewritten
+        seen.by_batch = tuple(c.path for c in dirty.deep_changes() if c.path in kept)
+    snapshot.deep_restore()
+    guard.settle(_rules(model, guard, seen), tuple(seen.changes.values()))
+    return one, two
+
+
+def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
+    rules = PassRules()
+    if seen.changes:
+        rules = _for_changes(list(seen.changes.values()), persistent=seen.lasting)
+    elif any(map(writes_attributes, programs(model.module).values())):
+        rules = PassRules(
+            concurrent=False,
+            shared=False,
+            state=KeptState.RESET,
+            notes=("its TorchScript program has statements that write attributes; passes run one "
+                   "at a time, each from the loaded state",),
+        )  # fmt: skip
+    notes = list(rules.notes)
+    if seen.carried or seen.by_batch:
+        what = _named(seen.by_batch) if seen.by_batch else "what an earlier pass left behind"
+        rules = replace(rules, uncompiled=f"the model keeps state between calls ({what}), which a "
+                        "compiled program would hold as a constant")  # fmt: skip
+    if seen.threads:
+        rules = replace(rules, early_stop=False)
+        notes.append("its modules run on several threads, so each pass runs to its end")
+    if seen.unexplained:
+        notes.append(
+            "two passes from the loaded state differ, though neither state nor random numbers that "
+            "can be seen explain it; answers may depend on the requests before"
+        )
+        rules = _stateful(rules)
+    if guard.snapshot.outside:
+        notes.append(
+            f"it holds modules that are not registered ({_named(guard.snapshot.outside)}): eval(), "
+            "the device and the precision don't reach them, and they have no layer names"
+        )
+    return replace(rules, notes=tuple(notes))
+
+
+def _for_changes(changes: Sequence[Change], *, persistent: bool) -> PassRules:
+    everywhere = any(change.everywhere for change in changes)
+    names = _named([change.path for change in changes])
+    lost = [change for change in changes if change.reason]
+    when = "keep what they write after they end" if persistent else "write while they run"
+    if lost:
+        reasons = ", ".join(dict.fromkeys(change.reason for change in lost))
+        note = (
+            f"stateful: its passes write {_named([c.path for c in lost])}, which can't be put back "
+            f"({reasons}); passes run one at a time and to their end, and an answer may depend on "
+            f"the requests before it"
+        )
+        return _stateful(PassRules(everywhere=everywhere, notes=(note,)))
+    note = (
+        f"its passes {when} {names}: they run one at a time, and after each the loaded state is "
+        f"put back"
+    ) if not persistent else (
+        f"its passes leave {names} changed: they run one at a time, and after each the loaded "
+        f"state is put back, so every answer is that of a first call"
+    )  # fmt: skip
+    return PassRules(
+        concurrent=False,
+        shared=not persistent,
+        state=KeptState.RESET,
+        everywhere=everywhere,
+        notes=(note,),
+    )
+
+
+def _stateful(rules: PassRules) -> PassRules:
+    return replace(
+        rules,
+        early_stop=False,
+        concurrent=False,
+        shared=False,
+        state=KeptState.KEPT,
+        uncompiled=rules.uncompiled or "the model is stateful",
+    )
+
+
+def _named(paths: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, paths[:MAX_NAMED]))
+    return shown + (f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else "")
+
+
+def _agrees(
+    model: LoadedModel, x: torch.Tensor, values: Mapping[CapturePoint, torch.Tensor]
+) -> bool:
+    """Run a pass and tell whether each output is what it was before."""
+    calls: dict[str, int] = {}
+    agrees = True
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        nonlocal agrees
+        if side is not Capture.OUTPUT:
+            return
+        call = calls[path] = calls.get(path, -1) + 1
+        for way, tensor in flatten(value):
+            expected = values.get(CapturePoint(PointKind.MODULE, path, side, call, way))
+            if expected is not None and not unsendable(tensor):
+                agrees = agrees and difference(plain(tensor), expected) <= SAME
+
+    try:
+        with observe(model.module, see):
+            model.forward(x.clone())
+    except Exception:  # noqa: BLE001 - a state that another pass left may make it fail anyhow
+        _log.info("model %s fails on its second pass", model.name, exc_info=True)
+        return False
+    return agrees
+
+
+def _stop_early(model: LoadedModel, x: torch.Tensor, calls: int) -> None:
+    """Run a pass that ends half-way, as one does whose last wanted layer comes early."""
+    left = max(1, calls // 2)
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        nonlocal left
+        left -= side is Capture.OUTPUT
+        if not left:
+            raise StopForward
+
+    try:
+        with observe(model.module, see):
+            model.forward(x.clone())
+    except StopForward:
+        pass
+    except Exception:  # noqa: BLE001 - code that catches our stop may raise what it likes instead
+        _log.info("model %s fails when a pass ends early", model.name, exc_info=True)

@@ -1,0 +1,86 @@
+"""Looking on while a model's Python code runs, line by line where it may write state.
+
+Note [Between two modules]
+    Hooks see the moments at which modules are called. State that is written and taken back between
+    two calls (``self.scale = x.max()`` … ``self.scale = None``) is there at none of them, and still
+    another thread's pass may read it. So the model's own functions are followed line by line, those
+    only that have statements by which state can be written.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+
+__all__ = ["each_line"]
+
+_STORES = {
+    dis.opmap[name]
+    for name in (
+        "STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR", "STORE_GLOBAL",
+        "DELETE_GLOBAL", "STORE_DEREF", "STORE_SLICE",
+    )
+    if name in dis.opmap
+}  # fmt: skip
+
+_WRITERS = {
+    "append", "appendleft", "extend", "extendleft", "insert", "pop", "popleft", "popitem", "remove",
+    "clear", "update", "add", "discard", "setdefault", "put", "get", "put_nowait", "get_nowait",
+    "acquire", "release", "push", "send", "write", "read", "next", "setattr", "delattr", "vars",
+    "__setattr__", "__dict__", "__setitem__", "__next__", "heappush", "heappop", "rotate", "sort",
+    "register_forward_hook", "register_forward_pre_hook", "register_buffer", "set_state", "data",
+    "setstate", "shuffle", "fill",
+}  # fmt: skip
+"""Names of what changes an object that it is called on, or given."""
+
+_TORCH = f"{Path(torch.__file__).parent}/"
+_OURS = f"{Path(__file__).parent.parent}/"
+_LIBRARY = f"{sysconfig.get_path('stdlib')}/"
+_PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+"""Folders of installed packages, which may lie inside the standard library's."""
+
+
+@contextmanager
+def each_line(look: Callable[[], None]) -> Iterator[None]:
+    """Call ``look`` at the lines of this thread's code that may write state, in the block.
+
+    Code of torch, of the standard library and of this package is left out. ``look`` must not raise.
+    """
+    may_write: dict[CodeType, bool] = {}
+
+    def line(frame: FrameType, event: str, argument: Any) -> Any:
+        look()
+        return line
+
+    def call(frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        if code not in may_write:
+            may_write[code] = _may_write(code)
+        return line if may_write[code] else None
+
+    former = sys.gettrace()
+    sys.settrace(call)
+    try:
+        yield
+    finally:
+        sys.settrace(former)
+
+
+def _may_write(code: CodeType) -> bool:
+    file = code.co_filename
+    if file.startswith((_TORCH, _OURS, "<frozen")):
+        return False
+    if file.startswith(_LIBRARY) and not file.startswith(_PACKAGES):
+        return False
+    return bool(_STORES & set(code.co_code[::2])) or any(
+        name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+        for name in code.co_names
+    )

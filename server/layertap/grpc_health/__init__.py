@@ -1,0 +1,1 @@
+"""The generated messages of ``grpc.health.v1``; ``proto/grpc/health`` is their source."""

@@ -1,0 +1,1 @@
+"""The generated messages of gRPC's reflection; ``proto/grpc/reflection`` is their source."""

@@ -1,0 +1,295 @@
+"""Thread pools whose threads all exist before they are needed.
+
+Note [Threads that can't be started]
+    Containers limit how many threads a process may have (the pids control group, RLIMIT_NPROC), and
+    so does memory. ``concurrent.futures.ThreadPoolExecutor`` starts a thread when a task comes, in
+    the thread that brings the task: with gRPC that is the one that reads every call, and where it
+    raises "can't start new thread" the server never answers anything again. So the pools here start
+    all threads at once, before the server is ready, and none later. Where the system allows fewer
+    than wanted, each pool gets its share, and some of them are given up again for those that come
+    later: a model that is reloaded, an OpenMP team (whose library ends the process if it can't
+    start one).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import ParamSpec, TypeVar
+
+from layertap.errors import UnavailableError
+
+__all__ = [
+    "RESERVE",
+    "THREADS_REFUSED",
+    "CallersThread",
+    "WorkerThreads",
+    "is_thread_refused",
+    "require_threads",
+    "start_threads",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+RESERVE = 32
+"""Threads that are left to the rest of the process where the system allows fewer than wanted."""
+
+LEAST = 2
+"""Threads of each pool without which a server doesn't start."""
+
+THREADS_REFUSED = (
+    "the system allows this process no more threads: raise its limit of processes (pids.max of the "
+    "control group, docker --pids-limit, ulimit -u)"
+)
+
+
+def is_thread_refused(error: Exception) -> bool:
+    """Return whether an error is Python's for a thread that the system did not allow."""
+    # Python has no class for it.
+    return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+
+
+# A task, or None where a thread should end.
+_Task = Callable[[], None] | None
+
+
+class WorkerThreads(ThreadPoolExecutor):
+    """A pool that never starts a thread by itself: ``start_threads`` starts them.
+
+    A task that finds no thread free waits for one. The threads are daemons: a task that hangs does
+    not keep the process from ending.
+
+    It is a ThreadPoolExecutor because gRPC lets a handler bring its own threads only as one
+    (``experimental_thread_pool``); it has no more than the methods in common with it.
+
+    Args:
+        most: Threads that it should have.
+        name: What the threads are called, with a number behind.
+
+    Attributes:
+        most: The same.
+        name: The same.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        super().__init__(most, thread_name_prefix=name)
+        self.most = most
+        self.name = name
+        self._tasks: SimpleQueue[_Task] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._alive: set[threading.Thread] = set()
+        self._count = 0
+        self._unfinished = 0
+        self._closed = False
+
+    @property
+    def count(self) -> int:
+        """How many threads there are."""
+        return self._count
+
+    @property
+    def busy(self) -> int:
+        """How many tasks have not ended yet, those that wait included."""
+        return self._unfinished
+
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait for a thread."""
+        return self._tasks.qsize()
+
+    def start_one(self) -> bool:
+        """Start a thread; return whether the system allowed it."""
+        name = f"{self.name}-{self._count}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        with self._lock:
+            self._alive.add(thread)
+            self._count += 1
+        return True
+
+    def end_some(self, count: int) -> None:
+        """End this many threads, and wait until they have ended. For a pool without tasks."""
+        with self._lock:
+            self._count -= count
+            former = list(self._alive)
+        for _ in range(count):
+            self._tasks.put(None)
+        while len(self._alive) > self._count:
+            time.sleep(0.001)
+        for thread in former:
+            if thread not in self._alive:
+                thread.join()
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Have a free thread run it, or the first that becomes free.
+
+        Raises:
+            RuntimeError: After ``shutdown``.
+        """
+        with self._lock:
+            return self._submit(lambda: fn(*args, **kwargs))
+
+    def submit_if_free(self, fn: Callable[[], R]) -> Future[R] | None:
+        """Have a free thread run it; return None where there is none.
+
+        Raises:
+            RuntimeError: After ``shutdown``.
+        """
+        with self._lock:
+            return self._submit(fn) if self._count > self._unfinished else None
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, and let the threads end when those that they have are done.
+
+        Args:
+            wait: Whether to wait for that.
+            cancel_futures: Whether tasks that no thread has begun are dropped.
+        """
+        with self._lock:
+            self._closed = True
+            while cancel_futures and not self._tasks.empty():
+                self._tasks.get()
+            for _ in range(self._count):
+                self._tasks.put(None)
+            self._count = 0
+        if wait:
+            self.join()
+
+    def join(self, seconds: float = threading.TIMEOUT_MAX) -> None:
+        """Wait for the threads to end after ``shutdown``, but no longer than this in all."""
+        ends = time.monotonic() + seconds
+        for thread in list(self._alive):
+            thread.join(max(0.0, ends - time.monotonic()))
+
+    def _submit(self, call: Callable[[], R]) -> Future[R]:
+        if self._closed:
+            raise RuntimeError("the pool is shut down")
+        future: Future[R] = Future()
+        self._unfinished += 1
+        self._tasks.put(lambda: self._run(call, future))
+        return future
+
+    def _run(self, call: Callable[[], R], future: Future[R]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = call()
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+            future.set_exception(error)
+            # The error refers to this frame, and so to itself.
+            del future
+        else:
+            future.set_result(result)
+
+    def _work(self) -> None:
+        try:
+            self._run_tasks()
+        finally:
+            self._alive.discard(threading.current_thread())
+
+    def _run_tasks(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            finally:
+                # Before the thread waits again, or the last task would live until the next comes.
+                del task
+                with self._lock:
+                    self._unfinished -= 1
+
+
+class CallersThread(ThreadPoolExecutor):
+    """Runs each task at once, in the thread that brings it; for tasks that never wait."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Run it and return its outcome."""
+        future: Future[R] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+            future.set_exception(error)
+        return future
+
+
+def start_threads(pools: Sequence[WorkerThreads], reserve: int = RESERVE) -> int:
+    """Start the threads of pools, one of each in turn.
+
+    Where the system refuses one, ``reserve`` threads are ended again, those of the largest pools
+    first, so that the rest of the process can still start some.
+
+    Args:
+        pools: The pools, without threads yet.
+        reserve: Threads to leave to others where there are too few.
+
+    Returns:
+        How many threads are missing; 0 for none.
+
+    Raises:
+        UnavailableError: Where some pool would be left with less than two threads.
+    """
+    missing = sum(pool.most for pool in pools)
+    wanting = list(pools)
+    while wanting:
+        for pool in wanting:
+            if not pool.start_one():
+                return missing + _give_up(pools, reserve)
+            missing -= 1
+        wanting = [pool for pool in wanting if pool.count < pool.most]
+    return 0
+
+
+def _give_up(pools: Sequence[WorkerThreads], reserve: int) -> int:
+    given = dict.fromkeys(pools, 0)
+    while sum(given.values()) < reserve:
+        largest = max(pools, key=lambda pool: pool.count - given[pool])
+        if largest.count - given[largest] <= LEAST:
+            break
+        given[largest] += 1
+    for pool, count in given.items():
+        pool.end_some(count)
+    if any(pool.count < LEAST for pool in pools):
+        started = sum(pool.count for pool in pools)
+        for pool in pools:
+            pool.shutdown(wait=False)
+        raise UnavailableError(
+            f"got {started} threads for calls, expected at least {LEAST * len(pools)}: "
+            f"{THREADS_REFUSED}"
+        )
+    return sum(given.values())
+
+
+def require_threads(count: int) -> None:
+    """Raise UnavailableError where the system would not let ``count`` more threads run at once.
+
+    For code that starts threads in a way that can't fail gracefully: OpenMP's library ends the
+    process where it can't start one. It starts so many and ends them again, so somebody else may
+    still take the last one in between.
+
+    Raises:
+        UnavailableError: Where it would not.
+    """
+    leave = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=leave.wait, name="layertap-probe", daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        raise UnavailableError(
+            f"got {len(started)} more threads, expected {count}: {THREADS_REFUSED}"
+        ) from None
+    finally:
+        leave.set()
+        for thread in started:
+            thread.join()

@@ -1,0 +1,102 @@
+"""A program whose native code could end the process runs in a process of its own first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from layertap.errors import ExtractorUnsupportedError
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.apart import ProgramEndedError, may_end_the_process, run_apart
+from layertap.extraction.proof import collect
+from layertap.extraction.trial import tried
+from layertap.extraction.verify import mismatch
+from layertap.models import ModelSpec, load_model
+from layertap.selection import Extractor
+from layertap.silence import warnings_ignored
+from oracle import outputs_of
+
+IDS = (12,)
+
+
+class OfOne(nn.Module):
+    """An LSTM that begins with a state for a batch of one, whatever the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(4, 64)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        h = torch.zeros(1, 1, 64)
+        state = (h, h)
+        return (self.rnn(x, state)[0],)
+
+
+def frozen(module: nn.Module, x: torch.Tensor) -> torch.jit.ScriptModule:
+    with torch.inference_mode(), warnings_ignored():
+        traced = torch.jit.trace(module.eval(), (x,), check_trace=False)
+        return torch.jit.freeze(traced)
+
+
+def finished(steps):
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return ended.value
+
+
+def builder(net: str) -> tuple[PlanBuilder, nn.Module]:
+    model = tried(load_model(ModelSpec(f"proofnets:{net}", item_shape=IDS)))
+    return PlanBuilder(model, Taps(model.module), measure(model)), model.module
+
+
+def test_an_ordinary_recurrent_model_is_compiled() -> None:
+    """Its program is right in the child, and then in this process."""
+    plans, net = builder("recurrent")
+    point = CapturePoint(PointKind.MODULE, "head")
+    plan = plans.build(Extractor.TORCHSCRIPT, [point], IDS)
+    ids = torch.randint(0, 100, (5, *IDS))
+    [value] = collect(plan.built, [point], ids)
+    assert not mismatch(value, outputs_of(net, ids, "head")[0], 1e-4)
+
+
+def test_a_program_with_the_state_of_another_batch_size_never_runs_here() -> None:
+    """The native code writes past the state's end, or gives another shape: either is refused."""
+    plans, _ = builder("fixed_state")
+    point = CapturePoint(PointKind.MODULE, "rnn", member=("0",))
+    with pytest.raises(ExtractorUnsupportedError, match=r"its program fails|at batch size"):
+        plans.build(Extractor.TORCHSCRIPT, [point], IDS)
+
+
+def test_a_child_that_dies_is_reported(monkeypatch) -> None:
+    """A signal that ends the child is an error with the signal's name, and this process lives."""
+    monkeypatch.setattr(
+        "layertap.extraction.apart._CHILD",
+        "import os, signal; os.kill(os.getpid(), signal.SIGABRT)",
+    )
+    x = torch.rand(3, 1, 4)
+    with pytest.raises(ProgramEndedError, match="SIGABRT"):
+        finished(run_apart(frozen(OfOne(), x), [x], torch.device("cpu"), 1))
+
+
+class Returns(nn.Conv2d):
+    """A convolution that returns a tuple, as the program of a layer set does."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (super().forward(x),)
+
+
+def test_a_child_that_raises_is_reported() -> None:
+    """The last line of its error is passed on."""
+    program = frozen(Returns(3, 4, 1), torch.rand(1, 3, 4, 4))
+    with pytest.raises(ProgramEndedError, match="RuntimeError: .*channels"):
+        finished(run_apart(program, [torch.rand(1, 5, 4, 4)], torch.device("cpu"), 1))
+
+
+def test_only_unchecked_operations_need_a_process_of_their_own() -> None:
+    """Convolutions and linear layers check their arguments; recurrent ones don't."""
+    checked = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    assert not may_end_the_process(frozen(checked, torch.rand(1, 3, 4, 4)))
+    assert may_end_the_process(frozen(OfOne(), torch.rand(3, 1, 4)))

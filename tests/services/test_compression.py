@@ -1,0 +1,120 @@
+"""Replies are compressed for calls that ask for it, and for no others."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+import grpc
+import numpy as np
+import pytest
+
+from layertap import Client, errors
+from layertap.app.server import FeatureServer, ServerOptions
+from layertap.engine import Engine
+from layertap.models import ModelSpec
+from layertap.v1 import feature_service_pb2, tensor_pb2
+from layertap.wire.messages import REPLY_COMPRESSION_KEY
+from tinynets import ITEM
+
+X = np.zeros((64, *ITEM), np.float32)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A real server of a small net."""
+    engine = Engine()
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    server = FeatureServer(engine, ServerOptions(port=0))
+    server.start()
+    server.ready()
+    yield server.address
+    server.stop(0)
+    engine.close()
+
+
+class Counting:
+    """A relay that counts the bytes that the server sends."""
+
+    def __init__(self, address: str) -> None:
+        self.received = 0
+        host, port = address.rsplit(":", 1)
+        self._to = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._to)
+                threading.Thread(target=self._pump, args=(client, server, 0), daemon=True).start()
+                threading.Thread(target=self._pump, args=(server, client, 1), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, counted: int) -> None:
+        with contextlib.suppress(OSError), source, sink:
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+                self.received += counted * len(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def relay(address: str) -> Iterator[Counting]:
+    relay = Counting(address)
+    yield relay
+    relay.close()
+
+
+def request() -> bytes:
+    return feature_service_pb2.ExtractRequest(
+        model="residual",
+        tensor=tensor_pb2.Tensor(dtype=1, shape=X.shape, data=X.tobytes()),
+        layers=[feature_service_pb2.LayerSelection(layer="layer1")],
+        extractor="EXTRACTOR_HOOK",
+    ).SerializeToString()
+
+
+@pytest.mark.parametrize(("asked", "small"), [("none", False), ("gzip", True), ("deflate", True)])
+def test_the_client_chooses(relay: Counting, asked: str, small: bool) -> None:
+    """Values are the same, and the bytes on the wire fewer where compression was asked for."""
+    with Client(relay.address, shared_memory=False, reply_compression=asked) as client:
+        got = client.extract("residual", X, "layer1", extractor="hook")["layer1"]
+        one = relay.received
+        many = list(client.extract_many("residual", [X] * 3, "layer1", extractor="hook"))
+        streamed = relay.received - one
+    # All items are equal and so are many of their values.
+    assert (one < got.nbytes / 4) == small
+    assert (streamed < 3 * got.nbytes / 4) == small
+    for each in many:
+        np.testing.assert_array_equal(each["layer1"], got)
+
+
+def test_any_grpc_client_may_ask(relay: Counting) -> None:
+    """The metadata is all that it takes; without it nothing is compressed."""
+    with grpc.insecure_channel(relay.address, [("grpc.max_receive_message_length", -1)]) as channel:
+        method = channel.unary_unary("/layertap.v1.FeatureService/Extract")
+        plain = method(request(), timeout=30)
+        sent = relay.received
+        small = method(request(), timeout=30, metadata=[(REPLY_COMPRESSION_KEY, "gzip")])
+        assert relay.received - sent < sent / 4
+    ours = feature_service_pb2.ExtractResponse
+    assert ours.FromString(small).tensors == ours.FromString(plain).tensors
+
+
+def test_unknown_algorithms_are_refused(address: str) -> None:
+    """By the server and, before anything is sent, by the client."""
+    with grpc.insecure_channel(address) as channel:
+        method = channel.unary_unary("/layertap.v1.FeatureService/ListModels")
+        with pytest.raises(grpc.RpcError) as caught:
+            method(b"", timeout=30, metadata=[(REPLY_COMPRESSION_KEY, "zstd")])
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "got 'zstd', expected one of none, gzip, deflate" in caught.value.details()
+    with pytest.raises(errors.InvalidInputError, match="reply_compression: got 'zstd'"):
+        Client(address, reply_compression="zstd")

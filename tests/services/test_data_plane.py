@@ -1,0 +1,101 @@
+"""All protocols run requests in one way, which releases what they took and reports how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from asking import request_for
+from layertap import errors
+from layertap.engine import Call, Engine, Limits
+from layertap.models import ModelSpec
+from layertap.services.data_plane import DataPlane, release_when_sent
+from streams import Counting
+from tinynets import ITEM
+
+WANTED = request_for("residual", "layer1", np.zeros((1, *ITEM), np.float32))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """An engine with room for a few requests."""
+    engine = Engine(Limits(pending_bytes=10_000))
+    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def seen() -> Counting:
+    """The observer."""
+    return Counting()
+
+
+@pytest.fixture
+def plane(engine: Engine, seen: Counting) -> DataPlane:
+    """The data plane."""
+    return DataPlane(engine, seen)
+
+
+class Context:
+    """An RPC as far as ``release_when_sent`` knows it: one that goes on, or has ended already."""
+
+    def __init__(self, *, ended: bool) -> None:
+        self.callbacks: list[Callable[[], None]] = []
+        self._ended = ended
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        if not self._ended:
+            self.callbacks.append(callback)
+        return not self._ended
+
+
+def test_the_request_is_released_and_the_reply_is_its_owners(engine, plane, seen) -> None:
+    """Once there is a reply the request counts no more; the reply does until it was sent."""
+    received = plane.receive(3000)
+    extraction = plane.extract(received, Call(), lambda: ("residual", lambda host: WANTED))
+    assert received.nbytes == 0
+    assert engine.pending_bytes == len(extraction.message)
+    assert seen.ends == {"residual OK": 1}
+    going_on = Context(ended=False)
+    release_when_sent(extraction, going_on)
+    assert engine.pending_bytes == len(extraction.message)
+    for callback in going_on.callbacks:
+        callback()
+    assert engine.pending_bytes == 0
+
+
+def test_a_reply_whose_call_has_ended_is_released_at_once(engine, plane) -> None:
+    """gRPC calls nobody back for it."""
+    extraction = plane.extract(
+        plane.receive(3000), Call(), lambda: ("residual", lambda host: WANTED)
+    )
+    release_when_sent(extraction, Context(ended=True))
+    assert engine.pending_bytes == 0
+
+
+def test_a_request_that_fails_is_released_and_reported(engine, plane, seen) -> None:
+    """Wherever it fails: before it is parsed, at the look-up of its model, or in the engine."""
+    layer = request_for("residual", "nothing", np.zeros((1, *ITEM), np.float32))
+    gone = Call()
+    gone.cancel()
+    for call, name, wanted, error in (
+        (gone, "residual", WANTED, errors.CancelledError),
+        (Call(), "nobody", WANTED, errors.ModelNotFoundError),
+        (Call(), "residual", layer, errors.LayerNotFoundError),
+    ):
+        received = plane.receive(3000)
+        with pytest.raises(error):
+            plane.extract(received, call, lambda n=name, w=wanted: (n, lambda host: w))
+        assert (received.nbytes, engine.pending_bytes) == (0, 0)
+    assert seen.ends == {" CANCELLED": 1, " NOT_FOUND": 1, "residual NOT_FOUND": 1}
+
+
+def test_a_request_that_does_not_fit_is_reported(engine, plane, seen) -> None:
+    """It is refused before anything is made of it, and nothing of it stays counted."""
+    with pytest.raises(errors.OverloadedError, match="the request takes 20000 bytes"):
+        plane.receive(20_000)
+    assert engine.pending_bytes == 0
+    assert seen.ends == {" RESOURCE_EXHAUSTED": 1}
