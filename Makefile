@@ -5,10 +5,11 @@ GEN := .venv-gen/bin/python tools/gen_proto.py
 CSRC := setup.py $(wildcard csrc/*.*)
 
 soak: SECONDS ?= 300
+chaos: SECONDS ?= 10
 fuzz: SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models soak storm fuzz bench bench-cuda perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models soak chaos storm fuzz bench bench-cuda perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,6 +33,10 @@ test-models: setup ## every layer of every model by every extractor; writes docs
 
 soak: .venv/.built ## bad clients, overload and reloads at once, 5 minutes: make soak SECONDS=60
 	PYTHONPATH=tests $(BIN)/python tests/soak/endure.py --seconds $(SECONDS) $(ARGS)
+
+chaos: .venv/.built ## take disk, threads, memory, files and clients away from a server, 3 minutes
+	PYTHONPATH=tests:tests/soak:tests/chaos $(BIN)/python tests/chaos/drill.py \
+	  --seconds $(SECONDS) $(ARGS)
 
 storm: .venv/.built build/storm ## 256 callers that ask again at once, a minute and a half: needs Go
 	PYTHONPATH=server:benchmarks $(BIN)/python -W ignore benchmarks/bench_storm.py \

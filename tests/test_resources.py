@@ -164,3 +164,18 @@ def test_the_kernels_own_quota_is_read(quota_group: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout == b"1\n"
+
+
+def test_the_limit_of_files_is_raised_to_what_is_allowed() -> None:
+    """A process with a soft limit of 64 files and a hard one of 128 may open 128 afterwards."""
+    program = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))\n"
+        "from layertap.resources import file_limit, raise_file_limit\n"
+        "before = file_limit()\n"
+        "raise_file_limit()\n"
+        "raise_file_limit()\n"
+        "print(before, file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"64 128 (128, 128)\n"

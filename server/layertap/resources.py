@@ -1,4 +1,4 @@
-"""The CPUs and the memory that this process may use: in a container fewer than the node has.
+"""The CPUs, memory and files that this process may use: in a container fewer than the node has.
 
 Read from the process's control groups, version 2 and version 1, and from the affinity mask. A
 container with a quota of one CPU on a node of 64 still sees 64 cores; as many threads would be
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_cpus", "memory_limit"]
+__all__ = ["available_cpus", "file_limit", "memory_limit", "raise_file_limit"]
 
+_MOST_FILES = 1 << 16
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -53,6 +56,26 @@ def memory_limit(proc: Path = Path("/proc")) -> int:
     ]
     # A limit of 0 would let nothing run: somebody is about to end the group.
     return min([machine, *(limit for limit in limits if limit > 0)])
+
+
+def file_limit() -> int:
+    """Return how many files and connections this process may have open at once."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, _MOST_FILES)
+
+
+def raise_file_limit() -> None:
+    """Raise the limit of open files as far as it may be raised, but never above 65,536.
+
+    The usual limit of 1024 is for programs that still use select(2); a program that doesn't is
+    meant to raise it to the hard limit.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        # Some systems refuse what their own hard limit promises.
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def _cpu_quota(group: Path) -> float | None:

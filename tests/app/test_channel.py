@@ -147,3 +147,20 @@ def test_clients_may_ping_as_often_as_the_documentation_says() -> None:
     milliseconds = dict(channel_options(1))["grpc.http2.min_ping_interval_without_data_ms"]
     assert f"every {milliseconds // 1000} seconds" in text
     assert f"{METADATA_BYTES // 1024} KiB" in text
+
+
+def test_one_connection_too_many_is_closed() -> None:
+    """Above the limit a connection is closed at once, and one that ended makes room."""
+    with echo(**{"grpc.max_allowed_incoming_connections": 3}) as port:
+        peers = [Http2(port) for _ in range(3)]
+        for peer in peers:
+            peer.until(SETTINGS)
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/test.Echo/Call")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"hello", timeout=5)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            peers.pop().close()
+            assert call(b"hello", timeout=30, wait_for_ready=True) == b"hello"
+        for peer in peers:
+            peer.close()

@@ -25,7 +25,7 @@ from layertap.app.metrics import Metrics
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.app.shared_memory import open_broker
-from layertap.client.shared_memory import OPEN
+from layertap.client.base import Method
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
@@ -119,7 +119,7 @@ def listens(name: str) -> bool:
 def socket_of(address: str) -> str:
     """Ask a server for its abstract socket's name."""
     with grpc.insecure_channel(address) as channel:
-        reply = channel.unary_unary(OPEN)(b"", timeout=20)
+        reply = channel.unary_unary(Method.OPEN_SHARED_MEMORY)(b"", timeout=20)
     return OpenSharedMemoryResponse.FromString(reply).socket
 
 
@@ -270,7 +270,7 @@ def test_tokens_guard_the_ticket(engine: Engine, tmp_path: Path) -> None:
     with running(engine, security=security) as server:
         with grpc.insecure_channel(server.address) as channel:
             with pytest.raises(grpc.RpcError) as caught:
-                channel.unary_unary(OPEN)(b"", timeout=10)
+                channel.unary_unary(Method.OPEN_SHARED_MEMORY)(b"", timeout=10)
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         with Client(server.address, token=TOKEN) as client:
             features = client.extract("residual", LARGE, "conv1")

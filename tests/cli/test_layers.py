@@ -30,7 +30,7 @@ def layers(*args: str) -> Result:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     engine = Engine()
-    for net in ("residual", "silent", "dynamic"):
+    for net in ("residual", "silent", "dynamic", "keeps_state"):
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
     yield engine
     engine.close()
@@ -72,6 +72,14 @@ def test_the_image_preprocessing_is_shown(address: str) -> None:
     line = next(line for line in output.splitlines() if line.startswith("images: "))
     assert "EXIF orientation applied, RGB (alpha dropped), resize 18 (bilinear" in line
     assert "assumed, as nothing says it: image_mean" in line
+
+
+def test_the_rules_of_passes_are_shown(address: str) -> None:
+    """Where something is held back, and what the passes write; nothing for any other model."""
+    output = layers("keeps_state", "--server", address).output
+    assert "passes: one at a time, not shared by requests, the loaded state is put back" in output
+    assert "note: its passes leave 'keeper.seen' changed" in output
+    assert "passes:" not in layers("residual", "--server", address).output
 
 
 def test_unserved_layer_has_its_reason(address: str) -> None:

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -145,22 +145,21 @@ def test_received_bytes_count_as_replies_do(engine) -> None:
         received.take(1)
 
 
-def test_what_images_are_decoded_to_counts(engine) -> None:
+def test_what_images_are_decoded_to_counts() -> None:
     """The files, their pixels and the batch; what is over the limit is refused and given back."""
-    engine = Engine(Limits(pending_bytes=1 << 20))
-    engine.load(ModelSpec("squeezenet1_1", weights="random"))
-    files = [encoded(64, 64) for _ in range(2)]
-    layers = (LayerSelection("classifier.3", reduction=Reduction.GLOBAL_AVERAGE_POOL),)
-    request = ExtractionRequest("squeezenet1_1", ImagesInput(files), layers)
-    with pytest.raises(errors.OverloadedError, match="the request takes 1204224 bytes"):
-        engine.extract(request, Call())
-    assert engine.pending_bytes == 0
-    request = ExtractionRequest("squeezenet1_1", ImagesInput(files[:1]), layers)
-    with engine.reserve(0) as received:
-        engine.extract(request, Call(), received=received).release()
-        assert received.nbytes == len(files[0]) + 3 * 224 * 224 * 4
-    assert engine.pending_bytes == 0
-    engine.close()
+    with closing(Engine(Limits(pending_bytes=1 << 20))) as engine:
+        engine.load(ModelSpec("squeezenet1_1", weights="random"))
+        files = [encoded(64, 64) for _ in range(2)]
+        layers = (LayerSelection("classifier.3", reduction=Reduction.GLOBAL_AVERAGE_POOL),)
+        request = ExtractionRequest("squeezenet1_1", ImagesInput(files), layers)
+        with pytest.raises(errors.OverloadedError, match="the request takes 1204224 bytes"):
+            engine.extract(request, Call())
+        assert engine.pending_bytes == 0
+        request = ExtractionRequest("squeezenet1_1", ImagesInput(files[:1]), layers)
+        with engine.reserve(0) as received:
+            engine.extract(request, Call(), received=received).release()
+            assert received.nbytes == len(files[0]) + 3 * 224 * 224 * 4
+        assert engine.pending_bytes == 0
 
 
 def test_a_pass_that_runs_on_keeps_its_bytes(engine, no_gc) -> None:

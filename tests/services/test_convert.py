@@ -65,6 +65,22 @@ def test_the_command_line_shows_refused_plans(engine) -> None:
     assert "refused: tail at [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
 
 
+def test_the_rules_of_a_models_passes_are_described(engine) -> None:
+    """Whether they may end early, run at once and be shared, and what happens to their state."""
+    load(engine, "keeps_state")
+    load(engine, "residual")
+    model = description_to_proto(engine.host("keeps_state")).model
+    assert model.pass_rules == catalogue_pb2.PassRules(
+        early_stop=True, state=catalogue_pb2.KEPT_STATE_RESET
+    )
+    assert any("'keeper.seen'" in note for note in model.notes)
+    plain = description_to_proto(engine.host("residual")).model
+    assert plain.pass_rules == catalogue_pb2.PassRules(
+        early_stop=True, concurrent=True, shared=True, state=catalogue_pb2.KEPT_STATE_NONE
+    )
+    assert not plain.notes
+
+
 def test_layouts_are_described(engine) -> None:
     """Channels last and tokens are told apart from channels first, at a size that is no square."""
     load(engine, "patches", item=(3, 16, 24))

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from layertap import errors
-from layertap.services.status import STATUS, guarded, status_of
+from layertap.services.status import STATUS, code_of, guarded, leaving, status_of
 
 
 def subclasses(kind: type) -> list[type]:
@@ -63,3 +63,14 @@ def test_the_unexpected_is_internal_and_keeps_its_text(caplog) -> None:
     request_id = failure.value.details().rsplit(" ", 1)[-1]
     assert request_id in caplog.text
     assert "secret" in caplog.text
+
+
+def test_want_of_memory_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """A MemoryError, wherever it was raised, is RESOURCE_EXHAUSTED: it may be gone in a while."""
+    with pytest.raises(MemoryError) as caught:
+        bytearray(1 << 60)
+    assert code_of(caught.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    told = leaving(caught.value)
+    assert isinstance(told, errors.OverloadedError)
+    assert "out of memory" in str(told)
+    assert "out of memory" in caplog.text

@@ -25,6 +25,7 @@ def channel_options(
     streams: int = STREAMS,
     age_seconds: float = 0.0,
     age_grace_seconds: float = 0.0,
+    connections: int = 0,
 ) -> list[tuple[str, int]]:
     """Return them.
 
@@ -33,6 +34,7 @@ def channel_options(
         streams: Calls that one connection may have under way.
         age_seconds: How long a connection lasts, give or take a tenth; 0 for no end.
         age_grace_seconds: How long its calls may then take to finish; 0 for no end.
+        connections: Connections that may be open at once, one more is closed; 0 for no limit.
     """
     return [
         # Two servers on one port would each get half of the calls, unnoticed.
@@ -43,6 +45,7 @@ def channel_options(
         *_METADATA,
         *_KEEPALIVE,
         ("grpc.max_concurrent_streams", streams),
+        *([("grpc.max_allowed_incoming_connections", connections)] if connections else []),
         *_CONNECTIONS,
         *_age("grpc.max_connection_age_ms", age_seconds),
         *_age("grpc.max_connection_age_grace_ms", age_grace_seconds),

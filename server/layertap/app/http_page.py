@@ -27,6 +27,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from layertap.addresses import host_port
 from layertap.errors import UnavailableError
+from layertap.resources import file_limit
 
 __all__ = ["HttpPage"]
 
@@ -37,7 +38,8 @@ SECONDS = 5.0
 """How long a connection may take to send its request, and to read the answer."""
 
 CONNECTIONS = 128
-"""Connections that may be open at once; one more ends the oldest."""
+"""Connections that may be open at once; one more ends the oldest. Fewer where the process may have
+few files."""
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -83,6 +85,7 @@ class HttpPage:
         ready: Callable[[], bool],
     ) -> None:
         self._alive, self._ready = alive, ready
+        self._most = max(1, min(CONNECTIONS, file_limit() // 8))
         self._metrics = make_wsgi_app(registry)
         self._listener = _listen(host, port)
         self.url = f"http://{host_port(host, self._listener.getsockname()[1])}/metrics"
@@ -125,7 +128,7 @@ class HttpPage:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - asyncio runs this in a task
-        if len(self._connections) >= CONNECTIONS:
+        if len(self._connections) >= self._most:
             next(iter(self._connections)).cancel()
         self._connections[task] = None
         try:

@@ -26,6 +26,7 @@ from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
 from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import LayertapError
+from layertap.resources import raise_file_limit
 from layertap.services.admin_service import AdminService, ReloadReport
 from layertap.threads import THREADS_REFUSED, is_thread_refused
 from layertap.wire.memory import keep_memory
@@ -128,6 +129,7 @@ def serve(
         The exit code: 0 after a stop that was asked for, 1 for anything that made serving
         impossible.
     """
+    raise_file_limit()
     signals = _Signals()
     with signals.handled():
         try:

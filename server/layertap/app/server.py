@@ -20,6 +20,7 @@ from layertap.app.thread_limit import ThreadLimit
 from layertap.app.unix_socket import UnixSocket
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
+from layertap.resources import file_limit
 from layertap.services.admin_service import AdminService
 from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
@@ -149,6 +150,9 @@ class FeatureServer:
                 max(STREAMS, 2 * _workers(engine.limits)),
                 options.connection_age_seconds,
                 options.connection_age_grace_seconds,
+                # The other half is for probes, shared memory, and files of models: where strangers'
+                # connections took all, nobody could be accepted, and no probe would be answered.
+                connections=max(1, file_limit() // 2),
             ),
         )
         self._health = health or ModelHealth()

@@ -107,6 +107,8 @@ def show_layers(
     )
     if model.input.images:
         out.print(f"images: {model.input.preprocessing}", soft_wrap=True)
+    if passes := _passes(model.pass_rules):
+        out.print(f"passes: {passes}", soft_wrap=True)
     for note in model.notes:
         out.print(f"note: {note}", soft_wrap=True)
     out.print(_tree(layers) if tree else _flat(layers))
@@ -122,6 +124,21 @@ def show_layers(
         + ("; values are float32 where no type is given" if tree else ""),
         soft_wrap=True,
     )
+
+
+def _passes(rules: catalogue_pb2.PassRules) -> str:
+    """Return how a model's passes are run, in words; empty where nothing is held back."""
+    states = {
+        catalogue_pb2.KEPT_STATE_RESET: "the loaded state is put back after each",
+        catalogue_pb2.KEPT_STATE_KEPT: "the model is stateful",
+    }
+    words = [
+        "" if rules.early_stop else "to their end",
+        "" if rules.concurrent else "one at a time",
+        "" if rules.shared else "not shared by requests",
+        states.get(rules.state, ""),
+    ]
+    return ", ".join(filter(None, words)) if rules.state else ""
 
 
 def show_features(rows: Iterable[tuple[str, np.ndarray, str]]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -101,8 +102,9 @@ class Engine:
         if spec.name in self._versions:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
         call, where = Call(), self._where(device)
-        model = self._threads(where).run(lambda: load_model(spec, where), call)
-        return self._publish(model, declared, options, where=where, call=call)
+        again = partial(load_model, spec, where)
+        model = self._threads(where).run(again, call)
+        return self._publish(model, declared, options, where=where, call=call, again=again)
 
     def replace(
         self,
@@ -135,8 +137,9 @@ class Engine:
         """
         call = call or Call()
         where = self._where(device)
-        model = run_beside(lambda: load_model(spec, where), call)
-        return self._publish(model, declared, options, where=where, call=call)
+        again = partial(load_model, spec, where)
+        model = run_beside(again, call)
+        return self._publish(model, declared, options, where=where, call=call, again=again)
 
     def unload(self, name: str, *, wait: bool = True) -> None:
         """Let go of a model; requests that were admitted are still answered.
@@ -282,6 +285,7 @@ class Engine:
         *,
         where: torch.device,
         call: Call,
+        again: Callable[[], LoadedModel],
     ) -> ModelHost:
         host = ModelHost(
             model,
@@ -291,6 +295,7 @@ class Engine:
             options=options,
             call=call,
             preparing=self._preparing(where),
+            again=again,
         )
         try:
             host.declare(declared, call)
@@ -308,6 +313,12 @@ class Engine:
             target=let_go, args=(former,), name="layertap-leaving", daemon=True
         )
         self._leaving = [thread for thread in self._leaving if thread.is_alive()]
-        # Started first: only then is it alive.
-        leaving.start()
-        self._leaving.append(leaving)
+        try:
+            # Started first: only then is it alive.
+            leaving.start()
+        except RuntimeError:
+            # The system allows no more threads. The new version serves already, so this only takes
+            # the time of whoever replaced the model.
+            let_go(former)
+        else:
+            self._leaving.append(leaving)

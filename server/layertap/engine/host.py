@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
@@ -17,11 +17,16 @@ from layertap.engine.limits import Limits
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import proven_staging
-from layertap.errors import ExtractorUnsupportedError, InvalidInputError, OverloadedError
+from layertap.errors import (
+    ExtractorUnsupportedError,
+    InvalidInputError,
+    LayertapError,
+    OverloadedError,
+)
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.measure import measure
-from layertap.extraction.passes import PassGuard
+from layertap.extraction.passes import KeptState, PassGuard
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
@@ -102,6 +107,8 @@ class ModelHost:
         call: Cancels the measuring.
         preparing: The threads that make batches of decoded images; the compute threads if not
             given.
+        again: Loads the model once more. A stateful model is served by a module that never ran, not
+            by the one that was measured.
 
     Attributes:
         compute: The compute threads of its device.
@@ -124,6 +131,7 @@ class ModelHost:
         options: HostOptions | None = None,
         call: Call | None = None,
         preparing: ComputeThreads | None = None,
+        again: Callable[[], LoadedModel] | None = None,
     ) -> None:
         call = call or Call()
         guard = compute.run(lambda: PassGuard(model.module), call)
@@ -135,6 +143,13 @@ class ModelHost:
         self.compute = compute
         self._taps = Taps(model.module)
         self.catalogue: Catalogue = compute.run(lambda: measure(model, guard), call)
+        proving = None
+        if again is not None and guard.rules.state is KeptState.KEPT:
+            fresh = compute.run(lambda: _fresh(model, again), call)
+            if fresh is not None:
+                proving = model, self._taps
+                self.model, self._taps = fresh, Taps(fresh.module)
+                model = fresh
         self.staging = compute.run(lambda: proven_staging(model.device), call)
         self._checkpoints = Checkpoints(model.module, self.catalogue)
         for note in self.catalogue.guard.rules.notes:
@@ -146,7 +161,7 @@ class ModelHost:
             )  # fmt: skip
         for note in self.catalogue.notes:
             _log.info("model %s: %s", model.name, note)
-        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache)
+        self._builder = PlanBuilder(model, self._taps, self.catalogue, cache, proving=proving)
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}
@@ -374,6 +389,21 @@ class ModelHost:
             cache[key] = value
             while len(cache) > most:
                 cache.popitem(last=False)
+
+
+def _fresh(model: LoadedModel, again: Callable[[], LoadedModel]) -> LoadedModel | None:
+    """Return a model with another module, one that never ran; None where there is none."""
+    try:
+        module = again().module
+        reason = "its factory returns the same module each time" if module is model.module else ""
+    except LayertapError as error:
+        reason = f"it can't be loaded a second time ({error})"
+    if reason:
+        _log.warning(
+            "model %s: %s, so its first answer is not that of a first call", model.name, reason
+        )
+        return None
+    return replace(model, module=module)
 
 
 def _touch(cache: OrderedDict[PlanKey, V], key: PlanKey) -> V | None:

@@ -6,8 +6,10 @@ Note [Each pass begins with the loaded state]
     merely the pass before would then change an answer. So the model is watched while it is
     measured. One that writes no state is run freely. One that does runs one pass at a time, and
     after each everything is put back as it was when the model was loaded: every answer is that of
-    the first call of a fresh module. Where something can't be put back, passes run one at a time
-    and to their end, by HOOK only, and the catalogue says that the model is stateful.
+    the first call of a fresh module. Where something can't be put back, nothing is: passes run one
+    at a time and to their end, by HOOK only, as the calls of a plain module would, and the
+    catalogue says that the model is stateful. What was measured has run by then, so another module,
+    built anew, serves the requests.
 """
 
 from __future__ import annotations
@@ -140,7 +142,7 @@ class PassGuard:
             return
         with self._turns:
             try:
-                if self._running == 1 and not self.rules.concurrent:
+                if self._running == 1 and self.rules.state is KeptState.RESET:
                     with unwatched():
                         self.snapshot.restore()
             finally:

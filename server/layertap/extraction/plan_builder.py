@@ -70,6 +70,8 @@ class PlanBuilder:
         taps: Its taps.
         catalogue: Its catalogue.
         cache: Where the compiled plans that are to be kept are stored.
+        proving: A module of its own for what is only measured, and its taps, where a pass of the
+            model itself would change later answers.
 
     Attributes:
         prover: Holds the plans against the model, now and later.
@@ -81,6 +83,8 @@ class PlanBuilder:
         taps: Taps,
         catalogue: Catalogue,
         cache: PlanCache | None = None,
+        *,
+        proving: tuple[LoadedModel, Taps] | None = None,
     ) -> None:
         self._model = model
         self._taps = taps
@@ -89,7 +93,7 @@ class PlanBuilder:
         # others, who may wait for this guard.
         self._guard = catalogue.guard
         self._cache = cache
-        self.prover = Prover(model, taps, catalogue)
+        self.prover = Prover(*(proving or (model, taps)), catalogue)
 
     def build(
         self,

@@ -13,6 +13,7 @@ from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import REAL_EXTRACTORS
 from layertap.extraction.layout import Layout
+from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import Preprocess, Steps
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_memory_service import input_of, space_of
@@ -42,6 +43,11 @@ _LAYOUTS = {
     Layout.CHANNELS_FIRST: catalogue_pb2.LAYOUT_CHANNELS_FIRST,
     Layout.CHANNELS_LAST: catalogue_pb2.LAYOUT_CHANNELS_LAST,
     Layout.TOKENS: catalogue_pb2.LAYOUT_TOKENS,
+}
+_KEPT = {
+    KeptState.NONE: catalogue_pb2.KEPT_STATE_NONE,
+    KeptState.RESET: catalogue_pb2.KEPT_STATE_RESET,
+    KeptState.KEPT: catalogue_pb2.KEPT_STATE_KEPT,
 }
 
 
@@ -139,6 +145,7 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
         ),
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
         notes=[*host.catalogue.notes, *host.catalogue.guard.rules.notes],
+        pass_rules=_pass_rules(host.catalogue.guard.rules),
     )
 
 
@@ -216,6 +223,15 @@ def layer_to_proto(
         front_tokens=shape.front,
         same_as=entry.same_as,
         is_result=entry.is_result,
+    )
+
+
+def _pass_rules(rules: PassRules) -> catalogue_pb2.PassRules:
+    return catalogue_pb2.PassRules(
+        early_stop=rules.early_stop,
+        concurrent=rules.concurrent,
+        shared=rules.shared,
+        state=_KEPT[rules.state],
     )
 
 

@@ -73,6 +73,8 @@ def status_of(kind: type[errors.LayertapError]) -> grpc.StatusCode:
 
 def code_of(error: Exception) -> grpc.StatusCode:
     """Return the status that an error leaves with; INTERNAL for what is no domain error."""
+    if isinstance(error, MemoryError):
+        return STATUS[errors.OverloadedError]
     return status_of(type(error)) if isinstance(error, errors.LayertapError) else Code.INTERNAL
 
 
@@ -97,6 +99,10 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
         text = str(error)
         short = _short(text)
         return error if short == text else type(error)(short)
+    if isinstance(error, MemoryError):  # It may be gone when less is going on.
+        _log.warning("request %s failed: out of memory", request_id)
+        text = "the server is out of memory; try again later, or ask for less"
+        return errors.OverloadedError(text)
     _log.exception("request %s failed", request_id)
     return errors.InternalError(f"internal error; the server's log has it as {request_id}")
 

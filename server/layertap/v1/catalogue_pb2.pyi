@@ -36,6 +36,13 @@ class Layout(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LAYOUT_CHANNELS_FIRST: _ClassVar[Layout]
     LAYOUT_CHANNELS_LAST: _ClassVar[Layout]
     LAYOUT_TOKENS: _ClassVar[Layout]
+
+class KeptState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KEPT_STATE_UNSPECIFIED: _ClassVar[KeptState]
+    KEPT_STATE_NONE: _ClassVar[KeptState]
+    KEPT_STATE_RESET: _ClassVar[KeptState]
+    KEPT_STATE_KEPT: _ClassVar[KeptState]
 EXTRACTOR_UNSPECIFIED: Extractor
 EXTRACTOR_AUTO: Extractor
 EXTRACTOR_TORCHSCRIPT: Extractor
@@ -53,6 +60,10 @@ LAYOUT_UNSPECIFIED: Layout
 LAYOUT_CHANNELS_FIRST: Layout
 LAYOUT_CHANNELS_LAST: Layout
 LAYOUT_TOKENS: Layout
+KEPT_STATE_UNSPECIFIED: KeptState
+KEPT_STATE_NONE: KeptState
+KEPT_STATE_RESET: KeptState
+KEPT_STATE_KEPT: KeptState
 
 class Dimension(_message.Message):
     __slots__ = ("size", "batch")
@@ -176,8 +187,20 @@ class ImagePreprocessing(_message.Message):
     custom: str
     def __init__(self, color: _Optional[str] = ..., exif_orientation: bool = ..., resize: _Optional[_Iterable[int]] = ..., resize_mode: _Optional[str] = ..., interpolation: _Optional[str] = ..., crop: _Optional[_Iterable[int]] = ..., mean: _Optional[_Iterable[float]] = ..., std: _Optional[_Iterable[float]] = ..., origin: _Optional[str] = ..., assumed: _Optional[_Iterable[str]] = ..., custom: _Optional[str] = ...) -> None: ...
 
+class PassRules(_message.Message):
+    __slots__ = ("early_stop", "concurrent", "shared", "state")
+    EARLY_STOP_FIELD_NUMBER: _ClassVar[int]
+    CONCURRENT_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    early_stop: bool
+    concurrent: bool
+    shared: bool
+    state: KeptState
+    def __init__(self, early_stop: bool = ..., concurrent: bool = ..., shared: bool = ..., state: _Optional[_Union[KeptState, str]] = ...) -> None: ...
+
 class Model(_message.Message):
-    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers", "notes")
+    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers", "notes", "pass_rules")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +208,7 @@ class Model(_message.Message):
     INPUT_FIELD_NUMBER: _ClassVar[int]
     DECLARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    PASS_RULES_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     weights: str
@@ -192,4 +216,5 @@ class Model(_message.Message):
     input: InputSpec
     declared_layers: _containers.RepeatedScalarFieldContainer[str]
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    pass_rules: PassRules
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ..., pass_rules: _Optional[_Union[PassRules, _Mapping]] = ...) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import grpc
@@ -50,6 +51,7 @@ def test_an_alias_and_its_values_are_of_one_version(tmp_path: Path) -> None:
         np.ones((1, *ITEM), np.float32), output("feature"), model_name="net", parameters={}
     )
     with (
+        closing(engine),
         running_server(engine) as address,
         grpc.insecure_channel(address) as channel,
         ThreadPoolExecutor(1) as pool,
@@ -65,4 +67,3 @@ def test_an_alias_and_its_values_are_of_one_version(tmp_path: Path) -> None:
         assert (arrays(infer(request))["feature"] == 2 * HOLDS["second"]).all()
         slowly.go_on.set()
         assert (arrays(answer.result(60))["feature"] == HOLDS["first"]).all()
-    engine.close()

@@ -1,0 +1,23 @@
+"""Half a minute of what `make chaos` does for longer."""
+
+from __future__ import annotations
+
+import pytest
+
+from drill import FAULTS, drill
+
+# Until the server's threads all exist before they are needed, a limit of threads ends it.
+LATER = {"no_more_threads"}
+
+
+@pytest.mark.timeout(600)
+def test_a_server_survives_its_surroundings() -> None:
+    """Each fault is survived: right values, calls that end, health in time, and an answer after."""
+    names = [fault.__name__ for fault in FAULTS if fault.__name__ not in LATER]
+    report = drill(1.0, names)
+    assert {name: seen["faults"] for name, seen in report.items() if seen["faults"]} == {}
+    assert all(seen["recovered"] for seen in report.values())
+    # What needs no rights at all is never left out.
+    never = ("no_more_files", "clients_killed", "client_stopped", "half_open")
+    assert [report[name]["skipped"] for name in never] == [""] * len(never)
+    assert sum(ended for seen in report.values() for ended in seen["ended"].values()) > 0
