@@ -63,9 +63,7 @@ def test_sparse_tensors_can_be_watched() -> None:
 
 
 def test_marks_of_freed_memory_are_dropped() -> None:
-    """Each would keep the allocator from joining the buffers around it, and a pass would take many
-    times its own memory.
-    """
+    """Each would keep the allocator from joining the freed buffers around it."""
     x = torch.rand(4)
     with watch_looks(nn.Identity(), x) as looks:
         kept = x + 1
