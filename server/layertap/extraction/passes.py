@@ -76,6 +76,7 @@ class PassRules:
         uncompiled: Why no compiled program may take the model's place; empty where one may.
         everywhere: Whether the state belongs to a class or a file, so that passes of all such
             models take turns.
+        own_threads: Whether the model runs modules in threads of its own.
         notes: What was seen, in words.
     """
 
@@ -85,6 +86,7 @@ class PassRules:
     state: KeptState = KeptState.NONE
     uncompiled: str = ""
     everywhere: bool = False
+    own_threads: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -286,8 +288,17 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
         rules = replace(rules, uncompiled=f"the model keeps state between calls ({what}), which a "
                         "compiled program would hold as a constant")  # fmt: skip
     if seen.threads:
-        rules = replace(rules, early_stop=False)
-        notes.append("its modules run on several threads, so each pass runs to its end")
+        rules = replace(
+            rules,
+            early_stop=False,
+            concurrent=False,
+            shared=False,
+            own_threads=True,
+            uncompiled="the model runs modules in threads of its own, which a trace does not see",
+        )
+        notes.append(
+            "its modules run on several threads, so passes run one at a time and to their end"
+        )
     if seen.unexplained:
         notes.append(
             "two passes from the loaded state differ, though neither state nor random numbers that "
