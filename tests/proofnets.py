@@ -222,6 +222,26 @@ class Experts(nn.Module):
         return self.high(y) if x.mean() > 10 else self.low(y)
 
 
+class DropsMask(nn.Module):
+    """Leaves its mask out where it is all ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, mask = self.first(x), x[:, :1] > -1
+        if not mask.all():
+            y = y * mask
+        return self.last(y)
+
+
+def drops_mask() -> nn.Module:
+    """Return a DropsMask."""
+    return _made(DropsMask)
+
+
 def remaps_ids() -> nn.Module:
     """Return a RemapsIds."""
     return _made(RemapsIds)

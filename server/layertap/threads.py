@@ -29,6 +29,7 @@ __all__ = [
     "WorkerThreads",
     "is_thread_refused",
     "require_threads",
+    "start_thread",
     "start_threads",
 ]
 
@@ -266,6 +267,20 @@ def _give_up(pools: Sequence[WorkerThreads], reserve: int) -> int:
             f"{THREADS_REFUSED}"
         )
     return sum(given.values())
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Start a thread.
+
+    Raises:
+        UnavailableError: Where the system does not allow it.
+    """
+    try:
+        thread.start()
+    except RuntimeError as error:
+        if not is_thread_refused(error):
+            raise
+        raise UnavailableError(THREADS_REFUSED) from None
 
 
 def require_threads(count: int) -> None:

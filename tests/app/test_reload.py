@@ -65,7 +65,7 @@ def test_reloads_under_load_fail_no_request(
     config: Path, trigger: str, source: str, mode: str
 ) -> None:
     """Through 20 reloads under four callers no request fails, and each answer is of one version."""
-    file, write, extractors = config.parent / "net.pt", save, ("auto", "auto", "hook", "children")
+    file, write, extractors = config.parent / "net.pt", save, ("auto", "auto", "hook", "hook")
     if source == "factory":
         file, write = config.parent / "net.pth", save_weights
         extractors = ("auto", "torchscript", "hook", "fx")

@@ -11,7 +11,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from layertap.app.config import ModelSection
 from layertap.cli.main import main
+from layertap.cli.options import DEVICES, IMAGE_FLAGS
+from layertap.engine import DEVICE_PATTERN
+from layertap.models import ImageSettings
 from processes import layertap
 
 
@@ -90,7 +94,11 @@ def test_help_and_remote_verbs_import_no_torch(tmp_path: Path) -> None:
     code = """if True:
         import sys
         from click.testing import CliRunner
-        from layertap.cli.main import main
+        from layertap.app.config import ModelSection
+from layertap.cli.main import main
+from layertap.cli.options import DEVICES, IMAGE_FLAGS
+from layertap.engine import DEVICE_PATTERN
+from layertap.models import ImageSettings
         assert CliRunner().invoke(main, ["--help"]).exit_code == 0
         for args in (
             ["layers", "a", "--server", "127.0.0.1:1"],
@@ -109,3 +117,19 @@ def test_help_and_remote_verbs_import_no_torch(tmp_path: Path) -> None:
 def test_runs_as_a_module() -> None:
     """``python -m layertap`` is the command too."""
     assert layertap("--help").stdout.startswith("Usage: layertap [OPTIONS] COMMAND")
+
+
+def test_the_options_of_models_are_the_configurations() -> None:
+    """Devices and image settings have one meaning on the command line and in layertap.toml."""
+    assert DEVICES.pattern == DEVICE_PATTERN
+    assert set(IMAGE_FLAGS) <= set(ModelSection.__struct_fields__)
+    everything = ImageSettings(
+        mean=(),
+        std=(),
+        resize=(),
+        crop=(),
+        interpolation="bilinear",
+        color="rgb",
+        exif_orientation=True,
+    )
+    assert set(everything.given) == set(IMAGE_FLAGS)

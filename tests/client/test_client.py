@@ -256,6 +256,33 @@ def test_wait_ready_waits_for_a_server_that_restarts(engine) -> None:
             new.stop(0)
 
 
+def test_a_server_that_was_away_is_found_soon(engine) -> None:
+    """After an outage calls succeed within a second or so, and a wait for the server is right."""
+    server = FeatureServer(engine, ServerOptions(port=0))
+    server.start()
+    port = int(server.address.rpartition(":")[2])
+    with Client(server.address, timeout=5) as client, Client(server.address) as waiting:
+        client.list_models()
+        server.stop(0)
+        ends = time.monotonic() + 6  # gRPC's own pauses are above 3 seconds by then.
+        while time.monotonic() < ends:
+            with pytest.raises(errors.UnavailableError):
+                client.list_models()
+            time.sleep(0.1)
+        with pytest.raises(errors.UnavailableError, match="within 0.1 seconds: it never answered"):
+            waiting.wait_ready(0.1)
+        server = FeatureServer(engine, ServerOptions(port=port))
+        server.start()
+        server.ready()
+        begun = time.monotonic()
+        try:
+            waiting.wait_ready(5)
+            client.list_models()
+            assert time.monotonic() - begun < 2.5
+        finally:
+            server.stop(0)
+
+
 def test_a_closed_client_is_unavailable(engine) -> None:
     """Every call of a client that was closed raises an error of ours."""
     with running_server(engine) as address:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -148,3 +149,32 @@ def test_complex_values_are_refused_in_the_catalogue(engine) -> None:
     for layer in ("back", "out"):
         (right,) = outputs_of(fresh, images(), layer)
         check(engine, "spectrum", layer, right)
+
+
+@pytest.mark.parametrize("layer", ["stem", "a", "a.0", "b", "head", "output"])
+def test_modules_in_a_thread_pool_of_the_models_own(busy, layer) -> None:
+    """Many callers at once get their own values, of modules in the pool's threads as well."""
+    fresh = load(busy, "threads")
+    module = fresh if layer == "output" else fresh.get_submodule(layer)
+    right = []
+    for seed in range(8):
+        handle = module.register_forward_hook(lambda _, __, out: right.append(out.clone()))
+        fresh(images(seed))
+        handle.remove()
+    with ThreadPoolExecutor(4) as callers:
+        replies = callers.map(
+            lambda seed: asking.ask(busy, "threads", layer, images(seed))[layer],
+            list(range(8)) * 4,
+        )
+        for index, got in enumerate(replies):
+            np.testing.assert_allclose(got, right[index % 8].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_calls_in_threads_have_no_order(engine) -> None:
+    """A module that runs twice in the pool is refused, and no trace takes the model's place."""
+    load(engine, "threads")
+    catalogue = engine.host("threads").catalogue
+    for name in ("twice", "twice_1"):
+        assert catalogue.entry(name).served_by(Capture.OUTPUT) == []
+        assert "threads of the model's own" in catalogue.entry(name).support[Extractor.HOOK].reason
+    assert catalogue.entry("a").served_by(Capture.OUTPUT) == [Extractor.HOOK]

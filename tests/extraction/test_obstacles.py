@@ -107,6 +107,18 @@ def test_layers_that_follow_from_a_discontinuous_pick_are_not_compiled() -> None
     assert head.serves(Extractor.FX, OUTPUT)
 
 
+def test_a_look_at_values_is_noted() -> None:
+    """A mask that is dropped where it is all ones, say: other input may take another way."""
+    [note] = [note for note in measured("drops_mask").notes if "looks at values" in note]
+    assert "'last'" in note
+
+
+def test_a_model_that_can_not_be_traced_symbolically_says_why() -> None:
+    """The reason has the model's own message, not only the error's class."""
+    reason = measured("drops_mask").entry("last").support[Extractor.FX].reason
+    assert "can't be traced symbolically: TraceError: symbolically traced variables" in reason
+
+
 def test_modules_that_run_for_some_inputs_only_are_noted_and_served_by_hooks() -> None:
     """Each expert is in the catalogue, whichever one the sample chose, and the note names both."""
     catalogue = measured("experts")

@@ -95,6 +95,7 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
         "optimizer": torch.optim.Adam(net().parameters()).state_dict(),
         "best": torch.tensor(0.5),
     },
+    "with an epoch among the tensors": lambda state: {**state, "epoch": 3, "args": ["a"]},
     "twice the same": lambda state: {"model": state, "state_dict": dict(state)},
 }
 
@@ -118,6 +119,16 @@ def test_a_model_whose_own_names_begin_so_is_not_harmed(name: str, load: Any) ->
         module = Wrapper(name, net())
         load(contents, module)
         assert value_of(module) == 2.0
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod"])
+def test_a_wrapped_model_takes_the_file_of_what_it_wraps(name: str, load: Any) -> None:
+    """A factory that returns DataParallel or a compiled model loads the plain state dict."""
+    module = Wrapper(name, net())
+
+    load({"state_dict": net(2.0).state_dict()}, module)
+
+    assert value_of(module) == 2.0
 
 
 def test_wrapped_models_take_their_own_files(load: Any) -> None:

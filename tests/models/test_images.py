@@ -281,22 +281,44 @@ def test_threads_do_not_disturb_each_other(noise: Image.Image, encoded: Encode) 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    kind=st.sampled_from(["jpeg", "png", "png palette transparent", "webp", "webp lossless"]),
+    kind=st.sampled_from(
+        [
+            *("jpeg", "png", "png palette transparent", "webp", "webp lossless"),
+            *("deep", "turned", "turned png"),
+        ]
+    ),
     edits=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=6),
     length=st.integers(0, 10_000),
+    color=st.sampled_from(Color),
+    keep=st.booleans(),
 )
 def test_hostile_bytes_decode_or_are_invalid(
-    kind: str, edits: list[tuple[int, int]], length: int, encoded: Encode
+    *,
+    kind: str,
+    edits: list[tuple[int, int]],
+    length: int,
+    color: Color,
+    keep: bool,
+    encoded: Encode,
 ) -> None:
-    """Whatever the bytes, the outcome is an RGB image or an InvalidInputError."""
-    data = bytearray(variants(SMALL, encoded)[kind])
+    """Whatever the bytes, the outcome is an image as asked for or an InvalidInputError."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = np.arange(99, dtype=np.uint16).reshape(9, 11) * 600
+    files = variants(SMALL, encoded) | {
+        "deep": deep_png(encoded, deep),
+        "turned": encoded(SMALL, "JPEG", exif=exif),
+        "turned png": encoded(SMALL, "PNG", exif=exif),
+    }
+    data = bytearray(files[kind])
     for position, value in edits:
         data[position % len(data)] = value
     with warnings.catch_warnings():
         # Pillow warns about some damage; the server's log may have it.
         warnings.simplefilter("ignore")
         try:
-            image = decode_image(bytes(data[: length or None]), 0)
+            reading = Reading(color, keep_16_bit=keep)
+            image = decode_image(bytes(data[: length or None]), 0, reading=reading)
         except InvalidInputError:
             return
-    assert image.mode == "RGB"
+    assert image.mode in ("RGB" if color is Color.RGB else "L", *(["I;16"] if keep else []))

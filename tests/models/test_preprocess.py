@@ -386,6 +386,20 @@ def test_other_functions_run_as_they_are(
     assert preprocess.assumed == ()
 
 
+@pytest.mark.parametrize("convert", [np.asarray, lambda tensor: tensor])
+def test_an_image_processor_of_hugging_face_is_a_function(
+    convert: Callable[[torch.Tensor], object], photo: Image.Image
+) -> None:
+    """What returns a mapping with a batch of one under ``pixel_values`` is taken as it is."""
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        return transforms.functional.to_tensor(image.resize((224, 224)))
+
+    own = Preprocess.of(lambda image: {"pixel_values": [convert(transform(image))]})
+
+    assert torch.equal(chosen(ImageSettings(), known=own)(photo), transform(photo))
+
+
 def test_a_function_of_its_own_gets_the_upright_picture(
     photo: Image.Image, encoded: Encode
 ) -> None:

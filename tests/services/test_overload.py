@@ -185,6 +185,27 @@ def test_a_call_that_sends_nothing_loses_its_place(clock: Clock) -> None:
     assert slow.unary_unary(b"late", None) == b"late"
 
 
+def test_held_callers_are_let_go_once_there_are_places(clock: Clock) -> None:
+    """Each call that ends while the queue is less than half full lets two held refusals go."""
+    counting = Counting(clock, 4)
+    refusals, refused = counting.overload.refusals, Refused()
+    refusals.start()
+    for number in range(AT_ONCE + 5):
+        refusals.submit(refused, number)
+    refused.wait_for(AT_ONCE)
+    handlers = [counting.arrive() for _ in range(3)]
+    for ended, handler in enumerate(handlers):
+        assert handler is not None
+        handler.unary_unary(b"", None)
+        if ended == 0:  # Two of four places are taken still.
+            time.sleep(0.05)
+            assert len(refused.done) == AT_ONCE
+    assert sorted(refused.wait_for(AT_ONCE + 4)) == list(range(AT_ONCE + 4))
+    time.sleep(0.05)
+    assert len(refused.done) == AT_ONCE + 4
+    refusals.shutdown()
+
+
 class Busy:
     """A real server whose only place is taken by a forward pass that waits at a gate."""
 

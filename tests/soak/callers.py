@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "hurried": OVERLOAD | {"DeadlineExceededError"},
     "streamed": OVERLOAD | {"DeadlineExceededError"},
     "left": OVERLOAD,
-    "unknown model": {"ModelNotFoundError"},
+    "unknown model": OVERLOAD | {"ModelNotFoundError"},
     "unknown layer": OVERLOAD | {"LayerNotFoundError"},
     "wrong shape": OVERLOAD | {"InvalidInputError"},
     "too many items": OVERLOAD | {"InvalidInputError"},

@@ -40,6 +40,7 @@ class Way:
         shared: Whether requests may share passes.
         declared: How many layers are declared when the model is loaded.
         callers: Whether eight callers ask at once as well.
+        extractors: Those that are asked.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Way:
     shared: bool = False
     declared: int = 0
     callers: bool = True
+    extractors: tuple[Extractor, ...] = tuple(Extractor)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class Grid:
 
 
 SHORT = Grid(
-    (Way("latency", callers=False), Way("throughput", instances=4)), singles=(Extractor.HOOK,)
+    (
+        Way("latency", callers=False),
+        Way("throughput", instances=4, extractors=(Extractor.HOOK, Extractor.AUTO)),
+    ),
+    singles=(Extractor.HOOK,),
 )
 FULL = Grid(
     (
@@ -265,9 +271,12 @@ def _claims(host: ModelHost) -> dict[Extractor, list[Layer]]:
     return claims
 
 
-def _chosen(claims: dict[Extractor, list[Layer]], grid: Grid) -> dict[Extractor, list[Layer]]:
-    """Leave out extractors that a grid does not ask, and layers over what is compiled at once."""
-    chosen = {extractor: claims[extractor] for extractor in grid.extractors}
+def _chosen(
+    claims: dict[Extractor, list[Layer]], grid: Grid, way: Way
+) -> dict[Extractor, list[Layer]]:
+    """Leave out extractors that are not asked, and layers over what is compiled at once."""
+    asked = [extractor for extractor in grid.extractors if extractor in way.extractors]
+    chosen = {extractor: claims[extractor] for extractor in asked}
     for extractor in (Extractor.TORCHSCRIPT, Extractor.AUTO):
         if layers := chosen.get(extractor):
             step = -(-len(layers) // grid.compiled)
@@ -294,7 +303,7 @@ class _Drive:
         self._requests = specimen.requests
         self._twin = specimen.twin
         self._report = report
-        self._claims = _chosen(_claims(host), grid)
+        self._claims = _chosen(_claims(host), grid, way)
         self._host = host
         self._lock = threading.Lock()
         report.notes.update(host.catalogue.notes, host.catalogue.guard.rules.notes)
@@ -317,7 +326,7 @@ class _Drive:
                     for request in range(IN_A_ROW):
                         self._ask(extractor, [layer], request)
         for request in range(IN_A_ROW, len(self._requests)):
-            self._ask(Extractor.HOOK, self._claims[Extractor.HOOK], request)
+            self._ask(Extractor.HOOK, self._claims.get(Extractor.HOOK, []), request)
         if grid.promotes:
             for _ in range(2):
                 for request in range(len(self._requests)):

@@ -23,7 +23,12 @@ from zoo.remembering import Pair
 from zoo.specimen import Specimen, specimen
 from zoo.truth import mistake, truth_of
 
-KNOWN: dict[str, str] = {}
+KNOWN = {
+    "PatchesTorch": "nothing watches the functions of torch itself, which its passes replace for a "
+    "while: in throughput mode another pass may run under them, at times",
+    "MaskedFastPath": "torch's encoder packs padded tokens by a branch in C++ that no operation "
+    "tells of, so TORCHSCRIPT keeps the way of its example",
+}
 """Specimens that are not served right yet, and why."""
 
 
@@ -40,7 +45,10 @@ def found() -> dict[str, Row]:
 
 
 def _cases() -> list[object]:
-    marks = {name: pytest.mark.xfail(reason=reason) for name, reason in KNOWN.items()}
+    marks = {
+        name: pytest.mark.xfail(reason=reason, strict=name != "PatchesTorch")
+        for name, reason in KNOWN.items()
+    }
     return [
         pytest.param(name, marks=[marks[name]] if name in marks else [])
         for name in every_specimen()

@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 
 from layertap.engine.call import Call
-from layertap.engine.intra_op import set_intra_op
+from layertap.engine.intra_op import intra_op_cores, set_intra_op
 from layertap.errors import CancelledError
+from layertap.threads import require_threads, start_thread
 
 __all__ = ["run_beside"]
 
@@ -31,6 +32,7 @@ def run_beside(job: Callable[[], T], call: Call) -> T:
     Raises:
         CancelledError: Where the call was cancelled; the job is left to itself, and its result to
             the garbage.
+        UnavailableError: Where the system does not allow the threads that this takes.
     """
     done: Future[T] = Future()
 
@@ -46,8 +48,10 @@ def run_beside(job: Callable[[], T], call: Call) -> T:
             with suppress(InvalidStateError):
                 done.set_result(result)
 
+    # With those of the OpenMP team, whose library ends the process where it can't start one.
+    require_threads(intra_op_cores(None))
     # A daemon: what hangs must not keep the process from ending.
-    threading.Thread(target=work, name="layertap-loader", daemon=True).start()
+    start_thread(threading.Thread(target=work, name="layertap-loader", daemon=True))
     try:
         with call.cancelling(done.cancel):
             return done.result()

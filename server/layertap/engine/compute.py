@@ -26,7 +26,7 @@ import torch
 from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
 from layertap.engine.admission import Reservation
 from layertap.engine.call import Call
-from layertap.engine.intra_op import set_intra_op
+from layertap.engine.intra_op import intra_op_cores, set_intra_op, start_team
 from layertap.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -34,6 +34,7 @@ from layertap.errors import (
     UnavailableError,
 )
 from layertap.extraction.gate import forward_passes
+from layertap.threads import require_threads
 
 __all__ = ["ComputeThreads"]
 
@@ -86,6 +87,9 @@ class ComputeThreads:
         instances: Threads.
         intra_op: Cores that one of them computes with; None leaves it to PyTorch, which takes
             those of the machine, but no more than the process may use.
+
+    Raises:
+        UnavailableError: Where the system does not allow so many threads.
     """
 
     def __init__(self, instances: int = 1, intra_op: int | None = None) -> None:
@@ -96,6 +100,8 @@ class ComputeThreads:
             threading.Thread(target=self._work, name=f"layertap-compute-{index}")
             for index in range(instances)
         ]
+        # With those of the OpenMP teams, whose library ends the process where it can't start one.
+        require_threads(instances * intra_op_cores(intra_op))
         for thread in self._threads:
             thread.start()
 
@@ -184,6 +190,7 @@ class ComputeThreads:
 
     def _work(self) -> None:
         set_intra_op(self._intra_op)
+        start_team()
         while jobs := self._queue.take():
             wanted = [job for job in jobs if job.begin()]
             if wanted:

@@ -313,6 +313,12 @@ class Engine:
             target=let_go, args=(former,), name="layertap-leaving", daemon=True
         )
         self._leaving = [thread for thread in self._leaving if thread.is_alive()]
-        # Started first: only then is it alive.
-        leaving.start()
-        self._leaving.append(leaving)
+        try:
+            # Started first: only then is it alive.
+            leaving.start()
+        except RuntimeError:
+            # The system allows no more threads. The new version serves already, so this only takes
+            # the time of whoever replaced the model.
+            let_go(former)
+        else:
+            self._leaving.append(leaving)

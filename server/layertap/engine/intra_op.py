@@ -6,7 +6,10 @@ import torch
 
 from layertap.resources import available_cpus
 
-__all__ = ["set_intra_op"]
+__all__ = ["intra_op_cores", "set_intra_op", "start_team"]
+
+# More elements than PyTorch leaves to one thread (at::internal::GRAIN_SIZE is 32,768).
+_PARALLEL_ELEMENTS = 1 << 17
 
 
 def set_intra_op(cores: int | None) -> None:
@@ -21,7 +24,19 @@ def set_intra_op(cores: int | None) -> None:
             nothing of a container's CPU quota, and a team of 64 threads on a quota of one CPU
             spends most of its time throttled.
     """
-    if cores is not None:
-        torch.set_num_threads(cores)
-    elif torch.get_num_threads() > (usable := available_cpus()):
-        torch.set_num_threads(usable)
+    if cores is not None or torch.get_num_threads() > available_cpus():
+        torch.set_num_threads(intra_op_cores(cores))
+
+
+def intra_op_cores(cores: int | None) -> int:
+    """Return how many cores a thread computes with after ``set_intra_op(cores)``."""
+    return min(torch.get_num_threads(), available_cpus()) if cores is None else cores
+
+
+def start_team() -> None:
+    """Start the OpenMP team of the calling thread, else it begins with the first large tensor.
+
+    OpenMP's library ends the process where it can't start a thread, so the team should exist before
+    a server is ready: whatever takes the last thread afterwards, the team has its own.
+    """
+    torch.ones(_PARALLEL_ELEMENTS).add_(1)

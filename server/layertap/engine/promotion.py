@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from layertap.errors import LayertapError
+from layertap.threads import start_thread
 
 __all__ = ["PROMOTE_AFTER", "Promoter"]
 
@@ -42,7 +43,7 @@ class Promoter(Generic[K]):
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="layertap-promoter", daemon=True)
-        self._thread.start()
+        start_thread(self._thread)
 
     def note(self, key: K) -> None:
         """Count one request; the one that makes it PROMOTE_AFTER asks for the compilation."""

@@ -45,8 +45,7 @@ _POLL_SECONDS = 0.002
 """How long a step waits for the child: other requests take their turn between the steps."""
 
 _CHILD = """
-import io, sys, warnings
-warnings.simplefilter("ignore")
+import io, sys
 import torch
 given = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=True)
 torch.set_num_threads(1)
@@ -109,7 +108,10 @@ def run_apart(
         given.seek(0)
         try:
             child = subprocess.Popen(  # noqa: S603 - this Python, and a program of our own
-                [sys.executable, "-P", "-c", _CHILD], stdin=given, stdout=answer, stderr=said
+                [sys.executable, "-P", "-W", "ignore", "-c", _CHILD],
+                stdin=given,
+                stdout=answer,
+                stderr=said,
             )
         except OSError as error:
             raise ProgramEndedError(f"no process could be started: {error.strerror}") from error

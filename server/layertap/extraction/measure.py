@@ -23,6 +23,7 @@ from layertap.extraction.grid import survey_grids
 from layertap.extraction.layout import Geometry
 from layertap.extraction.names import LayerNames
 from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
+from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import KeptState, PassGuard, PassRules, survey_passes
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
 from layertap.extraction.samples import bytes_input, reaching_inputs
@@ -46,6 +47,10 @@ from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor
 
 __all__ = ["measure"]
+
+_UNORDERED = (
+    "the module runs several times in threads of the model's own, in an order that nothing settles"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -87,6 +92,7 @@ class _Findings:
     varying: Collection[str]
     names: LayerNames
     unsendable: Mapping[CapturePoint, str]
+    threaded: Collection[str]
     rules: PassRules
 
     @property
@@ -154,6 +160,7 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
         varying=_varying([one, *others]),
         names=LayerNames(model.module),
         unsendable=_unsendable([one, *others]),
+        threaded=one.threaded | two.threaded,
         rules=guard.rules,
     )
     entries = {entry.name: entry for entry in _module_entries(findings)}
@@ -237,6 +244,12 @@ def _notes(findings: _Findings, entries: Mapping[str, LayerEntry]) -> Iterator[s
             f"only the first argument of its forward is given; these keep their defaults: "
             f"{', '.join(ungiven)}"
         )
+    looked = _first(entries, findings.looks.looked)
+    if looked:
+        yield (
+            f"its forward looks at values of its input before layer {looked!r}, so other input may "
+            f"take another way from there on"
+        )
     varying = sorted(findings.varying)
     if varying:
         more = f" and {len(varying) - _MAX_NAMED} more" if len(varying) > _MAX_NAMED else ""
@@ -244,16 +257,18 @@ def _notes(findings: _Findings, entries: Mapping[str, LayerEntry]) -> Iterator[s
             f"some layers run for some inputs only, and a request for one that does not run fails: "
             f"{', '.join(map(repr, varying[:_MAX_NAMED]))}{more}"
         )
-    random = [
-        name
-        for name, entry in entries.items()
-        if entry.points.get(Capture.OUTPUT) in findings.random
-    ]
+    random = _first(entries, findings.random)
     if random:
         yield (
             f"its forward draws random numbers, so two requests with the same input differ, from "
-            f"layer {random[0]!r} on"
+            f"layer {random!r} on"
         )
+
+
+def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) -> str:
+    """Return the first layer whose output is one of the points; empty for none."""
+    names = (n for n, entry in entries.items() if entry.points.get(Capture.OUTPUT) in points)
+    return next(names, "")
 
 
 def _ungiven_arguments(module: nn.Module) -> list[str]:
@@ -321,7 +336,7 @@ def _survey_graph(
         two = survey_fx(graph, sample_input(model, 2, shape), {}, guard).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
-        return _Graph(reason=f"the model can't be traced symbolically ({type(error).__name__})")
+        return _Graph(reason=f"the model can't be traced symbolically: {own_words(error)}")
     specs = {
         name: ValueSpec.from_batches(dtype, shape, two[name][1] if name in two else None)
         for name, (dtype, shape) in one.shapes.items()
@@ -455,6 +470,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
         support = _no_tensor(missing.path, missing.call, findings)
     elif point in findings.unsendable:
         support = Support(output=False, reason=findings.unsendable[point])
+    elif point.path in findings.threaded and entry.calls > 1:
+        support = Support(output=False, reason=_UNORDERED)
     elif extractor is Extractor.FX:
         support = _fx_support(point, findings.graph)
     elif extractor in (Extractor.CHILDREN, Extractor.LAYER_GETTER):
@@ -464,6 +481,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     given = entry.points.get(Capture.INPUT)
     hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
     sent = given is not None and given not in findings.unsendable
+    if given is not None and given.path in findings.threaded and entry.calls > 1:
+        sent = False
     support = replace(support, input=hooked and sent)
     return _without(
         support, _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)

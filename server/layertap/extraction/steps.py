@@ -31,7 +31,8 @@ def _words(text: str) -> frozenset[str]:
 
 _ROUND = _words(
     "ceil fake_quantize_per_channel_affine_cachemask fake_quantize_per_tensor_affine_cachemask "
-    "floor floor_divide fmod frac hardshrink heaviside mode remainder round sgn sign trunc"
+    "floor floor_divide fmod frac hardshrink heaviside linear_dynamic linear_relu_dynamic mode "
+    "quantized_gru quantized_lstm remainder round sgn sign trunc"
 )
 """Operations on floating-point numbers whose floating-point results jump."""
 

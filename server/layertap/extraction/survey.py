@@ -7,6 +7,7 @@ value equalled the oracle's.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -59,6 +60,7 @@ class HookSurvey:
         values: A clone of every captured output, where they were asked for.
         unsendable: Why nothing can be sent of a value, for those of which that is so.
         quantized: The quantised type of each value that is quantised.
+        threaded: The paths of the modules that ran in a thread of the model's own.
         mutated_input: Whether the batch was another one afterwards.
         random: The points that come after the model drew random numbers.
     """
@@ -68,6 +70,7 @@ class HookSurvey:
     values: dict[CapturePoint, torch.Tensor] = field(default_factory=dict)
     unsendable: dict[CapturePoint, str] = field(default_factory=dict)
     quantized: dict[CapturePoint, str] = field(default_factory=dict)
+    threaded: set[str] = field(default_factory=set)
     mutated_input: bool = False
     random: set[CapturePoint] = field(default_factory=set)
 
@@ -115,7 +118,15 @@ def survey_hooks(
     calls: Counter[tuple[str, Capture]] = Counter()
     recursive: set[str] = set()
 
+    thread, lock = threading.get_ident(), threading.Lock()
+
     def see(path: str, side: Capture, value: Any) -> None:
+        with lock:
+            record(path, side, value)
+
+    def record(path: str, side: Capture, value: Any) -> None:
+        if threading.get_ident() != thread:
+            survey.threaded.add(path)
         if look is not None:
             look()
         call = calls[path, side]
@@ -149,11 +160,18 @@ def survey_hooks(
     with observe(model.module, see):
         model.forward(given)
     survey.mutated_input = not same(given, x)
+<<<<<<< HEAD
     # Calls are counted as they end, which here is not the order in which they begin.
     for point in survey.shapes:
         if point.path in recursive - {""} and point.capture is Capture.OUTPUT:
             survey.unsendable[point] = "the module calls itself, so its calls can't be told apart"
             survey.values.pop(point, None)
+=======
+    # Of a module that runs several times in such threads, each pass numbers the calls anew.
+    for point in list(survey.values):
+        if point.path in survey.threaded and calls[point.path, Capture.OUTPUT] > 1:
+            del survey.values[point]
+>>>>>>> main
     return survey
 
 

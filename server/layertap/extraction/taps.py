@@ -65,12 +65,17 @@ class _Session:
         self._points = points
         self._sink = sink
         self._calls: Counter[tuple[str, Capture]] = Counter()
+        # Modules may run on several threads; see Note [A model's own threads].
         self._lock = threading.RLock()
         self.refused: BaseException | None = None
 
     def see(self, path: str, side: Capture, value: Any) -> None:
         """Pass on what is wanted of a call; end the forward pass after the last, if it may end."""
+<<<<<<< HEAD
         with self._lock:  # Several threads of the model's own may call.
+=======
+        with self._lock:
+>>>>>>> main
             self._see(path, side, value)
 
     def _see(self, path: str, side: Capture, value: Any) -> None:
@@ -102,7 +107,8 @@ class _Session:
         """
         for key in [key for key in self._wanted if key[:2] == ("", Capture.OUTPUT)]:
             for index in self._wanted.pop(key):
-                self._take(index, value)
+                if self.refused is None:
+                    self._take(index, value)
 
     def end(self) -> None:
         """Raise what the model's own code caught, or ModelRunError where a capture is missing."""
@@ -165,7 +171,11 @@ class Taps:
         sink: Sink,
         *,
         to_end: bool = False,
+<<<<<<< HEAD
         threads: bool = False,
+=======
+        own_threads: bool = False,
+>>>>>>> main
     ) -> None:
         """Run a forward pass until every point was captured.
 
@@ -175,8 +185,13 @@ class Taps:
             points: What to capture; hooks are installed where they are missing.
             sink: Called at the moment of each capture.
             to_end: Whether the pass goes on to its end; what the sink raises is raised there.
+<<<<<<< HEAD
             threads: Whether the model runs modules on threads of its own. No other pass of it may
                 run meanwhile; see Note [A model's own threads].
+=======
+            own_threads: Whether the model runs modules in threads of its own. No other pass of it
+                may run meanwhile; see Note [A model's own threads].
+>>>>>>> main
 
         Raises:
             ModelRunError: Where the pass ended without some capture.
@@ -185,7 +200,11 @@ class Taps:
             self.install(point.path, point.capture)
         session = _Session(points, sink, to_end=to_end)
         token = _session.set(session)
+<<<<<<< HEAD
         self._running = session if threads else None
+=======
+        self._running = session if own_threads else None
+>>>>>>> main
         try:
             with watch(session.see):
                 session.returned(forward(x))
@@ -202,6 +221,7 @@ class Taps:
         finally:
             self._running = None
             _session.reset(token)
+            self._running = None
         session.end()
 
     def _route(self, path: str, side: Capture, value: Any) -> None:

@@ -8,7 +8,8 @@ Note [Which weights a file stands for]
       names begin with ``module.`` or ``model.`` is not harmed.
     * Otherwise the names are tried without what wrappers add: ``module.`` (DataParallel,
       DistributedDataParallel), ``module.`` beside ``n_averaged`` (AveragedModel), ``_orig_mod``
-      (torch.compile), and the module's attribute in a checkpoint of PyTorch Lightning.
+      (torch.compile), and the module's attribute in a checkpoint of PyTorch Lightning. A module
+      that is itself wrapped by DataParallel or compiled takes the names of what it wraps.
     * Of raw and EMA weights that both fit, the EMA weights are taken, as timm's loader does, and
       the text that clients read says so.
     * Anything else is refused, with what the file holds and the ``weights_key`` that would take it.
@@ -44,6 +45,7 @@ _EMA = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
 _TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _AVERAGED = "n_averaged"
 _DATA_PARALLEL = "module."
+_OWN_WRAPPERS = (_DATA_PARALLEL, "_orig_mod.")
 # Every checkpoint of PyTorch Lightning has these.
 _LIGHTNING = ("pytorch-lightning_version", "state_dict", "epoch", "global_step")
 
@@ -200,8 +202,9 @@ def _fitting(part: Part, fits: Fits, *, lightning: bool) -> Part | None:
 
 def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
     bare = _without_transparent(part.state)
-    # The module itself may be compiled, so its own names may have what torch.compile adds.
-    for state in (part.state,) if bare is part.state else (part.state, bare):
+    # The module itself may be compiled, so its own names may have what torch.compile adds. Numbers
+    # and texts among the tensors, as an epoch, are no weights.
+    for state in _distinct(part.state, bare, _tensors_of(bare)):
         yield state
         inner = state
         if _AVERAGED in inner:
@@ -213,12 +216,34 @@ def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
             for prefix in _prefixes(inner):
                 if all(key.startswith(prefix) for key in inner):
                     yield _below(inner, prefix)
+    # The module itself may be wrapped, and the file be of what it wraps.
+    for prefix in _OWN_WRAPPERS:
+        yield _renamed(part.state, prefix.__add__)
+
+
+def _distinct(*states: State) -> Iterator[State]:
+    seen: list[State] = []
+    for state in states:
+        if not any(state is other for other in seen):
+            seen.append(state)
+            yield state
+
+
+def _tensors_of(state: State) -> State:
+    if all(isinstance(value, torch.Tensor) for value in state.values()):
+        return state
+    others = {key for key, value in state.items() if not isinstance(value, torch.Tensor)}
+    return _renamed(state, lambda key: None if key in others else key)
 
 
 def _unwrapped(state: State) -> State:
     """Return the state without all that wrappers may have added to its names."""
-    variants = list(_variants(Part((), state), lightning=False))
-    return variants[-1]
+    bare = _without_transparent(state)
+    if _AVERAGED in bare:
+        bare = _renamed(bare, lambda key: None if key == _AVERAGED else key)
+    while bare and all(key.startswith(_DATA_PARALLEL) for key in bare):
+        bare = _below(bare, _DATA_PARALLEL)
+    return bare
 
 
 def _without_transparent(state: State) -> State:

@@ -32,6 +32,7 @@ NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_di
 
 _INDEX_SUFFIX = ".index.json"
 _SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".pyth"})
+_NAMED = 12
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 # Files of these names stand in folders that Hugging Face, timm or open_clip saved, beside the
 # configuration. Beside other names a config.json may be anybody's.
@@ -150,7 +151,10 @@ def _file_in(folder: Path) -> Path:
     found = indices or whole
     if len(found) == 1:
         return folder / found[0]
-    held = f"it holds {', '.join(found)}; name one of them" if found else "it holds none"
+    if found:
+        held = f"it holds {', '.join(found)}; name one of them"
+    else:
+        held = f"it holds {', '.join(names[:_NAMED]) or 'no file'}"
     raise WeightsUnavailableError(
         f"weights folder {folder}: expected one weights file (such as model.safetensors) or one "
         f"index file (such as model.safetensors{_INDEX_SUFFIX}); {held}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -161,7 +161,8 @@ class CustomTransform:
     """A function whose steps are not known: a factory's own preprocessing.
 
     Attributes:
-        transform: Takes a PIL image, gives a tensor ``[C, H, W]``.
+        transform: Takes a PIL image, gives a tensor or array ``[C, H, W]``, or a mapping whose
+            ``pixel_values`` is a batch of one.
         name: What clients read.
     """
 
@@ -174,7 +175,11 @@ class CustomTransform:
 
     def finish(self, shrunk: Image.Image, channels: int) -> torch.Tensor:
         """Return what the function makes of the image, as float32 on the CPU."""
-        return torch.as_tensor(self.transform(shrunk)).to("cpu", torch.float32)
+        made = self.transform(shrunk)
+        if isinstance(made, Mapping) and "pixel_values" in made:
+            # An image processor of Hugging Face returns a batch of one, as arrays or tensors.
+            made = made["pixel_values"][0]
+        return torch.as_tensor(made).to("cpu", torch.float32)
 
     def describe(self) -> list[str]:
         """Return the function's name or, of a chain of transforms, each of them."""

@@ -11,17 +11,19 @@ Note [A retry storm]
     - A few refusals a second are sent at once, so that a caller who was merely unlucky can ask
       another server. Above that a refusal is held back for a while. A caller that waits for its
       refusal can't ask again meanwhile, so a storm is as fast as the server lets it be. A call
-      that is held has no thread and no place among the pending ones.
+      that is held has no thread and no place among the pending ones. Where the queue has run half
+      empty meanwhile, each call that ends lets two held ones go, so that nobody waits for a second
+      beside an idle server.
     - A refusal says when to come again (``grpc-retry-pushback-ms``, gRFC A6), at a time of its own
       for each call, so that those who obey it don't come back together.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
@@ -43,6 +45,9 @@ AT_ONCE = 20
 
 HELD_SECONDS = 1.0
 """How long the others are held back."""
+
+RELEASED = 2
+"""Held refusals that are sent for each call that ends while the queue is less than half full."""
 
 HELD = 1024
 """Refusals that may be held at once; one more is sent at once. Each may keep what the client has
@@ -69,8 +74,9 @@ class HeldRefusals(ThreadPoolExecutor):
         super().__init__(1)
         self._clock = clock
         self._changed = threading.Condition()
-        self._numbers = itertools.count()
-        self._held: list[tuple[float, int, Callable[[], object]]] = []
+        # Those to be sent now; and those that are held, with the time of each, which only grows.
+        self._due: deque[Callable[[], object]] = deque()
+        self._held: deque[tuple[float, Callable[[], object]]] = deque()
         self._allowed = float(AT_ONCE)
         self._counted = clock()
         self._draining = self._closed = False
@@ -91,17 +97,25 @@ class HeldRefusals(ThreadPoolExecutor):
                 future.set_exception(error)
 
         with self._changed:
-            due = self._due()
-            heapq.heappush(self._held, (due, next(self._numbers), refuse))
+            if self._at_once():
+                self._due.append(refuse)
+            else:
+                self._held.append((self._clock() + HELD_SECONDS, refuse))
             self._changed.notify()
         return future
+
+    def release(self, count: int) -> None:
+        """Send some of the refusals that are held at once, the oldest first."""
+        with self._changed:
+            for _ in range(min(count, len(self._held))):
+                self._due.append(self._held.popleft()[1])
+            self._changed.notify()
 
     def drain(self) -> None:
         """Send at once what is held, and hold nothing any more: the server stops."""
         with self._changed:
             self._draining = True
-            self._held = [(0.0, number, refuse) for _, number, refuse in sorted(self._held)]
-            self._changed.notify()
+            self.release(len(self._held))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Send at once what is held, and end the thread.
@@ -117,17 +131,17 @@ class HeldRefusals(ThreadPoolExecutor):
         if wait and self._thread.is_alive():
             self._thread.join()
 
-    def _due(self) -> float:
-        """Return when the next refusal is to be sent, and count it."""
+    def _at_once(self) -> bool:
+        """Return whether the next refusal is to be sent at once, and count it."""
         now = self._clock()
         self._allowed = min(float(AT_ONCE), self._allowed + (now - self._counted) * AT_ONCE)
         self._counted = now
         if self._draining or len(self._held) >= HELD:
-            return 0.0
-        if self._allowed >= 1.0:
-            self._allowed -= 1.0
-            return 0.0
-        return now + HELD_SECONDS
+            return True
+        if self._allowed < 1.0:
+            return False
+        self._allowed -= 1.0
+        return True
 
     def _run(self) -> None:
         while (refuse := self._next()) is not None:
@@ -137,15 +151,13 @@ class HeldRefusals(ThreadPoolExecutor):
     def _next(self) -> Callable[[], object] | None:
         """Wait for the next refusal that is due; None once there are none and never will be."""
         with self._changed:
-            while True:
-                if not self._held:
-                    if self._closed:
-                        return None
-                    self._changed.wait()
-                elif (seconds := self._held[0][0] - self._clock()) > 0:
-                    self._changed.wait(seconds)
-                else:
-                    return heapq.heappop(self._held)[2]
+            while not self._due:
+                if self._held and (seconds := self._held[0][0] - self._clock()) <= 0:
+                    return self._held.popleft()[1]
+                if self._closed and not self._held:
+                    return None
+                self._changed.wait(seconds if self._held else None)
+            return self._due.popleft()
 
 
 class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
@@ -169,7 +181,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.refusals = HeldRefusals()
+        self.refusals = HeldRefusals(clock)
         self._engine = engine
         self._clock = clock
         self._lock = threading.Lock()
@@ -216,13 +228,16 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
             while self._awaited and next(iter(self._awaited.values())) < now:
                 # Its client has left, or is slow.
                 del self._awaited[next(iter(self._awaited))]
-            # The engine counts items of streams as well, but no call before it is parsed.
-            under_way = max(self._running, self._engine.pending) + len(self._awaited)
-            if under_way >= self._engine.limits.pending:
+            if self._under_way() >= self._engine.limits.pending:
                 return None
             number = next(self._numbers)
             self._awaited[number] = now + RECEIVE_SECONDS
             return number
+
+    def _under_way(self) -> int:
+        """Return how many calls are being received, wait or run. For holders of the lock."""
+        # The engine counts items of streams as well, but no call before it is parsed.
+        return max(self._running, self._engine.pending) + len(self._awaited)
 
     def _counted(self, number: int, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         def run(message: Any, context: grpc.ServicerContext) -> Any:
@@ -234,5 +249,8 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
             finally:
                 with self._lock:
                     self._running -= 1
+                    half_empty = 2 * self._under_way() < self._engine.limits.pending
+                if half_empty:
+                    self.refusals.release(RELEASED)
 
         return run

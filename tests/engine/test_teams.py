@@ -1,0 +1,69 @@
+"""PyTorch's threads exist before the first request, or are refused in words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from processes import ENVIRONMENT
+
+TEAM = """
+import json, os
+from layertap.engine.call import Call
+from layertap.engine.compute import ComputeThreads
+import torch
+threads = ComputeThreads(1, 3)
+count = lambda: len(os.listdir("/proc/self/task"))
+threads.run(lambda: None, Call())
+before = count()
+threads.run(lambda: torch.ones(1 << 22).mul_(2), Call())
+print(json.dumps([before, count()]))
+threads.close()
+"""
+
+# Threads with stacks of 64 MiB, and room for two of them: a team of eight can't be had.
+REFUSED = """
+import json, resource, sys, threading
+from layertap.engine.beside import run_beside
+from layertap.engine.call import Call
+from layertap.engine.compute import ComputeThreads
+from layertap.errors import UnavailableError
+threading.stack_size(64 << 20)
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + (160 << 20), -1))
+told = []
+for job in (lambda: ComputeThreads(8, 1), lambda: ComputeThreads(1, 8)):
+    try:
+        job()
+    except UnavailableError as error:
+        told.append(str(error))
+print(json.dumps(told))
+"""
+
+
+def run(code: str) -> object:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**ENVIRONMENT, "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_team_exists_before_the_first_large_tensor() -> None:
+    """A compute thread's first parallel operation starts no thread."""
+    before, after = run(TEAM)  # type: ignore[misc] # see TEAM
+    assert before == after
+
+
+def test_teams_that_cannot_be_had_are_refused() -> None:
+    """Instead of OpenMP's library ending the process, an error names the limit."""
+    told = run(REFUSED)
+    assert isinstance(told, list)
+    assert len(told) == 2
+    assert all("expected 8: the system allows this process no more threads" in t for t in told)
