@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 from zoo.specimen import Specimen, specimens_in
 
@@ -19,5 +20,7 @@ def every_specimen() -> dict[str, Specimen]:
     """Return all specimens by name, house by house."""
     found: dict[str, Specimen] = {}
     for house in HOUSES:
-        found.update(specimens_in(importlib.import_module(f"zoo.{house}")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit is deprecated, and models have it.
+            found.update(specimens_in(importlib.import_module(f"zoo.{house}")))
     return found

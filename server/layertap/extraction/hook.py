@@ -45,15 +45,9 @@ class HookExtractor:
         """See BuiltExtractor."""
         with self._guard as guard:
             to_end = self._oracle or not guard.rules.early_stop
-<<<<<<< HEAD
-            threads = guard.rules.threads
-            self._taps.run(
-                self._model.forward, x, self._points, sink, to_end=to_end, threads=threads
-=======
             threads = guard.rules.own_threads
             self._taps.run(
                 self._model.forward, x, self._points, sink, to_end=to_end, own_threads=threads
->>>>>>> main
             )
             if self._oracle:
                 guard.learn(self._model.name)

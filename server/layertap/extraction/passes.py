@@ -76,11 +76,7 @@ class PassRules:
         uncompiled: Why no compiled program may take the model's place; empty where one may.
         everywhere: Whether the state belongs to a class or a file, so that passes of all such
             models take turns.
-<<<<<<< HEAD
-        threads: Whether modules run on threads of the model's own.
-=======
         own_threads: Whether the model runs modules in threads of its own.
->>>>>>> main
         notes: What was seen, in words.
     """
 
@@ -90,11 +86,7 @@ class PassRules:
     state: KeptState = KeptState.NONE
     uncompiled: str = ""
     everywhere: bool = False
-<<<<<<< HEAD
-    threads: bool = False
-=======
     own_threads: bool = False
->>>>>>> main
     notes: tuple[str, ...] = ()
 
 
@@ -303,7 +295,6 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
         what = _named(seen.by_batch) if seen.by_batch else "what an earlier pass left behind"
         rules = replace(rules, uncompiled=f"the model keeps state between calls ({what}), which a "
                         "compiled program would hold as a constant")  # fmt: skip
-<<<<<<< HEAD
     written = [change.path for change in seen.changes.values() if change.in_place]
     if written and not rules.uncompiled:
         # The memory of such a tensor is a constant of the program, which other sizes overrun.
@@ -323,22 +314,14 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
             "its passes seed the random number generators of the whole process and draw from them: "
             "they run one at a time, and not while another such model runs"
         )
-=======
->>>>>>> main
     if seen.threads:
         rules = replace(
             rules,
             early_stop=False,
             concurrent=False,
-<<<<<<< HEAD
-            threads=True,
-            uncompiled=rules.uncompiled
-            or "its modules run on threads of its own, which a trace does not follow",
-=======
             shared=False,
             own_threads=True,
             uncompiled="the model runs modules in threads of its own, which a trace does not see",
->>>>>>> main
         )
         notes.append(
             "its modules run on several threads, so passes run one at a time and to their end"

@@ -71,11 +71,7 @@ class _Session:
 
     def see(self, path: str, side: Capture, value: Any) -> None:
         """Pass on what is wanted of a call; end the forward pass after the last, if it may end."""
-<<<<<<< HEAD
-        with self._lock:  # Several threads of the model's own may call.
-=======
         with self._lock:
->>>>>>> main
             self._see(path, side, value)
 
     def _see(self, path: str, side: Capture, value: Any) -> None:
@@ -171,11 +167,7 @@ class Taps:
         sink: Sink,
         *,
         to_end: bool = False,
-<<<<<<< HEAD
-        threads: bool = False,
-=======
         own_threads: bool = False,
->>>>>>> main
     ) -> None:
         """Run a forward pass until every point was captured.
 
@@ -185,13 +177,8 @@ class Taps:
             points: What to capture; hooks are installed where they are missing.
             sink: Called at the moment of each capture.
             to_end: Whether the pass goes on to its end; what the sink raises is raised there.
-<<<<<<< HEAD
-            threads: Whether the model runs modules on threads of its own. No other pass of it may
-                run meanwhile; see Note [A model's own threads].
-=======
             own_threads: Whether the model runs modules in threads of its own. No other pass of it
                 may run meanwhile; see Note [A model's own threads].
->>>>>>> main
 
         Raises:
             ModelRunError: Where the pass ended without some capture.
@@ -200,11 +187,7 @@ class Taps:
             self.install(point.path, point.capture)
         session = _Session(points, sink, to_end=to_end)
         token = _session.set(session)
-<<<<<<< HEAD
-        self._running = session if threads else None
-=======
         self._running = session if own_threads else None
->>>>>>> main
         try:
             with watch(session.see):
                 session.returned(forward(x))
@@ -219,7 +202,6 @@ class Taps:
             session.refused = None  # Or it would refer to itself, and keep what was captured.
             raise
         finally:
-            self._running = None
             _session.reset(token)
             self._running = None
         session.end()
