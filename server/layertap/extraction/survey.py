@@ -160,16 +160,20 @@ def survey_hooks(
     with observe(model.module, see):
         model.forward(given)
     survey.mutated_input = not same(given, x)
-    # Calls are counted as they end, which here is not the order in which they begin.
-    for point in survey.shapes:
-        if point.path in recursive - survey.threaded - {""} and point.capture is Capture.OUTPUT:
-            survey.unsendable[point] = "the module calls itself, so its calls can't be told apart"
-            survey.values.pop(point, None)
+    _refuse_recursive(survey, recursive - survey.threaded - {""})
     # Of a module that runs several times in such threads, each pass numbers the calls anew.
     for point in list(survey.values):
         if point.path in survey.threaded and calls[point.path, Capture.OUTPUT] > 1:
             del survey.values[point]
     return survey
+
+
+def _refuse_recursive(survey: HookSurvey, paths: Collection[str]) -> None:
+    """Refuse the results of modules that call themselves, which end in another order than begun."""
+    for point in survey.shapes:
+        if point.path in paths and point.capture is Capture.OUTPUT:
+            survey.unsendable[point] = "the module calls itself, so its calls can't be told apart"
+            survey.values.pop(point, None)
 
 
 def survey_first_item(
