@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import signal
 import socket
@@ -100,6 +101,8 @@ class Drill:
         self.seconds = seconds
         self.folder = folder
         self._skipped: dict[str, str] = {}
+        # Now, as the drill's own load comes later.
+        self._stretch = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
         self.disk = self._have("disk", Disk)
         self.clock = self._have("clock", lambda: Clock(folder))
         self.memory = self._have("memory", lambda: MemoryGroup(MEMORY))
@@ -132,7 +135,7 @@ class Drill:
         )
         self.address = self.server.address
         port = int(self.server.line(r"metrics on http://.*:(\d+)/metrics$")[1])
-        self.probes = Probes(self.address, port)
+        self.probes = Probes(self.address, port, self._stretch)
 
     @property
     def pid(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from layertap.extraction.looks import watch_looks
+from layertap.extraction.looks import SLACK, unwatched, watch_looks
 
 LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
     "bool": lambda x: bool((x > 2).any()),
@@ -60,3 +60,26 @@ def test_sparse_tensors_can_be_watched() -> None:
         assert looks.count == 0
         assert product.sum().item() > 0
     assert looks.count > 0
+
+
+def test_marks_of_freed_memory_are_dropped() -> None:
+    """Each would keep the allocator from joining the freed buffers around it."""
+    x = torch.rand(4)
+    with watch_looks(nn.Identity(), x) as looks:
+        kept = x + 1
+        for _ in range(500):
+            x = x + 1
+        assert len(looks._marked) <= 2 * SLACK
+        assert looks.marked(kept)
+        assert looks.marked(x)
+
+
+def test_what_is_unwatched_is_no_look() -> None:
+    """Our own reading of a model's state, in a pass that is watched, is none of the model's."""
+    x = torch.rand(4)
+    with watch_looks(nn.Identity(), x) as looks:
+        with unwatched():
+            bool((x > 0).all())
+        assert looks.count == 0
+        bool((x > 0).all())
+        assert looks.count == 1

@@ -241,7 +241,7 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
     shape = model.input.item_shape
     x, snapshot, chance = sample_input(model, 1, shape), guard.snapshot, Generators(model.device)
     watch = Watch(snapshot)
-    with each_line(watch.look):
+    with each_line(watch.look_at):
         one = survey_hooks(model, x, keep_values=True, look=watch.look_now_and_then)
     after = snapshot.deep_changes()
     seen.add([*watch.changes.values(), *after])

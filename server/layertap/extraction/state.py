@@ -60,10 +60,10 @@ LARGE_BYTES = 1 << 20
 MAX_NODES = 200_000
 """Objects that a snapshot follows; what lies beyond is not watched."""
 
-WATCH_SECONDS = 5.0
+WATCH_SECONDS = 3.0
 """How long a watched pass may be held up by looking; what it does later is seen at its end."""
 
-SMALL_NODES = 3000
+SMALL_NODES = 1000
 """Objects that are compared so quickly that a watched pass stops at each module for it."""
 
 MAX_DEPTH = 8
@@ -132,6 +132,7 @@ class Snapshot:
     def __init__(self, module: nn.Module, *, copies: bool = True) -> None:
         walk = _Walk(module, copies=copies)
         self._nodes = walk.nodes
+        self._modules = {path: id(part) for path, part in module.named_modules()}
         self.outside = tuple(walk.outside)
         """Modules that the model keeps where ``named_modules`` doesn't see them, by path."""
 
@@ -182,6 +183,18 @@ class Snapshot:
             if droppable and not tensor.always:
                 tensor.forget()
 
+    def by_owner(self) -> dict[int, list[_Node]]:
+        """Return what belongs to each module, by the module's id; shared things to every one."""
+        owned: dict[int, list[_Node]] = {part: [] for part in self._modules.values()}
+        shared = [node for node in self._nodes if node.everywhere]
+        for node in self._nodes:
+            path = node.path.partition("[")[0]
+            while path and path not in self._modules:
+                path = path.rpartition(".")[0]
+            if not node.everywhere:
+                owned[self._modules[path]].append(node)
+        return {part: [*nodes, *shared] for part, nodes in owned.items()}
+
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def rewritten(self) -> set[str]:
@@ -216,6 +229,7 @@ class Watch:
         self.changes: dict[str, Change] = {}
         self.threads: set[int] = set()
         self._nodes = list(snapshot._nodes)
+        self._by_owner = snapshot.by_owner()
         self._lock = threading.Lock()
         self._spent = 0.0
         self._next = 0.0
@@ -228,26 +242,46 @@ class Watch:
         try:
             begun = time.perf_counter()
             if self._spent < WATCH_SECONDS:
-                self._compare()
+                self._compare(self._nodes)
                 ended = time.perf_counter()
                 self._spent += ended - begun
                 self._next = ended + 2 * (ended - begun)
         finally:
             self._lock.release()
 
+    def look_at(self, owner: object) -> None:
+        """Compare what belongs to a module, and all of it in a small model or now and then.
+
+        Where the code of one module writes to another one of a large model, that may be seen late.
+        """
+        if len(self._nodes) <= SMALL_NODES or time.perf_counter() >= self._next:
+            self.look()
+        elif id(owner) in self._by_owner and self._lock.acquire(blocking=False):
+            try:
+                self._compare(self._by_owner[id(owner)])
+            finally:
+                self._lock.release()
+
     def look_now_and_then(self) -> None:
         """Compare where that takes a third of the time at most, and always in a small model."""
         if torch.compiler.is_compiling():
             return  # torch.compile would take looking for a part of the model.
         self.threads.add(threading.get_ident())
-        if len(self._nodes) <= SMALL_NODES or time.perf_counter() >= self._next:
+        if len(self._nodes) > SMALL_NODES and time.perf_counter() < self._next:
+            return
+        # Our own code is not followed line by line, which would take most of the time.
+        tracing = sys.gettrace()
+        sys.settrace(None)
+        try:
             self.look()
+        finally:
+            sys.settrace(tracing)
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
-    def _compare(self) -> None:
+    def _compare(self, nodes: list[_Node]) -> None:
         differing = []
-        for node in self._nodes:
+        for node in nodes:
             keys = node.differing() if node.suspect() else ()
             for key in keys:
                 change = node.change(key)
@@ -256,7 +290,9 @@ class Watch:
                 differing.append(node)
         # Seen once is enough; what grows in every line need not be compared in every line.
         for node in differing:
-            self._nodes.remove(node)
+            for known in (self._nodes, *self._by_owner.values()):
+                if node in known:
+                    known.remove(node)
 
 
 class _Node(ABC):

@@ -49,22 +49,27 @@ _PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
 
 
 @contextmanager
-def each_line(look: Callable[[], None]) -> Iterator[None]:
+def each_line(look: Callable[[object], None]) -> Iterator[None]:
     """Call ``look`` at the lines of this thread's code that may write state, in the block.
 
-    Code of torch, of the standard library and of this package is left out. ``look`` must not raise.
+    Code of torch, of the standard library and of this package is left out.
+
+    Args:
+        look: Given what the running code calls ``self``, None where it has none. It must not raise.
     """
-    may_write: dict[CodeType, bool] = {}
+    # By address, with the code kept alive: hashing code reads all of it.
+    may_write: dict[int, tuple[bool, CodeType]] = {}
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:
-        look()
+        look(frame.f_locals.get("self"))
         return line
 
     def call(frame: FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
-        if code not in may_write:
-            may_write[code] = _may_write(code)
-        return line if may_write[code] else None
+        known = may_write.get(id(code))
+        if known is None:
+            known = may_write[id(code)] = _may_write(code) and not _made_for_us(frame), code
+        return line if known[0] else None
 
     former = sys.gettrace()
     sys.settrace(call)
@@ -72,6 +77,13 @@ def each_line(look: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         sys.settrace(former)
+
+
+def _made_for_us(frame: FrameType) -> bool:
+    """Tell whether it is generated code, such as that of a dataclass, that our own code calls."""
+    caller = frame.f_back
+    generated = frame.f_code.co_filename.startswith("<")
+    return generated and caller is not None and caller.f_code.co_filename.startswith(_OURS)
 
 
 def _may_write(code: CodeType) -> bool:
