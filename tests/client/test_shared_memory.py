@@ -216,7 +216,7 @@ def test_features_outlive_their_client(served: Served, expected: dict[str, np.nd
         for _ in range(3):
             ask(other, LARGE[::-1])
         assert same(features, expected)
-    assert served.regions()["leased"] == 1
+    assert eventually(lambda: served.regions().get("leased") == 1)
     del features
     assert eventually(lambda: served.memory.state().sessions == 0)
     assert "leased" not in served.regions()
