@@ -139,8 +139,7 @@ def survey_hooks(
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
             if generators.moved():
                 survey.random.add(point)
-            reason = unsendable(tensor)
-            if reason:
+            if reason := unsendable(tensor):
                 survey.unsendable[point] = reason
                 survey.shapes[point] = (
                     tensor.dtype,
