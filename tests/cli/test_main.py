@@ -94,11 +94,7 @@ def test_help_and_remote_verbs_import_no_torch(tmp_path: Path) -> None:
     code = """if True:
         import sys
         from click.testing import CliRunner
-        from layertap.app.config import ModelSection
-from layertap.cli.main import main
-from layertap.cli.options import DEVICES, IMAGE_FLAGS
-from layertap.engine import DEVICE_PATTERN
-from layertap.models import ImageSettings
+        from layertap.cli.main import main
         assert CliRunner().invoke(main, ["--help"]).exit_code == 0
         for args in (
             ["layers", "a", "--server", "127.0.0.1:1"],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.proof import collect
@@ -89,3 +90,28 @@ def test_walks_serve_a_program_as_well(program) -> None:
     ]
     assert "TorchScript" in entry.support[Extractor.FX].reason
     assert "HOOK" in entry.support[Extractor.TORCHSCRIPT].reason
+
+
+class AroundChildren(nn.Module):
+    """Clamps between its children, where a walk over them would not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.second = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).clamp(-1e6, 1e6))
+
+
+def test_walks_end_where_a_program_does_more(tmp_path: Path) -> None:
+    """A walk reaches the children before an operation of the program itself, and none behind it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(AroundChildren()), tmp_path / "net.pt")
+    catalogue = measure(load_model(ModelSpec(str(tmp_path / "net.pt"), item_shape=ITEM)))
+    first, second = (
+        catalogue.entry(name).served_by(Capture.OUTPUT) for name in ("first", "second")
+    )
+    assert Extractor.CHILDREN in first
+    assert Extractor.CHILDREN not in second

@@ -8,6 +8,8 @@ Note [Two witnesses]
     is false for a symbol), so a real pass must agree: no operation on values that follow the input
     may run between two children (see ``survey_looks``). And the values must be equal
     (``survey_walk``).
+
+    A TorchScript program's graph is the code that runs, so it needs no second witness.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from layertap.extraction.survey import LooksSurvey
 __all__ = ["straight_children"]
 
 _PREFIX = "module."
+_OWN_OPERATORS = "layertap::"
+"""Namespace of the operators that watch a program's calls and change nothing."""
 
 
 def straight_children(module: nn.Module, seen: LooksSurvey) -> set[str]:
@@ -37,11 +41,37 @@ def straight_children(module: nn.Module, seen: LooksSurvey) -> set[str]:
         module: The model.
         seen: What a real pass showed.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        return set()
     children = [name for name, _ in module.named_children()]
+    if isinstance(module, torch.jit.ScriptModule):
+        calls = zip(children, _program_calls(module), strict=False)
+        return {child for child, _ in takewhile(lambda names: names[0] == names[1], calls)}
     pairs = zip(children, _traced_calls(module), seen.straight, strict=False)
     return {child for child, *_ in takewhile(lambda names: len(set(names)) == 1, pairs)}
+
+
+def _program_calls(module: torch.jit.ScriptModule) -> list[str]:
+    """Return the children that a program calls in a row, each fed with the one before."""
+    this, *given = module.graph.inputs()
+    if len(given) != 1:
+        return []
+    before = given[0].debugName()
+    children: dict[str, str] = {}  # By the value that holds the child.
+    calls: list[str] = []
+    for node in module.graph.nodes():
+        inputs = [value.debugName() for value in node.inputs()]
+        if node.kind() == "prim::GetAttr" and inputs == [this.debugName()]:
+            children[node.output().debugName()] = node.s("name")
+        elif (
+            node.kind() == "prim::CallMethod"
+            and node.s("name") == "forward"
+            and inputs[1:] == [before]
+            and inputs[0] in children
+        ):
+            calls.append(children[inputs[0]])
+            before = node.output().debugName()
+        elif node.kind() != "prim::Constant" and not node.kind().startswith(_OWN_OPERATORS):
+            break
+    return calls
 
 
 class _ForwardOnly(nn.Module):
