@@ -142,7 +142,7 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
     with guard:
         walk = survey_walk(model, x, oracle, straight)
     graph = _survey_graph(model, oracle, guard)
-    specs = {**_sometimes(one, others), **_specs(one, two.shapes)}
+    specs = {**_sometimes(model, one, others), **_specs(one, two.shapes)}
     with guard:
         specs = _in_order(model, specs, oracle, x)
     specs, graph = _placed(model, specs, graph, guard)
@@ -201,13 +201,20 @@ def _order(surveys: Sequence[HookSurvey]) -> list[tuple[str, int]]:
     return list(dict.fromkeys(call for survey in surveys for call in survey.order))
 
 
-def _sometimes(one: HookSurvey, others: Sequence[HookSurvey]) -> dict[CapturePoint, ValueSpec]:
-    """Return what was captured on other input only; its shape can't be promised."""
+def _sometimes(
+    model: LoadedModel, one: HookSurvey, others: Sequence[HookSurvey]
+) -> dict[CapturePoint, ValueSpec]:
+    """Return what was captured on other input only; its shape can't be promised.
+
+    A model that takes a list of images passes on lists with a member for each image. The members
+    that a larger batch has besides are left out, as other batches don't have them.
+    """
+    measured = {(p.path, p.capture, p.call) for p in one.shapes} if model.takes_list else set()
     return {
         point: ValueSpec(dtype, tuple(Dim(size) for size in shape), dynamic=True)
         for survey in others
         for point, (dtype, shape) in survey.shapes.items()
-        if point not in one.shapes
+        if point not in one.shapes and (point.path, point.capture, point.call) not in measured
     }
 
 
