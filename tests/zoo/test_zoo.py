@@ -26,8 +26,8 @@ from zoo.truth import mistake, truth_of
 KNOWN = {
     "PatchesTorch": "nothing watches the functions of torch itself, which its passes replace for a "
     "while: in throughput mode another pass may run under them, at times",
-    "MaskedFastPath": "torch's encoder packs padded tokens by a branch in C++ that no operation "
-    "tells of, so TORCHSCRIPT keeps the way of its example",
+    "MaskedFastPath": "its attention weights exist only on input without padding, which measuring "
+    "does not show, so a request for them on other input is refused by the pass, not before it",
 }
 """Specimens that are not served right yet, and why."""
 

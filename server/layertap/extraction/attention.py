@@ -65,9 +65,11 @@ class Attended:
         self._given = dict(zip(_PARAMETERS, args, strict=False)) | dict(kwargs)
 
     @property
-    def too_large(self) -> bool:
-        """Whether one item's weights are more than MOST_BYTES."""
+    def withheld(self) -> bool:
+        """Whether there are no weights: of nested tensors, or more than MOST_BYTES for an item."""
         query, key = self._given["query"], self._given["key"]
+        if query.is_nested or key.is_nested:  # torch packs padded tokens, and has no weights then.
+            return True
         # [B, L, E] or [L, B, E]; without a batch [L, E].
         axis = 1 if self._module.batch_first and query.dim() == 3 else 0
         elements = self._module.num_heads * query.shape[axis] * key.shape[axis]

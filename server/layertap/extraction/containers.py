@@ -74,7 +74,7 @@ def _name(value: torch.dtype | torch.layout) -> str:
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Attended):
         yield from _members(value.output)
-        if not value.too_large:
+        if not value.withheld:
             yield WEIGHTS, value.weights()
     elif isinstance(value, Mapping):
         yield from ((str(key), member) for key, member in value.items())

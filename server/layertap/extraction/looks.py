@@ -46,8 +46,14 @@ __all__ = ["Looks", "unwatched", "watch_looks"]
 # torch tags what takes values of a tensor to Python, item() and comparisons of whole tensors, but
 # for this one. In inference mode composite operations are seen as a whole, else their last part.
 _LOOKS = {torch.ops.aten.is_nonzero.default}
-# These do so without an operation.
-_EXPORTS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+# These do so without an operation that is dispatched.
+_EXPORTS = {
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+    torch.Tensor.__array__,
+    # Decides in ``nn.TransformerEncoder`` whether padded tokens are packed into a nested tensor.
+    torch._nested_tensor_from_mask_left_aligned,
+}
 # Composite operations whose results' sizes follow the content; torch tags their parts.
 _SIZED = {
     torch.ops.aten.where.default,
