@@ -58,11 +58,14 @@ def _cases() -> list[object]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", _cases())
 def test_every_answer_is_right_or_refused(name: str, found: dict[str, Row]) -> None:
-    """No layer is answered wrongly by any extractor, and nothing that is claimed fails."""
+    """No layer is answered wrongly by any extractor, and nothing that is claimed fails.
+
+    Where no answer could be compared, the load, the catalogue or the refusal of the input says why.
+    """
     row = found[name]
     assert row.wrong == []
     assert row.failed == []
-    assert row.answers or row.unloadable
+    assert row.answers or row.unloadable or row.door or row.notes
 
 
 def test_a_real_server_answers_as_the_engine_does() -> None:
