@@ -369,7 +369,7 @@ def _server(results: dict[str, Any], folder: Path) -> str:
 
 def _gpu_server(results: dict[str, Any], folder: Path) -> str:
     servers = results["servers"]
-    first = servers["max_batch_size 1"]
+    first = next(of for of in servers.values() if "latency" in of)
     rows = []
     for name, row in first["latency"].items():
         parts = [

@@ -31,6 +31,14 @@ KNOWN = {
 }
 """Specimens that are not served right yet, and why."""
 
+NOT_COMPARED = {
+    "AdvancesGenerator": "stateful: an iterator can't be rewound, and the catalogue says so",
+    "GlobalIterator": "stateful likewise",
+    "EqualTexts": "two members of one name look like passes that differ, and the catalogue says so",
+    "ManyTypes": "takes bfloat16, and the requests' float32 is refused before the model runs",
+}
+"""Specimens of which no answer can be held against a fresh instance, and why."""
+
 
 @pytest.fixture(scope="session")
 def found() -> dict[str, Row]:
@@ -58,14 +66,11 @@ def _cases() -> list[object]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", _cases())
 def test_every_answer_is_right_or_refused(name: str, found: dict[str, Row]) -> None:
-    """No layer is answered wrongly by any extractor, and nothing that is claimed fails.
-
-    Where no answer could be compared, the load, the catalogue or the refusal of the input says why.
-    """
+    """No layer is answered wrongly by any extractor, and nothing that is claimed fails."""
     row = found[name]
     assert row.wrong == []
     assert row.failed == []
-    assert row.answers or row.unloadable or row.door or row.notes
+    assert row.answers or row.unloadable or name in NOT_COMPARED
 
 
 def test_a_real_server_answers_as_the_engine_does() -> None:

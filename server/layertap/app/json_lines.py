@@ -103,7 +103,7 @@ def _main() -> None:
     """Read lines from stdin, write records to stdout."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    with suppress(OSError):  # Whoever reads the log has gone.
+    with suppress(OSError):  # The reader of the log has closed it.
         _copy(sys.stdin.buffer, sys.stdout)
     # Not by the interpreter's own end, which would complain about a closed stdout.
     os._exit(0)

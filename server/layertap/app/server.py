@@ -142,7 +142,7 @@ class FeatureServer:
                 ThreadLimit(self._workers, observer),
                 *interceptors,
                 Authorization(options.security.tokens),
-                # Behind the authorization: who has no token takes no place.
+                # Behind the authorization: a caller without a token takes no place.
                 self._overload,
             ),
             options=channel_options(

@@ -111,7 +111,7 @@ def _mode(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
     type=click.FloatRange(min=0),
     metavar="S",
     help="Seconds, give or take a tenth, after which clients make another connection, so that a "
-    "load balancer can spread them anew; default 0: never.",
+    "load balancer can spread them again; default 0: never.",
 )
 @click.option(
     "--max-connection-age-grace",

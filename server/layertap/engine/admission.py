@@ -5,7 +5,7 @@ queue that only grows would make every caller wait.
 
 Note [Who releases the bytes]
     A request owns its reservations: one for what was received (the message, and what is decoded
-    from it), one for its reply. Whoever owns the request releases them: the first once the answer
+    from it), one for its reply. The owner of the request releases them: the first once the answer
     is there, the second once the transport has sent the reply. A job on a compute thread may run on
     after its caller has left, and still needs the memory, so it pins the reservations that it uses:
     bytes go back when they were released and no job pins them.
