@@ -11,8 +11,8 @@ from layertap.errors import InvalidInputError
 from layertap.extraction import PointKind
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.selection import Capture, Extractor, LayerSelection, is_glob
-from layertap.services.infer.memory import PARAMETERS as MEMORY_PARAMETERS
 from layertap.services.infer.parameters import Parameters, check_known, number, text
+from layertap.services.infer.shared_memory_rpcs import PARAMETERS as MEMORY_PARAMETERS
 from layertap.wire.dtypes import DTYPES
 
 __all__ = ["default_selections", "extractor_of", "selections_of"]

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from layertap.shm.broker import Broker
+from layertap.shm.client_session import ClientSession
+from layertap.shm.leases import Session
+from layertap.shm.regions import supported
+from layertap.shm.shared_memory import SharedMemory
 from layertap.wire.dtypes import by_name
-from layertap.wire.shared.broker import Broker
-from layertap.wire.shared.connection import Connection
-from layertap.wire.shared.hub import SharedMemory
-from layertap.wire.shared.leases import Session
-from layertap.wire.shared.regions import supported
 from layertap.wire.tensors import SharedSlice, SharedTensor
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
@@ -29,8 +29,8 @@ def broker() -> Iterator[Broker]:
     broker.close()
 
 
-def connected(broker: Broker) -> tuple[Connection, Session]:
-    connection = Connection(broker.name, broker.ticket())
+def connected(broker: Broker) -> tuple[ClientSession, Session]:
+    connection = ClientSession(broker.name, broker.ticket())
     session = broker.memory.session(connection.session)
     assert session is not None
     return connection, session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layertap.wire.shared.packets import PACKET_BYTES, Packet, PacketKind, from_id, to_id
+from layertap.shm.packets import PACKET_BYTES, Packet, PacketKind, from_id, to_id
 
 
 @pytest.mark.parametrize("kind", PacketKind)

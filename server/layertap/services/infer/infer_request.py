@@ -8,11 +8,11 @@ from functools import partial
 from layertap.engine import Engine, ExtractionRequest, ModelHost
 from layertap.errors import InvalidInputError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.infer.inputs import input_of
-from layertap.services.infer.memory import CallerMemory
+from layertap.services.infer.infer_form import MODEL_VERSION, InferForm, ReplyOptions
+from layertap.services.infer.inputs import infer_input
 from layertap.services.infer.outputs import extractor_of, selections_of
 from layertap.services.infer.parameters import check_known, number
-from layertap.wire.infer_messages import MODEL_VERSION, InferForm, Wanted
+from layertap.services.infer.shared_memory_rpcs import CallerMemory
 
 __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "unknown_model"]
 
@@ -88,16 +88,16 @@ def extraction_request(
     if "sequence_id" in given and given["sequence_id"] != pb.InferParameter(int64_param=0):
         raise InvalidInputError("sequence_id: sequences are not supported, expected none")
     selections = selections_of(request, host, engine.limits.layers)
-    places = {
-        output.name: place
+    regions = {
+        output.name: region
         for output in request.outputs
-        if (place := memory.slice(output.parameters, f"output {output.name!r}")) is not None
+        if (region := memory.slice(output.parameters, f"output {output.name!r}")) is not None
     }
-    wanted = Wanted(host.model.name, request.id, places, streamed)
+    options = ReplyOptions(host.model.name, request.id, regions, streamed)
     return ExtractionRequest(
         model=host.model.name,
-        input=input_of(request, raw, memory, engine.limits, admit=admit),
+        input=infer_input(request, raw, memory, engine.limits, admit=admit),
         selections=selections,
         extractor=extractor_of(request),
-        form=partial(InferForm, wanted=wanted),
+        form=partial(InferForm, options=options),
     )

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from layertap.engine import Engine
-from layertap.services.request import current_request
+from layertap.services.current_request import current_request
 from layertap.services.status import guarded
 from serving import running_server
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from layertap.errors import OverloadedError
-from layertap.wire.shared.broker import Broker, same_user
-from layertap.wire.shared.hub import SharedMemory
-from layertap.wire.shared.packets import PACKET_BYTES, VERSION, Packet, PacketKind, from_id, to_id
-from layertap.wire.shared.regions import Kind, map_region, supported
+from layertap.shm.broker import Broker, same_user
+from layertap.shm.packets import PACKET_BYTES, VERSION, Packet, PacketKind, from_id, to_id
+from layertap.shm.regions import Kind, map_region, supported
+from layertap.shm.shared_memory import SharedMemory
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 
@@ -272,7 +272,7 @@ def test_silent_connections_are_closed(
     broker: Broker, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who connects and says nothing does not keep the socket for ever."""
-    monkeypatch.setattr("layertap.wire.shared.broker._TICKET_SECONDS", 0.1)
+    monkeypatch.setattr("layertap.shm.broker._TICKET_SECONDS", 0.1)
     assert client.ended()
 
 

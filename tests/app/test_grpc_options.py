@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import grpc
 import pytest
 
-from layertap.app.channel import METADATA_BYTES, channel_options
+from layertap.app.grpc_options import METADATA_BYTES, channel_options
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS, PING, GOAWAY = 4, 6, 7

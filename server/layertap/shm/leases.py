@@ -7,7 +7,7 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Protocol
 
-from layertap.wire.shared.regions import Region
+from layertap.shm.regions import Region
 
 __all__ = ["Channel", "End", "Lease", "Loan", "Session"]
 

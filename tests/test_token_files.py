@@ -8,7 +8,7 @@ import pytest
 
 from authorities import EXTRACT
 from layertap.errors import ConfigError
-from layertap.tokens import read_tokens
+from layertap.token_files import read_tokens
 
 
 def test_comments_and_empty_lines_are_no_tokens(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
 
-__all__ = ["MAX_REGIONS", "ClientRegions", "Region", "RegionSlice"]
+__all__ = ["MAX_REGIONS", "ClientRegion", "ClientRegions", "RegionSlice"]
 
 MAX_REGIONS = 256
 """Regions of all owners; each takes a descriptor of the process."""
@@ -51,7 +51,7 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class ClientRegion:
     """A registered region.
 
     Attributes:
@@ -147,7 +147,7 @@ class ClientRegions:
         self._uids = uids | {os.geteuid()}
         self._folder = folder
         self._lock = threading.Lock()
-        self._regions: dict[Hashable, dict[str, Region]] = {}
+        self._regions: dict[Hashable, dict[str, ClientRegion]] = {}
 
     def register(self, owner: Hashable, name: str, key: str, offset: int, byte_size: int) -> None:
         """Register a region of an owner's.
@@ -173,7 +173,7 @@ class ClientRegions:
         with self._lock:
             self._check_room(owner, name)
             regions = self._regions.setdefault(owner, {})
-            regions[name] = Region(name, offset, byte_size, file)
+            regions[name] = ClientRegion(name, offset, byte_size, file)
 
     def unregister(self, owner: Hashable, name: str) -> None:
         """Forget a region, if there is one, or with an empty name all of the owner's."""
@@ -184,7 +184,7 @@ class ClientRegions:
                 self._regions.pop(owner, None)
         del gone  # Descriptors are closed without the lock.
 
-    def status(self, owner: Hashable, name: str) -> list[Region]:
+    def status(self, owner: Hashable, name: str) -> list[ClientRegion]:
         """Return a region, or with an empty name all of the owner's.
 
         Raises:

@@ -1,38 +1,22 @@
-"""A server's shared memory: whether it has any, and what the metrics page shows of it."""
+"""What the metrics page shows of the server's shared memory."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from layertap.wire.shared.broker import Broker
-from layertap.wire.shared.hub import FALLBACK_REASONS, SharedMemory
-from layertap.wire.shared.regions import supported
+from layertap.shm.shared_memory import FALLBACK_REASONS, SharedMemory
 
-__all__ = ["SharedMemoryCollector", "open_broker"]
-
-_log = logging.getLogger(__name__)
-
-
-def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
-    """Return where clients of this machine connect; None without a limit, and beside Linux."""
-    if not limit_bytes or not supported():
-        return None
-    try:
-        return Broker(SharedMemory(limit_bytes, lease_seconds))
-    except OSError as error:  # Sockets or anonymous files are forbidden, as in some sandboxes.
-        _log.warning("there is no shared memory: %s", error)
-        return None
+__all__ = ["SharedMemoryCollector"]
 
 
 class SharedMemoryCollector(Collector):
-    """Reads a server's shared memory when the page is asked for.
+    """Reads the state of a server's shared memory each time the page is requested.
 
     Args:
-        memory: It.
+        memory: The shared memory.
     """
 
     def __init__(self, memory: SharedMemory) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from layertap.errors import DecodeError, SharedMemoryLostError
-from layertap.wire.shared.packets import (
+from layertap.shm.packets import (
     PACKET_BYTES,
     VERSION,
     Packet,
@@ -41,10 +41,10 @@ from layertap.wire.shared.packets import (
     from_id,
     to_id,
 )
-from layertap.wire.shared.regions import Kind, map_region
+from layertap.shm.regions import Kind, map_region
 from layertap.wire.tensors import SharedTensor, TensorView
 
-__all__ = ["Borrowed", "Connection"]
+__all__ = ["Borrowed", "ClientSession"]
 
 _WAIT_SECONDS = 1.0
 _IDLE_INPUTS = 4
@@ -127,7 +127,7 @@ class Borrowed:
         np.copyto(flat.reshape(array.shape), array)
 
 
-class Connection:
+class ClientSession:
     """A session with a server of this machine. Safe between threads.
 
     Args:
@@ -341,7 +341,7 @@ class Connection:
                 self._let_go(mapped, packet.second)
 
 
-_OPEN: weakref.WeakSet[Connection] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[ClientSession] = weakref.WeakSet()
 
 
 def _forked() -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layertap.wire.shared.pool import Pool, size_class
-from layertap.wire.shared.regions import Kind, Region, supported
+from layertap.shm.pool import Pool, size_class
+from layertap.shm.regions import Kind, Region, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 

@@ -11,9 +11,9 @@ import grpc
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.parameters import Parameters, number, text
-from layertap.wire.client_regions import ClientRegions, RegionSlice
+from layertap.shm.client_regions import ClientRegions, RegionSlice
 
-__all__ = ["PARAMETERS", "CallerMemory", "SharedMemory"]
+__all__ = ["PARAMETERS", "CallerMemory", "SharedMemoryRpcs"]
 
 _REGION, _SIZE, _OFFSET = PARAMETERS = (
     "shared_memory_region",
@@ -69,7 +69,7 @@ class CallerMemory:
         return regions.slice(self.owner, name, number(parameters, _OFFSET, where), size)
 
 
-class SharedMemory:
+class SharedMemoryRpcs:
     """Answers the RPCs about shared memory.
 
     Args:

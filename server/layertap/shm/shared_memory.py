@@ -20,22 +20,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from layertap.errors import InvalidInputError, SharedMemoryLostError
-from layertap.wire.shared.leases import Channel, End, Lease, Loan, Session
-from layertap.wire.shared.pool import Pool, size_class
-from layertap.wire.shared.regions import Kind, Region, make_region
-from layertap.wire.tensors import SharedSlice
+from layertap.shm.leases import Channel, End, Lease, Loan, Session
+from layertap.shm.pool import Pool, size_class
+from layertap.shm.regions import Kind, Region, make_region
+from layertap.wire.tensors import SharedSlice, SharedTensor, TensorView
 
 __all__ = [
     "DEFAULT_LEASE_SECONDS",
-    "DEFAULT_MIB",
+    "DEFAULT_SHARED_MIB",
     "FALLBACK_REASONS",
     "LEAST_BYTES",
+    "SessionMemory",
     "SharedMemory",
     "SharedMemoryState",
-    "Space",
+    "read_input",
 ]
 
-DEFAULT_MIB = 1024
+DEFAULT_SHARED_MIB = 1024
 DEFAULT_LEASE_SECONDS = 60.0
 
 FALLBACK_REASONS = ("session", "share", "limit", "socket", "system")
@@ -72,22 +73,63 @@ class SharedMemoryState:
 
 
 @dataclass(frozen=True, slots=True)
-class Space:
-    """Where one client's replies may be written.
+class SessionMemory:
+    """The shared memory of one client's session.
 
     Attributes:
         memory: The server's shared memory.
         session: The client's session.
-        least: Bytes of the smallest reply that gains by it.
+        least: Bytes of the smallest reply that is faster through shared memory.
     """
 
     memory: SharedMemory
     session: Session
     least: int = LEAST_BYTES
 
+    @classmethod
+    def find(cls, memory: SharedMemory | None, identifier: bytes) -> SessionMemory | None:
+        """Return the memory of the session that a request names; None if there is no such session.
+
+        Args:
+            memory: The server's shared memory; None if it has none.
+            identifier: The session's id; empty if the request names none.
+        """
+        if memory is None or not identifier:
+            return None
+        session = memory.session(identifier)
+        return cls(memory, session) if session else None
+
     def lend(self, nbytes: int) -> Loan | None:
-        """Return where to write a reply of so many bytes; None where it has to be sent."""
+        """Return where to write a reply of ``nbytes`` bytes; None where it has to be sent."""
         return self.memory.lend(self.session, nbytes) if nbytes >= self.least else None
+
+
+def read_input(
+    tensor: SharedTensor,
+    memory: SessionMemory | None,
+    most: int,
+    admit: Callable[[int], object],
+) -> TensorView:
+    """Return a request's tensor that is in shared memory, as a private copy.
+
+    Args:
+        tensor: What the request says about it.
+        memory: The memory of the request's session; None if it has none.
+        most: The largest number of bytes that an input may have.
+        admit: Called with the bytes of the copy before it is made.
+
+    Raises:
+        OverloadedError: If ``admit`` raises it.
+        SharedMemoryLostError: If the memory isn't lent to the request's session.
+        InvalidInputError: If the bytes are outside the region, or too many.
+        DecodeError: If a byte of a bool tensor is neither 0 nor 1.
+    """
+    if memory is None:
+        raise SharedMemoryLostError("shared_memory_session: got none that this server knows")
+    if tensor.at.size > most:
+        raise InvalidInputError(f"shared: got {tensor.at.size} bytes, expected at most {most}")
+    admit(tensor.at.size)
+    return tensor.view(memory.memory.read(memory.session, tensor.at))
 
 
 class SharedMemory:

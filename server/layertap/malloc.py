@@ -13,9 +13,9 @@ from pathlib import Path
 from layertap.errors import InvalidInputError
 from layertap.wire import codec
 
-__all__ = ["DEFAULT_MIB", "keep_memory", "retained_bytes"]
+__all__ = ["DEFAULT_KEPT_MIB", "keep_memory", "retained_bytes"]
 
-DEFAULT_MIB = 1024
+DEFAULT_KEPT_MIB = 1024
 """What is kept at most, in MiB, unless said otherwise: the blocks of some large replies."""
 
 _MIB = 1 << 20
@@ -23,7 +23,7 @@ _LOOK_SECONDS = 1.0
 _STATM = Path("/proc/self/statm")
 
 
-def keep_memory(mib: int = DEFAULT_MIB) -> bool:
+def keep_memory(mib: int = DEFAULT_KEPT_MIB) -> bool:
     """Keep freed memory for the next large reply, which takes a quarter of the time then.
 
     For the whole process, whatever allocates there, and the rest of its life. Call it early:

@@ -7,9 +7,9 @@ from types import ModuleType
 
 import pytest
 
-from layertap import _core, _pure, keep_memory
+from layertap import _core, _pure, keep_memory, malloc
 from layertap.errors import InvalidInputError
-from layertap.wire import codec, memory
+from layertap.wire import codec
 
 cores = pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
 glibc = pytest.mark.skipif(codec.malloc_usage() is None, reason="needs glibc's malloc")
@@ -24,7 +24,7 @@ PAGES = BLOCK // 4096
 PREFACE = f"""
 import ctypes, resource, threading
 from layertap import _core, _pure
-from layertap.wire import memory
+from layertap import malloc
 MIB, BLOCK = {MIB}, {BLOCK}
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
 
@@ -73,11 +73,11 @@ def test_without_it_every_block_has_new_pages() -> None:
 def test_heaps_end_is_held_to_the_bound_at_once() -> None:
     """A freed block over the bound is given back, one within it stays and is reported."""
     after_small, after_large = printed("""
-memory.keep_memory(64)
+malloc.keep_memory(64)
 b"x" * (32 * MIB)
-print(memory.retained_bytes())
+print(malloc.retained_bytes())
 b"x" * BLOCK
-print(memory.retained_bytes())
+print(malloc.retained_bytes())
 """)
     assert 31 * MIB < after_small < 64 * MIB
     assert after_large < 16 * MIB
@@ -87,13 +87,13 @@ print(memory.retained_bytes())
 def test_free_memory_between_blocks_in_use_is_held_to_the_bound() -> None:
     """What a block in use keeps from the heap's end is given back at the next look."""
     before, after, faults = printed("""
-memory.keep_memory(64)
+malloc.keep_memory(64)
 large = b"x" * BLOCK
 small = b"x" * MIB
 del large
-print(memory.retained_bytes())
-memory._KEEPER.look()
-print(memory.retained_bytes())
+print(malloc.retained_bytes())
+malloc._KEEPER.look()
+print(malloc.retained_bytes())
 print(faults_of_a_block())
 """)
     assert before > 99 * MIB
@@ -105,11 +105,11 @@ print(faults_of_a_block())
 def test_bound_can_be_changed() -> None:
     """A second call replaces the bound and starts no second thread."""
     kept, given_back, threads = printed("""
-memory.keep_memory(1024)
+malloc.keep_memory(1024)
 b"x" * BLOCK
-print(memory.retained_bytes())
-memory.keep_memory(1)
-print(memory.retained_bytes())
+print(malloc.retained_bytes())
+malloc.keep_memory(1)
+print(malloc.retained_bytes())
 print(threading.active_count())
 """)
     assert kept > 99 * MIB
@@ -149,9 +149,9 @@ def test_another_c_library_is_left_alone(monkeypatch) -> None:
     assert _pure.malloc_usage() is None
     for name in ("keep_memory", "malloc_usage", "trim_memory"):
         monkeypatch.setattr(codec, name, getattr(_pure, name))
-    monkeypatch.setattr(memory, "_KEEPER", memory._Keeper())
+    monkeypatch.setattr(malloc, "_KEEPER", malloc._Keeper())
     threads = threading.active_count()
     assert keep_memory() is False
-    assert memory.retained_bytes() is None
-    memory._KEEPER.look()
+    assert malloc.retained_bytes() is None
+    malloc._KEEPER.look()
     assert threading.active_count() == threads

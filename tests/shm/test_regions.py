@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from layertap.errors import SharedMemoryLostError
-from layertap.wire.shared import regions
-from layertap.wire.shared.regions import Kind, Region, make_region, map_region, supported
+from layertap.shm import regions
+from layertap.shm.regions import Kind, Region, make_region, map_region, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 

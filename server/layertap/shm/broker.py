@@ -27,9 +27,8 @@ import time
 from collections.abc import Callable
 
 from layertap.errors import OverloadedError
-from layertap.wire.shared.hub import SharedMemory
-from layertap.wire.shared.leases import End, Session
-from layertap.wire.shared.packets import (
+from layertap.shm.leases import End, Session
+from layertap.shm.packets import (
     PACKET_BYTES,
     VERSION,
     Packet,
@@ -37,9 +36,10 @@ from layertap.wire.shared.packets import (
     from_id,
     to_id,
 )
-from layertap.wire.shared.regions import Region
+from layertap.shm.regions import Region, supported
+from layertap.shm.shared_memory import SharedMemory
 
-__all__ = ["Broker", "same_user"]
+__all__ = ["Broker", "open_broker", "same_user"]
 
 _log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Broker:
 
 
 class _Connection:
-    """The server's end of one client's socket (a ``layertap.wire.shared.leases.Channel``)."""
+    """The server's end of one client's socket (a ``layertap.shm.leases.Channel``)."""
 
     def __init__(self, peer: socket.socket, take: Callable[[_Connection, bytes], bool]) -> None:
         peer.setblocking(False)
@@ -259,6 +259,22 @@ class _Connection:
         self.sent_away = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
+    """Return a broker; None if the limit is 0 or the system has no such shared memory.
+
+    Args:
+        limit_bytes: The most bytes that all regions may have together.
+        lease_seconds: How long a client may keep a region.
+    """
+    if not limit_bytes or not supported():
+        return None
+    try:
+        return Broker(SharedMemory(limit_bytes, lease_seconds))
+    except OSError as error:  # Sockets or anonymous files are forbidden, as in some sandboxes.
+        _log.warning("there is no shared memory: %s", error)
+        return None
 
 
 def same_user(peer: socket.socket) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from itertools import count
 
-from layertap.wire.shared.regions import Kind, Region, make_region
+from layertap.shm.regions import Kind, Region, make_region
 
 __all__ = ["Pool", "size_class"]
 

@@ -17,9 +17,9 @@ from layertap.app.security import Security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from layertap.services.infer.memory import CallerMemory
+from layertap.services.infer.shared_memory_rpcs import CallerMemory
 from layertap.services.tokens import Tokens
-from layertap.wire.client_regions import ClientRegions
+from layertap.shm.client_regions import ClientRegions
 from streams import eventually
 
 Code = grpc.StatusCode

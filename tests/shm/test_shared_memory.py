@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from layertap.errors import InvalidInputError, SharedMemoryLostError
-from layertap.wire.shared.hub import SharedMemory, Space
-from layertap.wire.shared.leases import End, Loan, Session
-from layertap.wire.shared.regions import Kind, Region, map_region, supported
+from layertap.shm.leases import End, Loan, Session
+from layertap.shm.regions import Kind, Region, map_region, supported
+from layertap.shm.shared_memory import SessionMemory, SharedMemory
 from layertap.wire.tensors import SharedSlice
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
@@ -301,9 +301,9 @@ def test_absurd_sizes_are_not_lent(memory: SharedMemory, session: Session, nbyte
 
 def test_small_replies_are_not_lent(memory: SharedMemory, session: Session) -> None:
     """What is quicker in the message stays there, and is no fallback."""
-    space = Space(memory, session, least=1000)
-    assert space.lend(999) is None
-    assert space.lend(1000) is not None
+    lent = SessionMemory(memory, session, least=1000)
+    assert lent.lend(999) is None
+    assert lent.lend(1000) is not None
     assert memory.state().fallbacks == {}
 
 
