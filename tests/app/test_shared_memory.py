@@ -254,7 +254,7 @@ def test_where_sockets_are_forbidden_replies_are_sent(
     def refuse(*args: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("layertap.app.shared_memory_metrics.Broker", refuse)
+    monkeypatch.setattr("layertap.shm.broker.Broker", refuse)
     with running(engine) as server, Client(server.address) as client:
         assert server.shared_memory is None
         assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300

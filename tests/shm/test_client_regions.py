@@ -15,7 +15,7 @@ import pytest
 
 from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
 from layertap.shm.client_regions import ClientRegions
-from layertap.wire import client_regions
+from layertap.shm import client_regions
 
 ME, OTHER = "me", "other"
 SIZE = 4096
