@@ -1,4 +1,4 @@
-"""FX: torchvision's create_feature_extractor, with each value taken the moment it is computed.
+"""A model's symbolic graph: its nodes, and their values taken the moment they are computed.
 
 Note [FX done right]
     - torchvision hands the values out at the end, overwritten by later in-place operations; here a

@@ -13,33 +13,31 @@ Note [A compilation unit of its own]
     2.14). What is loaded from a file gets a unit of its own, which goes with it. So the traced
     program goes through a file in memory before it is frozen, its weights taken out meanwhile.
 
-torch.jit is deprecated upstream in favour of torch.export; only this file compiles with it, so that
-another compiler can stand beside it.
+torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with it; another
+compiler is another kind.
 """
 
 from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
+from layertap.extraction.apart import may_end_the_process, run_apart
+from layertap.extraction.base import BuiltExtractor, Values
+from layertap.extraction.kinds.base import BuildContext, CompiledKind
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
+from layertap.selection import Capture, Extractor
 from layertap.silence import warnings_ignored
 
-__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "program_bytes", "program_of", "trace_taps"]
-
-WARM_UP_RUNS = 3
-"""Runs after which a program is as fast as it gets, on the thread that will run it.
-
-The profiling executor specialises on the second call of a shape and settles on the third.
-"""
-
+__all__ = ["KIND", "TorchScriptExtractor", "TorchScriptKind", "trace_taps"]
 
 _tracing = threading.Lock()
 """Held while a model is traced.
@@ -99,28 +97,6 @@ def _set(program: torch.jit.ScriptModule, values: Iterable[tuple[str, str, torch
         modules[path]._c.setattr(name, value)
 
 
-def program_bytes(frozen: torch.jit.ScriptModule) -> memoryview:
-    """Return a program that is not optimised yet as the bytes of a TorchScript file.
-
-    In memory, never straight to a file: torch's own writer ends the process (``std::terminate``)
-    where it meets a full disk, as its destructor throws (pytorch/pytorch#156955).
-
-    Raises:
-        RuntimeError: Where the program can't be serialized.
-    """
-    buffer = io.BytesIO()
-    with _deprecated():
-        torch.jit.save(frozen, buffer)
-    return buffer.getbuffer()
-
-
-def program_of(data: bytes, device: torch.device) -> torch.jit.ScriptModule:
-    """Return the program that ``program_bytes`` gave; raise RuntimeError for other bytes."""
-    with _deprecated():
-        program: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location=device)
-    return program
-
-
 def _deprecated() -> AbstractContextManager[None]:
     """Ignore torch's warnings that torch.jit is deprecated; the module's docstring says so too."""
     return warnings_ignored()
@@ -141,6 +117,59 @@ class TorchScriptExtractor:
         """See BuiltExtractor."""
         for index, value in enumerate(self._program(x)):
             sink(index, value)
+
+
+class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
+    """Serves a layer set by a traced, frozen and optimised program of its own."""
+
+    id = Extractor.TORCHSCRIPT
+    captures = frozenset({Capture.OUTPUT, Capture.INPUT})
+    members = True
+    # Fused kernels make zeros of NaN (``relu``), and spread it over other elements.
+    finite_only = True
+    # The profiling executor specialises on the second call of a shape and settles on the third.
+    warm_up_runs = 3
+
+    def compile(
+        self, context: BuildContext, pass_spec: PassSpec, example: torch.Tensor
+    ) -> torch.jit.ScriptModule:
+        """See CompiledKind."""
+        return trace_taps(context.model, context.taps, pass_spec.points, example)
+
+    def finish(self, program: torch.jit.ScriptModule) -> BuiltExtractor:
+        """See CompiledKind."""
+        return TorchScriptExtractor(program)
+
+    def save(self, program: torch.jit.ScriptModule) -> memoryview:
+        """See CompiledKind.
+
+        In memory, never straight to a file: torch's own writer ends the process
+        (``std::terminate``) where it meets a full disk, as its destructor throws
+        (pytorch/pytorch#156955).
+        """
+        buffer = io.BytesIO()
+        with _deprecated():
+            torch.jit.save(program, buffer)
+        return buffer.getbuffer()
+
+    def load(self, data: bytes, device: torch.device) -> torch.jit.ScriptModule:
+        """See CompiledKind."""
+        with _deprecated():
+            program: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location=device)
+        return program
+
+    def may_end_the_process(self, program: torch.jit.ScriptModule) -> bool:
+        """See CompiledKind."""
+        return may_end_the_process(program)
+
+    def run_apart(
+        self, program: torch.jit.ScriptModule, batches: Sequence[torch.Tensor], device: torch.device
+    ) -> Generator[None, None, list[Values]]:
+        """See CompiledKind."""
+        return run_apart(program, batches, device, self.warm_up_runs)
+
+
+KIND = TorchScriptKind()
 
 
 class _Tapped(nn.Module):
