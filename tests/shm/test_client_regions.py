@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
-from layertap.shm.client_regions import ClientRegions
 from layertap.shm import client_regions
+from layertap.shm.client_regions import ClientRegions
 
 ME, OTHER = "me", "other"
 SIZE = 4096
