@@ -10,8 +10,8 @@ import grpc
 import pytest
 
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from processes import layertap, serving
+from stubs import inference_stub
 
 NET = ("tinynets:residual", "--item-shape", "3,8,8")
 SHARED = "system_shared_memory"
@@ -25,7 +25,7 @@ def test_shared_memory_is_off_until_it_is_allowed() -> None:
         (("--allow-client-shm",), grpc.StatusCode.INVALID_ARGUMENT),
     ):
         with serving(*NET, *flags) as server, grpc.insecure_channel(server.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
+            stub = inference_stub(channel)
             extensions = stub.ServerMetadata(pb.ServerMetadataRequest()).extensions
             assert (SHARED in extensions) == bool(flags)
             with pytest.raises(grpc.RpcError) as caught:
@@ -42,7 +42,7 @@ def test_other_users_are_named() -> None:
     flags = ("--allow-client-shm", "--client-shm-uids", "12345,12346")
     try:
         with serving(*NET, *flags) as server, grpc.insecure_channel(server.address) as channel:
-            GRPCInferenceServiceStub(channel).SystemSharedMemoryRegister(
+            inference_stub(channel).SystemSharedMemoryRegister(
                 pb.SystemSharedMemoryRegisterRequest(name="r", key=path.name, byte_size=4)
             )
     finally:

@@ -14,7 +14,7 @@ from layertap.app.config import ServerConfig
 from layertap.app.served_models import Narrator, ServedModels, check_models
 from layertap.engine import Call
 from layertap.errors import CancelledError, LayertapError, ModelLoadError, UnavailableError
-from layertap.services.admin_service import ReloadAction, ReloadReport
+from layertap.services.reload_report import ReloadAction, ReloadReport
 
 __all__ = ["Reloader", "waiting_for_restart"]
 

@@ -22,7 +22,7 @@ from layertap.errors import (
     ModelNotFoundError,
     NotFoundError,
 )
-from layertap.services.admin_service import ModelReload, ReloadAction
+from layertap.services.reload_report import ModelReload, ReloadAction
 
 __all__ = ["Narrator", "ServedModels", "check_models"]
 
