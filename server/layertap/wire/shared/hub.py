@@ -27,7 +27,6 @@ from layertap.wire.tensors import SharedSlice
 
 __all__ = [
     "DEFAULT_LEASE_SECONDS",
-    "DEFAULT_MIB",
     "FALLBACK_REASONS",
     "LEAST_BYTES",
     "SharedMemory",
@@ -35,7 +34,6 @@ __all__ = [
     "Space",
 ]
 
-DEFAULT_MIB = 1024
 DEFAULT_LEASE_SECONDS = 60.0
 
 FALLBACK_REASONS = ("session", "share", "limit", "socket", "system")
