@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from layertap.models.image_settings import INTERPOLATIONS
 from torchvision.transforms import InterpolationMode
 
 from layertap.errors import ConfigError
 from layertap.models import ImageSettings
+from layertap.settings.image_settings import INTERPOLATIONS
 
 
 def test_interpolations_are_torchvisions() -> None:

@@ -10,11 +10,10 @@ from pathlib import Path
 import grpc
 
 from layertap.addresses import host_port, is_unix, unix_path
-from layertap.app.channel import STREAMS, channel_options
+from layertap.app.grpc_options import STREAMS, channel_options
 from layertap.app.health import HEALTH, ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security, open_security
-from layertap.app.shared_memory import open_broker
 from layertap.app.thread_limit import ThreadLimit
 from layertap.app.unix_socket import UnixSocket
 from layertap.engine import Engine, Limits
@@ -32,8 +31,9 @@ from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
 from layertap.settings import ServerOptions
+from layertap.shm.broker import open_broker
+from layertap.shm.client_regions import ClientRegions
 from layertap.threads import WorkerThreads, start_threads
-from layertap.wire.client_regions import ClientRegions
 
 __all__ = ["FeatureServer", "ServerOptions"]
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from layertap.malloc import DEFAULT_KEPT_MIB
 from layertap.settings import kinds
 from layertap.settings.definition import Setting
 from layertap.settings.kinds import MIB
-from layertap.wire.memory import DEFAULT_MIB
-from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS
+from layertap.shm.shared_memory import DEFAULT_LEASE_SECONDS, DEFAULT_SHARED_MIB
 
 __all__ = ["METRICS_OFF", "LogFormat", "LogLevel", "SecretFiles", "ServerOptions"]
 
@@ -176,7 +176,7 @@ class ServerOptions:
             key="keep_memory_mib",
             memory_share=8,
         ),
-    ] = DEFAULT_MIB * MIB
+    ] = DEFAULT_KEPT_MIB * MIB
     shared_memory_bytes: Annotated[
         int,
         Setting(
@@ -185,7 +185,7 @@ class ServerOptions:
             key="shared_memory_mib",
             memory_share=8,
         ),
-    ] = 1024 * MIB
+    ] = DEFAULT_SHARED_MIB * MIB
     shared_memory_lease_seconds: Annotated[
         float,
         Setting(
