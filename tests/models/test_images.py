@@ -18,8 +18,7 @@ from torchvision.transforms import Grayscale
 
 from layertap.errors import InvalidInputError
 from layertap.models import ImageLimits, decode_image
-from layertap.models.images import Reading
-from layertap.settings import Color
+from layertap.models.images import Color, Reading
 
 Encode = Callable[..., bytes]
 

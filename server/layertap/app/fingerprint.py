@@ -1,4 +1,4 @@
-"""How a change that needs a model to be loaded again is noticed: in its settings or its files."""
+"""What tells that a model has to be loaded again: its section, and its files' state."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from layertap.models.checkpoint_files import files_of_weights
-from layertap.settings import ServedModel, SourceKind
-from layertap.settings.paths import is_path
+from layertap.app.config import ModelSection
+from layertap.models import SourceKind
+from layertap.models.checkpoint_files import files_of_weights, is_path
 
 __all__ = ["Fingerprint", "Snapshot", "files_of", "fingerprint", "snapshot"]
 
@@ -24,23 +24,23 @@ Snapshot = dict[Path, FileState]
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """A model's settings, and the state of the files that they name."""
+    """A model's section, and the state of the files that it names."""
 
-    model: ServedModel
+    section: ModelSection
     files: tuple[FileState, ...]
 
 
-def files_of(model: ServedModel) -> tuple[Path, ...]:
+def files_of(section: ModelSection) -> tuple[Path, ...]:
     """Return the files that a model is loaded from. Python code is not among them."""
-    spec = model.spec
+    spec = section.spec()
     source = [Path(spec.target)] if spec.kind is SourceKind.TORCHSCRIPT else []
     weights = files_of_weights(spec.weights) if is_path(spec.weights) else ()
     return (*source, *weights)
 
 
-def fingerprint(model: ServedModel) -> Fingerprint:
+def fingerprint(section: ModelSection) -> Fingerprint:
     """Return a model's fingerprint. Take it before loading: what changes meanwhile then shows."""
-    return Fingerprint(model, tuple(snapshot(files_of(model)).values()))
+    return Fingerprint(section, tuple(snapshot(files_of(section)).values()))
 
 
 def snapshot(files: Iterable[Path]) -> Snapshot:

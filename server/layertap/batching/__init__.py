@@ -1,10 +1,6 @@
-"""Groups waiting items into batches. Independent of gRPC and PyTorch.
+"""A generic, bounded-by-its-caller batcher: knows neither gRPC nor PyTorch."""
 
-The caller limits how many items wait.
-"""
-
-from layertap.batching.batcher import Batcher
+from layertap.batching.batcher import ALONE, Batcher, BatchPolicy
 from layertap.batching.queue import BatchQueue, ClosedError
-from layertap.settings.batch_policy import ALONE, BatchPolicy
 
 __all__ = ["ALONE", "BatchPolicy", "BatchQueue", "Batcher", "ClosedError"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from layertap.errors import ModelLoadError
 from layertap.models.input_spec import InputGuess, InputSpec
-from layertap.settings import ModelSpec
+from layertap.models.spec import ModelSpec
 
 __all__ = ["guess_input"]
 
