@@ -13,9 +13,8 @@ from layertap.engine.admission import Admission, Reservation
 from layertap.engine.beside import run_beside
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
-from layertap.engine.host import HostOptions, ModelHost
+from layertap.engine.host import ModelHost
 from layertap.engine.leaving import let_go
-from layertap.engine.limits import Limits
 from layertap.engine.pipeline import Extraction, ExtractionRequest, Pipeline
 from layertap.engine.versions import Version, Versions
 from layertap.errors import ConfigError
@@ -23,6 +22,7 @@ from layertap.extraction.plan_cache import PlanCache
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
+from layertap.settings import HostOptions, Limits
 
 __all__ = ["Engine"]
 

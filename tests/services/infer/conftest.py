@@ -52,7 +52,7 @@ def regions() -> ClientRegions:
 @pytest.fixture(scope="package")
 def server(engine: Engine, seen: Counting, regions: ClientRegions) -> Iterator[FeatureServer]:
     """A server that takes shared memory."""
-    server = FeatureServer(engine, ServerOptions(port=0, client_regions=regions), seen)
+    server = FeatureServer(engine, ServerOptions(port=0), seen, client_regions=regions)
     server.start()
     server.ready()
     yield server

@@ -186,7 +186,7 @@ def test_regions_belong_to_their_token(engine, path: Path, tmp_path: Path) -> No
     file.write_text(f"{EXTRACT}\n{UNKNOWN}\n", "utf-8")
     security = Security(tokens=Tokens(file))
     server = FeatureServer(
-        engine, ServerOptions(port=0, security=security, client_regions=ClientRegions())
+        engine, ServerOptions(port=0), security=security, client_regions=ClientRegions()
     )
     server.start()
     try:
