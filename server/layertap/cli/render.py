@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from layertap.selection import Extractor
+from layertap.selection import Capture, Extractor
 from layertap.v1 import catalogue_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
@@ -190,7 +190,7 @@ def _table(*headings: str) -> Table:
 
 def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
     """Return the cells about a layer's values and who serves them."""
-    outputs, inputs = _letters(layer, "output"), _letters(layer, "input")
+    outputs, inputs = (_letters(layer, side) for side in (Capture.OUTPUT, Capture.INPUT))
     if not layer.HasField("output"):
         return ("", "", "", "", outputs or "none", inputs)
     spec = layer.output
@@ -201,9 +201,24 @@ def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
 
 def _reason(layer: catalogue_pb2.Layer) -> str:
     """Return why no extractor serves a layer's output; empty where one does."""
-    if any(support.output for support in layer.extractors):
+    verdicts = [verdict for _, verdict in _verdicts(layer, Capture.OUTPUT)]
+    if any(verdict.served for verdict in verdicts):
         return ""
-    return next((support.reason for support in layer.extractors if support.reason), "")
+    return next((verdict.reason for verdict in verdicts if verdict.reason), "")
+
+
+def _verdicts(
+    layer: catalogue_pb2.Layer, side: Capture
+) -> Iterator[tuple[Extractor, catalogue_pb2.CaptureSupport]]:
+    """Yield each extractor with what it does with one side of a layer."""
+    for support in layer.extractors:
+        extractor = from_proto(
+            support.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
+        )
+        for verdict in support.captures:
+            capture = from_proto(verdict.capture, catalogue_pb2.Capture, "CAPTURE", Capture.OUTPUT)
+            if capture is side:
+                yield extractor, verdict
 
 
 def _unserved(layers: Iterable[catalogue_pb2.Layer]) -> dict[str, list[str]]:
@@ -224,13 +239,9 @@ def _short(size: int) -> str:
     return f"{size} GiB"
 
 
-def _letters(layer: catalogue_pb2.Layer, side: str) -> str:
+def _letters(layer: catalogue_pb2.Layer, side: Capture) -> str:
     """Return a letter or a dash for each extractor, in one order, so that columns line up."""
-    able = {
-        from_proto(support.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO)
-        for support in layer.extractors
-        if getattr(support, side)
-    }
+    able = {extractor for extractor, verdict in _verdicts(layer, side) if verdict.served}
     if not able:
         return ""
     return "".join(letter if e in able else "-" for e, letter in LETTERS.items())
