@@ -36,8 +36,8 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.client.inputs import InputLike
+    from layertap.shm.client_session import ClientSession
     from layertap.wire.messages import Arrays
-    from layertap.wire.shared.connection import Connection
     from layertap.wire.tensors import SharedSlice
 
 __all__ = ["AsyncClient", "AsyncFeatureStream"]
@@ -265,7 +265,7 @@ class AsyncClient(BaseClient):
             self._transport = _Transport(self, self._settings())
         return self._transport
 
-    async def _session(self, transport: _Transport, timeout: float | None) -> Connection | None:
+    async def _session(self, transport: _Transport, timeout: float | None) -> ClientSession | None:
         """Return the session of shared memory; None for the wire."""
         seconds = self._timeout if timeout is None else timeout
         if transport.memory.is_settled:
@@ -275,7 +275,7 @@ class AsyncClient(BaseClient):
     async def _extract_shared(
         self,
         transport: _Transport,
-        memory: Connection,
+        memory: ClientSession,
         fields: dict[str, Any],
         inputs: Arrays,
         timeout: float | None,
@@ -354,7 +354,7 @@ class AsyncFeatureStream:
         *,
         timeout: float | None,
         item_timeout: float | None,
-        memory: Connection | None,
+        memory: ClientSession | None,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
         self._items = StreamItems(max_in_flight, item_timeout, memory)

@@ -37,8 +37,8 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.client.inputs import InputLike
+    from layertap.shm.client_session import ClientSession
     from layertap.wire.messages import Arrays
-    from layertap.wire.shared.connection import Connection
 
 __all__ = ["Client"]
 
@@ -306,7 +306,7 @@ class Client(BaseClient):
     def _extract_shared(
         self,
         transport: _Transport,
-        memory: Connection,
+        memory: ClientSession,
         fields: dict[str, Any],
         inputs: Arrays,
         timeout: float | None,

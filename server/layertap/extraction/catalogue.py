@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from layertap.errors import ExtractorUnsupportedError, LayerNotFoundError
-from layertap.extraction.fx import GraphNames
 from layertap.extraction.layout import Geometry
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.symbolic import GraphNames
 from layertap.selection import Capture, Extractor, Glob
 
 __all__ = ["REAL_EXTRACTORS", "Catalogue", "LayerEntry", "Support"]

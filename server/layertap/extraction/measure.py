@@ -18,7 +18,6 @@ from torch import nn
 from layertap.errors import ModelLoadError
 from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
 from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
-from layertap.extraction.fx import GraphNames, Trace, trace
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.layout import Geometry
 from layertap.extraction.names import LayerNames
@@ -43,6 +42,7 @@ from layertap.extraction.survey import (
     survey_walk,
     wide_input,
 )
+from layertap.extraction.symbolic import GraphNames, Trace, trace
 from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor
 
