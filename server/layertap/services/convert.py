@@ -11,7 +11,7 @@ from typing import Any
 from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorsInput
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
-from layertap.extraction.catalogue import REAL_EXTRACTORS
+from layertap.extraction.catalogue import side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import Preprocess, Steps
@@ -238,7 +238,7 @@ def layer_to_proto(
         input=_spec(entry.specs.get(Capture.INPUT)),
         channels=shape.channels,
         reduction=host.model.input.item_shape[-2] / shape.height if known else 0.0,
-        extractors=[_support(entry, extractor, refused) for extractor in REAL_EXTRACTORS],
+        extractors=[_support(entry, extractor, refused) for extractor in entry.support],
         layout=_LAYOUTS[shape.layout],
         grid=[shape.height, shape.width] if known else [],
         front_tokens=shape.front,
@@ -271,14 +271,19 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
 def _support(
     entry: LayerEntry, extractor: Extractor, refused: Refused
 ) -> catalogue_pb2.ExtractorSupport:
-    support = entry.support[extractor]
-    output = refused.get((extractor, entry.name), "")
-    given = refused.get((extractor, f"{entry.name}:{Capture.INPUT}"), "")
+    reasons = {
+        side: refused.get((extractor, side_name(entry.name, side)), "")
+        or entry.refusal(extractor, side)
+        for side in Capture
+    }
     return catalogue_pb2.ExtractorSupport(
         extractor=to_proto(extractor, "EXTRACTOR"),
-        output=support.output and not output,
-        input=support.input and not given,
-        reason=output or given or support.reason,
+        captures=[
+            catalogue_pb2.CaptureSupport(
+                capture=to_proto(side, "CAPTURE"), served=not reason, reason=reason
+            )
+            for side, reason in reasons.items()
+        ],
     )
 
 
