@@ -5,6 +5,7 @@ rich leaves colours out where the stream is no terminal and where NO_COLOR is se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -27,6 +28,7 @@ LETTERS = {each: each.letter for each in reversed(Extractor) if each.letter}
 """What tables call the extractors; the ones that AUTO prefers stand last."""
 
 UNBOUNDED = 10_000
+_MARKS = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 _BY = ("by", "in by")
 
 
@@ -42,18 +44,19 @@ def console(stream: TextIO | None = None) -> Console:
 
 
 class Stderr:
-    """Messages and progress on stderr; a ``layertap.app.lifecycle.Narrator``."""
+    """Messages and progress on stderr; a ``layertap.app.narrator.Narrator``."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, markup=False, highlight=False)
 
-    def say(self, text: str) -> None:
-        """Print a line; where stderr can't be written to, as a file on a full disk, print none.
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Print a line, and mark errors and warnings as such.
 
-        A message that is lost must not end the server, as logging's own errors don't.
+        Where stderr can't be written to, as a file on a full disk, the line is lost: that must not
+        end the server, as logging's own errors don't.
         """
         with suppress(OSError):
-            self._console.print(f"layertap: {text}", soft_wrap=True)
+            self._console.print(f"layertap: {_MARKS.get(level, '')}{text}", soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from layertap.engine.limits import Limits
 from layertap.errors import InvalidInputError
 from layertap.models import ImageLimits, LoadedModel
+from layertap.settings import Limits
 from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
 

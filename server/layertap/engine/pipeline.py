@@ -22,7 +22,6 @@ from layertap.engine.batch import (
 )
 from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
-from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work, compute
@@ -31,6 +30,7 @@ from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.plan import Plan
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
+from layertap.settings import Limits
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm, ReplyForm
 
