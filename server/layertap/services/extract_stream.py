@@ -8,7 +8,7 @@ from functools import partial
 import grpc
 
 from layertap.engine import Call, Engine, Reservation
-from layertap.errors import DecodeError, LayertapError
+from layertap.errors import DecodeError, InvalidInputError, LayertapError
 from layertap.services.convert import Converter, DecodedItem
 from layertap.services.data_plane import DataPlane
 from layertap.services.item_window import Answer
@@ -95,7 +95,8 @@ class ExtractStream:
 def _failure(number: int, error: Exception) -> Answer:
     told = leaving(error)
     code = code_of(told).value[0]
-    return Answer(encode_stream_error(number, code, type(told).__name__, str(told)))
+    image = told.image if isinstance(told, InvalidInputError) else None
+    return Answer(encode_stream_error(number, code, type(told).__name__, str(told), image))
 
 
 def _least(timeout_ns: int, remaining: float | None) -> float | None:

@@ -25,6 +25,7 @@ from layertap.wire.tensors import (
 )
 
 __all__ = [
+    "ERROR_IMAGE_METADATA_KEY",
     "ERROR_METADATA_KEY",
     "MAX_INPUTS",
     "PUSHBACK_METADATA_KEY",
@@ -43,6 +44,9 @@ __all__ = [
 
 ERROR_METADATA_KEY = "layertap-error"
 """Trailing metadata with the name of an error's class, so that clients can raise the same."""
+
+ERROR_IMAGE_METADATA_KEY = "layertap-error-image"
+"""Trailing metadata with the index of the image that an error is about."""
 
 REPLY_COMPRESSION_KEY = "layertap-reply-compression"
 """Metadata of a call that asks for a compressed reply."""
