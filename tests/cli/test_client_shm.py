@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -16,16 +17,16 @@ from layertap.app.server import FeatureServer
 from layertap.cli.main import main
 from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from layertap.settings import ServerOptions, definitions
 from processes import layertap
+from stubs import inference_stub
 
 SHARED = "system_shared_memory"
 KEYS = {each.key for each in definitions(ServerOptions)}
 
 
 @contextmanager
-def asking(*flags: str) -> Iterator[GRPCInferenceServiceStub]:
+def asking(*flags: str) -> Iterator[Any]:
     """Serve with the flags of `layertap serve`, without a model, and yield a stub."""
     given = main.commands["serve"].make_context("serve", ["a", "--port", "0", *flags]).params
     chosen = {key: value for key, value in given.items() if key in KEYS}
@@ -34,7 +35,7 @@ def asking(*flags: str) -> Iterator[GRPCInferenceServiceStub]:
     server.start()
     try:
         with grpc.insecure_channel(server.address) as channel:
-            yield GRPCInferenceServiceStub(channel)
+            yield inference_stub(channel)
     finally:
         server.stop(0)
         engine.close()

@@ -32,7 +32,8 @@ from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import ConfigError, LayertapError
 from layertap.malloc import keep_memory
 from layertap.resources import available_cpus, raise_file_limit
-from layertap.services.admin_service import AdminService, ReloadReport
+from layertap.services.admin_service import AdminService
+from layertap.services.reload_report import ReloadReport
 from layertap.settings import METRICS_OFF, ServerOptions
 from layertap.settings.kinds import MIB
 from layertap.threads import THREADS_REFUSED, is_thread_refused

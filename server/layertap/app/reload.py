@@ -13,7 +13,7 @@ from layertap.app.narrator import Narrator
 from layertap.app.served_models import ServedModels
 from layertap.engine import Call
 from layertap.errors import CancelledError, LayertapError, ModelLoadError, UnavailableError
-from layertap.services.admin_service import ReloadAction, ReloadReport
+from layertap.services.reload_report import ReloadAction, ReloadReport
 from layertap.settings import Definition, Limits, ServerOptions, definitions
 
 __all__ = ["Reloader", "waiting_for_restart"]

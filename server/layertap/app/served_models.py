@@ -20,7 +20,7 @@ from layertap.errors import (
     ModelNotFoundError,
     NotFoundError,
 )
-from layertap.services.admin_service import ModelReload, ReloadAction
+from layertap.services.reload_report import ModelReload, ReloadAction
 from layertap.settings import ServedModel
 
 __all__ = ["ServedModels"]
