@@ -25,7 +25,7 @@ def item(number: int, x: np.ndarray | None = None, **changes: object) -> object:
     x = np.full((1, *ITEM), number % 7, np.float32) if x is None else x
     fields: dict[str, object] = {
         "model": "residual",
-        "tensor": tensor_pb2.Tensor(dtype=1, shape=x.shape, data=x.tobytes()),
+        "inputs": [tensor_pb2.Tensor(dtype=1, shape=x.shape, data=x.tobytes())],
         "layers": [feature_service_pb2.LayerSelection(layer="layer1")],
         "extractor": "EXTRACTOR_HOOK",
         "id": number,

@@ -59,7 +59,7 @@ def extract(engine: Engine, request_id: str, model: str, layer: str, batch: np.n
     try:
         with grpc.insecure_channel(server.address) as channel:
             method = channel.unary_unary("/layertap.v1.FeatureService/Extract")
-            method(encode_request(request, batch), metadata=(("x-request-id", request_id),))
+            method(encode_request(request, [("", batch)]), metadata=(("x-request-id", request_id),))
     except grpc.RpcError as error:
         return error.code().name
     finally:

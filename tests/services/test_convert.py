@@ -46,7 +46,7 @@ def test_plans_that_were_refused_are_described(engine) -> None:
     refused = {tuple(plan.layers): plan for plan in description.refused_plans}
     assert set(refused) == {("conv:input", "tail"), ("tail",)}
     plan = refused["tail",]
-    assert (plan.extractor, list(plan.item_shape)) == (TORCHSCRIPT, list(ITEM))
+    assert (plan.extractor, list(plan.inputs[0].shape)) == (TORCHSCRIPT, list(ITEM))
     assert "TORCHSCRIPT can't serve" in plan.reason
     layers = {layer.name: layer for layer in description.layers}
     assert verdicts(layers["tail"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
@@ -67,7 +67,7 @@ def test_the_command_line_shows_refused_plans(engine) -> None:
     load(engine, "bakes_batch", "tail")
     with running_server(engine) as address:
         shown = layertap("layers", "bakes_batch", "--server", address)
-    assert "refused: tail at [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
+    assert "refused: tail at x [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
 
 
 def test_the_rules_of_a_models_passes_are_described(engine) -> None:

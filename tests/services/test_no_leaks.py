@@ -66,7 +66,7 @@ def extract(
         layers=[feature_service_pb2.LayerSelection(layer=layer) for layer in layers],
         extractor=extractor,  # type: ignore[arg-type]
     )
-    return encode_request(request, np.zeros((1, *ITEM), np.float32) if x is None else x)
+    return encode_request(request, [("", np.zeros((1, *ITEM), np.float32) if x is None else x)])
 
 
 def images(*files: bytes) -> bytes:

@@ -233,7 +233,7 @@ def unary(x: np.ndarray | None = None, **changes: object) -> object:
     """Return a unary request for residual's layer1."""
     fields = item(0, x, **changes)
     return feature_service_pb2.ExtractRequest(
-        model=fields.model, tensor=fields.tensor, layers=fields.layers, extractor=fields.extractor
+        model=fields.model, inputs=fields.inputs, layers=fields.layers, extractor=fields.extractor
     )
 
 

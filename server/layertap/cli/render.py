@@ -83,6 +83,13 @@ class Stderr:
             yield bar
 
 
+def _input(given: catalogue_pb2.InputSpec) -> str:
+    """Return an input in words, such as ``x [B, 3, 224*, 224*] float32 or images``."""
+    sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in given.shape]
+    images = " or images" if given.images else ""
+    return f"{given.name} [{', '.join(sizes)}] {_dtype(given.dtype)}{images}"
+
+
 def show_layers(
     model: catalogue_pb2.Model,
     layers: Sequence[catalogue_pb2.Layer],
@@ -92,20 +99,16 @@ def show_layers(
 ) -> None:
     """Print a model's layers, as a tree of modules or as a flat table in execution order."""
     out = console()
-    images = " or images" if model.input.images else ""
-    free = model.input.free_dimensions
-    sizes = [
-        f"{size}*" if index in free else str(size)
-        for index, size in enumerate(model.input.item_shape)
-    ]
-    note = " (*: any size)" if free else ""
+    taken = ", ".join(map(_input, model.inputs))
+    note = " (*: any size)" if "*" in taken else ""
     out.print(
         f"{model.name}: {model.source}, weights {model.weights}, on {model.device}; takes "
-        f"[{', '.join(['B', *sizes])}] {_dtype(model.input.dtype)}{images}{note}",
+        f"{taken}{note}",
         soft_wrap=True,
     )
-    if model.input.images:
-        out.print(f"images: {model.input.preprocessing}", soft_wrap=True)
+    for given in model.inputs:
+        if given.images:
+            out.print(f"images: {given.preprocessing}", soft_wrap=True)
     if passes := _passes(model.pass_rules):
         out.print(f"passes: {passes}", soft_wrap=True)
     for note in model.notes:
@@ -115,8 +118,10 @@ def show_layers(
         for reason, names in _unserved(layers).items():
             out.print(f"none: {', '.join(names)}: {reason}", soft_wrap=True)
     for plan in refused:
-        shape = ", ".join(["B", *map(str, plan.item_shape)])
-        out.print(f"refused: {', '.join(plan.layers)} at [{shape}]: {plan.reason}", soft_wrap=True)
+        at = ", ".join(
+            f"{given.name} [{', '.join(['B', *map(str, given.shape)])}]" for given in plan.inputs
+        )
+        out.print(f"refused: {', '.join(plan.layers)} at {at}: {plan.reason}", soft_wrap=True)
     legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
     out.print(
         f"by: {legend}; in by: the same for its input; B: the batch; bytes: of one item"

@@ -1,7 +1,7 @@
 """The engine: models, planner and compute threads; knows no transport."""
 
 from layertap.engine.admission import Reservation
-from layertap.engine.batch import ImagesInput, TensorInput
+from layertap.engine.batch import ImagesInput, TensorsInput
 from layertap.engine.call import Call
 from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
@@ -20,7 +20,7 @@ __all__ = [
     "Limits",
     "ModelHost",
     "Reservation",
-    "TensorInput",
+    "TensorsInput",
     "allow_tf32",
     "choose_device",
 ]

@@ -14,9 +14,9 @@ import torch
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
     ImagesInput,
-    TensorInput,
+    TensorsInput,
     batch_bytes,
-    check_tensor,
+    check_tensors,
     decode_images,
     preprocess_images,
 )
@@ -51,7 +51,7 @@ class ExtractionRequest:
     """
 
     model: str
-    input: TensorInput | ImagesInput
+    input: TensorsInput | ImagesInput
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
     form: Callable[[Extractor], ReplyForm] = NativeForm
@@ -199,8 +199,8 @@ class Pipeline:
 
     def _batch(self, admitted: _Admitted) -> torch.Tensor:
         host, given = admitted.host, admitted.request.input
-        if isinstance(given, TensorInput):
-            x = check_tensor(host.model, given.tensor, self._limits)
+        if isinstance(given, TensorsInput):
+            x = check_tensors(host.model, given.tensors, self._limits)
         else:
             x = self._images(admitted, given)
         if host.staging is None:

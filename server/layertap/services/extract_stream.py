@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import grpc
 
 from layertap.engine import Call, Engine, Reservation
-from layertap.errors import DecodeError, LayertapError
+from layertap.errors import DecodeError, InvalidInputError, LayertapError
 from layertap.services.convert import Converter
 from layertap.services.data_plane import Converted, DataPlane
 from layertap.services.item_window import Answer
@@ -56,7 +56,7 @@ class ExtractStream:
         self, window: StreamWindow, message: bytes, remaining: float | None
     ) -> Callable[[], None] | None:
         try:
-            request, tensor = decode_stream_request(message)
+            request, tensors = decode_stream_request(message)
         except DecodeError as error:
             window.refuse(self._failed(id_of(message), error))
             return None
@@ -71,18 +71,18 @@ class ExtractStream:
         except LayertapError as error:
             window.answer(request.id, _failure(request.id, error))
             return None
-        return partial(self._run, request, tensor, call, received, window)
+        return partial(self._run, request, tensors, call, received, window)
 
     def _run(
         self,
         request: ExtractStreamRequest,
-        tensor: TensorView | SharedTensor | None,
+        tensors: Sequence[TensorView | SharedTensor],
         call: Call,
         received: Reservation,
         window: StreamWindow,
     ) -> None:
         def convert() -> Converted:
-            wanted = self._converter.convert(request, tensor, received, id_field(request.id))
+            wanted = self._converter.convert(request, tensors, received, id_field(request.id))
             return wanted.model, lambda host: wanted
 
         try:
@@ -100,7 +100,8 @@ class ExtractStream:
 def _failure(number: int, error: Exception) -> Answer:
     told = leaving(error)
     code = code_of(told).value[0]
-    return Answer(encode_stream_error(number, code, type(told).__name__, str(told)))
+    image = told.image if isinstance(told, InvalidInputError) else None
+    return Answer(encode_stream_error(number, code, type(told).__name__, str(told), image))
 
 
 def _least(timeout_ns: int, remaining: float | None) -> float | None:
