@@ -40,7 +40,7 @@ from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
 from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
-from layertap.services.status import guarded, guarded_stream, leaving
+from layertap.services.status import guarded, guarded_stream, public_error
 from layertap.services.stream_threads import StreamThreads
 from layertap.services.unary import answer
 from layertap.shm.client_regions import ClientRegions
@@ -116,7 +116,7 @@ class InferenceService:
             request_id = decoded[0].id
             extraction = self._run(decoded, context, call, received, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            return Answer(encode_infer_error(request_id, str(leaving(error))))
+            return Answer(encode_infer_error(request_id, str(public_error(error))))
         return Answer(extraction.message, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
@@ -124,7 +124,7 @@ class InferenceService:
         request_id = ""
         with suppress(DecodeError):
             request_id = decode_infer_request(message)[0].id
-        return Answer(encode_infer_error(request_id, str(leaving(error))))
+        return Answer(encode_infer_error(request_id, str(public_error(error))))
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a ``grpc.Server`` needs to serve this."""
