@@ -14,7 +14,7 @@ import numpy as np
 
 from gatednets import HELD
 from layertap.engine import Extraction
-from layertap.v1 import feature_service_pb2, feature_service_pb2_grpc, tensor_pb2
+from layertap.v1 import feature_service_pb2, tensor_pb2
 from tinynets import ITEM
 
 GATED_ITEM = (3, 4, 4)
@@ -126,7 +126,3 @@ def _reads(ident: int | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def stub(channel: grpc.Channel) -> feature_service_pb2_grpc.FeatureServiceStub:
-    return feature_service_pb2_grpc.FeatureServiceStub(channel)

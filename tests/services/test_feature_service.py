@@ -438,10 +438,17 @@ def test_describe_model(client) -> None:
         (1, True), (16, False), (4, False), (4, False),
     ]  # fmt: skip
     assert layer2.output.bytes_per_item == 16 * 4 * 4 * 4
-    support = {s.extractor: s for s in layers["fc"].extractors}
-    assert not support[catalogue_pb2.EXTRACTOR_CHILDREN].output
-    assert support[catalogue_pb2.EXTRACTOR_CHILDREN].reason
-    assert support[catalogue_pb2.EXTRACTOR_HOOK].input
+    verdicts = {
+        (support.extractor, verdict.capture): verdict
+        for support in layers["fc"].extractors
+        for verdict in support.captures
+    }
+    output, given = catalogue_pb2.CAPTURE_OUTPUT, catalogue_pb2.CAPTURE_INPUT
+    assert not verdicts[catalogue_pb2.EXTRACTOR_CHILDREN, output].served
+    assert "'fc'" in verdicts[catalogue_pb2.EXTRACTOR_CHILDREN, output].reason
+    assert verdicts[catalogue_pb2.EXTRACTOR_HOOK, given].served
+    refused = verdicts[catalogue_pb2.EXTRACTOR_FX, given]
+    assert (refused.served, refused.reason) == (False, "it takes outputs only")
 
 
 def test_describe_refuses_an_unknown_model_and_a_malformed_request(address) -> None:

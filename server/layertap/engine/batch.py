@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from layertap.engine.limits import Limits
 from layertap.errors import InvalidInputError
 from layertap.models import Batch, ImageLimits, LoadedModel
+from layertap.settings import Limits
 from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
 
@@ -138,7 +138,9 @@ def batch_bytes(model: LoadedModel, images: Sequence[Image.Image]) -> int:
 
 
 def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> Batch:
-    """Return the batch, ``[B, C, H, W]`` of the model's first input, of what decode_images returned. For a compute thread only.
+    """Return the batch of decoded images: ``[B, C, H, W]`` for the model's first input.
+
+    For a compute thread only.
 
     Raises:
         InvalidInputError: Where the images come out in different sizes, or in one that the model

@@ -12,7 +12,7 @@ import torch
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyTooLargeError
-from layertap.extraction.points import ValueSpec
+from layertap.extraction.plan import Plan
 from layertap.extraction.reductions import Reduced, reduced
 from layertap.selection import Reduction
 from layertap.wire.codec import MAX_MESSAGE_BYTES
@@ -57,8 +57,8 @@ class ReplyWriter:
 
     Args:
         outputs: The tensors of the reply.
-        specs: The type and shape of each captured point.
-        batch_shape: Sizes of the input, ``[B, ...]``.
+        plan: The plan that captures them; it has the type and shape of each point.
+        size: Items of the batch.
         envelope: What goes around the tensors, and how large it all may be.
         staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
 
@@ -72,21 +72,20 @@ class ReplyWriter:
     def __init__(
         self,
         outputs: Sequence[Output],
-        specs: Sequence[ValueSpec],
-        batch_shape: Sequence[int],
+        plan: Plan,
+        size: int,
         envelope: Envelope,
         staging: Staging | None = None,
     ) -> None:
-        batch, *item_shape = batch_shape
-        made = _reductions(outputs, specs, item_shape)
-        values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
+        made = _reductions(outputs, plan)
+        values = [(each.spec.shape(size), each.spec.dtype) for each in made]
         if staging is not None:
             envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
         self._staging = staging
         self._staged: dict[int, torch.Tensor] = {}
         self._builder = _builder(outputs, values, envelope)
         self._form = envelope.form
-        self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
+        self._expected = [(spec.shape(size), spec.dtype) for spec in plan.specs]
         self._slots: dict[int, list[tuple[int, Reduced]]] = {}
         for slot, output in enumerate(outputs):
             self._slots.setdefault(output.point, []).append((slot, made[slot]))
@@ -119,16 +118,15 @@ class ReplyCollector:
     def __init__(
         self,
         outputs: Sequence[Output],
-        specs: Sequence[ValueSpec],
-        batch_shape: Sequence[int],
+        plan: Plan,
+        size: int,
         envelope: Envelope,
         staging: Staging | None = None,
     ) -> None:
-        batch, *item_shape = batch_shape
         self._staging = staging
         # A reduction needs a shape to rely on: refused before any compute.
-        self._made = _reductions(outputs, specs, item_shape)
-        self._expected = [spec.shape(batch) for spec in specs]
+        self._made = _reductions(outputs, plan)
+        self._expected = [spec.shape(size) for spec in plan.specs]
         self._outputs = outputs
         self._envelope = envelope
         self._values: dict[int, torch.Tensor] = {}
@@ -159,10 +157,11 @@ class ReplyCollector:
 Reply = ReplyWriter | ReplyCollector
 
 
-def _reductions(
-    outputs: Sequence[Output], specs: Sequence[ValueSpec], item_shape: Sequence[int]
-) -> list[Reduced]:
-    return [reduced(specs[o.point], o.reduction, o.layer, item_shape) for o in outputs]
+def _reductions(outputs: Sequence[Output], plan: Plan) -> list[Reduced]:
+    return [
+        reduced(plan.specs[output.point], output.reduction, output.layer, plan.batch_key)
+        for output in outputs
+    ]
 
 
 def _builder(

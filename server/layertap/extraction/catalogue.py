@@ -8,25 +8,36 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from layertap.errors import ExtractorUnsupportedError, LayerNotFoundError
+from layertap.errors import LayerNotFoundError
+from layertap.extraction.kinds.base import Verdict
 from layertap.extraction.layout import Geometry
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.symbolic import GraphNames
 from layertap.selection import Capture, Extractor, Glob
 
-__all__ = ["REAL_EXTRACTORS", "Catalogue", "LayerEntry", "Support"]
-
-REAL_EXTRACTORS = tuple(extractor for extractor in Extractor if extractor is not Extractor.AUTO)
+__all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Whether an extractor serves a layer's output and input; why not, where it doesn't."""
+    """What an extractor serves of a layer.
 
-    output: bool
-    input: bool = False
-    reason: str = ""
+    Attributes:
+        by: The verdict on each side of the layer.
+    """
+
+    by: Mapping[Capture, Verdict]
+
+    @classmethod
+    def refused(cls, reason: str) -> Support:
+        """Return the support of an extractor that serves no side of a layer, for one reason."""
+        return cls(dict.fromkeys(Capture, Verdict(reason)))
+
+
+def side_name(layer: str, side: Capture) -> str:
+    """Return what one side of a layer is called: its name, ``:input`` behind it for its input."""
+    return layer if side is Capture.OUTPUT else f"{layer}:{side}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,7 @@ class LayerEntry:
         calls: How often the module runs in one forward pass; 0 if never.
         points: The capture point of each side that is a tensor.
         specs: The shape and type of each of those.
-        support: Every extractor's answer.
+        support: What each extractor serves of it.
         geometry: How the output is laid out.
         same_as: The name of the same layer by the first path of its module, where ``name`` is by
             another path to that module; else empty.
@@ -58,14 +69,17 @@ class LayerEntry:
     same_as: str = ""
     is_result: bool = False
 
+    def refusal(self, extractor: Extractor, capture: Capture = Capture.OUTPUT) -> str:
+        """Return why an extractor can't take that side of the layer; empty if it can."""
+        return self.support[extractor].by[capture].reason
+
     def serves(self, extractor: Extractor, capture: Capture) -> bool:
         """Tell whether an extractor can take that side of the layer."""
-        support = self.support[extractor]
-        return support.output if capture is Capture.OUTPUT else support.input
+        return not self.refusal(extractor, capture)
 
     def served_by(self, capture: Capture) -> list[Extractor]:
-        """Return the extractors that can take that side of the layer."""
-        return [extractor for extractor in REAL_EXTRACTORS if self.serves(extractor, capture)]
+        """Return the extractors that can take that side, those that AUTO prefers first."""
+        return [extractor for extractor in self.support if self.serves(extractor, capture)]
 
 
 @dataclass(frozen=True)
@@ -99,9 +113,9 @@ class Catalogue:
 
     @cached_property
     def names(self) -> Mapping[CapturePoint, str]:
-        """What to ask for to get a point: a layer's name, ``:input`` behind it for its input."""
+        """What to ask for to get a point; see ``side_name``."""
         return {
-            point: entry.name if side is Capture.OUTPUT else f"{entry.name}:{side}"
+            point: side_name(entry.name, side)
             for entry in self
             if not entry.same_as
             for side, point in entry.points.items()
@@ -109,14 +123,6 @@ class Catalogue:
 
     def __iter__(self) -> Iterator[LayerEntry]:
         return iter(self.entries.values())
-
-    def traced(self, model: str) -> GraphNames:
-        """Return the names of the graph; raise ExtractorUnsupportedError where there is none."""
-        if self.graph is None:
-            raise ExtractorUnsupportedError(
-                f"FX can't serve model {model!r}: it can't be traced symbolically"
-            )
-        return self.graph
 
     def entry(self, name: str) -> LayerEntry:
         """Return the entry of a name; raise LayerNotFoundError with close matches for another."""

@@ -21,7 +21,6 @@ from layertap.extraction.kinds.base import (
 )
 from layertap.extraction.kinds.registry import REFERENCE, kind_of
 from layertap.extraction.looks import watch_looks
-from layertap.extraction.obstacles import LOOKS, calls_function, takes_step
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
 from layertap.extraction.pass_spec import PassSpec
@@ -301,13 +300,13 @@ class PlanBuilder:
                 pass_spec.points,
                 lambda _, value: steps.append(looks.step(value)),
             )
-        step = next(filter(None, steps), "")
-        if looks.count:
-            raise self._refusal(kind, pass_spec, LOOKS)
-        if looks.functions:
-            raise self._refusal(kind, pass_spec, calls_function(looks.functions[0]))
-        if step:
-            raise self._refusal(kind, pass_spec, takes_step(step))
+        obstacle = kind.recording_obstacle(
+            looked=looks.count > 0,
+            function=next(iter(looks.functions), ""),
+            step=next(filter(None, steps), ""),
+        )
+        if obstacle:
+            raise self._refusal(kind, pass_spec, obstacle)
 
     def _refusal(
         self, kind: ExtractorKind, pass_spec: PassSpec, reason: str

@@ -18,10 +18,10 @@ from layertap.models.image_config import ImageConfig, config_of_folder
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import choose_preprocess
 from layertap.models.signature import DEFAULT_NAME, InputSpec, Signature
-from layertap.models.spec import ModelSpec, SourceKind
 from layertap.models.timm_source import build_timm
 from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
+from layertap.settings import ModelSpec, SourceKind
 
 __all__ = ["load_model"]
 

@@ -48,7 +48,8 @@ class LoadedModel:
         module: In eval mode, without gradients, on ``device``.
         device: Where the module is and its input must be.
         signature: The tensors it takes.
-        preprocess: Makes an item of the first input of an image; None where the model takes no images.
+        preprocess: Makes an item of the first input of an image; None where the model takes no
+            images.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
         differentiates: Whether the module differentiates inside its forward, which inference mode

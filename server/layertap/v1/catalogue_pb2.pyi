@@ -91,17 +91,23 @@ class TensorSpec(_message.Message):
     interleaved: bool
     def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., bytes_per_item: _Optional[int] = ..., dynamic: bool = ..., quantized: _Optional[str] = ..., interleaved: bool = ...) -> None: ...
 
-class ExtractorSupport(_message.Message):
-    __slots__ = ("extractor", "output", "input", "reason")
-    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_FIELD_NUMBER: _ClassVar[int]
-    INPUT_FIELD_NUMBER: _ClassVar[int]
+class CaptureSupport(_message.Message):
+    __slots__ = ("capture", "served", "reason")
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    extractor: Extractor
-    output: bool
-    input: bool
+    capture: Capture
+    served: bool
     reason: str
-    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., output: bool = ..., input: bool = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, capture: _Optional[_Union[Capture, str]] = ..., served: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ExtractorSupport(_message.Message):
+    __slots__ = ("extractor", "captures")
+    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
+    CAPTURES_FIELD_NUMBER: _ClassVar[int]
+    extractor: Extractor
+    captures: _containers.RepeatedCompositeFieldContainer[CaptureSupport]
+    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., captures: _Optional[_Iterable[_Union[CaptureSupport, _Mapping]]] = ...) -> None: ...
 
 class Layer(_message.Message):
     __slots__ = ("name", "kind", "type", "calls", "output", "input", "channels", "reduction", "extractors", "layout", "grid", "front_tokens", "same_as", "is_result")
