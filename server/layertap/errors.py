@@ -55,7 +55,28 @@ class LayertapError(Exception):
 
 
 class InvalidInputError(LayertapError):
-    """The request is wrong; the message names the field, what was got and what was expected."""
+    """The request is wrong; the message names the field, what was got and what was expected.
+
+    Args:
+        text: The message. With ``image``, ``images[3]: `` goes in front of it.
+        image: The index in the request of the image that is wrong.
+
+    Attributes:
+        image: The same; None where the error is not about one image.
+    """
+
+    def __init__(self, text: str = "", *, image: int | None = None) -> None:
+        super().__init__(text if image is None else f"{_image_prefix(image)}{text}")
+        self.image = image
+
+    @property
+    def detail(self) -> str:
+        """The message without the index of the image, for callers who know a better name for it."""
+        return str(self).removeprefix("" if self.image is None else _image_prefix(self.image))
+
+
+def _image_prefix(index: int) -> str:
+    return f"images[{index}]: "
 
 
 class DecodeError(InvalidInputError):

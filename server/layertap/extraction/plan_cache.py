@@ -204,7 +204,7 @@ class PlanFile:
             return self._cache.write(memoryview(kind.save(program)))
         except OSError as error:
             _log.warning("plan not stored: %s", error.strerror)
-        except (RuntimeError, MemoryError, ConfigError) as error:
+        except Exception as error:  # noqa: BLE001 - a kind may raise anything; only the file is lost
             _log.warning("plan not stored: %s", error)
         return None
 

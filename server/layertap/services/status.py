@@ -12,7 +12,11 @@ import grpc
 from layertap import errors
 from layertap.services.compression import compress_replies
 from layertap.services.current_request import REQUEST_ID_KEY, Request, current_request, open_request
-from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
+from layertap.wire.messages import (
+    ERROR_IMAGE_METADATA_KEY,
+    ERROR_METADATA_KEY,
+    PUSHBACK_METADATA_KEY,
+)
 
 __all__ = [
     "STATUS",
@@ -98,7 +102,7 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
     if isinstance(error, errors.LayertapError):
         text = str(error)
         short = _short(text)
-        return error if short == text else type(error)(short)
+        return error if short == text else _with_text(error, short)
     if isinstance(error, MemoryError):  # It may be gone when less is going on.
         _log.warning("request %s failed: out of memory", request_id)
         text = "the server is out of memory; try again later, or ask for less"
@@ -141,9 +145,18 @@ def _abort(
     names = [(ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id)]
     if isinstance(error, errors.OverloadedError):
         names.append((PUSHBACK_METADATA_KEY, str(random.randint(*_PUSHBACK_MS))))
+    if isinstance(error, errors.InvalidInputError) and error.image is not None:
+        names.append((ERROR_IMAGE_METADATA_KEY, str(error.image)))
     context.set_trailing_metadata(tuple(names))
     context.abort(status_of(type(error)), str(error))
     raise AssertionError("abort always raises")
+
+
+def _with_text(error: errors.LayertapError, text: str) -> errors.LayertapError:
+    """Return an error of the same class and with the same fields that says something else."""
+    changed = type(error)(text)
+    changed.__dict__.update(error.__dict__)
+    return changed
 
 
 def _short(text: str) -> str:
