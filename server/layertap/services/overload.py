@@ -32,8 +32,9 @@ import grpc
 
 from layertap.engine import Engine
 from layertap.errors import OverloadedError
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, guarded
+from layertap.services.status import guarded
 from layertap.threads import run_in
 
 __all__ = ["HeldRefusals", "Overload"]

@@ -27,7 +27,8 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,13 @@ from layertap.shm.packets import (
     from_id,
     to_id,
 )
-from layertap.shm.regions import Kind, map_region
-from layertap.wire.tensors import SharedTensor, TensorView
+from layertap.shm.regions import RegionKind, map_region
+from layertap.shm.shared_memory import LEAST_BYTES
+from layertap.wire.dtypes import of_array
+from layertap.wire.messages import Arrays
+from layertap.wire.tensors import SharedSlice, SharedTensor, TensorView
 
-__all__ = ["Borrowed", "ClientSession"]
+__all__ = ["Borrowed", "ClientSession", "is_shared"]
 
 _WAIT_SECONDS = 1.0
 _IDLE_INPUTS = 4
@@ -60,7 +64,7 @@ class _Mapped:
         forgotten: The lease after which the server will not use the region again; 0 for none.
     """
 
-    def __init__(self, number: int, kind: Kind, size: int, fd: int) -> None:
+    def __init__(self, number: int, kind: RegionKind, size: int, fd: int) -> None:
         self.number = number
         self.kind = kind
         self.size = size
@@ -220,10 +224,39 @@ class ClientSession:
             elif not self.lost:
                 self._idle.append(borrowed)
 
+    @contextmanager
+    def written(self, inputs: Arrays) -> Iterator[list[SharedSlice | None]]:
+        """Write the large inputs of a request into shared memory while the block lasts.
+
+        Yields:
+            For each input where it is; None for one that has to be sent.
+
+        Raises:
+            InvalidInputError: For an array without a row in the dtype table.
+        """
+        with ExitStack() as stack:
+            yield [stack.enter_context(self._written(array)) for _, array in inputs]
+
     def close(self) -> None:
         """End the session, once nobody views what was lent and no call is under way."""
         self._closing = True
         self._end_if_unused()
+
+    @contextmanager
+    def _written(self, array: np.ndarray) -> Iterator[SharedSlice | None]:
+        if array.nbytes < LEAST_BYTES:
+            yield None
+            return
+        of_array(array)  # Raises for an array of objects, for one, which can't be written anywhere.
+        borrowed = self.borrow(array.nbytes)
+        if borrowed is None:
+            yield None
+            return
+        try:
+            borrowed.write(array)
+            yield SharedSlice(borrowed.number, borrowed.generation, 0, array.nbytes)
+        finally:
+            self.keep(borrowed)
 
     def _begin(self, name: str, ticket: bytes) -> bytes:
         self._socket.settimeout(_WAIT_SECONDS)
@@ -240,7 +273,7 @@ class ClientSession:
             # It was sent before the reply was, but another thread reads it.
             self._changed.wait_for(lambda: number in self._regions or self.lost, _WAIT_SECONDS)
             mapped = self._regions.get(number)
-            if mapped is None or mapped.kind is not Kind.REPLY:
+            if mapped is None or mapped.kind is not RegionKind.REPLY:
                 raise SharedMemoryLostError(f"shared: got region {number}, which was not lent")
             mapped.leases.add(generation)
             mapped.seen = max(mapped.seen, generation)
@@ -313,7 +346,7 @@ class ClientSession:
 
     def _take(self, packet: Packet, fds: list[int]) -> None:
         if packet.kind is PacketKind.REGION and fds:
-            mapped = _Mapped(packet.first, Kind(packet.flag), packet.second, fds[0])
+            mapped = _Mapped(packet.first, RegionKind(packet.flag), packet.second, fds[0])
             with self._changed:
                 self._regions[mapped.number] = mapped
                 self._changed.notify_all()
@@ -335,10 +368,15 @@ class ClientSession:
                 return
             # In this order: whoever gives its last lease back meanwhile sees it.
             mapped.forgotten = packet.second
-            unread = mapped.kind is Kind.REPLY and self._calls and packet.second > mapped.seen
+            unread = mapped.kind is RegionKind.REPLY and self._calls and packet.second > mapped.seen
             if not mapped.leases and not unread:
                 self._idle = [each for each in self._idle if each.mapped is not mapped]
                 self._let_go(mapped, packet.second)
+
+
+def is_shared(inputs: Arrays) -> bool:
+    """Return whether one of a request's inputs is large enough for shared memory."""
+    return any(array.nbytes >= LEAST_BYTES for _, array in inputs)
 
 
 _OPEN: weakref.WeakSet[ClientSession] = weakref.WeakSet()

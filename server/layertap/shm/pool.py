@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from itertools import count
 
-from layertap.shm.regions import Kind, Region, make_region
+from layertap.shm.regions import Region, RegionKind, make_region
 
 __all__ = ["Pool", "size_class"]
 
@@ -41,7 +41,7 @@ class Pool:
         self,
         limit: int,
         dropped: Callable[[Region], None],
-        make: Callable[[int, Kind, int], Region] = make_region,
+        make: Callable[[int, RegionKind, int], Region] = make_region,
     ) -> None:
         self.total = 0
         self._made = 0
@@ -62,7 +62,7 @@ class Pool:
         """How many wait for reuse."""
         return len(self._free)
 
-    def take(self, kind: Kind, nbytes: int, known: Collection[int] = ()) -> Region | None:
+    def take(self, kind: RegionKind, nbytes: int, known: Collection[int] = ()) -> Region | None:
         """Return a region for so many bytes; None where the limit leaves no room for one.
 
         Args:
@@ -79,7 +79,7 @@ class Pool:
         fitting = [
             region
             for region, _ in reversed(self._free.values())
-            if kind is Kind.REPLY and region.size >= nbytes
+            if kind is RegionKind.REPLY and region.size >= nbytes
         ]
         fitting.sort(key=lambda region: (region.number not in known, region.size))
         close = next((region for region in fitting if region.size <= _WASTE * size), None)

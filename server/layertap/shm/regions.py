@@ -25,7 +25,7 @@ from layertap.errors import SharedMemoryLostError
 if sys.platform == "linux":
     import fcntl
 
-__all__ = ["Kind", "Region", "make_region", "map_region", "supported"]
+__all__ = ["Region", "RegionKind", "make_region", "map_region", "supported"]
 
 # <linux/fcntl.h>; Python has no name for the last one.
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
@@ -33,7 +33,7 @@ _FIXED_SIZE = _F_SEAL_SHRINK | _F_SEAL_GROW
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 
 
-class Kind(IntEnum):
+class RegionKind(IntEnum):
     """Which way the data goes."""
 
     REPLY = 1
@@ -51,7 +51,7 @@ class Region:
         memory: The server's mapping, read-only for inputs; kept by whoever views it.
     """
 
-    def __init__(self, number: int, kind: Kind, fd: int, memory: mmap.mmap) -> None:
+    def __init__(self, number: int, kind: RegionKind, fd: int, memory: mmap.mmap) -> None:
         self.number = number
         self.kind = kind
         self.size = len(memory)
@@ -74,13 +74,13 @@ def supported() -> bool:
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 
-def make_region(number: int, kind: Kind, size: int) -> Region:
+def make_region(number: int, kind: RegionKind, size: int) -> Region:
     """Make a region of zeros; raise OSError where the system refuses."""
     fd = os.memfd_create("layertap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, size)
-        if kind is Kind.INPUT:
+        if kind is RegionKind.INPUT:
             memory = mmap.mmap(fd, size, prot=mmap.PROT_READ)
             fcntl.fcntl(fd, _F_ADD_SEALS, _FIXED_SIZE | _F_SEAL_SEAL)
             return Region(number, kind, fd, memory)
@@ -106,7 +106,7 @@ def _sealed_for_reading(fd: int) -> int:
     return reading
 
 
-def map_region(fd: int, kind: Kind, size: int, *, private: bool = False) -> mmap.mmap:
+def map_region(fd: int, kind: RegionKind, size: int, *, private: bool = False) -> mmap.mmap:
     """Map a region that was received, for a client.
 
     Args:
@@ -124,6 +124,6 @@ def map_region(fd: int, kind: Kind, size: int, *, private: bool = False) -> mmap
         raise SharedMemoryLostError("shared memory: got a region whose size is not sealed")
     if private:
         return mmap.mmap(fd, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
-    if kind is Kind.INPUT:
+    if kind is RegionKind.INPUT:
         return mmap.mmap(fd, size)
     return mmap.mmap(fd, size, prot=mmap.PROT_READ)

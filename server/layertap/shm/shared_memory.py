@@ -22,7 +22,7 @@ import numpy as np
 from layertap.errors import InvalidInputError, SharedMemoryLostError
 from layertap.shm.leases import Channel, End, Lease, Loan, Session
 from layertap.shm.pool import Pool, size_class
-from layertap.shm.regions import Kind, Region, make_region
+from layertap.shm.regions import Region, RegionKind, make_region
 from layertap.wire.tensors import SharedSlice, SharedTensor, TensorView
 
 __all__ = [
@@ -148,7 +148,7 @@ class SharedMemory:
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
         *,
         clock: Callable[[], float] = time.monotonic,
-        make: Callable[[int, Kind, int], Region] = make_region,
+        make: Callable[[int, RegionKind, int], Region] = make_region,
     ) -> None:
         self.lease_seconds = lease_seconds
         self._limit = limit
@@ -186,7 +186,7 @@ class SharedMemory:
         """Lend a region for a reply of so many bytes; None where it has to go another way."""
         session.channel.poll()
         with self._lock:
-            lease = self._lend(session, Kind.REPLY, nbytes)
+            lease = self._lend(session, RegionKind.REPLY, nbytes)
             if lease is None:
                 return None
             lease.users += 1
@@ -195,7 +195,7 @@ class SharedMemory:
     def borrow(self, session: Session, nbytes: int) -> Lease | None:
         """Lend a client a region to write an input into; None where it has to send it."""
         with self._lock:
-            return self._lend(session, Kind.INPUT, nbytes)
+            return self._lend(session, RegionKind.INPUT, nbytes)
 
     def give_back(self, session: Session, number: int, generation: int) -> None:
         """End a lease because its client says so; what is not lent to it, or is in use, stays."""
@@ -246,7 +246,7 @@ class SharedMemory:
             self._collect()
             for session in self._sessions.values():
                 for lease in session.leases.values():
-                    kind = "input" if lease.region.kind is Kind.INPUT else "leased"
+                    kind = "input" if lease.region.kind is RegionKind.INPUT else "leased"
                     name = "retired" if lease.retired else kind
                     sizes[name] += lease.region.size
                     regions[name] += 1
@@ -260,7 +260,7 @@ class SharedMemory:
                 self._reply_bytes,
             )
 
-    def _lend(self, session: Session, kind: Kind, nbytes: int) -> Lease | None:
+    def _lend(self, session: Session, kind: RegionKind, nbytes: int) -> Lease | None:
         self._collect()
         size = size_class(nbytes)
         reason = ""
@@ -283,7 +283,7 @@ class SharedMemory:
             if lease is not None:
                 return lease
             reason = "socket"
-        if kind is Kind.REPLY:
+        if kind is RegionKind.REPLY:
             self._fallbacks[reason] += 1
         return None
 
@@ -308,7 +308,12 @@ class SharedMemory:
 
     def _readable(self, session: Session | None, at: SharedSlice) -> Lease:
         lease = None if session is None else session.leases.get(at.region)
-        if lease is None or lease.retired or lease.ended or lease.region.kind is not Kind.INPUT:
+        if (
+            lease is None
+            or lease.retired
+            or lease.ended
+            or lease.region.kind is not RegionKind.INPUT
+        ):
             raise SharedMemoryLostError(
                 f"shared: got region {at.region}, which is no input region of this session"
             )
@@ -352,7 +357,7 @@ class SharedMemory:
             self._pool.drop(region)
 
     def _put_back(self, region: Region) -> None:
-        if region.kind is Kind.REPLY:
+        if region.kind is RegionKind.REPLY:
             self._pool.give(region, self._clock())
         else:  # Who had it may still write to it.
             self._pool.drop(region)

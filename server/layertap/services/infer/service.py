@@ -12,7 +12,6 @@ from functools import partial
 from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError as ProtobufDecodeError
 from google.protobuf.message import Message
 
 from layertap.engine import (
@@ -32,15 +31,15 @@ from layertap.services.infer.infer_request import (
     timeout_of,
     unknown_model,
 )
-from layertap.services.infer.queries import Queries
+from layertap.services.infer.queries import Queries, log_settings, trace_settings
 from layertap.services.infer.repository import Repository, RepositoryControl
-from layertap.services.infer.settings import log_settings, trace_settings
 from layertap.services.infer.shared_memory_rpcs import SharedMemoryRpcs
 from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
 from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
-from layertap.services.status import guarded, guarded_stream, leaving
+from layertap.services.parsing import parse
+from layertap.services.status import guarded, guarded_stream, public_error
 from layertap.services.stream_threads import StreamThreads
 from layertap.services.unary import answer
 from layertap.shm.client_regions import ClientRegions
@@ -116,7 +115,7 @@ class InferenceService:
             request_id = decoded[0].id
             extraction = self._run(decoded, context, call, received, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            return Answer(encode_infer_error(request_id, str(leaving(error))))
+            return Answer(encode_infer_error(request_id, str(public_error(error))))
         return Answer(extraction.message, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
@@ -124,7 +123,7 @@ class InferenceService:
         request_id = ""
         with suppress(DecodeError):
             request_id = decode_infer_request(message)[0].id
-        return Answer(encode_infer_error(request_id, str(leaving(error))))
+        return Answer(encode_infer_error(request_id, str(public_error(error))))
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a ``grpc.Server`` needs to serve this."""
@@ -223,11 +222,6 @@ def _unary(
                 f"request: got {len(message)} bytes, expected a {kind.__name__} of at most "
                 f"{_QUERY_BYTES}"
             )
-        request = kind()
-        try:
-            request.ParseFromString(message)
-        except ProtobufDecodeError:
-            raise DecodeError(f"request: got bytes that are no {kind.__name__}") from None
-        return method(request, context).SerializeToString()
+        return method(parse(kind, message), context).SerializeToString()
 
     return grpc.unary_unary_rpc_method_handler(guarded(handle, to_owner=to_owner))
