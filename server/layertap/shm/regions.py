@@ -1,15 +1,15 @@
 """Regions: anonymous files in memory that a server makes, sizes and seals.
 
 Note [Seals]
-    A region can neither shrink nor grow, so that no access to its mapping is ever a SIGBUS. Once
-    the server has mapped a reply region, nobody can write to it any more but through that mapping
-    (F_SEAL_FUTURE_WRITE, Linux 5.1). Where the kernel has no such seal, clients get a file
-    descriptor that was opened for reading. Input regions are the client's to write; the server maps
-    them for reading. No seal can be taken off or added, see fcntl(2) and memfd_create(2).
+    A region can neither shrink nor grow, so no access to its mapping ever raises SIGBUS. Once the
+    server has mapped a reply region, only that mapping can write to it (F_SEAL_FUTURE_WRITE, Linux
+    5.1). If the kernel has no such seal, clients get a file descriptor that was opened for reading.
+    Clients write to input regions, which the server maps for reading. Seals can be neither removed
+    nor added, see fcntl(2) and memfd_create(2).
 
 Note [Nothing is left behind]
-    The files have no name in any file system. The last of the processes that hold one, by a
-    descriptor or a mapping, takes it along when it ends, however it ends.
+    The files have no name in any file system. Linux frees a file when the last process that has a
+    descriptor or a mapping of it ends, however it ends.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 
 
 class RegionKind(IntEnum):
-    """Which way the data goes."""
+    """The direction of the data."""
 
     REPLY = 1
     INPUT = 2
 
 
 class Region:
-    """A region, as the server has it.
+    """A region in the server.
 
     Attributes:
-        number: Tells it from all others that the server ever made.
-        kind: Which way the data goes.
+        number: Unique among all regions that the server ever made.
+        kind: The direction of the data.
         size: Bytes.
-        generation: Which lease it is in, or was in last; from 1.
-        memory: The server's mapping, read-only for inputs; kept by whoever views it.
+        generation: The number of its current or last lease, from 1.
+        memory: The server's mapping, read-only for inputs; views keep it alive.
     """
 
     def __init__(self, number: int, kind: RegionKind, fd: int, memory: mmap.mmap) -> None:
@@ -60,22 +60,22 @@ class Region:
         self._fd = fd
 
     def fileno(self) -> int:
-        """Return the file descriptor that clients get."""
+        """Return the file descriptor to send to clients."""
         return self._fd
 
     def close(self) -> None:
-        """Let go of it; the mapping goes when nothing views it any more."""
+        """Close it; the mapping ends with the last view of it."""
         os.close(self._fd)
         self.memory = memoryview(b"")
 
 
 def supported() -> bool:
-    """Tell whether this system has what shared memory needs: it is Linux."""
+    """Return whether this system supports shared memory: Linux does."""
     return sys.platform == "linux" and hasattr(os, "memfd_create")
 
 
 def make_region(number: int, kind: RegionKind, size: int) -> Region:
-    """Make a region of zeros; raise OSError where the system refuses."""
+    """Make a region of zeros; raise OSError if the system refuses."""
     fd = os.memfd_create("layertap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(fd, 0o600)
@@ -92,7 +92,7 @@ def make_region(number: int, kind: RegionKind, size: int) -> Region:
 
 
 def _sealed_for_reading(fd: int) -> int:
-    """Seal a file that is mapped, and return the descriptor to hand out."""
+    """Seal a file that is mapped, and return the descriptor for clients."""
     try:
         fcntl.fcntl(fd, _F_ADD_SEALS, _FIXED_SIZE | _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
     except OSError as error:
@@ -107,18 +107,18 @@ def _sealed_for_reading(fd: int) -> int:
 
 
 def map_region(fd: int, kind: RegionKind, size: int, *, private: bool = False) -> mmap.mmap:
-    """Map a region that was received, for a client.
+    """Map a region that a client has received.
 
     Args:
-        fd: Its descriptor.
+        fd: The region's descriptor.
         kind: Inputs are mapped for writing, replies for reading.
-        size: Bytes that it is said to have.
-        private: Map a reply for writing instead: what is written is nobody else's, as the page
-            is copied when it is written to first.
+        size: The bytes that the server says it has.
+        private: Map a reply for writing instead: a page is copied when it is first written to, so
+            nobody else sees what is written.
 
     Raises:
-        SharedMemoryLostError: For a file that has another size, or may yet get one.
-        OSError: Where the system refuses.
+        SharedMemoryLostError: If the file has another size, or may still get one.
+        OSError: If the system refuses.
     """
     if os.fstat(fd).st_size != size or fcntl.fcntl(fd, _F_GET_SEALS) & _FIXED_SIZE != _FIXED_SIZE:
         raise SharedMemoryLostError("shared memory: got a region whose size is not sealed")
