@@ -1,8 +1,8 @@
 """The servicer of ``layertap.v1.FeatureService``.
 
-The handlers take and return raw bytes. gRPC turns whatever a deserializer raises into UNKNOWN or
-INTERNAL, while a malformed request should be an INVALID_ARGUMENT; and the reply of Extract is
-finished bytes already.
+The handlers take and return raw bytes: gRPC turns whatever a deserializer raises into UNKNOWN or
+INTERNAL, while a malformed request should be an INVALID_ARGUMENT, and the reply of Extract is
+serialized already.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class FeatureService:
 
     Args:
         engine: The engine.
-        observer: Is told how each extraction ended.
-        threads: Serve the streams.
-        memory: What is shared with clients of this machine; None for none.
+        observer: Notified how each extraction ended.
+        threads: Serves the streams.
+        memory: The memory that is shared with clients on this machine; None for none.
     """
 
     NAME = feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name

@@ -24,7 +24,7 @@ from layertap.extraction.script_taps import programs
 from layertap.extraction.symbolic import GraphNames
 from layertap.extraction.taps import Taps
 from layertap.extraction.verify import compiled_tolerance
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 
 __all__ = [
@@ -214,7 +214,7 @@ class ReferenceKind(DirectKind):
 
 
 class CompiledKind(ExtractorKind, Generic[P]):
-    """A kind that compiles a program for each pass spec, item shape and dtype.
+    """A kind that compiles a program for each pass spec and batch key.
 
     The program is saved before it is finished, as the last optimisation may lose what saving needs.
     """
@@ -262,14 +262,14 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return takes_step(step) if step else ""
 
     @abstractmethod
-    def compile(self, context: BuildContext, pass_spec: PassSpec, example: torch.Tensor) -> P:
+    def compile(self, context: BuildContext, pass_spec: PassSpec, example: Batch) -> P:
         """Compile a program. It is not proven yet, and whatever is raised refuses it.
 
         Args:
             context: The model and what belongs to it. The caller holds its guard.
             pass_spec: What to do: points that the kind claims to serve.
-            example: ``[B, ...]`` on the model's device. The program must serve its item shape and
-                dtype, at every batch size.
+            example: On the model's device. The program must serve batches of its key, at every
+                batch size.
         """
 
     @abstractmethod
@@ -299,7 +299,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return False
 
     def run_apart(
-        self, program: P, batches: Sequence[torch.Tensor], device: torch.device
+        self, program: P, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
         """Run a program in a process of its own, in steps; return its values for each batch.
 

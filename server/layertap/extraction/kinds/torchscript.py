@@ -34,7 +34,7 @@ from layertap.extraction.kinds.base import BuildContext, CompiledKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 from layertap.silence import warnings_ignored
 
@@ -49,7 +49,7 @@ modules back, which keeps that model alive.
 
 
 def trace_taps(
-    model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: torch.Tensor
+    model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: Batch
 ) -> torch.jit.ScriptModule:
     """Return the truncated program of a layer set, traced and frozen but not yet optimised.
 
@@ -57,16 +57,16 @@ def trace_taps(
         model: The model.
         taps: Its taps.
         points: What to capture.
-        example: ``[B, ...]`` on the model's device: the program holds for its item shape and dtype.
+        example: On the model's device: the program holds for batches of its key.
 
     Raises whatever tracing raises.
     """
-    tapped = _Tapped(model, taps, points)
+    tapped = _Tapped(model, taps, points, list(example))
     # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
     tapped.training = False
     # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
     with _tracing, _deprecated():
-        traced = torch.jit.trace(tapped, (example,), check_trace=False)
+        traced = torch.jit.trace(tapped, tuple(example.values()), check_trace=False)
         own = _in_unit_of_its_own(traced.eval(), model.device)
         frozen: torch.jit.ScriptModule = torch.jit.freeze(own)
     return frozen
@@ -114,9 +114,9 @@ class TorchScriptExtractor:
         with _deprecated():
             self._program = torch.jit.optimize_for_inference(frozen)
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
-        for index, value in enumerate(self._program(x)):
+        for index, value in enumerate(self._program(*x.values())):
             sink(index, value)
 
 
@@ -132,7 +132,7 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
     warm_up_runs = 3
 
     def compile(
-        self, context: BuildContext, pass_spec: PassSpec, example: torch.Tensor
+        self, context: BuildContext, pass_spec: PassSpec, example: Batch
     ) -> torch.jit.ScriptModule:
         """See CompiledKind."""
         return trace_taps(context.model, context.taps, pass_spec.points, example)
@@ -164,7 +164,7 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         return may_end_the_process(program)
 
     def run_apart(
-        self, program: torch.jit.ScriptModule, batches: Sequence[torch.Tensor], device: torch.device
+        self, program: torch.jit.ScriptModule, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
         """See CompiledKind."""
         return run_apart(program, batches, device, self.warm_up_runs)
@@ -174,21 +174,29 @@ KIND = TorchScriptKind()
 
 
 class _Tapped(nn.Module):
-    """A model whose ``forward`` returns clones of the captured values."""
+    """A model whose ``forward`` takes the tensors of a batch, and returns clones of the values."""
 
-    def __init__(self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint]) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        taps: Taps,
+        points: Sequence[CapturePoint],
+        names: Sequence[str],
+    ) -> None:
         super().__init__()
         self.module = model.module
         self._model = model
         self._taps = taps
         self._points = points
+        self._names = names
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps."""
         captured: dict[int, torch.Tensor] = {}
 
         def clone(index: int, value: torch.Tensor) -> None:
             captured[index] = value.clone()
 
+        x = Batch(dict(zip(self._names, tensors, strict=True)))
         self._taps.run(self._model.forward, x, self._points, clone)
         return tuple(captured[index] for index in range(len(self._points)))
