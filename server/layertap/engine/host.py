@@ -25,6 +25,7 @@ from layertap.errors import (
 )
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
+from layertap.extraction.compile_trial import with_programs_tried
 from layertap.extraction.measure import measure
 from layertap.extraction.passes import KeptState, PassGuard
 from layertap.extraction.plan import Plan, quoted
@@ -142,7 +143,9 @@ class ModelHost:
         self.weight_bytes = model.weight_bytes()
         self.compute = compute
         self._taps = Taps(model.module)
-        self.catalogue: Catalogue = compute.run(lambda: measure(model, guard), call)
+        self.catalogue = self._with_programs_tried(
+            model, compute.run(lambda: measure(model, guard), call), call
+        )
         proving = None
         if again is not None and guard.rules.state is KeptState.KEPT:
             fresh = compute.run(lambda: _fresh(model, again), call)
@@ -277,6 +280,18 @@ class ModelHost:
         with self._lock:
             self._plans.clear()
             self._declared_plans.clear()
+
+    def _with_programs_tried(
+        self, model: LoadedModel, catalogue: Catalogue, call: Call
+    ) -> Catalogue:
+        """Return the catalogue without what compiled programs can't serve.
+
+        In steps, between which the requests of other models take their turn.
+        """
+        steps = with_programs_tried(model, catalogue)
+        while (tried := self.compute.run(partial(next, steps), call)) is None:
+            pass
+        return tried
 
     def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
         """Build the compiled plan of a layer set, or else the best one that there can be."""

@@ -11,6 +11,7 @@ from functools import cached_property
 from layertap.errors import ExtractorUnsupportedError, LayerNotFoundError
 from layertap.extraction.fx import GraphNames
 from layertap.extraction.layout import Geometry
+from layertap.extraction.obstacles import RANDOM
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.selection import Capture, Extractor, Glob
@@ -27,6 +28,20 @@ class Support:
     output: bool
     input: bool = False
     reason: str = ""
+
+    def without(self, output: str, given: str) -> Support:
+        """Return it without what can't be served for a reason; an empty reason is none.
+
+        Args:
+            output: Why the output can't be served.
+            given: Why the input can't be.
+        """
+        return Support(
+            output=self.output and not output,
+            input=self.input and not given,
+            # Chance explains why values differ; else the first reason is the more telling one.
+            reason=RANDOM if output == RANDOM else self.reason or output or given,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -491,18 +491,8 @@ def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Su
     if given is not None and given.path in findings.threaded and entry.calls > 1:
         sent = False
     support = replace(support, input=hooked and sent)
-    return _without(
-        support, _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)
-    )
-
-
-def _without(support: Support, output: str, given: str) -> Support:
-    """Take back what can't be served for a reason; an empty reason is none."""
-    return Support(
-        output=support.output and not output,
-        input=support.input and not given,
-        # Chance explains why values differ; else the first reason is the more telling one.
-        reason=RANDOM if output == RANDOM else support.reason or output or given,
+    return support.without(
+        _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)
     )
 
 

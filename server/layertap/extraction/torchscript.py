@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -32,7 +32,19 @@ from layertap.extraction.taps import Taps
 from layertap.models import LoadedModel
 from layertap.silence import warnings_ignored
 
-__all__ = ["WARM_UP_RUNS", "TorchScriptExtractor", "program_bytes", "program_of", "trace_taps"]
+__all__ = [
+    "WARM_UP_RUNS",
+    "Take",
+    "TorchScriptExtractor",
+    "optimized",
+    "program_bytes",
+    "program_of",
+    "run_unprofiled",
+    "trace_taps",
+]
+
+Take = Callable[[int, torch.Tensor], tuple[torch.Tensor, ...]]
+"""Takes (index of a capture point, its live tensor); gives what the program returns of it."""
 
 WARM_UP_RUNS = 3
 """Runs after which a program is as fast as it gets, on the thread that will run it.
@@ -50,7 +62,11 @@ modules back, which keeps that model alive.
 
 
 def trace_taps(
-    model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: torch.Tensor
+    model: LoadedModel,
+    taps: Taps,
+    points: Sequence[CapturePoint],
+    example: torch.Tensor,
+    take: Take | None = None,
 ) -> torch.jit.ScriptModule:
     """Return the truncated program of a layer set, traced and frozen but not yet optimised.
 
@@ -59,10 +75,11 @@ def trace_taps(
         taps: Its taps.
         points: What to capture.
         example: ``[B, ...]`` on the model's device: the program holds for its item shape and dtype.
+        take: What the program returns of each point, in their order; a clone if not given.
 
     Raises whatever tracing raises.
     """
-    tapped = _Tapped(model, taps, points)
+    tapped = _Tapped(model, taps, points, take or _clone)
     # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
     tapped.training = False
     # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
@@ -121,6 +138,30 @@ def program_of(data: bytes, device: torch.device) -> torch.jit.ScriptModule:
     return program
 
 
+def optimized(frozen: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Optimise a program in place for the machine that it runs on; it can't be saved any more.
+
+    Raises whatever torch's passes raise.
+    """
+    with _deprecated():
+        program: torch.jit.ScriptModule = torch.jit.optimize_for_inference(frozen)
+    return program
+
+
+def run_unprofiled(program: torch.jit.ScriptModule, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Run a program once, as it stands: nothing is recorded or compiled for runs to come.
+
+    Raises whatever the program raises.
+    """
+    with _deprecated(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+        values: Sequence[torch.Tensor] = program(x)
+    return values
+
+
+def _clone(_: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (value.clone(),)
+
+
 def _deprecated() -> AbstractContextManager[None]:
     """Ignore torch's warnings that torch.jit is deprecated; the module's docstring says so too."""
     return warnings_ignored()
@@ -134,8 +175,7 @@ class TorchScriptExtractor:
     """
 
     def __init__(self, frozen: torch.jit.ScriptModule) -> None:
-        with _deprecated():
-            self._program = torch.jit.optimize_for_inference(frozen)
+        self._program = optimized(frozen)
 
     def run(self, x: torch.Tensor, sink: Sink) -> None:
         """See BuiltExtractor."""
@@ -144,21 +184,24 @@ class TorchScriptExtractor:
 
 
 class _Tapped(nn.Module):
-    """A model whose ``forward`` returns clones of the captured values."""
+    """A model whose ``forward`` returns what is taken of the captured values."""
 
-    def __init__(self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint]) -> None:
+    def __init__(
+        self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], take: Take
+    ) -> None:
         super().__init__()
         self.module = model.module
         self._model = model
         self._taps = taps
         self._points = points
+        self._take = take
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps."""
-        captured: dict[int, torch.Tensor] = {}
+        captured: dict[int, tuple[torch.Tensor, ...]] = {}
 
-        def clone(index: int, value: torch.Tensor) -> None:
-            captured[index] = value.clone()
+        def keep(index: int, value: torch.Tensor) -> None:
+            captured[index] = self._take(index, value)
 
-        self._taps.run(self._model.forward, x, self._points, clone)
-        return tuple(captured[index] for index in range(len(self._points)))
+        self._taps.run(self._model.forward, x, self._points, keep)
+        return tuple(part for index in range(len(self._points)) for part in captured[index])
