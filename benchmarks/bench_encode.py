@@ -21,10 +21,10 @@ import torch
 
 import common
 import report
+from layertap.malloc import keep_memory
 from layertap.v1 import tensor_pb2
 from layertap.wire.codec import ReplyBuilder, ReplyLayout
 from layertap.wire.dtypes import by_name
-from layertap.wire.memory import keep_memory
 
 SHAPE = (16, 64, 56, 56)
 Case = tuple[torch.Tensor, str]

@@ -37,6 +37,7 @@ from layertap import Client, keep_memory
 from layertap.engine import allow_tf32
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction import PlanBuilder, Taps, measure
+from layertap.extraction.pass_spec import PassSpec
 from layertap.models import ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 
@@ -78,9 +79,9 @@ class Loop:
     def __init__(self, net: str, layer: str, device: str, sizes: tuple[int, ...]) -> None:
         model = load_model(ModelSpec(net, weights="random"), device)
         catalogue = measure(model)
-        points = [catalogue.entry(layer).points[Capture.OUTPUT]]
+        pass_spec = PassSpec((catalogue.entry(layer).points[Capture.OUTPUT],))
         builder = PlanBuilder(model, Taps(model.module), catalogue)
-        self._plan = self._best(builder, points, model.input.item_shape)
+        self._plan = self._best(builder, pass_spec, model.input.item_shape)
         self.extractor = self._plan.extractor.name
         self.graphs: list[int] = []
         self._cuda = device == "cuda"
@@ -90,12 +91,12 @@ class Loop:
         self._host: dict[int, torch.Tensor] = {}
 
     @staticmethod
-    def _best(builder: PlanBuilder, points: Any, shape: tuple[int, ...]) -> Any:
+    def _best(builder: PlanBuilder, pass_spec: PassSpec, shape: tuple[int, ...]) -> Any:
         try:
-            return builder.build(Extractor.TORCHSCRIPT, points, shape)
+            return builder.build(Extractor.TORCHSCRIPT, pass_spec, shape)
         except ExtractorUnsupportedError as refusal:
             print(refusal, flush=True)
-            return builder.build(Extractor.HOOK, points, shape)
+            return builder.build(Extractor.HOOK, pass_spec, shape)
 
     def once(self, x: torch.Tensor) -> torch.Tensor:
         """Run a batch, page-locked where there is a GPU; return the layer on the host."""

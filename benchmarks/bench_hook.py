@@ -41,7 +41,7 @@ def child(way: str, calls: int) -> None:
         catalogue = measure(model)
         wanted = resolve(catalogue, (LayerSelection("**"),), Extractor.HOOK, max_layers=1024)
         builder = PlanBuilder(model, Taps(model.module), catalogue)
-        plan = builder.build(Extractor.HOOK, wanted.points, model.input.item_shape)
+        plan = builder.build(Extractor.HOOK, wanted.pass_spec, model.input.item_shape)
         generator = torch.Generator().manual_seed(0)
         x = torch.rand(1, *model.input.item_shape, generator=generator)
         kind: type[ReplyCollector] | type[ReplyWriter] = (

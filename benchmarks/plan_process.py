@@ -101,13 +101,17 @@ class _Plans:
 
     def _build(self) -> dict[str, Any]:
         from layertap.extraction import PlanBuilder, Taps, measure
+        from layertap.extraction.pass_spec import PassSpec
         from layertap.selection import Capture, Extractor
 
         catalogue = measure(self._model)
         plans = PlanBuilder(self._model, Taps(self._model.module), catalogue)
         shape = tuple(self._x.shape[1:])
-        points = {layer: [catalogue.entry(layer).points[Capture.OUTPUT]] for layer in LAYERS}
-        return {la: plans.build(Extractor.TORCHSCRIPT, p, shape).built for la, p in points.items()}
+        built = {}
+        for layer in LAYERS:
+            pass_spec = PassSpec((catalogue.entry(layer).points[Capture.OUTPUT],))
+            built[layer] = plans.build(Extractor.TORCHSCRIPT, pass_spec, shape).built
+        return built
 
     def _once(self, layer: str, x: Any = None) -> list[Any]:
         kept: list[Any] = []

@@ -68,7 +68,7 @@ class Ways:
         self.refused = {}
         for extractor in wanted.candidates:
             try:
-                plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
+                plan = self._builder.build(extractor, wanted.pass_spec, tuple(x.shape[1:]))
             except ExtractorUnsupportedError as refusal:
                 self.refused[extractor.name] = str(refusal)
                 continue
@@ -97,7 +97,7 @@ class Ways:
         self, extractor: Extractor, wanted: Resolved, x: torch.Tensor, truth: list[torch.Tensor]
     ) -> dict[str, Way]:
         """Return an extractor's pass as a CUDA graph; nothing where it can't be recorded."""
-        plan = self._builder.build(extractor, wanted.points, tuple(x.shape[1:]))
+        plan = self._builder.build(extractor, wanted.pass_spec, tuple(x.shape[1:]))
         name = GRAPH.format(extractor.name)
         replayed, recorded = self._builder.prover.record(plan, [len(x)])
         if not recorded:

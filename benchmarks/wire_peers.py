@@ -25,12 +25,14 @@ import grpc
 import numpy as np
 
 from layertap import Client
-from layertap.app.channel import channel_options
+from layertap.app.grpc_options import channel_options
+from layertap.malloc import keep_memory
 from layertap.selection import Extractor
 from layertap.services.shared_memory_service import SharedMemoryService, space_of
+from layertap.shm.broker import Broker
+from layertap.shm.shared_memory import SharedMemory
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from layertap.wire.codec import ReplyBuilder, ReplyLayout
-from layertap.wire.memory import keep_memory
 from layertap.wire.messages import (
     REPLY_HEAD_SIZE,
     REPLY_TENSOR_FIELD,
@@ -38,8 +40,6 @@ from layertap.wire.messages import (
     decode_request,
     encode_reply_head,
 )
-from layertap.wire.shared.broker import Broker
-from layertap.wire.shared.hub import SharedMemory
 
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32

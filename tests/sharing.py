@@ -11,7 +11,7 @@ import numpy as np
 from layertap import Client, Features
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
-from layertap.wire.shared.hub import SharedMemory
+from layertap.shm.shared_memory import SharedMemory
 from tinynets import ITEM
 
 MIB = 1 << 20

@@ -17,8 +17,8 @@ from layertap.client import (
     read_token,
 )
 from layertap.errors import LayertapError
+from layertap.malloc import keep_memory
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
-from layertap.wire.memory import keep_memory
 
 __all__ = [
     "AsyncClient",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Self
 
 from layertap.errors import InvalidInputError
 
@@ -23,14 +24,30 @@ __all__ = [
 
 
 class Extractor(StrEnum):
-    """A way to take a layer's value; ``layertap.v1.Extractor`` has the same names."""
+    """A way to take a layer's value; ``layertap.v1.Extractor`` has the same names.
+
+    The order is the one in which AUTO prefers them. What each does stands in
+    ``layertap.extraction.kinds``, in the module with its name.
+
+    Attributes:
+        letter: What tables call it; empty for AUTO.
+    """
+
+    letter: str
+
+    def __new__(cls, value: str, letter: str = "") -> Self:
+        """Make a member of its value, with the letter beside it."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.letter = letter
+        return member
 
     AUTO = "auto"
-    TORCHSCRIPT = "torchscript"
-    FX = "fx"
-    HOOK = "hook"
-    LAYER_GETTER = "layer_getter"
-    CHILDREN = "children"
+    TORCHSCRIPT = "torchscript", "T"
+    HOOK = "hook", "H"
+    FX = "fx", "F"
+    LAYER_GETTER = "layer_getter", "L"
+    CHILDREN = "children", "C"
 
 
 class Capture(StrEnum):

@@ -17,8 +17,8 @@ from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.errors import ModelRunError, UnavailableError
+from layertap.malloc import retained_bytes
 from layertap.models import ModelSpec
-from layertap.wire.memory import retained_bytes
 from serving import http_page
 from tinynets import ITEM
 

@@ -24,12 +24,12 @@ from layertap.app.config import ServerSection
 from layertap.app.metrics import Metrics
 from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import FeatureServer, ServerOptions
-from layertap.app.shared_memory import open_broker
 from layertap.client.base import Method
 from layertap.engine import Engine
 from layertap.models import ModelSpec
+from layertap.shm.broker import open_broker
+from layertap.shm.regions import supported
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
-from layertap.wire.shared.regions import supported
 from processes import serving
 from serving import http_page
 from tinynets import ITEM
@@ -254,7 +254,7 @@ def test_where_sockets_are_forbidden_replies_are_sent(
     def refuse(*args: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr("layertap.app.shared_memory.Broker", refuse)
+    monkeypatch.setattr("layertap.shm.broker.Broker", refuse)
     with running(engine) as server, Client(server.address) as client:
         assert server.shared_memory is None
         assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300

@@ -18,9 +18,9 @@ import pytest
 from authorities import Authority
 from layertap import Client, Tls
 from layertap.addresses import is_loopback, is_unix, unix_path
-from layertap.app.channel import channel_options
 from layertap.app.config import ServerSection
 from layertap.app.config_file import load_config
+from layertap.app.grpc_options import channel_options
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.errors import ConfigError, UnavailableError

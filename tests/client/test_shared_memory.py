@@ -10,7 +10,7 @@ import torch
 
 from layertap import Client, StreamRequest, errors
 from layertap.engine import Engine
-from layertap.wire.shared.regions import supported
+from layertap.shm.regions import supported
 from sharing import LARGE, LAYERS, MIB, Served, ask, eventually, same
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from layertap import Client, errors
+from layertap.shm.leases import End
+from layertap.shm.regions import supported
 from layertap.v1 import feature_service_pb2
 from layertap.wire.messages import encode_request
-from layertap.wire.shared.leases import End
-from layertap.wire.shared.regions import supported
 from sharing import LARGE, LAYERS, Served, ask, eventually, same
 from tinynets import ITEM
 

@@ -27,6 +27,7 @@ from truths import Key, module_values, node_values
 from layertap.errors import ExtractorUnsupportedError, LayertapError, ModelLoadError
 from layertap.extraction import Catalogue, LayerEntry, PlanBuilder, Taps, measure
 from layertap.extraction.containers import pick
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.survey import sample_input
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
@@ -198,7 +199,9 @@ def _check(
     if points:
         x = subject.x
         try:
-            subject.plans.construct(extractor, points, x[:1].clone()).run(x.clone(), compare)
+            subject.plans.construct(extractor, PassSpec(tuple(points)), x[:1].clone()).run(
+                x.clone(), compare
+            )
         except ExtractorUnsupportedError as error:
             tally.failed = str(error)
     if extractor is Extractor.TORCHSCRIPT and tally.wrong:

@@ -9,6 +9,7 @@ from torch import nn
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.apart import ProgramEndedError, may_end_the_process, run_apart
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.proof import collect
 from layertap.extraction.trial import tried
 from layertap.extraction.verify import mismatch
@@ -56,7 +57,7 @@ def test_an_ordinary_recurrent_model_is_compiled() -> None:
     """Its program is right in the child, and then in this process."""
     plans, net = builder("recurrent")
     point = CapturePoint(PointKind.MODULE, "head")
-    plan = plans.build(Extractor.TORCHSCRIPT, [point], IDS)
+    plan = plans.build(Extractor.TORCHSCRIPT, PassSpec((point,)), IDS)
     ids = torch.randint(0, 100, (5, *IDS))
     [value] = collect(plan.built, [point], ids)
     assert not mismatch(value, outputs_of(net, ids, "head")[0], 1e-4)
@@ -67,7 +68,7 @@ def test_a_program_with_the_state_of_another_batch_size_never_runs_here() -> Non
     plans, _ = builder("fixed_state")
     point = CapturePoint(PointKind.MODULE, "rnn", member=("0",))
     with pytest.raises(ExtractorUnsupportedError, match=r"its program fails|at batch size"):
-        plans.build(Extractor.TORCHSCRIPT, [point], IDS)
+        plans.build(Extractor.TORCHSCRIPT, PassSpec((point,)), IDS)
 
 
 def test_a_child_that_dies_is_reported(monkeypatch) -> None:

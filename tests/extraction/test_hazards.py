@@ -26,8 +26,9 @@ from layertap.engine.compute import ComputeThreads
 from layertap.engine.reply import host_array
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, Plan, PlanBuilder, PointKind, Taps, measure
-from layertap.extraction.fx import trace
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.proof import collect
+from layertap.extraction.symbolic import trace
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
@@ -51,7 +52,7 @@ def ours(
 
 def plan(model: LoadedModel, extractor: Extractor, *points: CapturePoint) -> Plan:
     builder = PlanBuilder(model, Taps(model.module), measure(model))
-    return builder.build(extractor, points, ITEM)
+    return builder.build(extractor, PassSpec(tuple(points)), ITEM)
 
 
 def naive_hook(net: nn.Module, x: torch.Tensor, path: str) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction import CapturePoint, Catalogue, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.chance import Generators
+from layertap.extraction.pass_spec import PassSpec
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from tinynets import ITEM
@@ -30,7 +31,7 @@ def compile_layers(net: str, layers: str) -> None:
     model = loaded(net)
     builder = PlanBuilder(model, Taps(model.module), measure(model))
     points = [CapturePoint(PointKind.MODULE, layer) for layer in layers.split()]
-    builder.build(Extractor.TORCHSCRIPT, points, ITEM)
+    builder.build(Extractor.TORCHSCRIPT, PassSpec(tuple(points)), ITEM)
 
 
 def test_layers_behind_a_python_function_are_not_claimed_for_torchscript() -> None:

@@ -8,9 +8,9 @@ from threading import Barrier
 
 import pytest
 
-from layertap.extraction.hook import HookExtractor
+from layertap.extraction.kinds.hook import KIND, HookExtractor
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan
-from layertap.selection import Extractor
 
 
 def test_a_refused_size_stays_refused() -> None:
@@ -60,7 +60,7 @@ def test_findings_of_many_threads_are_all_kept() -> None:
 
 def test_only_the_findings_of_a_plan_change() -> None:
     """The plan itself is immutable, so that threads share it without a lock."""
-    plan = Plan(Extractor.HOOK, (), (3, 8, 8), (), object.__new__(HookExtractor), Findings())
+    plan = Plan(KIND, PassSpec(()), (3, 8, 8), (), object.__new__(HookExtractor), Findings())
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.built = None  # type: ignore[misc]
     assert not plan.dynamic

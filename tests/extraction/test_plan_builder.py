@@ -8,6 +8,7 @@ from torch import nn
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.proof import collect
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference, same
 from layertap.models import LoadedModel, ModelSpec, load_model
@@ -22,6 +23,10 @@ def point(path: str, capture: Capture = Capture.OUTPUT, call: int = 0) -> Captur
     return CapturePoint(PointKind.MODULE, path, capture, call)
 
 
+def spec(*points: CapturePoint) -> PassSpec:
+    return PassSpec(points)
+
+
 def builder(model: LoadedModel) -> PlanBuilder:
     return PlanBuilder(model, Taps(model.module), measure(model))
 
@@ -33,7 +38,7 @@ def test_exact_extractors_equal_the_oracle_bit_for_bit(load_net, extractor, batc
     model, x = load_net("residual"), torch.randn(batch, *ITEM)
     paths = ("conv1", "bn1", "layer1", "avgpool")
     points = [point(path) for path in paths]
-    plan = builder(model).build(extractor, points, ITEM)
+    plan = builder(model).build(extractor, spec(*points), ITEM)
     for path, value in zip(paths, collect(plan.built, points, x), strict=True):
         assert same(value, outputs_of(model.module, x, path)[0]), path
 
@@ -43,7 +48,7 @@ def test_torchscript_equals_the_oracle_within_its_tolerance(load_net, batch) -> 
     """The compiled program, inputs and further calls included, is near enough at other batches."""
     model, x = load_net("residual"), torch.randn(batch, *ITEM)
     points = [point("bn1"), point("layer1.0.relu", call=1), point("avgpool", Capture.INPUT)]
-    plan = builder(model).build(Extractor.TORCHSCRIPT, points, ITEM)
+    plan = builder(model).build(Extractor.TORCHSCRIPT, spec(*points), ITEM)
     expected = [
         outputs_of(model.module, x, "bn1")[0],
         outputs_of(model.module, x, "layer1.0.relu")[1],
@@ -56,7 +61,7 @@ def test_torchscript_equals_the_oracle_within_its_tolerance(load_net, batch) -> 
 def test_torchscript_holds_nothing_behind_the_last_layer(load_net) -> None:
     """The program of layer1 has none of the later convolutions."""
     model = load_net("residual")
-    plan = builder(model).build(Extractor.TORCHSCRIPT, [point("layer1")], ITEM)
+    plan = builder(model).build(Extractor.TORCHSCRIPT, spec(point("layer1")), ITEM)
     kinds = [node.kind() for node in plan.built._program.graph.nodes()]
     total = sum(isinstance(m, torch.nn.Conv2d) for m in model.module.modules())
     assert total == 8
@@ -66,7 +71,7 @@ def test_torchscript_holds_nothing_behind_the_last_layer(load_net) -> None:
 def test_fx_runs_nothing_behind_the_last_layer(load_net) -> None:
     """Assertions on later values, which a graph keeps alive, don't make their layers run."""
     model, x = load_net("asserts"), torch.randn(2, *ITEM)
-    plan = builder(model).build(Extractor.FX, [point("first")], ITEM)
+    plan = builder(model).build(Extractor.FX, spec(point("first")), ITEM)
     ran: list[nn.Module] = []
     for layer in (model.module.first, model.module.second):
         layer.register_forward_pre_hook(lambda module, args: ran.append(module))
@@ -79,7 +84,7 @@ def test_a_parent_and_its_last_child_are_both_served_by_fx(load_net) -> None:
     """torchvision silently drops one of two names for one node; a plan gives both."""
     model, x = load_net("residual"), torch.randn(2, *ITEM)
     points = [point("layer1"), point("layer1.1"), point("layer1.1.relu", call=1)]
-    plan = builder(model).build(Extractor.FX, points, ITEM)
+    plan = builder(model).build(Extractor.FX, spec(*points), ITEM)
     expected = outputs_of(model.module, x, "layer1")[0]
     assert all(same(value, expected) for value in collect(plan.built, points, x))
 
@@ -90,7 +95,9 @@ def test_graph_nodes_are_served_by_fx(load_net) -> None:
     catalogue = measure(model)
     name = next(e.name for e in catalogue if e.kind is PointKind.NODE and "add" in e.type)
     points = [CapturePoint(PointKind.NODE, name)]
-    plan = PlanBuilder(model, Taps(model.module), catalogue).build(Extractor.FX, points, ITEM)
+    plan = PlanBuilder(model, Taps(model.module), catalogue).build(
+        Extractor.FX, spec(*points), ITEM
+    )
     (value,) = collect(plan.built, points, x)
     block = name.rpartition(".")[0]
     assert same(value, inputs_of(model.module, x, f"{block}.relu")[1])
@@ -100,25 +107,25 @@ def test_an_extractor_whose_value_differs_gets_no_plan(load_net) -> None:
     """FX loses an unassigned in-place statement; the plan is refused, not used."""
     model = load_net("unassigned_in_place")
     with pytest.raises(ExtractorUnsupportedError, match="FX can't serve layer 'head'.*differs"):
-        builder(model).build(Extractor.FX, [point("head")], ITEM)
+        builder(model).build(Extractor.FX, spec(point("head")), ITEM)
 
 
 def test_an_item_shape_that_the_model_can_not_take_is_bad_input(load_net) -> None:
     """A shape on which the model itself fails is the caller's mistake, in words of ours."""
     plans = builder(load_net("tokens"))
     with pytest.raises(InvalidInputError, match=r"\[3, 1, 1\].*measured at \[3, 16, 16\]"):
-        plans.build(Extractor.HOOK, [point("encoder")], (3, 1, 1))
+        plans.build(Extractor.HOOK, spec(point("encoder")), (3, 1, 1))
 
 
 def test_specs_are_those_of_the_item_shape(load_net) -> None:
     """A plan for larger items predicts larger values."""
-    plan = builder(load_net("residual")).build(Extractor.HOOK, [point("layer1")], (3, 32, 32))
+    plan = builder(load_net("residual")).build(Extractor.HOOK, spec(point("layer1")), (3, 32, 32))
     assert plan.specs[0].shape(4) == (4, 8, 16, 16)
 
 
 def test_content_dependent_values_make_a_dynamic_plan(load_net) -> None:
     """A plan knows when it can't predict."""
-    plan = builder(load_net("dynamic")).build(Extractor.HOOK, [point("pick")], ITEM)
+    plan = builder(load_net("dynamic")).build(Extractor.HOOK, spec(point("pick")), ITEM)
     assert plan.dynamic
 
 
@@ -128,14 +135,14 @@ def test_what_differs_on_wide_input_only_gets_no_plan(extractor, net) -> None:
     """Clamping to [0, 1] is nothing on random input in [0, 1), and much on normalised images."""
     model = load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM))
     if extractor is Extractor.FX and net == "clamps":  # Its clamp has a user, and stays.
-        assert builder(model).build(extractor, [point("tail")], ITEM)
+        assert builder(model).build(extractor, spec(point("tail")), ITEM)
         return
     with pytest.raises(ExtractorUnsupportedError, match=f"{extractor.name} can't.*differs"):
-        builder(model).build(extractor, [point("tail")], ITEM)
+        builder(model).build(extractor, spec(point("tail")), ITEM)
 
 
 def test_counting_what_was_found_is_not_compiled() -> None:
     """A trace would go the way of the example's count for every input."""
     model = load_model(ModelSpec("oddnets:sizes", item_shape=ITEM))
     with pytest.raises(ExtractorUnsupportedError, match="looks at values"):
-        builder(model).build(Extractor.TORCHSCRIPT, [point("tail")], ITEM)
+        builder(model).build(Extractor.TORCHSCRIPT, spec(point("tail")), ITEM)

@@ -11,8 +11,10 @@ import torch
 
 from disks import small_disk
 from layertap.errors import ConfigError, ExtractorUnsupportedError
-from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure, plan_builder
-from layertap.extraction.plan_cache import PlanCache
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.kinds import torchscript
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.plan_cache import PlanCache, plan_digest
 from layertap.extraction.proof import collect
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import LoadedModel
@@ -30,13 +32,13 @@ class Traces:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        trace = plan_builder.trace_taps
+        trace = torchscript.trace_taps
 
         def counted(*args: object) -> torch.jit.ScriptModule:
             self.count += 1
             return trace(*args)
 
-        monkeypatch.setattr(plan_builder, "trace_taps", counted)
+        monkeypatch.setattr(torchscript, "trace_taps", counted)
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def build(model: LoadedModel, folder: Path, points=LAYER1, most: int = PLENTY, k
     """Build as a process does that has just started."""
     cache = PlanCache(folder, most)
     builder = PlanBuilder(model, Taps(model.module), measure(model), cache)
-    return builder.build(Extractor.TORCHSCRIPT, points, ITEM, keep=keep)
+    return builder.build(Extractor.TORCHSCRIPT, PassSpec(tuple(points)), ITEM, keep=keep)
 
 
 def files(folder: Path) -> list[Path]:
@@ -206,7 +208,7 @@ def test_a_folder_that_was_removed_is_made_again(load_net, tmp_path) -> None:
     cache = PlanCache(tmp_path / "plans", PLENTY)
     (tmp_path / "plans").rmdir()
     builder = PlanBuilder(model, Taps(model.module), measure(model), cache)
-    check(model, builder.build(Extractor.TORCHSCRIPT, LAYER1, ITEM, keep=True))
+    check(model, builder.build(Extractor.TORCHSCRIPT, PassSpec(tuple(LAYER1)), ITEM, keep=True))
     assert len(files(tmp_path / "plans")) == 1
 
 
@@ -221,3 +223,17 @@ def test_what_a_killed_process_left_is_removed(tmp_path) -> None:
     os.utime(tmp_path / "old.part", (1, 1))
     PlanCache(tmp_path, PLENTY)
     assert [path.name for path in files(tmp_path)] == ["young.part"]
+
+
+def test_programs_of_different_kinds_are_different_files() -> None:
+    """Two compilers of one layer set, shape and dtype never read each other's file."""
+
+    class AnotherKind(torchscript.TorchScriptKind):
+        name = "ANOTHER"
+
+    def name_of(kind: torchscript.TorchScriptKind, points: list[CapturePoint] = LAYER1) -> str:
+        return plan_digest("model", kind, PassSpec(tuple(points)), ITEM, torch.float32)
+
+    assert name_of(torchscript.KIND) == name_of(torchscript.TorchScriptKind())
+    assert name_of(torchscript.KIND) != name_of(AnotherKind())
+    assert name_of(torchscript.KIND) != name_of(torchscript.KIND, LAYER2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from layertap.extraction import PlanBuilder, Taps, measure
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.samples import reaching_inputs, unlike_items
 from layertap.extraction.survey import sample_input
 from layertap.extraction.trial import tried
@@ -76,7 +77,7 @@ def test_passes_are_shared_only_where_unlike_items_keep_apart(net, item_shape, s
     builder = PlanBuilder(model, Taps(model.module), catalogue)
     last = [entry for entry in catalogue if entry.serves(Extractor.HOOK, Capture.OUTPUT)][-1]
     point = last.points[Capture.OUTPUT]
-    plan = builder.build(Extractor.HOOK, [point], item_shape)
+    plan = builder.build(Extractor.HOOK, PassSpec((point,)), item_shape)
     assert builder.prover.prove_shared(plan, 3) is shares
 
 

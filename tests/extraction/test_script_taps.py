@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.proof import collect
 from layertap.extraction.verify import same
 from layertap.models import LoadedModel, ModelSpec, load_model
@@ -57,7 +58,7 @@ def test_values_are_those_at_that_moment(program) -> None:
         point("avgpool", Capture.INPUT),
     ]
     plan = PlanBuilder(program, Taps(program.module), measure(program)).build(
-        Extractor.HOOK, points, ITEM
+        Extractor.HOOK, PassSpec(tuple(points)), ITEM
     )
     expected = [
         outputs_of(net, x, "bn1")[0],

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from layertap.extraction.fx import as_it_was
 from layertap.extraction.state import Snapshot, Watch
+from layertap.extraction.symbolic import as_it_was
 from layertap.extraction.writes import each_line
 from layertap.models import ModelSpec, load_model
 from statefulnets import ReadOnly

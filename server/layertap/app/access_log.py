@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from layertap.engine import Extraction
-from layertap.services.request import current_request
+from layertap.services.current_request import current_request
 
 __all__ = ["AccessLog"]
 

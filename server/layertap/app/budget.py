@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from layertap.engine import Limits
+from layertap.malloc import DEFAULT_KEPT_MIB
 from layertap.resources import memory_limit
-from layertap.wire.memory import DEFAULT_MIB as KEPT_MIB
-from layertap.wire.shared.hub import DEFAULT_MIB as SHARED_MIB
+from layertap.shm.shared_memory import DEFAULT_SHARED_MIB
 
 __all__ = ["MIB", "default_mib", "excess"]
 
@@ -16,8 +16,8 @@ _MOST = {
     "reply_mib": Limits().reply_bytes // MIB,
     "pending_mib": Limits().pending_bytes // MIB,
     "plan_mib": Limits().plan_bytes // MIB,
-    "keep_memory_mib": KEPT_MIB,
-    "shared_memory_mib": SHARED_MIB,
+    "keep_memory_mib": DEFAULT_KEPT_MIB,
+    "shared_memory_mib": DEFAULT_SHARED_MIB,
 }
 """The defaults on a machine with memory enough for all of them."""
 

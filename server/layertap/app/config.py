@@ -28,8 +28,8 @@ from layertap.extraction.plan_cache import PlanCache
 from layertap.models import INPUT_DTYPES, ImageSettings, ModelSpec
 from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
-from layertap.wire.client_regions import ClientRegions
-from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS
+from layertap.shm.client_regions import ClientRegions
+from layertap.shm.shared_memory import DEFAULT_LEASE_SECONDS
 
 __all__ = ["LimitsSection", "ModelSection", "ServerConfig", "ServerSection", "with_flags"]
 

@@ -26,10 +26,10 @@ from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
 from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import LayertapError
+from layertap.malloc import keep_memory
 from layertap.resources import raise_file_limit
 from layertap.services.admin_service import AdminService, ReloadReport
 from layertap.threads import THREADS_REFUSED, is_thread_refused
-from layertap.wire.memory import keep_memory
 
 __all__ = ["Narrator", "serve"]
 

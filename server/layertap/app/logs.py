@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, TextIO
 
 from layertap.app.json_lines import capture_output, json_line
-from layertap.services.request import current_request
+from layertap.services.current_request import current_request
 
 __all__ = [
     "LogFormat",

@@ -18,11 +18,11 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from layertap.app.shared_memory import SharedMemoryCollector
+from layertap.app.shared_memory_metrics import SharedMemoryCollector
 from layertap.app.state import StateCollector
 from layertap.engine import Engine, Extraction
-from layertap.wire.memory import retained_bytes
-from layertap.wire.shared.hub import SharedMemory
+from layertap.malloc import retained_bytes
+from layertap.shm.shared_memory import SharedMemory
 
 __all__ = ["Metrics"]
 

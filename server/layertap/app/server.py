@@ -11,11 +11,10 @@ from pathlib import Path
 import grpc
 
 from layertap.addresses import host_port, is_unix, unix_path
-from layertap.app.channel import STREAMS, channel_options
+from layertap.app.grpc_options import STREAMS, channel_options
 from layertap.app.health import HEALTH, ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
 from layertap.app.security import Security
-from layertap.app.shared_memory import open_broker
 from layertap.app.thread_limit import ThreadLimit
 from layertap.app.unix_socket import UnixSocket
 from layertap.engine import Engine, Limits
@@ -32,9 +31,10 @@ from layertap.services.open_streams import OpenStreams
 from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
+from layertap.shm.broker import open_broker
+from layertap.shm.client_regions import ClientRegions
+from layertap.shm.shared_memory import DEFAULT_LEASE_SECONDS, DEFAULT_SHARED_MIB
 from layertap.threads import WorkerThreads, start_threads
-from layertap.wire.client_regions import ClientRegions
-from layertap.wire.shared.hub import DEFAULT_LEASE_SECONDS, DEFAULT_MIB
 
 __all__ = ["FeatureServer", "ServerOptions"]
 
@@ -83,7 +83,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = PORT
     security: Security = field(default_factory=Security)
-    shared_memory_bytes: int = DEFAULT_MIB << 20
+    shared_memory_bytes: int = DEFAULT_SHARED_MIB << 20
     shared_memory_lease_seconds: float = DEFAULT_LEASE_SECONDS
     client_regions: ClientRegions | None = None
     unix_socket: Path | None = None

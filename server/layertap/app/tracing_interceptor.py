@@ -13,7 +13,7 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from layertap.services.request import REQUEST_ID_KEY
+from layertap.services.current_request import REQUEST_ID_KEY
 
 __all__ = ["TracingInterceptor", "in_stream"]
 

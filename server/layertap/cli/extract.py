@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["batch_axes", "extract"]
 
-DTYPES = ("float32", "float16", "bfloat16")
+_SENT_DTYPES = ("float32", "float16", "bfloat16")
 
 _INDEX = re.compile(r"\bimages\[(\d+)\]")
 
@@ -56,7 +56,7 @@ _INDEX = re.compile(r"\bimages\[(\d+)\]")
 )
 @click.option(
     "--dtype",
-    type=click.Choice(DTYPES),
+    type=click.Choice(_SENT_DTYPES),
     help="What to send floats in; bfloat16 is stored as float32, as .npz lacks it.",
 )
 @click.option(

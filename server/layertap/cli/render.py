@@ -23,13 +23,9 @@ from layertap.wire.enums import from_proto
 
 __all__ = ["Stderr", "console", "show_features", "show_layers"]
 
-LETTERS = {
-    Extractor.CHILDREN: "C",
-    Extractor.LAYER_GETTER: "L",
-    Extractor.FX: "F",
-    Extractor.HOOK: "H",
-    Extractor.TORCHSCRIPT: "T",
-}
+LETTERS = {each: each.letter for each in reversed(Extractor) if each.letter}
+"""What tables call the extractors; the ones that AUTO prefers stand last."""
+
 UNBOUNDED = 10_000
 _BY = ("by", "in by")
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from layertap.client.inputs import InputLike
-    from layertap.wire.shared.connection import Connection
+    from layertap.shm.client_session import ClientSession
 
 __all__ = ["AsyncClient", "AsyncFeatureStream"]
 
@@ -265,7 +265,7 @@ class AsyncClient(BaseClient):
             self._transport = _Transport(self, self._settings())
         return self._transport
 
-    async def _session(self, transport: _Transport, timeout: float | None) -> Connection | None:
+    async def _session(self, transport: _Transport, timeout: float | None) -> ClientSession | None:
         """Return the session of shared memory; None for the wire."""
         seconds = self._timeout if timeout is None else timeout
         if transport.memory.is_settled:
@@ -275,7 +275,7 @@ class AsyncClient(BaseClient):
     async def _extract_shared(
         self,
         transport: _Transport,
-        memory: Connection,
+        memory: ClientSession,
         fields: dict[str, Any],
         tensor: np.ndarray | None,
         timeout: float | None,
@@ -358,7 +358,7 @@ class AsyncFeatureStream:
         *,
         timeout: float | None,
         item_timeout: float | None,
-        memory: Connection | None,
+        memory: ClientSession | None,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
         self._items = StreamItems(max_in_flight, item_timeout, memory)

@@ -14,7 +14,7 @@ import grpc
 from layertap.addresses import target_is_loopback
 from layertap.certificates import read_authorities, read_key_pair
 from layertap.errors import ConfigError
-from layertap.tokens import check_token, read_tokens
+from layertap.token_files import check_token, read_tokens
 
 __all__ = ["ChannelSettings", "Tls", "channel_settings", "read_token"]
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from layertap.client.inputs import InputLike
-    from layertap.wire.shared.connection import Connection
+    from layertap.shm.client_session import ClientSession
 
 __all__ = ["Client"]
 
@@ -306,7 +306,7 @@ class Client(BaseClient):
     def _extract_shared(
         self,
         transport: _Transport,
-        memory: Connection,
+        memory: ClientSession,
         fields: dict[str, Any],
         tensor: np.ndarray | None,
         timeout: float | None,

@@ -12,7 +12,7 @@ from layertap.wire.stream_messages import decode_stream_reply
 
 if TYPE_CHECKING:
     from layertap.client.requests import StreamRequest
-    from layertap.wire.shared.connection import Connection
+    from layertap.shm.client_session import ClientSession
 
 __all__ = ["MAX_IN_FLIGHT", "Outcome", "StreamItems"]
 
@@ -41,7 +41,7 @@ class StreamItems:
     """
 
     def __init__(
-        self, max_in_flight: int, item_timeout: float | None, memory: Connection | None
+        self, max_in_flight: int, item_timeout: float | None, memory: ClientSession | None
     ) -> None:
         if max_in_flight < 1:
             raise InvalidInputError(f"max_in_flight: got {max_in_flight}, expected at least 1")

@@ -16,11 +16,11 @@ import numpy as np
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.addresses import target_is_loopback
+from layertap.shm.client_session import ClientSession
+from layertap.shm.regions import supported
+from layertap.shm.shared_memory import LEAST_BYTES
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
 from layertap.wire.dtypes import of_array
-from layertap.wire.shared.connection import Connection
-from layertap.wire.shared.hub import LEAST_BYTES
-from layertap.wire.shared.regions import supported
 from layertap.wire.tensors import SharedSlice
 
 __all__ = ["SharedMemoryClient", "SharedMemoryWish", "is_shared", "written"]
@@ -48,7 +48,7 @@ class SharedMemoryClient:
         self._open = open_ if wanted and supported() else None
         self._opening = threading.Lock()
         self._retry_at = 0.0
-        self._current: Connection | None = None
+        self._current: ClientSession | None = None
         self._at_end: weakref.finalize[[], SharedMemoryClient] | None = None
 
     @property
@@ -59,7 +59,7 @@ class SharedMemoryClient:
             return True
         return self._open is None or time.monotonic() < self._retry_at
 
-    def connection(self, timeout: float | None) -> Connection | None:
+    def connection(self, timeout: float | None) -> ClientSession | None:
         """Return a session that is open, opened now if need be; None for the wire."""
         current = self._current
         if current is not None and not current.lost:
@@ -83,11 +83,11 @@ class SharedMemoryClient:
         if current is not None:
             current.close()
 
-    def _connect(self, open_: Callable[..., bytes], timeout: float | None) -> Connection | None:
+    def _connect(self, open_: Callable[..., bytes], timeout: float | None) -> ClientSession | None:
         seconds = _OPEN_SECONDS if timeout is None else min(timeout, _OPEN_SECONDS)
         try:
             reply = OpenSharedMemoryResponse.FromString(open_(b"", timeout=seconds))
-            connection = Connection(reply.socket, reply.ticket)
+            connection = ClientSession(reply.socket, reply.ticket)
         except (
             *(grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error),
             RuntimeError,  # Python's word for a thread that the system did not allow.
@@ -111,7 +111,7 @@ def is_shared(tensor: np.ndarray | None) -> TypeGuard[np.ndarray]:
 
 
 @contextmanager
-def written(connection: Connection, tensor: np.ndarray | None) -> Iterator[SharedSlice | None]:
+def written(connection: ClientSession, tensor: np.ndarray | None) -> Iterator[SharedSlice | None]:
     """Write an input into shared memory, and keep the place for as long as the block lasts.
 
     Yields:

@@ -19,7 +19,7 @@ from layertap.errors import UnavailableError
 
 if TYPE_CHECKING:
     from layertap.client.requests import StreamRequest
-    from layertap.wire.shared.connection import Connection
+    from layertap.shm.client_session import ClientSession
 
 __all__ = ["FeatureStream"]
 
@@ -51,7 +51,7 @@ class FeatureStream:
         max_in_flight: int = MAX_IN_FLIGHT,
         timeout: float | None = None,
         item_timeout: float | None = None,
-        memory: Connection | None = None,
+        memory: ClientSession | None = None,
         *,
         metadata: tuple[tuple[str, str], ...] = (),
     ) -> None:

@@ -25,13 +25,13 @@ from layertap.errors import (
 )
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.checkpoints import Checkpoints
-from layertap.extraction.compile_trial import with_programs_tried
-from layertap.extraction.measure import measure
+from layertap.extraction.claims import kept_claims
+from layertap.extraction.kinds.registry import REFERENCE, kind_of
+from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.passes import KeptState, PassGuard
-from layertap.extraction.plan import Plan, quoted
+from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
-from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
 from layertap.extraction.trial import tried
 from layertap.models import LoadedModel
@@ -41,7 +41,6 @@ __all__ = ["HostOptions", "ModelHost", "RefusedPlan"]
 
 _log = logging.getLogger(__name__)
 
-PlanKey = tuple[Extractor, tuple[CapturePoint, ...], tuple[int, ...]]
 Refusal = InvalidInputError | ExtractorUnsupportedError
 V = TypeVar("V")
 
@@ -143,9 +142,7 @@ class ModelHost:
         self.weight_bytes = model.weight_bytes()
         self.compute = compute
         self._taps = Taps(model.module)
-        self.catalogue = self._with_programs_tried(
-            model, compute.run(lambda: measure(model, guard), call), call
-        )
+        self.catalogue = self._measured(model, guard, call)
         proving = None
         if again is not None and guard.rules.state is KeptState.KEPT:
             fresh = compute.run(lambda: _fresh(model, again), call)
@@ -185,8 +182,8 @@ class ModelHost:
     def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
         """Build and keep the plans of layers that will be asked for, together and each alone.
 
-        AUTO then serves them by TORCHSCRIPT at the model's own item shape. Where the model can't be
-        compiled, the log says so and they are served by the next best extractor. Requests take
+        AUTO then serves them by a compiled plan at the model's own item shape. If the model can't
+        be compiled, the log says so and AUTO serves them by the next best extractor. Requests take
         their turn between the steps; the call cancels the rest of them.
 
         Raises:
@@ -214,7 +211,7 @@ class ModelHost:
         """
         size, *item = batch_shape
         extractor = self._choose(resolved, tuple(item), size)
-        key = (extractor, resolved.points, tuple(item))
+        key = PlanKey(extractor, resolved.pass_spec, tuple(item))
         plan = self._known(key) or self.compute.run(lambda: self._build(key), call)
         if plan.refusal(size) is None:
             self.compute.run(partial(self._builder.prover.prove_size, plan, size), call)
@@ -224,7 +221,7 @@ class ModelHost:
         if self._choose(resolved, tuple(item), size) is not extractor:
             return self.plan(resolved, batch_shape, call)
         raise ExtractorUnsupportedError(
-            f"{extractor.name} can't serve {quoted(resolved.points)} of model {self.model.name!r} "
+            f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
         )
 
@@ -241,16 +238,15 @@ class ModelHost:
         Returns:
             The refusal that requests for it get from now on.
         """
-        key = (plan.extractor, plan.points, plan.item_shape)
         refusal = ExtractorUnsupportedError(
             f"{plan.extractor.name} can't serve {quoted(plan.points)} of model "
             f"{self.model.name!r}: its program failed where the model itself did not ({reason}); "
-            f"HOOK can"
+            f"{REFERENCE.name} can"
         )
         with self._lock:
-            self._plans.pop(key, None)
-            self._declared_plans.pop(key, None)
-        self._refuse(key, refusal)
+            self._plans.pop(plan.key, None)
+            self._declared_plans.pop(plan.key, None)
+        self._refuse(plan.key, refusal)
         _log.warning("%s", refusal)
         return refusal
 
@@ -260,8 +256,13 @@ class ModelHost:
         with self._lock:
             refused = list(self._refusals.items())
         return [
-            RefusedPlan(extractor, tuple(names[point] for point in points), shape, str(refusal))
-            for (extractor, points, shape), refusal in refused
+            RefusedPlan(
+                key.extractor,
+                tuple(names[point] for point in key.pass_spec.points),
+                key.item_shape,
+                str(refusal),
+            )
+            for key, refusal in refused
             if isinstance(refusal, ExtractorUnsupportedError)
         ]
 
@@ -281,22 +282,22 @@ class ModelHost:
             self._plans.clear()
             self._declared_plans.clear()
 
-    def _with_programs_tried(
-        self, model: LoadedModel, catalogue: Catalogue, call: Call
-    ) -> Catalogue:
-        """Return the catalogue without what compiled programs can't serve.
+    def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
+        """Return a model's catalogue, of whose claims every one was tried.
 
         In steps, between which the requests of other models take their turn.
         """
-        steps = with_programs_tried(model, catalogue)
-        while (tried := self.compute.run(partial(next, steps), call)) is None:
-            pass
-        return tried
+        measured = self.compute.run(lambda: measure_with_graph(model, guard), call)
+        steps = kept_claims(model, *measured)
+        catalogue: Catalogue | None = None
+        while catalogue is None:
+            catalogue = self.compute.run(partial(next, steps), call)
+        return catalogue
 
     def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
-        """Build the compiled plan of a layer set, or else the best one that there can be."""
+        """Build the plan of the first candidate that can be built."""
         for extractor in resolved.candidates:
-            key = (extractor, resolved.points, self.model.input.item_shape)
+            key = PlanKey(extractor, resolved.pass_spec, self.model.input.item_shape)
             try:
                 steps = self._builder.steps(*key, keep=True)
                 while (plan := self.compute.run(partial(next, steps), call)) is None:
@@ -344,15 +345,20 @@ class ModelHost:
     def _choose(self, resolved: Resolved, item_shape: tuple[int, ...], size: int) -> Extractor:
         if len(resolved.candidates) == 1:
             return resolved.candidates[0]
-        if Extractor.TORCHSCRIPT in resolved.candidates:
-            compiled = (Extractor.TORCHSCRIPT, resolved.points, item_shape)
+        compiles = self._fits and len(resolved.points) <= MAX_PROMOTED
+        for extractor in resolved.candidates:
+            if not kind_of(extractor).compiled:
+                return extractor
+            key = PlanKey(extractor, resolved.pass_spec, item_shape)
             with self._lock:
-                plan = self._declared_plans.get(compiled) or self._plans.get(compiled)
+                plan = self._declared_plans.get(key) or self._plans.get(key)
+                refused = key in self._refusals
             if plan is not None and not plan.refusal(size):
-                return Extractor.TORCHSCRIPT
-            if plan is None and len(resolved.points) <= MAX_PROMOTED and self._fits:
-                self._promoter.note(compiled)
-        return Extractor.HOOK if Extractor.HOOK in resolved.candidates else resolved.candidates[0]
+                return extractor
+            if compiles and plan is None and not refused:
+                self._promoter.note(key)
+                compiles = False  # The next kind is compiled only where this one is refused.
+        return resolved.candidates[0]
 
     def _known(self, key: PlanKey) -> Plan | None:
         with self._lock:
@@ -391,7 +397,7 @@ class ModelHost:
         """Keep a plan, and let go of those that were not used for longest."""
         self._remember(self._plans, key, plan, self._max_plans)
         with self._lock:
-            compiled = [known for known in self._plans if known[0] is Extractor.TORCHSCRIPT]
+            compiled = [key for key in self._plans if kind_of(key.extractor).compiled]
             for oldest in compiled[: -self._max_compiled]:
                 del self._plans[oldest]
 

@@ -27,6 +27,7 @@ from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
+from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.plan import Plan
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
@@ -124,13 +125,13 @@ class Pipeline:
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(admitted)
         plan = host.plan(resolved, tuple(x.shape), call)
-        if plan.extractor is Extractor.TORCHSCRIPT and not _is_finite(request, x):
-            resolved = host.resolve(request.selections, _uncompiled(request, host))
+        if plan.kind.finite_only and not _is_finite(request, x):
+            resolved = host.resolve(request.selections, _for_any_number(request, plan, host))
             plan = host.plan(resolved, tuple(x.shape), call)
         try:
             return self._run(admitted, x, resolved, plan)
         except ModelRunError as error:
-            if plan.extractor is not Extractor.TORCHSCRIPT:
+            if not plan.kind.compiled:
                 raise
             reason = str(error)
         # Behind the handler, as the error refers to the former reply and its memory.
@@ -143,10 +144,10 @@ class Pipeline:
         """Run the model itself where its compiled program failed.
 
         If the model fails on this input too, its own error is raised. Else the program is at fault,
-        and gives way to HOOK.
+        and no longer serves.
         """
         host, request = admitted.host, admitted.request
-        resolved = host.resolve(request.selections, Extractor.HOOK)
+        resolved = host.resolve(request.selections, REFERENCE.id)
         plan = host.plan(resolved, tuple(x.shape), admitted.call)
         extraction = self._run(admitted, x, resolved, plan)
         refusal = host.refuse(failed, reason)
@@ -237,23 +238,20 @@ def _is_finite(request: ExtractionRequest, x: torch.Tensor) -> bool:
     return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
-def _uncompiled(request: ExtractionRequest, host: ModelHost) -> Extractor:
-    """Return the extractor for input that compiled programs take otherwise than the model.
-
-    Their fused kernels make zeros of NaN (``relu``), and spread it over other elements.
-    """
+def _for_any_number(request: ExtractionRequest, plan: Plan, host: ModelHost) -> Extractor:
+    """Return the extractor for input with NaN or infinity, which the plan's kind must not get."""
     if request.extractor is Extractor.AUTO:
-        return Extractor.HOOK
+        return REFERENCE.id
     raise ExtractorUnsupportedError(
-        f"TORCHSCRIPT can't serve an input that holds NaN or infinity: compiled programs handle "
-        f"them otherwise than model {host.model.name!r} does; HOOK can"
+        f"{plan.kind.name} can't serve an input that holds NaN or infinity: compiled programs "
+        f"handle them otherwise than model {host.model.name!r} does; {REFERENCE.name} can"
     )
 
 
 def _key(work: Work) -> Hashable:
     """Return what requests that may share a forward pass have in common; None for those that can't.
 
-    The plan stands for model, layers and extractor.
+    The plan is one per model, extractor, pass spec and item shape.
     """
     plan = work.plan
     if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:

@@ -18,7 +18,7 @@ from layertap.selection import Reduction
 from layertap.wire.codec import MAX_MESSAGE_BYTES
 from layertap.wire.dtypes import DTYPES, DType
 from layertap.wire.messages import Timings
-from layertap.wire.reply_form import Builder, ReplyForm
+from layertap.wire.reply_form import MessageBuilder, ReplyForm
 
 __all__ = ["Envelope", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
 
@@ -169,7 +169,7 @@ def _builder(
     outputs: Sequence[Output],
     values: Sequence[tuple[tuple[int, ...], torch.dtype]],
     envelope: Envelope,
-) -> Builder:
+) -> MessageBuilder:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
         for output, (shape, dtype) in zip(outputs, values, strict=True)
@@ -184,7 +184,7 @@ def _builder(
     return envelope.form.builder(layout, envelope.admit)
 
 
-def _write(builder: Builder, slot: int, value: torch.Tensor) -> None:
+def _write(builder: MessageBuilder, slot: int, value: torch.Tensor) -> None:
     builder.write(slot, host_array(value), _ROWS[value.dtype].number)
 
 

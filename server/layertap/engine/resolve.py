@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayerNotFoundError
 from layertap.extraction.catalogue import Catalogue, LayerEntry
+from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction, is_glob
 from layertap.wire.dtypes import DType, by_name
@@ -39,13 +41,18 @@ class Resolved:
 
     Attributes:
         outputs: The tensors of the reply, in its order.
-        points: The distinct values to capture, in execution order.
-        candidates: The extractors that serve all of them, of which one is to be chosen.
+        pass_spec: What the forward pass must do: capture each distinct value.
+        candidates: The extractors that can do it, in the order in which AUTO prefers them.
     """
 
     outputs: tuple[Output, ...]
-    points: tuple[CapturePoint, ...]
+    pass_spec: PassSpec
     candidates: tuple[Extractor, ...]
+
+    @property
+    def points(self) -> tuple[CapturePoint, ...]:
+        """The distinct values to capture, in execution order."""
+        return self.pass_spec.points
 
 
 def resolve(
@@ -84,7 +91,7 @@ def resolve(
         )
         for selection, entry in matches
     )
-    return Resolved(outputs, points, _candidates(matches, extractor))
+    return Resolved(outputs, PassSpec(points), _candidates(matches, extractor))
 
 
 def _matches(
@@ -116,8 +123,8 @@ def _matches(
 
 def _serves(entry: LayerEntry, capture: Capture, extractor: Extractor) -> bool:
     if extractor is Extractor.AUTO:
-        # A glob is about modules unless FX, the only one that serves graph nodes, is asked for.
-        return entry.serves(Extractor.HOOK, capture)
+        # A glob is about modules, unless an extractor that serves graph nodes is asked for.
+        return entry.serves(REFERENCE.id, capture)
     return entry.serves(extractor, capture)
 
 
@@ -126,10 +133,10 @@ def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> 
     if extractor in able or (extractor is Extractor.AUTO and able):
         return
     others = ", ".join(other.name for other in able) or "none"
-    chosen = Extractor.HOOK if extractor is Extractor.AUTO else extractor
+    chosen = REFERENCE.id if extractor is Extractor.AUTO else extractor
     reason = entry.support[chosen].reason
     if capture is Capture.INPUT and entry.serves(chosen, Capture.OUTPUT):
-        takes = chosen in (Extractor.HOOK, Extractor.TORCHSCRIPT)
+        takes = capture in kind_of(chosen).captures
         spec = entry.specs.get(capture)
         kind = f"{spec.dtype}, which can't be sent" if spec else "no single tensor"
         reason = f"the layer's input is {kind}" if takes else "it takes outputs only"
@@ -158,11 +165,17 @@ def _candidates(
     able = [set(entry.served_by(selection.capture)) for selection, entry in matches]
     common = set.intersection(*able)
     if not common:
+        nodes = _joined(kind.name for kind in KINDS.values() if kind.nodes)
+        inputs = _joined(kind.name for kind in KINDS.values() if Capture.INPUT in kind.captures)
         raise ExtractorUnsupportedError(
-            "no extractor serves all of these layers together: graph nodes are FX only, "
-            "inputs are HOOK and TORCHSCRIPT only"
+            f"no extractor serves all of these layers together: graph nodes are {nodes} only, "
+            f"inputs are {inputs} only"
         )
-    return tuple(candidate for candidate in Extractor if candidate in common)
+    return tuple(candidate for candidate in KINDS if candidate in common)
+
+
+def _joined(names: Iterable[str]) -> str:
+    return " and ".join(names)
 
 
 def _float_dtype(name: str) -> DType | None:

@@ -227,7 +227,7 @@ def _finite_only(work: Work) -> Sink:
     def take(index: int, value: torch.Tensor) -> None:
         finite = value.isfinite()
         if not finite.all():
-            layer = work.host.catalogue.names[work.resolved.points[index]]
+            layer = work.host.catalogue.names[work.plan.points[index]]
             raise ModelRunError(
                 f"layer {layer!r} of model {work.host.model.name!r} holds NaN or infinity in "
                 f"{value.numel() - int(finite.sum())} of {value.numel()} elements on this input"

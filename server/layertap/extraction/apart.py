@@ -24,7 +24,7 @@ from typing import IO
 
 import torch
 
-from layertap.extraction.proof import Values
+from layertap.extraction.base import Values
 from layertap.silence import warnings_ignored
 
 __all__ = ["ProgramEndedError", "may_end_the_process", "run_apart"]

@@ -1,4 +1,4 @@
-"""What an extractor is."""
+"""What an extractor is once it is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 
 from layertap.extraction.points import Sink
 
-__all__ = ["BuiltExtractor"]
+__all__ = ["BuiltExtractor", "Values"]
+
+Values = list[torch.Tensor]
+"""A value for each point, in the order of the points."""
 
 
 class BuiltExtractor(Protocol):

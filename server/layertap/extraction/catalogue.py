@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from layertap.errors import ExtractorUnsupportedError, LayerNotFoundError
-from layertap.extraction.fx import GraphNames
 from layertap.extraction.layout import Geometry
 from layertap.extraction.obstacles import RANDOM
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.symbolic import GraphNames
 from layertap.selection import Capture, Extractor, Glob
 
 __all__ = ["REAL_EXTRACTORS", "Catalogue", "LayerEntry", "Support"]
@@ -36,11 +36,12 @@ class Support:
             output: Why the output can't be served.
             given: Why the input can't be.
         """
+        # Chance explains why values differ; else the first reason is the more telling one.
+        reason = RANDOM if output == RANDOM else self.reason or output or given
+        if self.input and given and given not in reason:
+            reason = f"{reason}; its input: {given}"
         return Support(
-            output=self.output and not output,
-            input=self.input and not given,
-            # Chance explains why values differ; else the first reason is the more telling one.
-            reason=RANDOM if output == RANDOM else self.reason or output or given,
+            output=self.output and not output, input=self.input and not given, reason=reason
         )
 
 

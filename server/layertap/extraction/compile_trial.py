@@ -1,129 +1,106 @@
-"""Trial compilation: what compiled programs can't serve is refused before the first request.
+"""Trial compilation: which layers a compiled program can serve.
 
-Note [Tried before the first request]
-    The catalogue claims that TORCHSCRIPT serves a layer wherever nothing speaks against it. Whether
-    a trace can be made of the model's code, whether its program runs on batches of other sizes, and
-    whether its values are the model's, only trying shows. So once a model was measured, one program
-    of all layers that would be claimed is traced, and run on the batches with which a plan is
-    proven. Where it can't be traced, or fails, parts of the layers are tried: a program ends at its
-    last layer, so the layers before a fault are served, and one odd layer does not cost the others.
-    Where single values differ, those layers are refused.
+Note [One program for all]
+    Whether a program can be made of the model's code, whether it runs on batches of other sizes,
+    and whether its values are the model's, only trying shows. So one program is compiled of all
+    layers that are claimed, and run on every batch of the trial. If it can't be compiled, or fails,
+    programs of fewer layers are tried: a program ends at its last layer, so layers before a fault
+    are served, and one odd layer does not cost the others. Where single values differ, only those
+    layers are refused.
 
-    It costs a trace and about a dozen items' passes. So that it takes little memory, the program
-    returns not the values but what is compared of them (see Note [Digests]), and each program is
-    dropped once it was held against the model. Its runs are not profiled, as no later run
-    profits from that. Optimising copies the weights, as each backend wants them in an order
-    of its own. It can fail too, so it is tried, but not where the weights are large.
-
-    What no batch that is tried here shows is refused by the plan of the first request for it: a
-    branch on a batch's size beyond three, or code that does something else for another item shape.
+    That costs one compilation and, for each item of the batches, one pass. To take little memory,
+    the program returns not the values but what is compared of them (see Note [Digests]), and each
+    program is dropped once it was compared. Layers whose input is the very tensor that another
+    module returned are served if that one is. The last batch, of one item, is run by the
+    finished program, since finishing can fail as well. Finishing copies the weights, as
+    does a run in another process, so neither is tried where the weights are large.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from layertap.extraction.apart import ProgramEndedError, may_end_the_process, run_apart
-from layertap.extraction.catalogue import Catalogue, LayerEntry
-from layertap.extraction.digest import Digest, digest_pass, sample_step
+from layertap.extraction.apart import ProgramEndedError
+from layertap.extraction.digest import Digest, digest_pass
+from layertap.extraction.kinds.base import BuildContext, CompiledKind
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint
-from layertap.extraction.samples import bytes_input, reaching_inputs
-from layertap.extraction.survey import sample_input, wide_input
-from layertap.extraction.taps import Taps
-from layertap.extraction.torchscript import optimized, run_unprofiled, trace_taps
-from layertap.extraction.verify import compiled_tolerance
+from layertap.extraction.survey import sample_input
 from layertap.models import LoadedModel
-from layertap.selection import Capture, Extractor
 
-__all__ = ["with_programs_tried"]
+__all__ = ["Case", "CompileTrial", "Faults", "run_case"]
 
 _log = logging.getLogger(__name__)
 
-MAX_TRACES = 24
-"""Programs that are traced of one model to find out which of its layers are at fault."""
+MAX_PROGRAMS = 24
+"""Programs that are compiled of one model to find out which of its layers are at fault."""
 
 MAX_APART = 4
 """How many of them run in a process of their own, which takes seconds."""
 
 MAX_COPIED_BYTES = 256 << 20
-"""Bytes of weights up to which a program is optimised, or run apart, which copies them."""
+"""Bytes of weights up to which a program is finished, or run apart, which copies them."""
 
 LARGER = 7
 """A batch size at which a program that may end its process is tried besides."""
 
+Faults = dict[CapturePoint, str]
+"""Why an extractor can't serve a point, for those that it can't."""
 
-def with_programs_tried(model: LoadedModel, catalogue: Catalogue) -> Iterator[Catalogue | None]:
-    """Try compiled programs of a model in steps; the last yields what may be claimed of it.
 
-    See Note [Tried before the first request]. For a compute thread, where no other pass of the
-    model may run meanwhile. Each step takes about as long as a forward pass of a few items.
+@dataclass(frozen=True)
+class Case:
+    """A batch, and what the model computed for it.
+
+    Attributes:
+        x: ``[B, ...]``.
+        digests: By point; without those that are not there on this input.
+        twins: For inputs that are the very tensor that another module returned, that output.
+        ordinary: Whether values that are not finite count as well: the last bits decide where a
+            root of some noise is NaN.
+    """
+
+    x: torch.Tensor
+    digests: Mapping[CapturePoint, Digest]
+    twins: Mapping[CapturePoint, CapturePoint]
+    ordinary: bool
+
+
+def run_case(
+    model: LoadedModel,
+    guard: PassGuard,
+    x: torch.Tensor,
+    steps: Mapping[CapturePoint, int],
+    *,
+    ordinary: bool,
+) -> Case | None:
+    """Run a model on a batch and return what to compare with; None if it can't take the batch.
 
     Args:
-        model: The model that was measured.
-        catalogue: What measuring it gave.
-
-    Yields:
-        None for each step, then the catalogue without the claims that no program kept.
+        model: The model.
+        guard: Its guard.
+        x: ``[B, ...]``; it stays as it is.
+        steps: For each point the distance between the elements that are compared.
+        ordinary: See Case.
     """
-    claimed = _claimed(catalogue)
-    if not claimed:
-        yield catalogue
-        return
-    taps = Taps(model.module)
     try:
-        faults = yield from _Trial(model, taps, catalogue).faults(claimed)
+        with guard:
+            digested = digest_pass(model, x, steps)
+            guard.learn(model.name)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
-        _log.warning(
-            "model %s: there is not the memory to try compiled programs of it (%s); what they "
-            "can't serve is refused by the first request for it", model.name, own_words(error),
-        )  # fmt: skip
-        faults = {}
-    finally:
-        taps.close()
-    entries = {name: _without(entry, faults) for name, entry in catalogue.entries.items()}
-    yield replace(catalogue, entries=entries)
-
-
-def _claimed(catalogue: Catalogue) -> list[CapturePoint]:
-    """Return the points that TORCHSCRIPT would serve, in execution order."""
-    return list(
-        dict.fromkeys(
-            point
-            for entry in catalogue
-            # The input of a call exists before its output does.
-            for side in (Capture.INPUT, Capture.OUTPUT)
-            for point in _points(entry, side)
-        )
-    )
-
-
-def _points(entry: LayerEntry, side: Capture) -> Iterator[CapturePoint]:
-    if side in entry.points and entry.serves(Extractor.TORCHSCRIPT, side):
-        yield entry.points[side]
-
-
-def _without(entry: LayerEntry, faults: Mapping[CapturePoint, str]) -> LayerEntry:
-    output, given = (
-        faults.get(entry.points[side], "") if side in entry.points else ""
-        for side in (Capture.OUTPUT, Capture.INPUT)
-    )
-    if not output and not given:
-        return entry
-    support = entry.support[Extractor.TORCHSCRIPT].without(output, given)
-    return replace(entry, support={**entry.support, Extractor.TORCHSCRIPT: support})
-
-
-Faults = dict[CapturePoint, str]
-"""Why a compiled program can't serve a point, for those that it can't."""
+        # A model need not take such input; what it raises is its own business.
+        return None
+    return Case(x, digested.digests, digested.twins, ordinary)
 
 
 class _FailedError(Exception):
@@ -137,89 +114,57 @@ class _Failure:
     reason: str
 
 
-@dataclass(frozen=True)
-class _Case:
-    """A batch, and what the model computed for it.
-
-    Attributes:
-        x: ``[B, ...]``.
-        digests: By point; without those that are not there on this input.
-        ordinary: Whether values that are not finite count as well.
-    """
-
-    x: torch.Tensor
-    digests: Mapping[CapturePoint, Digest]
-    ordinary: bool
-
-
-class _Trial:
+class CompileTrial:
     """Tries programs of one model.
 
     Args:
-        model: The model.
-        taps: Taps of it for this trial only.
-        catalogue: Its catalogue.
+        context: The model, and taps of it for this trial only.
+        kind: What compiles.
+        steps: For each point the distance between the elements that are compared.
+        cases: What the programs are compared with; a batch of one comes last.
     """
 
-    def __init__(self, model: LoadedModel, taps: Taps, catalogue: Catalogue) -> None:
-        self._model = model
-        self._taps = taps
-        self._guard: PassGuard = catalogue.guard
-        self._specs = catalogue.specs
-        self._small = model.weight_bytes() <= MAX_COPIED_BYTES
-        self._left = MAX_TRACES
+    def __init__(
+        self,
+        context: BuildContext,
+        kind: CompiledKind[Any],
+        steps: Mapping[CapturePoint, int],
+        cases: Sequence[Case],
+    ) -> None:
+        self._context = context
+        self._kind = kind
+        self._steps = steps
+        self._cases = cases
+        self._small = context.model.weight_bytes() <= MAX_COPIED_BYTES
+        self._left = MAX_PROGRAMS
         self._left_apart = MAX_APART
         self._last = _Failure("")
-        self._cases: list[_Case] = []
 
     def faults(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
-        """Return why some of the points can't be served by a compiled program."""
-        self._steps = {point: sample_step(self._specs[point]) for point in points}
-        yield from self._run_model()
-        faults = {point: reason for point in points if (reason := self._missing(point))}
+        """Return why some of the points, in execution order, can't be served."""
+        faults = {
+            point: "the layer has that value for some inputs only"
+            for point in points
+            if any(point not in case.digests for case in self._cases)
+        }
         rest = [point for point in points if point not in faults]
-        if rest:
-            faults.update((yield from self._tried(rest)))
+        twins = self._twins(rest)
+        tried = [point for point in rest if point not in twins]
+        if tried:
+            faults.update((yield from self._tried(tried)))
+        faults.update({point: faults[twin] for point, twin in twins.items() if twin in faults})
         return faults
 
-    def _run_model(self) -> Iterator[None]:
-        """Fill the cases. What a model need not be able to take is left out."""
-        shape = self._model.input.item_shape
-        self._add(sample_input(self._model, 1, shape), ordinary=True)
-        yield
-        self._add(sample_input(self._model, 2, shape), ordinary=True)
-        yield
-        wide = wide_input(self._model, 3, shape)
-        if wide is None or not self._add(wide):
-            yield
-            self._add(sample_input(self._model, 3, shape), ordinary=True)
-        yield
-        others = [bytes_input(self._model, shape)]
-        if not self._model.input.dtype.is_floating_point:
-            others.extend(reaching_inputs(self._model, shape))
-        for x in others:
-            if x is not None:
-                self._add(x)
-                yield
-
-    def _add(self, x: torch.Tensor, *, ordinary: bool = False) -> bool:
-        """Run the model on a batch and keep what it computed; tell whether it runs on it."""
-        try:
-            with self._guard as guard:
-                digests = digest_pass(self._model, x, self._steps)
-                guard.learn(self._model.name)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            # A model need not take such input; what it raises is its own business.
-            return False
-        self._cases.append(_Case(x, digests, ordinary))
-        return True
-
-    def _missing(self, point: CapturePoint) -> str:
-        """Return what is said of a point that is not there on every input; empty for others."""
-        missed = [case for case in self._cases if point not in case.digests]
-        return "the layer has that value for some inputs only" if missed else ""
+    def _twins(self, points: Sequence[CapturePoint]) -> dict[CapturePoint, CapturePoint]:
+        """Return the inputs that are always the tensor that one of the points returned."""
+        first, *others = self._cases
+        return {
+            point: twin
+            for point in points
+            if (twin := first.twins.get(point)) in points
+            and twin is not None
+            and all(case.twins.get(point) == twin for case in others)
+        }
 
     def _tried(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
         """Return the faults of some points; where a program of them all fails, of parts of it.
@@ -282,31 +227,48 @@ class _Trial:
             return (yield from self._compared(points))
         except _FailedError as error:
             self._last = _Failure(str(error))
-            _log.info("model %s: %s (%d layers)", self._model.name, error, len(points))
+            _log.info("model %s: %s (%d layers)", self._context.model.name, error, len(points))
             return self._last
 
     def _compared(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
-        """Hold one program of some points against the model; raise _FailedError where it fails."""
-        program = self._program(points)
+        """Compare one program of some points with the model; raise _FailedError if it fails."""
+        program = self._compiled(points)
         yield
-        apart = may_end_the_process(program)
-        if apart and not self._small:
-            # Its weights would be copied to the other process, several times over.
-            return {}
-        if apart:
-            answers = yield from self._run_apart(program)
-        elif self._small:
-            program = self._optimized(program)
-            yield
+        if self._kind.may_end_the_process(program):
+            return (yield from self._compared_apart(points, program))
         faults: Faults = {}
-        for index, case in enumerate(self._cases):
-            values = answers[index] if apart else self._run(program, case.x)
-            found = _differences(case, points, values, self._steps)
-            faults = {**found, **faults}
+        for case in self._cases:
+            values = self._run(program, case)
+            faults = {**self._differences(case, points, values), **faults}
             yield
         return faults
 
-    def _program(self, points: Sequence[CapturePoint]) -> torch.jit.ScriptModule:
+    def _compared_apart(
+        self, points: Sequence[CapturePoint], program: Any
+    ) -> Generator[None, None, Faults]:
+        """Compare a program that runs in a process of its own; see ``apart``."""
+        if not self._small:
+            return {}  # The first request will show.
+        if self._left_apart < 1:
+            raise _FailedError(self._last.reason)
+        self._left_apart -= 1
+        model = self._context.model
+        x = sample_input(model, LARGER, model.input.item_shape)
+        larger = run_case(model, self._context.guard, x, self._steps, ordinary=True)
+        cases = [*self._cases, larger] if larger else self._cases
+        yield
+        try:
+            answers = yield from self._kind.run_apart(
+                program, [case.x for case in cases], model.device
+            )
+        except ProgramEndedError as error:
+            raise _FailedError(f"a compiled program fails ({error})") from error
+        faults: Faults = {}
+        for case, values in zip(cases, answers, strict=True):
+            faults = {**self._differences(case, points, values), **faults}
+        return faults
+
+    def _compiled(self, points: Sequence[CapturePoint]) -> Any:
         steps = [self._steps[point] for point in points]
 
         def compared(index: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -314,71 +276,52 @@ class _Trial:
                 return (value.clone(),)
             return value.reshape(-1)[:: steps[index]].clone(), torch._shape_as_tensor(value)
 
-        example = self._cases[0].x.clone()
+        model = self._context.model
+        example = sample_input(model, 1, model.input.item_shape)
+        # As where requests have been served before: a compiler may stumble over the hooks.
+        for point in points:
+            self._context.taps.install(point.path, point.capture)
         try:
-            with self._guard:
-                return trace_taps(self._model, self._taps, points, example, compared)
+            with self._context.guard:
+                return self._kind.compile(self._context, PassSpec(tuple(points)), example, compared)
         except Exception as error:
-            _log.info("model %s can't be traced", self._model.name, exc_info=True)
-            raise _failed("the model can't be traced", error) from error
+            _log.info("model %s can't be compiled", model.name, exc_info=True)
+            raise _failed("the model can't be compiled", error) from error
 
-    def _optimized(self, program: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    def _run(self, program: Any, case: Case) -> Sequence[torch.Tensor]:
+        # The program may write into its batch, and other programs run on it again.
+        x = case.x.clone()
         try:
-            return optimized(program)
-        except Exception as error:
-            raise _failed("a compiled program of it can't be optimised", error) from error
-
-    def _run(self, program: torch.jit.ScriptModule, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        try:
-            # The program may write into its batch, and other programs run on it again.
-            return run_unprofiled(program, x.clone())
+            if case is not self._cases[-1] or not self._small:
+                return self._kind.run_once(program, x)
+            values: list[torch.Tensor] = []
+            self._kind.finish(program).run(x, lambda _, value: values.append(value))
         except Exception as error:
             raise _failed(f"a compiled program fails at batch size {len(x)}", error) from error
+        return values
 
-    def _run_apart(
-        self, program: torch.jit.ScriptModule
-    ) -> Generator[None, None, list[list[torch.Tensor]]]:
-        """Run a program in a process of its own; see ``apart``."""
-        if self._left_apart < 1:
-            raise _FailedError(self._last.reason)
-        self._left_apart -= 1
-        if all(len(case.x) != LARGER for case in self._cases):
-            x = sample_input(self._model, LARGER, self._model.input.item_shape)
-            self._add(x, ordinary=True)
-            yield
-        batches = [case.x for case in self._cases]
-        try:
-            return (yield from run_apart(program, batches, self._model.device, runs=1))
-        except ProgramEndedError as error:
-            raise _FailedError(f"a compiled program fails ({error})") from error
+    def _differences(
+        self, case: Case, points: Sequence[CapturePoint], values: Sequence[torch.Tensor]
+    ) -> Faults:
+        """Return how a program's values differ from the model's, for those that do."""
+        faults: Faults = {}
+        parts = iter(values)
+        for point in points:
+            elements = next(parts)
+            whole = self._steps[point] == 1
+            shape = tuple(elements.shape) if whole else tuple(next(parts).tolist())
+            true = case.digests.get(point)
+            if true is None or (not case.ordinary and not true.finite):
+                continue
+            tolerance = self._kind.tolerance(true.elements)
+            if fault := true.fault_of_sample(shape, elements.to(true.elements.device), tolerance):
+                faults[point] = (
+                    f"at batch size {len(case.x)} a compiled program differs from the model: "
+                    f"{fault}"
+                )
+        return faults
 
 
 def _failed(what: str, error: Exception) -> Exception:
     """Return the failure to raise for what a program raised."""
     return error if is_out_of_memory(error) else _FailedError(f"{what} ({own_words(error)})")
-
-
-def _differences(
-    case: _Case,
-    points: Sequence[CapturePoint],
-    values: Sequence[torch.Tensor],
-    steps: Mapping[CapturePoint, int],
-) -> Faults:
-    """Return how a program's values differ from the model's, for those that do."""
-    faults = {}
-    parts = iter(values)
-    for point in points:
-        elements = next(parts)
-        shape = tuple(elements.shape) if steps[point] == 1 else tuple(next(parts).tolist())
-        true = case.digests.get(point)
-        if true is None:  # The batch was tried when the point was known to be missing elsewhere.
-            continue
-        # The last bits decide where a root of some noise is NaN.
-        if not case.ordinary and not true.finite:
-            continue
-        tolerance = compiled_tolerance(true.elements)
-        if fault := true.fault_of_sample(shape, elements.to(true.elements.device), tolerance):
-            faults[point] = (
-                f"at batch size {len(case.x)} a compiled program differs from the model: {fault}"
-            )
-    return faults

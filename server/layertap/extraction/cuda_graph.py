@@ -21,9 +21,9 @@ from collections.abc import Sequence
 
 import torch
 
-from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.points import CapturePoint, Sink
-from layertap.extraction.proof import Values, collect
+from layertap.extraction.proof import collect
 
 __all__ = ["GraphedExtractor"]
 

@@ -4,16 +4,17 @@ Note [Digests]
     A large model's layers hold many times the memory of its own pass, since that frees a value once
     it is used. So what is compared with a later pass is not every element of every layer: of a
     large value it is its shape, its type, its largest magnitude, and elements spread evenly over
-    it. A wrong program is wrong in more than a few elements; what it computes for a request is
-    compared whole, when its plan is proven.
+    it. An input that is the very tensor that another module returned is kept once. A wrong program
+    is wrong in more than a few elements; what it computes for a request is compared whole, when its
+    plan is proven.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from layertap.extraction.verify import mismatch
 from layertap.models import LoadedModel
 from layertap.selection import Capture
 
-__all__ = ["Digest", "digest_pass", "sample_step", "watch_points"]
+__all__ = ["Digest", "DigestedPass", "digest_pass", "sample_step"]
 
 MOST = 4096
 """Elements that are compared of one item's value."""
@@ -93,54 +94,59 @@ class Digest:
         )
 
 
-def watch_points(
-    model: LoadedModel,
-    x: torch.Tensor,
-    points: Collection[CapturePoint],
-    see: Callable[[CapturePoint, torch.Tensor], None],
-) -> None:
-    """Run a model to its end and pass on the live value of each point that there is on this input.
+@dataclass
+class DigestedPass:
+    """What is kept of one pass of a model.
 
-    Args:
-        model: The model; whatever it raises passes through.
-        x: ``[B, ...]``; it stays as it is.
-        points: Points of modules.
-        see: Takes a point and its value.
+    Attributes:
+        digests: By point; without the points that are not there on this input.
+        twins: For inputs that are the very tensor that another module returned, that output.
     """
-    wanted: dict[tuple[str, Capture, int], list[CapturePoint]] = {}
-    for point in points:
-        wanted.setdefault((point.path, point.capture, point.call), []).append(point)
-    calls: Counter[tuple[str, Capture]] = Counter()
 
-    def record(path: str, side: Capture, value: Any) -> None:
-        call = calls[path, side]
-        calls[path, side] += 1
-        for point in wanted.get((path, side, call), ()):
-            tensor = pick(value, point.member)
-            if tensor is not None and not unsendable(tensor):
-                see(point, plain(tensor))
-
-    with observe(model.module, record):
-        model.forward(x.clone())
+    digests: dict[CapturePoint, Digest] = field(default_factory=dict)
+    twins: dict[CapturePoint, CapturePoint] = field(default_factory=dict)
 
 
 def digest_pass(
     model: LoadedModel, x: torch.Tensor, steps: Mapping[CapturePoint, int]
-) -> dict[CapturePoint, Digest]:
-    """Run a model on a batch and return the digest of each point that there is on this input.
+) -> DigestedPass:
+    """Run a model on a batch, to its end, and return the digest of each point.
 
     Args:
         model: The model; whatever it raises passes through.
         x: ``[B, ...]``; it stays as it is.
         steps: The points, all of modules, and the distance between the elements of each to compare.
     """
-    digests: dict[CapturePoint, Digest] = {}
+    wanted: dict[tuple[str, Capture, int], list[CapturePoint]] = {}
+    for point in steps:
+        wanted.setdefault((point.path, point.capture, point.call), []).append(point)
+    calls: Counter[tuple[str, Capture]] = Counter()
+    digested = DigestedPass()
+    outputs: dict[int, CapturePoint] = {}  # The last output at each address.
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        call = calls[path, side]
+        calls[path, side] += 1
+        for point in wanted.get((path, side, call), ()):
+            tensor = pick(value, point.member)
+            if tensor is not None and not unsendable(tensor):
+                keep(point, plain(tensor))
 
     def keep(point: CapturePoint, value: torch.Tensor) -> None:
-        digests[point] = Digest.of(value, steps[point])
+        step = steps[point]
+        if point.capture is Capture.INPUT:
+            twin = outputs.get(value.data_ptr())
+            known = digested.digests[twin] if twin else None
+            if twin and known and known.step == step and not known.fault(value, 0.0):
+                digested.digests[point], digested.twins[point] = known, twin
+                return
+        digested.digests[point] = Digest.of(value, step)
+        if point.capture is Capture.OUTPUT:
+            outputs[value.data_ptr()] = point
 
-    watch_points(model, x, steps, keep)
-    return digests
+    with observe(model.module, see):
+        model.forward(x.clone())
+    return digested
 
 
 def _largest(value: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.kinds.base import ExtractorKind
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.selection import Extractor
 
-__all__ = ["Findings", "Plan", "quoted"]
+__all__ = ["Findings", "Plan", "PlanKey", "quoted"]
+
+
+class PlanKey(NamedTuple):
+    """What a plan is for; plans with equal keys are interchangeable.
+
+    Attributes:
+        extractor: Which extractor runs it; never AUTO.
+        pass_spec: What its pass does.
+        item_shape: The sizes of one item, without the batch.
+    """
+
+    extractor: Extractor
+    pass_spec: PassSpec
+    item_shape: tuple[int, ...]
 
 
 class Findings:
@@ -77,23 +94,38 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A proven way to capture a list of points from batches of one item shape.
+    """A proven way to do what a pass spec asks, for batches of one item shape.
 
     Attributes:
-        extractor: Which extractor it is; never AUTO.
-        points: What it captures.
+        kind: Which kind of extractor it is.
+        pass_spec: What its pass does.
         item_shape: The sizes of one item, without the batch.
         specs: The type and shape of each point's value, in the order of the points.
         built: The extractor itself; it runs on a compute thread only.
         findings: What was learnt about the plan since it was built.
     """
 
-    extractor: Extractor
-    points: tuple[CapturePoint, ...]
+    kind: ExtractorKind
+    pass_spec: PassSpec
     item_shape: tuple[int, ...]
     specs: tuple[ValueSpec, ...]
     built: BuiltExtractor
     findings: Findings
+
+    @property
+    def key(self) -> PlanKey:
+        """What the plan is for."""
+        return PlanKey(self.kind.id, self.pass_spec, self.item_shape)
+
+    @property
+    def extractor(self) -> Extractor:
+        """Which extractor it is; never AUTO."""
+        return self.kind.id
+
+    @property
+    def points(self) -> tuple[CapturePoint, ...]:
+        """What it captures."""
+        return self.pass_spec.points
 
     @property
     def dynamic(self) -> bool:
@@ -105,7 +137,7 @@ class Plan:
 
     def refusal(self, size: int) -> str | None:
         """Return why it can't serve a batch size; empty if it can, None if not known yet."""
-        return "" if self.extractor is Extractor.HOOK else self.findings.refusal(size)
+        return "" if self.kind.reference else self.findings.refusal(size)
 
 
 def quoted(points: Sequence[CapturePoint]) -> str:

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from layertap.errors import ExtractorUnsupportedError, LayertapError
-from layertap.extraction.apart import ProgramEndedError, may_end_the_process, run_apart
-from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.apart import ProgramEndedError
+from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
-from layertap.extraction.fx import FxExtractor
-from layertap.extraction.hook import HookExtractor
+from layertap.extraction.kinds.base import (
+    BuildContext,
+    CompiledKind,
+    ExtractorKind,
+    ReferenceKind,
+)
+from layertap.extraction.kinds.registry import REFERENCE, kind_of
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.obstacles import LOOKS, calls_function, takes_step
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
-from layertap.extraction.passes import GuardedExtractor
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
-from layertap.extraction.proof import Values, prove
+from layertap.extraction.proof import prove
 from layertap.extraction.prover import Prover
 from layertap.extraction.survey import sample_input
 from layertap.extraction.taps import Taps
-from layertap.extraction.torchscript import WARM_UP_RUNS, TorchScriptExtractor, trace_taps
-from layertap.extraction.verify import compiled_tolerance, mismatch
-from layertap.extraction.walk import ChildrenExtractor, LayerGetterExtractor
+from layertap.extraction.verify import mismatch
 from layertap.models import LoadedModel
 from layertap.selection import Extractor
 
@@ -46,8 +50,8 @@ _LARGER = 7
 class _Proof:
     """What an extractor is held against: batches, and what the oracle gave for each."""
 
-    extractor: Extractor
-    points: Sequence[CapturePoint]
+    kind: ExtractorKind
+    pass_spec: PassSpec
     cases: list[tuple[torch.Tensor, Values]]
 
     @property
@@ -56,7 +60,7 @@ class _Proof:
 
     def steps(self, built: BuiltExtractor) -> Iterator[None]:
         for x, expected in self.cases:
-            prove(self.extractor, built, self.points, x, expected)
+            prove(self.kind, built, self.pass_spec.points, x, expected)
             yield None
 
 
@@ -92,25 +96,28 @@ class PlanBuilder:
         # Not to be held while the model is traced symbolically, which waits for the passes of
         # others, who may wait for this guard.
         self._guard = catalogue.guard
+        self._context = BuildContext(model, taps, catalogue.guard, catalogue.graph)
         self._cache = cache
-        self.prover = Prover(*(proving or (model, taps)), catalogue)
+        measured, its_taps = proving or (model, taps)
+        self.prover = Prover(replace(self._context, model=measured, taps=its_taps))
 
     def build(
         self,
         extractor: Extractor,
-        points: Sequence[CapturePoint],
+        pass_spec: PassSpec,
         item_shape: tuple[int, ...],
         *,
         keep: bool = False,
     ) -> Plan:
-        """Build an extractor and hold it against the oracle at three batch sizes.
+        """Build an extractor and compare it with the oracle at three batch sizes.
 
-        The oracle is HOOK, so HOOK itself is only measured. FX, CHILDREN and LAYER_GETTER must be
-        equal to it bit for bit, TORCHSCRIPT within ``compiled_tolerance``.
+        The oracle is the reference kind, HOOK, which itself is only measured. The values of the
+        others must be equal to its values within their tolerance: bit for bit, unless they are
+        compiled.
 
         Args:
             extractor: Any but AUTO.
-            points: Distinct capture points of the catalogue that the extractor claims to serve.
+            pass_spec: What to do: points of the catalogue that the extractor claims to serve.
             item_shape: The sizes of one item, without the batch.
             keep: Whether to store a compiled plan on disk, or use the one stored there.
 
@@ -118,7 +125,7 @@ class PlanBuilder:
             InvalidInputError: Where the model itself can't run on such items.
             ExtractorUnsupportedError: Where the extractor can't be built or its values differ.
         """
-        *_, plan = self.steps(extractor, points, item_shape, keep=keep)
+        *_, plan = self.steps(extractor, pass_spec, item_shape, keep=keep)
         if plan is None:
             raise AssertionError("the last step yields the plan")
         return plan
@@ -126,40 +133,41 @@ class PlanBuilder:
     def steps(
         self,
         extractor: Extractor,
-        points: Sequence[CapturePoint],
+        pass_spec: PassSpec,
         item_shape: tuple[int, ...],
         *,
         keep: bool = False,
     ) -> Iterator[Plan | None]:
         """Build as ``build`` does, in steps of about one forward pass; the last yields the plan."""
-        if extractor is Extractor.HOOK and item_shape == self._model.input.item_shape:
+        kind, points = kind_of(extractor), pass_spec.points
+        if isinstance(kind, ReferenceKind) and item_shape == self._model.input.item_shape:
             # The oracle at the size at which the catalogue was measured: nothing is left to learn.
             specs = tuple(self._catalogue.specs[point] for point in points)
-            built: BuiltExtractor = HookExtractor(self._model, self._taps, points, self._guard)
-            yield Plan(extractor, tuple(points), item_shape, specs, built, Findings())
+            built: BuiltExtractor = kind.build(self._context, pass_spec)
+            yield Plan(kind, pass_spec, item_shape, specs, built, Findings())
             return
         batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
         oracle = []
         for x in batches:
-            oracle.append(self.prover.truth(points, x))
+            oracle.append(self.prover.truth(pass_spec, x))
             yield None
         specs = tuple(
             self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), item_shape)
             for point, one, two in zip(points, *oracle, strict=True)
         )
-        proof = _Proof(extractor, points, list(zip(batches, oracle, strict=True)))
-        if extractor is not Extractor.HOOK:
-            proof.cases.extend(self.prover.reaching_cases(extractor, points, item_shape))
+        proof = _Proof(kind, pass_spec, list(zip(batches, oracle, strict=True)))
+        if not kind.reference:
+            proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, item_shape))
             yield None
-        if extractor is Extractor.TORCHSCRIPT:
-            built = yield from self._compiled(points, proof, keep=keep)
+        if isinstance(kind, CompiledKind):
+            built = yield from self._compiled(kind, proof, keep=keep)
         else:
-            built = self.construct(extractor, points, batches[0])
+            built = kind.build(self._context, pass_spec)
             yield None
-            if extractor is not Extractor.HOOK:
+            if not kind.reference:
                 yield from proof.steps(built)
         findings = Findings(len(x) for x, _ in proof.cases)
-        yield Plan(extractor, tuple(points), item_shape, specs, built, findings)
+        yield Plan(kind, pass_spec, item_shape, specs, built, findings)
 
     def _placed(
         self, point: CapturePoint, spec: ValueSpec, item_shape: tuple[int, ...]
@@ -176,34 +184,33 @@ class PlanBuilder:
         return replace(spec, geometry=geometry)
 
     def _compiled(
-        self, points: Sequence[CapturePoint], proof: _Proof, *, keep: bool
+        self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool
     ) -> Generator[None, None, BuiltExtractor]:
         """Return a compiled, proven and warm plan: the stored one, or else a new one."""
-        example = proof.example
-        stored = self._stored(points, example) if keep else None
-        program = stored.load(self._model.device) if stored else None
-        if stored and program:
+        stored = self._stored(kind, proof) if keep else None
+        program = stored.load(kind, self._model.device) if stored else None
+        if stored and program is not None:
             try:
-                return (yield from self._warm(points, program, proof))
+                return (yield from self._warm(kind, program, proof))
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
                 stored.forget()
-        frozen = self._trace(points, example)
+        program = self._compile(kind, proof.pass_spec, proof.example)
         yield None
-        with stored.storing(frozen) if stored else nullcontext():
-            return (yield from self._warm(points, frozen, proof))
+        with stored.storing(kind, program) if stored else nullcontext():
+            return (yield from self._warm(kind, program, proof))
 
     def _warm(
-        self, points: Sequence[CapturePoint], frozen: torch.jit.ScriptModule, proof: _Proof
+        self, kind: CompiledKind[Any], program: Any, proof: _Proof
     ) -> Generator[None, None, BuiltExtractor]:
-        """Optimise, prove and warm a program. Whatever it raises costs this plan only."""
+        """Finish, prove and warm a program. Whatever it raises costs this plan only."""
         try:
-            if may_end_the_process(frozen):
-                yield from self._tried_apart(points, frozen, proof)
-            built = TorchScriptExtractor(frozen)
+            if kind.may_end_the_process(program):
+                yield from self._tried_apart(kind, program, proof)
+            built = kind.finish(program)
             yield None
             yield from proof.steps(built)
-            for _ in range(WARM_UP_RUNS):
+            for _ in range(kind.warm_up_runs):
                 built.run(proof.example.clone(), lambda index, value: None)
                 yield None
         except (LayertapError, GeneratorExit):
@@ -212,37 +219,35 @@ class PlanBuilder:
             if is_out_of_memory(error):
                 raise self.prover.out_of_memory(proof.example) from error
             _log.info("a program of model %s fails", self._model.name, exc_info=True)
-            raise self._refusal(points, f"its program fails ({own_words(error)})") from error
+            reason = f"its program fails ({own_words(error)})"
+            raise self._refusal(kind, proof.pass_spec, reason) from error
         return built
 
-    def _tried_apart(
-        self, points: Sequence[CapturePoint], frozen: torch.jit.ScriptModule, proof: _Proof
-    ) -> Iterator[None]:
-        """Hold a program against the oracle in a process of its own; see ``apart``."""
+    def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
+        """Compare a program with the oracle in a process of its own; see ``apart``."""
         larger = sample_input(self._model, _LARGER, tuple(proof.example.shape[1:]))
-        cases = [*proof.cases, (larger, self.prover.truth(points, larger))]
+        cases = [*proof.cases, (larger, self.prover.truth(proof.pass_spec, larger))]
         yield None
         try:
-            answers = yield from run_apart(
-                frozen, [x for x, _ in cases], self._model.device, WARM_UP_RUNS
-            )
+            answers = yield from kind.run_apart(program, [x for x, _ in cases], self._model.device)
         except ProgramEndedError as error:
-            raise self._refusal(points, f"its program fails ({error})") from error
+            reason = f"its program fails ({error})"
+            raise self._refusal(kind, proof.pass_spec, reason) from error
         for (x, expected), values in zip(cases, answers, strict=True):
-            self._check(points, x, values, expected)
+            self._check(proof, x, values, expected)
 
-    def _check(
-        self, points: Sequence[CapturePoint], x: torch.Tensor, values: Values, expected: Values
-    ) -> None:
+    def _check(self, proof: _Proof, x: torch.Tensor, values: Values, expected: Values) -> None:
         for value, right in zip(values, expected, strict=True):
-            fault = mismatch(value, right.cpu(), compiled_tolerance(right))
+            fault = mismatch(value, right.cpu(), proof.kind.tolerance(right))
             if fault:
-                raise self._refusal(points, f"at batch size {len(x)} {fault}")
+                reason = f"at batch size {len(x)} {fault}"
+                raise self._refusal(proof.kind, proof.pass_spec, reason)
 
-    def _stored(self, points: Sequence[CapturePoint], example: torch.Tensor) -> PlanFile | None:
+    def _stored(self, kind: CompiledKind[Any], proof: _Proof) -> PlanFile | None:
         if self._cache is None:
             return None
-        digest = plan_digest(self._fingerprint, points, example.shape[1:], example.dtype)
+        x = proof.example
+        digest = plan_digest(self._fingerprint, kind, proof.pass_spec, x.shape[1:], x.dtype)
         return self._cache.file(digest)
 
     @cached_property
@@ -250,52 +255,42 @@ class PlanBuilder:
         return fingerprint(self._model)
 
     def construct(
-        self, extractor: Extractor, points: Sequence[CapturePoint], example: torch.Tensor
+        self, extractor: Extractor, pass_spec: PassSpec, example: torch.Tensor
     ) -> BuiltExtractor:
         """Build an extractor without proving it.
 
         Args:
             extractor: Any but AUTO.
-            points: Distinct capture points that it claims to serve.
+            pass_spec: What to do: points that it claims to serve.
             example: ``[B, ...]`` on the model's device; compiled programs hold for its item shape.
 
         Raises:
-            ExtractorUnsupportedError: Where it can't be built.
+            ExtractorUnsupportedError: It can't be built.
         """
-        match extractor:
-            case Extractor.HOOK:
-                return HookExtractor(self._model, self._taps, points, self._guard)
-            case Extractor.CHILDREN:
-                return GuardedExtractor(ChildrenExtractor(self._model, points), self._guard)
-            case Extractor.LAYER_GETTER:
-                return GuardedExtractor(LayerGetterExtractor(self._model, points), self._guard)
-            case Extractor.FX:
-                names = self._catalogue.traced(self._model.name)
-                built = FxExtractor(self._model, names, names.nodes_of(points))
-                return GuardedExtractor(built, self._guard)
-            case Extractor.TORCHSCRIPT:
-                return TorchScriptExtractor(self._trace(points, example))
-            case Extractor.AUTO:
-                raise ValueError("AUTO is a choice between extractors, not an extractor")
+        kind = kind_of(extractor)
+        if isinstance(kind, CompiledKind):
+            return kind.finish(self._compile(kind, pass_spec, example))
+        return kind.build(self._context, pass_spec)
 
-    def _trace(
-        self, points: Sequence[CapturePoint], example: torch.Tensor
-    ) -> torch.jit.ScriptModule:
+    def _compile(self, kind: CompiledKind[Any], pass_spec: PassSpec, example: torch.Tensor) -> Any:
         try:
             with self._guard:
-                self._refuse_obstacles(points, example)
+                self._refuse_obstacles(kind, pass_spec, example)
             with self._guard:
-                return trace_taps(self._model, self._taps, points, example.clone())
+                return kind.compile(self._context, pass_spec, example.clone())
         except ExtractorUnsupportedError:
             raise
         except Exception as error:
-            _log.info("model %s can't be traced", self._model.name, exc_info=True)
+            _log.info("model %s can't be compiled", self._model.name, exc_info=True)
             if is_out_of_memory(error):
                 raise self.prover.out_of_memory(example) from error
-            raise self._refusal(points, f"tracing failed ({own_words(error)})") from error
+            reason = f"compiling failed ({own_words(error)})"
+            raise self._refusal(kind, pass_spec, reason) from error
 
-    def _refuse_obstacles(self, points: Sequence[CapturePoint], example: torch.Tensor) -> None:
-        """Refuse to trace what a trace would get wrong for inputs unlike the example.
+    def _refuse_obstacles(
+        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: torch.Tensor
+    ) -> None:
+        """Refuse to compile what a program would get wrong for inputs unlike the example.
 
         The catalogue says so too, of the item shape at which it was measured; at others the model's
         code may do something else.
@@ -304,18 +299,23 @@ class PlanBuilder:
         steps: list[str] = []
         with watch_looks(self._model.module, x) as looks:
             self._taps.run(
-                self._model.forward, x, points, lambda _, value: steps.append(looks.step(value))
+                self._model.forward,
+                x,
+                pass_spec.points,
+                lambda _, value: steps.append(looks.step(value)),
             )
         step = next(filter(None, steps), "")
         if looks.count:
-            raise self._refusal(points, LOOKS)
+            raise self._refusal(kind, pass_spec, LOOKS)
         if looks.functions:
-            raise self._refusal(points, calls_function(looks.functions[0]))
+            raise self._refusal(kind, pass_spec, calls_function(looks.functions[0]))
         if step:
-            raise self._refusal(points, takes_step(step))
+            raise self._refusal(kind, pass_spec, takes_step(step))
 
-    def _refusal(self, points: Sequence[CapturePoint], reason: str) -> ExtractorUnsupportedError:
+    def _refusal(
+        self, kind: ExtractorKind, pass_spec: PassSpec, reason: str
+    ) -> ExtractorUnsupportedError:
         return ExtractorUnsupportedError(
-            f"TORCHSCRIPT can't serve {quoted(points)} of model {self._model.name!r}: {reason}; "
-            f"HOOK can"
+            f"{kind.name} can't serve {quoted(pass_spec.points)} of model {self._model.name!r}: "
+            f"{reason}; {REFERENCE.name} can"
         )

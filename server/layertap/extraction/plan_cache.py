@@ -1,12 +1,12 @@
-"""Compiled plans on disk, so that a restart need not trace again.
+"""Compiled plans on disk, so that a restart need not compile again.
 
 Note [What is stored]
-    A program is stored traced and frozen, and optimised after it was loaded: an optimised program
-    loses its weights when it is saved. It is stored under a digest of everything that it was made
-    from and proven again after loading, so that a file that doesn't fit can cost time, never a
-    wrong answer.
+    A program is stored before its last optimisation, which is done again after it was loaded: an
+    optimised TorchScript program, for one, loses its weights when it is saved. Its file is named by
+    a digest of everything that it was made from, the extractor's kind included, and it is proven
+    again after loading. So a file that doesn't fit can cost time, never a wrong answer.
 
-Loading a TorchScript file runs what is in it. So the folder belongs to this user alone.
+Loading a program may run what is in its file. So the folder belongs to this user alone.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 
 from layertap.errors import ConfigError
-from layertap.extraction.points import CapturePoint
-from layertap.extraction.torchscript import program_bytes, program_of
+from layertap.extraction.kinds.base import CompiledKind
+from layertap.extraction.pass_spec import PassSpec
 from layertap.models import LoadedModel
 
 __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest", "remove"]
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "1"
+FORMAT = "2"
 SUFFIX = ".plan.pt"
 PART = ".part"
 """Ends the name of a file that is being written."""
@@ -45,7 +46,7 @@ _STALE_SECONDS = 3600.0
 
 
 class PlanCache:
-    """A folder of traced and frozen programs, bounded in bytes; the longest unused go first.
+    """A folder of compiled programs, bounded in bytes; the longest unused go first.
 
     A disk that is full, read-only or broken is no error: it is logged, nothing is stored, and the
     server serves without. Each program is another try, so room that comes later is used.
@@ -152,8 +153,8 @@ class PlanFile:
         self._cache = cache
         self._path = path
 
-    def load(self, device: torch.device) -> torch.jit.ScriptModule | None:
-        """Return the stored program; None where there is none or it can't be read."""
+    def load(self, kind: CompiledKind[Any], device: torch.device) -> Any:
+        """Return the stored program of a kind; None where there is none or it can't be read."""
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:
@@ -163,8 +164,8 @@ class PlanFile:
             _log.warning("stored plan %s can't be read: %s", self._path.name, error.strerror)
             return None
         try:
-            program = program_of(data, device)
-        except RuntimeError as error:
+            program = kind.load(data, device)
+        except Exception as error:  # noqa: BLE001 - whatever a loader makes of damaged bytes
             _log.warning("stored plan %s is damaged: %s", self._path.name, type(error).__name__)
             self.forget()
             return None
@@ -177,13 +178,13 @@ class PlanFile:
         remove(self._path)
 
     @contextmanager
-    def storing(self, frozen: torch.jit.ScriptModule) -> Iterator[None]:
-        """Write a program, and keep the file only if the block ends well.
+    def storing(self, kind: CompiledKind[Any], program: Any) -> Iterator[None]:
+        """Write a kind's program, and keep the file only if the block ends well.
 
-        The block may optimise the program, after which it can't be saved any more. Where it can't
+        The block may finish the program, after which it can't be saved any more. Where it can't
         be written, the log says why, and nothing else happens.
         """
-        written = self._write(frozen)
+        written = self._write(kind, program)
         try:
             yield
         except BaseException:
@@ -198,9 +199,9 @@ class PlanFile:
                 remove(written)
             self._cache.trim()
 
-    def _write(self, frozen: torch.jit.ScriptModule) -> Path | None:
+    def _write(self, kind: CompiledKind[Any], program: Any) -> Path | None:
         try:
-            return self._cache.write(program_bytes(frozen))
+            return self._cache.write(memoryview(kind.save(program)))
         except OSError as error:
             _log.warning("plan not stored: %s", error.strerror)
         except (RuntimeError, MemoryError, ConfigError) as error:
@@ -228,10 +229,11 @@ def fingerprint(model: LoadedModel) -> str:
 
 def plan_digest(
     model_digest: str,
-    points: Sequence[CapturePoint],
+    kind: CompiledKind[Any],
+    pass_spec: PassSpec,
     item_shape: Sequence[int],
     dtype: torch.dtype,
 ) -> str:
     """Return the name under which a plan is stored."""
-    text = repr((model_digest, tuple(points), tuple(item_shape), str(dtype)))
+    text = repr((model_digest, kind.name, pass_spec, tuple(item_shape), str(dtype)))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

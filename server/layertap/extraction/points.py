@@ -12,9 +12,9 @@ import torch
 from layertap.extraction.layout import Geometry
 from layertap.selection import Capture
 
-__all__ = ["CapturePoint", "Dim", "Observer", "PointKind", "Sink", "ValueSpec"]
+__all__ = ["CapturePoint", "Dim", "PointKind", "Sink", "ValueObserver", "ValueSpec"]
 
-Observer = Callable[[str, Capture, Any], None]
+ValueObserver = Callable[[str, Capture, Any], None]
 """Takes (module path, side, the value that the module returned or was given)."""
 
 Sink = Callable[[int, torch.Tensor], None]

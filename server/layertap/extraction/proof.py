@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from layertap.errors import ExtractorUnsupportedError
-from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.base import BuiltExtractor, Values
+from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.verify import compiled_tolerance, difference, mismatch
-from layertap.selection import Extractor
 
-__all__ = ["Values", "collect", "items_of", "prove", "shares_passes"]
-
-Values = list[torch.Tensor]
+__all__ = ["collect", "items_of", "prove", "shares_passes"]
 
 
 def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
@@ -30,33 +28,29 @@ def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: torch.Tens
 
 
 def prove(
-    extractor: Extractor,
+    kind: ExtractorKind,
     built: BuiltExtractor,
     points: Sequence[CapturePoint],
     x: torch.Tensor,
     oracle: Values,
 ) -> None:
-    """Run an extractor on a batch and hold it against what the oracle gave for it.
-
-    Bit for bit, TORCHSCRIPT within ``compiled_tolerance``.
+    """Run an extractor on a batch and compare its values with the oracle's, within its tolerance.
 
     Raises:
         ExtractorUnsupportedError: Where a value differs.
     """
-    compiled = extractor is Extractor.TORCHSCRIPT
     faults: dict[int, str] = {}
 
     def compare(index: int, value: torch.Tensor) -> None:
         expected = oracle[index]
-        tolerance = compiled_tolerance(expected) if compiled else 0.0
-        faults[index] = mismatch(value, expected, tolerance)
+        faults[index] = mismatch(value, expected, kind.tolerance(expected))
 
     # The model may write into its batch, and the caller uses the batch again.
     built.run(x.clone(), compare)
     for index, point in enumerate(points):
         if faults[index]:
             raise ExtractorUnsupportedError(
-                f"{extractor.name} can't serve layer {point.path!r} in this layer set: at batch "
+                f"{kind.name} can't serve layer {point.path!r} in this layer set: at batch "
                 f"size {len(x)} {faults[index]}"
             )
 

@@ -4,7 +4,8 @@ Note [Each batch size is proven]
     Code may go by the size of its batch: ``if len(x) > 4``, or a loop over pieces of the batch,
     which a trace has once and for all. No example shows that for every size. So a plan is held
     against the oracle at the first use of each, which takes two passes more; and passes that
-    several requests share are tried at each total. HOOK runs the model itself and needs no proof.
+    several requests share are tried at each total. The reference kind, HOOK, runs the model
+    itself and needs no proof.
 """
 
 from __future__ import annotations
@@ -21,24 +22,20 @@ from layertap.errors import (
     ModelRunError,
     OverloadedError,
 )
-from layertap.extraction.base import BuiltExtractor
-from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.cuda_graph import GraphedExtractor
-from layertap.extraction.fx import WholeGraphExtractor
-from layertap.extraction.hook import HookExtractor
+from layertap.extraction.kinds.base import BuildContext, ExtractorKind
+from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
-from layertap.extraction.passes import GuardedExtractor, KeptState
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.passes import KeptState
 from layertap.extraction.plan import Plan, quoted
-from layertap.extraction.points import CapturePoint, PointKind
-from layertap.extraction.proof import Values, collect, prove, shares_passes
+from layertap.extraction.proof import collect, prove, shares_passes
 from layertap.extraction.samples import bytes_input, reaching_inputs, unlike_items
 from layertap.extraction.survey import sample_input, wide_input
-from layertap.extraction.taps import Taps
-from layertap.extraction.torchscript import WARM_UP_RUNS
-from layertap.models import LoadedModel
-from layertap.selection import Extractor
+from layertap.extraction.symbolic import WholeGraphExtractor
 
 __all__ = ["Prover"]
 
@@ -54,18 +51,15 @@ class Prover:
     Every method runs the model, so each must be called on a compute thread.
 
     Args:
-        model: The model.
-        taps: Its taps.
-        catalogue: Its catalogue.
+        context: The model and what belongs to it.
     """
 
-    def __init__(self, model: LoadedModel, taps: Taps, catalogue: Catalogue) -> None:
-        self._model = model
-        self._taps = taps
-        self._catalogue = catalogue
-        self._guard = catalogue.guard
+    def __init__(self, context: BuildContext) -> None:
+        self._context = context
+        self._model = context.model
+        self._guard = context.guard
 
-    def truth(self, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
+    def truth(self, pass_spec: PassSpec, x: torch.Tensor) -> Values:
         """Return what the oracle captures from a batch, in the order of the points.
 
         Raises:
@@ -74,12 +68,12 @@ class Prover:
             OverloadedError: Where there is not the memory to run it.
         """
         try:
-            return collect(self._oracle(points), points, x)
+            return collect(self._oracle(pass_spec), pass_spec.points, x)
         except ModelRunError as error:
             # The model runs; a layer does not, or returns no tensor, for some inputs.
             raise ExtractorUnsupportedError(
-                f"what {quoted(points)} give can't be proven: {error}; HOOK serves them where they "
-                "run"
+                f"what {quoted(pass_spec.points)} give can't be proven: {error}; "
+                f"{REFERENCE.name} serves them where they run"
             ) from error
         except Exception as error:
             words = own_words(error)
@@ -99,28 +93,27 @@ class Prover:
         )
 
     def reaching_cases(
-        self, extractor: Extractor, points: Sequence[CapturePoint], item_shape: tuple[int, ...]
+        self, kind: ExtractorKind, pass_spec: PassSpec, item_shape: tuple[int, ...]
     ) -> list[tuple[torch.Tensor, Values]]:
         """Return batches of less ordinary input, and what the oracle gives for each, where it can.
 
-        See Note [Samples that reach]. TORCHSCRIPT is spared NaN, infinity and items of several
-        magnitudes in one batch, which its tolerance would hide: what it computes for input that is
-        not finite is not served (see ``engine.pipeline``).
+        See Note [Samples that reach]. A kind that takes finite input only is spared NaN, infinity
+        and items of several magnitudes in one batch, whose differences its tolerance would hide:
+        what it computes for input that is not finite is not served (see ``engine.pipeline``).
         """
-        compiled = extractor is Extractor.TORCHSCRIPT
         batches = [wide_input(self._model, 3, item_shape), bytes_input(self._model, item_shape)]
-        if not compiled or not self._model.input.dtype.is_floating_point:
+        if not kind.finite_only or not self._model.input.dtype.is_floating_point:
             batches.extend(reaching_inputs(self._model, item_shape))
         cases = []
         for x in batches:
             if x is None:
                 continue
             try:
-                values = self.truth(points, x)
+                values = self.truth(pass_spec, x)
             except (InvalidInputError, ExtractorUnsupportedError):
                 continue  # Not every model takes such input, and not every layer runs on it.
             # The last bits decide where a root of some noise is NaN.
-            if not compiled or all(v.isfinite().all() for v in values):
+            if not kind.finite_only or all(v.isfinite().all() for v in values):
                 cases.append((x, values))
         return cases
 
@@ -134,26 +127,26 @@ class Prover:
             return
         try:
             x = sample_input(self._model, size, plan.item_shape)
-            expected = self.truth(plan.points, x)
-            prove(plan.extractor, plan.built, plan.points, x, expected)
+            expected = self.truth(plan.pass_spec, x)
+            prove(plan.kind, plan.built, plan.points, x, expected)
         except OverloadedError:
             raise
         except InvalidInputError:
             reason = "the model itself fails on it"
         except ExtractorUnsupportedError as error:
-            reason = f"{error}{_advice(plan.points)}"
+            reason = f"{error}{_advice(plan.pass_spec)}"
         except Exception as error:
             if is_out_of_memory(error):
                 raise self.out_of_memory(x) from error
             # Whatever a program runs into that has learnt another size.
-            reason = f"it failed there ({own_words(error)}){_advice(plan.points)}"
+            reason = f"it failed there ({own_words(error)}){_advice(plan.pass_spec)}"
         else:
             reason = ""
         reason = plan.findings.found_size(size, reason)
         if reason:
             _log.warning(
                 "model %s: %s of %s does not serve batch size %d: %s", self._model.name,
-                plan.extractor.name, quoted(plan.points), size, reason,
+                plan.kind.name, quoted(plan.points), size, reason,
             )  # fmt: skip
 
     def prove_shared(self, plan: Plan, items: int = _SHARED) -> bool:
@@ -174,7 +167,7 @@ class Prover:
     def warm(self, plan: Plan, size: int) -> None:
         """Run a plan on a batch of that many items, as the first such batch takes longer."""
         x = sample_input(self._model, size, plan.item_shape)
-        for _ in range(WARM_UP_RUNS):
+        for _ in range(plan.kind.warm_up_runs):
             plan.built.run(x.clone(), lambda index, value: None)
 
     def record(self, plan: Plan, sizes: Sequence[int]) -> tuple[Plan, list[int]]:
@@ -190,26 +183,25 @@ class Prover:
         recorded = [size for size in sizes if self._records(plan, graphed, size)]
         return (replace(plan, built=graphed) if recorded else plan), recorded
 
-    def _oracle(self, points: Sequence[CapturePoint]) -> BuiltExtractor:
-        if _are_modules(points):
-            return HookExtractor(self._model, self._taps, points, self._guard, oracle=True)
-        # The whole graph, in which no node is dead, stands in; the catalogue has held it against
-        # the modules.
-        names = self._catalogue.traced(self._model.name)
-        whole = WholeGraphExtractor(self._model, names, names.nodes_of(points))
-        return GuardedExtractor(whole, self._guard)
+    def _oracle(self, pass_spec: PassSpec) -> BuiltExtractor:
+        if pass_spec.modules_only:
+            return REFERENCE.oracle(self._context, pass_spec)
+        # Hooks can't see nodes. The whole graph is run instead, in which no node is dead; the
+        # catalogue has compared it with the modules.
+        names = self._context.traced()
+        whole = WholeGraphExtractor(self._model, names, names.nodes_of(pass_spec.points))
+        return self._context.guarded(whole)
 
     def _shares(self, plan: Plan) -> bool:
         x = sample_input(self._model, _SHARED, plan.item_shape)
         if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
             return False
-        compiled = plan.extractor is Extractor.TORCHSCRIPT
         return all(
             self._shares_on(plan, items)
             for batch in (wide_input(self._model, _SHARED, plan.item_shape),
                           *reaching_inputs(self._model, plan.item_shape))
             # As whole and parts are compared, each kind of item is once the first and alone.
-            if batch is not None and not (compiled and not batch.isfinite().all())
+            if batch is not None and not (plan.kind.finite_only and not batch.isfinite().all())
             for items in (batch, batch.flip(0))
         )  # fmt: skip
 
@@ -231,7 +223,7 @@ class Prover:
         return shares and self._shares_on(plan, unlike_items(self._model, items, plan.item_shape))
 
     def _looks(self, plan: Plan, x: torch.Tensor) -> bool:
-        if plan.extractor is Extractor.TORCHSCRIPT:
+        if plan.kind.compiled:
             return False  # Or it would not have been compiled.
         # What follows from a discontinuous step is another value in a pass of another size.
         x = x.clone()
@@ -247,8 +239,8 @@ class Prover:
             graphed.record(x)
             # The second replay would show what the first one left behind.
             for other in (x.flip(-1), x):
-                expected = self.truth(plan.points, other)
-                prove(plan.extractor, graphed, plan.points, other, expected)
+                expected = self.truth(plan.pass_spec, other)
+                prove(plan.kind, graphed, plan.points, other, expected)
         except Exception as error:  # noqa: BLE001 - whatever a model's code makes of the refusal
             graphed.forget(x.shape)
             _log.warning(
@@ -268,10 +260,5 @@ class Prover:
             raise ExtractorUnsupportedError("its code looks at values")
 
 
-def _advice(points: Sequence[CapturePoint]) -> str:
-    return "; HOOK can" if _are_modules(points) else ""
-
-
-def _are_modules(points: Sequence[CapturePoint]) -> bool:
-    """Tell whether hooks can see all of them: a graph node is no module."""
-    return all(point.kind is PointKind.MODULE for point in points)
+def _advice(pass_spec: PassSpec) -> str:
+    return f"; {REFERENCE.name} can" if pass_spec.modules_only else ""

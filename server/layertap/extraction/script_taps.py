@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from torch.jit import ScriptModule
 
-from layertap.extraction.points import Observer
+from layertap.extraction.points import ValueObserver
 from layertap.selection import Capture
 
 __all__ = ["begin_program", "end_program", "instrument", "programs", "watch", "writes_attributes"]
@@ -42,7 +42,7 @@ _instrumented: WeakSet[ScriptModule] = WeakSet()
 class _Watcher:
     """Turns the operators' reports of one forward pass into an observer's events."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: ValueObserver) -> None:
         self._observer = observer
         # None for the calls of a program whose own path is not known.
         self._paths: list[str | None] = []
@@ -90,7 +90,7 @@ class _Watcher:
 
 
 @contextmanager
-def watch(observer: Observer) -> Iterator[None]:
+def watch(observer: ValueObserver) -> Iterator[None]:
     """Report the calls of instrumented programs that run inside the block, on this thread."""
     watcher = _Watcher(observer)
     token = _watcher.set(watcher)

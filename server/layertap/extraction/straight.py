@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from layertap.extraction.fx import as_it_was
 from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.survey import LooksSurvey
+from layertap.extraction.symbolic import as_it_was
 
 __all__ = ["straight_children"]
 

@@ -20,9 +20,9 @@ from torch import nn
 from layertap.extraction.attention import WEIGHTS, FusedAttention
 from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
-from layertap.extraction.fx import Trace
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import observe
 from layertap.extraction.verify import difference, same
 from layertap.models import LoadedModel

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from layertap.errors import ModelRunError
 from layertap.extraction.attention import attended
 from layertap.extraction.containers import pick, plain
-from layertap.extraction.points import CapturePoint, Observer, Sink
+from layertap.extraction.points import CapturePoint, Sink, ValueObserver
 from layertap.extraction.script_taps import (
     begin_program,
     end_program,
@@ -225,7 +225,7 @@ class Taps:
 
 
 @contextmanager
-def observe(module: nn.Module, observer: Observer) -> Iterator[None]:
+def observe(module: nn.Module, observer: ValueObserver) -> Iterator[None]:
     """Call ``observer`` at every call of every submodule; the hooks go when the block ends."""
     found = programs(module)
     handles: list[RemovableHandle] = []

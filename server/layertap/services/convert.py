@@ -16,13 +16,12 @@ from layertap.extraction.layout import Layout
 from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import Preprocess, Steps
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
-from layertap.services.shared_memory_service import input_of, space_of
+from layertap.services.shared_form import SharedForm
+from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
 from layertap.wire.messages import decode_request
-from layertap.wire.reply_form import NativeForm
-from layertap.wire.shared.hub import SharedMemory, Space
 from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = [
@@ -87,17 +86,17 @@ class Converter:
             OverloadedError: Where the copy would be over the limit.
             SharedMemoryLostError: Where the shared memory that it names is not lent to it.
         """
-        space = space_of(self.memory, request.shared_memory_session)
+        memory = SessionMemory.find(self.memory, request.shared_memory_session)
         if isinstance(tensor, SharedTensor):
-            tensor = input_of(tensor, space, self.input_bytes, received.take)
-        return request_from_proto(request, tensor, reply_fields, space)
+            tensor = read_input(tensor, memory, self.input_bytes, received.take)
+        return request_from_proto(request, tensor, reply_fields, memory)
 
 
 def request_from_proto(
     request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
     tensor: TensorView | None,
     reply_fields: bytes = b"",
-    space: Space | None = None,
+    memory: SessionMemory | None = None,
 ) -> ExtractionRequest:
     """Return what a parsed request asks for.
 
@@ -105,7 +104,7 @@ def request_from_proto(
         request: Its small fields.
         tensor: Its tensor, if that is its input.
         reply_fields: What the reply bears besides its own fields.
-        space: The shared memory that the reply's tensors may stand in.
+        memory: The shared memory that the reply's tensors may be written into.
 
     Raises:
         InvalidInputError: For a missing input or an unknown enum value.
@@ -123,7 +122,7 @@ def request_from_proto(
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         ),
-        form=partial(NativeForm, fields=reply_fields, space=space),
+        form=partial(SharedForm, fields=reply_fields, memory=memory),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import grpc
 
@@ -11,6 +12,8 @@ from layertap.services.observer import Observer
 from layertap.services.status import code_of
 
 __all__ = ["Converted", "DataPlane", "release_when_sent"]
+
+D = TypeVar("D")
 
 Converted = tuple[str, Callable[[ModelHost], ExtractionRequest]]
 """The name of a request's model, and what gives the engine's form of the request for a version."""
@@ -58,6 +61,22 @@ class DataPlane:
             received.release()
         self._observer.succeeded(model, extraction)
         return extraction
+
+    def decode(self, received: Reservation, call: Call, decode: Callable[[], D]) -> D:
+        """Return what ``decode`` does; if it raises, release the bytes and tell the observer.
+
+        Args:
+            received: The bytes of the request.
+            call: The deadline and cancellation state of the request.
+            decode: Splits the request's message. Not called for a request that nobody waits for.
+        """
+        try:
+            call.check()
+            return decode()
+        except Exception as error:
+            received.release()
+            self._observer.failed("", code_of(error))
+            raise
 
     def receive(self, nbytes: int) -> Reservation:
         """Count the bytes of a request that was received.

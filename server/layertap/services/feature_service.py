@@ -21,8 +21,8 @@ from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer
 from layertap.services.status import Handler, guarded, guarded_stream
 from layertap.services.stream_threads import StreamThreads
+from layertap.shm.shared_memory import SharedMemory
 from layertap.v1 import feature_service_pb2
-from layertap.wire.shared.hub import SharedMemory
 
 __all__ = ["FeatureService"]
 

@@ -1,27 +1,23 @@
-"""The servicer of ``layertap.v1.SharedMemoryService``, and what requests say of shared memory."""
+"""The servicer of ``layertap.v1.SharedMemoryService``."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
-from layertap.errors import DecodeError, InvalidInputError, SharedMemoryLostError
+from layertap.errors import DecodeError
 from layertap.services.status import guarded
+from layertap.shm.broker import Broker
 from layertap.v1 import shared_memory_service_pb2
-from layertap.wire.shared.broker import Broker
-from layertap.wire.shared.hub import SharedMemory, Space
-from layertap.wire.tensors import SharedTensor, TensorView
 
-__all__ = ["SharedMemoryService", "input_of", "space_of"]
+__all__ = ["SharedMemoryService"]
 
 
 class SharedMemoryService:
-    """Lets clients of this machine in.
+    """Tells clients on this machine how to open a session of shared memory.
 
     Args:
-        broker: Where they connect.
+        broker: What they connect to.
     """
 
     NAME = shared_memory_service_pb2.DESCRIPTOR.services_by_name["SharedMemoryService"].full_name
@@ -30,7 +26,7 @@ class SharedMemoryService:
         self._broker = broker
 
     def open_shared_memory(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        """Tell where to connect."""
+        """Return the socket to connect to and the ticket to present there."""
         try:
             shared_memory_service_pb2.OpenSharedMemoryRequest.FromString(message)
         except ProtobufDecodeError:
@@ -43,36 +39,3 @@ class SharedMemoryService:
         """Return what a ``grpc.Server`` needs to serve this."""
         method = grpc.unary_unary_rpc_method_handler(guarded(self.open_shared_memory))
         return grpc.method_handlers_generic_handler(self.NAME, {"OpenSharedMemory": method})
-
-
-def space_of(memory: SharedMemory | None, identifier: bytes) -> Space | None:
-    """Return where the reply to a request may be written; None where it has to be sent."""
-    if memory is None or not identifier:
-        return None
-    session = memory.session(identifier)
-    return Space(memory, session) if session else None
-
-
-def input_of(
-    tensor: SharedTensor, space: Space | None, most: int, admit: Callable[[int], object]
-) -> TensorView:
-    """Return a request's tensor that stands in shared memory, as a private copy.
-
-    Args:
-        tensor: What the request says of it.
-        space: What is lent to the request's session; None where it has none.
-        most: Bytes that a request may have.
-        admit: Called with the bytes of the copy before it is made.
-
-    Raises:
-        OverloadedError: Where ``admit`` does.
-        SharedMemoryLostError: Where no such memory is lent to the request's session.
-        InvalidInputError: For bytes outside of the region, or too many.
-        DecodeError: For a byte of a bool tensor that is neither 0 nor 1.
-    """
-    if space is None:
-        raise SharedMemoryLostError("shared_memory_session: got none that this server knows")
-    if tensor.at.size > most:
-        raise InvalidInputError(f"shared: got {tensor.at.size} bytes, expected at most {most}")
-    admit(tensor.at.size)
-    return tensor.view(space.memory.read(space.session, tensor.at))

@@ -11,7 +11,7 @@ import grpc
 
 from layertap import errors
 from layertap.services.compression import compress_replies
-from layertap.services.request import REQUEST_ID_KEY, Request, current_request, open_request
+from layertap.services.current_request import REQUEST_ID_KEY, Request, current_request, open_request
 from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
 
 __all__ = [

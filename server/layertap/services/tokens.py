@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from layertap.errors import ConfigError
-from layertap.tokens import read_tokens
+from layertap.token_files import read_tokens
 
 __all__ = ["ADMIN_KEY", "EXTRACT_KEY", "Right", "Tokens"]
 

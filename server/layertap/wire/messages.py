@@ -128,7 +128,7 @@ def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
     return response.SerializeToString()
 
 
-REPLY_HEAD_SIZE = len(encode_reply_head(Extractor.HOOK, Timings()))
+REPLY_HEAD_SIZE = len(encode_reply_head(next(iter(Extractor)), Timings()))
 
 
 def decode_reply(

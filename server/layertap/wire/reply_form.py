@@ -8,16 +8,14 @@ from typing import Any, Protocol
 from layertap.selection import Extractor
 from layertap.wire.codec import ReplyBuilder, ReplyLayout
 from layertap.wire.messages import REPLY_HEAD_SIZE, REPLY_TENSOR_FIELD, Timings, encode_reply_head
-from layertap.wire.shared.hub import Space
-from layertap.wire.shared.leases import Loan
 
-__all__ = ["Builder", "NamedTensor", "NativeForm", "ReplyForm"]
+__all__ = ["MessageBuilder", "NamedTensor", "NativeForm", "ReplyForm"]
 
 NamedTensor = tuple[str, int, tuple[int, ...]]
 """The name, dtype number and shape of one tensor of a reply."""
 
 
-class Builder(Protocol):
+class MessageBuilder(Protocol):
     """Takes a reply's tensors; see ``layertap._core.ReplyBuilder``."""
 
     def write(self, index: int, array: Any, dtype: int) -> None:
@@ -42,7 +40,7 @@ class ReplyForm(Protocol):
             InvalidInputError: Where the tensors don't fit where the request wants them.
         """
 
-    def builder(self, layout: ReplyLayout, admit: Callable[[int], object]) -> Builder:
+    def builder(self, layout: ReplyLayout, admit: Callable[[int], object]) -> MessageBuilder:
         """Allocate the message that was laid out last.
 
         Args:
@@ -51,25 +49,21 @@ class ReplyForm(Protocol):
         """
 
     def head(self, timings: Timings) -> bytes:
-        """Return what ``Builder.finish`` takes, of the size that was laid out."""
+        """Return what ``MessageBuilder.finish`` takes, of the size that was laid out."""
 
 
 class NativeForm:
-    """The form of ``layertap.v1``: an ExtractResponse, its tensors in it or in shared memory.
+    """The form of ``layertap.v1``: an ExtractResponse with its tensors in it.
 
     Args:
-        extractor: Which extractor serves it.
-        fields: Serialized fields that it bears besides its own, such as an item's id.
-        space: The shared memory that its tensors may stand in; None for the message only.
+        extractor: The extractor that serves the request.
+        fields: Serialized fields that the message has besides its own, such as an item's id.
     """
 
-    def __init__(
-        self, extractor: Extractor, fields: bytes = b"", space: Space | None = None
-    ) -> None:
+    def __init__(self, extractor: Extractor, fields: bytes = b"") -> None:
         self.shared_bytes = 0
         self._extractor = extractor
         self._fields = fields
-        self._space = space
         self._tensors: Sequence[NamedTensor] = ()
 
     def lay_out(self, tensors: Sequence[NamedTensor]) -> ReplyLayout:
@@ -77,15 +71,8 @@ class NativeForm:
         self._tensors = tensors
         return self._layout(apart=False)
 
-    def builder(self, layout: ReplyLayout, admit: Callable[[int], object]) -> Builder:
+    def builder(self, layout: ReplyLayout, admit: Callable[[int], object]) -> MessageBuilder:
         """See ``ReplyForm``."""
-        if self._space is not None and layout.nbytes >= self._space.least:
-            apart = self._layout(apart=True)
-            loan = self._space.lend(apart.payload_nbytes)
-            if loan is not None:
-                admit(apart.nbytes)
-                self.shared_bytes = loan.nbytes
-                return _LentBuilder(apart, loan)
         admit(layout.nbytes)
         return ReplyBuilder(layout)
 
@@ -94,26 +81,6 @@ class NativeForm:
         return encode_reply_head(self._extractor, timings) + self._fields
 
     def _layout(self, *, apart: bool) -> ReplyLayout:
+        """Lay the message out, with its tensors or with references to shared memory (``apart``)."""
         size = REPLY_HEAD_SIZE + len(self._fields)
         return ReplyLayout(self._tensors, field=REPLY_TENSOR_FIELD, head_size=size, apart=apart)
-
-
-class _LentBuilder:
-    """Writes tensors into a region that is lent to the client, and refers to them."""
-
-    def __init__(self, layout: ReplyLayout, loan: Loan) -> None:
-        # Kept until the end: without it the region would be lent to somebody else.
-        self._loan = loan
-        self._builder = ReplyBuilder(
-            layout, loan.buffer, region=loan.region, generation=loan.generation
-        )
-
-    def write(self, index: int, array: Any, dtype: int) -> None:
-        """See ``Builder``."""
-        self._builder.write(index, array, dtype)
-
-    def finish(self, head: bytes) -> bytes:
-        """See ``Builder``."""
-        message = self._builder.finish(head)
-        self._loan.publish()
-        return message

@@ -12,7 +12,7 @@ from layertap.engine import Engine, Limits
 from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
-from layertap.wire.client_regions import ClientRegions
+from layertap.shm.client_regions import ClientRegions
 from streams import Counting
 from tinynets import ITEM
 

@@ -9,8 +9,8 @@ from infering import batch, bytes_tensor, given, parameters
 from layertap.engine import ImagesInput, Limits, TensorInput
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.infer.inputs import input_of
-from layertap.services.infer.memory import CallerMemory
+from layertap.services.infer.inputs import infer_input
+from layertap.services.infer.shared_memory_rpcs import CallerMemory
 
 NO_MEMORY = CallerMemory(None, None, local=True)
 Contents = pb.InferTensorContents
@@ -18,7 +18,7 @@ Contents = pb.InferTensorContents
 
 def read(tensor: object, *raw: bytes) -> TensorInput | ImagesInput:
     request = pb.ModelInferRequest(model_name="net", inputs=[tensor])
-    return input_of(request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4))
+    return infer_input(request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_there_is_one_input(count: int) -> None:
     """None and two are refused, with what the one may be called."""
     request = pb.ModelInferRequest(inputs=[given("input", "FP32", [1])] * count)
     with pytest.raises(InvalidInputError, match=f"inputs: got {count}, expected 1: 'input' or"):
-        input_of(request, [b"1234"] * count, NO_MEMORY, Limits())
+        infer_input(request, [b"1234"] * count, NO_MEMORY, Limits())
 
 
 @pytest.mark.parametrize("typed", [False, True])

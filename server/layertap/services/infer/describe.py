@@ -11,10 +11,10 @@ from layertap.extraction import ValueSpec
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.inference import model_config_pb2
 from layertap.selection import Capture, Extractor
+from layertap.services.infer.infer_form import MODEL_VERSION
 from layertap.services.infer.inputs import TENSOR_NAME
 from layertap.services.infer.outputs import default_selections
 from layertap.wire import dtypes
-from layertap.wire.infer_messages import MODEL_VERSION
 
 __all__ = ["BACKEND", "PLATFORM", "config_of", "metadata_of"]
 

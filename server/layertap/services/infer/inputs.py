@@ -10,13 +10,13 @@ import numpy as np
 from layertap.engine import ImagesInput, Limits, TensorInput
 from layertap.errors import InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.infer.memory import PARAMETERS, CallerMemory
 from layertap.services.infer.parameters import check_known
+from layertap.services.infer.shared_memory_rpcs import PARAMETERS, CallerMemory
 from layertap.wire.codec import MAX_MESSAGE_BYTES, MAX_RANK
 from layertap.wire.dtypes import DType, by_datatype
 from layertap.wire.tensors import TensorView
 
-__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "input_of"]
+__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "infer_input"]
 
 TENSOR_NAME = "input"
 IMAGES_NAME = "images"
@@ -38,7 +38,7 @@ _TYPED = {
 }
 
 
-def input_of(
+def infer_input(
     request: pb.ModelInferRequest,
     raw: Sequence[memoryview],
     memory: CallerMemory,

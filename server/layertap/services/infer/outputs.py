@@ -9,10 +9,11 @@ from typing import TypeVar
 from layertap.engine import ModelHost
 from layertap.errors import InvalidInputError
 from layertap.extraction import PointKind
+from layertap.extraction.kinds.registry import REFERENCE
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.selection import Capture, Extractor, LayerSelection, is_glob
-from layertap.services.infer.memory import PARAMETERS as MEMORY_PARAMETERS
 from layertap.services.infer.parameters import Parameters, check_known, number, text
+from layertap.services.infer.shared_memory_rpcs import PARAMETERS as MEMORY_PARAMETERS
 from layertap.wire.dtypes import DTYPES
 
 __all__ = ["default_selections", "extractor_of", "selections_of"]
@@ -35,7 +36,7 @@ def default_selections(host: ModelHost) -> tuple[LayerSelection, ...]:
     for entry in host.catalogue:
         runs = entry.kind is PointKind.MODULE and entry.calls > 0
         own = not entry.is_result and not entry.same_as
-        if runs and own and entry.serves(Extractor.HOOK, Capture.OUTPUT):
+        if runs and own and entry.serves(REFERENCE.id, Capture.OUTPUT):
             last = entry.name
     return (LayerSelection(last),) if last else ()
 

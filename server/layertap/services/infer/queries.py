@@ -11,7 +11,7 @@ from layertap.engine import Engine
 from layertap.errors import LayertapError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.describe import BACKEND, config_of, metadata_of
-from layertap.services.infer.request import find_host
+from layertap.services.infer.infer_request import find_host
 from layertap.services.infer.statistics import Statistics
 
 __all__ = ["Queries"]

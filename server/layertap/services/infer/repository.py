@@ -10,7 +10,7 @@ from layertap.engine import Engine
 from layertap.engine.versions import LOADING
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.wire.infer_messages import MODEL_VERSION
+from layertap.services.infer.infer_form import MODEL_VERSION
 
 __all__ = ["Repository", "RepositoryControl"]
 

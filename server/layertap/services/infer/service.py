@@ -5,7 +5,7 @@ As in ``layertap.services.feature_service`` the handlers take and return raw byt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,24 +26,24 @@ from layertap.engine import (
 from layertap.errors import DecodeError, InvalidInputError, LayertapError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.data_plane import Converted, DataPlane, release_when_sent
-from layertap.services.infer.memory import SharedMemory
-from layertap.services.infer.queries import Queries
-from layertap.services.infer.repository import Repository, RepositoryControl
-from layertap.services.infer.request import (
+from layertap.services.infer.infer_request import (
     check_version,
     extraction_request,
     timeout_of,
     unknown_model,
 )
+from layertap.services.infer.queries import Queries
+from layertap.services.infer.repository import Repository, RepositoryControl
 from layertap.services.infer.settings import log_settings, trace_settings
+from layertap.services.infer.shared_memory_rpcs import SharedMemoryRpcs
 from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
 from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
 from layertap.services.status import guarded, guarded_stream, leaving
 from layertap.services.stream_threads import StreamThreads
-from layertap.wire.client_regions import ClientRegions
-from layertap.wire.infer_messages import decode_infer_request, encode_stream_error
+from layertap.shm.client_regions import ClientRegions
+from layertap.wire.infer_messages import decode_infer_request, encode_infer_error
 
 __all__ = ["InferenceService", "InferenceSettings"]
 
@@ -90,7 +90,7 @@ class InferenceService:
     ) -> None:
         self._engine = engine
         self._plane = DataPlane(engine, observer)
-        self._memory = SharedMemory(settings.regions)
+        self._memory = SharedMemoryRpcs(settings.regions)
         self._repository = Repository(engine, settings.control)
         self._queries = Queries(
             engine, settings.ready, settings.statistics, shared_memory=self._memory.enabled
@@ -107,27 +107,30 @@ class InferenceService:
         if not context.add_callback(call.cancel):
             call.cancel()
         received = self._plane.receive(len(message))
-        extraction = self._infer(pb.ModelInferRequest(), message, context, call, received)
+        decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
+        extraction = self._infer(decoded, context, call, received)
         release_when_sent(extraction, context)
         return extraction.message
 
     def answer_item(
         self, message: bytes, call: Call, received: Reservation, context: grpc.ServicerContext
     ) -> Answer:
-        """Answer an item of a stream; where it fails with the reason."""
-        request = pb.ModelInferRequest()
+        """Answer an item of a stream; with the reason if it fails."""
+        request_id = ""  # A message that can't be decoded has none; replies are in order anyway.
         try:
-            extraction = self._infer(request, message, context, call, received, streamed=True)
+            decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
+            request_id = decoded[0].id
+            extraction = self._infer(decoded, context, call, received, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            return Answer(encode_stream_error(request.id, str(leaving(error))))
+            return Answer(encode_infer_error(request_id, str(leaving(error))))
         return Answer(extraction.message, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
         """Answer an item of a stream that is not run with the reason."""
-        request = pb.ModelInferRequest()
-        with suppress(DecodeError):  # Without its id then: the replies are in order.
-            decode_infer_request(message, request)
-        return Answer(encode_stream_error(request.id, str(leaving(error))))
+        request_id = ""
+        with suppress(DecodeError):
+            request_id = decode_infer_request(message)[0].id
+        return Answer(encode_infer_error(request_id, str(leaving(error))))
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a ``grpc.Server`` needs to serve this."""
@@ -143,22 +146,21 @@ class InferenceService:
 
     def _infer(
         self,
-        request: pb.ModelInferRequest,
-        message: bytes,
+        decoded: tuple[pb.ModelInferRequest, list[memoryview]],
         context: grpc.ServicerContext,
         call: Call,
         received: Reservation,
         *,
         streamed: bool = False,
     ) -> Extraction:
-        """Run a request, whose small fields are put into ``request``."""
+        """Run a request that was decoded."""
+        request, raw = decoded
 
         def convert() -> Converted:
-            raw = decode_infer_request(message, request)
             check_version(request.model_version)
-            return request.model_name, partial(request_for, raw)
+            return request.model_name, request_for
 
-        def request_for(raw: Sequence[memoryview], host: ModelHost) -> ExtractionRequest:
+        def request_for(host: ModelHost) -> ExtractionRequest:
             timeout = timeout_of(request)
             if timeout is not None:
                 call.limit(timeout)

@@ -12,8 +12,8 @@ import grpc
 
 from layertap.engine import Extraction, ModelHost
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.request import current_request
-from layertap.wire.infer_messages import MODEL_VERSION
+from layertap.services.current_request import current_request
+from layertap.services.infer.infer_form import MODEL_VERSION
 
 __all__ = ["Statistics"]
 

@@ -1,0 +1,66 @@
+"""What the metrics page shows of the server's shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from layertap.shm.shared_memory import FALLBACK_REASONS, SharedMemory
+
+__all__ = ["SharedMemoryCollector"]
+
+
+class SharedMemoryCollector(Collector):
+    """Reads the state of a server's shared memory each time the page is requested.
+
+    Args:
+        memory: The shared memory.
+    """
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self._memory = memory
+
+    def describe(self) -> list[Metric]:
+        """Return nothing, so that it is not read when it is registered."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Read it."""
+        state = self._memory.state()
+        yield _by_state("bytes", "Bytes of regions", state.bytes)
+        yield _by_state("regions", "Regions", state.regions)
+        yield GaugeMetricFamily(
+            "layertap_shared_memory_limit_bytes", "Bytes that they may have.", value=state.limit
+        )
+        yield GaugeMetricFamily(
+            "layertap_shared_memory_sessions",
+            "Clients that share memory.",
+            value=state.sessions,
+        )
+        yield CounterMetricFamily(
+            "layertap_shared_memory_reply_bytes",
+            "Bytes of replies that were written there instead of sent.",
+            value=state.reply_bytes,
+        )
+        fallbacks = CounterMetricFamily(
+            "layertap_shared_memory_fallback",
+            "Replies that were sent all the same: the region limit or the client's share is "
+            "reached, its session or socket is gone, the system refused.",
+            labels=("reason",),
+        )
+        for reason in FALLBACK_REASONS:
+            fallbacks.add_metric((reason,), state.fallbacks.get(reason, 0))
+        yield fallbacks
+
+
+def _by_state(name: str, text: str, values: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(
+        f"layertap_shared_memory_{name}",
+        f"{text}: leased to clients, for their inputs, retired and not given back, free.",
+        labels=("state",),
+    )
+    for state, value in values.items():
+        family.add_metric((state,), value)
+    return family

@@ -1,0 +1,81 @@
+"""CHILDREN: top-level children called one after the other.
+
+It serves the children of models whose forward calls them once each, in registration order, with
+nothing in between, and so does LAYER_GETTER. Whether a child is one of them is measured: see
+``straight`` and ``survey_walk``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.containers import plain
+from layertap.extraction.kinds.base import BuildContext, DirectKind
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.points import Sink
+from layertap.selection import Extractor
+
+__all__ = ["KIND", "ChildrenKind", "WalkExtractor", "WalkKind", "indices_of"]
+
+
+class WalkExtractor:
+    """Feeds each child the output of the one before.
+
+    Args:
+        children: The children in order, each with its name.
+        indices: The point that each wanted child's output is for, by the child's name.
+    """
+
+    def __init__(
+        self, children: Sequence[tuple[str, nn.Module]], indices: Mapping[str, int]
+    ) -> None:
+        self._children = children
+        self._indices = indices
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        for name, child in self._children:
+            x = child(x)
+            if name in self._indices:
+                sink(self._indices[name], plain(x))
+
+
+class WalkKind(DirectKind):
+    """A kind that walks the top-level children."""
+
+
+class ChildrenKind(WalkKind):
+    """Walks ``named_children``, calls each, stops at the last layer wanted."""
+
+    id = Extractor.CHILDREN
+
+    def build(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
+        """See DirectKind."""
+        indices = indices_of(pass_spec)
+        children = _until_last(context.model.module.named_children(), indices)
+        return context.guarded(WalkExtractor(children, indices))
+
+
+KIND = ChildrenKind()
+
+
+def indices_of(pass_spec: PassSpec) -> dict[str, int]:
+    """Return the index of each point by the name of its child."""
+    return {point.path: index for index, point in enumerate(pass_spec.points)}
+
+
+def _until_last(
+    children: Iterable[tuple[str, nn.Module]], wanted: Mapping[str, int]
+) -> list[tuple[str, nn.Module]]:
+    taken: list[tuple[str, nn.Module]] = []
+    left = set(wanted)
+    for name, child in children:
+        if not left:
+            break
+        taken.append((name, child))
+        left.discard(name)
+    return taken

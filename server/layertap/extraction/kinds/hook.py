@@ -1,0 +1,61 @@
+"""HOOK: forward hooks and pre-hooks on the untouched model, stopping after the last capture."""
+
+from __future__ import annotations
+
+import torch
+
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.kinds.base import BuildContext, ReferenceKind
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.points import Sink
+from layertap.selection import Capture, Extractor
+
+__all__ = ["KIND", "HookExtractor", "HookKind"]
+
+
+class HookExtractor:
+    """Runs the model under its taps.
+
+    Args:
+        context: The model and what belongs to it.
+        pass_spec: What to capture.
+        oracle: Whether what it captures proves other extractors: its passes then run to their end,
+            and are looked at for state that no pass wrote before.
+    """
+
+    def __init__(self, context: BuildContext, pass_spec: PassSpec, *, oracle: bool = False) -> None:
+        self._model = context.model
+        self._taps = context.taps
+        self._points = pass_spec.points
+        self._guard = context.guard
+        self._oracle = oracle
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        with self._guard as guard:
+            to_end = self._oracle or not guard.rules.early_stop
+            threads = guard.rules.own_threads
+            self._taps.run(
+                self._model.forward, x, self._points, sink, to_end=to_end, own_threads=threads
+            )
+            if self._oracle:
+                guard.learn(self._model.name)
+
+
+class HookKind(ReferenceKind):
+    """Serves every module that runs, outputs and inputs, of any eager model."""
+
+    id = Extractor.HOOK
+    captures = frozenset({Capture.OUTPUT, Capture.INPUT})
+    members = True
+
+    def build(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
+        """See DirectKind."""
+        return HookExtractor(context, pass_spec)
+
+    def oracle(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
+        """See ReferenceKind."""
+        return HookExtractor(context, pass_spec, oracle=True)
+
+
+KIND = HookKind()

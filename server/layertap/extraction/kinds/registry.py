@@ -1,0 +1,42 @@
+"""Every extractor kind, in the order in which AUTO prefers them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from layertap.extraction.kinds.base import CompiledKind, DirectKind, ReferenceKind
+from layertap.selection import Extractor
+
+__all__ = ["KINDS", "REFERENCE", "Kind", "kind_of"]
+
+Kind = DirectKind | CompiledKind[Any]
+
+
+def _load(extractor: Extractor) -> Kind:
+    """Return the ``KIND`` of the module that is called as the extractor is."""
+    kind = import_module(f"{__package__}.{extractor.value}").KIND
+    if not isinstance(kind, DirectKind | CompiledKind) or kind.id is not extractor:
+        raise TypeError(f"kinds/{extractor.value}.py: KIND is not the kind of {extractor!r}")
+    return kind
+
+
+KINDS: Mapping[Extractor, Kind] = MappingProxyType(
+    {extractor: _load(extractor) for extractor in Extractor if extractor is not Extractor.AUTO}
+)
+"""The kind of each extractor but AUTO, which is a choice between them: the first that can serve.
+
+A compiled kind comes into question only once its plan is ready.
+"""
+
+(REFERENCE,) = (kind for kind in KINDS.values() if isinstance(kind, ReferenceKind))
+"""The kind that runs the model itself: it needs no proof, and proves the others."""
+
+
+def kind_of(extractor: Extractor) -> Kind:
+    """Return an extractor's kind; raise ValueError for AUTO."""
+    if extractor is Extractor.AUTO:
+        raise ValueError("AUTO is a choice between extractors, not an extractor")
+    return KINDS[extractor]

@@ -1,0 +1,211 @@
+"""TORCHSCRIPT: the tapped model traced, truncated, frozen and optimised.
+
+Note [Trace the taps]
+    The model runs under its taps while ``torch.jit.trace`` records. The pass ends at the last
+    capture, so the program holds nothing behind it, and each value is cloned where it is captured,
+    so that no later in-place operation shows in it. Names vanish when a program is frozen, so the
+    taps come first and the optimisation last. Models that symbolic tracing refuses work as well.
+
+Note [A compilation unit of its own]
+    torch keeps the types and functions of everything that it traces in one unit, for ever. Freezing
+    makes the weights constants of a function there, so that each program that is dropped leaves a
+    copy of its weights behind: 12 MiB a program of 12 MiB, 24 MiB once it is optimised (torch
+    2.14). What is loaded from a file gets a unit of its own, which goes with it. So the traced
+    program goes through a file in memory before it is frozen, its weights taken out meanwhile.
+
+torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with it; another
+compiler is another kind.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from layertap.extraction.apart import may_end_the_process, run_apart
+from layertap.extraction.base import BuiltExtractor, Values
+from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, cloned
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.points import CapturePoint, Sink
+from layertap.extraction.taps import Taps
+from layertap.models import LoadedModel
+from layertap.selection import Capture, Extractor
+from layertap.silence import warnings_ignored
+
+__all__ = ["KIND", "TorchScriptExtractor", "TorchScriptKind", "trace_taps"]
+
+_tracing = threading.Lock()
+"""Held while a model is traced.
+
+torch.jit keeps the modules of the trace in a global: of two traces at once, one puts the other's
+modules back, which keeps that model alive.
+"""
+
+
+def trace_taps(
+    model: LoadedModel,
+    taps: Taps,
+    points: Sequence[CapturePoint],
+    example: torch.Tensor,
+    take: Take = cloned,
+) -> torch.jit.ScriptModule:
+    """Return the truncated program of a layer set, traced and frozen but not yet optimised.
+
+    Args:
+        model: The model.
+        taps: Its taps.
+        points: What to capture.
+        example: ``[B, ...]`` on the model's device: the program holds for its item shape and dtype.
+        take: What the program returns of each point.
+
+    Raises whatever tracing raises.
+    """
+    tapped = _Tapped(model, taps, points, take)
+    # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
+    tapped.training = False
+    # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
+    with _tracing, _deprecated():
+        traced = torch.jit.trace(tapped, (example,), check_trace=False)
+        own = _in_unit_of_its_own(traced.eval(), model.device)
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(own)
+    return frozen
+
+
+def _in_unit_of_its_own(
+    traced: torch.jit.ScriptModule, device: torch.device
+) -> torch.jit.ScriptModule:
+    """See Note [A compilation unit of its own]; the weights' memory stays shared with the model."""
+    weights = [
+        (path, name, value)
+        for path, module in traced.named_modules(remove_duplicate=False)
+        for values in (module.named_parameters, module.named_buffers)
+        for name, value in values(recurse=False, remove_duplicate=False)
+    ]
+    # The traced program has slots of its own: the model's modules are not touched.
+    _set(traced, ((path, name, torch.empty(0)) for path, name, _ in weights))
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+    buffer.seek(0)
+    own: torch.jit.ScriptModule = torch.jit.load(buffer, map_location=device)
+    _set(own, weights)
+    return own
+
+
+def _set(program: torch.jit.ScriptModule, values: Iterable[tuple[str, str, torch.Tensor]]) -> None:
+    modules = dict(program.named_modules(remove_duplicate=False))
+    for path, name, value in values:
+        modules[path]._c.setattr(name, value)
+
+
+def _deprecated() -> AbstractContextManager[None]:
+    """Ignore torch's warnings that torch.jit is deprecated; the module's docstring says so too."""
+    return warnings_ignored()
+
+
+class TorchScriptExtractor:
+    """Serves a layer set by a compiled program of its own.
+
+    Args:
+        frozen: What ``trace_taps`` returned; it is optimised in place, and can't be saved any more.
+    """
+
+    def __init__(self, frozen: torch.jit.ScriptModule) -> None:
+        with _deprecated():
+            self._program = torch.jit.optimize_for_inference(frozen)
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        for index, value in enumerate(self._program(x)):
+            sink(index, value)
+
+
+class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
+    """Serves a layer set by a traced, frozen and optimised program of its own."""
+
+    id = Extractor.TORCHSCRIPT
+    captures = frozenset({Capture.OUTPUT, Capture.INPUT})
+    members = True
+    # Fused kernels make zeros of NaN (``relu``), and spread it over other elements.
+    finite_only = True
+    # The profiling executor specialises on the second call of a shape and settles on the third.
+    warm_up_runs = 3
+
+    def compile(
+        self,
+        context: BuildContext,
+        pass_spec: PassSpec,
+        example: torch.Tensor,
+        take: Take = cloned,
+    ) -> torch.jit.ScriptModule:
+        """See CompiledKind."""
+        return trace_taps(context.model, context.taps, pass_spec.points, example, take)
+
+    def run_once(self, program: torch.jit.ScriptModule, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """See CompiledKind."""
+        with _deprecated(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
+            values: Sequence[torch.Tensor] = program(x)
+        return values
+
+    def finish(self, program: torch.jit.ScriptModule) -> BuiltExtractor:
+        """See CompiledKind."""
+        return TorchScriptExtractor(program)
+
+    def save(self, program: torch.jit.ScriptModule) -> memoryview:
+        """See CompiledKind.
+
+        In memory, never straight to a file: torch's own writer ends the process
+        (``std::terminate``) where it meets a full disk, as its destructor throws
+        (pytorch/pytorch#156955).
+        """
+        buffer = io.BytesIO()
+        with _deprecated():
+            torch.jit.save(program, buffer)
+        return buffer.getbuffer()
+
+    def load(self, data: bytes, device: torch.device) -> torch.jit.ScriptModule:
+        """See CompiledKind."""
+        with _deprecated():
+            program: torch.jit.ScriptModule = torch.jit.load(io.BytesIO(data), map_location=device)
+        return program
+
+    def may_end_the_process(self, program: torch.jit.ScriptModule) -> bool:
+        """See CompiledKind."""
+        return may_end_the_process(program)
+
+    def run_apart(
+        self, program: torch.jit.ScriptModule, batches: Sequence[torch.Tensor], device: torch.device
+    ) -> Generator[None, None, list[Values]]:
+        """See CompiledKind."""
+        return run_apart(program, batches, device, self.warm_up_runs)
+
+
+KIND = TorchScriptKind()
+
+
+class _Tapped(nn.Module):
+    """A model whose ``forward`` returns what is taken of the captured values."""
+
+    def __init__(
+        self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], take: Take
+    ) -> None:
+        super().__init__()
+        self.module = model.module
+        self._model = model
+        self._taps = taps
+        self._points = points
+        self._take = take
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the model under its taps."""
+        captured: dict[int, tuple[torch.Tensor, ...]] = {}
+
+        def keep(index: int, value: torch.Tensor) -> None:
+            captured[index] = self._take(index, value)
+
+        self._taps.run(self._model.forward, x, self._points, keep)
+        return tuple(part for index in range(len(self._points)) for part in captured[index])

@@ -1,0 +1,28 @@
+"""What one forward pass must do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layertap.extraction.points import CapturePoint, PointKind
+
+__all__ = ["PassSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class PassSpec:
+    """Everything that one forward pass must do, apart from its input.
+
+    Two requests may use one plan, one stored program or one shared pass only if their specs are
+    equal. So whatever identifies one of those uses the whole spec, never a part of it.
+
+    Attributes:
+        points: The distinct values to capture, in execution order.
+    """
+
+    points: tuple[CapturePoint, ...]
+
+    @property
+    def modules_only(self) -> bool:
+        """Whether hooks can see every point: none of them is a node of the symbolic graph."""
+        return all(point.kind is PointKind.MODULE for point in self.points)

@@ -1,0 +1,103 @@
+"""From a ModelInferRequest to what the engine takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from layertap.engine import Engine, ExtractionRequest, ModelHost
+from layertap.errors import InvalidInputError, ModelNotFoundError
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.infer.infer_form import MODEL_VERSION, InferForm, ReplyOptions
+from layertap.services.infer.inputs import infer_input
+from layertap.services.infer.outputs import extractor_of, selections_of
+from layertap.services.infer.parameters import check_known, number
+from layertap.services.infer.shared_memory_rpcs import CallerMemory
+
+__all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "unknown_model"]
+
+_US = 1e-6
+_KNOWN = ("capture", "reduction", "dtype", "extractor", "timeout")
+
+
+def find_host(engine: Engine, name: str, version: str) -> ModelHost:
+    """Return a served model.
+
+    Raises:
+        ModelNotFoundError: Where there is none of that name and version.
+        UnavailableError: Where it is being loaded or could not be loaded.
+    """
+    try:
+        check_version(version)
+        return engine.host(name)
+    except ModelNotFoundError as error:
+        raise unknown_model(name, error) from None
+
+
+def check_version(version: str) -> None:
+    """Raise ModelNotFoundError for a version that no model has in this protocol."""
+    if version not in ("", MODEL_VERSION):
+        raise ModelNotFoundError(f"version: got {version!r}, expected {MODEL_VERSION!r}")
+
+
+def unknown_model(name: str, error: ModelNotFoundError) -> ModelNotFoundError:
+    """Return the error as Triton words it; its clients look for the first words."""
+    return ModelNotFoundError(f"Request for unknown model: {name!r} is not found; {error}")
+
+
+def timeout_of(request: pb.ModelInferRequest) -> float | None:
+    """Return the seconds that a request may take by its own word; None where it says nothing.
+
+    Raises:
+        InvalidInputError: For a ``timeout`` that is no number of microseconds.
+    """
+    microseconds = number(request.parameters, "timeout", "request")
+    if microseconds < 0:
+        raise InvalidInputError(f"timeout: got {microseconds}, expected microseconds from 0")
+    return microseconds * _US if microseconds else None
+
+
+def extraction_request(
+    request: pb.ModelInferRequest,
+    raw: Sequence[memoryview],
+    host: ModelHost,
+    engine: Engine,
+    memory: CallerMemory,
+    *,
+    admit: Callable[[int], object] = lambda nbytes: None,
+    streamed: bool = False,
+) -> ExtractionRequest:
+    """Return what a request asks of a model.
+
+    Args:
+        request: Its small fields.
+        raw: Its raw inputs.
+        host: Its model.
+        engine: Its limits are what may be asked for.
+        memory: The caller's shared memory.
+        admit: Called with bytes that the input takes besides the message, before they are taken.
+        streamed: Whether it is an item of a stream.
+
+    Raises:
+        InvalidInputError: Where it is wrong.
+        NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
+    """
+    given = request.parameters
+    check_known(given, _KNOWN, "request")
+    # 0 is no sequence; Triton's clients send flags of it even so.
+    if "sequence_id" in given and given["sequence_id"] != pb.InferParameter(int64_param=0):
+        raise InvalidInputError("sequence_id: sequences are not supported, expected none")
+    selections = selections_of(request, host, engine.limits.layers)
+    regions = {
+        output.name: region
+        for output in request.outputs
+        if (region := memory.slice(output.parameters, f"output {output.name!r}")) is not None
+    }
+    options = ReplyOptions(host.model.name, request.id, regions, streamed)
+    return ExtractionRequest(
+        model=host.model.name,
+        input=infer_input(request, raw, memory, engine.limits, admit=admit),
+        selections=selections,
+        extractor=extractor_of(request),
+        form=partial(InferForm, options=options),
+    )

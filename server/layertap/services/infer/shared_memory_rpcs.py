@@ -1,0 +1,146 @@
+"""Who may share memory with the server, and the RPCs about it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import grpc
+
+from layertap.errors import InvalidInputError, PermissionDeniedError
+from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.infer.parameters import Parameters, number, text
+from layertap.shm.client_regions import ClientRegions, RegionSlice
+
+__all__ = ["PARAMETERS", "CallerMemory", "SharedMemoryRpcs"]
+
+_REGION, _SIZE, _OFFSET = PARAMETERS = (
+    "shared_memory_region",
+    "shared_memory_byte_size",
+    "shared_memory_offset",
+)
+
+_LOCAL_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
+
+
+@dataclass(frozen=True, slots=True)
+class CallerMemory:
+    """The shared memory of whoever made a call.
+
+    Attributes:
+        regions: All regions; None where clients may not share memory.
+        owner: Whose regions are theirs.
+        local: Whether they are on this machine.
+    """
+
+    regions: ClientRegions | None
+    owner: Hashable
+    local: bool
+
+    def allowed(self) -> ClientRegions:
+        """Return the regions; raise PermissionDeniedError where the caller may have none."""
+        if self.regions is None:
+            raise PermissionDeniedError(
+                "Client shared memory is disabled: the server was started without "
+                "--allow-client-shm"
+            )
+        if not self.local:
+            raise PermissionDeniedError(
+                "Client shared memory is disabled for callers from other machines"
+            )
+        return self.regions
+
+    def slice(self, parameters: Parameters, where: str) -> RegionSlice | None:
+        """Return the part of a region that parameters name; None where they name none.
+
+        Raises:
+            PermissionDeniedError: Where the caller may not share memory.
+            NotFoundError: Where they have no such region.
+            InvalidInputError: Where it has no such part.
+        """
+        name = text(parameters, _REGION, where)
+        if not name:
+            if _REGION in parameters or _SIZE in parameters or _OFFSET in parameters:
+                raise InvalidInputError(f"{where}: parameter {_REGION!r}: expected a region's name")
+            return None
+        regions = self.allowed()
+        size = number(parameters, _SIZE, where)
+        return regions.slice(self.owner, name, number(parameters, _OFFSET, where), size)
+
+
+class SharedMemoryRpcs:
+    """Answers the RPCs about shared memory.
+
+    Args:
+        regions: The regions; None where clients may not share memory.
+    """
+
+    def __init__(self, regions: ClientRegions | None) -> None:
+        self._regions = regions
+
+    @property
+    def enabled(self) -> bool:
+        """Whether clients may share memory."""
+        return self._regions is not None
+
+    def of(self, context: grpc.ServicerContext) -> CallerMemory:
+        """Return the memory of whoever made a call.
+
+        Regions belong to the token, if there is one, and the certificate, if there is one: without
+        either all callers of this machine have them in common.
+        """
+        if self._regions is None:
+            return CallerMemory(None, None, local=False)
+        metadata = context.invocation_metadata() or ()
+        tokens = [str(value) for key, value in metadata if key == "authorization"]
+        secret = hashlib.sha256("\0".join(tokens).encode("utf-8", "surrogateescape")).digest()
+        owner = (secret, tuple(context.peer_identities() or ()))
+        return CallerMemory(self._regions, owner, context.peer().startswith(_LOCAL_PEERS))
+
+    def status(
+        self, request: pb.SystemSharedMemoryStatusRequest, context: grpc.ServicerContext
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        """List the caller's regions. Never their keys: whoever registered them has them."""
+        memory = self.of(context)
+        response = pb.SystemSharedMemoryStatusResponse()
+        for region in memory.allowed().status(memory.owner, request.name):
+            entry = response.regions[region.name]
+            entry.name, entry.offset, entry.byte_size = region.name, region.offset, region.byte_size
+        return response
+
+    def register(
+        self, request: pb.SystemSharedMemoryRegisterRequest, context: grpc.ServicerContext
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        """Register a region of the caller's."""
+        memory = self.of(context)
+        memory.allowed().register(
+            memory.owner, request.name, request.key, request.offset, request.byte_size
+        )
+        return pb.SystemSharedMemoryRegisterResponse()
+
+    def unregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, context: grpc.ServicerContext
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        """Forget a region of the caller's, or all of them."""
+        memory = self.of(context)
+        memory.allowed().unregister(memory.owner, request.name)
+        return pb.SystemSharedMemoryUnregisterResponse()
+
+    def cuda_status(
+        self, request: pb.CudaSharedMemoryStatusRequest, context: grpc.ServicerContext
+    ) -> pb.CudaSharedMemoryStatusResponse:
+        """List none."""
+        return pb.CudaSharedMemoryStatusResponse()
+
+    def cuda_register(
+        self, request: pb.CudaSharedMemoryRegisterRequest, context: grpc.ServicerContext
+    ) -> pb.CudaSharedMemoryRegisterResponse:
+        """Refuse."""
+        raise InvalidInputError("CUDA shared memory is not supported; use system shared memory")
+
+    def cuda_unregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest, context: grpc.ServicerContext
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        """Do nothing, since there is none: NVIDIA's clients ask for it without having CUDA."""
+        return pb.CudaSharedMemoryUnregisterResponse()

@@ -1,0 +1,63 @@
+"""The native form of a reply whose tensors may go into shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from layertap.selection import Extractor
+from layertap.shm.leases import Loan
+from layertap.shm.shared_memory import SessionMemory
+from layertap.wire.codec import ReplyBuilder, ReplyLayout
+from layertap.wire.reply_form import MessageBuilder, NativeForm
+
+__all__ = ["SharedForm"]
+
+
+class SharedForm(NativeForm):
+    """Writes the tensors of a large reply into the memory that it is lent, if it is lent any.
+
+    Args:
+        extractor: The extractor that serves the request.
+        fields: Serialized fields that the message has besides its own, such as an item's id.
+        memory: The shared memory of the request's session; None if it has none.
+    """
+
+    def __init__(
+        self, extractor: Extractor, fields: bytes = b"", memory: SessionMemory | None = None
+    ) -> None:
+        super().__init__(extractor, fields)
+        self._memory = memory
+
+    def builder(self, layout: ReplyLayout, admit: Callable[[int], object]) -> MessageBuilder:
+        """See ``ReplyForm``."""
+        if self._memory is None or layout.nbytes < self._memory.least:
+            return super().builder(layout, admit)
+        apart = self._layout(apart=True)
+        loan = self._memory.lend(apart.payload_nbytes)
+        if loan is None:
+            return super().builder(layout, admit)
+        admit(apart.nbytes)
+        self.shared_bytes = loan.nbytes
+        return _LentBuilder(apart, loan)
+
+
+class _LentBuilder:
+    """Writes tensors into a region that is lent to the client, and refers to them."""
+
+    def __init__(self, layout: ReplyLayout, loan: Loan) -> None:
+        # Kept until the end: without it the region would be lent to another client.
+        self._loan = loan
+        self._builder = ReplyBuilder(
+            layout, loan.buffer, region=loan.region, generation=loan.generation
+        )
+
+    def write(self, index: int, array: Any, dtype: int) -> None:
+        """See ``MessageBuilder``."""
+        self._builder.write(index, array, dtype)
+
+    def finish(self, head: bytes) -> bytes:
+        """See ``MessageBuilder``."""
+        message = self._builder.finish(head)
+        self._loan.publish()
+        return message

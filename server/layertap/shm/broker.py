@@ -1,0 +1,284 @@
+"""The server's end of the sockets over which clients get their session and their regions.
+
+Note [Who may connect]
+    The socket is an abstract one with a random name: it leaves no file, and exists in the server's
+    network namespace only, so whoever connects is on the same machine. The kernel tells which user
+    that is, and any other than the server's own is sent away. The first packet presents a ticket,
+    which only who passed the server's authorization was given, once and for a few seconds.
+
+Note [One thread]
+    All sockets are read by one thread, which never waits for a client: what a client can't take at
+    once ends its session. Other threads send, under the lock of SharedMemory. A thread that is to
+    lend a region reads what the client gave back just before its request, which mostly is the very
+    region to use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import selectors
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+
+from layertap.errors import OverloadedError
+from layertap.shm.leases import End, Session
+from layertap.shm.packets import (
+    PACKET_BYTES,
+    VERSION,
+    Packet,
+    PacketKind,
+    from_id,
+    to_id,
+)
+from layertap.shm.regions import Region, supported
+from layertap.shm.shared_memory import SharedMemory
+
+__all__ = ["Broker", "open_broker", "same_user"]
+
+_log = logging.getLogger(__name__)
+
+_TICKETS = 64
+_TICKET_SECONDS = 10.0
+_CONNECTIONS = 128
+_SEND_BYTES = 1 << 20
+_POLLED = 16
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Broker:
+    """Listens from ``start`` until it is closed.
+
+    Args:
+        memory: What to lend.
+
+    Attributes:
+        memory: The same.
+        name: The abstract socket's name, without the zero byte in front.
+    """
+
+    def __init__(self, memory: SharedMemory) -> None:
+        self.name = f"layertap-{secrets.token_hex(16)}"
+        self.memory = memory
+        self._tickets: dict[bytes, float] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._selector = selectors.DefaultSelector()
+        self._connections: set[_Connection] = set()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(f"\0{self.name}")
+        self._listener.listen(_TICKETS)
+        self._listener.setblocking(False)
+        self._waker, self._woken = socket.socketpair()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="layertap-shared", daemon=True)
+
+    def start(self) -> None:
+        """Let clients in."""
+        self._thread.start()
+
+    def ticket(self) -> bytes:
+        """Return what lets somebody in once; raise OverloadedError where too many are out."""
+        now = time.monotonic()
+        with self._lock:
+            self._tickets = {key: end for key, end in self._tickets.items() if end > now}
+            if len(self._tickets) >= _TICKETS:
+                raise OverloadedError(f"{_TICKETS} clients are about to share memory, the most")
+            ticket = secrets.token_bytes(16)
+            self._tickets[ticket] = now + _TICKET_SECONDS
+        return ticket
+
+    def close(self) -> None:
+        """End all sessions; clients keep what they were lent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            self._waker.send(b"\0")
+            self._thread.join()
+        else:
+            self._end_all()
+
+    def _run(self) -> None:
+        tick = min(1.0, self.memory.lease_seconds / 4)
+        due = time.monotonic() + tick
+        try:
+            while not self._closed:
+                for key, _ in self._selector.select(tick):
+                    self._handle(key)
+                if time.monotonic() >= due:
+                    self._tick()
+                    due = time.monotonic() + tick
+        finally:
+            # Also where there is a fault in here: clients then use the wire.
+            self._closed = True
+            self._end_all()
+
+    def _end_all(self) -> None:
+        for connection in list(self._connections):
+            self._end(connection, End.RETIRE)
+        self._selector.close()
+        for each in (self._listener, self._waker, self._woken):
+            each.close()
+
+    def _tick(self) -> None:
+        self.memory.tick()
+        now = time.monotonic()
+        for connection in list(self._connections):
+            if connection.session is None and connection.since < now - _TICKET_SECONDS:
+                self._end(connection, End.RETIRE)
+
+    def _handle(self, key: selectors.SelectorKey) -> None:
+        if key.fileobj is self._listener:
+            self._accept()
+        elif isinstance(key.data, _Connection):
+            self._read(key.data)
+
+    def _accept(self) -> None:
+        try:
+            peer, _ = self._listener.accept()
+        except OSError:  # It has gone again, or there are too many open files: not at once anew.
+            time.sleep(0.01)
+            return
+        if not same_user(peer) or len(self._connections) >= _CONNECTIONS:
+            peer.close()
+            return
+        connection = _Connection(peer, self._take)
+        self._connections.add(connection)
+        self._selector.register(peer, selectors.EVENT_READ, connection)
+
+    def _read(self, connection: _Connection) -> None:
+        try:
+            data = connection.socket.recv(PACKET_BYTES + 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._end(connection, End.RETIRE if connection.sent_away else End.REUSE)
+            return
+        if not self._take(connection, data):
+            self._end(connection, End.RETIRE)
+
+    def _take(self, connection: _Connection, data: bytes) -> bool:
+        """Do what a packet asks for; return whether it was one that may be sent."""
+        try:
+            packet = Packet.unpack(data)
+            if connection.session is None:
+                self._welcome(connection, packet)
+            else:
+                self._obey(connection, connection.session, packet)
+        except ValueError as error:
+            _log.debug("shared memory: a client is sent away: %s", error)
+            return False
+        return True
+
+    def _welcome(self, connection: _Connection, packet: Packet) -> None:
+        if packet.kind is not PacketKind.HELLO or packet.flag != VERSION:
+            raise ValueError(f"got {packet.kind.name} {packet.flag}, expected HELLO {VERSION}")
+        with self._lock:
+            end = self._tickets.pop(to_id(packet), 0.0)
+        if end <= time.monotonic():
+            raise ValueError("got no valid ticket")
+        session = self.memory.open(connection)
+        if session is None:
+            raise ValueError("as many clients share memory as may")
+        connection.session = session
+        connection.send(Packet(PacketKind.WELCOME, *from_id(session.id), VERSION))
+
+    def _obey(self, connection: _Connection, session: Session, packet: Packet) -> None:
+        if packet.kind is PacketKind.RETURN:
+            self.memory.give_back(session, packet.first, packet.second)
+        elif packet.kind is PacketKind.BORROW:
+            lease = self.memory.borrow(session, packet.first)
+            lent = (lease.region.number, lease.generation) if lease else (0, 0)
+            connection.send(Packet(PacketKind.LENT, *lent))
+        else:
+            raise ValueError(f"got {packet.kind.name}, expected RETURN or BORROW")
+
+    def _end(self, connection: _Connection, end: End) -> None:
+        if connection.session is not None:
+            self.memory.close(connection.session, end)
+        self._selector.unregister(connection.socket)
+        self._connections.discard(connection)
+        connection.socket.close()
+
+
+class _Connection:
+    """The server's end of one client's socket (a ``layertap.shm.leases.Channel``)."""
+
+    def __init__(self, peer: socket.socket, take: Callable[[_Connection, bytes], bool]) -> None:
+        peer.setblocking(False)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        self.socket = peer
+        self._take = take
+        self.session: Session | None = None
+        self.since = time.monotonic()
+        self.sent_away = False
+
+    def poll(self) -> None:
+        # The end of the connection stays to be found by the thread that reads.
+        for _ in range(_POLLED):
+            try:
+                data = self.socket.recv(PACKET_BYTES + 1)
+            except OSError:
+                return
+            if not data:
+                return
+            if not self._take(self, data):
+                self.close()
+
+    def announce(self, region: Region) -> bool:
+        packet = Packet(PacketKind.REGION, region.number, region.size, region.kind)
+        try:
+            socket.send_fds(self.socket, [packet.pack()], [region.fileno()])
+        except OSError:  # Its buffer is full, or it is gone.
+            return False
+        return True
+
+    def forget(self, number: int, generation: int) -> None:
+        self.send(Packet(PacketKind.FORGET, number, generation))
+
+    def send(self, packet: Packet) -> None:
+        try:
+            self.socket.send(packet.pack())
+        except BlockingIOError:
+            self.close()
+        except OSError:  # It is gone, as the thread that reads will find.
+            pass
+
+    def close(self) -> None:
+        # The thread that reads finds the end of it. A client that is gone comes first: what it had
+        # may be used again then.
+        self.sent_away = True
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
+    """Return a broker; None if the limit is 0 or the system has no such shared memory.
+
+    Args:
+        limit_bytes: The most bytes that all regions may have together.
+        lease_seconds: How long a client may keep a region.
+    """
+    if not limit_bytes or not supported():
+        return None
+    try:
+        return Broker(SharedMemory(limit_bytes, lease_seconds))
+    except OSError as error:  # Sockets or anonymous files are forbidden, as in some sandboxes.
+        _log.warning("there is no shared memory: %s", error)
+        return None
+
+
+def same_user(peer: socket.socket) -> bool:
+    """Tell whether a Unix socket's other end is a process of this one's user (SO_PEERCRED)."""
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    return bool(uid == os.geteuid())

@@ -1,0 +1,257 @@
+"""Shared memory that clients name: read and written through a descriptor, never mapped.
+
+Note [Never mapped]
+    A client that shortens a file which the server has mapped kills the server with SIGBUS. So
+    nothing is mapped: a region is a descriptor, ``pread`` and ``pwrite``, and a file that has
+    become too short is a short read, an error of that request alone. The copy is the same one.
+
+Note [Whose memory]
+    The server opens files with its own rights, whoever asks for them. So it opens only regular
+    files directly in ``/dev/shm`` with one link, no symbolic links, and only those that belong to
+    the user that it runs as, or to users that it was told of; none of layertap's own, and no
+    semaphores. All that is refused is refused in one text, which tells nobody what there is.
+    Names are an owner's own: another owner can neither see, use nor remove them.
+
+Note [In flight]
+    Whatever uses a region refers to its file, and the descriptor is closed when the last reference
+    goes. So a region may be unregistered at any time: requests that have it finish as before.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
+
+__all__ = ["MAX_REGIONS", "ClientRegion", "ClientRegions", "RegionSlice"]
+
+MAX_REGIONS = 256
+"""Regions of all owners; each takes a descriptor of the process."""
+
+MAX_NAME_BYTES = 255
+
+_FOLDER = Path("/dev/shm")  # noqa: S108 - this is where POSIX shared memory is
+_RESERVED = ("layertap", "sem.")
+
+
+class _File:
+    """A descriptor that is closed with the last reference to this."""
+
+    __slots__ = ("__weakref__", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRegion:
+    """A registered region.
+
+    Attributes:
+        name: What its owner calls it.
+        offset: Where it begins in its file, in bytes.
+        byte_size: Its bytes.
+    """
+
+    name: str
+    offset: int
+    byte_size: int
+    _file: _File = field(repr=False)
+
+    def slice(self, offset: int, byte_size: int) -> RegionSlice:
+        """Return a part of it; raise InvalidInputError where it has no such part."""
+        if not 0 <= offset < self.byte_size:
+            raise InvalidInputError(
+                f"Invalid offset for shared memory region: {self.name!r}: got {offset}, expected 0 "
+                f"to {self.byte_size} less 1"
+            )
+        if not 0 <= byte_size <= self.byte_size - offset:
+            raise InvalidInputError(
+                f"Invalid offset + byte size for shared memory region: {self.name!r}: got {offset} "
+                f"+ {byte_size}, expected at most {self.byte_size}"
+            )
+        return RegionSlice(self.name, self._file, self.offset + offset, byte_size)
+
+
+@dataclass(frozen=True, slots=True)
+class RegionSlice:
+    """A part of a region, which keeps its file open.
+
+    Attributes:
+        region: The region's name.
+        byte_size: Its bytes.
+    """
+
+    region: str
+    _file: _File = field(repr=False)
+    _begin: int
+    byte_size: int
+
+    def read(self) -> bytes:
+        """Return its bytes; raise InvalidInputError where the file has become too short."""
+        try:
+            data = os.pread(self._file.fd, self.byte_size, self._begin)
+        except OSError as error:
+            raise self._failed(error) from None
+        if len(data) != self.byte_size:
+            raise self._truncated()
+        return data
+
+    def write(self, data: memoryview) -> None:
+        """Write bytes at its beginning.
+
+        Raises:
+            InvalidInputError: Where there are more than it has, or its file has become too short.
+        """
+        if data.nbytes > self.byte_size:
+            raise InvalidInputError(
+                f"shared memory region {self.region!r}: got {data.nbytes} bytes, expected at most "
+                f"{self.byte_size}"
+            )
+        try:
+            # pwrite would make the file longer again, with memory that its owner has given back.
+            if os.fstat(self._file.fd).st_size < self._begin + data.nbytes:
+                raise self._truncated()
+            done = 0
+            while done < data.nbytes:
+                done += os.pwrite(self._file.fd, data[done:], self._begin + done)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _truncated(self) -> InvalidInputError:
+        return InvalidInputError(
+            f"shared memory region {self.region!r}: its memory object is shorter than it was when "
+            f"it was registered"
+        )
+
+    def _failed(self, error: OSError) -> InvalidInputError:
+        return InvalidInputError(f"shared memory region {self.region!r}: {error.strerror}")
+
+
+class ClientRegions:
+    """The regions of all owners. Safe to share between threads.
+
+    Args:
+        uids: Users whose memory is taken besides that of the server's own.
+        folder: Where the objects are.
+    """
+
+    def __init__(self, uids: frozenset[int] = frozenset(), folder: Path = _FOLDER) -> None:
+        self._uids = uids | {os.geteuid()}
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._regions: dict[Hashable, dict[str, ClientRegion]] = {}
+
+    def register(self, owner: Hashable, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Register a region of an owner's.
+
+        Args:
+            owner: Who may use it.
+            name: What it is called from now on.
+            key: The memory object, as for ``shm_open``.
+            offset: Where it begins there, in bytes.
+            byte_size: Its bytes.
+
+        Raises:
+            InvalidInputError: For a name that is taken, a key that can't be opened, or a part that
+                the object does not have.
+            OverloadedError: Where there are too many.
+        """
+        _check_name(name)
+        # Before the file is opened: whoever is refused costs nothing.
+        with self._lock:
+            self._check_room(owner, name)
+        file = self._open(key)
+        _check_part(file, name, offset, byte_size)
+        with self._lock:
+            self._check_room(owner, name)
+            regions = self._regions.setdefault(owner, {})
+            regions[name] = ClientRegion(name, offset, byte_size, file)
+
+    def unregister(self, owner: Hashable, name: str) -> None:
+        """Forget a region, if there is one, or with an empty name all of the owner's."""
+        with self._lock:
+            regions = self._regions.get(owner, {})
+            gone = [regions.pop(name, None)] if name else list(regions.values())
+            if not name or not regions:
+                self._regions.pop(owner, None)
+        del gone  # Descriptors are closed without the lock.
+
+    def status(self, owner: Hashable, name: str) -> list[ClientRegion]:
+        """Return a region, or with an empty name all of the owner's.
+
+        Raises:
+            NotFoundError: Where the owner has none of that name.
+        """
+        with self._lock:
+            regions = dict(self._regions.get(owner, {}))
+        if not name:
+            return list(regions.values())
+        if name not in regions:
+            raise NotFoundError(f"Unable to find shared memory region: {name!r}")
+        return [regions[name]]
+
+    def slice(self, owner: Hashable, name: str, offset: int, byte_size: int) -> RegionSlice:
+        """Return a part of an owner's region.
+
+        Raises:
+            NotFoundError: Where the owner has none of that name.
+            InvalidInputError: Where it has no such part.
+        """
+        (region,) = self.status(owner, name) if name else [None]
+        if region is None:
+            raise NotFoundError("Unable to find shared memory region: ''")
+        return region.slice(offset, byte_size)
+
+    def _check_room(self, owner: Hashable, name: str) -> None:
+        if name in self._regions.get(owner, {}):
+            raise InvalidInputError(f"shared memory region {name!r} is registered already")
+        if sum(map(len, self._regions.values())) >= MAX_REGIONS:
+            raise OverloadedError(f"{MAX_REGIONS} shared memory regions, the most allowed")
+
+    def _open(self, key: str) -> _File:
+        refusal = InvalidInputError(
+            f"shared memory key {key[:MAX_NAME_BYTES]!r}: no memory object that this server may use"
+        )
+        base = key.removeprefix("/")
+        if not _is_file_name(base) or base.lower().startswith(_RESERVED):
+            raise refusal
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            file = _File(os.open(self._folder / base, flags))
+        except OSError:
+            raise refusal from None
+        facts = os.fstat(file.fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid not in self._uids or facts.st_nlink > 1:
+            raise refusal
+        return file
+
+
+def _check_name(name: str) -> None:
+    if not 0 < len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES:
+        raise InvalidInputError(
+            f"shared memory region: got a name of {len(name)} characters, expected 1 to "
+            f"{MAX_NAME_BYTES} bytes"
+        )
+
+
+def _is_file_name(base: str) -> bool:
+    size = len(base.encode("utf-8", "replace"))
+    return 0 < size <= MAX_NAME_BYTES and base.isprintable() and "/" not in base and base[0] != "."
+
+
+def _check_part(file: _File, name: str, offset: int, byte_size: int) -> None:
+    size = os.fstat(file.fd).st_size
+    # Python's integers don't overflow, so the sum is what it is.
+    if byte_size < 1 or offset < 0 or offset + byte_size > size:
+        raise InvalidInputError(
+            f"Invalid offset + byte size for shared memory region: {name!r}: got {offset} + "
+            f"{byte_size}, expected at least 1 byte within the memory object"
+        )

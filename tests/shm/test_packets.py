@@ -1,0 +1,30 @@
+"""Packets are read as they were written, and what is none is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from layertap.shm.packets import PACKET_BYTES, Packet, PacketKind, from_id, to_id
+
+
+@pytest.mark.parametrize("kind", PacketKind)
+def test_packets_survive_the_wire(kind: PacketKind) -> None:
+    """Kind, numbers of 64 bits and flag come out as they went in, in 24 bytes."""
+    packet = Packet(kind, 1, (1 << 64) - 1, 255)
+    assert len(packet.pack()) == PACKET_BYTES == 24
+    assert Packet.unpack(packet.pack()) == packet
+
+
+def test_ids_travel_as_two_numbers() -> None:
+    """The 16 bytes of a ticket or session are those that a packet bears."""
+    identifier = bytes(range(16))
+    packet = Packet(PacketKind.HELLO, *from_id(identifier), 1)
+    assert to_id(Packet.unpack(packet.pack())) == identifier
+    assert packet.pack()[8:] == identifier
+
+
+@pytest.mark.parametrize("data", [b"", bytes(24), b"\x08" + bytes(23), bytes(23), b"\1" * 25])
+def test_what_is_no_packet_is_refused(data: bytes) -> None:
+    """Bytes of another size or of an unknown kind are a ValueError."""
+    with pytest.raises(ValueError, match=r"packet: got|not a valid PacketKind"):
+        Packet.unpack(data)
