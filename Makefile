@@ -80,14 +80,16 @@ check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(GEN) --check
+	$(BIN)/python tools/gen_settings.py --check
 	$(BIN)/python -m pytest -q tests/services/test_status.py
 
 fmt: setup ## format and sort imports
 	$(BIN)/ruff check --select I --fix .
 	$(BIN)/ruff format .
 
-gen: .venv-gen/.installed ## write the generated code from proto/
+gen: setup ## write the generated code from proto/, and docs/settings.md
 	$(GEN)
+	$(BIN)/python tools/gen_settings.py
 
 clean: ## remove what was built and cached; the environments stay
 	rm -rf build dist server/layertap.egg-info server/layertap/_core*.so .venv/.built

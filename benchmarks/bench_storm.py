@@ -66,9 +66,9 @@ def prepare(address: str, model: str, layer: str, folder: Path) -> list[str]:
         value = client.extract(model, photo, layer, extractor=EXTRACTOR)[layer]
         oracle = client.extract(model, photo, layer, extractor="hook")[layer]
     assert np.abs(value - oracle).max() <= 1e-4 * np.abs(oracle).max(), "not the model's values"
-    fields, tensor = request_fields(model, photo, layer, EXTRACTOR)
+    fields, inputs = request_fields(model, photo, layer, EXTRACTOR)
     request, expected = folder / "request", folder / "expected"
-    request.write_bytes(encode_request(feature_service_pb2.ExtractRequest(**fields), tensor))
+    request.write_bytes(encode_request(feature_service_pb2.ExtractRequest(**fields), inputs))
     expected.write_bytes(value.tobytes())
     return ["-request", str(request), "-expect", str(expected)]
 

@@ -172,19 +172,12 @@ std::uint32_t to_field(py::handle value) {
   return static_cast<std::uint32_t>(field);
 }
 
-py::bytes join_rest(const py::bytes& message, const Decoded& decoded, std::uint32_t field) {
+py::bytes join_rest(const py::bytes& message, const std::vector<Span>& spans) {
   const char* bytes = PyBytes_AS_STRING(message.ptr());
   const auto size = static_cast<std::size_t>(PyBytes_GET_SIZE(message.ptr()));
-  if (decoded.rest.size() == 1 && decoded.rest[0].size == size) return message;
+  if (spans.size() == 1 && spans[0].size == size) return message;
   std::string rest;
-  for (const Span& span : decoded.rest) {
-    if (span.offset == kEmptyTensor) {
-      append_tag(rest, field, kLengthDelimited);
-      append_varint(rest, 0);
-    } else {
-      rest.append(bytes + span.offset, span.size);
-    }
-  }
+  for (const Span& span : spans) rest.append(bytes + span.offset, span.size);
   return {rest.data(), rest.size()};
 }
 
@@ -202,10 +195,16 @@ py::tuple to_python(const py::bytes& message, const py::object& view, const Deco
                         std::move(shape), data);
 }
 
-py::tuple decode_message(const py::bytes& message, const py::object& field, bool repeated,
-                         const py::iterable& rivals) {
-  DecodeOptions options{to_field(field), repeated, {}};
-  for (py::handle rival : rivals) options.rivals.push_back(to_field(rival));
+std::size_t to_limit(const py::object& most) {
+  const std::int64_t limit = to_int64(most);
+  if (limit < 0) throw py::value_error("most: got " + std::to_string(limit) + ", expected from 0");
+  return static_cast<std::size_t>(limit);
+}
+
+py::tuple decode_message(const py::bytes& message, const py::object& field, const py::object& most,
+                         const py::iterable& counted) {
+  DecodeOptions options{to_field(field), to_limit(most), {}};
+  for (py::handle number : counted) options.counted.push_back(to_field(number));
   const Decoded decoded =
       decode(reinterpret_cast<const std::uint8_t*>(PyBytes_AS_STRING(message.ptr())),
              static_cast<std::size_t>(PyBytes_GET_SIZE(message.ptr())), options);
@@ -216,7 +215,7 @@ py::tuple decode_message(const py::bytes& message, const py::object& field, bool
   for (const DecodedTensor& tensor : decoded.tensors) {
     tensors.append(to_python(message, view, tensor));
   }
-  return py::make_tuple(join_rest(message, decoded, options.field), std::move(tensors));
+  return py::make_tuple(join_rest(message, decoded.rest), std::move(tensors));
 }
 
 std::shared_ptr<Layout> make_raw_layout(const py::iterable& tensors, const py::object& field,
@@ -232,12 +231,10 @@ std::shared_ptr<Layout> make_raw_layout(const py::iterable& tensors, const py::o
 }
 
 py::tuple split_message(const py::bytes& message, const py::object& field, const py::object& most) {
-  const std::int64_t limit = to_int64(most);
-  if (limit < 0) throw py::value_error("most: got " + std::to_string(limit) + ", expected from 0");
   const RawSplit split =
       split_raw(reinterpret_cast<const std::uint8_t*>(PyBytes_AS_STRING(message.ptr())),
                 static_cast<std::size_t>(PyBytes_GET_SIZE(message.ptr())), to_field(field),
-                static_cast<std::size_t>(limit));
+                to_limit(most));
   const py::object view =
       py::reinterpret_steal<py::object>(PyMemoryView_FromObject(message.ptr()));
   if (!view) throw py::error_already_set();
@@ -246,9 +243,7 @@ py::tuple split_message(const py::bytes& message, const py::object& field, const
     const auto begin = static_cast<py::ssize_t>(span.offset);
     payloads.append(view[py::slice(begin, begin + static_cast<py::ssize_t>(span.size), 1)]);
   }
-  Decoded decoded;
-  decoded.rest = split.rest;
-  return py::make_tuple(join_rest(message, decoded, 1), std::move(payloads));
+  return py::make_tuple(join_rest(message, split.rest), std::move(payloads));
 }
 
 bool keep_memory_bound(const py::object& bound) {
@@ -290,7 +285,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("encode", &encode, py::arg("tensors"), py::kw_only(), py::arg("field"),
              py::arg("head"));
   module.def("decode", &decode_message, py::arg("message"), py::kw_only(), py::arg("field"),
-             py::arg("repeated"), py::arg("rivals") = py::tuple());
+             py::arg("most") = kMaxMessageBytes, py::arg("counted") = py::tuple());
 
   module.def("raw_layout", &make_raw_layout, py::arg("tensors"), py::kw_only(), py::arg("field"),
              py::arg("head_size"));

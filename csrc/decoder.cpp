@@ -1,4 +1,4 @@
-// Messages with tensors, split into spans; see Note [Agreement with upb] and Note [Oneof].
+// Messages with tensors, split into spans; see Note [Agreement with upb].
 #include "decoder.h"
 
 #include <algorithm>
@@ -129,28 +129,21 @@ class Splitter {
       return;
     }
     count_other();
-    if (is_rival(tag)) {
+    if (is_counted(tag)) {
       count_fields(reader.length_delimited());
-      rival_won_ = true;
-      decoded_.tensors.clear();
     } else {
       reader.skip(tag, kMaxDepth);
     }
     add_rest({begin, reader.offset() - begin});
   }
 
-  Decoded finish() {
-    if (!checked_early()) {
-      for (const DecodedTensor& tensor : decoded_.tensors) check_meaning(message_, tensor);
-    }
-    return std::move(decoded_);
-  }
+  Decoded finish() { return std::move(decoded_); }
 
  private:
-  bool is_rival(std::uint32_t tag) const {
-    const auto& rivals = options_.rivals;
+  bool is_counted(std::uint32_t tag) const {
+    const auto& counted = options_.counted;
     return (tag & 7) == kLengthDelimited &&
-           std::find(rivals.begin(), rivals.end(), tag >> 3) != rivals.end();
+           std::find(counted.begin(), counted.end(), tag >> 3) != counted.end();
   }
 
   void count_other() {
@@ -159,7 +152,6 @@ class Splitter {
     }
   }
 
-  // A rival's fields are the ordinary parser's as well, such as a list of images.
   void count_fields(Span span) {
     Reader reader(message_, span);
     while (!reader.done()) {
@@ -170,25 +162,19 @@ class Splitter {
     }
   }
 
+  // Each tensor is judged at once, so that a hostile list of empty ones costs no memory.
   void add_tensor(Span span) {
-    if (rival_won_) {
-      rival_won_ = false;
-      decoded_.rest.push_back({kEmptyTensor, 0});
+    if (decoded_.tensors.size() == options_.most) {
+      malformed("message: more than " + std::to_string(options_.most) + " tensors");
     }
-    if (options_.repeated || decoded_.tensors.empty()) decoded_.tensors.emplace_back();
+    decoded_.tensors.emplace_back();
     merge_tensor(message_, span, decoded_.tensors.back());
-    if (checked_early()) check_meaning(message_, decoded_.tensors.back());
+    check_meaning(message_, decoded_.tensors.back());
   }
-
-  // A list is, so that a hostile one of many empty submessages costs no memory. What may yet be
-  // merged or dropped can't be judged before the end.
-  bool checked_early() const { return options_.repeated && options_.rivals.empty(); }
 
   void add_rest(Span span) {
     auto& rest = decoded_.rest;
-    const bool joins = !rest.empty() && rest.back().offset != kEmptyTensor &&
-                       rest.back().offset + rest.back().size == span.offset;
-    if (joins) {
+    if (!rest.empty() && rest.back().offset + rest.back().size == span.offset) {
       rest.back().size += span.size;
     } else {
       rest.push_back(span);
@@ -199,7 +185,6 @@ class Splitter {
   const DecodeOptions& options_;
   Decoded decoded_;
   std::size_t others_ = 0;
-  bool rival_won_ = false;
 };
 
 }  // namespace

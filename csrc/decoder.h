@@ -7,8 +7,8 @@
 //   nest 100 deep less the messages around them. Stricter on purpose, after the parse: dtype has a
 //   row, rank <= 32, no negative size, no overflow, data or a shared slice of exactly the size that
 //   follows, not both, bools of 0 and 1 only (numpy and torch leave undefined what another byte
-//   means), at most kMaxRestFields other fields, those inside a rival included, and a message of at
-//   most 2**31 - 1 bytes.
+//   means), at most kMaxRestFields other fields, those inside a counted field included, and a message of
+//   at most 2**31 - 1 bytes.
 #pragma once
 
 #include <array>
@@ -44,19 +44,13 @@ struct Decoded {
   std::vector<DecodedTensor> tensors;
 };
 
-// A span of `rest` that stands for an empty submessage `field`; see Note [Oneof].
-inline constexpr std::size_t kEmptyTensor = static_cast<std::size_t>(-1);
-
 // What to read as tensors.
-//
-// Note [Oneof]
-//   Rivals are the length-delimited fields that share a oneof with `field`; the last one met wins.
-//   A rival drops the tensor met before it. A tensor met after a rival leaves an empty submessage
-//   in the rest, so that the ordinary parser drops the rival by the same rule, having checked it.
 struct DecodeOptions {
-  std::uint32_t field;
-  bool repeated;  // each submessage is a tensor, or all of them are merged into one
-  std::vector<std::uint32_t> rivals;
+  std::uint32_t field;  // each submessage of this number is a tensor
+  std::size_t most;     // more tensors than this are refused
+  // Length-delimited fields that hold a list, such as one of images: the ordinary parser makes an
+  // object of each of its members too, so these count as fields of the message do.
+  std::vector<std::uint32_t> counted;
 };
 
 // Throws std::invalid_argument; never reads outside [message, message + size).

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from layertap import Extractor, Features, LayerSelection
-from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
 
@@ -26,7 +26,7 @@ def request_for(
     selections = tuple(
         text if isinstance(text, LayerSelection) else LayerSelection.parse(text) for text in texts
     )
-    return ExtractionRequest(net, TensorInput(view), selections, extractor)
+    return ExtractionRequest(net, TensorsInput((view,)), selections, extractor)
 
 
 def ask(

@@ -14,7 +14,7 @@ import numpy as np
 
 from gatednets import HELD
 from layertap.engine import Extraction
-from layertap.v1 import feature_service_pb2, feature_service_pb2_grpc, tensor_pb2
+from layertap.v1 import feature_service_pb2, tensor_pb2
 from tinynets import ITEM
 
 GATED_ITEM = (3, 4, 4)
@@ -25,7 +25,7 @@ def item(number: int, x: np.ndarray | None = None, **changes: object) -> object:
     x = np.full((1, *ITEM), number % 7, np.float32) if x is None else x
     fields: dict[str, object] = {
         "model": "residual",
-        "tensor": tensor_pb2.Tensor(dtype=1, shape=x.shape, data=x.tobytes()),
+        "inputs": [tensor_pb2.Tensor(dtype=1, shape=x.shape, data=x.tobytes())],
         "layers": [feature_service_pb2.LayerSelection(layer="layer1")],
         "extractor": "EXTRACTOR_HOOK",
         "id": number,
@@ -126,7 +126,3 @@ def _reads(ident: int | None) -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def stub(channel: grpc.Channel) -> feature_service_pb2_grpc.FeatureServiceStub:
-    return feature_service_pb2_grpc.FeatureServiceStub(channel)

@@ -19,6 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import layertap
+from layertap.selection import Extractor
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = ROOT / "server"
@@ -205,6 +206,64 @@ def test_constraints_cover_the_dependencies() -> None:
         name = re.sub(r"[-_.]+", "-", need.name).lower()
         assert name in pinned, f"{name} is not pinned"
         assert need.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is out of range"
+
+
+SERVED = sorted(each.name for each in Extractor if each is not Extractor.AUTO)
+
+
+def extractors_named(code: str) -> list[str]:
+    """Return where code depends on which extractor it has to do with, a line each.
+
+    That is any use of a value of ``Extractor`` other than AUTO, and any comparison with its name.
+    """
+    members = {f"Extractor.{name}" for name in SERVED} | {f"EXTRACTOR_{name}" for name in SERVED}
+    texts = {*SERVED, *(Extractor[name].value for name in SERVED)}
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute):
+            whole = ast.unparse(node)
+            if any(re.search(rf"(^|\.){member}$", whole) for member in members):
+                found.append(f"{node.lineno} {whole}")
+        elif isinstance(node, ast.Compare | ast.MatchValue):
+            found += [
+                f"{each.lineno} {each.value!r}"
+                for each in ast.walk(node)
+                if isinstance(each, ast.Constant) and each.value in texts
+            ]
+    return found
+
+
+def test_only_a_kinds_own_file_depends_on_it() -> None:
+    """No code of the package asks which extractor it is; it asks the kind what it can do."""
+    package = SERVER / "layertap"
+    kinds = package / "extraction" / "kinds"
+    named = {
+        f"{file.relative_to(package)}:{place}"
+        for file in package.rglob("*.py")
+        if not file.stem.endswith("_pb2") and file != package / "selection.py"
+        for place in extractors_named(file.read_text("utf-8"))
+        # Each kind names itself, once.
+        if not (file.parent == kinds and place.endswith(f"Extractor.{file.stem.upper()}"))
+    }
+    assert named == set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "x = kind.id is Extractor.HOOK",
+        "x = LETTERS[Extractor.FX]",
+        "match e:\n    case Extractor.CHILDREN:\n        pass",
+        "x = extractor in (Extractor.AUTO, selection.Extractor.TORCHSCRIPT)",
+        "x = kind.name == 'TORCHSCRIPT'",
+        "x = str(extractor) == 'layer_getter'",
+        "x = catalogue_pb2.EXTRACTOR_HOOK",
+    ],
+)
+def test_code_that_tells_extractors_apart_is_found(code: str) -> None:
+    """The check above sees comparisons, tables and matches, by the enum or by text."""
+    assert len(extractors_named(code)) == 1
+    assert extractors_named("x = extractor is Extractor.AUTO\ny = kind.compiled") == []
 
 
 def test_tests_have_docstrings() -> None:

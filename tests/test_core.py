@@ -38,7 +38,7 @@ def test_payloads_start_at_16_modulo_64(specs: list, head_size: int, field: int)
     message = builder.finish(b"\x78\x00" * (head_size // 2) + b"\x78" * (head_size % 2))
     assert len(message) == layout.nbytes
     if head_size % 2 == 0 and field != 15:
-        for *_, data in _core.decode(message, field=field, repeated=True)[1]:
+        for *_, data in _core.decode(message, field=field)[1]:
             start = np.frombuffer(message, np.uint8).ctypes.data
             address = np.frombuffer(data, np.uint8).ctypes.data if len(data) else start + 16
             assert (address - start) % 64 == 16
@@ -247,7 +247,7 @@ def test_threads_write_different_tensors_at_once(core: ModuleType) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    found = core.decode(builder.finish(b""), field=1, repeated=True)[1]
+    found = core.decode(builder.finish(b""), field=1)[1]
     assert all(data == arrays[index].data for index, (*_, data) in enumerate(found))
 
 
@@ -275,7 +275,7 @@ def test_payloads_apart_are_referred_to(core: ModuleType) -> None:
     assert [(s.offset, s.size) for s in slices] == [(0, 2), (64, 12)]
     assert {(s.region, s.generation) for s in slices} == {(7, (1 << 64) - 1)}
     assert buffer == A.tobytes() + bytes(62) + B.tobytes()
-    found = core.decode(message, field=1, repeated=True)[1]
+    found = core.decode(message, field=1)[1]
     assert [at for *_, at in found] == [(7, (1 << 64) - 1, 0, 2), (7, (1 << 64) - 1, 64, 12)]
 
 

@@ -35,7 +35,7 @@ def through(core: ModuleType, array: np.ndarray, source: int, target: int) -> by
     layout = core.ReplyLayout([("", target, array.shape)], field=1, head_size=0)
     builder = core.ReplyBuilder(layout)
     builder.write(0, array, source)
-    [(_, dtype, shape, data)] = core.decode(builder.finish(b""), field=1, repeated=True)[1]
+    [(_, dtype, shape, data)] = core.decode(builder.finish(b""), field=1)[1]
     assert (dtype, shape) == (target, array.shape)
     return bytes(data)
 

@@ -18,11 +18,10 @@ import yaml
 
 from layertap import Client, LayertapError
 from layertap.app.budget import default_mib
-from layertap.app.config import LimitsSection, ServerSection
 from layertap.app.config_file import load_config
-from layertap.app.server import PORT
 from layertap.app.tracing import FLUSH_SECONDS
 from layertap.cli.main import main
+from layertap.settings import ServerOptions
 from processes import serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,10 +98,10 @@ def test_every_query_of_the_dashboard_is_of_the_chosen_jobs() -> None:
 def test_the_memory_limit_is_above_the_servers_own(file: Path) -> None:
     """What the server may fill by its own limits leaves a quarter of the pod to the models."""
     parts = {each["kind"]: each for each in yaml.safe_load_all(file.read_text("utf-8"))}
-    limits = LimitsSection()
+    given: dict[str, int] = {}
     if "ConfigMap" in parts:
         config = tomllib.loads(parts["ConfigMap"]["data"]["layertap.toml"])
-        limits = LimitsSection(**config.get("limits", {}))
+        given = config.get("limits", {})
         (container,) = parts["Deployment"]["spec"]["template"]["spec"]["containers"]
     else:
         (container,) = parts["ServingRuntime"]["spec"]["containers"]
@@ -110,7 +109,7 @@ def test_the_memory_limit_is_above_the_servers_own(file: Path) -> None:
     assert memory.endswith("Gi")
     nbytes = int(memory[:-2]) << 30
     names = ("pending_mib", "plan_mib", "keep_memory_mib", "shared_memory_mib")
-    most = {name: getattr(limits, name, None) or default_mib(name, nbytes) for name in names}
+    most = {name: given.get(name) or default_mib(name, nbytes) for name in names}
     assert sum(most.values()) << 20 <= nbytes * 0.75
 
 
@@ -210,7 +209,7 @@ def test_image_is_built_from_files_that_exist() -> None:
     for source in copied:
         assert (ROOT / source).exists()
         assert f"!{source}" in ignored
-    assert f"EXPOSE {PORT} {ServerSection().metrics_port}\n" in text
+    assert f"EXPOSE {ServerOptions().port} {ServerOptions().metrics_port}\n" in text
     assert re.search(r"^USER (?!0|root)", text, re.MULTILINE)
 
 
@@ -225,7 +224,7 @@ def test_kserve_runtime_fits_the_server() -> None:
     assert f"--port={port['containerPort']}" in args
     assert port["name"] == "h2c"
     for probe in ("readinessProbe", "livenessProbe"):
-        wanted = {"path": PROBES[probe], "port": ServerSection().metrics_port}
+        wanted = {"path": PROBES[probe], "port": ServerOptions().metrics_port}
         assert container[probe]["httpGet"] == wanted
     assert f"--threads={container['resources']['requests']['cpu']}" in args
     wanted = service["spec"]["predictor"]["model"]
@@ -234,5 +233,5 @@ def test_kserve_runtime_fits_the_server() -> None:
     formats = [each["name"] for each in runtime["spec"]["supportedModelFormats"]]
     assert wanted["modelFormat"]["name"] in formats
     assert runtime["spec"]["annotations"]["prometheus.kserve.io/port"] == str(
-        ServerSection().metrics_port
+        ServerOptions().metrics_port
     )

@@ -24,9 +24,6 @@ PACKAGES = {
 }
 """Folders of ``proto``, and where in ``server`` their code goes."""
 
-MESSAGES_ONLY = ("grpc/",)
-"""Folders whose services need no generated stubs."""
-
 
 def pinned_generator() -> str:
     """Return the version of grpcio-tools that writes the committed code."""
@@ -46,15 +43,14 @@ def installed_generator() -> str:
 
 
 def generate(proto: Path, out: Path) -> None:
-    """Write messages and their types for every file, and stubs for those with a service."""
+    """Write messages and their types for every file.
+
+    No stubs: the servicers register their handlers themselves, and the client calls by path.
+    """
     for file in sorted(file for folder in PACKAGES for file in (proto / folder).glob("*.proto")):
         plugins = [f"--python_out={out}", f"--pyi_out={out}"]
         # Relative, because the path that protoc is given ends up in the generated code.
         name = file.relative_to(proto).as_posix()
-        # protoc writes an empty *_pb2_grpc.py for a file without a service.
-        service = any(line.startswith("service ") for line in file.read_text("utf-8").splitlines())
-        if service and not name.startswith(MESSAGES_ONLY):
-            plugins.append(f"--grpc_python_out={out}")
         command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{proto}", *plugins, name]
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"protoc refused {file}")

@@ -34,7 +34,6 @@ bool inside(Span span, std::size_t size) {
 void check_rest(const Decoded& decoded, std::size_t size) {
   std::size_t end = 0;
   for (const Span& span : decoded.rest) {
-    if (span.offset == kEmptyTensor) continue;
     require(inside(span, size), "rest lies in the message");
     require(span.offset >= end, "rest is in order");
     end = span.offset + span.size;
@@ -61,7 +60,7 @@ void check_tensor(const DecodedTensor& tensor, const std::uint8_t* message, std:
 void run(const std::uint8_t* message, std::size_t size, const DecodeOptions& options) {
   try {
     const Decoded decoded = decode(message, size, options);
-    require(options.repeated || decoded.tensors.size() <= 1, "a singular field is one tensor");
+    require(decoded.tensors.size() <= options.most, "no more tensors than allowed");
     check_rest(decoded, size);
     for (const DecodedTensor& tensor : decoded.tensors) check_tensor(tensor, message, size);
   } catch (const std::invalid_argument&) {
@@ -72,8 +71,8 @@ void run(const std::uint8_t* message, std::size_t size, const DecodeOptions& opt
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* message, std::size_t size) {
-  static const DecodeOptions request{2, false, {3}};  // ExtractRequest.tensor, rival images
-  static const DecodeOptions reply{1, true, {}};      // ExtractResponse.tensors
+  static const DecodeOptions request{2, 256, {3}};  // ExtractRequest.inputs, counted images
+  static const DecodeOptions reply{1, kMaxMessageBytes, {}};  // ExtractResponse.tensors
   run(message, size, request);
   run(message, size, reply);
   return 0;

@@ -127,7 +127,7 @@ void run(const std::string& address, const std::string& model, const std::string
 
   v1::ExtractRequest of_tensor;
   of_tensor.set_model(model);
-  *of_tensor.mutable_tensor() = ramp({1, 3, 224, 224});
+  *of_tensor.add_inputs() = ramp({1, 3, 224, 224});
   of_tensor.add_layers()->set_layer("avgpool");
   show(*features, "tensor", of_tensor);
 

@@ -66,11 +66,11 @@ func run(address, model, photo string) error {
 	}
 	features := pb.NewFeatureServiceClient(connection)
 
-	images := &pb.ExtractRequest_Images{Images: &pb.ImageBatch{Images: [][]byte{image}}}
+	images := &pb.ImageBatch{Images: [][]byte{image}}
 	layer1 := &pb.LayerSelection{Layer: "layer1"}
 	pooled := &pb.LayerSelection{Layer: "avgpool", Capture: pb.Capture_CAPTURE_INPUT}
 	if err := show(features, "photo", &pb.ExtractRequest{
-		Model: model, Input: images, Layers: []*pb.LayerSelection{layer1, pooled},
+		Model: model, Images: images, Layers: []*pb.LayerSelection{layer1, pooled},
 	}); err != nil {
 		return err
 	}
@@ -80,13 +80,13 @@ func run(address, model, photo string) error {
 		return err
 	}
 	if err := show(features, "tensor", &pb.ExtractRequest{
-		Model: model, Input: ramp, Layers: []*pb.LayerSelection{{Layer: "avgpool"}},
+		Model: model, Inputs: []*pb.Tensor{ramp}, Layers: []*pb.LayerSelection{{Layer: "avgpool"}},
 	}); err != nil {
 		return err
 	}
 
 	return showRefusal(features, &pb.ExtractRequest{
-		Model: model, Input: images, Layers: []*pb.LayerSelection{{Layer: "no.such.layer"}},
+		Model: model, Images: images, Layers: []*pb.LayerSelection{{Layer: "no.such.layer"}},
 	})
 }
 
@@ -109,7 +109,7 @@ func waitUntilReady(connection *grpc.ClientConn) error {
 }
 
 // rampTensor makes a float32 input whose element i is (i % 255) / 255.
-func rampTensor(shape ...int64) (*pb.ExtractRequest_Tensor, error) {
+func rampTensor(shape ...int64) (*pb.Tensor, error) {
 	count := int64(1)
 	for _, size := range shape {
 		count *= size
@@ -122,8 +122,7 @@ func rampTensor(shape ...int64) (*pb.ExtractRequest_Tensor, error) {
 	if err != nil {
 		return nil, err
 	}
-	tensor := &pb.Tensor{Dtype: pb.DataType_DATA_TYPE_FLOAT32, Shape: shape, Data: data}
-	return &pb.ExtractRequest_Tensor{Tensor: tensor}, nil
+	return &pb.Tensor{Dtype: pb.DataType_DATA_TYPE_FLOAT32, Shape: shape, Data: data}, nil
 }
 
 // show prints a line for each tensor of the reply.

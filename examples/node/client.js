@@ -89,8 +89,8 @@ async function main(address, model = "resnet18", photo = here("../images/grace_h
   const images = { images: [image] };
   const bothSides = [{ layer: "layer1" }, { layer: "avgpool", capture: "CAPTURE_INPUT" }];
   await show(extract, "photo", { model, images, layers: bothSides });
-  const tensor = rampTensor([1, 3, 224, 224]);
-  await show(extract, "tensor", { model, tensor, layers: [{ layer: "avgpool" }] });
+  const inputs = [rampTensor([1, 3, 224, 224])];
+  await show(extract, "tensor", { model, inputs, layers: [{ layer: "avgpool" }] });
   await showRefusal(extract, { model, images, layers: [{ layer: "no.such.layer" }] });
   client.close();
 }

@@ -97,7 +97,7 @@ def encode(tensors: Iterable[tuple[str, int, Buffer]], *, field: int, head: byte
     """Layout, build, write and finish in one call: (name, dtype, array) tensors, no casts."""
 
 def decode(
-    message: bytes, *, field: int, repeated: bool, rivals: Iterable[int] = ()
+    message: bytes, *, field: int, most: int = ..., counted: Iterable[int] = ()
 ) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview | tuple[int, int, int, int]]]]:
     """Split a message into its small rest and its tensors, without a copy of their payloads.
 
@@ -105,16 +105,15 @@ def decode(
     memoryview over ``message``; or the (region, generation, offset, size) of a tensor that stands
     in shared memory, which says nothing about whether there is such a place. The rest, every other
     top-level field in order, goes to an ordinary protobuf parser. Agrees with that parser on what
-    is well-formed and what it means: the last of a repeated scalar wins, a singular submessage met
-    twice is merged (``repeated=False``), unknown fields (groups included) are skipped. ``rivals``
-    are the length-delimited fields that share a oneof with ``field``: the one met last wins and
-    drops the other. Where a tensor drops a rival, an empty submessage ``field`` follows the rival
-    in the rest, so that the parser drops it too.
+    is well-formed and what it means: the last of a repeated scalar wins, unknown fields (groups
+    included) are skipped. ``counted`` are the length-delimited fields that hold a list, such as one
+    of images, whose members count as fields of the message do.
 
-    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, more than 65,536 other
-    fields, a tensor with an unknown dtype, a rank over MAX_RANK, a negative size, sizes that
-    overflow, data or a shared slice of another length than shape and dtype say, both of them, or a
-    byte of a bool tensor that is neither 0 nor 1.
+    Raises ValueError for a malformed message, one over MAX_MESSAGE_BYTES, more than ``most``
+    tensors (by default there is no limit), more than 65,536 other fields, a tensor with an unknown
+    dtype, a rank over MAX_RANK, a negative size, sizes that overflow, data or a shared slice of
+    another length than shape and dtype say, both of them, or a byte of a bool tensor that is
+    neither 0 nor 1.
     """
 
 def raw_layout(

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import get_type_hints
 
-import msgspec
 import pytest
 
 from layertap.app.budget import default_mib, excess
-from layertap.app.config import LimitsSection, ModelSection, ServerConfig, ServerSection, with_flags
+from layertap.app.config import ServerConfig, default_config, with_flags
 from layertap.app.config_file import load_config
-from layertap.app.served_models import check_models
-from layertap.engine import HostOptions, Limits
+from layertap.app.lifecycle import compute_threads
+from layertap.app.plan_folder import open_plan_cache
 from layertap.errors import ConfigError
-from layertap.models import ImageSettings
 from layertap.resources import available_cpus
 from layertap.selection import Capture, LayerSelection
+from layertap.settings import (
+    HostOptions,
+    ImageSettings,
+    Limits,
+    ModelSpec,
+    ServedModel,
+    ServerOptions,
+    build,
+    definitions,
+)
+from layertap.settings.kinds import MIB
 
 WHOLE = """\
 [server]
@@ -84,11 +91,10 @@ def test_every_key_is_read(read, tmp_path: Path) -> None:
     server = config.server
     assert (server.host, server.port, server.metrics_port) == ("0.0.0.0", 9001, -1)  # noqa: S104
     assert (server.device, server.threads, server.grace_seconds) == ("cpu", 2, 3.0)
-    assert (server.keep_memory, server.keep_memory_mib) == (False, 64)
-    limits = config.limits.limits()
-    assert (limits.request_bytes, limits.pending) == (16 << 20, 4)
+    assert (server.keep_memory, server.keep_memory_bytes) == (False, 64 * MIB)
+    assert (config.limits.request_bytes, config.limits.pending) == (16 * MIB, 4)
     first, second = config.models
-    spec = first.spec()
+    spec = first.spec
     assert (spec.name, spec.source, spec.weights, spec.seed) == (
         *("a", "resnet18", str(tmp_path / "w.pth"), 5),
     )
@@ -104,31 +110,30 @@ def test_every_key_is_read(read, tmp_path: Path) -> None:
         color="gray",
         exif_orientation=False,
     )
-    assert second.spec().images == ImageSettings()
-    assert first.selections() == (
+    assert second.spec.images == ImageSettings()
+    assert first.layers == (
         LayerSelection("layer1"),
         LayerSelection("avgpool", Capture.INPUT),
     )
-    assert second.spec().name == "build"
+    assert second.spec.name == "build"
     assert (spec.input_dtype, spec.free_dims) == ("", None)
-    assert (second.spec().input_dtype, second.spec().free_dims) == ("float64", (0,))
-    assert (first.options().require_finite, second.options()) == (True, HostOptions())
-    assert first.options().cuda_graphs == (1, 8)
-    assert server.plans() is None
+    assert (second.spec.input_dtype, second.spec.free_dims) == ("float64", (0,))
+    assert (first.options.require_finite, second.options) == (True, HostOptions())
+    assert first.options.cuda_graphs == (1, 8)
+    assert open_plan_cache(server) is None
     assert (server.log_format, server.log_level) == ("json", "info")
     assert server.otel_endpoint == "http://127.0.0.1:4317"
 
 
 def test_empty_file_is_the_defaults(read) -> None:
     """An empty file says the same as none; the defaults are the engine's where memory is ample."""
-    assert read("") == ServerConfig()
-    limits = ServerConfig().limits.limits()
-    for field in fields(Limits):
-        name = field.name.replace("_bytes", "_mib")
-        expected = getattr(Limits(), field.name)
-        if name != field.name:
-            expected = min(expected, default_mib(name) << 20)
-        assert getattr(limits, field.name) == expected
+    assert read("") == default_config()
+    for declared, here in ((Limits(), read("").limits), (ServerOptions(), read("").server)):
+        for setting in definitions(type(declared)):
+            expected = setting.value_in(declared)
+            if setting.setting.memory_share:
+                expected = min(expected, default_mib(setting.key))
+            assert setting.value_in(here) == expected
 
 
 def test_default_limits_fit_into_a_small_container() -> None:
@@ -146,25 +151,19 @@ def test_default_limits_fit_into_a_small_container() -> None:
 
 def test_limits_beyond_the_memory_are_warned_of() -> None:
     """Settings that promise more than the process may use are named; those that fit are not."""
-    assert excess(1024, 2 << 30) == ""
-    warning = excess(4096, 2 << 30)
+    assert excess(1024 * MIB, 2 << 30) == ""
+    warning = excess(4096 * MIB, 2 << 30)
     assert "4096 MiB" in warning
     assert "2048 MiB" in warning
     assert "pending_mib" in warning
 
 
-def test_every_limit_can_be_set() -> None:
-    """The [limits] table has a key for each of the engine's limits."""
-    ours = {name.replace("_mib", "_bytes") for name in LimitsSection.__struct_fields__}
-    assert ours == {field.name for field in fields(Limits)}
-
-
 def test_plans_are_kept_in_the_users_cache_folder(tmp_path: Path, monkeypatch) -> None:
     """The folder is that of the XDG specification, or the one named; both are made."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert ServerSection().plans() is not None
+    assert open_plan_cache(ServerOptions()) is not None
     assert (tmp_path / "cache/layertap/plans").stat().st_mode & 0o777 == 0o700
-    assert ServerSection(plan_cache=str(tmp_path / "mine")).plans() is not None
+    assert open_plan_cache(ServerOptions(plan_cache=str(tmp_path / "mine"))) is not None
     assert (tmp_path / "mine").is_dir()
 
 
@@ -181,38 +180,50 @@ def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, 
     """A home that can't be written stops no server; a folder that was named and fails does."""
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert ServerSection().plans() is None
+    assert open_plan_cache(ServerOptions()) is None
     assert "compiled plans are not kept" in caplog.text
     with pytest.raises(ConfigError, match="plan cache"):
-        ServerSection(plan_cache=str(tmp_path / "file")).plans()
+        open_plan_cache(ServerOptions(plan_cache=str(tmp_path / "file")))
 
 
 def test_modes_never_ask_for_more_than_the_cores() -> None:
     """Latency is one pass on all CPUs, throughput one pass a CPU; ``threads`` sets how many."""
     cores = available_cpus()
-    assert ServerSection().compute("cpu") == (1, None)
-    assert ServerSection(threads=3).compute("cpu") == (1, 3)
-    assert ServerSection(mode="throughput").compute("cpu") == (cores, 1)
-    assert ServerSection(mode="throughput", threads=3).compute("cpu") == (3, 1)
+    assert compute_threads(ServerOptions(), "cpu") == (1, None)
+    assert compute_threads(ServerOptions(threads=3), "cpu") == (1, 3)
+    assert compute_threads(ServerOptions(mode="throughput"), "cpu") == (cores, 1)
+    assert compute_threads(ServerOptions(mode="throughput", threads=3), "cpu") == (3, 1)
     with pytest.raises(ConfigError, match="mode: got 'throughput' on cuda"):
-        ServerSection(mode="throughput").compute("cuda")
+        compute_threads(ServerOptions(mode="throughput"), "cuda")
 
 
-@pytest.mark.parametrize("section", [ServerSection, LimitsSection, ModelSection])
-def test_every_value_tells_what_it_expects(section: type[msgspec.Struct]) -> None:
-    """Each key's type takes its default and carries the words of its error message."""
-    for field in msgspec.structs.fields(section):
-        type_ = get_type_hints(section, include_extras=True)[field.name]
-        assert type_.__metadata__[0].description
-        if not field.required:
-            msgspec.convert(field.default, type_)
+@pytest.mark.parametrize("owner", [ServerOptions, Limits, ServedModel])
+def test_every_setting_accepts_its_own_default(owner: type) -> None:
+    """A default written out in the file is valid, and means what leaving the setting out means."""
+    settings = definitions(owner)
+    assert len({each.key for each in settings}) == len(settings)
+    for each in settings:
+        assert each.setting.help.endswith(".")
+        assert each.kind.expected
+        if not each.required and each.default not in (None, ""):
+            raw = each.kind.check(each.kind.to_raw(each.default))
+            assert each.kind.from_raw(raw) == each.default
+
+
+def test_layers_are_written_as_they_are_read() -> None:
+    """Layers become selections and back, with colons and equals signs in a layer's own name."""
+    (layers,) = (each for each in definitions(ServedModel) if each.key == "layers")
+    names = ("layer1", "avgpool:input", r"heads.a\=b\:c=alias")
+    model = build(ServedModel, {"source": "resnet18", "layers": names})
+    assert model.layers[2] == LayerSelection("heads.a=b:c", alias="alias")
+    assert layers.value_in(model) == names
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[server]\nport = "x"', "line 2: server.port: got 'x', expected 0 for a free port"),
-        ("[server]\nport = 70000", "line 2: server.port: got 70000, expected 0 for a free port"),
+        ('[server]\nport = "x"', "line 2: server.port: got 'x', expected a port from 0"),
+        ("[server]\nport = 70000", "line 2: server.port: got 70000, expected a port from 0"),
         ("[server]\nport = true", "line 2: server.port: got True"),
         ("[server]\nhots = 1", "line 2: server.hots: unknown key; did you mean 'host'?"),
         ("[server]\nqqq = 1", "line 2: server.qqq: unknown key; keys are host, port"),
@@ -302,7 +313,7 @@ def test_relative_paths_are_relative_to_the_file(read, tmp_path: Path) -> None:
         )
     )
     models = read(text).models
-    found = [(model.spec().target, model.weights) for model in models]
+    found = [(model.spec.target, model.spec.weights) for model in models]
     assert found == [
         (str(tmp_path / "nets/a.pt"), "DEFAULT"),
         (str(tmp_path / "b"), "IMAGENET1K_V1"),
@@ -317,7 +328,7 @@ def test_a_tilde_is_the_home_folder(read, monkeypatch) -> None:
     text = "[[models]]\nname = 'a'\nsource = '{}'\nweights = '{}'"
 
     found = [
-        (model.spec().target, model.weights)
+        (model.spec.target, model.spec.weights)
         for model in (
             *read(text.format("resnet18", "~/w.pth")).models,
             *read(text.format("~/nets/a.pt", "DEFAULT")).models,
@@ -337,12 +348,11 @@ def test_the_server_takes_the_devices_that_models_take(read, device: str) -> Non
 
 def test_clients_memory_is_configured(read) -> None:
     """Off by default; on with a list of users; a list alone is a mistake."""
-    assert read("").server.options().client_regions is None
+    assert not read("").server.allow_client_shm
     allowed = read("[server]\nallow_client_shm = true\nclient_shm_uids = [1000]\n").server
-    assert allowed.client_shm_uids == (1000,)
-    assert allowed.options().client_regions is not None
+    assert (allowed.allow_client_shm, allowed.client_shm_uids) == (True, (1000,))
     with pytest.raises(ConfigError, match="client_shm_uids: of no use without allow_client_shm"):
-        read("[server]\nclient_shm_uids = [1000]\n").server.options()
+        read("[server]\nclient_shm_uids = [1000]\n").check()
     with pytest.raises(ConfigError, match="client_shm_uids: got .* expected a list of numbers"):
         read("[server]\nclient_shm_uids = [-1]\n")
 
@@ -354,36 +364,36 @@ def test_flags_win(read) -> None:
         config, model_flags={"seed": 9, "weights": None}, server_flags={"port": 0, "host": None}
     )
     assert (merged.server.port, merged.server.host) == (0, "0.0.0.0")  # noqa: S104
-    assert [model.seed for model in merged.models] == [9, 9]
-    assert [Path(model.weights).name for model in merged.models] == ["w.pth", "DEFAULT"]
+    assert [model.spec.seed for model in merged.models] == [9, 9]
+    assert [Path(model.spec.weights).name for model in merged.models] == ["w.pth", "DEFAULT"]
     assert merged.limits == config.limits
 
 
 def test_models_of_the_command_line_replace_the_files(read) -> None:
     """MODEL arguments are served instead of the file's models, with the flags for each."""
     merged = with_flags(read(WHOLE), ["vgg16", "mine=m:f"], {"layers": ("conv1",)})
-    assert [(m.name, m.source, m.layers) for m in merged.models] == [
-        ("vgg16", "vgg16", ("conv1",)),
-        ("mine", "m:f", ("conv1",)),
+    assert [(m.name, m.spec.source, m.layers) for m in merged.models] == [
+        ("vgg16", "vgg16", (LayerSelection("conv1"),)),
+        ("mine", "m:f", (LayerSelection("conv1"),)),
     ]
 
 
 def test_graphs_of_no_layers_are_refused() -> None:
     """There would be nothing to record, which whoever asks for it does not expect."""
-    nothing = ModelSection(source="resnet18", cuda_graphs=(1, 8))
+    nothing = ServedModel(ModelSpec("resnet18"), options=HostOptions(cuda_graphs=(1, 8)))
     with pytest.raises(ConfigError, match=r"cuda_graphs of resnet18: got \[1, 8\] without layers"):
-        check_models(ServerConfig(models=(nothing,)))
+        ServerConfig(models=(nothing,)).check()
 
 
 def test_two_models_of_one_name_are_refused() -> None:
     """A name that two models would answer to is told before any is loaded."""
     with pytest.raises(ConfigError, match="two models are called 'resnet18'"):
-        with_flags(ServerConfig(), ["resnet18", "resnet18=vgg16"]).check_names()
+        with_flags(ServerConfig(), ["resnet18", "resnet18=vgg16"]).check()
 
 
 def test_the_example_is_a_valid_configuration() -> None:
     """The file that the documentation shows is read without a complaint, and serves two models."""
     example = Path(__file__).parents[2] / "examples" / "layertap.toml"
     config = load_config(example)
-    assert [model.spec().name for model in config.models] == ["resnet18", "pools"]
-    assert config.models[0].selections()[1] == LayerSelection("avgpool", Capture.INPUT)
+    assert [model.name for model in config.models] == ["resnet18", "pools"]
+    assert config.models[0].layers[1] == LayerSelection("avgpool", Capture.INPUT)

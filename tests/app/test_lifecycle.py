@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import socket
@@ -19,8 +20,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from layertap import Client
 from layertap.app import lifecycle
-from layertap.app.config import ModelSection, ServerConfig, ServerSection
+from layertap.app.config import ServerConfig
 from layertap.errors import UnavailableError
+from layertap.settings import METRICS_OFF, ModelSpec, ServedModel, ServerOptions
 from processes import Serving, layertap, serving
 
 SLEEPY = ("slownets:sleepy", "--item-shape", "3,4,4")
@@ -126,7 +128,7 @@ class Listener:
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: int = logging.INFO) -> None:
         self.said.append(text)
 
     def busy(self, text: str) -> AbstractContextManager[None]:
@@ -137,7 +139,7 @@ class Listener:
     ("section", "asked", "note"),
     [
         ({}, [1024], True),
-        ({"keep_memory_mib": 64}, [64], True),
+        ({"keep_memory_bytes": 64 << 20}, [64], True),
         ({"keep_memory": False}, [], False),
     ],
 )
@@ -148,8 +150,8 @@ def test_memory_is_kept_unless_turned_off(
     bounds: list[int] = []
     monkeypatch.setattr(lifecycle, "keep_memory", bounds.append)
     config = ServerConfig(
-        server=ServerSection(port=0, metrics_port=-1, **section),
-        models=(ModelSection(source="slownets:gone"),),
+        server=ServerOptions(port=0, metrics_port=METRICS_OFF, **section),
+        models=(ServedModel(ModelSpec("slownets:gone")),),
     )
     listener = Listener()
     assert lifecycle.serve(config, listener) == 1

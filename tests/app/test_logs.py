@@ -59,7 +59,7 @@ def extract(engine: Engine, request_id: str, model: str, layer: str, batch: np.n
     try:
         with grpc.insecure_channel(server.address) as channel:
             method = channel.unary_unary("/layertap.v1.FeatureService/Extract")
-            method(encode_request(request, batch), metadata=(("x-request-id", request_id),))
+            method(encode_request(request, [("", batch)]), metadata=(("x-request-id", request_id),))
     except grpc.RpcError as error:
         return error.code().name
     finally:
@@ -156,10 +156,17 @@ def test_narration_has_levels() -> None:
     """What is told of serving is logged whatever the level, errors and warnings as such."""
     stream = io.StringIO()
     configure_logs("json", "error", stream)
-    for text in ("serving a on b", "error: no", "warning: open"):
-        LogNarrator().say(text)
+    LogNarrator().say("serving a on b")
+    LogNarrator().say("no", logging.ERROR)
+    LogNarrator().say("warning: of an approaching storm")
+    LogNarrator().say("open", logging.WARNING)
     told = [(record["level"], record["message"]) for record in records(stream)]
-    assert told == [("info", "serving a on b"), ("error", "no"), ("warning", "open")]
+    assert told == [
+        ("info", "serving a on b"),
+        ("error", "no"),
+        ("info", "warning: of an approaching storm"),
+        ("warning", "open"),
+    ]
 
 
 def test_serve_logs_json_only() -> None:

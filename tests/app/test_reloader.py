@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -12,15 +13,17 @@ import pytest
 
 import slownets
 from layertap import Client, errors
-from layertap.app.config import ModelSection, ServerConfig
+from layertap.app.config import ServerConfig
 from layertap.app.health import ModelHealth
 from layertap.app.reload import Reloader
 from layertap.app.security import Security
 from layertap.app.served_models import ServedModels
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
+from layertap.selection import LayerSelection
 from layertap.services.admin_service import AdminService
 from layertap.services.tokens import Tokens
+from layertap.settings import ModelSpec, ServedModel
 from versioned import ITEM, save, version_of
 
 
@@ -29,20 +32,22 @@ class Scene:
 
     def __init__(self, folder: Path, engine: Engine) -> None:
         save(folder / "net.pt", 1)
-        self.net = ModelSection(source=str(folder / "net.pt"), item_shape=ITEM)
+        self.net = ServedModel(ModelSpec(str(folder / "net.pt"), item_shape=ITEM))
         self.config = ServerConfig(models=(self.net,))
         self.said: list[str] = []
         health = ModelHealth()
         models = ServedModels(engine, health, self)
         self.reloader = Reloader(lambda: self.config, self.config, models, self)
         admin = AdminService(self.reloader.reload)
-        options = ServerOptions(port=0, security=Security(tokens=Tokens(trusted=True)))
-        self.server = FeatureServer(engine, options, health=health, admin=admin)
+        security = Security(tokens=Tokens(trusted=True))
+        self.server = FeatureServer(
+            engine, ServerOptions(port=0), health=health, admin=admin, security=security
+        )
         self.server.start()
         models.load(self.config, strict=False)
         self.server.ready()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, level: int = logging.INFO) -> None:
         self.said.append(text)
 
     def busy(self, text: str) -> AbstractContextManager[None]:
@@ -64,7 +69,7 @@ def test_a_second_reload_is_refused_and_requests_are_served_meanwhile(scene: Sce
     """While a reload waits for a slow model another one is told so, and callers notice nothing."""
     slownets.GATE.clear()
     scene.reloader.start()
-    gated = ModelSection(source="slownets:gated", item_shape=ITEM)
+    gated = ServedModel(ModelSpec("slownets:gated", item_shape=ITEM))
     scene.config = ServerConfig(models=(scene.net, gated))
     with ThreadPoolExecutor(1) as pool, Client(scene.server.address) as client:
         first = pool.submit(client.reload)
@@ -95,7 +100,7 @@ def test_a_reload_asked_for_while_another_runs_is_not_lost(scene: Scene, tmp_pat
     """A file that changes during a reload is taken up by the one that was asked for after it."""
     slownets.GATE.clear()
     scene.reloader.start()
-    gated = ModelSection(source="slownets:gated", item_shape=ITEM)
+    gated = ServedModel(ModelSpec("slownets:gated", item_shape=ITEM))
     scene.config = ServerConfig(models=(scene.net, gated))
     with Client(scene.server.address) as client:
         scene.reloader.request()
@@ -121,13 +126,13 @@ def test_factories_are_not_imported_again(scene: Scene, tmp_path: Path, monkeypa
     code = "from versioned import Versioned\ndef build():\n    return Versioned({})\n"
     (tmp_path / "mycode.py").write_text(code.format(5), encoding="utf-8")
     scene.reloader.start()
-    mine = {"source": "mycode:build", "name": "net", "item_shape": ITEM}
+    spec = ModelSpec("mycode:build", name="net", item_shape=ITEM)
     with Client(scene.server.address) as client:
-        scene.config = ServerConfig(models=(ModelSection(**mine),))
+        scene.config = ServerConfig(models=(ServedModel(spec),))
         client.reload()
         assert version_of(client) == 5
         (tmp_path / "mycode.py").write_text(code.format(6), encoding="utf-8")
-        scene.config = ServerConfig(models=(ModelSection(**mine, layers=("first",)),))
+        scene.config = ServerConfig(models=(ServedModel(spec, layers=(LayerSelection("first"),)),))
         client.reload()
         assert version_of(client) == 5
 

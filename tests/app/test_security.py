@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from authorities import ADMIN, EXTRACT, UNKNOWN, Authority, Pair, token_file
-from layertap.app.config import ServerSection
 from layertap.app.config_file import load_config
-from layertap.app.security import SecretFiles, Security, open_security
+from layertap.app.security import Security, open_security
 from layertap.errors import ConfigError
 from layertap.services.tokens import Right
+from layertap.settings import SecretFiles, ServerOptions
 
 OPEN = "0.0.0.0"  # noqa: S104 - the warning is what is tested
 
@@ -103,12 +103,12 @@ def test_the_files_are_those_of_the_configuration(tmp_path: Path, authority: Aut
         "tls_client_ca = 'ca/ca.pem'\nextract_tokens_file = 'extract.tokens'\n"
         "admin_tokens_file = 'admin.tokens'\n"
     )
-    security = load_config(config).server.options().security
+    security = open_security(load_config(config).server.secrets)
     assert security.tls is not None
     assert security.tls.mutual
     assert security.tokens.right_of(EXTRACT) < security.tokens.right_of(ADMIN)
     assert security.exposed == ()
-    assert ServerSection().options().security.tls is None
+    assert open_security(ServerOptions().secrets).tls is None
 
 
 def test_a_leaked_token_goes_even_where_the_certificates_are_broken(

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 
 from layertap import Client, errors
-from layertap.app.config import ServerSection
 from layertap.app.metrics import Metrics
-from layertap.app.security import SecretFiles, open_security
+from layertap.app.security import Security, open_security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.client.base import Method
 from layertap.engine import Engine
 from layertap.models import ModelSpec
+from layertap.settings import SecretFiles, build
 from layertap.shm.broker import open_broker
 from layertap.shm.regions import supported
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
@@ -50,8 +50,11 @@ def engine() -> Iterator[Engine]:
 
 
 @contextmanager
-def running(engine: Engine, **options: object) -> Iterator[FeatureServer]:
-    server = FeatureServer(engine, ServerOptions(port=0, **options))  # type: ignore[arg-type]
+def running(
+    engine: Engine, security: Security | None = None, **options: object
+) -> Iterator[FeatureServer]:
+    chosen = ServerOptions(port=0, **options)  # type: ignore[arg-type]
+    server = FeatureServer(engine, chosen, security=security)
     server.start()
     server.ready()
     try:
@@ -228,11 +231,13 @@ def test_page_shows_regions_and_fallbacks(engine: Engine) -> None:
 
 def test_settings_reach_the_server() -> None:
     """MiB and seconds of the file are the server's; 0 MiB is no shared memory."""
-    section = ServerSection(shared_memory_mib=3, shared_memory_lease_seconds=0.5)
-    options = section.options()
+    section = {"shared_memory_mib": 3, "shared_memory_lease_seconds": 0.5}
+    options = build(ServerOptions, section)
     assert options.shared_memory_bytes == 3 * MIB
     assert options.shared_memory_lease_seconds == 0.5
-    assert open_broker(ServerSection(shared_memory_mib=0).options().shared_memory_bytes, 1) is None
+    assert (
+        open_broker(build(ServerOptions, {"shared_memory_mib": 0}).shared_memory_bytes, 1) is None
+    )
 
 
 def test_flags_turn_it_off() -> None:
@@ -267,7 +272,7 @@ def test_tokens_guard_the_ticket(engine: Engine, tmp_path: Path) -> None:
     file.write_text(f"{TOKEN}\n", "utf-8")
     file.chmod(0o600)
     security = open_security(SecretFiles(extract_tokens_file=file))
-    with running(engine, security=security) as server:
+    with running(engine, security) as server:
         with grpc.insecure_channel(server.address) as channel:
             with pytest.raises(grpc.RpcError) as caught:
                 channel.unary_unary(Method.OPEN_SHARED_MEMORY)(b"", timeout=10)

@@ -14,10 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from authorities import ADMIN, EXTRACT, UNKNOWN, Authority, token_file
 from layertap import Client, Tls, errors
-from layertap.app.security import SecretFiles, open_security
+from layertap.app.security import open_security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.models import ModelSpec
+from layertap.settings import SecretFiles
 from tinynets import ITEM
 
 ONE = np.zeros((1, *ITEM), np.float32)
@@ -50,7 +51,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def secured(engine: Engine, host: str = "127.0.0.1", **files: Path) -> Iterator[FeatureServer]:
     """Serve the engine with these files."""
     security = open_security(SecretFiles(**files))
-    server = FeatureServer(engine, ServerOptions(host, port=0, security=security))
+    server = FeatureServer(engine, ServerOptions(host, port=0), security=security)
     server.start()
     server.ready()
     try:

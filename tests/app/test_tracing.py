@@ -229,8 +229,13 @@ def test_a_strangers_path_is_refused_as_any_other(engine: Engine, tmp_path: Path
     """A path that is no service and method is UNAUTHENTICATED, and its text tells nothing."""
     tracing = Tracing(TracerProvider(shutdown_on_exit=False))
     tokens = Tokens(token_file(tmp_path / "tokens", EXTRACT_TOKEN))
-    options = ServerOptions(port=0, security=Security(tokens=tokens))
-    server = FeatureServer(engine, options, tracing, interceptors=(tracing.interceptor,))
+    server = FeatureServer(
+        engine,
+        ServerOptions(port=0),
+        tracing,
+        interceptors=(tracing.interceptor,),
+        security=Security(tokens=tokens),
+    )
     server.start()
     with grpc.insecure_channel(server.address) as channel:
         for path in ("/layertap.", "/layertap.v1.FeatureService/Extract/more"):

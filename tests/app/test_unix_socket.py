@@ -18,13 +18,13 @@ import pytest
 from authorities import Authority
 from layertap import Client, Tls
 from layertap.addresses import is_loopback, is_unix, unix_path
-from layertap.app.config import ServerSection
 from layertap.app.config_file import load_config
 from layertap.app.grpc_options import channel_options
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.errors import ConfigError, UnavailableError
 from layertap.models import ModelSpec
+from layertap.settings import SecretFiles
 from processes import ENVIRONMENT, Serving
 from tinynets import ITEM
 
@@ -116,12 +116,11 @@ def test_tls_holds_on_a_unix_socket(engine: Engine, tmp_path: Path) -> None:
     """A server with TLS speaks it there too."""
     authority = Authority(tmp_path / "ca")
     issued = authority.issue("localhost")
-    options = ServerSection(
+    options = ServerOptions(
         port=0,
-        unix_socket=str(tmp_path / "s"),
-        tls_cert=str(issued.certificate),
-        tls_key=str(issued.key),
-    ).options()
+        unix_socket=tmp_path / "s",
+        secrets=SecretFiles(tls_cert=issued.certificate, tls_key=issued.key),
+    )
     server = FeatureServer(engine, options)
     server.start()
     server.ready()
@@ -193,7 +192,7 @@ def test_the_file_says_where(tmp_path: Path) -> None:
     """A relative path is relative to the file; a mode that is none is an error."""
     config = tmp_path / "layertap.toml"
     config.write_text('[server]\nunix_socket = "run/s"\nunix_socket_mode = "0660"\n')
-    options = load_config(config).server.options()
+    options = load_config(config).server
     assert options.unix_socket == tmp_path / "run" / "s"
     assert options.unix_socket_mode == 0o660
     config.write_text('[server]\nunix_socket_mode = "rw"\n')
@@ -247,7 +246,7 @@ def test_connections_end_of_age_without_a_failed_call(engine: Engine) -> None:
 
             return grpc.unary_unary_rpc_method_handler(seen) if handler.unary_unary else handler
 
-    options = ServerOptions(port=0, connection_age_seconds=0.3)
+    options = ServerOptions(port=0, max_connection_age_seconds=0.3)
     server = FeatureServer(engine, options, interceptors=(Peers(),))
     server.start()
     server.ready()

@@ -1,20 +1,44 @@
-"""``layertap serve`` lets clients share memory only where it is told to."""
+"""Clients share memory only with a server that was told to let them."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+from layertap.app.config import default_config, with_flags
+from layertap.app.server import FeatureServer
+from layertap.cli.main import main
+from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
-from processes import layertap, serving
+from layertap.settings import ServerOptions, definitions
+from processes import layertap
+from stubs import inference_stub
 
-NET = ("tinynets:residual", "--item-shape", "3,8,8")
 SHARED = "system_shared_memory"
+KEYS = {each.key for each in definitions(ServerOptions)}
+
+
+@contextmanager
+def asking(*flags: str) -> Iterator[Any]:
+    """Serve with the flags of `layertap serve`, without a model, and yield a stub."""
+    given = main.commands["serve"].make_context("serve", ["a", "--port", "0", *flags]).params
+    chosen = {key: value for key, value in given.items() if key in KEYS}
+    engine = Engine()
+    server = FeatureServer(engine, with_flags(default_config(), server_flags=chosen).server)
+    server.start()
+    try:
+        with grpc.insecure_channel(server.address) as channel:
+            yield inference_stub(channel)
+    finally:
+        server.stop(0)
+        engine.close()
 
 
 def test_shared_memory_is_off_until_it_is_allowed() -> None:
@@ -24,8 +48,7 @@ def test_shared_memory_is_off_until_it_is_allowed() -> None:
         ((), grpc.StatusCode.PERMISSION_DENIED),
         (("--allow-client-shm",), grpc.StatusCode.INVALID_ARGUMENT),
     ):
-        with serving(*NET, *flags) as server, grpc.insecure_channel(server.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
+        with asking(*flags) as stub:
             extensions = stub.ServerMetadata(pb.ServerMetadataRequest()).extensions
             assert (SHARED in extensions) == bool(flags)
             with pytest.raises(grpc.RpcError) as caught:
@@ -35,16 +58,18 @@ def test_shared_memory_is_off_until_it_is_allowed() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user")
 def test_other_users_are_named() -> None:
-    """Memory of a user of the list is taken."""
+    """Memory of a user of the list is taken, and that of another one is not."""
     path = Path("/dev/shm") / f"test-{secrets.token_hex(8)}"  # noqa: S108 - where they are
     path.write_bytes(b"1234")
     os.chown(path, 12346, -1)
-    flags = ("--allow-client-shm", "--client-shm-uids", "12345,12346")
+    request = pb.SystemSharedMemoryRegisterRequest(name="r", key=path.name, byte_size=4)
     try:
-        with serving(*NET, *flags) as server, grpc.insecure_channel(server.address) as channel:
-            GRPCInferenceServiceStub(channel).SystemSharedMemoryRegister(
-                pb.SystemSharedMemoryRegisterRequest(name="r", key=path.name, byte_size=4)
-            )
+        with asking("--allow-client-shm", "--client-shm-uids", "12345,12346") as stub:
+            stub.SystemSharedMemoryRegister(request)
+        with asking("--allow-client-shm", "--client-shm-uids", "12345") as stub:
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.SystemSharedMemoryRegister(request)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     finally:
         path.unlink()
 
@@ -59,5 +84,5 @@ def test_other_users_are_named() -> None:
 )
 def test_users_that_are_none_are_refused(flags: tuple[str, ...], code: int, text: str) -> None:
     """A list that says nothing, or is of no use, ends the start."""
-    done = layertap("serve", *NET, "--port", "0", "--metrics-port", "-1", *flags)
+    done = layertap("serve", "resnet18", *flags)
     assert (done.returncode, text in done.stderr) == (code, True), done.stderr

@@ -63,7 +63,7 @@ def test_flat_table(address: str) -> None:
     assert row(output, "layer1.0.relu_1")[2] == "2"
     assert row(output, "fc")[-2:] == ["--FHT", "---HT"]
     assert "C CHILDREN, L LAYER_GETTER, F FX, H HOOK, T TORCHSCRIPT" in output
-    assert "takes [B, 3, 16*, 16*] float32 or images (*: any size)" in output.splitlines()[0]
+    assert "takes x [B, 3, 16*, 16*] float32 or images (*: any size)" in output.splitlines()[0]
 
 
 def test_the_image_preprocessing_is_shown(address: str) -> None:

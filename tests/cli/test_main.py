@@ -11,11 +11,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from layertap.app.config import ModelSection
 from layertap.cli.main import main
-from layertap.cli.options import DEVICES, IMAGE_FLAGS
-from layertap.engine import DEVICE_PATTERN
-from layertap.models import ImageSettings
+from layertap.settings import ServedModel, ServerOptions, definitions
 from processes import layertap
 
 
@@ -87,27 +84,47 @@ def test_config_errors_have_no_traceback(run, tmp_path: Path, verb: str) -> None
     assert "Error: " in result.output
 
 
-def test_help_and_remote_verbs_import_no_torch(tmp_path: Path) -> None:
-    """Help, and the verbs that ask a server, start without torch."""
-    image = tmp_path / "a.jpg"
-    image.write_bytes(b"")
-    code = """if True:
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["--help"], 0, "Usage: "),
+        (["serve", "--help"], 0, "--port"),
+        (["layers", "--help"], 0, "--server"),
+        (["serve", "a", "--port", "x"], 2, "got 'x', expected a port"),
+        (["layers", "a", "--server", "127.0.0.1:1"], 1, "Error: "),
+        (["extract", "a", "a.jpg", "-l", "b", "-o", "c", "--server", "127.0.0.1:1"], 1, "Error: "),
+        (["serve", "--config", "typo.toml"], 1, "line 2: server.prot: unknown key"),
+        (["serve", "--config", "typo.toml", "--log-format", "json"], 1, "server.prot: unknown"),
+        (["serve", "a", "--tls-cert", "gone", "--tls-key", "gone"], 1, "tls_cert: gone: No such"),
+        (["serve", "a", "--client-shm-uids", "1"], 1, "of no use without allow_client_shm"),
+        (["serve", "a", "a=b"], 1, "two models are called 'a'"),
+        (["serve", "a", "--layers", "b:up"], 1, "layer: got 'b:up'"),
+    ],
+)
+def test_help_remote_verbs_and_mistakes_import_no_torch(
+    tmp_path: Path, args: list[str], code: int, text: str
+) -> None:
+    """Help, verbs that ask a server, and the refusal of a mistake don't wait for torch."""
+    (tmp_path / "a.jpg").write_bytes(b"")
+    (tmp_path / "typo.toml").write_text("[server]\nprot = 1\n")
+    program = """if True:
         import sys
-        from click.testing import CliRunner
         from layertap.cli.main import main
-        assert CliRunner().invoke(main, ["--help"]).exit_code == 0
-        for args in (
-            ["layers", "a", "--server", "127.0.0.1:1"],
-            ["extract", "a", sys.argv[1], "-l", "b", "-o", "c", "--server", "127.0.0.1:1"],
-        ):
-            result = CliRunner().invoke(main, args)
-            assert result.exit_code == 1 and "Error: " in result.output, result.output
-        sys.exit("torch" in sys.modules)
+        try:
+            main(sys.argv[1:])
+        finally:
+            assert "torch" not in sys.modules, "torch was imported"
     """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(image)], check=False, capture_output=True, text=True
+        [sys.executable, "-c", program, *args],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
+    assert text in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_runs_as_a_module() -> None:
@@ -115,17 +132,12 @@ def test_runs_as_a_module() -> None:
     assert layertap("--help").stdout.startswith("Usage: layertap [OPTIONS] COMMAND")
 
 
-def test_the_options_of_models_are_the_configurations() -> None:
-    """Devices and image settings have one meaning on the command line and in layertap.toml."""
-    assert DEVICES.pattern == DEVICE_PATTERN
-    assert set(IMAGE_FLAGS) <= set(ModelSection.__struct_fields__)
-    everything = ImageSettings(
-        mean=(),
-        std=(),
-        resize=(),
-        crop=(),
-        interpolation="bilinear",
-        color="rgb",
-        exif_orientation=True,
-    )
-    assert set(everything.given) == set(IMAGE_FLAGS)
+def test_every_flag_is_a_setting_with_the_same_words() -> None:
+    """`layertap serve` has a flag for each setting that declares one, with its key and its help."""
+    options = {p.name: p for p in main.commands["serve"].params if isinstance(p, click.Option)}
+    declared = [each for owner in (ServedModel, ServerOptions) for each in definitions(owner)]
+    flags = {each.key: each for each in declared if each.flag}
+    assert set(options) - {"config_file"} == set(flags)
+    for key, setting in flags.items():
+        assert setting.flag in options[key].opts
+        assert (options[key].help or "").startswith(setting.setting.help)

@@ -15,10 +15,10 @@ import pytest
 from authorities import EXTRACT, Authority, token_file
 from gatednets import HELD, gate
 from layertap import AsyncClient, Client, Features, StreamRequest, Tls, errors
-from layertap.app.security import SecretFiles, open_security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
+from layertap.settings import SecretFiles
 from serving import running_server
 from streams import GATED_ITEM, eventually, readers
 from tinynets import ITEM
@@ -349,7 +349,7 @@ def test_tls_and_tokens(engine, tmp_path: Path) -> None:
     pair = authority.issue("localhost", "127.0.0.1")
     tokens = token_file(tmp_path / "tokens", EXTRACT)
     files = SecretFiles(tls_cert=pair.certificate, tls_key=pair.key, extract_tokens_file=tokens)
-    server = FeatureServer(engine, ServerOptions(port=0, security=open_security(files)))
+    server = FeatureServer(engine, ServerOptions(port=0, secrets=files))
     server.start()
     server.ready()
     tls = Tls(ca=authority.file)

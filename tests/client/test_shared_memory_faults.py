@@ -140,9 +140,7 @@ def hostile(
         layers=[feature_service_pb2.LayerSelection(layer="conv1")],
         shared_memory_session=session,
     )
-    request.tensor.dtype = 1  # type: ignore[assignment]
-    request.tensor.shape.extend((1, *ITEM))
-    shared = request.tensor.shared
+    shared = request.inputs.add(dtype=1, shape=(1, *ITEM)).shared  # type: ignore[arg-type]
     shared.region, shared.generation, shared.offset, shared.size = region, generation, offset, size
     return request.SerializeToString()
 
@@ -195,7 +193,9 @@ def test_stock_clients_see_no_slices(served: Served) -> None:
         served.address, options=[("grpc.max_receive_message_length", -1)]
     ) as channel:
         call = channel.unary_unary("/layertap.v1.FeatureService/Extract")
-        reply = feature_service_pb2.ExtractResponse.FromString(call(encode_request(request, LARGE)))
+        reply = feature_service_pb2.ExtractResponse.FromString(
+            call(encode_request(request, [("", LARGE)]))
+        )
     [tensor] = reply.tensors
     assert not tensor.HasField("shared")
     assert len(tensor.data) == 600 * 8 * 8 * 8 * 4

@@ -28,8 +28,8 @@ channel = grpc.insecure_channel(address)
 stub = feature_service_pb2_grpc.FeatureServiceStub(channel)
 reply = stub.Extract(feature_service_pb2.ExtractRequest(
     model="residual",
-    tensor=tensor_pb2.Tensor(
-        dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes()),
+    inputs=[tensor_pb2.Tensor(
+        dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes())],
     layers=[
         feature_service_pb2.LayerSelection(layer="bn1"),
         feature_service_pb2.LayerSelection(layer="layer1", alias="deep"),
@@ -43,8 +43,8 @@ asked = (
     feature_service_pb2.ExtractStreamRequest(
         id=number, model=model, layers=[feature_service_pb2.LayerSelection(layer="layer1")],
         extractor=reply.extractor,
-        tensor=tensor_pb2.Tensor(
-            dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes()))
+        inputs=[tensor_pb2.Tensor(
+            dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=x.shape, data=x.tobytes())])
     for number, model in enumerate(["residual"] * 5 + ["nobody"])
 )
 streamed = {item.id: item for item in stub.ExtractStream(asked)}

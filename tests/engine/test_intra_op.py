@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from layertap.engine import intra_op
-from layertap.engine.beside import run_beside
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
+from layertap.engine.loader_thread import run_in_loader_thread
 
 
 @pytest.fixture
@@ -39,4 +39,4 @@ def test_a_quota_limits_the_cores_of_a_pass(
 def test_a_quota_limits_the_cores_of_a_load(machine: pytest.MonkeyPatch) -> None:
     """A model that is loaded beside the requests keeps to the quota as well."""
     machine.setattr(intra_op, "available_cpus", lambda: 3)
-    assert run_beside(torch.get_num_threads, Call()) == 3
+    assert run_in_loader_thread(torch.get_num_threads, Call()) == 3

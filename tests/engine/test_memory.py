@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from layertap import Extractor, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
 from layertap.models import ModelSpec
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
@@ -30,7 +30,7 @@ def infer(engine: Engine) -> None:
     x = np.random.default_rng(0).random((4, *ITEM), dtype=np.float32)
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     for extractor in (Extractor.TORCHSCRIPT, Extractor.HOOK, Extractor.FX):
-        request = ExtractionRequest("heavy", TensorInput(view), (LAYER,), extractor)
+        request = ExtractionRequest("heavy", TensorsInput((view,)), (LAYER,), extractor)
         engine.extract(request, Call())
 
 

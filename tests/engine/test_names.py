@@ -11,7 +11,7 @@ import torch
 import asking
 import namednets
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, TensorInput
+from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
 from layertap.models import ModelSpec
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
@@ -124,7 +124,7 @@ def test_odd_names_of_modules(engine, key) -> None:
     x = images().numpy()
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     chosen = (LayerSelection(f"heads.{key}"),)
-    reply = engine.extract(ExtractionRequest("odd_keys", TensorInput(view), chosen), Call())
+    reply = engine.extract(ExtractionRequest("odd_keys", TensorsInput((view,)), chosen), Call())
     got = Features(reply.message)
     assert list(got) == [f"heads.{key}"]
     right = fresh(images())[key]

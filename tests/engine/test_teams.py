@@ -25,7 +25,7 @@ threads.close()
 # Threads with stacks of 64 MiB, and room for two of them: a team of eight can't be had.
 REFUSED = """
 import json, resource, sys, threading
-from layertap.engine.beside import run_beside
+from layertap.engine.loader_thread import run_in_loader_thread
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.errors import UnavailableError

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorInput
+from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorsInput
 from layertap.engine.versions import Versions
 from layertap.models import ModelSpec
 from layertap.wire.dtypes import of_array
@@ -42,7 +42,7 @@ def ask(
     x = np.full((1, *ITEM), value, np.float32)
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     chosen = tuple(LayerSelection(layer) for layer in layers)
-    request = ExtractionRequest("net", TensorInput(view), chosen, extractor)
+    request = ExtractionRequest("net", TensorsInput((view,)), chosen, extractor)
     return Features(engine.extract(request, Call()).message)
 
 

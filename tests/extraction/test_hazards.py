@@ -223,7 +223,7 @@ def test_hazard_08_modules_that_never_run(load_net) -> None:
     assert kept == []
     entry = measure(model).entry("aux")
     assert entry.calls == 0
-    assert all("never runs" in support.reason for support in entry.support.values())
+    assert all("never runs" in entry.refusal(each) for each in entry.support)
 
 
 def test_hazard_09_modules_that_run_several_times(load_net) -> None:
@@ -396,7 +396,7 @@ def test_hazard_21_models_that_can_not_be_traced_symbolically(load_net) -> None:
     with pytest.raises(Exception, match="control flow"):
         create_feature_extractor(model.module, ["second"])
     entry = measure(model).entry("second")
-    assert "traced symbolically" in entry.support[Extractor.FX].reason
+    assert "traced symbolically" in entry.refusal(Extractor.FX)
     truth = outputs_of(model.module, x, "second")[0]
     assert same(ours(model, Extractor.HOOK, x, point("second"))[0], truth)
 

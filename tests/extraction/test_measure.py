@@ -52,8 +52,8 @@ def test_children_and_layer_getter_serve_until_the_walk_breaks(load_net) -> None
     served = {"conv1", "bn1", "relu", "layer1", "layer2", "avgpool"}
     assert names(catalogue, Extractor.CHILDREN) == served
     assert names(catalogue, Extractor.LAYER_GETTER) == served
-    assert "fc" in catalogue.entry("fc").support[Extractor.CHILDREN].reason
-    assert "top-level" in catalogue.entry("layer1.0").support[Extractor.CHILDREN].reason
+    assert "fc" in catalogue.entry("fc").refusal(Extractor.CHILDREN)
+    assert "top-level" in catalogue.entry("layer1.0").refusal(Extractor.CHILDREN)
 
 
 def test_fx_serves_modules_and_nodes(load_net) -> None:
@@ -80,14 +80,14 @@ def test_fx_is_refused_where_its_value_is_wrong(load_net) -> None:
     """A graph that lost an in-place statement serves nothing that depends on it."""
     catalogue = measure(load_net("unassigned_in_place"))
     assert not catalogue.entry("head").serves(Extractor.FX, OUTPUT)
-    assert "differs" in catalogue.entry("head").support[Extractor.FX].reason
+    assert "differs" in catalogue.entry("head").refusal(Extractor.FX)
     assert catalogue.entry("head").serves(Extractor.HOOK, OUTPUT)
 
 
 def test_an_untraceable_model_is_served_by_hooks(load_net) -> None:
     """Without a symbolic graph FX says why it can't, and HOOK can."""
     entry = measure(load_net("branching")).entry("second")
-    assert "traced" in entry.support[Extractor.FX].reason
+    assert "traced" in entry.refusal(Extractor.FX)
     assert entry.serves(Extractor.HOOK, OUTPUT)
 
 
@@ -99,7 +99,7 @@ def test_modules_that_never_run_are_listed_last(load_net) -> None:
         ("read", 0),
     ]
     assert catalogue.entry("aux").served_by(OUTPUT) == []
-    assert "never runs" in catalogue.entry("aux").support[Extractor.HOOK].reason
+    assert "never runs" in catalogue.entry("aux").refusal(Extractor.HOOK)
 
 
 def test_members_of_containers_are_entries(load_net) -> None:
@@ -107,7 +107,7 @@ def test_members_of_containers_are_entries(load_net) -> None:
     catalogue = measure(load_net("containers"))
     hooked = names(catalogue, Extractor.HOOK)
     assert {"pair.0", "pair.1.0", "named.low", "named.high"} <= hooked
-    assert "pair.0" in catalogue.entry("pair").support[Extractor.HOOK].reason
+    assert "pair.0" in catalogue.entry("pair").refusal(Extractor.HOOK)
     assert {"add.0", "add.other"} <= names(catalogue, Extractor.HOOK, INPUT)
 
 
@@ -182,9 +182,7 @@ def test_what_depends_on_unassigned_statements_is_not_claimed_for_fx(load_net) -
         assert catalogue.entry(name).serves(Extractor.HOOK, OUTPUT), name
     nodes = [entry for entry in catalogue if entry.kind is PointKind.NODE]
     product = next(entry for entry in nodes if entry.name.startswith("mul"))
-    support = product.support[Extractor.FX]
-    assert not support.output
-    assert "dead-code elimination" in support.reason
+    assert "dead-code elimination" in product.refusal(Extractor.FX)
 
 
 def test_layers_behind_a_look_at_values_are_not_claimed_for_torchscript(load_net) -> None:
@@ -195,7 +193,7 @@ def test_layers_behind_a_look_at_values_are_not_claimed_for_torchscript(load_net
     assert not head.serves(Extractor.TORCHSCRIPT, Capture.OUTPUT)
     assert not head.serves(Extractor.TORCHSCRIPT, Capture.INPUT)
     assert head.serves(Extractor.HOOK, Capture.INPUT)
-    assert "looks at values" in head.support[Extractor.TORCHSCRIPT].reason
+    assert "looks at values" in head.refusal(Extractor.TORCHSCRIPT)
 
 
 def test_watching_for_looks_changes_no_claim() -> None:
@@ -245,9 +243,7 @@ def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
 def test_nodes_of_a_graph_that_computes_something_else_are_not_claimed() -> None:
     """There is nothing to hold a node against; the graph's modules tell whether it is the model."""
     catalogue = measure(load_model(ModelSpec("oddnets:only_tensors", item_shape=ITEM)))
-    support = catalogue.entry("add").support[Extractor.FX]
-    assert not support.output
-    assert "'conv' differs" in support.reason
+    assert "'conv' differs" in catalogue.entry("add").refusal(Extractor.FX)
 
 
 def test_children_behind_a_look_at_values_are_not_claimed_for_a_walk(load_net) -> None:

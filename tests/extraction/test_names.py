@@ -85,7 +85,7 @@ def test_members_that_are_called_like_children(net: str, names: list[str]) -> No
     ]
     child = found.entry(f"{whole}.{rest.rstrip(']')}")
     assert child.points[Capture.OUTPUT].path == child.name
-    assert f"such as {names[0]}" in found.entry(whole).support[Extractor.HOOK].reason
+    assert f"such as {names[0]}" in found.entry(whole).refusal(Extractor.HOOK)
 
 
 def test_the_result_of_a_model_that_calls_itself_is_the_outermost_calls() -> None:
@@ -102,7 +102,7 @@ def test_attention_weights_are_layers() -> None:
     assert found.entry("asked.1").specs[Capture.OUTPUT].shape(3) == (3, 5, 5)
     fused = found.entry("fused.attention_weights")
     assert fused.served_by(Capture.OUTPUT) == []
-    assert "scaled_dot_product_attention" in fused.support[Extractor.HOOK].reason
+    assert "scaled_dot_product_attention" in fused.refusal(Extractor.HOOK)
 
 
 def test_names_of_calls_and_members() -> None:

@@ -41,7 +41,7 @@ def test_layers_behind_a_python_function_are_not_claimed_for_torchscript() -> No
     out = catalogue.entry("out")
     assert not out.serves(Extractor.TORCHSCRIPT, OUTPUT)
     assert not out.serves(Extractor.TORCHSCRIPT, Capture.INPUT)
-    assert "Swish, a Python autograd.Function" in out.support[Extractor.TORCHSCRIPT].reason
+    assert "Swish, a Python autograd.Function" in out.refusal(Extractor.TORCHSCRIPT)
     assert out.serves(Extractor.HOOK, OUTPUT)
 
 
@@ -68,7 +68,7 @@ def test_random_layers_are_left_to_hooks_and_noted() -> None:
     last = catalogue.entry("last")
     assert last.served_by(OUTPUT) == [Extractor.HOOK]
     for extractor in (Extractor.TORCHSCRIPT, Extractor.FX, Extractor.CHILDREN):
-        assert "random numbers" in last.support[extractor].reason
+        assert "random numbers" in last.refusal(extractor)
     assert any("random numbers" in note and "'last'" in note for note in catalogue.notes)
 
 
@@ -104,7 +104,7 @@ def test_layers_that_follow_from_a_discontinuous_pick_are_not_compiled() -> None
     head = catalogue.entry("head")
     assert not head.serves(Extractor.TORCHSCRIPT, OUTPUT)
     assert not head.serves(Extractor.TORCHSCRIPT, Capture.INPUT)
-    assert "topk" in head.support[Extractor.TORCHSCRIPT].reason
+    assert "topk" in head.refusal(Extractor.TORCHSCRIPT)
     assert head.serves(Extractor.FX, OUTPUT)
 
 
@@ -116,7 +116,7 @@ def test_a_look_at_values_is_noted() -> None:
 
 def test_a_model_that_can_not_be_traced_symbolically_says_why() -> None:
     """The reason has the model's own message, not only the error's class."""
-    reason = measured("drops_mask").entry("last").support[Extractor.FX].reason
+    reason = measured("drops_mask").entry("last").refusal(Extractor.FX)
     assert "can't be traced symbolically: TraceError: symbolically traced variables" in reason
 
 
@@ -126,7 +126,7 @@ def test_modules_that_run_for_some_inputs_only_are_noted_and_served_by_hooks() -
     for name in ("low", "high"):
         entry = catalogue.entry(name)
         assert entry.served_by(OUTPUT) == [Extractor.HOOK]
-        assert "some inputs only" in entry.support[Extractor.TORCHSCRIPT].reason
+        assert "some inputs only" in entry.refusal(Extractor.TORCHSCRIPT)
     assert catalogue.entry("high").specs[OUTPUT].dynamic
     assert any("'high', 'low'" in note for note in catalogue.notes)
     assert catalogue.entry("conv").serves(Extractor.TORCHSCRIPT, OUTPUT)

@@ -89,8 +89,8 @@ def test_walks_serve_a_program_as_well(program) -> None:
         Extractor.LAYER_GETTER,
         Extractor.CHILDREN,
     ]
-    assert "TorchScript" in entry.support[Extractor.FX].reason
-    assert "HOOK" in entry.support[Extractor.TORCHSCRIPT].reason
+    assert "TorchScript" in entry.refusal(Extractor.FX)
+    assert "HOOK" in entry.refusal(Extractor.TORCHSCRIPT)
 
 
 class AroundChildren(nn.Module):

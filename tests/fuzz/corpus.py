@@ -33,11 +33,15 @@ SHARED = Tensor(
     shape=[2, 3],
     shared=SharedSlice(region=3, generation=1 << 40, offset=64, size=24),
 )
-ASK = ExtractRequest(
-    model="resnet18",
-    layers=[{"layer": "layer1.**", "dtype": 2}, {"layer": "fc", "capture": 2, "alias": "né"}],
-    extractor=3,
-)
+
+
+def ask() -> ExtractRequest:
+    """Return the small fields of a request."""
+    return ExtractRequest(
+        model="resnet18",
+        layers=[{"layer": "layer1.**", "dtype": 2}, {"layer": "fc", "capture": 2, "alias": "né"}],
+        extractor=3,
+    )
 
 
 def seeds() -> dict[str, bytes]:
@@ -61,19 +65,23 @@ def replies() -> dict[str, bytes]:
 def requests() -> dict[str, bytes]:
     """Return what clients send: every dtype, images, and the ordinary library's spelling."""
     out = {
-        f"request_{row.name}": encode_request(ASK, np.ones((1, 2, 2), row.numpy)) for row in DTYPES
+        f"request_{row.name}": encode_request(ask(), [("x", np.ones((1, 2, 2), row.numpy))])
+        for row in DTYPES
     }
     images = ExtractRequest(model="m", images=ImageBatch(images=[b"\x89PNG", b""]))
     plain = Tensor(name="x", dtype=DATA_TYPE_FLOAT32, shape=[1, 300], data=bytes(1200))
     return {
         **out,
         "request_shared": ExtractRequest(
-            model="m", tensor=SHARED, shared_memory_session=bytes(range(16))
+            model="m", inputs=[SHARED], shared_memory_session=bytes(range(16))
         ).SerializeToString(),
-        "request_long_bool": encode_request(ASK, np.arange(5000) % 3 == 0),
+        "request_long_bool": encode_request(ask(), [("mask", np.arange(5000) % 3 == 0)]),
         "request_images": images.SerializeToString(),
-        "request_no_input": ASK.SerializeToString(),
-        "request_ordinary": ExtractRequest(model="m", tensor=plain).SerializeToString(),
+        "request_several": encode_request(
+            ask(), [("ids", np.arange(6).reshape(1, 6)), ("mask", np.ones((1, 6), np.bool_))]
+        ),
+        "request_no_input": ask().SerializeToString(),
+        "request_ordinary": ExtractRequest(model="m", inputs=[plain]).SerializeToString(),
     }
 
 
@@ -81,7 +89,7 @@ def oddities() -> dict[str, bytes]:
     """Return what no library writes and every parser has to read."""
     tensor, images = field(2, 2, SCALAR), field(3, 2, field(1, 2, b"png"))
     sizes = field(3, 0, b"\x02") + field(3, 2, b"\x01\x03") + field(3, 0, b"\x01")
-    first, second = INT8 + field(3, 0, b"\x02"), field(3, 0, b"\x03") + field(5, 2, b"abcdef")
+    first = INT8 + field(3, 0, b"\x02")
     full_group = field(9, 3) + field(0, 0, b"\1") + field(1, 2, b"\xff") + groups(2) + field(9, 4)
     strangers = field(1, 0, b"\x05") + field(2, 2, b"\x09") + field(5, 5, bytes(4)) + full_group
     eight = bytes([1, *[0] * 7])
@@ -92,7 +100,7 @@ def oddities() -> dict[str, bytes]:
     return {
         "request_tensor_then_images": tensor + images,
         "request_images_then_tensor": images + tensor,
-        "request_tensor_twice": field(2, 2, first) + field(2, 2, second),
+        "request_two_tensors": field(2, 2, first + field(5, 2, b"ab")) + field(2, 2, SCALAR),
         "reply_sizes_packed_and_not": field(1, 2, INT8 + sizes + field(5, 2, b"abcdef")),
         "reply_scalars_twice": field(1, 2, SCALAR + field(1, 2, b"a") + field(1, 2, b"b") + SCALAR),
         "reply_unknown_fields": groups(2)

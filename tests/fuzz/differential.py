@@ -26,7 +26,7 @@ from layertap.v1.feature_service_pb2 import ExtractRequest, ExtractResponse
 from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, Tensor
 from layertap.wire import codec
 from layertap.wire.dtypes import DTYPES, by_number
-from layertap.wire.messages import decode_reply, decode_request
+from layertap.wire.messages import MAX_INPUTS, decode_reply, decode_request
 from layertap.wire.tensors import SharedTensor, TensorView
 
 CORES = {"core": _core, "pure": _pure}
@@ -81,10 +81,9 @@ def by_upb(message: bytes, kind: type) -> Reading | str:
         parsed.ParseFromString(message)
     except ProtobufDecodeError:
         return MALFORMED
-    if kind is ExtractResponse:
-        tensors = list(parsed.tensors)
-    else:
-        tensors = [parsed.tensor] if parsed.WhichOneof("input") == "tensor" else []
+    tensors = list(parsed.tensors if kind is ExtractResponse else parsed.inputs)
+    if kind is ExtractRequest and len(tensors) > MAX_INPUTS:
+        return f"message: more than {MAX_INPUTS} tensors"
     for tensor in tensors:
         if rule := broken_rule(tensor):
             return rule
@@ -174,8 +173,7 @@ def _decode(message: bytes, kind: type) -> tuple[Any, list[TensorView | SharedTe
     if kind is ExtractResponse:
         response, tensors = decode_reply(message, find=lambda shared: shared)  # type: ignore
         return response, list(tensors)
-    request, tensor = decode_request(message)
-    return request, [] if tensor is None else [tensor]
+    return decode_request(message)
 
 
 def _found(view: TensorView | SharedTensor) -> Found:
@@ -191,7 +189,7 @@ def _found(view: TensorView | SharedTensor) -> Found:
 
 def _rest(parsed: Any) -> bytes:
     """Return a message without its tensors, unknown fields included."""
-    parsed.ClearField("tensors" if isinstance(parsed, ExtractResponse) else "tensor")
+    parsed.ClearField("tensors" if isinstance(parsed, ExtractResponse) else "inputs")
     serialized: bytes = parsed.SerializeToString(deterministic=True)
     return serialized
 

@@ -51,7 +51,7 @@ def test_structured_replies_decode_as_upb_does(parts: list[Tensor], extractor: i
 @given(tensors(), st.text(st.characters(exclude_categories=["Cs"]), max_size=5))
 def test_structured_requests_decode_as_upb_does(tensor: Tensor, model: str) -> None:
     """A request of the ordinary library is read with the values that the library reads."""
-    message = ExtractRequest(model=model, tensor=tensor).SerializeToString()
+    message = ExtractRequest(model=model, inputs=[tensor]).SerializeToString()
     assert isinstance(by_upb(message, ExtractRequest), Reading)
     check(message)
 
@@ -61,7 +61,7 @@ def test_structured_requests_decode_as_upb_does(tensor: Tensor, model: str) -> N
 def test_mutated_messages_decode_as_upb_does(parts: list[Tensor], seed: int) -> None:
     """A valid message with a few changes is read as upb reads it, or refused by a rule."""
     random = Random(seed)
-    request = ExtractRequest(model="m", tensor=parts[0] if parts else None)
+    request = ExtractRequest(model="m", inputs=parts)
     for message in (
         ExtractResponse(tensors=parts).SerializeToString(),
         request.SerializeToString(),
@@ -91,7 +91,7 @@ def test_every_prefix_is_refused_or_read_as_upb_does(kind: Callable[..., Any]) -
     """A message cut anywhere never crashes and is never read as something else."""
     tensor = Tensor(name="né", dtype=1, shape=[1, 300], padding=b"\0", data=bytes(1200))
     if kind is ExtractRequest:
-        message = ExtractRequest(model="m", tensor=tensor).SerializeToString() + groups(3)
+        message = ExtractRequest(model="m", inputs=[tensor]).SerializeToString() + groups(3)
     else:
         message = ExtractResponse(tensors=[tensor], extractor=1).SerializeToString() + groups(3)
     for size in range(len(message) + 1):

@@ -19,10 +19,10 @@ from layertap.errors import WeightsUnavailableError
 from layertap.models.checkpoint_files import (
     config_folder,
     files_of_weights,
-    is_path,
     read_checkpoint,
 )
 from layertap.models.stand_ins import StandIn
+from layertap.settings.paths import is_path
 
 Save = Callable[[dict[str, torch.Tensor], Path], None]
 

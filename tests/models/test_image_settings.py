@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 
 from layertap.errors import ConfigError
 from layertap.models import ImageSettings
-from layertap.models.image_settings import INTERPOLATIONS
+from layertap.settings.image_settings import INTERPOLATIONS
 
 
 def test_interpolations_are_torchvisions() -> None:

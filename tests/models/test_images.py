@@ -18,7 +18,8 @@ from torchvision.transforms import Grayscale
 
 from layertap.errors import InvalidInputError
 from layertap.models import ImageLimits, decode_image
-from layertap.models.images import Color, Reading
+from layertap.models.images import Reading
+from layertap.settings import Color
 
 Encode = Callable[..., bytes]
 

@@ -47,7 +47,7 @@ def test_right_inputs_pass(spec: InputSpec, shape: tuple[int, ...], dtype: str) 
 )
 def test_wrong_shapes_are_refused(spec: InputSpec, shape: tuple[int, ...]) -> None:
     """A wrong rank, a wrong fixed size, an empty batch and a zero size are refused."""
-    with pytest.raises(InvalidInputError, match=r"tensor: got shape \["):
+    with pytest.raises(InvalidInputError, match=r"input 'input': got shape \["):
         spec.check(shape, spec.dtype_name)
 
 
@@ -57,14 +57,14 @@ def test_the_message_names_field_got_and_expected() -> None:
         IMAGES.check((224, 224, 3), "float32")
 
     assert str(caught.value) == (
-        "tensor: got shape [224, 224, 3], expected [B, 3, H, W] (batch first, no size zero), "
-        "such as [1, 3, 224, 224]"
+        "input 'input': got shape [224, 224, 3], expected [B, 3, H, W] (batch first, no size "
+        "zero), such as [1, 3, 224, 224]"
     )
 
 
 def test_a_wrong_dtype_is_refused() -> None:
     """A dtype is never converted silently."""
-    with pytest.raises(InvalidInputError, match="tensor: got dtype uint8, expected float32"):
+    with pytest.raises(InvalidInputError, match="input 'input': got dtype uint8, expected float32"):
         IMAGES.check((1, 3, 224, 224), "uint8")
 
 

@@ -16,8 +16,8 @@ from torchvision.transforms._presets import ImageClassification
 
 from layertap.errors import ConfigError, InvalidInputError, ModelLoadError
 from layertap.models import ImageSettings, InputSpec, Preprocess
-from layertap.models.images import Color
 from layertap.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, choose_preprocess, fitted
+from layertap.settings import Color
 
 Encode = Callable[..., bytes]
 

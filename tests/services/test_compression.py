@@ -75,7 +75,7 @@ def relay(address: str) -> Iterator[Counting]:
 def request() -> bytes:
     return feature_service_pb2.ExtractRequest(
         model="residual",
-        tensor=tensor_pb2.Tensor(dtype=1, shape=X.shape, data=X.tobytes()),
+        inputs=[tensor_pb2.Tensor(dtype=1, shape=X.shape, data=X.tobytes())],
         layers=[feature_service_pb2.LayerSelection(layer="layer1")],
         extractor="EXTRACTOR_HOOK",
     ).SerializeToString()

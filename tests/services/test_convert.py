@@ -16,6 +16,7 @@ from serving import running_server
 from tinynets import ITEM
 
 TORCHSCRIPT = catalogue_pb2.EXTRACTOR_TORCHSCRIPT
+OUTPUT, INPUT = catalogue_pb2.CAPTURE_OUTPUT, catalogue_pb2.CAPTURE_INPUT
 
 
 @pytest.fixture
@@ -30,8 +31,12 @@ def load(engine: Engine, net: str, *layers: str, item=ITEM) -> None:
     engine.load(ModelSpec(f"tinynets:{net}", item_shape=item), [*map(LayerSelection.parse, layers)])
 
 
-def support(layer: catalogue_pb2.Layer) -> catalogue_pb2.ExtractorSupport:
-    return next(s for s in layer.extractors if s.extractor == TORCHSCRIPT)
+def verdicts(layer: catalogue_pb2.Layer) -> dict[int, tuple[bool, str]]:
+    """Return what TORCHSCRIPT serves of a layer: (served, reason) by side."""
+    [support] = (s for s in layer.extractors if s.extractor == TORCHSCRIPT)
+    sides = {verdict.capture: (verdict.served, verdict.reason) for verdict in support.captures}
+    assert len(sides) == len(support.captures)
+    return sides
 
 
 def test_plans_that_were_refused_are_described(engine) -> None:
@@ -41,12 +46,11 @@ def test_plans_that_were_refused_are_described(engine) -> None:
     refused = {tuple(plan.layers): plan for plan in description.refused_plans}
     assert set(refused) == {("conv:input", "tail"), ("tail",)}
     plan = refused["tail",]
-    assert (plan.extractor, list(plan.item_shape)) == (TORCHSCRIPT, list(ITEM))
+    assert (plan.extractor, list(plan.inputs[0].shape)) == (TORCHSCRIPT, list(ITEM))
     assert "TORCHSCRIPT can't serve" in plan.reason
     layers = {layer.name: layer for layer in description.layers}
-    assert (support(layers["tail"]).output, support(layers["tail"]).reason) == (False, plan.reason)
-    assert support(layers["conv"]).output
-    assert support(layers["conv"]).input
+    assert verdicts(layers["tail"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
+    assert verdicts(layers["conv"]) == {OUTPUT: (True, ""), INPUT: (True, "")}
 
 
 def test_a_refusal_on_an_input_leaves_the_output(engine) -> None:
@@ -54,7 +58,8 @@ def test_a_refusal_on_an_input_leaves_the_output(engine) -> None:
     load(engine, "bakes_batch", "tail:input")
     description = description_to_proto(engine.host("bakes_batch"))
     tail = next(layer for layer in description.layers if layer.name == "tail")
-    assert (support(tail).output, support(tail).input) == (True, False)
+    [plan] = description.refused_plans
+    assert verdicts(tail) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
 
 
 def test_the_command_line_shows_refused_plans(engine) -> None:
@@ -62,7 +67,7 @@ def test_the_command_line_shows_refused_plans(engine) -> None:
     load(engine, "bakes_batch", "tail")
     with running_server(engine) as address:
         shown = layertap("layers", "bakes_batch", "--server", address)
-    assert "refused: tail at [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
+    assert "refused: tail at x [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
 
 
 def test_the_rules_of_a_models_passes_are_described(engine) -> None:

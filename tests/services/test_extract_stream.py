@@ -154,7 +154,7 @@ BAD = {
     ),
     "unknown extractor": (item(5, extractor=99), Code.INVALID_ARGUMENT, "InvalidInputError"),
     "a tensor that contradicts itself": (
-        item(5, tensor=tensor_pb2.Tensor(dtype=1, shape=[1, *ITEM], data=b"1234")),
+        item(5, inputs=[tensor_pb2.Tensor(dtype=1, shape=[1, *ITEM], data=b"1234")]),
         Code.INVALID_ARGUMENT, "DecodeError",
     ),
 }  # fmt: skip

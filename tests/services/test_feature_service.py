@@ -75,7 +75,7 @@ def request(**changes: object) -> feature_service_pb2.ExtractRequest:
     x = batch(1)
     fields: dict[str, object] = {
         "model": "residual",
-        "tensor": tensor_pb2.Tensor(dtype=1, shape=x.shape, data=x.tobytes()),
+        "inputs": [tensor_pb2.Tensor(dtype=1, shape=x.shape, data=x.tobytes())],
         "layers": [feature_service_pb2.LayerSelection(layer="layer1")],
     }
     return feature_service_pb2.ExtractRequest(**{**fields, **changes})
@@ -124,57 +124,74 @@ BAD = {
     ),
     "no input": (
         feature_service_pb2.ExtractRequest(model="residual", layers=selections("layer1")),
-        Code.INVALID_ARGUMENT, "input: got none, expected tensor or images",
+        Code.INVALID_ARGUMENT, "input: got none, expected inputs or images",
+    ),
+    "inputs and images": (
+        request(images=images(png(8, 8))), Code.INVALID_ARGUMENT, "got inputs and images",
+    ),
+    "an input of another name": (
+        request(inputs=[tensor_pb2.Tensor(name="y", dtype=1, shape=[0])]),
+        Code.INVALID_ARGUMENT, "inputs: got 'y', expected 'x', the only input of model 'residual'",
+    ),
+    "several inputs": (
+        request(inputs=[tensor((1, *ITEM))] * 2),
+        Code.INVALID_ARGUMENT, "inputs: got '', '', expected 'x'",
+    ),
+    "more inputs than any model has": (
+        request(inputs=[tensor((1, *ITEM))] * 257), Code.INVALID_ARGUMENT, "more than 256 tensors",
     ),
     "rank": (
-        request(tensor=tensor(ITEM)), Code.INVALID_ARGUMENT, "got shape [3, 16, 16]",
+        request(inputs=[tensor(ITEM)]), Code.INVALID_ARGUMENT, "got shape [3, 16, 16]",
     ),
     "channels": (
-        request(tensor=tensor((1, 4, 16, 16))),
+        request(inputs=[tensor((1, 4, 16, 16))]),
         Code.INVALID_ARGUMENT, "got shape [1, 4, 16, 16], expected [B, 3, H, W]",
     ),
     "dtype": (
-        request(tensor=tensor((1, *ITEM), dtype=6)),
+        request(inputs=[tensor((1, *ITEM), dtype=6)]),
         Code.INVALID_ARGUMENT, "got dtype uint8, expected float32",
     ),
     "dtype without a row": (
-        request(tensor=tensor_pb2.Tensor(dtype=77, shape=[0])), Code.INVALID_ARGUMENT, "77",
+        request(inputs=[tensor_pb2.Tensor(dtype=77, shape=[0])]), Code.INVALID_ARGUMENT, "77",
     ),
     "byte count": (
-        request(tensor=tensor((1, *ITEM), data=bytes(100))), Code.INVALID_ARGUMENT, "100",
+        request(inputs=[tensor((1, *ITEM), data=bytes(100))]), Code.INVALID_ARGUMENT, "100",
     ),
     "negative size": (
-        request(tensor=tensor_pb2.Tensor(dtype=1, shape=[-1, 3, 16, 16])),
+        request(inputs=[tensor_pb2.Tensor(dtype=1, shape=[-1, 3, 16, 16])]),
         Code.INVALID_ARGUMENT, "shape: got a negative size",
     ),
     "empty batch": (
-        request(tensor=tensor((0, *ITEM))), Code.INVALID_ARGUMENT, "got shape [0, 3, 16, 16]",
+        request(inputs=[tensor((0, *ITEM))]), Code.INVALID_ARGUMENT, "got shape [0, 3, 16, 16]",
     ),
     "batch over the limit": (
-        request(tensor=tensor((65, *ITEM))),
+        request(inputs=[tensor((65, *ITEM))]),
         Code.INVALID_ARGUMENT, "got a batch of 65, expected at most 64",
     ),
     "size that the model can't take": (
-        request(model="tokens", tensor=tensor((1, 3, 2, 2)), layers=selections("encoder")),
+        request(model="tokens", inputs=[tensor((1, 3, 2, 2))], layers=selections("encoder")),
         Code.INVALID_ARGUMENT, "can't run on items of shape [3, 2, 2]",
     ),
     "images of a model that takes none": (
-        request(model="pairs", images=images(png(8, 8)), layers=selections("add")),
+        request(model="pairs", inputs=[], images=images(png(8, 8)), layers=selections("add")),
         Code.INVALID_ARGUMENT, "images",
     ),
     "no images": (
-        request(model="resnet18", images=images()), Code.INVALID_ARGUMENT, "images: got none",
+        request(model="resnet18", inputs=[], images=images()),
+        Code.INVALID_ARGUMENT, "images: got none",
     ),
     "a text file as an image": (
-        request(model="resnet18", images=images(PHOTO.read_bytes(), b"# Not a picture\n")),
+        request(
+            model="resnet18", inputs=[], images=images(PHOTO.read_bytes(), b"# Not a picture\n")
+        ),
         Code.INVALID_ARGUMENT, "images[1]",
     ),
     "a truncated JPEG": (
-        request(model="resnet18", images=images(PHOTO.read_bytes()[:20_000])),
+        request(model="resnet18", inputs=[], images=images(PHOTO.read_bytes()[:20_000])),
         Code.INVALID_ARGUMENT, "images[0]",
     ),
     "a decompression bomb": (
-        request(model="resnet18", images=images(png(30_000, 30_000))),
+        request(model="resnet18", inputs=[], images=images(png(30_000, 30_000))),
         Code.INVALID_ARGUMENT, "images[0]",
     ),
     "an extractor that can't": (
@@ -204,7 +221,7 @@ BAD = {
         Code.INVALID_ARGUMENT, "got int8, expected float32, float16 or bfloat16",
     ),
     "a reply over the limit": (
-        request(model="resnet18", tensor=tensor((2, 3, 224, 224)), layers=selections("layer1")),
+        request(model="resnet18", inputs=[tensor((2, 3, 224, 224))], layers=selections("layer1")),
         Code.OUT_OF_RANGE, "predicted, limit 1048576 bytes",
     ),
 }  # fmt: skip
@@ -232,7 +249,7 @@ def test_a_model_that_fails_says_so_without_its_internals(call) -> None:
     """What a model raises reaches the log; the caller learns that it failed, and no more."""
     large = np.full((1, *ITEM), 1e6, np.float32)
     message = request(
-        model="raises", layers=selections("head"), tensor=tensor((1, *ITEM), data=large.tobytes())
+        model="raises", layers=selections("head"), inputs=[tensor((1, *ITEM), data=large.tobytes())]
     )
     with pytest.raises(grpc.RpcError) as failure:
         call(message.SerializeToString(), timeout=60)
@@ -247,7 +264,7 @@ def test_nothing_is_computed_for_a_reply_over_the_limit(engine, client, call, mo
     module = engine.host("resnet18").model.module
     handle = module.register_forward_pre_hook(lambda m, a: ran.append("ran"))
     message = request(
-        model="resnet18", tensor=tensor((2, 3, 224, 224)), layers=selections("layer1")
+        model="resnet18", inputs=[tensor((2, 3, 224, 224))], layers=selections("layer1")
     )
     with pytest.raises(grpc.RpcError, match="predicted"):
         call(message.SerializeToString(), timeout=60)
@@ -383,15 +400,18 @@ def test_list_models(client) -> None:
     assert [model.name for model in models] == [*NETS, "pairs", "resnet18"]
     resnet = models[-1]
     assert (resnet.source, resnet.device) == ("torchvision:resnet18", "cpu")
-    assert list(resnet.input.item_shape) == [3, 224, 224]
-    assert resnet.input.images
-    assert "224" in resnet.input.preprocessing
+    assert [(dim.size, dim.batch, dim.free) for dim in resnet.inputs[0].shape] == [
+        (1, True, ""), (3, False, ""), (224, False, "H"), (224, False, "W"),
+    ]  # fmt: skip
+    assert resnet.inputs[0].name == "x"
+    assert resnet.inputs[0].images
+    assert "224" in resnet.inputs[0].preprocessing
 
 
 def test_describe_tells_the_image_preprocessing(client) -> None:
     """Each step is a field of its own, with where it comes from and what was assumed."""
-    known = client.describe_model("resnet18").model.input.image_preprocessing
-    assumed = client.describe_model("residual").model.input.image_preprocessing
+    known = client.describe_model("resnet18").model.inputs[0].image_preprocessing
+    assumed = client.describe_model("residual").model.inputs[0].image_preprocessing
 
     assert (known.color, known.exif_orientation) == ("rgb", True)
     assert (list(known.resize), known.resize_mode) == ([256], "short side")
@@ -401,7 +421,7 @@ def test_describe_tells_the_image_preprocessing(client) -> None:
     assert known.origin == "torchvision's ResNet18_Weights.IMAGENET1K_V1"
     assert (list(known.assumed), known.custom) == ([], "")
     assert "image_mean" in assumed.assumed
-    assert not client.describe_model("pairs").model.input.HasField("image_preprocessing")
+    assert not client.describe_model("pairs").model.inputs[0].HasField("image_preprocessing")
 
 
 def test_describe_model(client) -> None:
@@ -418,10 +438,17 @@ def test_describe_model(client) -> None:
         (1, True), (16, False), (4, False), (4, False),
     ]  # fmt: skip
     assert layer2.output.bytes_per_item == 16 * 4 * 4 * 4
-    support = {s.extractor: s for s in layers["fc"].extractors}
-    assert not support[catalogue_pb2.EXTRACTOR_CHILDREN].output
-    assert support[catalogue_pb2.EXTRACTOR_CHILDREN].reason
-    assert support[catalogue_pb2.EXTRACTOR_HOOK].input
+    verdicts = {
+        (support.extractor, verdict.capture): verdict
+        for support in layers["fc"].extractors
+        for verdict in support.captures
+    }
+    output, given = catalogue_pb2.CAPTURE_OUTPUT, catalogue_pb2.CAPTURE_INPUT
+    assert not verdicts[catalogue_pb2.EXTRACTOR_CHILDREN, output].served
+    assert "'fc'" in verdicts[catalogue_pb2.EXTRACTOR_CHILDREN, output].reason
+    assert verdicts[catalogue_pb2.EXTRACTOR_HOOK, given].served
+    refused = verdicts[catalogue_pb2.EXTRACTOR_FX, given]
+    assert (refused.served, refused.reason) == (False, "it takes outputs only")
 
 
 def test_describe_refuses_an_unknown_model_and_a_malformed_request(address) -> None:

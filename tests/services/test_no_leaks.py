@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 
 from layertap import errors
-from layertap.app.security import SecretFiles, open_security
+from layertap.app.security import open_security
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
 from layertap.services.status import guarded
+from layertap.settings import SecretFiles
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request
 from leakynets import SECRET
@@ -65,7 +66,7 @@ def extract(
         layers=[feature_service_pb2.LayerSelection(layer=layer) for layer in layers],
         extractor=extractor,  # type: ignore[arg-type]
     )
-    return encode_request(request, np.zeros((1, *ITEM), np.float32) if x is None else x)
+    return encode_request(request, [("", np.zeros((1, *ITEM), np.float32) if x is None else x)])
 
 
 def images(*files: bytes) -> bytes:

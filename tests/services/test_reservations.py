@@ -29,7 +29,8 @@ from layertap.inference import grpc_service_pb2 as pb
 from layertap.models import ModelSpec
 from layertap.v1 import feature_service_pb2
 from processes import ENVIRONMENT
-from streams import GATED_ITEM, Counting, RawStream, eventually, held_item, item, stub
+from streams import GATED_ITEM, Counting, RawStream, eventually, held_item, item
+from stubs import feature_stub
 from tinynets import ITEM
 
 Code = grpc.StatusCode
@@ -189,10 +190,10 @@ def test_unary_calls_give_everything_back() -> None:
         grpc.insecure_channel(server.address) as channel,
     ):
         for _ in range(20):
-            assert stub(channel).Extract(unary()).tensors
+            assert feature_stub(channel).Extract(unary()).tensors
             for bad in (unary(model="nobody"), unary(layers=[layer("nothing")])):
                 with pytest.raises(grpc.RpcError):
-                    stub(channel).Extract(bad)
+                    feature_stub(channel).Extract(bad)
             infer = channel.unary_unary(
                 f"{INFER}ModelInfer",
                 request_serializer=pb.ModelInferRequest.SerializeToString,
@@ -209,7 +210,7 @@ def test_a_request_that_is_too_much_is_refused_and_the_stream_goes_on() -> None:
     large = np.zeros((8, *ITEM), np.float32)
     with serving(16384) as (server, engine), grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as refused:
-            stub(channel).Extract(unary(x=large))
+            feature_stub(channel).Extract(unary(x=large))
         assert refused.value.code() is Code.RESOURCE_EXHAUSTED
         assert "the request takes" in refused.value.details()
         stream = RawStream(channel)
@@ -232,7 +233,7 @@ def unary(x: np.ndarray | None = None, **changes: object) -> object:
     """Return a unary request for residual's layer1."""
     fields = item(0, x, **changes)
     return feature_service_pb2.ExtractRequest(
-        model=fields.model, tensor=fields.tensor, layers=fields.layers, extractor=fields.extractor
+        model=fields.model, inputs=fields.inputs, layers=fields.layers, extractor=fields.extractor
     )
 
 

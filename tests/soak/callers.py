@@ -95,7 +95,9 @@ class Caller:
         model, _, x, _ = self._question(items=2)
         request = pb.ExtractRequest(model=model, layers=[pb.LayerSelection(layer="third")])
         call = (
-            self._client._opened().channel.unary_unary(EXTRACT).future(encode_request(request, x))
+            self._client._opened()
+            .channel.unary_unary(EXTRACT)
+            .future(encode_request(request, [("", x)]))
         )
         time.sleep(self._chance.uniform(0, 0.02))
         call.cancel()

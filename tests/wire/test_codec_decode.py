@@ -18,7 +18,7 @@ cores = pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
 
 def decode_one(core: ModuleType, tensor: bytes) -> tuple[str, int, tuple[int, ...], bytes]:
     """Decode a reply that is one tensor."""
-    rest, [(name, dtype, shape, data)] = core.decode(field(1, 2, tensor), field=1, repeated=True)
+    rest, [(name, dtype, shape, data)] = core.decode(field(1, 2, tensor), field=1)
     assert rest == b""
     return name, dtype, shape, bytes(data)
 
@@ -26,7 +26,7 @@ def decode_one(core: ModuleType, tensor: bytes) -> tuple[str, int, tuple[int, ..
 def refuses(core: ModuleType, tensor: bytes, match: str) -> None:
     """Check that a reply that is one tensor is refused."""
     with pytest.raises(ValueError, match=match):
-        core.decode(field(1, 2, tensor), field=1, repeated=True)
+        core.decode(field(1, 2, tensor), field=1)
 
 
 @cores
@@ -34,7 +34,7 @@ def test_rest_is_verbatim_and_in_order(core: ModuleType) -> None:
     """The other fields come back byte for byte, an overlong varint and a group included."""
     odd = varint(2 << 3, 3) + varint(4, 4)
     message = odd + field(1, 2, SCALAR) + groups(2) + field(1, 0, b"\x05") + field(1, 2, SCALAR)
-    rest, found = core.decode(message, field=1, repeated=True)
+    rest, found = core.decode(message, field=1)
     assert rest == odd + groups(2) + field(1, 0, b"\x05")
     assert len(found) == 2
 
@@ -42,7 +42,7 @@ def test_rest_is_verbatim_and_in_order(core: ModuleType) -> None:
 def test_message_without_tensors_is_its_own_rest() -> None:
     """Encoded images, megabytes of them, are not copied on the way to the parser."""
     message = field(3, 2, b"x" * 1000)
-    rest, found = _core.decode(message, field=2, repeated=False)
+    rest, found = _core.decode(message, field=2)
     assert rest is message
     assert found == []
 
@@ -51,7 +51,7 @@ def test_message_without_tensors_is_its_own_rest() -> None:
 def test_data_is_a_readonly_view_of_the_message(core: ModuleType) -> None:
     """The payload is not copied and can't be written."""
     message = field(1, 2, SCALAR)
-    [(_, _, _, data)] = core.decode(message, field=1, repeated=True)[1]
+    [(_, _, _, data)] = core.decode(message, field=1)[1]
     assert data.obj is message
     assert (data.readonly, data.format, bytes(data)) == (True, "B", b"\x07")
 
@@ -136,7 +136,7 @@ def test_field_number_0_is_refused(core: ModuleType) -> None:
     """Field number 0 is refused at the top and in a tensor."""
     refuses(core, SCALAR + b"\x00\x01", "field number 0")
     with pytest.raises(ValueError, match="field number 0"):
-        core.decode(b"\x02\x00", field=1, repeated=True)
+        core.decode(b"\x02\x00", field=1)
 
 
 @cores
@@ -166,7 +166,7 @@ def test_length_of_six_bytes_is_refused(core: ModuleType) -> None:
 def test_tensor_may_not_reach_past_its_length(core: ModuleType) -> None:
     """A field in a tensor ends with it, though the message goes on."""
     with pytest.raises(ValueError, match="past the end|truncated"):
-        core.decode(b"\x0a\x04" + INT8 + b"\x2a\x01\x07", field=1, repeated=True)
+        core.decode(b"\x0a\x04" + INT8 + b"\x2a\x01\x07", field=1)
 
 
 @cores
@@ -180,10 +180,10 @@ def test_groups_are_skipped(core: ModuleType) -> None:
 @cores
 def test_groups_nest_no_deeper_than_in_upb(core: ModuleType) -> None:
     """100 groups are the most at the top, 99 in a tensor; a million overflow no stack."""
-    assert core.decode(groups(100), field=1, repeated=True) == (groups(100), [])
+    assert core.decode(groups(100), field=1) == (groups(100), [])
     for message in (groups(101), field(1, 2, SCALAR + groups(100)), field(15, 3) * 1_000_000):
         with pytest.raises(ValueError, match="too deep"):
-            core.decode(message, field=1, repeated=True)
+            core.decode(message, field=1)
 
 
 @cores
@@ -256,56 +256,27 @@ def test_only_bools_are_limited_to_0_and_1(core: ModuleType) -> None:
 
 
 @cores
-def test_singular_tensor_met_twice_is_merged(core: ModuleType) -> None:
-    """Scalars of the later one win, sizes of both follow one another."""
-    first, second = INT8 + field(3, 0, b"\x02"), field(3, 0, b"\x03") + field(5, 2, b"abcdef")
-    message = field(2, 2, first) + field(2, 2, second)
-    _, [(_, dtype, shape, data)] = core.decode(message, field=2, repeated=False)
-    assert (dtype, shape, bytes(data)) == (5, (2, 3), b"abcdef")
-
-
-@cores
-def test_rival_met_last_drops_the_tensor(core: ModuleType) -> None:
-    """A tensor before a rival is dropped, and need not make sense."""
-    images = field(3, 2, field(1, 2, b"png"))
-    message = field(2, 2, INT8) + images
-    assert core.decode(message, field=2, repeated=False, rivals=[3]) == (images, [])
-
-
-@cores
-def test_tensor_met_last_drops_the_rival(core: ModuleType) -> None:
-    """A rival before a tensor is dropped by the ordinary parser, which still checks it."""
-    images = field(3, 2, field(1, 2, b"png"))
-    rest, found = core.decode(images + field(2, 2, SCALAR), field=2, repeated=False, rivals=[3])
-    assert [bytes(data) for *_, data in found] == [b"\x07"]
-    assert rest == images + field(2, 2)
-    assert ExtractRequest.FromString(rest).WhichOneof("input") == "tensor"
-
-
-@cores
-def test_dropped_tensor_is_not_merged(core: ModuleType) -> None:
-    """What a rival dropped is no part of a tensor that follows."""
-    sized = field(2, 2, INT8 + field(3, 0, b"\x02"))
-    message = sized + field(3, 2) + field(2, 2, SCALAR)
-    _, [(_, _, shape, _)] = core.decode(message, field=2, repeated=False, rivals=[3])
-    assert shape == ()
-
-
-@cores
-def test_rival_of_another_wire_type_is_unknown(core: ModuleType) -> None:
-    """A rival's number with another wire type drops nothing."""
-    message = field(2, 2, SCALAR) + field(3, 0, b"\x01")
-    assert len(core.decode(message, field=2, repeated=False, rivals=[3])[1]) == 1
+def test_no_more_tensors_than_allowed(core: ModuleType) -> None:
+    """The tensor that is one too many is refused before it is read, so that it costs nothing."""
+    three = field(2, 2, SCALAR) * 3
+    assert len(core.decode(three, field=2, most=3)[1]) == 3
+    for message in (three + field(2, 2, SCALAR), three + field(2, 2)):
+        with pytest.raises(ValueError, match="message: more than 3 tensors"):
+            core.decode(message, field=2, most=3)
+    with pytest.raises(ValueError, match="more than 0 tensors"):
+        core.decode(three, field=2, most=0)
+    with pytest.raises(ValueError, match="most: got -1"):
+        core.decode(b"", field=2, most=-1)
 
 
 @cores
 def test_only_bytes_are_decoded(core: ModuleType) -> None:
     """A bytearray may change under a view and is refused, as is a field number out of range."""
     with pytest.raises(TypeError):
-        core.decode(bytearray(field(1, 2, SCALAR)), field=1, repeated=True)
+        core.decode(bytearray(field(1, 2, SCALAR)), field=1)
     for number in (0, 1 << 29, 1 << 70):
         with pytest.raises(ValueError, match="field|64 bits"):
-            core.decode(b"", field=number, repeated=True)
+            core.decode(b"", field=number)
 
 
 def eight(number: int, value: int) -> bytes:
@@ -318,16 +289,14 @@ def test_shared_slice_is_handed_out_as_four_numbers(core: ModuleType) -> None:
     most = (1 << 64) - 1
     first = field(6, 2, eight(1, 5) + eight(2, most) + eight(3, most) + eight(4, 7))
     second = field(6, 2, eight(4, 1) + eight(5, 9) + groups(98))
-    [(*_, at)] = core.decode(field(1, 2, INT8 + first + second), field=1, repeated=True)[1]
+    [(*_, at)] = core.decode(field(1, 2, INT8 + first + second), field=1)[1]
     assert at == (5, most, most, 1)
 
 
 @cores
 def test_empty_slice_is_a_slice(core: ModuleType) -> None:
     """A slice without a field is there all the same, as in every parser of submessages."""
-    [(*_, at)] = core.decode(
-        field(1, 2, INT8 + field(3, 0, b"\0") + field(6, 2)), field=1, repeated=True
-    )[1]
+    [(*_, at)] = core.decode(field(1, 2, INT8 + field(3, 0, b"\0") + field(6, 2)), field=1)[1]
     assert at == (0, 0, 0, 0)
     refuses(core, INT8 + field(6, 2), "shared: got 0 bytes, expected 1")
 
@@ -348,34 +317,34 @@ def test_shared_slice_must_fit_and_be_alone(core: ModuleType) -> None:
 def test_lists_that_would_cost_a_parser_dearly_are_refused(core: ModuleType) -> None:
     """Submessages of two bytes take a hundred of memory each, so there may be only so many."""
     layers = b"\x22\x00"
-    rest, found = core.decode(layers * 65_536, field=2, repeated=False)
+    rest, found = core.decode(layers * 65_536, field=2)
     assert (rest, found) == (layers * 65_536, [])
     with pytest.raises(ValueError, match="more than 65536 fields"):
-        core.decode(layers * 65_537, field=2, repeated=False)
+        core.decode(layers * 65_537, field=2)
 
 
 @cores
-def test_lists_in_a_rival_count_as_well(core: ModuleType) -> None:
+def test_lists_in_a_counted_field_count_as_well(core: ModuleType) -> None:
     """Empty images cost a parser eight times their bytes, so there may be only so many of them."""
     image = b"\x0a\x00"
     most = field(3, 2, image * 32_768)
-    rest, found = core.decode(most * 2 + b"\x22\x00", field=2, repeated=False, rivals=[])
+    rest, found = core.decode(most * 2 + b"\x22\x00", field=2)
     assert (rest, found) == (most * 2 + b"\x22\x00", [])
     fits = field(3, 2, image * 65_535)
-    assert core.decode(fits, field=2, repeated=False, rivals=[3]) == (fits, [])
+    assert core.decode(fits, field=2, counted=[3]) == (fits, [])
     for message in (field(3, 2, image * 65_536), most * 2, fits + b"\x22\x00"):
         with pytest.raises(ValueError, match="more than 65536 fields"):
-            core.decode(message, field=2, repeated=False, rivals=[3])
+            core.decode(message, field=2, counted=[3])
 
 
 @cores
-def test_a_rival_is_walked_as_upb_does(core: ModuleType) -> None:
+def test_a_counted_field_is_walked_as_upb_does(core: ModuleType) -> None:
     """Groups nest in it as deep as upb lets them, and what upb refuses in it is refused."""
     deep = field(3, 2, groups(99))
-    assert core.decode(deep, field=2, repeated=False, rivals=[3]) == (deep, [])
+    assert core.decode(deep, field=2, counted=[3]) == (deep, [])
     assert ExtractRequest.FromString(deep).HasField("images")
     for inner in (groups(100), b"\x0a\x05ab", b"\x02\x00", b"\x0c"):
         with pytest.raises(ValueError, match=r"message: "):
-            core.decode(field(3, 2, inner), field=2, repeated=False, rivals=[3])
+            core.decode(field(3, 2, inner), field=2, counted=[3])
         with pytest.raises(DecodeError):
             ExtractRequest.FromString(field(3, 2, inner))

@@ -9,12 +9,11 @@ from layertap.errors import DecodeError
 from layertap.selection import Extractor
 from layertap.v1 import feature_service_pb2 as pb
 from layertap.v1 import tensor_pb2
-from layertap.wire.messages import Timings, decode_reply, encode_reply_head
+from layertap.wire.messages import Timings, decode_reply, encode_reply_head, encode_request
 from layertap.wire.stream_messages import (
     decode_stream_reply,
     decode_stream_request,
     encode_stream_error,
-    encode_stream_request,
     id_field,
     id_of,
 )
@@ -56,13 +55,13 @@ def test_requests_come_apart_in_place(number) -> None:
     """A request's tensor is a view of its bytes, and its small fields are what protobuf reads."""
     x = np.arange(48, dtype=np.float32).reshape(1, 3, 4, 4)
     given = pb.ExtractStreamRequest(id=number, model="m", timeout_ns=5)
-    message = encode_stream_request(given, x)
-    request, tensor = decode_stream_request(message)
+    message = encode_request(given, [("x", x)])
+    request, [tensor] = decode_stream_request(message)
     assert (request.id, request.model, request.timeout_ns) == (number, "m", 5)
     assert np.shares_memory(tensor.array(), np.frombuffer(message, np.uint8))
     assert np.array_equal(tensor.array(), x)
     stock = pb.ExtractStreamRequest.FromString(message)
-    assert (stock.id, stock.tensor.data) == (number, x.tobytes())
+    assert (stock.id, stock.inputs[0].name, stock.inputs[0].data) == (number, "x", x.tobytes())
 
 
 def test_replies_come_apart_in_place() -> None:
@@ -89,7 +88,7 @@ def test_errors_are_replies() -> None:
 
 def test_the_id_of_a_bad_tensor_can_be_read() -> None:
     """A tensor that contradicts itself is no reason not to know whose it is; bad bytes are."""
-    bad = pb.ExtractStreamRequest(id=7, tensor=tensor_pb2.Tensor(dtype=1, shape=[2], data=b"x"))
+    bad = pb.ExtractStreamRequest(id=7, inputs=[tensor_pb2.Tensor(dtype=1, shape=[2], data=b"x")])
     message = bad.SerializeToString()
     with pytest.raises(DecodeError):
         decode_stream_request(message)

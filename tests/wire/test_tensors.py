@@ -24,7 +24,7 @@ def sample(row: DType, shape: tuple[int, ...]) -> np.ndarray:
 def round_trip(array: np.ndarray) -> np.ndarray:
     """Encode one array and return it as decoded."""
     message = encode_message([("x", array)], FIELD, HEAD)
-    rest, [view] = decode_message(message, FIELD, repeated=True)
+    rest, [view] = decode_message(message, FIELD)
     assert (rest, view.name, view.shape) == (HEAD, "x", array.shape)
     return view.array()
 
@@ -57,7 +57,7 @@ def test_strided_arrays_come_back_dense(row: DType) -> None:
 def test_views_share_the_message() -> None:
     """A decoded array reads the received bytes themselves, and can't be written."""
     message = encode_message([("x", np.arange(6, dtype=np.float32))], FIELD, b"")
-    _, [view] = decode_message(message, FIELD, repeated=True)
+    _, [view] = decode_message(message, FIELD)
     array = view.array()
     assert view.data.obj is message
     assert np.shares_memory(array, np.frombuffer(message, np.uint8))
@@ -69,7 +69,7 @@ def test_views_share_the_message() -> None:
 def test_own_payloads_are_aligned_to_64_bytes() -> None:
     """In a large message a decoded array stands on a 64-byte boundary, as vector units like it."""
     message = encode_message([("x", np.zeros(1 << 20)), ("y", np.zeros(1 << 20))], FIELD, HEAD)
-    _, views = decode_message(message, FIELD, repeated=True)
+    _, views = decode_message(message, FIELD)
     start = np.frombuffer(message, np.uint8).ctypes.data
     for view in views:
         assert (view.array().ctypes.data - start) % 64 == 16
@@ -108,9 +108,9 @@ def test_ordinary_messages_decode() -> None:
     tensor = tensor_pb2.Tensor(
         name="layer1", dtype=tensor_pb2.DATA_TYPE_INT16, shape=[2, 1], data=b"\x01\x00\xff\xff"
     )
-    message = feature_service_pb2.ExtractRequest(model="m", tensor=tensor).SerializeToString()
-    field = feature_service_pb2.ExtractRequest.TENSOR_FIELD_NUMBER
-    rest, [view] = decode_message(message, field, repeated=False, rivals=(3,))
+    message = feature_service_pb2.ExtractRequest(model="m", inputs=[tensor]).SerializeToString()
+    field = feature_service_pb2.ExtractRequest.INPUTS_FIELD_NUMBER
+    rest, [view] = decode_message(message, field, counted=(3,))
     assert feature_service_pb2.ExtractRequest.FromString(rest).model == "m"
     assert (view.name, view.dtype.name, view.array().tolist()) == ("layer1", "int16", [[1], [-1]])
 
@@ -118,11 +118,11 @@ def test_ordinary_messages_decode() -> None:
 def test_malformed_messages_raise_decode_error() -> None:
     """Whatever is wrong with the bytes is a DecodeError that says what."""
     with pytest.raises(DecodeError, match="length past the end|truncated"):
-        decode_message(b"\x0a\x05", FIELD, repeated=True)
+        decode_message(b"\x0a\x05", FIELD)
     tensor = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2], data=b"123")
     message = feature_service_pb2.ExtractResponse(tensors=[tensor]).SerializeToString()
     with pytest.raises(DecodeError, match="data: got 3 bytes, expected 8"):
-        decode_message(message, FIELD, repeated=True)
+        decode_message(message, FIELD)
 
 
 def test_unfit_arrays_raise_invalid_input() -> None:

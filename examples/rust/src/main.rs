@@ -11,7 +11,6 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use v1::extract_request::Input;
 use v1::feature_service_client::FeatureServiceClient;
 use v1::{Capture, ExtractRequest, ImageBatch, LayerSelection, Tensor};
 
@@ -40,14 +39,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     wait_until_ready(channel.clone()).await?;
     let mut features = FeatureServiceClient::new(channel).max_decoding_message_size(LARGEST_REPLY);
 
-    let images = || {
-        Input::Images(ImageBatch {
-            images: vec![photo.clone()],
-        })
+    let images = ImageBatch {
+        images: vec![photo],
     };
     let request = ExtractRequest {
         model: model.clone(),
-        input: Some(images()),
+        images: Some(images.clone()),
         layers: vec![layer("layer1"), input_of("avgpool")],
         ..Default::default()
     };
@@ -57,7 +54,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let ramp = elements::tensor(&[1, 3, 224, 224], |i| (i % 255) as f32 / 255.0);
     let request = ExtractRequest {
         model: model.clone(),
-        input: Some(Input::Tensor(ramp)),
+        inputs: vec![ramp],
         layers: vec![layer("avgpool")],
         ..Default::default()
     };
@@ -66,7 +63,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let request = ExtractRequest {
         model,
-        input: Some(images()),
+        images: Some(images),
         layers: vec![layer("no.such.layer")],
         ..Default::default()
     };

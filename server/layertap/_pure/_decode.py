@@ -19,51 +19,48 @@ from layertap._pure._wire import (
     int64,
     payload_bytes,
     signed,
-    tag,
-    varint,
 )
 
 _Slice = tuple[int, int, int, int]
 
 
 def decode(
-    message: bytes, *, field: int, repeated: bool, rivals: Iterable[int] = ()
+    message: bytes, *, field: int, most: int = MAX_MESSAGE_BYTES, counted: Iterable[int] = ()
 ) -> tuple[bytes, list[tuple[str, int, tuple[int, ...], memoryview | _Slice]]]:
     """See ``layertap._core.decode``."""
     if not isinstance(message, bytes):
         raise TypeError("message: expected bytes")
-    field, rival_fields = int64(field), {int64(rival) for rival in rivals}
-    for number in (field, *rival_fields):
+    field, most, counted_fields = int64(field), int64(most), {int64(each) for each in counted}
+    for number in (field, *counted_fields):
         check_field(number)
+    if most < 0:
+        raise ValueError(f"most: got {most}, expected from 0")
     if len(message) > MAX_MESSAGE_BYTES:
         raise ValueError("message: larger than 2**31 - 1 bytes")
     rest: list[bytes] = []
-    found: list[_Tensor] = []
-    rival_won = False
+    found: list[tuple[str, int, tuple[int, ...], memoryview | _Slice]] = []
     others = 0
     reader = Reader(message, 0, len(message))
     while not reader.done():
         begin = reader.at
         number, wire_type = reader.field_tag()
         if (number, wire_type) == (field, LENGTH_DELIMITED):
-            if rival_won:
-                rest.append(tag(field, LENGTH_DELIMITED) + varint(0))
-                rival_won = False
-            if repeated or not found:
-                found.append(_Tensor(message))
-            found[-1].merge(*reader.length_delimited())
+            span = reader.length_delimited()
+            if len(found) == most:
+                raise ValueError(f"message: more than {most} tensors")
+            tensor = _Tensor(message)
+            tensor.merge(*span)
+            found.append(tensor.checked())
+            continue
+        others += 1
+        if wire_type == LENGTH_DELIMITED and number in counted_fields:
+            others += _fields(message, *reader.length_delimited())
         else:
-            others += 1
-            if wire_type == LENGTH_DELIMITED and number in rival_fields:
-                others += _fields(message, *reader.length_delimited())
-                found.clear()
-                rival_won = True
-            else:
-                reader.skip(number, wire_type, MAX_DEPTH)
-            rest.append(message[begin : reader.at])
-            if others > MAX_REST_FIELDS:
-                raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")
-    return b"".join(rest), [tensor.checked() for tensor in found]
+            reader.skip(number, wire_type, MAX_DEPTH)
+        rest.append(message[begin : reader.at])
+        if others > MAX_REST_FIELDS:
+            raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")
+    return b"".join(rest), found
 
 
 def _fields(message: bytes, begin: int, end: int) -> int:

@@ -1,65 +1,62 @@
-"""How much memory the server may use where its configuration doesn't say."""
+"""How much memory the server may use where its configuration doesn't say.
+
+Some settings declare their ``memory_share``: their default takes at most that part of the memory
+that the process may use. Replies, kept memory, shared memory and one model's compiled plans
+together take five eighths at most; the rest is left to the process and the models. A single reply
+may take most of ``pending_mib``, which counts its request as well.
+"""
 
 from __future__ import annotations
 
-from layertap.engine import Limits
-from layertap.malloc import DEFAULT_KEPT_MIB
 from layertap.resources import memory_limit
-from layertap.shm.shared_memory import DEFAULT_SHARED_MIB
+from layertap.settings import Limits, ServerOptions, definitions
+from layertap.settings.kinds import MIB
 
-__all__ = ["MIB", "default_mib", "excess"]
+__all__ = ["default_mib", "defaults_here", "excess"]
 
-MIB = 1 << 20
-
-_MOST = {
-    "request_mib": Limits().request_bytes // MIB,
-    "reply_mib": Limits().reply_bytes // MIB,
-    "pending_mib": Limits().pending_bytes // MIB,
-    "plan_mib": Limits().plan_bytes // MIB,
-    "keep_memory_mib": DEFAULT_KEPT_MIB,
-    "shared_memory_mib": DEFAULT_SHARED_MIB,
+_SHARES = {
+    each.key: each
+    for owner in (ServerOptions, Limits)
+    for each in definitions(owner)
+    if each.setting.memory_share
 }
-"""The defaults on a machine with memory enough for all of them."""
-
-_PARTS = {
-    "request_mib": 16,
-    "reply_mib": 4,
-    "pending_mib": 4,
-    "plan_mib": 8,
-    "keep_memory_mib": 8,
-    "shared_memory_mib": 8,
-}
-"""Each default takes at most one such part of the memory.
-
-Replies, kept memory, shared memory and one model's compiled plans together take five eighths; the
-rest is left to the process and the models. A single reply may take most of ``pending_mib``,
-which counts its request as well.
-"""
 
 
-def default_mib(setting: str, memory: int | None = None) -> int:
+def default_mib(key: str, memory: int | None = None) -> int:
     """Return the default of a setting in MiB, at least 1.
 
     Args:
-        setting: Its key in the configuration, such as ``pending_mib``.
+        key: Its key in the configuration, such as ``pending_mib``.
         memory: The bytes of memory that the process may use; asked of the system if not given.
     """
     available = memory_limit() if memory is None else memory
-    return max(1, min(_MOST[setting], available // _PARTS[setting] // MIB))
+    setting = _SHARES[key]
+    default: int = setting.default
+    return max(1, min(default, available // setting.setting.memory_share) // MIB)
 
 
-def excess(promised_mib: int, memory: int | None = None) -> str:
+def defaults_here(owner: type) -> dict[str, int]:
+    """Return the defaults, by key, of a dataclass's settings that depend on the memory."""
+    memory = memory_limit()
+    return {
+        each.key: default_mib(each.key, memory)
+        for each in definitions(owner)
+        if each.key in _SHARES
+    }
+
+
+def excess(promised_bytes: int, memory: int | None = None) -> str:
     """Return a warning where the limits promise more memory than there is; else an empty text.
 
     Args:
-        promised_mib: What replies, kept and shared memory may take together, in MiB.
+        promised_bytes: What replies, kept and shared memory may take together.
         memory: The bytes of memory that the process may use; asked of the system if not given.
     """
-    available = (memory_limit() if memory is None else memory) // MIB
-    if promised_mib < available:
+    available = memory_limit() if memory is None else memory
+    if promised_bytes // MIB < available // MIB:
         return ""
     return (
-        f"pending_mib, keep_memory_mib and shared_memory_mib allow {promised_mib} MiB together, "
-        f"but this process may use {available} MiB, models included; under load the system may "
-        f"kill it. Lower them, or leave them out to get limits that fit"
+        f"pending_mib, keep_memory_mib and shared_memory_mib allow {promised_bytes // MIB} MiB "
+        f"together, but this process may use {available // MIB} MiB, models included; under load "
+        f"the system may kill it. Lower them, or leave them out to get limits that fit"
     )

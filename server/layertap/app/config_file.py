@@ -6,28 +6,30 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
-import msgspec
-from msgspec import Struct
-
-from layertap.app.config import (
-    SECRET_FILES,
-    LimitsSection,
-    ModelSection,
-    ServerConfig,
-    ServerSection,
-)
+from layertap.app.budget import defaults_here
+from layertap.app.config import ServerConfig
 from layertap.errors import ConfigError, LayertapError
-from layertap.models import ModelSpec, SourceKind
-from layertap.models.checkpoint_files import expanded, is_path
+from layertap.settings import (
+    Definition,
+    Limits,
+    ModelSpec,
+    ServedModel,
+    ServerOptions,
+    SourceKind,
+    build,
+    definitions,
+    replaced,
+)
+from layertap.settings.paths import expanded, is_path
 
 __all__ = ["load_config"]
 
-S = TypeVar("S", bound=Struct)
+T = TypeVar("T")
 KeyPath = tuple[str | int, ...]
 
-_SECTIONS = ServerConfig.__struct_fields__
+_SECTIONS = ("server", "limits", "models")
 
 
 def load_config(path: str | Path) -> ServerConfig:
@@ -50,7 +52,7 @@ def load_config(path: str | Path) -> ServerConfig:
 
 
 class _Reader:
-    """Turns a parsed document into a ServerConfig, and knows where in the text a key stands."""
+    """Turns a parsed document into a ServerConfig; finds the lines of keys for its errors."""
 
     def __init__(self, file: Path, text: str) -> None:
         self._file = file
@@ -63,59 +65,46 @@ class _Reader:
         if not isinstance(tables, list):
             raise self._wrong(("models",), tables, "a list of tables, each headed [[models]]")
         return ServerConfig(
-            server=self._server(document.get("server", {})),
-            limits=self._section(LimitsSection, document.get("limits", {}), ("limits",)),
+            server=self._section(ServerOptions, document.get("server", {}), ("server",)),
+            limits=self._section(Limits, document.get("limits", {}), ("limits",)),
             models=tuple(self._model(table, index) for index, table in enumerate(tables)),
         )
 
-    def _server(self, table: object) -> ServerSection:
-        server = self._section(ServerSection, table, ("server",))
-        # A `~` is the user's home, not a folder beside the file.
-        files = {
-            key: Path(name).expanduser()
-            for key in (*SECRET_FILES, "unix_socket")
-            if (name := getattr(server, key))
-        }
-        if server.plan_cache not in ("auto", "off"):
-            files["plan_cache"] = Path(server.plan_cache).expanduser()
-        folder = self._file.parent
-        return msgspec.structs.replace(server, **{k: str(folder / f) for k, f in files.items()})
+    def _section(self, owner: type[T], table: object, path: KeyPath) -> T:
+        return build(owner, {**defaults_here(owner), **self._values(owner, table, path)})
 
-    def _section(self, kind: type[S], table: object, path: KeyPath) -> S:
+    def _values(self, owner: type, table: object, path: KeyPath) -> dict[str, Any]:
+        """Check a table; return the raw values by key."""
         if not isinstance(table, Mapping):
             raise self._wrong(path, table, f"a table headed [{path[0]}]")
-        self._check_keys(table, kind.__struct_fields__, path)
-        missing = [f.name for f in msgspec.structs.fields(kind) if f.required]
-        for name in missing:
-            if name not in table:
-                raise self._error(path, f"{_dotted(path)} has no {name}")
-        types = get_type_hints(kind, include_extras=True)
-        values = {name: self._value(types[name], table[name], (*path, name)) for name in table}
-        return kind(**values)
+        known = {each.key: each for each in definitions(owner)}
+        self._check_keys(table, tuple(known), path)
+        for key, each in known.items():
+            if each.required and key not in table:
+                raise self._error(path, f"{_dotted(path)} has no {key}")
+        return {key: self._value(known[key], table[key], (*path, key)) for key in table}
 
-    def _value(self, type_: Any, value: object, path: KeyPath) -> Any:
+    def _value(self, setting: Definition, given: object, path: KeyPath) -> Any:
+        kind = setting.kind
         try:
-            return msgspec.convert(value, type_)
-        except msgspec.ValidationError:
-            expected = type_.__metadata__[0].description
-            raise self._wrong(path, value, expected) from None
+            value = kind.check(given)
+        except ValueError as error:
+            raise self._error(path, f"{_dotted(path)}: {error}") from None
+        if kind.is_path and value not in kind.words:
+            # A `~` is the user's home, not a folder beside the file.
+            return str(self._file.parent / expanded(value))
+        return value
 
-    def _model(self, table: object, index: int) -> ModelSection:
+    def _model(self, table: object, index: int) -> ServedModel:
         path: KeyPath = ("models", index)
-        model = self._section(ModelSection, table, path)
+        values = self._values(ServedModel, table, path)
         try:
-            spec = model.spec()
-            model.selections()
+            model = build(ServedModel, values)
         except LayertapError as error:
             raise self._error(path, str(error)) from None
-        return msgspec.structs.replace(
-            model,
-            source=_from_folder(self._file.parent, spec),
-            weights=str(self._file.parent / expanded(spec.weights))
-            if is_path(spec.weights)
-            else spec.weights,
-            name=spec.name,
-        )
+        spec, folder = model.spec, self._file.parent
+        weights = str(folder / expanded(spec.weights)) if is_path(spec.weights) else spec.weights
+        return replaced(model, {"source": _from_folder(folder, spec), "weights": weights})
 
     def _check_keys(self, table: Mapping[str, object], known: Sequence[str], path: KeyPath) -> None:
         for key in table:

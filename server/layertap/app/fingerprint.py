@@ -1,4 +1,4 @@
-"""What tells that a model has to be loaded again: its section, and its files' state."""
+"""How a change that needs a model to be loaded again is noticed: in its settings or its files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from layertap.app.config import ModelSection
-from layertap.models import SourceKind
-from layertap.models.checkpoint_files import files_of_weights, is_path
+from layertap.models.checkpoint_files import files_of_weights
+from layertap.settings import ServedModel, SourceKind
+from layertap.settings.paths import is_path
 
 __all__ = ["Fingerprint", "Snapshot", "files_of", "fingerprint", "snapshot"]
 
@@ -24,23 +24,23 @@ Snapshot = dict[Path, FileState]
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """A model's section, and the state of the files that it names."""
+    """A model's settings, and the state of the files that they name."""
 
-    section: ModelSection
+    model: ServedModel
     files: tuple[FileState, ...]
 
 
-def files_of(section: ModelSection) -> tuple[Path, ...]:
+def files_of(model: ServedModel) -> tuple[Path, ...]:
     """Return the files that a model is loaded from. Python code is not among them."""
-    spec = section.spec()
+    spec = model.spec
     source = [Path(spec.target)] if spec.kind is SourceKind.TORCHSCRIPT else []
     weights = files_of_weights(spec.weights) if is_path(spec.weights) else ()
     return (*source, *weights)
 
 
-def fingerprint(section: ModelSection) -> Fingerprint:
+def fingerprint(model: ServedModel) -> Fingerprint:
     """Return a model's fingerprint. Take it before loading: what changes meanwhile then shows."""
-    return Fingerprint(section, tuple(snapshot(files_of(section)).values()))
+    return Fingerprint(model, tuple(snapshot(files_of(model)).values()))
 
 
 def snapshot(files: Iterable[Path]) -> Snapshot:

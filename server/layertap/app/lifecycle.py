@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -13,25 +14,31 @@ from queue import SimpleQueue
 from types import FrameType
 
 from layertap.addresses import bare_host, is_unix
-from layertap.app.budget import MIB, excess
-from layertap.app.config import METRICS_OFF, ServerConfig
+from layertap.app.budget import excess
+from layertap.app.config import ServerConfig
 from layertap.app.fingerprint import files_of
 from layertap.app.health import ModelHealth
 from layertap.app.http_page import HttpPage
+from layertap.app.narrator import Narrator
 from layertap.app.notify import notify
+from layertap.app.plan_folder import open_plan_cache
 from layertap.app.reload import Reloader
-from layertap.app.served_models import Narrator, ServedModels, check_models
+from layertap.app.security import open_security
+from layertap.app.served_models import ServedModels
 from layertap.app.server import FeatureServer
 from layertap.app.telemetry import open_telemetry
 from layertap.app.watch import Watcher
 from layertap.engine import Engine, allow_tf32, choose_device
-from layertap.errors import LayertapError
+from layertap.errors import ConfigError, LayertapError
 from layertap.malloc import keep_memory
-from layertap.resources import raise_file_limit
-from layertap.services.admin_service import AdminService, ReloadReport
+from layertap.resources import available_cpus, raise_file_limit
+from layertap.services.admin_service import AdminService
+from layertap.services.reload_report import ReloadReport
+from layertap.settings import METRICS_OFF, ServerOptions
+from layertap.settings.kinds import MIB
 from layertap.threads import THREADS_REFUSED, is_thread_refused
 
-__all__ = ["Narrator", "serve"]
+__all__ = ["compute_threads", "serve"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _END = b"\0"
@@ -145,12 +152,12 @@ def serve(
                 narrator.say("stopping: waiting for the calls that were admitted")
                 running.stop()
         except LayertapError as error:
-            narrator.say(f"error: {error}")
+            narrator.say(str(error), logging.ERROR)
             return 1
         except RuntimeError as error:
             if not is_thread_refused(error):
                 raise
-            narrator.say(f"error: {THREADS_REFUSED}")
+            narrator.say(THREADS_REFUSED, logging.ERROR)
             return 1
     narrator.say("stopped serving")
     return 0
@@ -167,8 +174,10 @@ class _Running:
         config_file: Path | None,
         closing: ExitStack,
     ) -> None:
-        check_models(config)
+        config.check()
         self._narrator = narrator
+        # First, because it is quick and fails often: a file may be missing.
+        security = open_security(config.server.secrets, trusted=config.trusts_local_callers)
         self._engine = _engine(config, narrator)
         closing.callback(self._engine.close)
         health = ModelHealth()
@@ -179,11 +188,12 @@ class _Running:
         telemetry = open_telemetry(self._engine, config, closing)
         self.server = FeatureServer(
             self._engine,
-            options.options(),
+            options,
             telemetry.observer,
             interceptors=telemetry.interceptors,
             health=health,
             admin=admin,
+            security=security,
             repository=self.reloader if options.admin else None,
         )
         telemetry.metrics.show_waiting(lambda: self.server.waiting)
@@ -210,9 +220,9 @@ class _Running:
             closing.callback(watcher.close)
         metrics_shown = options.metrics_port != METRICS_OFF
         for warning in self.server.security.warnings(options.host, metrics=metrics_shown):
-            narrator.say(f"warning: {warning}")
-        if too_much := excess(_promised_mib(config)):
-            narrator.say(f"warning: {too_much}")
+            narrator.say(warning, logging.WARNING)
+        if too_much := excess(config.promised_bytes):
+            narrator.say(too_much, logging.WARNING)
 
     def names(self) -> str:
         """Name the models that serve."""
@@ -224,7 +234,7 @@ class _Running:
             # At once: a token that leaked can't wait for a model that is being loaded.
             self.server.security.reload()
         except LayertapError as error:
-            self._narrator.say(f"error: {error}")
+            self._narrator.say(str(error), logging.ERROR)
         self.reloader.request()
 
     def _reload_now(self) -> ReloadReport:
@@ -248,18 +258,27 @@ class _Running:
             yield from files_of(model)
 
 
-def _promised_mib(config: ServerConfig) -> int:
-    """Return the MiB that replies, kept memory and shared memory may take together."""
-    options = config.server
-    kept = options.kept_mib() if options.keep_memory else 0
-    return config.limits.limits().pending_bytes // MIB + kept + options.shared_mib()
+def compute_threads(options: ServerOptions, device: str) -> tuple[int, int | None]:
+    """Return (forward passes at once, CPUs of one; None for all that the process may use).
+
+    Raises:
+        ConfigError: For throughput mode on CUDA.
+    """
+    if options.mode == "latency":
+        return 1, options.threads
+    if device != "cpu":
+        raise ConfigError(
+            f"mode: got 'throughput' on {device}, where one pass fills the device; "
+            f"expected 'latency'"
+        )
+    return options.threads or available_cpus(), 1
 
 
 def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     options = config.server
-    if options.keep_memory and not keep_memory(options.kept_mib()):
+    if options.keep_memory and not keep_memory(options.keep_memory_bytes // MIB):
         narrator.say("note: this C library can't keep freed memory, so large replies take longer")
     allow_tf32(options.tf32)
     device = choose_device(options.device)
-    instances, threads = options.compute(device)
-    return Engine(config.limits.limits(), device, threads, options.plans(), instances)
+    instances, threads = compute_threads(options, device)
+    return Engine(config.limits, device, threads, open_plan_cache(options), instances)

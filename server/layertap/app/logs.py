@@ -9,22 +9,18 @@ import threading
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 from layertap.app.json_lines import capture_output, json_line
 from layertap.services.current_request import current_request
+from layertap.settings import LogFormat, LogLevel
 
 __all__ = [
-    "LogFormat",
-    "LogLevel",
     "LogNarrator",
     "configure_logs",
     "log_everything_as_json",
     "set_log_level",
 ]
-
-LogFormat = Literal["human", "json"]
-LogLevel = Literal["debug", "info", "warning", "error"]
 
 NARRATION = "layertap.serve"
 _uncaught = logging.getLogger("layertap.uncaught")
@@ -101,16 +97,14 @@ def _log_unraisable(args: sys.UnraisableHookArgs) -> None:
 
 
 class LogNarrator:
-    """Logs how serving goes; a ``layertap.app.lifecycle.Narrator`` for where machines read."""
+    """Logs how serving goes; a ``layertap.app.narrator.Narrator`` for where machines read."""
 
     def __init__(self) -> None:
         self._log = logging.getLogger(NARRATION)
 
-    def say(self, text: str) -> None:
-        """Log a line, at the level that its first word names."""
-        word, _, rest = text.partition(": ")
-        level = {"error": logging.ERROR, "warning": logging.WARNING}.get(word)
-        self._log.log(level or logging.INFO, "%s", rest if level else text)
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Log a line."""
+        self._log.log(level, "%s", text)
 
     def busy(self, text: str) -> AbstractContextManager[None]:
         """Log what has begun."""

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
-import msgspec
-
 from layertap.app.config import ServerConfig
-from layertap.app.served_models import Narrator, ServedModels, check_models
+from layertap.app.narrator import Narrator
+from layertap.app.served_models import ServedModels
 from layertap.engine import Call
 from layertap.errors import CancelledError, LayertapError, ModelLoadError, UnavailableError
-from layertap.services.admin_service import ReloadAction, ReloadReport
+from layertap.services.reload_report import ReloadAction, ReloadReport
+from layertap.settings import Definition, Limits, ServerOptions, definitions
 
 __all__ = ["Reloader", "waiting_for_restart"]
 
 _log = logging.getLogger(__name__)
-
-_LIVE = frozenset({"grace_seconds"})
-"""Settings of the server that are read when they are needed."""
 
 
 class Reloader:
@@ -124,7 +121,7 @@ class Reloader:
                     self._tell(self._reload())
                 except LayertapError as error:
                     if self._ready:
-                        self._narrator.say(f"error: not reloaded: {error}")
+                        self._narrator.say(f"not reloaded: {error}", logging.ERROR)
                 except Exception:  # noqa: BLE001 - the next reload may do; it is logged in full
                     _log.exception("reload failed")
 
@@ -166,7 +163,7 @@ class Reloader:
 
     def _read_checked(self) -> ServerConfig:
         config = self._read()
-        check_models(config)
+        config.check()
         return config
 
     def _reload(self) -> ReloadReport:
@@ -189,13 +186,16 @@ class Reloader:
 
 def waiting_for_restart(started_with: ServerConfig, config: ServerConfig) -> tuple[str, ...]:
     """Name the settings that can't change while the server runs, and have."""
-    waiting = []
-    for section in ("server", "limits"):
-        old = msgspec.structs.asdict(getattr(started_with, section))
-        new = msgspec.structs.asdict(getattr(config, section))
-        waiting += [
-            f"{section}.{key}: {new[key]!r}, still {old[key]!r}"
-            for key in old
-            if new[key] != old[key] and key not in _LIVE
-        ]
-    return tuple(waiting)
+    return (
+        *_changed("server", definitions(ServerOptions), started_with.server, config.server),
+        *_changed("limits", definitions(Limits), started_with.limits, config.limits),
+    )
+
+
+def _changed(
+    section: str, settings: Iterable[Definition], before: object, now: object
+) -> Iterator[str]:
+    for each in settings:
+        old, new = each.value_in(before), each.value_in(now)
+        if new != old and not each.setting.live:
+            yield f"{section}.{each.key}: {new!r}, still {old!r}"

@@ -13,8 +13,9 @@ from layertap.addresses import is_loopback
 from layertap.certificates import read_authorities, read_key_pair
 from layertap.errors import ConfigError
 from layertap.services.tokens import Right, Tokens
+from layertap.settings import SecretFiles
 
-__all__ = ["SecretFiles", "Security", "ServerTls", "open_security"]
+__all__ = ["Security", "ServerTls", "open_security"]
 
 
 class ServerTls:
@@ -68,17 +69,6 @@ class ServerTls:
         chain, secret = read_key_pair(self._certificate, self._private_key, "tls_cert", "tls_key")
         roots = read_authorities(self._client_ca, "tls_client_ca") if self._client_ca else None
         return grpc.ssl_server_certificate_configuration([(secret, chain)], roots)
-
-
-@dataclass(frozen=True, slots=True)
-class SecretFiles:
-    """Where ``[server]`` says the files are; None for those that it does not name."""
-
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    extract_tokens_file: Path | None = None
-    admin_tokens_file: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Protocol
 
-from layertap.app.config import ModelSection, ServerConfig
+from layertap.app.config import ServerConfig
 from layertap.app.fingerprint import Fingerprint, fingerprint
 from layertap.app.health import ModelHealth
+from layertap.app.narrator import Narrator
 from layertap.engine import Call, Engine, ModelHost, choose_device
 from layertap.errors import (
     CancelledError,
-    ConfigError,
     ExtractorUnsupportedError,
     InvalidInputError,
     LayertapError,
@@ -22,36 +20,12 @@ from layertap.errors import (
     ModelNotFoundError,
     NotFoundError,
 )
-from layertap.services.admin_service import ModelReload, ReloadAction
+from layertap.services.reload_report import ModelReload, ReloadAction
+from layertap.settings import ServedModel
 
-__all__ = ["Narrator", "ServedModels", "check_models"]
+__all__ = ["ServedModels"]
 
 _log = logging.getLogger(__name__)
-
-
-class Narrator(Protocol):
-    """Tells the person at the terminal how it goes. Called from several threads."""
-
-    def say(self, text: str) -> None:
-        """Tell something that happened."""
-
-    def busy(self, text: str) -> AbstractContextManager[None]:
-        """Show that something is going on that may take long."""
-
-
-def check_models(config: ServerConfig) -> None:
-    """Find what can be found before any model is loaded.
-
-    Raises:
-        ConfigError: For no model, two of one name, or CUDA graphs of no layers.
-        InvalidInputError: For a malformed layer.
-    """
-    config.check_names()
-    if not config.models:
-        raise ConfigError("models: got none, expected at least one to serve")
-    for model in config.models:
-        model.selections()
-        model.options()
 
 
 class ServedModels:
@@ -98,7 +72,7 @@ class ServedModels:
             CancelledError: Where the call was cancelled; what was done stays done.
         """
         self._expect(config)
-        names = [model.spec().name for model in config.models]
+        names = [model.name for model in config.models]
         done = [self._update(model, call) for model in config.models]
         done += [self._unload(name) for name in list(self._served) if name not in names]
         self._health.show_server(serving=bool(self._engine.hosts()))
@@ -111,7 +85,7 @@ class ServedModels:
             ModelNotFoundError: Where the configuration has no such model.
             CancelledError: Where the call was cancelled.
         """
-        model = next((each for each in config.models if each.spec().name == name), None)
+        model = next((each for each in config.models if each.name == name), None)
         if model is None:
             raise ModelNotFoundError(f"model: got {name!r}, which the configuration does not name")
         self._served.setdefault(name, None)
@@ -130,19 +104,19 @@ class ServedModels:
         self._unload(name)
         # Still asked for: a reload without it has to let it be forgotten.
         self._served[name] = None
-        self._engine.expect([model.spec().name for model in config.models])
+        self._engine.expect([model.name for model in config.models])
         self._engine.explain(name, "it was unloaded")
         self._health.show_server(serving=bool(self._engine.hosts()))
 
     def _expect(self, config: ServerConfig) -> None:
-        names = [model.spec().name for model in config.models]
+        names = [model.name for model in config.models]
         self._engine.expect(names)
         for name in names:
             if self._served.setdefault(name, None) is None:
                 self._health.show(name, serving=False)
 
-    def _update(self, model: ModelSection, call: Call) -> ModelReload:
-        name = model.spec().name
+    def _update(self, model: ServedModel, call: Call) -> ModelReload:
+        name = model.name
         served = self._served[name]
         if served is not None and served == fingerprint(model):
             return ModelReload(name, ReloadAction.UNCHANGED)
@@ -167,35 +141,35 @@ class ServedModels:
         self._narrator.say(f"unloaded {name}")
         return ModelReload(name, ReloadAction.UNLOADED, serving=False)
 
-    def _load(self, model: ModelSection, load: Callable[..., ModelHost]) -> None:
-        spec, declared = model.spec(), model.selections()
+    def _load(self, model: ServedModel, load: Callable[..., ModelHost]) -> None:
+        name, declared = model.name, model.layers
         state = fingerprint(model)
         begun = time.monotonic()
         compiling = f" and compiling {len(declared)} layers" if declared else ""
-        with self._narrator.busy(f"loading {spec.name}{compiling}"):
+        with self._narrator.busy(f"loading {name}{compiling}"):
             host = load(
-                spec,
+                model.spec,
                 declared,
-                options=model.options(),
+                options=model.options,
                 device=choose_device(model.device) if model.device else "",
             )
-        former, self._served[spec.name] = self._served[spec.name], state
-        self._health.show(spec.name, serving=True)
+        former, self._served[name] = self._served[name], state
+        self._health.show(name, serving=True)
         loaded = host.model
         self._narrator.say(
             f"{'replaced' if former else 'loaded'} {loaded.name}: {loaded.source}, weights "
             f"{loaded.weights}, on {loaded.device}, in {time.monotonic() - begun:.1f} s"
         )
         if assumed := loaded.assumptions():
-            self._narrator.say(f"warning: {assumed}")
+            self._narrator.say(assumed, logging.WARNING)
 
-    def _fail(self, model: ModelSection, error: Exception) -> None:
-        name = model.spec().name
+    def _fail(self, model: ServedModel, error: Exception) -> None:
+        name = model.name
         self._engine.explain(name, _public(error))
         if not isinstance(error, LayertapError):
             _log.error("loading model %s failed", name, exc_info=error)
         what = "not replaced, the version before serves on" if self._served[name] else "not loaded"
-        self._narrator.say(f"error: model {name}: {what}: {_text(error)}")
+        self._narrator.say(f"model {name}: {what}: {_text(error)}", logging.ERROR)
 
 
 def _text(error: Exception) -> str:

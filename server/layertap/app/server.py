@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -14,7 +13,7 @@ from layertap.addresses import host_port, is_unix, unix_path
 from layertap.app.grpc_options import STREAMS, channel_options
 from layertap.app.health import HEALTH, ModelHealth
 from layertap.app.reflection import REFLECTIONS, Reflection
-from layertap.app.security import Security
+from layertap.app.security import Security, open_security
 from layertap.app.thread_limit import ThreadLimit
 from layertap.app.unix_socket import UnixSocket
 from layertap.engine import Engine, Limits
@@ -31,21 +30,14 @@ from layertap.services.open_streams import OpenStreams
 from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
+from layertap.settings import ServerOptions
 from layertap.shm.broker import open_broker
 from layertap.shm.client_regions import ClientRegions
-from layertap.shm.shared_memory import DEFAULT_LEASE_SECONDS, DEFAULT_SHARED_MIB
 from layertap.threads import WorkerThreads, start_threads
 
 __all__ = ["FeatureServer", "ServerOptions"]
 
 _log = logging.getLogger(__name__)
-
-UNIX_SOCKET_MODE = 0o600
-"""Only this user may connect, unless told otherwise."""
-
-PORT = 8001
-"""Where inference servers listen for gRPC by convention; metrics are at 8002."""
-
 
 SPARE_WORKERS = 16
 """Threads besides one for each request that may be pending, for calls that are short or refused."""
@@ -57,39 +49,6 @@ _JOIN_SECONDS = 2.0
 def _workers(limits: Limits) -> int:
     """Return how many threads serve RPCs. A stream keeps one for as long as it is open."""
     return limits.pending + limits.streams + REFLECTIONS + SPARE_WORKERS
-
-
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """How to listen.
-
-    Attributes:
-        host: The address to bind; only this machine unless told otherwise. ``unix:/path`` or
-            ``unix-abstract:name`` for a Unix socket instead of a port.
-        port: The port; 0 for a free one.
-        unix_socket: The path of a Unix socket to listen on as well; None for none.
-        unix_socket_mode: The permissions of the socket's file.
-        connection_age_seconds: How long a connection lasts, give or take a tenth, before its client
-            has to make another; 0 for no end.
-        connection_age_grace_seconds: How long the calls of such a connection may take to finish; 0
-            for no end.
-        security: TLS and tokens; neither unless told otherwise.
-        shared_memory_bytes: What may be shared with clients of this machine; 0 for none.
-        shared_memory_lease_seconds: How long a client may keep what was lent to it.
-        client_regions: Shared memory that clients of the Open Inference Protocol name; None where
-            they may not.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = PORT
-    security: Security = field(default_factory=Security)
-    shared_memory_bytes: int = DEFAULT_SHARED_MIB << 20
-    shared_memory_lease_seconds: float = DEFAULT_LEASE_SECONDS
-    client_regions: ClientRegions | None = None
-    unix_socket: Path | None = None
-    unix_socket_mode: int = UNIX_SOCKET_MODE
-    connection_age_seconds: float = 0.0
-    connection_age_grace_seconds: float = 0.0
 
 
 class FeatureServer:
@@ -107,6 +66,9 @@ class FeatureServer:
         health: What to tell of models; one of its own if not given.
         admin: What the owner may ask for; nothing if not given.
         repository: Loads and unloads models for the owner; nothing does if not given.
+        security: TLS and tokens; opened from the files that the options name if not given.
+        client_regions: Shared memory that clients of the Open Inference Protocol name; if not
+            given, what the options allow.
 
     Attributes:
         addresses: Where it listens: ``host:port``, ``unix:/path``.
@@ -116,6 +78,7 @@ class FeatureServer:
 
     Raises:
         UnavailableError: Where the address can't be bound.
+        ConfigError: For files of certificates and tokens that can't be used.
     """
 
     def __init__(
@@ -128,10 +91,14 @@ class FeatureServer:
         health: ModelHealth | None = None,
         admin: AdminService | None = None,
         repository: RepositoryControl | None = None,
+        security: Security | None = None,
+        client_regions: ClientRegions | None = None,
     ) -> None:
         self._engine = engine
         options = options or ServerOptions()
-        self.security = options.security
+        self.security = security or open_security(options.secrets)
+        if client_regions is None and options.allow_client_shm:
+            client_regions = ClientRegions(frozenset(options.client_shm_uids))
         statistics = Statistics()
         observer = Observers(observer, statistics) if observer else statistics
         self._overload = Overload(engine, observer)
@@ -141,15 +108,15 @@ class FeatureServer:
             interceptors=(
                 ThreadLimit(self._workers, observer),
                 *interceptors,
-                Authorization(options.security.tokens),
+                Authorization(self.security.tokens),
                 # Behind the authorization: a caller without a token takes no place.
                 self._overload,
             ),
             options=channel_options(
                 engine.limits.request_bytes,
                 max(STREAMS, 2 * _workers(engine.limits)),
-                options.connection_age_seconds,
-                options.connection_age_grace_seconds,
+                options.max_connection_age_seconds,
+                options.max_connection_age_grace_seconds,
                 # The other half is for probes, shared memory, and files of models: where strangers'
                 # connections took all, nobody could be accepted, and no probe would be answered.
                 connections=max(1, file_limit() // 2),
@@ -165,7 +132,7 @@ class FeatureServer:
         inference = InferenceService(
             engine,
             InferenceSettings(
-                lambda: self._health.serving(""), statistics, options.client_regions, repository
+                lambda: self._health.serving(""), statistics, client_regions, repository
             ),
             observer,
             self._stream_threads,
@@ -290,7 +257,7 @@ class FeatureServer:
 
     def _add(self, address: str, options: ServerOptions) -> int:
         """Have gRPC listen; return the port. Raises RuntimeError where it can't."""
-        tls = options.security.tls
+        tls = self.security.tls
         if tls:
             return int(self._server.add_secure_port(address, tls.credentials()))
         return int(self._server.add_insecure_port(address))

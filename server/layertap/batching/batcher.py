@@ -18,28 +18,14 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["ALONE", "BatchPolicy", "Batcher"]
+from layertap.settings.batch_policy import BatchPolicy
+
+__all__ = ["Batcher"]
 
 T = TypeVar("T")
 
 MEMORY_SECONDS = 1.0
 MAX_REMEMBERED = 256
-
-
-@dataclass(frozen=True, slots=True)
-class BatchPolicy:
-    """How large a batch may get, and how long it may be waited for.
-
-    Attributes:
-        max_size: The sum of its items' sizes; an item that is larger by itself runs alone.
-        max_delay: Seconds that its first item may be held back, where others are expected.
-    """
-
-    max_size: int = 1
-    max_delay: float = 0.0
-
-
-ALONE = BatchPolicy()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-from layertap.batching.batcher import ALONE, Batcher, BatchPolicy
+from layertap.batching.batcher import Batcher
+from layertap.settings.batch_policy import ALONE, BatchPolicy
 
 __all__ = ["BatchQueue", "ClosedError"]
 

@@ -12,7 +12,7 @@ import click
 if TYPE_CHECKING:
     from layertap.client import Client
 
-__all__ = ["Connection", "connection_options"]
+__all__ = ["ServerAddress", "connection_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,7 +20,7 @@ _FILE = click.Path()
 
 
 @dataclass(frozen=True, slots=True)
-class Connection:
+class ServerAddress:
     """What the command line says about a server.
 
     Attributes:
@@ -71,7 +71,7 @@ def connection_options(default: str | None = None) -> Callable[[F], F]:
         default: The server to ask where none is named; None for verbs that can do without one.
 
     Returns:
-        A decorator; the verb gets ``server``, a Connection, or None without a default.
+        A decorator; the verb gets ``server``, a ServerAddress, or None without a default.
     """
 
     def decorate(function: F) -> F:
@@ -94,7 +94,7 @@ def _with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
             if extra:
                 raise click.UsageError(f"{', '.join(extra)}: only together with --server")
             return function(*args, server=None, **flags)
-        return function(*args, server=Connection(server, **given), **flags)
+        return function(*args, server=ServerAddress(server, **given), **flags)
 
     return verb
 

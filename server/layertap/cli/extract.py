@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from layertap.errors import InvalidInputError
 from layertap.selection import Capture, Extractor, Glob, LayerSelection, Reduction
 
 if TYPE_CHECKING:
-    from layertap.cli.connection import Connection
+    from layertap.cli.connection import ServerAddress
     from layertap.client import Features
     from layertap.v1 import catalogue_pb2, feature_service_pb2
 
@@ -83,7 +84,7 @@ def extract(
     dtype: str | None,
     reduction: str,
     batch_size: int,
-    server: Connection | None,
+    server: ServerAddress | None,
     **flags: Any,
 ) -> None:
     """Write layers of IMAGEs into an .npz file: an array for each layer, all images in it.
@@ -192,7 +193,7 @@ def _naming(images: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def _remote(
-    server: Connection, model: str, selections: list[LayerSelection], extractor: Extractor
+    server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
 ) -> Iterator[_Source]:
     with server.client() as client:
         yield _Source(
@@ -214,9 +215,9 @@ def _embedded(
     from layertap.services.convert import description_to_proto
 
     with terminal.busy(f"loading {model}"):
-        engine, name = embedded_engine(model, **flags)
+        engine, name = embedded_engine(model, flags)
     if assumed := engine.host(name).model.assumptions():
-        terminal.say(f"warning: {assumed}")
+        terminal.say(assumed, logging.WARNING)
 
     def ask(images: list[bytes]) -> Features:
         request = ExtractionRequest(name, ImagesInput(images), tuple(selections), extractor)

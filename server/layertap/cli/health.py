@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from layertap.cli.connection import Connection, connection_options
+from layertap.cli.connection import ServerAddress, connection_options
 from layertap.client.base import TARGET
 
 __all__ = ["health"]
@@ -35,7 +35,7 @@ __all__ = ["health"]
     metavar="S",
     help="Seconds to wait for the answer; default 5.",
 )
-def health(server: Connection, service: str, url: str | None, timeout: float) -> None:
+def health(server: ServerAddress, service: str, url: str | None, timeout: float) -> None:
     """Ask a server for its health, by grpc.health.v1. It needs no token for that.
 
     Exit code 0 if it is SERVING, else 1: a probe for containers and scripts. With --url it asks by

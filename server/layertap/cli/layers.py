@@ -10,7 +10,7 @@ import click
 from layertap.cli.options import embedded_engine, local_model_options, refuse_with_server
 
 if TYPE_CHECKING:
-    from layertap.cli.connection import Connection
+    from layertap.cli.connection import ServerAddress
     from layertap.v1 import catalogue_pb2, feature_service_pb2
 
 __all__ = ["layers"]
@@ -38,7 +38,7 @@ def layers(
     everything: bool,
     tree: bool | None,
     as_json: bool,
-    server: Connection | None,
+    server: ServerAddress | None,
     **flags: Any,
 ) -> None:
     """List a model's layers, as measured by running it.
@@ -76,7 +76,7 @@ def layers(
     )
 
 
-def _ask(server: Connection, model: str) -> feature_service_pb2.DescribeModelResponse:
+def _ask(server: ServerAddress, model: str) -> feature_service_pb2.DescribeModelResponse:
     with server.client() as client:
         return client.describe_model(model)
 
@@ -86,7 +86,7 @@ def _measure(model: str, flags: dict[str, Any]) -> feature_service_pb2.DescribeM
     from layertap.services.convert import description_to_proto
 
     with Stderr().busy(f"measuring {model}"):
-        engine, name = embedded_engine(model, **flags)
+        engine, name = embedded_engine(model, flags)
     try:
         return description_to_proto(engine.host(name))
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from layertap.cli.connection import Connection, connection_options
+from layertap.cli.connection import ServerAddress, connection_options
 from layertap.client.base import TARGET
 from layertap.errors import PermissionDeniedError, UnavailableError
 from layertap.v1 import admin_service_pb2
@@ -21,7 +21,7 @@ __all__ = ["reload"]
     metavar="S",
     help="Seconds to wait for the new versions to be warm; default 600.",
 )
-def reload(server: Connection, timeout: float) -> None:
+def reload(server: ServerAddress, timeout: float) -> None:
     """Have a server read its configuration and changed weights again, without a failed request.
 
     Its certificates and tokens are read again as well. The server must have been started with

@@ -5,6 +5,7 @@ rich leaves colours out where the stream is no terminal and where NO_COLOR is se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from layertap.selection import Extractor
+from layertap.selection import Capture, Extractor
 from layertap.v1 import catalogue_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
@@ -27,6 +28,7 @@ LETTERS = {each: each.letter for each in reversed(Extractor) if each.letter}
 """What tables call the extractors; the ones that AUTO prefers stand last."""
 
 UNBOUNDED = 10_000
+_MARKS = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 _BY = ("by", "in by")
 
 
@@ -42,18 +44,19 @@ def console(stream: TextIO | None = None) -> Console:
 
 
 class Stderr:
-    """Messages and progress on stderr; a ``layertap.app.lifecycle.Narrator``."""
+    """Messages and progress on stderr; a ``layertap.app.narrator.Narrator``."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, markup=False, highlight=False)
 
-    def say(self, text: str) -> None:
-        """Print a line; where stderr can't be written to, as a file on a full disk, print none.
+    def say(self, text: str, level: int = logging.INFO) -> None:
+        """Print a line, and mark errors and warnings as such.
 
-        A message that is lost must not end the server, as logging's own errors don't.
+        Where stderr can't be written to, as a file on a full disk, the line is lost: that must not
+        end the server, as logging's own errors don't.
         """
         with suppress(OSError):
-            self._console.print(f"layertap: {text}", soft_wrap=True)
+            self._console.print(f"layertap: {_MARKS.get(level, '')}{text}", soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
@@ -80,6 +83,13 @@ class Stderr:
             yield bar
 
 
+def _input(given: catalogue_pb2.InputSpec) -> str:
+    """Return an input in words, such as ``x [B, 3, 224*, 224*] float32 or images``."""
+    sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in given.shape]
+    images = " or images" if given.images else ""
+    return f"{given.name} [{', '.join(sizes)}] {_dtype(given.dtype)}{images}"
+
+
 def show_layers(
     model: catalogue_pb2.Model,
     layers: Sequence[catalogue_pb2.Layer],
@@ -89,20 +99,16 @@ def show_layers(
 ) -> None:
     """Print a model's layers, as a tree of modules or as a flat table in execution order."""
     out = console()
-    images = " or images" if model.input.images else ""
-    free = model.input.free_dimensions
-    sizes = [
-        f"{size}*" if index in free else str(size)
-        for index, size in enumerate(model.input.item_shape)
-    ]
-    note = " (*: any size)" if free else ""
+    taken = ", ".join(map(_input, model.inputs))
+    note = " (*: any size)" if "*" in taken else ""
     out.print(
         f"{model.name}: {model.source}, weights {model.weights}, on {model.device}; takes "
-        f"[{', '.join(['B', *sizes])}] {_dtype(model.input.dtype)}{images}{note}",
+        f"{taken}{note}",
         soft_wrap=True,
     )
-    if model.input.images:
-        out.print(f"images: {model.input.preprocessing}", soft_wrap=True)
+    for given in model.inputs:
+        if given.images:
+            out.print(f"images: {given.preprocessing}", soft_wrap=True)
     if passes := _passes(model.pass_rules):
         out.print(f"passes: {passes}", soft_wrap=True)
     for note in model.notes:
@@ -112,8 +118,10 @@ def show_layers(
         for reason, names in _unserved(layers).items():
             out.print(f"none: {', '.join(names)}: {reason}", soft_wrap=True)
     for plan in refused:
-        shape = ", ".join(["B", *map(str, plan.item_shape)])
-        out.print(f"refused: {', '.join(plan.layers)} at [{shape}]: {plan.reason}", soft_wrap=True)
+        at = ", ".join(
+            f"{given.name} [{', '.join(['B', *map(str, given.shape)])}]" for given in plan.inputs
+        )
+        out.print(f"refused: {', '.join(plan.layers)} at {at}: {plan.reason}", soft_wrap=True)
     legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
     out.print(
         f"by: {legend}; in by: the same for its input; B: the batch; bytes: of one item"
@@ -187,7 +195,7 @@ def _table(*headings: str) -> Table:
 
 def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
     """Return the cells about a layer's values and who serves them."""
-    outputs, inputs = _letters(layer, "output"), _letters(layer, "input")
+    outputs, inputs = (_letters(layer, side) for side in (Capture.OUTPUT, Capture.INPUT))
     if not layer.HasField("output"):
         return ("", "", "", "", outputs or "none", inputs)
     spec = layer.output
@@ -198,9 +206,24 @@ def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
 
 def _reason(layer: catalogue_pb2.Layer) -> str:
     """Return why no extractor serves a layer's output; empty where one does."""
-    if any(support.output for support in layer.extractors):
+    verdicts = [verdict for _, verdict in _verdicts(layer, Capture.OUTPUT)]
+    if any(verdict.served for verdict in verdicts):
         return ""
-    return next((support.reason for support in layer.extractors if support.reason), "")
+    return next((verdict.reason for verdict in verdicts if verdict.reason), "")
+
+
+def _verdicts(
+    layer: catalogue_pb2.Layer, side: Capture
+) -> Iterator[tuple[Extractor, catalogue_pb2.CaptureSupport]]:
+    """Yield each extractor with what it does with one side of a layer."""
+    for support in layer.extractors:
+        extractor = from_proto(
+            support.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
+        )
+        for verdict in support.captures:
+            capture = from_proto(verdict.capture, catalogue_pb2.Capture, "CAPTURE", Capture.OUTPUT)
+            if capture is side:
+                yield extractor, verdict
 
 
 def _unserved(layers: Iterable[catalogue_pb2.Layer]) -> dict[str, list[str]]:
@@ -221,13 +244,9 @@ def _short(size: int) -> str:
     return f"{size} GiB"
 
 
-def _letters(layer: catalogue_pb2.Layer, side: str) -> str:
+def _letters(layer: catalogue_pb2.Layer, side: Capture) -> str:
     """Return a letter or a dash for each extractor, in one order, so that columns line up."""
-    able = {
-        from_proto(support.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO)
-        for support in layer.extractors
-        if getattr(support, side)
-    }
+    able = {extractor for extractor, verdict in _verdicts(layer, side) if verdict.served}
     if not able:
         return ""
     return "".join(letter if e in able else "-" for e, letter in LETTERS.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
@@ -32,13 +32,13 @@ from layertap.client.timeouts import bounded
 from layertap.errors import LayertapError, OverloadedError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
-from layertap.wire.messages import encode_request, encode_shared_request
+from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from layertap.client.inputs import InputLike
     from layertap.shm.client_session import ClientSession
+    from layertap.wire.messages import Arrays
+    from layertap.wire.tensors import SharedSlice
 
 __all__ = ["AsyncClient", "AsyncFeatureStream"]
 
@@ -104,14 +104,14 @@ class AsyncClient(BaseClient):
     ) -> Features:
         """Run a model on a batch and return layers of it; see ``Client.extract``."""
         transport = self._opened()
-        fields, tensor = await _request_fields(model, given, layers, extractor)
+        fields, inputs = await _request_fields(model, given, layers, extractor)
         memory = await self._session(transport, timeout)
         if memory is not None:
             try:
-                return await self._extract_shared(transport, memory, fields, tensor, timeout)
+                return await self._extract_shared(transport, memory, fields, inputs, timeout)
             except SharedMemoryLostError as error:
                 _log.debug("shared memory is lost, the wire instead: %s", error)
-        message = encode_request(feature_service_pb2.ExtractRequest(**fields), tensor)
+        message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
         return Features(await self._call(transport, transport.extract, message, timeout))
 
     async def stream(
@@ -277,21 +277,17 @@ class AsyncClient(BaseClient):
         transport: _Transport,
         memory: ClientSession,
         fields: dict[str, Any],
-        tensor: np.ndarray | None,
+        inputs: Arrays,
         timeout: float | None,
     ) -> Features:
         request = feature_service_pb2.ExtractRequest(shared_memory_session=memory.session, **fields)
         memory.begin_call()
         try:
             with ExitStack() as stack:
-                if is_shared(tensor):
-                    at = await _in_thread(lambda: stack.enter_context(written(memory, tensor)))
-                else:
-                    at = None
-                if tensor is None or at is None:
-                    message = encode_request(request, tensor)
-                else:
-                    message = encode_shared_request(request, tensor, at)
+                places: list[SharedSlice | None] = []
+                if is_shared(inputs):
+                    places = await _in_thread(lambda: stack.enter_context(written(memory, inputs)))
+                message = encode_request(request, inputs, places)
                 reply = await self._call(transport, transport.extract, message, timeout)
             return Features(reply, memory.finder())
         finally:
@@ -475,14 +471,16 @@ class AsyncFeatureStream:
 
 async def _request_fields(
     model: str, given: InputLike, layers: SelectionLike, extractor: Extractor | str
-) -> tuple[dict[str, Any], np.ndarray | None]:
+) -> tuple[dict[str, Any], Arrays]:
     if _is_in_memory(given):
         return request_fields(model, given, layers, extractor)
     return await _in_thread(lambda: request_fields(model, given, layers, extractor))
 
 
 def _is_in_memory(given: Any) -> bool:
-    """Tell whether an input takes no time to encode: an array, a tensor or a file's bytes."""
+    """Tell whether an input takes no time to encode: arrays, tensors or a file's bytes."""
+    if isinstance(given, Mapping):
+        return all(map(_is_in_memory, given.values()))
     return isinstance(given, bytes) or hasattr(given, "dtype")
 
 

@@ -33,13 +33,12 @@ from layertap.client.timeouts import bounded
 from layertap.errors import LayertapError, SharedMemoryLostError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
-from layertap.wire.messages import encode_request, encode_shared_request
+from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from layertap.client.inputs import InputLike
     from layertap.shm.client_session import ClientSession
+    from layertap.wire.messages import Arrays
 
 __all__ = ["Client"]
 
@@ -101,8 +100,9 @@ class Client(BaseClient):
 
         Args:
             model: A served model's name.
-            given: A float array ``[B, ...]`` as the model takes it; or an image, or a list of
-                images: a path, the bytes of a JPEG, PNG or WebP file, or a PIL image.
+            given: An array ``[B, ...]`` as the model takes it, or a mapping of input names to such
+                arrays; or an image, or a list of images: a path, the bytes of a JPEG, PNG or WebP
+                file, or a PIL image.
             layers: What to return: a name or glob, ``"avgpool:input"`` for an input,
                 ``"layer4=deep"`` to rename, a LayerSelection; a list of those; or a mapping of
                 names to aliases.
@@ -115,15 +115,15 @@ class Client(BaseClient):
         Raises:
             LayertapError: Whatever the server refuses, as the exception that it names.
         """
-        fields, tensor = request_fields(model, given, layers, extractor)
+        fields, inputs = request_fields(model, given, layers, extractor)
         transport = self._opened()
         memory = transport.memory.connection(self._timeout if timeout is None else timeout)
         if memory is not None:
             try:
-                return self._extract_shared(transport, memory, fields, tensor, timeout)
+                return self._extract_shared(transport, memory, fields, inputs, timeout)
             except SharedMemoryLostError as error:
                 _log.debug("shared memory is lost, the wire instead: %s", error)
-        message = encode_request(feature_service_pb2.ExtractRequest(**fields), tensor)
+        message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
         return Features(self._call(transport.extract, message, timeout))
 
     def stream(
@@ -308,17 +308,14 @@ class Client(BaseClient):
         transport: _Transport,
         memory: ClientSession,
         fields: dict[str, Any],
-        tensor: np.ndarray | None,
+        inputs: Arrays,
         timeout: float | None,
     ) -> Features:
         request = feature_service_pb2.ExtractRequest(shared_memory_session=memory.session, **fields)
         memory.begin_call()
         try:
-            with written(memory, tensor) as at:
-                if tensor is None or at is None:
-                    message = encode_request(request, tensor)
-                else:
-                    message = encode_shared_request(request, tensor, at)
+            with written(memory, inputs) as places:
+                message = encode_request(request, inputs, places)
                 reply = self._call(transport.extract, message, timeout)
             return Features(reply, memory.finder())
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,43 +16,58 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     ImageLike = bytes | str | os.PathLike[str] | Image
-    InputLike = np.ndarray | ImageLike | Sequence[ImageLike]
+    ArrayLike = np.ndarray | Any
+    InputLike = ArrayLike | Mapping[str, ArrayLike] | ImageLike | Sequence[ImageLike]
+
+    from layertap.wire.messages import Arrays
 
 __all__ = ["encode_input"]
 
 _ORIENTATION = 0x0112
 
 
-def encode_input(given: Any) -> np.ndarray | list[bytes]:
+def encode_input(given: Any) -> tuple[list[bytes], Arrays]:
     """Tell images from arrays.
 
     Args:
-        given: An array or tensor ``[B, ...]`` as the model takes it; or an image, or a list of
-            images: a path, the bytes of a JPEG, PNG or WebP file, or a PIL image (which is sent as
-            PNG, without loss and with its EXIF orientation; CMYK as the RGB that the server would
-            make of it).
+        given: An array or tensor ``[B, ...]`` as the model takes it, or a mapping of input names to
+            such arrays; or an image, or a list of images: a path, the bytes of a JPEG, PNG or WebP
+            file, or a PIL image (which is sent as PNG, without loss and with its EXIF orientation;
+            CMYK as the RGB that the server would make of it).
 
     Returns:
-        The array in C order, or the images' bytes.
+        The images' bytes and the arrays with their inputs' names, of which one list is empty. An
+        array that was given without a name has an empty one.
 
     Raises:
         InvalidInputError: For anything else, and for an image that can't be read or sent.
     """
     if _is_image(given):
-        return [_image_bytes(given)]
+        return [_image_bytes(given)], []
     if isinstance(given, list | tuple):
         wrong = next((item for item in given if not _is_image(item)), None)
         if wrong is not None or not given:
             got = "an empty list" if not given else f"a list with a {type(wrong).__name__}"
             raise InvalidInputError(f"input: got {got}, expected images or one array")
-        return [_image_bytes(item) for item in given]
+        return [_image_bytes(item) for item in given], []
+    if isinstance(given, Mapping):
+        return [], _named(given)
+    return [], [("", _array(given, "input", "an image, a list of images, an array or a mapping"))]
+
+
+def _named(given: Mapping[Any, Any]) -> Arrays:
+    if not given or not all(isinstance(name, str) for name in given):
+        got = "an empty mapping" if not given else f"names {list(given)}"
+        raise InvalidInputError(f"input: got {got}, expected names of inputs, which are strings")
+    return [(name, _array(value, f"input {name!r}", "an array")) for name, value in given.items()]
+
+
+def _array(given: Any, what: str, expected: str) -> np.ndarray:
     if isinstance(given, np.ndarray):
         return _little_endian(given)
     if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor, told without torch.
         return _from_torch(given)
-    raise InvalidInputError(
-        f"input: got {type(given).__name__}, expected an image, a list of images or an array"
-    )
+    raise InvalidInputError(f"{what}: got {type(given).__name__}, expected {expected}")
 
 
 def _is_image(value: Any) -> bool:

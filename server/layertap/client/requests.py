@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from layertap.client.inputs import encode_input
 from layertap.client.timeouts import bounded
 from layertap.errors import InvalidInputError
@@ -14,10 +12,11 @@ from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_s
 from layertap.v1 import feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import to_proto
-from layertap.wire.stream_messages import encode_stream_request
+from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.client.inputs import InputLike
+    from layertap.wire.messages import Arrays
 
 __all__ = ["StreamRequest", "request_fields"]
 
@@ -28,7 +27,8 @@ class StreamRequest:
 
     Attributes:
         model: A served model's name.
-        given: A float array ``[B, ...]`` as the model takes it; or an image, or a list of images.
+        given: An array ``[B, ...]`` as the model takes it, or a mapping of input names to such
+            arrays; or an image, or a list of images.
         layers: What to return.
         extractor: How to take them.
         timeout: Seconds that the server may take for it; None for the stream's own.
@@ -56,17 +56,17 @@ class StreamRequest:
         seconds = bounded(timeout if self.timeout is None else self.timeout)
         # At least 1: 0 would mean no end.
         timeout_ns = 0 if seconds is None else max(1, int(seconds * 1e9))
-        fields, tensor = request_fields(self.model, self.given, self.layers, self.extractor)
+        fields, inputs = request_fields(self.model, self.given, self.layers, self.extractor)
         request = feature_service_pb2.ExtractStreamRequest(
             id=number, timeout_ns=timeout_ns, shared_memory_session=session, **fields
         )
-        return encode_stream_request(request, tensor)
+        return encode_request(request, inputs)
 
 
 def request_fields(
     model: str, given: InputLike, layers: SelectionLike, extractor: Extractor | str
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    """Return the fields that a request is made of, and its tensor, which is not for protobuf.
+) -> tuple[dict[str, Any], Arrays]:
+    """Return the fields that a request is made of, and its arrays, which are not for protobuf.
 
     Arguments and errors are those of ``StreamRequest``.
     """
@@ -75,11 +75,10 @@ def request_fields(
         "layers": [_selection(selection) for selection in parse_selections(layers)],
         "extractor": to_proto(_extractor(extractor), "EXTRACTOR"),
     }
-    inputs = encode_input(given)
-    if isinstance(inputs, np.ndarray):
-        return fields, inputs
-    fields["images"] = feature_service_pb2.ImageBatch(images=inputs)
-    return fields, None
+    images, arrays = encode_input(given)
+    if images:
+        fields["images"] = feature_service_pb2.ImageBatch(images=images)
+    return fields, arrays
 
 
 def _extractor(name: Extractor | str) -> Extractor:

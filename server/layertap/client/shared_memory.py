@@ -8,8 +8,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal, TypeGuard
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Literal
 
 import grpc
 import numpy as np
@@ -22,6 +22,9 @@ from layertap.shm.shared_memory import LEAST_BYTES
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import SharedSlice
+
+if TYPE_CHECKING:
+    from layertap.wire.messages import Arrays
 
 __all__ = ["SharedMemoryClient", "SharedMemoryWish", "is_shared", "written"]
 
@@ -105,31 +108,37 @@ class SharedMemoryClient:
         return connection
 
 
-def is_shared(tensor: np.ndarray | None) -> TypeGuard[np.ndarray]:
-    """Tell whether an input is large enough for shared memory."""
-    return tensor is not None and tensor.nbytes >= LEAST_BYTES
+def is_shared(inputs: Arrays) -> bool:
+    """Tell whether one of a request's inputs is large enough for shared memory."""
+    return any(array.nbytes >= LEAST_BYTES for _, array in inputs)
 
 
 @contextmanager
-def written(connection: ClientSession, tensor: np.ndarray | None) -> Iterator[SharedSlice | None]:
-    """Write an input into shared memory, and keep the place for as long as the block lasts.
+def written(connection: ClientSession, inputs: Arrays) -> Iterator[list[SharedSlice | None]]:
+    """Write large inputs into shared memory, and keep their places while the block lasts.
 
     Yields:
-        Where it stands; None where it has to be sent.
+        For each input where it stands; None where it has to be sent.
 
     Raises:
         InvalidInputError: For an array without a row in the dtype table.
     """
-    if not is_shared(tensor):
+    with ExitStack() as stack:
+        yield [stack.enter_context(_written(connection, array)) for _, array in inputs]
+
+
+@contextmanager
+def _written(connection: ClientSession, array: np.ndarray) -> Iterator[SharedSlice | None]:
+    if array.nbytes < LEAST_BYTES:
         yield None
         return
-    of_array(tensor)  # Objects, for one, can't be written anywhere.
-    borrowed = connection.borrow(tensor.nbytes)
+    of_array(array)  # Objects, for one, can't be written anywhere.
+    borrowed = connection.borrow(array.nbytes)
     if borrowed is None:
         yield None
         return
     try:
-        borrowed.write(tensor)
-        yield SharedSlice(borrowed.number, borrowed.generation, 0, tensor.nbytes)
+        borrowed.write(array)
+        yield SharedSlice(borrowed.number, borrowed.generation, 0, array.nbytes)
     finally:
         connection.keep(borrowed)

@@ -1,17 +1,16 @@
 """The engine: models, planner and compute threads; knows no transport."""
 
 from layertap.engine.admission import Reservation
-from layertap.engine.batch import ImagesInput, TensorInput
+from layertap.engine.batch import ImagesInput, TensorsInput
 from layertap.engine.call import Call
-from layertap.engine.device import DEVICE_PATTERN, choose_device
+from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
-from layertap.engine.host import HostOptions, ModelHost
-from layertap.engine.limits import Limits
+from layertap.engine.host import ModelHost
 from layertap.engine.pipeline import Extraction, ExtractionRequest
 from layertap.extraction.tf32 import allow_tf32
+from layertap.settings import HostOptions, Limits
 
 __all__ = [
-    "DEVICE_PATTERN",
     "Call",
     "Engine",
     "Extraction",
@@ -21,7 +20,7 @@ __all__ = [
     "Limits",
     "ModelHost",
     "Reservation",
-    "TensorInput",
+    "TensorsInput",
     "allow_tf32",
     "choose_device",
 ]

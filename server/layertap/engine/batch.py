@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from layertap.engine.limits import Limits
 from layertap.errors import InvalidInputError
 from layertap.models import ImageLimits, LoadedModel
+from layertap.settings import Limits
 from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
 
 __all__ = [
     "ImagesInput",
-    "TensorInput",
+    "TensorsInput",
     "batch_bytes",
-    "check_tensor",
+    "check_tensors",
     "decode_images",
     "preprocess_images",
 ]
@@ -33,10 +33,14 @@ with warnings_ignored():
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInput:
-    """A batch as the model takes it."""
+class TensorsInput:
+    """A batch as the model takes it.
 
-    tensor: TensorView
+    Attributes:
+        tensors: One for each input, by name; the name may be empty for a model's only input.
+    """
+
+    tensors: tuple[TensorView, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,21 @@ A file of some kilobytes can have all the pixels of one; of a thousand, nothing 
 """
 
 
-def check_tensor(model: LoadedModel, view: TensorView, limits: Limits) -> torch.Tensor:
-    """Return a raw tensor's batch ``[B, ...]`` on the CPU, without a copy.
+def check_tensors(model: LoadedModel, views: Sequence[TensorView], limits: Limits) -> torch.Tensor:
+    """Return the batch ``[B, ...]`` of a request's tensors on the CPU, without a copy.
 
     Raises:
-        InvalidInputError: Where rank, channels, dtype or batch are not what the model takes.
+        InvalidInputError: Where the names, a rank, a size, a dtype or the batch are not what the
+            model takes.
     """
+    expected = model.input.name
+    names = [view.name for view in views]
+    if names not in ([""], [expected]):
+        raise InvalidInputError(
+            f"inputs: got {', '.join(map(repr, names))}, expected {expected!r}, the only input of "
+            f"model {model.name!r}"
+        )
+    view = views[0]
     model.input.check(view.shape, view.dtype.name)
     _check_size(view.shape[0], limits)
     if view.dtype.name == "bfloat16":

@@ -7,10 +7,9 @@ import re
 import torch
 
 from layertap.errors import ConfigError
+from layertap.settings.kinds import DEVICE_PATTERN
 
-__all__ = ["DEVICE_PATTERN", "choose_device"]
-
-DEVICE_PATTERN = r"auto|cpu|cuda(:[0-9]{1,3})?"
+__all__ = ["choose_device"]
 
 
 def choose_device(wanted: str) -> str:

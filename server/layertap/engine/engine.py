@@ -10,19 +10,19 @@ from functools import partial
 import torch
 
 from layertap.engine.admission import Admission, Reservation
-from layertap.engine.beside import run_beside
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
-from layertap.engine.host import HostOptions, ModelHost
-from layertap.engine.leaving import let_go
-from layertap.engine.limits import Limits
+from layertap.engine.host import ModelHost
+from layertap.engine.loader_thread import run_in_loader_thread
 from layertap.engine.pipeline import Extraction, ExtractionRequest, Pipeline
-from layertap.engine.versions import Version, Versions
+from layertap.engine.unloading import Unloading
+from layertap.engine.versions import Versions
 from layertap.errors import ConfigError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.resources import available_cpus
 from layertap.selection import LayerSelection
+from layertap.settings import HostOptions, Limits
 
 __all__ = ["Engine"]
 
@@ -60,7 +60,7 @@ class Engine:
         self._admission = Admission(self.limits.pending, self.limits.pending_bytes)
         self._pipeline = Pipeline(self._admission, self.limits)
         self._versions: Versions[ModelHost] = Versions()
-        self._leaving: list[threading.Thread] = []
+        self._unloading = Unloading()
 
     @property
     def pending(self) -> int:
@@ -138,24 +138,24 @@ class Engine:
         call = call or Call()
         where = self._where(device)
         again = partial(load_model, spec, where)
-        model = run_beside(again, call)
+        model = run_in_loader_thread(again, call)
         return self._publish(model, declared, options, where=where, call=call, again=again)
 
     def unload(self, name: str, *, wait: bool = True) -> None:
-        """Let go of a model; requests that were admitted are still answered.
+        """Unload a model; requests that were admitted are still answered.
 
         Args:
-            name: The model, or one that was expected and never came.
-            wait: Whether to return only once it has been let go.
+            name: The model, or one that was expected and never loaded.
+            wait: Whether to return only once its memory is free.
 
         Raises:
             ModelNotFoundError: Where no model has that name.
         """
         former = self._versions.withdraw(name)
         if former is not None and wait:
-            let_go(former)
+            self._unloading.run(former)
         elif former is not None:
-            self._let_go_beside(former)
+            self._unloading.start(former)
 
     def expect(self, names: Sequence[str]) -> None:
         """Name the models that are to be served, in the order in which ``hosts`` lists them.
@@ -189,7 +189,8 @@ class Engine:
         """Return a block in which one version of a model is used; it stays until the block ends.
 
         A request takes one lease for all that it does with the model, so that no answer mixes two
-        versions: Note [A version is let go when nobody uses it]. The block must be entered at once.
+        versions: Note [A version is unloaded when nobody uses it]. The block must be entered at
+        once.
 
         Raises:
             ModelNotFoundError, UnavailableError: As ``host`` does.
@@ -239,7 +240,7 @@ class Engine:
             return self._pipeline.extract(host, request, call, received)
 
     def close(self) -> None:
-        """Finish what was admitted, then let go of the models."""
+        """Finish the requests that were admitted, then unload the models."""
         if self._image_threads is not None:
             self._image_threads.close()
         for threads in self._compute.values():
@@ -247,8 +248,7 @@ class Engine:
         for host in self._versions.hosts():
             self._versions.withdraw(host.model.name)
             host.close()
-        for leaving in self._leaving:
-            leaving.join()
+        self._unloading.join()
 
     def _where(self, device: str) -> torch.device:
         where = torch.device(device) if device else self._device
@@ -305,20 +305,5 @@ class Engine:
             raise
         former = self._versions.publish(model.name, host)
         if former is not None:
-            self._let_go_beside(former)
+            self._unloading.start(former)
         return host
-
-    def _let_go_beside(self, former: Version[ModelHost]) -> None:
-        leaving = threading.Thread(
-            target=let_go, args=(former,), name="layertap-leaving", daemon=True
-        )
-        self._leaving = [thread for thread in self._leaving if thread.is_alive()]
-        try:
-            # Started first: only then is it alive.
-            leaving.start()
-        except RuntimeError:
-            # The system allows no more threads. The new version serves already, so this only takes
-            # the time of whoever replaced the model.
-            let_go(former)
-        else:
-            self._leaving.append(leaving)

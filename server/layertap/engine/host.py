@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
-from layertap.batching import ALONE, BatchPolicy
 from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
-from layertap.engine.limits import Limits
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import proven_staging
@@ -36,8 +34,9 @@ from layertap.extraction.taps import Taps
 from layertap.extraction.trial import tried
 from layertap.models import LoadedModel
 from layertap.selection import Extractor, LayerSelection
+from layertap.settings import HostOptions, Limits
 
-__all__ = ["HostOptions", "ModelHost", "RefusedPlan"]
+__all__ = ["ModelHost", "RefusedPlan"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,23 +75,6 @@ class RefusedPlan:
     layers: tuple[str, ...]
     item_shape: tuple[int, ...]
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class HostOptions:
-    """How a model is served.
-
-    Attributes:
-        require_finite: Whether a request whose layers hold NaN or infinity fails; else they are
-            sent as they are.
-        batching: How large a batch of several requests may get, and how long it is waited for.
-        cuda_graphs: Batch sizes at which declared layers are served by a CUDA graph, where the
-            device is one of CUDA and their pass can be recorded.
-    """
-
-    require_finite: bool = False
-    batching: BatchPolicy = ALONE
-    cuda_graphs: tuple[int, ...] = ()
 
 
 class ModelHost:

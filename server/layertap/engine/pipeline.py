@@ -14,15 +14,14 @@ import torch
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
     ImagesInput,
-    TensorInput,
+    TensorsInput,
     batch_bytes,
-    check_tensor,
+    check_tensors,
     decode_images,
     preprocess_images,
 )
 from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
-from layertap.engine.limits import Limits
 from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work, compute
@@ -31,6 +30,7 @@ from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.plan import Plan
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
+from layertap.settings import Limits
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm, ReplyForm
 
@@ -51,7 +51,7 @@ class ExtractionRequest:
     """
 
     model: str
-    input: TensorInput | ImagesInput
+    input: TensorsInput | ImagesInput
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
     form: Callable[[Extractor], ReplyForm] = NativeForm
@@ -199,8 +199,8 @@ class Pipeline:
 
     def _batch(self, admitted: _Admitted) -> torch.Tensor:
         host, given = admitted.host, admitted.request.input
-        if isinstance(given, TensorInput):
-            x = check_tensor(host.model, given.tensor, self._limits)
+        if isinstance(given, TensorsInput):
+            x = check_tensors(host.model, given.tensors, self._limits)
         else:
             x = self._images(admitted, given)
         if host.staging is None:

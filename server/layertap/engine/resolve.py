@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayerNotFoundError
 from layertap.extraction.catalogue import Catalogue, LayerEntry
-from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
+from layertap.extraction.kinds.registry import KINDS, REFERENCE
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction, is_glob
@@ -134,14 +134,9 @@ def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> 
         return
     others = ", ".join(other.name for other in able) or "none"
     chosen = REFERENCE.id if extractor is Extractor.AUTO else extractor
-    reason = entry.support[chosen].reason
-    if capture is Capture.INPUT and entry.serves(chosen, Capture.OUTPUT):
-        takes = capture in kind_of(chosen).captures
-        spec = entry.specs.get(capture)
-        kind = f"{spec.dtype}, which can't be sent" if spec else "no single tensor"
-        reason = f"the layer's input is {kind}" if takes else "it takes outputs only"
     raise ExtractorUnsupportedError(
-        f"{extractor.name} can't serve the {capture} of layer {entry.name!r}: {reason}; "
+        f"{extractor.name} can't serve the {capture} of layer {entry.name!r}: "
+        f"{entry.refusal(chosen, capture)}; "
         f"extractors that can: {others}"
     )
 

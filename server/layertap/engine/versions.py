@@ -1,12 +1,12 @@
 """The versions of the served models, and the requests that are in each.
 
-Note [A version is let go when nobody uses it]
+Note [A version is unloaded when nobody uses it]
     A request takes one lease of its model's version (``Engine.lease``), in every protocol, and does
     everything with that version: it reads the declared layers and their aliases, resolves names,
     finds plans and computes there. So no answer mixes two versions. Until the lease ends the
     version counts the request, and its hooks stay. The count alone is not enough: a caller whose
-    deadline passed leaves while its forward pass goes on. So hooks are taken off by a compute
-    thread as well, while no forward pass runs (``layertap.engine.engine``).
+    deadline passed leaves while its forward pass goes on. So a compute thread removes the hooks,
+    while no forward pass runs (``layertap.engine.unloading``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Version(Generic[H]):
     def host(self) -> H:
         """What serves this version."""
         if self._host is None:
-            raise AssertionError("a version that was let go has no users")
+            raise AssertionError("a version that was unloaded has no users")
         return self._host
 
     def take(self) -> H:

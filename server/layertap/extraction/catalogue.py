@@ -8,41 +8,45 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from layertap.errors import ExtractorUnsupportedError, LayerNotFoundError
+from layertap.errors import LayerNotFoundError
+from layertap.extraction.kinds.base import Verdict
 from layertap.extraction.layout import Geometry
-from layertap.extraction.obstacles import RANDOM
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.symbolic import GraphNames
 from layertap.selection import Capture, Extractor, Glob
 
-__all__ = ["REAL_EXTRACTORS", "Catalogue", "LayerEntry", "Support"]
-
-REAL_EXTRACTORS = tuple(extractor for extractor in Extractor if extractor is not Extractor.AUTO)
+__all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Whether an extractor serves a layer's output and input; why not, where it doesn't."""
+    """What an extractor serves of a layer.
 
-    output: bool
-    input: bool = False
-    reason: str = ""
+    Attributes:
+        by: The verdict on each side of the layer.
+    """
 
-    def without(self, output: str, given: str) -> Support:
-        """Return it without what can't be served for a reason; an empty reason is none.
+    by: Mapping[Capture, Verdict]
 
-        Args:
-            output: Why the output can't be served.
-            given: Why the input can't be.
-        """
-        # Chance explains why values differ; else the first reason is the more telling one.
-        reason = RANDOM if output == RANDOM else self.reason or output or given
-        if self.input and given and given not in reason:
-            reason = f"{reason}; its input: {given}"
+    @classmethod
+    def refused(cls, reason: str) -> Support:
+        """Return the support of an extractor that serves no side of a layer, for one reason."""
+        return cls(dict.fromkeys(Capture, Verdict(reason)))
+
+    def without(self, reasons: Mapping[Capture, str]) -> Support:
+        """Return it without the sides for which there is a reason, where they are served."""
         return Support(
-            output=self.output and not output, input=self.input and not given, reason=reason
+            {
+                side: verdict if verdict.reason else Verdict(reasons.get(side, ""))
+                for side, verdict in self.by.items()
+            }
         )
+
+
+def side_name(layer: str, side: Capture) -> str:
+    """Return what one side of a layer is called: its name, ``:input`` behind it for its input."""
+    return layer if side is Capture.OUTPUT else f"{layer}:{side}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class LayerEntry:
         calls: How often the module runs in one forward pass; 0 if never.
         points: The capture point of each side that is a tensor.
         specs: The shape and type of each of those.
-        support: Every extractor's answer.
+        support: What each extractor serves of it.
         geometry: How the output is laid out.
         same_as: The name of the same layer by the first path of its module, where ``name`` is by
             another path to that module; else empty.
@@ -74,14 +78,17 @@ class LayerEntry:
     same_as: str = ""
     is_result: bool = False
 
+    def refusal(self, extractor: Extractor, capture: Capture = Capture.OUTPUT) -> str:
+        """Return why an extractor can't take that side of the layer; empty if it can."""
+        return self.support[extractor].by[capture].reason
+
     def serves(self, extractor: Extractor, capture: Capture) -> bool:
         """Tell whether an extractor can take that side of the layer."""
-        support = self.support[extractor]
-        return support.output if capture is Capture.OUTPUT else support.input
+        return not self.refusal(extractor, capture)
 
     def served_by(self, capture: Capture) -> list[Extractor]:
-        """Return the extractors that can take that side of the layer."""
-        return [extractor for extractor in REAL_EXTRACTORS if self.serves(extractor, capture)]
+        """Return the extractors that can take that side, those that AUTO prefers first."""
+        return [extractor for extractor in self.support if self.serves(extractor, capture)]
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,9 @@ class Catalogue:
 
     @cached_property
     def names(self) -> Mapping[CapturePoint, str]:
-        """What to ask for to get a point: a layer's name, ``:input`` behind it for its input."""
+        """What to ask for to get a point; see ``side_name``."""
         return {
-            point: entry.name if side is Capture.OUTPUT else f"{entry.name}:{side}"
+            point: side_name(entry.name, side)
             for entry in self
             if not entry.same_as
             for side, point in entry.points.items()
@@ -125,14 +132,6 @@ class Catalogue:
 
     def __iter__(self) -> Iterator[LayerEntry]:
         return iter(self.entries.values())
-
-    def traced(self, model: str) -> GraphNames:
-        """Return the names of the graph; raise ExtractorUnsupportedError where there is none."""
-        if self.graph is None:
-            raise ExtractorUnsupportedError(
-                f"FX can't serve model {model!r}: it can't be traced symbolically"
-            )
-        return self.graph
 
     def entry(self, name: str) -> LayerEntry:
         """Return the entry of a name; raise LayerNotFoundError with close matches for another."""

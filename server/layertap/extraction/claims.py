@@ -104,7 +104,7 @@ class _Trial:
         claims = {
             extractor: self._claimed(extractor)
             for extractor, kind in KINDS.items()
-            if isinstance(kind, CompiledKind) or (extractor is Extractor.FX and trace)
+            if isinstance(kind, CompiledKind) or (kind.nodes and trace)
         }
         points = list(dict.fromkeys(point for each in claims.values() for point in each))
         found: dict[Extractor, _Found] = {}
@@ -112,13 +112,12 @@ class _Trial:
             return found
         steps = {point: sample_step(self._catalogue.specs[point]) for point in points}
         cases = yield from self._cases(steps)
-        if trace and claims[Extractor.FX]:
-            found[Extractor.FX] = yield from self._graph(trace, claims[Extractor.FX], cases)
         for extractor, claimed in claims.items():
             kind = KINDS[extractor]
             if isinstance(kind, CompiledKind) and claimed:
-                faults = yield from self._programs(kind, claimed, steps, cases)
-                found[extractor] = _Found(faults)
+                found[extractor] = _Found((yield from self._programs(kind, claimed, steps, cases)))
+            elif trace and claimed:
+                found[extractor] = yield from self._graph(trace, claimed, cases)
         return found
 
     def _claimed(self, extractor: Extractor) -> list[CapturePoint]:
@@ -136,10 +135,7 @@ class _Trial:
         )
 
     def _cases(self, steps: Mapping[CapturePoint, int]) -> Generator[None, None, list[Case]]:
-        """Run the model on each batch. What a model need not be able to take is left out.
-
-        The batch of one comes last.
-        """
+        """Run the model on each batch. What a model need not be able to take is left out."""
         model, shape = self._model, self._model.input.item_shape
         cases: list[Case] = []
 
@@ -200,8 +196,16 @@ class _Trial:
                                 f"model: {fault}",
                             )
 
-                with self._guard:
-                    extractor.run(case.x.clone(), compare)
+                try:
+                    with self._guard:
+                        extractor.run(case.x.clone(), compare)
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    reason = (
+                        f"the symbolic graph fails at batch size {len(case.x)} ({own_words(error)})"
+                    )
+                    return _Found(dict.fromkeys(points, reason), reason)
                 yield
         return _found_of_graph(trace, nodes, differ, dead)
 
@@ -244,14 +248,9 @@ def _found_of_graph(
 def _kept(entry: LayerEntry, found: Mapping[Extractor, _Found]) -> LayerEntry:
     support = dict(entry.support)
     for extractor, each in found.items():
-        output, given = (
-            each.nodes
-            if point and point.kind is PointKind.NODE
-            else each.faults.get(point, "")
-            if point
-            else ""
-            for point in map(entry.points.get, (Capture.OUTPUT, Capture.INPUT))
-        )
-        if output or given:
-            support[extractor] = support[extractor].without(output, given)
+        reasons = {
+            side: each.nodes if point.kind is PointKind.NODE else each.faults.get(point, "")
+            for side, point in entry.points.items()
+        }
+        support[extractor] = support[extractor].without(reasons)
     return replace(entry, support=support)

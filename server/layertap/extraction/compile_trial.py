@@ -11,25 +11,28 @@ Note [One program for all]
     That costs one compilation and, for each item of the batches, one pass. To take little memory,
     the program returns not the values but what is compared of them (see Note [Digests]), and each
     program is dropped once it was compared. Layers whose input is the very tensor that another
-    module returned are served if that one is. The last batch, of one item, is run by the
-    finished program, since finishing can fail as well. Finishing copies the weights, as
-    does a run in another process, so neither is tried where the weights are large.
+    module returned are served if that one is. Finishing a program can fail as well, so finished
+    programs are run; but finishing copies the weights, as does a run in another process, so neither
+    is tried where the weights are large.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from layertap.extraction.apart import ProgramEndedError
+from layertap.extraction.base import Values
 from layertap.extraction.digest import Digest, digest_pass
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
+from layertap.extraction.obstacles import SOMETIMES
 from layertap.extraction.out_of_memory import is_out_of_memory
-from layertap.extraction.own_words import own_words
+from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint
@@ -43,6 +46,9 @@ _log = logging.getLogger(__name__)
 MAX_PROGRAMS = 24
 """Programs that are compiled of one model to find out which of its layers are at fault."""
 
+MAX_TOGETHER = 10
+"""How many more are compiled at least to find out whether the layers that are left go together."""
+
 MAX_APART = 4
 """How many of them run in a process of their own, which takes seconds."""
 
@@ -51,6 +57,8 @@ MAX_COPIED_BYTES = 256 << 20
 
 LARGER = 7
 """A batch size at which a program that may end its process is tried besides."""
+
+Run = Callable[[torch.Tensor], Values]
 
 Faults = dict[CapturePoint, str]
 """Why an extractor can't serve a point, for those that it can't."""
@@ -121,7 +129,7 @@ class CompileTrial:
         context: The model, and taps of it for this trial only.
         kind: What compiles.
         steps: For each point the distance between the elements that are compared.
-        cases: What the programs are compared with; a batch of one comes last.
+        cases: What the programs are compared with.
     """
 
     def __init__(
@@ -143,16 +151,21 @@ class CompileTrial:
     def faults(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
         """Return why some of the points, in execution order, can't be served."""
         faults = {
-            point: "the layer has that value for some inputs only"
+            point: SOMETIMES
             for point in points
             if any(point not in case.digests for case in self._cases)
         }
         rest = [point for point in points if point not in faults]
         twins = self._twins(rest)
         tried = [point for point in rest if point not in twins]
-        if tried:
-            faults.update((yield from self._tried(tried)))
-        faults.update({point: faults[twin] for point, twin in twins.items() if twin in faults})
+        found = (yield from self._attempt(tried)) if tried else Faults()
+        if isinstance(found, dict):
+            faults.update(found)
+            faults.update({point: found[twin] for point, twin in twins.items() if twin in found})
+            return faults
+        faults.update((yield from self._parts(rest, found)))
+        served = [point for point in rest if point not in faults]
+        faults.update((yield from self._together(served)))
         return faults
 
     def _twins(self, points: Sequence[CapturePoint]) -> dict[CapturePoint, CapturePoint]:
@@ -167,17 +180,23 @@ class CompileTrial:
         }
 
     def _tried(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
-        """Return the faults of some points; where a program of them all fails, of parts of it.
+        """Return the faults of some points, by one program or several."""
+        found = yield from self._attempt(points)
+        if isinstance(found, dict):
+            return found
+        return (yield from self._parts(points, found))
+
+    def _parts(
+        self, points: Sequence[CapturePoint], failure: _Failure
+    ) -> Generator[None, None, Faults]:
+        """Return the faults of points of which one program fails, by programs of parts of them.
 
         A program ends at its last layer. So the longest row of layers, from the first one on, is
         found of which a program works; then the layers behind the one that broke it are tried.
         """
-        found = yield from self._attempt(points)
-        if isinstance(found, dict):
-            return found
         if len(points) == 1:
-            return {points[0]: found.reason}
-        works, faults, breaks = yield from self._longest_row(points, found)
+            return {points[0]: failure.reason}
+        works, faults, breaks = yield from self._longest_row(points, failure)
         faults = {**faults, points[works]: breaks.reason}
         rest = points[works + 1 :]
         # Either one layer is odd by itself, or whatever follows from it fails as well.
@@ -194,6 +213,19 @@ class CompileTrial:
         for part in filter(None, (rest[:middle], rest[middle:])):
             faults.update((yield from self._tried(part)))
         return faults
+
+    def _together(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
+        """Return the faults that points have together, of which each is served in some program."""
+        if not points:
+            return {}
+        self._left = max(self._left, MAX_TOGETHER)
+        found = yield from self._attempt(points)
+        if isinstance(found, dict):
+            return found
+        if len(points) == 1:
+            return {points[0]: found.reason}
+        works, faults, breaks = yield from self._longest_row(points, found)
+        return {**faults, **dict.fromkeys(points[works:], breaks.reason)}
 
     def _longest_row(
         self, points: Sequence[CapturePoint], failure: _Failure
@@ -236,9 +268,11 @@ class CompileTrial:
         yield
         if self._kind.may_end_the_process(program):
             return (yield from self._compared_apart(points, program))
+        run = self._finished(program) if self._small else partial(self._kind.run, program)
+        yield
         faults: Faults = {}
         for case in self._cases:
-            values = self._run(program, case)
+            values = self._values(run, case.x)
             faults = {**self._differences(case, points, values), **faults}
             yield
         return faults
@@ -286,19 +320,31 @@ class CompileTrial:
                 return self._kind.compile(self._context, PassSpec(tuple(points)), example, compared)
         except Exception as error:
             _log.info("model %s can't be compiled", model.name, exc_info=True)
-            raise _failed("the model can't be compiled", error) from error
+            if is_out_of_memory(error):
+                raise
+            reason = f"the model can't be compiled ({compiler_words(error)})"
+            raise _FailedError(reason) from error
 
-    def _run(self, program: Any, case: Case) -> Sequence[torch.Tensor]:
-        # The program may write into its batch, and other programs run on it again.
-        x = case.x.clone()
+    def _finished(self, program: Any) -> Run:
         try:
-            if case is not self._cases[-1] or not self._small:
-                return self._kind.run_once(program, x)
-            values: list[torch.Tensor] = []
-            self._kind.finish(program).run(x, lambda _, value: values.append(value))
+            built = self._kind.finish(program)
+        except Exception as error:
+            raise _failed("a compiled program can't be optimised", error) from error
+
+        def run(x: torch.Tensor) -> Values:
+            values: Values = []
+            built.run(x, lambda _, value: values.append(value))
+            return values
+
+        return run
+
+    def _values(self, run: Run, x: torch.Tensor) -> Values:
+        try:
+            with self._kind.running_once():
+                # The program may write into its batch, and other programs run on it again.
+                return run(x.clone())
         except Exception as error:
             raise _failed(f"a compiled program fails at batch size {len(x)}", error) from error
-        return values
 
     def _differences(
         self, case: Case, points: Sequence[CapturePoint], values: Sequence[torch.Tensor]

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,20 +17,20 @@ from torch import nn
 
 from layertap.errors import ModelLoadError
 from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_weights
-from layertap.extraction.catalogue import REAL_EXTRACTORS, Catalogue, LayerEntry, Support
+from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
+from layertap.extraction.kinds.base import Verdict
+from layertap.extraction.kinds.registry import KINDS, Kind
 from layertap.extraction.layout import Geometry
+from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
-from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
 from layertap.extraction.own_words import own_words
-from layertap.extraction.passes import KeptState, PassGuard, PassRules, survey_passes
+from layertap.extraction.passes import KeptState, PassGuard, survey_passes
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
 from layertap.extraction.samples import bytes_input, reaching_inputs
-from layertap.extraction.script_taps import programs
 from layertap.extraction.straight import straight_children
 from layertap.extraction.survey import (
     HookSurvey,
-    LooksSurvey,
     Shape,
     sample_input,
     survey_first_item,
@@ -42,7 +42,7 @@ from layertap.extraction.survey import (
     survey_walk,
     wide_input,
 )
-from layertap.extraction.symbolic import GraphNames, Trace, trace
+from layertap.extraction.symbolic import Trace, trace
 from layertap.models import LoadedModel
 from layertap.selection import Capture, Extractor
 
@@ -56,68 +56,6 @@ _log = logging.getLogger(__name__)
 
 _MAX_NAMED = 5
 """Layers that a note names."""
-
-
-@dataclass
-class _Graph:
-    """What the symbolic graph is good for; `reason` says why, where it is good for nothing."""
-
-    names: GraphNames | None = None
-    reason: str = ""
-    equal: Mapping[CapturePoint, bool] = field(default_factory=dict)
-    specs: Mapping[str, ValueSpec] = field(default_factory=dict)
-    lost: Collection[str] = ()
-    astray: str = ""
-    trace: Trace | None = None
-
-    def shapes(self, guard: PassGuard, x: torch.Tensor) -> dict[CapturePoint, tuple[int, ...]]:
-        """Return the shape of every node that calls no module, for a batch."""
-        if self.trace is None:
-            return {}
-        shapes = survey_fx(self.trace, x, {}, guard).shapes
-        return {_node(name): shape for name, (_, shape) in shapes.items() if name in self.specs}
-
-
-@dataclass
-class _Findings:
-    """Everything that was measured of one model."""
-
-    model: LoadedModel
-    specs: dict[CapturePoint, ValueSpec]
-    walk: dict[str, str]
-    graph: _Graph
-    looks: LooksSurvey
-    random: Collection[CapturePoint]
-    order: list[tuple[str, int]]
-    varying: Collection[str]
-    sometimes: Collection[CapturePoint]
-    names: LayerNames
-    unsendable: Mapping[CapturePoint, str]
-    threaded: Collection[str]
-    rules: PassRules
-
-    @property
-    def untraceable(self) -> str:
-        """Why the model can't be traced under its taps; empty where it may be."""
-        if self.model.takes_list:
-            return "the model takes a list of images, not a tensor"
-        if isinstance(self.model.module, torch.jit.ScriptModule):
-            return "the model is a TorchScript program already, and runs as one under HOOK"
-        inner = next(iter(programs(self.model.module)), "")
-        if inner:
-            return f"a part of the model, {inner!r}, is a TorchScript program already"
-        if self.model.differentiates:
-            return "the model differentiates in its forward pass, which a trace does not record"
-        return self.rules.uncompiled
-
-    @property
-    def unwalked(self) -> str:
-        """Why only the model's own ``forward`` may run its modules; empty where others may."""
-        if self.rules.state is KeptState.KEPT:
-            return "the model is stateful, so its own forward pass must run to its end"
-        if not self.rules.early_stop:
-            return "the model's passes must run to their end"
-        return ""
 
 
 def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
@@ -161,7 +99,7 @@ def measure_with_graph(
     with guard:
         # Other input and other sizes may have led to code that writes state.
         guard.learn(model.name)
-    findings = _Findings(
+    findings = Measurement(
         model=model,
         specs=specs,
         walk=walk,
@@ -264,7 +202,7 @@ def _random(
     return found
 
 
-def _notes(findings: _Findings, entries: Mapping[str, LayerEntry]) -> Iterator[str]:
+def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator[str]:
     ungiven = _ungiven_arguments(findings.model.module)
     if ungiven:
         yield (
@@ -348,30 +286,30 @@ def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePo
 
 def _survey_graph(
     model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
-) -> _Graph:
+) -> MeasuredGraph:
     shape = model.input.item_shape
     if isinstance(model.module, torch.jit.ScriptModule):
-        return _Graph(reason="a TorchScript program can't be traced symbolically")
+        return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
     if own := _own_modes(model.module):
-        return _Graph(
+        return MeasuredGraph(
             reason=f"symbolic tracing calls train() and eval(), of which {own} has its own, which "
             "may change the model"
         )
     if reason := _beside_forward(model.module):
-        return _Graph(reason=reason)
+        return MeasuredGraph(reason=reason)
     try:
         graph = trace(model)
         one = survey_fx(graph, sample_input(model, 1, shape), oracle, guard)
         two = survey_fx(graph, sample_input(model, 2, shape), {}, guard).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
-        return _Graph(reason=f"the model can't be traced symbolically: {own_words(error)}")
+        return MeasuredGraph(reason=f"the model can't be traced symbolically: {own_words(error)}")
     specs = {
         name: ValueSpec.from_batches(dtype, shape, two[name][1] if name in two else None)
         for name, (dtype, shape) in one.shapes.items()
         if name in graph.names.operations
     }
-    return _Graph(graph.names, "", one.equal, specs, one.lost, one.astray, graph)
+    return MeasuredGraph(graph.names, "", one.equal, specs, one.lost, one.astray, graph)
 
 
 def _in_order(
@@ -404,8 +342,8 @@ def _node(name: str) -> CapturePoint:
 
 
 def _placed(
-    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: _Graph, guard: PassGuard
-) -> tuple[dict[CapturePoint, ValueSpec], _Graph]:
+    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, guard: PassGuard
+) -> tuple[dict[CapturePoint, ValueSpec], MeasuredGraph]:
     """Return the specs of modules and nodes with what is known of their layouts."""
     nodes = {_node(name): spec for name, spec in graph.specs.items()}
     found = survey_grids(model, {**specs, **nodes}, guard, partial(graph.shapes, guard))
@@ -442,7 +380,7 @@ def _beside_forward(module: nn.Module) -> str:
     return ""
 
 
-def _module_entries(findings: _Findings) -> list[LayerEntry]:
+def _module_entries(findings: Measurement) -> list[LayerEntry]:
     modules = dict(findings.model.module.named_modules())
     calls = Counter(path for path, _ in findings.order)
     by_call: dict[tuple[str, int], list[CapturePoint]] = {}
@@ -458,7 +396,7 @@ def _module_entries(findings: _Findings) -> list[LayerEntry]:
             PointKind.MODULE,
             _class_name(modules[path]),
             calls[path],
-            support=dict.fromkeys(REAL_EXTRACTORS, _no_tensor(path, call, findings)),
+            support=_refused(_no_tensor(path, call, Capture.OUTPUT, findings)),
             is_result=not path,
         )
         members: dict[tuple[str, ...], dict[Capture, CapturePoint]] = {}
@@ -473,7 +411,7 @@ def _module_entries(findings: _Findings) -> list[LayerEntry]:
 
 
 def _named(
-    entry: LayerEntry, path: str, call: int, way: tuple[str, ...], findings: _Findings
+    entry: LayerEntry, path: str, call: int, way: tuple[str, ...], findings: Measurement
 ) -> Iterator[LayerEntry]:
     """Yield a layer by each of its names; see Note [Names]."""
     calls = findings.names.of_call(path, call)
@@ -484,7 +422,7 @@ def _named(
         yield replace(described, name=other, same_as=own)
 
 
-def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
+def _describe(entry: LayerEntry, findings: Measurement) -> LayerEntry:
     if not entry.points:
         return entry
     specs = {side: findings.specs[point] for side, point in entry.points.items()}
@@ -493,101 +431,50 @@ def _describe(entry: LayerEntry, findings: _Findings) -> LayerEntry:
         entry,
         specs=specs,
         geometry=output.geometry if output else Geometry(),
-        support={extractor: _support(extractor, entry, findings) for extractor in REAL_EXTRACTORS},
+        support=_supported(entry, findings),
     )
 
 
-def _support(extractor: Extractor, entry: LayerEntry, findings: _Findings) -> Support:
-    point = entry.points.get(Capture.OUTPUT)
-    if extractor is Extractor.TORCHSCRIPT and findings.untraceable:
-        return Support(output=False, reason=findings.untraceable)
-    if findings.unwalked and extractor not in (Extractor.HOOK, Extractor.TORCHSCRIPT):
-        return Support(output=False, reason=findings.unwalked)
+def _verdict(kind: Kind, entry: LayerEntry, side: Capture, findings: Measurement) -> Verdict:
+    """Decide whether a kind serves one side of a layer that ran."""
+    point = entry.points.get(side)
+    if reason := kind.refuses(findings):
+        return Verdict(reason)
+    if side not in kind.captures:
+        taken = " and ".join(f"{each}s" for each in Capture if each in kind.captures)
+        return Verdict(f"it takes {taken} only")
     if point is None:
-        missing = next(iter(entry.points.values()))
-        support = _no_tensor(missing.path, missing.call, findings)
-    elif point in findings.unsendable:
-        support = Support(output=False, reason=findings.unsendable[point])
-    elif point.path in findings.threaded and entry.calls > 1:
-        support = Support(output=False, reason=_UNORDERED)
-    elif extractor is Extractor.FX:
-        support = _fx_support(point, findings.graph)
-    elif extractor in (Extractor.CHILDREN, Extractor.LAYER_GETTER):
-        support = _walk_support(point, findings)
-    else:
-        support = Support(output=True)
-    given = entry.points.get(Capture.INPUT)
-    hooked = extractor in (Extractor.HOOK, Extractor.TORCHSCRIPT)
-    sent = given is not None and given not in findings.unsendable
-    if given is not None and given.path in findings.threaded and entry.calls > 1:
-        sent = False
-    support = replace(support, input=hooked and sent)
-    return support.without(
-        _obstacle(extractor, point, findings), _obstacle(extractor, given, findings)
-    )
+        any_point = next(iter(entry.points.values()))
+        return Verdict(_no_tensor(any_point.path, any_point.call, side, findings))
+    if point in findings.unsendable:
+        return Verdict(findings.unsendable[point])
+    if point.path in findings.threaded and entry.calls > 1:
+        return Verdict(_UNORDERED)
+    return kind.claims(point, findings)
 
 
-def _obstacle(extractor: Extractor, point: CapturePoint | None, findings: _Findings) -> str:
-    """Return why an extractor would be wrong about a point for inputs unlike the sample."""
-    if point is None or extractor is Extractor.HOOK:
-        return ""
-    if point in findings.random:
-        return RANDOM
-    if point.path in findings.varying:
-        return "the module runs for some inputs only"
-    if point in findings.sometimes:
-        return "the layer has that value for some inputs only"
-    return _uncompilable(point, findings.looks) if extractor is Extractor.TORCHSCRIPT else ""
-
-
-def _uncompilable(point: CapturePoint, looks: LooksSurvey) -> str:
-    if point in looks.looked:
-        return LOOKS
-    if point in looks.functions:
-        return calls_function(looks.functions[point])
-    return takes_step(looks.steps[point]) if point in looks.steps else ""
-
-
-def _walk_support(point: CapturePoint, findings: _Findings) -> Support:
-    reasons = findings.walk
-    if not point.path:
-        reason = "a walk over children has the children's values, not the model's own result"
-    elif point.member:
-        reason = "a walk over children passes on plain tensors only"
-    elif point.call:
-        reason = "a walk over children calls each child once"
-    elif point.path not in reasons:
-        reason = f"{point.path!r} is not a top-level child of the model"
-    elif point in findings.looks.looked and not reasons[point.path]:
-        reason = (
-            "before it the model branches on tensor values, so calling its children in order may "
-            "give another result"
-        )
-    else:
-        reason = reasons[point.path]
-    return Support(output=not reason, reason=reason)
-
-
-def _fx_support(point: CapturePoint, graph: _Graph) -> Support:
-    if graph.names is None:
-        reason = graph.reason
-    elif point not in graph.equal:
-        reason = "the symbolic graph has no node for it"
-    elif not graph.equal[point]:
-        reason = "the symbolic graph's value differs from the model's"
-    else:
-        reason = ""
-    return Support(output=not reason, reason=reason)
-
-
-def _no_tensor(path: str, call: int, findings: _Findings) -> Support:
+def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
+    """Return why there is nothing to take where a call's value is no tensor."""
+    if side is not Capture.OUTPUT:
+        return f"the layer's {side} is no single tensor"
     what = "layer" if path else "model"
     inside = _first_member(path, call, findings)
     advice = f"; ask for a member of it, such as {inside}" if inside else ""
-    return Support(output=False, reason=f"the {what} returns no plain tensor{advice}")
+    return f"the {what} returns no plain tensor{advice}"
 
 
-def _first_member(path: str, call: int, findings: _Findings) -> str:
+def _refused(reason: str) -> dict[Extractor, Support]:
+    return dict.fromkeys(KINDS, Support.refused(reason))
+
+
+def _supported(entry: LayerEntry, findings: Measurement) -> dict[Extractor, Support]:
+    return {
+        extractor: Support({side: _verdict(kind, entry, side, findings) for side in Capture})
+        for extractor, kind in KINDS.items()
+    }
+
+
+def _first_member(path: str, call: int, findings: Measurement) -> str:
     """Return the name of the first tensor in a container that a call returned; empty for none."""
     base = findings.names.of_call(path, call)[0]
     return next(
@@ -602,7 +489,7 @@ def _first_member(path: str, call: int, findings: _Findings) -> str:
 
 
 def _weightless_entries(
-    findings: _Findings, x: torch.Tensor, guard: PassGuard
+    findings: Measurement, x: torch.Tensor, guard: PassGuard
 ) -> Iterator[LayerEntry]:
     """Yield a layer for the attention weights of each module that can't be made to return them."""
     modules = dict(findings.model.module.named_modules())
@@ -620,36 +507,13 @@ def _weightless_entries(
             PointKind.MODULE,
             _class_name(modules[path]),
             calls[path],
-            support=dict.fromkeys(REAL_EXTRACTORS, Support(output=False, reason=reason)),
+            support=_refused(reason),
         )
 
 
-def _node_entries(findings: _Findings) -> list[LayerEntry]:
-    graph = findings.graph
-    unwalked = Support(output=False, reason=findings.unwalked)
-    no = Support(output=False, reason="it is a node of the symbolic graph, not a module")
-    lost = Support(output=False, reason="dead-code elimination drops statements that it depends on")
-
-    astray = Support(
-        output=False,
-        reason=f"the symbolic graph computes something else than the model: the value of "
-        f"{graph.astray!r} differs",
-    )
-
-    def support(name: str) -> dict[Extractor, Support]:
-        own = (
-            unwalked
-            if unwalked.reason
-            else lost
-            if name in graph.lost
-            else astray
-            if graph.astray
-            else Support(output=True)
-        )
-        return {**dict.fromkeys(REAL_EXTRACTORS, no), Extractor.FX: own}
-
-    return [
-        LayerEntry(
+def _node_entries(findings: Measurement) -> Iterator[LayerEntry]:
+    for name, spec in findings.graph.specs.items():
+        entry = LayerEntry(
             name,
             PointKind.NODE,
             re.sub(r"_\d+$", "", name.rsplit(".", 1)[-1]),
@@ -657,13 +521,11 @@ def _node_entries(findings: _Findings) -> list[LayerEntry]:
             points={Capture.OUTPUT: _node(name)},
             specs={Capture.OUTPUT: spec},
             geometry=spec.geometry,
-            support=support(name),
         )
-        for name, spec in graph.specs.items()
-    ]
+        yield replace(entry, support=_supported(entry, findings))
 
 
-def _silent_entries(findings: _Findings) -> Iterator[LayerEntry]:
+def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
     ran = {path for path, _ in findings.order}
     reason = "the module never runs in a forward pass"
     if findings.looks.looked:
@@ -671,7 +533,6 @@ def _silent_entries(findings: _Findings) -> Iterator[LayerEntry]:
             "the module never runs in a forward pass on sample input; as the model branches on "
             "tensor values, it may run for other input"
         )
-    no = Support(output=False, reason=reason)
     for path, module in findings.model.module.named_modules():
         if not path or path in ran:
             continue
@@ -681,7 +542,7 @@ def _silent_entries(findings: _Findings) -> Iterator[LayerEntry]:
                 PointKind.MODULE,
                 _class_name(module),
                 0,
-                support=dict.fromkeys(REAL_EXTRACTORS, no),
+                support=_refused(reason),
                 same_as="" if name == path else path,
             )
 

@@ -23,9 +23,8 @@ from layertap.extraction.kinds.base import (
 )
 from layertap.extraction.kinds.registry import REFERENCE, kind_of
 from layertap.extraction.looks import watch_looks
-from layertap.extraction.obstacles import LOOKS, calls_function, takes_step
 from layertap.extraction.out_of_memory import is_out_of_memory
-from layertap.extraction.own_words import own_words
+from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
@@ -284,7 +283,7 @@ class PlanBuilder:
             _log.info("model %s can't be compiled", self._model.name, exc_info=True)
             if is_out_of_memory(error):
                 raise self.prover.out_of_memory(example) from error
-            reason = f"compiling failed ({own_words(error)})"
+            reason = f"compiling failed ({compiler_words(error)})"
             raise self._refusal(kind, pass_spec, reason) from error
 
     def _refuse_obstacles(
@@ -304,13 +303,13 @@ class PlanBuilder:
                 pass_spec.points,
                 lambda _, value: steps.append(looks.step(value)),
             )
-        step = next(filter(None, steps), "")
-        if looks.count:
-            raise self._refusal(kind, pass_spec, LOOKS)
-        if looks.functions:
-            raise self._refusal(kind, pass_spec, calls_function(looks.functions[0]))
-        if step:
-            raise self._refusal(kind, pass_spec, takes_step(step))
+        obstacle = kind.recording_obstacle(
+            looked=looks.count > 0,
+            function=next(iter(looks.functions), ""),
+            step=next(filter(None, steps), ""),
+        )
+        if obstacle:
+            raise self._refusal(kind, pass_spec, obstacle)
 
     def _refusal(
         self, kind: ExtractorKind, pass_spec: PassSpec, reason: str

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from layertap.models.image_settings import ImageSettings
 from layertap.models.images import ImageLimits, decode_image
 from layertap.models.input_spec import IdRange, InputGuess, InputSpec
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
 from layertap.models.preprocess import Preprocess
-from layertap.models.spec import INPUT_DTYPES, ModelSpec, SourceKind
 from layertap.models.steps import Steps
+from layertap.settings import INPUT_DTYPES, ImageSettings, ModelSpec, SourceKind
 
 __all__ = [
     "INPUT_DTYPES",

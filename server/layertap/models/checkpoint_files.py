@@ -15,13 +15,12 @@ import torch
 
 from layertap.errors import WeightsUnavailableError
 from layertap.models.stand_ins import load_pickled
+from layertap.settings.paths import INDEX_SUFFIX, WEIGHTS_SUFFIXES, expanded, is_path
 
 __all__ = [
     "Checkpoint",
     "config_folder",
-    "expanded",
     "files_of_weights",
-    "is_path",
     "read_checkpoint",
 ]
 
@@ -30,8 +29,6 @@ CONFIG_FILES = ("preprocessor_config.json", "config.json", "open_clip_config.jso
 
 NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_dict(), PATH)"
 
-_INDEX_SUFFIX = ".index.json"
-_SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".pyth"})
 _NAMED = 12
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
 # Files of these names stand in folders that Hugging Face, timm or open_clip saved, beside the
@@ -63,12 +60,6 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
-def is_path(weights: str) -> bool:
-    """Tell whether the text names a file or folder rather than a weights member."""
-    separators = "/" in weights or "\\" in weights
-    return separators or PurePath(weights).suffix in _SUFFIXES or weights.endswith(_INDEX_SUFFIX)
-
-
 def read_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint onto the CPU, without running any code in it.
 
@@ -81,7 +72,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     """
     file = _file_of(path)
     name = Path(path).absolute().name
-    if file.name.endswith(_INDEX_SUFFIX):
+    if file.name.endswith(INDEX_SUFFIX):
         contents, aliases = _read_shards(file)
     else:
         shard = _SHARD.search(file.name)
@@ -103,7 +94,7 @@ def files_of_weights(path: str) -> tuple[Path, ...]:
     config = () if folder is None else tuple(folder / name for name in CONFIG_FILES)
     try:
         file = _file_of(path)
-        if not file.name.endswith(_INDEX_SUFFIX):
+        if not file.name.endswith(INDEX_SUFFIX):
             return (file, *config)
         shards = sorted(set(_weight_map(file).values()))
     except WeightsUnavailableError:
@@ -118,16 +109,8 @@ def config_folder(weights: str) -> Path | None:
     path = expanded(weights)
     if path.is_dir():
         return path
-    published = path.name.endswith(_INDEX_SUFFIX) or path.name.startswith(_PUBLISHED)
+    published = path.name.endswith(INDEX_SUFFIX) or path.name.startswith(_PUBLISHED)
     return path.parent if published and path.is_file() else None
-
-
-def expanded(path: str) -> Path:
-    """Return a path with ``~`` replaced by the home folder, where that is known."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:  # There is no such user, or none at all.
-        return Path(path)
 
 
 def _file_of(path: str) -> Path:
@@ -144,9 +127,11 @@ def _file_in(folder: Path) -> Path:
     for name in _PREFERRED:
         if name in names:
             return folder / name
-    indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     whole = [
-        name for name in names if PurePath(name).suffix in _SUFFIXES and _SHARD.search(name) is None
+        name
+        for name in names
+        if PurePath(name).suffix in WEIGHTS_SUFFIXES and _SHARD.search(name) is None
     ]
     found = indices or whole
     if len(found) == 1:
@@ -157,14 +142,14 @@ def _file_in(folder: Path) -> Path:
         held = f"it holds {', '.join(names[:_NAMED]) or 'no file'}"
     raise WeightsUnavailableError(
         f"weights folder {folder}: expected one weights file (such as model.safetensors) or one "
-        f"index file (such as model.safetensors{_INDEX_SUFFIX}); {held}"
+        f"index file (such as model.safetensors{INDEX_SUFFIX}); {held}"
     )
 
 
 def _index_beside(shard: Path) -> str:
     """Return the name of the index file that a shard is listed in, as far as can be told."""
-    beside = sorted(entry.name for entry in shard.parent.glob(f"*{_INDEX_SUFFIX}"))
-    return beside[0] if len(beside) == 1 else f"*{_INDEX_SUFFIX}"
+    beside = sorted(entry.name for entry in shard.parent.glob(f"*{INDEX_SUFFIX}"))
+    return beside[0] if len(beside) == 1 else f"*{INDEX_SUFFIX}"
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str]]:

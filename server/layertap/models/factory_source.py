@@ -15,19 +15,18 @@ from torch.nn.parameter import is_lazy
 from layertap.errors import ConfigError, LayertapError, ModelLoadError, WeightsUnavailableError
 from layertap.models.guessed_input import guess_input
 from layertap.models.image_config import config_of_module
-from layertap.models.image_settings import ImageSettings
 from layertap.models.loaded import Built
 from layertap.models.preprocess import Preprocess, choose_preprocess
 from layertap.models.seeding import seeded
-from layertap.models.spec import ModelSpec
 from layertap.models.weights import (
     DEFAULT,
     RANDOM,
-    is_path,
     load_checkpoint,
     random_text,
     read_checkpoint,
 )
+from layertap.settings import ImageSettings, ModelSpec
+from layertap.settings.paths import is_path
 
 __all__ = ["build_factory"]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from layertap.errors import ModelLoadError
 from layertap.models.input_spec import InputGuess, InputSpec
-from layertap.models.spec import ModelSpec
+from layertap.settings import ModelSpec
 
 __all__ = ["guess_input"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -15,8 +14,9 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from layertap.errors import InvalidInputError
+from layertap.settings.image_settings import Color
 
-__all__ = ["Color", "ImageLimits", "Reading", "decode_image"]
+__all__ = ["ImageLimits", "Reading", "decode_image"]
 
 _EXPECTED = "a JPEG, PNG or WebP image"
 
@@ -30,13 +30,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class Color(StrEnum):
-    """The channels that an image file is decoded to."""
-
-    RGB = "rgb"
-    GRAY = "gray"
 
 
 @dataclass(frozen=True, slots=True)

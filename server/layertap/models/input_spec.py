@@ -9,7 +9,10 @@ import torch
 
 from layertap.errors import InvalidInputError
 
-__all__ = ["IdRange", "InputGuess", "InputSpec"]
+__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec"]
+
+DEFAULT_NAME = "input"
+"""What an input is called where the module's ``forward`` does not say it."""
 
 # The names of so many free dimensions: a video's are T, H and W, an image's H and W.
 _NAMES = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
@@ -56,6 +59,7 @@ class InputSpec:
             the module well.
         ids: The range of integers with which the module was found to run; None where the input is
             no integers, or only 0 and 1 are known to be taken.
+        name: What requests call it: the name of the argument of the module's ``forward``.
     """
 
     item_shape: tuple[int, ...]
@@ -64,6 +68,7 @@ class InputSpec:
     also: tuple[torch.dtype, ...] = ()
     guess: InputGuess | None = None
     ids: IdRange | None = None
+    name: str = DEFAULT_NAME
 
     def __post_init__(self) -> None:
         allowed = range(len(self.item_shape))
@@ -76,13 +81,17 @@ class InputSpec:
         return _name(self.dtype)
 
     @property
-    def pattern(self) -> str:
-        """The shape in words, such as ``"[B, 3, H, W]"``."""
+    def dimensions(self) -> list[tuple[int, str]]:
+        """The default size of each dimension of an item, and the name of those that are free."""
         count = len(self.free)
         names = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
         named = dict(zip(self.free, names, strict=True))
-        sizes = [named.get(index, str(size)) for index, size in enumerate(self.item_shape)]
-        return f"[{', '.join(['B', *sizes])}]"
+        return [(size, named.get(index, "")) for index, size in enumerate(self.item_shape)]
+
+    @property
+    def pattern(self) -> str:
+        """The shape in words, such as ``"[B, 3, H, W]"``."""
+        return f"[{', '.join(['B', *(name or str(size) for size, name in self.dimensions)])}]"
 
     def batch_shape(self, batch: int) -> tuple[int, ...]:
         """Return the shape of a batch of default items."""
@@ -97,8 +106,8 @@ class InputSpec:
         if dtype_name not in map(_name, (self.dtype, *self.also)):
             others = "".join(f", or {_name(dtype)}" for dtype in self.also)
             raise InvalidInputError(
-                f"tensor: got dtype {dtype_name}, expected {self.dtype_name}, the model's own"
-                f"{others}"
+                f"input {self.name!r}: got dtype {dtype_name}, expected {self.dtype_name}, "
+                f"the model's own{others}"
             )
         right = len(shape) == len(self.item_shape) + 1 and min(shape) >= 1
         if not right or not all(
@@ -107,8 +116,8 @@ class InputSpec:
             if index not in self.free
         ):
             raise InvalidInputError(
-                f"tensor: got shape {list(shape)}, expected {self.pattern} (batch first, no size "
-                f"zero), such as {list(self.batch_shape(1))}"
+                f"input {self.name!r}: got shape {list(shape)}, expected {self.pattern} (batch "
+                f"first, no size zero), such as {list(self.batch_shape(1))}"
             )
 
 

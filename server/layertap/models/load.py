@@ -15,13 +15,13 @@ from layertap.errors import ModelLoadError
 from layertap.models.checkpoint_files import config_folder
 from layertap.models.factory_source import build_factory
 from layertap.models.image_config import ImageConfig, config_of_folder
-from layertap.models.input_spec import InputSpec
+from layertap.models.input_spec import DEFAULT_NAME, InputSpec
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import choose_preprocess
-from layertap.models.spec import ModelSpec, SourceKind
 from layertap.models.timm_source import build_timm
 from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
+from layertap.settings import ModelSpec, SourceKind
 
 __all__ = ["load_model"]
 
@@ -59,8 +59,8 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     if config is not None and config.item_shape is not None and spec.item_shape is None:
         spec = replace(spec, item_shape=config.item_shape)
     built = _with_images(_BUILD[spec.kind](spec), spec, config)
-    _check_inputs(spec, built.module)
     module = built.module
+    takes = replace(_takes(built.input, spec), name=_input_name(spec, module))
     _into_evaluation_mode(module, spec.name)
     # Not module.requires_grad_(): TorchScript modules refuse it.
     for parameter in module.parameters():
@@ -78,7 +78,7 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         weights=built.weights,
         module=module,
         device=place,
-        input=_takes(built.input, spec),
+        input=takes,
         preprocess=built.preprocess,
         takes_list=built.takes_list,
     )
@@ -123,23 +123,31 @@ def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
     return replace(takes, dtype=own, also=also)
 
 
-def _check_inputs(spec: ModelSpec, module: nn.Module) -> None:
+def _input_name(spec: ModelSpec, module: nn.Module) -> str:
+    """Return the name of the only argument that a module's ``forward`` needs, or of its first one.
+
+    Raises:
+        ModelLoadError: Where it needs several.
+    """
     if isinstance(module, torch.jit.ScriptModule):
         method: Any = module.forward
         arguments = method.schema.arguments[1:]
+        names = [a.name for a in arguments if not a.kwarg_only]
         needed = [a.name for a in arguments if not a.has_default_value() and not a.kwarg_only]
     else:
-        needed = [
-            parameter.name
+        taken = [
+            parameter
             for parameter in inspect.signature(module.forward).parameters.values()
-            if parameter.default is parameter.empty
-            and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
         ]
+        names = [parameter.name for parameter in taken]
+        needed = [parameter.name for parameter in taken if parameter.default is parameter.empty]
     if len(needed) > 1:
         raise ModelLoadError(
             f"model {spec.name!r} needs {len(needed)} inputs ({', '.join(needed)}), expected one "
             f"tensor; wrap it in a module whose forward takes one"
         )
+    return names[0] if names else DEFAULT_NAME
 
 
 def _beside_weights(weights: str) -> ImageConfig | None:

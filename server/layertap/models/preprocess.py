@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 
 from layertap.errors import ConfigError, InvalidInputError, ModelLoadError
-from layertap.models.image_settings import ImageSettings
 from layertap.models.images import (
     DEFAULT_LIMITS,
-    Color,
     ImageLimits,
     Reading,
     decode_image,
 )
 from layertap.models.input_spec import InputSpec
 from layertap.models.steps import CustomTransform, ResizeMode, Steps, steps_of
+from layertap.settings import Color, ImageSettings
 
 __all__ = ["Preprocess", "choose_preprocess", "fitted"]
 

@@ -14,16 +14,16 @@ from layertap.models.image_config import config_of_timm
 from layertap.models.input_spec import InputSpec
 from layertap.models.loaded import Built
 from layertap.models.seeding import seeded
-from layertap.models.spec import ModelSpec
 from layertap.models.stand_ins import StandIn
 from layertap.models.weights import (
     DEFAULT,
     RANDOM,
-    is_path,
     load_checkpoint,
     random_text,
     read_checkpoint,
 )
+from layertap.settings import ModelSpec
+from layertap.settings.paths import is_path
 
 __all__ = ["build_timm"]
 

@@ -10,8 +10,8 @@ import torch
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.models.guessed_input import guess_input
 from layertap.models.loaded import Built
-from layertap.models.spec import ModelSpec
 from layertap.models.weights import DEFAULT, RANDOM
+from layertap.settings import ModelSpec
 from layertap.silence import warnings_ignored
 
 __all__ = ["build_torchscript"]

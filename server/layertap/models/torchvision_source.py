@@ -16,17 +16,17 @@ from torch import nn
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.models.loaded import Built
 from layertap.models.seeding import seeded
-from layertap.models.spec import ModelSpec
 from layertap.models.torchvision_catalogue import Builder, Family, find_builder
 from layertap.models.torchvision_inputs import input_spec, preprocess
 from layertap.models.weights import (
     RANDOM,
-    is_path,
     likely_state,
     load_checkpoint,
     random_text,
     read_checkpoint,
 )
+from layertap.settings import ModelSpec
+from layertap.settings.paths import is_path
 
 __all__ = ["build_torchvision"]
 

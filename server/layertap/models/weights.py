@@ -18,12 +18,11 @@ from layertap.models.checkpoint import (
     may_be_weights,
     suggestions,
 )
-from layertap.models.checkpoint_files import Checkpoint, is_path, read_checkpoint
+from layertap.models.checkpoint_files import Checkpoint, read_checkpoint
 
 __all__ = [
     "DEFAULT",
     "RANDOM",
-    "is_path",
     "likely_state",
     "load_checkpoint",
     "load_into",

@@ -1,67 +1,26 @@
-"""The servicer of ``layertap.v1.AdminService``, and what a reload tells it."""
+"""The servicer of ``layertap.v1.AdminService``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.errors import DecodeError
+from layertap.services.reload_report import ReloadReport
 from layertap.services.status import guarded
 from layertap.v1 import admin_service_pb2
 from layertap.wire.enums import to_proto
 
-__all__ = ["AdminService", "ModelReload", "ReloadAction", "ReloadReport"]
-
-
-class ReloadAction(StrEnum):
-    """What a reload did with a model, as in ``admin_service.proto``."""
-
-    UNCHANGED = "unchanged"
-    LOADED = "loaded"
-    REPLACED = "replaced"
-    UNLOADED = "unloaded"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelReload:
-    """What became of one model.
-
-    Attributes:
-        name: The model's name.
-        action: What was done.
-        reason: Why it failed; empty where it did not.
-        serving: Whether it is served now, by this version or the one before.
-    """
-
-    name: str
-    action: ReloadAction
-    reason: str = ""
-    serving: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadReport:
-    """What a reload did.
-
-    Attributes:
-        models: The configuration's in its order, then those that are gone.
-        not_applied: Settings that changed and wait for a restart.
-    """
-
-    models: tuple[ModelReload, ...]
-    not_applied: tuple[str, ...] = ()
+__all__ = ["AdminService"]
 
 
 class AdminService:
-    """Lets a server's owner act on it over gRPC.
+    """Administrative operations over gRPC.
 
     Args:
-        reload: Reads configuration and weights again; raises LayertapError where it can't.
+        reload: Reads the configuration and weights again; raises LayertapError if it can't.
     """
 
     NAME = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -70,7 +29,7 @@ class AdminService:
         self._reload = reload
 
     def reload(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        """Reload, and tell what came of it."""
+        """Reload, and report what happened to each model."""
         try:
             admin_service_pb2.ReloadRequest.FromString(message)
         except ProtobufDecodeError:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorInput
+from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorsInput
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
-from layertap.extraction.catalogue import REAL_EXTRACTORS
+from layertap.extraction.catalogue import side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import Preprocess, Steps
@@ -55,7 +55,7 @@ class Converter:
     """Turns requests into the engine's own form.
 
     Attributes:
-        input_bytes: Bytes that an input may have.
+        input_bytes: Bytes that the inputs of a request may have in shared memory.
         memory: What is shared with clients of this machine; None for none.
     """
 
@@ -69,7 +69,7 @@ class Converter:
     def convert(
         self,
         request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
-        tensor: TensorView | SharedTensor | None,
+        tensors: Sequence[TensorView | SharedTensor],
         received: Reservation,
         reply_fields: bytes = b"",
     ) -> ExtractionRequest:
@@ -77,7 +77,7 @@ class Converter:
 
         Args:
             request: Its small fields.
-            tensor: Its tensor, if that is its input.
+            tensors: Its input tensors.
             received: Where the bytes are counted that are copied out of shared memory.
             reply_fields: What the reply bears besides its own fields.
 
@@ -87,14 +87,20 @@ class Converter:
             SharedMemoryLostError: Where the shared memory that it names is not lent to it.
         """
         memory = SessionMemory.find(self.memory, request.shared_memory_session)
-        if isinstance(tensor, SharedTensor):
-            tensor = read_input(tensor, memory, self.input_bytes, received.take)
-        return request_from_proto(request, tensor, reply_fields, memory)
+        views: list[TensorView] = []
+        left = self.input_bytes
+        for tensor in tensors:
+            if isinstance(tensor, SharedTensor):
+                views.append(read_input(tensor, memory, left, received.take))
+                left -= tensor.at.size
+            else:
+                views.append(tensor)
+        return request_from_proto(request, views, reply_fields, memory)
 
 
 def request_from_proto(
     request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
-    tensor: TensorView | None,
+    tensors: Sequence[TensorView],
     reply_fields: bytes = b"",
     memory: SessionMemory | None = None,
 ) -> ExtractionRequest:
@@ -102,19 +108,21 @@ def request_from_proto(
 
     Args:
         request: Its small fields.
-        tensor: Its tensor, if that is its input.
+        tensors: Its input tensors.
         reply_fields: What the reply bears besides its own fields.
         memory: The shared memory that the reply's tensors may be written into.
 
     Raises:
         InvalidInputError: For a missing input or an unknown enum value.
     """
-    if tensor is not None:
-        given: TensorInput | ImagesInput = TensorInput(tensor)
+    if tensors and request.HasField("images"):
+        raise InvalidInputError("input: got inputs and images, expected one of them")
+    if tensors:
+        given: TensorsInput | ImagesInput = TensorsInput(tuple(tensors))
     elif request.HasField("images"):
         given = ImagesInput(request.images.images)
     else:
-        raise InvalidInputError("input: got none, expected tensor or images")
+        raise InvalidInputError("input: got none, expected inputs or images")
     return ExtractionRequest(
         model=request.model,
         input=given,
@@ -134,14 +142,22 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
         source=model.source,
         weights=model.weights,
         device=str(model.device),
-        input=catalogue_pb2.InputSpec(
-            dtype=_dtype_name(model.input.dtype),
-            item_shape=model.input.item_shape,
-            free_dimensions=model.input.free,
-            images=model.preprocess is not None,
-            preprocessing=model.preprocess.describe() if model.preprocess else "",
-            image_preprocessing=_preprocessing(model.preprocess),
-        ),
+        inputs=[
+            catalogue_pb2.InputSpec(
+                name=model.input.name,
+                dtype=_dtype_name(model.input.dtype),
+                shape=[
+                    catalogue_pb2.Dimension(size=1, batch=True),
+                    *(
+                        catalogue_pb2.Dimension(size=size, free=name)
+                        for size, name in model.input.dimensions
+                    ),
+                ],
+                images=model.preprocess is not None,
+                preprocessing=model.preprocess.describe() if model.preprocess else "",
+                image_preprocessing=_preprocessing(model.preprocess),
+            )
+        ],
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
         notes=[*host.catalogue.notes, *host.catalogue.guard.rules.notes],
         pass_rules=_pass_rules(host.catalogue.guard.rules),
@@ -189,7 +205,13 @@ def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelRe
             catalogue_pb2.RefusedPlan(
                 extractor=to_proto(plan.extractor, "EXTRACTOR"),
                 layers=plan.layers,
-                item_shape=plan.item_shape,
+                inputs=[
+                    catalogue_pb2.ItemTensor(
+                        name=host.model.input.name,
+                        dtype=_dtype_name(host.model.input.dtype),
+                        shape=plan.item_shape,
+                    )
+                ],
                 reason=plan.reason,
             )
             for plan in refused_plans
@@ -216,7 +238,7 @@ def layer_to_proto(
         input=_spec(entry.specs.get(Capture.INPUT)),
         channels=shape.channels,
         reduction=host.model.input.item_shape[-2] / shape.height if known else 0.0,
-        extractors=[_support(entry, extractor, refused) for extractor in REAL_EXTRACTORS],
+        extractors=[_support(entry, extractor, refused) for extractor in entry.support],
         layout=_LAYOUTS[shape.layout],
         grid=[shape.height, shape.width] if known else [],
         front_tokens=shape.front,
@@ -249,14 +271,19 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
 def _support(
     entry: LayerEntry, extractor: Extractor, refused: Refused
 ) -> catalogue_pb2.ExtractorSupport:
-    support = entry.support[extractor]
-    output = refused.get((extractor, entry.name), "")
-    given = refused.get((extractor, f"{entry.name}:{Capture.INPUT}"), "")
+    reasons = {
+        side: refused.get((extractor, side_name(entry.name, side)), "")
+        or entry.refusal(extractor, side)
+        for side in Capture
+    }
     return catalogue_pb2.ExtractorSupport(
         extractor=to_proto(extractor, "EXTRACTOR"),
-        output=support.output and not output,
-        input=support.input and not given,
-        reason=output or given or support.reason,
+        captures=[
+            catalogue_pb2.CaptureSupport(
+                capture=to_proto(side, "CAPTURE"), served=not reason, reason=reason
+            )
+            for side, reason in reasons.items()
+        ],
     )
 
 

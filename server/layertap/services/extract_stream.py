@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import grpc
@@ -56,7 +56,7 @@ class ExtractStream:
         self, window: StreamWindow, message: bytes, remaining: float | None
     ) -> Callable[[], None] | None:
         try:
-            request, tensor = decode_stream_request(message)
+            request, tensors = decode_stream_request(message)
         except DecodeError as error:
             window.refuse(self._failed(id_of(message), error))
             return None
@@ -71,18 +71,18 @@ class ExtractStream:
         except LayertapError as error:
             window.answer(request.id, _failure(request.id, error))
             return None
-        return partial(self._run, request, tensor, call, received, window)
+        return partial(self._run, request, tensors, call, received, window)
 
     def _run(
         self,
         request: ExtractStreamRequest,
-        tensor: TensorView | SharedTensor | None,
+        tensors: Sequence[TensorView | SharedTensor],
         call: Call,
         received: Reservation,
         window: StreamWindow,
     ) -> None:
         def convert() -> Converted:
-            wanted = self._converter.convert(request, tensor, received, id_field(request.id))
+            wanted = self._converter.convert(request, tensors, received, id_field(request.id))
             return wanted.model, lambda host: wanted
 
         try:

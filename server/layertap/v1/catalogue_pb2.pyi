@@ -66,12 +66,14 @@ KEPT_STATE_RESET: KeptState
 KEPT_STATE_KEPT: KeptState
 
 class Dimension(_message.Message):
-    __slots__ = ("size", "batch")
+    __slots__ = ("size", "batch", "free")
     SIZE_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
     size: int
     batch: bool
-    def __init__(self, size: _Optional[int] = ..., batch: bool = ...) -> None: ...
+    free: str
+    def __init__(self, size: _Optional[int] = ..., batch: bool = ..., free: _Optional[str] = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("dtype", "shape", "bytes_per_item", "dynamic", "quantized", "interleaved")
@@ -89,17 +91,23 @@ class TensorSpec(_message.Message):
     interleaved: bool
     def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., bytes_per_item: _Optional[int] = ..., dynamic: bool = ..., quantized: _Optional[str] = ..., interleaved: bool = ...) -> None: ...
 
-class ExtractorSupport(_message.Message):
-    __slots__ = ("extractor", "output", "input", "reason")
-    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_FIELD_NUMBER: _ClassVar[int]
-    INPUT_FIELD_NUMBER: _ClassVar[int]
+class CaptureSupport(_message.Message):
+    __slots__ = ("capture", "served", "reason")
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
-    extractor: Extractor
-    output: bool
-    input: bool
+    capture: Capture
+    served: bool
     reason: str
-    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., output: bool = ..., input: bool = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, capture: _Optional[_Union[Capture, str]] = ..., served: bool = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ExtractorSupport(_message.Message):
+    __slots__ = ("extractor", "captures")
+    EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
+    CAPTURES_FIELD_NUMBER: _ClassVar[int]
+    extractor: Extractor
+    captures: _containers.RepeatedCompositeFieldContainer[CaptureSupport]
+    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., captures: _Optional[_Iterable[_Union[CaptureSupport, _Mapping]]] = ...) -> None: ...
 
 class Layer(_message.Message):
     __slots__ = ("name", "kind", "type", "calls", "output", "input", "channels", "reduction", "extractors", "layout", "grid", "front_tokens", "same_as", "is_result")
@@ -134,32 +142,42 @@ class Layer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., kind: _Optional[_Union[LayerKind, str]] = ..., type: _Optional[str] = ..., calls: _Optional[int] = ..., output: _Optional[_Union[TensorSpec, _Mapping]] = ..., input: _Optional[_Union[TensorSpec, _Mapping]] = ..., channels: _Optional[int] = ..., reduction: _Optional[float] = ..., extractors: _Optional[_Iterable[_Union[ExtractorSupport, _Mapping]]] = ..., layout: _Optional[_Union[Layout, str]] = ..., grid: _Optional[_Iterable[int]] = ..., front_tokens: _Optional[int] = ..., same_as: _Optional[str] = ..., is_result: bool = ...) -> None: ...
 
 class RefusedPlan(_message.Message):
-    __slots__ = ("extractor", "layers", "item_shape", "reason")
+    __slots__ = ("extractor", "layers", "inputs", "reason")
     EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
-    ITEM_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     extractor: Extractor
     layers: _containers.RepeatedScalarFieldContainer[str]
-    item_shape: _containers.RepeatedScalarFieldContainer[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[ItemTensor]
     reason: str
-    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., layers: _Optional[_Iterable[str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., reason: _Optional[str] = ...) -> None: ...
+    def __init__(self, extractor: _Optional[_Union[Extractor, str]] = ..., layers: _Optional[_Iterable[str]] = ..., inputs: _Optional[_Iterable[_Union[ItemTensor, _Mapping]]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ItemTensor(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: _tensor_pb2.DataType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class InputSpec(_message.Message):
-    __slots__ = ("dtype", "item_shape", "images", "preprocessing", "image_preprocessing", "free_dimensions")
+    __slots__ = ("dtype", "shape", "images", "preprocessing", "image_preprocessing", "name")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
-    ITEM_SHAPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
     IMAGE_PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
-    FREE_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     dtype: _tensor_pb2.DataType
-    item_shape: _containers.RepeatedScalarFieldContainer[int]
+    shape: _containers.RepeatedCompositeFieldContainer[Dimension]
     images: bool
     preprocessing: str
     image_preprocessing: ImagePreprocessing
-    free_dimensions: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., item_shape: _Optional[_Iterable[int]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., image_preprocessing: _Optional[_Union[ImagePreprocessing, _Mapping]] = ..., free_dimensions: _Optional[_Iterable[int]] = ...) -> None: ...
+    name: str
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., image_preprocessing: _Optional[_Union[ImagePreprocessing, _Mapping]] = ..., name: _Optional[str] = ...) -> None: ...
 
 class ImagePreprocessing(_message.Message):
     __slots__ = ("color", "exif_orientation", "resize", "resize_mode", "interpolation", "crop", "mean", "std", "origin", "assumed", "custom")
@@ -200,12 +218,12 @@ class PassRules(_message.Message):
     def __init__(self, early_stop: bool = ..., concurrent: bool = ..., shared: bool = ..., state: _Optional[_Union[KeptState, str]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "source", "weights", "device", "input", "declared_layers", "notes", "pass_rules")
+    __slots__ = ("name", "source", "weights", "device", "inputs", "declared_layers", "notes", "pass_rules")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
-    INPUT_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     DECLARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
     PASS_RULES_FIELD_NUMBER: _ClassVar[int]
@@ -213,8 +231,8 @@ class Model(_message.Message):
     source: str
     weights: str
     device: str
-    input: InputSpec
+    inputs: _containers.RepeatedCompositeFieldContainer[InputSpec]
     declared_layers: _containers.RepeatedScalarFieldContainer[str]
     notes: _containers.RepeatedScalarFieldContainer[str]
     pass_rules: PassRules
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., input: _Optional[_Union[InputSpec, _Mapping]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ..., pass_rules: _Optional[_Union[PassRules, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ..., pass_rules: _Optional[_Union[PassRules, _Mapping]] = ...) -> None: ...

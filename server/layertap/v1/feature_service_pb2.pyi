@@ -45,20 +45,20 @@ class LayerSelection(_message.Message):
     def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
 
 class ExtractRequest(_message.Message):
-    __slots__ = ("model", "tensor", "images", "layers", "extractor", "shared_memory_session")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session")
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     model: str
-    tensor: _tensor_pb2.Tensor
+    inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     images: ImageBatch
     layers: _containers.RepeatedCompositeFieldContainer[LayerSelection]
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
-    def __init__(self, model: _Optional[str] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
@@ -83,9 +83,9 @@ class ExtractResponse(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class ExtractStreamRequest(_message.Message):
-    __slots__ = ("model", "tensor", "images", "layers", "extractor", "shared_memory_session", "id", "timeout_ns")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "id", "timeout_ns")
     MODEL_FIELD_NUMBER: _ClassVar[int]
-    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
@@ -93,14 +93,14 @@ class ExtractStreamRequest(_message.Message):
     ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
     model: str
-    tensor: _tensor_pb2.Tensor
+    inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     images: ImageBatch
     layers: _containers.RepeatedCompositeFieldContainer[LayerSelection]
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
     id: int
     timeout_ns: int
-    def __init__(self, model: _Optional[str] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamError(_message.Message):
     __slots__ = ("code", "kind", "message")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError as ProtobufDecodeError
@@ -27,19 +28,21 @@ from layertap.wire.tensors import (
 
 __all__ = [
     "ERROR_METADATA_KEY",
+    "MAX_INPUTS",
     "PUSHBACK_METADATA_KEY",
     "REPLY_COMPRESSIONS",
     "REPLY_COMPRESSION_KEY",
     "REPLY_HEAD_SIZE",
     "REPLY_TENSOR_FIELD",
+    "Arrays",
     "Find",
     "Timings",
     "decode_reply",
     "decode_request",
     "encode_reply_head",
     "encode_request",
-    "encode_shared_request",
     "found",
+    "split_request",
 ]
 
 ERROR_METADATA_KEY = "layertap-error"
@@ -55,9 +58,15 @@ PUSHBACK_METADATA_KEY = "grpc-retry-pushback-ms"
 """Trailing metadata that says after how many milliseconds to call again (gRFC A6)."""
 
 REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
-_REQUEST_TENSOR_FIELD = feature_service_pb2.ExtractRequest.TENSOR_FIELD_NUMBER
-_REQUEST_IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
+# Those of ExtractStreamRequest are the same.
+_INPUTS_FIELD = feature_service_pb2.ExtractRequest.INPUTS_FIELD_NUMBER
+_IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
 
+MAX_INPUTS = 256
+"""Tensors that a request may have. Each costs hundreds of bytes of memory, however small it is."""
+
+Arrays = Sequence[tuple[str, np.ndarray[Any, np.dtype[Any]]]]
+"""Arrays with the names of the inputs that they are for; the name of an only input may be empty."""
 
 Find = Callable[[SharedTensor], TensorView]
 """Finds the elements of a tensor in shared memory; raises LayertapError where it can't."""
@@ -73,45 +82,62 @@ class Timings:
     total_ns: int = 0
 
 
+def split_request(message: bytes) -> tuple[bytes, list[TensorView | SharedTensor]]:
+    """Split an ExtractRequest or ExtractStreamRequest into its small rest and its input tensors.
+
+    Raises:
+        DecodeError: For a malformed message, or one with more tensors or fields than allowed.
+    """
+    return decode_message(message, field=_INPUTS_FIELD, most=MAX_INPUTS, counted=(_IMAGES_FIELD,))
+
+
 def decode_request(
     message: bytes,
-) -> tuple[feature_service_pb2.ExtractRequest, TensorView | SharedTensor | None]:
-    """Split an ExtractRequest into its small fields and its input tensor, if it has one.
+) -> tuple[feature_service_pb2.ExtractRequest, list[TensorView | SharedTensor]]:
+    """Split an ExtractRequest into its small fields and its input tensors.
 
     Raises:
         DecodeError: For bytes that are no well-formed request.
     """
-    rest, tensors = decode_message(
-        message, field=_REQUEST_TENSOR_FIELD, repeated=False, rivals=(_REQUEST_IMAGES_FIELD,)
-    )
+    rest, tensors = split_request(message)
     request = feature_service_pb2.ExtractRequest()
     try:
         request.ParseFromString(rest)
     except ProtobufDecodeError:
         raise DecodeError("request: got bytes that are no ExtractRequest") from None
-    return request, tensors[0] if tensors else None
+    return request, tensors
 
 
-def encode_request(request: feature_service_pb2.ExtractRequest, tensor: np.ndarray | None) -> bytes:
-    """Return an ExtractRequest with ``tensor``, if given, as its input."""
-    head = request.SerializeToString()
-    if tensor is None:
-        return head
-    return encode_message([("", tensor)], field=_REQUEST_TENSOR_FIELD, head=head)
-
-
-def encode_shared_request(
-    request: feature_service_pb2.ExtractRequest, tensor: np.ndarray, at: SharedSlice
+def encode_request(
+    request: feature_service_pb2.ExtractRequest | feature_service_pb2.ExtractStreamRequest,
+    inputs: Arrays,
+    places: Sequence[SharedSlice | None] = (),
 ) -> bytes:
-    """Return an ExtractRequest whose input, an array like ``tensor``, stands in shared memory.
+    """Return a request with its input tensors.
+
+    Args:
+        request: The request without them; changed by this.
+        inputs: The input tensors.
+        places: For each of them, where its elements stand in shared memory; None where they are
+            sent in the message. Empty if all of them are sent.
 
     Raises:
-        InvalidInputError: For an array without a row in the dtype table.
+        InvalidInputError: For an array without a row in the dtype table, a rank over 32, or a
+            message over 2**31 - 1 bytes.
     """
-    request.tensor.dtype = of_array(tensor).number  # type: ignore[assignment] # an enum's number
-    request.tensor.shape.extend(tensor.shape)
-    request.tensor.shared.CopyFrom(tensor_pb2.SharedSlice(**at._asdict()))
-    return request.SerializeToString()
+    sent = []
+    for (name, array), place in zip(inputs, places or (None,) * len(inputs), strict=True):
+        if place is None:
+            sent.append((name, array))
+            continue
+        request.inputs.add(
+            name=name,
+            dtype=of_array(array).proto_name,
+            shape=array.shape,
+            shared=tensor_pb2.SharedSlice(**place._asdict()),
+        )
+    head = request.SerializeToString()
+    return encode_message(sent, field=_INPUTS_FIELD, head=head) if sent else head
 
 
 def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
@@ -143,7 +169,7 @@ def decode_reply(
     Raises:
         DecodeError: For bytes that are no well-formed response.
     """
-    rest, tensors = decode_message(message, field=REPLY_TENSOR_FIELD, repeated=True)
+    rest, tensors = decode_message(message, field=REPLY_TENSOR_FIELD)
     response = feature_service_pb2.ExtractResponse()
     try:
         response.ParseFromString(rest)

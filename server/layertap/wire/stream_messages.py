@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.errors import DecodeError
@@ -17,48 +16,37 @@ from layertap.v1.feature_service_pb2 import (
     ExtractStreamResponse,
 )
 from layertap.wire import codec
-from layertap.wire.messages import Find, found
-from layertap.wire.tensors import SharedTensor, TensorView, decode_message, encode_message
+from layertap.wire.messages import Find, found, split_request
+from layertap.wire.tensors import SharedTensor, TensorView, decode_message
 
 __all__ = [
     "decode_stream_reply",
     "decode_stream_request",
     "encode_stream_error",
-    "encode_stream_request",
     "id_field",
     "id_of",
 ]
 
-_REQUEST_TENSOR = ExtractStreamRequest.TENSOR_FIELD_NUMBER
-_REQUEST_IMAGES = ExtractStreamRequest.IMAGES_FIELD_NUMBER
+_INPUTS = ExtractStreamRequest.INPUTS_FIELD_NUMBER
+_IMAGES = ExtractStreamRequest.IMAGES_FIELD_NUMBER
 _MOST_INPUTS = 1 << 16
 _REPLY_TENSORS = ExtractStreamResponse.TENSORS_FIELD_NUMBER
 
 
-def encode_stream_request(request: ExtractStreamRequest, tensor: np.ndarray | None) -> bytes:
-    """Return an ExtractStreamRequest with ``tensor``, if given, as its input."""
-    head = request.SerializeToString()
-    if tensor is None:
-        return head
-    return encode_message([("", tensor)], field=_REQUEST_TENSOR, head=head)
-
-
 def decode_stream_request(
     message: bytes,
-) -> tuple[ExtractStreamRequest, TensorView | SharedTensor | None]:
-    """Split an ExtractStreamRequest into its small fields and its input tensor, if it has one.
+) -> tuple[ExtractStreamRequest, list[TensorView | SharedTensor]]:
+    """Split an ExtractStreamRequest into its small fields and its input tensors.
 
     Raises:
         DecodeError: For bytes that are no well-formed request.
     """
-    rest, tensors = decode_message(
-        message, field=_REQUEST_TENSOR, repeated=False, rivals=(_REQUEST_IMAGES,)
-    )
-    return _parse_request(rest), tensors[0] if tensors else None
+    rest, tensors = split_request(message)
+    return _parse_request(rest), tensors
 
 
 def id_of(message: bytes) -> int:
-    """Return the id of an ExtractStreamRequest whose tensor contradicts itself.
+    """Return the id of an ExtractStreamRequest one of whose tensors contradicts itself.
 
     Only what is no input is parsed: a request that was refused because its parts would cost the
     parser dearly is not to cost it now.
@@ -68,7 +56,7 @@ def id_of(message: bytes) -> int:
             fields than are looked at.
     """
     try:
-        for field in (_REQUEST_TENSOR, _REQUEST_IMAGES):
+        for field in (_INPUTS, _IMAGES):
             message, _ = codec.split(message, field=field, most=_MOST_INPUTS)
     except ValueError as error:
         raise DecodeError(str(error)) from None
@@ -96,7 +84,7 @@ def decode_stream_reply(
     Raises:
         DecodeError: For bytes that are no well-formed response.
     """
-    rest, tensors = decode_message(message, field=_REPLY_TENSORS, repeated=True)
+    rest, tensors = decode_message(message, field=_REPLY_TENSORS)
     try:
         return ExtractStreamResponse.FromString(rest), found(tensors, find)
     except ProtobufDecodeError:

@@ -89,15 +89,15 @@ class SharedTensor:
 
 
 def decode_message(
-    message: bytes, field: int, repeated: bool, rivals: Sequence[int] = ()
+    message: bytes, field: int, most: int = codec.MAX_MESSAGE_BYTES, counted: Sequence[int] = ()
 ) -> tuple[bytes, list[TensorView | SharedTensor]]:
     """Split a message into its small rest and views of its tensors; see ``layertap._core.decode``.
 
     Args:
         message: The whole message.
-        field: The number of the field that holds tensors.
-        repeated: Whether it is repeated.
-        rivals: The numbers of the fields that share a oneof with it.
+        field: The number of the repeated field that holds tensors.
+        most: Tensors that it may have.
+        counted: The numbers of fields that hold a list, whose members count as fields.
 
     Returns:
         The bytes for the ordinary parser, and the tensors in the message's order.
@@ -106,7 +106,7 @@ def decode_message(
         DecodeError: For a malformed message or a tensor that contradicts itself.
     """
     try:
-        rest, found = codec.decode(message, field=field, repeated=repeated, rivals=rivals)
+        rest, found = codec.decode(message, field=field, most=most, counted=counted)
     except ValueError as error:
         raise DecodeError(str(error)) from None
     return rest, [

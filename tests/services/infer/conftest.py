@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
 
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
-from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
 from layertap.shm.client_regions import ClientRegions
 from streams import Counting
+from stubs import inference_stub
 from tinynets import ITEM
 
 LIMITS = Limits(
@@ -52,7 +53,7 @@ def regions() -> ClientRegions:
 @pytest.fixture(scope="package")
 def server(engine: Engine, seen: Counting, regions: ClientRegions) -> Iterator[FeatureServer]:
     """A server that takes shared memory."""
-    server = FeatureServer(engine, ServerOptions(port=0, client_regions=regions), seen)
+    server = FeatureServer(engine, ServerOptions(port=0), seen, client_regions=regions)
     server.start()
     server.ready()
     yield server
@@ -67,6 +68,6 @@ def channel(server: FeatureServer) -> Iterator[grpc.Channel]:
 
 
 @pytest.fixture(scope="package")
-def stub(channel: grpc.Channel) -> GRPCInferenceServiceStub:
+def stub(channel: grpc.Channel) -> Any:
     """A stub of the service."""
-    return GRPCInferenceServiceStub(channel)
+    return inference_stub(channel)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from infering import batch, bytes_tensor, given, parameters
-from layertap.engine import ImagesInput, Limits, TensorInput
+from layertap.engine import ImagesInput, Limits, TensorsInput
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.inputs import infer_input
@@ -16,7 +16,7 @@ NO_MEMORY = CallerMemory(None, None, local=True)
 Contents = pb.InferTensorContents
 
 
-def read(tensor: object, *raw: bytes) -> TensorInput | ImagesInput:
+def read(tensor: object, *raw: bytes) -> TensorsInput | ImagesInput:
     request = pb.ModelInferRequest(model_name="net", inputs=[tensor])
     return infer_input(request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4))
 
@@ -37,17 +37,17 @@ def read(tensor: object, *raw: bytes) -> TensorInput | ImagesInput:
 def test_typed_and_raw_are_one(datatype: str, field: str, values: list) -> None:
     """Each datatype's typed contents are the bytes that travel raw, at the ends of its range."""
     typed = read(given("input", datatype, [2], contents=Contents(**{field: values})))
-    data = bytes(typed.tensor.data)
+    data = bytes(typed.tensors[0].data)
     raw = read(given("input", datatype, [2]), data)
-    assert typed.tensor.dtype == raw.tensor.dtype
-    assert np.array_equal(raw.tensor.array(), np.array(values, raw.tensor.dtype.numpy))
-    assert bytes(raw.tensor.data) == data
+    assert typed.tensors[0].dtype == raw.tensors[0].dtype
+    assert np.array_equal(raw.tensors[0].array(), np.array(values, raw.tensors[0].dtype.numpy))
+    assert bytes(raw.tensors[0].data) == data
 
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16"])
 def test_half_precision_is_raw_only(datatype: str) -> None:
     """Two bytes an element are taken raw; typed contents have no field for them."""
-    view = read(given("input", datatype, [1, 2]), b"\x00\x3c\x00\xc0").tensor
+    view = read(given("input", datatype, [1, 2]), b"\x00\x3c\x00\xc0").tensors[0]
     assert (view.dtype.datatype, view.shape) == (datatype, (1, 2))
     with pytest.raises(InvalidInputError, match=f"{datatype} has no typed contents"):
         read(given("input", datatype, [1], contents=Contents(fp32_contents=[1.0])))
@@ -56,7 +56,7 @@ def test_half_precision_is_raw_only(datatype: str) -> None:
 def test_raw_contents_are_not_copied() -> None:
     """The tensor is a view of the received bytes."""
     data = batch().tobytes()
-    view = read(given("input", "FP32", batch().shape), data).tensor
+    view = read(given("input", "FP32", batch().shape), data).tensors[0]
     assert view.data.obj is data
 
 

@@ -13,8 +13,8 @@ from infering import arrays, given, output
 from layertap import Client
 from layertap.errors import ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from processes import serving
+from stubs import inference_stub
 from versioned import ITEM, save, write_config
 
 Code = grpc.StatusCode
@@ -80,7 +80,7 @@ def test_an_owner_unloads_and_loads(tmp_path: Path) -> None:
         serving("--config", str(file), "--admin") as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        stub = GRPCInferenceServiceStub(channel)
+        stub = inference_stub(channel)
         before = infer(stub)
         stub.RepositoryModelUnload(unload("net"), timeout=60)
         assert index(stub) == {"net": ("UNAVAILABLE", "it was unloaded")}
@@ -119,7 +119,7 @@ def test_an_unloaded_model_goes_with_the_configuration(tmp_path: Path) -> None:
         grpc.insecure_channel(server.address) as channel,
         Client(server.address) as client,
     ):
-        stub = GRPCInferenceServiceStub(channel)
+        stub = inference_stub(channel)
         stub.RepositoryModelUnload(unload("more"), timeout=60)
         assert index(stub)["more"] == ("UNAVAILABLE", "it was unloaded")
         write_config(file, "net")
@@ -142,7 +142,7 @@ def test_loading_takes_an_admin_token(tmp_path: Path) -> None:
         serving("--config", str(file), "--admin", *options) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        stub = GRPCInferenceServiceStub(channel)
+        stub = inference_stub(channel)
         extract, admin = (
             {"metadata": (("authorization", f"Bearer {token}"),)} for token in (EXTRACT, ADMIN)
         )

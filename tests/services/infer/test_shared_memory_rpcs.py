@@ -16,11 +16,11 @@ from infering import arrays, batch, given, output, parameters, raw_request
 from layertap.app.security import Security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.inference.grpc_service_pb2_grpc import GRPCInferenceServiceStub
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
 from layertap.services.tokens import Tokens
 from layertap.shm.client_regions import ClientRegions
 from streams import eventually
+from stubs import inference_stub
 
 Code = grpc.StatusCode
 SIZE = 1 << 16
@@ -186,12 +186,12 @@ def test_regions_belong_to_their_token(engine, path: Path, tmp_path: Path) -> No
     file.write_text(f"{EXTRACT}\n{UNKNOWN}\n", "utf-8")
     security = Security(tokens=Tokens(file))
     server = FeatureServer(
-        engine, ServerOptions(port=0, security=security, client_regions=ClientRegions())
+        engine, ServerOptions(port=0), security=security, client_regions=ClientRegions()
     )
     server.start()
     try:
         with grpc.insecure_channel(server.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
+            stub = inference_stub(channel)
             mine, theirs = (
                 {"metadata": (("authorization", f"Bearer {token}"),), "timeout": 30}
                 for token in (EXTRACT, UNKNOWN)
@@ -234,7 +234,7 @@ def test_it_is_off_unless_allowed(engine, path: Path) -> None:
     server.start()
     try:
         with grpc.insecure_channel(server.address) as channel:
-            stub = GRPCInferenceServiceStub(channel)
+            stub = inference_stub(channel)
             asked = [
                 (stub.SystemSharedMemoryRegister, register("r", path.name)),
                 (stub.SystemSharedMemoryStatus, pb.SystemSharedMemoryStatusRequest()),

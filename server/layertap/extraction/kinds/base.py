@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -15,8 +16,12 @@ import torch
 
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor, Values
+from layertap.extraction.measurement import Measurement
+from layertap.extraction.obstacles import LOOKS, RANDOM, SOMETIMES, calls_function, takes_step
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.passes import GuardedExtractor, PassGuard
+from layertap.extraction.passes import GuardedExtractor, KeptState, PassGuard
+from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.script_taps import programs
 from layertap.extraction.symbolic import GraphNames
 from layertap.extraction.taps import Taps
 from layertap.extraction.verify import compiled_tolerance
@@ -30,6 +35,7 @@ __all__ = [
     "ExtractorKind",
     "ReferenceKind",
     "Take",
+    "Verdict",
     "cloned",
 ]
 
@@ -46,6 +52,17 @@ It is compiled as part of the program, and must copy: the tensor may be overwrit
 def cloned(_: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Have a program return the value itself."""
     return (value.clone(),)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a kind serves a value.
+
+    Attributes:
+        reason: Why not, as a clause behind "X can't serve the layer: "; empty if it serves it.
+    """
+
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,9 +149,52 @@ class ExtractorKind(ABC):
         del oracle
         return 0.0
 
+    def refuses(self, found: Measurement) -> str:
+        """Return why the kind serves nothing of a model; empty if it may serve some of it."""
+        del found
+        return ""
+
+    def claims(self, point: CapturePoint, found: Measurement) -> Verdict:
+        """Decide whether the kind serves a value.
+
+        A claim need not be certain, as each plan is proven before it serves. But what a proof's
+        input can't show must be refused here: code that other input would lead elsewhere.
+
+        Args:
+            point: Where the value is captured: a side in ``captures`` of a call that was measured.
+            found: What was measured of the model. The kind does not refuse the whole model.
+        """
+        if point.kind is PointKind.NODE and not self.nodes:
+            return Verdict("it is a node of the symbolic graph, not a module")
+        if point.member and not self.members:
+            return Verdict("it takes plain tensors only, not members of a container")
+        if self.reference:
+            return Verdict()
+        if point in found.random:
+            return Verdict(RANDOM)
+        if point.kind is PointKind.MODULE and point.path in found.varying:
+            return Verdict("the module runs for some inputs only")
+        return Verdict(SOMETIMES if point in found.sometimes else self.obstacle(point, found))
+
+    def obstacle(self, point: CapturePoint, found: Measurement) -> str:
+        """Return why the kind's own way to a value would be wrong; empty if nothing is in its way.
+
+        The second half of ``claims``, for kinds to replace.
+        """
+        del point, found
+        return ""
+
 
 class DirectKind(ExtractorKind):
     """A kind that runs the model's own modules, so that it is built in no time."""
+
+    def refuses(self, found: Measurement) -> str:
+        """See ExtractorKind; such a kind runs the modules by code other than their ``forward``."""
+        if found.rules.state is KeptState.KEPT:
+            return "the model is stateful, so its own forward pass must run to its end"
+        if not found.rules.early_stop:
+            return "the model's passes must run to their end"
+        return ""
 
     @abstractmethod
     def build(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
@@ -153,6 +213,11 @@ class ReferenceKind(DirectKind):
     """The kind that runs the model itself under its taps, and proves the others."""
 
     reference = True
+
+    def refuses(self, found: Measurement) -> str:
+        """See ExtractorKind; the model itself serves every model."""
+        del found
+        return ""
 
     @abstractmethod
     def oracle(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
@@ -174,6 +239,42 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """See ExtractorKind; compilers reorder arithmetic."""
         return compiled_tolerance(oracle)
 
+    def refuses(self, found: Measurement) -> str:
+        """See ExtractorKind; a program is recorded from a pass of the model on one tensor."""
+        module = found.model.module
+        if found.model.takes_list:
+            return "the model takes a list of images, not a tensor"
+        if isinstance(module, torch.jit.ScriptModule):
+            return "the model is a TorchScript program already, and runs as one under HOOK"
+        inner = next(iter(programs(module)), "")
+        if inner:
+            return f"a part of the model, {inner!r}, is a TorchScript program already"
+        if found.model.differentiates:
+            return "the model differentiates in its forward pass, which a trace does not record"
+        return found.rules.uncompiled
+
+    def obstacle(self, point: CapturePoint, found: Measurement) -> str:
+        """See ExtractorKind."""
+        return self.recording_obstacle(
+            looked=point in found.looks.looked,
+            function=found.looks.functions.get(point, ""),
+            step=found.looks.steps.get(point, ""),
+        )
+
+    def recording_obstacle(self, *, looked: bool, function: str, step: str) -> str:
+        """Return why a program recorded from one pass would be wrong for other input.
+
+        Args:
+            looked: Whether the model's code looked at values on the way.
+            function: A Python function of autograd on the way; empty for none.
+            step: A discontinuous operation that the value follows from; empty for none.
+        """
+        if looked:
+            return LOOKS
+        if function:
+            return calls_function(function)
+        return takes_step(step) if step else ""
+
     @abstractmethod
     def compile(
         self,
@@ -193,16 +294,19 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """
 
     @abstractmethod
-    def run_once(self, program: P, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Run a program that is not finished, and return what it returns.
+    def run(self, program: P, x: torch.Tensor) -> Values:
+        """Run a program that is not finished; return what ``take`` gave for each point, in a row.
 
-        As cheaply as one run can be: nothing is recorded or compiled for runs to come. Whatever is
-        raised refuses the program.
+        Whatever is raised refuses the program.
 
         Args:
             program: The program; it stays as it is.
             x: ``[B, ...]``; the program may write into it.
         """
+
+    def running_once(self) -> AbstractContextManager[object]:
+        """Return a context in which nothing is recorded or compiled for runs to come."""
+        return nullcontext()
 
     @abstractmethod
     def finish(self, program: P) -> BuiltExtractor:

@@ -15,8 +15,9 @@ from torch import nn
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.containers import plain
 from layertap.extraction.kinds.base import BuildContext, DirectKind
+from layertap.extraction.measurement import Measurement
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.points import Sink
+from layertap.extraction.points import CapturePoint, Sink
 from layertap.selection import Extractor
 
 __all__ = ["KIND", "ChildrenKind", "WalkExtractor", "WalkKind", "indices_of"]
@@ -46,6 +47,23 @@ class WalkExtractor:
 
 class WalkKind(DirectKind):
     """A kind that walks the top-level children."""
+
+    def obstacle(self, point: CapturePoint, found: Measurement) -> str:
+        """See ExtractorKind."""
+        if not point.path:
+            return "a walk over children has the children's values, not the model's own result"
+        if point.call:
+            return "a walk over children calls each child once"
+        if point.path not in found.walk:
+            return f"{point.path!r} is not a top-level child of the model"
+        if found.walk[point.path]:
+            return found.walk[point.path]
+        if point in found.looks.looked:
+            return (
+                "before it the model branches on tensor values, so calling its children in order "
+                "may give another result"
+            )
+        return ""
 
 
 class ChildrenKind(WalkKind):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.base import BuildContext, DirectKind
+from layertap.extraction.measurement import Measurement
 from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.symbolic import FxExtractor
 from layertap.selection import Extractor
 
@@ -19,6 +21,26 @@ class FxKind(DirectKind):
 
     id = Extractor.FX
     nodes = True
+
+    def refuses(self, found: Measurement) -> str:
+        """See ExtractorKind."""
+        return super().refuses(found) or found.graph.reason
+
+    def obstacle(self, point: CapturePoint, found: Measurement) -> str:
+        """See ExtractorKind."""
+        graph = found.graph
+        if point.kind is PointKind.NODE:
+            if point.path in graph.lost:
+                return "dead-code elimination drops statements that it depends on"
+            if graph.astray:
+                return (
+                    f"the symbolic graph computes something else than the model: the value of "
+                    f"{graph.astray!r} differs"
+                )
+            return ""
+        if point not in graph.equal:
+            return "the symbolic graph has no node for it"
+        return "" if graph.equal[point] else "the symbolic graph's value differs from the model's"
 
     def build(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
         """See DirectKind."""

@@ -145,11 +145,15 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         """See CompiledKind."""
         return trace_taps(context.model, context.taps, pass_spec.points, example, take)
 
-    def run_once(self, program: torch.jit.ScriptModule, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def run(self, program: torch.jit.ScriptModule, x: torch.Tensor) -> Values:
         """See CompiledKind."""
-        with _deprecated(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            values: Sequence[torch.Tensor] = program(x)
-        return values
+        with _deprecated():
+            return list(program(x))
+
+    def running_once(self) -> AbstractContextManager[object]:
+        """See CompiledKind."""
+        context: AbstractContextManager[object] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+        return context
 
     def finish(self, program: torch.jit.ScriptModule) -> BuiltExtractor:
         """See CompiledKind."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from layertap.engine import ImagesInput, Limits, TensorInput
+from layertap.engine import ImagesInput, Limits, TensorsInput
 from layertap.errors import InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.parameters import check_known
@@ -45,7 +45,7 @@ def infer_input(
     limits: Limits,
     *,
     admit: Callable[[int], object] = lambda nbytes: None,
-) -> TensorInput | ImagesInput:
+) -> TensorsInput | ImagesInput:
     """Return what a request gives the model.
 
     Args:
@@ -80,7 +80,8 @@ def infer_input(
     row = by_datatype(tensor.datatype)
     if data is None:
         data = _typed(tensor, row, math.prod(shape), where, admit)
-    return TensorInput(TensorView(tensor.name, row, shape, _checked(data, row, shape, where)))
+    # This protocol's name of the input is its own; the engine knows an only input by an empty one.
+    return TensorsInput((TensorView("", row, shape, _checked(data, row, shape, where)),))
 
 
 def _shape(tensor: InputTensor, where: str) -> tuple[int, ...]:

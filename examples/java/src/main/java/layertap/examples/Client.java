@@ -88,7 +88,7 @@ public final class Client {
     var ofTensor =
         ExtractRequest.newBuilder()
             .setModel(model)
-            .setTensor(Elements.tensor(List.of(1L, 3L, 224L, 224L), i -> (i % 255) / 255f))
+            .addInputs(Elements.tensor(List.of(1L, 3L, 224L, 224L), i -> (i % 255) / 255f))
             .addLayers(layer("avgpool"))
             .build();
     print("tensor", features.extract(ofTensor).getTensorsList());

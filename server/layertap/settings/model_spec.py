@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import PurePath
-from typing import Any
+from typing import Annotated, Any
 
 from layertap.errors import ConfigError
-from layertap.models.image_settings import NOTHING_SET, ImageSettings
+from layertap.settings import kinds
+from layertap.settings.definition import NO_FLAG, Setting
+from layertap.settings.image_settings import NOTHING_SET, ImageSettings
 
 __all__ = ["INPUT_DTYPES", "PRECISIONS", "ModelSpec", "SourceKind"]
 
@@ -19,7 +21,7 @@ _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
 
 
 class SourceKind(StrEnum):
-    """Where a module comes from; each kind has a file ``<kind>_source.py``."""
+    """Where a module comes from; each kind has a file ``models/<kind>_source.py``."""
 
     TORCHVISION = "torchvision"
     TORCHSCRIPT = "torchscript"
@@ -32,53 +34,98 @@ INPUT_DTYPES = (
     *("float32", "float64", "float16", "bfloat16"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
+_ANY_TEXT = kinds.Kind(str, "a text", "NAME")
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model to serve.
-
-    Attributes:
-        source: A torchvision builder (``"resnet18"`` or ``"torchvision:resnet18"``), the path of a
-            TorchScript file (``"net.pt"`` or ``"torchscript:net"``) or a factory
-            (``"package.module:function"``), or a timm model (``"timm:NAME"``).
-        name: What requests call it, letters, digits and ``_.-``; derived from the source if empty.
-        weights: ``"DEFAULT"``, the name of a torchvision weights member such as
-            ``"IMAGENET1K_V1"``, the path of a checkpoint (a .pth, .pt, .bin, .ckpt or .safetensors
-            file, an index of shards, or a folder with one of these) or ``"random"``.
-        seed: Seeds the initial values of ``"random"`` weights.
-        item_shape: Sizes of one item without the batch, such as ``(3, 224, 224)``; None takes the
-            model's own.
-        precision: The floating-point type to compute in, ``"float32"``, ``"float16"`` or
-            ``"bfloat16"``; the weights' own if empty.
-        channels_last: Whether convolutions' weights are laid out with channels last, which is
-            faster on GPUs with tensor cores and on some CPUs. The values' shapes stay the same.
-        images: Steps of the image preprocessing that take the place of the model's own.
-        weights_key: Which of a checkpoint's state dicts is meant: the keys that lead to it, then
-            the beginning of its tensors' names, joined by dots; empty to choose by the model's
-            names.
-        input_dtype: The element type of the input, one of INPUT_DTYPES; empty to find it by trying.
-            For factories and TorchScript files.
-        free_dims: The dimensions of the input that may have another size, as indices into the item
-            shape: ``(0,)`` for token ids ``[B, L]``; None to find them by trying. For factories and
-            TorchScript files.
+    """What to load: a source, its weights, its input and a name.
 
     Raises:
-        ConfigError: a field is malformed; the message names it.
+        ConfigError: A field is malformed; the message names it.
     """
 
-    source: str
-    name: str = ""
-    weights: str = "DEFAULT"
-    seed: int = 0
-    item_shape: tuple[int, ...] | None = None
-    precision: str = ""
-    channels_last: bool = False
-    input_dtype: str = ""
-    free_dims: tuple[int, ...] | None = None
+    source: Annotated[
+        str,
+        Setting(
+            "A torchvision model (resnet18), a timm model (timm:NAME), a TorchScript file (net.pt "
+            "or torchscript:net) or a factory (package.module:function).",
+            kinds.text(),
+            flag=NO_FLAG,
+        ),
+    ]
+    name: Annotated[
+        str,
+        Setting(
+            "What requests call the model: letters, digits, '_', '.' and '-'.",
+            _ANY_TEXT,
+            flag=NO_FLAG,
+            default="derived from the source",
+        ),
+    ] = ""
+    weights: Annotated[
+        str,
+        Setting(
+            "DEFAULT, the name of torchvision weights such as IMAGENET1K_V1, a checkpoint (a .pth, "
+            ".pt, .bin, .ckpt or .safetensors file, an index of shards, or a folder with one of "
+            "these), or random.",
+            kinds.text(metavar="W"),
+        ),
+    ] = "DEFAULT"
+    seed: Annotated[int, Setting("Seeds the values of random weights.", kinds.whole(0))] = 0
+    item_shape: Annotated[
+        tuple[int, ...] | None,
+        Setting(
+            "Sizes of one input item without the batch.",
+            kinds.SIZES,
+            default="the model's own",
+        ),
+    ] = None
+    precision: Annotated[
+        str,
+        Setting(
+            "The floating-point type to compute in.",
+            kinds.choice(*PRECISIONS),
+            default="the weights' own",
+        ),
+    ] = ""
+    channels_last: Annotated[
+        bool,
+        Setting(
+            "Lay out the weights of convolutions with channels last, which is faster on GPUs with "
+            "tensor cores and on some CPUs; shapes stay the same.",
+            kinds.TRUTH,
+        ),
+    ] = False
+    input_dtype: Annotated[
+        str,
+        Setting(
+            "The element type of the input, such as int64; for factories and TorchScript files.",
+            kinds.choice(*INPUT_DTYPES),
+            default="found by trying",
+        ),
+    ] = ""
+    free_dims: Annotated[
+        tuple[int, ...] | None,
+        Setting(
+            "Dimensions of the input that may have another size, as indices into the item shape: 0 "
+            "for token ids of any length, 1,2 for images of any size; for factories and "
+            "TorchScript files.",
+            kinds.DIMENSIONS,
+            default="found by trying",
+        ),
+    ] = None
     images: ImageSettings = NOTHING_SET
-    weights_key: str = ""
+    weights_key: Annotated[
+        str,
+        Setting(
+            "Which state dict of a checkpoint is meant: the keys that lead to it, then the prefix "
+            "of its tensors' names, joined by dots, such as teacher.backbone.",
+            kinds.Kind(str, "a text", "KEY"),
+            default="the one with the model's names",
+        ),
+    ] = ""
 
     def __post_init__(self) -> None:
         if not self.target:

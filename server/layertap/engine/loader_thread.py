@@ -1,4 +1,4 @@
-"""Work beside the compute threads, for what may take long and must not hold requests up."""
+"""Loads a model in a thread of its own, so that the compute threads keep serving requests."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from layertap.engine.intra_op import intra_op_cores, set_intra_op
 from layertap.errors import CancelledError
 from layertap.threads import require_threads, start_thread
 
-__all__ = ["run_beside"]
+__all__ = ["run_in_loader_thread"]
 
 T = TypeVar("T")
 
 
-def run_beside(job: Callable[[], T], call: Call) -> T:
-    """Run a job under ``torch.inference_mode`` in a thread of its own, and return what it returns.
+def run_in_loader_thread(job: Callable[[], T], call: Call) -> T:
+    """Run a job under ``torch.inference_mode`` in a thread of its own, and return its result.
 
-    For building modules and reading weights while requests are served. What runs models belongs on
-    a compute thread (Note [One compute thread]); the OpenMP team that a job may start here ends
-    with its thread. No ``forward_passes`` is held, as symbolic tracing, and all requests behind
-    it, would wait for the job's end.
+    For building modules and reading weights while requests are served. Code that runs models
+    belongs on a compute thread (Note [One compute thread]); the OpenMP team that a job may start
+    here ends with its thread. ``forward_passes`` is not held: symbolic tracing, and all requests
+    behind it, would wait for the end of the job.
 
     Raises:
-        CancelledError: Where the call was cancelled; the job is left to itself, and its result to
-            the garbage.
-        UnavailableError: Where the system does not allow the threads that this takes.
+        CancelledError: If the call was cancelled; the job goes on and its result is dropped.
+        UnavailableError: If the system does not allow the threads that this takes.
     """
     done: Future[T] = Future()
 
@@ -48,9 +47,9 @@ def run_beside(job: Callable[[], T], call: Call) -> T:
             with suppress(InvalidStateError):
                 done.set_result(result)
 
-    # With those of the OpenMP team, whose library ends the process where it can't start one.
+    # Includes those of the OpenMP team, whose library ends the process if it can't start one.
     require_threads(intra_op_cores(None))
-    # A daemon: what hangs must not keep the process from ending.
+    # A daemon: a job that hangs must not keep the process from ending.
     start_thread(threading.Thread(target=work, name="layertap-loader", daemon=True))
     try:
         with call.cancelling(done.cancel):

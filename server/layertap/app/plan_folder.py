@@ -1,0 +1,43 @@
+"""Where a server keeps compiled plans."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from layertap.errors import ConfigError
+from layertap.extraction.plan_cache import PlanCache
+from layertap.settings import ServerOptions
+
+__all__ = ["open_plan_cache"]
+
+_log = logging.getLogger(__name__)
+
+
+def open_plan_cache(options: ServerOptions) -> PlanCache | None:
+    """Open the folder that keeps compiled plans, and make it where there is none.
+
+    Without a folder of the user's own, as in some containers, ``auto`` keeps none.
+
+    Returns:
+        The cache; None where none is to be kept.
+
+    Raises:
+        ConfigError: For a folder that was named and can't be used.
+    """
+    if options.plan_cache == "off":
+        return None
+    if options.plan_cache != "auto":
+        return PlanCache(Path(options.plan_cache).expanduser(), options.plan_cache_bytes)
+    try:
+        return PlanCache(_user_cache(), options.plan_cache_bytes)
+    except (ConfigError, RuntimeError) as error:  # RuntimeError: the user has no home.
+        _log.warning("compiled plans are not kept: %s", error)
+        return None
+
+
+def _user_cache() -> Path:
+    """Return the folder of the XDG base directory specification."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "layertap" / "plans"

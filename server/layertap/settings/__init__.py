@@ -1,0 +1,44 @@
+"""Every setting of layertap, each declared once. Free of PyTorch.
+
+``definition.py`` says how a setting is declared. The other files declare them: ``server.py`` those
+of ``[server]``, ``limits.py`` those of ``[limits]``, ``served_model.py``, ``model_spec.py`` and
+``image_settings.py`` those of ``[[models]]``.
+"""
+
+from layertap.settings.batch_policy import ALONE, BatchPolicy
+from layertap.settings.definition import Definition, Setting, build, definitions, replaced
+from layertap.settings.image_settings import Color, ImageSettings
+from layertap.settings.limits import Limits
+from layertap.settings.model_spec import INPUT_DTYPES, PRECISIONS, ModelSpec, SourceKind
+from layertap.settings.served_model import HostOptions, ServedModel
+from layertap.settings.server import (
+    METRICS_OFF,
+    LogFormat,
+    LogLevel,
+    SecretFiles,
+    ServerOptions,
+)
+
+__all__ = [
+    "ALONE",
+    "INPUT_DTYPES",
+    "METRICS_OFF",
+    "PRECISIONS",
+    "BatchPolicy",
+    "Color",
+    "Definition",
+    "HostOptions",
+    "ImageSettings",
+    "Limits",
+    "LogFormat",
+    "LogLevel",
+    "ModelSpec",
+    "SecretFiles",
+    "ServedModel",
+    "ServerOptions",
+    "Setting",
+    "SourceKind",
+    "build",
+    "definitions",
+    "replaced",
+]

@@ -1,0 +1,29 @@
+"""Which texts in settings name files, and where those are."""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePath
+
+__all__ = ["INDEX_SUFFIX", "WEIGHTS_SUFFIXES", "expanded", "is_path"]
+
+INDEX_SUFFIX = ".index.json"
+"""The end of the name of a file that lists the shards of a checkpoint."""
+
+WEIGHTS_SUFFIXES = frozenset({".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".pyth"})
+"""The endings of files of weights."""
+
+
+def is_path(weights: str) -> bool:
+    """Return whether the text names a file or folder rather than a weights member."""
+    separators = "/" in weights or "\\" in weights
+    return (
+        separators or PurePath(weights).suffix in WEIGHTS_SUFFIXES or weights.endswith(INDEX_SUFFIX)
+    )
+
+
+def expanded(path: str) -> Path:
+    """Return a path with ``~`` replaced by the home folder, where that is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # There is no such user, or none at all.
+        return Path(path)

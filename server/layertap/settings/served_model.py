@@ -1,0 +1,83 @@
+"""One model of a server: what to load, and how to serve it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from layertap.errors import ConfigError
+from layertap.selection import LayerSelection
+from layertap.settings import kinds
+from layertap.settings.batch_policy import ALONE, BatchPolicy
+from layertap.settings.definition import NO_FLAG, Setting
+from layertap.settings.model_spec import ModelSpec
+
+__all__ = ["HostOptions", "ServedModel"]
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """How a model is served."""
+
+    require_finite: Annotated[
+        bool,
+        Setting(
+            "Fail a request whose layers hold NaN or infinity, instead of sending them as they "
+            "are.",
+            kinds.TRUTH,
+            flag=NO_FLAG,
+        ),
+    ] = False
+    batching: BatchPolicy = ALONE
+    cuda_graphs: Annotated[
+        tuple[int, ...],
+        Setting(
+            "Batch sizes at which a CUDA graph serves the declared layers, where their pass can be "
+            "recorded; no effect on a CPU.",
+            kinds.BATCH_SIZES,
+            flag=NO_FLAG,
+        ),
+    ] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """``[[models]]``: a model, the layers that are compiled at the start, and how it is served.
+
+    Attributes:
+        spec: What to load.
+    """
+
+    spec: ModelSpec
+    layers: Annotated[
+        tuple[LayerSelection, ...],
+        Setting(
+            "Layers to compile and warm before the server is ready; clients may ask for any other "
+            "layer as well.",
+            kinds.LAYERS,
+        ),
+    ] = ()
+    device: Annotated[
+        str,
+        Setting(
+            "What the model runs on, as in [server].",
+            kinds.DEVICE,
+            flag=NO_FLAG,
+            default="the server's",
+        ),
+    ] = ""
+    options: HostOptions = field(default_factory=HostOptions)
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self.spec.name
+
+    def check(self) -> None:
+        """Raise ConfigError where settings contradict each other."""
+        graphs = self.options.cuda_graphs
+        if graphs and not self.layers:
+            raise ConfigError(
+                f"cuda_graphs of {self.name}: got {list(graphs)} without layers; expected the "
+                f"layers whose passes are to be recorded"
+            )

@@ -1,0 +1,148 @@
+"""Serve tiny nets by a package that has TORCH_EXPORT, and print what came of it as JSON.
+
+A script of test_sixth_kind.py, which runs it on a copy of the package. The argument is an empty
+folder, for compiled plans.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from layertap.extraction.kinds.torch_export import TorchExportKind
+
+import tinynets
+from asking import ask
+from layertap import Extractor
+from layertap.cli.render import LETTERS
+from layertap.engine import Engine
+from layertap.errors import ExtractorUnsupportedError
+from layertap.extraction.plan_cache import PlanCache
+from layertap.models import ModelSpec
+from layertap.selection import Capture, LayerSelection
+from layertap.services.convert import description_to_proto
+from layertap.v1 import catalogue_pb2
+from oracle import outputs_of
+from tinynets import ITEM
+
+X = torch.rand(5, *ITEM, generator=torch.Generator().manual_seed(0))
+PATIENCE = 60
+
+
+def loaded(folder: Path, net: str, *declared: str) -> Engine:
+    """Return an engine that serves one net, as a process does that has just started."""
+    engine = Engine(plan_cache=PlanCache(folder, 1 << 30))
+    engine.load(
+        ModelSpec(f"tinynets:{net}", item_shape=ITEM), [LayerSelection(name) for name in declared]
+    )
+    return engine
+
+
+def error_of(engine: Engine, net: str, layer: str) -> str:
+    """Return what a request for a layer by the kind is refused with; empty where it is served."""
+    try:
+        ask(engine, net, layer, X, Extractor["TORCH_EXPORT"])
+    except ExtractorUnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def is_right(value: torch.Tensor, net: str, layer: str) -> bool:
+    """Compare a value, bit for bit, with what plain PyTorch gives on a fresh net."""
+    with torch.inference_mode():
+        return torch.equal(value, outputs_of(getattr(tinynets, net)(), X, layer)[0])
+
+
+def asked_for(folder: Path) -> dict[str, Any]:
+    """Ask for layers by the kind's name, those that it refuses included."""
+    engine = loaded(folder, "residual")
+    try:
+        features = ask(engine, "residual", ["layer1", "layer2"], X, Extractor["TORCH_EXPORT"])
+        entry = engine.host("residual").catalogue.entry("layer2")
+        [layer] = (
+            layer
+            for layer in description_to_proto(engine.host("residual")).layers
+            if layer.name == "layer2"
+        )
+        return {
+            "by": features.extractor.name,
+            "right": [is_right(features.torch()[n], "residual", n) for n in ("layer1", "layer2")],
+            "catalogue": [extractor.name for extractor in entry.served_by(Capture.OUTPUT)],
+            "wire": {
+                catalogue_pb2.Extractor.Name(support.extractor): [
+                    [catalogue_pb2.Capture.Name(verdict.capture), verdict.served, verdict.reason]
+                    for verdict in support.captures
+                ]
+                for support in layer.extractors
+            },
+            "letters": "".join(LETTERS.values()),
+            "input": error_of(engine, "residual", "layer2:input"),
+            "node": error_of(engine, "residual", "layer1.0.add"),
+        }
+    finally:
+        engine.close()
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """Ask for what the kind does not claim, or claims wrongly."""
+    found = {}
+    for net, layer in (("raises", "head"), ("bakes_batch", "tail")):
+        engine = loaded(folder, net)
+        found[net] = error_of(engine, net, layer)
+        engine.close()
+    return found
+
+
+def promoted(folder: Path) -> list[str]:
+    """Ask AUTO for a layer until the kind serves it; return who served, each once, in order."""
+    engine = loaded(folder, "residual")
+    seen: list[str] = []
+    ends = time.monotonic() + PATIENCE
+    while "TORCH_EXPORT" not in seen and time.monotonic() < ends:
+        features = ask(engine, "residual", "layer1", X)
+        if features.extractor.name not in seen:
+            seen.append(features.extractor.name)
+        if features.extractor.name == "TORCH_EXPORT":
+            assert is_right(features.torch()["layer1"], "residual", "layer1")
+    engine.close()
+    return seen
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Declare a layer at two starts; the second finds the program of the first."""
+    compiled = []
+    compile_one = TorchExportKind.compile
+
+    def counted(self: TorchExportKind, *args: Any) -> Any:
+        compiled.append(args)
+        return compile_one(self, *args)
+
+    TorchExportKind.compile = counted  # type: ignore[method-assign] # put back with the process
+    starts = []
+    for _ in range(2):
+        engine = loaded(folder, "residual", "layer2")
+        features = ask(engine, "residual", "layer2", X)
+        right = is_right(features.torch()["layer2"], "residual", "layer2")
+        starts.append([features.extractor.name, right, len(compiled)])
+        engine.close()
+    return {"starts": starts, "files": len(list(folder.iterdir()))}
+
+
+def main() -> None:
+    """Print the facts."""
+    folder = Path(sys.argv[1])
+    facts = {
+        "asked": asked_for(folder),
+        "refused": refused(folder),
+        "promoted": promoted(folder),
+        "stored": stored(folder),
+    }
+    json.dump(facts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

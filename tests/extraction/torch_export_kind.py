@@ -1,0 +1,92 @@
+"""TORCH_EXPORT: the tapped model exported by torch.export.
+
+The file that test_sixth_kind.py adds to a copy of the package, as CONTRIBUTING says. It takes
+outputs that are plain tensors, to show how what it does not take is refused.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from torch import nn
+
+from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.kinds.base import BuildContext, CompiledKind
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.points import Sink
+from layertap.selection import Extractor
+
+__all__ = ["KIND", "TorchExportKind"]
+
+
+class _Tapped(nn.Module):
+    """A model whose ``forward`` returns clones of the captured values."""
+
+    def __init__(self, context: BuildContext, pass_spec: PassSpec) -> None:
+        super().__init__()
+        self.module = context.model.module
+        self._run = context.taps.run
+        self._forward = context.model.forward
+        self._points = pass_spec.points
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the model under its taps, to its end: export can't follow a pass that stops."""
+        captured: dict[int, torch.Tensor] = {}
+
+        def clone(index: int, value: torch.Tensor) -> None:
+            captured[index] = value.clone()
+
+        self._run(self._forward, x, self._points, clone, to_end=True)
+        return tuple(captured[index] for index in range(len(self._points)))
+
+
+class _Exported:
+    """Runs an exported program."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def run(self, x: torch.Tensor, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        for index, value in enumerate(self._run(x)):
+            sink(index, value)
+
+
+class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
+    """Serves a layer set by an exported program, whose operations are the model's own."""
+
+    id = Extractor.TORCH_EXPORT
+    warm_up_runs = 1
+
+    def tolerance(self, oracle: torch.Tensor) -> float:
+        """See ExtractorKind; nothing is fused or folded."""
+        return 0.0
+
+    def compile(
+        self, context: BuildContext, pass_spec: PassSpec, example: torch.Tensor
+    ) -> torch.export.ExportedProgram:
+        """See CompiledKind; an example of one item would make the batch size a constant."""
+        tapped = _Tapped(context, pass_spec)
+        tapped.training = False
+        x = torch.cat([example, example])
+        sizes = ({0: torch.export.Dim("batch")},)
+        return torch.export.export(tapped, (x,), dynamic_shapes=sizes, strict=False)
+
+    def finish(self, program: torch.export.ExportedProgram) -> BuiltExtractor:
+        """See CompiledKind."""
+        return _Exported(program.module())
+
+    def save(self, program: torch.export.ExportedProgram) -> memoryview:
+        """See CompiledKind."""
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        return buffer.getbuffer()
+
+    def load(self, data: bytes, device: torch.device) -> torch.export.ExportedProgram:
+        """See CompiledKind."""
+        return torch.export.load(io.BytesIO(data))
+
+
+KIND = TorchExportKind()
