@@ -28,7 +28,8 @@ def child(way: str, calls: int) -> None:
     """Run one way, and print its times, its peak and the digest of its message."""
     import torch
 
-    from layertap.engine.reply import Envelope, ReplyCollector, ReplyWriter
+    from layertap.engine.pipeline import publish
+    from layertap.engine.reply_layout import Envelope, reply_collector, reply_writer
     from layertap.engine.resolve import resolve
     from layertap.extraction import PlanBuilder, Taps, measure
     from layertap.models import ModelSpec, load_model
@@ -44,15 +45,14 @@ def child(way: str, calls: int) -> None:
         plan = builder.build(Extractor.HOOK, wanted.pass_spec, model.input.item_shape)
         generator = torch.Generator().manual_seed(0)
         x = torch.rand(1, *model.input.item_shape, generator=generator)
-        kind: type[ReplyCollector] | type[ReplyWriter] = (
-            ReplyCollector if way == CLONE else ReplyWriter
-        )
-        envelope = Envelope(1 << 30, NativeForm(Extractor.HOOK), lambda nbytes: None)
+        lay_out = reply_collector if way == CLONE else reply_writer
+        form = NativeForm(Extractor.HOOK)
+        envelope = Envelope(1 << 30, form, lambda nbytes: None)
 
         def once() -> bytes:
-            sink = kind(wanted.outputs, plan.specs, x.shape, envelope)
+            sink = lay_out(wanted.outputs, plan.specs, x.shape, envelope)
             plan.built.run(x, sink)
-            return sink.finish(Timings())
+            return publish(sink, form, Timings())
 
         before = peaks.forget()
         message = once()

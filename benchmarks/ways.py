@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from layertap import Extractor, Features
-from layertap.engine.reply import Envelope, ReplyWriter
+from layertap.engine.pipeline import publish
+from layertap.engine.reply_layout import Envelope, reply_writer
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import Staging, proven_staging
 from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
@@ -151,12 +152,13 @@ def _cloned(built: Any, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]
 def _message(
     plan: Plan, wanted: Resolved, x: torch.Tensor, staging: Staging | None = None
 ) -> bytes:
-    envelope = Envelope((1 << 31) - 1, NativeForm(Extractor.HOOK), lambda nbytes: None)
-    writer = ReplyWriter(wanted.outputs, plan.specs, x.shape, envelope, staging)
+    form = NativeForm(Extractor.HOOK)
+    envelope = Envelope((1 << 31) - 1, form, lambda nbytes: None)
+    writer = reply_writer(wanted.outputs, plan.specs, x.shape, envelope, staging)
     plan.built.run(x, writer)
     if staging is not None:
         staging.launched().synchronize()
-    return writer.finish(Timings())
+    return publish(writer, form, Timings())
 
 
 def _sent(message: Way, wanted: Resolved) -> list[torch.Tensor]:

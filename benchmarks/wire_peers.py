@@ -28,18 +28,17 @@ from layertap import Client
 from layertap.app.grpc_options import channel_options
 from layertap.malloc import keep_memory
 from layertap.selection import Extractor
-from layertap.services.shared_memory_service import SharedMemoryService, space_of
+from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.shm.broker import Broker
-from layertap.shm.shared_memory import SharedMemory
+from layertap.shm.shared_memory import SessionMemory, SharedMemory
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from layertap.wire.codec import ReplyBuilder, ReplyLayout
 from layertap.wire.messages import (
-    REPLY_HEAD_SIZE,
     REPLY_TENSOR_FIELD,
     Timings,
     decode_request,
-    encode_reply_head,
 )
+from layertap.wire.reply_form import REPLY_HEAD_SIZE, encode_reply_head
 
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32
@@ -130,7 +129,7 @@ def layertap_handler(arrays: Arrays, memory: SharedMemory | None) -> grpc.RpcMet
     def extract(message: bytes, context: Any) -> bytes:
         request, _ = decode_request(message)
         array = arrays[request.model]
-        space = space_of(memory, request.shared_memory_session)
+        space = SessionMemory.find(memory, request.shared_memory_session)
         loan = space.lend(array.nbytes) if space else None
         layout = ReplyLayout(
             [(LAYER, FLOAT32, array.shape)],

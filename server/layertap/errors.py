@@ -21,7 +21,8 @@ LayertapError
 ├── ConfigError                    the configuration is wrong
 └── InternalError                  a fault of layertap; the server's log has the details
 
-``layertap.services.status`` maps each to a gRPC status, ``layertap.client`` maps it back.
+``layertap.services.error_codes`` maps each to a code, which each transport maps to its own;
+``layertap.client`` maps gRPC's status back.
 """
 
 from __future__ import annotations
@@ -55,7 +56,28 @@ class LayertapError(Exception):
 
 
 class InvalidInputError(LayertapError):
-    """The request is wrong; the message names the field, what was got and what was expected."""
+    """The request is wrong; the message names the field, what was got and what was expected.
+
+    Args:
+        text: The message. With ``image``, ``images[3]: `` goes in front of it.
+        image: The index in the request of the image that is wrong.
+
+    Attributes:
+        image: The same; None where the error is not about one image.
+    """
+
+    def __init__(self, text: str = "", *, image: int | None = None) -> None:
+        super().__init__(text if image is None else f"{_image_prefix(image)}{text}")
+        self.image = image
+
+    @property
+    def detail(self) -> str:
+        """The message without the index of the image, for callers who know a better name for it."""
+        return str(self).removeprefix("" if self.image is None else _image_prefix(self.image))
+
+
+def _image_prefix(index: int) -> str:
+    return f"images[{index}]: "
 
 
 class DecodeError(InvalidInputError):

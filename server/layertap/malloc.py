@@ -44,7 +44,7 @@ def keep_memory(mib: int = DEFAULT_KEPT_MIB) -> bool:
     """
     if mib < 1:
         raise InvalidInputError(f"mib: got {mib}, expected a number from 1")
-    if not codec.keep_memory(mib * _MIB):
+    if not codec.set_malloc_bound(mib * _MIB):
         return False
     _KEEPER.keep(mib * _MIB)
     return True

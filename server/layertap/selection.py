@@ -12,6 +12,7 @@ from typing import Self
 from layertap.errors import InvalidInputError
 
 __all__ = [
+    "SENT_DTYPES",
     "Capture",
     "Extractor",
     "Glob",
@@ -21,6 +22,10 @@ __all__ = [
     "is_glob",
     "parse_selections",
 ]
+
+
+SENT_DTYPES = ("float32", "float16", "bfloat16")
+"""The types in which a selection may have floating-point values sent."""
 
 
 class Extractor(StrEnum):

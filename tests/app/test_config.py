@@ -24,7 +24,7 @@ from layertap.settings import (
     build,
     definitions,
 )
-from layertap.settings.kinds import MIB
+from layertap.settings.value_kinds import MIB
 
 WHOLE = """\
 [server]

@@ -154,7 +154,7 @@ def test_memory_is_kept_unless_turned_off(
         models=(ServedModel(ModelSpec("slownets:gone")),),
     )
     listener = Listener()
-    assert lifecycle.serve(config, listener) == 1
+    assert lifecycle.run_server(config, listener) == 1
     assert bounds == asked
     assert any("can't keep freed memory" in text for text in listener.said) is note
 

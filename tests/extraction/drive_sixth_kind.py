@@ -97,12 +97,12 @@ def refused(folder: Path) -> dict[str, str]:
     return found
 
 
-def promoted(folder: Path) -> list[str]:
-    """Ask AUTO for a layer until the kind serves it; return who served, each once, in order."""
+def promoted(folder: Path, wanted: str) -> list[str]:
+    """Ask AUTO for a layer until a kind serves it; return who served, each once, in order."""
     engine = loaded(folder, "residual")
     seen: list[str] = []
     ends = time.monotonic() + PATIENCE
-    while "TORCH_EXPORT" not in seen and time.monotonic() < ends:
+    while wanted not in seen and time.monotonic() < ends:
         features = ask(engine, "residual", "layer1", X)
         if features.extractor.name not in seen:
             seen.append(features.extractor.name)
@@ -110,6 +110,20 @@ def promoted(folder: Path) -> list[str]:
             assert is_right(features.torch()["layer1"], "residual", "layer1")
     engine.close()
     return seen
+
+
+def not_compiled(folder: Path) -> list[str]:
+    """Ask AUTO as ``promoted`` does, where the kind that it prefers can't compile anything."""
+    compile_one = TorchExportKind.compile
+
+    def fails(self: TorchExportKind, *args: Any) -> Any:
+        raise RuntimeError("planted")
+
+    TorchExportKind.compile = fails  # type: ignore[method-assign] # put back below
+    try:
+        return promoted(folder, "TORCHSCRIPT")
+    finally:
+        TorchExportKind.compile = compile_one  # type: ignore[method-assign]
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -138,7 +152,8 @@ def main() -> None:
     facts = {
         "asked": asked_for(folder),
         "refused": refused(folder),
-        "promoted": promoted(folder),
+        "promoted": promoted(folder, "TORCH_EXPORT"),
+        "not_compiled": not_compiled(folder),
         "stored": stored(folder),
     }
     json.dump(facts, sys.stdout)

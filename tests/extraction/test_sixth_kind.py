@@ -103,6 +103,11 @@ def test_a_new_compiled_kind_is_promoted_by_auto(facts) -> None:
     assert facts["promoted"] == ["HOOK", "TORCH_EXPORT"]
 
 
+def test_auto_promotes_the_next_compiled_kind_where_the_first_can_not_compile(facts) -> None:
+    """A refusal of the kind that AUTO prefers costs the layers nothing but its own plan."""
+    assert facts["not_compiled"] == ["HOOK", "TORCHSCRIPT"]
+
+
 def test_a_new_compiled_kinds_programs_are_stored(facts) -> None:
     """A declared layer's program is compiled at the first start, and loaded at the second."""
     first, second = facts["stored"]["starts"]

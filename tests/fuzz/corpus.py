@@ -17,9 +17,9 @@ from layertap.wire.dtypes import DTYPES
 from layertap.wire.messages import (
     REPLY_TENSOR_FIELD,
     Timings,
-    encode_reply_head,
     encode_request,
 )
+from layertap.wire.reply_form import encode_reply_head
 from layertap.wire.tensors import encode_message
 from protowire import INT8, SCALAR, field, groups, varint
 

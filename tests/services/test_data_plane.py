@@ -9,9 +9,18 @@ import pytest
 
 from asking import request_for
 from layertap import errors
-from layertap.engine import Call, Engine, Limits
+from layertap.engine import (
+    Call,
+    Engine,
+    Extraction,
+    ExtractionRequest,
+    Limits,
+    ModelHost,
+    Reservation,
+)
 from layertap.models import ModelSpec
-from layertap.services.data_plane import DataPlane, release_when_sent
+from layertap.services.data_plane import Converted, DataPlane
+from layertap.services.unary import answer
 from streams import Counting
 from tinynets import ITEM
 
@@ -40,7 +49,7 @@ def plane(engine: Engine, seen: Counting) -> DataPlane:
 
 
 class Context:
-    """An RPC as far as ``release_when_sent`` knows it: one that goes on, or has ended already."""
+    """An RPC as far as ``answer`` knows it: one that goes on, or has ended already."""
 
     def __init__(self, *, ended: bool) -> None:
         self.callbacks: list[Callable[[], None]] = []
@@ -51,28 +60,72 @@ class Context:
             self.callbacks.append(callback)
         return not self._ended
 
+    def time_remaining(self) -> float | None:
+        return None
+
 
 def test_the_request_is_released_and_the_reply_is_its_owners(engine, plane, seen) -> None:
     """Once there is a reply the request counts no more; the reply does until it was sent."""
-    received = plane.receive(3000)
-    extraction = plane.extract(received, Call(), lambda: ("residual", lambda host: WANTED))
-    assert received.nbytes == 0
+    counted: list[int] = []
+
+    def convert(message: bytes, received: Reservation) -> Converted:
+        counted.append(received.nbytes)
+        return "residual", WANTED
+
+    message = bytes(3000)
+    extraction = plane.extract(message, lambda same: same, convert, Call())
+    assert counted == [3000]
     assert engine.pending_bytes == len(extraction.message)
     assert seen.ends == {"residual OK": 1}
-    going_on = Context(ended=False)
-    release_when_sent(extraction, going_on)
-    assert engine.pending_bytes == len(extraction.message)
-    for callback in going_on.callbacks:
-        callback()
+    extraction.release()
     assert engine.pending_bytes == 0
 
 
-def test_a_reply_whose_call_has_ended_is_released_at_once(engine, plane) -> None:
-    """gRPC calls nobody back for it."""
-    extraction = plane.extract(
-        plane.receive(3000), Call(), lambda: ("residual", lambda host: WANTED)
-    )
-    release_when_sent(extraction, Context(ended=True))
+def test_a_version_may_have_a_say_in_the_request(engine, plane) -> None:
+    """A request that is a function of the version is called with the one that serves it."""
+    asked: list[str] = []
+
+    def request_for(host: ModelHost) -> ExtractionRequest:
+        asked.append(host.model.name)
+        return WANTED
+
+    plane.run(plane.receive(3000), Call(), lambda: ("residual", request_for)).release()
+    assert asked == ["residual"]
+
+
+def test_a_unary_reply_is_released_when_its_rpc_ends(engine, plane) -> None:
+    """gRPC's callbacks cancel the call and release the reply, which counts until then."""
+    calls: list[Call] = []
+
+    def extract(call: Call) -> Extraction:
+        calls.append(call)
+        return plane.run(plane.receive(3000), call, lambda: ("residual", WANTED))
+
+    going_on = Context(ended=False)
+    message = answer(going_on, extract)
+    assert engine.pending_bytes == len(message)
+    for callback in going_on.callbacks:
+        callback()
+    assert engine.pending_bytes == 0
+    with pytest.raises(errors.CancelledError):
+        calls[0].check()
+
+
+def test_an_rpc_that_has_ended_is_cancelled_and_released_at_once(engine, plane) -> None:
+    """gRPC does not call back for it, neither before the extraction nor after it."""
+    with pytest.raises(errors.CancelledError):
+        answer(
+            Context(ended=True),
+            lambda call: plane.run(plane.receive(3000), call, lambda: ("residual", WANTED)),
+        )
+    assert engine.pending_bytes == 0
+    ends_meanwhile = Context(ended=False)
+
+    def extract(call: Call) -> Extraction:
+        ends_meanwhile._ended = True
+        return plane.run(plane.receive(3000), call, lambda: ("residual", WANTED))
+
+    answer(ends_meanwhile, extract)
     assert engine.pending_bytes == 0
 
 
@@ -88,7 +141,7 @@ def test_a_request_that_fails_is_released_and_reported(engine, plane, seen) -> N
     ):
         received = plane.receive(3000)
         with pytest.raises(error):
-            plane.extract(received, call, lambda n=name, w=wanted: (n, lambda host: w))
+            plane.run(received, call, lambda n=name, w=wanted: (n, w))
         assert (received.nbytes, engine.pending_bytes) == (0, 0)
     assert seen.ends == {" CANCELLED": 1, " NOT_FOUND": 1, "residual NOT_FOUND": 1}
 

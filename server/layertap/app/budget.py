@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from layertap.resources import memory_limit
 from layertap.settings import Limits, ServerOptions, definitions
-from layertap.settings.kinds import MIB
+from layertap.settings.value_kinds import MIB
 
 __all__ = ["default_mib", "defaults_here", "excess"]
 

@@ -10,7 +10,7 @@ from layertap.models.checkpoint_files import files_of_weights
 from layertap.settings import ServedModel, SourceKind
 from layertap.settings.paths import is_path
 
-__all__ = ["Fingerprint", "Snapshot", "files_of", "fingerprint", "snapshot"]
+__all__ = ["FileStates", "Fingerprint", "file_states", "files_of", "fingerprint_of"]
 
 FileState = tuple[int, int, int] | None
 """Inode, time of the last change in ns and bytes; None where there is no such file.
@@ -19,7 +19,7 @@ The inode, because a renamed file may keep its time. Links are followed, as a mo
 changes by them.
 """
 
-Snapshot = dict[Path, FileState]
+FileStates = dict[Path, FileState]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ def files_of(model: ServedModel) -> tuple[Path, ...]:
     return (*source, *weights)
 
 
-def fingerprint(model: ServedModel) -> Fingerprint:
+def fingerprint_of(model: ServedModel) -> Fingerprint:
     """Return a model's fingerprint. Take it before loading: what changes meanwhile then shows."""
-    return Fingerprint(model, tuple(snapshot(files_of(model)).values()))
+    return Fingerprint(model, tuple(file_states(files_of(model)).values()))
 
 
-def snapshot(files: Iterable[Path]) -> Snapshot:
+def file_states(files: Iterable[Path]) -> FileStates:
     """Return the state of files."""
     return {file: _state(file) for file in files}
 

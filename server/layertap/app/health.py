@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
-from layertap.app.places import Places
 from layertap.grpc_health import health_pb2
+from layertap.services.bounded_calls import BoundedCalls, aborting
 from layertap.services.feature_service import FeatureService
 from layertap.services.infer.service import InferenceService
-from layertap.threads import WorkerThreads
+from layertap.threads import WorkerThreads, run_in
 
 __all__ = ["HEALTH", "WATCHES", "ModelHealth"]
 
@@ -59,7 +58,7 @@ class ModelHealth:
         self._changed = threading.Condition()
         self._statuses: dict[str, Status.ServingStatus] = {}
         self._stopping = False
-        self._places = Places(WATCHES, "watch health")
+        self._open = BoundedCalls(WATCHES, "calls watch health")
         self.pools = (
             WorkerThreads(CHECK_THREADS, "layertap-health-check"),
             WorkerThreads(WATCHES + REFUSAL_THREADS, "layertap-health-watch"),
@@ -71,10 +70,10 @@ class ModelHealth:
         encode = Status.SerializeToString
         methods = {
             "Check": grpc.unary_unary_rpc_method_handler(
-                _Threaded(self.check, check), response_serializer=encode
+                run_in(check, self.check), response_serializer=encode
             ),
             "Watch": grpc.unary_stream_rpc_method_handler(
-                _Threaded(self.watch, watch), response_serializer=encode
+                run_in(watch, self.watch), response_serializer=encode
             ),
         }
         return grpc.method_handlers_generic_handler(HEALTH, methods)
@@ -125,7 +124,7 @@ class ModelHealth:
         if len(name) > NAME_CHARACTERS:
             text = f"service: got {len(name)} characters, expected at most {NAME_CHARACTERS}"
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
-        with self._places.taken(context):
+        with self._open.opened(aborting(context)):
             context.add_callback(self._wake)
             sent = None
             while (status := self._next(name, sent, context)) is not None:
@@ -167,15 +166,3 @@ def _name_in(message: bytes, context: grpc.ServicerContext) -> str:
         text = "request: got bytes that are no HealthCheckRequest"
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         raise
-
-
-class _Threaded:
-    """A behaviour that gRPC runs by threads of its own, for which it looks at the attribute."""
-
-    def __init__(self, behaviour: Callable[..., Any], threads: WorkerThreads) -> None:
-        self._behaviour = behaviour
-        self.experimental_thread_pool = threads
-
-    def __call__(self, request: bytes, context: grpc.ServicerContext) -> Any:
-        """Run the behaviour."""
-        return self._behaviour(request, context)

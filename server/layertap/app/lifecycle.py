@@ -35,10 +35,10 @@ from layertap.resources import available_cpus, raise_file_limit
 from layertap.services.admin_service import AdminService
 from layertap.services.reload_report import ReloadReport
 from layertap.settings import METRICS_OFF, ServerOptions
-from layertap.settings.kinds import MIB
+from layertap.settings.value_kinds import MIB
 from layertap.threads import THREADS_REFUSED, is_thread_refused
 
-__all__ = ["compute_threads", "serve"]
+__all__ = ["compute_threads", "run_server"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _END = b"\0"
@@ -113,7 +113,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     """Do nothing, where the default would end the process."""
 
 
-def serve(
+def run_server(
     config: ServerConfig,
     narrator: Narrator,
     read: Callable[[], ServerConfig] | None = None,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from layertap.app.config import ServerConfig
-from layertap.app.fingerprint import Fingerprint, fingerprint
+from layertap.app.fingerprint import Fingerprint, fingerprint_of
 from layertap.app.health import ModelHealth
 from layertap.app.narrator import Narrator
 from layertap.engine import Call, Engine, ModelHost, choose_device
@@ -118,7 +118,7 @@ class ServedModels:
     def _update(self, model: ServedModel, call: Call) -> ModelReload:
         name = model.name
         served = self._served[name]
-        if served is not None and served == fingerprint(model):
+        if served is not None and served == fingerprint_of(model):
             return ModelReload(name, ReloadAction.UNCHANGED)
 
         def replace(*args: object, **options: object) -> ModelHost:
@@ -143,7 +143,7 @@ class ServedModels:
 
     def _load(self, model: ServedModel, load: Callable[..., ModelHost]) -> None:
         name, declared = model.name, model.layers
-        state = fingerprint(model)
+        state = fingerprint_of(model)
         begun = time.monotonic()
         compiling = f" and compiling {len(declared)} layers" if declared else ""
         with self._narrator.busy(f"loading {name}{compiling}"):

@@ -8,9 +8,10 @@ import grpc
 
 from layertap.app.health import HEALTH
 from layertap.errors import OverloadedError
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, guarded
-from layertap.threads import CallersThread, WorkerThreads
+from layertap.services.status import guarded
+from layertap.threads import CallersThread, WorkerThreads, run_in
 
 __all__ = ["ThreadLimit"]
 
@@ -41,9 +42,7 @@ class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no t
             observer.failed("", code_of(error))
             raise error
 
-        refusing = guarded(refuse)
-        # gRPC looks for this attribute, and runs the behaviour by these threads.
-        refusing.experimental_thread_pool = CallersThread()  # type: ignore[attr-defined]
+        refusing = run_in(CallersThread(), guarded(refuse))
         # A stream's behaviour is called before any message is read, a unary call's after.
         self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
 

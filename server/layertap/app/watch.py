@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from layertap.app.fingerprint import Snapshot, snapshot
+from layertap.app.fingerprint import FileStates, file_states
 
 __all__ = ["Watcher"]
 
@@ -28,8 +28,8 @@ class Watcher:
     def __init__(self, files: Callable[[], Iterable[Path]], changed: Callable[[], None]) -> None:
         self._files = files
         self._changed = changed
-        self._told = snapshot(files())
-        self._seen: Snapshot = self._told
+        self._told = file_states(files())
+        self._seen: FileStates = self._told
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="layertap-watch", daemon=True)
 
@@ -39,7 +39,7 @@ class Watcher:
 
     def look(self) -> None:
         """Look once: two looks that see one and the same change tell it."""
-        now = snapshot(self._files())
+        now = file_states(self._files())
         settled, self._seen = now == self._seen, now
         if settled and now != self._told:
             self._told = now

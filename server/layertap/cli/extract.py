@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,14 @@ import click
 
 from layertap.cli.options import embedded_engine, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
-from layertap.selection import Capture, Extractor, Glob, LayerSelection, Reduction
+from layertap.selection import (
+    SENT_DTYPES,
+    Capture,
+    Extractor,
+    Glob,
+    LayerSelection,
+    Reduction,
+)
 
 if TYPE_CHECKING:
     from layertap.cli.connection import ServerAddress
@@ -23,10 +29,6 @@ if TYPE_CHECKING:
     from layertap.v1 import catalogue_pb2, feature_service_pb2
 
 __all__ = ["batch_axes", "extract"]
-
-_SENT_DTYPES = ("float32", "float16", "bfloat16")
-
-_INDEX = re.compile(r"\bimages\[(\d+)\]")
 
 
 @click.command(short_help="Write layers of images into an .npz file.")
@@ -57,7 +59,7 @@ _INDEX = re.compile(r"\bimages\[(\d+)\]")
 )
 @click.option(
     "--dtype",
-    type=click.Choice(_SENT_DTYPES),
+    type=click.Choice(SENT_DTYPES),
     help="What to send floats in; bfloat16 is stored as float32, as .npz lacks it.",
 )
 @click.option(
@@ -187,8 +189,9 @@ def _naming(images: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except InvalidInputError as error:
-        text = _INDEX.sub(lambda match: f"image {images[int(match[1])]}", str(error))
-        raise InvalidInputError(text) from error
+        if error.image is None or error.image >= len(images):
+            raise
+        raise InvalidInputError(f"image {images[error.image]}: {error.detail}") from error
 
 
 @contextmanager

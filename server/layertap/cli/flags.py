@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from layertap.settings import Definition
-from layertap.settings.kinds import TRUTH, Kind
+from layertap.settings.value_kinds import TRUTH, ValueKind
 
 __all__ = ["setting_flags"]
 
@@ -47,14 +47,14 @@ def _option(setting: Definition) -> Callable[[F], F]:
     )
 
 
-def _type(kind: Kind) -> click.ParamType[Any]:
+def _type(kind: ValueKind) -> click.ParamType[Any]:
     return click.Choice(kind.choices) if kind.choices else _Value(kind)
 
 
 class _Value(click.ParamType[Any]):
     """A value of a kind, checked by the same rules as in a configuration file."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, kind: ValueKind) -> None:
         self.name = kind.metavar.lower()
         self._kind = kind
 

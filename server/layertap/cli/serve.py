@@ -100,7 +100,7 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     from layertap.app import lifecycle
 
     path = Path(config_file) if config_file else None
-    raise SystemExit(lifecycle.serve(config, narrator, read, path))
+    raise SystemExit(lifecycle.run_server(config, narrator, read, path))
 
 
 def _stderr() -> Stderr:

@@ -6,7 +6,11 @@ import grpc
 
 from layertap import errors
 from layertap.v1.feature_service_pb2 import ExtractStreamError
-from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
+from layertap.wire.messages import (
+    ERROR_IMAGE_METADATA_KEY,
+    ERROR_METADATA_KEY,
+    PUSHBACK_METADATA_KEY,
+)
 
 __all__ = ["error_from_item", "error_from_rpc"]
 
@@ -26,10 +30,14 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LayertapError]] = {
     Code.UNIMPLEMENTED: errors.UnavailableError,
 }
 
-# gRPC's words for what this side did itself.
+# gRPC has no field that says what the following texts say. tests/client/test_failures.py provokes
+# each of them, and fails where a release of gRPC words it differently.
+
+# The status CANCELLED, for a call that this process ended itself, by its cancel() or by closing the
+# channel. Without one of these texts the server, or something between, ended it.
 _OWN_DOING = ("Locally cancelled by application!", "Channel closed!")
 
-# And for a message over its limit, for which it has the status of a full queue.
+# The status RESOURCE_EXHAUSTED, for a message over the limit. Without it a queue is full.
 _TOO_LARGE = "larger than max"
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
@@ -45,17 +53,26 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
         # outlasts the grace.
         return errors.UnavailableError(f"the server ended the call: {text}")
     if code is Code.RESOURCE_EXHAUSTED and not name and _TOO_LARGE in text:
-        # Whoever is told to try again later would do so for ever.
+        # An OverloadedError would have the caller try again, in vain.
         return errors.InvalidInputError(f"the request is larger than the server takes: {text}")
     failure = _error(code, name, text)
     if isinstance(failure, errors.OverloadedError):
         failure.retry_after = _pushback(str(metadata.get(PUSHBACK_METADATA_KEY, "")))
+    if isinstance(failure, errors.InvalidInputError):
+        failure.image = _index(str(metadata.get(ERROR_IMAGE_METADATA_KEY, "")))
     return failure
 
 
 def error_from_item(error: ExtractStreamError) -> errors.LayertapError:
     """Return the exception that an item of a stream failed with, by the same rules."""
-    return _error(_CODES.get(error.code, Code.UNKNOWN), error.kind, error.message)
+    failure = _error(_CODES.get(error.code, Code.UNKNOWN), error.kind, error.message)
+    if isinstance(failure, errors.InvalidInputError) and error.HasField("image"):
+        failure.image = error.image
+    return failure
+
+
+def _index(text: str) -> int | None:
+    return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
 def _pushback(text: str) -> float | None:

@@ -120,9 +120,10 @@ def decode_images(
         room -= kept[-1].width * kept[-1].height
         if room < 0:
             raise InvalidInputError(
-                f"images: got more than {limits.pixels * KEPT_IMAGES} pixels up to images[{index}] "
-                f"in the sizes in which model {model.name!r} takes them, the most allowed in all; "
-                f"send fewer at once"
+                f"with this one, the request has more than {limits.pixels * KEPT_IMAGES} pixels in "
+                f"the sizes in which model {model.name!r} takes images, the most allowed in all; "
+                f"send fewer images at once",
+                image=index,
             )
     return kept
 

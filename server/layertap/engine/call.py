@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
-from layertap.errors import CancelledError, DeadlineExceededError
+from layertap.errors import CancelledError, DeadlineExceededError, LayertapError
 
-__all__ = ["Call"]
+__all__ = ["AbandonedError", "Call", "abandoning"]
 
 
 class Call:
@@ -91,3 +91,34 @@ class _Cancelling:
         with self._call._lock:
             if self in self._call._on_cancel:
                 self._call._on_cancel.remove(self)
+
+
+class AbandonedError(BaseException):
+    """Ends a forward pass that nobody waits for.
+
+    A BaseException, since it crosses the model's own forward, which may catch Exception.
+
+    Attributes:
+        reason: Why the last caller does not wait any more.
+    """
+
+    def __init__(self, reason: LayertapError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def abandoning(calls: Sequence[Call]) -> Callable[[], None]:
+    """Return what raises AbandonedError, when it is called between layers, once nobody waits."""
+
+    def check() -> None:
+        for call in calls:
+            try:
+                call.check()
+            except LayertapError as error:
+                # Without its traceback, which refers to this frame and so to the error itself.
+                reason = error.with_traceback(None)
+            else:
+                return
+        raise AbandonedError(reason)
+
+    return check

@@ -7,7 +7,7 @@ import re
 import torch
 
 from layertap.errors import ConfigError
-from layertap.settings.kinds import DEVICE_PATTERN
+from layertap.settings.value_kinds import DEVICE_PATTERN
 
 __all__ = ["choose_device"]
 

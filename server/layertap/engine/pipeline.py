@@ -22,7 +22,8 @@ from layertap.engine.batch import (
 )
 from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
-from layertap.engine.reply import Envelope, Reply, ReplyCollector, ReplyWriter
+from layertap.engine.reply import Reply, ReplyWriter
+from layertap.engine.reply_layout import Envelope, reply_collector, reply_writer
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
@@ -34,7 +35,7 @@ from layertap.settings import Limits
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm, ReplyForm
 
-__all__ = ["Extraction", "ExtractionRequest", "Pipeline"]
+__all__ = ["Extraction", "ExtractionRequest", "Pipeline", "publish"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +167,12 @@ class Pipeline:
         def collect() -> Reply:
             # The reply before was given up, and its memory with it.
             reserved.shrink(0)
-            return ReplyCollector(*parts)
+            return reply_collector(*parts)
 
-        kind = ReplyCollector if plan.dynamic else ReplyWriter
+        lay_out = reply_collector if plan.dynamic else reply_writer
         # Nothing here refers to the reply, so that its memory goes if ``collect`` replaces it.
-        work = Work(host, plan, resolved, x, kind(*parts), collect, call)
-        items = work.items
+        work = Work(host, plan, resolved, x, lay_out(*parts), collect, call)
+        items = int(x.shape[0])
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
             work,
@@ -182,7 +183,8 @@ class Pipeline:
             policy=host.options.batching,
             pins=(admitted.received, reserved),
         )
-        done.arrive()
+        if done.arrival is not None:
+            done.arrive()
         ended_ns = time.perf_counter_ns()
         timings = Timings(
             prepare_ns=prepared_ns - call.started_ns,
@@ -190,7 +192,7 @@ class Pipeline:
             compute_ns=ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        message = done.reply.finish(timings)
+        message = publish(done.reply, form, timings)
         # What was copied to the host or cast on the way has gone; the message is left.
         reserved.shrink(len(message))
         return Extraction(
@@ -228,6 +230,15 @@ class Pipeline:
             yield
         finally:
             self._decoders.release()
+
+
+def publish(reply: Reply, form: ReplyForm, timings: Timings) -> bytes:
+    """Return the message of a reply whose values were all captured."""
+    if isinstance(reply, ReplyWriter) and reply.staging is None:
+        builder = reply.builder  # Complete already: each value was written when it was captured.
+    else:
+        builder = reply.complete()
+    return builder.finish(form.head(timings))
 
 
 def _is_finite(request: ExtractionRequest, x: torch.Tensor) -> bool:

@@ -1,45 +1,36 @@
-"""The reply path: captured values go straight into the message that will be sent."""
+"""Takes captured values straight into the message that will be sent."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
-from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyTooLargeError
-from layertap.extraction.points import ValueSpec
-from layertap.extraction.reductions import Reduced, reduced
+from layertap.errors import InvalidInputError
+from layertap.extraction.reductions import Reduced
 from layertap.selection import Reduction
-from layertap.wire.codec import MAX_MESSAGE_BYTES
-from layertap.wire.dtypes import DTYPES, DType
-from layertap.wire.messages import Timings
-from layertap.wire.reply_form import MessageBuilder, ReplyForm
+from layertap.wire.dtypes import DTYPES
+from layertap.wire.reply_form import MessageBuilder
 
-__all__ = ["Envelope", "Reply", "ReplyCollector", "ReplyWriter", "ShapeChangedError", "host_array"]
+__all__ = [
+    "ROWS",
+    "Reply",
+    "ReplyCollector",
+    "ReplyWriter",
+    "ShapeChangedError",
+    "TensorType",
+    "host_array",
+]
 
+ROWS = {getattr(torch, row.name): row for row in DTYPES}
+"""The row of the dtype table for each torch dtype that can be sent."""
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """What goes around a reply's tensors, and how large it all may be.
-
-    Attributes:
-        max_bytes: The limit of the message.
-        form: Lays the message out.
-        admit: Called with the bytes that the form takes before they are allocated; raises
-            OverloadedError to refuse them.
-    """
-
-    max_bytes: int
-    form: ReplyForm
-    admit: Callable[[int], object]
-
-
-_ROWS = {getattr(torch, row.name): row for row in DTYPES}
+TensorType = tuple[tuple[int, ...], torch.dtype]
+"""The shape and dtype of a value."""
 
 
 class ShapeChangedError(BaseException):
@@ -49,161 +40,94 @@ class ShapeChangedError(BaseException):
     """
 
 
+@dataclass(eq=False, slots=True)
 class ReplyWriter:
-    """A sink that writes each value into its place in an unpublished reply.
+    """A sink that writes each value into its place in an unpublished message.
 
     On the CPU the copy out of the activation, the cast and the serialization are one pass; no clone
-    is made. What a GPU computed is written by ``finish``, see Note [Staging].
+    is made. Values of a GPU are written by ``complete``, see Note [Staging].
 
-    Args:
-        outputs: The tensors of the reply.
-        specs: The type and shape of each captured point.
-        batch_shape: Sizes of the input, ``[B, ...]``.
-        envelope: What goes around the tensors, and how large it all may be.
+    Attributes:
+        builder: The message.
+        expected: The shape and dtype of each captured point.
+        slots: For each point, the tensors of the reply that are made from it: their index in the
+            message and their reduction.
         staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
-
-    Raises:
-        ReplyTooLargeError: Before any compute, from the predicted shapes.
-        OverloadedError: Where there is no room for another reply.
-        InvalidInputError: Where a reduction does not fit its layer.
-        ExtractorUnsupportedError: Where a layer's type can't be sent.
     """
 
-    def __init__(
-        self,
-        outputs: Sequence[Output],
-        specs: Sequence[ValueSpec],
-        batch_shape: Sequence[int],
-        envelope: Envelope,
-        staging: Staging | None = None,
-    ) -> None:
-        batch, *item_shape = batch_shape
-        made = _reductions(outputs, specs, item_shape)
-        values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
-        if staging is not None:
-            envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
-        self._staging = staging
-        self._staged: dict[int, torch.Tensor] = {}
-        self._builder = _builder(outputs, values, envelope)
-        self._form = envelope.form
-        self._expected = [(spec.shape(batch), spec.dtype) for spec in specs]
-        self._slots: dict[int, list[tuple[int, Reduced]]] = {}
-        for slot, output in enumerate(outputs):
-            self._slots.setdefault(output.point, []).append((slot, made[slot]))
+    builder: MessageBuilder
+    expected: Sequence[TensorType]
+    slots: Mapping[int, Sequence[tuple[int, Reduced]]]
+    staging: Staging | None = None
+    _staged: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
         """Write every output that is made of a point's value, or begin to copy it to the host."""
-        if (tuple(value.shape), value.dtype) != self._expected[point]:
+        if (tuple(value.shape), value.dtype) != self.expected[point]:
             raise ShapeChangedError
-        for slot, reduction in self._slots[point]:
+        for slot, reduction in self.slots[point]:
             made = reduction.apply(value)
-            if self._staging is None:
-                _write(self._builder, slot, made)
+            if self.staging is None:
+                _write(self.builder, slot, made)
             else:
-                self._staged[slot] = self._staging.take(made)
+                self._staged[slot] = self.staging.take(made)
 
-    def finish(self, timings: Timings) -> bytes:
-        """Publish the message; what a GPU computed is written now, and must be on the host."""
+    def complete(self) -> MessageBuilder:
+        """Write what a GPU computed, which must be on the host by now; return the message."""
         for slot, value in self._staged.items():
-            _write(self._builder, slot, value)
-        return self._builder.finish(self._form.head(timings))
+            _write(self.builder, slot, value)
+        return self.builder
 
 
+@dataclass(eq=False, slots=True)
 class ReplyCollector:
     """A sink for values whose shapes are known only once they are there: it keeps clones.
 
     Detection models, whose outputs depend on what they see, are served this way; the limit can be
-    checked only after the forward pass. Arguments and errors are ReplyWriter's.
+    checked only after the forward pass.
+
+    Attributes:
+        outputs: The tensors of the reply.
+        reductions: The reduction of each output.
+        expected: The predicted shape of each captured point.
+        lay_out: Returns the message for the types of all outputs.
+        staging: Copies values of a GPU to the host; None clones each value where it is.
     """
 
-    def __init__(
-        self,
-        outputs: Sequence[Output],
-        specs: Sequence[ValueSpec],
-        batch_shape: Sequence[int],
-        envelope: Envelope,
-        staging: Staging | None = None,
-    ) -> None:
-        batch, *item_shape = batch_shape
-        self._staging = staging
-        # A reduction needs a shape to rely on: refused before any compute.
-        self._made = _reductions(outputs, specs, item_shape)
-        self._expected = [spec.shape(batch) for spec in specs]
-        self._outputs = outputs
-        self._envelope = envelope
-        self._values: dict[int, torch.Tensor] = {}
+    outputs: Sequence[Output]
+    reductions: Sequence[Reduced]
+    expected: Sequence[tuple[int, ...]]
+    lay_out: Callable[[Sequence[TensorType]], MessageBuilder]
+    staging: Staging | None = None
+    _values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
         """Keep a clone of every output that is made of a point's value."""
-        for slot, output in enumerate(self._outputs):
+        for slot, output in enumerate(self.outputs):
             if output.point != point:
                 continue
-            if output.reduction is not Reduction.NONE and value.shape != self._expected[point]:
+            if output.reduction is not Reduction.NONE and value.shape != self.expected[point]:
                 raise InvalidInputError(
                     f"reduction: the size of layer {output.layer!r} depends on the content, "
                     f"{output.reduction.name} needs one to rely on"
                 )
-            made = self._made[slot].apply(value)
-            self._values[slot] = made.clone() if self._staging is None else self._staging.take(made)
+            made = self.reductions[slot].apply(value)
+            self._values[slot] = made.clone() if self.staging is None else self.staging.take(made)
 
-    def finish(self, timings: Timings) -> bytes:
-        """Lay the message out by what was captured, write and publish it."""
-        values = [self._values[slot] for slot in range(len(self._outputs))]
-        shapes = [(tuple(value.shape), value.dtype) for value in values]
-        builder = _builder(self._outputs, shapes, self._envelope)
+    def complete(self) -> MessageBuilder:
+        """Lay the message out for the captured values and write them; return the message."""
+        values = [self._values[slot] for slot in range(len(self.outputs))]
+        builder = self.lay_out([(tuple(value.shape), value.dtype) for value in values])
         for slot, value in enumerate(values):
             _write(builder, slot, value)
-        return builder.finish(self._envelope.form.head(timings))
+        return builder
 
 
 Reply = ReplyWriter | ReplyCollector
 
 
-def _reductions(
-    outputs: Sequence[Output], specs: Sequence[ValueSpec], item_shape: Sequence[int]
-) -> list[Reduced]:
-    return [reduced(specs[o.point], o.reduction, o.layer, item_shape) for o in outputs]
-
-
-def _builder(
-    outputs: Sequence[Output],
-    values: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    envelope: Envelope,
-) -> MessageBuilder:
-    tensors = [
-        (output.name, _sent_as(output, dtype).number, shape)
-        for output, (shape, dtype) in zip(outputs, values, strict=True)
-    ]
-    limit = min(envelope.max_bytes, MAX_MESSAGE_BYTES)
-    try:
-        layout = envelope.form.lay_out(tensors)
-    except ValueError:
-        raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
-    if layout.nbytes > limit:
-        raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
-    return envelope.form.builder(layout, envelope.admit)
-
-
 def _write(builder: MessageBuilder, slot: int, value: torch.Tensor) -> None:
-    builder.write(slot, host_array(value), _ROWS[value.dtype].number)
-
-
-def _too_large(predicted: str, limit: int) -> str:
-    return (
-        f"reply: {predicted} predicted, limit {limit} bytes; ask for fewer layers or items, "
-        f"a reduction such as GLOBAL_AVERAGE_POOL, or dtype FLOAT16"
-    )
-
-
-def _sent_as(output: Output, dtype: torch.dtype) -> DType:
-    row = _ROWS.get(dtype)
-    if row is None:
-        raise ExtractorUnsupportedError(
-            f"layer {output.layer!r} is {dtype}, a type that the protocol does not carry"
-        )
-    if output.dtype is None or not row.is_float:
-        return row
-    return output.dtype
+    builder.write(slot, host_array(value), ROWS[value.dtype].number)
 
 
 def host_array(value: torch.Tensor) -> np.ndarray:

@@ -10,7 +10,7 @@ from layertap.extraction.catalogue import Catalogue, LayerEntry
 from layertap.extraction.kinds.registry import KINDS, REFERENCE
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint
-from layertap.selection import Capture, Extractor, LayerSelection, Reduction, is_glob
+from layertap.selection import SENT_DTYPES, Capture, Extractor, LayerSelection, Reduction, is_glob
 from layertap.wire.dtypes import DType, by_name
 
 __all__ = ["Output", "Resolved", "resolve"]
@@ -177,6 +177,6 @@ def _float_dtype(name: str) -> DType | None:
     if not name:
         return None
     row = by_name(name)
-    if name not in ("float32", "float16", "bfloat16"):
+    if name not in SENT_DTYPES:
         raise InvalidInputError(f"dtype: got {name}, expected float32, float16 or bfloat16")
     return row

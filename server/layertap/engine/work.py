@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layertap.engine.call import Call
+from layertap.engine.call import AbandonedError, Call, abandoning
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ShapeChangedError
 from layertap.engine.resolve import Resolved
@@ -84,17 +84,6 @@ class Computed:
                 self.arrival.synchronize()
 
 
-class _AbandonedError(BaseException):
-    """Ends a forward pass that nobody waits for.
-
-    A BaseException, since it crosses the model's own forward, which may catch Exception.
-    """
-
-    def __init__(self, reason: LayertapError) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
 def compute(works: Sequence[Work]) -> list[Computed]:
     """Run requests of one plan, item shape and dtype in one forward pass. For a compute thread.
 
@@ -113,7 +102,7 @@ def compute(works: Sequence[Work]) -> list[Computed]:
             else:
                 _run_together(works)
             arrival = host.staging.launched() if host.staging else None
-    except _AbandonedError as abandoned:
+    except AbandonedError as abandoned:
         # A new one: that one belongs to the frames that this error's context refers to.
         raise type(abandoned.reason)(str(abandoned.reason)) from None
     return [Computed(work.reply, begun_ns, len(works), name, arrival) for work in works]
@@ -197,24 +186,7 @@ def _alone(why: str) -> ModelRunError:
 
 def _abandonable(host: ModelHost, calls: Sequence[Call]) -> AbstractContextManager[object]:
     """Return a block whose passes are given up once nobody waits, if they may end early at all."""
-    return checked(_abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
-
-
-def _abandoning(calls: Sequence[Call]) -> Callable[[], None]:
-    """Return what gives a pass up, when it is called between layers, once nobody waits for it."""
-
-    def check() -> None:
-        for call in calls:
-            try:
-                call.check()
-            except LayertapError as error:
-                # Without its traceback, which refers to this frame and so to the error itself.
-                reason = error.with_traceback(None)
-            else:
-                return
-        raise _AbandonedError(reason)
-
-    return check
+    return checked(abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
 
 
 def _sink(work: Work) -> Sink:

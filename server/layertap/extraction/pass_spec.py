@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 from layertap.extraction.points import CapturePoint, PointKind
 
@@ -21,6 +21,15 @@ class PassSpec:
     """
 
     points: tuple[CapturePoint, ...]
+    _hash: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Each request looks up its plan several times, and there may be hundreds of points.
+        compared = tuple(getattr(self, each.name) for each in fields(self) if each.compare)
+        object.__setattr__(self, "_hash", hash(compared))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def modules_only(self) -> bool:

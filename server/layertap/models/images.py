@@ -92,11 +92,11 @@ def decode_image(
             pixels than allowed.
     """
     if not data:
-        raise InvalidInputError(f"images[{index}]: got no bytes, expected {_EXPECTED}")
+        raise InvalidInputError(f"got no bytes, expected {_EXPECTED}", image=index)
     open_file = _opener(bytes(data[:12]))
     if open_file is None:
         raise InvalidInputError(
-            f"images[{index}]: got {len(data)} bytes of something else, expected {_EXPECTED}"
+            f"got {len(data)} bytes of something else, expected {_EXPECTED}", image=index
         )
     if open_file is WebPImageFile:
         # Its decoder allocates the whole canvas before it tells the size.
@@ -117,8 +117,8 @@ def decode_image(
     # The text of these stays in the server: it is about Pillow, not about the request.
     except Exception as error:
         raise InvalidInputError(
-            f"images[{index}]: got {len(data)} bytes that are damaged or cut short, expected "
-            f"{_EXPECTED}, complete"
+            f"got {len(data)} bytes that are damaged or cut short, expected {_EXPECTED}, complete",
+            image=index,
         ) from error
 
 
@@ -165,8 +165,8 @@ def _check_size(size: tuple[int, int], index: int, limits: ImageLimits) -> None:
     width, height = size
     if width * height > limits.max_pixels:
         raise InvalidInputError(
-            f"images[{index}]: got {width} x {height} pixels, expected at most "
-            f"{limits.max_pixels} pixels in all"
+            f"got {width} x {height} pixels, expected at most {limits.max_pixels} pixels in all",
+            image=index,
         )
 
 

@@ -88,7 +88,7 @@ class Preprocess:
         reading = Reading(
             self.color, self.exif_orientation, keep_16_bit=isinstance(self.steps, Steps)
         )
-        return self.steps.shrink(decode_image(data, index, limits, reading), f"images[{index}]")
+        return self.steps.shrink(decode_image(data, index, limits, reading), index)
 
     def batch(self, decoded: Sequence[Image.Image]) -> torch.Tensor:
         """Return images that ``decode`` returned as one batch ``[B, C, H, W] float32``, on the CPU.
@@ -104,9 +104,10 @@ class Preprocess:
             tensor = self.steps.finish(image, self.channels)
             if tensors and tensor.shape != tensors[0].shape:
                 raise InvalidInputError(
-                    f"images[{index}]: got {_size(tensor)} after preprocessing, expected "
-                    f"{_size(tensors[0])} like images[0]: this model's preprocessing doesn't crop, "
-                    "so a batch needs images of one size"
+                    f"got {_size(tensor)} after preprocessing, expected {_size(tensors[0])} like "
+                    "the first image: this model's preprocessing doesn't crop, so a batch needs "
+                    "images of one size",
+                    image=index,
                 )
             tensors.append(tensor)
         return torch.stack(tensors)

@@ -78,18 +78,18 @@ class Steps:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
-    def shrink(self, image: Image.Image, what: str = "image") -> Image.Image:
+    def shrink(self, image: Image.Image, index: int | None = None) -> Image.Image:
         """Resize and crop. No PyTorch runs here, so any thread may call it.
 
         Args:
             image: The decoded image.
-            what: What messages call it, such as ``"images[3]"``.
+            index: The image's place in the request, for errors; None for an image of our own.
 
         Raises:
             InvalidInputError: the image is so narrow that resizing it would make a huge one.
         """
         if self.resize:
-            size = self._resized(image.width, image.height, what)
+            size = self._resized(image.width, image.height, index)
             image = resize(image, list(size), InterpolationMode(self.interpolation))
         if self.crop:
             if self.fill:
@@ -133,7 +133,7 @@ class Steps:
             )
         return words
 
-    def _resized(self, width: int, height: int, what: str) -> tuple[int, ...]:
+    def _resized(self, width: int, height: int, index: int | None) -> tuple[int, ...]:
         """Return the sizes to resize to: one for the short side, else height and width."""
         size: tuple[int, ...] = self.resize
         result = size
@@ -150,8 +150,9 @@ class Steps:
             return size  # Of a size that the server's owner chose, whatever the image's.
         if math.prod(result) > MAX_RESIZED_PIXELS:
             raise InvalidInputError(
-                f"{what}: got {width} x {height} pixels, expected an image whose short side can "
-                f"become {min(result)} pixels with at most {MAX_RESIZED_PIXELS} pixels in all"
+                f"got {width} x {height} pixels, expected an image whose short side can become "
+                f"{min(result)} pixels with at most {MAX_RESIZED_PIXELS} pixels in all",
+                image=index,
             )
         return size
 
@@ -169,7 +170,7 @@ class CustomTransform:
     transform: Callable[[Image.Image], Any]
     name: str
 
-    def shrink(self, image: Image.Image, what: str = "image") -> Image.Image:
+    def shrink(self, image: Image.Image, index: int | None = None) -> Image.Image:
         """Return the image as it is: the function must not run outside of a compute thread."""
         return image
 

@@ -21,16 +21,21 @@ from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
-from layertap.wire.messages import decode_request
+from layertap.wire.stream_messages import id_field
 from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = [
     "Converter",
+    "DecodedItem",
     "description_to_proto",
     "layer_to_proto",
     "model_to_proto",
     "request_from_proto",
 ]
+
+DecodedRequest = tuple[feature_service_pb2.ExtractRequest, Sequence[TensorView | SharedTensor]]
+DecodedItem = tuple[feature_service_pb2.ExtractStreamRequest, Sequence[TensorView | SharedTensor]]
+"""A request's small fields and its input tensors, as ``layertap.wire`` decodes them."""
 
 _KINDS = {
     PointKind.MODULE: catalogue_pb2.LAYER_KIND_MODULE,
@@ -62,9 +67,20 @@ class Converter:
     input_bytes: int
     memory: SharedMemory | None = None
 
-    def parse(self, message: bytes, received: Reservation) -> ExtractionRequest:
-        """Parse an ExtractRequest; errors are those of ``convert``, and DecodeError."""
-        return self.convert(*decode_request(message), received)
+    def convert_unary(
+        self, decoded: DecodedRequest, received: Reservation
+    ) -> tuple[str, ExtractionRequest]:
+        """Convert an ExtractRequest; return its model's name as well. Errors as ``convert``."""
+        request = self.convert(*decoded, received)
+        return request.model, request
+
+    def convert_item(
+        self, decoded: DecodedItem, received: Reservation
+    ) -> tuple[str, ExtractionRequest]:
+        """Convert an ExtractStreamRequest in the same way; the reply bears its id."""
+        item, tensors = decoded
+        request = self.convert(item, tensors, received, id_field(item.id))
+        return request.model, request
 
     def convert(
         self,

@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import grpc
-
 from layertap.engine import Call, Engine, Extraction, ExtractionRequest, ModelHost, Reservation
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
-from layertap.services.status import code_of
 
-__all__ = ["Converted", "DataPlane", "release_when_sent"]
+__all__ = ["Converted", "DataPlane"]
 
 D = TypeVar("D")
 
-Converted = tuple[str, Callable[[ModelHost], ExtractionRequest]]
-"""The name of a request's model, and what gives the engine's form of the request for a version."""
+Converted = tuple[str, ExtractionRequest | Callable[[ModelHost], ExtractionRequest]]
+"""The name of a request's model, and the engine's form of the request.
+
+A function of the model's version in a protocol where the version has a say, by its default outputs
+for instance.
+"""
 
 
 class DataPlane:
     """Runs requests, whichever protocol they came by. Safe to share between threads.
+
+    A unary call is one ``extract``. A stream does the same in steps, as it decodes an item and
+    counts its bytes before it has a thread for it: ``receive``, ``decode`` and ``run``.
 
     Args:
         engine: Runs them.
@@ -32,35 +37,42 @@ class DataPlane:
         self._observer = observer
 
     def extract(
-        self, received: Reservation, call: Call, convert: Callable[[], Converted]
+        self,
+        message: bytes,
+        decode: Callable[[bytes], D],
+        convert: Callable[[D, Reservation], Converted],
+        call: Call,
     ) -> Extraction:
-        """Convert a request and run it, all of it on one version of its model.
+        """Decode a request, convert it, and run it on one version of its model.
 
         Args:
-            received: The bytes of the request; released when this returns or raises.
+            message: The request.
+            decode: Decodes the message.
+            convert: Converts what ``decode`` returned. Bytes that this takes besides the message
+                are counted by the reservation.
             call: The deadline and cancellation state of the request.
-            convert: Parses the request. It runs here so that its errors are observed as well.
 
         Returns:
             The reply. Its owner has to release it once it was sent.
 
         Raises:
-            Exception: What ``convert`` and ``Engine.extract`` raise; the observer is told first.
+            Exception: What ``decode``, ``convert`` and ``Engine.extract`` raise; the observer is
+                told first.
         """
-        model = ""
+        received = self.receive(len(message))
+        return self.run(received, call, lambda: convert(decode(message), received))
+
+    def receive(self, nbytes: int) -> Reservation:
+        """Count the bytes of a request that was received.
+
+        Raises:
+            OverloadedError: If they would be over the limit; the observer is told first.
+        """
         try:
-            call.check()
-            name, request_for = convert()
-            with self._engine.lease(name) as host:
-                model = host.model.name
-                extraction = self._engine.extract(request_for(host), call, host, received)
+            return self._engine.reserve(nbytes)
         except Exception as error:
-            self._observer.failed(model, code_of(error))
+            self._observer.failed("", code_of(error))
             raise
-        finally:
-            received.release()
-        self._observer.succeeded(model, extraction)
-        return extraction
 
     def decode(self, received: Reservation, call: Call, decode: Callable[[], D]) -> D:
         """Return what ``decode`` does; if it raises, release the bytes and tell the observer.
@@ -68,7 +80,7 @@ class DataPlane:
         Args:
             received: The bytes of the request.
             call: The deadline and cancellation state of the request.
-            decode: Splits the request's message. Not called for a request that nobody waits for.
+            decode: Decodes the request. Not called for a request that nobody waits for.
         """
         try:
             call.check()
@@ -78,27 +90,29 @@ class DataPlane:
             self._observer.failed("", code_of(error))
             raise
 
-    def receive(self, nbytes: int) -> Reservation:
-        """Count the bytes of a request that was received.
+    def run(
+        self, received: Reservation, call: Call, convert: Callable[[], Converted]
+    ) -> Extraction:
+        """Convert a request and run it; see ``extract``.
 
-        Raises:
-            OverloadedError: Where they would be over the limit; the observer is told first.
+        Args:
+            received: The bytes of the request; released when this returns or raises.
+            call: The deadline and cancellation state of the request.
+            convert: Converts the request. Not called for a request that nobody waits for.
         """
+        model = ""
         try:
-            return self._engine.reserve(nbytes)
+            call.check()
+            name, request = convert()
+            with self._engine.lease(name) as host:
+                model = host.model.name
+                if not isinstance(request, ExtractionRequest):
+                    request = request(host)
+                extraction = self._engine.extract(request, call, host, received)
         except Exception as error:
-            self._observer.failed("", code_of(error))
+            self._observer.failed(model, code_of(error))
             raise
-
-
-def release_when_sent(extraction: Extraction, context: grpc.ServicerContext) -> None:
-    """Release a reply at the end of its RPC, which comes after the reply was sent.
-
-    gRPC calls back when it is done with the call, however slowly the client reads.
-    """
-    reservation = extraction.reservation
-    if reservation is None:
-        return
-    # False: the call has ended already, and gRPC will not call back any more.
-    if not context.add_callback(reservation.release):
-        reservation.release()
+        finally:
+            received.release()
+        self._observer.succeeded(model, extraction)
+        return extraction

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import grpc
 
 from layertap.engine import Call, Engine, Reservation
-from layertap.errors import DecodeError, LayertapError
-from layertap.services.convert import Converter
-from layertap.services.data_plane import Converted, DataPlane
+from layertap.errors import DecodeError, InvalidInputError, LayertapError
+from layertap.services.convert import Converter, DecodedItem
+from layertap.services.data_plane import DataPlane
+from layertap.services.error_codes import code_of
 from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, leaving
+from layertap.services.status import STATUS, public_error
 from layertap.services.stream_threads import StreamThreads
 from layertap.services.stream_window import StreamWindow
-from layertap.v1.feature_service_pb2 import ExtractStreamRequest
 from layertap.wire.stream_messages import (
     decode_stream_request,
     encode_stream_error,
-    id_field,
     id_of,
 )
-from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = ["ExtractStream"]
 
@@ -56,10 +54,11 @@ class ExtractStream:
         self, window: StreamWindow, message: bytes, remaining: float | None
     ) -> Callable[[], None] | None:
         try:
-            request, tensors = decode_stream_request(message)
+            decoded = decode_stream_request(message)
         except DecodeError as error:
             window.refuse(self._failed(id_of(message), error))
             return None
+        request, _ = decoded
         call = Call(_least(request.timeout_ns, remaining))
         try:
             window.admit(request.id, call)
@@ -71,26 +70,23 @@ class ExtractStream:
         except LayertapError as error:
             window.answer(request.id, _failure(request.id, error))
             return None
-        return partial(self._run, request, tensors, call, received, window)
+        return partial(self._run, decoded, call, received, window)
 
     def _run(
         self,
-        request: ExtractStreamRequest,
-        tensors: Sequence[TensorView | SharedTensor],
+        decoded: DecodedItem,
         call: Call,
         received: Reservation,
         window: StreamWindow,
     ) -> None:
-        def convert() -> Converted:
-            wanted = self._converter.convert(request, tensors, received, id_field(request.id))
-            return wanted.model, lambda host: wanted
-
+        number = decoded[0].id
+        convert = partial(self._converter.convert_item, decoded, received)
         try:
-            extraction = self._plane.extract(received, call, convert)
+            extraction = self._plane.run(received, call, convert)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            window.answer(request.id, _failure(request.id, error))
+            window.answer(number, _failure(number, error))
         else:
-            window.answer(request.id, Answer(extraction.message, extraction.reservation))
+            window.answer(number, Answer(extraction.message, extraction.reservation))
 
     def _failed(self, number: int, error: Exception) -> bytes:
         self._observer.failed("", code_of(error))
@@ -98,9 +94,10 @@ class ExtractStream:
 
 
 def _failure(number: int, error: Exception) -> Answer:
-    told = leaving(error)
-    code = code_of(told).value[0]
-    return Answer(encode_stream_error(number, code, type(told).__name__, str(told)))
+    told = public_error(error)
+    code = STATUS[code_of(told)].value[0]
+    image = told.image if isinstance(told, InvalidInputError) else None
+    return Answer(encode_stream_error(number, code, type(told).__name__, str(told), image))
 
 
 def _least(timeout_ns: int, remaining: float | None) -> float | None:

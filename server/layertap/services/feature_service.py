@@ -1,4 +1,4 @@
-"""The servicer of ``layertap.v1.FeatureService``: convert, ask the engine, convert.
+"""The servicer of ``layertap.v1.FeatureService``.
 
 The handlers take and return raw bytes. gRPC turns whatever a deserializer raises into UNKNOWN or
 INTERNAL, while a malformed request should be an INVALID_ARGUMENT; and the reply of Extract is
@@ -7,22 +7,25 @@ finished bytes already.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 from google.protobuf.message import Message
 
-from layertap.engine import Call, Engine
+from layertap.engine import Engine
 from layertap.errors import DecodeError
 from layertap.services.convert import Converter, description_to_proto, model_to_proto
-from layertap.services.data_plane import Converted, DataPlane, release_when_sent
+from layertap.services.data_plane import DataPlane
 from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer
 from layertap.services.status import Handler, guarded, guarded_stream
 from layertap.services.stream_threads import StreamThreads
+from layertap.services.unary import answer
 from layertap.shm.shared_memory import SharedMemory
 from layertap.v1 import feature_service_pb2
+from layertap.wire.messages import decode_request
 
 __all__ = ["FeatureService"]
 
@@ -55,19 +58,8 @@ class FeatureService:
 
     def extract(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the selected layers."""
-        call = Call(context.time_remaining())
-        # False: the call has ended already, and nobody will cancel it any more.
-        if not context.add_callback(call.cancel):
-            call.cancel()
-        received = self._plane.receive(len(message))
-
-        def convert() -> Converted:
-            wanted = self._converter.parse(message, received)
-            return wanted.model, lambda host: wanted
-
-        extraction = self._plane.extract(received, call, convert)
-        release_when_sent(extraction, context)
-        return extraction.message
+        run = partial(self._plane.extract, message, decode_request, self._converter.convert_unary)
+        return answer(context, run)
 
     def list_models(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """List the models."""

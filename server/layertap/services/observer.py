@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import grpc
-
 from layertap.engine import Extraction
+from layertap.services.error_codes import ErrorCode
 
 __all__ = ["Observer", "Observers"]
 
@@ -17,7 +16,7 @@ class Observer(Protocol):
     def succeeded(self, model: str, extraction: Extraction) -> None:
         """An extraction is ready to be sent."""
 
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
+    def failed(self, model: str, code: ErrorCode) -> None:
         """A request was refused or failed.
 
         ``model`` is a served model's name, or empty where the request named no such model: what
@@ -36,7 +35,7 @@ class Observers:
         for observer in self._observers:
             observer.succeeded(model, extraction)
 
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
+    def failed(self, model: str, code: ErrorCode) -> None:
         """Tell each of them."""
         for observer in self._observers:
             observer.failed(model, code)

@@ -32,8 +32,10 @@ import grpc
 
 from layertap.engine import Engine
 from layertap.errors import OverloadedError
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, guarded
+from layertap.services.status import guarded
+from layertap.threads import run_in
 
 __all__ = ["HeldRefusals", "Overload"]
 
@@ -64,7 +66,7 @@ class HeldRefusals(ThreadPoolExecutor):
     """Runs refusals, each at once or a while later; one thread for all of them.
 
     It is a ThreadPoolExecutor because gRPC lets a handler bring its own threads only as one
-    (``experimental_thread_pool``).
+    (``layertap.threads.run_in``).
 
     Args:
         clock: Returns seconds.
@@ -198,8 +200,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
             observer.failed("", code_of(error))
             raise error
 
-        refusing = guarded(refuse)
-        refusing.experimental_thread_pool = self.refusals  # type: ignore[attr-defined]
+        refusing = run_in(self.refusals, guarded(refuse))
         # A stream's behaviour is called before any message is read, a unary call's after.
         self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
 

@@ -1,4 +1,4 @@
-"""The one map from domain errors to gRPC statuses, and the one place where errors leave."""
+"""How gRPC handlers report errors: the map to gRPC's statuses, and what may leave the server."""
 
 from __future__ import annotations
 
@@ -12,38 +12,24 @@ import grpc
 from layertap import errors
 from layertap.services.compression import compress_replies
 from layertap.services.current_request import REQUEST_ID_KEY, Request, current_request, open_request
-from layertap.wire.messages import ERROR_METADATA_KEY, PUSHBACK_METADATA_KEY
+from layertap.services.error_codes import ErrorCode, code_of
+from layertap.wire.messages import (
+    ERROR_IMAGE_METADATA_KEY,
+    ERROR_METADATA_KEY,
+    PUSHBACK_METADATA_KEY,
+)
 
 __all__ = [
     "STATUS",
-    "code_of",
     "guarded",
     "guarded_stream",
-    "leaving",
-    "status_of",
+    "public_error",
 ]
 
 _log = logging.getLogger(__name__)
 
-Code = grpc.StatusCode
-
-STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
-    errors.InvalidInputError: Code.INVALID_ARGUMENT,
-    errors.NotFoundError: Code.NOT_FOUND,
-    errors.ExtractorUnsupportedError: Code.FAILED_PRECONDITION,
-    errors.ReplyTooLargeError: Code.OUT_OF_RANGE,
-    errors.SharedMemoryLostError: Code.FAILED_PRECONDITION,
-    errors.OverloadedError: Code.RESOURCE_EXHAUSTED,
-    errors.UnauthenticatedError: Code.UNAUTHENTICATED,
-    errors.PermissionDeniedError: Code.PERMISSION_DENIED,
-    errors.UnavailableError: Code.UNAVAILABLE,
-    errors.DeadlineExceededError: Code.DEADLINE_EXCEEDED,
-    errors.CancelledError: Code.CANCELLED,
-    errors.ModelRunError: Code.INTERNAL,
-    errors.ModelLoadError: Code.FAILED_PRECONDITION,
-    errors.ConfigError: Code.FAILED_PRECONDITION,
-    errors.InternalError: Code.INTERNAL,
-}
+STATUS: dict[ErrorCode, grpc.StatusCode] = {code: grpc.StatusCode[code.name] for code in ErrorCode}
+"""gRPC's status for each code."""
 
 # Of the operator's side, whose texts name files and hold what a model's own code says.
 _PRIVATE = (errors.ConfigError, errors.ModelLoadError)
@@ -59,26 +45,7 @@ Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 StreamHandler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
-def status_of(kind: type[errors.LayertapError]) -> grpc.StatusCode:
-    """Return the status of an error class: its own, else its nearest base's.
-
-    Raises:
-        KeyError: For a class that nothing maps.
-    """
-    for base in kind.__mro__:
-        if base in STATUS:
-            return STATUS[base]
-    raise KeyError(kind)
-
-
-def code_of(error: Exception) -> grpc.StatusCode:
-    """Return the status that an error leaves with; INTERNAL for what is no domain error."""
-    if isinstance(error, MemoryError):
-        return STATUS[errors.OverloadedError]
-    return status_of(type(error)) if isinstance(error, errors.LayertapError) else Code.INTERNAL
-
-
-def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError:
+def public_error(error: Exception, *, to_owner: bool = False) -> errors.LayertapError:
     """Return the error as it may leave the server.
 
     Domain errors carry their own text, except for those that speak of the operator's files.
@@ -98,7 +65,7 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
     if isinstance(error, errors.LayertapError):
         text = str(error)
         short = _short(text)
-        return error if short == text else type(error)(short)
+        return error if short == text else _with_text(error, short)
     if isinstance(error, MemoryError):  # It may be gone when less is going on.
         _log.warning("request %s failed: out of memory", request_id)
         text = "the server is out of memory; try again later, or ask for less"
@@ -108,7 +75,7 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
 
 
 def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
-    """Wrap a handler so that whatever it raises becomes a status, as ``leaving`` says."""
+    """Wrap a handler so that whatever it raises becomes a status, as ``public_error`` says."""
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
         request = open_request(context)
@@ -116,7 +83,7 @@ def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
             compress_replies(context)
             return handler(message, context)
         except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
-            _abort(context, leaving(error, to_owner=to_owner), request)
+            _abort(context, public_error(error, to_owner=to_owner), request)
 
     return handle
 
@@ -130,7 +97,7 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
             compress_replies(context)
             yield from handler(messages, context)
         except Exception as error:  # noqa: BLE001 - as above
-            _abort(context, leaving(error), request)
+            _abort(context, public_error(error), request)
 
     return handle
 
@@ -141,9 +108,18 @@ def _abort(
     names = [(ERROR_METADATA_KEY, type(error).__name__), (REQUEST_ID_KEY, request.id)]
     if isinstance(error, errors.OverloadedError):
         names.append((PUSHBACK_METADATA_KEY, str(random.randint(*_PUSHBACK_MS))))
+    if isinstance(error, errors.InvalidInputError) and error.image is not None:
+        names.append((ERROR_IMAGE_METADATA_KEY, str(error.image)))
     context.set_trailing_metadata(tuple(names))
-    context.abort(status_of(type(error)), str(error))
+    context.abort(STATUS[code_of(error)], str(error))
     raise AssertionError("abort always raises")
+
+
+def _with_text(error: errors.LayertapError, text: str) -> errors.LayertapError:
+    """Return an error of the same class and with the same fields that says something else."""
+    changed = type(error)(text)
+    changed.__dict__.update(error.__dict__)
+    return changed
 
 
 def _short(text: str) -> str:

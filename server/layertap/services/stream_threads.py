@@ -17,9 +17,10 @@ from functools import partial
 import grpc
 
 from layertap.errors import OverloadedError
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
 from layertap.services.open_streams import OpenStreams, Window
-from layertap.services.status import code_of, leaving
+from layertap.services.status import public_error
 from layertap.threads import WorkerThreads
 
 __all__ = ["StreamThreads", "Take"]
@@ -101,4 +102,4 @@ class StreamThreads:
             window.close()  # The stream was cancelled, or its client went away.
         except Exception as error:  # noqa: BLE001 - it ends the stream, and is logged
             self._observer.failed("", code_of(error))
-            window.end(leaving(error))
+            window.end(public_error(error))

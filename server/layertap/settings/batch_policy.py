@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from layertap.settings import kinds
+from layertap.settings import value_kinds as kinds
 from layertap.settings.definition import Setting
 
 __all__ = ["ALONE", "BatchPolicy"]

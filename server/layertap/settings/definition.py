@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
-from layertap.settings.kinds import Kind
+from layertap.settings.value_kinds import ValueKind
 
 __all__ = ["NO_FLAG", "Definition", "Setting", "build", "definitions", "replaced"]
 
@@ -41,7 +41,7 @@ class Setting:
     """
 
     help: str
-    kind: Kind
+    kind: ValueKind
     key: str = ""
     flag: str = ""
     default: str = ""
@@ -68,7 +68,7 @@ class Definition:
     default: Any
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> ValueKind:
         """The kind of its values."""
         return self.setting.kind
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 from layertap.errors import ConfigError
-from layertap.settings import kinds
+from layertap.settings import value_kinds as kinds
 from layertap.settings.definition import Setting, definitions
 
 __all__ = ["INTERPOLATIONS", "NOTHING_SET", "Color", "ImageSettings"]

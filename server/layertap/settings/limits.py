@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from layertap.settings import kinds
+from layertap.settings import value_kinds as kinds
 from layertap.settings.definition import NO_FLAG, Setting
-from layertap.settings.kinds import MIB
+from layertap.settings.value_kinds import MIB
 
 __all__ = ["Limits"]
 

@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Annotated, Any
 
 from layertap.errors import ConfigError
-from layertap.settings import kinds
+from layertap.settings import value_kinds as kinds
 from layertap.settings.definition import NO_FLAG, Setting
 from layertap.settings.image_settings import NOTHING_SET, ImageSettings
 
@@ -34,7 +34,7 @@ INPUT_DTYPES = (
     *("float32", "float64", "float16", "bfloat16"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
-_ANY_TEXT = kinds.Kind(str, "a text", "NAME")
+_ANY_TEXT = kinds.ValueKind(str, "a text", "NAME")
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
 
@@ -51,7 +51,7 @@ class ModelSpec:
         Setting(
             "A torchvision model (resnet18), a timm model (timm:NAME), a TorchScript file (net.pt "
             "or torchscript:net) or a factory (package.module:function).",
-            kinds.text(),
+            kinds.some_text(),
             flag=NO_FLAG,
         ),
     ]
@@ -70,7 +70,7 @@ class ModelSpec:
             "DEFAULT, the name of torchvision weights such as IMAGENET1K_V1, a checkpoint (a .pth, "
             ".pt, .bin, .ckpt or .safetensors file, an index of shards, or a folder with one of "
             "these), or random.",
-            kinds.text(metavar="W"),
+            kinds.some_text(metavar="W"),
         ),
     ] = "DEFAULT"
     seed: Annotated[int, Setting("Seeds the values of random weights.", kinds.whole(0))] = 0
@@ -122,7 +122,7 @@ class ModelSpec:
         Setting(
             "Which state dict of a checkpoint is meant: the keys that lead to it, then the prefix "
             "of its tensors' names, joined by dots, such as teacher.backbone.",
-            kinds.Kind(str, "a text", "KEY"),
+            kinds.ValueKind(str, "a text", "KEY"),
             default="the one with the model's names",
         ),
     ] = ""

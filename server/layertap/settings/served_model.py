@@ -7,7 +7,7 @@ from typing import Annotated
 
 from layertap.errors import ConfigError
 from layertap.selection import LayerSelection
-from layertap.settings import kinds
+from layertap.settings import value_kinds as kinds
 from layertap.settings.batch_policy import ALONE, BatchPolicy
 from layertap.settings.definition import NO_FLAG, Setting
 from layertap.settings.model_spec import ModelSpec

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from layertap.malloc import DEFAULT_KEPT_MIB
-from layertap.settings import kinds
+from layertap.settings import value_kinds as kinds
 from layertap.settings.definition import Setting
-from layertap.settings.kinds import MIB
+from layertap.settings.value_kinds import MIB
 from layertap.shm.shared_memory import DEFAULT_LEASE_SECONDS, DEFAULT_SHARED_MIB
 
 __all__ = ["METRICS_OFF", "LogFormat", "LogLevel", "SecretFiles", "ServerOptions"]
@@ -72,7 +72,7 @@ class ServerOptions:
         Setting(
             "The address to listen on, for calls and for metrics; unix:/path or unix-abstract:name "
             "is a Unix socket instead of a port.",
-            kinds.text("an address", "ADDRESS"),
+            kinds.some_text("an address", "ADDRESS"),
         ),
     ] = "127.0.0.1"
     port: Annotated[int, Setting("The port for calls; 0 takes a free one.", kinds.PORT)] = 8001
@@ -88,7 +88,7 @@ class ServerOptions:
         Setting(
             "Seconds, give or take a tenth, after which a client has to connect again, so that a "
             "load balancer can spread connections; 0 is never.",
-            kinds.SECONDS,
+            kinds.DURATION,
             flag="--max-connection-age",
         ),
     ] = 0.0
@@ -96,7 +96,7 @@ class ServerOptions:
         float,
         Setting(
             "Seconds that the calls and streams of such a connection have to finish; 0 is no end.",
-            kinds.SECONDS,
+            kinds.DURATION,
             flag="--max-connection-age-grace",
         ),
     ] = 0.0
@@ -156,7 +156,7 @@ class ServerOptions:
         float,
         Setting(
             "Seconds that admitted calls have to finish after SIGTERM.",
-            kinds.SECONDS,
+            kinds.DURATION,
             flag="--grace",
             live=True,
         ),
@@ -190,7 +190,7 @@ class ServerOptions:
         float,
         Setting(
             "Seconds that such a client may keep shared memory that it was lent.",
-            kinds.SECONDS_ABOVE_0,
+            kinds.DURATION_ABOVE_0,
             flag="--shared-memory-lease",
         ),
     ] = DEFAULT_LEASE_SECONDS
@@ -211,7 +211,7 @@ class ServerOptions:
         Setting(
             "Send OpenTelemetry traces there (OTLP over gRPC), for example http://127.0.0.1:4317; "
             "needs layertap[otel].",
-            kinds.Kind(str, "an address such as http://host:4317", "URL"),
+            kinds.ValueKind(str, "an address such as http://host:4317", "URL"),
             default="as the OTEL_* environment variables say, else none",
         ),
     ] = ""

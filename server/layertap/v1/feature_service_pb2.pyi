@@ -103,14 +103,16 @@ class ExtractStreamRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamError(_message.Message):
-    __slots__ = ("code", "kind", "message")
+    __slots__ = ("code", "kind", "message", "image")
     CODE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
     code: int
     kind: str
     message: str
-    def __init__(self, code: _Optional[int] = ..., kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    image: int
+    def __init__(self, code: _Optional[int] = ..., kind: _Optional[str] = ..., message: _Optional[str] = ..., image: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamResponse(_message.Message):
     __slots__ = ("tensors", "extractor", "timings", "id", "error")

@@ -12,9 +12,9 @@ __all__ = [
     "ReplyLayout",
     "decode",
     "encode",
-    "keep_memory",
     "malloc_usage",
     "raw_layout",
+    "set_malloc_bound",
     "split",
     "trim_memory",
 ]
@@ -42,8 +42,8 @@ ReplyBuilder = _codec.ReplyBuilder
 ReplyLayout = _codec.ReplyLayout
 decode = _codec.decode
 encode = _codec.encode
-keep_memory = _codec.keep_memory
 malloc_usage = _codec.malloc_usage
 raw_layout = _codec.raw_layout
+set_malloc_bound = _codec.keep_memory
 split = _codec.split
 trim_memory = _codec.trim_memory

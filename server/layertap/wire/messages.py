@@ -14,10 +14,8 @@ import numpy as np
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.errors import DecodeError
-from layertap.selection import Extractor
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from layertap.wire.dtypes import of_array
-from layertap.wire.enums import to_proto
 from layertap.wire.tensors import (
     SharedSlice,
     SharedTensor,
@@ -27,19 +25,18 @@ from layertap.wire.tensors import (
 )
 
 __all__ = [
+    "ERROR_IMAGE_METADATA_KEY",
     "ERROR_METADATA_KEY",
     "MAX_INPUTS",
     "PUSHBACK_METADATA_KEY",
     "REPLY_COMPRESSIONS",
     "REPLY_COMPRESSION_KEY",
-    "REPLY_HEAD_SIZE",
     "REPLY_TENSOR_FIELD",
     "Arrays",
     "Find",
     "Timings",
     "decode_reply",
     "decode_request",
-    "encode_reply_head",
     "encode_request",
     "found",
     "split_request",
@@ -47,6 +44,9 @@ __all__ = [
 
 ERROR_METADATA_KEY = "layertap-error"
 """Trailing metadata with the name of an error's class, so that clients can raise the same."""
+
+ERROR_IMAGE_METADATA_KEY = "layertap-error-image"
+"""Trailing metadata with the index of the image that an error is about."""
 
 REPLY_COMPRESSION_KEY = "layertap-reply-compression"
 """Metadata of a call that asks for a compressed reply."""
@@ -138,23 +138,6 @@ def encode_request(
         )
     head = request.SerializeToString()
     return encode_message(sent, field=_INPUTS_FIELD, head=head) if sent else head
-
-
-def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
-    """Return an ExtractResponse without tensors; always of REPLY_HEAD_SIZE bytes."""
-    response = feature_service_pb2.ExtractResponse(
-        extractor=to_proto(extractor, "EXTRACTOR"),
-        timings=feature_service_pb2.Timings(
-            prepare_ns=timings.prepare_ns,
-            queue_ns=timings.queue_ns,
-            compute_ns=timings.compute_ns,
-            total_ns=timings.total_ns,
-        ),
-    )
-    return response.SerializeToString()
-
-
-REPLY_HEAD_SIZE = len(encode_reply_head(next(iter(Extractor)), Timings()))
 
 
 def decode_reply(

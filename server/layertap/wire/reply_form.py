@@ -6,10 +6,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from layertap.selection import Extractor
+from layertap.v1 import feature_service_pb2
 from layertap.wire.codec import ReplyBuilder, ReplyLayout
-from layertap.wire.messages import REPLY_HEAD_SIZE, REPLY_TENSOR_FIELD, Timings, encode_reply_head
+from layertap.wire.enums import to_proto
+from layertap.wire.messages import REPLY_TENSOR_FIELD, Timings
 
-__all__ = ["MessageBuilder", "NamedTensor", "NativeForm", "ReplyForm"]
+__all__ = [
+    "REPLY_HEAD_SIZE",
+    "MessageBuilder",
+    "NamedTensor",
+    "NativeForm",
+    "ReplyForm",
+    "encode_reply_head",
+]
 
 NamedTensor = tuple[str, int, tuple[int, ...]]
 """The name, dtype number and shape of one tensor of a reply."""
@@ -50,6 +59,23 @@ class ReplyForm(Protocol):
 
     def head(self, timings: Timings) -> bytes:
         """Return what ``MessageBuilder.finish`` takes, of the size that was laid out."""
+
+
+def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
+    """Return an ExtractResponse without tensors; always of REPLY_HEAD_SIZE bytes."""
+    response = feature_service_pb2.ExtractResponse(
+        extractor=to_proto(extractor, "EXTRACTOR"),
+        timings=feature_service_pb2.Timings(
+            prepare_ns=timings.prepare_ns,
+            queue_ns=timings.queue_ns,
+            compute_ns=timings.compute_ns,
+            total_ns=timings.total_ns,
+        ),
+    )
+    return response.SerializeToString()
+
+
+REPLY_HEAD_SIZE = len(encode_reply_head(next(iter(Extractor)), Timings()))
 
 
 class NativeForm:

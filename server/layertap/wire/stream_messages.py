@@ -68,9 +68,19 @@ def id_field(number: int) -> bytes:
     return ExtractStreamResponse(id=number).SerializeToString()
 
 
-def encode_stream_error(number: int, code: int, kind: str, message: str) -> bytes:
-    """Return the reply to an item that failed; ``code`` is a gRPC status's number."""
-    error = ExtractStreamError(code=code, kind=kind, message=message)
+def encode_stream_error(
+    number: int, code: int, kind: str, message: str, image: int | None = None
+) -> bytes:
+    """Return the reply to an item that failed.
+
+    Args:
+        number: The item's id.
+        code: The number of a gRPC status.
+        kind: The name of the error's class.
+        message: Its text.
+        image: The index of the image that it is about; None for none.
+    """
+    error = ExtractStreamError(code=code, kind=kind, message=message, image=image)
     return ExtractStreamResponse(id=number, error=error).SerializeToString()
 
 

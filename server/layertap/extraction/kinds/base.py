@@ -99,17 +99,17 @@ class ExtractorKind(ABC):
 
     Attributes:
         id: What requests call it.
-        compiled: Whether it runs a compiled program, which takes long to make: such plans are
-            proven and warmed before they serve, stored on disk, and made beside requests for
-            layers that AUTO is asked for often. Whether it is a ``CompiledKind``; else it is a
-            ``DirectKind``.
+        compiled: Whether it is a ``CompiledKind`` and runs compiled programs; else it is a
+            ``DirectKind``. Compiling takes long. So AUTO uses such a plan only once it is ready:
+            it is made when layers are declared, or in the background for layers that are asked
+            for often. It is warmed before it serves, and that of declared layers stored on disk.
         reference: Whether it runs the model itself, so that its values are right by definition and
             need no proof. Exactly one kind is; see ``ReferenceKind``.
         captures: The sides of a layer that it can take.
         nodes: Whether it serves nodes of the symbolic graph.
         members: Whether it serves members of containers, such as one tensor of a tuple.
-        finite_only: Whether it takes NaN and infinity otherwise than the model does, so that it
-            must not be given any.
+        finite_only: Whether its values for NaN and infinity are not the model's, so that it must
+            not be given any.
         warm_up_runs: Runs after which a pass at a new batch size is as fast as it gets, on the
             thread that will run it.
     """
@@ -316,8 +316,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
     def save(self, program: P) -> bytes | memoryview:
         """Return a program that is not finished as the bytes of a file.
 
-        Raises:
-            RuntimeError: The program can't be saved; it can still be finished.
+        It can still be finished. Whatever is raised means that it can't be saved.
         """
 
     @abstractmethod

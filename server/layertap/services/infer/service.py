@@ -1,4 +1,4 @@
-"""The servicer of ``inference.GRPCInferenceService``: convert, ask the engine, convert.
+"""The servicer of ``inference.GRPCInferenceService``.
 
 As in ``layertap.services.feature_service`` the handlers take and return raw bytes.
 """
@@ -25,7 +25,7 @@ from layertap.engine import (
 )
 from layertap.errors import DecodeError, InvalidInputError, LayertapError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.data_plane import Converted, DataPlane, release_when_sent
+from layertap.services.data_plane import Converted, DataPlane
 from layertap.services.infer.infer_request import (
     check_version,
     extraction_request,
@@ -40,14 +40,16 @@ from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
 from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
-from layertap.services.status import guarded, guarded_stream, leaving
+from layertap.services.status import guarded, guarded_stream, public_error
 from layertap.services.stream_threads import StreamThreads
+from layertap.services.unary import answer
 from layertap.shm.client_regions import ClientRegions
 from layertap.wire.infer_messages import decode_infer_request, encode_infer_error
 
 __all__ = ["InferenceService", "InferenceSettings"]
 
 Q = TypeVar("Q", bound=Message)
+DecodedInfer = tuple[pb.ModelInferRequest, list[memoryview]]
 _QUERY_BYTES = 1 << 20
 _OWNERS = ("RepositoryModelLoad", "RepositoryModelUnload")
 
@@ -102,15 +104,7 @@ class InferenceService:
 
     def infer(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Run a model and return the layers that were asked for."""
-        call = Call(context.time_remaining())
-        # False: the call has ended already, and nobody will cancel it any more.
-        if not context.add_callback(call.cancel):
-            call.cancel()
-        received = self._plane.receive(len(message))
-        decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
-        extraction = self._infer(decoded, context, call, received)
-        release_when_sent(extraction, context)
-        return extraction.message
+        return answer(context, partial(self._extract, message, context))
 
     def answer_item(
         self, message: bytes, call: Call, received: Reservation, context: grpc.ServicerContext
@@ -120,9 +114,9 @@ class InferenceService:
         try:
             decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
             request_id = decoded[0].id
-            extraction = self._infer(decoded, context, call, received, streamed=True)
+            extraction = self._run(decoded, context, call, received, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            return Answer(encode_infer_error(request_id, str(leaving(error))))
+            return Answer(encode_infer_error(request_id, str(public_error(error))))
         return Answer(extraction.message, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
@@ -130,7 +124,7 @@ class InferenceService:
         request_id = ""
         with suppress(DecodeError):
             request_id = decode_infer_request(message)[0].id
-        return Answer(encode_infer_error(request_id, str(leaving(error))))
+        return Answer(encode_infer_error(request_id, str(public_error(error))))
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a ``grpc.Server`` needs to serve this."""
@@ -144,9 +138,14 @@ class InferenceService:
         )
         return grpc.method_handlers_generic_handler(self.NAME, handlers)
 
-    def _infer(
+    def _extract(self, message: bytes, context: grpc.ServicerContext, call: Call) -> Extraction:
+        received = self._plane.receive(len(message))
+        decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
+        return self._run(decoded, context, call, received)
+
+    def _run(
         self,
-        decoded: tuple[pb.ModelInferRequest, list[memoryview]],
+        decoded: DecodedInfer,
         context: grpc.ServicerContext,
         call: Call,
         received: Reservation,
@@ -164,19 +163,18 @@ class InferenceService:
             timeout = timeout_of(request)
             if timeout is not None:
                 call.limit(timeout)
-            memory = self._memory.of(context)
             return extraction_request(
                 request,
                 raw,
                 host,
                 self._engine,
-                memory,
+                self._memory.of(context),
                 admit=received.take,
                 streamed=streamed,
             )
 
         try:
-            return self._plane.extract(received, call, convert)
+            return self._plane.run(received, call, convert)
         except ModelNotFoundError as error:
             raise unknown_model(request.model_name, error) from None
 

@@ -19,7 +19,17 @@ from msgspec import Meta
 from layertap.selection import Capture, LayerSelection
 from layertap.settings.paths import expanded
 
-__all__ = ["DEVICE_PATTERN", "MIB", "Kind", "choice", "many", "mib", "path", "text", "whole"]
+__all__ = [
+    "DEVICE_PATTERN",
+    "MIB",
+    "ValueKind",
+    "choice",
+    "many",
+    "mib",
+    "path",
+    "some_text",
+    "whole",
+]
 
 MIB = 1 << 20
 """Bytes of one MiB."""
@@ -33,7 +43,7 @@ def _same(value: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ValueKind:
     """One kind of value.
 
     Attributes:
@@ -88,18 +98,18 @@ class Kind:
             raise ValueError(f"got {text!r}, expected {expected}") from None
 
 
-def whole(least: int, most: int | None = None, expected: str = "") -> Kind:
+def whole(least: int, most: int | None = None, expected: str = "") -> ValueKind:
     """Return the kind of whole numbers in a range."""
     to = "" if most is None else f" to {most}"
-    return Kind(
+    return ValueKind(
         Annotated[int, Meta(ge=least, le=most)], expected or f"a number from {least}{to}", "N"
     )
 
 
-def mib(least: int, most: int | None = None, expected: str = "") -> Kind:
+def mib(least: int, most: int | None = None, expected: str = "") -> ValueKind:
     """Return the kind of sizes that are written in MiB and used in bytes."""
     to = "" if most is None else f" to {most}"
-    return Kind(
+    return ValueKind(
         Annotated[int, Meta(ge=least, le=most)],
         expected or f"a number of MiB from {least}{to}",
         "MIB",
@@ -108,23 +118,25 @@ def mib(least: int, most: int | None = None, expected: str = "") -> Kind:
     )
 
 
-def choice(*values: str) -> Kind:
+def choice(*values: str) -> ValueKind:
     """Return the kind of texts of which there are only these."""
     quoted = [repr(value) for value in values]
     expected = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
     # mypy can't know the values of this Literal, and nothing here needs it to.
     raw: Any = Literal[values]
-    return Kind(raw, expected, "|".join(values), choices=values)
+    return ValueKind(raw, expected, "|".join(values), choices=values)
 
 
-def text(expected: str = "a text", metavar: str = "TEXT", pattern: str | None = None) -> Kind:
+def some_text(
+    expected: str = "a text", metavar: str = "TEXT", pattern: str | None = None
+) -> ValueKind:
     """Return the kind of texts that are not empty, and of one form where a pattern is given."""
-    return Kind(Annotated[str, Meta(min_length=1, pattern=pattern)], expected, metavar)
+    return ValueKind(Annotated[str, Meta(min_length=1, pattern=pattern)], expected, metavar)
 
 
-def path(expected: str, metavar: str) -> Kind:
+def path(expected: str, metavar: str) -> ValueKind:
     """Return the kind of paths. The user's home may be written as ``~``."""
-    return Kind(
+    return ValueKind(
         Annotated[str, Meta(min_length=1)],
         expected,
         metavar,
@@ -144,14 +156,14 @@ def many(
     none: bool = False,
     least: int = 0,
     most: int | None = None,
-) -> Kind:
+) -> ValueKind:
     """Return the kind of lists: with commas on the command line.
 
     Args:
         item: The type of one item, for msgspec.
-        expected: As for Kind.
-        expected_text: As for Kind.
-        metavar: As for Kind.
+        expected: As for ValueKind.
+        expected_text: As for ValueKind.
+        metavar: As for ValueKind.
         parse: Turns the text of one item into it; raises ValueError.
         none: Whether the word "none" on the command line stands for an empty list.
         least: How many items there must be.
@@ -163,7 +175,7 @@ def many(
             return ()
         return tuple(parse(part) for part in value.split(","))
 
-    return Kind(
+    return ValueKind(
         Annotated[tuple[item, ...], Meta(min_length=least, max_length=most)],
         expected,
         metavar,
@@ -181,12 +193,12 @@ def _decimal(value: str) -> int:
 _POSITIVE = Annotated[int, Meta(ge=1)]
 _FROM_ZERO = Annotated[int, Meta(ge=0)]
 
-TRUTH = Kind(bool, "true or false", "")
+TRUTH = ValueKind(bool, "true or false", "")
 COUNT = whole(1)
 PORT = whole(0, 65535, "a port from 0 to 65535; 0 is any free one")
-SECONDS = Kind(Annotated[float, Meta(ge=0)], "seconds from 0", "SECONDS")
-SECONDS_ABOVE_0 = Kind(Annotated[float, Meta(gt=0)], "a number of seconds above 0", "SECONDS")
-MICROSECONDS = Kind(
+DURATION = ValueKind(Annotated[float, Meta(ge=0)], "seconds from 0", "SECONDS")
+DURATION_ABOVE_0 = ValueKind(Annotated[float, Meta(gt=0)], "a number of seconds above 0", "SECONDS")
+MICROSECONDS = ValueKind(
     Annotated[int, Meta(ge=0)],
     "microseconds from 0",
     "N",
@@ -195,14 +207,14 @@ MICROSECONDS = Kind(
 )
 FILE = path("a file", "FILE")
 PEM = path("a file", "PEM")
-PLAN_CACHE = Kind(
+PLAN_CACHE = ValueKind(
     Annotated[str, Meta(min_length=1)],
     "a folder, 'auto' or 'off'",
     "DIR|auto|off",
     is_path=True,
     words=("auto", "off"),
 )
-PERMISSIONS = Kind(
+PERMISSIONS = ValueKind(
     Annotated[str, Meta(pattern="^0?[0-7]{3}$")],
     "permissions in octal digits, such as '0660'",
     "OCTAL",
@@ -210,7 +222,7 @@ PERMISSIONS = Kind(
     to_raw=lambda mode: f"{mode:04o}",
     expected_text="octal digits such as 0660",
 )
-DEVICE = Kind(
+DEVICE = ValueKind(
     Annotated[str, Meta(pattern=rf"^({DEVICE_PATTERN})$")],
     "'auto', 'cpu', 'cuda' or 'cuda:1'",
     "DEVICE",
@@ -279,7 +291,7 @@ def _name(selection: LayerSelection) -> str:
     return f"{layer}{side}{'=' if selection.alias else ''}{selection.alias}"
 
 
-LAYERS = Kind(
+LAYERS = ValueKind(
     tuple[str, ...],
     'a list of layers such as ["layer1", "avgpool:input"]',
     "A,B:input",

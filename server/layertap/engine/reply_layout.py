@@ -1,0 +1,136 @@
+"""Lays a reply out before the forward pass, from the shapes that the plan predicts.
+
+So a reply that would be too large is refused before any compute, and values can be written into
+their places while the pass runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from layertap.engine.reply import ROWS, ReplyCollector, ReplyWriter, TensorType
+from layertap.engine.resolve import Output
+from layertap.engine.staging import Staging
+from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
+from layertap.extraction.points import ValueSpec
+from layertap.extraction.reductions import Reduced, reduced
+from layertap.wire.codec import MAX_MESSAGE_BYTES
+from layertap.wire.dtypes import DType
+from layertap.wire.reply_form import MessageBuilder, ReplyForm
+
+__all__ = ["Envelope", "reply_collector", "reply_writer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What goes around a reply's tensors, and how large it all may be.
+
+    Attributes:
+        max_bytes: The limit of the message.
+        form: Lays the message out.
+        admit: Called with the bytes that the form takes before they are allocated; raises
+            OverloadedError to refuse them.
+    """
+
+    max_bytes: int
+    form: ReplyForm
+    admit: Callable[[int], object]
+
+
+def reply_writer(
+    outputs: Sequence[Output],
+    specs: Sequence[ValueSpec],
+    batch_shape: Sequence[int],
+    envelope: Envelope,
+    staging: Staging | None = None,
+) -> ReplyWriter:
+    """Lay out and allocate a reply to a plan whose shapes are known.
+
+    Args:
+        outputs: The tensors of the reply.
+        specs: The type and shape of each captured point.
+        batch_shape: Sizes of the input, ``[B, ...]``.
+        envelope: What goes around the tensors, and how large it all may be.
+        staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
+
+    Raises:
+        ReplyTooLargeError: If the message would be over the limit.
+        OverloadedError: If there is no room for another reply.
+        InvalidInputError: If a reduction does not fit its layer.
+        ExtractorUnsupportedError: If a layer's type can't be sent.
+    """
+    batch, *item_shape = batch_shape
+    made = _reductions(outputs, specs, item_shape)
+    values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
+    if staging is not None:
+        envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
+    slots: dict[int, list[tuple[int, Reduced]]] = {}
+    for slot, output in enumerate(outputs):
+        slots.setdefault(output.point, []).append((slot, made[slot]))
+    builder = _builder(outputs, envelope, values)
+    expected = [(spec.shape(batch), spec.dtype) for spec in specs]
+    return ReplyWriter(builder, expected, slots, staging)
+
+
+def reply_collector(
+    outputs: Sequence[Output],
+    specs: Sequence[ValueSpec],
+    batch_shape: Sequence[int],
+    envelope: Envelope,
+    staging: Staging | None = None,
+) -> ReplyCollector:
+    """Prepare a reply to a plan whose shapes depend on the content; it is laid out at the end.
+
+    Arguments and errors are those of ``reply_writer``, the first two errors only at the end.
+    """
+    batch, *item_shape = batch_shape
+    # A reduction needs a shape to rely on: refused before any compute.
+    made = _reductions(outputs, specs, item_shape)
+    expected = [spec.shape(batch) for spec in specs]
+    return ReplyCollector(outputs, made, expected, partial(_builder, outputs, envelope), staging)
+
+
+def _reductions(
+    outputs: Sequence[Output], specs: Sequence[ValueSpec], item_shape: Sequence[int]
+) -> list[Reduced]:
+    return [reduced(specs[o.point], o.reduction, o.layer, item_shape) for o in outputs]
+
+
+def _builder(
+    outputs: Sequence[Output], envelope: Envelope, values: Sequence[TensorType]
+) -> MessageBuilder:
+    tensors = [
+        (output.name, _sent_as(output, dtype).number, shape)
+        for output, (shape, dtype) in zip(outputs, values, strict=True)
+    ]
+    limit = min(envelope.max_bytes, MAX_MESSAGE_BYTES)
+    try:
+        layout = envelope.form.lay_out(tensors)
+    except ValueError:
+        raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
+    if layout.nbytes > limit:
+        raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
+    return envelope.form.builder(layout, envelope.admit)
+
+
+def _too_large(predicted: str, limit: int) -> str:
+    return (
+        f"reply: {predicted} predicted, limit {limit} bytes; ask for fewer layers or items, "
+        f"a reduction such as GLOBAL_AVERAGE_POOL, or dtype FLOAT16"
+    )
+
+
+def _sent_as(output: Output, dtype: torch.dtype) -> DType:
+    row = ROWS.get(dtype)
+    if row is None:
+        raise ExtractorUnsupportedError(
+            f"layer {output.layer!r} is {dtype}, a type that the protocol does not carry"
+        )
+    if output.dtype is None or not row.is_float:
+        return row
+    return output.dtype
