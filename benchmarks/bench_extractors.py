@@ -22,6 +22,7 @@ import torch
 import common
 import report
 from layertap import Client
+from layertap.extraction.samples import ordinary_batch
 from layertap.models import ModelSpec, load_model
 from ways import Way, Ways
 
@@ -67,12 +68,12 @@ def run(rounds: int) -> dict[str, Any]:
     for name, cases in CASES.items():
         model = load_model(ModelSpec(name, weights="random"))
         measured = Ways(model)
-        x = torch.rand(1, *model.input.item_shape)
+        x = ordinary_batch(model, 1)
         for title, layers in cases.items():
             with torch.inference_mode():
                 times = time_in_turns(measured.of(layers, x), rounds)
             # Not among the turns: two processes with two threads each would fight for the cores.
-            with served(name, layers, x.numpy()) as call:
+            with served(name, layers, x.only.numpy()) as call:
                 times |= time_in_turns({SERVED: call}, rounds)
             results["cases"][f"{name} {title}"] = {
                 way: {"p50": statistics.median(t), "p99": float(np.percentile(t, 99))}

@@ -38,7 +38,7 @@ from layertap.engine import allow_tf32
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction import PlanBuilder, Taps, measure
 from layertap.extraction.pass_spec import PassSpec
-from layertap.models import ModelSpec, load_model
+from layertap.models import Batch, BatchKey, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 
 NET, LAYER = "resnet50", "avgpool"
@@ -81,26 +81,27 @@ class Loop:
         catalogue = measure(model)
         pass_spec = PassSpec((catalogue.entry(layer).points[Capture.OUTPUT],))
         builder = PlanBuilder(model, Taps(model.module), catalogue)
-        self._plan = self._best(builder, pass_spec, model.input.item_shape)
+        self._plan = self._best(builder, pass_spec, model.signature.key)
         self.extractor = self._plan.extractor.name
         self.graphs: list[int] = []
         self._cuda = device == "cuda"
         if self._cuda:
             self._plan, self.graphs = builder.prover.record(self._plan, sizes)
         self._device = device
+        self._name = model.signature.main.name
         self._host: dict[int, torch.Tensor] = {}
 
     @staticmethod
-    def _best(builder: PlanBuilder, pass_spec: PassSpec, shape: tuple[int, ...]) -> Any:
+    def _best(builder: PlanBuilder, pass_spec: PassSpec, key: BatchKey) -> Any:
         try:
-            return builder.build(Extractor.TORCHSCRIPT, pass_spec, shape)
+            return builder.build(Extractor.TORCHSCRIPT, pass_spec, key)
         except ExtractorUnsupportedError as refusal:
             print(refusal, flush=True)
-            return builder.build(Extractor.HOOK, pass_spec, shape)
+            return builder.build(Extractor.HOOK, pass_spec, key)
 
     def once(self, x: torch.Tensor) -> torch.Tensor:
         """Run a batch, page-locked where there is a GPU; return the layer on the host."""
-        given = x.to(self._device, non_blocking=True)
+        given = Batch({self._name: x.to(self._device, non_blocking=True)})
         got: list[torch.Tensor] = []
         self._plan.built.run(given, lambda _, value: got.append(self._copied(value, len(x))))
         if self._cuda:

@@ -32,6 +32,7 @@ def child(way: str, calls: int) -> None:
     from layertap.engine.reply_layout import Envelope, reply_collector, reply_writer
     from layertap.engine.resolve import resolve
     from layertap.extraction import PlanBuilder, Taps, measure
+    from layertap.extraction.samples import ordinary_batch
     from layertap.models import ModelSpec, load_model
     from layertap.selection import Extractor, LayerSelection
     from layertap.wire.messages import Timings
@@ -42,15 +43,14 @@ def child(way: str, calls: int) -> None:
         catalogue = measure(model)
         wanted = resolve(catalogue, (LayerSelection("**"),), Extractor.HOOK, max_layers=1024)
         builder = PlanBuilder(model, Taps(model.module), catalogue)
-        plan = builder.build(Extractor.HOOK, wanted.pass_spec, model.input.item_shape)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.rand(1, *model.input.item_shape, generator=generator)
+        plan = builder.build(Extractor.HOOK, wanted.pass_spec, model.signature.key)
+        x = ordinary_batch(model, 1)
         lay_out = reply_collector if way == CLONE else reply_writer
         form = NativeForm(Extractor.HOOK)
         envelope = Envelope(1 << 30, form, lambda nbytes: None)
 
         def once() -> bytes:
-            sink = lay_out(wanted.outputs, plan.specs, x.shape, envelope)
+            sink = lay_out(wanted.outputs, plan, x.size, envelope)
             plan.built.run(x, sink)
             return publish(sink, form, Timings())
 

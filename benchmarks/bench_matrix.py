@@ -28,6 +28,7 @@ import peaks
 import report
 from layertap import keep_memory
 from layertap.engine import allow_tf32
+from layertap.extraction.samples import ordinary_batch
 from layertap.models import ModelSpec, load_model
 from ways import EAGER, GRAPH, Way, Ways
 
@@ -139,7 +140,7 @@ def run(
         model = load_model(ModelSpec(net, weights="random"), device)
         measured = Ways(model)
         for batch in batches(net):
-            x = torch.rand(batch, *model.input.item_shape, device=device)
+            x = ordinary_batch(model, batch)
             table = tables.setdefault(f"{net}, batch {batch}", {})
             for title in sets:
                 if title in EVERY and batch > 1 and clock.cuda:

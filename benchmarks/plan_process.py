@@ -85,14 +85,14 @@ class _Plans:
 
         from layertap.engine.call import Call
         from layertap.engine.compute import ComputeThreads
-        from layertap.models import ModelSpec, load_model
+        from layertap.models import Batch, ModelSpec, load_model
 
         keep_memory()
         instances, cores = (1, None) if mode == "latency" else (len(common.cores()), 1)
         self._threads = ComputeThreads(instances, cores)
         self._call = Call
         self._model = load_model(ModelSpec(NET, weights="random"))
-        self._x = torch.from_numpy(batch())
+        self._x = Batch({self._model.signature.main.name: torch.from_numpy(batch())})
         self._built = self._run(self._build)
         self._server: grpc.Server | None = None
 
@@ -106,11 +106,10 @@ class _Plans:
 
         catalogue = measure(self._model)
         plans = PlanBuilder(self._model, Taps(self._model.module), catalogue)
-        shape = tuple(self._x.shape[1:])
         built = {}
         for layer in LAYERS:
             pass_spec = PassSpec((catalogue.entry(layer).points[Capture.OUTPUT],))
-            built[layer] = plans.build(Extractor.TORCHSCRIPT, pass_spec, shape).built
+            built[layer] = plans.build(Extractor.TORCHSCRIPT, pass_spec, self._x.key).built
         return built
 
     def _once(self, layer: str, x: Any = None) -> list[Any]:
@@ -140,11 +139,17 @@ class _Plans:
     def bare_server(self) -> str:
         import torch
 
-        shape = tuple(self._x.shape)
+        from layertap.models import Batch
+
+        shape = tuple(self._x.only.shape)
 
         def answer(layer: str, message: bytes) -> bytes:
             x = torch.from_numpy(np.frombuffer(message, np.float32).reshape(shape))
-            return self._run(partial(self._once, layer, x))[0].numpy().tobytes()
+            return (
+                self._run(partial(self._once, layer, Batch(dict.fromkeys(self._x, x))))[0]
+                .numpy()
+                .tobytes()
+            )
 
         handlers = {
             layer: grpc.unary_unary_rpc_method_handler(lambda m, _, la=layer: answer(la, m))

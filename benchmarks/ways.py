@@ -16,7 +16,7 @@ from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
 from layertap.extraction import Plan, PlanBuilder, Taps, measure
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.verify import compiled_tolerance, difference
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import LayerSelection
 from layertap.wire.messages import Timings
 from layertap.wire.reply_form import NativeForm
@@ -47,7 +47,7 @@ class Ways:
         self.refused: dict[str, str] = {}
         """Why ways could not be built for the layers that were asked for last, by their name."""
 
-    def of(self, layers: Sequence[str], x: torch.Tensor) -> dict[str, Way]:
+    def of(self, layers: Sequence[str], x: Batch) -> dict[str, Way]:
         """Return every way that serves all of these layers, by its name.
 
         ``EAGER`` is today's habit; the extractors keep a clone of each value, as any caller in the
@@ -69,7 +69,7 @@ class Ways:
         self.refused = {}
         for extractor in wanted.candidates:
             try:
-                plan = self._builder.build(extractor, wanted.pass_spec, tuple(x.shape[1:]))
+                plan = self._builder.build(extractor, wanted.pass_spec, x.key)
             except ExtractorUnsupportedError as refusal:
                 self.refused[extractor.name] = str(refusal)
                 continue
@@ -88,26 +88,26 @@ class Ways:
                 ways |= self._graph(extractor, wanted, x, truth)
         return ways
 
-    def _messages(self, plan: Plan, wanted: Resolved, x: torch.Tensor) -> dict[str, Way]:
+    def _messages(self, plan: Plan, wanted: Resolved, x: Batch) -> dict[str, Way]:
         ways = {INTO_REPLY: lambda: _message(plan, wanted, x, self._staging)}
         if self._cuda:
             ways[BLOCKING] = lambda: _message(plan, wanted, x)
         return ways
 
     def _graph(
-        self, extractor: Extractor, wanted: Resolved, x: torch.Tensor, truth: list[torch.Tensor]
+        self, extractor: Extractor, wanted: Resolved, x: Batch, truth: list[torch.Tensor]
     ) -> dict[str, Way]:
         """Return an extractor's pass as a CUDA graph; nothing where it can't be recorded."""
-        plan = self._builder.build(extractor, wanted.pass_spec, tuple(x.shape[1:]))
+        plan = self._builder.build(extractor, wanted.pass_spec, x.key)
         name = GRAPH.format(extractor.name)
-        replayed, recorded = self._builder.prover.record(plan, [len(x)])
+        replayed, recorded = self._builder.prover.record(plan, [x.size])
         if not recorded:
             self.refused[name] = "the pass can't be recorded"
             return {}
         _check(extractor, _cloned(replayed.built, wanted, x), truth)
         return {name: lambda: _cloned(replayed.built, wanted, x)}
 
-    def _eager(self, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]:
+    def _eager(self, wanted: Resolved, x: Batch) -> list[torch.Tensor]:
         """Register hooks, run the whole model, remove them."""
         kept: dict[str, list[Any]] = {point.path: [] for point in wanted.points}
 
@@ -143,18 +143,16 @@ def _member(value: Any, way: Sequence[str]) -> torch.Tensor:
     return value
 
 
-def _cloned(built: Any, wanted: Resolved, x: torch.Tensor) -> list[torch.Tensor]:
+def _cloned(built: Any, wanted: Resolved, x: Batch) -> list[torch.Tensor]:
     kept: dict[int, torch.Tensor] = {}
     built.run(x, lambda index, value: kept.__setitem__(index, value.clone()))
     return [kept[index] for index in range(len(wanted.points))]
 
 
-def _message(
-    plan: Plan, wanted: Resolved, x: torch.Tensor, staging: Staging | None = None
-) -> bytes:
+def _message(plan: Plan, wanted: Resolved, x: Batch, staging: Staging | None = None) -> bytes:
     form = NativeForm(Extractor.HOOK)
     envelope = Envelope((1 << 31) - 1, form, lambda nbytes: None)
-    writer = reply_writer(wanted.outputs, plan.specs, x.shape, envelope, staging)
+    writer = reply_writer(wanted.outputs, plan, x.size, envelope, staging)
     plan.built.run(x, writer)
     if staging is not None:
         staging.launched().synchronize()

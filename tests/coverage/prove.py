@@ -29,9 +29,9 @@ from layertap.extraction import Catalogue, LayerEntry, PlanBuilder, Taps, measur
 from layertap.extraction.containers import pick
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
-from layertap.extraction.survey import sample_input
+from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
-from layertap.models import LoadedModel, ModelSpec, load_model
+from layertap.models import Batch, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 
 SIDES = (64, 96, 128, None)
@@ -81,7 +81,7 @@ class Subject:
     """A model under proof: its plans, a batch, and the oracles' values for it."""
 
     plans: PlanBuilder
-    x: torch.Tensor
+    x: Batch
     modules: Mapping[Key, Any]
     nodes: Mapping[str, torch.Tensor]
 
@@ -101,7 +101,7 @@ def prove(source: str) -> Row:
     except LayertapError as error:
         row.error = str(error).splitlines()[0]
         return row
-    row.item_shape = model.input.item_shape
+    row.item_shape = model.signature.main.shape
     modules = (entry for entry in catalogue if entry.kind is PointKind.MODULE)
     # A further name of a layer is no further layer.
     entries = [entry for entry in modules if entry.calls and not entry.same_as]
@@ -114,7 +114,7 @@ def prove(source: str) -> Row:
         for extractor, tally in row.tallies.items():
             whole = Capture.OUTPUT in entry.points
             tally.refused += whole and not entry.serves(extractor, Capture.OUTPUT)
-    x = sample_input(model, BATCH, row.item_shape)
+    x = ordinary_batch(model, BATCH)
     for group in _groups([each for each in catalogue if each.points and not each.same_as]):
         subject = _subject(model, plans, x, group)
         for extractor, tally in row.tallies.items():
@@ -144,7 +144,7 @@ def _groups(entries: Sequence[LayerEntry]) -> Iterator[list[LayerEntry]]:
 
 
 def _subject(
-    model: LoadedModel, plans: PlanBuilder, x: torch.Tensor, group: Sequence[LayerEntry]
+    model: LoadedModel, plans: PlanBuilder, x: Batch, group: Sequence[LayerEntry]
 ) -> Subject:
     points = [point for entry in group for point in entry.points.values()]
     nodes = [point.path for point in points if point.kind is PointKind.NODE]
@@ -157,7 +157,7 @@ def _subject(
         plans,
         x,
         module_values(model.module, lambda: model.forward(x.clone()), calls),
-        node_values(model.module, nodes, x.clone()) if nodes else {},
+        node_values(model.module, nodes, x.only.clone()) if nodes else {},
     )
 
 
@@ -166,7 +166,7 @@ def _smallest(source: str) -> tuple[LoadedModel, Catalogue]:
     for side in SIDES:
         try:
             own = load_model(ModelSpec.parse(source, weights="random"))
-            shape = own.input.item_shape
+            shape = own.signature.main.shape
             if side is not None:
                 shape = (*shape[:-2], min(side, shape[-2]), min(side, shape[-1]))
             model = load_model(ModelSpec.parse(source, weights="random", item_shape=shape))
@@ -199,7 +199,7 @@ def _check(
     if points:
         x = subject.x
         try:
-            subject.plans.construct(extractor, PassSpec(tuple(points)), x[:1].clone()).run(
+            subject.plans.construct(extractor, PassSpec(tuple(points)), x.narrow(0, 1).clone()).run(
                 x.clone(), compare
             )
         except ExtractorUnsupportedError as error:

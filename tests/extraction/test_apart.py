@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from batches import batch_for, key_for
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.apart import ProgramEndedError, may_end_the_process, run_apart
@@ -13,7 +14,7 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.proof import collect
 from layertap.extraction.trial import tried
 from layertap.extraction.verify import mismatch
-from layertap.models import ModelSpec, load_model
+from layertap.models import Batch, LoadedModel, ModelSpec, load_model
 from layertap.selection import Extractor
 from layertap.silence import warnings_ignored
 from oracle import outputs_of
@@ -48,27 +49,27 @@ def finished(steps):
             return ended.value
 
 
-def builder(net: str) -> tuple[PlanBuilder, nn.Module]:
+def builder(net: str) -> tuple[PlanBuilder, LoadedModel]:
     model = tried(load_model(ModelSpec(f"proofnets:{net}", item_shape=IDS)))
-    return PlanBuilder(model, Taps(model.module), measure(model)), model.module
+    return PlanBuilder(model, Taps(model.module), measure(model)), model
 
 
 def test_an_ordinary_recurrent_model_is_compiled() -> None:
     """Its program is right in the child, and then in this process."""
-    plans, net = builder("recurrent")
+    plans, model = builder("recurrent")
     point = CapturePoint(PointKind.MODULE, "head")
-    plan = plans.build(Extractor.TORCHSCRIPT, PassSpec((point,)), IDS)
+    plan = plans.build(Extractor.TORCHSCRIPT, PassSpec((point,)), key_for(model, IDS))
     ids = torch.randint(0, 100, (5, *IDS))
-    [value] = collect(plan.built, [point], ids)
-    assert not mismatch(value, outputs_of(net, ids, "head")[0], 1e-4)
+    [value] = collect(plan.built, [point], batch_for(plan, ids))
+    assert not mismatch(value, outputs_of(model.module, ids, "head")[0], 1e-4)
 
 
 def test_a_program_with_the_state_of_another_batch_size_never_runs_here() -> None:
     """The native code writes past the state's end, or gives another shape: either is refused."""
-    plans, _ = builder("fixed_state")
+    plans, model = builder("fixed_state")
     point = CapturePoint(PointKind.MODULE, "rnn", member=("0",))
     with pytest.raises(ExtractorUnsupportedError, match=r"its program fails|at batch size"):
-        plans.build(Extractor.TORCHSCRIPT, PassSpec((point,)), IDS)
+        plans.build(Extractor.TORCHSCRIPT, PassSpec((point,)), key_for(model, IDS))
 
 
 def test_a_child_that_dies_is_reported(monkeypatch) -> None:
@@ -79,7 +80,7 @@ def test_a_child_that_dies_is_reported(monkeypatch) -> None:
     )
     x = torch.rand(3, 1, 4)
     with pytest.raises(ProgramEndedError, match="SIGABRT"):
-        finished(run_apart(frozen(OfOne(), x), [x], torch.device("cpu"), 1))
+        finished(run_apart(frozen(OfOne(), x), [Batch({"x": x})], torch.device("cpu"), 1))
 
 
 class Returns(nn.Conv2d):
@@ -93,7 +94,7 @@ def test_a_child_that_raises_is_reported() -> None:
     """The last line of its error is passed on."""
     program = frozen(Returns(3, 4, 1), torch.rand(1, 3, 4, 4))
     with pytest.raises(ProgramEndedError, match="RuntimeError: .*channels"):
-        finished(run_apart(program, [torch.rand(1, 5, 4, 4)], torch.device("cpu"), 1))
+        finished(run_apart(program, [Batch({"x": torch.rand(1, 5, 4, 4)})], torch.device("cpu"), 1))
 
 
 def test_only_unchecked_operations_need_a_process_of_their_own() -> None:

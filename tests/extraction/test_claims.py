@@ -15,8 +15,9 @@ from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.own_words import compiler_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
+from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.trial import tried
-from layertap.models import LoadedModel, ModelSpec, load_model
+from layertap.models import Batch, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from layertap.silence import warnings_ignored
 from tinynets import ITEM
@@ -139,7 +140,7 @@ def test_what_is_claimed_is_what_a_request_gets(net: str) -> None:
         points = dict.fromkeys(served)
         for some in ([*points], *([point] for point in points)):
             if some:
-                builder.build(extractor, PassSpec(tuple(some)), model.input.item_shape)
+                builder.build(extractor, PassSpec(tuple(some)), model.signature.key)
 
 
 def test_a_trial_leaves_nothing_on_the_model() -> None:
@@ -196,7 +197,7 @@ def test_an_input_that_another_module_returned_is_its_twin() -> None:
         CapturePoint(PointKind.MODULE, name, side)
         for name, side in (("conv", OUTPUT), ("prompt", OUTPUT), ("pooled", INPUT))
     )
-    x = torch.rand(1, *ITEM)
+    x = ordinary_batch(model, 1)
     assert digest_pass(model, x, dict.fromkeys((conv, prompt, pooled), 1)).twins == {}
     given = CapturePoint(PointKind.MODULE, "middle", INPUT)
     before = CapturePoint(PointKind.MODULE, "forked")
@@ -215,7 +216,7 @@ def test_a_pass_that_ends_early_leaves_no_context_variable() -> None:
     """What a pass sets of a ContextVar is gone when the pass ends, wherever that is."""
     model = loaded("depth")
     taps, point = Taps(model.module), CapturePoint(PointKind.MODULE, "last", INPUT)
-    x, values = torch.rand(1, *ITEM), []
+    x, values = ordinary_batch(model, 1), []
     with torch.inference_mode():
         for _ in range(3):
             taps.run(model.forward, x, [point], lambda _, value: values.append(value.clone()))
@@ -233,7 +234,10 @@ def test_attention_weights_of_packed_tokens_are_served() -> None:
     found: list[torch.Tensor] = []
     with torch.inference_mode(), warnings_ignored():
         Taps(model.module).run(
-            model.forward, ids, [point], lambda _, value: found.append(value.clone())
+            model.forward,
+            Batch({"ids": ids}),
+            [point],
+            lambda _, value: found.append(value.clone()),
         )
         attention, tokens = model.module.get_submodule(layer), model.module.embed(ids)
         _, expected = attention(
@@ -245,5 +249,5 @@ def test_attention_weights_of_packed_tokens_are_served() -> None:
 
 def test_half_precision_in_the_first_layer_does_not_decide_the_input() -> None:
     """A model that converts its input takes float32; one that does not takes its own type."""
-    assert loaded("half_first").input.dtype is torch.float32
-    assert loaded("all_half").input.dtype is torch.bfloat16
+    assert loaded("half_first").signature.main.dtype is torch.float32
+    assert loaded("all_half").signature.main.dtype is torch.bfloat16

@@ -94,7 +94,7 @@ def reduce(net: str, item_shape: tuple[int, ...], layer: str, reduction: Reducti
     model, catalogue = measured(net, item_shape)
     x = torch.randint(0, 9, (2, *item_shape)) if net == "text" else torch.rand(2, *item_shape)
     spec = catalogue.entry(layer).specs[Capture.OUTPUT]
-    made = reduced(spec, reduction, layer, item_shape)
+    made = reduced(spec, reduction, layer, model.signature.key)
     value = outputs_of(model.module, x, layer)[0]
     result = made.apply(value)
     assert tuple(result.shape) == made.spec.shape(2)

@@ -20,6 +20,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import tinynets
+from batches import batch_for, key_for
 from devices import needs_cuda
 from layertap.engine import Call
 from layertap.engine.compute import ComputeThreads
@@ -47,12 +48,13 @@ def ours(
     model: LoadedModel, extractor: Extractor, x: torch.Tensor, *points: CapturePoint
 ) -> list[torch.Tensor]:
     """Return what a proven plan captures."""
-    return collect(plan(model, extractor, *points).built, points, x)
+    made = plan(model, extractor, *points)
+    return collect(made.built, points, batch_for(made, x))
 
 
 def plan(model: LoadedModel, extractor: Extractor, *points: CapturePoint) -> Plan:
     builder = PlanBuilder(model, Taps(model.module), measure(model))
-    return builder.build(extractor, PassSpec(tuple(points)), ITEM)
+    return builder.build(extractor, PassSpec(tuple(points)), key_for(model, ITEM))
 
 
 def naive_hook(net: nn.Module, x: torch.Tensor, path: str) -> torch.Tensor:
@@ -158,7 +160,7 @@ def test_hazard_06_hooks_per_request_race(load_net) -> None:
         gate.wait()
         with torch.inference_mode():
             taps.run(
-                model.forward, inputs[i].clone(), [point("conv1")],
+                model.forward, batch_for(model, inputs[i].clone()), [point("conv1")],
                 lambda _, value: kept.append(value.clone()),
             )  # fmt: skip
         return len(kept) == 1 and torch.equal(kept[0], truth[i])
@@ -254,7 +256,7 @@ def test_hazard_11_train_mode() -> None:
     assert not torch.equal(net(x.clone()), tinynets.residual()(x.clone()))
     model = load_model(ModelSpec("tinynets:training", item_shape=ITEM))
     assert not any(module.training for module in model.module.modules())
-    assert torch.equal(model.forward(x.clone()), tinynets.residual()(x.clone()))
+    assert torch.equal(model.forward(batch_for(model, x.clone())), tinynets.residual()(x.clone()))
 
 
 @torch_jit_is_deprecated
@@ -293,7 +295,7 @@ def test_hazard_14_the_first_calls_of_a_program_compile(load_net) -> None:
     built = plan(model, Extractor.TORCHSCRIPT, point("layer1")).built
     graphs = set()
     for batch in (1, 3, 1, 8):  # A batch size that it hasn't met is no new specialisation either.
-        built.run(torch.rand(batch, *ITEM), lambda index, value: None)
+        built.run(batch_for(model, torch.rand(batch, *ITEM)), lambda index, value: None)
         assert not profiling()
         graphs.add(str(torch.jit.last_executed_optimized_graph()))
     assert len(graphs) == 1
@@ -330,7 +332,7 @@ def test_hazard_16_exporting_with_a_batch_of_one(load_net) -> None:
         one(torch.rand(2, *ITEM))
     built = plan(model, Extractor.TORCHSCRIPT, point("layer1")).built
     for batch in (1, 2, 5):
-        (value,) = collect(built, [point("layer1")], torch.rand(batch, *ITEM))
+        (value,) = collect(built, [point("layer1")], batch_for(model, torch.rand(batch, *ITEM)))
         assert len(value) == batch
 
 
@@ -348,7 +350,10 @@ def test_hazard_17_copies_that_are_not_finished() -> None:
     sent: list[torch.Tensor] = []
     built = plan(model, Extractor.HOOK, point("layer1")).built
     torch.cuda._sleep(200_000_000)
-    built.run(x, lambda index, value: sent.append(torch.from_numpy(host_array(value).copy())))
+    built.run(
+        batch_for(model, x),
+        lambda index, value: sent.append(torch.from_numpy(host_array(value).copy())),
+    )
     assert torch.equal(sent[0], truth)
 
 
@@ -375,7 +380,9 @@ def test_hazard_19_hooks_and_tensors_that_stay(load_net) -> None:
     large = torch.full((1, *ITEM), 1e6)
     for _ in range(3):
         with pytest.raises(RuntimeError, match="secret"):
-            taps.run(model.forward, large.clone(), [point("head")], lambda i, v: None)
+            taps.run(
+                model.forward, batch_for(model, large.clone()), [point("head")], lambda i, v: None
+            )
     assert len(model.module.head._forward_hooks) == 1
     taps.close()
     assert not any(module._forward_hooks for module in model.module.modules())
@@ -407,7 +414,7 @@ def test_hazard_22_inputs_that_fail_late(load_net) -> None:
     with pytest.raises(RuntimeError, match="weight"):
         model.module(torch.rand(1, 4, 16, 16))
     with pytest.raises(InvalidInputError, match=r"expected \[B, 3, H, W\]"):
-        model.input.check((1, 4, 16, 16), "float32")
+        model.signature.main.check((1, 4, 16, 16), "float32")
 
 
 @torch_jit_is_deprecated

@@ -10,7 +10,7 @@ from layertap.errors import LayerNotFoundError, ModelLoadError
 from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
 from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.passes import KeptState
-from layertap.models import InputSpec, LoadedModel, ModelSpec, load_model
+from layertap.models import InputSpec, LoadedModel, ModelSpec, Signature, load_model
 from layertap.selection import Capture, Extractor
 from oddnets import script
 from tinynets import ITEM
@@ -223,9 +223,9 @@ def test_what_a_program_keeps_is_seen() -> None:
             return x * self.passes
 
     def kept(module: torch.jit.ScriptModule) -> KeptState:
-        spec = InputSpec(ITEM, free=(1, 2))
+        signature = Signature((InputSpec(ITEM, free=(1, 2), name="x"),))
         return measure(
-            LoadedModel("net", "", "", module, torch.device("cpu"), spec)
+            LoadedModel("net", "", "", module, torch.device("cpu"), signature)
         ).guard.rules.state
 
     assert kept(script(Keeps())) is KeptState.RESET

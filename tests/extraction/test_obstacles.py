@@ -31,7 +31,7 @@ def compile_layers(net: str, layers: str) -> None:
     model = loaded(net)
     builder = PlanBuilder(model, Taps(model.module), measure(model))
     points = [CapturePoint(PointKind.MODULE, layer) for layer in layers.split()]
-    builder.build(Extractor.TORCHSCRIPT, PassSpec(tuple(points)), ITEM)
+    builder.build(Extractor.TORCHSCRIPT, PassSpec(tuple(points)), model.signature.key)
 
 
 def test_layers_behind_a_python_function_are_not_claimed_for_torchscript() -> None:

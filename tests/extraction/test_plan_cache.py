@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from batches import batch_for, key_for, key_of_shape
 from disks import small_disk
 from layertap.errors import ConfigError, ExtractorUnsupportedError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
@@ -51,7 +52,9 @@ def build(model: LoadedModel, folder: Path, points=LAYER1, most: int = PLENTY, k
     """Build as a process does that has just started."""
     cache = PlanCache(folder, most)
     builder = PlanBuilder(model, Taps(model.module), measure(model), cache)
-    return builder.build(Extractor.TORCHSCRIPT, PassSpec(tuple(points)), ITEM, keep=keep)
+    return builder.build(
+        Extractor.TORCHSCRIPT, PassSpec(tuple(points)), key_for(model, ITEM), keep=keep
+    )
 
 
 def files(folder: Path) -> list[Path]:
@@ -60,7 +63,7 @@ def files(folder: Path) -> list[Path]:
 
 def check(model: LoadedModel, built, path: str = "layer1") -> None:
     x = torch.rand(3, *ITEM)
-    (value,) = collect(built.built, LAYER1, x)
+    (value,) = collect(built.built, LAYER1, batch_for(built, x))
     oracle = outputs_of(model.module, x, path)[0]
     assert difference(value, oracle) <= TORCHSCRIPT_TOLERANCE[torch.float32]
 
@@ -208,7 +211,12 @@ def test_a_folder_that_was_removed_is_made_again(load_net, tmp_path) -> None:
     cache = PlanCache(tmp_path / "plans", PLENTY)
     (tmp_path / "plans").rmdir()
     builder = PlanBuilder(model, Taps(model.module), measure(model), cache)
-    check(model, builder.build(Extractor.TORCHSCRIPT, PassSpec(tuple(LAYER1)), ITEM, keep=True))
+    check(
+        model,
+        builder.build(
+            Extractor.TORCHSCRIPT, PassSpec(tuple(LAYER1)), key_for(model, ITEM), keep=True
+        ),
+    )
     assert len(files(tmp_path / "plans")) == 1
 
 
@@ -226,13 +234,13 @@ def test_what_a_killed_process_left_is_removed(tmp_path) -> None:
 
 
 def test_programs_of_different_kinds_are_different_files() -> None:
-    """Two compilers of one layer set, shape and dtype never read each other's file."""
+    """Two compilers of one layer set and batch key never read each other's file."""
 
     class AnotherKind(torchscript.TorchScriptKind):
         name = "ANOTHER"
 
     def name_of(kind: torchscript.TorchScriptKind, points: list[CapturePoint] = LAYER1) -> str:
-        return plan_digest("model", kind, PassSpec(tuple(points)), ITEM, torch.float32)
+        return plan_digest("model", kind, PassSpec(tuple(points)), key_of_shape(ITEM))
 
     assert name_of(torchscript.KIND) == name_of(torchscript.TorchScriptKind())
     assert name_of(torchscript.KIND) != name_of(AnotherKind())

@@ -27,7 +27,7 @@ def apply(net, layer: str, reduction: Reduction) -> torch.Tensor:
     """Reduce a layer's value, and hold the shape to what was predicted."""
     model, catalogue, x = net
     spec = catalogue.entry(layer).specs[Capture.OUTPUT]
-    made = reduced(spec, reduction, layer, WIDE)
+    made = reduced(spec, reduction, layer, model.signature.key)
     value = made.apply(outputs_of(model.module, x, layer)[0])
     assert tuple(value.shape) == made.spec.shape(2)
     return value
@@ -67,6 +67,6 @@ def test_pooling_as_most_do_it_is_wrong_for_swin() -> None:
     model = load_model(ModelSpec("swin_t", weights="random", item_shape=item))
     value = outputs_of(model.module, torch.rand(1, *item), "features.1")[0]
     spec = measure(model).entry("features.1").specs[Capture.OUTPUT]
-    pooled = reduced(spec, POOL, "features.1", item).apply(value)
+    pooled = reduced(spec, POOL, "features.1", model.signature.key).apply(value)
     assert torch.allclose(pooled, value.mean((1, 2)), atol=1e-6)
     assert value.flatten(2).mean(2).shape != pooled.shape

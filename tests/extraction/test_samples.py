@@ -7,8 +7,7 @@ import torch
 
 from layertap.extraction import PlanBuilder, Taps, measure
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.samples import reaching_inputs, unlike_items
-from layertap.extraction.survey import sample_input
+from layertap.extraction.samples import ordinary_batch, reaching_batches, unlike_batch
 from layertap.extraction.trial import tried
 from layertap.models import IdRange, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
@@ -31,15 +30,15 @@ def loaded(net: str, item_shape: tuple[int, ...] = ITEM) -> LoadedModel:
 def test_ids_reach_over_the_table_that_they_are_looked_up_in(net, item_shape, expected) -> None:
     """The largest range with which the model runs; floating-point input has none."""
     model = loaded(net, item_shape)
-    assert model.input.ids == expected
+    assert model.signature.main.ids == expected
     if expected:
-        most = max(int(sample_input(model, 64, item_shape).max()), 0)
+        most = max(int(ordinary_batch(model, 64).only.max()), 0)
         assert expected.rows // 2 < most < expected.rows
 
 
 def test_ids_repeat_and_are_padded() -> None:
     """One item has low ids, one the highest again and again, one ends in padding."""
-    low, high, padded = unlike_items(loaded("largest_id", (8,)), 3, (8,))
+    low, high, padded = unlike_batch(loaded("largest_id", (8,)), 3).only
     assert low.max() < 100
     assert (high[:4] == 999).all()
     assert (padded[4:] == 3).all()
@@ -48,8 +47,8 @@ def test_ids_repeat_and_are_padded() -> None:
 def test_numbers_reach_over_magnitudes_and_beyond() -> None:
     """There are items of thousandths, of bytes and of thousands, and NaN and both infinities."""
     model = loaded("picks")
-    unlike, odd = reaching_inputs(model, ITEM)
-    sizes = [float(item.abs().max()) for item in unlike_items(model, 4, ITEM)]
+    unlike, odd = (batch.only for batch in reaching_batches(model))
+    sizes = [float(item.abs().max()) for item in unlike_batch(model, 4).only]
     assert sizes[0] < 0.01
     assert 1 < sizes[1] < 20 < sizes[2] < 256 < sizes[3]
     assert unlike.isfinite().all()
@@ -77,7 +76,7 @@ def test_passes_are_shared_only_where_unlike_items_keep_apart(net, item_shape, s
     builder = PlanBuilder(model, Taps(model.module), catalogue)
     last = [entry for entry in catalogue if entry.serves(Extractor.HOOK, Capture.OUTPUT)][-1]
     point = last.points[Capture.OUTPUT]
-    plan = builder.build(Extractor.HOOK, PassSpec((point,)), item_shape)
+    plan = builder.build(Extractor.HOOK, PassSpec((point,)), model.signature.key)
     assert builder.prover.prove_shared(plan, 3) is shares
 
 

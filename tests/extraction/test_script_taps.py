@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from batches import batch_for
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.proof import collect
@@ -58,7 +59,7 @@ def test_values_are_those_at_that_moment(program) -> None:
         point("avgpool", Capture.INPUT),
     ]
     plan = PlanBuilder(program, Taps(program.module), measure(program)).build(
-        Extractor.HOOK, PassSpec(tuple(points)), ITEM
+        Extractor.HOOK, PassSpec(tuple(points)), program.signature.key
     )
     expected = [
         outputs_of(net, x, "bn1")[0],
@@ -66,7 +67,8 @@ def test_values_are_those_at_that_moment(program) -> None:
         outputs_of(net, x, "layer1.1.bn2")[0],
         inputs_of(net, x, "avgpool")[0],
     ]
-    for value, oracle in zip(collect(plan.built, points, x), expected, strict=True):
+    values = collect(plan.built, points, batch_for(plan, x))
+    for value, oracle in zip(values, expected, strict=True):
         assert same(value, oracle)
 
 
@@ -76,7 +78,8 @@ def test_the_program_stops_after_the_last_capture(program) -> None:
     taps = Taps(program.module)
     before = program.module(x.clone())
     seen: list[int] = []
-    taps.run(program.forward, x.clone(), [point("conv1")], lambda i, value: seen.append(i))
+    given = batch_for(program, x.clone())
+    taps.run(program.forward, given, [point("conv1")], lambda i, value: seen.append(i))
     assert seen == [0]
     assert torch.equal(program.module(x.clone()), before)
 

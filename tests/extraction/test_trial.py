@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import inputnets
+from batches import batch_for
 from layertap.errors import ModelLoadError
 from layertap.extraction.trial import tried
 from layertap.models import LoadedModel, ModelSpec, load_model
@@ -32,13 +33,13 @@ def test_the_input_is_found_by_trying(
     net: str, item_shape: tuple[int, ...], dtype: torch.dtype, free: tuple[int, ...]
 ) -> None:
     """The element type and the free dimensions are those with which the model runs."""
-    found = trial(net, item_shape).input
+    found = trial(net, item_shape).signature.main
     assert (found.dtype, found.free, found.guess) == (dtype, free, None)
 
 
 def test_what_is_declared_is_not_tried() -> None:
     """A declared element type and declared free dimensions are taken as they are."""
-    found = trial("rounds_ids", (16,), input_dtype="int32", free_dims=()).input
+    found = trial("rounds_ids", (16,), input_dtype="int32", free_dims=()).signature.main
     assert (found.dtype, found.free) == (torch.int32, ())
 
 
@@ -62,7 +63,7 @@ def test_a_model_that_differentiates_runs_under_no_grad(net: str) -> None:
     """Its values are those of a fresh model under no_grad, in the midst of inference mode."""
     model = trial(net, (5, 3))
     x = torch.rand(2, 5, 3)
-    value = model.forward(x)
+    value = model.forward(batch_for(model, x))
     with torch.inference_mode(mode=False), torch.no_grad():
         right = getattr(inputnets, net)()(x.clone())
     assert model.differentiates

@@ -16,6 +16,7 @@ from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import Sink
+from layertap.models import Batch
 from layertap.selection import Extractor
 
 __all__ = ["KIND", "TorchExportKind"]
@@ -30,6 +31,7 @@ class _Tapped(nn.Module):
         self._run = context.taps.run
         self._forward = context.model.forward
         self._points = pass_spec.points
+        self._name = context.model.signature.main.name
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps, to its end: export can't follow a pass that stops."""
@@ -38,7 +40,8 @@ class _Tapped(nn.Module):
         def clone(index: int, value: torch.Tensor) -> None:
             captured[index] = value.clone()
 
-        self._run(self._forward, x, self._points, clone, to_end=True)
+        batch = Batch({self._name: x})
+        self._run(self._forward, batch, self._points, clone, to_end=True)
         return tuple(captured[index] for index in range(len(self._points)))
 
 
@@ -48,9 +51,9 @@ class _Exported:
     def __init__(self, run: Any) -> None:
         self._run = run
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
-        for index, value in enumerate(self._run(x)):
+        for index, value in enumerate(self._run(x.only)):
             sink(index, value)
 
 
@@ -65,12 +68,12 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
         return 0.0
 
     def compile(
-        self, context: BuildContext, pass_spec: PassSpec, example: torch.Tensor
+        self, context: BuildContext, pass_spec: PassSpec, example: Batch
     ) -> torch.export.ExportedProgram:
         """See CompiledKind; an example of one item would make the batch size a constant."""
         tapped = _Tapped(context, pass_spec)
         tapped.training = False
-        x = torch.cat([example, example])
+        x = Batch.cat([example, example]).only
         sizes = ({0: torch.export.Dim("batch")},)
         return torch.export.export(tapped, (x,), dynamic_shapes=sizes, strict=False)
 

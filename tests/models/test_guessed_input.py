@@ -14,7 +14,7 @@ SPEC = ModelSpec("pkg:net")
 
 
 def known(spec: InputSpec) -> tuple[object, ...]:
-    return spec.item_shape, spec.free, spec.dtype
+    return spec.shape, spec.free, spec.dtype
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_missing_keys_get_timms_defaults(photo: Image.Image) -> None:
 
     assert torch.equal(made(config, (3, 96, 96), photo), expected)
     assert config is not None
-    assert (config.item_shape, config.assumed) == ((3, 96, 96), ())
+    assert (config.shape, config.assumed) == ((3, 96, 96), ())
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_open_clips_configuration_is_followed(
 
     for config in (of_module, of_file):
         assert config is not None
-        assert config.item_shape == (3, 96, 96)
+        assert config.shape == (3, 96, 96)
         assert torch.equal(made(config, (3, 96, 96), photo), expected)
 
 
@@ -167,7 +167,7 @@ def test_hugging_faces_image_processor_is_followed(
     config = config_of_folder(tmp_path)
 
     assert config is not None
-    assert config.item_shape == (3, 96, 96)
+    assert config.shape == (3, 96, 96)
     assert config.origin == "the checkpoint's preprocessor_config.json"
     assert torch.equal(made(config, (3, 96, 96), photo), expected)
 

@@ -11,8 +11,10 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
+from batches import batch_for
 from devices import needs_cuda
 from layertap.errors import ModelLoadError, WeightsUnavailableError
+from layertap.extraction.samples import ordinary_batch
 from layertap.models import ImageSettings, LoadedModel, ModelSpec, load_model
 
 
@@ -35,9 +37,9 @@ def test_a_photograph_goes_all_the_way(model: LoadedModel, photo_bytes: bytes) -
     assert model.preprocess is not None
     batch = model.preprocess.batch([model.preprocess.decode(photo_bytes, 0)] * 2)
 
-    model.input.check(batch.shape, "float32")
+    model.signature.main.check(batch.shape, "float32")
     with torch.inference_mode():
-        outcome = model.forward(batch)
+        outcome = model.forward(batch_for(model, batch))
     assert outcome.shape == (2, 1000)
     assert torch.allclose(outcome[0], outcome[1], atol=1e-5)
 
@@ -49,7 +51,7 @@ def test_results_depend_on_the_seed_alone(model: LoadedModel, photo_bytes: bytes
     x = again.preprocess.batch([again.preprocess.decode(photo_bytes, 0)])
 
     with torch.inference_mode():
-        assert torch.equal(again.forward(x), model.forward(x))
+        assert torch.equal(again.forward(batch_for(again, x)), model.forward(batch_for(model, x)))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
@@ -73,7 +75,7 @@ def test_each_kind_of_source_has_its_loader(factory_module: Callable[[str], str]
     loaded = load_model(ModelSpec(f"{name}:net", item_shape=(3, 4, 4)))
 
     with torch.inference_mode():
-        assert loaded.forward(torch.rand(loaded.input.batch_shape(2))).shape == (2, 2, 4, 4)
+        assert loaded.forward(ordinary_batch(loaded, 2)).shape == (2, 2, 4, 4)
 
 
 @needs_cuda
@@ -103,10 +105,10 @@ def test_the_crop_that_is_set_is_the_default_item() -> None:
     cropped = load_model(ModelSpec("tinynets:residual", images=images))
     other = load_model(ModelSpec("tinynets:residual", images=images, item_shape=(3, 8, 8)))
 
-    assert cropped.input.item_shape == (3, 48, 40)
-    assert other.input.item_shape == (3, 8, 8)
+    assert cropped.signature.main.shape == (3, 48, 40)
+    assert other.signature.main.shape == (3, 8, 8)
     assert other.preprocess is not None
-    assert other.preprocess.item_shape == (3, 48, 40)
+    assert other.preprocess.shape == (3, 48, 40)
 
 
 def hugging_face_folder(folder: Path, module: nn.Module) -> None:
@@ -157,7 +159,7 @@ def test_the_configuration_beside_the_weights_is_followed(
     ):
         assert model.preprocess is not None
         assert torch.equal(model.preprocess(photo), expected)
-    assert followed.input.item_shape == (3, 48, 48)
+    assert followed.signature.main.shape == (3, 48, 48)
     assert followed.weights == tmp_path.name
     assert followed.preprocess is not None
     assert followed.preprocess.origin == "the checkpoint's preprocessor_config.json"
@@ -173,7 +175,7 @@ def test_a_configuration_of_colours_fits_a_model_of_one_channel(
 
     model = load_model(ModelSpec(f"{name}:net"))
 
-    assert model.input.item_shape == (1, 176, 176)
+    assert model.signature.main.shape == (1, 176, 176)
     assert model.preprocess is not None
     assert model.preprocess.assumed == ("image_mean", "image_std")
     assert model.preprocess(photo.convert("L")).shape == (1, 176, 176)

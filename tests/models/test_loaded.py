@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from layertap.models import InputSpec, LoadedModel
+from layertap.models import Batch, InputSpec, LoadedModel, Signature
 
 
 class Recorder(nn.Module):
@@ -21,7 +21,7 @@ def model(*, takes_list: bool) -> LoadedModel:
         weights="w",
         module=Recorder(),
         device=torch.device("cpu"),
-        input=InputSpec((3, 4, 4), free=(1, 2)),
+        signature=Signature((InputSpec((3, 4, 4), free=(1, 2), name="x"),)),
         takes_list=takes_list,
     )
 
@@ -30,14 +30,14 @@ def test_forward_passes_the_batch_on() -> None:
     """A module gets the very batch."""
     x = torch.rand(2, 3, 4, 4)
 
-    assert model(takes_list=False).forward(x) is x
+    assert model(takes_list=False).forward(Batch({"x": x})) is x
 
 
 def test_forward_unbinds_for_modules_that_take_lists() -> None:
     """A detection module gets a list with each item of the batch, without its dimension."""
     x = torch.rand(2, 3, 4, 4)
 
-    items = model(takes_list=True).forward(x)
+    items = model(takes_list=True).forward(Batch({"x": x}))
 
     assert isinstance(items, list)
     assert [item.shape for item in items] == [(3, 4, 4)] * 2

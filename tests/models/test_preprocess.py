@@ -188,7 +188,7 @@ def test_16_bit_grayscale_is_divided_by_65535(takes: InputSpec, encoded: Encode)
 
     expected = torch.from_numpy(ramp.astype(np.float32)) / 65535
     assert all(torch.equal(channel, expected) for channel in got)
-    assert len(got) == takes.item_shape[0]
+    assert len(got) == takes.shape[0]
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
@@ -355,7 +355,7 @@ def test_common_chains_become_steps(photo: Image.Image) -> None:
     preprocess = Preprocess.of(chain)
 
     assert torch.equal(preprocess(photo), chain(photo))
-    assert preprocess.item_shape == (3, 90, 80)
+    assert preprocess.shape == (3, 90, 80)
     assert "normalize mean [0.485, 0.456, 0.406] std [0.229, 0.224, 0.225]" in preprocess.describe()
 
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 
+from batches import batch_for
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.models import ModelSpec, load_model
 
@@ -51,8 +52,8 @@ def test_random_weights_depend_on_the_seed(photo: Image.Image) -> None:
     one, again = (load_model(ModelSpec(spec, weights="random", seed=1)) for _ in range(2))
     other = load_model(ModelSpec(spec, weights="random", seed=2))
     x = torch.rand(1, 3, 64, 64)
-    assert torch.equal(one.forward(x), again.forward(x))
-    assert not torch.equal(one.forward(x), other.forward(x))
+    assert torch.equal(one.forward(batch_for(one, x)), again.forward(batch_for(again, x)))
+    assert not torch.equal(one.forward(batch_for(one, x)), other.forward(batch_for(other, x)))
 
 
 def test_a_state_dict_is_loaded(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_a_state_dict_is_loaded(tmp_path: Path) -> None:
     torch.save(made.state_dict(), tmp_path / "mine.pth")
     model = load_model(ModelSpec("timm:resnet10t", weights=str(tmp_path / "mine.pth")))
     x = torch.rand(1, 3, 64, 64)
-    assert torch.equal(model.forward(x), made(x))
+    assert torch.equal(model.forward(batch_for(model, x)), made(x))
     assert model.weights == "mine.pth"
 
 
@@ -69,8 +70,8 @@ def test_a_fixed_size_follows_the_item_shape() -> None:
     """A ViT is built for the size that was asked for, and takes no other."""
     spec = ModelSpec("timm:vit_tiny_patch16_224", weights="random", item_shape=(3, 64, 64))
     model = load_model(spec)
-    assert model.input.free == ()
-    assert model.forward(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
+    assert model.signature.main.free == ()
+    assert model.forward(batch_for(model, torch.rand(1, 3, 64, 64))).shape == (1, 1000)
 
 
 def test_an_unknown_name_gets_close_matches() -> None:
@@ -114,8 +115,8 @@ def test_a_training_checkpoint_is_read_as_timm_reads_it(tmp_path: Path, photo: I
 
     assert model.weights == "last.pth.tar: state_dict_ema"
     x = torch.rand(1, 3, 64, 64)
-    assert torch.equal(model.forward(x), reference(x))
-    assert model.input.item_shape == (3, 96, 96)
+    assert torch.equal(model.forward(batch_for(model, x)), reference(x))
+    assert model.signature.main.shape == (3, 96, 96)
     assert model.preprocess is not None
     assert torch.equal(model.preprocess(photo), expected)
 
@@ -124,7 +125,7 @@ def test_a_model_can_be_built_for_one_channel(photo: Image.Image) -> None:
     """An item shape of one channel builds the model for it; the mean of colours is dropped."""
     model = load_model(ModelSpec("timm:resnet10t", weights="random", item_shape=(1, 64, 64)))
 
-    assert model.forward(torch.rand(1, 1, 64, 64)).shape == (1, 1000)
+    assert model.forward(batch_for(model, torch.rand(1, 1, 64, 64))).shape == (1, 1000)
     assert model.preprocess is not None
     assert model.preprocess.assumed == ("image_mean", "image_std")
     assert model.preprocess(photo.convert("L")).shape == (1, 64, 64)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from batches import batch_for
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.models import ModelSpec, load_model
 from layertap.models.torchscript_source import build_torchscript
@@ -35,7 +36,7 @@ def test_a_file_runs_as_its_module(saved: Path, tiny_net: nn.Module) -> None:
     x = torch.rand(2, 3, 8, 8)
 
     with torch.inference_mode():
-        torch.testing.assert_close(model.forward(x), tiny_net(x))
+        torch.testing.assert_close(model.forward(batch_for(model, x)), tiny_net(x))
 
 
 def test_clients_read_the_base_name_only(saved: Path) -> None:

@@ -363,7 +363,7 @@ class _Drive:
         """Tell whether the model says that it takes such a batch; else the door refuses it."""
         x = self._requests[request]
         try:
-            self._host.model.input.check(x.shape, str(x.dtype).removeprefix("torch."))
+            self._host.model.signature.main.check(x.shape, str(x.dtype).removeprefix("torch."))
         except InvalidInputError as error:
             self._report.door.add(str(error))
             return False

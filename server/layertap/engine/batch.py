@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from layertap.errors import InvalidInputError
-from layertap.models import ImageLimits, LoadedModel
+from layertap.models import Batch, ImageLimits, LoadedModel
 from layertap.settings import Limits
 from layertap.silence import warnings_ignored
 from layertap.wire.tensors import TensorView
@@ -60,23 +60,27 @@ A file of some kilobytes can have all the pixels of one; of a thousand, nothing 
 """
 
 
-def check_tensors(model: LoadedModel, views: Sequence[TensorView], limits: Limits) -> torch.Tensor:
-    """Return the batch ``[B, ...]`` of a request's tensors on the CPU, without a copy.
+def check_tensors(model: LoadedModel, views: Sequence[TensorView], limits: Limits) -> Batch:
+    """Return the batch of a request's tensors on the CPU, without a copy.
 
     Raises:
-        InvalidInputError: Where the names, a rank, a size, a dtype or the batch are not what the
-            model takes.
+        InvalidInputError: The names, a rank, a size, a dtype or the batch are not what the model
+            takes.
     """
-    expected = model.input.name
-    names = [view.name for view in views]
-    if names not in ([""], [expected]):
-        raise InvalidInputError(
-            f"inputs: got {', '.join(map(repr, names))}, expected {expected!r}, the only input of "
-            f"model {model.name!r}"
-        )
-    view = views[0]
-    model.input.check(view.shape, view.dtype.name)
-    _check_size(view.shape[0], limits)
+    signature = model.signature
+    given = {view.name: view for view in views}
+    if len(given) != len(views):
+        names = ", ".join(repr(view.name) for view in views)
+        raise InvalidInputError(f"inputs: got {names}, expected each name once")
+    _check_size(
+        signature.check({name: (view.shape, view.dtype.name) for name, view in given.items()}),
+        limits,
+    )
+    unnamed = given.get("")
+    return Batch({spec.name: _tensor(unnamed or given[spec.name]) for spec in signature.inputs})
+
+
+def _tensor(view: TensorView) -> torch.Tensor:
     if view.dtype.name == "bfloat16":
         return torch.from_numpy(view.array().view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(view.array())
@@ -105,8 +109,8 @@ def decode_images(
     """
     if model.preprocess is None:
         raise InvalidInputError(
-            f"images: model {model.name!r} takes none, expected a tensor [B, "
-            f"{', '.join(map(str, model.input.item_shape))}]"
+            f"images: model {model.name!r} takes none, expected "
+            f"{', '.join(f'{spec.name} {spec.pattern}' for spec in model.signature.inputs)}"
         )
     if not images:
         raise InvalidInputError("images: got none, expected at least one")
@@ -130,11 +134,14 @@ def decode_images(
 
 def batch_bytes(model: LoadedModel, images: Sequence[Image.Image]) -> int:
     """Return the bytes of the batch that ``preprocess_images`` will make of decoded images."""
-    return len(images) * math.prod(model.input.item_shape) * model.input.dtype.itemsize
+    main = model.signature.main
+    return len(images) * math.prod(main.shape) * main.dtype.itemsize
 
 
-def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return the batch ``[B, C, H, W]`` of what decode_images returned. For a compute thread only.
+def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> Batch:
+    """Return the batch of decoded images: ``[B, C, H, W]`` for the model's first input.
+
+    For a compute thread only.
 
     Raises:
         InvalidInputError: Where the images come out in different sizes, or in one that the model
@@ -142,16 +149,16 @@ def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> torc
     """
     if model.preprocess is None:
         raise ValueError("decode_images refuses models that take no images")
-    x = model.preprocess.batch(images)
+    x, main = model.preprocess.batch(images), model.signature.main
     try:
         # The model takes other types of floating-point values as well as float32.
-        model.input.check(x.shape, model.input.dtype_name)
+        main.check(x.shape, main.dtype_name)
     except InvalidInputError as error:
         raise InvalidInputError(
-            f"images: got {list(x.shape)} after preprocessing, expected {model.input.pattern} as "
-            f"model {model.name!r} takes, such as {list(model.input.batch_shape(1))}"
+            f"images: got {list(x.shape)} after preprocessing, expected {main.pattern} as "
+            f"model {model.name!r} takes, such as {list(main.batch_shape(1))}"
         ) from error
-    return x
+    return Batch({main.name: x})
 
 
 def _check_size(size: int, limits: Limits) -> None:

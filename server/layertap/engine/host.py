@@ -21,10 +21,10 @@ from layertap.errors import (
     LayertapError,
     OverloadedError,
 )
-from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.catalogue import Catalogue, side_name
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.claims import kept_claims
-from layertap.extraction.kinds.registry import REFERENCE, kind_of
+from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.passes import KeptState, PassGuard
 from layertap.extraction.plan import Plan, PlanKey, quoted
@@ -32,7 +32,7 @@ from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.taps import Taps
 from layertap.extraction.trial import tried
-from layertap.models import LoadedModel
+from layertap.models import BatchKey, LoadedModel
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import HostOptions, Limits
 
@@ -67,13 +67,13 @@ class RefusedPlan:
     Attributes:
         extractor: Which extractor.
         layers: Catalogue names, ``:input`` behind those whose input was wanted.
-        item_shape: Sizes of one item of the batch.
+        batch_key: What the batches that it would have served have in common.
         reason: What a request for it is told.
     """
 
     extractor: Extractor
     layers: tuple[str, ...]
-    item_shape: tuple[int, ...]
+    batch_key: BatchKey
     reason: str
 
 
@@ -164,7 +164,7 @@ class ModelHost:
     def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
         """Build and keep the plans of layers that will be asked for, together and each alone.
 
-        AUTO then serves them by a compiled plan at the model's own item shape. If the model can't
+        AUTO then serves them by a compiled plan at the model's default items. If the model can't
         be compiled, the log says so and AUTO serves them by the next best extractor. Requests take
         their turn between the steps; the call cancels the rest of them.
 
@@ -175,14 +175,15 @@ class ModelHost:
         sets = [tuple(selections), *((selection,) for selection in selections)]
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
+            self._log_uncompiled(resolved)
             key, plan = self._build_best(resolved, call or Call())
             self._warm_batches(plan)
             plan = self._record(plan)
             with self._lock:
                 self._declared_plans[key] = plan
 
-    def plan(self, resolved: Resolved, batch_shape: tuple[int, ...], call: Call) -> Plan:
-        """Return the plan that serves a request of that shape, ``[B, ...]``.
+    def plan(self, resolved: Resolved, batch_key: BatchKey, size: int, call: Call) -> Plan:
+        """Return the plan that serves a request of so many items of that key.
 
         It is built on a compute thread where it is new, and proven there for a new batch size.
 
@@ -191,17 +192,16 @@ class ModelHost:
             ExtractorUnsupportedError: Where the extractor that was asked for can't serve them, or
                 that many of them.
         """
-        size, *item = batch_shape
-        extractor = self._choose(resolved, tuple(item), size)
-        key = PlanKey(extractor, resolved.pass_spec, tuple(item))
+        extractor = self._choose(resolved, batch_key, size)
+        key = PlanKey(extractor, resolved.pass_spec, batch_key)
         plan = self._known(key) or self.compute.run(lambda: self._build(key), call)
         if plan.refusal(size) is None:
             self.compute.run(partial(self._builder.prover.prove_size, plan, size), call)
         refusal = plan.refusal(size)
         if not refusal:
             return plan
-        if self._choose(resolved, tuple(item), size) is not extractor:
-            return self.plan(resolved, batch_shape, call)
+        if self._choose(resolved, batch_key, size) is not extractor:
+            return self.plan(resolved, batch_key, size, call)
         raise ExtractorUnsupportedError(
             f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
@@ -241,7 +241,7 @@ class ModelHost:
             RefusedPlan(
                 key.extractor,
                 tuple(names[point] for point in key.pass_spec.points),
-                key.item_shape,
+                key.batch_key,
                 str(refusal),
             )
             for key, refusal in refused
@@ -276,10 +276,24 @@ class ModelHost:
             catalogue = self.compute.run(partial(next, steps), call)
         return catalogue
 
+    def _log_uncompiled(self, resolved: Resolved) -> None:
+        """Log why no compiled plan can be made of declared layers, by the catalogue."""
+        for extractor, kind in KINDS.items():
+            if not kind.compiled or extractor in resolved.candidates:
+                continue
+            for output in resolved.outputs:
+                side = resolved.points[output.point].capture
+                reason = self.catalogue.entry(output.layer).refusal(extractor, side)
+                if reason:
+                    _log.warning(
+                        "model %s: %s can't serve the declared layer %r: %s",
+                        self.model.name, kind.name, side_name(output.layer, side), reason,
+                    )  # fmt: skip
+
     def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
         """Build the plan of the first candidate that can be built."""
         for extractor in resolved.candidates:
-            key = PlanKey(extractor, resolved.pass_spec, self.model.input.item_shape)
+            key = PlanKey(extractor, resolved.pass_spec, self.model.signature.key)
             try:
                 steps = self._builder.steps(*key, keep=True)
                 while (plan := self.compute.run(partial(next, steps), call)) is None:
@@ -324,14 +338,14 @@ class ModelHost:
         )  # fmt: skip
         return replayed
 
-    def _choose(self, resolved: Resolved, item_shape: tuple[int, ...], size: int) -> Extractor:
+    def _choose(self, resolved: Resolved, batch_key: BatchKey, size: int) -> Extractor:
         if len(resolved.candidates) == 1:
             return resolved.candidates[0]
         compiles = self._fits and len(resolved.points) <= MAX_PROMOTED
         for extractor in resolved.candidates:
             if not kind_of(extractor).compiled:
                 return extractor
-            key = PlanKey(extractor, resolved.pass_spec, item_shape)
+            key = PlanKey(extractor, resolved.pass_spec, batch_key)
             with self._lock:
                 plan = self._declared_plans.get(key) or self._plans.get(key)
                 refused = key in self._refusals

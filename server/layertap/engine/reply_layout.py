@@ -17,7 +17,7 @@ from layertap.engine.reply import ROWS, ReplyCollector, ReplyWriter, TensorType
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
-from layertap.extraction.points import ValueSpec
+from layertap.extraction.plan import Plan
 from layertap.extraction.reductions import Reduced, reduced
 from layertap.wire.codec import MAX_MESSAGE_BYTES
 from layertap.wire.dtypes import DType
@@ -44,8 +44,8 @@ class Envelope:
 
 def reply_writer(
     outputs: Sequence[Output],
-    specs: Sequence[ValueSpec],
-    batch_shape: Sequence[int],
+    plan: Plan,
+    size: int,
     envelope: Envelope,
     staging: Staging | None = None,
 ) -> ReplyWriter:
@@ -53,8 +53,8 @@ def reply_writer(
 
     Args:
         outputs: The tensors of the reply.
-        specs: The type and shape of each captured point.
-        batch_shape: Sizes of the input, ``[B, ...]``.
+        plan: The plan; it predicts the type and shape of each captured point.
+        size: Items of the batch.
         envelope: What goes around the tensors, and how large it all may be.
         staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
 
@@ -64,23 +64,22 @@ def reply_writer(
         InvalidInputError: If a reduction does not fit its layer.
         ExtractorUnsupportedError: If a layer's type can't be sent.
     """
-    batch, *item_shape = batch_shape
-    made = _reductions(outputs, specs, item_shape)
-    values = [(each.spec.shape(batch), each.spec.dtype) for each in made]
+    made = _reductions(outputs, plan)
+    values = [(each.spec.shape(size), each.spec.dtype) for each in made]
     if staging is not None:
         envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
     slots: dict[int, list[tuple[int, Reduced]]] = {}
     for slot, output in enumerate(outputs):
         slots.setdefault(output.point, []).append((slot, made[slot]))
     builder = _builder(outputs, envelope, values)
-    expected = [(spec.shape(batch), spec.dtype) for spec in specs]
+    expected = [(spec.shape(size), spec.dtype) for spec in plan.specs]
     return ReplyWriter(builder, expected, slots, staging)
 
 
 def reply_collector(
     outputs: Sequence[Output],
-    specs: Sequence[ValueSpec],
-    batch_shape: Sequence[int],
+    plan: Plan,
+    size: int,
     envelope: Envelope,
     staging: Staging | None = None,
 ) -> ReplyCollector:
@@ -88,17 +87,17 @@ def reply_collector(
 
     Arguments and errors are those of ``reply_writer``, the first two errors only at the end.
     """
-    batch, *item_shape = batch_shape
     # A reduction needs a shape to rely on: refused before any compute.
-    made = _reductions(outputs, specs, item_shape)
-    expected = [spec.shape(batch) for spec in specs]
+    made = _reductions(outputs, plan)
+    expected = [spec.shape(size) for spec in plan.specs]
     return ReplyCollector(outputs, made, expected, partial(_builder, outputs, envelope), staging)
 
 
-def _reductions(
-    outputs: Sequence[Output], specs: Sequence[ValueSpec], item_shape: Sequence[int]
-) -> list[Reduced]:
-    return [reduced(specs[o.point], o.reduction, o.layer, item_shape) for o in outputs]
+def _reductions(outputs: Sequence[Output], plan: Plan) -> list[Reduced]:
+    return [
+        reduced(plan.specs[output.point], output.reduction, output.layer, plan.batch_key)
+        for output in outputs
+    ]
 
 
 def _builder(

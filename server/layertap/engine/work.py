@@ -20,6 +20,7 @@ from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.plan import Plan
 from layertap.extraction.points import Sink
 from layertap.extraction.proof import items_of
+from layertap.models import Batch
 
 __all__ = ["Computed", "Work", "compute"]
 
@@ -34,7 +35,7 @@ class Work:
         host: Its model.
         plan: How its layers are captured.
         resolved: Its layers.
-        x: Its input ``[B, ...]``, on the CPU.
+        x: Its input, on the CPU.
         reply: Where its outputs go.
         collect: Makes a reply for values whose shapes are not those that the plan predicts, and
             gives back what was reserved for the one before.
@@ -44,7 +45,7 @@ class Work:
     host: ModelHost
     plan: Plan
     resolved: Resolved
-    x: torch.Tensor
+    x: Batch
     reply: Reply
     collect: Callable[[], Reply]
     call: Call
@@ -52,7 +53,7 @@ class Work:
     @property
     def items(self) -> int:
         """The items of its batch."""
-        return int(self.x.shape[0])
+        return self.x.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class Computed:
 
 
 def compute(works: Sequence[Work]) -> list[Computed]:
-    """Run requests of one plan, item shape and dtype in one forward pass. For a compute thread.
+    """Run requests of one plan and batch key in one forward pass. For a compute thread.
 
     Raises:
         ModelRunError: Where the model fails.
@@ -138,18 +139,19 @@ def _run_alone(work: Work) -> None:
     _capture(work, x.clone() if host.catalogue.mutates_input else x)
 
 
-def _on_device(work: Work) -> torch.Tensor:
-    """Return the input on the model's device, in the model's dtype.
+def _on_device(work: Work) -> Batch:
+    """Return the input on the model's device, in the model's element types.
 
     A copy from page-locked memory is only launched here; PyTorch's allocator keeps that memory
     until the copy is over.
     """
     model = work.host.model
-    moved = work.x.to(model.device, non_blocking=work.x.is_pinned())
-    return moved.to(model.input.dtype)
+    return model.signature.converted(
+        work.x.map(lambda tensor: tensor.to(model.device, non_blocking=tensor.is_pinned()))
+    )
 
 
-def _capture(work: Work, x: torch.Tensor) -> None:
+def _capture(work: Work, x: Batch) -> None:
     with _abandonable(work.host, [work.call]):
         work.plan.built.run(x, _sink(work))
 
@@ -159,12 +161,12 @@ def _run_together(works: Sequence[Work]) -> None:
     host, plan = works[0].host, works[0].plan
     if not host.prove_shared(plan, sum(work.items for work in works)):
         raise _alone("items of its batches are not independent")
-    x = torch.cat([_on_device(work) for work in works])
+    x = Batch.cat([_on_device(work) for work in works])
     sinks = [_sink(work) for work in works]
 
     def share(index: int, value: torch.Tensor) -> None:
         spec = plan.specs[index]
-        if tuple(value.shape) != spec.shape(len(x)):
+        if tuple(value.shape) != spec.shape(x.size):
             raise ShapeChangedError
         begin = 0
         for work, sink in zip(works, sinks, strict=True):

@@ -25,6 +25,7 @@ from typing import IO
 import torch
 
 from layertap.extraction.base import Values
+from layertap.models import Batch
 from layertap.silence import warnings_ignored
 
 __all__ = ["ProgramEndedError", "may_end_the_process", "run_apart"]
@@ -54,9 +55,9 @@ values = []
 with torch.inference_mode():
     program = torch.jit.load(stored, map_location=given["device"])
     program = torch.jit.optimize_for_inference(program)
-    for x in given["batches"]:
+    for tensors in given["batches"]:
         for _ in range(given["runs"]):
-            made = program(x.to(given["device"]))
+            made = program(*(tensor.to(given["device"]) for tensor in tensors))
         values.append([value.cpu() for value in made])
 written = io.BytesIO()
 torch.save(values, written)
@@ -88,7 +89,7 @@ def _kinds(block: torch.Graph | torch.Block) -> Iterator[str]:
 
 def run_apart(
     program: torch.jit.ScriptModule,
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[Batch],
     device: torch.device,
     runs: int,
 ) -> Generator[None, None, list[Values]]:
@@ -96,7 +97,7 @@ def run_apart(
 
     Args:
         program: Traced and frozen; it is left as it is.
-        batches: ``[B, ...]`` each.
+        batches: What it is run on, on any device.
         device: Where it runs.
         runs: How often it runs on each batch, as the first runs only profile it.
 
@@ -134,7 +135,7 @@ def run_apart(
 
 def _packed(
     program: torch.jit.ScriptModule,
-    batches: Sequence[torch.Tensor],
+    batches: Sequence[Batch],
     device: torch.device,
     runs: int,
 ) -> bytes:
@@ -143,7 +144,7 @@ def _packed(
         torch.jit.save(program, stored)
         content = {
             "program": torch.frombuffer(bytearray(stored.getvalue()), dtype=torch.uint8),
-            "batches": [batch.cpu() for batch in batches],
+            "batches": [[tensor.cpu() for tensor in batch.values()] for batch in batches],
             "device": str(device),
             "runs": runs,
         }

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from layertap.extraction.points import Sink
+from layertap.models import Batch
 
 __all__ = ["BuiltExtractor", "Values"]
 
@@ -17,11 +18,11 @@ Values = list[torch.Tensor]
 class BuiltExtractor(Protocol):
     """One way to capture a fixed list of points, ready to run."""
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """Run the model on a batch and hand every point's value to ``sink``, each once.
 
         Args:
-            x: ``[B, ...]`` on the model's device.
+            x: On the model's device, of its inputs' element types.
             sink: Called with (index of the point, its tensor) while the tensor is live.
         """
         ...

@@ -29,11 +29,15 @@ from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind
-from layertap.extraction.samples import bytes_input, reaching_inputs
-from layertap.extraction.survey import sample_input, wide_input
+from layertap.extraction.samples import (
+    bytes_batch,
+    ordinary_batch,
+    reaching_batches,
+    wide_batch,
+)
 from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import Taps
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 
 __all__ = ["kept_claims"]
@@ -136,29 +140,29 @@ class _Trial:
 
     def _cases(self, steps: Mapping[CapturePoint, int]) -> Generator[None, None, list[Case]]:
         """Run the model on each batch. What a model need not be able to take is left out."""
-        model, shape = self._model, self._model.input.item_shape
+        model = self._model
         cases: list[Case] = []
 
-        def add(x: torch.Tensor | None, *, ordinary: bool = False) -> bool:
+        def add(x: Batch | None, *, ordinary: bool = False) -> bool:
             if x is None:
                 return False
-            case = run_case(self._model, self._guard, x, steps, ordinary=ordinary)
+            case = run_case(model, self._guard, x, steps, ordinary=ordinary)
             cases.extend([case] if case else [])
             return case is not None
 
-        add(sample_input(model, 2, shape), ordinary=True)
+        add(ordinary_batch(model, 2), ordinary=True)
         yield
-        if not add(wide_input(model, 3, shape)):
+        if not add(wide_batch(model, 3)):
             yield
-            add(sample_input(model, 3, shape), ordinary=True)
+            add(ordinary_batch(model, 3), ordinary=True)
         yield
-        if not model.input.dtype.is_floating_point:
-            for x in reaching_inputs(model, shape):
+        if not model.signature.has_floats:
+            for x in reaching_batches(model):
                 add(x)
                 yield
-        if not add(bytes_input(model, shape)):
+        if not add(bytes_batch(model)):
             yield
-            add(sample_input(model, 1, shape), ordinary=True)
+            add(ordinary_batch(model, 1), ordinary=True)
         yield
         return cases
 
@@ -192,7 +196,7 @@ class _Trial:
                         if true is not None and (fault := true.fault(value, 0.0)):
                             faults.setdefault(
                                 point,
-                                f"at batch size {len(case.x)} the symbolic graph differs from the "
+                                f"at batch size {case.x.size} the symbolic graph differs from the "
                                 f"model: {fault}",
                             )
 
@@ -203,7 +207,7 @@ class _Trial:
                     if is_out_of_memory(error):
                         raise
                     reason = (
-                        f"the symbolic graph fails at batch size {len(case.x)} ({own_words(error)})"
+                        f"the symbolic graph fails at batch size {case.x.size} ({own_words(error)})"
                     )
                     return _Found(dict.fromkeys(points, reason), reason)
                 yield

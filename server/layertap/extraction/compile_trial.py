@@ -36,8 +36,8 @@ from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint
-from layertap.extraction.survey import sample_input
-from layertap.models import LoadedModel
+from layertap.extraction.samples import ordinary_batch
+from layertap.models import Batch, LoadedModel
 
 __all__ = ["Case", "CompileTrial", "Faults", "run_case"]
 
@@ -58,7 +58,7 @@ MAX_COPIED_BYTES = 256 << 20
 LARGER = 7
 """A batch size at which a program that may end its process is tried besides."""
 
-Run = Callable[[torch.Tensor], Values]
+Run = Callable[[Batch], Values]
 
 Faults = dict[CapturePoint, str]
 """Why an extractor can't serve a point, for those that it can't."""
@@ -69,14 +69,14 @@ class Case:
     """A batch, and what the model computed for it.
 
     Attributes:
-        x: ``[B, ...]``.
+        x: The batch.
         digests: By point; without those that are not there on this input.
         twins: For inputs that are the very tensor that another module returned, that output.
         ordinary: Whether values that are not finite count as well: the last bits decide where a
             root of some noise is NaN.
     """
 
-    x: torch.Tensor
+    x: Batch
     digests: Mapping[CapturePoint, Digest]
     twins: Mapping[CapturePoint, CapturePoint]
     ordinary: bool
@@ -85,7 +85,7 @@ class Case:
 def run_case(
     model: LoadedModel,
     guard: PassGuard,
-    x: torch.Tensor,
+    x: Batch,
     steps: Mapping[CapturePoint, int],
     *,
     ordinary: bool,
@@ -95,7 +95,7 @@ def run_case(
     Args:
         model: The model.
         guard: Its guard.
-        x: ``[B, ...]``; it stays as it is.
+        x: The batch; it stays as it is.
         steps: For each point the distance between the elements that are compared.
         ordinary: See Case.
     """
@@ -287,7 +287,7 @@ class CompileTrial:
             raise _FailedError(self._last.reason)
         self._left_apart -= 1
         model = self._context.model
-        x = sample_input(model, LARGER, model.input.item_shape)
+        x = ordinary_batch(model, LARGER)
         larger = run_case(model, self._context.guard, x, self._steps, ordinary=True)
         cases = [*self._cases, larger] if larger else self._cases
         yield
@@ -311,7 +311,7 @@ class CompileTrial:
             return value.reshape(-1)[:: steps[index]].clone(), torch._shape_as_tensor(value)
 
         model = self._context.model
-        example = sample_input(model, 1, model.input.item_shape)
+        example = ordinary_batch(model, 1)
         # As where requests have been served before: a compiler may stumble over the hooks.
         for point in points:
             self._context.taps.install(point.path, point.capture)
@@ -331,20 +331,20 @@ class CompileTrial:
         except Exception as error:
             raise _failed("a compiled program can't be optimised", error) from error
 
-        def run(x: torch.Tensor) -> Values:
+        def run(x: Batch) -> Values:
             values: Values = []
             built.run(x, lambda _, value: values.append(value))
             return values
 
         return run
 
-    def _values(self, run: Run, x: torch.Tensor) -> Values:
+    def _values(self, run: Run, x: Batch) -> Values:
         try:
             with self._kind.running_once():
                 # The program may write into its batch, and other programs run on it again.
                 return run(x.clone())
         except Exception as error:
-            raise _failed(f"a compiled program fails at batch size {len(x)}", error) from error
+            raise _failed(f"a compiled program fails at batch size {x.size}", error) from error
 
     def _differences(
         self, case: Case, points: Sequence[CapturePoint], values: Sequence[torch.Tensor]
@@ -362,7 +362,7 @@ class CompileTrial:
             tolerance = self._kind.tolerance(true.elements)
             if fault := true.fault_of_sample(shape, elements.to(true.elements.device), tolerance):
                 faults[point] = (
-                    f"at batch size {len(case.x)} a compiled program differs from the model: "
+                    f"at batch size {case.x.size} a compiled program differs from the model: "
                     f"{fault}"
                 )
         return faults

@@ -24,8 +24,12 @@ import torch
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.proof import collect
+from layertap.models import Batch
 
 __all__ = ["GraphedExtractor"]
+
+Shapes = tuple[tuple[int, ...], ...]
+"""Those of a batch's tensors."""
 
 _recording = threading.Lock()
 """PyTorch records one graph at a time in a process; each device has a compute thread of its own."""
@@ -45,35 +49,33 @@ class GraphedExtractor:
     def __init__(self, built: BuiltExtractor, points: Sequence[CapturePoint]) -> None:
         self._built = built
         self._points = points
-        self._recorded: dict[tuple[int, ...], _Recording] = {}
+        self._recorded: dict[Shapes, _Recording] = {}
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
-        recording = self._recorded.get(tuple(x.shape))
+        recording = self._recorded.get(x.shapes)
         if recording is None:
             self._built.run(x, sink)
             return
         for index, value in enumerate(recording.replay(x)):
             sink(index, value)
 
-    def record(self, x: torch.Tensor) -> None:
-        """Record a pass at the shape of a batch; raise RuntimeError where it can't be recorded."""
-        self._recorded[tuple(x.shape)] = _Recording(self._built, self._points, x)
+    def record(self, x: Batch) -> None:
+        """Record a pass at the shapes of a batch; raise RuntimeError where it can't be recorded."""
+        self._recorded[x.shapes] = _Recording(self._built, self._points, x)
 
-    def forget(self, shape: Sequence[int]) -> None:
-        """Run the extractor itself at a shape again."""
-        self._recorded.pop(tuple(shape), None)
+    def forget(self, shapes: Shapes) -> None:
+        """Run the extractor itself at these shapes again."""
+        self._recorded.pop(shapes, None)
 
 
 class _Recording:
     """One graph, with its input and its values."""
 
-    def __init__(
-        self, built: BuiltExtractor, points: Sequence[CapturePoint], x: torch.Tensor
-    ) -> None:
+    def __init__(self, built: BuiltExtractor, points: Sequence[CapturePoint], x: Batch) -> None:
         self._x = x.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with _recording, torch.cuda.device(x.device):
+        with _recording, torch.cuda.device(next(iter(x.values())).device):
             before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(before)
             # Around the recording too: one that fails leaves its stream behind as the current one.
@@ -86,8 +88,9 @@ class _Recording:
                     self._values = collect(built, points, self._x)
             before.wait_stream(stream)
 
-    def replay(self, x: torch.Tensor) -> Values:
+    def replay(self, x: Batch) -> Values:
         """Return the values for a batch of the recorded shape; the next replay overwrites them."""
-        self._x.copy_(x)
+        for name, tensor in self._x.items():
+            tensor.copy_(x[name])
         self._graph.replay()
         return self._values

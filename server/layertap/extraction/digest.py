@@ -23,7 +23,7 @@ from layertap.extraction.containers import pick, plain, unsendable
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.taps import observe
 from layertap.extraction.verify import mismatch
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
 
 __all__ = ["Digest", "DigestedPass", "digest_pass", "sample_step"]
@@ -107,14 +107,12 @@ class DigestedPass:
     twins: dict[CapturePoint, CapturePoint] = field(default_factory=dict)
 
 
-def digest_pass(
-    model: LoadedModel, x: torch.Tensor, steps: Mapping[CapturePoint, int]
-) -> DigestedPass:
+def digest_pass(model: LoadedModel, x: Batch, steps: Mapping[CapturePoint, int]) -> DigestedPass:
     """Run a model on a batch, to its end, and return the digest of each point.
 
     Args:
         model: The model; whatever it raises passes through.
-        x: ``[B, ...]``; it stays as it is.
+        x: The batch; it stays as it is.
         steps: The points, all of modules, and the distance between the elements of each to compare.
     """
     wanted: dict[tuple[str, Capture, int], list[CapturePoint]] = {}

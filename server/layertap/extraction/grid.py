@@ -31,9 +31,9 @@ import torch
 from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
-from layertap.extraction.survey import sample_input
+from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.taps import observe
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
 
 __all__ = ["Grids", "other_items", "survey_grids"]
@@ -66,14 +66,14 @@ class Grids:
 
     Attributes:
         specs: The type and shape of each point.
-        item_shape: The sizes of the item at which they were measured.
-        other: The sizes of the other item; equal to ``item_shape`` where none could be tried.
+        item: The sizes of the first input's item at which they were measured.
+        other: Those of the other item; equal to ``item`` where none could be tried.
         shapes: The shape of each point for a batch of one such item, as far as the model ran.
         moves: For each point whose shape told nothing, see ``Moves``.
     """
 
     specs: Mapping[CapturePoint, ValueSpec]
-    item_shape: tuple[int, ...]
+    item: tuple[int, ...]
     other: tuple[int, ...]
     shapes: Shapes
     moves: Moves = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Grids:
     def _pooled(self, point: CapturePoint) -> Geometry | None:
         """Return the geometry of what was pooled to one position: the mean of one is itself."""
         sizes = _item_sizes(self.specs[point])
-        if len(sizes) == len(self.item_shape) == 3 and 1 < max(sizes) == math.prod(sizes):
+        if len(sizes) == len(self.item) == 3 and 1 < max(sizes) == math.prod(sizes):
             if sizes[0] > 1:
                 return _map(Layout.CHANNELS_FIRST, sizes)
             if sizes[2] > 1:
@@ -114,11 +114,11 @@ class Grids:
         follows = [axis for axis, size in enumerate(sizes) if others[axis] != size]
         if not follows or len(follows) == len(sizes):
             return None
-        if len(self.item_shape) < 3:
-            changed = sum(map(int.__ne__, self.item_shape, self.other))
+        if len(self.item) < 3:
+            changed = sum(map(int.__ne__, self.item, self.other))
             more = len(follows) > changed  # Such as an attention's map of every two positions.
             return None if more else Geometry(positions=tuple(axis + 1 for axis in follows))
-        if len(sizes) == len(self.item_shape):
+        if len(sizes) == len(self.item):
             for layout, height, width in ((Layout.CHANNELS_FIRST, -2, -1),
                                           (Layout.CHANNELS_LAST, -3, -2)):  # fmt: skip
                 axes = [len(sizes) + height, len(sizes) + width]
@@ -133,16 +133,16 @@ class Grids:
         moves, sizes = self.moves.get(point), _item_sizes(self.specs[point])
         if moves is None:
             return None
-        if len(self.item_shape) < 3:
+        if len(self.item) < 3:
             return self._series(moves, sizes)
-        if len(sizes) == len(self.item_shape):
+        if len(sizes) == len(self.item):
             for layout, height, width in ((Layout.CHANNELS_FIRST, -2, -1),
                                           (Layout.CHANNELS_LAST, -3, -2)):  # fmt: skip
                 if _moves_along(moves, sizes, height, width):
                     return _map(layout, sizes)
-        if len(sizes) == 2 and len(self.item_shape) == 3:
+        if len(sizes) == 2 and len(self.item) == 3:
             for axis in (0, 1):
-                for front, h, w in _grids(sizes[axis], self.item_shape[-2:]):
+                for front, h, w in _grids(sizes[axis], self.item[-2:]):
                     seen = [move[axis] for move in moves]
                     if seen == [front + _cell(y, h) * w + _cell(x, w) for y, x in _PLACES]:
                         return _row(axis, sizes, front, h, w)
@@ -157,13 +157,13 @@ class Grids:
     def _scales(self, sizes: Sequence[int], others: Sequence[int], axes: Sequence[int]) -> bool:
         """Tell whether height and width of an activation grew as the input's did."""
         return all(
-            abs(sizes[axis] * self.other[side] / self.item_shape[side] - others[axis]) < 1.5
+            abs(sizes[axis] * self.other[side] / self.item[side] - others[axis]) < 1.5
             for axis, side in zip(axes, (-2, -1), strict=True)
         )
 
     def _tokens(self, sizes: Sequence[int], others: Sequence[int], axis: int) -> Geometry:
         # A video's tokens are those of its frames, one after the other.
-        image = self.item_shape[-2:] if len(self.item_shape) == 3 else ()
+        image = self.item[-2:] if len(self.item) == 3 else ()
         for front, height, width in _grids(sizes[axis], image):
             for other in _grids(others[axis], self.other[-2:], [front]):
                 if self._scales((height, width), other[1:], (0, 1)):
@@ -171,7 +171,7 @@ class Grids:
         return Geometry(positions=(axis + 1,))
 
     def _series(self, moves: Sequence[Sequence[int]], sizes: Sequence[int]) -> Geometry | None:
-        length = self.item_shape[-1]
+        length = self.item[-1]
         for axis, size in enumerate(sizes):
             front = size - length
             seen = [move[axis] for move in moves]
@@ -185,28 +185,28 @@ def survey_grids(
     model: LoadedModel,
     specs: Mapping[CapturePoint, ValueSpec],
     turn: AbstractContextManager[object],
-    others: Callable[[torch.Tensor], Shapes],
+    others: Callable[[Batch], Shapes],
 ) -> dict[CapturePoint, Geometry]:
     """Find the geometry of each point; see Note [Two experiments].
 
     Args:
         model: The model; no other forward pass of it may run meanwhile.
-        specs: The type and shape of each point, at the model's own item shape.
+        specs: The type and shape of each point, for the model's default items.
         turn: Held in each pass.
         others: Returns the shapes of the points that are no module's, for a batch.
     """
-    item_shape = model.input.item_shape
+    key, item = model.signature.key, model.signature.main.shape
     specs = {p: spec for p, spec in specs.items() if _is_plain(spec)}
-    best: tuple[tuple[int, ...], Shapes] = (item_shape, {})
-    for other in other_items(item_shape, model.input.free):
-        x = sample_input(model, 1, other)
+    best: tuple[tuple[int, ...], Shapes] = (item, {})
+    for other in other_items(item, model.signature.main.free):
+        x = ordinary_batch(model, 1, key.with_main(other))
         shapes, ended = _shapes(model, x, turn)
         if ended:
             best = other, {**shapes, **_of_nodes(others, x)}
             break
         if len(shapes) > len(best[1]):
             best = other, shapes
-    grids = Grids(specs, item_shape, *best)
+    grids = Grids(specs, item, *best)
     # Not what follows another size, and has but one dimension with several elements.
     open_points = {p for p in specs if _is_open(specs[p]) and not grids.by_size(p)}
     if open_points:
@@ -214,31 +214,31 @@ def survey_grids(
     return grids.geometries()
 
 
-def other_items(item_shape: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
+def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Yield item shapes at which a model may show which dimensions follow which.
 
     An image's height and width change in different ratios, so that they can be told apart. A model
     that is said to take one size is tried too: it may run far enough.
     """
-    if len(item_shape) >= 3:
-        *rest, height, width = item_shape
+    if len(item) >= 3:
+        *rest, height, width = item
         if min(height, width) > 3 * max(_STEPS):
             for step in _STEPS:
                 yield (*rest, height - step, width + step)
         else:
             yield (*rest, 2 * height, 3 * width)
         return
-    axes = free or [len(item_shape) - 1]
+    axes = free or [len(item) - 1]
     for twice, half in ((2, 1), (1, 2)):
         other = tuple(
-            size * twice // half if axis in axes else size for axis, size in enumerate(item_shape)
+            size * twice // half if axis in axes else size for axis, size in enumerate(item)
         )
         if min(other) > 0:
             yield other
 
 
 def _shapes(
-    model: LoadedModel, x: torch.Tensor, turn: AbstractContextManager[object]
+    model: LoadedModel, x: Batch, turn: AbstractContextManager[object]
 ) -> tuple[dict[CapturePoint, tuple[int, ...]], bool]:
     """Return the shapes of a pass, and whether it ran to its end."""
     shapes: dict[CapturePoint, tuple[int, ...]] = {}
@@ -249,16 +249,16 @@ def _shapes(
     try:
         _watch(model, x, turn, see)
     except Exception as error:  # noqa: BLE001 - a model need not take another size
-        _log.debug("model %s does not run on %s: %s", model.name, list(x.shape), error)
+        _log.debug("model %s does not run on %s: %s", model.name, x.key, error)
         return shapes, False
     return shapes, True
 
 
-def _of_nodes(others: Callable[[torch.Tensor], Shapes], x: torch.Tensor) -> Shapes:
+def _of_nodes(others: Callable[[Batch], Shapes], x: Batch) -> Shapes:
     try:
         return others(x)
     except Exception as error:  # noqa: BLE001 - a symbolic graph may hold the sizes of its example
-        _log.debug("the symbolic graph does not run on %s: %s", list(x.shape), error)
+        _log.debug("the symbolic graph does not run on %s: %s", x.key, error)
         return {}
 
 
@@ -269,7 +269,7 @@ def _survey_moves(
 ) -> dict[CapturePoint, list[list[int]]]:
     """Return for each point where it changes most when the input changes at each place."""
     moves: dict[CapturePoint, list[list[int]]] = {point: [] for point in specs}
-    if len(model.input.item_shape) == 2:
+    if len(model.signature.main.shape) == 2:
         return {}  # Which of the two is the time can't be told.
 
     def see(point: CapturePoint, tensor: torch.Tensor) -> None:
@@ -284,21 +284,22 @@ def _survey_moves(
     return {point: seen for point, seen in moves.items() if len(seen) == len(_PLACES)}
 
 
-def _changed_at(model: LoadedModel, place: tuple[float, float]) -> torch.Tensor:
+def _changed_at(model: LoadedModel, place: tuple[float, float]) -> Batch:
     """Return a batch of two items, of which the second has another block at a place."""
-    x = sample_input(model, 1, model.input.item_shape).repeat(2, *[1] * len(model.input.item_shape))
-    block = x[1]
-    sides = model.input.item_shape[-2:] if x.ndim > 3 else model.input.item_shape[-1:]
+    one, main = ordinary_batch(model, 1), model.signature.main
+    batch = one.map(lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1)))
+    block = batch[main.name][1]
+    sides = main.shape[-2:] if len(main.shape) > 2 else main.shape[-1:]
     for share, size, axis in zip(place[-len(sides) :], sides, range(-len(sides), 0), strict=True):
         begin = int(share * size)
         least = 2 if len(sides) == 2 else 1
         block = block.narrow(axis, begin, min(size - begin, max(least, size // _BLOCK)))
-    if model.input.dtype.is_floating_point:
+    if main.dtype.is_floating_point:
         block.add_(3)
     else:
-        rows = model.input.ids.rows if model.input.ids else 2
+        rows = main.ids.rows if main.ids else 2
         block.add_(max(1, rows // 2)).remainder_(rows)
-    return x
+    return batch
 
 
 def _largest_change(tensor: torch.Tensor, spec: ValueSpec) -> list[int]:
@@ -321,7 +322,7 @@ def _largest_change(tensor: torch.Tensor, spec: ValueSpec) -> list[int]:
 
 def _watch(
     model: LoadedModel,
-    x: torch.Tensor,
+    x: Batch,
     turn: AbstractContextManager[object],
     take: Callable[[CapturePoint, torch.Tensor], None],
 ) -> None:

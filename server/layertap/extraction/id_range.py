@@ -16,7 +16,7 @@ from torch import nn
 
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.passes import PassGuard
-from layertap.extraction.survey import sample_input
+from layertap.extraction.samples import ordinary_batch
 from layertap.models import IdRange, LoadedModel
 
 __all__ = ["with_id_range"]
@@ -31,12 +31,13 @@ def with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
     The model runs, each pass inside its guard. Where it runs on no larger range than 0 and 1, its
     input stays as it is.
     """
-    dtype = model.input.dtype
-    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool or model.input.ids:
+    main = model.signature.main
+    dtype = main.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool or main.ids:
         return model
     for rows in (*sorted(_tables(model, guard), reverse=True), min(_BYTES, torch.iinfo(dtype).max)):
         known = IdRange(rows, _padding(model.module, rows))
-        found = replace(model, input=replace(model.input, ids=known))
+        found = replace(model, signature=model.signature.with_main(replace(main, ids=known)))
         if rows > 2 and _runs(found, guard):
             return found
     return model
@@ -44,8 +45,8 @@ def with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
 
 def _tables(model: LoadedModel, guard: PassGuard) -> set[int]:
     """Return the rows of the tables in which ids that follow the input are looked up."""
-    x = sample_input(model, 1, model.input.item_shape)
-    with guard, watch_looks(model.module, x) as looks:
+    x = ordinary_batch(model, 1)
+    with guard, watch_looks(model.module, x.tensors) as looks:
         try:
             model.forward(x)
         except Exception:  # noqa: BLE001 - measuring the model will say what it fails on
@@ -65,7 +66,7 @@ def _runs(model: LoadedModel, guard: PassGuard) -> bool:
     try:
         for batch in (1, 2, 3):
             with guard:
-                model.forward(sample_input(model, batch, model.input.item_shape))
+                model.forward(ordinary_batch(model, batch))
     except Exception:  # noqa: BLE001 - a model may raise anything at ids that it can't look up
         return False
     return True

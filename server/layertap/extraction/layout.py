@@ -44,17 +44,15 @@ class Geometry:
     front: int = 0
     positions: tuple[int, ...] = ()
 
-    def at(
-        self, shape: Sequence[int], item_shape: Sequence[int], measured: Sequence[int]
-    ) -> Geometry:
+    def at(self, shape: Sequence[int], item: Sequence[int], measured: Sequence[int]) -> Geometry:
         """Return the geometry of the same layer for items of another shape.
 
         Args:
             shape: The activation's sizes for one such item, the batch's 1 in front.
-            item_shape: The item's.
-            measured: The item's at which this geometry was found.
+            item: The sizes of such an item's first input.
+            measured: Those of the item at which this geometry was found.
         """
-        if not self.height or tuple(item_shape) == tuple(measured):
+        if not self.height or tuple(item) == tuple(measured):
             return self
         match self.layout:
             case Layout.CHANNELS_FIRST:
@@ -62,13 +60,11 @@ class Geometry:
             case Layout.CHANNELS_LAST:
                 return replace(self, height=shape[-3], width=shape[-2])
             case _:
-                return self._tokens_at(shape[1], item_shape, measured)
+                return self._tokens_at(shape[1], item, measured)
 
-    def _tokens_at(
-        self, tokens: int, item_shape: Sequence[int], measured: Sequence[int]
-    ) -> Geometry:
-        around_height = _around(self.height * item_shape[-2] / measured[-2])
-        around_width = _around(self.width * item_shape[-1] / measured[-1])
+    def _tokens_at(self, tokens: int, item: Sequence[int], measured: Sequence[int]) -> Geometry:
+        around_height = _around(self.height * item[-2] / measured[-2])
+        around_width = _around(self.width * item[-1] / measured[-1])
         for height in around_height:
             for width in around_width:
                 if self.front + height * width == tokens:

@@ -99,10 +99,10 @@ class Looks:
         tables: The rows of the tables in which it looked up ids that follow the input.
     """
 
-    def __init__(self, x: torch.Tensor) -> None:
+    def __init__(self, given: Any) -> None:
         self.count = 0
         # Weak, so that the pass needs no more memory; see Note [Freed memory].
-        self._marked = set(_memory(x))
+        self._marked = set(_memory(given))
         self._sized: set[StorageWeakRef] = set()
         self._inexact: set[StorageWeakRef] = set()
         self._steps: dict[StorageWeakRef, str] = {}
@@ -262,9 +262,14 @@ def unwatched() -> Iterator[None]:
 
 
 @contextmanager
-def watch_looks(module: nn.Module, x: torch.Tensor) -> Iterator[Looks]:
-    """Watch the forward passes of a model on ``x`` in the block, in this thread."""
-    looks = Looks(x)
+def watch_looks(module: nn.Module, given: Any) -> Iterator[Looks]:
+    """Watch the forward passes of a model in the block, in this thread.
+
+    Args:
+        module: The model.
+        given: The tensors that it is given, in any nesting of containers.
+    """
+    looks = Looks(given)
     with _Exports(looks), _Operations(looks), _watch_functions(looks):
         yield looks
 

@@ -27,12 +27,16 @@ from layertap.extraction.names import LayerNames
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import KeptState, PassGuard, survey_passes
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
-from layertap.extraction.samples import bytes_input, reaching_inputs
+from layertap.extraction.samples import (
+    bytes_batch,
+    ordinary_batch,
+    reaching_batches,
+    wide_batch,
+)
 from layertap.extraction.straight import straight_children
 from layertap.extraction.survey import (
     HookSurvey,
     Shape,
-    sample_input,
     survey_first_item,
     survey_fused,
     survey_fx,
@@ -40,10 +44,9 @@ from layertap.extraction.survey import (
     survey_looks,
     survey_repeat,
     survey_walk,
-    wide_input,
 )
 from layertap.extraction.symbolic import Trace, trace
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 
 __all__ = ["measure", "measure_with_graph"]
@@ -84,7 +87,7 @@ def measure_with_graph(
     guard = guard or PassGuard(model.module)
     one, two = _run_twice(model, guard)
     oracle = one.values
-    x = sample_input(model, 1, model.input.item_shape)
+    x = ordinary_batch(model, 1)
     with guard:
         looks = survey_looks(model, x)
     others = _survey_others(model, guard) if looks.looked else []
@@ -134,13 +137,8 @@ def measure_with_graph(
 
 def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
     """Run a model that looks at values on other input, for which other modules may run."""
-    shape = model.input.item_shape
     surveys = []
-    for x in (
-        wide_input(model, 1, shape),
-        bytes_input(model, shape),
-        *reaching_inputs(model, shape),
-    ):
+    for x in (wide_batch(model, 1), bytes_batch(model), *reaching_batches(model)):
         if x is not None:
             # A model need not take such input; what it raises is its own business.
             with suppress(Exception), guard:
@@ -189,7 +187,7 @@ def _not_always(surveys: Sequence[HookSurvey]) -> set[CapturePoint]:
 
 
 def _random(
-    model: LoadedModel, surveys: Sequence[HookSurvey], x: torch.Tensor, guard: PassGuard
+    model: LoadedModel, surveys: Sequence[HookSurvey], x: Batch, guard: PassGuard
 ) -> set[CapturePoint]:
     """Return the points whose values depend on chance, for some input at least.
 
@@ -264,13 +262,12 @@ def _first_non_finite(
 
 
 def _run_twice(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, HookSurvey]:
-    shape = model.input.item_shape
     try:
         return survey_passes(model, guard)
     except Exception as error:
         raise ModelLoadError(
-            f"model {model.name!r} fails on random input of item shape {list(shape)}, "
-            f"{model.input.dtype}: {type(error).__name__}: {error}"
+            f"model {model.name!r} fails on random input of {model.signature.key}: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -287,7 +284,6 @@ def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePo
 def _survey_graph(
     model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
 ) -> MeasuredGraph:
-    shape = model.input.item_shape
     if isinstance(model.module, torch.jit.ScriptModule):
         return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
     if own := _own_modes(model.module):
@@ -299,8 +295,8 @@ def _survey_graph(
         return MeasuredGraph(reason=reason)
     try:
         graph = trace(model)
-        one = survey_fx(graph, sample_input(model, 1, shape), oracle, guard)
-        two = survey_fx(graph, sample_input(model, 2, shape), {}, guard).shapes
+        one = survey_fx(graph, ordinary_batch(model, 1), oracle, guard)
+        two = survey_fx(graph, ordinary_batch(model, 2), {}, guard).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
         return MeasuredGraph(reason=f"the model can't be traced symbolically: {own_words(error)}")
@@ -316,7 +312,7 @@ def _in_order(
     model: LoadedModel,
     specs: dict[CapturePoint, ValueSpec],
     values: Mapping[CapturePoint, torch.Tensor],
-    x: torch.Tensor,
+    x: Batch,
 ) -> dict[CapturePoint, ValueSpec]:
     """Return the specs with those marked whose items are interleaved along the batch dimension.
 
@@ -329,8 +325,8 @@ def _in_order(
     several = {p: spec for p, spec in specs.items() if (spec.batch_axis or (0, 1))[1] > 1}
     if not several:
         return specs
-    other = sample_input(model, 2, model.input.item_shape)[1:]
-    first = survey_first_item(model, torch.cat([x, other]), several, values)
+    other = ordinary_batch(model, 2).narrow(1, 1)
+    first = survey_first_item(model, Batch.cat([x, other]), several, values)
     return {
         point: replace(spec, interleaved=True) if point in several and point not in first else spec
         for point, spec in specs.items()
@@ -488,9 +484,7 @@ def _first_member(path: str, call: int, findings: Measurement) -> str:
     )
 
 
-def _weightless_entries(
-    findings: Measurement, x: torch.Tensor, guard: PassGuard
-) -> Iterator[LayerEntry]:
+def _weightless_entries(findings: Measurement, x: Batch, guard: PassGuard) -> Iterator[LayerEntry]:
     """Yield a layer for the attention weights of each module that can't be made to return them."""
     modules = dict(findings.model.module.named_modules())
     # Not worth a pass where nothing is called so.

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from layertap.extraction.names import LayerNames
 from layertap.extraction.passes import PassGuard, PassRules
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import LooksSurvey, survey_fx
 from layertap.extraction.symbolic import GraphNames, Trace
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 
 __all__ = ["MeasuredGraph", "Measurement"]
 
@@ -40,7 +38,7 @@ class MeasuredGraph:
     astray: str = ""
     trace: Trace | None = None
 
-    def shapes(self, guard: PassGuard, x: torch.Tensor) -> dict[CapturePoint, tuple[int, ...]]:
+    def shapes(self, guard: PassGuard, x: Batch) -> dict[CapturePoint, tuple[int, ...]]:
         """Return the shape of every node that calls no module, for a batch."""
         if self.trace is None:
             return {}

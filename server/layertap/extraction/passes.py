@@ -30,13 +30,14 @@ from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.looks import unwatched
 from layertap.extraction.points import CapturePoint, PointKind, Sink
+from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.script_taps import programs, writes_attributes
 from layertap.extraction.state import Change, Snapshot, Watch
-from layertap.extraction.survey import HookSurvey, sample_input, survey_hooks
+from layertap.extraction.survey import HookSurvey, survey_hooks
 from layertap.extraction.taps import StopForward, observe
 from layertap.extraction.verify import difference
 from layertap.extraction.writes import each_line
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
 
 __all__ = ["GuardedExtractor", "KeptState", "PassGuard", "PassRules", "survey_passes"]
@@ -198,7 +199,7 @@ class GuardedExtractor:
         self._built = built
         self._guard = guard
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
         with self._guard:
             self._built.run(x, sink)
@@ -242,8 +243,7 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
         What hooks saw at batch 1, values included, and at batch 2; both from the loaded state.
     """
     seen = _Seen()
-    shape = model.input.item_shape
-    x, snapshot, chance = sample_input(model, 1, shape), guard.snapshot, Generators(model.device)
+    x, snapshot, chance = ordinary_batch(model, 1), guard.snapshot, Generators(model.device)
     watch = Watch(snapshot)
     with each_line(watch.look_at):
         one = survey_hooks(model, x, keep_values=True, look=watch.look_now_and_then)
@@ -266,7 +266,7 @@ def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, Hoo
         seen.stopped = _left_by_stops(model, x, len(one.order), snapshot, seen)
         seen.seeds = chance.moved() and _agrees(model, x, one.values)
         snapshot.deep_restore()
-    two = survey_hooks(model, sample_input(model, 2, shape))
+    two = survey_hooks(model, ordinary_batch(model, 2))
     after_two = snapshot.deep_changes()
     seen.add(after_two)
     seen.lasting = bool(after or after_two)
@@ -385,9 +385,7 @@ def _named(paths: Sequence[str]) -> str:
     return shown + (f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else "")
 
 
-def _agrees(
-    model: LoadedModel, x: torch.Tensor, values: Mapping[CapturePoint, torch.Tensor]
-) -> bool:
+def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]) -> bool:
     """Run a pass and tell whether each output is what it was before."""
     calls: dict[str, int] = {}
     agrees = True
@@ -412,7 +410,7 @@ def _agrees(
 
 
 def _left_by_stops(
-    model: LoadedModel, x: torch.Tensor, calls: int, snapshot: Snapshot, seen: _Seen
+    model: LoadedModel, x: Batch, calls: int, snapshot: Snapshot, seen: _Seen
 ) -> tuple[str, ...]:
     """End passes early at a few places, and return what only such passes leave changed.
 
@@ -426,7 +424,7 @@ def _left_by_stops(
     return tuple(path for path in left if path not in seen.changes)
 
 
-def _stop_early(model: LoadedModel, x: torch.Tensor, after: int) -> None:
+def _stop_early(model: LoadedModel, x: Batch, after: int) -> None:
     """Run a pass that ends behind so many calls, as where the last wanted layer comes early."""
     left = after
 

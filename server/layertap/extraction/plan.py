@@ -11,6 +11,7 @@ from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, ValueSpec
+from layertap.models import BatchKey
 from layertap.selection import Extractor
 
 __all__ = ["Findings", "Plan", "PlanKey", "quoted"]
@@ -22,12 +23,12 @@ class PlanKey(NamedTuple):
     Attributes:
         extractor: Which extractor runs it; never AUTO.
         pass_spec: What its pass does.
-        item_shape: The sizes of one item, without the batch.
+        batch_key: What its batches have in common.
     """
 
     extractor: Extractor
     pass_spec: PassSpec
-    item_shape: tuple[int, ...]
+    batch_key: BatchKey
 
 
 class Findings:
@@ -94,12 +95,12 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A proven way to do what a pass spec asks, for batches of one item shape.
+    """A proven way to do what a pass spec asks, for batches of one key.
 
     Attributes:
         kind: Which kind of extractor it is.
         pass_spec: What its pass does.
-        item_shape: The sizes of one item, without the batch.
+        batch_key: What its batches have in common.
         specs: The type and shape of each point's value, in the order of the points.
         built: The extractor itself; it runs on a compute thread only.
         findings: What was learnt about the plan since it was built.
@@ -107,7 +108,7 @@ class Plan:
 
     kind: ExtractorKind
     pass_spec: PassSpec
-    item_shape: tuple[int, ...]
+    batch_key: BatchKey
     specs: tuple[ValueSpec, ...]
     built: BuiltExtractor
     findings: Findings
@@ -115,7 +116,7 @@ class Plan:
     @property
     def key(self) -> PlanKey:
         """What the plan is for."""
-        return PlanKey(self.kind.id, self.pass_spec, self.item_shape)
+        return PlanKey(self.kind.id, self.pass_spec, self.batch_key)
 
     @property
     def extractor(self) -> Extractor:

@@ -1,4 +1,4 @@
-"""Builds plans: an extractor for one pass spec and item shape, proven before it serves."""
+"""Builds plans: an extractor for one pass spec and batch key, proven before it serves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
-
-import torch
 
 from layertap.errors import ExtractorUnsupportedError, LayertapError
 from layertap.extraction.apart import ProgramEndedError
@@ -31,10 +29,10 @@ from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, pla
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.proof import prove
 from layertap.extraction.prover import Prover
-from layertap.extraction.survey import sample_input
+from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.taps import Taps
 from layertap.extraction.verify import mismatch
-from layertap.models import LoadedModel
+from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.selection import Extractor
 
 __all__ = ["PlanBuilder"]
@@ -51,10 +49,10 @@ class _Proof:
 
     kind: ExtractorKind
     pass_spec: PassSpec
-    cases: list[tuple[torch.Tensor, Values]]
+    cases: list[tuple[Batch, Values]]
 
     @property
-    def example(self) -> torch.Tensor:
+    def example(self) -> Batch:
         return self.cases[0][0]
 
     def steps(self, built: BuiltExtractor) -> Iterator[None]:
@@ -104,7 +102,7 @@ class PlanBuilder:
         self,
         extractor: Extractor,
         pass_spec: PassSpec,
-        item_shape: tuple[int, ...],
+        batch_key: BatchKey,
         *,
         keep: bool = False,
     ) -> Plan:
@@ -117,14 +115,14 @@ class PlanBuilder:
         Args:
             extractor: Any but AUTO.
             pass_spec: What to do: points of the catalogue that the extractor claims to serve.
-            item_shape: The sizes of one item, without the batch.
+            batch_key: What the batches to serve have in common.
             keep: Whether to store a compiled plan on disk, or use the one stored there.
 
         Raises:
             InvalidInputError: Where the model itself can't run on such items.
             ExtractorUnsupportedError: Where the extractor can't be built or its values differ.
         """
-        *_, plan = self.steps(extractor, pass_spec, item_shape, keep=keep)
+        *_, plan = self.steps(extractor, pass_spec, batch_key, keep=keep)
         if plan is None:
             raise AssertionError("the last step yields the plan")
         return plan
@@ -133,30 +131,30 @@ class PlanBuilder:
         self,
         extractor: Extractor,
         pass_spec: PassSpec,
-        item_shape: tuple[int, ...],
+        batch_key: BatchKey,
         *,
         keep: bool = False,
     ) -> Iterator[Plan | None]:
         """Build as ``build`` does, in steps of about one forward pass; the last yields the plan."""
         kind, points = kind_of(extractor), pass_spec.points
-        if isinstance(kind, ReferenceKind) and item_shape == self._model.input.item_shape:
+        if isinstance(kind, ReferenceKind) and batch_key == self._model.signature.key:
             # The oracle at the size at which the catalogue was measured: nothing is left to learn.
             specs = tuple(self._catalogue.specs[point] for point in points)
             built: BuiltExtractor = kind.build(self._context, pass_spec)
-            yield Plan(kind, pass_spec, item_shape, specs, built, Findings())
+            yield Plan(kind, pass_spec, batch_key, specs, built, Findings())
             return
-        batches = [sample_input(self._model, size, item_shape) for size in (1, 2)]
+        batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
         oracle = []
         for x in batches:
             oracle.append(self.prover.truth(pass_spec, x))
             yield None
         specs = tuple(
-            self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), item_shape)
+            self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), batch_key)
             for point, one, two in zip(points, *oracle, strict=True)
         )
         proof = _Proof(kind, pass_spec, list(zip(batches, oracle, strict=True)))
         if not kind.reference:
-            proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, item_shape))
+            proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, batch_key))
             yield None
         if isinstance(kind, CompiledKind):
             built = yield from self._compiled(kind, proof, keep=keep)
@@ -165,12 +163,10 @@ class PlanBuilder:
             yield None
             if not kind.reference:
                 yield from proof.steps(built)
-        findings = Findings(len(x) for x, _ in proof.cases)
-        yield Plan(kind, pass_spec, item_shape, specs, built, findings)
+        findings = Findings(x.size for x, _ in proof.cases)
+        yield Plan(kind, pass_spec, batch_key, specs, built, findings)
 
-    def _placed(
-        self, point: CapturePoint, spec: ValueSpec, item_shape: tuple[int, ...]
-    ) -> ValueSpec:
+    def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
         """Return a spec with what the catalogue has found out about the point."""
         measured = self._catalogue.specs.get(point)
         if measured is None or len(measured.dims) != len(spec.dims):
@@ -179,7 +175,9 @@ class PlanBuilder:
         if spec.batch_axis is None:
             return spec
         shape = [1, *(dim.size for dim in spec.dims if not dim.batch)]
-        geometry = measured.geometry.at(shape, item_shape, self._model.input.item_shape)
+        geometry = measured.geometry.at(
+            shape, batch_key.main.shape, self._model.signature.main.shape
+        )
         return replace(spec, geometry=geometry)
 
     def _compiled(
@@ -224,7 +222,7 @@ class PlanBuilder:
 
     def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
         """Compare a program with the oracle in a process of its own; see ``apart``."""
-        larger = sample_input(self._model, _LARGER, tuple(proof.example.shape[1:]))
+        larger = ordinary_batch(self._model, _LARGER, proof.example.key)
         cases = [*proof.cases, (larger, self.prover.truth(proof.pass_spec, larger))]
         yield None
         try:
@@ -235,18 +233,17 @@ class PlanBuilder:
         for (x, expected), values in zip(cases, answers, strict=True):
             self._check(proof, x, values, expected)
 
-    def _check(self, proof: _Proof, x: torch.Tensor, values: Values, expected: Values) -> None:
+    def _check(self, proof: _Proof, x: Batch, values: Values, expected: Values) -> None:
         for value, right in zip(values, expected, strict=True):
             fault = mismatch(value, right.cpu(), proof.kind.tolerance(right))
             if fault:
-                reason = f"at batch size {len(x)} {fault}"
+                reason = f"at batch size {x.size} {fault}"
                 raise self._refusal(proof.kind, proof.pass_spec, reason)
 
     def _stored(self, kind: CompiledKind[Any], proof: _Proof) -> PlanFile | None:
         if self._cache is None:
             return None
-        x = proof.example
-        digest = plan_digest(self._fingerprint, kind, proof.pass_spec, x.shape[1:], x.dtype)
+        digest = plan_digest(self._fingerprint, kind, proof.pass_spec, proof.example.key)
         return self._cache.file(digest)
 
     @cached_property
@@ -254,14 +251,14 @@ class PlanBuilder:
         return fingerprint(self._model)
 
     def construct(
-        self, extractor: Extractor, pass_spec: PassSpec, example: torch.Tensor
+        self, extractor: Extractor, pass_spec: PassSpec, example: Batch
     ) -> BuiltExtractor:
         """Build an extractor without proving it.
 
         Args:
             extractor: Any but AUTO.
             pass_spec: What to do: points that it claims to serve.
-            example: ``[B, ...]`` on the model's device; compiled programs hold for its item shape.
+            example: On the model's device; compiled programs hold for its key.
 
         Raises:
             ExtractorUnsupportedError: It can't be built.
@@ -271,7 +268,7 @@ class PlanBuilder:
             return kind.finish(self._compile(kind, pass_spec, example))
         return kind.build(self._context, pass_spec)
 
-    def _compile(self, kind: CompiledKind[Any], pass_spec: PassSpec, example: torch.Tensor) -> Any:
+    def _compile(self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch) -> Any:
         try:
             with self._guard:
                 self._refuse_obstacles(kind, pass_spec, example)
@@ -287,7 +284,7 @@ class PlanBuilder:
             raise self._refusal(kind, pass_spec, reason) from error
 
     def _refuse_obstacles(
-        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: torch.Tensor
+        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch
     ) -> None:
         """Refuse to compile what a program would get wrong for inputs unlike the example.
 
@@ -296,7 +293,7 @@ class PlanBuilder:
         """
         x = example.clone()
         steps: list[str] = []
-        with watch_looks(self._model.module, x) as looks:
+        with watch_looks(self._model.module, x.tensors) as looks:
             self._taps.run(
                 self._model.forward,
                 x,

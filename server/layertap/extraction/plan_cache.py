@@ -18,7 +18,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ import torchvision
 from layertap.errors import ConfigError
 from layertap.extraction.kinds.base import CompiledKind
 from layertap.extraction.pass_spec import PassSpec
-from layertap.models import LoadedModel
+from layertap.models import BatchKey, LoadedModel
 
 __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest", "remove"]
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "2"
+FORMAT = "3"
 SUFFIX = ".plan.pt"
 PART = ".part"
 """Ends the name of a file that is being written."""
@@ -231,9 +231,8 @@ def plan_digest(
     model_digest: str,
     kind: CompiledKind[Any],
     pass_spec: PassSpec,
-    item_shape: Sequence[int],
-    dtype: torch.dtype,
+    batch_key: BatchKey,
 ) -> str:
     """Return the name under which a plan is stored."""
-    text = repr((model_digest, kind.name, pass_spec, tuple(item_shape), str(dtype)))
+    text = repr((model_digest, kind.name, pass_spec, batch_key))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

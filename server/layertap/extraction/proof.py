@@ -11,11 +11,12 @@ from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.verify import compiled_tolerance, difference, mismatch
+from layertap.models import Batch
 
 __all__ = ["collect", "items_of", "prove", "shares_passes"]
 
 
-def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: torch.Tensor) -> Values:
+def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: Batch) -> Values:
     """Run an extractor and return a clone of every point's value, in the order of the points."""
     values: dict[int, torch.Tensor] = {}
 
@@ -31,7 +32,7 @@ def prove(
     kind: ExtractorKind,
     built: BuiltExtractor,
     points: Sequence[CapturePoint],
-    x: torch.Tensor,
+    x: Batch,
     oracle: Values,
 ) -> None:
     """Run an extractor on a batch and compare its values with the oracle's, within its tolerance.
@@ -51,7 +52,7 @@ def prove(
         if faults[index]:
             raise ExtractorUnsupportedError(
                 f"{kind.name} can't serve layer {point.path!r} in this layer set: at batch "
-                f"size {len(x)} {faults[index]}"
+                f"size {x.size} {faults[index]}"
             )
 
 
@@ -74,7 +75,7 @@ def shares_passes(
     built: BuiltExtractor,
     points: Sequence[CapturePoint],
     specs: Sequence[ValueSpec],
-    x: torch.Tensor,
+    x: Batch,
 ) -> bool:
     """Tell whether requests may share a forward pass: whether each item's values are its own.
 
@@ -87,14 +88,14 @@ def shares_passes(
         built: The extractor.
         points: Its points.
         specs: Their types and shapes.
-        x: ``[3, ...]`` random input.
+        x: A batch of at least two items.
     """
     if any(spec.batch_axis is None or spec.dynamic for spec in specs):
         return False
     whole = collect(built, points, x)
-    for begin, part in ((0, x[:1]), (1, x[1:])):
+    for begin, part in ((0, x.narrow(0, 1)), (1, x.narrow(1, x.size - 1))):
         for value, expected, spec in zip(whole, collect(built, points, part), specs, strict=True):
-            mine = items_of(value, spec, begin, len(part))
+            mine = items_of(value, spec, begin, part.size)
             if difference(mine, expected) > compiled_tolerance(expected):
                 return False
     return True

@@ -14,8 +14,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from layertap.errors import (
     ExtractorUnsupportedError,
     InvalidInputError,
@@ -33,9 +31,15 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import KeptState
 from layertap.extraction.plan import Plan, quoted
 from layertap.extraction.proof import collect, prove, shares_passes
-from layertap.extraction.samples import bytes_input, reaching_inputs, unlike_items
-from layertap.extraction.survey import sample_input, wide_input
+from layertap.extraction.samples import (
+    bytes_batch,
+    ordinary_batch,
+    reaching_batches,
+    unlike_batch,
+    wide_batch,
+)
 from layertap.extraction.symbolic import WholeGraphExtractor
+from layertap.models import Batch, BatchKey
 
 __all__ = ["Prover"]
 
@@ -59,7 +63,7 @@ class Prover:
         self._model = context.model
         self._guard = context.guard
 
-    def truth(self, pass_spec: PassSpec, x: torch.Tensor) -> Values:
+    def truth(self, pass_spec: PassSpec, x: Batch) -> Values:
         """Return what the oracle captures from a batch, in the order of the points.
 
         Raises:
@@ -77,33 +81,32 @@ class Prover:
             ) from error
         except Exception as error:
             words = own_words(error)
-            _log.info("model %s fails on %s: %s", self._model.name, list(x.shape), words)
+            _log.info("model %s fails on %d of %s: %s", self._model.name, x.size, x.key, words)
             if is_out_of_memory(error):
                 raise self.out_of_memory(x) from error
             raise InvalidInputError(
-                f"tensor: model {self._model.name!r} can't run on items of shape "
-                f"{list(x.shape[1:])}: {words}; it was measured at "
-                f"{list(self._model.input.item_shape)}"
+                f"inputs: model {self._model.name!r} can't run on items of {x.key}: {words}; it "
+                f"was measured at {self._model.signature.key}"
             ) from error
 
-    def out_of_memory(self, x: torch.Tensor) -> OverloadedError:
+    def out_of_memory(self, x: Batch) -> OverloadedError:
         """Return the error for a batch that there was not the memory to run."""
         return OverloadedError(
-            f"out of memory while running model {self._model.name!r} on a batch of {len(x)}"
+            f"out of memory while running model {self._model.name!r} on a batch of {x.size}"
         )
 
     def reaching_cases(
-        self, kind: ExtractorKind, pass_spec: PassSpec, item_shape: tuple[int, ...]
-    ) -> list[tuple[torch.Tensor, Values]]:
+        self, kind: ExtractorKind, pass_spec: PassSpec, batch_key: BatchKey
+    ) -> list[tuple[Batch, Values]]:
         """Return batches of unusual input, each with the oracle's values, where the model takes it.
 
         See Note [Samples that reach]. For a kind that takes finite input only, the batches hold no
         NaN or infinity, which it is never given (see ``engine.pipeline``), and no items of several
         magnitudes, as its tolerance would hide the small ones.
         """
-        batches = [wide_input(self._model, 3, item_shape), bytes_input(self._model, item_shape)]
-        if not kind.finite_only or not self._model.input.dtype.is_floating_point:
-            batches.extend(reaching_inputs(self._model, item_shape))
+        batches = [wide_batch(self._model, 3, batch_key), bytes_batch(self._model, batch_key)]
+        if not kind.finite_only or not self._model.signature.has_floats:
+            batches.extend(reaching_batches(self._model, batch_key))
         cases = []
         for x in batches:
             if x is None:
@@ -126,7 +129,7 @@ class Prover:
         if plan.refusal(size) is not None:
             return
         try:
-            x = sample_input(self._model, size, plan.item_shape)
+            x = ordinary_batch(self._model, size, plan.batch_key)
             expected = self.truth(plan.pass_spec, x)
             prove(plan.kind, plan.built, plan.points, x, expected)
         except OverloadedError:
@@ -166,7 +169,7 @@ class Prover:
 
     def warm(self, plan: Plan, size: int) -> None:
         """Run a plan on a batch of that many items, as the first such batch takes longer."""
-        x = sample_input(self._model, size, plan.item_shape)
+        x = ordinary_batch(self._model, size, plan.batch_key)
         for _ in range(plan.kind.warm_up_runs):
             plan.built.run(x.clone(), lambda index, value: None)
 
@@ -193,19 +196,19 @@ class Prover:
         return self._context.guarded(whole)
 
     def _shares(self, plan: Plan) -> bool:
-        x = sample_input(self._model, _SHARED, plan.item_shape)
+        x = ordinary_batch(self._model, _SHARED, plan.batch_key)
         if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
             return False
         return all(
             self._shares_on(plan, items)
-            for batch in (wide_input(self._model, _SHARED, plan.item_shape),
-                          *reaching_inputs(self._model, plan.item_shape))
+            for batch in (wide_batch(self._model, _SHARED, plan.batch_key),
+                          *reaching_batches(self._model, plan.batch_key))
             # As whole and parts are compared, each kind of item is once the first and alone.
-            if batch is not None and not (plan.kind.finite_only and not batch.isfinite().all())
-            for items in (batch, batch.flip(0))
+            if batch is not None and not (plan.kind.finite_only and not batch.is_finite)
+            for items in (batch, batch.map(lambda tensor: tensor.flip(0)))
         )  # fmt: skip
 
-    def _shares_on(self, plan: Plan, x: torch.Tensor) -> bool:
+    def _shares_on(self, plan: Plan, x: Batch) -> bool:
         try:
             return shares_passes(plan.built, plan.points, plan.specs, x)
         except Exception as error:  # noqa: BLE001 - a model need not take such input; a batch fails
@@ -214,35 +217,35 @@ class Prover:
 
     def _shares_at(self, plan: Plan, items: int) -> bool:
         """See Note [Each batch size is proven]."""
-        ordinary = sample_input(self._model, items, plan.item_shape)
+        ordinary = ordinary_batch(self._model, items, plan.batch_key)
         try:
             shares = shares_passes(plan.built, plan.points, plan.specs, ordinary)
         except Exception:  # noqa: BLE001 - then each request runs alone, and says why it fails
             _log.info("model %s fails on %d items", self._model.name, items, exc_info=True)
             return False
-        return shares and self._shares_on(plan, unlike_items(self._model, items, plan.item_shape))
+        return shares and self._shares_on(plan, unlike_batch(self._model, items, plan.batch_key))
 
-    def _looks(self, plan: Plan, x: torch.Tensor) -> bool:
+    def _looks(self, plan: Plan, x: Batch) -> bool:
         if plan.kind.compiled:
             return False  # Or it would not have been compiled.
         # What follows from a discontinuous step is another value in a pass of another size.
         x = x.clone()
         steps: list[str] = []
-        with watch_looks(self._model.module, x) as looks:
+        with watch_looks(self._model.module, x.tensors) as looks:
             plan.built.run(x, lambda _, value: steps.append(looks.step(value)))
         return looks.count > 0 or any(steps)
 
     def _records(self, plan: Plan, graphed: GraphedExtractor, size: int) -> bool:
-        x = sample_input(self._model, size, plan.item_shape)
+        x = ordinary_batch(self._model, size, plan.batch_key)
         try:
             self._refuse_replays(plan, x)
             graphed.record(x)
             # The second replay would show what the first one left behind.
-            for other in (x.flip(-1), x):
+            for other in (x.map(lambda tensor: tensor.flip(-1)), x):
                 expected = self.truth(plan.pass_spec, other)
                 prove(plan.kind, graphed, plan.points, other, expected)
         except Exception as error:  # noqa: BLE001 - whatever a model's code makes of the refusal
-            graphed.forget(x.shape)
+            graphed.forget(x.shapes)
             _log.warning(
                 "model %s: no CUDA graph of %s at batch size %d: %s",
                 self._model.name, quoted(plan.points), size, error,
@@ -250,7 +253,7 @@ class Prover:
             return False
         return True
 
-    def _refuse_replays(self, plan: Plan, x: torch.Tensor) -> None:
+    def _refuse_replays(self, plan: Plan, x: Batch) -> None:
         """Refuse what would not be the same pass again; see Note [What a graph holds]."""
         if self._guard.rules.state is not KeptState.NONE:
             raise ExtractorUnsupportedError("its modules write state while they run")

@@ -16,6 +16,7 @@ import torch
 from layertap.errors import InvalidInputError
 from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.points import Dim, ValueSpec
+from layertap.models import BatchKey
 from layertap.selection import Reduction
 
 __all__ = ["Reduced", "reduced"]
@@ -31,16 +32,14 @@ class Reduced:
     apply: Apply
 
 
-def reduced(
-    spec: ValueSpec, reduction: Reduction, layer: str, item_shape: Sequence[int]
-) -> Reduced:
+def reduced(spec: ValueSpec, reduction: Reduction, layer: str, key: BatchKey) -> Reduced:
     """Make a reduction for the values of a layer.
 
     Args:
         spec: The values' type and shape.
         reduction: What to do.
         layer: The layer's name, for the error.
-        item_shape: The input's sizes without the batch, for the error.
+        key: The items of the batch, for the error.
 
     Raises:
         InvalidInputError: Where the reduction can't be applied to such values.
@@ -55,7 +54,7 @@ def reduced(
         known = "" if spec.geometry != Geometry() else ", of which the layout is not known,"
         raise InvalidInputError(
             f"reduction: {reduction.name} takes {takes}, but layer {layer!r} is "
-            f"{spec.dtype} {shape}{known} for items of {list(item_shape)}"
+            f"{spec.dtype} {shape}{known} for items of {key}"
         )
     dims, apply = made
     axis = next(index for index, dim in enumerate(spec.dims) if dim.batch)

@@ -1,4 +1,7 @@
-"""Batches on which a proof sees what an ordinary sample hides.
+"""Batches that a model is tried on: ordinary ones, and those that show what an ordinary one hides.
+
+Every batch is seeded: the same call gives the same numbers. They are on the model's device and of
+its inputs' element types.
 
 Note [Samples that reach]
     A proof sees only what its inputs show. Random numbers in [0, 1) never reach ``clamp(-10, 10)``,
@@ -15,72 +18,124 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from layertap.extraction.survey import sample_input
-from layertap.models import LoadedModel
+from layertap.models import Batch, BatchKey, InputSpec, LoadedModel
 
-__all__ = ["bytes_input", "reaching_inputs", "unlike_items"]
+__all__ = ["bytes_batch", "ordinary_batch", "reaching_batches", "unlike_batch", "wide_batch"]
 
-_Fill = Callable[[torch.Size, torch.Generator], torch.Tensor]
+Shape = tuple[int, ...]
+Fill = Callable[[Shape, torch.Generator], torch.Tensor]
+"""Makes the numbers of a floating-point input of a shape, batch included."""
 
-_MAGNITUDES: tuple[_Fill, ...] = (
-    lambda size, generator: torch.randn(size, generator=generator) * 1e-3,
-    lambda size, generator: torch.randn(size, generator=generator) * 2,
-    lambda size, generator: torch.rand(size, generator=generator) * 255,
-    lambda size, generator: torch.randn(size, generator=generator) * 1e4,
+_MAGNITUDES: tuple[Fill, ...] = (
+    lambda shape, generator: torch.randn(shape, generator=generator) * 1e-3,
+    lambda shape, generator: torch.randn(shape, generator=generator) * 2,
+    lambda shape, generator: torch.rand(shape, generator=generator) * 255,
+    lambda shape, generator: torch.randn(shape, generator=generator) * 1e4,
 )
 
 _EVERY = 61
 """One number in so many is NaN or infinite: few enough that layers have finite numbers left."""
 
 
-def bytes_input(model: LoadedModel, item_shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Return one item of numbers in [0, 255); None where the model takes no floating point."""
-    if not model.input.dtype.is_floating_point:
+def ordinary_batch(model: LoadedModel, size: int, key: BatchKey | None = None) -> Batch:
+    """Return a batch of numbers in [0, 1), or of ids over the whole range that is known.
+
+    Args:
+        model: The model.
+        size: Items.
+        key: The shapes of an item; the model's default ones if not given.
+    """
+    return _batch(model, size, key, seed=0, fill=_uniform, ids=_uniform_ids)
+
+
+def wide_batch(model: LoadedModel, size: int, key: BatchKey | None = None) -> Batch | None:
+    """Return a batch of numbers on both sides of [0, 1), twice as wide as normalised images.
+
+    None for a model without floating-point inputs.
+    """
+    if not model.signature.has_floats:
         return None
-    generator = torch.Generator().manual_seed(2)
-    return _on(model, torch.rand((1, *item_shape), generator=generator) * 255)
+    return _batch(model, size, key, seed=1, fill=_MAGNITUDES[1], ids=_uniform_ids)
 
 
-def reaching_inputs(model: LoadedModel, item_shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
-    """Yield batches of three items ``[3, *item_shape]`` that show what a sample may hide.
+def bytes_batch(model: LoadedModel, key: BatchKey | None = None) -> Batch | None:
+    """Return one item of numbers in [0, 255); None for a model without floating-point inputs."""
+    if not model.signature.has_floats:
+        return None
+    return _batch(model, 1, key, seed=2, fill=_MAGNITUDES[2], ids=_uniform_ids)
+
+
+def reaching_batches(model: LoadedModel, key: BatchKey | None = None) -> Iterator[Batch]:
+    """Yield batches of three items that show what an ordinary one may hide.
 
     See Note [Samples that reach]. A model need not be able to take them.
     """
-    if model.input.dtype.is_floating_point:
-        yield unlike_items(model, 3, item_shape)
-        yield _not_finite(model, item_shape)
+    if model.signature.has_floats:
+        yield unlike_batch(model, 3, key)
+        yield _batch(model, 3, key, seed=7, fill=_not_finite, ids=_unlike_ids)
         return
     for seed in (3, 4):
-        yield _ids(model, 3, item_shape, seed)
+        yield _batch(model, 3, key, seed=seed, fill=_unlike, ids=_unlike_ids)
 
 
-def unlike_items(model: LoadedModel, items: int, item_shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a batch ``[items, *item_shape]`` whose items differ as much as requests may."""
-    if not model.input.dtype.is_floating_point:
-        return _ids(model, items, item_shape, 5)
-    generator = torch.Generator().manual_seed(6)
-    fills = [_MAGNITUDES[index % len(_MAGNITUDES)] for index in range(items)]
-    size = torch.Size(item_shape)
-    return _on(model, torch.stack([fill(size, generator) for fill in fills]))
+def unlike_batch(model: LoadedModel, size: int, key: BatchKey | None = None) -> Batch:
+    """Return a batch whose items differ as much as the items of several requests may."""
+    seed = 6 if model.signature.has_floats else 5
+    return _batch(model, size, key, seed=seed, fill=_unlike, ids=_unlike_ids)
 
 
-def _not_finite(model: LoadedModel, item_shape: tuple[int, ...]) -> torch.Tensor:
+def _batch(
+    model: LoadedModel,
+    size: int,
+    key: BatchKey | None,
+    *,
+    seed: int,
+    fill: Fill,
+    ids: Callable[[InputSpec, Shape, torch.Generator], torch.Tensor],
+) -> Batch:
+    tensors = {}
+    items = (key or model.signature.key).items
+    for index, (spec, item) in enumerate(zip(model.signature.inputs, items, strict=True)):
+        generator = torch.Generator().manual_seed(seed + 100 * index)
+        shape = (size, *item.shape)
+        if spec.dtype.is_floating_point:
+            values = fill(shape, generator)
+        else:
+            values = ids(spec, shape, generator)
+        tensors[spec.name] = values.to(model.device, spec.dtype)
+    return Batch(tensors)
+
+
+def _uniform(shape: Shape, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32)
+
+
+def _uniform_ids(spec: InputSpec, shape: Shape, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(0, spec.ids.rows if spec.ids else 2, shape, generator=generator)
+
+
+def _unlike(shape: Shape, generator: torch.Generator) -> torch.Tensor:
+    """Return items of very unlike magnitudes."""
+    size, *item = shape
+    fills = [_MAGNITUDES[index % len(_MAGNITUDES)] for index in range(size)]
+    return torch.stack([fill(tuple(item), generator) for fill in fills])
+
+
+def _not_finite(shape: Shape, generator: torch.Generator) -> torch.Tensor:
     """Return an ordinary item, one with NaN in it and one with infinities."""
-    generator = torch.Generator().manual_seed(7)
-    values = torch.randn((3, *item_shape), generator=generator)
+    values = torch.randn(shape, generator=generator)
     values[1].view(-1)[::_EVERY] = float("nan")
     values[2].view(-1)[::_EVERY] = float("inf")
     values[2].view(-1)[_EVERY // 2 :: _EVERY] = -float("inf")
-    return _on(model, values)
+    return values
 
 
-def _ids(model: LoadedModel, items: int, item_shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def _unlike_ids(spec: InputSpec, shape: Shape, generator: torch.Generator) -> torch.Tensor:
     """Return ids of the whole range: low ones in one item, high ones in the next, then padding."""
-    known = model.input.ids
+    known = spec.ids
     if known is None:
-        return sample_input(model, items, item_shape)
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(0, known.rows, (items, *item_shape), generator=generator)
+        return _uniform_ids(spec, shape, torch.Generator().manual_seed(0))
+    values = torch.randint(0, known.rows, shape, generator=generator)
     for index, item in enumerate(values):
         row = item.view(-1)
         match index % 3:
@@ -90,8 +145,4 @@ def _ids(model: LoadedModel, items: int, item_shape: tuple[int, ...], seed: int)
                 row[: max(1, len(row) // 2)] = known.rows - 1
             case _:
                 row[len(row) // 2 :] = known.padding
-    return _on(model, values)
-
-
-def _on(model: LoadedModel, values: torch.Tensor) -> torch.Tensor:
-    return values.to(model.device, model.input.dtype)
+    return values

@@ -25,7 +25,7 @@ from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import observe
 from layertap.extraction.verify import difference, same
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "HookSurvey",
     "LooksSurvey",
     "Shape",
-    "sample_input",
     "survey_first_item",
     "survey_fused",
     "survey_fx",
@@ -41,7 +40,6 @@ __all__ = [
     "survey_looks",
     "survey_repeat",
     "survey_walk",
-    "wide_input",
 ]
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
@@ -75,33 +73,9 @@ class HookSurvey:
     random: set[CapturePoint] = field(default_factory=set)
 
 
-def sample_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a seeded batch ``[batch, *item_shape]`` on the model's device, of its input dtype."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, *item_shape)
-    if model.input.dtype.is_floating_point:
-        values = torch.rand(shape, generator=generator, dtype=torch.float32)
-    else:
-        rows = model.input.ids.rows if model.input.ids else 2
-        values = torch.randint(0, rows, shape, generator=generator)
-    return values.to(model.device, model.input.dtype)
-
-
-def wide_input(model: LoadedModel, batch: int, item_shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Return a batch as ``sample_input`` does, of numbers on both sides of [0, 1), or None.
-
-    Twice as wide as normalised images; None where the model takes no floating-point numbers.
-    """
-    if not model.input.dtype.is_floating_point:
-        return None
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn((batch, *item_shape), generator=generator, dtype=torch.float32) * 2
-    return values.to(model.device, model.input.dtype)
-
-
 def survey_hooks(
     model: LoadedModel,
-    x: torch.Tensor,
+    x: Batch,
     *,
     keep_values: bool = False,
     look: Callable[[], None] | None = None,
@@ -110,7 +84,7 @@ def survey_hooks(
 
     Args:
         model: The model.
-        x: ``[B, ...]``; it stays as it is.
+        x: The batch; it stays as it is.
         keep_values: Whether to keep a clone of every output.
         look: Called when a module begins and when it ends.
     """
@@ -158,7 +132,7 @@ def survey_hooks(
     generators = Generators(model.device)
     with observe(model.module, see):
         model.forward(given)
-    survey.mutated_input = not same(given, x)
+    survey.mutated_input = not all(same(given[name], x[name]) for name in x)
     _refuse_recursive(survey, recursive - survey.threaded - {""})
     # Of a module that runs several times in such threads, each pass numbers the calls anew.
     for point in list(survey.values):
@@ -177,7 +151,7 @@ def _refuse_recursive(survey: HookSurvey, paths: Collection[str]) -> None:
 
 def survey_first_item(
     model: LoadedModel,
-    x: torch.Tensor,
+    x: Batch,
     specs: Mapping[CapturePoint, ValueSpec],
     values: Mapping[CapturePoint, torch.Tensor],
 ) -> set[CapturePoint]:
@@ -185,7 +159,7 @@ def survey_first_item(
 
     Args:
         model: The model.
-        x: ``[2, ...]``.
+        x: A batch of two items.
         specs: The type and shape of each point to look at.
         values: What the first item alone gives.
     """
@@ -212,7 +186,7 @@ def survey_first_item(
 
 
 def survey_repeat(
-    model: LoadedModel, x: torch.Tensor, values: Mapping[CapturePoint, torch.Tensor]
+    model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]
 ) -> set[CapturePoint]:
     """Run a model on the same batch again; return the points whose value is another one now."""
     changed: set[CapturePoint] = set()
@@ -252,7 +226,7 @@ class LooksSurvey:
     straight: list[str] = field(default_factory=list)
 
 
-def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
+def survey_looks(model: LoadedModel, x: Batch) -> LooksSurvey:
     """Run a model and watch every operation.
 
     A pass of its own: while operations are watched torch takes other ways through some of them, so
@@ -287,12 +261,12 @@ def survey_looks(model: LoadedModel, x: torch.Tensor) -> LooksSurvey:
                 survey.steps[point] = step
 
     x = x.clone()
-    with watch_looks(model.module, x) as looks, observe(model.module, see):
+    with watch_looks(model.module, x.tensors) as looks, observe(model.module, see):
         model.forward(x)
     return survey
 
 
-def survey_fused(model: LoadedModel, x: torch.Tensor) -> set[str]:
+def survey_fused(model: LoadedModel, x: Batch) -> set[str]:
     """Return the paths of the modules that attend in one fused operation, and so have no weights.
 
     A pass of its own, as ``survey_looks`` is.
@@ -317,7 +291,7 @@ def survey_fused(model: LoadedModel, x: torch.Tensor) -> set[str]:
 
 def survey_walk(
     model: LoadedModel,
-    x: torch.Tensor,
+    x: Batch,
     oracle: Mapping[CapturePoint, torch.Tensor],
     straight: Collection[str],
 ) -> dict[str, str]:
@@ -325,7 +299,7 @@ def survey_walk(
 
     Args:
         model: The model.
-        x: The batch ``[1, ...]`` for which the oracle gave its values.
+        x: The batch of one item for which the oracle gave its values.
         oracle: Those values.
         straight: The children up to which ``forward`` does nothing but call them in order.
 
@@ -334,10 +308,10 @@ def survey_walk(
     """
     reasons: dict[str, str] = {}
     broken = ""
-    x = x.clone()
+    value = x.only.clone()
     for name, child in model.module.named_children():
         if not broken:
-            x, broken = _step(name, child, x, oracle)
+            value, broken = _step(name, child, value, oracle)
         if not broken and name not in straight:
             broken = f"the forward pass does more than call the children in order up to {name!r}"
         reasons[name] = broken
@@ -364,7 +338,7 @@ class FxSurvey:
 
 def survey_fx(
     trace: Trace,
-    x: torch.Tensor,
+    x: Batch,
     oracle: Mapping[CapturePoint, torch.Tensor],
     turn: AbstractContextManager[object],
 ) -> FxSurvey:

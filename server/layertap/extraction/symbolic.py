@@ -33,7 +33,7 @@ from layertap.extraction.containers import plain
 from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.extraction.state import Snapshot
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 
 __all__ = ["FxExtractor", "GraphNames", "Trace", "WholeGraphExtractor", "as_it_was", "trace"]
 
@@ -136,6 +136,7 @@ class FxExtractor:
             ).eval()
         self._returned = _capture_in_graph(graph_module, nodes)
         self._graph_module = graph_module
+        self._model = model
 
     def targets(self) -> dict[str, str]:
         """Return each node's name with the path of the module that it calls, else empty."""
@@ -160,11 +161,11 @@ class FxExtractor:
                 used.add(node)
         return {names[node] for node in used if node in names}
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
         token = _sink.set(sink)
         try:
-            self._graph_module(x)
+            self._graph_module(*self._model.arguments(x))
         finally:
             _sink.reset(token)
 
@@ -181,7 +182,7 @@ class WholeGraphExtractor:
             [index for index, node in enumerate(nodes) if node == name] for name in names.eval
         ]
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
 
         def select(position: int, value: torch.Tensor) -> None:

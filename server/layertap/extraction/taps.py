@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -45,6 +45,9 @@ from layertap.selection import Capture
 __all__ = ["StopForward", "Taps", "call_input", "observe"]
 
 _session: ContextVar[_Session | None] = ContextVar("layertap_session", default=None)
+
+X = TypeVar("X")
+"""What a forward pass is given: a batch."""
 
 
 class StopForward(BaseException):
@@ -164,8 +167,8 @@ class Taps:
 
     def run(
         self,
-        forward: Callable[[torch.Tensor], Any],
-        x: torch.Tensor,
+        forward: Callable[[X], Any],
+        x: X,
         points: Sequence[CapturePoint],
         sink: Sink,
         *,

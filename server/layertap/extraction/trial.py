@@ -28,9 +28,9 @@ from layertap.errors import ModelLoadError
 from layertap.extraction.id_range import with_id_range
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
+from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.script_taps import instrument, programs
-from layertap.extraction.survey import sample_input
-from layertap.models import InputGuess, LoadedModel
+from layertap.models import BatchKey, InputGuess, LoadedModel
 
 __all__ = ["tried"]
 
@@ -56,8 +56,8 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
         ConfigError: Preprocessed images don't fit the input that was found.
         ModelLoadError: The model runs on no element type that was tried.
     """
-    guess = model.input.guess
-    if guess is None and model.input.dtype.is_floating_point:
+    guess = model.signature.main.guess
+    if guess is None and model.signature.main.dtype.is_floating_point:
         return model
     for program in programs(model.module).values():
         # The first run decides for good what a program's calls are compiled to.
@@ -65,10 +65,10 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
     guard = guard or PassGuard(model.module)
     if guess:
         model = _that_runs(model, guess, guard)
-    free = _free_dims(model, guard) if guess and guess.free else model.input.free
+    free = _free_dims(model, guard) if guess and guess.free else model.signature.main.free
     model = _with_id_range(model, guard)
     guard.snapshot.deep_restore()
-    return model.with_input(replace(model.input, free=free, guess=None))
+    return model.with_input(replace(model.signature.main, free=free, guess=None))
 
 
 @dataclass
@@ -95,8 +95,10 @@ def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> Loade
     A half-precision type is taken from the weights of one layer, and the model may convert its
     input to it itself. Then it takes float32 as well, which is tried first.
     """
-    own = model.input.dtype
-    halves = _is_float(own) and own.itemsize < torch.float32.itemsize and not model.input.also
+    own = model.signature.main.dtype
+    halves = (
+        _is_float(own) and own.itemsize < torch.float32.itemsize and not model.signature.main.also
+    )
     types = sorted(
         dict.fromkeys((own, *guess.dtypes)),
         key=lambda dtype: (not _is_float(dtype), halves and dtype is not torch.float32),
@@ -114,7 +116,7 @@ def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> Loade
     causes = "; ".join(f"{_name(dtype)}: {own_words(error)}" for dtype, error in failed.items())
     raise ModelLoadError(
         f"model {model.name!r} fails on random input of item shape "
-        f"{list(model.input.item_shape)}: {causes}"
+        f"{list(model.signature.main.shape)}: {causes}"
     ) from failed[own]
 
 
@@ -124,24 +126,26 @@ def _with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
 
 
 def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    if dtype is model.input.dtype:
+    main = model.signature.main
+    if dtype is main.dtype:
         return model
-    return replace(model, input=replace(model.input, dtype=dtype, also=()))
+    found = replace(main, dtype=dtype, also=())
+    return replace(model, signature=model.signature.with_main(found))
 
 
 def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
     """Run a model, under ``no_grad`` where it turns gradients on or fails in inference mode."""
-    run = _run(model, model.input.item_shape, guard)
+    run = _run(model, model.signature.key, guard)
     if run.error is None and not run.differentiates:
         return model, run
     plain = replace(model, differentiates=True)
-    second = _run(plain, model.input.item_shape, guard)
+    second = _run(plain, model.signature.key, guard)
     return (model, run) if second.error else (plain, second)
 
 
-def _run(model: LoadedModel, item_shape: tuple[int, ...], guard: PassGuard) -> _Run:
-    x = sample_input(model, 1, item_shape)
-    watcher = _Watcher(x.numel())
+def _run(model: LoadedModel, key: BatchKey, guard: PassGuard) -> _Run:
+    x = ordinary_batch(model, 1, key)
+    watcher = _Watcher(x[model.signature.main.name].numel())
     try:
         with torch.inference_mode(), guard, watcher:
             model.forward(x)
@@ -178,7 +182,7 @@ def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
     Dimensions of one size that may not differ alone are tried together: height and width of a model
     that takes squares only.
     """
-    shape = model.input.item_shape
+    shape = model.signature.main.shape
     alone = [index for index in range(len(shape)) if _runs_at_other_sizes(model, (index,), guard)]
     alike: dict[int, list[int]] = defaultdict(list)
     for index, size in enumerate(shape):
@@ -193,15 +197,14 @@ def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
 
 def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...], guard: PassGuard) -> bool:
     """Tell whether a model runs with the dimensions at half or at twice their size."""
-    size = model.input.item_shape[dims[0]]
+    key, own = model.signature.key, model.signature.main.shape
+    size = own[dims[0]]
     # Not at 1, which may pass for the right size where a tensor is broadcast.
     others = [other for other in (size // 2, 2 * size) if other > 1]
     return any(
         _run(
             model,
-            tuple(
-                other if index in dims else own for index, own in enumerate(model.input.item_shape)
-            ),
+            key.with_main([other if axis in dims else size for axis, size in enumerate(own)]),
             guard,
         ).error
         is None

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from layertap.models.batch import Batch, BatchKey, ItemTensor
 from layertap.models.images import ImageLimits, decode_image
-from layertap.models.input_spec import IdRange, InputGuess, InputSpec
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
 from layertap.models.preprocess import Preprocess
+from layertap.models.signature import IdRange, InputGuess, InputSpec, Signature
 from layertap.models.steps import Steps
 from layertap.settings import INPUT_DTYPES, ImageSettings, ModelSpec, SourceKind
 
 __all__ = [
     "INPUT_DTYPES",
+    "Batch",
+    "BatchKey",
     "IdRange",
     "ImageLimits",
     "ImageSettings",
     "InputGuess",
     "InputSpec",
+    "ItemTensor",
     "LoadedModel",
     "ModelSpec",
     "Preprocess",
+    "Signature",
     "SourceKind",
     "Steps",
     "decode_image",

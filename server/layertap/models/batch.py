@@ -39,6 +39,15 @@ class BatchKey:
 
     items: tuple[ItemTensor, ...]
 
+    @property
+    def main(self) -> ItemTensor:
+        """The item of the model's first input; see ``Signature.main``."""
+        return self.items[0]
+
+    def with_main(self, shape: Sequence[int]) -> BatchKey:
+        """Return the key with another shape of the first input's items."""
+        return BatchKey((self.main._replace(shape=tuple(shape)), *self.items[1:]))
+
     def __str__(self) -> str:
         """Return the tensors of an item in words, comma-separated."""
         return ", ".join(map(str, self.items))
@@ -53,7 +62,7 @@ class Batch(Mapping[str, torch.Tensor]):
             At least one.
     """
 
-    tensors: Mapping[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor]
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return the tensor of an input."""
@@ -71,6 +80,17 @@ class Batch(Mapping[str, torch.Tensor]):
     def size(self) -> int:
         """Return B, the number of items."""
         return int(next(iter(self.tensors.values())).shape[0])
+
+    @property
+    def only(self) -> torch.Tensor:
+        """The only tensor; ValueError where there are several."""
+        (tensor,) = self.tensors.values()
+        return tensor
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the tensors, with the batch."""
+        return tuple(tuple(tensor.shape) for tensor in self.tensors.values())
 
     @property
     def key(self) -> BatchKey:
@@ -104,12 +124,6 @@ class Batch(Mapping[str, torch.Tensor]):
         """Return ``size`` items from item ``begin`` on, as views."""
         return self.map(lambda tensor: tensor.narrow(0, begin, size))
 
-    def equals(self, other: Batch) -> bool:
-        """Tell whether both hold the same bits; NaN of the same bits are the same."""
-        return self.key == other.key and all(
-            torch.equal(_bits(tensor), _bits(other[name])) for name, tensor in self.tensors.items()
-        )
-
     @staticmethod
     def cat(batches: Sequence[Batch]) -> Batch:
         """Return the items of batches of one key, one batch after the other."""
@@ -121,7 +135,3 @@ def _is_finite(tensor: torch.Tensor) -> bool:
         return True
     # The sum is not finite if any element isn't, and takes a tenth of the time of asking each.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.view(1)

@@ -66,14 +66,16 @@ def _described(
     own = None if given is None or isinstance(given, Mapping) else Preprocess.of(given)
     config = None if given is not None else config_of_module(module)
     described = own or config
-    shape = None if described is None else described.item_shape
-    takes = guess_input(module, replace(spec, item_shape=_item_shape(spec, module, shape)))
+    shape = None if described is None else described.shape
+    takes = guess_input(
+        module, replace(spec, item_shape=_declared_or_described(spec, module, shape))
+    )
     if isinstance(given, Mapping):
         own = choose_preprocess(None, _settings(given, spec.target), takes, spec.name)
     if own is not None:
         own = replace(own, origin=f"the preprocess of {spec.target}")
     elif config is not None:
-        own = config.preprocess(takes.item_shape)
+        own = config.preprocess(takes.shape)
     return Built(
         module=module,
         source=spec.target,
@@ -84,7 +86,7 @@ def _described(
     )
 
 
-def _item_shape(
+def _declared_or_described(
     spec: ModelSpec, module: nn.Module, described: tuple[int, ...] | None
 ) -> tuple[int, ...] | None:
     """Return the spec's item shape, else that of the described images, else None.
@@ -95,7 +97,7 @@ def _item_shape(
     if spec.item_shape is not None or described is None:
         return spec.item_shape
     try:
-        guessed = guess_input(module, spec).item_shape
+        guessed = guess_input(module, spec).shape
     except ModelLoadError:
         return described
     return (guessed[0], *described[1:])

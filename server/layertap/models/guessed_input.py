@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
-from layertap.models.input_spec import InputGuess, InputSpec
+from layertap.models.signature import InputGuess, InputSpec
 from layertap.settings import ModelSpec
 
 __all__ = ["guess_input"]

@@ -27,28 +27,28 @@ class ImageConfig:
     """What a configuration says of a model's images.
 
     Attributes:
-        item_shape: ``(C, H, W)`` that the model was made for; None if it isn't said.
+        shape: ``(C, H, W)`` that the model was made for; None if it isn't said.
         steps: Returns the steps for items of a height and a width.
         origin: Where the configuration stands, for clients.
         assumed: Steps that it says nothing of, by their names in ``[[models]]``.
     """
 
-    item_shape: tuple[int, ...] | None
+    shape: tuple[int, ...] | None
     steps: Callable[[int, int], Steps]
     origin: str
     assumed: tuple[str, ...] = ()
 
-    def preprocess(self, item_shape: tuple[int, ...]) -> Preprocess | None:
-        """Return the preprocessing for such items; None where they are no images."""
-        if len(item_shape) != 3:
+    def preprocess(self, item: tuple[int, ...]) -> Preprocess | None:
+        """Return the preprocessing for items of such sizes; None where they are no images."""
+        if len(item) != 3:
             return None
-        steps = self.steps(*item_shape[1:])
+        steps = self.steps(*item[1:])
         assumed = self.assumed
-        if len(steps.mean) not in (0, 1, item_shape[0]):
+        if len(steps.mean) not in (0, 1, item[0]):
             # The statistics of colours say nothing of a model that was built for one channel.
             steps = replace(steps, mean=(), std=(), fill=())
             assumed = ("image_mean", "image_std", *assumed)
-        return Preprocess(steps, item_shape[0], origin=self.origin, assumed=assumed)
+        return Preprocess(steps, item[0], origin=self.origin, assumed=assumed)
 
 
 def config_of_module(module: Any) -> ImageConfig | None:

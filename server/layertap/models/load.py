@@ -15,9 +15,9 @@ from layertap.errors import ModelLoadError
 from layertap.models.checkpoint_files import config_folder
 from layertap.models.factory_source import build_factory
 from layertap.models.image_config import ImageConfig, config_of_folder
-from layertap.models.input_spec import DEFAULT_NAME, InputSpec
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import choose_preprocess
+from layertap.models.signature import DEFAULT_NAME, InputSpec, Signature
 from layertap.models.timm_source import build_timm
 from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
@@ -41,7 +41,7 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedModel:
     """Build the spec's model, put it into eval mode, drop gradients and move it to the device.
 
-    What of its input is a guess is marked as such in ``input.guess``.
+    What of its input is a guess is marked as such in its ``guess``.
 
     Raises:
         ConfigError: The spec's image settings don't fit the model.
@@ -56,8 +56,8 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
 
 def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     config = _beside_weights(spec.weights)
-    if config is not None and config.item_shape is not None and spec.item_shape is None:
-        spec = replace(spec, item_shape=config.item_shape)
+    if config is not None and config.shape is not None and spec.item_shape is None:
+        spec = replace(spec, item_shape=config.shape)
     built = _with_images(_BUILD[spec.kind](spec), spec, config)
     module = built.module
     takes = replace(_takes(built.input, spec), name=_input_name(spec, module))
@@ -78,7 +78,7 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         weights=built.weights,
         module=module,
         device=place,
-        input=takes,
+        signature=Signature((takes,)),
         preprocess=built.preprocess,
         takes_list=built.takes_list,
     )
@@ -164,11 +164,11 @@ def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> B
     """
     takes, known = built.input, built.preprocess
     if config is not None and not built.preprocess_is_code:
-        known = config.preprocess(takes.item_shape) or known
+        known = config.preprocess(takes.shape) or known
     crop = spec.images.crop
-    if crop and spec.item_shape is None and takes.free == (1, 2) and len(takes.item_shape) == 3:
+    if crop and spec.item_shape is None and takes.free == (1, 2) and len(takes.shape) == 3:
         # The layers are measured at the size that images have.
-        takes = replace(takes, item_shape=(takes.item_shape[0], crop[0], crop[-1]))
+        takes = replace(takes, shape=(takes.shape[0], crop[0], crop[-1]))
     return replace(
         built, input=takes, preprocess=choose_preprocess(known, spec.images, takes, spec.name)
     )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from layertap.models.input_spec import InputSpec
+from layertap.models.batch import Batch
 from layertap.models.preprocess import Preprocess, fitted
+from layertap.models.signature import InputSpec, Signature
 
 __all__ = ["Built", "LoadedModel"]
 
@@ -47,8 +48,9 @@ class LoadedModel:
             ``"random (seed 0)"`` or a file's base name; shown to clients.
         module: In eval mode, without gradients, on ``device``.
         device: Where the module is and its input must be.
-        input: The tensors it takes.
-        preprocess: Makes an input item of an image; None where the model takes no images.
+        signature: The tensors it takes.
+        preprocess: Makes an item of the first input of an image; None where the model takes no
+            images.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
         differentiates: Whether the module differentiates inside its forward, which inference mode
@@ -60,36 +62,42 @@ class LoadedModel:
     weights: str
     module: nn.Module
     device: torch.device
-    input: InputSpec
+    signature: Signature
     preprocess: Preprocess | None = None
     takes_list: bool = False
     differentiates: bool = False
 
-    def forward(self, x: torch.Tensor) -> Any:
-        """Call the module on a batch ``[B, *item]`` that is on ``device``, and return its result.
+    def forward(self, batch: Batch) -> Any:
+        """Call the module on a batch that is on ``device``, and return its result.
 
         Gradient mode is the caller's business, except for a module that differentiates; whatever
         the module raises passes through. What the module sets of context variables ends with the
         call, as a pass that ends early would leave it set for the next one.
         """
-        return copy_context().run(self._call, x)
+        return copy_context().run(self._call, batch)
 
-    def _call(self, x: torch.Tensor) -> Any:
+    def _call(self, batch: Batch) -> Any:
         if not self.differentiates:
-            return self.module(list(x.unbind(0)) if self.takes_list else x)
+            return self.module(*self.arguments(batch))
         with torch.inference_mode(False), torch.no_grad():
             # A tensor that was made in inference mode can't require a gradient; its copy can.
-            x = x.clone() if x.is_inference() else x
-            return self.module(list(x.unbind(0)) if self.takes_list else x)
+            plain = batch.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+            return self.module(*self.arguments(plain))
+
+    def arguments(self, batch: Batch) -> tuple[Any, ...]:
+        """Return what the module's ``forward`` is called with for a batch."""
+        if self.takes_list:
+            return (list(batch.only.unbind(0)),)
+        return tuple(batch[spec.name] for spec in self.signature.inputs)
 
     def with_input(self, found: InputSpec) -> LoadedModel:
-        """Return the model with the input that running it showed.
+        """Return the model with the first input that running it showed.
 
         Raises:
             ConfigError: Preprocessed images don't fit that input.
         """
         preprocess = self.preprocess and fitted(self.preprocess, found, self.name)
-        return replace(self, input=found, preprocess=preprocess)
+        return replace(self, signature=self.signature.with_main(found), preprocess=preprocess)
 
     def assumptions(self) -> str:
         """Return a warning about image preprocessing that nothing says; empty if all is known."""

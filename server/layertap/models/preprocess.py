@@ -16,7 +16,7 @@ from layertap.models.images import (
     Reading,
     decode_image,
 )
-from layertap.models.input_spec import InputSpec
+from layertap.models.signature import InputSpec
 from layertap.models.steps import CustomTransform, ResizeMode, Steps, steps_of
 from layertap.settings import Color, ImageSettings
 
@@ -53,7 +53,7 @@ class Preprocess:
         return cls(steps_of(transform), origin=origin)
 
     @property
-    def item_shape(self) -> tuple[int, ...] | None:
+    def shape(self) -> tuple[int, ...] | None:
         """``(C, H, W)`` of what it makes of any image; None where that depends on the image."""
         if not isinstance(self.steps, Steps):
             return None
@@ -157,17 +157,13 @@ def choose_preprocess(
 
 
 def _is_image(takes: InputSpec) -> bool:
-    return (
-        takes.dtype.is_floating_point
-        and len(takes.item_shape) == 3
-        and takes.item_shape[0] in (1, 3)
-    )
+    return takes.dtype.is_floating_point and len(takes.shape) == 3 and takes.shape[0] in (1, 3)
 
 
 def _with_steps(
     known: Preprocess | None, settings: ImageSettings, takes: InputSpec, model: str
 ) -> Preprocess:
-    channels, *size = takes.item_shape
+    channels, *size = takes.shape
     base = known.steps if known is not None else _assumed_steps(channels, tuple(size), settings)
     if not isinstance(base, Steps):
         raise TypeError("a custom transform has no steps to replace")
@@ -278,7 +274,7 @@ def _check_channels(chosen: Preprocess, model: str) -> None:
 
 
 def _check_size(chosen: Preprocess, takes: InputSpec, model: str) -> None:
-    made = chosen.item_shape
+    made = chosen.shape
     if made is None:
         return
     try:
@@ -316,7 +312,7 @@ def _with_custom(
     color = Color(settings.color) if settings.color else known.color
     chosen = replace(
         known,
-        channels=takes.item_shape[0] if takes.item_shape else 1,
+        channels=takes.shape[0] if takes.shape else 1,
         color=color,
         exif_orientation=settings.exif_orientation is not False,
         origin=_origin(known, settings),

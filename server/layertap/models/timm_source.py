@@ -11,9 +11,9 @@ from torch import nn
 from layertap.errors import ModelLoadError, WeightsUnavailableError
 from layertap.models.checkpoint_files import Checkpoint
 from layertap.models.image_config import config_of_timm
-from layertap.models.input_spec import InputSpec
 from layertap.models.loaded import Built
 from layertap.models.seeding import seeded
+from layertap.models.signature import InputSpec
 from layertap.models.stand_ins import StandIn
 from layertap.models.weights import (
     DEFAULT,

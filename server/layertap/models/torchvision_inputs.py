@@ -9,8 +9,8 @@ from torchvision.models import MaxVit, VisionTransformer
 from torchvision.models.video import MViT
 
 from layertap.errors import InvalidInputError, ModelLoadError
-from layertap.models.input_spec import InputSpec
 from layertap.models.preprocess import Preprocess
+from layertap.models.signature import InputSpec
 from layertap.models.torchvision_catalogue import Builder, Family
 
 __all__ = ["input_spec", "preprocess"]
@@ -24,9 +24,9 @@ _FRAMES = 16
 
 
 def input_spec(
-    builder: Builder, member: Any, module: nn.Module, item_shape: tuple[int, ...] | None
+    builder: Builder, member: Any, module: nn.Module, item: tuple[int, ...] | None
 ) -> InputSpec:
-    """Return what the module takes; ``item_shape``, if not None, is its default item.
+    """Return what the module takes; ``item``, if not None, is its default item.
 
     Raises:
         ModelLoadError: the model can't take such an item.
@@ -34,16 +34,16 @@ def input_spec(
     natural = _natural_shape(builder, member, module)
     free = () if isinstance(module, _FIXED_SIZE) else tuple(range(1, len(natural)))
     own = InputSpec(natural, free)
-    if item_shape is None:
+    if item is None:
         return own
     try:
-        own.check((1, *item_shape), own.dtype_name)
+        own.check((1, *item), own.dtype_name)
     except InvalidInputError as error:
         raise ModelLoadError(
-            f"item shape of {builder.name}: got {list(item_shape)}, expected what fits "
+            f"item shape of {builder.name}: got {list(item)}, expected what fits "
             f"{own.pattern}, such as {list(natural)}"
         ) from error
-    return InputSpec(item_shape, free)
+    return InputSpec(item, free)
 
 
 def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:
@@ -54,7 +54,7 @@ def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | No
     if family is Family.VIDEO:
         return None
     transform = member.transforms()
-    height, width = takes.item_shape[-2:]
+    height, width = takes.shape[-2:]
     crop = getattr(transform, "crop_size", None)
     if crop and (crop[0], crop[-1]) != (height, width):
         # The same field of view at another size.

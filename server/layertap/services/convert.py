@@ -14,7 +14,7 @@ from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.catalogue import side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.passes import KeptState, PassRules
-from layertap.models import Preprocess, Steps
+from layertap.models import InputSpec, Preprocess, Steps
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
@@ -159,24 +159,27 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
         weights=model.weights,
         device=str(model.device),
         inputs=[
-            catalogue_pb2.InputSpec(
-                name=model.input.name,
-                dtype=_dtype_name(model.input.dtype),
-                shape=[
-                    catalogue_pb2.Dimension(size=1, batch=True),
-                    *(
-                        catalogue_pb2.Dimension(size=size, free=name)
-                        for size, name in model.input.dimensions
-                    ),
-                ],
-                images=model.preprocess is not None,
-                preprocessing=model.preprocess.describe() if model.preprocess else "",
-                image_preprocessing=_preprocessing(model.preprocess),
-            )
+            _input(spec, model.preprocess if spec is model.signature.main else None)
+            for spec in model.signature.inputs
         ],
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
         notes=[*host.catalogue.notes, *host.catalogue.guard.rules.notes],
         pass_rules=_pass_rules(host.catalogue.guard.rules),
+    )
+
+
+def _input(spec: InputSpec, preprocess: Preprocess | None) -> catalogue_pb2.InputSpec:
+    dimension = catalogue_pb2.Dimension
+    return catalogue_pb2.InputSpec(
+        name=spec.name,
+        dtype=_dtype_name(spec.dtype),
+        shape=[
+            dimension(size=1, batch=True),
+            *(dimension(size=size, free=name) for size, name in spec.dimensions),
+        ],
+        images=preprocess is not None,
+        preprocessing=preprocess.describe() if preprocess else "",
+        image_preprocessing=_preprocessing(preprocess),
     )
 
 
@@ -212,7 +215,7 @@ def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelRe
     refused = {
         (plan.extractor, plan.layers[0]): plan.reason
         for plan in refused_plans
-        if len(plan.layers) == 1 and plan.item_shape == host.model.input.item_shape
+        if len(plan.layers) == 1 and plan.batch_key == host.model.signature.key
     }
     return feature_service_pb2.DescribeModelResponse(
         model=model_to_proto(host),
@@ -223,10 +226,9 @@ def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelRe
                 layers=plan.layers,
                 inputs=[
                     catalogue_pb2.ItemTensor(
-                        name=host.model.input.name,
-                        dtype=_dtype_name(host.model.input.dtype),
-                        shape=plan.item_shape,
+                        name=item.name, dtype=_dtype_name(item.dtype), shape=item.shape
                     )
+                    for item in plan.batch_key.items
                 ],
                 reason=plan.reason,
             )
@@ -253,7 +255,7 @@ def layer_to_proto(
         output=_spec(entry.specs.get(Capture.OUTPUT)),
         input=_spec(entry.specs.get(Capture.INPUT)),
         channels=shape.channels,
-        reduction=host.model.input.item_shape[-2] / shape.height if known else 0.0,
+        reduction=host.model.signature.main.shape[-2] / shape.height if known else 0.0,
         extractors=[_support(entry, extractor, refused) for extractor in entry.support],
         layout=_LAYOUTS[shape.layout],
         grid=[shape.height, shape.width] if known else [],

@@ -31,7 +31,7 @@ class ExtractStream:
 
     Args:
         engine: The engine; its limits say how much a stream may have in flight.
-        observer: Is told how each item ended.
+        observer: Notified how each item ended.
         converter: Turns requests into the engine's own form.
         threads: Serve the streams.
     """

@@ -38,7 +38,7 @@ _PRIVATE = (errors.ConfigError, errors.ModelLoadError)
 # headers by default: a longer one would replace the error by another. Requests are quoted in it.
 _TEXT_BYTES = 2048
 
-# Each refusal names a time of its own, so that those who obey don't come back together.
+# Each refusal names a random time, so that clients that obey don't come back together.
 _PUSHBACK_MS = (500, 1500)
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
@@ -55,7 +55,7 @@ def public_error(error: Exception, *, to_owner: bool = False) -> errors.Layertap
 
     Args:
         error: What was raised.
-        to_owner: Whether whoever asked may read of the operator's files.
+        to_owner: Whether the caller may read about the operator's files.
     """
     request = current_request()
     request_id = request.id if request else "an unnamed request"

@@ -25,7 +25,7 @@ from layertap.extraction.script_taps import programs
 from layertap.extraction.symbolic import GraphNames
 from layertap.extraction.taps import Taps
 from layertap.extraction.verify import compiled_tolerance
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 
 __all__ = [
@@ -228,7 +228,7 @@ class ReferenceKind(DirectKind):
 
 
 class CompiledKind(ExtractorKind, Generic[P]):
-    """A kind that compiles a program for each pass spec, item shape and dtype.
+    """A kind that compiles a program for each pass spec and batch key.
 
     The program is saved before it is finished, as the last optimisation may lose what saving needs.
     """
@@ -280,7 +280,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         self,
         context: BuildContext,
         pass_spec: PassSpec,
-        example: torch.Tensor,
+        example: Batch,
         take: Take = cloned,
     ) -> P:
         """Compile a program. It is not proven yet, and whatever is raised refuses it.
@@ -288,20 +288,20 @@ class CompiledKind(ExtractorKind, Generic[P]):
         Args:
             context: The model and what belongs to it. The caller holds its guard.
             pass_spec: What to do: points that the kind claims to serve.
-            example: ``[B, ...]`` on the model's device. The program must serve its item shape and
-                dtype, at every batch size.
+            example: On the model's device. The program must serve batches of its key, at every
+                batch size.
             take: What the program returns of each point, in the order of the points.
         """
 
     @abstractmethod
-    def run(self, program: P, x: torch.Tensor) -> Values:
+    def run(self, program: P, x: Batch) -> Values:
         """Run a program that is not finished; return what ``take`` gave for each point, in a row.
 
         Whatever is raised refuses the program.
 
         Args:
             program: The program; it stays as it is.
-            x: ``[B, ...]``; the program may write into it.
+            x: A batch of the example's key; the program may write into it.
         """
 
     def running_once(self) -> AbstractContextManager[object]:
@@ -335,7 +335,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return False
 
     def run_apart(
-        self, program: P, batches: Sequence[torch.Tensor], device: torch.device
+        self, program: P, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
         """Run a program in a process of its own, in steps; return its values for each batch.
 

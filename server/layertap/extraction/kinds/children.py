@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from layertap.extraction.base import BuiltExtractor
@@ -18,6 +17,7 @@ from layertap.extraction.kinds.base import BuildContext, DirectKind
 from layertap.extraction.measurement import Measurement
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
+from layertap.models import Batch
 from layertap.selection import Extractor
 
 __all__ = ["KIND", "ChildrenKind", "WalkExtractor", "WalkKind", "indices_of"]
@@ -37,12 +37,13 @@ class WalkExtractor:
         self._children = children
         self._indices = indices
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
+        value = x.only
         for name, child in self._children:
-            x = child(x)
+            value = child(value)
             if name in self._indices:
-                sink(self._indices[name], plain(x))
+                sink(self._indices[name], plain(value))
 
 
 class WalkKind(DirectKind):

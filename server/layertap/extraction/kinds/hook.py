@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.kinds.base import BuildContext, ReferenceKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import Sink
+from layertap.models import Batch
 from layertap.selection import Capture, Extractor
 
 __all__ = ["KIND", "HookExtractor", "HookKind"]
@@ -30,7 +29,7 @@ class HookExtractor:
         self._guard = context.guard
         self._oracle = oracle
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
         with self._guard as guard:
             to_end = self._oracle or not guard.rules.early_stop

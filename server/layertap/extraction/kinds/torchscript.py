@@ -34,7 +34,7 @@ from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, clo
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
-from layertap.models import LoadedModel
+from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 from layertap.silence import warnings_ignored
 
@@ -52,7 +52,7 @@ def trace_taps(
     model: LoadedModel,
     taps: Taps,
     points: Sequence[CapturePoint],
-    example: torch.Tensor,
+    example: Batch,
     take: Take = cloned,
 ) -> torch.jit.ScriptModule:
     """Return the truncated program of a layer set, traced and frozen but not yet optimised.
@@ -61,17 +61,17 @@ def trace_taps(
         model: The model.
         taps: Its taps.
         points: What to capture.
-        example: ``[B, ...]`` on the model's device: the program holds for its item shape and dtype.
+        example: On the model's device: the program holds for batches of its key.
         take: What the program returns of each point.
 
     Raises whatever tracing raises.
     """
-    tapped = _Tapped(model, taps, points, take)
+    tapped = _Tapped(model, taps, points, list(example), take)
     # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
     tapped.training = False
     # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
     with _tracing, _deprecated():
-        traced = torch.jit.trace(tapped, (example,), check_trace=False)
+        traced = torch.jit.trace(tapped, tuple(example.values()), check_trace=False)
         own = _in_unit_of_its_own(traced.eval(), model.device)
         frozen: torch.jit.ScriptModule = torch.jit.freeze(own)
     return frozen
@@ -119,9 +119,9 @@ class TorchScriptExtractor:
         with _deprecated():
             self._program = torch.jit.optimize_for_inference(frozen)
 
-    def run(self, x: torch.Tensor, sink: Sink) -> None:
+    def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
-        for index, value in enumerate(self._program(x)):
+        for index, value in enumerate(self._program(*x.values())):
             sink(index, value)
 
 
@@ -140,16 +140,16 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         self,
         context: BuildContext,
         pass_spec: PassSpec,
-        example: torch.Tensor,
+        example: Batch,
         take: Take = cloned,
     ) -> torch.jit.ScriptModule:
         """See CompiledKind."""
         return trace_taps(context.model, context.taps, pass_spec.points, example, take)
 
-    def run(self, program: torch.jit.ScriptModule, x: torch.Tensor) -> Values:
+    def run(self, program: torch.jit.ScriptModule, x: Batch) -> Values:
         """See CompiledKind."""
         with _deprecated():
-            return list(program(x))
+            return list(program(*x.values()))
 
     def running_once(self) -> AbstractContextManager[object]:
         """See CompiledKind."""
@@ -183,7 +183,7 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         return may_end_the_process(program)
 
     def run_apart(
-        self, program: torch.jit.ScriptModule, batches: Sequence[torch.Tensor], device: torch.device
+        self, program: torch.jit.ScriptModule, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
         """See CompiledKind."""
         return run_apart(program, batches, device, self.warm_up_runs)
@@ -193,24 +193,31 @@ KIND = TorchScriptKind()
 
 
 class _Tapped(nn.Module):
-    """A model whose ``forward`` returns what is taken of the captured values."""
+    """A model whose ``forward`` takes a batch's tensors and returns what is taken of its values."""
 
     def __init__(
-        self, model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], take: Take
+        self,
+        model: LoadedModel,
+        taps: Taps,
+        points: Sequence[CapturePoint],
+        names: Sequence[str],
+        take: Take,
     ) -> None:
         super().__init__()
         self.module = model.module
         self._model = model
         self._taps = taps
         self._points = points
+        self._names = names
         self._take = take
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps."""
         captured: dict[int, tuple[torch.Tensor, ...]] = {}
 
         def keep(index: int, value: torch.Tensor) -> None:
             captured[index] = self._take(index, value)
 
+        x = Batch(dict(zip(self._names, tensors, strict=True)))
         self._taps.run(self._model.forward, x, self._points, keep)
         return tuple(part for index in range(len(self._points)) for part in captured[index])

@@ -25,7 +25,7 @@ BACKEND = "layertap"
 def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
     """Describe a model: its tensor input, and the outputs of a request that names none."""
     kind = pb.ModelMetadataResponse.TensorMetadata
-    given = host.model.input
+    given = host.model.signature.main
     return pb.ModelMetadataResponse(
         name=host.model.name,
         versions=[MODEL_VERSION],
@@ -34,7 +34,7 @@ def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
             kind(
                 name=TENSOR_NAME,
                 datatype=dtypes.by_name(given.dtype_name).datatype,
-                shape=[-1, *given.item_shape],
+                shape=[-1, *given.shape],
             )
         ],
         outputs=[
@@ -52,7 +52,7 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
         max_batch: Items of one request.
         instances: Forward passes that run at once.
     """
-    given, device, batching = host.model.input, host.model.device, host.options.batching
+    given, device, batching = host.model.signature.main, host.model.device, host.options.batching
     cuda = device.type == "cuda"
     config = model_config_pb2.ModelConfig(
         name=host.model.name,
@@ -63,8 +63,8 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
             model_config_pb2.ModelInput(
                 name=TENSOR_NAME,
                 data_type=_type(dtypes.by_name(given.dtype_name).datatype),
-                format="FORMAT_NCHW" if len(given.item_shape) == 3 else "FORMAT_NONE",
-                dims=given.item_shape,
+                format="FORMAT_NCHW" if len(given.shape) == 3 else "FORMAT_NONE",
+                dims=given.shape,
             )
         ],
         output=[
@@ -96,7 +96,7 @@ def _facts(host: ModelHost) -> dict[str, str]:
     return {
         "source": model.source,
         "weights": model.weights,
-        "input_shape": model.input.pattern,
+        "input_shape": model.signature.main.pattern,
         "images": "true" if model.preprocess else "false",
         "preprocessing": model.preprocess.describe() if model.preprocess else "",
         "layers": json.dumps(_catalogue(host), separators=(",", ":")),

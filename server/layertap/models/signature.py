@@ -1,15 +1,19 @@
-"""What a model takes, checked before anything runs: inside the model a wrong shape fails late."""
+"""What a model takes, checked before anything runs: inside the model a wrong shape fails late.
+
+Only this file, `Batch`, the model itself and the decoders know what is in a batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from layertap.errors import InvalidInputError
+from layertap.models.batch import Batch, BatchKey, ItemTensor
 
-__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec"]
+__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Signature"]
 
 DEFAULT_NAME = "input"
 """What an input is called where the module's ``forward`` does not say it."""
@@ -47,11 +51,11 @@ class IdRange:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """The tensor a model takes: ``[B, *item_shape]``, the batch first.
+    """One tensor that a model takes: ``[B, *shape]``, the batch first.
 
     Attributes:
-        item_shape: Sizes of the default item without the batch, such as ``(3, 224, 224)``.
-        free: The dimensions that may have another size, as indices into ``item_shape``, ascending:
+        shape: Sizes of the default item without the batch, such as ``(3, 224, 224)``.
+        free: The dimensions that may have another size, as indices into ``shape``, ascending:
             ``(1, 2)`` for images of any height and width. The others are fixed.
         dtype: The element type that the model computes with.
         also: Element types that are converted to it.
@@ -62,7 +66,7 @@ class InputSpec:
         name: What requests call it: the name of the argument of the module's ``forward``.
     """
 
-    item_shape: tuple[int, ...]
+    shape: tuple[int, ...]
     free: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     also: tuple[torch.dtype, ...] = ()
@@ -71,9 +75,9 @@ class InputSpec:
     name: str = DEFAULT_NAME
 
     def __post_init__(self) -> None:
-        allowed = range(len(self.item_shape))
+        allowed = range(len(self.shape))
         if list(self.free) != sorted(set(self.free)) or not set(self.free) <= set(allowed):
-            raise ValueError(f"free: got {self.free} for an item of {self.item_shape}")
+            raise ValueError(f"free: got {self.free} for an item of {self.shape}")
 
     @property
     def dtype_name(self) -> str:
@@ -86,7 +90,7 @@ class InputSpec:
         count = len(self.free)
         names = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
         named = dict(zip(self.free, names, strict=True))
-        return [(size, named.get(index, "")) for index, size in enumerate(self.item_shape)]
+        return [(size, named.get(index, "")) for index, size in enumerate(self.shape)]
 
     @property
     def pattern(self) -> str:
@@ -95,7 +99,7 @@ class InputSpec:
 
     def batch_shape(self, batch: int) -> tuple[int, ...]:
         """Return the shape of a batch of default items."""
-        return (batch, *self.item_shape)
+        return (batch, *self.shape)
 
     def check(self, shape: Sequence[int], dtype_name: str) -> None:
         """Accept a batch's shape and dtype name, or say what was expected instead.
@@ -109,16 +113,88 @@ class InputSpec:
                 f"input {self.name!r}: got dtype {dtype_name}, expected {self.dtype_name}, "
                 f"the model's own{others}"
             )
-        right = len(shape) == len(self.item_shape) + 1 and min(shape) >= 1
+        right = len(shape) == len(self.shape) + 1 and min(shape) >= 1
         if not right or not all(
             shape[index + 1] == size
-            for index, size in enumerate(self.item_shape)
+            for index, size in enumerate(self.shape)
             if index not in self.free
         ):
             raise InvalidInputError(
                 f"input {self.name!r}: got shape {list(shape)}, expected {self.pattern} (batch "
                 f"first, no size zero), such as {list(self.batch_shape(1))}"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The tensors that a model takes.
+
+    Attributes:
+        inputs: At least one; no two of one name.
+    """
+
+    inputs: tuple[InputSpec, ...]
+
+    @property
+    def main(self) -> InputSpec:
+        """The first input: images become it, and activations' grids are compared with its sizes."""
+        return self.inputs[0]
+
+    @property
+    def key(self) -> BatchKey:
+        """What batches of default items have in common."""
+        return BatchKey(tuple(ItemTensor(s.name, s.shape, s.dtype) for s in self.inputs))
+
+    @property
+    def has_floats(self) -> bool:
+        """Whether some input is floating-point."""
+        return any(spec.dtype.is_floating_point for spec in self.inputs)
+
+    def key_of(self, batch: Batch) -> BatchKey:
+        """Return the key of a batch once its tensors are of the model's own element types."""
+        return BatchKey(
+            tuple(
+                ItemTensor(spec.name, tuple(batch[spec.name].shape[1:]), spec.dtype)
+                for spec in self.inputs
+            )
+        )
+
+    def converted(self, batch: Batch) -> Batch:
+        """Return a batch with its tensors of the model's own element types."""
+        return Batch({spec.name: batch[spec.name].to(spec.dtype) for spec in self.inputs})
+
+    def with_main(self, spec: InputSpec) -> Signature:
+        """Return the signature with another first input."""
+        return Signature((spec, *self.inputs[1:]))
+
+    def check(self, given: Mapping[str, tuple[Sequence[int], str]]) -> int:
+        """Accept the tensors of a batch, or say what was expected instead.
+
+        Args:
+            given: The shape and dtype name of each tensor, by the input's name; the name may be
+                empty if the model has one input and one tensor is given.
+
+        Returns:
+            The size of the batch.
+
+        Raises:
+            InvalidInputError: A name, dtype, rank or fixed size is wrong, a size is zero, or the
+                tensors have different batch sizes.
+        """
+        if len(self.inputs) == 1 and list(given) == [""]:
+            given = {self.main.name: given[""]}
+        if given.keys() != {spec.name for spec in self.inputs}:
+            raise InvalidInputError(
+                f"inputs: got {', '.join(map(repr, given))}, expected "
+                f"{', '.join(repr(spec.name) for spec in self.inputs)}"
+            )
+        for spec in self.inputs:
+            spec.check(*given[spec.name])
+        sizes = {name: shape[0] for name, (shape, _) in given.items()}
+        if len(set(sizes.values())) > 1:
+            each = ", ".join(f"{size} of {name!r}" for name, size in sizes.items())
+            raise InvalidInputError(f"inputs: got batches of {each}, expected one size for all")
+        return next(iter(sizes.values()))
 
 
 def _name(dtype: torch.dtype) -> str:

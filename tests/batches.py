@@ -1,0 +1,26 @@
+"""Batches and keys for models with one input, from plain tensors and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layertap.extraction import Plan
+from layertap.models import Batch, BatchKey, ItemTensor, LoadedModel
+
+
+def batch_for(of: LoadedModel | Plan, x: torch.Tensor) -> Batch:
+    """Return the batch of one tensor that a model or a plan takes."""
+    key = of.signature.key if isinstance(of, LoadedModel) else of.batch_key
+    return Batch({key.main.name: x})
+
+
+def key_for(model: LoadedModel, shape: Sequence[int]) -> BatchKey:
+    """Return the key of batches whose items have a shape."""
+    return model.signature.key.with_main(shape)
+
+
+def key_of_shape(shape: Sequence[int]) -> BatchKey:
+    """Return the key of float32 batches of some model's input ``x``."""
+    return BatchKey((ItemTensor("x", tuple(shape), torch.float32),))
