@@ -101,6 +101,18 @@ class OwnCall(nn.Module):
         return self.first(x)
 
 
+class OwnHook(nn.Module):
+    """Clamps its input in a hook on itself, at a magnitude that no sample reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.register_forward_pre_hook(lambda _, args: (args[0].clamp(-1e5, 1e5),))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x)
+
+
 class Clips(nn.Module):
     """Only bytes are large enough to be clipped, by a function that symbols don't see."""
 
@@ -217,6 +229,11 @@ def dead_chain() -> nn.Module:
 def own_call() -> nn.Module:
     """Return an OwnCall."""
     return made(OwnCall)
+
+
+def own_hook() -> nn.Module:
+    """Return an OwnHook."""
+    return made(OwnHook)
 
 
 def clips() -> nn.Module:

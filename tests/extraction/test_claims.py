@@ -102,6 +102,7 @@ def test_programs_that_may_end_the_process_run_in_another() -> None:
     ("net", "layer", "reason"),
     [
         ("own_call", "first", "__call__"),
+        ("own_hook", "first", "hooks of its own"),
         ("clips", "last", "differs from the model"),
         ("dead_clamp", "first", "dead-code elimination"),
         ("dead_chain", "first", "differs from the model"),

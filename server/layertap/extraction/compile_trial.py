@@ -308,7 +308,8 @@ class CompileTrial:
         def compared(index: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if steps[index] == 1:
                 return (value.clone(),)
-            return value.reshape(-1)[:: steps[index]].clone(), torch._shape_as_tensor(value)
+            # The second one has the value's shape, and the memory of one element.
+            return value.reshape(-1)[:: steps[index]].clone(), value.new_zeros(()).expand_as(value)
 
         model = self._context.model
         example = ordinary_batch(model, 1)
@@ -355,7 +356,7 @@ class CompileTrial:
         for point in points:
             elements = next(parts)
             whole = self._steps[point] == 1
-            shape = tuple(elements.shape) if whole else tuple(next(parts).tolist())
+            shape = tuple(elements.shape if whole else next(parts).shape)
             true = case.digests.get(point)
             if true is None or (not case.ordinary and not true.finite):
                 continue
