@@ -9,7 +9,7 @@ import grpc
 from layertap.client.channel import ChannelSettings, PathLike, Tls, channel_settings, read_token
 from layertap.client.failures import error_from_rpc
 from layertap.client.retry import check_retries
-from layertap.client.shared_memory import SharedMemoryWish
+from layertap.client.shared_memory_client import SharedMemoryWish
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import ConfigError, InvalidInputError, LayertapError, UnavailableError
 from layertap.grpc_health import health_pb2
