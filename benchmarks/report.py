@@ -24,9 +24,9 @@ Section = Callable[[dict[str, Any], Path], str]
 TITLE = """# Benchmarks
 
 `make bench` runs short versions of all benchmarks, and `make bench ARGS="--rounds 30"` longer ones.
-Both write this page from [results](results); [cuda](cuda/README.md) has the results for a GPU. Times
-depend on the machine and its load, so quote the ratios, which are measured within one run. Outputs
-are verified before timing.
+Both write this page from [results](results); [cuda](cuda/README.md) has the results for a GPU.
+Times depend on the machine and its load, so quote the ratios, which are measured within one run.
+Outputs are verified before timing.
 """
 
 GPU_TITLE = """# Benchmarks on a GPU
@@ -93,16 +93,16 @@ SERVER = """
 ## How much time does the server add, and how does it scale with many callers?
 
 [bench_server.py](bench_server.py): resnet18 at 3 × 224 × 224, batch 1, with TORCHSCRIPT. The table
-has the latency of a single caller in milliseconds. The plan and the server run in separate processes
-and alternate; all of them keep freed memory. The bare server is the lower bound: grpcio around the
-same plan, which takes the input's bytes and returns the layer's, and parses, checks and counts
-nothing:
+has the latency of a single caller in milliseconds. The plan and the server run in separate
+processes and alternate; all of them keep freed memory. The bare server is the lower bound: grpcio
+around the same plan, which takes the input's bytes and returns the layer's, and parses, checks and
+counts nothing:
 
 {latency}
 
 A `layer1` reply has 0.8 MB and an `avgpool` reply 2 KB. The input tensor has 0.6 MB; the photograph
-has 60 KB, and the server decodes and preprocesses it. The slowest of the first {first} requests after
-READY took {slowest:.1f} times the later median.
+has 60 KB, and the server decodes and preprocesses it. The slowest of the first {first} requests
+after READY took {slowest:.1f} times the later median.
 
 Requests per second for `layer1`, and their share of a loop without a server, in both modes of
 [`--mode`](../docs/performance.md). The clients are threads of one Python process on the same cores:
@@ -121,21 +121,22 @@ Machine: {facts}.
 GPU_SERVER = """
 ## What does the server add on a GPU?
 
-[bench_gpu_server.py](bench_gpu_server.py): resnet50 `avgpool` with {extractor}, float32 ({float32}).
-The server replays CUDA graphs at the batch sizes {graphs}. The loop is the same plan without a
-server, {loop}: for each batch the input is copied from page-locked memory and the layer back to it.
-Latency of a single caller in milliseconds, and its phases in the server; loop and server alternate:
+[bench_gpu_server.py](bench_gpu_server.py): resnet50 `avgpool` with {extractor}, float32
+({float32}). The server replays CUDA graphs at the batch sizes {graphs}. The loop is the same plan
+without a server, {loop}: for each batch the input is copied from page-locked memory and the layer
+back to it. Latency of a single caller in milliseconds, and its phases in the server; loop and
+server alternate:
 
 {latency}
 
-Answers per second, medians of {rounds} rounds of {seconds} s with their quartiles, and their share of
-the loop's batches per second. Callers are spread over several client processes on the server's
+Answers per second, medians of {rounds} rounds of {seconds} s with their quartiles, and their share
+of the loop's batches per second. Callers are spread over several client processes on the server's
 machine. Photographs are compared with the loop for tensors of batch 1, which decodes nothing:
 
 {rates}
 {graph_loop}
-Large replies: resnet18 `layer1` in float32, in milliseconds. Each request also sends its input, which
-is three quarters of the reply's size:
+Large replies: resnet18 `layer1` in float32, in milliseconds. Each request also sends its input,
+which is three quarters of the reply's size:
 
 {large}
 
@@ -163,9 +164,9 @@ ENCODE = """
 ## How long does encoding a message take?
 
 [bench_encode.py](bench_encode.py): encodes a 12.8 MB activation into a finished message;
-milliseconds. In brackets: the speed relative to torch's steps (cast, contiguous, `tobytes`, protobuf).
-The last columns are the throughput of two threads relative to one, and the same for plain copies. If
-plain copies don't double either, memory bandwidth is the limit. Machine: {facts}.
+milliseconds. In brackets: the speed relative to torch's steps (cast, contiguous, `tobytes`,
+protobuf). The last columns are the throughput of two threads relative to one, and the same for
+plain copies. If plain copies don't double either, memory bandwidth is the limit. Machine: {facts}.
 
 {table}
 """
@@ -184,9 +185,9 @@ MEMORY = """
 
 [bench_memory.py](bench_memory.py): {requests:,} requests of every kind from 4 clients, including
 invalid ones. Resident memory was {start:.0f} MiB when the server was ready, at most {first:.0f} MiB
-during the first half of the requests and at most {second:.0f} MiB during the second. The server keeps
-freed memory up to [a limit](../docs/performance.md#memory-that-the-process-keeps), and then returns
-all of it to the system. Machine: {facts}.
+during the first half of the requests and at most {second:.0f} MiB during the second. The server
+keeps freed memory up to [a limit](../docs/performance.md#memory-that-the-process-keeps), and then
+returns all of it to the system. Machine: {facts}.
 
 ![Resident memory over the requests](results/memory.png)
 """

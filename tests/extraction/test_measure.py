@@ -193,7 +193,7 @@ def test_layers_behind_a_look_at_values_are_not_claimed_for_torchscript(load_net
     assert not head.serves(Extractor.TORCHSCRIPT, Capture.OUTPUT)
     assert not head.serves(Extractor.TORCHSCRIPT, Capture.INPUT)
     assert head.serves(Extractor.HOOK, Capture.INPUT)
-    assert "looks at values" in head.refusal(Extractor.TORCHSCRIPT)
+    assert "branches on tensor values" in head.refusal(Extractor.TORCHSCRIPT)
 
 
 def test_watching_for_looks_changes_no_claim() -> None:

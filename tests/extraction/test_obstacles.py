@@ -110,7 +110,7 @@ def test_layers_that_follow_from_a_discontinuous_pick_are_not_compiled() -> None
 
 def test_a_look_at_values_is_noted() -> None:
     """A mask that is dropped where it is all ones, say: other input may take another way."""
-    [note] = [note for note in measured("drops_mask").notes if "looks at values" in note]
+    [note] = [note for note in measured("drops_mask").notes if "branches on values" in note]
     assert "'last'" in note
 
 

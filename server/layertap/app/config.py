@@ -55,7 +55,7 @@ class ServerConfig:
                 other.
         """
         if self.server.client_shm_uids and not self.server.allow_client_shm:
-            raise ConfigError("client_shm_uids: of no use without allow_client_shm")
+            raise ConfigError("client_shm_uids: has no effect without allow_client_shm")
         if not self.models:
             raise ConfigError("models: got none, expected at least one to serve")
         seen: set[str] = set()

@@ -112,7 +112,7 @@ class ModelHealth:
         name = _name_in(message, context)
         status = self._status(name)
         if status == Status.SERVICE_UNKNOWN:
-            text = f"service: got {name[:NAME_CHARACTERS]!r}, which this server does not have"
+            text = f"service: got {name[:NAME_CHARACTERS]!r}, unknown to this server"
             context.abort(grpc.StatusCode.NOT_FOUND, text)
         return Status(status=status)
 

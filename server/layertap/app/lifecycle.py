@@ -297,7 +297,9 @@ def compute_threads(options: ServerOptions, device: str) -> tuple[int, int | Non
 def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     options = config.server
     if options.keep_memory and not keep_memory(options.keep_memory_bytes // MIB):
-        narrator.say("note: this C library can't keep freed memory, so large replies take longer")
+        narrator.say(
+            "note: with this C library freed memory can't be kept, so large replies take longer"
+        )
     allow_tf32(options.tf32)
     device = choose_device(options.device)
     instances, threads = compute_threads(options, device)

@@ -63,7 +63,7 @@ def log_everything_as_json(level: LogLevel) -> None:
     except OSError as error:
         configure_logs("json", level)
         logging.getLogger(NARRATION).warning(
-            "can't start a process (%s): what other code writes to stderr stays plain text", error
+            "can't start a process (%s): output of other code on stderr stays plain text", error
         )
     else:
         configure_logs("json", level, stream)

@@ -66,20 +66,22 @@ class Metrics:
             "request_success", "Extractions that were answered.", ("model",)
         )
         self._passes = self._counter(
-            "exec", "Forward passes; fewer than extractions where they shared them.", ("model",)
+            "exec", "Forward passes; fewer than the extractions if some shared a pass.", ("model",)
         )
         self._failure = self._counter(
             "request_failure",
-            "Extractions that were not, by gRPC status; model is empty where none that is served "
-            "was named.",
+            "Failed extractions, by gRPC status; model is empty if the request named no served "
+            "model.",
             ("model", "reason"),
         )
         self._reply_bytes = self._counter(
             "reply_bytes",
-            "Bytes of the extractions' replies, those in shared memory included.",
+            "Bytes of the extractions' replies, including those in shared memory.",
             ("model",),
         )
-        self._total = self._histogram("request", "From the request's bytes to the reply's.")
+        self._total = self._histogram(
+            "request", "Time from the arrival of a request to its finished reply."
+        )
         self._prepare = self._histogram(
             "prepare", "Parsing, checks, decoding and preprocessing images."
         )
@@ -125,7 +127,7 @@ class Metrics:
         if retained_bytes() is not None:
             Gauge(
                 "layertap_memory_retained_bytes",
-                "Free memory that malloc has not given back to the system.",
+                "Free memory that malloc has not returned to the system.",
                 registry=self.registry,
             ).set_function(lambda: retained_bytes() or 0)
 

@@ -28,4 +28,4 @@ def notify(state: str) -> None:
             sender.connect(address)
             sender.sendall(state.encode())
     except OSError as error:
-        _log.warning("can't tell the service manager %s: %s", state, error.strerror or error)
+        _log.warning("can't notify the service manager of %s: %s", state, error.strerror or error)

@@ -139,9 +139,9 @@ class Reloader:
     def _in_turn(self) -> Iterator[None]:
         """Let nothing else reload meanwhile; raise UnavailableError where something does."""
         if not self._ready:
-            raise UnavailableError("the server is starting or stopping, and doesn't reload")
+            raise UnavailableError("the server is starting or stopping, so it can't reload now")
         if not self._turn.acquire(blocking=False):
-            raise UnavailableError("a reload is in progress; ask again when it has ended")
+            raise UnavailableError("another reload is in progress; try again when it has finished")
         try:
             yield
         finally:
@@ -157,7 +157,7 @@ class Reloader:
                 call.cancel()
             yield call
         except CancelledError:
-            raise UnavailableError("the server is stopping; the reload was given up") from None
+            raise UnavailableError("the server is stopping; the reload was abandoned") from None
         finally:
             self._call = Call()
 

@@ -252,7 +252,8 @@ class FeatureServer:
             return self._add(wanted, options)
         except RuntimeError:
             raise UnavailableError(
-                f"can't listen on {wanted}: is the port taken, or the host another machine's?"
+                f"can't listen on {wanted}: is the port in use, or does the host belong to "
+                f"another machine?"
             ) from None
 
     def _add(self, address: str, options: ServerOptions) -> int:

@@ -99,7 +99,7 @@ def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | Non
         if not (error.name or "").startswith("opentelemetry"):
             raise
         raise ConfigError(
-            f"traces to {named} were asked for, but OpenTelemetry is not installed; "
+            f"traces to {named} were requested, but OpenTelemetry is not installed; "
             f"try: pip install 'layertap[otel]'"
         ) from None
     return tracing.Tracing(tracing.otlp_provider(endpoint))  # type: ignore[no-any-return]

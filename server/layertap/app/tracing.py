@@ -119,4 +119,4 @@ class Tracing:
         flushing.start()
         flushing.join(FLUSH_SECONDS)
         if flushing.is_alive():
-            _log.warning("the last spans did not reach the collector")
+            _log.warning("the last spans could not be sent to the collector")

@@ -91,13 +91,13 @@ def _check_free(path: Path) -> None:
     except OSError as error:
         raise _refused(path, error.strerror or str(error)) from error
     if not stat.S_ISSOCK(found.st_mode):
-        raise _refused(path, "there is something that is no socket; it is left alone")
+        raise _refused(path, "the path exists and is not a socket; it was not changed")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            _log.info("replacing the socket %s, on which nobody listens any more", path)
+            _log.info("replacing the stale socket %s", path)
             return
         except FileNotFoundError:  # It is gone in this moment.
             return

@@ -111,7 +111,7 @@ class AsyncClient(BaseClient):
             try:
                 return await self._extract_shared(transport, memory, fields, inputs, timeout)
             except SharedMemoryLostError as error:
-                _log.debug("shared memory is lost, the wire instead: %s", error)
+                _log.debug("shared memory is lost, using the network: %s", error)
         message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
         return Features(await self._call(transport, transport.extract, message, timeout))
 

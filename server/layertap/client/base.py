@@ -132,9 +132,8 @@ class BaseClient:
         """
         if self._arguments["token"] is not None:
             raise TypeError(
-                f"cannot pickle a {type(self).__name__} that was given a token, which the pickle "
-                f"would hold for anybody to read; give it token_file, or make a client in each "
-                f"process"
+                f"cannot pickle a {type(self).__name__} that was given a token, because the pickle "
+                f"would contain the secret; use token_file, or create a client in each process"
             )
         return _made_again, (type(self), self._target, self._arguments)
 

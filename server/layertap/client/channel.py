@@ -150,7 +150,7 @@ def channel_settings(
         return ChannelSettings(target, tuple(options), how.credentials(), token)
     if token is not None and not allow_plaintext_token and not local:
         raise ConfigError(
-            f"token: {target} would get it as plain text, for anybody on the way to read; "
+            f"token: it would be sent to {target} as plain text, which can be read in transit; "
             f"expected TLS, a server on this machine, or allow_plaintext_token"
         )
     return ChannelSettings(target, tuple(options), None, token)
@@ -169,9 +169,9 @@ def _check_gevent() -> None:
     if getattr(sys.modules.get("grpc._cython.cygrpc"), "g_gevent_activated", True):
         return
     raise ConfigError(
-        "gevent has patched this process but gRPC was not told, so its calls would block every "
-        "greenlet: call grpc.experimental.gevent.init_gevent() after monkey.patch_all() and before "
-        "the first Client"
+        "gevent has patched this process but gRPC's gevent support is off, so calls would block "
+        "every greenlet: call grpc.experimental.gevent.init_gevent() after monkey.patch_all() and "
+        "before the first Client"
     )
 
 

@@ -122,7 +122,7 @@ class Client(BaseClient):
             try:
                 return self._extract_shared(transport, memory, fields, inputs, timeout)
             except SharedMemoryLostError as error:
-                _log.debug("shared memory is lost, the wire instead: %s", error)
+                _log.debug("shared memory is lost, using the network: %s", error)
         message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
         return Features(self._call(transport.extract, message, timeout))
 

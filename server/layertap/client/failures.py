@@ -54,7 +54,7 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
         return errors.UnavailableError(f"the server ended the call: {text}")
     if code is Code.RESOURCE_EXHAUSTED and not name and _TOO_LARGE in text:
         # An OverloadedError would have the caller try again, in vain.
-        return errors.InvalidInputError(f"the request is larger than the server takes: {text}")
+        return errors.InvalidInputError(f"the request is larger than the server accepts: {text}")
     failure = _error(code, name, text)
     if isinstance(failure, errors.OverloadedError):
         failure.retry_after = _pushback(str(metadata.get(PUSHBACK_METADATA_KEY, "")))

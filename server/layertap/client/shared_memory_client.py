@@ -87,7 +87,7 @@ class SharedMemoryClient:
             *(grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error),
             RuntimeError,  # Python's word for a thread that the system did not allow.
         ) as error:
-            _log.debug("no shared memory, the wire instead: %s", error)
+            _log.debug("no shared memory, using the network: %s", error)
             away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
             self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
             return None

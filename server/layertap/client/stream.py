@@ -137,7 +137,7 @@ class FeatureStream:
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise UnavailableError(
-                "the stream belongs to the process that this one was forked from; open another here"
+                "the stream belongs to the parent process of this fork; open a new one here"
             )
 
     def _fill(self, requests: Iterator[tuple[int, StreamRequest]], keys: dict[int, Any]) -> bool:

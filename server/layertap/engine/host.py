@@ -138,7 +138,7 @@ class ModelHost:
             _log.warning("model %s: %s", model.name, note)
         if self.catalogue.non_finite:
             _log.warning(
-                "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
+                "model %s: layer %r returns NaN or infinity for random input in [0, 1)",
                 model.name, self.catalogue.non_finite,
             )  # fmt: skip
         for note in self.catalogue.notes:

@@ -247,7 +247,7 @@ def _for_any_number(request: ExtractionRequest, plan: Plan, host: ModelHost) -> 
         return REFERENCE.id
     raise ExtractorUnsupportedError(
         f"{plan.kind.name} can't serve an input that holds NaN or infinity: compiled programs "
-        f"handle them otherwise than model {host.model.name!r} does; {REFERENCE.name} can"
+        f"handle them differently from model {host.model.name!r} does; {REFERENCE.name} can"
     )
 
 

@@ -114,9 +114,16 @@ def proven_staging(device: torch.device) -> Staging | None:
         staging = Staging(device)
         if _proves(staging, device):
             return staging
-        _log.error("%s: copies beside a pass differ from blocking ones, so copies block", device)
+        _log.error(
+            "%s: copies that overlap with a pass gave wrong values, so blocking copies are used",
+            device,
+        )
     except RuntimeError:
-        _log.warning("%s: no copies beside a pass, so copies block", device, exc_info=True)
+        _log.warning(
+            "%s: copies can't overlap with a pass, so blocking copies are used",
+            device,
+            exc_info=True,
+        )
     return None
 
 

@@ -52,7 +52,8 @@ from layertap.selection import Capture, Extractor
 __all__ = ["measure", "measure_with_graph"]
 
 _UNORDERED = (
-    "the module runs several times in threads of the model's own, in an order that nothing settles"
+    "the module runs several times in the model's own threads, so the order of its calls is not "
+    "defined"
 )
 
 _log = logging.getLogger(__name__)
@@ -210,14 +211,14 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
     looked = _first(entries, findings.looks.looked)
     if looked:
         yield (
-            f"its forward looks at values of its input before layer {looked!r}, so other input may "
-            f"take another way from there on"
+            f"its forward branches on values of its input before layer {looked!r}, so other input "
+            f"may take another branch there"
         )
     varying = sorted(findings.varying)
     if varying:
         more = f" and {len(varying) - _MAX_NAMED} more" if len(varying) > _MAX_NAMED else ""
         yield (
-            f"some layers run for some inputs only, and a request for one that does not run fails: "
+            f"some layers run only for some inputs, and a request for one that does not run fails: "
             f"{', '.join(map(repr, varying[:_MAX_NAMED]))}{more}"
         )
     random = _first(entries, findings.random)
@@ -450,13 +451,13 @@ def _verdict(kind: Kind, entry: LayerEntry, side: Capture, findings: Measurement
 
 
 def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
-    """Return why there is nothing to take where a call's value is no tensor."""
+    """Return why a value that is not a tensor can't be captured."""
     if side is not Capture.OUTPUT:
-        return f"the layer's {side} is no single tensor"
+        return f"the layer's {side} is not a single tensor"
     what = "layer" if path else "model"
     inside = _first_member(path, call, findings)
-    advice = f"; ask for a member of it, such as {inside}" if inside else ""
-    return f"the {what} returns no plain tensor{advice}"
+    advice = f"; request a member of it, such as {inside}" if inside else ""
+    return f"the {what} does not return a plain tensor{advice}"
 
 
 def _refused(reason: str) -> dict[Extractor, Support]:

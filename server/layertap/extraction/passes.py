@@ -292,7 +292,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
         )  # fmt: skip
     notes = list(rules.notes)
     if seen.carried or seen.by_batch:
-        what = _named(seen.by_batch) if seen.by_batch else "what an earlier pass left behind"
+        what = _named(seen.by_batch) if seen.by_batch else "values from an earlier pass"
         rules = replace(rules, uncompiled=f"the model keeps state between calls ({what}), which a "
                         "compiled program would hold as a constant")  # fmt: skip
     written = [change.path for change in seen.changes.values() if change.in_place]
@@ -321,7 +321,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
             concurrent=False,
             shared=False,
             own_threads=True,
-            uncompiled="the model runs modules in threads of its own, which a trace does not see",
+            uncompiled="the model runs modules in its own threads, which a trace does not record",
         )
         notes.append(
             "its modules run on several threads, so passes run one at a time and to their end"

@@ -260,7 +260,7 @@ class Prover:
         if plan.dynamic:
             raise ExtractorUnsupportedError("its shapes depend on the content")
         if self._looks(plan, x):
-            raise ExtractorUnsupportedError("its code looks at values")
+            raise ExtractorUnsupportedError("its code branches on tensor values")
 
 
 def _advice(pass_spec: PassSpec) -> str:

@@ -105,7 +105,7 @@ def choose_part(checkpoint: Checkpoint, fits: Fits, key: str) -> Part:
         return averaged[0]
     choices = ", ".join(repr(part.key) for part in fitting)
     raise WeightsUnavailableError(
-        f"weights {checkpoint.path}: {len(fitting)} state dicts in it fit the model; say which is "
+        f"weights {checkpoint.path}: {len(fitting)} state dicts in it fit the model; select one "
         f"meant by weights_key (--weights-key), one of {choices}. The file holds "
         f"{held_in(checkpoint.contents)}"
     )

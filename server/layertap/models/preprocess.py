@@ -119,7 +119,7 @@ class Preprocess:
         words = [f"EXIF orientation{turn} applied", color, *self.steps.describe()]
         notes = [self.origin] if self.origin else []
         if self.assumed:
-            notes.append(f"assumed, as nothing says it: {', '.join(self.assumed)}")
+            notes.append(f"defaults, as nothing specifies them: {', '.join(self.assumed)}")
         return ", ".join(words) + (f"; {'; '.join(notes)}" if notes else "")
 
 
@@ -254,7 +254,7 @@ def _still_assumed(known: Preprocess | None, settings: ImageSettings) -> tuple[s
 def _origin(known: Preprocess | None, settings: ImageSettings) -> str:
     parts = [known.origin] if known is not None and known.origin else []
     if settings.given:
-        parts.append(f"set by the server's owner: {', '.join(settings.given)}")
+        parts.append(f"set in the server's configuration: {', '.join(settings.given)}")
     return "; ".join(parts)
 
 

@@ -130,7 +130,7 @@ def _pretrained(timm: Any, name: str, size: dict[str, Any]) -> nn.Module:
         module: nn.Module = timm.create_model(name, pretrained=True, **size)
     except Exception as error:
         raise WeightsUnavailableError(
-            f"weights of timm:{name} can't be had ({type(error).__name__}); connect this machine, "
-            f"or give a state dict with --weights PATH, or 'random'"
+            f"weights of timm:{name} can't be downloaded ({type(error).__name__}); check the "
+            f"network, or give a state dict with --weights PATH, or 'random'"
         ) from error
     return module

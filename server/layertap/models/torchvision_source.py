@@ -124,7 +124,7 @@ def _unavailable(
     if was_cached:
         return WeightsUnavailableError(
             f"weights {member}: the file {cached} can't be loaded ({reason}); delete it, so that "
-            "it is downloaded anew, or use --weights PATH or --weights random"
+            "it is downloaded again, or use --weights PATH or --weights random"
         )
     return WeightsUnavailableError(
         f"weights {member} can't be downloaded ({reason}). Where there is a network: "

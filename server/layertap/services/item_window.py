@@ -154,7 +154,7 @@ class UnorderedWindow(ItemWindow):
             if self._ended:
                 raise _again(self._fault or CancelledError("the stream has ended"))
             if number in self._calls:
-                raise InvalidInputError(f"id: got {number}, which an item in flight has already")
+                raise InvalidInputError(f"id: got {number}, which another item in flight has")
             self._calls[number] = call
             self._taken += 1
 

@@ -80,7 +80,7 @@ class StreamThreads:
             # the reader when the stream ends.
             read = partial(copy_context().run, self._read, window, take, messages, context)
             if self._readers.submit_if_free(read) is None:
-                raise OverloadedError("no thread is left to read another stream; try again later")
+                raise OverloadedError("no thread is free to read another stream; try again later")
             yield from window.replies()
 
     def _read(

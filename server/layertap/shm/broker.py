@@ -89,7 +89,9 @@ class Broker:
         with self._lock:
             self._tickets = {key: end for key, end in self._tickets.items() if end > now}
             if len(self._tickets) >= _TICKETS:
-                raise OverloadedError(f"{_TICKETS} clients are about to share memory, the most")
+                raise OverloadedError(
+                    f"{_TICKETS} clients have unused tickets for shared memory, the most allowed"
+                )
             ticket = secrets.token_bytes(16)
             self._tickets[ticket] = now + _TICKET_SECONDS
         return ticket
@@ -274,7 +276,7 @@ def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
     try:
         return Broker(SharedMemory(limit_bytes, lease_seconds))
     except OSError as error:  # Sockets or anonymous files are forbidden, as in some sandboxes.
-        _log.warning("there is no shared memory: %s", error)
+        _log.warning("shared memory is not available: %s", error)
         return None
 
 

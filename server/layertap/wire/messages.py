@@ -168,7 +168,7 @@ def found(tensors: Sequence[TensorView | SharedTensor], find: Find | None) -> li
         if isinstance(tensor, TensorView):
             views.append(tensor)
         elif find is None:
-            raise DecodeError("reply: got a tensor in shared memory, which was not asked for")
+            raise DecodeError("reply: got a tensor in shared memory, which was not requested")
         else:
             views.append(find(tensor))
     return views

@@ -167,13 +167,13 @@ class ExtractorKind(ABC):
         if point.kind is PointKind.NODE and not self.nodes:
             return Verdict("it is a node of the symbolic graph, not a module")
         if point.member and not self.members:
-            return Verdict("it takes plain tensors only, not members of a container")
+            return Verdict("it captures plain tensors only, not members of a container")
         if self.reference:
             return Verdict()
         if point in found.random:
             return Verdict(RANDOM)
         if point.kind is PointKind.MODULE and point.path in found.varying:
-            return Verdict("the module runs for some inputs only")
+            return Verdict("the module runs only for some inputs")
         return Verdict(SOMETIMES if point in found.sometimes else self.obstacle(point, found))
 
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
@@ -245,12 +245,12 @@ class CompiledKind(ExtractorKind, Generic[P]):
         if found.model.takes_list:
             return "the model takes a list of images, not a tensor"
         if isinstance(module, torch.jit.ScriptModule):
-            return "the model is a TorchScript program already, and runs as one under HOOK"
+            return "the model is already a TorchScript program, which HOOK runs unchanged"
         inner = next(iter(programs(module)), "")
         if inner:
             return f"a part of the model, {inner!r}, is a TorchScript program already"
         if found.model.differentiates:
-            return "the model differentiates in its forward pass, which a trace does not record"
+            return "the model computes gradients in its forward pass, which a trace does not record"
         return found.rules.uncompiled
 
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:

@@ -69,8 +69,8 @@ class Repository:
         _check_repository(request.repository_name)
         if request.parameters:
             raise InvalidInputError(
-                f"parameters: got {', '.join(sorted(request.parameters))}, expected none: what is "
-                f"loaded is the configuration's to say"
+                f"parameters: got {', '.join(sorted(request.parameters))}, expected none: only the "
+                f"configuration decides what is loaded"
             )
         self._allowed().load_model(request.model_name)
         return pb.RepositoryModelLoadResponse()
@@ -103,4 +103,6 @@ def _state(reason: str) -> str:
 
 def _check_repository(name: str) -> None:
     if name:
-        raise InvalidInputError(f"repository_name: got {name!r}, expected none: there is one")
+        raise InvalidInputError(
+            f"repository_name: got {name!r}, expected none: there is only one repository"
+        )
