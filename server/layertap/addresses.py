@@ -55,7 +55,7 @@ def is_loopback(host: str) -> bool:
 
 
 def target_is_loopback(target: str) -> bool:
-    """Tell whether a gRPC target stays on this machine; False where that can't be told.
+    """Return whether a gRPC target stays on this machine; False if that can't be told.
 
     Targets are those of gRPC's naming document: ``host:port``, ``dns:///host:port``,
     ``ipv4:a:port,b:port``, ``ipv6:[a]:port`` and ``unix:path``.

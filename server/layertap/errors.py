@@ -63,7 +63,7 @@ class InvalidInputError(LayertapError):
         image: The index in the request of the image that is wrong.
 
     Attributes:
-        image: The same; None where the error is not about one image.
+        image: The same; None if the error is not about one image.
     """
 
     def __init__(self, text: str = "", *, image: int | None = None) -> None:
@@ -85,7 +85,7 @@ class DecodeError(InvalidInputError):
 
 
 class NotFoundError(LayertapError):
-    """Something that was asked for by name does not exist."""
+    """Something that was requested by name does not exist."""
 
 
 class ModelNotFoundError(NotFoundError):
@@ -113,14 +113,14 @@ class OverloadedError(LayertapError):
 
     Attributes:
         retry_after: Seconds after which the server asks to be called again; negative where it asks
-            not to be, None where it says nothing.
+            not to be, None if it says nothing.
     """
 
     retry_after: float | None = None
 
 
 class UnauthenticatedError(LayertapError):
-    """The server asks for a token, and none that it knows came with the call."""
+    """The server requests a token, and none that it knows came with the call."""
 
 
 class PermissionDeniedError(LayertapError):

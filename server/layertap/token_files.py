@@ -38,7 +38,7 @@ def read_tokens(file: Path, key: str) -> tuple[str, ...]:
         key: What named it, for the error's text.
 
     Raises:
-        ConfigError: Where it can't be read, or holds no token or something else. No error shows
+        ConfigError: If it can't be read, or holds no token or something else. No error shows
             what the file holds.
     """
     try:

@@ -34,7 +34,7 @@ class ServerConfig:
 
     @property
     def trusts_local_callers(self) -> bool:
-        """Whether callers without a token may administrate, where no token is asked for.
+        """Whether callers without a token may administrate, where no token is requested.
 
         Everybody who can reach a server on the loopback can use this machine, and so may ask the
         server to read again what its owner wrote.

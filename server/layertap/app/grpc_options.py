@@ -32,8 +32,8 @@ def channel_options(
     Args:
         request_bytes: The most that one request may have.
         streams: Calls that one connection may have under way.
-        age_seconds: How long a connection lasts, give or take a tenth; 0 for no end.
-        age_grace_seconds: How long its calls may then take to finish; 0 for no end.
+        age_seconds: How long a connection lasts, give or take a tenth; 0 for no limit.
+        age_grace_seconds: How long its calls may then take to finish; 0 for no limit.
         connections: Connections that may be open at once, one more is closed; 0 for no limit.
     """
     return [

@@ -143,7 +143,7 @@ class ModelHealth:
     def _next(
         self, name: str, sent: Status.ServingStatus | None, context: grpc.ServicerContext
     ) -> Status.ServingStatus | None:
-        """Wait for another status than the one that was sent; None where there will be none."""
+        """Wait for another status than the one that was sent; None if there will be none."""
         with self._changed:
             while context.is_active():
                 status = self._statuses.get(name, Status.SERVICE_UNKNOWN)

@@ -56,7 +56,7 @@ def capture_output() -> TextIO:
         The former stderr, line by line, for records that are JSON already.
 
     Raises:
-        OSError: Where no process can be started for it; nothing has changed then.
+        OSError: If no process can be started for it; nothing has changed then.
     """
     # Whole lines and no buffer, as of stderr itself; the descriptor is the log's until the end.
     log = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")

@@ -102,7 +102,7 @@ class _Signals:
             os._exit(128 + number)
         if not self._ready:
             # Nothing was admitted, and a model that is being fetched can't be interrupted. Neither
-            # print nor the console: whoever is at it may hold their locks for as long.
+            # print nor the console: anyone who is at it may hold their locks for as long.
             os.write(sys.stderr.fileno(), b"layertap: stopped before it was ready\n")
             os._exit(0)
         self._asked = True

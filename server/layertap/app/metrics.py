@@ -50,7 +50,7 @@ class _ModelCounts:
 class Metrics:
     """Counts what the servicers tell it (a ``layertap.services.observer.Observer``).
 
-    Keeps a registry of its own, so that two servers in one process count apart.
+    Keeps its own registry, so that two servers in one process count apart.
 
     Args:
         engine: The engine whose queue and models are shown; None for no such gauges.

@@ -21,7 +21,7 @@ def open_plan_cache(options: ServerOptions) -> PlanCache | None:
     Without a folder of the user's own, as in some containers, ``auto`` keeps none.
 
     Returns:
-        The cache; None where none is to be kept.
+        The cache; None if none is to be kept.
 
     Raises:
         ConfigError: For a folder that was named and can't be used.

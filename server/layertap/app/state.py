@@ -1,4 +1,4 @@
-"""What the metrics page shows of a server's state, read when the page is asked for."""
+"""What the metrics page shows of a server's state, read when the page is requested."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Note [How the file comes and goes]
     gRPC's core removes whatever socket is at the path before it binds one there, another server's
-    included, and removes the path again when it stops, whoever's it is by then. And a file that is
-    bound first and gets its mode later can be connected to in between. So gRPC binds in a folder
+    included, and removes the path again when it stops, whoever owns it by then. And a file that
+    is bound first and gets its mode later can be connected to in between. So gRPC binds in a folder
     that only this user may enter; the file gets its mode there and is then moved to its path. When
     the server stops, the path is removed only if it is still that file.
 """
@@ -39,7 +39,7 @@ class UnixSocket:
             that can't be done.
 
     Raises:
-        UnavailableError: Where another server listens there, something else is there, or the
+        UnavailableError: If another server listens there, something else is there, or the
             system refuses.
     """
 

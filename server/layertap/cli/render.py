@@ -1,6 +1,6 @@
 """What the verbs show: tables on stdout, messages and progress on stderr.
 
-rich leaves colours out where the stream is no terminal and where NO_COLOR is set.
+rich leaves colours out where the stream is not a terminal and where NO_COLOR is set.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BY = ("by", "in by")
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """Return a console that prints text as it is: ``[B, 64]`` is no markup.
+    """Return a console that prints text as it is: ``[B, 64]`` is not a markup.
 
     What goes into a pipe or a file is never cut to the width of a terminal.
     """
@@ -131,7 +131,7 @@ def show_layers(
 
 
 def _passes(rules: catalogue_pb2.PassRules) -> str:
-    """Return how a model's passes are run, in words; empty where nothing is held back."""
+    """Return how a model's passes are run, in words; empty if nothing is held back."""
     states = {
         catalogue_pb2.KEPT_STATE_RESET: "the loaded state is put back after each",
         catalogue_pb2.KEPT_STATE_KEPT: "the model is stateful",
@@ -205,7 +205,7 @@ def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
 
 
 def _reason(layer: catalogue_pb2.Layer) -> str:
-    """Return why no extractor serves a layer's output; empty where one does."""
+    """Return why no extractor serves a layer's output; empty if one does."""
     verdicts = [verdict for _, verdict in _verdicts(layer, Capture.OUTPUT)]
     if any(verdict.served for verdict in verdicts):
         return ""

@@ -261,7 +261,7 @@ class AsyncClient(BaseClient):
         self._check_open()
         if self._transport is None or self._transport.loop is not asyncio.get_running_loop():
             if self._transport is not None:
-                # Its loop has ended, or goes on elsewhere; the channel is closed with it.
+                # Its loop has ended, or continues elsewhere; the channel is closed with it.
                 self._transport.memory.close()
             self._transport = _Transport(self, self._settings())
         return self._transport
@@ -333,8 +333,8 @@ class AsyncFeatureStream:
     Args:
         method: The channel's ``ExtractStream``.
         max_in_flight: Items that are sent and not yet yielded.
-        timeout: Seconds that the stream may take; None for no end.
-        item_timeout: Seconds for an item that does not say so itself; None for no end.
+        timeout: Seconds that the stream may take; None for no limit.
+        item_timeout: Seconds for an item that does not say so itself; None for no limit.
         memory: The session of shared memory; None for none.
         metadata: What the call carries.
 
@@ -407,7 +407,7 @@ class AsyncFeatureStream:
                 await self.close()
 
     async def close(self) -> None:
-        """End the stream: what is in flight is given up. Features that came stay valid."""
+        """End the stream: what is in flight is abandoned. Features that came stay valid."""
         if self._closed:
             return
         self._closed = True
@@ -479,7 +479,7 @@ async def _request_fields(
 
 
 def _is_in_memory(given: Any) -> bool:
-    """Tell whether an input takes no time to encode: arrays, tensors or a file's bytes."""
+    """Return whether an input takes no time to encode: arrays, tensors or a file's bytes."""
     if isinstance(given, Mapping):
         return all(map(_is_in_memory, given.values()))
     return isinstance(given, bytes) or hasattr(given, "dtype")
@@ -496,7 +496,7 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def _task_is_cancelled() -> bool:
-    """Tell whether a CancelledError is the task's own, not that of a call that was cancelled."""
+    """Return whether a CancelledError is the task's own, not that of a call that was cancelled."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -48,9 +48,9 @@ class BaseClient:
 
     Args:
         target: The server's address: ``host:port``, or ``unix:/path`` for a Unix socket.
-        timeout: Seconds that a call may take, unless the call says otherwise; None for no end.
+        timeout: Seconds that a call may take, unless the call says otherwise; None for no limit.
         tls: ``True`` for a server that a public authority vouches for; a ``Tls`` for one with an
-            authority of its own, or one that asks for a client's certificate; False for no TLS.
+            authority of its own, or one that requests a client's certificate; False for no TLS.
         token: The bearer token to send with every call.
         token_file: A file whose first token is sent, instead of ``token``: one a line, ``#`` begins
             a comment.
@@ -128,7 +128,7 @@ class BaseClient:
         """Pickle the arguments.
 
         Raises:
-            TypeError: Where they hold a token.
+            TypeError: If they hold a token.
         """
         if self._arguments["token"] is not None:
             raise TypeError(
@@ -196,7 +196,7 @@ class ReadyWait:
         """Take note of a failed question.
 
         Raises:
-            LayertapError: Where asking again is of no use.
+            LayertapError: If asking again is of no use.
         """
         if error.code() not in self._AWAY:
             raise error_from_rpc(error) from None

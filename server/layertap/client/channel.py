@@ -45,7 +45,7 @@ class Tls:
         ca: A PEM file: the authority, or the certificate itself, that vouches for the server. None
             for the public authorities that gRPC comes with, or those of the file that the
             environment variable ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` names.
-        certificate: A PEM file with this client's certificate, for servers that ask for one.
+        certificate: A PEM file with this client's certificate, for servers that request one.
         key: A PEM file with its key, not encrypted.
         server_name: The name to expect in the server's certificate; the target's host if empty.
     """
@@ -76,7 +76,7 @@ def read_token(file: PathLike) -> str:
     """Return the first token of a file: one a line, ``#`` begins a comment.
 
     Raises:
-        ConfigError: Where it can't be read or holds no token.
+        ConfigError: If it can't be read or holds no token.
     """
     return read_tokens(Path(file), "token file")[0]
 
@@ -160,7 +160,7 @@ def _check_gevent() -> None:
     """Raise ConfigError where gRPC would block gevent's only thread.
 
     gevent makes greenlets of all threads. gRPC then waits in native code for a greenlet that can't
-    run meanwhile: every call stops the whole program, and streams never go on.
+    run meanwhile: every call stops the whole program, and streams never continue.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):

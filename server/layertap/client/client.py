@@ -68,7 +68,7 @@ class Client(BaseClient):
     """Asks a layertap server for layers.
 
     Safe to share between threads. Use it as a context manager, or ``close`` it. A client that a
-    forked process inherits opens a connection of its own there. A pickled one (for
+    forked process inherits opens its own connection there. A pickled one (for
     ``multiprocessing`` or a data loader's workers) is made again from its arguments where it is
     unpickled; with ``token`` it can't be pickled, as the pickle would hold the secret, but with
     ``token_file`` it can. ``AsyncClient`` has the same methods for asyncio.
@@ -106,7 +106,7 @@ class Client(BaseClient):
             layers: What to return: a name or glob, ``"avgpool:input"`` for an input,
                 ``"layer4=deep"`` to rename, a LayerSelection; a list of those; or a mapping of
                 names to aliases.
-            extractor: How to take them.
+            extractor: How to capture them.
             timeout: Seconds that this call may take; None for the client's own.
 
         Returns:
@@ -137,7 +137,7 @@ class Client(BaseClient):
 
         Args:
             max_in_flight: Items that are sent and not yet yielded.
-            timeout: Seconds that the whole stream may take; None for no end.
+            timeout: Seconds that the whole stream may take; None for no limit.
             item_timeout: Seconds that the server may take for one item, unless the item says
                 otherwise; None for the client's own.
         """
@@ -193,14 +193,14 @@ class Client(BaseClient):
     ) -> Iterator[Features | LayertapError]:
         """Yield the layers of many inputs, several of which are in flight at once.
 
-        The stream ends when the iterator does, or is closed, or is let go of.
+        The stream ends when the iterator does, or is closed, or is released.
 
         Args:
             model: A served model's name.
             inputs: What ``extract`` takes, item by item; read no further ahead than
                 ``max_in_flight``.
             layers: What to return.
-            extractor: How to take them.
+            extractor: How to capture them.
             ordered: Whether to yield in the order of the inputs, or as they finish.
             return_errors: Whether the error of an item is yielded in its place, or raised, which
                 ends the iteration.
@@ -237,7 +237,7 @@ class Client(BaseClient):
             What became of each model, once everything new is warm.
 
         Raises:
-            LayertapError: Where the configuration is wrong, another reload is in progress, or the
+            LayertapError: If the configuration is wrong, another reload is in progress, or the
                 server was started without ``--admin``.
         """
         reply = self._call(self._opened().reload, b"", timeout)
@@ -253,7 +253,7 @@ class Client(BaseClient):
 
         Raises:
             NotFoundError: For a name that it does not know.
-            UnavailableError: Where it can't be reached.
+            UnavailableError: If it can't be reached.
         """
         return health_in(self._call(self._opened().health, health_message(service), timeout))
 
@@ -264,7 +264,7 @@ class Client(BaseClient):
 
         Raises:
             UnavailableError: After ``timeout`` seconds; the text says what was last heard.
-            LayertapError: Where it answers, but does not report its health, or not to us.
+            LayertapError: If it answers, but does not report its health, or not to us.
         """
         wait = ReadyWait(self._target, timeout, time.monotonic())
         while (left := wait.left(time.monotonic())) > 0:
@@ -336,7 +336,7 @@ class Client(BaseClient):
     def _after_fork(self) -> None:
         """Leave the connection to the parent process, in a child that was forked from it."""
         if self._transport is not None:
-            # Never let go of: to close it would speak on the parent's sockets.
+            # Never released: closing it would speak on the parent's sockets.
             _PARENTS.append(self._transport)
         self._transport = None
         self._opening = threading.Lock()

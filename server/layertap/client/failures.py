@@ -76,7 +76,7 @@ def _index(text: str) -> int | None:
 
 
 def _pushback(text: str) -> float | None:
-    """Return the seconds to wait; -1 for never, as gRFC A6 takes all that is no number from 0."""
+    """Return the seconds to wait; -1 for never, which gRFC A6 defines for any other value."""
     if not text:
         return None
     return int(text) / 1000 if text.isdecimal() and len(text) < 10 else -1.0

@@ -23,7 +23,7 @@ __all__ = ["Features"]
 
 
 class Features(Mapping[str, np.ndarray]):
-    """The layers of one reply, by name, in the order asked for.
+    """The layers of one reply, by name, in the order of the request.
 
     The arrays are read-only views of the message, or of memory shared with a server of this machine
     (docs/shared_memory.md); ``array.copy()`` makes a writable one of its own. bfloat16 arrays have
@@ -91,11 +91,11 @@ class Features(Mapping[str, np.ndarray]):
         """Return the layers as torch tensors that share the message's memory.
 
         The memory is nobody else's, but other views of the same layer see what is written to it.
-        What came through shared memory is mapped anew, so that it may be written to as well: such
+        What came through shared memory is mapped again, so that it may be written to as well: such
         tensors share memory with one another, and not with the arrays.
 
         Raises:
-            ImportError: Where torch is not installed.
+            ImportError: If torch is not installed.
         """
         from layertap.client.to_torch import to_torch
 

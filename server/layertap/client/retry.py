@@ -32,7 +32,7 @@ class Retries:
 
     Args:
         retries: How many times to call again at most.
-        timeout: Seconds for all calls and waits together; None for no end.
+        timeout: Seconds for all calls and waits together; None for no limit.
     """
 
     def __init__(self, retries: int, timeout: float | None) -> None:
@@ -41,7 +41,7 @@ class Retries:
         self._backoff = _FIRST_SECONDS
 
     def remaining(self) -> float | None:
-        """Return the seconds that are left for the next call; None for no end."""
+        """Return the seconds that are left for the next call; None for no limit."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def pause(self, error: OverloadedError) -> float:
@@ -70,10 +70,10 @@ def retrying(
     """Make a call, and again while the server refuses it because it is full; see ``Retries``.
 
     Args:
-        call: Makes the call; gets the seconds that are left for it, None for no end.
+        call: Makes the call; gets the seconds that are left for it, None for no limit.
         retries: How many times to call again at most.
-        timeout: Seconds for all calls and waits together; None for no end.
-        sleep: Waits so many seconds.
+        timeout: Seconds for all calls and waits together; None for no limit.
+        sleep: Waits that many seconds.
 
     Raises:
         OverloadedError: As ``Retries.pause`` does.

@@ -99,11 +99,11 @@ def decode_images(
     Args:
         model: The model that takes them.
         images: Encoded files.
-        limits: What requests may ask for.
+        limits: What requests may contain.
         admit: Called with the bytes of each decoded image; may raise OverloadedError.
 
     Raises:
-        OverloadedError: Where ``admit`` does.
+        OverloadedError: If ``admit`` does.
         InvalidInputError: For no images, too many, a file that can't be decoded, one that can't be
             resized, more pixels than are kept at once, or a model that takes no images.
     """
@@ -144,7 +144,7 @@ def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> Batc
     For a compute thread only.
 
     Raises:
-        InvalidInputError: Where the images come out in different sizes, or in one that the model
+        InvalidInputError: If the images come out in different sizes, or in one that the model
             doesn't take.
     """
     if model.preprocess is None:

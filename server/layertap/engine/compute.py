@@ -57,13 +57,13 @@ class _Job(Generic[T, R]):
         self._call = call
 
     def pin(self, reservations: Sequence[Reservation]) -> None:
-        """Keep reservations until the job is done or was given up."""
+        """Keep reservations until the job is done or was abandoned."""
         for reservation in reservations:
             reservation.pin()
         self.future.add_done_callback(partial(_unpin, reservations))
 
     def begin(self) -> bool:
-        """Tell whether somebody still waits for it."""
+        """Return whether somebody still waits for it."""
         if not self.future.set_running_or_notify_cancel():
             return False
         try:
@@ -89,7 +89,7 @@ class ComputeThreads:
             those of the machine, but no more than the process may use.
 
     Raises:
-        UnavailableError: Where the system does not allow so many threads.
+        UnavailableError: If the system does not allow that many threads.
     """
 
     def __init__(self, instances: int = 1, intra_op: int | None = None) -> None:
@@ -122,7 +122,7 @@ class ComputeThreads:
 
         Raises:
             UnavailableError: After ``close``.
-            DeadlineExceededError, CancelledError: Where the caller is not waiting any more.
+            DeadlineExceededError, CancelledError: If the caller is not waiting any more.
         """
         return self.run_batched(None, lambda _: [job()], call, pins=pins)
 

@@ -45,7 +45,7 @@ class ExtractionRequest:
         model: A served model's name.
         input: The batch.
         selections: The layers to return.
-        extractor: How to take them.
+        extractor: How to capture them.
         form: Makes the form of the reply for the extractor that was chosen; the native one unless
             told otherwise.
     """
@@ -101,7 +101,7 @@ class Pipeline:
 
     Args:
         admission: Counts the bytes of replies.
-        limits: What requests may ask for.
+        limits: What requests may contain.
     """
 
     def __init__(self, admission: Admission, limits: Limits) -> None:
@@ -160,7 +160,7 @@ class Pipeline:
         parts = (resolved.outputs, plan, x.size, envelope, host.staging)
 
         def collect() -> Reply:
-            # The reply before was given up, and its memory with it.
+            # The reply before was abandoned, and its memory with it.
             reserved.shrink(0)
             return reply_collector(*parts)
 
@@ -237,7 +237,7 @@ def publish(reply: Reply, form: ReplyForm, timings: Timings) -> bytes:
 
 
 def _is_finite(request: ExtractionRequest, x: Batch) -> bool:
-    """Tell whether a request's input has neither NaN nor infinity; images never do."""
+    """Return whether a request's input has neither NaN nor infinity; images never do."""
     return isinstance(request.input, ImagesInput) or x.is_finite
 
 

@@ -1,4 +1,4 @@
-"""Between the host and a GPU: copies through page-locked memory, beside the pass that runs.
+"""Between the host and a GPU: copies through page-locked memory, alongside the pass that runs.
 
 Note [Staging]
     A blocking copy in the middle of a forward pass makes the host wait for every kernel launched so
@@ -20,7 +20,7 @@ Note [Staging]
     them are over. It keeps what it has: the most that was in use at one time.
 
     An order between streams that is wrong shows as wrong values now and then, and nowhere else. So
-    the way is held against blocking copies on the very device before it is used; where it differs
+    the way is compared with blocking copies on the very device before it is used; where it differs
     or fails, copies block.
 """
 
@@ -87,7 +87,7 @@ class Staging:
     def launched(self) -> torch.cuda.Event:
         """Return an event that is over once everything that was taken so far is on the host.
 
-        To be called behind each pass. It returns once the pass before is over, so that no more than
+        To be called after each pass. It returns once the pass before is over, so that no more than
         two are under way.
         """
         before, self._last = self._last, torch.cuda.Event()
@@ -104,7 +104,7 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def proven_staging(device: torch.device) -> Staging | None:
-    """Return a device's staging; None where it has none or its copies are not to be trusted.
+    """Return a device's staging; None if it has none or its copies are not to be trusted.
 
     To be called on the device's compute thread.
     """
@@ -128,7 +128,7 @@ def proven_staging(device: torch.device) -> Staging | None:
 
 
 def _proves(staging: Staging, device: torch.device) -> bool:
-    """Tell whether values that change right after they were taken arrive as they were.
+    """Return whether values that change right after they were taken arrive as they were.
 
     The device has much to do before each round, so that a copy that waits for nothing comes too
     early; a round's blocks are those of the round before; and each value is known without a copy.

@@ -65,7 +65,7 @@ class Computed:
         begun_ns: When its forward pass began, by ``time.perf_counter_ns``.
         together: Requests that the pass was run for.
         model: The model's name.
-        arrival: Over once a GPU's values are on the host; None where they are already.
+        arrival: Over once a GPU's values are on the host; None if they are already.
     """
 
     reply: Reply
@@ -78,7 +78,7 @@ class Computed:
         """Wait until every value is on the host. For the caller's thread; see Note [Staging].
 
         Raises:
-            ModelRunError: Where the device failed meanwhile.
+            ModelRunError: If the device failed meanwhile.
         """
         if self.arrival is not None:
             with _model_errors(self.model):
@@ -89,9 +89,9 @@ def compute(works: Sequence[Work]) -> list[Computed]:
     """Run requests of one plan and batch key in one forward pass. For a compute thread.
 
     Raises:
-        ModelRunError: Where the model fails.
-        OverloadedError: Where there is not the memory to run it.
-        CancelledError, DeadlineExceededError: Where nobody waits any more; noticed between layers.
+        ModelRunError: If the model fails.
+        OverloadedError: If there is not the memory to run it.
+        CancelledError, DeadlineExceededError: If nobody waits any more; noticed between layers.
     """
     begun_ns = time.perf_counter_ns()
     host = works[0].host
@@ -187,7 +187,7 @@ def _alone(why: str) -> ModelRunError:
 
 
 def _abandonable(host: ModelHost, calls: Sequence[Call]) -> AbstractContextManager[object]:
-    """Return a block whose passes are given up once nobody waits, if they may end early at all."""
+    """Return a block whose passes are abandoned once nobody waits, if they may end early at all."""
     return checked(abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
 
 

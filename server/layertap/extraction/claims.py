@@ -53,7 +53,7 @@ class _Found:
 
     Attributes:
         faults: Why it can't serve a point, for points of modules.
-        nodes: Why it can't serve the nodes of the symbolic graph; empty where it can.
+        nodes: Why it can't serve the nodes of the symbolic graph; empty if it can.
     """
 
     faults: Faults

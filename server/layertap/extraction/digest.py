@@ -74,7 +74,7 @@ class Digest:
         return cls(tuple(value.shape), elements, step, largest, finite)
 
     def fault(self, value: torch.Tensor, tolerance: float) -> str:
-        """Return in words how a value differs from this one; empty where it is near enough."""
+        """Return in words how a value differs from this one; empty if it is close enough."""
         return self.fault_of_sample(
             tuple(value.shape), value if self.step == 1 else value.reshape(-1)[:: self.step],
             tolerance,

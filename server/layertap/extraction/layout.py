@@ -29,7 +29,7 @@ class Geometry:
     Attributes:
         layout: CHANNELS_FIRST is ``[B, C, (T,) H, W]``, CHANNELS_LAST ``[B, (T,) H, W, C]``, TOKENS
             ``[B, front + H * W, C]``, row by row. UNKNOWN for anything else.
-        channels: C; 0 where the layout is UNKNOWN, as the sizes that follow.
+        channels: C; 0 if the layout is UNKNOWN, as the sizes that follow.
         height: H.
         width: W.
         front: Tokens in front of the patch tokens.

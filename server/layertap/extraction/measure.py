@@ -83,7 +83,7 @@ def measure_with_graph(
         there is one.
 
     Raises:
-        ModelLoadError: Where the model can't run on the input that it claims to take.
+        ModelLoadError: If the model can't run on the input that it claims to take.
     """
     guard = guard or PassGuard(model.module)
     one, two = _run_twice(model, guard)
@@ -253,7 +253,7 @@ def _ungiven_arguments(module: nn.Module) -> list[str]:
 def _first_non_finite(
     entries: Mapping[str, LayerEntry], values: Mapping[CapturePoint, torch.Tensor]
 ) -> str:
-    """Return the first layer whose output has NaN or infinity; empty where there is none.
+    """Return the first layer whose output has NaN or infinity; empty if there is none.
 
     Values are kept in the order in which the calls ended, so it is the innermost one.
     """
@@ -401,7 +401,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
             if path or point.capture is Capture.OUTPUT:
                 members.setdefault(point.member, {})[point.capture] = point
         members.setdefault((), {})
-        # What can be asked for comes first: members of the output, then the container.
+        # What can be requested comes first: members of the output, then the container.
         for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
             entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries

@@ -37,7 +37,7 @@ class Preprocess:
         exif_orientation: Whether the picture is turned as its EXIF orientation says.
         origin: Where the steps come from, such as ``"timm's configuration"``; shown to clients.
         assumed: The steps that nothing says and that were assumed, by their names in ``[[models]]``
-            (``"image_mean"``); empty where all are known.
+            (``"image_mean"``); empty if all are known.
     """
 
     steps: Steps | CustomTransform
@@ -54,7 +54,7 @@ class Preprocess:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """``(C, H, W)`` of what it makes of any image; None where that depends on the image."""
+        """``(C, H, W)`` of what it makes of any image; None if that depends on the image."""
         if not isinstance(self.steps, Steps):
             return None
         exact = self.steps.resize if self.steps.resize_mode is ResizeMode.EXACT else ()
@@ -139,7 +139,7 @@ def choose_preprocess(
         model: Its name, for messages.
 
     Returns:
-        None where the model's input is no image of one or three channels, and nothing is set.
+        None if the model's input is not an image of one or three channels, and nothing is set.
 
     Raises:
         ConfigError: The settings don't fit the model's input or its own preprocessing.
@@ -185,7 +185,7 @@ def fitted(preprocess: Preprocess, takes: InputSpec, model: str) -> Preprocess |
     """Return a preprocessing that fits an input which was found by running the model.
 
     Returns:
-        None where it was assumed and the input turned out to be no image.
+        None if it was assumed and the input turned out to be no image.
 
     Raises:
         ConfigError: What is set or known doesn't fit the input.

@@ -71,7 +71,7 @@ def build_timm(spec: ModelSpec) -> Built:
 
 def _timm() -> Any:
     try:
-        # Optional, and slow to import: only a model of its own pays for it.
+        # Optional, and slow to import: only its own model pays for it.
         import timm  # noqa: PLC0415
         import timm.data  # noqa: PLC0415
     except ImportError as error:
@@ -82,7 +82,7 @@ def _timm() -> Any:
 
 
 def _weighted(timm: Any, spec: ModelSpec) -> tuple[nn.Module, str, dict[str, Any]]:
-    """Return the module, what clients read of its weights, and settings of its images beside them.
+    """Return the module, what clients read of its weights, and settings of its images next to them.
 
     A checkpoint of timm's training script holds the script's arguments, by which it resolved the
     preprocessing of its own evaluation.

@@ -49,7 +49,7 @@ def input_spec(
 def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:
     """Return the preprocessing of the member's transforms, cropping to the default item.
 
-    None for video models: an image is no clip.
+    None for video models: an image is not a clip.
     """
     if family is Family.VIDEO:
         return None

@@ -42,7 +42,7 @@ _ZERO_EPSILON = frozenset(
 
 
 def build_torchvision(spec: ModelSpec) -> Built:
-    """Build the model on the CPU and give it the weights that the spec asks for.
+    """Build the model on the CPU and give it the weights that the spec requests.
 
     Raises:
         ModelLoadError: torchvision has no such model, or layertap can't serve it.

@@ -89,7 +89,7 @@ class Converter:
         received: Reservation,
         reply_fields: bytes = b"",
     ) -> ExtractionRequest:
-        """Return what a parsed request asks for, with its input out of shared memory.
+        """Convert a parsed request, with its input out of shared memory.
 
         Args:
             request: Its small fields.
@@ -99,8 +99,8 @@ class Converter:
 
         Raises:
             InvalidInputError: As ``request_from_proto``, and for bytes outside of shared memory.
-            OverloadedError: Where the copy would be over the limit.
-            SharedMemoryLostError: Where the shared memory that it names is not lent to it.
+            OverloadedError: If the copy would be over the limit.
+            SharedMemoryLostError: If the shared memory that it names is not lent to it.
         """
         memory = SessionMemory.find(self.memory, request.shared_memory_session)
         views: list[TensorView] = []
@@ -120,7 +120,7 @@ def request_from_proto(
     reply_fields: bytes = b"",
     memory: SessionMemory | None = None,
 ) -> ExtractionRequest:
-    """Return what a parsed request asks for.
+    """Convert a parsed request.
 
     Args:
         request: Its small fields.

@@ -102,7 +102,7 @@ class ItemWindow(ABC):
 
     @abstractmethod
     def _pop(self) -> Answer | None:
-        """Take the next answer that may be sent out of the window; None where there is none yet.
+        """Take the next answer that may be sent out of the window; None if there is none yet.
 
         Called with the lock held, as ``_clear`` is.
         """

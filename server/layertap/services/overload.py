@@ -13,8 +13,8 @@ Note [A retry storm]
       refusal can't ask again meanwhile, so a storm is as fast as the server lets it be. A call
       that is held has no thread and no place among the pending ones. Where the queue has run half
       empty meanwhile, each call that ends lets two held ones go, so that nobody waits for a second
-      beside an idle server.
-    - A refusal says when to come again (``grpc-retry-pushback-ms``, gRFC A6), at a time of its own
+      next to an idle server.
+    - A refusal says when to come again (``grpc-retry-pushback-ms``, gRFC A6), at its own time
       for each call, so that those who obey it don't come back together.
 """
 
@@ -223,7 +223,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         )
 
     def _begin(self) -> int | None:
-        """Take a place for a call that is to be received; return None where there is none."""
+        """Take a place for a call that is to be received; return None if there is none."""
         now = self._clock()
         with self._lock:
             while self._awaited and next(iter(self._awaited.values())) < now:

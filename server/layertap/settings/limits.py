@@ -1,4 +1,4 @@
-"""What a request may ask for at most."""
+"""The limits of a request."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Broker:
         return ticket
 
     def close(self) -> None:
-        """End all sessions; clients may go on reading what they were lent."""
+        """End all sessions; clients may continue reading what they were lent."""
         if self._closed:
             return
         self._closed = True
@@ -170,7 +170,7 @@ class Broker:
             self._end(connection, End.RETIRE)
 
     def _take(self, connection: _Connection, data: bytes) -> bool:
-        """Do what a packet asks for; return False for a packet that is not allowed."""
+        """Do what a packet requests; return False for a packet that is not allowed."""
         try:
             packet = Packet.unpack(data)
             if connection.session is None:

@@ -49,7 +49,7 @@ ERROR_IMAGE_METADATA_KEY = "layertap-error-image"
 """Trailing metadata with the index of the image that an error is about."""
 
 REPLY_COMPRESSION_KEY = "layertap-reply-compression"
-"""Metadata of a call that asks for a compressed reply."""
+"""Metadata of a call that requests a compressed reply."""
 
 REPLY_COMPRESSIONS = ("none", "gzip", "deflate")
 """What it may say."""
@@ -118,7 +118,7 @@ def encode_request(
     Args:
         request: The request without them; changed by this.
         inputs: The input tensors.
-        places: For each of them, where its elements stand in shared memory; None where they are
+        places: For each of them, where its elements stand in shared memory; None if they are
             sent in the message. Empty if all of them are sent.
 
     Raises:
@@ -147,7 +147,7 @@ def decode_reply(
 
     Args:
         message: The whole message.
-        find: Finds tensors in shared memory; None where none was asked for.
+        find: Finds tensors in shared memory; None if none was requested.
 
     Raises:
         DecodeError: For bytes that are no well-formed response.

@@ -46,7 +46,7 @@ class ReplyForm(Protocol):
 
         Raises:
             ValueError: For a message over 2 GiB.
-            InvalidInputError: Where the tensors don't fit where the request wants them.
+            InvalidInputError: If the tensors don't fit where the request wants them.
         """
 
     def builder(self, layout: ReplyLayout, admit: Callable[[int], object]) -> MessageBuilder:

@@ -59,7 +59,7 @@ class Verdict:
     """Whether a kind serves a value.
 
     Attributes:
-        reason: Why not, as a clause behind "X can't serve the layer: "; empty if it serves it.
+        reason: Why not, as a clause after "X can't serve the layer: "; empty if it serves it.
     """
 
     reason: str = ""
@@ -73,7 +73,7 @@ class BuildContext:
         model: The model.
         taps: Its taps.
         guard: Its guard, to be held in each pass of the model.
-        graph: The node names of its symbolic graph; None where it has none.
+        graph: The node names of its symbolic graph; None if it has none.
     """
 
     model: LoadedModel
@@ -327,7 +327,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """
 
     def may_end_the_process(self, program: P) -> bool:
-        """Tell whether a program has native code that could end the process; ``run_apart`` if so.
+        """Return whether a program has native code that could end the process; ``run_apart`` if so.
 
         See Note [Unchecked operations] in ``apart``.
         """
@@ -337,7 +337,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
     def run_apart(
         self, program: P, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
-        """Run a program in a process of its own, in steps; return its values for each batch.
+        """Run a program in its own process, in steps; return its values for each batch.
 
         Raises:
             ProgramEndedError: The program raised, ended the process or took too long.

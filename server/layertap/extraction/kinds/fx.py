@@ -1,4 +1,4 @@
-"""FX: the symbolic graph, cut behind the last value that is wanted.
+"""FX: the symbolic graph, cut after the last value that is wanted.
 
 See Note [FX done right] in ``symbolic``.
 """
