@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
-from layertap import LayerSelection
+from asking import ask
+from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.services.convert import description_to_proto
@@ -39,35 +41,51 @@ def verdicts(layer: catalogue_pb2.Layer) -> dict[int, tuple[bool, str]]:
     return sides
 
 
-def test_plans_that_were_refused_are_described(engine) -> None:
-    """A declared layer that can't be compiled says so, and so does each set that it was in."""
-    load(engine, "bakes_batch", "tail", "conv:input")
-    description = description_to_proto(engine.host("bakes_batch"))
+def refuse(engine: Engine, *layers: str) -> None:
+    """Have the program of some layers refused: on an id that no embedding has it fails."""
+    ids = np.array([[0, 1, 2, 9]])
+    chosen = [LayerSelection.parse(layer) for layer in layers]
+    with pytest.raises(errors.ExtractorUnsupportedError, match="the model itself did not"):
+        ask(engine, "catches", chosen, ids, Extractor.TORCHSCRIPT)
+
+
+@pytest.fixture
+def catches(engine) -> Engine:
+    """An engine that serves a model that clamps such ids, as its program does not."""
+    engine.load(ModelSpec("proofnets:catches", item_shape=(4,)))
+    return engine
+
+
+def test_plans_that_were_refused_are_described(catches) -> None:
+    """A layer whose program was refused says so, and so does each set that it was in."""
+    refuse(catches, "head", "embed:input")
+    refuse(catches, "head")
+    description = description_to_proto(catches.host("catches"))
     refused = {tuple(plan.layers): plan for plan in description.refused_plans}
-    assert set(refused) == {("conv:input", "tail"), ("tail",)}
-    plan = refused["tail",]
-    assert (plan.extractor, list(plan.inputs[0].shape)) == (TORCHSCRIPT, list(ITEM))
+    assert set(refused) == {("embed:input", "head"), ("head",)}
+    plan = refused["head",]
+    assert (plan.extractor, list(plan.inputs[0].shape)) == (TORCHSCRIPT, [4])
     assert "TORCHSCRIPT can't serve" in plan.reason
     layers = {layer.name: layer for layer in description.layers}
-    assert verdicts(layers["tail"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
-    assert verdicts(layers["conv"]) == {OUTPUT: (True, ""), INPUT: (True, "")}
+    assert verdicts(layers["head"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
+    assert verdicts(layers["embed"]) == {OUTPUT: (True, ""), INPUT: (True, "")}
 
 
-def test_a_refusal_on_an_input_leaves_the_output(engine) -> None:
+def test_a_refusal_on_an_input_leaves_the_output(catches) -> None:
     """What is refused for one side of a layer is not refused for the other."""
-    load(engine, "bakes_batch", "tail:input")
-    description = description_to_proto(engine.host("bakes_batch"))
-    tail = next(layer for layer in description.layers if layer.name == "tail")
+    refuse(catches, "head:input")
+    description = description_to_proto(catches.host("catches"))
+    head = next(layer for layer in description.layers if layer.name == "head")
     [plan] = description.refused_plans
-    assert verdicts(tail) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
+    assert verdicts(head) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
 
 
-def test_the_command_line_shows_refused_plans(engine) -> None:
-    """`layertap layers --server` tells which sets could not be compiled, and why."""
-    load(engine, "bakes_batch", "tail")
-    with running_server(engine) as address:
-        shown = layertap("layers", "bakes_batch", "--server", address)
-    assert "refused: tail at x [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
+def test_the_command_line_shows_refused_plans(catches) -> None:
+    """`layertap layers --server` tells which sets have no program any more, and why."""
+    refuse(catches, "head")
+    with running_server(catches) as address:
+        shown = layertap("layers", "catches", "--server", address)
+    assert "refused: head at ids [B, 4]: TORCHSCRIPT can't serve" in shown.stdout
 
 
 def test_the_rules_of_a_models_passes_are_described(engine) -> None:
