@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
-from asking import ask
-from layertap import Extractor, LayerSelection, errors
+from layertap import LayerSelection
 from layertap.engine import Engine
-from layertap.models import ModelSpec
+from layertap.extraction import CapturePoint, Taps
+from layertap.extraction.kinds import torchscript
+from layertap.models import LoadedModel, ModelSpec
+from layertap.selection import Capture
 from layertap.services.convert import description_to_proto
 from layertap.v1 import catalogue_pb2
 from processes import layertap
@@ -41,51 +44,63 @@ def verdicts(layer: catalogue_pb2.Layer) -> dict[int, tuple[bool, str]]:
     return sides
 
 
-def refuse(engine: Engine, *layers: str) -> None:
-    """Have the program of some layers refused: on an id that no embedding has it fails."""
-    ids = np.array([[0, 1, 2, 9]])
-    chosen = [LayerSelection.parse(layer) for layer in layers]
-    with pytest.raises(errors.ExtractorUnsupportedError, match="the model itself did not"):
-        ask(engine, "catches", chosen, ids, Extractor.TORCHSCRIPT)
+Refuse = Callable[..., None]
 
 
 @pytest.fixture
-def catches(engine) -> Engine:
-    """An engine that serves a model that clamps such ids, as its program does not."""
-    engine.load(ModelSpec("proofnets:catches", item_shape=(4,)))
-    return engine
+def refuse(engine, monkeypatch) -> Refuse:
+    """Serve the residual net with declared layers, of which one side of one can't be compiled.
+
+    Not before it is declared: what trying shows when the model is loaded is not claimed at all.
+    """
+    trace = torchscript.trace_taps
+
+    def fail_for(path: str, side: Capture, *declared: str) -> None:
+        load(engine, "residual")
+
+        def fails(
+            model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], *rest: Any
+        ) -> torch.jit.ScriptModule:
+            if any((point.path, point.capture) == (path, side) for point in points):
+                raise RuntimeError("planted")
+            return trace(model, taps, points, *rest)
+
+        monkeypatch.setattr(torchscript, "trace_taps", fails)
+        engine.host("residual").declare([*map(LayerSelection.parse, declared)])
+
+    return fail_for
 
 
-def test_plans_that_were_refused_are_described(catches) -> None:
-    """A layer whose program was refused says so, and so does each set that it was in."""
-    refuse(catches, "head", "embed:input")
-    refuse(catches, "head")
-    description = description_to_proto(catches.host("catches"))
+def test_plans_that_were_refused_are_described(engine, refuse) -> None:
+    """A declared layer that can't be compiled says so, and so does each set that it was in."""
+    refuse("layer2", Capture.OUTPUT, "layer2", "conv1:input")
+    description = description_to_proto(engine.host("residual"))
     refused = {tuple(plan.layers): plan for plan in description.refused_plans}
-    assert set(refused) == {("embed:input", "head"), ("head",)}
-    plan = refused["head",]
-    assert (plan.extractor, list(plan.inputs[0].shape)) == (TORCHSCRIPT, [4])
-    assert "TORCHSCRIPT can't serve" in plan.reason
+    assert set(refused) == {("conv1:input", "layer2"), ("layer2",)}
+    plan = refused["layer2",]
+    assert (plan.extractor, list(plan.inputs[0].shape)) == (TORCHSCRIPT, list(ITEM))
+    assert "TORCHSCRIPT can't serve 'layer2'" in plan.reason
+    assert "RuntimeError: planted" in plan.reason
     layers = {layer.name: layer for layer in description.layers}
-    assert verdicts(layers["head"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
-    assert verdicts(layers["embed"]) == {OUTPUT: (True, ""), INPUT: (True, "")}
+    assert verdicts(layers["layer2"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
+    assert verdicts(layers["conv1"]) == {OUTPUT: (True, ""), INPUT: (True, "")}
 
 
-def test_a_refusal_on_an_input_leaves_the_output(catches) -> None:
+def test_a_refusal_on_an_input_leaves_the_output(engine, refuse) -> None:
     """What is refused for one side of a layer is not refused for the other."""
-    refuse(catches, "head:input")
-    description = description_to_proto(catches.host("catches"))
-    head = next(layer for layer in description.layers if layer.name == "head")
+    refuse("layer2", Capture.INPUT, "layer2:input")
+    description = description_to_proto(engine.host("residual"))
+    layer = next(layer for layer in description.layers if layer.name == "layer2")
     [plan] = description.refused_plans
-    assert verdicts(head) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
+    assert verdicts(layer) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
 
 
-def test_the_command_line_shows_refused_plans(catches) -> None:
-    """`layertap layers --server` tells which sets have no program any more, and why."""
-    refuse(catches, "head")
-    with running_server(catches) as address:
-        shown = layertap("layers", "catches", "--server", address)
-    assert "refused: head at ids [B, 4]: TORCHSCRIPT can't serve" in shown.stdout
+def test_the_command_line_shows_refused_plans(engine, refuse) -> None:
+    """`layertap layers --server` tells which sets could not be compiled, and why."""
+    refuse("layer2", Capture.OUTPUT, "layer2")
+    with running_server(engine) as address:
+        shown = layertap("layers", "residual", "--server", address)
+    assert "refused: layer2 at x [B, 3, 16, 16]: TORCHSCRIPT can't serve 'layer2'" in shown.stdout
 
 
 def test_the_rules_of_a_models_passes_are_described(engine) -> None:
