@@ -38,7 +38,7 @@ from layertap.wire.messages import (
     Timings,
     decode_request,
 )
-from layertap.wire.reply_form import REPLY_HEAD_SIZE, encode_reply_head
+from layertap.services.native_form import REPLY_HEAD_SIZE, encode_reply_head
 
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32

@@ -19,7 +19,7 @@ from layertap.wire.messages import (
     Timings,
     encode_request,
 )
-from layertap.wire.reply_form import encode_reply_head
+from layertap.services.native_form import encode_reply_head
 from layertap.wire.tensors import encode_message
 from protowire import INT8, SCALAR, field, groups, varint
 

@@ -21,7 +21,7 @@ from opentelemetry.trace import StatusCode
 from layertap import __version__
 from layertap.app.tracing_interceptor import SERVER_ERRORS, TracingInterceptor, in_stream
 from layertap.engine import Extraction
-from layertap.wire.messages import Timings
+from layertap.timings import Timings
 
 __all__ = ["FLUSH_SECONDS", "Tracing", "otlp_provider"]
 
@@ -68,7 +68,7 @@ class Tracing:
         self._tracer = provider.get_tracer("layertap", __version__)
         self.interceptor = TracingInterceptor(self._tracer)
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Say what was extracted, and add a span for each part of the reply's timings.
 
         In a stream each item has a span of its own, within the stream's.

@@ -14,7 +14,7 @@ __all__ = ["Observer", "Observers"]
 class Observer(Protocol):
     """Is told how each extraction ended. Called from many threads, on the way of every reply."""
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """An extraction is ready to be sent."""
 
     def failed(self, model: str, code: grpc.StatusCode) -> None:
@@ -31,7 +31,7 @@ class Observers:
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Tell each of them."""
         for observer in self._observers:
             observer.succeeded(model, extraction)

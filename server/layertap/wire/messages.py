@@ -7,7 +7,6 @@ of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,6 @@ __all__ = [
     "REPLY_TENSOR_FIELD",
     "Arrays",
     "Find",
-    "Timings",
     "decode_reply",
     "decode_request",
     "encode_request",
@@ -70,16 +68,6 @@ Arrays = Sequence[tuple[str, np.ndarray[Any, np.dtype[Any]]]]
 
 Find = Callable[[SharedTensor], TensorView]
 """Finds the elements of a tensor in shared memory; raises LayertapError where it can't."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the time of a request went, in nanoseconds; see ``layertap.v1.Timings``."""
-
-    prepare_ns: int = 0
-    queue_ns: int = 0
-    compute_ns: int = 0
-    total_ns: int = 0
 
 
 def split_request(message: bytes) -> tuple[bytes, list[TensorView | SharedTensor]]:
