@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from layertap.selection import Extractor
-from layertap.v1.feature_service_pb2 import ExtractStreamResponse
-from layertap.timings import Timings
 from layertap.services.native_form import NativeForm
+from layertap.timings import Timings
+from layertap.v1.feature_service_pb2 import ExtractStreamResponse
 from layertap.wire.stream_messages import id_field
 
 

@@ -10,8 +10,8 @@ from layertap.selection import Extractor
 from layertap.services.shared_form import SharedForm
 from layertap.shm.regions import Region, supported
 from layertap.shm.shared_memory import LEAST_BYTES, SessionMemory, SharedMemory
-from layertap.v1.feature_service_pb2 import ExtractResponse
 from layertap.timings import Timings
+from layertap.v1.feature_service_pb2 import ExtractResponse
 
 needs_shared_memory = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 

@@ -23,10 +23,10 @@ from layertap.selection import (
 )
 
 if TYPE_CHECKING:
-    from layertap.cli.connection import ServerAddress
-    from layertap.cli.render import Stderr
     import numpy as np
 
+    from layertap.cli.connection import ServerAddress
+    from layertap.cli.render import Stderr
     from layertap.description import ModelDescription, ValueDescription
 
 __all__ = ["batch_axes", "extract"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layertap.inputs import encode_input
 from layertap.client.timeouts import bounded
+from layertap.inputs import encode_input
 from layertap.selection import (
     Extractor,
     LayerSelection,
