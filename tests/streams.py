@@ -14,6 +14,7 @@ import numpy as np
 
 from gatednets import HELD
 from layertap.engine import Extraction
+from layertap.services.error_codes import ErrorCode
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from tinynets import ITEM
 
@@ -89,7 +90,7 @@ class Counting:
     def succeeded(self, model: str, extraction: Extraction) -> None:
         self._count(f"{model} OK")
 
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
+    def failed(self, model: str, code: ErrorCode) -> None:
         self._count(f"{model} {code.name}")
 
     def wait(self, end: str, count: int) -> None:

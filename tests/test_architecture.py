@@ -90,6 +90,15 @@ def test_forbidden_import_is_named(tree: Path, module: str, statement: str, cont
     assert f"layertap.{module}.planted" in result.stdout
 
 
+def test_the_use_case_knows_no_transport(tree: Path) -> None:
+    """An import of gRPC by a file that all transports share fails the linter."""
+    shared = tree / "server" / "layertap" / "services" / "error_codes.py"
+    shared.write_text(shared.read_text("utf-8") + "\nimport grpc\n", encoding="utf-8")
+    result = lint_imports(tree)
+    assert result.returncode == 1
+    assert "What all transports share knows none of them BROKEN" in result.stdout
+
+
 def test_generated_code_is_fresh(tree: Path) -> None:
     """The committed code is what the pinned generator makes of ``proto/``."""
     result = check_generated(tree)

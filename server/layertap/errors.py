@@ -21,7 +21,8 @@ LayertapError
 ├── ConfigError                    the configuration is wrong
 └── InternalError                  a fault of layertap; the server's log has the details
 
-``layertap.services.status`` maps each to a gRPC status, ``layertap.client`` maps it back.
+``layertap.services.error_codes`` maps each to a code, which each transport maps to its own;
+``layertap.client`` maps gRPC's status back.
 """
 
 from __future__ import annotations

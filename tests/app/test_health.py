@@ -90,7 +90,7 @@ def deaf_watcher(address: str) -> socket.socket:
 
 
 def taken(server: FeatureServer) -> int:
-    return server._health._places._taken
+    return server._health._open.open
 
 
 def wait_until_taken(server: FeatureServer, places: int) -> None:

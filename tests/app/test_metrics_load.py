@@ -23,7 +23,7 @@ from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.models import ModelSpec
-from layertap.services.status import code_of
+from layertap.services.error_codes import code_of
 from serving import http_page
 from tinynets import ITEM
 

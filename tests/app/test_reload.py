@@ -103,7 +103,9 @@ def test_watch_takes_up_a_changed_file(config: Path) -> None:
     ):
         file = config.parent / "net.pt"
         file.write_bytes(b"half a file")
-        server.line(r"error: model net: not replaced, the version before serves on: TorchScript")
+        server.line(
+            r"error: model net: not replaced, still serving the previous version: TorchScript"
+        )
         assert version_of(client) == 1
         save(file, 2)
         server.line(r"^layertap: replaced net")
@@ -245,7 +247,9 @@ def test_the_verb_tells_what_was_done(config: Path) -> None:
         (config.parent / "net.pt").write_bytes(b"")
         failed = layertap("reload", *server_flag)
         assert failed.returncode == 1
-        assert failed.stdout.startswith("net: failed, the version before serves on: TorchScript")
+        assert failed.stdout.startswith(
+            "net: failed, still serving the previous version: TorchScript"
+        )
 
 
 @pytest.mark.parametrize("trigger", ["signal", "call", "watch"])

@@ -51,10 +51,10 @@ def test_help_teaches(run, verb: str) -> None:
         (["layers", "a", "--image-color", "bgr"], "gray"),
         (
             ["extract", "a", "b", "-l", "c", "-o", "d", "--server", "e:1", "--no-exif-orientation"],
-            "--exif-orientation: the server chose",
+            "--exif-orientation: not together",
         ),
         (["layers"], "MODEL"),
-        (["layers", "a", "--server", "b:1", "--weights", "random"], "--weights: the server chose"),
+        (["layers", "a", "--server", "b:1", "--weights", "random"], "--weights: not together"),
         (["extract", "a", "b.jpg", "-l", "c"], "--output"),
         (["extract", "a", "b.jpg", "-o", "c.npz"], "--layer"),
         (["extract", "a", "b", "-l", "c", "-o", "d", "--dtype", "int8"], "float16"),

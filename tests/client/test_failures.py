@@ -11,7 +11,7 @@ import pytest
 
 from layertap import errors
 from layertap.client.failures import error_from_item, error_from_rpc
-from layertap.services.status import guarded, leaving
+from layertap.services.status import guarded, public_error
 from layertap.v1.feature_service_pb2 import ExtractStreamError
 from layertap.wire.messages import ERROR_IMAGE_METADATA_KEY, ERROR_METADATA_KEY
 
@@ -148,7 +148,7 @@ def test_an_item_has_the_field_too() -> None:
 
 def test_a_text_that_is_cut_keeps_its_fields() -> None:
     """What is left out of a long text takes no field with it."""
-    error = leaving(errors.InvalidInputError("x" * 9000, image=3))
+    error = public_error(errors.InvalidInputError("x" * 9000, image=3))
     assert isinstance(error, errors.InvalidInputError)
     assert len(str(error)) < 3000
     assert error.image == 3

@@ -56,8 +56,8 @@ def test_a_length_that_the_model_refuses_gets_the_models_own_words(engine, caplo
     engine.load(ModelSpec("inputnets:divisible", item_shape=(3, 16, 16)))
     with pytest.raises(
         errors.InvalidInputError,
-        match=r"can't run on items of shape \[3, 16, 12\]: ValueError: the image's size must be a "
-        r"multiple of 8, got \[16, 12\]; it was measured at \[3, 16, 16\]",
+        match=r"items of x \[3, 16, 12\] float32: ValueError: the image's size must be "
+        r"a multiple of 8, got \[16, 12\]; it was measured at x \[3, 16, 16\]",
     ):
         asking.ask(engine, "divisible", "conv", np.zeros((1, 3, 16, 12), np.float32))
     assert "Traceback" not in caplog.text

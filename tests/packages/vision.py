@@ -7,6 +7,7 @@ from typing import Any
 import kornia
 import segmentation_models_pytorch as smp
 import timm
+from kornia.models.dexined import DexiNed
 from open_clip import modified_resnet, transformer
 from segment_anything import modeling
 from torch import nn
@@ -96,7 +97,7 @@ def kornia_hynet() -> nn.Module:
 
 @pictures
 def kornia_dexined() -> nn.Module:
-    return kornia.filters.DexiNed(pretrained=False)
+    return DexiNed(pretrained=False)
 
 
 @subject((1, 32, 32), images(1, 32, 32), package="kornia")

@@ -8,7 +8,8 @@ import grpc
 import pytest
 
 from layertap import errors
-from layertap.services.status import STATUS, code_of, guarded, leaving, status_of
+from layertap.services.error_codes import CODES, ErrorCode, code_of
+from layertap.services.status import STATUS, guarded, public_error
 
 
 def subclasses(kind: type) -> list[type]:
@@ -17,15 +18,15 @@ def subclasses(kind: type) -> list[type]:
 
 @pytest.mark.parametrize("kind", subclasses(errors.LayertapError), ids=lambda kind: kind.__name__)
 def test_every_error_is_mapped(kind) -> None:
-    """An error class without a status of its own or of a base below the root is a mistake."""
-    assert isinstance(status_of(kind), grpc.StatusCode)
+    """An error class without a code of its own or of a base below the root is a mistake."""
+    assert isinstance(STATUS[code_of(kind("why"))], grpc.StatusCode)
 
 
 def test_an_unmapped_error_is_found() -> None:
     """A new branch of the tree that nobody mapped is an error, not a default."""
     unmapped = type("PlantedError", (errors.LayertapError,), {})
     with pytest.raises(KeyError):
-        status_of(unmapped)
+        code_of(unmapped("why"))
 
 
 def test_every_error_is_public_and_drawn() -> None:
@@ -34,7 +35,7 @@ def test_every_error_is_public_and_drawn() -> None:
         if kind.__module__ == errors.__name__:
             assert kind.__name__ in errors.__all__
             assert kind.__name__ in errors.__doc__
-    assert set(STATUS) <= set(subclasses(errors.LayertapError))
+    assert set(CODES) <= set(subclasses(errors.LayertapError))
 
 
 def test_the_unexpected_is_internal_and_keeps_its_text(caplog) -> None:
@@ -69,8 +70,8 @@ def test_want_of_memory_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixtu
     """A MemoryError, wherever it was raised, is RESOURCE_EXHAUSTED: it may be gone in a while."""
     with pytest.raises(MemoryError) as caught:
         bytearray(1 << 60)
-    assert code_of(caught.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
-    told = leaving(caught.value)
+    assert code_of(caught.value) is ErrorCode.RESOURCE_EXHAUSTED
+    told = public_error(caught.value)
     assert isinstance(told, errors.OverloadedError)
     assert "out of memory" in str(told)
     assert "out of memory" in caplog.text

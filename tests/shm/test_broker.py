@@ -17,7 +17,7 @@ import pytest
 from layertap.errors import OverloadedError
 from layertap.shm.broker import Broker, same_user
 from layertap.shm.packets import PACKET_BYTES, VERSION, Packet, PacketKind, from_id, to_id
-from layertap.shm.regions import Kind, map_region, supported
+from layertap.shm.regions import RegionKind, map_region, supported
 from layertap.shm.shared_memory import SharedMemory
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
@@ -98,8 +98,8 @@ def test_regions_come_with_their_descriptor(broker: Broker, client: Client) -> N
     loan = broker.memory.lend(session, MIB)
     loan.buffer[:4] = b"abcd"
     packet, [fd] = client.hear()
-    assert packet == Packet(PacketKind.REGION, loan.region, MIB, Kind.REPLY)
-    assert map_region(fd, Kind.REPLY, MIB)[:4] == b"abcd"
+    assert packet == Packet(PacketKind.REGION, loan.region, MIB, RegionKind.REPLY)
+    assert map_region(fd, RegionKind.REPLY, MIB)[:4] == b"abcd"
     os.close(fd)
     loan.publish()
     client.say(PacketKind.RETURN, loan.region, loan.generation)

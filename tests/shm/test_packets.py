@@ -9,7 +9,7 @@ from layertap.shm.packets import PACKET_BYTES, Packet, PacketKind, from_id, to_i
 
 @pytest.mark.parametrize("kind", PacketKind)
 def test_packets_survive_the_wire(kind: PacketKind) -> None:
-    """Kind, numbers of 64 bits and flag come out as they went in, in 24 bytes."""
+    """RegionKind, numbers of 64 bits and flag come out as they went in, in 24 bytes."""
     packet = Packet(kind, 1, (1 << 64) - 1, 255)
     assert len(packet.pack()) == PACKET_BYTES == 24
     assert Packet.unpack(packet.pack()) == packet

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layertap.shm.pool import Pool, size_class
-from layertap.shm.regions import Kind, Region, supported
+from layertap.shm.regions import Region, RegionKind, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 
@@ -33,48 +33,48 @@ def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
 def test_smallest_that_fits_is_reused() -> None:
     """Of the free regions the smallest that fits is taken, one that the client knows first."""
     pool = Pool(64 * MIB, Dropped())
-    large, small, known = (pool.take(Kind.REPLY, n * MIB) for n in (5, 4, 6))
+    large, small, known = (pool.take(RegionKind.REPLY, n * MIB) for n in (5, 4, 6))
     for region in (large, small, known):
         pool.give(region, 0.0)
-    assert pool.take(Kind.REPLY, 4 * MIB - 9, known=()) is small
-    assert pool.take(Kind.REPLY, 4 * MIB, known={known.number}) is known
-    assert pool.take(Kind.REPLY, 4 * MIB, known=()) is large
+    assert pool.take(RegionKind.REPLY, 4 * MIB - 9, known=()) is small
+    assert pool.take(RegionKind.REPLY, 4 * MIB, known={known.number}) is known
+    assert pool.take(RegionKind.REPLY, 4 * MIB, known=()) is large
     assert pool.total == (5 + 4 + 6) * MIB
 
 
 def test_small_reply_takes_no_huge_region_while_there_is_room() -> None:
     """A region of more than twice the size is reused only where the limit leaves no other way."""
     pool = Pool(17 * MIB, Dropped())
-    huge = pool.take(Kind.REPLY, 16 * MIB)
+    huge = pool.take(RegionKind.REPLY, 16 * MIB)
     pool.give(huge, 0.0)
-    small = pool.take(Kind.REPLY, MIB)
+    small = pool.take(RegionKind.REPLY, MIB)
     assert small.size == MIB
-    assert pool.take(Kind.REPLY, MIB) is huge
-    assert pool.take(Kind.REPLY, MIB) is None
+    assert pool.take(RegionKind.REPLY, MIB) is huge
+    assert pool.take(RegionKind.REPLY, MIB) is None
 
 
 def test_limit_holds_and_free_regions_make_room() -> None:
     """Free regions go, the longest unused first, when others need their bytes; lent ones never."""
     dropped = Dropped()
     pool = Pool(16 * MIB, dropped)
-    first, second, third = (pool.take(Kind.REPLY, 4 * MIB) for _ in range(3))
+    first, second, third = (pool.take(RegionKind.REPLY, 4 * MIB) for _ in range(3))
     pool.give(first, 0.0)
     pool.give(second, 1.0)
-    assert pool.take(Kind.REPLY, 16 * MIB) is None
+    assert pool.take(RegionKind.REPLY, 16 * MIB) is None
     assert dropped == []
-    assert pool.take(Kind.REPLY, 8 * MIB).size == 8 * MIB
+    assert pool.take(RegionKind.REPLY, 8 * MIB).size == 8 * MIB
     assert dropped == [first.number]
     assert pool.total == 16 * MIB
-    assert pool.take(Kind.REPLY, 4 * MIB) is second
-    assert pool.take(Kind.REPLY, 4 * MIB) is None
+    assert pool.take(RegionKind.REPLY, 4 * MIB) is second
+    assert pool.take(RegionKind.REPLY, 4 * MIB) is None
     assert third.size == 4 * MIB
 
 
 def test_input_regions_are_never_reused() -> None:
     """An input region is always a new one, and never made of what is free."""
     pool = Pool(16 * MIB, Dropped())
-    pool.give(pool.take(Kind.REPLY, MIB), 0.0)
-    numbers = {pool.take(Kind.INPUT, MIB).number for _ in range(3)}
+    pool.give(pool.take(RegionKind.REPLY, MIB), 0.0)
+    numbers = {pool.take(RegionKind.INPUT, MIB).number for _ in range(3)}
     assert len(numbers) == 3
     assert pool.free_regions == 1
 
@@ -83,7 +83,7 @@ def test_unused_regions_are_let_go_of() -> None:
     """Reaping drops those that nobody has used since, and no others."""
     dropped = Dropped()
     pool = Pool(16 * MIB, dropped)
-    old, new = pool.take(Kind.REPLY, MIB), pool.take(Kind.REPLY, MIB)
+    old, new = pool.take(RegionKind.REPLY, MIB), pool.take(RegionKind.REPLY, MIB)
     pool.give(old, 1.0)
     pool.give(new, 2.0)
     pool.reap(1.5)
@@ -94,27 +94,27 @@ def test_unused_regions_are_let_go_of() -> None:
 def test_retired_bytes_count_until_they_are_settled() -> None:
     """A region that a client may still look at takes room until it is given back."""
     pool = Pool(4 * MIB, Dropped())
-    region = pool.take(Kind.REPLY, 4 * MIB)
+    region = pool.take(RegionKind.REPLY, 4 * MIB)
     pool.retire(region)
-    assert pool.take(Kind.REPLY, MIB) is None
+    assert pool.take(RegionKind.REPLY, MIB) is None
     pool.settle(region.size)
-    assert pool.take(Kind.REPLY, MIB) is not None
+    assert pool.take(RegionKind.REPLY, MIB) is not None
 
 
 def test_regions_are_few_enough_for_their_files() -> None:
     """However small they are there are 192 at most, as each takes two open files; free ones go."""
     dropped = Dropped()
     pool = Pool(1024 * MIB, dropped)
-    regions = [pool.take(Kind.REPLY, 1000) for _ in range(192)]
-    assert pool.take(Kind.REPLY, 1000) is None
+    regions = [pool.take(RegionKind.REPLY, 1000) for _ in range(192)]
+    assert pool.take(RegionKind.REPLY, 1000) is None
     pool.give(regions[7], 0.0)
     pool.give(regions[9], 0.0)
-    assert pool.take(Kind.INPUT, 1000) is not None
+    assert pool.take(RegionKind.INPUT, 1000) is not None
     assert dropped == [regions[7].number]
-    assert pool.take(Kind.REPLY, MIB) is not None
+    assert pool.take(RegionKind.REPLY, MIB) is not None
     assert dropped == [regions[7].number, regions[9].number]
     pool.retire(regions[0])
-    assert pool.take(Kind.REPLY, MIB) is not None
+    assert pool.take(RegionKind.REPLY, MIB) is not None
     for region in regions:
         if region not in (regions[0], regions[7], regions[9]):
             pool.drop(region)

@@ -16,7 +16,7 @@ import pytest
 
 from layertap.errors import SharedMemoryLostError
 from layertap.shm import regions
-from layertap.shm.regions import Kind, Region, make_region, map_region, supported
+from layertap.shm.regions import Region, RegionKind, make_region, map_region, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 
@@ -27,7 +27,7 @@ REFUSED = r"Errno (1|9|13|22)\b"  # EPERM, EBADF, EACCES; EINVAL for the size of
 @pytest.fixture
 def reply() -> Iterator[Region]:
     """A reply region with something in it."""
-    region = make_region(1, Kind.REPLY, SIZE)
+    region = make_region(1, RegionKind.REPLY, SIZE)
     region.memory[:4] = b"abcd"
     yield region
     region.close()
@@ -39,7 +39,7 @@ def as_pathname(region: Region, flags: int) -> int:
 
 def protected(region: Region) -> None:
     """Ask for the right to write to a mapping that was made for reading."""
-    mapped = np.frombuffer(map_region(region.fileno(), Kind.REPLY, SIZE), np.uint8)
+    mapped = np.frombuffer(map_region(region.fileno(), RegionKind.REPLY, SIZE), np.uint8)
     address = ctypes.c_void_p(mapped.ctypes.data)
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mprotect(address, SIZE, mmap.PROT_READ | mmap.PROT_WRITE):
@@ -77,7 +77,7 @@ def test_reply_region_can_only_be_read(reply: Region, attempt: str) -> None:
 
 def test_server_writes_and_clients_see_it(reply: Region) -> None:
     """The mapping from before the seal writes on, and is seen in those from after it."""
-    seen = map_region(reply.fileno(), Kind.REPLY, SIZE)
+    seen = map_region(reply.fileno(), RegionKind.REPLY, SIZE)
     reply.memory[:4] = b"efgh"
     assert seen[:4] == b"efgh"
     with pytest.raises(TypeError):
@@ -86,16 +86,16 @@ def test_server_writes_and_clients_see_it(reply: Region) -> None:
 
 def test_private_mapping_is_nobody_elses(reply: Region) -> None:
     """What is written to a private mapping is seen neither by the server nor by other clients."""
-    private = map_region(reply.fileno(), Kind.REPLY, SIZE, private=True)
+    private = map_region(reply.fileno(), RegionKind.REPLY, SIZE, private=True)
     private[:4] = b"mine"
     assert bytes(reply.memory[:4]) == b"abcd"
-    assert map_region(reply.fileno(), Kind.REPLY, SIZE)[:4] == b"abcd"
+    assert map_region(reply.fileno(), RegionKind.REPLY, SIZE)[:4] == b"abcd"
 
 
 def test_input_region_is_the_clients_to_write() -> None:
     """The client writes, the server reads, and neither can change the size."""
-    region = make_region(1, Kind.INPUT, SIZE)
-    map_region(region.fileno(), Kind.INPUT, SIZE)[:4] = b"abcd"
+    region = make_region(1, RegionKind.INPUT, SIZE)
+    map_region(region.fileno(), RegionKind.INPUT, SIZE)[:4] = b"abcd"
     assert bytes(region.memory[:4]) == b"abcd"
     assert region.memory.readonly
     for size in (0, 2 * SIZE):
@@ -114,12 +114,12 @@ def test_older_kernels_hand_out_descriptors_for_reading(monkeypatch: pytest.Monk
         return real(fd, command, argument)
 
     monkeypatch.setattr(regions.fcntl, "fcntl", without_the_seal)
-    region = make_region(1, Kind.REPLY, SIZE)
+    region = make_region(1, RegionKind.REPLY, SIZE)
     for attempt in ("map it for writing", "write to it", "make a mapping writable", "shrink it"):
         with pytest.raises(OSError, match=REFUSED):
             ATTEMPTS[attempt](region)
     region.memory[:4] = b"abcd"
-    assert map_region(region.fileno(), Kind.REPLY, SIZE)[:4] == b"abcd"
+    assert map_region(region.fileno(), RegionKind.REPLY, SIZE)[:4] == b"abcd"
     region.close()
 
 
@@ -128,11 +128,11 @@ def test_file_that_may_shrink_is_not_mapped() -> None:
     fd = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, SIZE)
     with pytest.raises(SharedMemoryLostError, match="size"):
-        map_region(fd, Kind.REPLY, SIZE)
+        map_region(fd, RegionKind.REPLY, SIZE)
     os.close(fd)
-    region = make_region(1, Kind.REPLY, SIZE)
+    region = make_region(1, RegionKind.REPLY, SIZE)
     with pytest.raises(SharedMemoryLostError, match="size"):
-        map_region(region.fileno(), Kind.REPLY, 2 * SIZE)
+        map_region(region.fileno(), RegionKind.REPLY, 2 * SIZE)
     region.close()
 
 
@@ -146,7 +146,7 @@ def test_closed_region_lives_in_its_views() -> None:
     """A view of a region outlives it; without one, descriptor and memory are gone."""
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - its own descriptor counts alike
-    region = make_region(1, Kind.REPLY, SIZE)
+    region = make_region(1, RegionKind.REPLY, SIZE)
     view = region.memory[:4]
     region.close()
     view[:] = b"abcd"

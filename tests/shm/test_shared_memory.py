@@ -9,7 +9,7 @@ import pytest
 
 from layertap.errors import InvalidInputError, SharedMemoryLostError
 from layertap.shm.leases import End, Loan, Session
-from layertap.shm.regions import Kind, Region, map_region, supported
+from layertap.shm.regions import Region, RegionKind, map_region, supported
 from layertap.shm.shared_memory import SessionMemory, SharedMemory
 from layertap.wire.tensors import SharedSlice
 
@@ -203,7 +203,7 @@ def test_lease_that_runs_out_is_retired(
     loan.buffer[:4] = b"mine"
     loan.publish()
     channel = session.channel
-    seen = map_region(channel.regions[loan.region].fileno(), Kind.REPLY, MIB)
+    seen = map_region(channel.regions[loan.region].fileno(), RegionKind.REPLY, MIB)
     clock.now = 10.0
     memory.tick()
     assert regions(memory) == {"leased": 1}
@@ -321,7 +321,7 @@ def test_client_that_takes_no_descriptor_is_sent_away(
 def test_refusals_of_the_system_are_fallbacks(clock: Clock) -> None:
     """Where no region can be made, as without file descriptors, the reply goes another way."""
 
-    def refused(number: int, kind: Kind, size: int) -> Region:
+    def refused(number: int, kind: RegionKind, size: int) -> Region:
         raise OSError(24, "Too many open files")
 
     memory = SharedMemory(16 * MIB, clock=clock, make=refused)
@@ -342,7 +342,7 @@ def test_sessions_are_bounded(memory: SharedMemory) -> None:
 def written(memory: SharedMemory, session: Session) -> SharedSlice:
     """An input of 4 bytes in a region of 64 KiB."""
     lease = memory.borrow(session, 4)
-    mapped = map_region(lease.region.fileno(), Kind.INPUT, lease.region.size)
+    mapped = map_region(lease.region.fileno(), RegionKind.INPUT, lease.region.size)
     mapped[8:12] = b"abcd"
     return SharedSlice(lease.region.number, lease.generation, 8, 4)
 
@@ -351,7 +351,7 @@ def test_input_is_copied_once(memory: SharedMemory, session: Session, written: S
     """What the server has read stays, whatever the client writes afterwards."""
     copy = memory.read(session, written)
     region = session.channel.regions[written.region]
-    map_region(region.fileno(), Kind.INPUT, region.size)[8:12] = b"else"
+    map_region(region.fileno(), RegionKind.INPUT, region.size)[8:12] = b"else"
     assert bytes(copy) == b"abcd"
     assert bytes(memory.read(session, written)) == b"else"
     assert bytes(memory.read(session, written._replace(size=0))) == b""

@@ -6,10 +6,9 @@ import logging
 import time
 from typing import Any
 
-import grpc
-
 from layertap.engine import Extraction
 from layertap.services.current_request import current_request
+from layertap.services.error_codes import ErrorCode
 
 __all__ = ["AccessLog"]
 
@@ -43,7 +42,7 @@ class AccessLog:
             total_ms=_ms(timings.total_ns),
         )
 
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
+    def failed(self, model: str, code: ErrorCode) -> None:
         """Log a failure; why it failed is the caller's to know."""
         request = current_request()
         total_ns = time.perf_counter_ns() - request.started_ns if request else 0

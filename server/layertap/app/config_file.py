@@ -136,9 +136,9 @@ def _dotted(path: KeyPath) -> str:
 def _line_of(text: str, path: KeyPath) -> int | None:
     """Return the line, from 1, where a key is given its value.
 
-    tomllib tells no positions, and a search for the key's letters would find it in comments, other
-    tables and long texts. So the file is parsed again, a line longer each time: the key stands on
-    the line after the longest valid beginning that lacks it. Only an error takes that time.
+    tomllib reports no positions, and a search for the key's letters would find it in comments,
+    other tables and long texts. So the file is parsed again, a line longer each time: the key is on
+    the line after the longest valid beginning without it. Only an error takes that time.
     """
     lines = text.split("\n")
     begin = 0

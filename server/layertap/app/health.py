@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
-from layertap.app.places import Places
 from layertap.grpc_health import health_pb2
+from layertap.services.bounded_calls import BoundedCalls, aborting
 from layertap.services.feature_service import FeatureService
 from layertap.services.infer.service import InferenceService
 from layertap.threads import WorkerThreads, run_in
@@ -58,7 +58,7 @@ class ModelHealth:
         self._changed = threading.Condition()
         self._statuses: dict[str, Status.ServingStatus] = {}
         self._stopping = False
-        self._places = Places(WATCHES, "watch health")
+        self._open = BoundedCalls(WATCHES, "calls watch health")
         self.pools = (
             WorkerThreads(CHECK_THREADS, "layertap-health-check"),
             WorkerThreads(WATCHES + REFUSAL_THREADS, "layertap-health-watch"),
@@ -124,7 +124,7 @@ class ModelHealth:
         if len(name) > NAME_CHARACTERS:
             text = f"service: got {len(name)} characters, expected at most {NAME_CHARACTERS}"
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
-        with self._places.taken(context):
+        with self._open.opened(aborting(context)):
             context.add_callback(self._wake)
             sent = None
             while (status := self._next(name, sent, context)) is not None:

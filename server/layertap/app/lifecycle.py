@@ -128,13 +128,13 @@ def run_server(
 
     Args:
         config: What to serve, and how.
-        narrator: Is told how it goes, and what went wrong.
-        read: Reads the configuration again for a reload; without, only files of weights count.
-        config_file: Where it is read from, to be watched where that is configured.
+        narrator: Reports progress and errors.
+        read: Reads the configuration again for a reload; if not given, a reload loads changed
+            weights only.
+        config_file: The configuration file, which is watched where that is configured.
 
     Returns:
-        The exit code: 0 after a stop that was asked for, 1 for anything that made serving
-        impossible.
+        The exit code: 0 after a requested stop, 1 after an error.
     """
     raise_file_limit()
     signals = _Signals()
@@ -149,7 +149,7 @@ def run_server(
                 )
                 signals.wait(running.reload)
                 notify("STOPPING=1")
-                narrator.say("stopping: waiting for the calls that were admitted")
+                narrator.say("stopping: waiting for admitted calls")
                 running.stop()
         except LayertapError as error:
             narrator.say(str(error), logging.ERROR)
@@ -176,7 +176,7 @@ class _Running:
     ) -> None:
         config.check()
         self._narrator = narrator
-        # First, because it is quick and fails often: a file may be missing.
+        # First, because it is quick, and a missing file is a common mistake.
         security = open_security(config.server.secrets, trusted=config.trusts_local_callers)
         self._engine = _engine(config, narrator)
         closing.callback(self._engine.close)
@@ -238,7 +238,7 @@ class _Running:
         self.reloader.request()
 
     def _reload_now(self) -> ReloadReport:
-        """Do it for a caller who waits for what comes of it."""
+        """Reload for a caller who waits for the report."""
         self.server.security.reload()
         return self.reloader.reload()
 

@@ -1,4 +1,4 @@
-"""Log records for people or for machines, each with the id of the request that it is about."""
+"""Log records for people or for machines, each with the id of its request."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def configure_logs(form: LogFormat, level: LogLevel, stream: TextIO | None = Non
 
     Args:
         form: ``human`` or ``json``.
-        level: The least that layertap's own loggers tell; other libraries' stay at WARNING.
-        stream: Where to; stderr unless given.
+        level: The lowest level of layertap's own loggers; those of other libraries stay at WARNING.
+        stream: Where to write; stderr if not given.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Json() if form == "json" else _Human())
     handler.addFilter(_add_request_id)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     set_log_level(level)
-    # That it serves, and where, is told whatever the level: in the human form the console tells it.
+    # Whether and where it serves is logged at any level, as the console shows it in human form.
     logging.getLogger(NARRATION).setLevel(logging.INFO)
 
 
 def set_log_level(level: LogLevel) -> None:
-    """Set the least that layertap's own loggers tell."""
+    """Set the lowest level that layertap's own loggers log."""
     logging.getLogger("layertap").setLevel(level.upper())
 
 
@@ -113,7 +113,7 @@ class LogNarrator:
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
-    """Note the request that the logging thread works for; keep every record."""
+    """Add the id of the request that this thread works for; keep every record."""
     request = current_request()
     record.request_id = request.id if request else ""
     return True
@@ -126,7 +126,7 @@ class _Human(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Return the line; what a stranger wrote can't begin another or colour the terminal."""
+        """Return the line, its control characters escaped: they could forge another line."""
         record.message = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], record.message)
         request_id = getattr(record, "request_id", "")
         return super().formatMessage(record) + (f" [request {request_id}]" if request_id else "")

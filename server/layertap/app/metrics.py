@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import grpc
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -22,6 +21,7 @@ from layertap.app.shared_memory_metrics import SharedMemoryCollector
 from layertap.app.state import StateCollector
 from layertap.engine import Engine, Extraction
 from layertap.malloc import retained_bytes
+from layertap.services.error_codes import ErrorCode
 from layertap.shm.shared_memory import SharedMemory
 
 __all__ = ["Metrics"]
@@ -115,7 +115,7 @@ class Metrics:
         counts.queue.observe(timings.queue_ns * _NS)
         counts.compute.observe(timings.compute_ns * _NS)
 
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
+    def failed(self, model: str, code: ErrorCode) -> None:
         """Count a failure under the name of its status."""
         self._failure.labels(model, code.name).inc()
 

@@ -1,4 +1,4 @@
-"""What the person at the terminal, or whoever reads the log, is told while a server runs."""
+"""Messages for the person at the terminal, or for the log, while a server runs."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ import grpc
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
-from layertap.app.places import Places
 from layertap.descriptors import POOL
 from layertap.grpc_reflection import reflection_pb2 as pb
 from layertap.grpc_reflection import reflection_v1alpha_pb2
+from layertap.services.bounded_calls import BoundedCalls, aborting
 
 __all__ = ["REFLECTIONS", "Reflection"]
 
@@ -36,7 +36,7 @@ class Reflection:
 
     def __init__(self, service_names: Iterable[str]) -> None:
         self._names = sorted({*service_names, *_SERVICES})
-        self._places = Places(REFLECTIONS, "ask for reflection")
+        self._open = BoundedCalls(REFLECTIONS, "calls ask for reflection")
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """Return what a ``grpc.Server`` needs to serve both."""
@@ -52,7 +52,7 @@ class Reflection:
         self, messages: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[pb.ServerReflectionResponse]:
         """Answer each request of a call."""
-        with self._places.taken(context):
+        with self._open.opened(aborting(context)):
             for message in messages:
                 try:
                     request = pb.ServerReflectionRequest.FromString(message)

@@ -1,4 +1,4 @@
-"""Reloads: configuration and weights are read again, by a signal, a call or a changed file."""
+"""Reloads configuration and weights when a signal, a call or a changed file asks for it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 class Reloader:
-    """Reloads one at a time.
+    """Runs one reload at a time.
 
     Args:
         read: Reads the configuration, flags included.
         config: What the server was started with.
-        models: What is kept in step with it.
-        narrator: Told what came of reloads that nobody waits for.
+        models: The models, which are kept in step with it.
+        narrator: Reports the outcome of reloads that no caller waits for.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""TLS, tokens, and what a server says about the doors that it leaves open."""
+"""TLS, tokens, and warnings about what a server leaves unprotected."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ServerTls:
     Args:
         certificate: PEM: the server's certificate, then those between it and its authority.
         private_key: PEM: its key, not encrypted.
-        client_ca: PEM: whose certificates clients must show; None asks them for none.
+        client_ca: PEM: the authorities that sign clients' certificates; None asks for none.
 
     Raises:
-        ConfigError: For a file that can't be read, and for a key that is not the certificate's.
+        ConfigError: A file can't be read, or the key is not that of the certificate.
     """
 
     def __init__(self, certificate: Path, private_key: Path, client_ca: Path | None = None) -> None:
@@ -73,11 +73,11 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """How a server keeps strangers out; by default neither encryption nor tokens.
+    """A server's encryption and authentication; by default neither.
 
     Attributes:
         tls: TLS, or None for plain text.
-        tokens: Who may call what.
+        tokens: Which token may call what.
         exposed: Files with secrets that every user of this machine can read.
     """
 
@@ -86,25 +86,25 @@ class Security:
     exposed: tuple[Path, ...] = ()
 
     def reload(self) -> None:
-        """Read certificates and tokens again, for calls to come; those under way go on.
+        """Read certificates and tokens again, for new connections and calls.
 
         Raises:
-            ConfigError: For a file that won't do; of certificates and tokens, those that it was
-                about stay as they were.
+            ConfigError: A file can't be used. If it is one of the certificates, these stay as they
+                were; likewise for the tokens.
         """
         try:
             if self.tls:
                 self.tls.reload()
         finally:
-            # A token that leaked must become invalid even so.
+            # A leaked token must become invalid even if the certificates can't be read.
             self.tokens.reload()
 
     def warnings(self, host: str, *, metrics: bool) -> Iterator[str]:
-        """Say what a server that listens on ``host`` leaves open.
+        """Return warnings about what a server that listens on ``host`` leaves unprotected.
 
         Args:
-            host: The address that is bound.
-            metrics: Whether the metrics page is shown there as well.
+            host: The address that the server listens on.
+            metrics: Whether the metrics page is served there as well.
         """
         for file in self.exposed:
             yield f"{file} holds a secret, and every user of this machine can read it; chmod 600"
@@ -114,29 +114,29 @@ class Security:
         reached = f"{host} can be reached from other machines, and "
         if openly and self.tls is None:
             yield (
-                f"{reached}whoever reaches it may use it: there is no authentication and no "
+                f"{reached}anyone who can reach it may use it: there is no authentication and no "
                 f"encryption"
             )
         elif openly:
-            yield f"{reached}whoever reaches it may use it: there is no authentication"
+            yield f"{reached}anyone who can reach it may use it: there is no authentication"
         if self.tokens.any and self.tls is None:
             yield (
-                f"{reached}tokens cross the network as plain text, for anybody on the way to read "
-                f"and use: there is no encryption"
+                f"{reached}tokens cross the network as plain text, where they can be read and "
+                f"used: there is no encryption"
             )
         if metrics and (self.tls or not openly):
             yield f"{reached}the metrics page there has neither authentication nor encryption"
 
 
 def open_security(files: SecretFiles, *, trusted: bool = False) -> Security:
-    """Read the files.
+    """Read the files of certificates and tokens.
 
     Args:
-        files: Where they are.
+        files: Their paths.
         trusted: As for ``Tokens``.
 
     Raises:
-        ConfigError: For a file that won't do, and for one that is of no use without another.
+        ConfigError: A file can't be used, or it has no effect without another one.
     """
     tls = None
     if files.tls_cert and files.tls_key:

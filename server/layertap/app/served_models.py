@@ -1,4 +1,4 @@
-"""The models that the configuration asks for: loaded, replaced and unloaded, with their health."""
+"""Loads, replaces and unloads the models of the configuration, and reports their health."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _log = logging.getLogger(__name__)
 
 
 class ServedModels:
-    """Keeps an engine's models, and what health tells of them, in step with a configuration.
+    """Keeps an engine's models and their health in step with a configuration.
 
     Not safe to share between threads: one loads or reloads at a time.
 
     Args:
-        engine: The engine; only this changes its models.
-        health: Told SERVING of a model that is warm, NOT_SERVING of one that is not.
-        narrator: Told what was loaded and what was not.
+        engine: The engine; nothing else may change its models.
+        health: Where a warm model is reported as SERVING, and any other as NOT_SERVING.
+        narrator: Reports what was loaded and what was not.
     """
 
     def __init__(self, engine: Engine, health: ModelHealth, narrator: Narrator) -> None:
         self._engine = engine
         self._health = health
         self._narrator = narrator
-        # None: asked for, and not served.
+        # None: in the configuration, but not served.
         self._served: dict[str, Fingerprint | None] = {}
 
     def load(self, config: ServerConfig, *, strict: bool) -> None:
@@ -66,7 +66,7 @@ class ServedModels:
             raise ModelLoadError("none of the models could be loaded")
 
     def reload(self, config: ServerConfig, call: Call) -> tuple[ModelReload, ...]:
-        """Load what is new or changed, then unload what is gone; tell of each model.
+        """Load what is new or changed, then unload what is gone; report on each model.
 
         Raises:
             CancelledError: Where the call was cancelled; what was done stays done.
@@ -94,7 +94,7 @@ class ServedModels:
         return done
 
     def unload_one(self, config: ServerConfig, name: str) -> None:
-        """Let a model go, which the configuration goes on to name.
+        """Unload a model that stays in the configuration.
 
         Raises:
             ModelNotFoundError: Where no such model is served.
@@ -102,7 +102,7 @@ class ServedModels:
         if self._served.get(name) is None:
             raise ModelNotFoundError(f"model: got {name!r}, which is not served")
         self._unload(name)
-        # Still asked for: a reload without it has to let it be forgotten.
+        # It is still in the configuration; a reload of one without it forgets it.
         self._served[name] = None
         self._engine.expect([model.name for model in config.models])
         self._engine.explain(name, "it was unloaded")
@@ -128,7 +128,7 @@ class ServedModels:
             self._load(model, replace)
         except CancelledError:
             raise
-        except Exception as error:  # noqa: BLE001 - told, and logged where it is unexpected
+        except Exception as error:  # noqa: BLE001 - reported, and logged where it is unexpected
             self._fail(model, error)
             reason = _text(error)
             return ModelReload(name, ReloadAction.FAILED, reason, serving=served is not None)
@@ -168,7 +168,11 @@ class ServedModels:
         self._engine.explain(name, _public(error))
         if not isinstance(error, LayertapError):
             _log.error("loading model %s failed", name, exc_info=error)
-        what = "not replaced, the version before serves on" if self._served[name] else "not loaded"
+        what = (
+            "not replaced, still serving the previous version"
+            if self._served[name]
+            else "not loaded"
+        )
         self._narrator.say(f"model {name}: {what}: {_text(error)}", logging.ERROR)
 
 
@@ -179,7 +183,7 @@ def _text(error: Exception) -> str:
 
 
 def _public(error: Exception) -> str:
-    """Return what any caller may read: no folder, and nothing that the model's own code says."""
+    """Return what any caller may read: no paths, and nothing that the model's own code says."""
     if isinstance(error, (InvalidInputError, NotFoundError, ExtractorUnsupportedError)):
-        return str(error)  # About declared layers, in the words of any request for them.
+        return str(error)  # About declared layers: the same text as for a request for them.
     return "it could not be loaded; the server's log says why"

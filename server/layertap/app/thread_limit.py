@@ -8,8 +8,9 @@ import grpc
 
 from layertap.app.health import HEALTH
 from layertap.errors import OverloadedError
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, guarded
+from layertap.services.status import guarded
 from layertap.threads import CallersThread, WorkerThreads, run_in
 
 __all__ = ["ThreadLimit"]

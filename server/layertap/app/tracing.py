@@ -10,7 +10,6 @@ import logging
 import time
 from threading import Thread
 
-import grpc
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
@@ -21,6 +20,8 @@ from opentelemetry.trace import StatusCode
 from layertap import __version__
 from layertap.app.tracing_interceptor import SERVER_ERRORS, TracingInterceptor, in_stream
 from layertap.engine import Extraction
+from layertap.services.error_codes import ErrorCode
+from layertap.services.status import STATUS
 from layertap.timings import Timings
 
 __all__ = ["FLUSH_SECONDS", "Tracing", "otlp_provider"]
@@ -87,15 +88,16 @@ class Tracing:
         if item is not None:
             item.end()
 
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
+    def failed(self, model: str, code: ErrorCode) -> None:
         """Say whose extraction failed; the interceptor says how, and here a stream's item does."""
         named = {"layertap.model": model} if model else {}
         if not in_stream():
             trace.get_current_span().set_attributes(named)
             return
         item = self._tracer.start_span("item", attributes=named)
-        item.set_attribute("rpc.grpc.status_code", code.value[0])
-        if code in SERVER_ERRORS:
+        status = STATUS[code]
+        item.set_attribute("rpc.grpc.status_code", status.value[0])
+        if status in SERVER_ERRORS:
             item.set_status(StatusCode.ERROR)
         item.end()
 

@@ -1,1 +1,1 @@
-"""The command line: flags become objects. Only the verbs that run a model import torch."""
+"""The command line. Only commands that run a model import torch."""

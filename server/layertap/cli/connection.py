@@ -1,10 +1,10 @@
-"""Options of the verbs that ask a server: where it is, how to know it, and what to show it."""
+"""Options of the verbs that call a server: its address, TLS and a token."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -21,17 +21,17 @@ _FILE = click.Path()
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """What the command line says about a server.
+    """The server that the command line names, and how to connect to it.
 
     Attributes:
         target: Its address.
-        tls: Whether to use TLS; any of the next four means yes as well.
-        ca: PEM file of the server's authority.
-        cert: PEM file of the client's certificate.
-        key: PEM file of its key.
-        server_name: The name to expect in the server's certificate.
-        token_file: A file whose first token is sent.
-        allow_plaintext_token: Whether it may be sent to another machine without TLS.
+        tls: Whether to use TLS; each of the next four implies it.
+        ca: PEM file with the CA certificate that verifies the server.
+        cert: PEM file with the client's certificate.
+        key: PEM file with the private key of ``cert``.
+        server_name: The name that the server's certificate must have.
+        token_file: File whose first token is sent as the bearer token.
+        allow_plaintext_token: Whether the token may be sent to another machine without TLS.
     """
 
     target: str
@@ -44,13 +44,13 @@ class ServerAddress:
     allow_plaintext_token: bool = False
 
     def client(self, timeout: float = 60.0) -> Client:
-        """Return a client, which is the caller's to close.
+        """Return a client; the caller closes it.
 
         Args:
             timeout: Seconds that a call may take.
 
         Raises:
-            ConfigError: For files that won't do, and for a token that must not be sent.
+            ConfigError: A file can't be used, or the token would be sent without TLS.
         """
         from layertap.client import Client, Tls, read_token
 
@@ -65,10 +65,10 @@ class ServerAddress:
 
 
 def connection_options(default: str | None = None) -> Callable[[F], F]:
-    """Return what adds ``--server`` and what belongs to it to a verb.
+    """Return a decorator that adds ``--server`` and its related options to a verb.
 
     Args:
-        default: The server to ask where none is named; None for verbs that can do without one.
+        default: The server to call if none is named; None for verbs that also work without one.
 
     Returns:
         A decorator; the verb gets ``server``, a ServerAddress, or None without a default.
@@ -84,7 +84,7 @@ def connection_options(default: str | None = None) -> Callable[[F], F]:
 
 
 def _with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
-    names = ("tls", "ca", "cert", "key", "server_name", "token_file", "allow_plaintext_token")
+    names = [field.name for field in fields(ServerAddress) if field.name != "target"]
 
     @functools.wraps(function)
     def verb(*args: Any, server: str | None, **flags: Any) -> Any:
@@ -100,26 +100,47 @@ def _with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _server_option(default: str | None) -> Callable[[F], F]:
-    text = f"Default {default}." if default else "Ask this server instead of loading MODEL here."
+    text = (
+        f"The server to call. Default: {default}."
+        if default
+        else "Call this server instead of loading MODEL in this process."
+    )
     return click.option("--server", metavar="HOST:PORT", default=default, help=text)
 
 
 _OPTIONS = (
-    click.option("--tls", is_flag=True, help="It has TLS, and a public authority vouches for it."),
-    click.option("--ca", type=_FILE, metavar="PEM", help="It has TLS, and this vouches for it."),
-    click.option("--cert", type=_FILE, metavar="PEM", help="The certificate to show to it."),
-    click.option("--key", type=_FILE, metavar="PEM", help="The key of --cert."),
+    click.option(
+        "--tls",
+        is_flag=True,
+        help="Connect with TLS; verify the server with gRPC's list of public CAs.",
+    ),
+    click.option(
+        "--ca",
+        type=_FILE,
+        metavar="PEM",
+        help="CA certificate used to verify the server; implies --tls.",
+    ),
+    click.option(
+        "--cert",
+        type=_FILE,
+        metavar="PEM",
+        help="Client certificate, for servers that ask for one; implies --tls.",
+    ),
+    click.option("--key", type=_FILE, metavar="PEM", help="Private key of --cert."),
     click.option(
         "--server-name",
         metavar="NAME",
-        help="The name to expect in its certificate; default: the host.",
+        help="The name that the server's certificate must have. Default: the host in --server.",
     ),
     click.option(
-        "--token-file", type=_FILE, metavar="FILE", help="Whose first line is the token to send."
+        "--token-file",
+        type=_FILE,
+        metavar="FILE",
+        help="File whose first token is sent as the bearer token.",
     ),
     click.option(
         "--allow-plaintext-token",
         is_flag=True,
-        help="Send the token to another machine without TLS, for all to read on the way.",
+        help="Send the token to another machine without TLS, although it can be read in transit.",
     ),
 )

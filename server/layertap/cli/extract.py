@@ -1,4 +1,4 @@
-"""``layertap extract``."""
+"""``layertap extract``: layers of image files, written to an .npz file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = ["batch_axes", "extract"]
     multiple=True,
     required=True,
     metavar="LAYER[:input][=NAME]",
-    help="What to write; may be repeated, and may be a glob.",
+    help="A layer to write. May be given several times, and may be a glob.",
 )
 @click.option(
     "-o",
@@ -50,32 +50,32 @@ __all__ = ["batch_axes", "extract"]
     required=True,
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="The .npz file; one that is there is replaced.",
+    help="The .npz file to write; an existing file is replaced.",
 )
 @click.option(
     "--extractor",
     type=click.Choice([extractor.value for extractor in Extractor]),
     default=Extractor.AUTO.value,
-    help="How to take them.",
+    help="How to capture the layers. Default: auto.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(SENT_DTYPES),
-    help="What to send floats in; bfloat16 is stored as float32, as .npz lacks it.",
+    help="The type of floating-point values. .npz has no bfloat16, so that is stored as float32.",
 )
 @click.option(
     "--reduce",
     "reduction",
     type=click.Choice([reduction.value for reduction in Reduction]),
     default=Reduction.NONE.value,
-    help="What to do with each layer first.",
+    help="The reduction to apply to each layer. Default: none.",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Images that run together.",
+    help="Images in one forward pass.",
 )
 @local_model_options
 def extract(
@@ -90,14 +90,15 @@ def extract(
     server: ServerAddress | None,
     **flags: Any,
 ) -> None:
-    """Write layers of IMAGEs into an .npz file: an array for each layer, all images in it.
+    """Write layers of IMAGEs to an .npz file: one array per layer, with all images in it.
 
-    Batches are joined along the dimension that was measured to be the batch: the first of most
-    layers, so that there is a row for each image, the second of layers such as [L, N, D].
+    Batches are joined along each layer's batch dimension, which was measured when the model was
+    loaded. For most layers it is the first, so there is one row per image; for layers such as
+    [L, N, D] it is the second.
 
     MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
-    (package.module:function); with --server, the name of a model that it serves. Images are JPEG,
-    PNG or WebP.
+    (package.module:function). With --server it is the name of a model on that server. Images are
+    JPEG, PNG or WebP files.
 
     \b
     Examples:
@@ -142,7 +143,7 @@ class _Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """Where values come from: `ask` extracts them from encoded images, `describe` the model."""
+    """A model: `ask` extracts layers from encoded images, `describe` describes the model."""
 
     ask: Callable[[list[bytes]], _Taken]
     describe: Callable[[], ModelDescription]
@@ -151,10 +152,10 @@ class _Source:
 def batch_axes(
     description: ModelDescription, selections: Sequence[LayerSelection]
 ) -> dict[str, int | None]:
-    """Return which dimension of each output holds the items of the batch, one after the other.
+    """Return the batch dimension of each output.
 
-    None for an output of which none does: where it was measured that none grows with the batch, or
-    several do, or items are interleaved along it.
+    It is None for an output without a usable one: no dimension grows with the batch, several do, or
+    the items are interleaved along it.
     """
     axes: dict[str, int | None] = {}
     for selection in selections:
@@ -175,7 +176,7 @@ def _batch_axis(value: ValueDescription | None) -> int | None:
 
 
 def _check_files(images: Sequence[str], output: Path) -> None:
-    """Find out before a model is loaded what could only fail after it."""
+    """Check before loading a model what would otherwise fail after it."""
     for image in images:
         if not Path(image).is_file():
             raise InvalidInputError(f"image {image}: no such file")
@@ -195,7 +196,7 @@ def _read(image: str) -> bytes:
 
 @contextmanager
 def _naming(images: Sequence[str]) -> Iterator[None]:
-    """Have errors name the files of a batch, which begins the list, instead of its indices."""
+    """Make errors about one image of a batch name its file. The batch begins the list."""
     try:
         yield
     except InvalidInputError as error:

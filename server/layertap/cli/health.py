@@ -14,32 +14,32 @@ from layertap.client.base import TARGET
 __all__ = ["health"]
 
 
-@click.command(short_help="Ask a server whether it is ready.")
+@click.command(short_help="Check whether a server is ready.")
 @connection_options(TARGET)
 @click.option(
     "--service",
     default="",
     metavar="NAME",
-    help="Ask for one model by its name, or for layertap.v1.FeatureService; default: the server.",
+    help="A model's name, or a service such as layertap.v1.FeatureService. Default: the server.",
 )
 @click.option(
     "--url",
     metavar="URL",
-    help="Ask the server's HTTP port instead, as http://127.0.0.1:8002/readyz; it needs no "
-    "certificates where the server has TLS.",
+    help="Call the server's HTTP port instead, such as http://127.0.0.1:8002/readyz. It needs no "
+    "certificates, even if the server uses TLS.",
 )
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=5.0,
     metavar="S",
-    help="Seconds to wait for the answer; default 5.",
+    help="Seconds to wait for the answer. Default: 5.",
 )
 def health(server: ServerAddress, service: str, url: str | None, timeout: float) -> None:
-    """Ask a server for its health, by grpc.health.v1. It needs no token for that.
+    """Check a server's health with grpc.health.v1, which needs no token.
 
-    Exit code 0 if it is SERVING, else 1: a probe for containers and scripts. With --url it asks by
-    HTTP, and the exit code is 0 if the answer's status is 200.
+    The exit code is 0 if the server is SERVING and 1 otherwise, so this is a probe for containers
+    and scripts. With --url it calls HTTP, and the exit code is 0 if the answer's status is 200.
 
     \b
     Examples:
@@ -59,10 +59,10 @@ def health(server: ServerAddress, service: str, url: str | None, timeout: float)
 
 
 def _ask_by_http(url: str, timeout: float) -> None:
-    """Print what a page of the HTTP port answers; exit with 1 unless its status is 200."""
+    """Print the answer of a page of the HTTP port; exit with 1 unless its status is 200."""
     if urlsplit(url).scheme != "http" or not urlsplit(url).hostname:
         raise click.BadParameter(f"got {url!r}, expected http://HOST:PORT/readyz", param_hint="url")
-    # Never by a proxy of the environment, which could not reach this machine's own addresses.
+    # Ignore the proxies of the environment: they can't reach this machine's own addresses.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=timeout) as reply:

@@ -1,4 +1,4 @@
-"""``layertap layers``."""
+"""``layertap layers``: what can be extracted from a model."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ if TYPE_CHECKING:
 __all__ = ["layers"]
 
 
-@click.command(short_help="List what a model has to offer.")
+@click.command(short_help="List a model's layers.")
 @click.argument("model", metavar="MODEL")
-@click.option("--glob", metavar="PATTERN", help="Only names that match; `**` crosses dots.")
-@click.option("--all", "everything", is_flag=True, help="Graph nodes that are no modules, too.")
+@click.option(
+    "--glob",
+    metavar="PATTERN",
+    help="List only names that match; `*` stops at dots, `**` does not.",
+)
+@click.option(
+    "--all", "everything", is_flag=True, help="Also list graph nodes, which are not modules."
+)
 @click.option(
     "--tree/--flat",
     default=None,
-    help="A tree of modules, the default on a terminal, or a table, the default elsewhere.",
+    help="Show a tree of modules (the default on a terminal) or a flat table (otherwise).",
 )
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="The DescribeModelResponse as JSON; has graph nodes always.",
+    help="Print the DescribeModelResponse as JSON, graph nodes included.",
 )
 @local_model_options
 def layers(
@@ -42,10 +48,11 @@ def layers(
     server: ServerAddress | None,
     **flags: Any,
 ) -> None:
-    """List a model's layers, as measured by running it.
+    """List a model's layers, as measured by running the model.
 
     MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a TorchScript file
-    (net.pt) or a factory (package.module:function); with --server, the name of a served model.
+    (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
+    server.
 
     \b
     Examples:
@@ -54,8 +61,8 @@ def layers(
       layertap layers resnet18 --json | jq '.layers[].name'
       layertap layers resnet18 --server 127.0.0.1:8001
 
-    B in a shape is the batch, bytes are for one item, the stride is the input's height over the
-    output's. The letters tell which extractors serve the layer.
+    B in a shape is the batch size. Bytes are those of one item. The stride is the input's height
+    divided by the output's. Each letter stands for an extractor that can serve the layer.
     """
     refuse_with_server(server, flags)
     if as_json:

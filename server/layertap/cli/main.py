@@ -1,4 +1,4 @@
-"""``layertap``: the verbs, and how errors reach the person at the terminal."""
+"""``layertap``: its commands, and how they report errors."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ class _Verbs(click.Group):
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
-    """Layers of PyTorch models: over gRPC, or straight into a file.
+    """Extract layers of PyTorch models, over gRPC or straight into a file.
 
     \b
     Examples:
-      layertap layers resnet18                                what there is to ask for
-      layertap serve resnet18 --layers layer1,avgpool         answer requests on port 8001
+      layertap layers resnet18                                list the layers
+      layertap serve resnet18 --layers layer1,avgpool         serve them on port 8001
       layertap extract resnet18 cat.jpg -l avgpool -o cat.npz
 
-    Each verb has a --help of its own. Exit codes: 0 done, 1 it failed (the message says why), 2 the
-    command line is wrong.
+    Each command has its own --help. Exit codes: 0 success, 1 failure (the message says why), 2 a
+    wrong command line.
     """
 
 

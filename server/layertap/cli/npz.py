@@ -1,4 +1,4 @@
-"""Replies, batch after batch, into one .npz file."""
+"""Joins the replies to several batches and writes them to one .npz file."""
 
 from __future__ import annotations
 

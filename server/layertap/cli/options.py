@@ -1,4 +1,4 @@
-"""What the verbs share that run a model, in this process or on a server."""
+"""Options and helpers of the verbs that run a model, in this process or on a server."""
 
 from __future__ import annotations
 
@@ -36,10 +36,12 @@ def local_model_options(function: F) -> F:
 
 
 def refuse_with_server(server: ServerAddress | None, flags: Mapping[str, object]) -> None:
-    """Raise UsageError for flags that say how to load a model, where a server has it loaded."""
+    """Raise UsageError for flags that say how to load a model, together with ``--server``."""
     given = ", ".join(f"--{name.replace('_', '-')}" for name, v in flags.items() if v is not None)
     if server and given:
-        raise click.UsageError(f"{given}: the server chose; not together with --server")
+        raise click.UsageError(
+            f"{given}: not together with --server, whose model is loaded already"
+        )
 
 
 def local_model(model: str, flags: Mapping[str, Any]) -> LocalModel:
@@ -50,7 +52,7 @@ def local_model(model: str, flags: Mapping[str, Any]) -> LocalModel:
         flags: The values of ``local_model_options``, by key; None for those that were not given.
 
     Returns:
-        The model, which is the caller's to close.
+        The model, which the caller closes.
 
     Raises:
         ConfigError, ModelLoadError: As ``layertap.load`` does.

@@ -12,21 +12,21 @@ from layertap.v1 import admin_service_pb2
 __all__ = ["reload"]
 
 
-@click.command(short_help="Have a server read configuration and weights again.")
+@click.command(short_help="Make a server reload its configuration and weights.")
 @connection_options(TARGET)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
     metavar="S",
-    help="Seconds to wait for the new versions to be warm; default 600.",
+    help="Seconds to wait until the new versions are warm. Default: 600.",
 )
 def reload(server: ServerAddress, timeout: float) -> None:
-    """Have a server read its configuration and changed weights again, without a failed request.
+    """Make a server reload its configuration and changed weights, without failing a request.
 
-    Its certificates and tokens are read again as well. The server must have been started with
-    --admin; `kill -HUP` does the same without. A model that fails is told with the reason, and what
-    was served before still is: the exit code is 1 then.
+    It reloads its certificates and tokens as well. The server must run with --admin; `kill -HUP`
+    does the same without it. If a model can't be loaded, the reason is printed, the server keeps
+    its previous version, and the exit code is 1.
 
     \b
     Examples:
@@ -38,7 +38,7 @@ def reload(server: ServerAddress, timeout: float) -> None:
             report = client.reload()
         except (PermissionDeniedError, UnavailableError) as error:
             raise type(error)(
-                f"{server.target}: {error} (a server takes reloads only if it runs with --admin)"
+                f"{server.target}: {error} (a server accepts reloads only if it runs with --admin)"
             ) from error
     for model in report.models:
         click.echo(_line(model))
@@ -52,6 +52,6 @@ def _line(model: admin_service_pb2.ModelReload) -> str:
     action = admin_service_pb2.ReloadAction.Name(model.action).removeprefix("RELOAD_ACTION_")
     line = f"{model.name}: {action.lower()}"
     if model.reason:
-        kept = "the version before serves on" if model.serving else "not served"
+        kept = "still serving the previous version" if model.serving else "not served"
         line += f", {kept}: {model.reason}"
     return line

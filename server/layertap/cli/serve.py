@@ -37,8 +37,8 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     """Serve models over gRPC until SIGTERM or Ctrl-C.
 
     MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a TorchScript file
-    (net.pt) or a factory (package.module:function). The flags of models hold for every MODEL; a
-    file given with --config can tell them apart.
+    (net.pt) or a factory (package.module:function). Flags apply to every MODEL; a file given with
+    --config can configure each one differently.
 
     \b
     Examples:
@@ -48,8 +48,8 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
       layertap serve --config layertap.toml --port 0
 
     Health (grpc.health.v1) is NOT_SERVING until the models are loaded and their layers are warm;
-    each model has its own. SIGHUP reads the configuration and changed weights again, without a
-    failed request. A second SIGTERM ends the process at once.
+    each model has its own status. SIGHUP reloads the configuration and changed weights without
+    failing a request. A second SIGTERM ends the process at once.
     """
     if not models and config_file is None:
         raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")

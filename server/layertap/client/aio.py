@@ -27,18 +27,18 @@ from layertap.client.features import Features
 from layertap.client.items import MAX_IN_FLIGHT, Outcome, StreamItems
 from layertap.client.requests import StreamRequest, request_fields
 from layertap.client.retry import Retries
-from layertap.client.shared_memory import SharedMemoryClient, is_shared, written
+from layertap.client.shared_memory import SharedMemoryClient
 from layertap.client.timeouts import bounded
 from layertap.errors import LayertapError, OverloadedError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
+from layertap.shm.client_session import is_shared
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
     from layertap.shm.client_session import ClientSession
-    from layertap.wire.messages import Arrays
-    from layertap.wire.tensors import SharedSlice
+    from layertap.wire.tensors import Arrays, SharedSlice
 
 __all__ = ["AsyncClient", "AsyncFeatureStream"]
 
@@ -269,8 +269,8 @@ class AsyncClient(BaseClient):
         """Return the session of shared memory; None for the wire."""
         seconds = self._timeout if timeout is None else timeout
         if transport.memory.is_settled:
-            return transport.memory.connection(seconds)
-        return await _in_thread(lambda: transport.memory.connection(seconds))
+            return transport.memory.session(seconds)
+        return await _in_thread(lambda: transport.memory.session(seconds))
 
     async def _extract_shared(
         self,
@@ -286,7 +286,7 @@ class AsyncClient(BaseClient):
             with ExitStack() as stack:
                 places: list[SharedSlice | None] = []
                 if is_shared(inputs):
-                    places = await _in_thread(lambda: stack.enter_context(written(memory, inputs)))
+                    places = await _in_thread(lambda: stack.enter_context(memory.written(inputs)))
                 message = encode_request(request, inputs, places)
                 reply = await self._call(transport, transport.extract, message, timeout)
             return Features(reply, memory.finder())

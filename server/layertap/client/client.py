@@ -27,7 +27,7 @@ from layertap.client.features import Features
 from layertap.client.items import MAX_IN_FLIGHT
 from layertap.client.requests import StreamRequest, request_fields
 from layertap.client.retry import retrying
-from layertap.client.shared_memory import SharedMemoryClient, SharedMemoryWish, written
+from layertap.client.shared_memory import SharedMemoryClient, SharedMemoryWish
 from layertap.client.stream import FeatureStream
 from layertap.client.timeouts import bounded
 from layertap.errors import LayertapError, SharedMemoryLostError
@@ -38,7 +38,7 @@ from layertap.wire.messages import encode_request
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
     from layertap.shm.client_session import ClientSession
-    from layertap.wire.messages import Arrays
+    from layertap.wire.tensors import Arrays
 
 __all__ = ["Client"]
 
@@ -117,7 +117,7 @@ class Client(BaseClient):
         """
         fields, inputs = request_fields(model, given, layers, extractor)
         transport = self._opened()
-        memory = transport.memory.connection(self._timeout if timeout is None else timeout)
+        memory = transport.memory.session(self._timeout if timeout is None else timeout)
         if memory is not None:
             try:
                 return self._extract_shared(transport, memory, fields, inputs, timeout)
@@ -147,7 +147,7 @@ class Client(BaseClient):
             max_in_flight,
             timeout,
             self._timeout if item_timeout is None else item_timeout,
-            transport.memory.connection(self._timeout),
+            transport.memory.session(self._timeout),
             metadata=self._own_metadata,
         )
 
@@ -314,7 +314,7 @@ class Client(BaseClient):
         request = feature_service_pb2.ExtractRequest(shared_memory_session=memory.session, **fields)
         memory.begin_call()
         try:
-            with written(memory, inputs) as places:
+            with memory.written(inputs) as places:
                 message = encode_request(request, inputs, places)
                 reply = self._call(transport.extract, message, timeout)
             return Features(reply, memory.finder())

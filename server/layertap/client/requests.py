@@ -21,7 +21,7 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
-    from layertap.wire.messages import Arrays
+    from layertap.wire.tensors import Arrays
 
 __all__ = ["StreamRequest", "request_fields"]
 

@@ -7,26 +7,18 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import grpc
-import numpy as np
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.addresses import target_is_loopback
 from layertap.shm.client_session import ClientSession
 from layertap.shm.regions import supported
-from layertap.shm.shared_memory import LEAST_BYTES
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
-from layertap.wire.dtypes import of_array
-from layertap.wire.tensors import SharedSlice
 
-if TYPE_CHECKING:
-    from layertap.wire.messages import Arrays
-
-__all__ = ["SharedMemoryClient", "SharedMemoryWish", "is_shared", "written"]
+__all__ = ["SharedMemoryClient", "SharedMemoryWish"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,13 +48,13 @@ class SharedMemoryClient:
 
     @property
     def is_settled(self) -> bool:
-        """Whether ``connection`` returns at once, without asking the server."""
+        """Whether ``session`` returns at once, without asking the server."""
         current = self._current
         if current is not None and not current.lost:
             return True
         return self._open is None or time.monotonic() < self._retry_at
 
-    def connection(self, timeout: float | None) -> ClientSession | None:
+    def session(self, timeout: float | None) -> ClientSession | None:
         """Return a session that is open, opened now if need be; None for the wire."""
         current = self._current
         if current is not None and not current.lost:
@@ -90,7 +82,7 @@ class SharedMemoryClient:
         seconds = _OPEN_SECONDS if timeout is None else min(timeout, _OPEN_SECONDS)
         try:
             reply = OpenSharedMemoryResponse.FromString(open_(b"", timeout=seconds))
-            connection = ClientSession(reply.socket, reply.ticket)
+            session = ClientSession(reply.socket, reply.ticket)
         except (
             *(grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error),
             RuntimeError,  # Python's word for a thread that the system did not allow.
@@ -103,42 +95,6 @@ class SharedMemoryClient:
         # open by that until then.
         if self._at_end is not None:
             self._at_end.detach()
-        self._at_end = weakref.finalize(self, connection.close)
+        self._at_end = weakref.finalize(self, session.close)
         self._at_end.atexit = False
-        return connection
-
-
-def is_shared(inputs: Arrays) -> bool:
-    """Tell whether one of a request's inputs is large enough for shared memory."""
-    return any(array.nbytes >= LEAST_BYTES for _, array in inputs)
-
-
-@contextmanager
-def written(connection: ClientSession, inputs: Arrays) -> Iterator[list[SharedSlice | None]]:
-    """Write large inputs into shared memory, and keep their places while the block lasts.
-
-    Yields:
-        For each input where it stands; None where it has to be sent.
-
-    Raises:
-        InvalidInputError: For an array without a row in the dtype table.
-    """
-    with ExitStack() as stack:
-        yield [stack.enter_context(_written(connection, array)) for _, array in inputs]
-
-
-@contextmanager
-def _written(connection: ClientSession, array: np.ndarray) -> Iterator[SharedSlice | None]:
-    if array.nbytes < LEAST_BYTES:
-        yield None
-        return
-    of_array(array)  # Objects, for one, can't be written anywhere.
-    borrowed = connection.borrow(array.nbytes)
-    if borrowed is None:
-        yield None
-        return
-    try:
-        borrowed.write(array)
-        yield SharedSlice(borrowed.number, borrowed.generation, 0, array.nbytes)
-    finally:
-        connection.keep(borrowed)
+        return session

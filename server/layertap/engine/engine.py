@@ -246,10 +246,7 @@ class Engine:
             self._image_threads.close()
         for threads in self._compute.values():
             threads.close()
-        for host in self._versions.hosts():
-            self._versions.withdraw(host.model.name)
-            host.close()
-        self._unloading.join()
+        self._unloading.end_all(self._versions)
 
     def _where(self, device: str) -> torch.device:
         where = torch.device(device) if device else self._device

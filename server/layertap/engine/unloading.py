@@ -10,7 +10,7 @@ from torch import nn
 
 from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
-from layertap.engine.versions import Version
+from layertap.engine.versions import Version, Versions
 from layertap.errors import UnavailableError
 from layertap.extraction.gate import no_forward_pass
 
@@ -23,7 +23,7 @@ PAUSE_SECONDS = 0.05
 class Unloading:
     """Ends versions that ``Versions`` has replaced or withdrawn.
 
-    ``start``, ``run`` and ``join`` are for one thread at a time: the one that changes the models.
+    Not safe to share between threads: one thread changes the models.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,14 @@ class Unloading:
         else:
             self._threads.append(thread)
 
-    def join(self) -> None:
-        """Wait until every version that ``start`` was given has ended."""
+    def end_all(self, versions: Versions[ModelHost]) -> None:
+        """End what still serves, and wait for the versions that ``start`` was given.
+
+        Call it once the compute threads have ended, and with them all forward passes.
+        """
+        for host in versions.hosts():
+            versions.withdraw(host.model.name)
+            host.close()
         for thread in self._threads:
             thread.join()
 

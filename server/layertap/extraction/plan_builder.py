@@ -1,4 +1,4 @@
-"""Building plans: an extractor for one pass spec and batch key, proven before it is used."""
+"""Builds plans: an extractor for one pass spec and batch key, proven before it serves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _LARGER = 7
 
 @dataclass
 class _Proof:
-    """What an extractor is held against: batches, and what the oracle gave for each."""
+    """What an extractor is compared with: batches, and the oracle's values for each."""
 
     kind: ExtractorKind
     pass_spec: PassSpec
@@ -90,8 +90,8 @@ class PlanBuilder:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
-        # Not to be held while the model is traced symbolically, which waits for the passes of
-        # others, who may wait for this guard.
+        # Never held while the model is traced symbolically. Tracing waits until all passes of other
+        # threads have ended, and those may wait for this guard.
         self._guard = catalogue.guard
         self._context = BuildContext(model, taps, catalogue.guard, catalogue.graph)
         self._cache = cache

@@ -46,10 +46,10 @@ _STALE_SECONDS = 3600.0
 
 
 class PlanCache:
-    """A folder of compiled programs, bounded in bytes; the longest unused go first.
+    """A folder of compiled programs, bounded in bytes; the least recently used are removed first.
 
-    A disk that is full, read-only or broken is no error: it is logged, nothing is stored, and the
-    server serves without. Each program is another try, so room that comes later is used.
+    A full, read-only or broken disk is no error: the log says so, nothing is stored, and the server
+    works without stored plans. Each program is a new attempt, so space that is freed later is used.
 
     Args:
         folder: Made with mode 0700 where it is missing.
@@ -85,7 +85,7 @@ class PlanCache:
             OSError: Where it can't be written; no file is left.
             ConfigError: Where others can write to the folder by now.
         """
-        self._prepare()  # Somebody may have removed the folder meanwhile.
+        self._prepare()  # The folder may have been removed meanwhile.
         handle, name = tempfile.mkstemp(dir=self._folder, suffix=PART)
         written = Path(name)
         try:
@@ -131,7 +131,7 @@ class PlanCache:
             return []
 
     def _sweep(self) -> None:
-        """Remove what processes that were killed in mid-write have left."""
+        """Remove partly written files that killed processes have left."""
         for path in self._files(PART):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:

@@ -1,4 +1,4 @@
-"""The proof of an extractor: its values held against the oracle's."""
+"""The proof of an extractor: its values are compared with the oracle's."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Holding extractors against the model: when they are built, and again for each batch size.
+"""Compares plans with the model: when they are built, and again at each new batch size.
 
 Note [Each batch size is proven]
-    Code may go by the size of its batch: ``if len(x) > 4``, or a loop over pieces of the batch,
-    which a trace has once and for all. No example shows that for every size. So a plan is held
-    against the oracle at the first use of each, which takes two passes more; and passes that
-    several requests share are tried at each total. The reference kind, HOOK, runs the model
-    itself and needs no proof.
+    A model's code may depend on the batch size: ``if len(x) > 4``, or a loop over parts of the
+    batch, whose number a trace records as a constant. No example at one size shows that. So a plan
+    is compared with the oracle at the first use of each batch size, which costs that request two
+    more passes. Passes that several requests share are tried at each total size. The reference
+    kind, HOOK, runs the model itself and needs no proof.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SHARED = 3
 
 
 class Prover:
-    """Holds the plans of one model against it.
+    """Compares the plans of one model with the model.
 
     Every method runs the model, so each must be called on a compute thread.
 
@@ -98,11 +98,11 @@ class Prover:
     def reaching_cases(
         self, kind: ExtractorKind, pass_spec: PassSpec, batch_key: BatchKey
     ) -> list[tuple[Batch, Values]]:
-        """Return batches of less ordinary input, and what the oracle gives for each, where it can.
+        """Return batches of unusual input, each with the oracle's values, where the model takes it.
 
-        See Note [Samples that reach]. A kind that takes finite input only is spared NaN, infinity
-        and items of several magnitudes in one batch, whose differences its tolerance would hide:
-        what it computes for input that is not finite is not served (see ``engine.pipeline``).
+        See Note [Samples that reach]. For a kind that takes finite input only, the batches hold no
+        NaN or infinity, which it is never given (see ``engine.pipeline``), and no items of several
+        magnitudes, as its tolerance would hide the small ones.
         """
         batches = [wide_batch(self._model, 3, batch_key), bytes_batch(self._model, batch_key)]
         if not kind.finite_only or not self._model.signature.has_floats:

@@ -1,19 +1,19 @@
 """A model's symbolic graph: its nodes, and their values taken the moment they are computed.
 
 Note [FX done right]
-    - torchvision hands the values out at the end, overwritten by later in-place operations; here a
-      capture is inserted into the graph right behind each node.
-    - Asked for a parent and its last child, torchvision silently drops one: both mean one node.
+    - torchvision returns the values at the end, by when later in-place operations may have
+      overwritten them. Here a capture is inserted into the graph right behind each node.
+    - A module and its last child are one node. torchvision, asked for both, silently drops one.
       Here every point is resolved to a node first, and each node is asked for once.
-    - Tracing calls ``train()`` on the model and patches ``Module.__call__`` process-wide: it runs
-      while no forward pass does. Where it fails half way it leaves the model in training mode, and
-      what the model's code writes to its attributes meanwhile are symbols, with which later passes
-      would compute: both are put back here.
-    - Dead-code elimination keeps every ``torch._assert``, and with it what is asserted on: for the
-      first layer of a ViT torchvision's extractor runs all of them. Here the graph ends behind the
-      last capture.
-    - Dead-code elimination deletes unassigned in-place statements (``y.relu_()``). Who builds an
-      extractor compares it with the oracle before use.
+    - Tracing calls ``train()`` on the model and patches ``Module.__call__`` in the whole process.
+      So it runs only while no forward pass does. If it fails half way, the model is left in
+      training mode, and attributes that its code wrote meanwhile hold symbols instead of values.
+      Both are restored here.
+    - Dead-code elimination keeps every ``torch._assert`` and whatever the asserted value depends
+      on: for the first layer of a ViT, torchvision's extractor runs all layers. Here the graph ends
+      behind the last capture.
+    - Dead-code elimination deletes in-place statements whose result is not assigned
+      (``y.relu_()``). The plan builder compares each extractor with the oracle and finds this out.
 """
 
 from __future__ import annotations

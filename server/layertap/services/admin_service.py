@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import grpc
-from google.protobuf.message import DecodeError as ProtobufDecodeError
 
-from layertap.errors import DecodeError
+from layertap.services.parsing import parse
 from layertap.services.reload_report import ReloadReport
 from layertap.services.status import guarded
 from layertap.v1 import admin_service_pb2
@@ -30,10 +29,7 @@ class AdminService:
 
     def reload(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Reload, and report what happened to each model."""
-        try:
-            admin_service_pb2.ReloadRequest.FromString(message)
-        except ProtobufDecodeError:
-            raise DecodeError("request: got bytes that are no ReloadRequest") from None
+        parse(admin_service_pb2.ReloadRequest, message)
         return _to_proto(self._reload()).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:

@@ -1,4 +1,4 @@
-"""Who may call what: bearer tokens, checked before a request is read."""
+"""Authorization by bearer tokens, checked before a request is read."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Authorization(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no
     """Refuses calls whose metadata ``authorization: Bearer TOKEN`` lacks the right they need.
 
     UNAUTHENTICATED without a valid token where one could help, else PERMISSION_DENIED. Methods that
-    don't exist are refused in the same way, so that nobody finds out which ones do.
+    don't exist are refused in the same way, so that a caller can't probe which ones do.
 
     Args:
         tokens: Which token has which right.
@@ -74,7 +74,7 @@ def _refusing(kind: type[errors.LayertapError], text: str) -> grpc.RpcMethodHand
     """Return a handler that refuses calls of any kind.
 
     A streaming one, because gRPC calls that at once: it would read a unary one's request first, up
-    to hundreds of MiB from somebody who is nobody.
+    to hundreds of MiB from an unauthenticated caller.
     """
 
     def refuse(message: object, context: grpc.ServicerContext) -> bytes:
@@ -83,7 +83,7 @@ def _refusing(kind: type[errors.LayertapError], text: str) -> grpc.RpcMethodHand
     return grpc.stream_stream_rpc_method_handler(guarded(refuse))
 
 
-# Neither text depends on the call, so neither tells a stranger anything.
+# Neither text depends on the call, so neither reveals anything to an unauthenticated caller.
 _UNAUTHENTICATED = _refusing(
     errors.UnauthenticatedError, "a valid token is needed: metadata 'authorization: Bearer TOKEN'"
 )

@@ -19,13 +19,13 @@ _ALGORITHMS = dict(
 
 
 def compress_replies(context: grpc.ServicerContext) -> None:
-    """Have gRPC compress what a call replies, if its metadata asks for it.
+    """Have gRPC compress the replies of a call if its metadata asks for it.
 
-    All gRPC clients say that they could decompress, so that is no reason to spend the time. To be
-    called before anything is sent.
+    All gRPC clients report that they can decompress, so that alone is no reason to spend the time.
+    Call this before anything is sent.
 
     Raises:
-        InvalidInputError: For an algorithm that there is not.
+        InvalidInputError: For an unknown algorithm.
     """
     for key, value in context.invocation_metadata() or ():
         if key == REPLY_COMPRESSION_KEY:

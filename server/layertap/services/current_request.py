@@ -1,7 +1,7 @@
-"""The request that a thread works for, and the id by which its log records are found.
+"""The request that a thread works for, and its id in log records.
 
 The id travels in a context variable, which the engine carries over to its compute threads, so that
-whatever logs there needs to know nothing of requests.
+code that logs there needs to know nothing about requests.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["REQUEST_ID_KEY", "Request", "current_request", "open_request"]
 REQUEST_ID_KEY = "x-request-id"
 """The metadata that takes an id in, and the trailing metadata that hands it back."""
 
-# It goes into logs, traces and error texts, and anybody may have written it: no space, no quote,
+# It goes into logs, traces and error texts, and any caller may have written it: no space, no quote,
 # nothing that a terminal or a page would act on. UUIDs, ULIDs and the ids of load balancers pass.
 _SANE = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,64}")
 
-# Unlike those of other processes and restarts; nobody is kept from guessing the next.
+# Unique among processes and restarts, but easy to guess: it protects nothing.
 _OURS = secrets.token_hex(4)
 _numbers = itertools.count(secrets.randbits(24))
 
@@ -45,12 +45,12 @@ class Request:
 
 
 def current_request() -> Request | None:
-    """Return the request that this thread works for; None where it works for none."""
+    """Return the request that this thread works for; None if it works for none."""
     return _current.get()
 
 
 def open_request(context: grpc.ServicerContext) -> Request:
-    """Name a call, and hand its id back in the trailing metadata.
+    """Give a call its id, and return the id in the trailing metadata.
 
     There is nothing to close: gRPC runs each call in a ``contextvars.Context`` of its own.
     """

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from layertap.engine import Call, Engine, Extraction, ExtractionRequest, ModelHost, Reservation
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
-from layertap.services.status import code_of
 
 __all__ = ["Converted", "DataPlane"]
 

@@ -11,9 +11,10 @@ from layertap.engine import Call, Engine, Reservation
 from layertap.errors import DecodeError, InvalidInputError, LayertapError
 from layertap.services.convert import Converter, DecodedItem
 from layertap.services.data_plane import DataPlane
+from layertap.services.error_codes import code_of
 from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, leaving
+from layertap.services.status import STATUS, public_error
 from layertap.services.stream_threads import StreamThreads
 from layertap.services.stream_window import StreamWindow
 from layertap.wire.stream_messages import (
@@ -30,7 +31,7 @@ class ExtractStream:
 
     Args:
         engine: The engine; its limits say how much a stream may have in flight.
-        observer: Is told how each item ended.
+        observer: Notified how each item ended.
         converter: Turns requests into the engine's own form.
         threads: Serve the streams.
     """
@@ -93,8 +94,8 @@ class ExtractStream:
 
 
 def _failure(number: int, error: Exception) -> Answer:
-    told = leaving(error)
-    code = code_of(told).value[0]
+    told = public_error(error)
+    code = STATUS[code_of(told)].value[0]
     image = told.image if isinstance(told, InvalidInputError) else None
     return Answer(encode_stream_error(number, code, type(told).__name__, str(told), image))
 

@@ -1,25 +1,22 @@
 """The servicer of ``layertap.v1.FeatureService``.
 
-The handlers take and return raw bytes. gRPC turns whatever a deserializer raises into UNKNOWN or
-INTERNAL, while a malformed request should be an INVALID_ARGUMENT; and the reply of Extract is
-finished bytes already.
+The handlers take and return raw bytes: gRPC turns whatever a deserializer raises into UNKNOWN or
+INTERNAL, while a malformed request should be an INVALID_ARGUMENT, and the reply of Extract is
+serialized already.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError as ProtobufDecodeError
-from google.protobuf.message import Message
 
 from layertap.engine import Engine
-from layertap.errors import DecodeError
 from layertap.services.convert import Converter, description_to_proto, model_to_proto
 from layertap.services.data_plane import DataPlane
 from layertap.services.extract_stream import ExtractStream
 from layertap.services.observer import Observer
+from layertap.services.parsing import parse
 from layertap.services.status import Handler, guarded, guarded_stream
 from layertap.services.stream_threads import StreamThreads
 from layertap.services.unary import answer
@@ -29,17 +26,15 @@ from layertap.wire.messages import decode_request
 
 __all__ = ["FeatureService"]
 
-M = TypeVar("M", bound=Message)
-
 
 class FeatureService:
     """Serves an engine's models over gRPC.
 
     Args:
         engine: The engine.
-        observer: Is told how each extraction ended.
-        threads: Serve the streams.
-        memory: What is shared with clients of this machine; None for none.
+        observer: Notified how each extraction ended.
+        threads: Serves the streams.
+        memory: The memory that is shared with clients on this machine; None for none.
     """
 
     NAME = feature_service_pb2.DESCRIPTOR.services_by_name["FeatureService"].full_name
@@ -63,13 +58,13 @@ class FeatureService:
 
     def list_models(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """List the models."""
-        _parse(feature_service_pb2.ListModelsRequest, message)
+        parse(feature_service_pb2.ListModelsRequest, message)
         models = [model_to_proto(host) for host in self._engine.hosts()]
         return feature_service_pb2.ListModelsResponse(models=models).SerializeToString()
 
     def describe_model(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Describe a model and its layers."""
-        request = _parse(feature_service_pb2.DescribeModelRequest, message)
+        request = parse(feature_service_pb2.DescribeModelRequest, message)
         return description_to_proto(self._engine.host(request.model)).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -88,12 +83,3 @@ class FeatureService:
 
 def _unary(handler: Handler) -> grpc.RpcMethodHandler:
     return grpc.unary_unary_rpc_method_handler(guarded(handler))
-
-
-def _parse(kind: type[M], message: bytes) -> M:
-    request = kind()
-    try:
-        request.ParseFromString(message)
-    except ProtobufDecodeError:
-        raise DecodeError(f"request: got bytes that are no {kind.__name__}") from None
-    return request

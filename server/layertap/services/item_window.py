@@ -1,4 +1,4 @@
-"""What a stream has in flight: a bounded number of items between being read and being sent."""
+"""The items that a stream has in flight: a bounded number, from being read to being sent."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def again(error: LayertapError) -> LayertapError:
 class ItemWindow(ABC):
     """The items of one stream. Safe between threads: one reads, many answer, one sends.
 
-    An item takes a place when it was read, and keeps it until gRPC has taken its reply: so a client
-    that does not read its replies is not read from either, and what the server holds for it is
+    An item takes a place when it is read and keeps it until gRPC has taken its reply. So the server
+    stops reading from a client that does not read its replies, and what it holds for that client is
     bounded. The bytes of a reply are released at the same moment, or when the stream ends.
 
     Args:
@@ -62,7 +62,7 @@ class ItemWindow(ABC):
         self._sending: Reservation | None = None
 
     def wait_for_room(self) -> bool:
-        """Wait until another item may be read; return False where none may any more."""
+        """Wait until another item may be read; return False if the stream takes no more items."""
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._taken < self._places)
             return not self._ended
@@ -75,7 +75,7 @@ class ItemWindow(ABC):
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Record that nobody waits for replies any more: cancel what is in flight."""
+        """Cancel the items in flight, as nobody waits for replies any more."""
         with self._changed:
             self._ended = self._closed = True
             calls, answers = self._clear()

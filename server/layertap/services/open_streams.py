@@ -1,4 +1,4 @@
-"""The streams that are open, of all services: a bounded number, and told when the server drains."""
+"""The open streams of all services: a bounded number, which end when the server drains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from layertap.errors import LayertapError, OverloadedError, UnavailableError
+from layertap.errors import LayertapError, UnavailableError
+from layertap.services.bounded_calls import BoundedCalls
 
 __all__ = ["OpenStreams", "Window"]
 
@@ -43,6 +44,7 @@ class OpenStreams:
 
     def __init__(self, most: int) -> None:
         self.most = most
+        self._bounded = BoundedCalls(most, "streams are open")
         self._lock = threading.Lock()
         self._windows: set[Window] = set()
         self._draining = False
@@ -52,21 +54,20 @@ class OpenStreams:
         """Count a stream for as long as the block lasts, and close its window then.
 
         Raises:
-            OverloadedError: Where there are too many.
-            UnavailableError: Where the server drains.
+            OverloadedError: If there are too many.
+            UnavailableError: If the server drains.
         """
-        with self._lock:
-            if self._draining:
-                raise _shutting_down()
-            if len(self._windows) >= self.most:
-                raise OverloadedError(f"{self.most} streams are open, the most allowed")
-            self._windows.add(window)
-        try:
-            yield window
-        finally:
+        self._check_draining()
+        with self._bounded.opened():
             with self._lock:
-                self._windows.discard(window)
-            window.close()
+                self._check_draining()
+                self._windows.add(window)
+            try:
+                yield window
+            finally:
+                with self._lock:
+                    self._windows.discard(window)
+                window.close()
 
     def drain(self) -> None:
         """Take no more items and no more streams; those in flight are answered."""
@@ -75,6 +76,10 @@ class OpenStreams:
             windows = list(self._windows)
         for window in windows:
             window.end(_shutting_down())
+
+    def _check_draining(self) -> None:
+        if self._draining:
+            raise _shutting_down()
 
 
 def _shutting_down() -> UnavailableError:

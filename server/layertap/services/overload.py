@@ -6,8 +6,8 @@ Note [A retry storm]
     were refused 1,300 times a second, which took the cores from the forward passes: 11 answers a
     second, where 8 callers got 40. Three things keep the cores for those that are admitted:
 
-    - A call is refused before its message is read, where as many as may be pending are already
-      being received, waiting or running. What the client has sent of it stays unread.
+    - A call is refused before its message is read if as many as allowed are already being
+      received, waiting or running. What the client has sent of it stays unread.
     - A few refusals a second are sent at once, so that a caller who was merely unlucky can ask
       another server. Above that a refusal is held back for a while. A caller that waits for its
       refusal can't ask again meanwhile, so a storm is as fast as the server lets it be. A call
@@ -32,8 +32,9 @@ import grpc
 
 from layertap.engine import Engine
 from layertap.errors import OverloadedError
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
-from layertap.services.status import code_of, guarded
+from layertap.services.status import guarded
 from layertap.threads import run_in
 
 __all__ = ["HeldRefusals", "Overload"]
@@ -94,7 +95,7 @@ class HeldRefusals(ThreadPoolExecutor):
         def refuse() -> None:
             try:
                 future.set_result(fn(*args, **kwargs))
-            except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+            except BaseException as error:  # noqa: BLE001 - the future's owner gets it
                 future.set_exception(error)
 
         with self._changed:
@@ -169,7 +170,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
 
     Args:
         engine: The engine.
-        observer: Is told of each refusal.
+        observer: Notified of each refusal.
         clock: Returns seconds.
 
     Attributes:

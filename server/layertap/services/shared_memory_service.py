@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import grpc
-from google.protobuf.message import DecodeError as ProtobufDecodeError
 
-from layertap.errors import DecodeError
+from layertap.services.parsing import parse
 from layertap.services.status import guarded
 from layertap.shm.broker import Broker
 from layertap.v1 import shared_memory_service_pb2
@@ -27,10 +26,7 @@ class SharedMemoryService:
 
     def open_shared_memory(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Return the socket to connect to and the ticket to present there."""
-        try:
-            shared_memory_service_pb2.OpenSharedMemoryRequest.FromString(message)
-        except ProtobufDecodeError:
-            raise DecodeError("request: got bytes that are no OpenSharedMemoryRequest") from None
+        parse(shared_memory_service_pb2.OpenSharedMemoryRequest, message)
         return shared_memory_service_pb2.OpenSharedMemoryResponse(
             socket=self._broker.name, ticket=self._broker.ticket()
         ).SerializeToString()

@@ -1,4 +1,4 @@
-"""The one map from domain errors to gRPC statuses, and the one place where errors leave."""
+"""How gRPC handlers report errors: the map to gRPC's statuses, and what may leave the server."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import grpc
 from layertap import errors
 from layertap.services.compression import compress_replies
 from layertap.services.current_request import REQUEST_ID_KEY, Request, current_request, open_request
+from layertap.services.error_codes import ErrorCode, code_of
 from layertap.wire.messages import (
     ERROR_IMAGE_METADATA_KEY,
     ERROR_METADATA_KEY,
@@ -20,34 +21,15 @@ from layertap.wire.messages import (
 
 __all__ = [
     "STATUS",
-    "code_of",
     "guarded",
     "guarded_stream",
-    "leaving",
-    "status_of",
+    "public_error",
 ]
 
 _log = logging.getLogger(__name__)
 
-Code = grpc.StatusCode
-
-STATUS: dict[type[errors.LayertapError], grpc.StatusCode] = {
-    errors.InvalidInputError: Code.INVALID_ARGUMENT,
-    errors.NotFoundError: Code.NOT_FOUND,
-    errors.ExtractorUnsupportedError: Code.FAILED_PRECONDITION,
-    errors.ReplyTooLargeError: Code.OUT_OF_RANGE,
-    errors.SharedMemoryLostError: Code.FAILED_PRECONDITION,
-    errors.OverloadedError: Code.RESOURCE_EXHAUSTED,
-    errors.UnauthenticatedError: Code.UNAUTHENTICATED,
-    errors.PermissionDeniedError: Code.PERMISSION_DENIED,
-    errors.UnavailableError: Code.UNAVAILABLE,
-    errors.DeadlineExceededError: Code.DEADLINE_EXCEEDED,
-    errors.CancelledError: Code.CANCELLED,
-    errors.ModelRunError: Code.INTERNAL,
-    errors.ModelLoadError: Code.FAILED_PRECONDITION,
-    errors.ConfigError: Code.FAILED_PRECONDITION,
-    errors.InternalError: Code.INTERNAL,
-}
+STATUS: dict[ErrorCode, grpc.StatusCode] = {code: grpc.StatusCode[code.name] for code in ErrorCode}
+"""gRPC's status for each code."""
 
 # Of the operator's side, whose texts name files and hold what a model's own code says.
 _PRIVATE = (errors.ConfigError, errors.ModelLoadError)
@@ -56,33 +38,14 @@ _PRIVATE = (errors.ConfigError, errors.ModelLoadError)
 # headers by default: a longer one would replace the error by another. Requests are quoted in it.
 _TEXT_BYTES = 2048
 
-# Each refusal names a time of its own, so that those who obey don't come back together.
+# Each refusal names a random time, so that clients that obey don't come back together.
 _PUSHBACK_MS = (500, 1500)
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
 StreamHandler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]
 
 
-def status_of(kind: type[errors.LayertapError]) -> grpc.StatusCode:
-    """Return the status of an error class: its own, else its nearest base's.
-
-    Raises:
-        KeyError: For a class that nothing maps.
-    """
-    for base in kind.__mro__:
-        if base in STATUS:
-            return STATUS[base]
-    raise KeyError(kind)
-
-
-def code_of(error: Exception) -> grpc.StatusCode:
-    """Return the status that an error leaves with; INTERNAL for what is no domain error."""
-    if isinstance(error, MemoryError):
-        return STATUS[errors.OverloadedError]
-    return status_of(type(error)) if isinstance(error, errors.LayertapError) else Code.INTERNAL
-
-
-def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError:
+def public_error(error: Exception, *, to_owner: bool = False) -> errors.LayertapError:
     """Return the error as it may leave the server.
 
     Domain errors carry their own text, except for those that speak of the operator's files.
@@ -92,7 +55,7 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
 
     Args:
         error: What was raised.
-        to_owner: Whether whoever asked may read of the operator's files.
+        to_owner: Whether the caller may read about the operator's files.
     """
     request = current_request()
     request_id = request.id if request else "an unnamed request"
@@ -112,7 +75,7 @@ def leaving(error: Exception, *, to_owner: bool = False) -> errors.LayertapError
 
 
 def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
-    """Wrap a handler so that whatever it raises becomes a status, as ``leaving`` says."""
+    """Wrap a handler so that whatever it raises becomes a status, as ``public_error`` says."""
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
         request = open_request(context)
@@ -120,7 +83,7 @@ def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
             compress_replies(context)
             return handler(message, context)
         except Exception as error:  # noqa: BLE001 - the last line of defence; it is logged in full
-            _abort(context, leaving(error, to_owner=to_owner), request)
+            _abort(context, public_error(error, to_owner=to_owner), request)
 
     return handle
 
@@ -134,7 +97,7 @@ def guarded_stream(handler: StreamHandler) -> StreamHandler:
             compress_replies(context)
             yield from handler(messages, context)
         except Exception as error:  # noqa: BLE001 - as above
-            _abort(context, leaving(error), request)
+            _abort(context, public_error(error), request)
 
     return handle
 
@@ -148,7 +111,7 @@ def _abort(
     if isinstance(error, errors.InvalidInputError) and error.image is not None:
         names.append((ERROR_IMAGE_METADATA_KEY, str(error.image)))
     context.set_trailing_metadata(tuple(names))
-    context.abort(status_of(type(error)), str(error))
+    context.abort(STATUS[code_of(error)], str(error))
     raise AssertionError("abort always raises")
 
 

@@ -1,11 +1,10 @@
-"""How a stream of items is served, whatever its items are.
+"""Serves streams of items, in every protocol.
 
 Note [Threads of a stream]
-    In synchronous gRPC a stream holds the thread of its RPC, which sends; a second one reads, as
-    both block. The items of all streams share one pool, whose threads parse, wait for a compute
-    thread and encode, as those of unary calls do. Nothing polls. All of them are done with a stream
-    when its RPC ends: gRPC reports the end by a callback, which cancels what is in flight, and it
-    wakes the reader.
+    In synchronous gRPC the thread of a stream's RPC sends; a second thread reads, as both block.
+    The items of all streams share one pool, whose threads parse, wait for a compute thread and
+    encode, as those of unary calls do. Nothing polls. All threads finish with a stream when its RPC
+    ends: gRPC's callback cancels the items in flight, and gRPC wakes the reader.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from functools import partial
 import grpc
 
 from layertap.errors import OverloadedError
+from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
 from layertap.services.open_streams import OpenStreams, Window
-from layertap.services.status import code_of, leaving
+from layertap.services.status import public_error
 from layertap.threads import WorkerThreads
 
 __all__ = ["StreamThreads", "Take"]
@@ -40,10 +40,10 @@ class StreamThreads:
 
     Args:
         streams: Counts the streams.
-        observer: Is told of streams that could not be read.
+        observer: Notified of streams that could not be read.
 
     Attributes:
-        pools: The threads that it needs, which whoever makes it starts and shuts down.
+        pools: The threads that it needs; its owner has to start them and shut them down.
     """
 
     def __init__(self, streams: OpenStreams, observer: Observer) -> None:
@@ -72,7 +72,7 @@ class StreamThreads:
             LayertapError: Where the stream may not begin, or can't go on.
         """
         with self._streams.opened(window):
-            # False: the stream has ended already, and nobody will tell us any more.
+            # False: the stream has ended already, and gRPC will not call back any more.
             if not context.add_callback(window.close):
                 window.close()
             # In this call's context, and so are the items: log records name its request. gRPC wakes
@@ -101,4 +101,4 @@ class StreamThreads:
             window.close()  # The stream was cancelled, or its client went away.
         except Exception as error:  # noqa: BLE001 - it ends the stream, and is logged
             self._observer.failed("", code_of(error))
-            window.end(leaving(error))
+            window.end(public_error(error))

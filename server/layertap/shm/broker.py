@@ -1,16 +1,16 @@
-"""The server's end of the sockets over which clients get their session and their regions.
+"""The server's end of the sockets that give clients their sessions and their regions.
 
 Note [Who may connect]
-    The socket is an abstract one with a random name: it leaves no file, and exists in the server's
-    network namespace only, so whoever connects is on the same machine. The kernel tells which user
-    that is, and any other than the server's own is sent away. The first packet presents a ticket,
-    which only who passed the server's authorization was given, once and for a few seconds.
+    The socket is an abstract one with a random name: it leaves no file and exists only in the
+    server's network namespace, so every peer is on the same machine. The kernel reports the peer's
+    user, and any user but the server's own is rejected. The first packet presents a ticket, which
+    OpenSharedMemory gives to authorized callers; it is valid once and for a few seconds.
 
 Note [One thread]
-    All sockets are read by one thread, which never waits for a client: what a client can't take at
-    once ends its session. Other threads send, under the lock of SharedMemory. A thread that is to
-    lend a region reads what the client gave back just before its request, which mostly is the very
-    region to use.
+    One thread reads all sockets. It never waits for a client: a client that can't take a packet at
+    once loses its session. Other threads send, under the lock of SharedMemory. Before a thread
+    lends a region it reads what the client returned just before its request, which is mostly the
+    very region to use.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Broker:
     """Listens from ``start`` until it is closed.
 
     Args:
-        memory: What to lend.
+        memory: The shared memory to lend.
 
     Attributes:
         memory: The same.
@@ -80,11 +80,11 @@ class Broker:
         self._thread = threading.Thread(target=self._run, name="layertap-shared", daemon=True)
 
     def start(self) -> None:
-        """Let clients in."""
+        """Accept clients from now on."""
         self._thread.start()
 
     def ticket(self) -> bytes:
-        """Return what lets somebody in once; raise OverloadedError where too many are out."""
+        """Return a ticket for one session; raise OverloadedError if too many are unused."""
         now = time.monotonic()
         with self._lock:
             self._tickets = {key: end for key, end in self._tickets.items() if end > now}
@@ -95,7 +95,7 @@ class Broker:
         return ticket
 
     def close(self) -> None:
-        """End all sessions; clients keep what they were lent."""
+        """End all sessions; clients may go on reading what they were lent."""
         if self._closed:
             return
         self._closed = True
@@ -116,7 +116,7 @@ class Broker:
                     self._tick()
                     due = time.monotonic() + tick
         finally:
-            # Also where there is a fault in here: clients then use the wire.
+            # Also after an unexpected error here: clients then use the network.
             self._closed = True
             self._end_all()
 
@@ -143,7 +143,8 @@ class Broker:
     def _accept(self) -> None:
         try:
             peer, _ = self._listener.accept()
-        except OSError:  # It has gone again, or there are too many open files: not at once anew.
+        except OSError:
+            # The peer has already left, or we are out of file descriptors: back off.
             time.sleep(0.01)
             return
         if not same_user(peer) or len(self._connections) >= _CONNECTIONS:
@@ -161,13 +162,13 @@ class Broker:
         except OSError:
             data = b""
         if not data:
-            self._end(connection, End.RETIRE if connection.sent_away else End.REUSE)
+            self._end(connection, End.RETIRE if connection.rejected else End.REUSE)
             return
         if not self._take(connection, data):
             self._end(connection, End.RETIRE)
 
     def _take(self, connection: _Connection, data: bytes) -> bool:
-        """Do what a packet asks for; return whether it was one that may be sent."""
+        """Do what a packet asks for; return False for a packet that is not allowed."""
         try:
             packet = Packet.unpack(data)
             if connection.session is None:
@@ -175,7 +176,7 @@ class Broker:
             else:
                 self._obey(connection, connection.session, packet)
         except ValueError as error:
-            _log.debug("shared memory: a client is sent away: %s", error)
+            _log.debug("shared memory: rejected a client: %s", error)
             return False
         return True
 
@@ -188,7 +189,7 @@ class Broker:
             raise ValueError("got no valid ticket")
         session = self.memory.open(connection)
         if session is None:
-            raise ValueError("as many clients share memory as may")
+            raise ValueError("too many clients share memory")
         connection.session = session
         connection.send(Packet(PacketKind.WELCOME, *from_id(session.id), VERSION))
 
@@ -220,10 +221,10 @@ class _Connection:
         self._take = take
         self.session: Session | None = None
         self.since = time.monotonic()
-        self.sent_away = False
+        self.rejected = False
 
     def poll(self) -> None:
-        # The end of the connection stays to be found by the thread that reads.
+        # The reading thread will notice the end of the connection.
         for _ in range(_POLLED):
             try:
                 data = self.socket.recv(PACKET_BYTES + 1)
@@ -238,7 +239,7 @@ class _Connection:
         packet = Packet(PacketKind.REGION, region.number, region.size, region.kind)
         try:
             socket.send_fds(self.socket, [packet.pack()], [region.fileno()])
-        except OSError:  # Its buffer is full, or it is gone.
+        except OSError:  # Its buffer is full, or the client has left.
             return False
         return True
 
@@ -250,13 +251,13 @@ class _Connection:
             self.socket.send(packet.pack())
         except BlockingIOError:
             self.close()
-        except OSError:  # It is gone, as the thread that reads will find.
+        except OSError:  # The client has left, as the reading thread will notice.
             pass
 
     def close(self) -> None:
-        # The thread that reads finds the end of it. A client that is gone comes first: what it had
-        # may be used again then.
-        self.sent_away = True
+        # The reading thread notices the end and closes the socket. If it finds that the client left
+        # by itself first, the client's regions may be reused.
+        self.rejected = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
@@ -278,7 +279,7 @@ def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
 
 
 def same_user(peer: socket.socket) -> bool:
-    """Tell whether a Unix socket's other end is a process of this one's user (SO_PEERCRED)."""
+    """Return whether the other end of a Unix socket runs as this process's user (SO_PEERCRED)."""
     credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, uid, _ = _CREDENTIALS.unpack(credentials)
     return bool(uid == os.geteuid())

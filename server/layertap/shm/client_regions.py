@@ -1,20 +1,20 @@
-"""Shared memory that clients name: read and written through a descriptor, never mapped.
+"""Shared memory that clients register by name: read and written by its descriptor, never mapped.
 
 Note [Never mapped]
-    A client that shortens a file which the server has mapped kills the server with SIGBUS. So
-    nothing is mapped: a region is a descriptor, ``pread`` and ``pwrite``, and a file that has
-    become too short is a short read, an error of that request alone. The copy is the same one.
+    If a client shortens a file that the server has mapped, the server dies by SIGBUS. So nothing is
+    mapped: a region is a descriptor, ``pread`` and ``pwrite``, and a file that has become too short
+    is a short read, an error of that request alone. It takes no additional copy.
 
 Note [Whose memory]
-    The server opens files with its own rights, whoever asks for them. So it opens only regular
-    files directly in ``/dev/shm`` with one link, no symbolic links, and only those that belong to
-    the user that it runs as, or to users that it was told of; none of layertap's own, and no
-    semaphores. All that is refused is refused in one text, which tells nobody what there is.
-    Names are an owner's own: another owner can neither see, use nor remove them.
+    The server opens files with its own rights, for any caller. So it opens only regular files
+    directly in ``/dev/shm`` with one link, no symbolic links, and only those of the user that it
+    runs as or of the users that it was configured with; none of layertap's own, and no semaphores.
+    Every refusal has the same message, so a caller can't probe which objects exist. Each owner has
+    names of their own: another owner can neither see, use nor remove them.
 
 Note [In flight]
-    Whatever uses a region refers to its file, and the descriptor is closed when the last reference
-    goes. So a region may be unregistered at any time: requests that have it finish as before.
+    A request that uses a region refers to its file, and the descriptor is closed with the last
+    reference. So a region may be unregistered at any time: requests that use it finish as before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
 __all__ = ["MAX_REGIONS", "ClientRegion", "ClientRegions", "RegionSlice"]
 
 MAX_REGIONS = 256
-"""Regions of all owners; each takes a descriptor of the process."""
+"""The most regions of all owners; each takes a descriptor of the process."""
 
 MAX_NAME_BYTES = 255
 
@@ -55,7 +55,7 @@ class ClientRegion:
     """A registered region.
 
     Attributes:
-        name: What its owner calls it.
+        name: The name that its owner gave it.
         offset: Where it begins in its file, in bytes.
         byte_size: Its bytes.
     """
@@ -66,7 +66,7 @@ class ClientRegion:
     _file: _File = field(repr=False)
 
     def slice(self, offset: int, byte_size: int) -> RegionSlice:
-        """Return a part of it; raise InvalidInputError where it has no such part."""
+        """Return a part of it; raise InvalidInputError if it has no such part."""
         if not 0 <= offset < self.byte_size:
             raise InvalidInputError(
                 f"Invalid offset for shared memory region: {self.name!r}: got {offset}, expected 0 "
@@ -95,7 +95,7 @@ class RegionSlice:
     byte_size: int
 
     def read(self) -> bytes:
-        """Return its bytes; raise InvalidInputError where the file has become too short."""
+        """Return its bytes; raise InvalidInputError if the file has become too short."""
         try:
             data = os.pread(self._file.fd, self.byte_size, self._begin)
         except OSError as error:
@@ -108,7 +108,7 @@ class RegionSlice:
         """Write bytes at its beginning.
 
         Raises:
-            InvalidInputError: Where there are more than it has, or its file has become too short.
+            InvalidInputError: If there are more than it has, or its file has become too short.
         """
         if data.nbytes > self.byte_size:
             raise InvalidInputError(
@@ -139,8 +139,8 @@ class ClientRegions:
     """The regions of all owners. Safe to share between threads.
 
     Args:
-        uids: Users whose memory is taken besides that of the server's own.
-        folder: Where the objects are.
+        uids: Users whose memory is accepted besides that of the server's own user.
+        folder: The folder of the objects.
     """
 
     def __init__(self, uids: frozenset[int] = frozenset(), folder: Path = _FOLDER) -> None:
@@ -150,11 +150,11 @@ class ClientRegions:
         self._regions: dict[Hashable, dict[str, ClientRegion]] = {}
 
     def register(self, owner: Hashable, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Register a region of an owner's.
+        """Register a region of an owner.
 
         Args:
-            owner: Who may use it.
-            name: What it is called from now on.
+            owner: Identifies the owner, the only one who may use it.
+            name: The name for it.
             key: The memory object, as for ``shm_open``.
             offset: Where it begins there, in bytes.
             byte_size: Its bytes.
@@ -162,10 +162,10 @@ class ClientRegions:
         Raises:
             InvalidInputError: For a name that is taken, a key that can't be opened, or a part that
                 the object does not have.
-            OverloadedError: Where there are too many.
+            OverloadedError: If there are too many.
         """
         _check_name(name)
-        # Before the file is opened: whoever is refused costs nothing.
+        # Before the file is opened, so that a refusal is cheap.
         with self._lock:
             self._check_room(owner, name)
         file = self._open(key)
@@ -176,19 +176,19 @@ class ClientRegions:
             regions[name] = ClientRegion(name, offset, byte_size, file)
 
     def unregister(self, owner: Hashable, name: str) -> None:
-        """Forget a region, if there is one, or with an empty name all of the owner's."""
+        """Forget a region, if there is one, or with an empty name all regions of the owner."""
         with self._lock:
             regions = self._regions.get(owner, {})
             gone = [regions.pop(name, None)] if name else list(regions.values())
             if not name or not regions:
                 self._regions.pop(owner, None)
-        del gone  # Descriptors are closed without the lock.
+        del gone  # Closes the descriptors, without the lock.
 
     def status(self, owner: Hashable, name: str) -> list[ClientRegion]:
-        """Return a region, or with an empty name all of the owner's.
+        """Return a region, or with an empty name all regions of the owner.
 
         Raises:
-            NotFoundError: Where the owner has none of that name.
+            NotFoundError: If the owner has none of that name.
         """
         with self._lock:
             regions = dict(self._regions.get(owner, {}))
@@ -202,8 +202,8 @@ class ClientRegions:
         """Return a part of an owner's region.
 
         Raises:
-            NotFoundError: Where the owner has none of that name.
-            InvalidInputError: Where it has no such part.
+            NotFoundError: If the owner has none of that name.
+            InvalidInputError: If it has no such part.
         """
         (region,) = self.status(owner, name) if name else [None]
         if region is None:

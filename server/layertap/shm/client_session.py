@@ -1,21 +1,21 @@
-"""The client's end of the socket: what was lent to it, mapped once, and given back in time.
+"""The client's end of the socket: maps the regions that it is lent, and returns them.
 
 Note [Views keep the lease]
-    All views of a reply are views of one array over the region's mapping. When the last of them is
-    gone so is that array, and its finalizer gives the lease back. It runs in whatever thread, under
-    whatever lock, so it takes none: sets and dicts change by single operations, and the packet is
-    sent without waiting. The socket stays open for as long as there are views, even when the client
-    is closed: its end would tell the server that the regions may be used again. So it does while a
-    call is under way, whose reply may be there already, with nobody viewing it yet.
+    All views of a reply are views of one array over the region's mapping. When the last view is
+    gone so is that array, and its finalizer returns the lease. The finalizer may run in any thread,
+    under any lock, so it takes none: sets and dicts change by single operations, and the packet is
+    sent without waiting. The socket stays open as long as there are views, even after the client is
+    closed, because its end would tell the server that the regions may be reused. It also stays open
+    while a call is in progress, as its reply may have arrived without anything viewing it yet.
 
 Note [Replies that nobody has read yet]
-    A lease may run out while its reply waits to be read, in a stream whose consumer takes its time.
-    So a region that the server lets go of is kept for as long as calls are under way, unless its
-    last lease was seen here. Once no call is, such a reply will never be read.
+    A lease may expire while its reply waits to be read, in a stream with a slow consumer. So a
+    region that the server has closed is kept while calls are in progress, unless its last lease was
+    seen here. Once no call is in progress such a reply will never be read.
 
 Note [Forks]
-    A forked child shares its parent's socket, so a child that gave something back, or kept the
-    socket open, would speak for its parent. It lets go of its copy.
+    A forked child shares its parent's socket: if it returned a lease, or kept the socket open, it
+    would do so for its parent. So it closes its copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import socket
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,12 @@ from layertap.shm.packets import (
     from_id,
     to_id,
 )
-from layertap.shm.regions import Kind, map_region
-from layertap.wire.tensors import SharedTensor, TensorView
+from layertap.shm.regions import RegionKind, map_region
+from layertap.shm.shared_memory import LEAST_BYTES
+from layertap.wire.dtypes import of_array
+from layertap.wire.tensors import Arrays, SharedSlice, SharedTensor, TensorView
 
-__all__ = ["Borrowed", "ClientSession"]
+__all__ = ["Borrowed", "ClientSession", "is_shared"]
 
 _WAIT_SECONDS = 1.0
 _IDLE_INPUTS = 4
@@ -52,15 +55,15 @@ _CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC, for which Python has no name.
 
 
 class _Mapped:
-    """A region that is mapped, and what is known of its leases.
+    """A region that is mapped, and what is known about its leases.
 
     Attributes:
-        leases: Those that something here uses.
+        leases: The generations of the leases that are in use here.
         seen: The last of them.
-        forgotten: The lease after which the server will not use the region again; 0 for none.
+        forgotten: The generation after which the server won't use the region again; 0 for none.
     """
 
-    def __init__(self, number: int, kind: Kind, size: int, fd: int) -> None:
+    def __init__(self, number: int, kind: RegionKind, size: int, fd: int) -> None:
         self.number = number
         self.kind = kind
         self.size = size
@@ -73,13 +76,13 @@ class _Mapped:
 
 
 class _PrivateMap(mmap.mmap):
-    """A mapping of a lent region whose writes are nobody else's; keeps the lease."""
+    """A private mapping of a lent region, for writing; keeps the lease."""
 
     lease: np.ndarray
 
 
 class _Lease:
-    """One lease of a reply region: the array that all views are views of."""
+    """One lease of a reply region: the array behind all views of it."""
 
     def __init__(self, mapped: _Mapped, released: Callable[[], None]) -> None:
         self._mapped = mapped
@@ -113,7 +116,7 @@ class Borrowed:
 
     Attributes:
         number: The region's number.
-        generation: The lease's.
+        generation: The generation of the lease.
     """
 
     def __init__(self, mapped: _Mapped, generation: int) -> None:
@@ -122,25 +125,25 @@ class Borrowed:
         self.generation = generation
 
     def write(self, array: np.ndarray[Any, np.dtype[Any]]) -> None:
-        """Write an array in C order from the region's begin."""
+        """Write an array in C order at the beginning of the region."""
         flat = np.frombuffer(self.mapped.memory, array.dtype, array.size)
         np.copyto(flat.reshape(array.shape), array)
 
 
 class ClientSession:
-    """A session with a server of this machine. Safe between threads.
+    """A session with a server on this machine. Safe to share between threads.
 
     Args:
         name: The abstract socket's name, without the zero byte in front.
-        ticket: What lets us in.
+        ticket: The ticket that OpenSharedMemory returned.
 
     Attributes:
-        session: What requests name.
-        lost: Whether the server is gone, or has ended the session.
+        session: The session's id, for requests.
+        lost: Whether the server has left or has ended the session.
 
     Raises:
-        OSError: Where nobody listens there, or the server sends us away.
-        ValueError: Where it speaks otherwise than expected.
+        OSError: If nothing listens there, or the server rejects us.
+        ValueError: If the server answers with anything but a WELCOME of our version.
     """
 
     def __init__(self, name: str, ticket: bytes) -> None:
@@ -160,18 +163,18 @@ class ClientSession:
         except BaseException:
             self._socket.close()
             raise
-        # Not before the last finalizer that may send has run.
+        # After the last finalizer that may send.
         weakref.finalize(self, self._socket.close).atexit = False
         _OPEN.add(self)
         threading.Thread(target=self._run, name="layertap-shared-client", daemon=True).start()
 
     def begin_call(self) -> None:
-        """Say that replies are to be expected from now on."""
+        """Record that a call has begun, whose replies may arrive from now on."""
         with self._changed:
             self._calls += 1
 
     def end_call(self) -> None:
-        """Say that one call less is under way; its replies are read, or never will be."""
+        """Record that a call has ended: its replies were read, or never will be."""
         # Note [Replies that nobody has read yet]
         with self._changed:
             self._calls -= 1
@@ -182,10 +185,10 @@ class ClientSession:
         self._end_if_unused()
 
     def finder(self) -> Callable[[SharedTensor], TensorView]:
-        """Return what finds the tensors of one reply.
+        """Return a function that finds the tensors of one reply.
 
-        It raises SharedMemoryLostError for a region that was not lent, DecodeError for bytes
-        outside of one.
+        It raises SharedMemoryLostError for a region that was not lent, and DecodeError for bytes
+        outside a region.
         """
         leases: dict[tuple[int, int], _Lease] = {}
 
@@ -198,7 +201,7 @@ class ClientSession:
         return find
 
     def borrow(self, nbytes: int) -> Borrowed | None:
-        """Return an input region for so many bytes; None where the server lends none."""
+        """Return an input region for ``nbytes``; None if the server lends none."""
         with self._changed:
             kept = [each for each in self._idle if each.mapped.size >= nbytes]
             if kept:
@@ -212,7 +215,7 @@ class ClientSession:
             return self._ask(nbytes)
 
     def keep(self, borrowed: Borrowed) -> None:
-        """Keep an input region for the next request, once the reply is there."""
+        """Keep an input region for the next request, once the reply has arrived."""
         with self._changed:
             borrowed.mapped.leases.discard(borrowed.generation)
             if borrowed.mapped.forgotten:
@@ -220,10 +223,39 @@ class ClientSession:
             elif not self.lost:
                 self._idle.append(borrowed)
 
+    @contextmanager
+    def written(self, inputs: Arrays) -> Iterator[list[SharedSlice | None]]:
+        """Write the large inputs of a request into shared memory while the block lasts.
+
+        Yields:
+            For each input where it is; None for one that has to be sent.
+
+        Raises:
+            InvalidInputError: For an array without a row in the dtype table.
+        """
+        with ExitStack() as stack:
+            yield [stack.enter_context(self._written(array)) for _, array in inputs]
+
     def close(self) -> None:
-        """End the session, once nobody views what was lent and no call is under way."""
+        """End the session, once no lent region is viewed and no call is in progress."""
         self._closing = True
         self._end_if_unused()
+
+    @contextmanager
+    def _written(self, array: np.ndarray) -> Iterator[SharedSlice | None]:
+        if array.nbytes < LEAST_BYTES:
+            yield None
+            return
+        of_array(array)  # Raises for an array of objects, for one, which can't be written anywhere.
+        borrowed = self.borrow(array.nbytes)
+        if borrowed is None:
+            yield None
+            return
+        try:
+            borrowed.write(array)
+            yield SharedSlice(borrowed.number, borrowed.generation, 0, array.nbytes)
+        finally:
+            self.keep(borrowed)
 
     def _begin(self, name: str, ticket: bytes) -> bytes:
         self._socket.settimeout(_WAIT_SECONDS)
@@ -237,10 +269,10 @@ class ClientSession:
 
     def _lease(self, number: int, generation: int) -> _Lease:
         with self._changed:
-            # It was sent before the reply was, but another thread reads it.
+            # It was sent before the reply, but another thread reads it.
             self._changed.wait_for(lambda: number in self._regions or self.lost, _WAIT_SECONDS)
             mapped = self._regions.get(number)
-            if mapped is None or mapped.kind is not Kind.REPLY:
+            if mapped is None or mapped.kind is not RegionKind.REPLY:
                 raise SharedMemoryLostError(f"shared: got region {number}, which was not lent")
             mapped.leases.add(generation)
             mapped.seen = max(mapped.seen, generation)
@@ -270,7 +302,7 @@ class ClientSession:
                 return
             try:
                 self._socket.send(first.pack(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except BlockingIOError:  # With the next one, then.
+            except BlockingIOError:  # It is sent with the next one.
                 self._unsent.appendleft(first)
                 return
             except OSError:
@@ -283,7 +315,7 @@ class ClientSession:
             self._changed.wait_for(lambda: self._lent or self.lost, _WAIT_SECONDS)
             lent = self._lent
             mapped = self._regions.get(lent.first) if lent else None
-            # An answer that comes too late for one may be met by the next.
+            # An answer that arrives too late for one request may be read by the next.
             if lent is None or mapped is None or mapped.size < nbytes:
                 return None
             mapped.leases.add(lent.second)
@@ -313,7 +345,7 @@ class ClientSession:
 
     def _take(self, packet: Packet, fds: list[int]) -> None:
         if packet.kind is PacketKind.REGION and fds:
-            mapped = _Mapped(packet.first, Kind(packet.flag), packet.second, fds[0])
+            mapped = _Mapped(packet.first, RegionKind(packet.flag), packet.second, fds[0])
             with self._changed:
                 self._regions[mapped.number] = mapped
                 self._changed.notify_all()
@@ -333,12 +365,17 @@ class ClientSession:
             mapped = self._regions.get(packet.first)
             if mapped is None:
                 return
-            # In this order: whoever gives its last lease back meanwhile sees it.
+            # In this order: a thread that returns the last lease meanwhile sees it.
             mapped.forgotten = packet.second
-            unread = mapped.kind is Kind.REPLY and self._calls and packet.second > mapped.seen
+            unread = mapped.kind is RegionKind.REPLY and self._calls and packet.second > mapped.seen
             if not mapped.leases and not unread:
                 self._idle = [each for each in self._idle if each.mapped is not mapped]
                 self._let_go(mapped, packet.second)
+
+
+def is_shared(inputs: Arrays) -> bool:
+    """Return whether one of a request's inputs is large enough for shared memory."""
+    return any(array.nbytes >= LEAST_BYTES for _, array in inputs)
 
 
 _OPEN: weakref.WeakSet[ClientSession] = weakref.WeakSet()

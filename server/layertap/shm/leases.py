@@ -1,4 +1,4 @@
-"""Leases: which client has which region, and what that means while bytes are being moved."""
+"""Leases: which client has which region, and how a lease ends while its region is in use."""
 
 from __future__ import annotations
 
@@ -13,41 +13,42 @@ __all__ = ["Channel", "End", "Lease", "Loan", "Session"]
 
 
 class Channel(Protocol):
-    """The server's end of one client's socket. Nothing in it waits."""
+    """The server's end of one client's socket. None of its methods wait."""
 
     def poll(self) -> None:
-        """Take what the client has said already, such as that it gives regions back."""
+        """Handle the packets that the client has sent already, such as returned regions."""
 
     def announce(self, region: Region) -> bool:
-        """Hand a region's file descriptor over; False where the client can't take it now."""
+        """Send a region's file descriptor; return False if the client can't take it now."""
 
     def forget(self, number: int, generation: int) -> None:
-        """Say that a region will not be used again."""
+        """Tell the client that a region won't be used again."""
 
     def close(self) -> None:
         """End the connection."""
 
 
 class End(Enum):
-    """What becomes of a lease's region."""
+    """What happens to the region when its lease ends."""
 
     REUSE = auto()
-    """The client is gone, or has said that it needs it no more."""
+    """The client has left or has returned the region: it may be lent again."""
     RETIRE = auto()
-    """The client may still look at it."""
+    """The client may still read it: it is never lent again."""
 
 
 class Lease:
-    """One region that is lent to one session.
+    """The lease of one region to one session.
 
     Attributes:
         region: The region.
-        generation: The region's, when it was lent.
-        session: Whose it is.
-        since: When it was lent or used last.
-        users: How many of the server's threads move bytes in or out.
-        ended: What becomes of the region once no bytes are moved any more; None while it is lent.
-        retired: Whether the server has let go of the region, and only counts its bytes.
+        generation: The region's generation when it was lent.
+        session: The session that has it.
+        since: When it was lent or last used.
+        users: How many of the server's threads are copying bytes in or out.
+        ended: What happens to the region once no bytes are copied any more; None while it is
+            lent.
+        retired: Whether the server has closed the region and only counts its bytes.
     """
 
     __slots__ = ("ended", "generation", "region", "retired", "session", "since", "users")
@@ -67,11 +68,12 @@ class Session:
     """One client.
 
     Attributes:
-        id: 16 secret bytes that only its socket told it.
+        id: 16 secret bytes that the client knows from its socket only.
         channel: The server's end of its socket.
-        leases: What is lent to it, by the region's number.
-        known: The regions whose descriptors it has, each with the last lease that was its own.
-        held: Bytes that are lent to it, or were retired and not given back.
+        leases: Its leases, by the region's number.
+        known: The numbers of the regions whose descriptors it has, each with the generation of its
+            last lease of it.
+        held: The bytes that are lent to it, or were retired and not returned.
         closed: Whether it has ended.
     """
 
@@ -85,15 +87,15 @@ class Session:
 
 
 class Loan:
-    """A reply region to write into. Dropped without ``publish``, it goes back to the pool.
+    """A reply region to write into. If it is dropped without ``publish`` it returns to the pool.
 
-    Whoever writes to ``buffer`` keeps the loan, so that nobody gets the region meanwhile.
+    Code that writes to ``buffer`` has to keep the loan, so that the region is not lent meanwhile.
 
     Attributes:
         buffer: The region's memory, writable.
-        nbytes: How much of it was asked for.
+        nbytes: The bytes that were asked for.
         region: The region's number.
-        generation: Which lease of it this is.
+        generation: The generation of this lease.
     """
 
     def __init__(
@@ -109,12 +111,12 @@ class Loan:
         self.generation = lease.generation
         self._lease = lease
         self._publish = publish
-        # Called by the garbage collector, in whatever thread and under whatever lock.
+        # The garbage collector may call it in any thread, under any lock.
         self._dropped = weakref.finalize(self, dropped, lease)
         self._dropped.atexit = False
 
     def publish(self) -> None:
-        """Leave the region to the client, once all is written and before the reply is sent."""
+        """Hand the region to the client, once all is written and before the reply is sent."""
         if self._dropped.detach() is not None:
             self._publish(self._lease, self.nbytes)
             self.buffer = memoryview(b"")

@@ -1,17 +1,18 @@
-"""What the socket of shared memory carries: packets of 24 bytes, little-endian.
+"""The packets on the socket of shared memory: 24 bytes each, little-endian.
 
-| byte 0 | byte 1 | 2 to 7 | 8 to 15 | 16 to 23 | from | what it says |
+| byte 0 | byte 1 | 2 to 7 | 8 to 15 | 16 to 23 | from | meaning |
 | --- | --- | --- | --- | --- | --- | --- |
-| 1 HELLO | version, 1 | 0 | ticket | ticket | client | first of all: here I am |
-| 2 WELCOME | version, 1 | 0 | session | session | server | the session to name in requests |
-| 3 REGION | 1 reply, 2 input | 0 | number | bytes | server | with the file descriptor |
-| 4 RETURN | 0 | 0 | number | generation | client | the lease is not needed any more |
-| 5 BORROW | 0 | 0 | bytes | 0 | client | an input region of so many bytes, please |
-| 6 LENT | 0 | 0 | number | generation | server | it is this one; 0, 0 for none |
-| 7 FORGET | 0 | 0 | number | generation | server | will not be used again: unmap, RETURN |
+| 1 HELLO | version, 1 | 0 | ticket | ticket | client | the first packet: opens a session |
+| 2 WELCOME | version, 1 | 0 | session | session | server | the session's id, for requests |
+| 3 REGION | 1 reply, 2 input | 0 | number | bytes | server | a new one, with its descriptor |
+| 4 RETURN | 0 | 0 | number | generation | client | ends a lease |
+| 5 BORROW | 0 | 0 | bytes | 0 | client | asks for an input region of that size |
+| 6 LENT | 0 | 0 | number | generation | server | the input region that is lent; 0, 0 for none |
+| 7 FORGET | 0 | 0 | number | generation | server | not used again: unmap it and RETURN it |
 
-A REGION comes before whatever refers to it, in the socket's order; once for a region and client.
-A socket of packets (SOCK_SEQPACKET) keeps their bounds; one of any other size ends the connection.
+A REGION precedes everything that refers to it, in the socket's order, and is sent once per region
+and client. The socket (SOCK_SEQPACKET) keeps packets apart; a packet of another size ends the
+connection.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class PacketKind(IntEnum):
 
 
 class Packet(NamedTuple):
-    """One packet; the table above says what its numbers are."""
+    """One packet; the table above explains its numbers."""
 
     kind: PacketKind
     first: int
@@ -49,12 +50,12 @@ class Packet(NamedTuple):
     flag: int = 0
 
     def pack(self) -> bytes:
-        """Return its bytes."""
+        """Return the packet's bytes."""
         return _LAYOUT.pack(self.kind, self.flag, self.first, self.second)
 
     @classmethod
     def unpack(cls, data: bytes) -> Packet:
-        """Read a packet; raise ValueError for bytes that are none."""
+        """Return the packet that bytes are; raise ValueError if they are none."""
         if len(data) != PACKET_BYTES:
             raise ValueError(f"packet: got {len(data)} bytes, expected {PACKET_BYTES}")
         kind, flag, first, second = _LAYOUT.unpack(data)
@@ -62,11 +63,11 @@ class Packet(NamedTuple):
 
 
 def from_id(identifier: bytes) -> tuple[int, int]:
-    """Return a ticket or session as the two numbers of a packet."""
+    """Return a ticket or a session's id as the two numbers of a packet."""
     first, second = _ID.unpack(identifier)
     return first, second
 
 
 def to_id(packet: Packet) -> bytes:
-    """Return the ticket or session that a packet bears: 16 bytes."""
+    """Return the ticket or session's id in a packet: 16 bytes."""
     return _ID.pack(packet.first, packet.second)

@@ -1,11 +1,11 @@
-"""The server's shared memory: sessions, what is lent to them, and when it comes back.
+"""The server's shared memory: sessions, the regions lent to them, and how those come back.
 
 Note [Nobody's arrays change]
-    A region that is lent is written to by nobody. It is used again once its client has given it
-    back or has gone. Where the lease time passes, or the server ends a session of its own accord,
-    the client may still look at the region, so the server lets go of it and never uses it again;
-    its bytes count, against the limit and the client's share, until the client gives it back or is
-    gone. While one of the server's threads moves bytes, whatever would end a lease waits for it.
+    Nothing writes to a region while it is lent. It is reused once its client has returned it or has
+    left. If the lease time passes, or the server ends a session of its own accord, the client may
+    still read the region, so the server closes it and never reuses it; its bytes count against the
+    limit and the client's share until the client returns it or leaves. While one of the server's
+    threads copies bytes, the end of that lease waits for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from layertap.errors import InvalidInputError, SharedMemoryLostError
 from layertap.shm.leases import Channel, End, Lease, Loan, Session
 from layertap.shm.pool import Pool, size_class
-from layertap.shm.regions import Kind, Region, make_region
+from layertap.shm.regions import Region, RegionKind, make_region
 from layertap.wire.tensors import SharedSlice, SharedTensor, TensorView
 
 __all__ = [
@@ -40,28 +40,28 @@ DEFAULT_SHARED_MIB = 1024
 DEFAULT_LEASE_SECONDS = 60.0
 
 FALLBACK_REASONS = ("session", "share", "limit", "socket", "system")
-"""Why a reply was sent: an unknown session, the client's share or the limit of all is reached, the
-client takes no descriptors, the system makes no region."""
+"""Why a reply was sent through the network instead: its session is unknown, the client's share or
+the total limit is reached, the client takes no descriptors, the system makes no region."""
 
 LEAST_BYTES = 256 * 1024
-"""Tensors below are as quick, or quicker, in the message; docs/decisions/0008-shared-memory.md."""
+"""Smaller tensors are at least as fast in the message; docs/decisions/0008-shared-memory.md."""
 
 _SESSIONS = 64
-# A region takes two files of either end; 1024 is what a process may have open by default.
+# A region takes two files at each end; a process may have 1024 open by default.
 _REGIONS_OF_A_SESSION = 96
 
 
 @dataclass(frozen=True, slots=True)
 class SharedMemoryState:
-    """What there is at one moment.
+    """The state of shared memory at one moment.
 
     Attributes:
-        limit: Bytes that all regions may have.
-        sessions: Clients.
-        bytes: Bytes of regions by state: ``leased``, ``input``, ``retired`` and ``free``.
-        regions: Regions, likewise.
-        fallbacks: Replies that were sent through the network instead, by reason.
-        reply_bytes: Bytes of the replies that were not, since the start.
+        limit: The most bytes that all regions may have.
+        sessions: The number of clients.
+        bytes: The bytes of regions by state: ``leased``, ``input``, ``retired`` and ``free``.
+        regions: The number of regions by state, likewise.
+        fallbacks: The number of replies that were sent through the network instead, by reason.
+        reply_bytes: The bytes of all replies through shared memory, since the start.
     """
 
     limit: int
@@ -133,12 +133,12 @@ def read_input(
 
 
 class SharedMemory:
-    """Lends regions to clients. Safe between threads; only short locks, and nothing waits.
+    """Lends regions to clients. Safe to share between threads; its locks are short.
 
     Args:
-        limit: Bytes that all regions may have; half of them for one client.
+        limit: The most bytes that all regions may have; one client may have half of them.
         lease_seconds: How long a client may keep a region, and how long an unused one is kept.
-        clock: Tells seconds.
+        clock: Returns seconds.
         make: Makes a region, or raises OSError.
     """
 
@@ -148,7 +148,7 @@ class SharedMemory:
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
         *,
         clock: Callable[[], float] = time.monotonic,
-        make: Callable[[int, Kind, int], Region] = make_region,
+        make: Callable[[int, RegionKind, int], Region] = make_region,
     ) -> None:
         self.lease_seconds = lease_seconds
         self._limit = limit
@@ -161,7 +161,7 @@ class SharedMemory:
         self._reply_bytes = 0
 
     def open(self, channel: Channel) -> Session | None:
-        """Begin a session; None where there are as many as may be."""
+        """Begin a session; return None if there are as many as allowed."""
         session = Session(secrets.token_bytes(16), channel)
         with self._lock:
             if len(self._sessions) >= _SESSIONS:
@@ -170,12 +170,12 @@ class SharedMemory:
         return session
 
     def close(self, session: Session, end: End) -> None:
-        """End a session: REUSE where its client is gone, RETIRE where the server sends it away."""
+        """End a session: REUSE if its client has left, RETIRE if the server ends it."""
         with self._lock:
             self._close(session, end)
 
     def session(self, identifier: bytes) -> Session | None:
-        """Return the session of an id; None where there is none, which counts as a fallback."""
+        """Return the session with an id; None if there is none, which counts as a fallback."""
         with self._lock:
             session = self._sessions.get(identifier)
             if session is None:
@@ -183,33 +183,33 @@ class SharedMemory:
         return session
 
     def lend(self, session: Session, nbytes: int) -> Loan | None:
-        """Lend a region for a reply of so many bytes; None where it has to go another way."""
+        """Lend a region for a reply of ``nbytes``; return None if the reply has to be sent."""
         session.channel.poll()
         with self._lock:
-            lease = self._lend(session, Kind.REPLY, nbytes)
+            lease = self._lend(session, RegionKind.REPLY, nbytes)
             if lease is None:
                 return None
             lease.users += 1
         return Loan(lease, nbytes, self._publish, self._dropped.append)
 
     def borrow(self, session: Session, nbytes: int) -> Lease | None:
-        """Lend a client a region to write an input into; None where it has to send it."""
+        """Lend a client a region for an input; return None if the client has to send it."""
         with self._lock:
-            return self._lend(session, Kind.INPUT, nbytes)
+            return self._lend(session, RegionKind.INPUT, nbytes)
 
     def give_back(self, session: Session, number: int, generation: int) -> None:
-        """End a lease because its client says so; what is not lent to it, or is in use, stays."""
+        """End a lease that its client returns; ignored for one that isn't its own or is in use."""
         with self._lock:
             lease = session.leases.get(number)
             if lease is not None and lease.generation == generation and not lease.users:
                 self._settle(lease, End.REUSE)
 
     def read(self, session: Session | None, at: SharedSlice) -> memoryview:
-        """Return a private copy of what a client wrote; the client may change its own meanwhile.
+        """Return a private copy of what a client wrote, as the client may change it meanwhile.
 
         Raises:
-            SharedMemoryLostError: Where the region is not lent to it, or not by that generation.
-            InvalidInputError: For bytes that are not all within the region.
+            SharedMemoryLostError: If the region is not lent to it, or by another generation.
+            InvalidInputError: If the bytes are not all within the region.
         """
         with self._lock:
             lease = self._readable(session, at)
@@ -227,7 +227,7 @@ class SharedMemory:
         return copy.data
 
     def tick(self) -> None:
-        """Retire leases whose time is over, and let go of regions that nobody uses."""
+        """Retire leases whose time is over, and close regions that were unused for as long."""
         with self._lock:
             self._collect()
             before = self._clock() - self.lease_seconds
@@ -239,14 +239,14 @@ class SharedMemory:
             self._pool.reap(before)
 
     def state(self) -> SharedMemoryState:
-        """Return what there is now."""
+        """Return the current state."""
         sizes: Counter[str] = Counter(leased=0, input=0, retired=0)
         regions: Counter[str] = Counter(leased=0, input=0, retired=0)
         with self._lock:
             self._collect()
             for session in self._sessions.values():
                 for lease in session.leases.values():
-                    kind = "input" if lease.region.kind is Kind.INPUT else "leased"
+                    kind = "input" if lease.region.kind is RegionKind.INPUT else "leased"
                     name = "retired" if lease.retired else kind
                     sizes[name] += lease.region.size
                     regions[name] += 1
@@ -260,7 +260,7 @@ class SharedMemory:
                 self._reply_bytes,
             )
 
-    def _lend(self, session: Session, kind: Kind, nbytes: int) -> Lease | None:
+    def _lend(self, session: Session, kind: RegionKind, nbytes: int) -> Lease | None:
         self._collect()
         size = size_class(nbytes)
         reason = ""
@@ -283,19 +283,19 @@ class SharedMemory:
             if lease is not None:
                 return lease
             reason = "socket"
-        if kind is Kind.REPLY:
+        if kind is RegionKind.REPLY:
             self._fallbacks[reason] += 1
         return None
 
     @staticmethod
     def _has_enough(session: Session, region: Region) -> bool:
-        """Tell whether a client has as many regions mapped as it may."""
+        """Return whether a client has as many regions mapped as allowed."""
         retired = sum(lease.retired for lease in session.leases.values())
         new = region.number not in session.known
         return new and len(session.known) + retired >= _REGIONS_OF_A_SESSION
 
     def _announced(self, session: Session, region: Region) -> Lease | None:
-        """Lend a region, and see to it that the client has its descriptor."""
+        """Lend a region, after sending its descriptor if the client doesn't have it."""
         lease = Lease(region, session, self._clock())
         session.leases[region.number] = lease
         session.held += region.size
@@ -308,7 +308,12 @@ class SharedMemory:
 
     def _readable(self, session: Session | None, at: SharedSlice) -> Lease:
         lease = None if session is None else session.leases.get(at.region)
-        if lease is None or lease.retired or lease.ended or lease.region.kind is not Kind.INPUT:
+        if (
+            lease is None
+            or lease.retired
+            or lease.ended
+            or lease.region.kind is not RegionKind.INPUT
+        ):
             raise SharedMemoryLostError(
                 f"shared: got region {at.region}, which is no input region of this session"
             )
@@ -336,7 +341,7 @@ class SharedMemory:
             self._settle(lease, lease.ended)
 
     def _collect(self) -> None:
-        """Take back the loans that were dropped; nobody has heard of them."""
+        """Take back the loans that were dropped; no client knows of them."""
         while self._dropped:
             self._settle(self._dropped.popleft(), End.REUSE)
 
@@ -352,9 +357,9 @@ class SharedMemory:
             self._pool.drop(region)
 
     def _put_back(self, region: Region) -> None:
-        if region.kind is Kind.REPLY:
+        if region.kind is RegionKind.REPLY:
             self._pool.give(region, self._clock())
-        else:  # Who had it may still write to it.
+        else:  # The client that had it may still write to it.
             self._pool.drop(region)
 
     def _close(self, session: Session, end: End) -> None:

@@ -1,17 +1,18 @@
 """TORCHSCRIPT: the tapped model traced, truncated, frozen and optimised.
 
 Note [Trace the taps]
-    The model runs under its taps while ``torch.jit.trace`` records. The pass ends at the last
-    capture, so the program holds nothing behind it, and each value is cloned where it is captured,
-    so that no later in-place operation shows in it. Names vanish when a program is frozen, so the
-    taps come first and the optimisation last. Models that symbolic tracing refuses work as well.
+    ``torch.jit.trace`` records the model while it runs under its taps. The pass ends at the last
+    capture, so nothing after it is in the program. Each value is cloned at its capture, so later
+    in-place operations do not change it. Freezing removes the names of modules, so the taps come
+    first and optimisation last. This also works for models that symbolic tracing refuses.
 
 Note [A compilation unit of its own]
-    torch keeps the types and functions of everything that it traces in one unit, for ever. Freezing
-    makes the weights constants of a function there, so that each program that is dropped leaves a
-    copy of its weights behind: 12 MiB a program of 12 MiB, 24 MiB once it is optimised (torch
-    2.14). What is loaded from a file gets a unit of its own, which goes with it. So the traced
-    program goes through a file in memory before it is frozen, its weights taken out meanwhile.
+    torch keeps the types and functions of everything that it traces in one compilation unit, which
+    lives as long as the process. Freezing turns the weights into constants of a function in that
+    unit, so each dropped program would leak a copy of its weights: 12 MiB for a program of 12 MiB,
+    24 MiB once it is optimised (torch 2.14). A program that is loaded from a file has a unit of its
+    own, which is freed with it. So the traced program is saved to memory and loaded again before it
+    is frozen. Its weights are taken out meanwhile.
 
 torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with it; another
 compiler is another kind.

@@ -44,7 +44,7 @@ class OrderedWindow(ItemWindow):
         self._items: deque[Place] = deque()
 
     def admit(self, timeout: float | None = None) -> Place | None:
-        """Let an item take a place, for so many seconds; None where no more items are taken."""
+        """Take a place for an item with a timeout; return None if no more items are taken."""
         with self._changed:
             if self._ended:
                 return None

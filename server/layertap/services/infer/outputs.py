@@ -71,7 +71,7 @@ def extractor_of(request: pb.ModelInferRequest) -> Extractor:
     """Return the extractor that a request and its outputs name; AUTO where none of them does.
 
     Raises:
-        InvalidInputError: For one that there is not, or several.
+        InvalidInputError: For an unknown extractor, or several.
     """
     named = {
         _member(text(parameters, "extractor", "extractor"), Extractor.AUTO, "extractor")

@@ -1,31 +1,34 @@
-"""The RPCs that only tell: of the server, of models, and what they did."""
+"""The RPCs that only report: about the server, its models and its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 import grpc
 
 from layertap.engine import Engine
-from layertap.errors import LayertapError
+from layertap.errors import InvalidInputError, LayertapError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.describe import BACKEND, config_of, metadata_of
 from layertap.services.infer.infer_request import find_host
 from layertap.services.infer.statistics import Statistics
 
-__all__ = ["Queries"]
+__all__ = ["Queries", "log_settings", "trace_settings"]
+
+_log = logging.getLogger("layertap")
 
 _EXTENSIONS = ("model_configuration", "model_repository", "parameters", "statistics")
 
 
 class Queries:
-    """Answers them.
+    """Answers the queries.
 
     Args:
         engine: The engine.
-        ready: Tells whether the server is ready.
-        statistics: What is told of each model.
+        ready: Returns whether the server is ready.
+        statistics: Counts what each model did.
         shared_memory: Whether clients may share memory.
     """
 
@@ -46,19 +49,19 @@ class Queries:
     def server_live(
         self, request: pb.ServerLiveRequest, context: grpc.ServicerContext
     ) -> pb.ServerLiveResponse:
-        """Answer, which is all there is to it."""
+        """Report that the server process is up."""
         return pb.ServerLiveResponse(live=True)
 
     def server_ready(
         self, request: pb.ServerReadyRequest, context: grpc.ServicerContext
     ) -> pb.ServerReadyResponse:
-        """Tell what health says."""
+        """Report whether the server is ready, as health does."""
         return pb.ServerReadyResponse(ready=self._ready())
 
     def server_metadata(
         self, request: pb.ServerMetadataRequest, context: grpc.ServicerContext
     ) -> pb.ServerMetadataResponse:
-        """Tell who answers."""
+        """Report the name, version and extensions of the server."""
         return pb.ServerMetadataResponse(
             name=BACKEND, version=version("layertap"), extensions=self._extensions
         )
@@ -66,7 +69,7 @@ class Queries:
     def model_ready(
         self, request: pb.ModelReadyRequest, context: grpc.ServicerContext
     ) -> pb.ModelReadyResponse:
-        """Tell whether a model serves; no, for one that there is not."""
+        """Report whether a model serves; false for an unknown one."""
         try:
             find_host(self._engine, request.name, request.version)
         except LayertapError:
@@ -90,7 +93,41 @@ class Queries:
     def model_statistics(
         self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext
     ) -> pb.ModelStatisticsResponse:
-        """Tell what one model did, or each."""
+        """Report the statistics of one model, or of each."""
         if not request.name:
             return self._statistics.of(self._engine.hosts())
         return self._statistics.of([find_host(self._engine, request.name, request.version)])
+
+
+def trace_settings(
+    request: pb.TraceSettingRequest, context: grpc.ServicerContext
+) -> pb.TraceSettingResponse:
+    """Report that this protocol's traces are off; layertap's go to OpenTelemetry."""
+    _refuse(request.settings.keys(), "trace")
+    response = pb.TraceSettingResponse()
+    response.settings["trace_level"].value.append("OFF")
+    return response
+
+
+def log_settings(
+    request: pb.LogSettingsRequest, context: grpc.ServicerContext
+) -> pb.LogSettingsResponse:
+    """Report what is logged."""
+    _refuse(request.settings.keys(), "log")
+    response = pb.LogSettingsResponse()
+    for name, level in (
+        ("log_info", logging.INFO),
+        ("log_warning", logging.WARNING),
+        ("log_error", logging.ERROR),
+    ):
+        response.settings[name].bool_param = _log.isEnabledFor(level)
+    response.settings["log_verbose_level"].uint32_param = int(_log.isEnabledFor(logging.DEBUG))
+    return response
+
+
+def _refuse(names: Iterable[str], kind: str) -> None:
+    if given := ", ".join(sorted(names)):
+        raise InvalidInputError(
+            f"settings: got {given}, expected none: {kind} settings are changed by the "
+            f"server's configuration only"
+        )

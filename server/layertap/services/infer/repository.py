@@ -1,4 +1,4 @@
-"""The models of the configuration: listed for anybody, loaded and unloaded for the owner."""
+"""The models of the configuration: any caller may list them, the owner may load and unload them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Repository", "RepositoryControl"]
 
 
 class RepositoryControl(Protocol):
-    """Loads and unloads models; given to servers whose owner may."""
+    """Loads and unloads models, on servers whose owner allows it."""
 
     def load_model(self, name: str) -> None:
         """Load a model of the configuration, or replace it.
@@ -27,7 +27,7 @@ class RepositoryControl(Protocol):
         """
 
     def unload_model(self, name: str) -> None:
-        """Let a model go, until it is loaded or the configuration is.
+        """Unload a model, until it or the configuration is loaded again.
 
         Raises:
             ModelNotFoundError: Where there is no such model.

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError as ProtobufDecodeError
 from google.protobuf.message import Message
 
 from layertap.engine import (
@@ -32,15 +31,15 @@ from layertap.services.infer.infer_request import (
     timeout_of,
     unknown_model,
 )
-from layertap.services.infer.queries import Queries
+from layertap.services.infer.queries import Queries, log_settings, trace_settings
 from layertap.services.infer.repository import Repository, RepositoryControl
-from layertap.services.infer.settings import log_settings, trace_settings
 from layertap.services.infer.shared_memory_rpcs import SharedMemoryRpcs
 from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
 from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
-from layertap.services.status import guarded, guarded_stream, leaving
+from layertap.services.parsing import parse
+from layertap.services.status import guarded, guarded_stream, public_error
 from layertap.services.stream_threads import StreamThreads
 from layertap.services.unary import answer
 from layertap.shm.client_regions import ClientRegions
@@ -59,10 +58,10 @@ class InferenceSettings:
     """What the service may do besides inference.
 
     Attributes:
-        ready: Tells whether the server is ready.
-        statistics: What is told of each model; whoever makes it lets it see all extractions.
-        regions: Shared memory of clients; None where they may share none.
-        control: Loads and unloads models; None where nobody may.
+        ready: Returns whether the server is ready.
+        statistics: Counts what each model did; has to observe all extractions.
+        regions: The clients' shared memory; None if clients may not register any.
+        control: Loads and unloads models; None if that is not allowed.
     """
 
     ready: Callable[[], bool]
@@ -77,7 +76,7 @@ class InferenceService:
     Args:
         engine: The engine.
         settings: What it may do besides inference.
-        observer: Is told how each inference ended.
+        observer: Notified how each inference ended.
         threads: Serve the streams.
     """
 
@@ -116,7 +115,7 @@ class InferenceService:
             request_id = decoded[0].id
             extraction = self._run(decoded, context, call, received, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
-            return Answer(encode_infer_error(request_id, str(leaving(error))))
+            return Answer(encode_infer_error(request_id, str(public_error(error))))
         return Answer(extraction.payload, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
@@ -124,7 +123,7 @@ class InferenceService:
         request_id = ""
         with suppress(DecodeError):
             request_id = decode_infer_request(message)[0].id
-        return Answer(encode_infer_error(request_id, str(leaving(error))))
+        return Answer(encode_infer_error(request_id, str(public_error(error))))
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a ``grpc.Server`` needs to serve this."""
@@ -181,7 +180,7 @@ class InferenceService:
             raise unknown_model(request.model_name, error) from None
 
     def _methods(self) -> dict[str, tuple[type[Message], Callable[..., Message]]]:
-        """Return the other methods: what each takes, and what answers it."""
+        """Return the other methods: the request of each and its handler."""
         queries, memory, repository = self._queries, self._memory, self._repository
         return {
             "ServerLive": (pb.ServerLiveRequest, queries.server_live),
@@ -218,18 +217,13 @@ def _unary(
     to_owner: bool,
 ) -> grpc.RpcMethodHandler:
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
-        # Names and parameters: what is larger is refused before a parser makes objects of it, each
-        # of which takes far more memory than its bytes here.
+        # Names and parameters only: a larger message is refused before the parser makes objects of
+        # it, each of which takes far more memory than its bytes.
         if len(message) > _QUERY_BYTES:
             raise InvalidInputError(
                 f"request: got {len(message)} bytes, expected a {kind.__name__} of at most "
                 f"{_QUERY_BYTES}"
             )
-        request = kind()
-        try:
-            request.ParseFromString(message)
-        except ProtobufDecodeError:
-            raise DecodeError(f"request: got bytes that are no {kind.__name__}") from None
-        return method(request, context).SerializeToString()
+        return method(parse(kind, message), context).SerializeToString()
 
     return grpc.unary_unary_rpc_method_handler(guarded(handle, to_owner=to_owner))

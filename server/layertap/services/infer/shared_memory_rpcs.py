@@ -1,4 +1,4 @@
-"""Who may share memory with the server, and the RPCs about it."""
+"""The RPCs about shared memory that clients register, and which callers may use it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _LOCAL_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
 
 @dataclass(frozen=True, slots=True)
 class CallerMemory:
-    """The shared memory of whoever made a call.
+    """The shared memory of one caller.
 
     Attributes:
-        regions: All regions; None where clients may not share memory.
-        owner: Whose regions are theirs.
-        local: Whether they are on this machine.
+        regions: All regions; None if clients may not share memory.
+        owner: Identifies the caller as an owner of regions.
+        local: Whether the caller is on this machine.
     """
 
     regions: ClientRegions | None
@@ -39,7 +39,7 @@ class CallerMemory:
     local: bool
 
     def allowed(self) -> ClientRegions:
-        """Return the regions; raise PermissionDeniedError where the caller may have none."""
+        """Return the regions; raise PermissionDeniedError if the caller may not have any."""
         if self.regions is None:
             raise PermissionDeniedError(
                 "Client shared memory is disabled: the server was started without "
@@ -85,10 +85,10 @@ class SharedMemoryRpcs:
         return self._regions is not None
 
     def of(self, context: grpc.ServicerContext) -> CallerMemory:
-        """Return the memory of whoever made a call.
+        """Return the memory of a call's caller.
 
-        Regions belong to the token, if there is one, and the certificate, if there is one: without
-        either all callers of this machine have them in common.
+        Regions belong to the token, if there is one, and the certificate, if there is one. Callers
+        on this machine that have neither share their regions.
         """
         if self._regions is None:
             return CallerMemory(None, None, local=False)
@@ -101,7 +101,7 @@ class SharedMemoryRpcs:
     def status(
         self, request: pb.SystemSharedMemoryStatusRequest, context: grpc.ServicerContext
     ) -> pb.SystemSharedMemoryStatusResponse:
-        """List the caller's regions. Never their keys: whoever registered them has them."""
+        """List the caller's regions, without their keys, which the caller knows."""
         memory = self.of(context)
         response = pb.SystemSharedMemoryStatusResponse()
         for region in memory.allowed().status(memory.owner, request.name):
@@ -112,7 +112,7 @@ class SharedMemoryRpcs:
     def register(
         self, request: pb.SystemSharedMemoryRegisterRequest, context: grpc.ServicerContext
     ) -> pb.SystemSharedMemoryRegisterResponse:
-        """Register a region of the caller's."""
+        """Register a region of the caller."""
         memory = self.of(context)
         memory.allowed().register(
             memory.owner, request.name, request.key, request.offset, request.byte_size
@@ -122,7 +122,7 @@ class SharedMemoryRpcs:
     def unregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest, context: grpc.ServicerContext
     ) -> pb.SystemSharedMemoryUnregisterResponse:
-        """Forget a region of the caller's, or all of them."""
+        """Forget one of the caller's regions, or all of them."""
         memory = self.of(context)
         memory.allowed().unregister(memory.owner, request.name)
         return pb.SystemSharedMemoryUnregisterResponse()

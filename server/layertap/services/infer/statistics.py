@@ -8,11 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import grpc
-
 from layertap.engine import Extraction, ModelHost
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.current_request import current_request
+from layertap.services.error_codes import ErrorCode
 from layertap.services.infer.infer_form import MODEL_VERSION
 
 __all__ = ["Statistics"]
@@ -81,7 +80,7 @@ class Statistics:
                 parts.compute.add(times.compute_ns)
                 parts.rest.add(rest)
 
-    def failed(self, model: str, code: grpc.StatusCode) -> None:
+    def failed(self, model: str, code: ErrorCode) -> None:
         """Count a failure of a model that is served."""
         request = current_request()
         if model:

@@ -1,0 +1,64 @@
+"""The kind of failure that each error is, whatever protocol reports it.
+
+Each transport has one map from these codes to its own: ``layertap.services.status`` for gRPC.
+"""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+from layertap import errors
+
+__all__ = ["CODES", "ErrorCode", "code_of"]
+
+
+class ErrorCode(Enum):
+    """The codes of ``google.rpc.Code`` that layertap uses; metrics and logs show their names."""
+
+    INVALID_ARGUMENT = auto()
+    NOT_FOUND = auto()
+    FAILED_PRECONDITION = auto()
+    OUT_OF_RANGE = auto()
+    RESOURCE_EXHAUSTED = auto()
+    UNAUTHENTICATED = auto()
+    PERMISSION_DENIED = auto()
+    UNAVAILABLE = auto()
+    DEADLINE_EXCEEDED = auto()
+    CANCELLED = auto()
+    INTERNAL = auto()
+
+
+CODES: dict[type[errors.LayertapError], ErrorCode] = {
+    errors.InvalidInputError: ErrorCode.INVALID_ARGUMENT,
+    errors.NotFoundError: ErrorCode.NOT_FOUND,
+    errors.ExtractorUnsupportedError: ErrorCode.FAILED_PRECONDITION,
+    errors.ReplyTooLargeError: ErrorCode.OUT_OF_RANGE,
+    errors.SharedMemoryLostError: ErrorCode.FAILED_PRECONDITION,
+    errors.OverloadedError: ErrorCode.RESOURCE_EXHAUSTED,
+    errors.UnauthenticatedError: ErrorCode.UNAUTHENTICATED,
+    errors.PermissionDeniedError: ErrorCode.PERMISSION_DENIED,
+    errors.UnavailableError: ErrorCode.UNAVAILABLE,
+    errors.DeadlineExceededError: ErrorCode.DEADLINE_EXCEEDED,
+    errors.CancelledError: ErrorCode.CANCELLED,
+    errors.ModelRunError: ErrorCode.INTERNAL,
+    errors.ModelLoadError: ErrorCode.FAILED_PRECONDITION,
+    errors.ConfigError: ErrorCode.FAILED_PRECONDITION,
+    errors.InternalError: ErrorCode.INTERNAL,
+}
+"""The code of each error class; a subclass without a row has its nearest base's."""
+
+
+def code_of(error: Exception) -> ErrorCode:
+    """Return the code with which an error is reported; INTERNAL for one that is not layertap's.
+
+    Raises:
+        KeyError: If neither the error's class nor a base of it has a code.
+    """
+    if isinstance(error, MemoryError):
+        return ErrorCode.RESOURCE_EXHAUSTED
+    if not isinstance(error, errors.LayertapError):
+        return ErrorCode.INTERNAL
+    for kind in type(error).__mro__:
+        if kind in CODES:
+            return CODES[kind]
+    raise KeyError(type(error))
