@@ -10,7 +10,13 @@ import threading
 import pytest
 
 from layertap.errors import UnavailableError
-from layertap.threads import CallersThread, WorkerThreads, require_threads, start_threads
+from layertap.threads import (
+    CallersThread,
+    WorkerThreads,
+    is_thread_refused,
+    require_threads,
+    start_threads,
+)
 from processes import ENVIRONMENT
 
 # Threads with stacks of 64 MiB in a process that may map 1 GiB more: the system itself refuses to
@@ -137,3 +143,15 @@ def test_enough_threads_are_no_error() -> None:
     require_threads(8)
     assert threading.active_count() == before
     assert issubclass(UnavailableError, Exception)
+
+
+def test_a_refused_thread_is_recognised_by_pythons_words() -> None:
+    """Python has no class for a thread that the system refuses: its text is the only sign."""
+    former = threading.stack_size(1 << 46)
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            threading.Thread(target=int).start()
+    finally:
+        threading.stack_size(former)
+    assert is_thread_refused(caught.value), "Python words it differently: see layertap/threads.py"
+    assert not is_thread_refused(RuntimeError("threads can only be started once"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from layertap.app import budget
 from layertap.app.budget import default_mib, excess
 from layertap.app.config import ServerConfig, default_config, with_flags
 from layertap.app.config_file import load_config
@@ -147,6 +148,16 @@ def test_default_limits_fit_into_a_small_container() -> None:
     assert default_mib("request_mib", memory) < defaults["pending_mib"]
     assert default_mib("keep_memory_mib", 1 << 20) == 1
     assert [default_mib(name, 1 << 40) for name in names] == [4096, 2048, 1024, 1024]
+
+
+def test_a_small_container_gets_small_limits(read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a file leaves out fits the memory; what it says is taken as it is."""
+    monkeypatch.setattr(budget, "memory_limit", lambda: 2 << 30)
+    config = read("[limits]\nplan_mib = 4096")
+    assert config.limits.pending_bytes == 512 * MIB
+    assert config.limits.plan_bytes == 4096 * MIB
+    assert config.server.shared_memory_bytes == 256 * MIB
+    assert default_config().limits.pending_bytes == 512 * MIB
 
 
 def test_limits_beyond_the_memory_are_warned_of() -> None:

@@ -1,4 +1,4 @@
-"""A real ``layertap serve`` takes up new files and configurations without a failed request."""
+"""A server takes up new files and configurations without a failed request."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from authorities import ADMIN, EXTRACT, UNKNOWN, token_file
+from inprocess import served
 from layertap import Client, errors
 from layertap.v1 import admin_service_pb2 as admin
 from processes import layertap, serving
@@ -98,7 +99,7 @@ def test_reloads_under_load_fail_no_request(
 def test_watch_takes_up_a_changed_file(config: Path) -> None:
     """With --watch a changed file is served without being asked to, after a broken one too."""
     with (
-        serving("--config", str(config), "--watch") as server,
+        served("--config", str(config), "--watch") as server,
         Client(server.address) as client,
     ):
         file = config.parent / "net.pt"
@@ -128,7 +129,7 @@ def test_what_cannot_be_loaded_leaves_the_version_before(
 ) -> None:
     """A model that fails is told with the reason, and whatever served before serves on."""
     with (
-        serving("--config", str(config), "--admin") as server,
+        served("--config", str(config), "--admin") as server,
         Client(server.address) as client,
     ):
         write_config(config, *models, extra=extra)
@@ -144,7 +145,7 @@ def test_what_cannot_be_loaded_leaves_the_version_before(
 def test_a_wrong_configuration_changes_nothing(config: Path) -> None:
     """A mistake in the file is the call's answer, with its line, and nothing was touched."""
     with (
-        serving("--config", str(config), "--admin") as server,
+        served("--config", str(config), "--admin") as server,
         Client(server.address) as client,
     ):
         save(config.parent / "net.pt", 2)
@@ -152,7 +153,7 @@ def test_a_wrong_configuration_changes_nothing(config: Path) -> None:
         with pytest.raises(errors.ConfigError, match="line 1: sever: unknown key"):
             client.reload()
         assert version_of(client) == 1
-        server.process.send_signal(signal.SIGHUP)
+        server.hang_up()
         server.line("error: not reloaded: .* line 1: sever: unknown key")
         write_config(config, "net")
         assert outcome(client.reload()) == [("net", "REPLACED", True)]
@@ -162,7 +163,7 @@ def test_a_wrong_configuration_changes_nothing(config: Path) -> None:
 def test_models_come_and_go_with_the_file(config: Path) -> None:
     """New models are loaded, those that are gone unloaded, unchanged ones stay as they are."""
     with (
-        serving("--config", str(config), "--admin") as server,
+        served("--config", str(config), "--admin") as server,
         Client(server.address) as client,
     ):
         save(config.parent / "more.pt", 7)
@@ -185,7 +186,7 @@ def test_models_come_and_go_with_the_file(config: Path) -> None:
 def test_settings_that_wait_for_a_restart_are_told(config: Path) -> None:
     """A changed port or limit is told as not applied; flags win over the file as at the start."""
     with (
-        serving("--config", str(config), "--admin") as server,
+        served("--config", str(config), "--admin") as server,
         Client(server.address) as client,
     ):
         write_config(
@@ -206,7 +207,7 @@ def test_a_model_that_fails_at_the_start_leaves_the_others(config: Path) -> None
     """The others serve, it is UNAVAILABLE without telling a path, and a reload tries it again."""
     write_config(config, "net", "late")
     with (
-        serving("--config", str(config), "--admin") as server,
+        served("--config", str(config), "--admin") as server,
         Client(server.address) as client,
     ):
         server.line("error: model late: not loaded: TorchScript file .*late.pt: no such file")
@@ -239,7 +240,7 @@ def test_strict_and_total_failures_end_it(config: Path, args: tuple[str, ...]) -
 
 def test_the_verb_tells_what_was_done(config: Path) -> None:
     """``layertap reload`` prints a line a model; its code is 1 where one failed."""
-    with serving("--config", str(config), "--admin") as server:
+    with served("--config", str(config), "--admin") as server:
         server_flag = ("--server", server.address)
         save(config.parent / "net.pt", 2)
         done = layertap("reload", *server_flag)
@@ -259,12 +260,12 @@ def test_every_reload_reads_tokens_again(config: Path, trigger: str) -> None:
     secrets = ("--extract-tokens-file", str(tokens))
     admin_file = token_file(config.parent / "admin", ADMIN)
     options = ("--admin", "--watch", "--admin-tokens-file", str(admin_file), *secrets)
-    with serving("--config", str(config), *options) as server:
+    with served("--config", str(config), *options) as server:
         with Client(server.address, token=UNKNOWN) as leaked:
             assert leaked.list_models()
             token_file(tokens, EXTRACT)
             if trigger == "signal":
-                server.process.send_signal(signal.SIGHUP)
+                server.hang_up()
             elif trigger == "call":
                 with Client(server.address, token=ADMIN) as owner:
                     owner.reload()
@@ -282,7 +283,7 @@ def test_a_call_tells_of_secrets_that_will_not_do(config: Path) -> None:
     """Who reloads by a call is told which file was wrong, and the tokens before stay valid."""
     tokens = token_file(config.parent / "admin", ADMIN)
     with (
-        serving("--config", str(config), "--admin", "--admin-tokens-file", str(tokens)) as server,
+        served("--config", str(config), "--admin", "--admin-tokens-file", str(tokens)) as server,
         Client(server.address, token=ADMIN) as owner,
     ):
         tokens.write_text("short", encoding="utf-8")
@@ -294,7 +295,7 @@ def test_a_call_tells_of_secrets_that_will_not_do(config: Path) -> None:
 
 def test_without_admin_nobody_reloads_by_a_call(config: Path) -> None:
     """A server without --admin has no AdminService, and the verb says how to get it."""
-    with serving("--config", str(config)) as server:
+    with served("--config", str(config)) as server:
         refused = layertap("reload", "--server", server.address)
         assert refused.returncode == 1
         assert "only if it runs with --admin" in refused.stderr

@@ -19,6 +19,7 @@ import grpc
 import numpy as np
 import pytest
 
+from inprocess import configured
 from layertap import Client, errors
 from layertap.app.metrics import Metrics
 from layertap.app.security import Security, open_security
@@ -240,10 +241,14 @@ def test_settings_reach_the_server() -> None:
     )
 
 
-def test_flags_turn_it_off() -> None:
+def test_flags_turn_it_off(engine: Engine) -> None:
     """`--shared-memory-mib 0` serves as ever, without the service and without a socket."""
-    flags = ("tinynets:residual", "--item-shape", "3,16,16", "--shared-memory-mib", "0")
-    with serving(*flags) as server, Client(server.address) as client:
+    config, _, _ = configured("residual", "--shared-memory-mib", "0")
+    none = config.server.shared_memory_bytes
+    with (
+        running(engine, shared_memory_bytes=none) as server,
+        Client(server.address) as client,
+    ):
         assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
         assert client._opened().memory._current is None
         with pytest.raises(grpc.RpcError) as caught:

@@ -12,26 +12,22 @@ from typing import Any
 import grpc
 import pytest
 
-from layertap.app.config import default_config, with_flags
+from inprocess import configured
 from layertap.app.server import FeatureServer
-from layertap.cli.main import main
 from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.settings import ServerOptions, definitions
 from processes import layertap
 from stubs import inference_stub
 
 SHARED = "system_shared_memory"
-KEYS = {each.key for each in definitions(ServerOptions)}
 
 
 @contextmanager
 def asking(*flags: str) -> Iterator[Any]:
     """Serve with the flags of `layertap serve`, without a model, and yield a stub."""
-    given = main.commands["serve"].make_context("serve", ["a", "--port", "0", *flags]).params
-    chosen = {key: value for key, value in given.items() if key in KEYS}
+    config, _, _ = configured("a", "--port", "0", *flags)
     engine = Engine()
-    server = FeatureServer(engine, with_flags(default_config(), server_flags=chosen).server)
+    server = FeatureServer(engine, config.server)
     server.start()
     try:
         with grpc.insecure_channel(server.address) as channel:

@@ -11,9 +11,7 @@ import pytest
 from layertap.engine import Call, Reservation
 from layertap.engine.admission import Admission
 from layertap.errors import UnavailableError
-from layertap.services.infer.ordered_window import OrderedWindow
-from layertap.services.item_window import Answer, ItemWindow
-from layertap.services.stream_window import StreamWindow
+from layertap.services.item_window import Answer, ItemWindow, OrderedWindow, UnorderedWindow
 
 Give = Callable[[bytes], object]
 
@@ -26,7 +24,7 @@ def budget() -> Iterator[Admission]:
     gc.enable()
 
 
-@pytest.fixture(params=[StreamWindow, OrderedWindow])
+@pytest.fixture(params=[UnorderedWindow, OrderedWindow])
 def window(request: pytest.FixtureRequest) -> ItemWindow:
     """A window of either kind, with four places."""
     return request.param(4)
@@ -42,7 +40,7 @@ def give(window: ItemWindow, budget: Admission) -> Give:
     def answer(message: bytes) -> None:
         reservations.append(budget.reserve("the reply takes", len(message)))
         reply = Answer(message, reservations[-1])
-        if isinstance(window, StreamWindow):
+        if isinstance(window, UnorderedWindow):
             number = next(numbers)
             window.admit(number, Call())
             window.answer(number, reply)
@@ -92,7 +90,7 @@ def test_bytes_are_released_when_the_sender_is_dropped(window, give, budget) -> 
 
 def test_a_late_answer_is_released_at_once(budget) -> None:
     """An item that is answered after the end of its stream keeps nothing."""
-    stream, ordered = StreamWindow(1), OrderedWindow(1)
+    stream, ordered = UnorderedWindow(1), OrderedWindow(1)
     stream.admit(1, Call())
     place = ordered.admit()
     assert place is not None

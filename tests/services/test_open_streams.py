@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from layertap.errors import OverloadedError, UnavailableError
-from layertap.services.infer.ordered_window import OrderedWindow
+from layertap.services.item_window import OrderedWindow, UnorderedWindow
 from layertap.services.open_streams import OpenStreams
-from layertap.services.stream_window import StreamWindow
 
 
 def test_one_too_many_is_refused_until_another_ends() -> None:
     """Windows of either kind count, and a stream that ended makes room."""
     streams = OpenStreams(2)
-    with streams.opened(StreamWindow(1)):
+    with streams.opened(UnorderedWindow(1)):
         with (
             streams.opened(OrderedWindow(1)),
             pytest.raises(OverloadedError, match="2 streams are open"),
@@ -35,6 +34,6 @@ def test_draining_ends_what_is_open_and_refuses_more() -> None:
             next(window.replies())
     with (
         pytest.raises(UnavailableError, match="shutting down"),
-        streams.opened(StreamWindow(1)),
+        streams.opened(UnorderedWindow(1)),
     ):
         pass

@@ -37,7 +37,7 @@ def test_what_needs_no_token(tmp_path: Path, extract: bool, admin: bool, without
         token_file(tmp_path / "e", EXTRACT) if extract else None,
         token_file(tmp_path / "a", ADMIN) if admin else None,
     )
-    assert tokens.without is without
+    assert tokens.right_without is without
 
 
 @pytest.mark.parametrize("files", [(), ("e",), ("a",), ("e", "a")])
@@ -45,8 +45,8 @@ def test_trust_holds_only_while_there_are_no_tokens(tmp_path: Path, files: tuple
     """Who trusts everybody and names tokens all the same has the rules of the tokens."""
     extract = token_file(tmp_path / "e", EXTRACT) if "e" in files else None
     admin = token_file(tmp_path / "a", ADMIN) if "a" in files else None
-    without = Tokens(extract, admin, trusted=True).without
-    assert without is (Tokens(extract, admin).without if files else Right.ADMIN)
+    without = Tokens(extract, admin, trusted=True).right_without
+    assert without is (Tokens(extract, admin).right_without if files else Right.ADMIN)
 
 
 def test_reload_replaces_the_tokens(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_reload_that_fails_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         tokens.reload()
     assert tokens.right_of(EXTRACT) is Right.EXTRACT
-    assert tokens.without is Right.NONE
+    assert tokens.right_without is Right.NONE
 
 
 def test_a_token_in_both_files_is_refused(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from layertap.settings import METRICS_OFF, ServerOptions
 from layertap.settings.value_kinds import MIB
 from layertap.threads import THREADS_REFUSED, is_thread_refused
 
-__all__ = ["compute_threads", "run_server"]
+__all__ = ["RunningServer", "compute_threads", "run_server"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _END = b"\0"
@@ -141,7 +141,9 @@ def run_server(
     with signals.handled():
         try:
             with ExitStack() as closing:
-                running = _Running(config, narrator, read or (lambda: config), config_file, closing)
+                running = RunningServer(
+                    config, narrator, read or (lambda: config), config_file, closing
+                )
                 signals.ready()
                 notify("READY=1")
                 narrator.say(
@@ -163,8 +165,26 @@ def run_server(
     return 0
 
 
-class _Running:
-    """A server whose models are loaded, and what belongs to it."""
+class RunningServer:
+    """A server with everything around it: models, health, reloads, metrics and traces.
+
+    Once it is constructed, its models are loaded and it serves.
+
+    Args:
+        config: What to serve, and how.
+        narrator: Reports progress and errors.
+        read: Reads the configuration again for a reload.
+        config_file: The configuration file, which is watched where that is configured.
+        closing: Stops the server, and closes what belongs to it, when it is closed.
+
+    Attributes:
+        server: The gRPC server.
+        reloader: Runs the reloads.
+
+    Raises:
+        LayertapError: The configuration is wrong, no model could be loaded, or an address can't be
+            bound.
+    """
 
     def __init__(
         self,

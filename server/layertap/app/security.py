@@ -110,7 +110,7 @@ class Security:
             yield f"{file} holds a secret, and every user of this machine can read it; chmod 600"
         if is_loopback(host):
             return
-        openly = self.tokens.without >= Right.EXTRACT and not (self.tls and self.tls.mutual)
+        openly = self.tokens.right_without >= Right.EXTRACT and not (self.tls and self.tls.mutual)
         reached = f"{host} can be reached from other machines, and "
         if openly and self.tls is None:
             yield (
@@ -119,7 +119,7 @@ class Security:
             )
         elif openly:
             yield f"{reached}anyone who can reach it may use it: there is no authentication"
-        if self.tokens.any and self.tls is None:
+        if self.tokens.configured and self.tls is None:
             yield (
                 f"{reached}tokens cross the network as plain text, where they can be read and "
                 f"used: there is no encryption"

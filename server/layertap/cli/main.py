@@ -17,6 +17,10 @@ from layertap.errors import LayertapError
 __all__ = ["main"]
 
 
+_SERVER_PARTS = ("PIL", "prometheus_client", "safetensors", "torch", "torchvision")
+"""The modules of the extra ``server``; without it the package is a client."""
+
+
 class _Verbs(click.Group):
     """Turns layertap's own errors into a message and exit code 1, without a traceback."""
 
@@ -26,6 +30,13 @@ class _Verbs(click.Group):
             return super().invoke(ctx)
         except LayertapError as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _SERVER_PARTS:
+                raise
+            raise click.ClickException(
+                f"this command runs models in its own process, which needs {error.name}; install "
+                f"it with: pip install 'layertap[server]'"
+            ) from error
 
 
 @click.group(

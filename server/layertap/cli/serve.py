@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,10 @@ if TYPE_CHECKING:
     from layertap.app.config import ServerConfig
     from layertap.cli.render import Stderr
 
-__all__ = ["serve"]
+__all__ = ["read_config", "serve"]
 
 _MODEL_FLAGS = tuple(each.key for each in definitions(ServedModel) if each.flag)
+_SERVER_FLAGS = tuple(each.key for each in definitions(ServerOptions) if each.flag)
 
 
 @click.command(short_help="Serve models over gRPC.")
@@ -55,8 +58,6 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
         raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")
     # Everything that can be wrong with a command line or a file is reported before PyTorch is
     # imported, which takes seconds. A test looks at what this verb imports until then.
-    from layertap.app.config import default_config, with_flags
-    from layertap.app.config_file import load_config
     from layertap.app.logs import (
         LogNarrator,
         configure_logs,
@@ -69,12 +70,7 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     if as_json:  # Before torch is imported, which may have something to say.
         log_everything_as_json(flags["log_level"] or "warning")
     find_local_modules()
-    model_flags = {name: flags.pop(name) for name in _MODEL_FLAGS}
-
-    def read() -> ServerConfig:
-        file = load_config(config_file) if config_file else default_config()
-        return with_flags(file, models, model_flags, flags)
-
+    read = partial(read_config, models, config_file, flags)
     try:
         config = read()
     except LayertapError as error:
@@ -101,6 +97,30 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
 
     path = Path(config_file) if config_file else None
     raise SystemExit(lifecycle.run_server(config, narrator, read, path))
+
+
+def read_config(
+    models: Sequence[str], config_file: str | None, flags: Mapping[str, Any]
+) -> ServerConfig:
+    """Return the configuration that the arguments of ``layertap serve`` stand for.
+
+    Args:
+        models: The MODEL arguments.
+        config_file: The path of a layertap.toml, which is read; None for none.
+        flags: The values of all other options, by name.
+
+    Raises:
+        LayertapError: The file can't be read, or a value in it or in ``models`` is not valid.
+    """
+    from layertap.app.config import default_config, with_flags
+    from layertap.app.config_file import load_config
+
+    return with_flags(
+        load_config(config_file) if config_file else default_config(),
+        models,
+        {key: flags[key] for key in _MODEL_FLAGS},
+        {key: flags[key] for key in _SERVER_FLAGS},
+    )
 
 
 def _stderr() -> Stderr:

@@ -27,7 +27,7 @@ from layertap.client.features import Features
 from layertap.client.items import MAX_IN_FLIGHT, Outcome, StreamItems
 from layertap.client.requests import StreamRequest, request_fields
 from layertap.client.retry import Retries
-from layertap.client.shared_memory import SharedMemoryClient
+from layertap.client.shared_memory_client import SharedMemoryClient
 from layertap.client.timeouts import bounded
 from layertap.errors import LayertapError, OverloadedError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike

@@ -27,7 +27,7 @@ from layertap.client.features import Features
 from layertap.client.items import MAX_IN_FLIGHT
 from layertap.client.requests import StreamRequest, request_fields
 from layertap.client.retry import retrying
-from layertap.client.shared_memory import SharedMemoryClient, SharedMemoryWish
+from layertap.client.shared_memory_client import SharedMemoryClient, SharedMemoryWish
 from layertap.client.stream import FeatureStream
 from layertap.client.timeouts import bounded
 from layertap.errors import LayertapError, SharedMemoryLostError

@@ -50,13 +50,13 @@ class Authorization(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no
     ) -> grpc.RpcMethodHandler | None:
         """Pass a call on, or answer it with its refusal."""
         needed = needed_right(handler_call_details.method)
-        if needed <= self._tokens.without:
+        if needed <= self._tokens.right_without:
             return continuation(handler_call_details)
         token = _bearer(handler_call_details.invocation_metadata)
         right = self._tokens.right_of(token) if token else Right.NONE
         if needed <= right:
             return continuation(handler_call_details)
-        if right is Right.NONE and self._tokens.any:
+        if right is Right.NONE and self._tokens.configured:
             return _UNAUTHENTICATED
         return _PERMISSION_DENIED
 

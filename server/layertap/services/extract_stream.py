@@ -12,11 +12,10 @@ from layertap.errors import DecodeError, InvalidInputError, LayertapError
 from layertap.services.convert import Converter, DecodedItem
 from layertap.services.data_plane import DataPlane
 from layertap.services.error_codes import code_of
-from layertap.services.item_window import Answer
+from layertap.services.item_window import Answer, UnorderedWindow
 from layertap.services.observer import Observer
 from layertap.services.status import STATUS, public_error
 from layertap.services.stream_threads import StreamThreads
-from layertap.services.stream_window import StreamWindow
 from layertap.wire.stream_messages import (
     decode_stream_request,
     encode_stream_error,
@@ -47,11 +46,11 @@ class ExtractStream:
 
     def serve(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer the items of one stream."""
-        window = StreamWindow(self._places)
+        window = UnorderedWindow(self._places)
         yield from self._threads.serve(window, partial(self._take, window), messages, context)
 
     def _take(
-        self, window: StreamWindow, message: bytes, remaining: float | None
+        self, window: UnorderedWindow, message: bytes, remaining: float | None
     ) -> Callable[[], None] | None:
         try:
             decoded = decode_stream_request(message)
@@ -77,7 +76,7 @@ class ExtractStream:
         decoded: DecodedItem,
         call: Call,
         received: Reservation,
-        window: StreamWindow,
+        window: UnorderedWindow,
     ) -> None:
         number = decoded[0].id
         convert = partial(self._converter.convert_item, decoded, received)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from layertap.engine import Call, Reservation
-from layertap.errors import LayertapError
+from layertap.errors import CancelledError, InvalidInputError, LayertapError
 
-__all__ = ["Answer", "ItemWindow", "again"]
+__all__ = ["Answer", "ItemWindow", "OrderedWindow", "Place", "UnorderedWindow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Answer:
             self.reservation.release()
 
 
-def again(error: LayertapError) -> LayertapError:
+def _again(error: LayertapError) -> LayertapError:
     """Return an error to raise in place of one that is kept.
 
     A kept error that is raised refers, by its traceback, to the frame that keeps it: a circle that
@@ -97,7 +98,7 @@ class ItemWindow(ABC):
                 del message  # It may be large, and the next one may take long.
                 self._sent()
         if self._fault is not None and not self._closed:
-            raise again(self._fault)
+            raise _again(self._fault)
 
     @abstractmethod
     def _pop(self) -> Answer | None:
@@ -128,3 +129,128 @@ class ItemWindow(ABC):
             self._changed.notify_all()
         if sending is not None:
             sending.release()
+
+
+class UnorderedWindow(ItemWindow):
+    """The items of one ``ExtractStream``, which have ids and are answered as they finish.
+
+    Args:
+        places: Items that may be in flight.
+    """
+
+    def __init__(self, places: int) -> None:
+        super().__init__(places)
+        self._calls: dict[int, Call] = {}
+        self._answers: deque[tuple[int | None, Answer]] = deque()
+
+    def admit(self, number: int, call: Call) -> None:
+        """Take a place for an item.
+
+        Raises:
+            InvalidInputError: If an item with that id is in flight.
+            LayertapError: If no more items are taken.
+        """
+        with self._changed:
+            if self._ended:
+                raise _again(self._fault or CancelledError("the stream has ended"))
+            if number in self._calls:
+                raise InvalidInputError(f"id: got {number}, which an item in flight has already")
+            self._calls[number] = call
+            self._taken += 1
+
+    def refuse(self, reply: bytes) -> None:
+        """Take a place for an item that was not admitted and is answered already."""
+        with self._changed:
+            if not self._ended:
+                self._taken += 1
+                self._put(None, Answer(reply))
+
+    def answer(self, number: int, answer: Answer) -> None:
+        """Hand in the reply of an item that was admitted; it is released with the window."""
+        with self._changed:
+            if not self._closed:
+                self._put(number, answer)
+                return
+        answer.release()
+
+    def _put(self, number: int | None, answer: Answer) -> None:
+        self._answers.append((number, answer))
+        self._changed.notify_all()
+
+    def _pop(self) -> Answer | None:
+        if not self._answers:
+            return None
+        number, answer = self._answers.popleft()
+        if number is not None:
+            # Before it is sent: who has the reply may use its id again.
+            del self._calls[number]
+        return answer
+
+    def _clear(self) -> tuple[list[Call], list[Answer]]:
+        calls, answers = list(self._calls.values()), [answer for _, answer in self._answers]
+        self._calls.clear()
+        self._answers.clear()
+        return calls, answers
+
+
+class Place:
+    """The place of one item, from when it was read until gRPC has taken its reply.
+
+    Attributes:
+        call: The deadline and cancellation state of the item.
+    """
+
+    __slots__ = ("_window", "call", "given")
+
+    def __init__(self, window: OrderedWindow, timeout: float | None) -> None:
+        self._window = window
+        self.call = Call(timeout)
+        self.given: Answer | None = None
+
+    def answer(self, answer: Answer) -> None:
+        """Hand in the reply, which is sent after those of the items before."""
+        self._window.take_answer(self, answer)
+
+
+class OrderedWindow(ItemWindow):
+    """The items of one ``ModelStreamInfer``, which are answered in their order.
+
+    Triton answers the requests of a stream in their order, and its clients rely on that: they need
+    not give their requests ids.
+
+    Args:
+        places: Items that may be in flight.
+    """
+
+    def __init__(self, places: int) -> None:
+        super().__init__(places)
+        self._items: deque[Place] = deque()
+
+    def admit(self, timeout: float | None = None) -> Place | None:
+        """Take a place for an item with a timeout; return None if no more items are taken."""
+        with self._changed:
+            if self._ended:
+                return None
+            self._taken += 1
+            self._items.append(Place(self, timeout))
+            return self._items[-1]
+
+    def take_answer(self, place: Place, answer: Answer) -> None:
+        """Keep the reply of an item until it is its turn; it is released with the window."""
+        with self._changed:
+            if not self._closed:
+                place.given = answer
+                self._changed.notify_all()
+                return
+        answer.release()
+
+    def _pop(self) -> Answer | None:
+        if not self._items or self._items[0].given is None:
+            return None
+        return self._items.popleft().given
+
+    def _clear(self) -> tuple[list[Call], list[Answer]]:
+        calls = [item.call for item in self._items]
+        answers = [item.given for item in self._items if item.given is not None]
+        self._items.clear()
+        return calls, answers

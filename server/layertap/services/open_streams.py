@@ -5,31 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from layertap.errors import LayertapError, UnavailableError
+from layertap.errors import UnavailableError
 from layertap.services.bounded_calls import BoundedCalls
+from layertap.services.item_window import ItemWindow
 
-__all__ = ["OpenStreams", "Window"]
-
-
-class Window(Protocol):
-    """What one stream has in flight. Safe between threads."""
-
-    def wait_for_room(self) -> bool:
-        """Wait until another item may be read; return False where none may any more."""
-
-    def replies(self) -> Iterator[bytes]:
-        """Yield replies until there are no more, and raise the fault that the stream ended by."""
-
-    def end(self, fault: LayertapError | None = None) -> None:
-        """Take no more items; those in flight are answered, and then the stream ends by fault."""
-
-    def close(self) -> None:
-        """Say that nobody waits for replies any more."""
+__all__ = ["OpenStreams"]
 
 
-W = TypeVar("W", bound=Window)
+W = TypeVar("W", bound=ItemWindow)
 
 
 class OpenStreams:
@@ -46,7 +31,7 @@ class OpenStreams:
         self.most = most
         self._bounded = BoundedCalls(most, "streams are open")
         self._lock = threading.Lock()
-        self._windows: set[Window] = set()
+        self._windows: set[ItemWindow] = set()
         self._draining = False
 
     @contextmanager

@@ -17,8 +17,9 @@ import grpc
 
 from layertap.errors import OverloadedError
 from layertap.services.error_codes import code_of
+from layertap.services.item_window import ItemWindow
 from layertap.services.observer import Observer
-from layertap.services.open_streams import OpenStreams, Window
+from layertap.services.open_streams import OpenStreams
 from layertap.services.status import public_error
 from layertap.threads import WorkerThreads
 
@@ -55,7 +56,7 @@ class StreamThreads:
 
     def serve(
         self,
-        window: Window,
+        window: ItemWindow,
         take: Take,
         messages: Iterator[bytes],
         context: grpc.ServicerContext,
@@ -84,7 +85,7 @@ class StreamThreads:
 
     def _read(
         self,
-        window: Window,
+        window: ItemWindow,
         take: Take,
         messages: Iterator[bytes],
         context: grpc.ServicerContext,

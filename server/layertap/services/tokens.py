@@ -39,10 +39,10 @@ class Tokens:
     new one, ``reload``, let the clients change over, remove the old one, ``reload``.
 
     Args:
-        extract_file: Tokens that may extract and describe; None lets everybody.
-        admin_file: Tokens that may do that and administrate; None lets nobody.
-        trusted: Whether everybody may administrate where neither file is given. For servers that
-            were told so, and that only this machine reaches.
+        extract_file: Tokens that may extract and describe; with None every caller may.
+        admin_file: Tokens that may also administrate; with None no caller may.
+        trusted: Whether every caller may administrate if neither file is given. For servers that
+            were started so, and that only this machine can reach.
 
     Raises:
         ConfigError: For a file that can't be read or holds something else, or a token that is in
@@ -62,13 +62,13 @@ class Tokens:
         self._known = self._read()
 
     @property
-    def any(self) -> bool:
+    def configured(self) -> bool:
         """Whether there are tokens at all."""
         return self._extract_file is not None or self._admin_file is not None
 
     @property
-    def without(self) -> Right:
-        """What may be done without a token."""
+    def right_without(self) -> Right:
+        """The right of a caller without a token."""
         if self._extract_file is not None:
             return Right.NONE
         return Right.ADMIN if self._trusted and self._admin_file is None else Right.EXTRACT

@@ -55,7 +55,7 @@ class SecretFiles:
         Setting(
             "Bearer tokens that may also administrate, one a line.",
             kinds.FILE,
-            default="nobody may",
+            default="nobody may, apart from local callers of a server without any tokens",
         ),
     ] = None
 

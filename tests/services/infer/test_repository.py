@@ -10,10 +10,10 @@ import pytest
 
 from authorities import ADMIN, EXTRACT, token_file
 from infering import arrays, given, output
+from inprocess import served
 from layertap import Client
 from layertap.errors import ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
-from processes import serving
 from stubs import inference_stub
 from versioned import ITEM, save, write_config
 
@@ -77,7 +77,7 @@ def test_an_owner_unloads_and_loads(tmp_path: Path) -> None:
     save(tmp_path / "net.pt", 1)
     write_config(file, "net:first")
     with (
-        serving("--config", str(file), "--admin") as server,
+        served("--config", str(file), "--admin") as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         stub = inference_stub(channel)
@@ -115,7 +115,7 @@ def test_an_unloaded_model_goes_with_the_configuration(tmp_path: Path) -> None:
         save(tmp_path / f"{name}.pt", 1)
     write_config(file, "net", "more")
     with (
-        serving("--config", str(file), "--admin") as server,
+        served("--config", str(file), "--admin") as server,
         grpc.insecure_channel(server.address) as channel,
         Client(server.address) as client,
     ):
@@ -139,7 +139,7 @@ def test_loading_takes_an_admin_token(tmp_path: Path) -> None:
         *("--admin-tokens-file", str(token_file(tmp_path / "a", ADMIN))),
     )
     with (
-        serving("--config", str(file), "--admin", *options) as server,
+        served("--config", str(file), "--admin", *options) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         stub = inference_stub(channel)

@@ -9,8 +9,7 @@ import grpc
 from layertap.engine import Call, Reservation
 from layertap.errors import LayertapError
 from layertap.services.data_plane import DataPlane
-from layertap.services.infer.ordered_window import OrderedWindow
-from layertap.services.item_window import Answer
+from layertap.services.item_window import Answer, OrderedWindow
 from layertap.services.stream_threads import StreamThreads
 
 __all__ = ["AnswerItem", "InferStream", "RefuseItem"]

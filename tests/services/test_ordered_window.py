@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from layertap.errors import UnavailableError
-from layertap.services.infer.ordered_window import OrderedWindow
-from layertap.services.item_window import Answer
+from layertap.services.item_window import Answer, OrderedWindow
 
 
 def test_replies_leave_in_the_order_of_the_places() -> None:
