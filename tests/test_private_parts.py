@@ -30,6 +30,7 @@ ATTRIBUTES = {
     *("_embedding_bag", "_embedding_bag_forward_only", "_nested_tensor_from_mask_left_aligned"),
     *("_c", "_method_names", "_get_method"),  # torch.jit.ScriptModule
     *("_version", "_cdata", "_metadata"),  # tensors, storages and state dicts
+    *("_forward_hooks", "_forward_pre_hooks"),  # torch.nn.Module
     "_bit_generator",  # numpy.random.RandomState
 }
 MODULES = {

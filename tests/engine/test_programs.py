@@ -25,7 +25,7 @@ def engine() -> Iterator[Engine]:
 
 
 def test_declared_layers_whose_program_raises_are_served_by_hook(engine, caplog) -> None:
-    """The model is loaded, the reason is logged, and asking for the program is refused."""
+    """The model is loaded, the reason is logged, and the catalogue refuses the program."""
     engine.load(ModelSpec("proofnets:per_item", item_shape=ITEM))
     host = engine.host("per_item")
     host.declare([LayerSelection("out")])
@@ -34,11 +34,11 @@ def test_declared_layers_whose_program_raises_are_served_by_hook(engine, caplog)
     assert features.extractor is Extractor.HOOK
     expected = outputs_of(proofnets.per_item().eval(), torch.from_numpy(x), "out")[0]
     assert torch.equal(features.torch()["out"], expected)
-    assert "Expected 1 elements" in caplog.text
-    [refused] = host.refused_plans()
-    assert refused.extractor is Extractor.TORCHSCRIPT
+    reason = "TORCHSCRIPT can't serve the declared layer 'out': a compiled program fails"
+    assert reason in caplog.text
+    assert "Expected 1 elements" in host.catalogue.entry("out").refusal(Extractor.TORCHSCRIPT)
     for _ in range(2):
-        with pytest.raises(errors.ExtractorUnsupportedError, match="its program fails"):
+        with pytest.raises(errors.ExtractorUnsupportedError, match="a compiled program fails"):
             ask(engine, "per_item", "out", x, Extractor.TORCHSCRIPT)
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layertap.extraction.base import BuiltExtractor
-from layertap.extraction.kinds.base import BuildContext, CompiledKind
+from layertap.extraction.base import BuiltExtractor, Values
+from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, cloned
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import Sink
 from layertap.models import Batch
@@ -23,26 +23,27 @@ __all__ = ["KIND", "TorchExportKind"]
 
 
 class _Tapped(nn.Module):
-    """A model whose ``forward`` returns clones of the captured values."""
+    """A model whose ``forward`` returns what is taken of the captured values."""
 
-    def __init__(self, context: BuildContext, pass_spec: PassSpec) -> None:
+    def __init__(self, context: BuildContext, pass_spec: PassSpec, take: Take) -> None:
         super().__init__()
         self.module = context.model.module
         self._run = context.taps.run
         self._forward = context.model.forward
         self._points = pass_spec.points
         self._name = context.model.signature.main.name
+        self._take = take
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps, to its end: export can't follow a pass that stops."""
-        captured: dict[int, torch.Tensor] = {}
+        captured: dict[int, tuple[torch.Tensor, ...]] = {}
 
-        def clone(index: int, value: torch.Tensor) -> None:
-            captured[index] = value.clone()
+        def keep(index: int, value: torch.Tensor) -> None:
+            captured[index] = self._take(index, value)
 
         batch = Batch({self._name: x})
-        self._run(self._forward, batch, self._points, clone, to_end=True)
-        return tuple(captured[index] for index in range(len(self._points)))
+        self._run(self._forward, batch, self._points, keep, to_end=True)
+        return tuple(part for index in range(len(self._points)) for part in captured[index])
 
 
 class _Exported:
@@ -68,14 +69,22 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
         return 0.0
 
     def compile(
-        self, context: BuildContext, pass_spec: PassSpec, example: Batch
+        self,
+        context: BuildContext,
+        pass_spec: PassSpec,
+        example: Batch,
+        take: Take = cloned,
     ) -> torch.export.ExportedProgram:
         """See CompiledKind; an example of one item would make the batch size a constant."""
-        tapped = _Tapped(context, pass_spec)
+        tapped = _Tapped(context, pass_spec, take)
         tapped.training = False
         x = Batch.cat([example, example]).only
         sizes = ({0: torch.export.Dim("batch")},)
         return torch.export.export(tapped, (x,), dynamic_shapes=sizes, strict=False)
+
+    def run(self, program: torch.export.ExportedProgram, x: Batch) -> Values:
+        """See CompiledKind."""
+        return list(program.module()(x.only))
 
     def finish(self, program: torch.export.ExportedProgram) -> BuiltExtractor:
         """See CompiledKind."""

@@ -374,6 +374,7 @@ class _Drive:
         x = self._requests[request]
         selections = [layer.selection for layer in layers]
         where = f"{self._way.name}, request {request}"
+        there = all(truth.values(layer.point) for layer in layers)
         try:
             features = ask(self._engine, "net", selections, x, extractor)
         except ExtractorUnsupportedError as error:
@@ -381,9 +382,11 @@ class _Drive:
                 # Said of every compiled program by the documentation; AUTO takes HOOK for them.
                 self._report.door.add(str(error))
                 return
-            self._note(extractor, layers, "late", f"{where}: {error}")
+            # A layer that is not there on this input can only be refused.
+            if there:
+                self._note(extractor, layers, "late", f"{where}: {error}")
         except LayertapError as error:
-            if not truth.error and all(truth.values(layer.point) for layer in layers):
+            if not truth.error and there:
                 self._note(extractor, layers, "failed", f"{where}: {error}")
         except Exception as error:  # noqa: BLE001 - a fault of the server is what is looked for
             text = (str(error).splitlines() or [""])[-1]

@@ -26,16 +26,16 @@ from zoo.truth import mistake, truth_of
 KNOWN = {
     "PatchesTorch": "nothing watches the functions of torch itself, which its passes replace for a "
     "while: in throughput mode another pass may run under them, at times",
-    "MaskedFastPath": "its attention weights exist only on input without padding, which measuring "
-    "does not show, so a request for them on other input is refused by the pass, not before it",
 }
 """Specimens that are not served right yet, and why."""
+
+LATE: dict[str, str] = {}
+"""Specimens of which a request is refused what the catalogue claims, and why that stays so."""
 
 NOT_COMPARED = {
     "AdvancesGenerator": "stateful: an iterator can't be rewound, and the catalogue says so",
     "GlobalIterator": "stateful likewise",
     "EqualTexts": "two members of one name look like passes that differ, and the catalogue says so",
-    "ManyTypes": "takes bfloat16, and the requests' float32 is refused before the model runs",
 }
 """Specimens of which no answer can be held against a fresh instance, and why."""
 
@@ -66,10 +66,11 @@ def _cases() -> list[object]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", _cases())
 def test_every_answer_is_right_or_refused(name: str, found: dict[str, Row]) -> None:
-    """No layer is answered wrongly by any extractor, and nothing that is claimed fails."""
+    """No layer is answered wrongly by any extractor, and nothing that is claimed is refused."""
     row = found[name]
     assert row.wrong == []
     assert row.failed == []
+    assert row.late == [] or name in LATE
     assert row.answers or row.unloadable or name in NOT_COMPARED
 
 

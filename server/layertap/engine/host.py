@@ -21,10 +21,11 @@ from layertap.errors import (
     LayertapError,
     OverloadedError,
 )
-from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.catalogue import Catalogue, side_name
 from layertap.extraction.checkpoints import Checkpoints
-from layertap.extraction.kinds.registry import REFERENCE, kind_of
-from layertap.extraction.measure import measure
+from layertap.extraction.claims import kept_claims
+from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
+from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.passes import KeptState, PassGuard
 from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
@@ -123,7 +124,7 @@ class ModelHost:
         self.weight_bytes = model.weight_bytes()
         self.compute = compute
         self._taps = Taps(model.module)
-        self.catalogue: Catalogue = compute.run(lambda: measure(model, guard), call)
+        self.catalogue = self._measured(model, guard, call)
         proving = None
         if again is not None and guard.rules.state is KeptState.KEPT:
             fresh = compute.run(lambda: _fresh(model, again), call)
@@ -174,6 +175,7 @@ class ModelHost:
         sets = [tuple(selections), *((selection,) for selection in selections)]
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
+            self._log_uncompiled(resolved)
             key, plan = self._build_best(resolved, call or Call())
             self._warm_batches(plan)
             plan = self._record(plan)
@@ -261,6 +263,32 @@ class ModelHost:
         with self._lock:
             self._plans.clear()
             self._declared_plans.clear()
+
+    def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
+        """Return a model's catalogue, of whose claims every one was tried.
+
+        In steps, between which the requests of other models take their turn.
+        """
+        measured = self.compute.run(lambda: measure_with_graph(model, guard), call)
+        steps = kept_claims(model, *measured)
+        catalogue: Catalogue | None = None
+        while catalogue is None:
+            catalogue = self.compute.run(partial(next, steps), call)
+        return catalogue
+
+    def _log_uncompiled(self, resolved: Resolved) -> None:
+        """Log why no compiled plan can be made of declared layers, by the catalogue."""
+        for extractor, kind in KINDS.items():
+            if not kind.compiled or extractor in resolved.candidates:
+                continue
+            for output in resolved.outputs:
+                side = resolved.points[output.point].capture
+                reason = self.catalogue.entry(output.layer).refusal(extractor, side)
+                if reason:
+                    _log.warning(
+                        "model %s: %s can't serve the declared layer %r: %s",
+                        self.model.name, kind.name, side_name(output.layer, side), reason,
+                    )  # fmt: skip
 
     def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
         """Build the plan of the first candidate that can be built."""

@@ -66,17 +66,23 @@ class Attended:
 
     @property
     def withheld(self) -> bool:
-        """Whether there are no weights: of nested tensors, or more than MOST_BYTES for an item."""
+        """Whether there are no weights because they would be more than MOST_BYTES for an item."""
         query, key = self._given["query"], self._given["key"]
-        if query.is_nested or key.is_nested:  # torch packs padded tokens, and has no weights then.
-            return True
-        # [B, L, E] or [L, B, E]; without a batch [L, E].
-        axis = 1 if self._module.batch_first and query.dim() == 3 else 0
-        elements = self._module.num_heads * query.shape[axis] * key.shape[axis]
+        elements = self._module.num_heads * self._length(query) * self._length(key)
         return bool(elements * query.element_size() > MOST_BYTES)
 
+    def _length(self, tokens: torch.Tensor) -> int:
+        if tokens.is_nested:  # So torch packs padded tokens: the longest item counts.
+            return max(len(item) for item in tokens.unbind())
+        # [B, L, E] or [L, B, E]; without a batch [L, E].
+        return tokens.shape[1 if self._module.batch_first and tokens.dim() == 3 else 0]
+
     def weights(self) -> torch.Tensor:
-        """Compute the weights ``[B, heads, L, S]``; without a batch ``[heads, L, S]``."""
+        """Compute the weights ``[B, heads, L, S]``; without a batch ``[heads, L, S]``.
+
+        Of packed tokens, L and S are those of the longest item, and what is behind an item's end
+        is 0.
+        """
         asked = {**self._given, "need_weights": True, "average_attn_weights": False}
         _, weights = self._module.forward(**asked)
         if weights is None:

@@ -34,6 +34,15 @@ class Support:
         """Return the support of an extractor that serves no side of a layer, for one reason."""
         return cls(dict.fromkeys(Capture, Verdict(reason)))
 
+    def without(self, reasons: Mapping[Capture, str]) -> Support:
+        """Return it without the sides for which there is a reason, where they are served."""
+        return Support(
+            {
+                side: verdict if verdict.reason else Verdict(reasons.get(side, ""))
+                for side, verdict in self.by.items()
+            }
+        )
+
 
 def side_name(layer: str, side: Capture) -> str:
     """Return what one side of a layer is called: its name, ``:input`` behind it for its input."""

@@ -45,11 +45,11 @@ from layertap.extraction.survey import (
     survey_repeat,
     survey_walk,
 )
-from layertap.extraction.symbolic import trace
+from layertap.extraction.symbolic import Trace, trace
 from layertap.models import Batch, LoadedModel
 from layertap.selection import Capture, Extractor
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_with_graph"]
 
 _UNORDERED = (
     "the module runs several times in threads of the model's own, in an order that nothing settles"
@@ -62,6 +62,13 @@ _MAX_NAMED = 5
 
 
 def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
+    """Return the catalogue that ``measure_with_graph`` does."""
+    return measure_with_graph(model, guard)[0]
+
+
+def measure_with_graph(
+    model: LoadedModel, guard: PassGuard | None = None
+) -> tuple[Catalogue, Trace | None]:
     """Run a model, as it was loaded, and write down its layers and the rules for its passes.
 
     No other forward pass of it may run meanwhile.
@@ -69,6 +76,10 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
     Args:
         model: The model.
         guard: What kept it as it was loaded, where it has run before; a new one if not given.
+
+    Returns:
+        The catalogue, whose claims are not tried yet (see ``claims``), and the symbolic graph if
+        there is one.
 
     Raises:
         ModelLoadError: Where the model can't run on the input that it claims to take.
@@ -100,6 +111,7 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
         random=_random(model, [one, two, *others], x, guard),
         order=_order([one, *others]),
         varying=_varying([one, *others]),
+        sometimes=_not_always([one, *others]),
         names=LayerNames(model.module),
         unsendable=_unsendable([one, *others]),
         threaded=one.threaded | two.threaded,
@@ -112,7 +124,7 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
         entries.setdefault(entry.name, entry)
     for entry in _silent_entries(findings):
         entries.setdefault(entry.name, entry)
-    return Catalogue(
+    catalogue = Catalogue(
         entries,
         findings.graph.names,
         mutates_input=one.mutated_input,
@@ -120,6 +132,7 @@ def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
         non_finite=_first_non_finite(entries, oracle),
         notes=tuple(_notes(findings, entries)),
     )
+    return catalogue, findings.graph.trace
 
 
 def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
@@ -165,6 +178,12 @@ def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
     ran = [{path for path, _ in survey.order} for survey in surveys]
     always = set(ran[0]).intersection(*ran[1:])
     return set(ran[0]).union(*ran[1:]) - always
+
+
+def _not_always(surveys: Sequence[HookSurvey]) -> set[CapturePoint]:
+    """Return the points that were there in some of the surveys only."""
+    always = set(surveys[0].shapes).intersection(*(survey.shapes for survey in surveys[1:]))
+    return set(surveys[0].shapes).union(*(survey.shapes for survey in surveys[1:])) - always
 
 
 def _random(
@@ -272,6 +291,8 @@ def _survey_graph(
             reason=f"symbolic tracing calls train() and eval(), of which {own} has its own, which "
             "may change the model"
         )
+    if reason := _beside_forward(model.module):
+        return MeasuredGraph(reason=reason)
     try:
         graph = trace(model)
         one = survey_fx(graph, ordinary_batch(model, 1), oracle, guard)
@@ -328,7 +349,7 @@ def _placed(
 
     return (
         {point: placed(point, spec) for point, spec in specs.items()},
-        replace(graph, specs={p.path: placed(p, spec) for p, spec in nodes.items()}, trace=None),
+        replace(graph, specs={p.path: placed(p, spec) for p, spec in nodes.items()}),
     )
 
 
@@ -343,6 +364,15 @@ def _own_modes(module: nn.Module) -> str:
             continue
         if kind.train is not nn.Module.train or kind.eval is not nn.Module.eval:
             return kind.__name__
+    return ""
+
+
+def _beside_forward(module: nn.Module) -> str:
+    """Return what a call of the model does besides its forward, which alone can be traced."""
+    if type(module).__call__ is not nn.Module.__call__:
+        return "the model has its own __call__, and symbolic tracing sees its forward only"
+    if module._forward_pre_hooks or module._forward_hooks:
+        return "the model has hooks of its own, and symbolic tracing sees its forward only"
     return ""
 
 

@@ -27,7 +27,7 @@ class MeasuredGraph:
         lost: Nodes whose value is another one once dead-code elimination has been at the graph.
         astray: A module's call whose value in the graph is not what the module returned; empty
             where there is none. The graph then computes something else than the model.
-        trace: The graph, ready to be run; None once everything about it was measured.
+        trace: The graph, ready to be run; None where there is no graph.
     """
 
     names: GraphNames | None = None
@@ -64,6 +64,7 @@ class Measurement:
         random: The points whose values depend on chance.
         order: (module path, call) in the order in which the calls began.
         varying: The modules that run for some inputs only.
+        sometimes: The points at which there is a value for some inputs only.
         names: The names of its layers.
         unsendable: Why nothing can be sent of a value, for those of which that is so.
         threaded: The modules that ran in a thread of the model's own.
@@ -78,6 +79,7 @@ class Measurement:
     random: Collection[CapturePoint]
     order: list[tuple[str, int]]
     varying: Collection[str]
+    sometimes: Collection[CapturePoint]
     names: LayerNames
     unsendable: Mapping[CapturePoint, str]
     threaded: Collection[str]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LOOKS", "RANDOM", "calls_function", "takes_step"]
+__all__ = ["LOOKS", "RANDOM", "SOMETIMES", "calls_function", "takes_step"]
 
 LOOKS = (
     "before it the model's code looks at values (bool, int or item of a tensor): a trace would go "
@@ -13,6 +13,9 @@ RANDOM = (
     "before it the model draws random numbers: two passes on one input differ, so the extractor "
     "can't be compared with the model"
 )
+
+
+SOMETIMES = "the layer has that value for some inputs only"
 
 
 def calls_function(name: str) -> str:

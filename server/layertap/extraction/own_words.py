@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["own_words"]
+__all__ = ["compiler_words", "own_words"]
 
 MOST = 300
 """Characters of a model's message that are passed on."""
@@ -19,6 +19,17 @@ def own_words(error: BaseException) -> str:
         return _short(lines[-1])
     kind = type(error).__name__
     return _short(f"{kind}: {' '.join(lines)}" if lines else kind)
+
+
+def compiler_words(error: BaseException) -> str:
+    """Return the class and the first line of what a compiler raised.
+
+    Behind it stand code, values and the names of files, which are nobody else's business.
+    """
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    line = line.split(' File "')[0].rstrip(" :=")
+    kind = type(error).__name__
+    return _short(f"{kind}: {line}" if line else kind)
 
 
 def _short(text: str) -> str:

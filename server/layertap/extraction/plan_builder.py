@@ -22,7 +22,7 @@ from layertap.extraction.kinds.base import (
 from layertap.extraction.kinds.registry import REFERENCE, kind_of
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
-from layertap.extraction.own_words import own_words
+from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
@@ -280,7 +280,7 @@ class PlanBuilder:
             _log.info("model %s can't be compiled", self._model.name, exc_info=True)
             if is_out_of_memory(error):
                 raise self.prover.out_of_memory(example) from error
-            reason = f"compiling failed ({own_words(error)})"
+            reason = f"compiling failed ({compiler_words(error)})"
             raise self._refusal(kind, pass_spec, reason) from error
 
     def _refuse_obstacles(

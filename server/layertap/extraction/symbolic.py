@@ -92,7 +92,7 @@ class Trace:
     Attributes:
         names: Its node names.
         whole: An extractor of every node in ``names.eval``, in that order.
-        useful: Those nodes whose value another node uses, and the last node.
+        useful: The last node, and those that its value is computed from.
         pruned: An extractor of the useful nodes only; None where all are. What dead-code
             elimination takes for dead, an unassigned in-place statement say, is missing in it,
             as it is in every extractor of a few layers.
@@ -111,8 +111,8 @@ def trace(model: LoadedModel) -> Trace:
     every = [name for name in evaluation if name != "output"]
     whole = FxExtractor(model, GraphNames(train, dict.fromkeys(every, "")), every)
     names = GraphNames(train, whole.targets())
-    used = whole.used()
-    useful = tuple(name for name in every if name in used or name == every[-1])
+    used = whole.used_by(every[-1])
+    useful = tuple(name for name in every if name in used)
     pruned = FxExtractor(model, names, useful) if len(useful) < len(every) else None
     return Trace(names, whole, useful, pruned)
 
@@ -145,13 +145,21 @@ class FxExtractor:
             for name, node in self._returned.items()
         }
 
-    def used(self) -> set[str]:
-        """Return the nodes whose value another node uses."""
-        return {
-            name
-            for name, node in self._returned.items()
-            if any(user.target is not _capture for user in node.users)
-        }
+    def used_by(self, last: str) -> set[str]:
+        """Return a node and all those that its value is computed from.
+
+        Nodes that dead-code elimination keeps anyhow, an assertion say, count like it.
+        """
+        names = {node: name for name, node in self._returned.items()}
+        used: set[fx.Node] = set()
+        for node in reversed(self._graph_module.graph.nodes):
+            if node.target is not _capture and (
+                names.get(node) == last
+                or not used.isdisjoint(node.users)
+                or (node.op not in ("output", "placeholder") and node.is_impure())
+            ):
+                used.add(node)
+        return {names[node] for node in used if node in names}
 
     def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""

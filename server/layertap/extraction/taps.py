@@ -58,9 +58,12 @@ class StopForward(BaseException):
 
 
 class _Session:
-    """The captures of one forward pass."""
+    """The captures of one forward pass, which its own taps report."""
 
-    def __init__(self, points: Sequence[CapturePoint], sink: Sink, *, to_end: bool) -> None:
+    def __init__(
+        self, owner: Taps, points: Sequence[CapturePoint], sink: Sink, *, to_end: bool
+    ) -> None:
+        self.owner = owner
         self._to_end = to_end
         self._wanted: dict[tuple[str, Capture, int], list[int]] = {}
         for index, point in enumerate(points):
@@ -188,7 +191,7 @@ class Taps:
         """
         for point in points:
             self.install(point.path, point.capture)
-        session = _Session(points, sink, to_end=to_end)
+        session = _Session(self, points, sink, to_end=to_end)
         token = _session.set(session)
         self._running = session if own_threads else None
         try:
@@ -212,7 +215,8 @@ class Taps:
     def _route(self, path: str, side: Capture, value: Any) -> None:
         # In a thread of the model's own there is no session; see Note [A model's own threads].
         session = _session.get() or self._running
-        if session is not None:
+        # Other taps may be on the same model, and see the same calls.
+        if session is not None and session.owner is self:
             session.see(path, side, value)
 
     def close(self) -> None:

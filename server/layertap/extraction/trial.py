@@ -91,9 +91,18 @@ def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> Loade
 
     Floating-point types come first. Where one runs, and the model rounds all of it to look it up in
     a table, the input is token ids nevertheless.
+
+    A half-precision type is taken from the weights of one layer, and the model may convert its
+    input to it itself. Then it takes float32 as well, which is tried first.
     """
     own = model.signature.main.dtype
-    types = sorted(dict.fromkeys((own, *guess.dtypes)), key=lambda dtype: not _is_float(dtype))
+    halves = (
+        _is_float(own) and own.itemsize < torch.float32.itemsize and not model.signature.main.also
+    )
+    types = sorted(
+        dict.fromkeys((own, *guess.dtypes)),
+        key=lambda dtype: (not _is_float(dtype), halves and dtype is not torch.float32),
+    )
     failed: dict[torch.dtype, Exception] = {}
     for dtype in types:
         candidate, run = _in_its_mode(_of_type(model, dtype), guard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,8 +71,12 @@ class LoadedModel:
         """Call the module on a batch that is on ``device``, and return its result.
 
         Gradient mode is the caller's business, except for a module that differentiates; whatever
-        the module raises passes through.
+        the module raises passes through. What the module sets of context variables ends with the
+        call, as a pass that ends early would leave it set for the next one.
         """
+        return copy_context().run(self._call, batch)
+
+    def _call(self, batch: Batch) -> Any:
         if not self.differentiates:
             return self.module(*self.arguments(batch))
         with torch.inference_mode(False), torch.no_grad():

@@ -7,7 +7,8 @@ one value of ``Extractor``. See ``registry`` for how it is found.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Generic, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.measurement import Measurement
-from layertap.extraction.obstacles import LOOKS, RANDOM, calls_function, takes_step
+from layertap.extraction.obstacles import LOOKS, RANDOM, SOMETIMES, calls_function, takes_step
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import GuardedExtractor, KeptState, PassGuard
 from layertap.extraction.points import CapturePoint, PointKind
@@ -33,11 +34,24 @@ __all__ = [
     "DirectKind",
     "ExtractorKind",
     "ReferenceKind",
+    "Take",
     "Verdict",
+    "cloned",
 ]
 
 P = TypeVar("P")
 """A compiled kind's program: compiled, and still in a form that can be saved."""
+
+Take = Callable[[int, torch.Tensor], tuple[torch.Tensor, ...]]
+"""Takes (index of a capture point, its live tensor); gives what a program returns of it.
+
+It is compiled as part of the program, and must copy: the tensor may be overwritten later.
+"""
+
+
+def cloned(_: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Have a program return the value itself."""
+    return (value.clone(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +174,7 @@ class ExtractorKind(ABC):
             return Verdict(RANDOM)
         if point.kind is PointKind.MODULE and point.path in found.varying:
             return Verdict("the module runs for some inputs only")
-        return Verdict(self.obstacle(point, found))
+        return Verdict(SOMETIMES if point in found.sometimes else self.obstacle(point, found))
 
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
         """Return why the kind's own way to a value would be wrong; empty if nothing is in its way.
@@ -262,7 +276,13 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return takes_step(step) if step else ""
 
     @abstractmethod
-    def compile(self, context: BuildContext, pass_spec: PassSpec, example: Batch) -> P:
+    def compile(
+        self,
+        context: BuildContext,
+        pass_spec: PassSpec,
+        example: Batch,
+        take: Take = cloned,
+    ) -> P:
         """Compile a program. It is not proven yet, and whatever is raised refuses it.
 
         Args:
@@ -270,7 +290,23 @@ class CompiledKind(ExtractorKind, Generic[P]):
             pass_spec: What to do: points that the kind claims to serve.
             example: On the model's device. The program must serve batches of its key, at every
                 batch size.
+            take: What the program returns of each point, in the order of the points.
         """
+
+    @abstractmethod
+    def run(self, program: P, x: Batch) -> Values:
+        """Run a program that is not finished; return what ``take`` gave for each point, in a row.
+
+        Whatever is raised refuses the program.
+
+        Args:
+            program: The program; it stays as it is.
+            x: A batch of the example's key; the program may write into it.
+        """
+
+    def running_once(self) -> AbstractContextManager[object]:
+        """Return a context in which nothing is recorded or compiled for runs to come."""
+        return nullcontext()
 
     @abstractmethod
     def finish(self, program: P) -> BuiltExtractor:

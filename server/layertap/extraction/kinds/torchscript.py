@@ -30,7 +30,7 @@ from torch import nn
 
 from layertap.extraction.apart import may_end_the_process, run_apart
 from layertap.extraction.base import BuiltExtractor, Values
-from layertap.extraction.kinds.base import BuildContext, CompiledKind
+from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, cloned
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
@@ -49,7 +49,11 @@ modules back, which keeps that model alive.
 
 
 def trace_taps(
-    model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], example: Batch
+    model: LoadedModel,
+    taps: Taps,
+    points: Sequence[CapturePoint],
+    example: Batch,
+    take: Take = cloned,
 ) -> torch.jit.ScriptModule:
     """Return the truncated program of a layer set, traced and frozen but not yet optimised.
 
@@ -58,10 +62,11 @@ def trace_taps(
         taps: Its taps.
         points: What to capture.
         example: On the model's device: the program holds for batches of its key.
+        take: What the program returns of each point.
 
     Raises whatever tracing raises.
     """
-    tapped = _Tapped(model, taps, points, list(example))
+    tapped = _Tapped(model, taps, points, list(example), take)
     # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
     tapped.training = False
     # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
@@ -132,10 +137,24 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
     warm_up_runs = 3
 
     def compile(
-        self, context: BuildContext, pass_spec: PassSpec, example: Batch
+        self,
+        context: BuildContext,
+        pass_spec: PassSpec,
+        example: Batch,
+        take: Take = cloned,
     ) -> torch.jit.ScriptModule:
         """See CompiledKind."""
-        return trace_taps(context.model, context.taps, pass_spec.points, example)
+        return trace_taps(context.model, context.taps, pass_spec.points, example, take)
+
+    def run(self, program: torch.jit.ScriptModule, x: Batch) -> Values:
+        """See CompiledKind."""
+        with _deprecated():
+            return list(program(*x.values()))
+
+    def running_once(self) -> AbstractContextManager[object]:
+        """See CompiledKind."""
+        context: AbstractContextManager[object] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
+        return context
 
     def finish(self, program: torch.jit.ScriptModule) -> BuiltExtractor:
         """See CompiledKind."""
@@ -174,7 +193,7 @@ KIND = TorchScriptKind()
 
 
 class _Tapped(nn.Module):
-    """A model whose ``forward`` takes the tensors of a batch, and returns clones of the values."""
+    """A model whose ``forward`` takes a batch's tensors and returns what is taken of its values."""
 
     def __init__(
         self,
@@ -182,6 +201,7 @@ class _Tapped(nn.Module):
         taps: Taps,
         points: Sequence[CapturePoint],
         names: Sequence[str],
+        take: Take,
     ) -> None:
         super().__init__()
         self.module = model.module
@@ -189,14 +209,15 @@ class _Tapped(nn.Module):
         self._taps = taps
         self._points = points
         self._names = names
+        self._take = take
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps."""
-        captured: dict[int, torch.Tensor] = {}
+        captured: dict[int, tuple[torch.Tensor, ...]] = {}
 
-        def clone(index: int, value: torch.Tensor) -> None:
-            captured[index] = value.clone()
+        def keep(index: int, value: torch.Tensor) -> None:
+            captured[index] = self._take(index, value)
 
         x = Batch(dict(zip(self._names, tensors, strict=True)))
-        self._taps.run(self._model.forward, x, self._points, clone)
-        return tuple(captured[index] for index in range(len(self._points)))
+        self._taps.run(self._model.forward, x, self._points, keep)
+        return tuple(part for index in range(len(self._points)) for part in captured[index])

@@ -1,0 +1,260 @@
+"""The catalogue's claims, tried before the first request.
+
+Note [Tried before the first request]
+    Measuring a model shows which layers there are, and what speaks against serving one of them by
+    some extractor. Whether the others really can is found out here, so that a client that names an
+    extractor is not refused what the catalogue promised: the model runs on a few batches of several
+    sizes and ranges, and its symbolic graph and its compiled programs run on the same ones. What
+    fails or differs is refused in the catalogue, with the reason.
+
+    What no such batch shows is refused by the plan of the first request for it: a branch on batch
+    sizes beyond three, say, or code that does something else for items of another shape.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from layertap.extraction.catalogue import Catalogue, LayerEntry
+from layertap.extraction.compile_trial import Case, CompileTrial, Faults, run_case
+from layertap.extraction.digest import sample_step
+from layertap.extraction.kinds.base import BuildContext, CompiledKind
+from layertap.extraction.kinds.registry import KINDS
+from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.own_words import own_words
+from layertap.extraction.passes import PassGuard
+from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.samples import (
+    bytes_batch,
+    ordinary_batch,
+    reaching_batches,
+    wide_batch,
+)
+from layertap.extraction.symbolic import Trace
+from layertap.extraction.taps import Taps
+from layertap.models import Batch, LoadedModel
+from layertap.selection import Capture, Extractor
+
+__all__ = ["kept_claims"]
+
+_log = logging.getLogger(__name__)
+
+_DEAD = "dead-code elimination drops statements that it depends on"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found out about one extractor.
+
+    Attributes:
+        faults: Why it can't serve a point, for points of modules.
+        nodes: Why it can't serve the nodes of the symbolic graph; empty where it can.
+    """
+
+    faults: Faults
+    nodes: str = ""
+
+
+def kept_claims(
+    model: LoadedModel, catalogue: Catalogue, trace: Trace | None = None
+) -> Iterator[Catalogue | None]:
+    """Try what the catalogue claims in steps; the last yields what is left of it.
+
+    See Note [Tried before the first request]. For a compute thread. Each step takes about as long
+    as a pass of a few items; compiling can't be divided.
+
+    Args:
+        model: The model that was measured.
+        catalogue: What measuring it gave.
+        trace: Its symbolic graph, where it has one that may be claimed to serve layers.
+
+    Yields:
+        None for each step, then the catalogue without the claims that were not kept.
+    """
+    try:
+        found = yield from _Trial(model, catalogue).run(trace)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        _log.warning(
+            "model %s: there is not the memory to try what its extractors are claimed to serve "
+            "(%s); the first request for it will show", model.name, own_words(error),
+        )  # fmt: skip
+        found = {}
+    entries = {name: _kept(entry, found) for name, entry in catalogue.entries.items()}
+    yield replace(catalogue, entries=entries)
+
+
+class _Trial:
+    """One model's trial.
+
+    Args:
+        model: The model.
+        catalogue: Its catalogue.
+    """
+
+    def __init__(self, model: LoadedModel, catalogue: Catalogue) -> None:
+        self._model = model
+        self._catalogue = catalogue
+        self._guard: PassGuard = catalogue.guard
+
+    def run(self, trace: Trace | None) -> Generator[None, None, dict[Extractor, _Found]]:
+        """Try every claim in steps; return what was found out about each extractor."""
+        claims = {
+            extractor: self._claimed(extractor)
+            for extractor, kind in KINDS.items()
+            if isinstance(kind, CompiledKind) or (kind.nodes and trace)
+        }
+        points = list(dict.fromkeys(point for each in claims.values() for point in each))
+        found: dict[Extractor, _Found] = {}
+        if not points:
+            return found
+        steps = {point: sample_step(self._catalogue.specs[point]) for point in points}
+        cases = yield from self._cases(steps)
+        for extractor, claimed in claims.items():
+            kind = KINDS[extractor]
+            if isinstance(kind, CompiledKind) and claimed:
+                found[extractor] = _Found((yield from self._programs(kind, claimed, steps, cases)))
+            elif trace and claimed:
+                found[extractor] = yield from self._graph(trace, claimed, cases)
+        return found
+
+    def _claimed(self, extractor: Extractor) -> list[CapturePoint]:
+        """Return the points of modules that an extractor would serve, in execution order."""
+        return list(
+            dict.fromkeys(
+                entry.points[side]
+                for entry in self._catalogue
+                # The input of a call exists before its output does.
+                for side in (Capture.INPUT, Capture.OUTPUT)
+                if side in entry.points
+                and entry.points[side].kind is PointKind.MODULE
+                and entry.serves(extractor, side)
+            )
+        )
+
+    def _cases(self, steps: Mapping[CapturePoint, int]) -> Generator[None, None, list[Case]]:
+        """Run the model on each batch. What a model need not be able to take is left out."""
+        model = self._model
+        cases: list[Case] = []
+
+        def add(x: Batch | None, *, ordinary: bool = False) -> bool:
+            if x is None:
+                return False
+            case = run_case(model, self._guard, x, steps, ordinary=ordinary)
+            cases.extend([case] if case else [])
+            return case is not None
+
+        add(ordinary_batch(model, 2), ordinary=True)
+        yield
+        if not add(wide_batch(model, 3)):
+            yield
+            add(ordinary_batch(model, 3), ordinary=True)
+        yield
+        if not model.signature.has_floats:
+            for x in reaching_batches(model):
+                add(x)
+                yield
+        if not add(bytes_batch(model)):
+            yield
+            add(ordinary_batch(model, 1), ordinary=True)
+        yield
+        return cases
+
+    def _graph(
+        self, trace: Trace, points: Sequence[CapturePoint], cases: Sequence[Case]
+    ) -> Generator[None, None, _Found]:
+        """Compare the values of the symbolic graph with the model's, on all batches but the first.
+
+        That has ordinary numbers, on which the graph was run when the model was measured.
+        """
+        nodes: dict[str, list[CapturePoint]] = {}
+        for point in points:
+            nodes.setdefault(trace.names.node_of(point) or "", []).append(point)
+        differ: dict[CapturePoint, str] = {}
+        dead: dict[CapturePoint, str] = {}
+        graphs = [(trace.whole, trace.names.eval, differ)]
+        if trace.pruned is not None:
+            graphs.append((trace.pruned, trace.useful, dead))
+        for case in cases[1:]:
+            for extractor, names, faults in graphs:
+
+                def compare(
+                    index: int,
+                    value: torch.Tensor,
+                    case: Case = case,
+                    names: tuple[str, ...] = names,
+                    faults: Faults = faults,
+                ) -> None:
+                    for point in nodes.get(names[index], ()):
+                        true = case.digests.get(point)
+                        if true is not None and (fault := true.fault(value, 0.0)):
+                            faults.setdefault(
+                                point,
+                                f"at batch size {case.x.size} the symbolic graph differs from the "
+                                f"model: {fault}",
+                            )
+
+                try:
+                    with self._guard:
+                        extractor.run(case.x.clone(), compare)
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    reason = (
+                        f"the symbolic graph fails at batch size {case.x.size} ({own_words(error)})"
+                    )
+                    return _Found(dict.fromkeys(points, reason), reason)
+                yield
+        return _found_of_graph(trace, nodes, differ, dead)
+
+    def _programs(
+        self,
+        kind: CompiledKind[Any],
+        points: Sequence[CapturePoint],
+        steps: Mapping[CapturePoint, int],
+        cases: Sequence[Case],
+    ) -> Generator[None, None, Faults]:
+        # Not the taps of requests, whose passes would find all of these hooks in their way.
+        taps = Taps(self._model.module)
+        context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
+        try:
+            return (yield from CompileTrial(context, kind, steps, cases).faults(points))
+        finally:
+            taps.close()
+
+
+def _found_of_graph(
+    trace: Trace, nodes: Mapping[str, Sequence[CapturePoint]], differ: Faults, dead: Faults
+) -> _Found:
+    """Return what is refused where some values of the graph, or of its useful part, differ."""
+    lost = [point for point in dead if point not in differ]
+    if lost:
+        # What hangs on such a statement may be gone from any extractor of a few layers.
+        useless = set(trace.names.eval) - set(trace.useful)
+        lost += [point for node in useless for point in nodes.get(node, ())]
+    faults = {**dict.fromkeys(lost, _DEAD), **differ}
+    astray = next(iter(differ), None)
+    if astray is None:
+        return _Found(faults, _DEAD if lost else "")
+    return _Found(
+        faults,
+        f"the symbolic graph computes something else than the model: the value of {astray.path!r} "
+        "differs",
+    )
+
+
+def _kept(entry: LayerEntry, found: Mapping[Extractor, _Found]) -> LayerEntry:
+    support = dict(entry.support)
+    for extractor, each in found.items():
+        reasons = {
+            side: each.nodes if point.kind is PointKind.NODE else each.faults.get(point, "")
+            for side, point in entry.points.items()
+        }
+        support[extractor] = support[extractor].without(reasons)
+    return replace(entry, support=support)

@@ -1,0 +1,374 @@
+"""Trial compilation: which layers a compiled program can serve.
+
+Note [One program for all]
+    Whether a program can be made of the model's code, whether it runs on batches of other sizes,
+    and whether its values are the model's, only trying shows. So one program is compiled of all
+    layers that are claimed, and run on every batch of the trial. If it can't be compiled, or fails,
+    programs of fewer layers are tried: a program ends at its last layer, so layers before a fault
+    are served, and one odd layer does not cost the others. Where single values differ, only those
+    layers are refused.
+
+    That costs one compilation and, for each item of the batches, one pass. To take little memory,
+    the program returns not the values but what is compared of them (see Note [Digests]), and each
+    program is dropped once it was compared. Layers whose input is the very tensor that another
+    module returned are served if that one is. Finishing a program can fail as well, so finished
+    programs are run; but finishing copies the weights, as does a run in another process, so neither
+    is tried where the weights are large.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from layertap.extraction.apart import ProgramEndedError
+from layertap.extraction.base import Values
+from layertap.extraction.digest import Digest, digest_pass
+from layertap.extraction.kinds.base import BuildContext, CompiledKind
+from layertap.extraction.obstacles import SOMETIMES
+from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.own_words import compiler_words, own_words
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.passes import PassGuard
+from layertap.extraction.points import CapturePoint
+from layertap.extraction.samples import ordinary_batch
+from layertap.models import Batch, LoadedModel
+
+__all__ = ["Case", "CompileTrial", "Faults", "run_case"]
+
+_log = logging.getLogger(__name__)
+
+MAX_PROGRAMS = 24
+"""Programs that are compiled of one model to find out which of its layers are at fault."""
+
+MAX_TOGETHER = 10
+"""How many more are compiled at least to find out whether the layers that are left go together."""
+
+MAX_APART = 4
+"""How many of them run in a process of their own, which takes seconds."""
+
+MAX_COPIED_BYTES = 256 << 20
+"""Bytes of weights up to which a program is finished, or run apart, which copies them."""
+
+LARGER = 7
+"""A batch size at which a program that may end its process is tried besides."""
+
+Run = Callable[[Batch], Values]
+
+Faults = dict[CapturePoint, str]
+"""Why an extractor can't serve a point, for those that it can't."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch, and what the model computed for it.
+
+    Attributes:
+        x: The batch.
+        digests: By point; without those that are not there on this input.
+        twins: For inputs that are the very tensor that another module returned, that output.
+        ordinary: Whether values that are not finite count as well: the last bits decide where a
+            root of some noise is NaN.
+    """
+
+    x: Batch
+    digests: Mapping[CapturePoint, Digest]
+    twins: Mapping[CapturePoint, CapturePoint]
+    ordinary: bool
+
+
+def run_case(
+    model: LoadedModel,
+    guard: PassGuard,
+    x: Batch,
+    steps: Mapping[CapturePoint, int],
+    *,
+    ordinary: bool,
+) -> Case | None:
+    """Run a model on a batch and return what to compare with; None if it can't take the batch.
+
+    Args:
+        model: The model.
+        guard: Its guard.
+        x: The batch; it stays as it is.
+        steps: For each point the distance between the elements that are compared.
+        ordinary: See Case.
+    """
+    try:
+        with guard:
+            digested = digest_pass(model, x, steps)
+            guard.learn(model.name)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # A model need not take such input; what it raises is its own business.
+        return None
+    return Case(x, digested.digests, digested.twins, ordinary)
+
+
+class _FailedError(Exception):
+    """A program could not be made or run; the message says why, in words for the catalogue."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a program of some points could not be made or run."""
+
+    reason: str
+
+
+class CompileTrial:
+    """Tries programs of one model.
+
+    Args:
+        context: The model, and taps of it for this trial only.
+        kind: What compiles.
+        steps: For each point the distance between the elements that are compared.
+        cases: What the programs are compared with.
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        kind: CompiledKind[Any],
+        steps: Mapping[CapturePoint, int],
+        cases: Sequence[Case],
+    ) -> None:
+        self._context = context
+        self._kind = kind
+        self._steps = steps
+        self._cases = cases
+        self._small = context.model.weight_bytes() <= MAX_COPIED_BYTES
+        self._left = MAX_PROGRAMS
+        self._left_apart = MAX_APART
+        self._last = _Failure("")
+
+    def faults(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
+        """Return why some of the points, in execution order, can't be served."""
+        faults = {
+            point: SOMETIMES
+            for point in points
+            if any(point not in case.digests for case in self._cases)
+        }
+        rest = [point for point in points if point not in faults]
+        twins = self._twins(rest)
+        tried = [point for point in rest if point not in twins]
+        found = (yield from self._attempt(tried)) if tried else Faults()
+        if isinstance(found, dict):
+            faults.update(found)
+            faults.update({point: found[twin] for point, twin in twins.items() if twin in found})
+            return faults
+        faults.update((yield from self._parts(rest, found)))
+        served = [point for point in rest if point not in faults]
+        faults.update((yield from self._together(served)))
+        return faults
+
+    def _twins(self, points: Sequence[CapturePoint]) -> dict[CapturePoint, CapturePoint]:
+        """Return the inputs that are always the tensor that one of the points returned."""
+        first, *others = self._cases
+        return {
+            point: twin
+            for point in points
+            if (twin := first.twins.get(point)) in points
+            and twin is not None
+            and all(case.twins.get(point) == twin for case in others)
+        }
+
+    def _tried(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
+        """Return the faults of some points, by one program or several."""
+        found = yield from self._attempt(points)
+        if isinstance(found, dict):
+            return found
+        return (yield from self._parts(points, found))
+
+    def _parts(
+        self, points: Sequence[CapturePoint], failure: _Failure
+    ) -> Generator[None, None, Faults]:
+        """Return the faults of points of which one program fails, by programs of parts of them.
+
+        A program ends at its last layer. So the longest row of layers, from the first one on, is
+        found of which a program works; then the layers behind the one that broke it are tried.
+        """
+        if len(points) == 1:
+            return {points[0]: failure.reason}
+        works, faults, breaks = yield from self._longest_row(points, failure)
+        faults = {**faults, points[works]: breaks.reason}
+        rest = points[works + 1 :]
+        # Either one layer is odd by itself, or whatever follows from it fails as well.
+        fails = 0
+        singles = list(dict.fromkeys((rest[0], rest[len(rest) // 2], rest[-1]))) if rest else []
+        for single in singles:
+            found = yield from self._attempt([single])
+            if isinstance(found, dict):
+                break
+            fails += 1
+        if fails == len(singles):
+            return {**dict.fromkeys(rest, breaks.reason), **faults}
+        middle = len(rest) // 2 if fails else 0
+        for part in filter(None, (rest[:middle], rest[middle:])):
+            faults.update((yield from self._tried(part)))
+        return faults
+
+    def _together(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
+        """Return the faults that points have together, of which each is served in some program."""
+        if not points:
+            return {}
+        self._left = max(self._left, MAX_TOGETHER)
+        found = yield from self._attempt(points)
+        if isinstance(found, dict):
+            return found
+        if len(points) == 1:
+            return {points[0]: found.reason}
+        works, faults, breaks = yield from self._longest_row(points, found)
+        return {**faults, **dict.fromkeys(points[works:], breaks.reason)}
+
+    def _longest_row(
+        self, points: Sequence[CapturePoint], failure: _Failure
+    ) -> Generator[None, None, tuple[int, Faults, _Failure]]:
+        """Find how many points, from the first one on, one program serves.
+
+        Args:
+            points: Two or more.
+            failure: Why a program of them all fails.
+
+        Returns:
+            How many, their faults, and why a program of one more fails.
+        """
+        works, fails, faults = 0, len(points), Faults()
+        size = 1  # Where the model can't be traced at all, that shows at once.
+        while works + 1 < fails:
+            found = yield from self._attempt(points[:size])
+            if isinstance(found, dict):
+                works, faults = size, found
+            else:
+                fails, failure = size, found
+            size = (works + fails) // 2
+        return works, faults, failure
+
+    def _attempt(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults | _Failure]:
+        """Return the faults of some points by one program, or why that fails."""
+        if self._left < 1:
+            return self._last
+        self._left -= 1
+        try:
+            return (yield from self._compared(points))
+        except _FailedError as error:
+            self._last = _Failure(str(error))
+            _log.info("model %s: %s (%d layers)", self._context.model.name, error, len(points))
+            return self._last
+
+    def _compared(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
+        """Compare one program of some points with the model; raise _FailedError if it fails."""
+        program = self._compiled(points)
+        yield
+        if self._kind.may_end_the_process(program):
+            return (yield from self._compared_apart(points, program))
+        run = self._finished(program) if self._small else partial(self._kind.run, program)
+        yield
+        faults: Faults = {}
+        for case in self._cases:
+            values = self._values(run, case.x)
+            faults = {**self._differences(case, points, values), **faults}
+            yield
+        return faults
+
+    def _compared_apart(
+        self, points: Sequence[CapturePoint], program: Any
+    ) -> Generator[None, None, Faults]:
+        """Compare a program that runs in a process of its own; see ``apart``."""
+        if not self._small:
+            return {}  # The first request will show.
+        if self._left_apart < 1:
+            raise _FailedError(self._last.reason)
+        self._left_apart -= 1
+        model = self._context.model
+        x = ordinary_batch(model, LARGER)
+        larger = run_case(model, self._context.guard, x, self._steps, ordinary=True)
+        cases = [*self._cases, larger] if larger else self._cases
+        yield
+        try:
+            answers = yield from self._kind.run_apart(
+                program, [case.x for case in cases], model.device
+            )
+        except ProgramEndedError as error:
+            raise _FailedError(f"a compiled program fails ({error})") from error
+        faults: Faults = {}
+        for case, values in zip(cases, answers, strict=True):
+            faults = {**self._differences(case, points, values), **faults}
+        return faults
+
+    def _compiled(self, points: Sequence[CapturePoint]) -> Any:
+        steps = [self._steps[point] for point in points]
+
+        def compared(index: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if steps[index] == 1:
+                return (value.clone(),)
+            # The second one has the value's shape, and the memory of one element.
+            return value.reshape(-1)[:: steps[index]].clone(), value.new_zeros(()).expand_as(value)
+
+        model = self._context.model
+        example = ordinary_batch(model, 1)
+        # As where requests have been served before: a compiler may stumble over the hooks.
+        for point in points:
+            self._context.taps.install(point.path, point.capture)
+        try:
+            with self._context.guard:
+                return self._kind.compile(self._context, PassSpec(tuple(points)), example, compared)
+        except Exception as error:
+            _log.info("model %s can't be compiled", model.name, exc_info=True)
+            if is_out_of_memory(error):
+                raise
+            reason = f"the model can't be compiled ({compiler_words(error)})"
+            raise _FailedError(reason) from error
+
+    def _finished(self, program: Any) -> Run:
+        try:
+            built = self._kind.finish(program)
+        except Exception as error:
+            raise _failed("a compiled program can't be optimised", error) from error
+
+        def run(x: Batch) -> Values:
+            values: Values = []
+            built.run(x, lambda _, value: values.append(value))
+            return values
+
+        return run
+
+    def _values(self, run: Run, x: Batch) -> Values:
+        try:
+            with self._kind.running_once():
+                # The program may write into its batch, and other programs run on it again.
+                return run(x.clone())
+        except Exception as error:
+            raise _failed(f"a compiled program fails at batch size {x.size}", error) from error
+
+    def _differences(
+        self, case: Case, points: Sequence[CapturePoint], values: Sequence[torch.Tensor]
+    ) -> Faults:
+        """Return how a program's values differ from the model's, for those that do."""
+        faults: Faults = {}
+        parts = iter(values)
+        for point in points:
+            elements = next(parts)
+            whole = self._steps[point] == 1
+            shape = tuple(elements.shape if whole else next(parts).shape)
+            true = case.digests.get(point)
+            if true is None or (not case.ordinary and not true.finite):
+                continue
+            tolerance = self._kind.tolerance(true.elements)
+            if fault := true.fault_of_sample(shape, elements.to(true.elements.device), tolerance):
+                faults[point] = (
+                    f"at batch size {case.x.size} a compiled program differs from the model: "
+                    f"{fault}"
+                )
+        return faults
+
+
+def _failed(what: str, error: Exception) -> Exception:
+    """Return the failure to raise for what a program raised."""
+    return error if is_out_of_memory(error) else _FailedError(f"{what} ({own_words(error)})")

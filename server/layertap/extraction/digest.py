@@ -1,0 +1,158 @@
+"""What is kept of a pass's values to hold other passes against them.
+
+Note [Digests]
+    A large model's layers hold many times the memory of its own pass, since that frees a value once
+    it is used. So what is compared with a later pass is not every element of every layer: of a
+    large value it is its shape, its type, its largest magnitude, and elements spread evenly over
+    it. An input that is the very tensor that another module returned is kept once. A wrong program
+    is wrong in more than a few elements; what it computes for a request is compared whole, when its
+    plan is proven.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from layertap.extraction.containers import pick, plain, unsendable
+from layertap.extraction.points import CapturePoint, ValueSpec
+from layertap.extraction.taps import observe
+from layertap.extraction.verify import mismatch
+from layertap.models import Batch, LoadedModel
+from layertap.selection import Capture
+
+__all__ = ["Digest", "DigestedPass", "digest_pass", "sample_step"]
+
+MOST = 4096
+"""Elements that are compared of one item's value."""
+
+
+def sample_step(spec: ValueSpec) -> int:
+    """Return the distance between the elements that are compared of a value; 1 for all of them.
+
+    It has no divisor in common with the sizes of the value, so that the elements lie in all rows
+    and columns.
+    """
+    elements = math.prod(dim.size for dim in spec.dims)
+    step = max(1, elements // MOST)
+    while math.gcd(step, elements) > 1:
+        step += 1
+    return step
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is kept of one value.
+
+    Attributes:
+        shape: Its shape.
+        elements: Every ``step``-th element, ``[n]``; all of them, in the value's shape, for 1.
+        step: The distance between them.
+        largest: The largest finite magnitude of the whole value, ``[1]``, of its type.
+        finite: Whether the whole value is finite.
+    """
+
+    shape: tuple[int, ...]
+    elements: torch.Tensor
+    step: int
+    largest: torch.Tensor
+    finite: bool
+
+    @classmethod
+    def of(cls, value: torch.Tensor, step: int) -> Digest:
+        """Return the digest of a value, which may be overwritten afterwards."""
+        elements = value.clone() if step == 1 else value.reshape(-1)[::step].clone()
+        largest = _largest(value)
+        finite = bool(largest.isfinite())
+        if not finite:
+            largest = value.abs().nan_to_num(0.0, 0.0).amax().reshape(1)
+        return cls(tuple(value.shape), elements, step, largest, finite)
+
+    def fault(self, value: torch.Tensor, tolerance: float) -> str:
+        """Return in words how a value differs from this one; empty where it is near enough."""
+        return self.fault_of_sample(
+            tuple(value.shape), value if self.step == 1 else value.reshape(-1)[:: self.step],
+            tolerance,
+        )  # fmt: skip
+
+    def fault_of_sample(
+        self, shape: tuple[int, ...], elements: torch.Tensor, tolerance: float
+    ) -> str:
+        """Return as ``fault`` does what differs, given a value's shape and its elements only."""
+        if shape != self.shape:
+            return f"its shape is {list(shape)}, the model's is {list(self.shape)}"
+        if self.step == 1 or elements.dtype != self.elements.dtype:
+            return mismatch(elements, self.elements, tolerance)
+        # Errors are a share of the largest magnitude, which may stand between the elements.
+        return mismatch(
+            torch.cat([elements, self.largest]), torch.cat([self.elements, self.largest]), tolerance
+        )
+
+
+@dataclass
+class DigestedPass:
+    """What is kept of one pass of a model.
+
+    Attributes:
+        digests: By point; without the points that are not there on this input.
+        twins: For inputs that are the very tensor that another module returned, that output.
+    """
+
+    digests: dict[CapturePoint, Digest] = field(default_factory=dict)
+    twins: dict[CapturePoint, CapturePoint] = field(default_factory=dict)
+
+
+def digest_pass(model: LoadedModel, x: Batch, steps: Mapping[CapturePoint, int]) -> DigestedPass:
+    """Run a model on a batch, to its end, and return the digest of each point.
+
+    Args:
+        model: The model; whatever it raises passes through.
+        x: The batch; it stays as it is.
+        steps: The points, all of modules, and the distance between the elements of each to compare.
+    """
+    wanted: dict[tuple[str, Capture, int], list[CapturePoint]] = {}
+    for point in steps:
+        wanted.setdefault((point.path, point.capture, point.call), []).append(point)
+    calls: Counter[tuple[str, Capture]] = Counter()
+    digested = DigestedPass()
+    outputs: dict[int, CapturePoint] = {}  # The last output at each address.
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        call = calls[path, side]
+        calls[path, side] += 1
+        for point in wanted.get((path, side, call), ()):
+            tensor = pick(value, point.member)
+            if tensor is not None and not unsendable(tensor):
+                keep(point, plain(tensor))
+
+    def keep(point: CapturePoint, value: torch.Tensor) -> None:
+        step = steps[point]
+        if point.capture is Capture.INPUT:
+            twin = outputs.get(value.data_ptr())
+            known = digested.digests[twin] if twin else None
+            if twin and known and known.step == step and not known.fault(value, 0.0):
+                digested.digests[point], digested.twins[point] = known, twin
+                return
+        digested.digests[point] = Digest.of(value, step)
+        if point.capture is Capture.OUTPUT:
+            outputs[value.data_ptr()] = point
+
+    with observe(model.module, see):
+        model.forward(x.clone())
+    return digested
+
+
+def _largest(value: torch.Tensor) -> torch.Tensor:
+    """Return the largest magnitude of a floating-point value, ``[1]`` of its type, else 0.
+
+    Types of one byte have none: torch computes nothing with them.
+    """
+    if not value.is_floating_point() or value.dtype.itemsize == 1 or not value.numel():
+        return value.new_zeros(1)
+    low, high = value.aminmax()
+    return torch.maximum(low.abs(), high.abs()).reshape(1)
