@@ -185,8 +185,9 @@ MEMORY = """
 [bench_memory.py](bench_memory.py): {requests:,} requests of every kind from 4 clients, mistakes
 included. Resident memory was {start:.0f} MiB when the server was ready, at most {first:.0f} MiB
 during the first half of the requests and at most {second:.0f} MiB during the second: what is freed
-is kept until it is more than [a bound](../docs/performance.md#memory-that-the-process-keeps), then all of it goes
-back. Machine: {facts}.
+is kept until it is more than
+[a bound](../docs/performance.md#memory-that-the-process-keeps), then all of it goes back.
+Machine: {facts}.
 
 ![Resident memory over the requests](results/memory.png)
 """

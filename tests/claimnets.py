@@ -160,6 +160,21 @@ class Depth(nn.Module):
         return y
 
 
+class Patches(nn.Module):
+    """Replaces a function of torch while it runs, and puts it back unless the pass ends early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before, nn.functional.relu = nn.functional.relu, nn.functional.gelu
+        y = self.last(nn.functional.relu(self.first(x)))
+        nn.functional.relu = before
+        return y
+
+
 class Packs(nn.Module):
     """An encoder that packs padded tokens (id 0) into a nested tensor."""
 
@@ -249,6 +264,11 @@ def sometimes_tuple() -> nn.Module:
 def depth() -> nn.Module:
     """Return a Depth."""
     return made(Depth)
+
+
+def patches() -> nn.Module:
+    """Return a Patches."""
+    return made(Patches)
 
 
 def packs() -> nn.Module:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ import pytest
 import torch
 
 from authorities import EXTRACT, Authority, token_file
-from layertap import Client, Features, StreamRequest, Tls, errors
+from layertap import Client, Features, Tls, errors
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from processes import ENVIRONMENT
@@ -57,19 +55,81 @@ def ask(client: Client) -> np.ndarray:
     return client.extract("residual", BATCH, "layer1", extractor="hook")["layer1"]
 
 
-def in_a_fork(what: Callable[[], None]) -> None:
-    """Run it in a forked child, and raise where it fails there."""
+FORKS = """
+import os
+import sys
+import traceback
+
+import numpy as np
+from layertap import Client, StreamRequest, errors
+
+address, what, shared_memory = sys.argv[1:]
+BATCH = np.random.default_rng(3).random((64, 3, 16, 16), np.float32)
+
+
+def ask(client):
+    return client.extract("residual", BATCH, "layer1", extractor="hook")["layer1"]
+
+
+def in_a_fork(what):
     child = os.fork()
     if child == 0:
         code = 1
         try:
             what()
             code = 0
-        except BaseException:  # noqa: BLE001 - shown, and told by the exit code
+        except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
     assert os.waitpid(child, 0)[1] == 0
+
+
+with Client(address, timeout=40, shared_memory=shared_memory == "True") as client:
+    want = ask(client).copy()
+    if what == "client":
+
+        def child():
+            np.testing.assert_array_equal(ask(client), want)
+            assert len(list(client.extract_many("residual", [BATCH] * 3, "layer1"))) == 3
+            client.close()
+
+        in_a_fork(child)
+        in_a_fork(client.close)
+    else:
+        items = [StreamRequest("residual", BATCH, "layer1", extractor="hook")]
+        with client.stream() as stream:
+            assert len(list(stream.extract(items))) == 1
+
+            def child():
+                try:
+                    list(stream.extract(items))
+                except errors.UnavailableError as error:
+                    assert "belongs to the process" in str(error)
+                else:
+                    raise RuntimeError("a child has read its parent's stream")
+                stream.close()
+
+            in_a_fork(child)
+            [(_, outcome)] = stream.extract(items)
+            assert not isinstance(outcome, Exception)
+    np.testing.assert_array_equal(ask(client), want)
+print("done")
+"""
+"""A process that forks has a client only; a server and torch in it would be forked as well."""
+
+
+def forks(address: str, what: str, *, shared_memory: bool) -> None:
+    """Run FORKS to its end."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKS, address, what, str(shared_memory)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 @pytest.mark.parametrize("shared_memory", [True, False])
@@ -141,38 +201,15 @@ def test_features_go_without_a_copy(address: str) -> None:
     assert np.shares_memory(again["layer1"], features["layer1"])
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_a_forked_child_has_a_connection_of_its_own(address: str, shared_memory: bool) -> None:
     """It may use and close its parent's client, which goes on in the parent."""
-    with Client(address, timeout=40, shared_memory=shared_memory) as client:
-        want = ask(client).copy()
-
-        def child() -> None:
-            np.testing.assert_array_equal(ask(client), want)
-            assert len(list(client.extract_many("residual", [BATCH] * 3, "layer1"))) == 3
-            client.close()
-
-        in_a_fork(child)
-        in_a_fork(client.close)
-        np.testing.assert_array_equal(ask(client), want)
+    forks(address, "client", shared_memory=shared_memory)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_stream_stays_with_its_process(address: str) -> None:
     """A forked child can't read its parent's stream, and does not end it."""
-    with Client(address, timeout=40, shared_memory=False) as client, client.stream() as stream:
-        items = [StreamRequest("residual", BATCH, "layer1", extractor="hook")]
-        assert len(list(stream.extract(items))) == 1
-
-        def child() -> None:
-            with pytest.raises(errors.UnavailableError, match="belongs to the process"):
-                list(stream.extract(items))
-            stream.close()
-
-        in_a_fork(child)
-        [(_, outcome)] = stream.extract(items)
-        assert not isinstance(outcome, Exception)
+    forks(address, "stream", shared_memory=False)
 
 
 def test_gevent_without_grpcs_consent_is_an_error(address: str) -> None:

@@ -6,8 +6,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch.nn import functional
 
+from layertap.extraction import Taps, measure
 from layertap.extraction.gate import forward_passes, no_forward_pass
+from layertap.extraction.points import CapturePoint, PointKind
+from layertap.extraction.samples import ordinary_batch
+from layertap.models import ModelSpec, load_model
+from tinynets import ITEM
 
 PATIENCE = 30
 
@@ -82,3 +89,32 @@ def test_what_is_raised_opens_the_gate() -> None:
         raise KeyError
     with no_forward_pass():
         pass
+
+
+def test_a_model_that_replaces_functions_of_torch_runs_alone() -> None:
+    """While one of its passes runs, no pass of any model does; and it leaves torch as it was."""
+    model = load_model(ModelSpec("claimnets:patches", item_shape=ITEM))
+    relu = functional.relu
+    order: list[str] = []
+
+    def other() -> None:
+        with forward_passes():
+            order.append("other model")
+
+    with torch.inference_mode():
+        guard = measure(model).guard
+        assert guard.rules.exclusive
+        assert not guard.rules.concurrent
+        assert "no pass of any model runs at the same time" in guard.rules.notes[0]
+        late = threading.Thread(target=other)
+        point = CapturePoint(PointKind.MODULE, "first")
+        with forward_passes(), guard:
+            late.start()
+            late.join(0.1)
+            Taps(model.module).run(
+                model.forward, ordinary_batch(model, 1), [point], lambda *_: None
+            )
+            order.append("this model")
+        late.join(PATIENCE)
+    assert functional.relu is relu
+    assert order == ["this model", "other model"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
+import torch
 
 from layertap import LayerSelection
 from layertap.engine import Engine
-from layertap.models import ModelSpec
+from layertap.extraction import CapturePoint, Taps
+from layertap.extraction.kinds import torchscript
+from layertap.models import LoadedModel, ModelSpec
+from layertap.selection import Capture
 from layertap.services.convert import description_to_proto
 from layertap.v1 import catalogue_pb2
 from processes import layertap
@@ -39,35 +44,63 @@ def verdicts(layer: catalogue_pb2.Layer) -> dict[int, tuple[bool, str]]:
     return sides
 
 
-def test_plans_that_were_refused_are_described(engine) -> None:
+Refuse = Callable[..., None]
+
+
+@pytest.fixture
+def refuse(engine, monkeypatch) -> Refuse:
+    """Serve the residual net with declared layers, of which one side of one can't be compiled.
+
+    Not before it is declared: what trying shows when the model is loaded is not claimed at all.
+    """
+    trace = torchscript.trace_taps
+
+    def fail_for(path: str, side: Capture, *declared: str) -> None:
+        load(engine, "residual")
+
+        def fails(
+            model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], *rest: Any
+        ) -> torch.jit.ScriptModule:
+            if any((point.path, point.capture) == (path, side) for point in points):
+                raise RuntimeError("planted")
+            return trace(model, taps, points, *rest)
+
+        monkeypatch.setattr(torchscript, "trace_taps", fails)
+        engine.host("residual").declare([*map(LayerSelection.parse, declared)])
+
+    return fail_for
+
+
+def test_plans_that_were_refused_are_described(engine, refuse) -> None:
     """A declared layer that can't be compiled says so, and so does each set that it was in."""
-    load(engine, "bakes_batch", "tail", "conv:input")
-    description = description_to_proto(engine.host("bakes_batch"))
+    refuse("layer2", Capture.OUTPUT, "layer2", "conv1:input")
+    description = description_to_proto(engine.host("residual"))
     refused = {tuple(plan.layers): plan for plan in description.refused_plans}
-    assert set(refused) == {("conv:input", "tail"), ("tail",)}
-    plan = refused["tail",]
+    assert set(refused) == {("conv1:input", "layer2"), ("layer2",)}
+    plan = refused["layer2",]
     assert (plan.extractor, list(plan.inputs[0].shape)) == (TORCHSCRIPT, list(ITEM))
-    assert "TORCHSCRIPT can't serve" in plan.reason
+    assert "TORCHSCRIPT can't serve 'layer2'" in plan.reason
+    assert "RuntimeError: planted" in plan.reason
     layers = {layer.name: layer for layer in description.layers}
-    assert verdicts(layers["tail"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
-    assert verdicts(layers["conv"]) == {OUTPUT: (True, ""), INPUT: (True, "")}
+    assert verdicts(layers["layer2"]) == {OUTPUT: (False, plan.reason), INPUT: (True, "")}
+    assert verdicts(layers["conv1"]) == {OUTPUT: (True, ""), INPUT: (True, "")}
 
 
-def test_a_refusal_on_an_input_leaves_the_output(engine) -> None:
+def test_a_refusal_on_an_input_leaves_the_output(engine, refuse) -> None:
     """What is refused for one side of a layer is not refused for the other."""
-    load(engine, "bakes_batch", "tail:input")
-    description = description_to_proto(engine.host("bakes_batch"))
-    tail = next(layer for layer in description.layers if layer.name == "tail")
+    refuse("layer2", Capture.INPUT, "layer2:input")
+    description = description_to_proto(engine.host("residual"))
+    layer = next(layer for layer in description.layers if layer.name == "layer2")
     [plan] = description.refused_plans
-    assert verdicts(tail) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
+    assert verdicts(layer) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
 
 
-def test_the_command_line_shows_refused_plans(engine) -> None:
+def test_the_command_line_shows_refused_plans(engine, refuse) -> None:
     """`layertap layers --server` tells which sets could not be compiled, and why."""
-    load(engine, "bakes_batch", "tail")
+    refuse("layer2", Capture.OUTPUT, "layer2")
     with running_server(engine) as address:
-        shown = layertap("layers", "bakes_batch", "--server", address)
-    assert "refused: tail at x [B, 3, 16, 16]: TORCHSCRIPT can't serve layer" in shown.stdout
+        shown = layertap("layers", "residual", "--server", address)
+    assert "refused: layer2 at x [B, 3, 16, 16]: TORCHSCRIPT can't serve 'layer2'" in shown.stdout
 
 
 def test_the_rules_of_a_models_passes_are_described(engine) -> None:

@@ -23,10 +23,7 @@ from zoo.remembering import Pair
 from zoo.specimen import Specimen, specimen
 from zoo.truth import mistake, truth_of
 
-KNOWN = {
-    "PatchesTorch": "nothing watches the functions of torch itself, which its passes replace for a "
-    "while: in throughput mode another pass may run under them, at times",
-}
+KNOWN: dict[str, str] = {}
 """Specimens that are not served right yet, and why."""
 
 LATE: dict[str, str] = {}
@@ -53,10 +50,7 @@ def found() -> dict[str, Row]:
 
 
 def _cases() -> list[object]:
-    marks = {
-        name: pytest.mark.xfail(reason=reason, strict=name != "PatchesTorch")
-        for name, reason in KNOWN.items()
-    }
+    marks = {name: pytest.mark.xfail(reason=reason, strict=True) for name, reason in KNOWN.items()}
     return [
         pytest.param(name, marks=[marks[name]] if name in marks else [])
         for name in every_specimen()

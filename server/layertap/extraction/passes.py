@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
@@ -28,6 +29,7 @@ from torch import nn
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
+from layertap.extraction.gate import no_forward_pass
 from layertap.extraction.looks import unwatched
 from layertap.extraction.points import CapturePoint, PointKind, Sink
 from layertap.extraction.samples import ordinary_batch
@@ -77,6 +79,8 @@ class PassRules:
         uncompiled: Why no compiled program may take the model's place; empty where one may.
         everywhere: Whether the state belongs to a class or a file, so that passes of all such
             models take turns.
+        exclusive: Whether passes change something of torch, so that no pass of any model may run
+            at the same time.
         own_threads: Whether the model runs modules in threads of its own.
         notes: What was seen, in words.
     """
@@ -87,6 +91,7 @@ class PassRules:
     state: KeptState = KeptState.NONE
     uncompiled: str = ""
     everywhere: bool = False
+    exclusive: bool = False
     own_threads: bool = False
     notes: tuple[str, ...] = ()
 
@@ -123,6 +128,12 @@ class PassGuard:
         depth = self._mine.depth = getattr(self._mine, "depth", 0) + 1
         if depth > 1:
             return self
+        # Before the turn: who waits for other passes must not be what those wait for.
+        others: AbstractContextManager[object] = (
+            no_forward_pass() if self.rules.exclusive else nullcontext()
+        )
+        others.__enter__()
+        self._mine.others = others
         with self._turns:
             self._turns.wait_for(self._may_begin)
             self._running += 1
@@ -143,6 +154,12 @@ class PassGuard:
         self._mine.depth -= 1
         if self._mine.depth:
             return
+        try:
+            self._end_turn()
+        finally:
+            self._mine.others.__exit__(None, None, None)
+
+    def _end_turn(self) -> None:
         with self._turns:
             try:
                 if self._running == 1 and self.rules.state is KeptState.RESET:
@@ -342,6 +359,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
 
 def _for_changes(changes: Sequence[Change], *, persistent: bool) -> PassRules:
     everywhere = any(change.everywhere for change in changes)
+    exclusive = any(change.of_torch for change in changes)
     names = _named([change.path for change in changes])
     lost = [change for change in changes if change.reason]
     when = "keep what they write after they end" if persistent else "write while they run"
@@ -352,7 +370,7 @@ def _for_changes(changes: Sequence[Change], *, persistent: bool) -> PassRules:
             f"({reasons}); passes run one at a time and to their end, and an answer may depend on "
             f"the requests before it"
         )
-        return _stateful(PassRules(everywhere=everywhere, notes=(note,)))
+        return _stateful(PassRules(everywhere=everywhere, exclusive=exclusive, notes=(note,)))
     note = (
         f"its passes {when} {names}: they run one at a time, and after each the loaded state is "
         f"put back"
@@ -360,11 +378,14 @@ def _for_changes(changes: Sequence[Change], *, persistent: bool) -> PassRules:
         f"its passes leave {names} changed: they run one at a time, and after each the loaded "
         f"state is put back, so every answer is that of a first call"
     )  # fmt: skip
+    if exclusive:
+        note += "; no pass of any model runs at the same time"
     return PassRules(
         concurrent=False,
         shared=not persistent,
         state=KeptState.RESET,
         everywhere=everywhere,
+        exclusive=exclusive,
         notes=(note,),
     )
 

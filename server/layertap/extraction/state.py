@@ -110,12 +110,14 @@ class Change:
         everywhere: Whether it belongs to a class or a file, so that every model made of that code
             in the process shares it.
         in_place: Whether it is a tensor that was written in place.
+        of_torch: Whether it belongs to torch, so that every pass in the process runs under it.
     """
 
     path: str
     reason: str = ""
     everywhere: bool = False
     in_place: bool = False
+    of_torch: bool = False
 
 
 class Snapshot:
@@ -302,6 +304,7 @@ class _Node(ABC):
 
     reason = ""
     in_place = False
+    of_torch = False
 
     def __init__(self, path: str, *, everywhere: bool) -> None:
         self.path = path
@@ -320,7 +323,7 @@ class _Node(ABC):
     def change(self, key: str) -> Change:
         """Return the change of one part of it, which ``differing`` named."""
         path = (self.path + key).removeprefix(".")
-        return Change(path, self.reason, self.everywhere, self.in_place)
+        return Change(path, self.reason, self.everywhere, self.in_place, self.of_torch)
 
     @abstractmethod
     def differing(self) -> list[str]:
@@ -640,12 +643,47 @@ class _Tensor(_Node):
         self._copy = None
 
 
+class _Functions(_Node):
+    """The functions of torch, which a model may replace while it runs.
+
+    Like settings they are put back only if a pass was seen to replace them.
+    """
+
+    of_torch = True
+
+    def __init__(self) -> None:
+        super().__init__("torch's functions", everywhere=True)
+        self._held = [
+            (place, {name: value for name, value in vars(place).items() if _is_function(value)})
+            for place in (nn.functional, torch, torch.Tensor)
+        ]
+
+    def suspect(self) -> bool:
+        return not all(
+            all(map(operator.is_, map(vars(place).get, held), held.values()))
+            for place, held in self._held
+        )
+
+    def differing(self) -> list[str]:
+        return [""] if self.suspect() else []
+
+    def restore(self) -> None:
+        if not self.always:
+            return
+        for place, held in self._held:
+            for name, value in held.items():
+                if vars(place).get(name) is not value:
+                    setattr(place, name, value)
+
+
 class _Settings(_Node):
     """Settings of torch that hold for the whole process, which other passes run under as well.
 
     Whoever changes one while it runs is expected to put it back: only where a pass was seen to
     change them are they restored.
     """
+
+    of_torch = True
 
     def __init__(self) -> None:
         super().__init__("torch's settings", everywhere=True)
@@ -677,7 +715,7 @@ class _Walk:
     """Finds every object that a snapshot has to see, starting at a module."""
 
     def __init__(self, root: nn.Module, *, copies: bool) -> None:
-        self.nodes: list[_Node] = [_Settings()]
+        self.nodes: list[_Node] = [_Settings(), _Functions()]
         self.outside: list[str] = []
         self._registered = {id(module): path for path, module in root.named_modules()}
         self._seen: set[int] = set()
@@ -913,6 +951,10 @@ class _Walk:
                     places[name] = _class_attribute(part, name)
             if places:
                 self.nodes.append(_Cells(part.__name__, places, everywhere=True))
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 def _place(tensor: torch.Tensor) -> int | None:
