@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from layertap.addresses import TARGET
 from layertap.client.channel import ChannelSettings, PathLike, Tls, channel_settings, read_token
 from layertap.client.failures import error_from_rpc
 from layertap.client.retry import check_retries
@@ -17,7 +18,6 @@ from layertap.v1 import feature_service_pb2
 from layertap.wire.messages import REPLY_COMPRESSION_KEY, REPLY_COMPRESSIONS
 
 __all__ = [
-    "TARGET",
     "BaseClient",
     "Method",
     "ReadyWait",
@@ -25,8 +25,6 @@ __all__ = [
     "health_in",
     "health_message",
 ]
-
-TARGET = "127.0.0.1:8001"
 
 Metadata = tuple[tuple[str, str], ...]
 

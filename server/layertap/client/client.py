@@ -36,9 +36,9 @@ from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
-    from layertap.client.inputs import InputLike
+    from layertap.inputs import InputLike
     from layertap.shm.client_session import ClientSession
-    from layertap.wire.messages import Arrays
+    from layertap.wire.tensors import Arrays
 
 __all__ = ["Client"]
 

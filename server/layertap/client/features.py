@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Self, SupportsIndex
 import numpy as np
 
 from layertap.selection import Extractor
+from layertap.timings import Timings
 from layertap.v1 import catalogue_pb2
 from layertap.v1.feature_service_pb2 import ExtractResponse, ExtractStreamResponse
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
-from layertap.wire.messages import Find, Timings, decode_reply
+from layertap.wire.messages import Find, decode_reply
 from layertap.wire.tensors import TensorView
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def extraction_request(
     *,
     admit: Callable[[int], object] = lambda nbytes: None,
     streamed: bool = False,
-) -> ExtractionRequest:
+) -> ExtractionRequest[bytes]:
     """Return what a request asks of a model.
 
     Args:
