@@ -35,8 +35,8 @@ def child(way: str, calls: int) -> None:
     from layertap.extraction.samples import ordinary_batch
     from layertap.models import ModelSpec, load_model
     from layertap.selection import Extractor, LayerSelection
-    from layertap.wire.messages import Timings
-    from layertap.wire.reply_form import NativeForm
+    from layertap.services.native_form import NativeForm
+    from layertap.timings import Timings
 
     with torch.inference_mode():
         model = load_model(ModelSpec(NET, weights="random"))

@@ -18,8 +18,8 @@ from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.verify import compiled_tolerance, difference
 from layertap.models import Batch, LoadedModel
 from layertap.selection import LayerSelection
-from layertap.wire.messages import Timings
-from layertap.wire.reply_form import NativeForm
+from layertap.services.native_form import NativeForm
+from layertap.timings import Timings
 
 __all__ = ["BLOCKING", "EAGER", "GRAPH", "INTO_REPLY", "Way", "Ways"]
 

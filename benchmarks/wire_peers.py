@@ -28,6 +28,7 @@ from layertap import Client
 from layertap.app.grpc_options import channel_options
 from layertap.malloc import keep_memory
 from layertap.selection import Extractor
+from layertap.services.native_form import REPLY_HEAD_SIZE, encode_reply_head
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.shm.broker import Broker
 from layertap.shm.shared_memory import SessionMemory, SharedMemory
@@ -38,7 +39,6 @@ from layertap.wire.messages import (
     Timings,
     decode_request,
 )
-from layertap.wire.reply_form import REPLY_HEAD_SIZE, encode_reply_head
 
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32

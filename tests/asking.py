@@ -9,6 +9,7 @@ import torch
 
 from layertap import Extractor, Features, LayerSelection
 from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
+from layertap.services.native_form import NativeForm
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
 
@@ -26,7 +27,7 @@ def request_for(
     selections = tuple(
         text if isinstance(text, LayerSelection) else LayerSelection.parse(text) for text in texts
     )
-    return ExtractionRequest(net, TensorsInput((view,)), selections, extractor)
+    return ExtractionRequest(net, TensorsInput((view,)), selections, extractor, form=NativeForm)
 
 
 def ask(
@@ -37,4 +38,4 @@ def ask(
     extractor: Extractor = Extractor.AUTO,
 ) -> Features:
     """Extract, and read the message as a client does."""
-    return Features(engine.extract(request_for(net, layers, x, extractor), Call()).message)
+    return Features(engine.extract(request_for(net, layers, x, extractor), Call()).payload)

@@ -35,7 +35,7 @@ def command(verb: str) -> list[str]:
 
 def test_the_example_answers_with_the_shapes_that_it_claims() -> None:
     """The server's command and the client's code, with a free port and the real photograph."""
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     photo = ROOT / "examples" / "images" / "grace_hopper.jpg"
     _, *args = command("serve")
     with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
@@ -49,13 +49,35 @@ def test_the_example_answers_with_the_shapes_that_it_claims() -> None:
     assert set(features.torch()) == {"layer1", "avgpool:input"}
 
 
+def test_the_examples_without_a_server_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The code of the README and docs/local.md has the shapes and prints the lines it claims."""
+    shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "local.md").read_text("utf-8")
+    _, short, _ = blocks("python")
+    (long,) = blocks("python", page)
+    claims = re.findall(r"^ +(features\[.+\])  # .*?(\[\d[\d, ]*\])", long, re.MULTILINE)
+    assert len(claims) == 2
+    for value, shape in claims:
+        long = long.replace(f"    {value} ", f"    assert list({value}.shape) == {shape} ")
+    for code in (short, long):
+        exec(code, {})  # noqa: S102 - the pages are ours
+    printed = capsys.readouterr().out
+    claimed = re.findall(r"print\(.*\)  # (?:what it takes: )?(.*[\]\d])$", long, re.MULTILINE)
+    assert len(claimed) == 2
+    assert all(line in printed for line in claimed)
+    assert printed.count("\n") > 50
+
+
 def test_the_examples_with_nvidias_client_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's and docs/protocol.md's code, in its environment, has the shapes it claims."""
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    _, short = blocks("python")
+    *_, short = blocks("python")
     (long,) = blocks("python", (ROOT / "docs" / "protocol.md").read_text("utf-8"))
     _, *args = command("serve")
     with serving(*args, "--port", "0", "--metrics-port", "-1") as server:

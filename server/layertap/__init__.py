@@ -1,24 +1,32 @@
-"""layertap: a gRPC feature server for PyTorch models.
+"""layertap: layers of PyTorch models, in this process or from a gRPC server.
 
-Name layers of a model, get their activations: ``Client`` asks a server, which ``layertap serve``
-starts. Importing this package does not import torch.
+Name layers of a model, get their activations: ``load`` runs a model in this process, ``Client``
+asks a server, which ``layertap serve`` starts. Importing this package imports neither torch nor
+grpc; the first use of a name imports what that name needs.
 """
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from layertap.client import (
-    AsyncClient,
-    AsyncFeatureStream,
-    Client,
-    Features,
-    FeatureStream,
-    StreamRequest,
-    Tls,
-    read_token,
-)
-from layertap.errors import LayertapError
-from layertap.malloc import keep_memory
-from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layertap.client import (
+        AsyncClient,
+        AsyncFeatureStream,
+        Client,
+        Features,
+        FeatureStream,
+        StreamRequest,
+        Tls,
+        read_token,
+    )
+    from layertap.errors import LayertapError
+    from layertap.local import LocalFeatures, LocalModel, load
+    from layertap.malloc import keep_memory
+    from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+    from layertap.settings import Limits
 
 __all__ = [
     "AsyncClient",
@@ -30,12 +38,53 @@ __all__ = [
     "Features",
     "LayerSelection",
     "LayertapError",
+    "Limits",
+    "LocalFeatures",
+    "LocalModel",
     "Reduction",
     "StreamRequest",
     "Tls",
     "__version__",
     "keep_memory",
+    "load",
     "read_token",
 ]
 
 __version__ = version("layertap")
+
+_HOMES = {
+    "layertap.client": (
+        "AsyncClient",
+        "AsyncFeatureStream",
+        "Client",
+        "FeatureStream",
+        "Features",
+        "StreamRequest",
+        "Tls",
+        "read_token",
+    ),
+    "layertap.errors": ("LayertapError",),
+    "layertap.local": ("LocalFeatures", "LocalModel", "load"),
+    "layertap.malloc": ("keep_memory",),
+    "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Reduction"),
+    "layertap.settings": ("Limits",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what a public name needs, at its first use.
+
+    Raises:
+        AttributeError: For a name that is not public.
+    """
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the module's names, those that are not imported yet included."""
+    return sorted({*globals(), *__all__})

@@ -1,10 +1,11 @@
-"""Addresses as text: brackets around IPv6, Unix sockets, what can't be reached from elsewhere."""
+"""Parses and formats addresses: IPv6 in brackets, Unix sockets, and local addresses."""
 
 from __future__ import annotations
 
 import ipaddress
 
 __all__ = [
+    "TARGET",
     "bare_host",
     "host_port",
     "is_loopback",
@@ -12,6 +13,9 @@ __all__ = [
     "target_is_loopback",
     "unix_path",
 ]
+
+TARGET = "127.0.0.1:8001"
+"""Where a server is unless it is told otherwise."""
 
 # Anything else before a colon is a host's name, as gRPC reads it.
 _SCHEMES = ("dns", "ipv4", "ipv6")

@@ -1,6 +1,6 @@
-"""Keeping the memory of large messages instead of getting it from the system each time again.
+"""Keeps the memory of large messages, instead of returning it to the system each time.
 
-docs/decisions/0007-the-allocator.md has why and what it is worth.
+docs/decisions/0007-the-allocator.md explains why, with measurements.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The CPUs, memory and files that this process may use: in a container fewer than the node has.
+"""The CPUs, memory and files that this process may use; in a container fewer than the node has.
 
 Read from the process's control groups, version 2 and version 1, and from the affinity mask. A
 container with a quota of one CPU on a node of 64 still sees 64 cores; as many threads would be

@@ -1,4 +1,4 @@
-"""What can be requested, in words shared by client, server and command line."""
+"""Selections of layers, extractors and reductions, shared by client, server and command line."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "LayerSelection",
     "Reduction",
     "SelectionLike",
+    "as_extractor",
     "is_glob",
     "parse_selections",
 ]
@@ -53,6 +54,16 @@ class Extractor(StrEnum):
     FX = "fx", "F"
     LAYER_GETTER = "layer_getter", "L"
     CHILDREN = "children", "C"
+
+
+def as_extractor(name: Extractor | str) -> Extractor:
+    """Return an extractor by its name; raise InvalidInputError for one that there is not."""
+    try:
+        return Extractor(name)
+    except ValueError:
+        raise InvalidInputError(
+            f"extractor: got {name!r}, expected one of {', '.join(Extractor)}"
+        ) from None
 
 
 class Capture(StrEnum):

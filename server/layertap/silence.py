@@ -1,7 +1,7 @@
-"""Ignoring Python warnings for a while, safely in a process of many threads.
+"""Ignores Python warnings temporarily, safely in a process with many threads.
 
 Python keeps one list of warning filters for the whole process. ``warnings.catch_warnings`` replaces
-that list and puts the former one back, so two blocks that overlap in time, in two threads, can
+that list and restores the former one, so two blocks that overlap in time, in two threads, can
 leave the process with the filters of the wrong one permanently. All code of layertap that ignores
 warnings uses ``warnings_ignored`` instead; it is the only place where they are changed.
 """

@@ -1,4 +1,4 @@
-"""Files with bearer tokens: one token a line, ``#`` begins a comment."""
+"""Files with bearer tokens: one token per line; ``#`` starts a comment."""
 
 from __future__ import annotations
 

@@ -179,18 +179,12 @@ def test_a_broken_image_is_named(address: str, images: list[str], tmp_path: Path
         assert f"image {broken}: got 8 bytes of something else" in result.output
 
 
-class Reply(dict[str, np.ndarray]):
-    """What Columns reads of Features."""
-
-    extractor = Extractor.HOOK
-
-
 def test_batches_are_joined_along_the_measured_dimension() -> None:
     """Along the second where that is the batch; rows of the first dimension would be no images."""
     columns = Columns(lambda: {"a": 1})
     parts = [np.random.default_rng(seed).random((5, 2, 3)) for seed in range(2)]
     for part in parts:
-        columns.add(Reply(a=part), 2)
+        columns.add({"a": part}, Extractor.HOOK, 2)
     [(_, joined, _)] = columns.rows()
     np.testing.assert_array_equal(joined, np.concatenate(parts, 1))
 
@@ -198,23 +192,23 @@ def test_batches_are_joined_along_the_measured_dimension() -> None:
 def test_rows_that_cannot_be_told_apart_are_refused() -> None:
     """Batches are joined only where each item has elements of its own along one dimension."""
     columns = Columns(lambda: {"a": None})
-    columns.add(Reply(a=np.zeros((2, 4))), 2)
+    columns.add({"a": np.zeros((2, 4))}, Extractor.HOOK, 2)
     with pytest.raises(InvalidInputError, match="one by one"):
-        columns.add(Reply(a=np.zeros((2, 4))), 2)
+        columns.add({"a": np.zeros((2, 4))}, Extractor.HOOK, 2)
     columns = Columns(lambda: {"a": 0})
-    columns.add(Reply(a=np.zeros((3, 4))), 2)
+    columns.add({"a": np.zeros((3, 4))}, Extractor.HOOK, 2)
     with pytest.raises(InvalidInputError, match="--batch-size"):
-        columns.add(Reply(a=np.zeros((3, 4))), 2)
+        columns.add({"a": np.zeros((3, 4))}, Extractor.HOOK, 2)
     columns = Columns(lambda: {"a": 0})
-    columns.add(Reply(a=np.zeros((2, 4))), 2)
+    columns.add({"a": np.zeros((2, 4))}, Extractor.HOOK, 2)
     with pytest.raises(InvalidInputError, match="can't be joined"):
-        columns.add(Reply(a=np.zeros((1, 5))), 1)
+        columns.add({"a": np.zeros((1, 5))}, Extractor.HOOK, 1)
 
 
 def test_any_name_can_be_a_key(tmp_path: Path) -> None:
     """A layer called ``file``, which ``np.savez`` could not store, is a key like any other."""
     columns = Columns(dict)
-    columns.add(Reply(file=np.arange(3)), 3)
+    columns.add({"file": np.arange(3)}, Extractor.HOOK, 3)
     columns.save(tmp_path / "a.npz")
     with np.load(tmp_path / "a.npz") as stored:
         np.testing.assert_array_equal(stored["file"], np.arange(3))
@@ -229,7 +223,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
     out = tmp_path / "a.npz"
     out.write_text("old")
     columns = Columns(dict)
-    columns.add(Reply(a=np.arange(3)), 3)
+    columns.add({"a": np.arange(3)}, Extractor.HOOK, 3)
     monkeypatch.setattr(np.lib.format, "write_array", full)
     with pytest.raises(InvalidInputError, match="No space left"):
         columns.save(out)
@@ -240,7 +234,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_place_that_takes_no_file_is_told(tmp_path: Path) -> None:
     """Where a file can be neither made nor removed, that is an error without a traceback."""
     columns = Columns(dict)
-    columns.add(Reply(a=np.arange(3)), 3)
+    columns.add({"a": np.arange(3)}, Extractor.HOOK, 3)
     with pytest.raises(InvalidInputError, match="File name too long"):
         columns.save(tmp_path / ("a" * 250 + ".npz"))
 
@@ -254,7 +248,7 @@ def test_an_interrupted_write_leaves_nothing(
         raise KeyboardInterrupt
 
     columns = Columns(dict)
-    columns.add(Reply(a=np.arange(3)), 3)
+    columns.add({"a": np.arange(3)}, Extractor.HOOK, 3)
     monkeypatch.setattr(np.lib.format, "write_array", interrupted)
     with pytest.raises(KeyboardInterrupt):
         columns.save(tmp_path / "a.npz")

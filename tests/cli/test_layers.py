@@ -13,7 +13,7 @@ from rich.table import Table
 
 from layertap.cli.main import main
 from layertap.cli.render import _tree, console
-from layertap.engine import Engine
+from layertap.engine import Engine, describe
 from layertap.models import ModelSpec
 from layertap.services.convert import description_to_proto
 from layertap.v1 import feature_service_pb2
@@ -106,7 +106,7 @@ def test_tree(address: str) -> None:
 
 def test_only_types_give_way_to_a_narrow_terminal(engine: Engine) -> None:
     """Where the terminal is too narrow, types are cut short; lines and shapes stay whole."""
-    tree = _tree(description_to_proto(engine.host("residual")).layers)
+    tree = _tree(describe(engine.host("residual")).layers)
     natural = max(len(line.rstrip()) for line in drawn(tree, 500))
     assert natural < 80
     lines = drawn(tree, natural - 8)

@@ -19,6 +19,7 @@ from asking import request_for
 from layertap import Extractor, LayerSelection, Reduction, errors
 from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, Limits
 from layertap.models import ModelSpec
+from layertap.services.native_form import NativeForm
 from tinynets import ITEM
 
 X = np.random.default_rng(0).random((1, *ITEM), dtype=np.float32)
@@ -79,9 +80,9 @@ def test_one_request_too_many_is_refused_at_once() -> None:
         with pytest.raises(errors.OverloadedError, match="queue full: 3 requests are waiting"):
             engine.extract(REQUEST, Call())
         gate.open.set()
-        assert all(done.result(60).message for done in admitted)
+        assert all(done.result(60).payload for done in admitted)
     assert engine.pending == 0
-    assert engine.extract(REQUEST, Call()).message
+    assert engine.extract(REQUEST, Call()).payload
     engine.close()
 
 
@@ -99,7 +100,7 @@ def test_a_refused_request_gives_its_place_back(engine) -> None:
 def test_replies_count_until_they_are_released(engine, no_gc) -> None:
     """Replies that are not sent yet fill the budget; the next is refused before it is allocated."""
     replies = [engine.extract(REQUEST, Call()) for _ in range(2)]
-    size = len(replies[0].message)
+    size = len(replies[0].payload)
     assert engine.pending_bytes == 2 * size
     with pytest.raises(errors.OverloadedError, match=f"{size} bytes beside {2 * size}.*limit is 5"):
         engine.extract(REQUEST, Call())
@@ -114,7 +115,7 @@ def test_replies_count_until_they_are_released(engine, no_gc) -> None:
 def test_a_reply_that_nobody_released_counts_until_it_is_dropped(engine, no_gc) -> None:
     """The safety net needs no garbage collector: nothing refers to the reply in a circle."""
     reply = engine.extract(REQUEST, Call())
-    assert engine.pending_bytes == len(reply.message)
+    assert engine.pending_bytes == len(reply.payload)
     del reply
     assert engine.pending_bytes == 0
 
@@ -128,7 +129,7 @@ def test_a_request_is_let_go_when_it_is_answered(engine, no_gc) -> None:
     reply = engine.extract(request, call)
     del request
     assert alive() is None
-    assert (len(reply.message) > 0, call.remaining()) == (True, None)
+    assert (len(reply.payload) > 0, call.remaining()) == (True, None)
 
 
 def test_received_bytes_count_as_replies_do(engine) -> None:
@@ -151,11 +152,13 @@ def test_what_images_are_decoded_to_counts() -> None:
         engine.load(ModelSpec("squeezenet1_1", weights="random"))
         files = [encoded(64, 64) for _ in range(2)]
         layers = (LayerSelection("classifier.3", reduction=Reduction.GLOBAL_AVERAGE_POOL),)
-        request = ExtractionRequest("squeezenet1_1", ImagesInput(files), layers)
+        request = ExtractionRequest("squeezenet1_1", ImagesInput(files), layers, form=NativeForm)
         with pytest.raises(errors.OverloadedError, match="the request takes 1204224 bytes"):
             engine.extract(request, Call())
         assert engine.pending_bytes == 0
-        request = ExtractionRequest("squeezenet1_1", ImagesInput(files[:1]), layers)
+        request = ExtractionRequest(
+            "squeezenet1_1", ImagesInput(files[:1]), layers, form=NativeForm
+        )
         with engine.reserve(0) as received:
             engine.extract(request, Call(), received=received).release()
             assert received.nbytes == len(files[0]) + 3 * 224 * 224 * 4
@@ -181,13 +184,13 @@ def test_a_pass_that_finds_its_shapes_dynamic_reserves_once(engine, no_gc) -> No
     """The bytes of the reply that was predicted are given back before those of the real one."""
     engine.load(ModelSpec("oddnets:marked", item_shape=ITEM))
     predicted = engine.extract(request_for("marked", "stretch", X), Call())
-    size = len(predicted.message)
+    size = len(predicted.payload)
     predicted.release()
     assert 2 * size < 5000 < 3 * size
     x = X.copy()
     x[0, 0, 0, 0] = oddnets.MARK
     reply = engine.extract(request_for("marked", "stretch", x), Call())
-    assert engine.pending_bytes == len(reply.message) > 1.9 * size
+    assert engine.pending_bytes == len(reply.payload) > 1.9 * size
     reply.release()
     assert engine.pending_bytes == 0
 
@@ -233,7 +236,7 @@ def test_a_request_that_nobody_waits_for_leaves_the_queue(engine) -> None:
             engine.extract(REQUEST, Call(timeout=0.05))
         assert engine.pending == 1
         gate.open.set()
-        assert running.result(60).message
+        assert running.result(60).payload
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from layertap import LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, Limits
 from layertap.engine.batch import KEPT_IMAGES
 from layertap.models import ImageSettings, ModelSpec
+from layertap.services.native_form import NativeForm
 from tinynets import ITEM
 
 PIXELS = 1000
@@ -35,7 +36,9 @@ def png(width: int, height: int) -> bytes:
 
 
 def ask(engine: Engine, *images: bytes) -> int:
-    request = ExtractionRequest("residual", ImagesInput(images), (LayerSelection("conv1"),))
+    request = ExtractionRequest(
+        "residual", ImagesInput(images), (LayerSelection("conv1"),), form=NativeForm
+    )
     return engine.extract(request, Call()).items
 
 

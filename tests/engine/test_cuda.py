@@ -18,6 +18,7 @@ from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, Images
 from layertap.extraction.tf32 import allow_tf32
 from layertap.extraction.verify import TF32_TOLERANCE, TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
+from layertap.services.native_form import NativeForm
 from oracle import outputs_of
 from tinynets import ITEM
 
@@ -104,9 +105,13 @@ def test_a_declared_layer_is_compiled(engine) -> None:
 def test_a_photograph_reaches_the_gpu(engine) -> None:
     """Images are preprocessed on the CPU and computed on the GPU."""
     request = ExtractionRequest(
-        "residual", ImagesInput((PHOTO.read_bytes(),)), (LayerSelection("conv1"),), Extractor.HOOK
+        "residual",
+        ImagesInput((PHOTO.read_bytes(),)),
+        (LayerSelection("conv1"),),
+        Extractor.HOOK,
+        form=NativeForm,
     )
-    value = Features(engine.extract(request, Call()).message)["conv1"]
+    value = Features(engine.extract(request, Call()).payload)["conv1"]
     assert value.shape[0] == 1
     assert np.isfinite(value).all()
 

@@ -13,6 +13,7 @@ import namednets
 from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
 from layertap.models import ModelSpec
+from layertap.services.native_form import NativeForm
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
 from oracle import outputs_of
@@ -124,8 +125,10 @@ def test_odd_names_of_modules(engine, key) -> None:
     x = images().numpy()
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     chosen = (LayerSelection(f"heads.{key}"),)
-    reply = engine.extract(ExtractionRequest("odd_keys", TensorsInput((view,)), chosen), Call())
-    got = Features(reply.message)
+    reply = engine.extract(
+        ExtractionRequest("odd_keys", TensorsInput((view,)), chosen, form=NativeForm), Call()
+    )
+    got = Features(reply.payload)
     assert list(got) == [f"heads.{key}"]
     right = fresh(images())[key]
     np.testing.assert_allclose(got[f"heads.{key}"], right.numpy(), rtol=1e-4, atol=1e-5)

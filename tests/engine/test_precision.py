@@ -14,6 +14,7 @@ from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput
 from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
 from layertap.models import ModelSpec
+from layertap.services.native_form import NativeForm
 from oracle import outputs_of
 from tinynets import ITEM
 
@@ -77,9 +78,13 @@ def test_photographs_are_converted(engine) -> None:
     """An image is preprocessed in float32 and computed in the model's precision."""
     load(engine, precision="bfloat16")
     request = ExtractionRequest(
-        "residual", ImagesInput((PHOTO.read_bytes(),)), (LayerSelection("conv1"),), Extractor.HOOK
+        "residual",
+        ImagesInput((PHOTO.read_bytes(),)),
+        (LayerSelection("conv1"),),
+        Extractor.HOOK,
+        form=NativeForm,
     )
-    value = Features(engine.extract(request, Call()).message).torch()["conv1"]
+    value = Features(engine.extract(request, Call()).payload).torch()["conv1"]
     assert value.dtype is torch.bfloat16
     assert bool(value.isfinite().all())
 

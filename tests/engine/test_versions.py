@@ -18,6 +18,7 @@ from layertap import Extractor, Features, LayerSelection, errors
 from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorsInput
 from layertap.engine.versions import Versions
 from layertap.models import ModelSpec
+from layertap.services.native_form import NativeForm
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
 from versioned import HOLDS, ITEM, LAYERS, save, save_weights
@@ -42,8 +43,8 @@ def ask(
     x = np.full((1, *ITEM), value, np.float32)
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     chosen = tuple(LayerSelection(layer) for layer in layers)
-    request = ExtractionRequest("net", TensorsInput((view,)), chosen, extractor)
-    return Features(engine.extract(request, Call()).message)
+    request = ExtractionRequest("net", TensorsInput((view,)), chosen, extractor, form=NativeForm)
+    return Features(engine.extract(request, Call()).payload)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -85,7 +85,7 @@ class Together:
 
     def values(self) -> list[dict[str, torch.Tensor]]:
         """Return what each got."""
-        return [Features(done.result().message).torch() for done in self.done]
+        return [Features(done.result().payload).torch() for done in self.done]
 
     @property
     def shared(self) -> list[int]:

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from layertap.selection import Extractor
+from layertap.services.native_form import encode_reply_head
+from layertap.timings import Timings
 from layertap.v1.feature_service_pb2 import ExtractRequest, ExtractResponse, ImageBatch
 from layertap.v1.tensor_pb2 import DATA_TYPE_BOOL, DATA_TYPE_FLOAT32, SharedSlice, Tensor
 from layertap.wire.dtypes import DTYPES
 from layertap.wire.messages import (
     REPLY_TENSOR_FIELD,
-    Timings,
     encode_request,
 )
-from layertap.wire.reply_form import encode_reply_head
 from layertap.wire.tensors import encode_message
 from protowire import INT8, SCALAR, field, groups, varint
 

@@ -75,7 +75,7 @@ def test_the_request_is_released_and_the_reply_is_its_owners(engine, plane, seen
     message = bytes(3000)
     extraction = plane.extract(message, lambda same: same, convert, Call())
     assert counted == [3000]
-    assert engine.pending_bytes == len(extraction.message)
+    assert engine.pending_bytes == len(extraction.payload)
     assert seen.ends == {"residual OK": 1}
     extraction.release()
     assert engine.pending_bytes == 0

@@ -40,13 +40,13 @@ HELPERS = {
     "selection.py": "names of layers",
     "services/current_request.py": "the request's id, for logs",
     "services/infer/statistics.py": "an observer",
-    "services/shared_form.py": "as wire/reply_form.py",
+    "services/native_form.py": "knows a reply's size before the pass and its head after it",
+    "services/shared_form.py": "as services/native_form.py",
     "services/unary.py": "the RPC's end",
     "settings/": "limits",
     "shm/": "shared memory, which this request does not use",
     "threads.py": "the pools that run the handlers",
-    "wire/": "what messages look like; wire/reply_form.py knows a reply's size before the pass and "
-    "its head after it",
+    "wire/": "what messages look like",
 }
 """Files and folders that may be entered several times, and why."""
 

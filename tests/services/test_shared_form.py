@@ -10,8 +10,8 @@ from layertap.selection import Extractor
 from layertap.services.shared_form import SharedForm
 from layertap.shm.regions import Region, supported
 from layertap.shm.shared_memory import LEAST_BYTES, SessionMemory, SharedMemory
+from layertap.timings import Timings
 from layertap.v1.feature_service_pb2 import ExtractResponse
-from layertap.wire.messages import Timings
 
 needs_shared_memory = pytest.mark.skipif(not supported(), reason="shared memory is Linux's")
 
@@ -46,12 +46,12 @@ def test_large_tensors_stand_in_shared_memory(memory: SessionMemory) -> None:
     """The message, of which alone admission is told, refers to the region that has the bytes."""
     x = np.random.default_rng(0).random((2, LEAST_BYTES // 4), np.float32)
     form = SharedForm(Extractor.HOOK, memory=memory)
-    layout = form.lay_out([("a", 1, x.shape)])
+    nbytes = form.lay_out([("a", 1, x.shape)])
     admitted: list[int] = []
-    builder = form.builder(layout, admitted.append)
+    builder = form.builder(admitted.append)
     builder.write(0, x, 1)
     message = builder.finish(form.head(Timings()))
-    assert layout.nbytes > x.nbytes == form.shared_bytes
+    assert nbytes > x.nbytes == form.shared_bytes
     assert admitted == [len(message)]
     (tensor,) = ExtractResponse.FromString(message).tensors
     region = memory.session.channel.regions[tensor.shared.region]
@@ -64,7 +64,8 @@ def test_large_tensors_stand_in_shared_memory(memory: SessionMemory) -> None:
 def test_small_tensors_stay_in_the_message(memory: SessionMemory) -> None:
     """What is as quick to send is sent."""
     form = SharedForm(Extractor.HOOK, memory=memory)
-    builder = form.builder(form.lay_out([("a", 1, (10,))]), lambda nbytes: None)
+    form.lay_out([("a", 1, (10,))])
+    builder = form.builder(lambda nbytes: None)
     builder.write(0, np.ones(10, np.float32), 1)
     (tensor,) = ExtractResponse.FromString(builder.finish(form.head(Timings()))).tensors
     assert len(tensor.data) == 40
@@ -80,8 +81,8 @@ def test_a_reply_that_is_not_admitted_keeps_no_region(memory: SessionMemory) -> 
         raise OverloadedError("full")
 
     form = SharedForm(Extractor.HOOK, memory=memory)
-    layout = form.lay_out([("a", 1, (LEAST_BYTES,))])
+    form.lay_out([("a", 1, (LEAST_BYTES,))])
     with pytest.raises(OverloadedError):
-        form.builder(layout, refuse)
+        form.builder(refuse)
     state = memory.memory.state()
     assert (state.regions["leased"], state.regions["free"]) == (0, 1)

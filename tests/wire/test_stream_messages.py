@@ -7,10 +7,11 @@ import pytest
 
 from layertap.errors import DecodeError
 from layertap.selection import Extractor
+from layertap.services.native_form import encode_reply_head
+from layertap.timings import Timings
 from layertap.v1 import feature_service_pb2 as pb
 from layertap.v1 import tensor_pb2
-from layertap.wire.messages import Timings, decode_reply, encode_request
-from layertap.wire.reply_form import encode_reply_head
+from layertap.wire.messages import decode_reply, encode_request
 from layertap.wire.stream_messages import (
     decode_stream_reply,
     decode_stream_request,

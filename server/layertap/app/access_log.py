@@ -28,14 +28,14 @@ class AccessLog:
         """Return whether anybody listens; where nobody does, it need not be asked at all."""
         return _log.isEnabledFor(logging.INFO)
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Log an answer."""
         timings = extraction.timings
         _write(
             model=model,
             extractor=str(extraction.extractor),
             status="OK",
-            bytes=len(extraction.message) + extraction.shared_bytes,
+            bytes=len(extraction.payload) + extraction.shared_bytes,
             prepare_ms=_ms(timings.prepare_ns),
             queue_ms=_ms(timings.queue_ns),
             compute_ms=_ms(timings.compute_ns),

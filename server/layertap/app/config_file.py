@@ -1,4 +1,4 @@
-"""Reading ``layertap.toml``, with errors that name the file, the line and the key."""
+"""Reads ``layertap.toml``; errors name the file, the line and the key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a change that needs a model to be loaded again is noticed: in its settings or its files."""
+"""Detects changes of a model's settings or files that make a reload load it again."""
 
 from __future__ import annotations
 

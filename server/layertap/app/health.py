@@ -1,4 +1,4 @@
-"""``grpc.health.v1`` with models that come and go."""
+"""``grpc.health.v1``, for models that are loaded and unloaded while the server runs."""
 
 from __future__ import annotations
 

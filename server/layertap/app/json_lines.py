@@ -1,4 +1,4 @@
-"""Turns what other code writes to stderr and stdout into JSON log records, a line each.
+"""Turns the output of other code on stderr and stdout into JSON log records, one per line.
 
 gRPC's core, PyTorch's C++ and a model's own ``print`` write plain text past Python's logging. Where
 logs are JSON, ``capture_output`` sends that text through a small process that runs this file, reads

@@ -1,4 +1,4 @@
-"""A server's life in one process: start, load, serve, drain, end."""
+"""Runs a server in this process: start, load, serve, drain, exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log records for people or for machines, each with the id of its request."""
+"""Log records as text or as JSON, each with the id of its request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads: counts, durations, the queue and memory.
+"""The Prometheus metrics: counts, durations, the queue and memory.
 
 The names follow Triton's ``nv_inference_*`` where they mean the same, with ``layertap_`` in front
 and Prometheus' own units (seconds, bytes).
@@ -105,12 +105,12 @@ class Metrics:
         """Show what is shared with clients of this machine."""
         self.registry.register(SharedMemoryCollector(memory))
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Count an answer, its bytes and where its time went."""
         counts = self._of_model.get(model) or self._add_model(model)
         counts.success.inc()
         counts.passes.inc(1 / extraction.together)  # So that a shared pass counts once.
-        counts.reply_bytes.inc(len(extraction.message) + extraction.shared_bytes)
+        counts.reply_bytes.inc(len(extraction.payload) + extraction.shared_bytes)
         timings = extraction.timings
         counts.total.observe(timings.total_ns * _NS)
         counts.prepare.observe(timings.prepare_ns * _NS)

@@ -1,4 +1,4 @@
-"""Telling systemd how a service is doing, as ``sd_notify(3)`` does."""
+"""Reports the state of the service to systemd, like ``sd_notify(3)``."""
 
 from __future__ import annotations
 

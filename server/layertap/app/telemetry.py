@@ -1,4 +1,4 @@
-"""What watches a server: metrics always, the access log and traces where they are requested."""
+"""The observers of a server: metrics always, the access log and traces if they are enabled."""
 
 from __future__ import annotations
 

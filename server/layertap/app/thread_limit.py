@@ -1,4 +1,4 @@
-"""Refuses calls that would wait long for a thread, instead of letting them wait unseen."""
+"""Rejects calls that would wait long for a thread, instead of leaving them in gRPC's queue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span for each call, and in it where an extraction's time went.
+"""OpenTelemetry traces: a span for each call, with child spans for the phases of an extraction.
 
 Imported only where traces are requested: it needs the packages of ``layertap[otel]``. Names of
 attributes are those of OpenTelemetry's semantic conventions for RPC.
@@ -22,7 +22,7 @@ from layertap.app.tracing_interceptor import SERVER_ERRORS, TracingInterceptor, 
 from layertap.engine import Extraction
 from layertap.services.error_codes import ErrorCode
 from layertap.services.status import STATUS
-from layertap.wire.messages import Timings
+from layertap.timings import Timings
 
 __all__ = ["FLUSH_SECONDS", "Tracing", "otlp_provider"]
 
@@ -69,7 +69,7 @@ class Tracing:
         self._tracer = provider.get_tracer("layertap", __version__)
         self.interceptor = TracingInterceptor(self._tracer)
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Say what was extracted, and add a span for each part of the reply's timings.
 
         In a stream each item has its own span, within the stream's.

@@ -1,6 +1,6 @@
-"""A Unix socket as an address to listen on: a file with a mode, stale ones, and its end.
+"""Listening on a Unix socket: the file's mode, replacing stale sockets, and removing the file.
 
-Note [How the file comes and goes]
+Note [How the file is created and removed]
     gRPC's core removes whatever socket is at the path before it binds one there, another server's
     included, and removes the path again when it stops, whoever owns it by then. And a file that
     is bound first and gets its mode later can be connected to in between. So gRPC binds in a folder

@@ -1,4 +1,4 @@
-"""Watching the files of a configuration and of its models."""
+"""Watches the files of a configuration and of its models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the waiting items run next, and together. No threads and no clock: time is an argument.
+"""Decides which waiting items run next, and together. No threads or clock: time is an argument.
 
 Note [When a batch is held back]
     Items with one key may run together. A batch goes as soon as it is full, or its oldest item has

@@ -1,4 +1,4 @@
-"""A queue between the threads that bring items and those that run batches of them."""
+"""A queue between the threads that add items and those that run batches of them."""
 
 from __future__ import annotations
 

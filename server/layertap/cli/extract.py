@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from layertap.cli.options import embedded_engine, local_model_options, refuse_with_server
+from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
 from layertap.selection import (
     SENT_DTYPES,
-    Capture,
     Extractor,
     Glob,
     LayerSelection,
@@ -24,9 +23,11 @@ from layertap.selection import (
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from layertap.cli.connection import ServerAddress
-    from layertap.client import Features
-    from layertap.v1 import catalogue_pb2, feature_service_pb2
+    from layertap.cli.render import Stderr
+    from layertap.description import ModelDescription, ValueDescription
 
 __all__ = ["batch_axes", "extract"]
 
@@ -120,29 +121,36 @@ def extract(
     opened = (
         _remote(server, model, selections, how)
         if server
-        else _embedded(terminal, model, selections, how, flags)
+        else _local(terminal, model, selections, how, flags)
     )
     with opened as source, terminal.counting("images", len(images)) as bar:
         columns = Columns(lambda: batch_axes(source.describe(), selections))
         for begin in range(0, len(images), batch_size):
             batch = [_read(image) for image in images[begin : begin + batch_size]]
             with _naming(images[begin:]):
-                columns.add(source.ask(batch), len(batch))
+                columns.add(*source.ask(batch), len(batch))
             bar.advance(bar.task_ids[0], len(batch))
     columns.save(output)
     show_features(columns.rows())
+
+
+class _Taken(NamedTuple):
+    """The layers of a batch by name, and the extractor that took them."""
+
+    arrays: Mapping[str, np.ndarray]
+    extractor: Extractor
 
 
 @dataclass(frozen=True)
 class _Source:
     """A model: `ask` extracts layers from encoded images, `describe` describes the model."""
 
-    ask: Callable[[list[bytes]], Features]
-    describe: Callable[[], feature_service_pb2.DescribeModelResponse]
+    ask: Callable[[list[bytes]], _Taken]
+    describe: Callable[[], ModelDescription]
 
 
 def batch_axes(
-    description: feature_service_pb2.DescribeModelResponse, selections: Sequence[LayerSelection]
+    description: ModelDescription, selections: Sequence[LayerSelection]
 ) -> dict[str, int | None]:
     """Return the batch dimension of each output.
 
@@ -154,15 +162,17 @@ def batch_axes(
         glob = Glob(selection.layer)
         for layer in description.layers:
             if layer.name == selection.layer or glob.matches(layer.name):
-                spec = layer.output if selection.capture is Capture.OUTPUT else layer.input
                 plain = selection.reduction is Reduction.NONE
-                axes[selection.name_for(layer.name)] = _batch_axis(spec) if plain else 0
+                axis = _batch_axis(layer.values.get(selection.capture)) if plain else 0
+                axes[selection.name_for(layer.name)] = axis
     return axes
 
 
-def _batch_axis(spec: catalogue_pb2.TensorSpec) -> int | None:
-    grown = [axis for axis, dim in enumerate(spec.shape) if dim.batch]
-    return None if spec.interleaved or spec.dynamic or len(grown) != 1 else grown[0]
+def _batch_axis(value: ValueDescription | None) -> int | None:
+    if value is None:
+        return None
+    grown = [axis for axis, dim in enumerate(value.shape) if dim.batch]
+    return None if value.interleaved or value.dynamic or len(grown) != 1 else grown[0]
 
 
 def _check_files(images: Sequence[str], output: Path) -> None:
@@ -199,37 +209,33 @@ def _naming(images: Sequence[str]) -> Iterator[None]:
 def _remote(
     server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
 ) -> Iterator[_Source]:
+    from layertap.cli.described import described
+
     with server.client() as client:
-        yield _Source(
-            lambda images: client.extract(model, images, selections, extractor=extractor),
-            lambda: client.describe_model(model),
-        )
+
+        def ask(images: list[bytes]) -> _Taken:
+            features = client.extract(model, images, selections, extractor=extractor)
+            return _Taken(features, features.extractor)
+
+        yield _Source(ask, lambda: described(client.describe_model(model)))
 
 
 @contextmanager
-def _embedded(
-    terminal: Any,
-    model: str,
+def _local(
+    terminal: Stderr,
+    source: str,
     selections: list[LayerSelection],
     extractor: Extractor,
     flags: dict[str, Any],
 ) -> Iterator[_Source]:
-    from layertap.client import Features
-    from layertap.engine import Call, ExtractionRequest, ImagesInput
-    from layertap.services.convert import description_to_proto
+    with terminal.busy(f"loading {source}"):
+        model = local_model(source, flags)
+    with model:
+        if assumed := model.host.model.assumptions():
+            terminal.say(assumed, logging.WARNING)
 
-    with terminal.busy(f"loading {model}"):
-        engine, name = embedded_engine(model, flags)
-    if assumed := engine.host(name).model.assumptions():
-        terminal.say(assumed, logging.WARNING)
+        def ask(images: list[bytes]) -> _Taken:
+            features = model.extract(images, selections, extractor=extractor)
+            return _Taken(features.numpy(), features.extractor)
 
-    def ask(images: list[bytes]) -> Features:
-        request = ExtractionRequest(name, ImagesInput(images), tuple(selections), extractor)
-        extraction = engine.extract(request, Call())
-        extraction.release()  # The limit on replies in memory is for servers; here all are kept.
-        return Features(extraction.message)
-
-    try:
-        yield _Source(ask, lambda: description_to_proto(engine.host(name)))
-    finally:
-        engine.close()
+        yield _Source(ask, model.describe)

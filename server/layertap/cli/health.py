@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 import click
 
+from layertap.addresses import TARGET
 from layertap.cli.connection import ServerAddress, connection_options
-from layertap.client.base import TARGET
 
 __all__ = ["health"]
 

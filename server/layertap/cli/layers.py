@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
-from layertap.cli.options import embedded_engine, local_model_options, refuse_with_server
+from layertap.cli.options import local_model, local_model_options, refuse_with_server
 
 if TYPE_CHECKING:
     from layertap.cli.connection import ServerAddress
-    from layertap.v1 import catalogue_pb2, feature_service_pb2
+    from layertap.description import ModelDescription
+    from layertap.v1 import feature_service_pb2
 
 __all__ = ["layers"]
 
@@ -64,23 +65,15 @@ def layers(
     divided by the output's. Each letter stands for an extractor that can serve the layer.
     """
     refuse_with_server(server, flags)
-    description = _ask(server, model) if server else _measure(model, flags)
-    chosen = _chosen(description, glob, everything or as_json)
     if as_json:
-        from google.protobuf.json_format import MessageToJson
-
-        del description.layers[:]
-        description.layers.extend(chosen)
-        click.echo(MessageToJson(description, preserving_proto_field_name=True))
+        response = _ask(server, model) if server else _response(model, flags)
+        click.echo(_json(response, glob))
         return
     from layertap.cli.render import show_layers
 
-    show_layers(
-        description.model,
-        chosen,
-        description.refused_plans,
-        tree=sys.stdout.isatty() if tree is None else tree,
-    )
+    description = _described(server, model) if server else _measured(model, flags)
+    chosen = _chosen([each for each in description.layers if everything or not each.is_node], glob)
+    show_layers(description, chosen, tree=sys.stdout.isatty() if tree is None else tree)
 
 
 def _ask(server: ServerAddress, model: str) -> feature_service_pb2.DescribeModelResponse:
@@ -88,34 +81,58 @@ def _ask(server: ServerAddress, model: str) -> feature_service_pb2.DescribeModel
         return client.describe_model(model)
 
 
-def _measure(model: str, flags: dict[str, Any]) -> feature_service_pb2.DescribeModelResponse:
+def _described(server: ServerAddress, model: str) -> ModelDescription:
+    from layertap.cli.described import described
+
+    return described(_ask(server, model))
+
+
+def _measured(model: str, flags: dict[str, Any]) -> ModelDescription:
     from layertap.cli.render import Stderr
-    from layertap.services.convert import description_to_proto
 
     with Stderr().busy(f"measuring {model}"):
-        engine, name = embedded_engine(model, flags)
-    try:
-        return description_to_proto(engine.host(name))
-    finally:
-        engine.close()
+        local = local_model(model, flags)
+    with local:
+        return local.describe()
 
 
-def _chosen(
-    description: feature_service_pb2.DescribeModelResponse, glob: str | None, everything: bool
-) -> list[catalogue_pb2.Layer]:
+def _response(model: str, flags: dict[str, Any]) -> feature_service_pb2.DescribeModelResponse:
+    """Measure a model, and return what a server would say of it."""
+    from layertap.services.convert import description_to_proto
+
+    with local_model(model, flags) as local:
+        return description_to_proto(local.host)
+
+
+def _json(response: feature_service_pb2.DescribeModelResponse, glob: str | None) -> str:
+    from google.protobuf.json_format import MessageToJson
+
+    chosen = _chosen(list(response.layers), glob)
+    del response.layers[:]
+    response.layers.extend(chosen)
+    return MessageToJson(response, preserving_proto_field_name=True)
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+N = TypeVar("N", bound=_Named)
+
+
+def _chosen(layers: list[N], glob: str | None) -> list[N]:
+    """Return the layers whose names match."""
     from layertap.errors import LayerNotFoundError
     from layertap.selection import Glob
-    from layertap.v1 import catalogue_pb2
 
-    shown = list(description.layers)
-    if not everything:
-        shown = [layer for layer in shown if layer.kind != catalogue_pb2.LAYER_KIND_NODE]
-    if glob is not None:
-        pattern = Glob(glob)
-        shown = [layer for layer in shown if pattern.matches(layer.name)]
-        if not shown:
-            raise LayerNotFoundError(
-                f"glob {glob!r} matches no layer; `*` stays within a path's component, `**` "
-                f"crosses them, --all shows graph nodes too"
-            )
-    return shown
+    if glob is None:
+        return layers
+    pattern = Glob(glob)
+    chosen = [layer for layer in layers if pattern.matches(layer.name)]
+    if not chosen:
+        raise LayerNotFoundError(
+            f"glob {glob!r} matches no layer; `*` stays within a path's component, `**` crosses "
+            f"them, --all shows graph nodes too"
+        )
+    return chosen

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from layertap.client import Features
 from layertap.errors import InvalidInputError
+from layertap.selection import Extractor
 
 __all__ = ["Columns"]
 
@@ -31,16 +31,16 @@ class Columns:
         self._joined: dict[str, np.ndarray] = {}
         self._extractor = ""
 
-    def add(self, features: Features, items: int) -> None:
-        """Take a reply to a batch of that many items.
+    def add(self, arrays: Mapping[str, np.ndarray], extractor: Extractor, items: int) -> None:
+        """Take the outputs of a batch of that many items, by name.
 
         Raises:
             InvalidInputError: If there are several batches, and they can't be joined.
         """
         if self._parts and not self._known:
             self._known = self._axes()
-        self._extractor = features.extractor.value
-        for name, array in features.items():
+        self._extractor = extractor.value
+        for name, array in arrays.items():
             parts = self._parts.setdefault(name, [])
             parts.append(_storable(array))
             if len(parts) > 1 and not _fits(parts, self._known.get(name), items):

@@ -1,4 +1,4 @@
-"""Options and helpers of the verbs that run a model, in this process or on a server."""
+"""Options and helpers of the commands that run a model, in this process or on a server."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import click
 
 from layertap.cli.connection import connection_options
 from layertap.cli.flags import setting_flags
-from layertap.settings import ModelSpec, ServerOptions, definitions, replaced
+from layertap.settings import ModelSpec, ServerOptions, definitions
 
 if TYPE_CHECKING:
     from layertap.cli.connection import ServerAddress
-    from layertap.engine import Engine
+    from layertap.local import LocalModel
 
 __all__ = [
-    "embedded_engine",
     "find_local_modules",
+    "local_model",
     "local_model_options",
     "refuse_with_server",
 ]
@@ -44,7 +44,7 @@ def refuse_with_server(server: ServerAddress | None, flags: Mapping[str, object]
         )
 
 
-def embedded_engine(model: str, flags: Mapping[str, Any]) -> tuple[Engine, str]:
+def local_model(model: str, flags: Mapping[str, Any]) -> LocalModel:
     """Load a model into this process.
 
     Args:
@@ -52,25 +52,16 @@ def embedded_engine(model: str, flags: Mapping[str, Any]) -> tuple[Engine, str]:
         flags: The values of ``local_model_options``, by key; None for those that were not given.
 
     Returns:
-        The engine, which the caller closes, and the model's name in it.
+        The model, which the caller closes.
 
     Raises:
-        ConfigError, ModelLoadError: As ``Engine.load`` does.
+        ConfigError, ModelLoadError: As ``layertap.load`` does.
     """
-    given = {key: value for key, value in flags.items() if value is not None}
-    device = given.pop("device", _DEVICE.default)
-    spec = replaced(ModelSpec.parse(model), given)
-    from layertap.engine import Engine, allow_tf32, choose_device
+    from layertap.local import load
 
     find_local_modules()
-    allow_tf32(False)
-    engine = Engine(device=choose_device(device))
-    try:
-        engine.load(spec)
-    except BaseException:
-        engine.close()
-        raise
-    return engine, spec.name
+    given = {key: value for key, value in flags.items() if value is not None}
+    return load(model, **{"device": _DEVICE.default, **given})
 
 
 def find_local_modules() -> None:

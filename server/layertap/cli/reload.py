@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
+from layertap.addresses import TARGET
 from layertap.cli.connection import ServerAddress, connection_options
-from layertap.client.base import TARGET
 from layertap.errors import PermissionDeniedError, UnavailableError
-from layertap.v1 import admin_service_pb2
+
+if TYPE_CHECKING:
+    from layertap.v1 import admin_service_pb2
 
 __all__ = ["reload"]
 
@@ -44,11 +48,15 @@ def reload(server: ServerAddress, timeout: float) -> None:
         click.echo(_line(model))
     for text in report.not_applied:
         click.echo(f"needs a restart: {text}")
+    from layertap.v1 import admin_service_pb2
+
     failed = admin_service_pb2.RELOAD_ACTION_FAILED
     raise SystemExit(any(model.action == failed for model in report.models))
 
 
 def _line(model: admin_service_pb2.ModelReload) -> str:
+    from layertap.v1 import admin_service_pb2
+
     action = admin_service_pb2.ReloadAction.Name(model.action).removeprefix("RELOAD_ACTION_")
     line = f"{model.name}: {action.lower()}"
     if model.reason:

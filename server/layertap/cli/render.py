@@ -1,4 +1,4 @@
-"""What the verbs show: tables on stdout, messages and progress on stderr.
+"""The output of the commands: tables on stdout, messages and progress on stderr.
 
 rich leaves colours out where the stream is not a terminal and where NO_COLOR is set.
 """
@@ -17,10 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from layertap.description import LayerDescription, ModelDescription, PassDescription
 from layertap.selection import Capture, Extractor
-from layertap.v1 import catalogue_pb2
-from layertap.wire import dtypes
-from layertap.wire.enums import from_proto
 
 __all__ = ["Stderr", "console", "show_features", "show_layers"]
 
@@ -83,23 +81,10 @@ class Stderr:
             yield bar
 
 
-def _input(given: catalogue_pb2.InputSpec) -> str:
-    """Return an input in words, such as ``x [B, 3, 224*, 224*] float32 or images``."""
-    sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in given.shape]
-    images = " or images" if given.images else ""
-    return f"{given.name} [{', '.join(sizes)}] {_dtype(given.dtype)}{images}"
-
-
-def show_layers(
-    model: catalogue_pb2.Model,
-    layers: Sequence[catalogue_pb2.Layer],
-    refused: Sequence[catalogue_pb2.RefusedPlan] = (),
-    *,
-    tree: bool,
-) -> None:
-    """Print a model's layers, as a tree of modules or as a flat table in execution order."""
+def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, tree: bool) -> None:
+    """Print some layers of a model, as a tree of modules or a flat table in execution order."""
     out = console()
-    taken = ", ".join(map(_input, model.inputs))
+    taken = ", ".join(map(str, model.inputs))
     note = " (*: any size)" if "*" in taken else ""
     out.print(
         f"{model.name}: {model.source}, weights {model.weights}, on {model.device}; takes "
@@ -109,7 +94,7 @@ def show_layers(
     for given in model.inputs:
         if given.images:
             out.print(f"images: {given.preprocessing}", soft_wrap=True)
-    if passes := _passes(model.pass_rules):
+    if passes := _passes(model.passes):
         out.print(f"passes: {passes}", soft_wrap=True)
     for note in model.notes:
         out.print(f"note: {note}", soft_wrap=True)
@@ -117,9 +102,9 @@ def show_layers(
     if tree:
         for reason, names in _unserved(layers).items():
             out.print(f"none: {', '.join(names)}: {reason}", soft_wrap=True)
-    for plan in refused:
+    for plan in model.refused_plans:
         at = ", ".join(
-            f"{given.name} [{', '.join(['B', *map(str, given.shape)])}]" for given in plan.inputs
+            f"{name} [{', '.join(['B', *map(str, shape)])}]" for name, shape in plan.inputs
         )
         out.print(f"refused: {', '.join(plan.layers)} at {at}: {plan.reason}", soft_wrap=True)
     legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
@@ -130,19 +115,18 @@ def show_layers(
     )
 
 
-def _passes(rules: catalogue_pb2.PassRules) -> str:
-    """Return how a model's passes are run, in words; empty if nothing is held back."""
-    states = {
-        catalogue_pb2.KEPT_STATE_RESET: "the loaded state is put back after each",
-        catalogue_pb2.KEPT_STATE_KEPT: "the model is stateful",
-    }
+def _passes(passes: PassDescription | None) -> str:
+    """Return how a model's passes are run, in words; empty where nothing is held back."""
+    if passes is None:
+        return ""
+    states = {"reset": "the loaded state is put back after each", "kept": "the model is stateful"}
     words = [
-        "" if rules.early_stop else "to their end",
-        "" if rules.concurrent else "one at a time",
-        "" if rules.shared else "not shared by requests",
-        states.get(rules.state, ""),
+        "" if passes.early_stop else "to their end",
+        "" if passes.concurrent else "one at a time",
+        "" if passes.shared else "not shared by requests",
+        states.get(passes.state, ""),
     ]
-    return ", ".join(filter(None, words)) if rules.state else ""
+    return ", ".join(filter(None, words))
 
 
 def show_features(rows: Iterable[tuple[str, np.ndarray, str]]) -> None:
@@ -153,20 +137,20 @@ def show_features(rows: Iterable[tuple[str, np.ndarray, str]]) -> None:
     console().print(table)
 
 
-def _flat(layers: Sequence[catalogue_pb2.Layer]) -> Table:
+def _flat(layers: Sequence[LayerDescription]) -> Table:
     """Return everything in full, a layer a line."""
     table = _table(
         "layer", "type", "calls>", "output", "dtype", "bytes>", "stride>", *_BY, "why none"
     )
     for layer in layers:
-        size = f"{layer.output.bytes_per_item:,}"
+        size = f"{layer.output.bytes_per_item:,}" if layer.output else ""
         table.add_row(
             layer.name, layer.type, str(layer.calls), *_output(layer, size), _reason(layer)
         )
     return table
 
 
-def _tree(layers: Sequence[catalogue_pb2.Layer]) -> Table:
+def _tree(layers: Sequence[LayerDescription]) -> Table:
     """Return the modules as a tree, rounded so that common models fit into 80 columns."""
     table = _table("layer", "type", "output", "bytes>", "stride>", *_BY)
     # Where the terminal is narrow the types give way, as their beginning tells enough.
@@ -177,7 +161,8 @@ def _tree(layers: Sequence[catalogue_pb2.Layer]) -> Table:
             table.add_row(label)
             continue
         times = f"×{layer.calls}" if layer.calls > 1 else ""
-        shape, dtype, *rest = _output(layer, _short(layer.output.bytes_per_item))
+        size = _short(layer.output.bytes_per_item) if layer.output else ""
+        shape, dtype, *rest = _output(layer, size)
         # Unlike float32 in every line, another type is worth its place.
         value = shape if dtype == "float32" else f"{shape} {dtype}"
         table.add_row(label, f"{layer.type}{times}", value, *rest)
@@ -193,40 +178,26 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _output(layer: catalogue_pb2.Layer, size: str) -> tuple[str, ...]:
+def _output(layer: LayerDescription, size: str) -> tuple[str, ...]:
     """Return the cells about a layer's values and who serves them."""
     outputs, inputs = (_letters(layer, side) for side in (Capture.OUTPUT, Capture.INPUT))
-    if not layer.HasField("output"):
+    value = layer.output
+    if value is None:
         return ("", "", "", "", outputs or "none", inputs)
-    spec = layer.output
-    stride = f"{layer.reduction:g}" if layer.reduction else ""
-    dtype = f"{_dtype(spec.dtype)} of {spec.quantized}" if spec.quantized else _dtype(spec.dtype)
-    return _shape(spec), dtype, size, stride, outputs or "none", inputs
+    stride = f"{layer.stride:g}" if layer.stride else ""
+    dtype = f"{value.dtype} of {value.quantized}" if value.quantized else value.dtype
+    return value.pattern, dtype, size, stride, outputs or "none", inputs
 
 
-def _reason(layer: catalogue_pb2.Layer) -> str:
-    """Return why no extractor serves a layer's output; empty if one does."""
-    verdicts = [verdict for _, verdict in _verdicts(layer, Capture.OUTPUT)]
-    if any(verdict.served for verdict in verdicts):
+def _reason(layer: LayerDescription) -> str:
+    """Return why no extractor serves a layer's output; empty where one does."""
+    if layer.extractors(Capture.OUTPUT):
         return ""
-    return next((verdict.reason for verdict in verdicts if verdict.reason), "")
+    reasons = (by.get(Capture.OUTPUT, "") for by in layer.refusals.values())
+    return next(filter(None, reasons), "")
 
 
-def _verdicts(
-    layer: catalogue_pb2.Layer, side: Capture
-) -> Iterator[tuple[Extractor, catalogue_pb2.CaptureSupport]]:
-    """Yield each extractor with what it does with one side of a layer."""
-    for support in layer.extractors:
-        extractor = from_proto(
-            support.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
-        )
-        for verdict in support.captures:
-            capture = from_proto(verdict.capture, catalogue_pb2.Capture, "CAPTURE", Capture.OUTPUT)
-            if capture is side:
-                yield extractor, verdict
-
-
-def _unserved(layers: Iterable[catalogue_pb2.Layer]) -> dict[str, list[str]]:
+def _unserved(layers: Iterable[LayerDescription]) -> dict[str, list[str]]:
     """Return the names of layers that no extractor serves, by reason."""
     found: dict[str, list[str]] = {}
     for layer in layers:
@@ -244,39 +215,25 @@ def _short(size: int) -> str:
     return f"{size} GiB"
 
 
-def _letters(layer: catalogue_pb2.Layer, side: Capture) -> str:
+def _letters(layer: LayerDescription, side: Capture) -> str:
     """Return a letter or a dash for each extractor, in one order, so that columns line up."""
-    able = {extractor for extractor, verdict in _verdicts(layer, side) if verdict.served}
+    able = set(layer.extractors(side))
     if not able:
         return ""
     return "".join(letter if e in able else "-" for e, letter in LETTERS.items())
-
-
-def _shape(spec: catalogue_pb2.TensorSpec) -> str:
-    if spec.dynamic:
-        return f"[{', '.join(str(dim.size) for dim in spec.shape)}] varies"
-    sizes = [
-        ("B" if dim.size == 1 else f"{dim.size}B") if dim.batch else str(dim.size)
-        for dim in spec.shape
-    ]
-    return f"[{', '.join(sizes)}]"
-
-
-def _dtype(number: int) -> str:
-    return dtypes.by_number(number).name if number else "?"
 
 
 class _Branch:
     """A component of a dotted name, and what is below it."""
 
     def __init__(self) -> None:
-        self.layer: catalogue_pb2.Layer | None = None
+        self.layer: LayerDescription | None = None
         self.below: dict[str, _Branch] = {}
 
 
 def _branches(
-    layers: Sequence[catalogue_pb2.Layer],
-) -> Iterator[tuple[str, catalogue_pb2.Layer | None]]:
+    layers: Sequence[LayerDescription],
+) -> Iterator[tuple[str, LayerDescription | None]]:
     """Yield every component of the names with lines in front that draw the tree."""
     root = _Branch()
     for layer in layers:
@@ -289,7 +246,7 @@ def _branches(
 
 def _drawn(
     branch: _Branch, indent: str, *, top: bool = False
-) -> Iterator[tuple[str, catalogue_pb2.Layer | None]]:
+) -> Iterator[tuple[str, LayerDescription | None]]:
     last = next(reversed(branch.below), None)
     for name, below in branch.below.items():
         elbow, line = ("└─ ", "   ") if name == last else ("├─ ", "│  ")

@@ -1,4 +1,4 @@
-"""The asyncio client: the methods of ``Client``, awaited."""
+"""The asyncio client, with the methods of ``Client`` as coroutines."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
-    from layertap.client.inputs import InputLike
+    from layertap.inputs import InputLike
     from layertap.shm.client_session import ClientSession
-    from layertap.wire.messages import Arrays
-    from layertap.wire.tensors import SharedSlice
+    from layertap.wire.tensors import Arrays, SharedSlice
 
 __all__ = ["AsyncClient", "AsyncFeatureStream"]
 
@@ -78,12 +77,12 @@ class _Transport:
 
 
 class AsyncClient(BaseClient):
-    """Asks a layertap server for layers, from asyncio.
+    """Extracts layers from a layertap server, for asyncio.
 
-    The methods are those of ``Client``, awaited. A cancelled task cancels its call, and the server
-    stops computing for it. Use the client as an asynchronous context manager, or ``close`` it. One
-    client serves all tasks of an event loop; in another loop (a second ``asyncio.run``) it opens a
-    connection of its own. Files are read, and large inputs written to shared memory, in threads.
+    The methods are those of ``Client``, as coroutines. Cancelling a task cancels its call, and the
+    server stops computing for it. Use the client as an asynchronous context manager, or ``close``
+    it. One client serves all tasks of an event loop; in another loop (a second ``asyncio.run``) it
+    opens another connection. It reads files and writes large inputs to shared memory in threads.
 
     Arguments and errors are those of ``BaseClient``.
 

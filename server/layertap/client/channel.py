@@ -39,15 +39,15 @@ _OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How to know the server, and how to show who asks.
+    """How to verify the server, and how the client authenticates itself.
 
     Attributes:
-        ca: A PEM file: the authority, or the certificate itself, that vouches for the server. None
-            for the public authorities that gRPC comes with, or those of the file that the
-            environment variable ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` names.
-        certificate: A PEM file with this client's certificate, for servers that request one.
-        key: A PEM file with its key, not encrypted.
-        server_name: The name to expect in the server's certificate; the target's host if empty.
+        ca: A PEM file with the CA certificate, or the server's own certificate, used to verify the
+            server. None for the public CAs included in gRPC, or those in the file named by the
+            environment variable ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH``.
+        certificate: A PEM file with this client's certificate, for servers that require one.
+        key: A PEM file with the certificate's private key, not encrypted.
+        server_name: The name expected in the server's certificate; the target's host if empty.
     """
 
     ca: PathLike | None = None
@@ -157,10 +157,10 @@ def channel_settings(
 
 
 def _check_gevent() -> None:
-    """Raise ConfigError where gRPC would block gevent's only thread.
+    """Raise ConfigError if gRPC would block gevent's only thread.
 
-    gevent makes greenlets of all threads. gRPC then waits in native code for a greenlet that can't
-    run meanwhile: every call stops the whole program, and streams never continue.
+    gevent turns all threads into greenlets. gRPC then waits in native code for a greenlet that
+    can't run meanwhile: every call blocks the whole program, and streams hang.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):

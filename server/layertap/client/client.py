@@ -36,9 +36,9 @@ from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
-    from layertap.client.inputs import InputLike
+    from layertap.inputs import InputLike
     from layertap.shm.client_session import ClientSession
-    from layertap.wire.messages import Arrays
+    from layertap.wire.tensors import Arrays
 
 __all__ = ["Client"]
 
@@ -65,13 +65,13 @@ class _Transport:
 
 
 class Client(BaseClient):
-    """Asks a layertap server for layers.
+    """Extracts layers from a layertap server.
 
-    Safe to share between threads. Use it as a context manager, or ``close`` it. A client that a
-    forked process inherits opens its own connection there. A pickled one (for
-    ``multiprocessing`` or a data loader's workers) is made again from its arguments where it is
-    unpickled; with ``token`` it can't be pickled, as the pickle would hold the secret, but with
-    ``token_file`` it can. ``AsyncClient`` has the same methods for asyncio.
+    Safe to share between threads. Use it as a context manager, or ``close`` it. In a forked process
+    an inherited client opens its own connection. An unpickled client (in ``multiprocessing`` or a
+    data loader's workers) is created again from its arguments. A client with ``token`` can't be
+    pickled, because the pickle would contain the secret; use ``token_file`` instead.
+    ``AsyncClient`` has the same methods for asyncio.
 
     Arguments and errors are those of ``BaseClient``.
 
@@ -136,10 +136,10 @@ class Client(BaseClient):
         """Open a stream for many items; close it, or use it as a context manager.
 
         Args:
-            max_in_flight: Items that are sent and not yet yielded.
+            max_in_flight: The most items that are sent and not yet yielded.
             timeout: Seconds that the whole stream may take; None for no limit.
-            item_timeout: Seconds that the server may take for one item, unless the item says
-                otherwise; None for the client's own.
+            item_timeout: Seconds that the server may take for one item, unless the item sets its
+                own; None for the client's own.
         """
         transport = self._opened()
         return FeatureStream(
@@ -191,25 +191,23 @@ class Client(BaseClient):
         max_in_flight: int = MAX_IN_FLIGHT,
         item_timeout: float | None = None,
     ) -> Iterator[Features | LayertapError]:
-        """Yield the layers of many inputs, several of which are in flight at once.
+        """Yield the layers of many inputs, with several inputs in flight at once.
 
-        The stream ends when the iterator does, or is closed, or is released.
+        The stream ends when the iterator is exhausted, closed or garbage-collected.
 
         Args:
             model: A served model's name.
-            inputs: What ``extract`` takes, item by item; read no further ahead than
-                ``max_in_flight``.
-            layers: What to return.
+            inputs: The inputs, each as for ``extract``; read at most ``max_in_flight`` ahead.
+            layers: The layers to return.
             extractor: How to capture them.
             ordered: Whether to yield in the order of the inputs, or as they finish.
-            return_errors: Whether the error of an item is yielded in its place, or raised, which
-                ends the iteration.
-            max_in_flight: Items that are sent and not yet yielded.
+            return_errors: Whether the error of an item is yielded in its place; otherwise it is
+                raised, which ends the iteration.
+            max_in_flight: The most items that are sent and not yet yielded.
             item_timeout: Seconds that the server may take for one item; None for the client's own.
 
         Raises:
-            LayertapError: What the stream ends with, and what an item fails with unless
-                ``return_errors``.
+            LayertapError: If the stream fails, or, without ``return_errors``, an item.
         """
         with self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout) as stream:
             requests = (StreamRequest(model, given, layers, extractor) for given in inputs)
@@ -244,7 +242,7 @@ class Client(BaseClient):
         return admin_service_pb2.ReloadResponse.FromString(reply)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
-        """Return what the server says of itself by ``grpc.health.v1``: ``SERVING`` or another.
+        """Return the server's status from ``grpc.health.v1``, such as ``SERVING``.
 
         Args:
             service: A model's name, or ``layertap.v1.FeatureService``; the server as a whole if
@@ -252,19 +250,19 @@ class Client(BaseClient):
             timeout: Seconds that this call may take; None for the client's own.
 
         Raises:
-            NotFoundError: For a name that it does not know.
+            NotFoundError: For a name that the server does not know.
             UnavailableError: If it can't be reached.
         """
         return health_in(self._call(self._opened().health, health_message(service), timeout))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Wait until the server reports itself as serving; it may come, go and come back meanwhile.
+        """Wait until the server reports SERVING; it may start, stop and restart meanwhile.
 
-        Calls by this client reach it then: it is this client's connection that is waited for.
+        This client's connection is established then, so its calls reach the server.
 
         Raises:
-            UnavailableError: After ``timeout`` seconds; the text says what was last heard.
-            LayertapError: If it answers, but does not report its health, or not to us.
+            UnavailableError: After ``timeout`` seconds; the message has the last status.
+            LayertapError: If the server answers, but does not report its health to this client.
         """
         wait = ReadyWait(self._target, timeout, time.monotonic())
         while (left := wait.left(time.monotonic())) > 0:

@@ -1,4 +1,4 @@
-"""From gRPC statuses back to the exceptions that the server raised."""
+"""Converts gRPC statuses back to the exceptions that the server raised."""
 
 from __future__ import annotations
 

@@ -1,22 +1,27 @@
-"""From what a caller wants to the messages that request it."""
+"""Converts a caller's arguments to request messages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layertap.client.inputs import encode_input
 from layertap.client.timeouts import bounded
-from layertap.errors import InvalidInputError
-from layertap.selection import Extractor, LayerSelection, SelectionLike, parse_selections
+from layertap.inputs import encode_input
+from layertap.selection import (
+    Extractor,
+    LayerSelection,
+    SelectionLike,
+    as_extractor,
+    parse_selections,
+)
 from layertap.v1 import feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import to_proto
 from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
-    from layertap.client.inputs import InputLike
-    from layertap.wire.messages import Arrays
+    from layertap.inputs import InputLike
+    from layertap.wire.tensors import Arrays
 
 __all__ = ["StreamRequest", "request_fields"]
 
@@ -73,21 +78,12 @@ def request_fields(
     fields: dict[str, Any] = {
         "model": model,
         "layers": [_selection(selection) for selection in parse_selections(layers)],
-        "extractor": to_proto(_extractor(extractor), "EXTRACTOR"),
+        "extractor": to_proto(as_extractor(extractor), "EXTRACTOR"),
     }
     images, arrays = encode_input(given)
     if images:
         fields["images"] = feature_service_pb2.ImageBatch(images=images)
     return fields, arrays
-
-
-def _extractor(name: Extractor | str) -> Extractor:
-    try:
-        return Extractor(name)
-    except ValueError:
-        raise InvalidInputError(
-            f"extractor: got {name!r}, expected one of {', '.join(Extractor)}"
-        ) from None
 
 
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:

@@ -1,4 +1,4 @@
-"""Calling again after a server refused a call because it is full."""
+"""Retries calls that a server rejected because it is full."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def check_retries(retries: int) -> None:
 
 
 class Retries:
-    """How often and when to call again; asks nobody and sleeps nowhere.
+    """Decides how often and when to retry; makes no calls and does not sleep.
 
-    Waits as long as the server says; where it says nothing 0.5 seconds, and twice as long each
-    further time up to 8. To that comes up to half as long again at random, so that callers who were
-    refused together don't come back together.
+    The wait is the one that the server specifies. If it specifies none, the wait is 0.5 seconds and
+    doubles with each retry, up to 8 seconds. A random time of up to half of that is added, so that
+    callers who were rejected together don't retry together.
 
     Args:
         retries: How many times to call again at most.

@@ -1,4 +1,4 @@
-"""Shared memory with a server of this machine, where there is one; the wire where there is none."""
+"""Uses shared memory with a server on this machine if possible, and the network otherwise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _AWAY_SECONDS, _RETRY_SECONDS = 1.0, 30.0
 
 
 class SharedMemoryClient:
-    """Keeps a session with a server. Nothing that goes wrong with it is the caller's concern.
+    """Keeps a session with a server. Failures of the session never reach the caller.
 
     Args:
         target: The server's address.

@@ -1,12 +1,14 @@
-"""The engine: models, planner and compute threads; knows no transport."""
+"""The engine: models, plans and compute threads, independent of any transport."""
 
 from layertap.engine.admission import Reservation
 from layertap.engine.batch import ImagesInput, TensorsInput
 from layertap.engine.call import Call
+from layertap.engine.describe import describe
 from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
 from layertap.engine.host import ModelHost
 from layertap.engine.pipeline import Extraction, ExtractionRequest
+from layertap.engine.tensor_form import TensorForm
 from layertap.extraction.tf32 import allow_tf32
 from layertap.settings import HostOptions, Limits
 
@@ -20,7 +22,9 @@ __all__ = [
     "Limits",
     "ModelHost",
     "Reservation",
+    "TensorForm",
     "TensorsInput",
     "allow_tf32",
     "choose_device",
+    "describe",
 ]

@@ -1,4 +1,4 @@
-"""From a request's input to a batch on the model's device."""
+"""Converts a request's input to a batch on the model's device."""
 
 from __future__ import annotations
 

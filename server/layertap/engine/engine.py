@@ -1,4 +1,4 @@
-"""The engine: models by name, and layers of them on request. Knows no transport."""
+"""The engine: runs extractions on models by name. Independent of any transport."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
 from layertap.engine.loader_thread import run_in_loader_thread
 from layertap.engine.pipeline import Extraction, ExtractionRequest, Pipeline
+from layertap.engine.reply_form import P
 from layertap.engine.unloading import Unloading
 from layertap.engine.versions import Versions
 from layertap.errors import ConfigError
@@ -207,11 +208,11 @@ class Engine:
 
     def extract(
         self,
-        request: ExtractionRequest,
+        request: ExtractionRequest[P],
         call: Call,
         host: ModelHost | None = None,
         received: Reservation | None = None,
-    ) -> Extraction:
+    ) -> Extraction[P]:
         """Run one request: admit, check, plan, compute, publish.
 
         Args:

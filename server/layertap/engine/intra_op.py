@@ -1,4 +1,4 @@
-"""How many cores the operations of one thread compute with."""
+"""Sets how many cores the operations of one thread use."""
 
 from __future__ import annotations
 

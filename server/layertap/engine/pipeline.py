@@ -1,4 +1,4 @@
-"""One request's way: check, plan, compute, publish."""
+"""The steps of one request: check, plan, compute, publish."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Generic
 
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
@@ -21,6 +22,7 @@ from layertap.engine.batch import (
 from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ReplyWriter
+from layertap.engine.reply_form import P, ReplyForm
 from layertap.engine.reply_layout import Envelope, reply_collector, reply_writer
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work, compute
@@ -31,47 +33,45 @@ from layertap.models import Batch
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import Limits
-from layertap.wire.messages import Timings
-from layertap.wire.reply_form import NativeForm, ReplyForm
+from layertap.timings import Timings
 
 __all__ = ["Extraction", "ExtractionRequest", "Pipeline", "publish"]
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractionRequest:
+class ExtractionRequest(Generic[P]):
     """What a caller wants.
 
     Attributes:
         model: A served model's name.
         input: The batch.
         selections: The layers to return.
-        extractor: How to capture them.
-        form: Makes the form of the reply for the extractor that was chosen; the native one unless
-            told otherwise.
+        extractor: How to take them.
+        form: Makes the form of the reply for the extractor that was chosen.
     """
 
     model: str
     input: TensorsInput | ImagesInput
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
-    form: Callable[[Extractor], ReplyForm] = NativeForm
+    form: Callable[[Extractor], ReplyForm[P]] = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Extraction:
+class Extraction(Generic[P]):
     """What the caller gets.
 
     Attributes:
-        message: The serialized reply: a ``layertap.v1.ExtractResponse``, or what the form makes.
+        payload: What the request's form made of the reply: the bytes of a message, or tensors.
         extractor: Which extractor served it; never AUTO.
         timings: Where the time went.
         together: Requests that shared the forward pass, this one included.
-        shared_bytes: Bytes of tensors that stand in shared memory instead of in the message.
+        shared_bytes: Bytes of tensors that stand in shared memory instead of in the payload.
         items: Items of the request.
-        reservation: The bytes of the message; to be released once it was sent or is not needed.
+        reservation: The bytes of the payload; to be released once it was sent or is not needed.
     """
 
-    message: bytes
+    payload: P
     extractor: Extractor
     timings: Timings
     together: int = 1
@@ -80,17 +80,17 @@ class Extraction:
     reservation: Reservation | None = field(default=None, compare=False, repr=False)
 
     def release(self) -> None:
-        """Give back the bytes that were reserved for the message."""
+        """Give back the bytes that were reserved for the payload."""
         if self.reservation is not None:
             self.reservation.release()
 
 
 @dataclass(frozen=True, slots=True)
-class _Admitted:
+class _Admitted(Generic[P]):
     """One request on its way through the pipeline, and what it has reserved."""
 
     host: ModelHost
-    request: ExtractionRequest
+    request: ExtractionRequest[P]
     call: Call
     received: Reservation
     reply: Reservation
@@ -110,8 +110,8 @@ class Pipeline:
         self._decoders = threading.Semaphore(available_cpus())
 
     def extract(
-        self, host: ModelHost, request: ExtractionRequest, call: Call, received: Reservation
-    ) -> Extraction:
+        self, host: ModelHost, request: ExtractionRequest[P], call: Call, received: Reservation
+    ) -> Extraction[P]:
         """Run a request on a model; see ``Engine.extract``."""
         reply = self._admission.reserve("the reply would take")
         try:
@@ -120,7 +120,7 @@ class Pipeline:
             reply.release()
             raise
 
-    def _extract(self, admitted: _Admitted) -> Extraction:
+    def _extract(self, admitted: _Admitted[P]) -> Extraction[P]:
         host, request, call = admitted.host, admitted.request, admitted.call
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(admitted)
@@ -138,7 +138,9 @@ class Pipeline:
         admitted.reply.shrink(0)
         return self._run_model(admitted, x, plan, reason)
 
-    def _run_model(self, admitted: _Admitted, x: Batch, failed: Plan, reason: str) -> Extraction:
+    def _run_model(
+        self, admitted: _Admitted[P], x: Batch, failed: Plan, reason: str
+    ) -> Extraction[P]:
         """Run the model itself where its compiled program failed.
 
         If the model fails on this input too, its own error is raised. Else the program is at fault,
@@ -153,14 +155,16 @@ class Pipeline:
             return extraction
         raise refusal
 
-    def _run(self, admitted: _Admitted, x: Batch, resolved: Resolved, plan: Plan) -> Extraction:
+    def _run(
+        self, admitted: _Admitted[P], x: Batch, resolved: Resolved, plan: Plan
+    ) -> Extraction[P]:
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
         envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
         parts = (resolved.outputs, plan, x.size, envelope, host.staging)
 
-        def collect() -> Reply:
-            # The reply before was abandoned, and its memory with it.
+        def collect() -> Reply[P]:
+            # The reply before was given up, and its memory with it.
             reserved.shrink(0)
             return reply_collector(*parts)
 
@@ -187,14 +191,14 @@ class Pipeline:
             compute_ns=ended_ns - done.begun_ns,
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
-        message = publish(done.reply, form, timings)
-        # What was copied to the host or cast on the way has gone; the message is left.
-        reserved.shrink(len(message))
+        payload = publish(done.reply, form, timings)
+        # What was copied to the host or cast on the way has gone; the payload is left.
+        reserved.shrink(form.nbytes(payload))
         return Extraction(
-            message, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
+            payload, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
         )
 
-    def _batch(self, admitted: _Admitted) -> Batch:
+    def _batch(self, admitted: _Admitted[Any]) -> Batch:
         host, given = admitted.host, admitted.request.input
         if isinstance(given, TensorsInput):
             x = check_tensors(host.model, given.tensors, self._limits)
@@ -205,7 +209,7 @@ class Pipeline:
         admitted.received.take(x.nbytes)
         return x.map(host.staging.upload)
 
-    def _images(self, admitted: _Admitted, given: ImagesInput) -> Batch:
+    def _images(self, admitted: _Admitted[Any], given: ImagesInput) -> Batch:
         host, call, received = admitted.host, admitted.call, admitted.received
         # The files are copies of what the message holds.
         received.take(sum(map(len, given.images)))
@@ -227,8 +231,8 @@ class Pipeline:
             self._decoders.release()
 
 
-def publish(reply: Reply, form: ReplyForm, timings: Timings) -> bytes:
-    """Return the message of a reply whose values were all captured."""
+def publish(reply: Reply[P], form: ReplyForm[P], timings: Timings) -> P:
+    """Return the payload of a reply whose values were all captured."""
     if isinstance(reply, ReplyWriter) and reply.staging is None:
         builder = reply.builder  # Complete already: each value was written when it was captured.
     else:
@@ -236,12 +240,12 @@ def publish(reply: Reply, form: ReplyForm, timings: Timings) -> bytes:
     return builder.finish(form.head(timings))
 
 
-def _is_finite(request: ExtractionRequest, x: Batch) -> bool:
-    """Return whether a request's input has neither NaN nor infinity; images never do."""
+def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
+    """Tell whether a request's input has neither NaN nor infinity; images never do."""
     return isinstance(request.input, ImagesInput) or x.is_finite
 
 
-def _for_any_number(request: ExtractionRequest, plan: Plan, host: ModelHost) -> Extractor:
+def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost) -> Extractor:
     """Return the extractor for input with NaN or infinity, which the plan's kind must not get."""
     if request.extractor is Extractor.AUTO:
         return REFERENCE.id
@@ -251,7 +255,7 @@ def _for_any_number(request: ExtractionRequest, plan: Plan, host: ModelHost) -> 
     )
 
 
-def _key(work: Work) -> Hashable:
+def _key(work: Work[Any]) -> Hashable:
     """Return what requests that may share a forward pass have in common; None for those that can't.
 
     The plan is one per model, extractor, pass spec and item shape.

@@ -1,4 +1,4 @@
-"""Promotion: layer sets that are requested again are compiled alongside the requests.
+"""Promotion: compiles sets of layers that are requested often, while requests are served.
 
 Compiling must happen on a compute thread, where the program will run, and takes as long as a few
 forward passes. So it is cut into steps, each of which waits its turn among the requests.

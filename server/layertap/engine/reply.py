@@ -1,20 +1,21 @@
-"""Takes captured values straight into the message that will be sent."""
+"""Takes captured values straight into the reply that the caller will get."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Generic
 
 import numpy as np
 import torch
 
+from layertap.engine.reply_form import P, ReplyBuilder
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import InvalidInputError
 from layertap.extraction.reductions import Reduced
 from layertap.selection import Reduction
 from layertap.wire.dtypes import DTYPES
-from layertap.wire.reply_form import MessageBuilder
 
 __all__ = [
     "ROWS",
@@ -41,21 +42,21 @@ class ShapeChangedError(BaseException):
 
 
 @dataclass(eq=False, slots=True)
-class ReplyWriter:
-    """A sink that writes each value into its place in an unpublished message.
+class ReplyWriter(Generic[P]):
+    """A sink that writes each value into its place in an unfinished reply.
 
     On the CPU the copy out of the activation, the cast and the serialization are one pass; no clone
     is made. Values of a GPU are written by ``complete``, see Note [Staging].
 
     Attributes:
-        builder: The message.
+        builder: The reply.
         expected: The shape and dtype of each captured point.
         slots: For each point, the tensors of the reply that are made from it: their index in the
-            message and their reduction.
+            reply and their reduction.
         staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
     """
 
-    builder: MessageBuilder
+    builder: ReplyBuilder[P]
     expected: Sequence[TensorType]
     slots: Mapping[int, Sequence[tuple[int, Reduced]]]
     staging: Staging | None = None
@@ -72,15 +73,15 @@ class ReplyWriter:
             else:
                 self._staged[slot] = self.staging.take(made)
 
-    def complete(self) -> MessageBuilder:
-        """Write what a GPU computed, which must be on the host by now; return the message."""
+    def complete(self) -> ReplyBuilder[P]:
+        """Write what a GPU computed, which must be on the host by now; return the reply."""
         for slot, value in self._staged.items():
             _write(self.builder, slot, value)
         return self.builder
 
 
 @dataclass(eq=False, slots=True)
-class ReplyCollector:
+class ReplyCollector(Generic[P]):
     """A sink for values whose shapes are known only once they are there: it keeps clones.
 
     Detection models, whose outputs depend on what they see, are served this way; the limit can be
@@ -90,14 +91,14 @@ class ReplyCollector:
         outputs: The tensors of the reply.
         reductions: The reduction of each output.
         expected: The predicted shape of each captured point.
-        lay_out: Returns the message for the types of all outputs.
+        lay_out: Returns the reply for the types of all outputs.
         staging: Copies values of a GPU to the host; None clones each value where it is.
     """
 
     outputs: Sequence[Output]
     reductions: Sequence[Reduced]
     expected: Sequence[tuple[int, ...]]
-    lay_out: Callable[[Sequence[TensorType]], MessageBuilder]
+    lay_out: Callable[[Sequence[TensorType]], ReplyBuilder[P]]
     staging: Staging | None = None
     _values: dict[int, torch.Tensor] = field(default_factory=dict)
 
@@ -114,8 +115,8 @@ class ReplyCollector:
             made = self.reductions[slot].apply(value)
             self._values[slot] = made.clone() if self.staging is None else self.staging.take(made)
 
-    def complete(self) -> MessageBuilder:
-        """Lay the message out for the captured values and write them; return the message."""
+    def complete(self) -> ReplyBuilder[P]:
+        """Lay the reply out for the captured values and write them; return the reply."""
         values = [self._values[slot] for slot in range(len(self.outputs))]
         builder = self.lay_out([(tuple(value.shape), value.dtype) for value in values])
         for slot, value in enumerate(values):
@@ -123,10 +124,10 @@ class ReplyCollector:
         return builder
 
 
-Reply = ReplyWriter | ReplyCollector
+Reply = ReplyWriter[P] | ReplyCollector[P]
 
 
-def _write(builder: MessageBuilder, slot: int, value: torch.Tensor) -> None:
+def _write(builder: ReplyBuilder[Any], slot: int, value: torch.Tensor) -> None:
     builder.write(slot, host_array(value), ROWS[value.dtype].number)
 
 

@@ -10,35 +10,35 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Generic
 
 import torch
 
 from layertap.engine.reply import ROWS, ReplyCollector, ReplyWriter, TensorType
+from layertap.engine.reply_form import P, ReplyBuilder, ReplyForm
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
 from layertap.extraction.plan import Plan
 from layertap.extraction.reductions import Reduced, reduced
-from layertap.wire.codec import MAX_MESSAGE_BYTES
 from layertap.wire.dtypes import DType
-from layertap.wire.reply_form import MessageBuilder, ReplyForm
 
 __all__ = ["Envelope", "reply_collector", "reply_writer"]
 
 
 @dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(Generic[P]):
     """What goes around a reply's tensors, and how large it all may be.
 
     Attributes:
-        max_bytes: The limit of the message.
-        form: Lays the message out.
+        max_bytes: The limit of the reply.
+        form: Lays the reply out.
         admit: Called with the bytes that the form takes before they are allocated; raises
             OverloadedError to refuse them.
     """
 
     max_bytes: int
-    form: ReplyForm
+    form: ReplyForm[P]
     admit: Callable[[int], object]
 
 
@@ -46,9 +46,9 @@ def reply_writer(
     outputs: Sequence[Output],
     plan: Plan,
     size: int,
-    envelope: Envelope,
+    envelope: Envelope[P],
     staging: Staging | None = None,
-) -> ReplyWriter:
+) -> ReplyWriter[P]:
     """Lay out and allocate a reply to a plan whose shapes are known.
 
     Args:
@@ -59,7 +59,7 @@ def reply_writer(
         staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
 
     Raises:
-        ReplyTooLargeError: If the message would be over the limit.
+        ReplyTooLargeError: If the reply would be over the limit.
         OverloadedError: If there is no room for another reply.
         InvalidInputError: If a reduction does not fit its layer.
         ExtractorUnsupportedError: If a layer's type can't be sent.
@@ -80,9 +80,9 @@ def reply_collector(
     outputs: Sequence[Output],
     plan: Plan,
     size: int,
-    envelope: Envelope,
+    envelope: Envelope[P],
     staging: Staging | None = None,
-) -> ReplyCollector:
+) -> ReplyCollector[P]:
     """Prepare a reply to a plan whose shapes depend on the content; it is laid out at the end.
 
     Arguments and errors are those of ``reply_writer``, the first two errors only at the end.
@@ -101,20 +101,20 @@ def _reductions(outputs: Sequence[Output], plan: Plan) -> list[Reduced]:
 
 
 def _builder(
-    outputs: Sequence[Output], envelope: Envelope, values: Sequence[TensorType]
-) -> MessageBuilder:
+    outputs: Sequence[Output], envelope: Envelope[P], values: Sequence[TensorType]
+) -> ReplyBuilder[P]:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
         for output, (shape, dtype) in zip(outputs, values, strict=True)
     ]
-    limit = min(envelope.max_bytes, MAX_MESSAGE_BYTES)
+    limit = envelope.max_bytes
     try:
-        layout = envelope.form.lay_out(tensors)
+        nbytes = envelope.form.lay_out(tensors)
     except ValueError:
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
-    if layout.nbytes > limit:
-        raise ReplyTooLargeError(_too_large(f"{layout.nbytes} bytes", limit))
-    return envelope.form.builder(layout, envelope.admit)
+    if nbytes > limit:
+        raise ReplyTooLargeError(_too_large(f"{nbytes} bytes", limit))
+    return envelope.form.builder(envelope.admit)
 
 
 def _too_large(predicted: str, limit: int) -> str:

@@ -1,4 +1,4 @@
-"""From selections to outputs: which values to capture, and what each is called in the reply."""
+"""Resolves selections to outputs: the values to capture, and their names in the reply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the host and a GPU: copies through page-locked memory, alongside the pass that runs.
+"""Copies between the host and a GPU through page-locked memory, overlapping with passes.
 
 Note [Staging]
     A blocking copy in the middle of a forward pass makes the host wait for every kernel launched so

@@ -1,4 +1,4 @@
-"""The versions of the served models, and the requests that are in each.
+"""The versions of the served models, and the requests that use each version.
 
 Note [A version is unloaded when nobody uses it]
     A request takes one lease of its model's version (``Engine.lease``), in every protocol, and does

@@ -1,4 +1,4 @@
-"""What a compute thread does with requests: one at a time, or a batch of them in one pass."""
+"""Runs requests on a compute thread: one at a time, or a batch of them in one pass."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Generic
 
 import torch
 
 from layertap.engine.call import AbandonedError, Call, abandoning
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ShapeChangedError
+from layertap.engine.reply_form import P
 from layertap.engine.resolve import Resolved
 from layertap.errors import LayertapError, ModelRunError, OverloadedError
 from layertap.extraction.checkpoints import checked
@@ -28,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class Work:
+class Work(Generic[P]):
     """One request, checked and planned.
 
     Attributes:
@@ -46,8 +48,8 @@ class Work:
     plan: Plan
     resolved: Resolved
     x: Batch
-    reply: Reply
-    collect: Callable[[], Reply]
+    reply: Reply[P]
+    collect: Callable[[], Reply[P]]
     call: Call
 
     @property
@@ -57,7 +59,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(Generic[P]):
     """What became of a request.
 
     Attributes:
@@ -68,7 +70,7 @@ class Computed:
         arrival: Over once a GPU's values are on the host; None if they are already.
     """
 
-    reply: Reply
+    reply: Reply[P]
     begun_ns: int
     together: int
     model: str
@@ -85,8 +87,10 @@ class Computed:
                 self.arrival.synchronize()
 
 
-def compute(works: Sequence[Work]) -> list[Computed]:
+def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
     """Run requests of one plan and batch key in one forward pass. For a compute thread.
+
+    Their payloads may be of different types.
 
     Raises:
         ModelRunError: If the model fails.
@@ -125,7 +129,7 @@ def _model_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def _run_alone(work: Work) -> None:
+def _run_alone(work: Work[Any]) -> None:
     host = work.host
     x = _on_device(work)
     try:
@@ -139,7 +143,7 @@ def _run_alone(work: Work) -> None:
     _capture(work, x.clone() if host.catalogue.mutates_input else x)
 
 
-def _on_device(work: Work) -> Batch:
+def _on_device(work: Work[Any]) -> Batch:
     """Return the input on the model's device, in the model's element types.
 
     A copy from page-locked memory is only launched here; PyTorch's allocator keeps that memory
@@ -151,12 +155,12 @@ def _on_device(work: Work) -> Batch:
     )
 
 
-def _capture(work: Work, x: Batch) -> None:
+def _capture(work: Work[Any], x: Batch) -> None:
     with _abandonable(work.host, [work.call]):
         work.plan.built.run(x, _sink(work))
 
 
-def _run_together(works: Sequence[Work]) -> None:
+def _run_together(works: Sequence[Work[Any]]) -> None:
     """Run one pass and give each request its items of every value."""
     host, plan = works[0].host, works[0].plan
     if not host.prove_shared(plan, sum(work.items for work in works)):
@@ -191,11 +195,11 @@ def _abandonable(host: ModelHost, calls: Sequence[Call]) -> AbstractContextManag
     return checked(abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
 
 
-def _sink(work: Work) -> Sink:
+def _sink(work: Work[Any]) -> Sink:
     return _finite_only(work) if work.host.options.require_finite else work.reply
 
 
-def _finite_only(work: Work) -> Sink:
+def _finite_only(work: Work[Any]) -> Sink:
     """Wrap a request's sink so that it takes finite values only."""
 
     def take(index: int, value: torch.Tensor) -> None:

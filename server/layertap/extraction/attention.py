@@ -1,4 +1,4 @@
-"""Attention weights that a module computes and keeps to itself.
+"""Attention weights that a module computes but does not return.
 
 ``nn.MultiheadAttention`` returns its weights where it is asked to, and most models don't ask:
 ``need_weights=False`` lets it attend in one fused operation. The weights are then had by calling

@@ -1,4 +1,4 @@
-"""What can be asked of a model: every layer with its shapes and the extractors that serve it."""
+"""The catalogue of a model: every layer with its shapes and the extractors that serve it."""
 
 from __future__ import annotations
 

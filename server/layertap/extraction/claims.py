@@ -1,4 +1,4 @@
-"""The catalogue's claims, tried before the first request.
+"""Tests the catalogue's claims before the first request.
 
 Note [Tried before the first request]
     Measuring a model shows which layers there are, and what speaks against serving one of them by

@@ -1,4 +1,4 @@
-"""What is kept of a pass's values to hold other passes against them.
+"""A summary of a pass's values, for comparing other passes with it.
 
 Note [Digests]
     A large model's layers hold many times the memory of its own pass, since that frees a value once

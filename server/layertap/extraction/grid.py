@@ -1,4 +1,4 @@
-"""Which dimensions of an activation follow the input's: found by experiment.
+"""Finds by experiment which dimensions of an activation follow the input's.
 
 Note [Two experiments]
     *Another size.* The model runs once more with another height and width, in another ratio. A

@@ -1,4 +1,4 @@
-"""How an activation is laid out: which dimensions follow the input's, and which are channels.
+"""The layout of an activation: which dimensions follow the input's, and which are channels.
 
 A tensor doesn't say so, and its sizes mislead: 256 channels are no 16 × 16 grid. What is known was
 found by experiment, see ``layertap.extraction.grid``.

@@ -1,4 +1,4 @@
-"""What a model's own code does with values that follow its input: looks, picks, calls into Python.
+"""Detects how a model's code uses values that depend on its input, for example in branches.
 
 Note [Looks]
     ``if x.max() > 1:`` asks a tensor for a Python number. A trace keeps the way that the example

@@ -1,4 +1,4 @@
-"""Telling a machine's lack of memory from a model's failure."""
+"""Detects out-of-memory errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans, and what is learnt about them while they serve."""
+"""Plans, and the results of their proofs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be done to a captured value before it is sent.
+"""Reductions of captured values.
 
 Which dimensions are the channels and which the image's was found by experiment, see
 ``layertap.extraction.grid``: the mean over the wrong ones would be a wrong answer that nobody sees.

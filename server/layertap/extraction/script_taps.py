@@ -1,4 +1,4 @@
-"""The tap for TorchScript programs: no forward hook fires inside one, so it gets operators instead.
+"""The tap for TorchScript programs: operators in the program, since forward hooks don't fire there.
 
 Note [Hooks in a program]
     A program calls its submodules by ``prim::CallMethod`` nodes, which the interpreter runs without

@@ -1,4 +1,4 @@
-"""What a model keeps in Python: a snapshot of it, what differs from it later, and the way back.
+"""The state that a model keeps in Python: takes snapshots, finds differences, and restores it.
 
 Note [What a snapshot sees]
     Everything that a forward pass can reach from the module: attributes, lists, dictionaries, sets,

@@ -1,4 +1,4 @@
-"""Operations whose result jumps where their argument moves by a rounding error.
+"""Operations whose result can jump when their argument changes by a rounding error.
 
 Note [Discontinuous steps]
     A compiled program folds batch norms into convolutions, and a shared pass runs kernels for

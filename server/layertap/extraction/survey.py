@@ -1,4 +1,4 @@
-"""Surveys: a model is run, and what happens is written down.
+"""Surveys: runs a model and records the calls of its modules.
 
 Nothing here is declared by the model's author or guessed from its class: a layer is in the
 catalogue because it ran, with the shapes that it had, and an extractor serves it because its

@@ -1,4 +1,4 @@
-"""The tap: forward hooks that stay on a model and pass captures to anyone who is running it.
+"""The tap: forward hooks that stay on a model and pass captures to the pass that is running.
 
 Hooks that are registered per request on a shared model race: each request's hooks see the other
 requests' activations. So a hook is installed once, stays, and asks a ContextVar which session, if

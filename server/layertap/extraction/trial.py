@@ -1,4 +1,4 @@
-"""What only running a model shows: the element type and the free dimensions of its input.
+"""Detects the element type and the free dimensions of a model's input by running the model.
 
 Note [Found by trying]
     A factory's module or a TorchScript file says nothing of its input, and the class of its first

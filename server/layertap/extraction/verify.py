@@ -1,4 +1,4 @@
-"""When an extractor's value counts as the oracle's."""
+"""Compares an extractor's values with the oracle's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking on while a model's Python code runs, line by line where it may write state.
+"""Watches a model's Python code run, line by line where it may write state.
 
 Note [Between two modules]
     Hooks see the moments at which modules are called. State that is written and taken back between

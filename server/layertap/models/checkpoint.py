@@ -1,4 +1,4 @@
-"""Which of the state dicts in a checkpoint belongs to a module, and under which names.
+"""Finds the state dict in a checkpoint that belongs to a module, and maps its names.
 
 Note [Which weights a file stands for]
     A training script saves more than a state dict: several of them, nested in dicts, under names

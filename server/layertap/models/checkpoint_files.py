@@ -1,4 +1,4 @@
-"""Which files a path given as ``weights`` stands for, and what they hold."""
+"""Finds and reads the files that a path given as ``weights`` refers to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The input of a module that comes with no description of it."""
+"""The input of a module that has no description of its input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image preprocessing that a model or its checkpoint describes in its own configuration."""
+"""Reads the image preprocessing from the configuration of a model or checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a spec to a model that is ready to run."""
+"""Loads a model from its spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What loading gives: a module in eval mode on its device, and what it takes."""
+"""A loaded model: a module in eval mode on its device, and its inputs."""
 
 from __future__ import annotations
 

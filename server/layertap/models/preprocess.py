@@ -1,4 +1,4 @@
-"""From an encoded image to the tensor that a model takes."""
+"""Converts an encoded image to a model's input tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects next to the weights of a checkpoint, read without importing or running their code."""
+"""Placeholders for other objects in a checkpoint, read without importing or running their code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a torchvision model takes: the tensor, and how an image becomes one."""
+"""The inputs of torchvision models: the tensor, and the preprocessing of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that torchvision builds, with its weights, a state dict of one's own, or random ones."""
+"""Models built by torchvision, with its weights, a user's state dict, or random weights."""
 
 from __future__ import annotations
 

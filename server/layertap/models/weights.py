@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, loaded into a module with every difference named."""
+"""Loads a checkpoint's weights into a module; errors name every difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compressed replies, for calls that request them."""
+"""Compresses replies for calls that request it."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""Between protobuf messages and the engine's own types, both ways."""
+"""Converts between protobuf messages and the engine's own types."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorsInput
+from layertap.engine.describe import RefusedAlone, refusal, refused_alone, stride
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
-from layertap.extraction.catalogue import side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import InputSpec, Preprocess, Steps
@@ -69,14 +69,14 @@ class Converter:
 
     def convert_unary(
         self, decoded: DecodedRequest, received: Reservation
-    ) -> tuple[str, ExtractionRequest]:
+    ) -> tuple[str, ExtractionRequest[bytes]]:
         """Convert an ExtractRequest; return its model's name as well. Errors as ``convert``."""
         request = self.convert(*decoded, received)
         return request.model, request
 
     def convert_item(
         self, decoded: DecodedItem, received: Reservation
-    ) -> tuple[str, ExtractionRequest]:
+    ) -> tuple[str, ExtractionRequest[bytes]]:
         """Convert an ExtractStreamRequest in the same way; the reply bears its id."""
         item, tensors = decoded
         request = self.convert(item, tensors, received, id_field(item.id))
@@ -88,8 +88,8 @@ class Converter:
         tensors: Sequence[TensorView | SharedTensor],
         received: Reservation,
         reply_fields: bytes = b"",
-    ) -> ExtractionRequest:
-        """Convert a parsed request, with its input out of shared memory.
+    ) -> ExtractionRequest[bytes]:
+        """Return what a parsed request asks for, with its input out of shared memory.
 
         Args:
             request: Its small fields.
@@ -119,8 +119,8 @@ def request_from_proto(
     tensors: Sequence[TensorView],
     reply_fields: bytes = b"",
     memory: SessionMemory | None = None,
-) -> ExtractionRequest:
-    """Convert a parsed request.
+) -> ExtractionRequest[bytes]:
+    """Return what a parsed request asks for.
 
     Args:
         request: Its small fields.
@@ -211,12 +211,7 @@ def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelRe
 
     What was refused for a layer alone is told at the layer, else among the refused plans only.
     """
-    refused_plans = host.refused_plans()
-    refused = {
-        (plan.extractor, plan.layers[0]): plan.reason
-        for plan in refused_plans
-        if len(plan.layers) == 1 and plan.batch_key == host.model.signature.key
-    }
+    refused = refused_alone(host)
     return feature_service_pb2.DescribeModelResponse(
         model=model_to_proto(host),
         layers=[layer_to_proto(entry, host, refused) for entry in host.catalogue],
@@ -232,17 +227,13 @@ def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelRe
                 ],
                 reason=plan.reason,
             )
-            for plan in refused_plans
+            for plan in host.refused_plans()
         ],
     )
 
 
-Refused = Mapping[tuple[Extractor, str], str]
-"""Why an extractor could not serve a layer alone, by extractor and layer."""
-
-
 def layer_to_proto(
-    entry: LayerEntry, host: ModelHost, refused: Refused = MappingProxyType({})
+    entry: LayerEntry, host: ModelHost, refused: RefusedAlone = MappingProxyType({})
 ) -> catalogue_pb2.Layer:
     """Describe a layer of a served model."""
     shape = entry.geometry
@@ -255,7 +246,7 @@ def layer_to_proto(
         output=_spec(entry.specs.get(Capture.OUTPUT)),
         input=_spec(entry.specs.get(Capture.INPUT)),
         channels=shape.channels,
-        reduction=host.model.signature.main.shape[-2] / shape.height if known else 0.0,
+        reduction=stride(entry, host),
         extractors=[_support(entry, extractor, refused) for extractor in entry.support],
         layout=_LAYOUTS[shape.layout],
         grid=[shape.height, shape.width] if known else [],
@@ -287,13 +278,9 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
 
 
 def _support(
-    entry: LayerEntry, extractor: Extractor, refused: Refused
+    entry: LayerEntry, extractor: Extractor, refused: RefusedAlone
 ) -> catalogue_pb2.ExtractorSupport:
-    reasons = {
-        side: refused.get((extractor, side_name(entry.name, side)), "")
-        or entry.refusal(extractor, side)
-        for side in Capture
-    }
+    reasons = {side: refusal(entry, extractor, side, refused) for side in Capture}
     return catalogue_pb2.ExtractorSupport(
         extractor=to_proto(extractor, "EXTRACTOR"),
         captures=[

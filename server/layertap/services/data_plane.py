@@ -13,7 +13,7 @@ __all__ = ["Converted", "DataPlane"]
 
 D = TypeVar("D")
 
-Converted = tuple[str, ExtractionRequest | Callable[[ModelHost], ExtractionRequest]]
+Converted = tuple[str, ExtractionRequest[bytes] | Callable[[ModelHost], ExtractionRequest[bytes]]]
 """The name of a request's model, and the engine's form of the request.
 
 A function of the model's version in a protocol where the version has a say, by its default outputs
@@ -42,7 +42,7 @@ class DataPlane:
         decode: Callable[[bytes], D],
         convert: Callable[[D, Reservation], Converted],
         call: Call,
-    ) -> Extraction:
+    ) -> Extraction[bytes]:
         """Decode a request, convert it, and run it on one version of its model.
 
         Args:
@@ -92,7 +92,7 @@ class DataPlane:
 
     def run(
         self, received: Reservation, call: Call, convert: Callable[[], Converted]
-    ) -> Extraction:
+    ) -> Extraction[bytes]:
         """Convert a request and run it; see ``extract``.
 
         Args:

@@ -85,7 +85,7 @@ class ExtractStream:
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
             window.answer(number, _failure(number, error))
         else:
-            window.answer(number, Answer(extraction.message, extraction.reservation))
+            window.answer(number, Answer(extraction.payload, extraction.reservation))
 
     def _failed(self, number: int, error: Exception) -> bytes:
         self._observer.failed("", code_of(error))

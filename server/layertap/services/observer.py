@@ -13,7 +13,7 @@ __all__ = ["Observer", "Observers"]
 class Observer(Protocol):
     """Is notified how each extraction ended, from many threads and before each reply is sent."""
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """An extraction is ready to be sent."""
 
     def failed(self, model: str, code: ErrorCode) -> None:
@@ -30,7 +30,7 @@ class Observers:
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Notify each of them."""
         for observer in self._observers:
             observer.succeeded(model, extraction)

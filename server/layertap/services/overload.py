@@ -1,4 +1,4 @@
-"""Refuses extractions that a full server can't take, cheaply and no faster than it can afford.
+"""Rejects extractions when the server is full, cheaply and at a limited rate.
 
 Note [A retry storm]
     A call that is refused costs the server about as much as one that is admitted, except for the

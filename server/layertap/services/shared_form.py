@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from layertap.engine.reply_form import ReplyBuilder
 from layertap.selection import Extractor
+from layertap.services.native_form import NativeForm
 from layertap.shm.leases import Loan
 from layertap.shm.shared_memory import SessionMemory
-from layertap.wire.codec import ReplyBuilder, ReplyLayout
-from layertap.wire.reply_form import MessageBuilder, NativeForm
+from layertap.wire import codec
 
 __all__ = ["SharedForm"]
 
@@ -29,14 +30,14 @@ class SharedForm(NativeForm):
         super().__init__(extractor, fields)
         self._memory = memory
 
-    def builder(self, layout: ReplyLayout, admit: Callable[[int], object]) -> MessageBuilder:
+    def builder(self, admit: Callable[[int], object]) -> ReplyBuilder[bytes]:
         """See ``ReplyForm``."""
-        if self._memory is None or layout.nbytes < self._memory.least:
-            return super().builder(layout, admit)
+        if self._memory is None or self._laid_out.nbytes < self._memory.least:
+            return super().builder(admit)
         apart = self._layout(apart=True)
         loan = self._memory.lend(apart.payload_nbytes)
         if loan is None:
-            return super().builder(layout, admit)
+            return super().builder(admit)
         admit(apart.nbytes)
         self.shared_bytes = loan.nbytes
         return _LentBuilder(apart, loan)
@@ -45,19 +46,19 @@ class SharedForm(NativeForm):
 class _LentBuilder:
     """Writes tensors into a region that is lent to the client, and refers to them."""
 
-    def __init__(self, layout: ReplyLayout, loan: Loan) -> None:
+    def __init__(self, layout: codec.ReplyLayout, loan: Loan) -> None:
         # Kept until the end: without it the region would be lent to another client.
         self._loan = loan
-        self._builder = ReplyBuilder(
+        self._builder = codec.ReplyBuilder(
             layout, loan.buffer, region=loan.region, generation=loan.generation
         )
 
     def write(self, index: int, array: Any, dtype: int) -> None:
-        """See ``MessageBuilder``."""
+        """See ``ReplyBuilder``."""
         self._builder.write(index, array, dtype)
 
     def finish(self, head: bytes) -> bytes:
-        """See ``MessageBuilder``."""
+        """See ``ReplyBuilder``."""
         message = self._builder.finish(head)
         self._loan.publish()
         return message

@@ -1,4 +1,4 @@
-"""Which bearer token has which right."""
+"""The rights of bearer tokens."""
 
 from __future__ import annotations
 

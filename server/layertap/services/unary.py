@@ -11,7 +11,7 @@ from layertap.engine import Call, Extraction
 __all__ = ["answer"]
 
 
-def answer(context: grpc.ServicerContext, extract: Callable[[Call], Extraction]) -> bytes:
+def answer(context: grpc.ServicerContext, extract: Callable[[Call], Extraction[bytes]]) -> bytes:
     """Run an extraction for a unary RPC and return the reply's message.
 
     The extraction is cancelled when the RPC ends, and its bytes count until the reply was sent.
@@ -28,4 +28,4 @@ def answer(context: grpc.ServicerContext, extract: Callable[[Call], Extraction])
     # gRPC calls back when it is done with the RPC, however slowly the client reads.
     if not context.add_callback(extraction.release):
         extraction.release()
-    return extraction.message
+    return extraction.payload

@@ -1,4 +1,4 @@
-"""How a setting is declared, once, and what is made of the declaration.
+"""Declarations of settings, and the checks and texts derived from them.
 
 A setting is a field of a frozen dataclass whose annotation says everything else about it:
 

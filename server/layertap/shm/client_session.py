@@ -45,8 +45,7 @@ from layertap.shm.packets import (
 from layertap.shm.regions import RegionKind, map_region
 from layertap.shm.shared_memory import LEAST_BYTES
 from layertap.wire.dtypes import of_array
-from layertap.wire.messages import Arrays
-from layertap.wire.tensors import SharedSlice, SharedTensor, TensorView
+from layertap.wire.tensors import Arrays, SharedSlice, SharedTensor, TensorView
 
 __all__ = ["Borrowed", "ClientSession", "is_shared"]
 

@@ -1,4 +1,4 @@
-"""The codec and malloc: the C++ extension, or its plain-Python twin where that was not built."""
+"""The codec and malloc: the C++ extension, or plain Python if the extension was not built."""
 
 from __future__ import annotations
 

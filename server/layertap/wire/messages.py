@@ -7,16 +7,14 @@ of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.errors import DecodeError
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import (
+    Arrays,
     SharedSlice,
     SharedTensor,
     TensorView,
@@ -32,9 +30,7 @@ __all__ = [
     "REPLY_COMPRESSIONS",
     "REPLY_COMPRESSION_KEY",
     "REPLY_TENSOR_FIELD",
-    "Arrays",
     "Find",
-    "Timings",
     "decode_reply",
     "decode_request",
     "encode_request",
@@ -65,21 +61,8 @@ _IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
 MAX_INPUTS = 256
 """Tensors that a request may have. Each costs hundreds of bytes of memory, however small it is."""
 
-Arrays = Sequence[tuple[str, np.ndarray[Any, np.dtype[Any]]]]
-"""Arrays with the names of the inputs that they are for; the name of an only input may be empty."""
-
 Find = Callable[[SharedTensor], TensorView]
 """Finds the elements of a tensor in shared memory; raises LayertapError where it can't."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the time of a request went, in nanoseconds; see ``layertap.v1.Timings``."""
-
-    prepare_ns: int = 0
-    queue_ns: int = 0
-    compute_ns: int = 0
-    total_ns: int = 0
 
 
 def split_request(message: bytes) -> tuple[bytes, list[TensorView | SharedTensor]]:

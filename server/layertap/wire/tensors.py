@@ -16,7 +16,17 @@ from layertap.errors import DecodeError, InvalidInputError
 from layertap.wire import codec
 from layertap.wire.dtypes import DType, by_number, of_array
 
-__all__ = ["SharedSlice", "SharedTensor", "TensorView", "decode_message", "encode_message"]
+__all__ = [
+    "Arrays",
+    "SharedSlice",
+    "SharedTensor",
+    "TensorView",
+    "decode_message",
+    "encode_message",
+]
+
+Arrays = Sequence[tuple[str, np.ndarray[Any, np.dtype[Any]]]]
+"""Arrays with the names of the inputs that they are for; the name of an only input may be empty."""
 
 
 @dataclass(frozen=True, slots=True)

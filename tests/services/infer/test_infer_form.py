@@ -14,7 +14,7 @@ from layertap.inference import grpc_service_pb2 as pb
 from layertap.selection import Extractor
 from layertap.services.infer.infer_form import InferForm, ReplyOptions
 from layertap.shm.client_regions import ClientRegions
-from layertap.wire.messages import Timings
+from layertap.timings import Timings
 
 F32, F16, BF16, BOOL = 1, 2, 3, 10
 TIMINGS = Timings(1_500_000, 2, 3, 1 << 50)
@@ -30,14 +30,14 @@ def path() -> Iterator[Path]:
 
 
 def build(form: InferForm, tensors: list, arrays: list) -> bytes:
-    layout = form.lay_out(tensors)
+    nbytes = form.lay_out(tensors)
     admitted: list[int] = []
-    builder = form.builder(layout, admitted.append)
-    assert admitted == [layout.nbytes + form.shared_bytes]
+    builder = form.builder(admitted.append)
+    assert admitted == [nbytes + form.shared_bytes]
     for index, (dtype, array) in enumerate(arrays):
         builder.write(index, array, dtype)
     message = builder.finish(form.head(TIMINGS))
-    assert len(message) == layout.nbytes
+    assert len(message) == nbytes
     return message
 
 
@@ -121,7 +121,8 @@ def test_a_failed_write_is_told_at_the_end(path: Path) -> None:
     form = InferForm(
         Extractor.HOOK, ReplyOptions("net", regions={"a": regions.slice(0, "r", 0, 16)})
     )
-    builder = form.builder(form.lay_out([("a", F32, (4,))]), lambda nbytes: None)
+    form.lay_out([("a", F32, (4,))])
+    builder = form.builder(lambda nbytes: None)
     path.write_bytes(b"")
     builder.write(0, np.zeros(4, np.float32), F32)
     with pytest.raises(InvalidInputError, match="shorter than it was"):

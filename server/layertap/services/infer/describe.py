@@ -1,4 +1,4 @@
-"""What a model takes and gives, as this protocol says it."""
+"""Describes a model's inputs and outputs in terms of this protocol."""
 
 from __future__ import annotations
 

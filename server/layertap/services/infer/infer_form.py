@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from layertap.engine.reply_form import NamedTensor, ReplyBuilder
 from layertap.errors import InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.selection import Extractor
 from layertap.shm.client_regions import RegionSlice
+from layertap.timings import Timings
 from layertap.wire import codec
 from layertap.wire.dtypes import by_number
-from layertap.wire.messages import Timings
-from layertap.wire.reply_form import MessageBuilder, NamedTensor
 
 __all__ = ["MODEL_VERSION", "InferForm", "ReplyOptions"]
 
@@ -48,7 +48,7 @@ class ReplyOptions:
 
 
 class InferForm:
-    """The form of ``inference.ModelInferResponse``, a ``layertap.wire.reply_form.ReplyForm``.
+    """The form of ``inference.ModelInferResponse``, a ``layertap.engine.reply_form.ReplyForm``.
 
     Args:
         extractor: The extractor that serves the request.
@@ -63,6 +63,7 @@ class InferForm:
         self._outputs: list[pb.ModelInferResponse.InferOutputTensor] = []
         self._tensors: Sequence[NamedTensor] = ()
         self._opening = b""
+        self._laid_out: codec.ReplyLayout
 
     @property
     def shared_bytes(self) -> int:
@@ -71,7 +72,7 @@ class InferForm:
             _nbytes(tensor) for tensor in self._tensors if tensor[0] in self._options.regions
         )
 
-    def lay_out(self, tensors: Sequence[NamedTensor]) -> codec.ReplyLayout:
+    def lay_out(self, tensors: Sequence[NamedTensor]) -> int:
         """See ``ReplyForm``."""
         regions = self._options.regions
         self._tensors = tensors
@@ -84,13 +85,14 @@ class InferForm:
         if self._options.streamed:
             self._opening = _RESPONSE_TAG + _varint(layout.nbytes)
             layout = codec.raw_layout(raw, field=_RAW_OUTPUT, head_size=len(self._opening) + head)
-        return layout
+        self._laid_out = layout
+        return layout.nbytes
 
-    def builder(self, layout: codec.ReplyLayout, admit: Callable[[int], object]) -> MessageBuilder:
+    def builder(self, admit: Callable[[int], object]) -> ReplyBuilder[bytes]:
         """See ``ReplyForm``."""
-        # What goes to shared memory may have to be cast first, alongside the message.
-        admit(layout.nbytes + self.shared_bytes)
-        builder = codec.ReplyBuilder(layout)
+        # What goes to shared memory may have to be cast first, beside the message.
+        admit(self._laid_out.nbytes + self.shared_bytes)
+        builder = codec.ReplyBuilder(self._laid_out)
         if not self._options.regions:
             return builder
         return _Scattered(builder, self._tensors, self._options.regions)
@@ -98,6 +100,10 @@ class InferForm:
     def head(self, timings: Timings) -> bytes:
         """See ``ReplyForm``."""
         return self._opening + self._response(timings)
+
+    def nbytes(self, payload: bytes) -> int:
+        """See ``ReplyForm``."""
+        return len(payload)
 
     def _response(self, timings: Timings) -> bytes:
         """Return the response without payloads; of one size, as its numbers are doubles."""
@@ -135,7 +141,7 @@ class _Scattered:
         self._failure = ""
 
     def write(self, index: int, array: np.ndarray, dtype: int) -> None:
-        """See ``MessageBuilder``."""
+        """See ``ReplyBuilder``."""
         target, place = self._targets[index]
         if place is None:
             self._builder.write(index, array, dtype)
@@ -148,7 +154,7 @@ class _Scattered:
             self._failure = str(error)
 
     def finish(self, head: bytes) -> bytes:
-        """See ``MessageBuilder``."""
+        """See ``ReplyBuilder``."""
         if self._failure:
             raise InvalidInputError(self._failure)
         return self._builder.finish(head)

@@ -1,4 +1,4 @@
-"""From a ModelInferRequest to what the engine takes."""
+"""Converts a ModelInferRequest to the engine's request."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def extraction_request(
     *,
     admit: Callable[[int], object] = lambda nbytes: None,
     streamed: bool = False,
-) -> ExtractionRequest:
+) -> ExtractionRequest[bytes]:
     """Return what a request asks of a model.
 
     Args:

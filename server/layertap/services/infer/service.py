@@ -116,7 +116,7 @@ class InferenceService:
             extraction = self._run(decoded, context, call, received, streamed=True)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
             return Answer(encode_infer_error(request_id, str(public_error(error))))
-        return Answer(extraction.message, extraction.reservation)
+        return Answer(extraction.payload, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
         """Answer an item of a stream that is not run with the reason."""
@@ -137,7 +137,9 @@ class InferenceService:
         )
         return grpc.method_handlers_generic_handler(self.NAME, handlers)
 
-    def _extract(self, message: bytes, context: grpc.ServicerContext, call: Call) -> Extraction:
+    def _extract(
+        self, message: bytes, context: grpc.ServicerContext, call: Call
+    ) -> Extraction[bytes]:
         received = self._plane.receive(len(message))
         decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
         return self._run(decoded, context, call, received)
@@ -150,7 +152,7 @@ class InferenceService:
         received: Reservation,
         *,
         streamed: bool = False,
-    ) -> Extraction:
+    ) -> Extraction[bytes]:
         """Run a request that was decoded."""
         request, raw = decoded
 
@@ -158,7 +160,7 @@ class InferenceService:
             check_version(request.model_version)
             return request.model_name, request_for
 
-        def request_for(host: ModelHost) -> ExtractionRequest:
+        def request_for(host: ModelHost) -> ExtractionRequest[bytes]:
             timeout = timeout_of(request)
             if timeout is not None:
                 call.limit(timeout)

@@ -1,4 +1,4 @@
-"""What each model did since the server started."""
+"""Statistics of each model since the server started."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Statistics:
         self._lock = threading.Lock()
         self._models: defaultdict[str, _Model] = defaultdict(_Model)
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Count an answer."""
         times = extraction.timings
         rest = times.total_ns - times.prepare_ns - times.queue_ns - times.compute_ns

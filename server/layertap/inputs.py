@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     ArrayLike = np.ndarray | Any
     InputLike = ArrayLike | Mapping[str, ArrayLike] | ImageLike | Sequence[ImageLike]
 
-    from layertap.wire.messages import Arrays
+    from layertap.wire.tensors import Arrays
 
 __all__ = ["encode_input"]
 

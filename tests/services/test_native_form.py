@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from layertap.selection import Extractor
+from layertap.services.native_form import NativeForm
+from layertap.timings import Timings
 from layertap.v1.feature_service_pb2 import ExtractStreamResponse
-from layertap.wire.messages import Timings
-from layertap.wire.reply_form import NativeForm
 from layertap.wire.stream_messages import id_field
 
 
@@ -15,12 +15,12 @@ def test_the_native_form_is_what_upb_reads() -> None:
     """Extractor, timings, fields of its own and tensors, at the size that was laid out."""
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     form = NativeForm(Extractor.FX, fields=id_field(7))
-    layout = form.lay_out([("a", 1, (2, 3))])
+    nbytes = form.lay_out([("a", 1, (2, 3))])
     admitted: list[int] = []
-    builder = form.builder(layout, admitted.append)
+    builder = form.builder(admitted.append)
     builder.write(0, x, 1)
     message = builder.finish(form.head(Timings(1, 2, 3, 4)))
-    assert ([len(message)], form.shared_bytes) == (admitted, 0)
+    assert (nbytes, [nbytes], form.shared_bytes) == (len(message), admitted, 0)
     reply = ExtractStreamResponse.FromString(message)
     assert (reply.id, reply.timings.compute_ns, reply.tensors[0].name) == (7, 3, "a")
     assert reply.tensors[0].data == x.tobytes()

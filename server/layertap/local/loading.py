@@ -1,0 +1,103 @@
+"""Loads a model into this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from layertap.engine import Engine, allow_tf32, choose_device
+from layertap.errors import ConfigError
+from layertap.local.model import LocalModel
+from layertap.selection import SelectionLike, parse_selections
+from layertap.settings import Limits, ModelSpec, ServedModel, definitions, replaced
+
+__all__ = ["load"]
+
+
+def load(
+    source: str,
+    *,
+    weights: str = "DEFAULT",
+    seed: int = 0,
+    device: str = "auto",
+    item_shape: Sequence[int] | None = None,
+    input_dtype: str = "",
+    free_dims: Sequence[int] | None = None,
+    precision: str = "",
+    layers: SelectionLike = (),
+    limits: Limits | None = None,
+    threads: int | None = None,
+    tf32: bool = False,
+    **settings: Any,
+) -> LocalModel:
+    """Load a model into this process, and measure its layers by running it.
+
+    Args:
+        source: A torchvision model (``"resnet18"``), a timm model (``"timm:NAME"``), a TorchScript
+            file (``"net.pt"``) or a factory (``"package.module:function"``); ``"NAME=SOURCE"``
+            gives it a name.
+        weights: ``"DEFAULT"``, the name of torchvision weights, a checkpoint or ``"random"``.
+        seed: Seeds the values of random weights.
+        device: What it runs on, such as ``"cpu"`` or ``"cuda:1"``; ``"auto"`` takes a GPU if there
+            is one.
+        item_shape: Sizes of one input item without the batch; None for the model's own.
+        input_dtype: The element type of the input, such as ``"int64"``, for factories and
+            TorchScript files; found by trying if empty.
+        free_dims: Dimensions of an item that may have another size, as indices into the item
+            shape, for factories and TorchScript files; found by trying if None.
+        precision: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; the weights' own if
+            empty.
+        layers: Layers that will be asked for. They are compiled and warm when this returns; any
+            other layer may be asked for as well.
+        limits: What extractions may ask for; the defaults of a server if None.
+        threads: Cores of one forward pass on a CPU; None leaves it to PyTorch.
+        tf32: Whether CUDA may round the operands of float32 convolutions and matrix products to
+            TF32. PyTorch has one such setting for the whole process, and this sets it.
+        settings: Other settings of ``[[models]]`` in a configuration file, by their keys
+            (docs/settings.md): ``channels_last``, ``require_finite``, ``image_mean`` and so on.
+
+    Returns:
+        The model. Close it, or use it in a ``with`` block, to free its memory and its threads.
+
+    Raises:
+        ConfigError: For an argument that is not valid; the message names it.
+        ModelLoadError: Where the model can't be had or can't run.
+        LayertapError: Whatever a request for ``layers`` would raise.
+    """
+    optional = {
+        "input_dtype": input_dtype or None,
+        "precision": precision or None,
+        "item_shape": None if item_shape is None else list(item_shape),
+        "free_dims": None if free_dims is None else list(free_dims),
+    }
+    given = {key: value for key, value in optional.items() if value is not None}
+    values = _checked({"weights": weights, "seed": seed, **given, **settings})
+    model = replaced(ServedModel(ModelSpec.parse(source)), values)
+    model = replace(model, layers=tuple(parse_selections(layers)))
+    model.check()
+    allow_tf32(tf32)
+    engine = Engine(limits, device=choose_device(device), threads=threads)
+    try:
+        engine.load(model.spec, model.layers, options=model.options)
+    except BaseException:
+        engine.close()
+        raise
+    return LocalModel(engine, model.name)
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as raw values of their own kinds, or raise ConfigError."""
+    known = {each.key: each for each in definitions(ServedModel)}
+    if unknown := values.keys() - known.keys():
+        raise ConfigError(
+            f"load: got unknown settings {', '.join(sorted(unknown))}, expected some of "
+            f"{', '.join(known)}"
+        )
+    checked = {}
+    for key, value in values.items():
+        try:
+            checked[key] = known[key].kind.check(value)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return checked

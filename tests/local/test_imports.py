@@ -1,0 +1,82 @@
+"""What is imported, and when."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import layertap
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def run(code: str) -> str:
+    """Run code in a process of its own, where the tests' nets can be found."""
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_layertap_imports_neither_torch_nor_grpc() -> None:
+    """Nor numpy nor protobuf: each name imports what it needs at its first use."""
+    heavy = "{'torch', 'torchvision', 'grpc', 'google.protobuf', 'numpy'}"
+    assert run(f"import sys, layertap; print({heavy} & set(sys.modules))") == "set()\n"
+
+
+def test_an_extraction_in_this_process_needs_no_messages() -> None:
+    """Neither gRPC nor any of our generated code, for tensors, images and the catalogue."""
+    code = """
+import sys, layertap, torch
+from PIL import Image
+settings = {"item_shape": [3, 16, 16], "device": "cpu", "layers": "conv1"}
+with layertap.load("tinynets:residual", **settings) as net:
+    assert net.extract(torch.rand(2, 3, 16, 16), "layer*")["layer1"].shape == (2, 8, 8, 8)
+    assert net.extract(Image.new("RGB", (16, 16)), "fc")["fc"].shape == (1, 5)
+    assert net.describe().layers
+unwanted = ("grpc", "google.protobuf", "layertap.v1", "layertap.client", "layertap.services")
+print([name for name in sys.modules if name.startswith(unwanted)])
+"""
+    assert run(code) == "[]\n"
+
+
+def test_the_command_lines_tables_need_no_messages() -> None:
+    """``layertap layers`` and ``layertap extract`` of a model in this process."""
+    code = """
+import sys
+from click.testing import CliRunner
+from PIL import Image
+from layertap.cli.main import main
+net = ["tinynets:residual", "--item-shape", "3,16,16", "--device", "cpu"]
+with CliRunner().isolated_filesystem():
+    Image.new("RGB", (16, 16)).save("a.png")
+    for args in (["layers", *net], ["extract", *net, "a.png", "-l", "fc", "-o", "a.npz"]):
+        result = CliRunner().invoke(main, args, catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+unwanted = ("grpc", "google.protobuf", "layertap.v1", "layertap.client", "layertap.services")
+print([name for name in sys.modules if name.startswith(unwanted)])
+"""
+    assert run(code) == "[]\n"
+
+
+@pytest.mark.parametrize("name", layertap.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    """Each name of ``__all__`` can be had, and is listed."""
+    assert getattr(layertap, name) is not None
+    assert name in dir(layertap)
+
+
+def test_another_name_is_an_attribute_error() -> None:
+    """As of any module."""
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        layertap.nothing  # noqa: B018 - reading it is what is tested
