@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["METADATA_BYTES", "STREAMS", "channel_options"]
 
 STREAMS = 256
-"""Calls of one connection that are under way; its client queues those above.
+"""The most concurrent calls on one connection; the client queues further calls.
 
 Far above what the engine's own queue takes, so that this one refuses, with its own words. Each may
 keep 64 KiB of a message that is not read yet; by default there is no limit.

@@ -5,11 +5,11 @@ logs are JSON, ``capture_output`` sends that text through a small process that r
 lines and writes a record for each.
 
 Note [A process of its own]
-    A thread would be simpler, but the text that matters most is written by a process that is about
-    to end: what C++ says before it aborts. Another process still reads it afterwards.
+    A thread would be simpler, but the most important output is written by a process that is about
+    to end: the message of C++ code before it aborts. Another process can still read it afterwards.
 
-    It ends when nobody can write to its pipe any more, and ignores the signals that tell the server
-    to stop: those reach all processes of a terminal or of a systemd unit.
+    It ends when all writers of its pipe have closed it, and ignores the signals that stop the
+    server, since those reach all processes of a terminal or of a systemd unit.
 
 Needs only the standard library, and imports nothing of layertap: it starts in a few milliseconds
 and takes little memory.

@@ -52,7 +52,7 @@ class Reloader:
 
     @property
     def config(self) -> ServerConfig:
-        """The last configuration that was read without a mistake."""
+        """The last valid configuration that was read."""
         return self._config
 
     @property

@@ -55,13 +55,13 @@ class FeatureServer:
     """Serves an engine. Models may be loaded into it before or after ``start``.
 
     Health (``grpc.health.v1``) answers for the server (``""``), the services' full names and each
-    model's name: NOT_SERVING until ``ready``, and from the begin of ``stop``. Anyone who loads
-    models later tells their health by ``health``.
+    model's name: NOT_SERVING until ``ready()`` and again once ``stop()`` begins. Code that loads
+    models later reports their status through ``health``.
 
     Args:
         engine: The engine; it stays the caller's to close.
         options: How to listen.
-        observer: Is told how each extraction ended.
+        observer: Notified of the outcome of each extraction.
         interceptors: gRPC's own kind, the first one outermost.
         health: What to tell of models; one of its own if not given.
         admin: The administrative operations; none if not given.

@@ -265,7 +265,7 @@ class ModelHost:
             self._declared_plans.clear()
 
     def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
-        """Return a model's catalogue, of whose claims every one was tried.
+        """Return a model's catalogue, with all of its claims tested.
 
         In steps, between which the requests of other models alternate.
         """

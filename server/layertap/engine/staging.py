@@ -85,7 +85,7 @@ class Staging:
         return host
 
     def launched(self) -> torch.cuda.Event:
-        """Return an event that is over once everything that was taken so far is on the host.
+        """Return an event that completes once all captured values have been copied to the host.
 
         To be called after each pass. It returns once the pass before is over, so that no more than
         two are under way.

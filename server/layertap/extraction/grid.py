@@ -285,7 +285,7 @@ def _survey_moves(
 
 
 def _changed_at(model: LoadedModel, place: tuple[float, float]) -> Batch:
-    """Return a batch of two items, of which the second has another block at a place."""
+    """Return a batch of two items that differ only in one block of the second item."""
     one, main = ordinary_batch(model, 1), model.signature.main
     batch = one.map(lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1)))
     block = batch[main.name][1]

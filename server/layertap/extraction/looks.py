@@ -112,7 +112,7 @@ class Looks:
         self.tables: set[int] = set()
 
     def marked(self, values: Any) -> bool:
-        """Return whether some tensor among the values follows the input."""
+        """Return whether any tensor among the values depends on the input."""
         return not self._marked.isdisjoint(_memory(values))
 
     def mark(self, values: Any) -> None:

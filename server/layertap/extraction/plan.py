@@ -73,7 +73,7 @@ class Findings:
 
     @property
     def alone(self) -> bool | None:
-        """Whether each request needs a forward pass of its own; None until that was tried."""
+        """Whether each request needs its own forward pass; None until this was tested."""
         with self._lock:
             return self._alone
 

@@ -63,7 +63,7 @@ def _name(func: Any) -> str:
 
 
 def is_new(func: Any) -> bool:
-    """Return whether the values of an operation's result follow from none of its arguments."""
+    """Return whether an operation's result does not depend on the values of its arguments."""
     return _name(func) in _NEW
 
 

@@ -284,7 +284,7 @@ def _check_size(chosen: Preprocess, takes: InputSpec, model: str) -> None:
         name = "image_crop" if cropped else "image_resize"
         raise ConfigError(
             f"{name} of {model}: got {_by(made[1:])} (height x width), but the model takes "
-            f"{takes.pattern}, such as {list(takes.batch_shape(1))}; give it another item shape, "
+            f"{takes.pattern}, such as {list(takes.batch_shape(1))}; set another item shape, "
             f"or another size here"
         ) from error
 
