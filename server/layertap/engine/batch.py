@@ -54,9 +54,10 @@ _PIXEL_BYTES = 4
 """Pillow keeps a pixel of an RGB image in four bytes."""
 
 KEPT_IMAGES = 4
-"""How many images of the largest size a request's may be together, once they are resized.
+"""The total size of a request's resized images, in images of the largest allowed size.
 
-A file of some kilobytes can have all the pixels of one; of a thousand, nothing else bounds the sum.
+A file of a few kilobytes can have as many pixels as one image may have. Without this limit, a
+request with a thousand such files would have no bound on the total.
 """
 
 

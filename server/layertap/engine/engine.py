@@ -97,7 +97,7 @@ class Engine:
 
         Raises:
             ConfigError: If the name is taken.
-            ModelLoadError: If the model can't be had or can't run.
+            ModelLoadError: If the model can't be loaded or can't run.
             LayertapError: Whatever a request for the declared layers would raise.
         """
         if spec.name in self._versions:
@@ -118,10 +118,10 @@ class Engine:
     ) -> ModelHost:
         """Load a model as ``load`` does, while the version that has its name keeps serving.
 
-        Weights are read alongside the requests; what runs the model takes its turn among them. Once
-        everything is warm, new requests go to the new version. The former one answers those that it
-        has, and is let go in the background. Where the name is new, this is a load. Both versions
-        are in memory for a while.
+        Weights are read while requests run; steps that run the model alternate with requests. Once
+        everything is warm, new requests go to the new version. The former version answers its
+        remaining requests and is unloaded in the background. If the name is new, this is the same
+        as ``load``. Both versions are in memory for some time.
 
         Args:
             spec: What to load.
@@ -131,7 +131,7 @@ class Engine:
             call: Cancels the load.
 
         Raises:
-            ModelLoadError: If the model can't be had or can't run; the former version keeps
+            ModelLoadError: If the model can't be loaded or can't run; the former version keeps
                 serving, as after any other error.
             LayertapError: Whatever a request for the declared layers would raise.
             CancelledError: If the call was cancelled.
@@ -216,7 +216,7 @@ class Engine:
         """Run one request: admit, check, plan, compute, publish.
 
         Args:
-            request: What is wanted.
+            request: The request.
             call: The deadline and cancellation state of the request.
             host: The version to run, of which the caller has a lease; the one that serves the
                 request's model now if None.

@@ -65,10 +65,10 @@ class RefusedPlan:
     """A layer set that an extractor could not serve, and why.
 
     Attributes:
-        extractor: Which extractor.
-        layers: Catalogue names, ``:input`` after those whose input was wanted.
-        batch_key: What the batches that it would have served have in common.
-        reason: What a request for it is told.
+        extractor: The extractor.
+        layers: Catalogue names, with the suffix ``:input`` for inputs.
+        batch_key: The key of the batches that it would have served.
+        reason: The reason, as in the error of a request for it.
     """
 
     extractor: Extractor
@@ -215,7 +215,7 @@ class ModelHost:
         return not plan.refusal(items) and prover.prove_shared(plan, items)
 
     def refuse(self, plan: Plan, reason: str) -> ExtractorUnsupportedError:
-        """Serve a plan no more, as its program failed where the model did not.
+        """Stop using a plan whose program failed although the model did not.
 
         Returns:
             The refusal that requests for it get from now on.

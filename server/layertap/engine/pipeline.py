@@ -59,7 +59,7 @@ class ExtractionRequest(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Extraction(Generic[P]):
-    """What the caller gets.
+    """The reply to one request.
 
     Attributes:
         payload: What the request's form made of the reply: the bytes of a message, or tensors.

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Promoter(Generic[K]):
-    """Counts what is requested, and has it compiled once it was requested often enough.
+    """Counts requests for each layer set, and has a set compiled once it is requested often enough.
 
     Args:
         compile_steps: Yields between the steps of compiling; called on the promoter's own thread,

@@ -19,9 +19,9 @@ Note [Staging]
     PyTorch's own allocator of page-locked memory reuses its blocks, and not before the copies into
     them are over. It keeps what it has: the most that was in use at one time.
 
-    An order between streams that is wrong shows as wrong values now and then, and nowhere else. So
-    the way is compared with blocking copies on the very device before it is used; where it differs
-    or fails, copies block.
+    A wrong order between streams shows only as occasional wrong values. So this method is compared
+    with blocking copies on the device before it is used; if it differs or fails, blocking copies
+    are used instead.
 """
 
 from __future__ import annotations
@@ -128,10 +128,11 @@ def proven_staging(device: torch.device) -> Staging | None:
 
 
 def _proves(staging: Staging, device: torch.device) -> bool:
-    """Return whether values that change right after they were taken arrive as they were.
+    """Return whether values that change right after their capture are still copied correctly.
 
-    The device has much to do before each round, so that a copy that waits for nothing comes too
-    early; a round's blocks are those of the round before; and each value is known without a copy.
+    The device has other work queued before each round, so a copy that does not wait comes too early.
+    Each round reuses the blocks of the round before, and the expected values are known without a
+    copy.
     """
     busy = torch.ones(_BUSY, _BUSY, device=device)
     value = torch.arange(_ELEMENTS, dtype=torch.float32, device=device)

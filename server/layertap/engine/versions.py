@@ -84,7 +84,7 @@ class Versions(Generic[H]):
         return isinstance(self._slots.get(name), Version)
 
     def expect(self, names: Sequence[str]) -> None:
-        """Let models that are to be loaded be known, and list all of them in this order.
+        """Register the models that will be loaded, and fix the order in which they are listed.
 
         A request for one of them is UNAVAILABLE until it serves.
         """

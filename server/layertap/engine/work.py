@@ -60,7 +60,7 @@ class Work(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Computed(Generic[P]):
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
         reply: Its outputs, ready to be published.
@@ -94,7 +94,7 @@ def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
 
     Raises:
         ModelRunError: If the model fails.
-        OverloadedError: If there is not the memory to run it.
+        OverloadedError: If there is not enough memory to run it.
         CancelledError, DeadlineExceededError: If nobody waits any more; noticed between layers.
     """
     begun_ns = time.perf_counter_ns()
@@ -115,7 +115,7 @@ def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
 
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    """Raise what a model's code or its device raises as one of our own errors."""
+    """Convert errors of a model's code or its device to our own errors."""
     try:
         yield
     except LayertapError:
