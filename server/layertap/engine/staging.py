@@ -130,9 +130,9 @@ def proven_staging(device: torch.device) -> Staging | None:
 def _proves(staging: Staging, device: torch.device) -> bool:
     """Return whether values that change right after their capture are still copied correctly.
 
-    The device has other work queued before each round, so a copy that does not wait comes too early.
-    Each round reuses the blocks of the round before, and the expected values are known without a
-    copy.
+    The device has other work queued before each round, so a copy that does not wait comes too
+    early. Each round reuses the blocks of the round before, and the expected values are known
+    without a copy.
     """
     busy = torch.ones(_BUSY, _BUSY, device=device)
     value = torch.arange(_ELEMENTS, dtype=torch.float32, device=device)

@@ -125,7 +125,7 @@ def _with_text(error: errors.LayertapError, text: str) -> errors.LayertapError:
 
 
 def _short(text: str) -> str:
-    """Return as much of a text as travels."""
+    """Return a text, shortened to the limit for error messages."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= _TEXT_BYTES:
         return text

@@ -75,7 +75,7 @@ def extraction_request(
         host: Its model.
         engine: Its limits are what may be requested.
         memory: The caller's shared memory.
-        admit: Called with bytes that the input takes besides the message, before they are taken.
+        admit: Called with the bytes that the input needs besides the message, before allocating.
         streamed: Whether it is an item of a stream.
 
     Raises:
