@@ -105,7 +105,7 @@ with Client(address, timeout=40, shared_memory=shared_memory == "True") as clien
                 try:
                     list(stream.extract(items))
                 except errors.UnavailableError as error:
-                    assert "belongs to the process" in str(error)
+                    assert "belongs to the parent process" in str(error)
                 else:
                     raise RuntimeError("a child has read its parent's stream")
                 stream.close()
