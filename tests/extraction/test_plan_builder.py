@@ -153,3 +153,18 @@ def test_counting_what_was_found_is_not_compiled() -> None:
     model = load_model(ModelSpec("oddnets:sizes", item_shape=ITEM))
     with pytest.raises(ExtractorUnsupportedError, match="looks at values"):
         builder(model).build(Extractor.TORCHSCRIPT, spec(point("tail")), key_for(model, ITEM))
+
+
+def test_a_pass_that_must_run_to_its_end_does_so_while_it_is_traced() -> None:
+    """Code that catches our early stop would take its slow path, for the program and for good."""
+    item = (3, 8, 8)
+    source = "zoo.remembering:FallsBackForGood.build"
+    model = load_model(ModelSpec(source, name="net", item_shape=item))
+    plans = builder(model)
+    plan = plans.build(Extractor.TORCHSCRIPT, spec(point("second")), key_for(model, item))
+    assert model.module.fused
+    x = torch.randn(2, *item)
+    fresh = load_model(ModelSpec(source, name="net", item_shape=item))
+    expected = outputs_of(fresh.module, x, "second")[0]
+    (value,) = collect(plan.built, [point("second")], batch_for(plan, x))
+    assert difference(value, expected) <= TORCHSCRIPT_TOLERANCE[torch.float32]

@@ -21,10 +21,10 @@ ROOT = HERE.parent.parent
 GENERATOR = ROOT / ".venv-gen" / "bin" / "python"
 
 
-def insert(file: Path, before: str, line: str) -> None:
+def insert(file: Path, behind: str, line: str) -> None:
     text = file.read_text("utf-8")
-    assert text.count(before) == 1
-    file.write_text(text.replace(before, line + before), "utf-8")
+    assert text.count(behind) == 1
+    file.write_text(text.replace(behind, behind + line), "utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,12 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     shutil.copy(HERE / "torch_export_kind.py", package / "extraction" / "kinds" / "torch_export.py")
     insert(
         package / "selection.py",
-        '    TORCHSCRIPT = "torchscript", "T"\n',
+        '    AUTO = "auto"\n',
         '    TORCH_EXPORT = "torch_export", "E"\n',
     )
     insert(
         tree / "proto" / "layertap" / "v1" / "catalogue.proto",
-        "  // A traced, truncated, frozen program, verified against the eager model.\n",
+        "  EXTRACTOR_CHILDREN = 6;\n",
         "  // An exported program.\n  EXTRACTOR_TORCH_EXPORT = 7;\n",
     )
     generator = ROOT / "tools" / "gen_proto.py"

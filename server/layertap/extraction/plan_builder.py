@@ -299,6 +299,7 @@ class PlanBuilder:
                 x,
                 pass_spec.points,
                 lambda _, value: steps.append(looks.step(value)),
+                to_end=not self._guard.rules.early_stop,
             )
         obstacle = kind.recording_obstacle(
             looked=looks.count > 0,

@@ -20,6 +20,7 @@ from layertap.engine import (
     describe,
 )
 from layertap.errors import UnavailableError
+from layertap.inputs import encode_input
 from layertap.local.features import LocalFeatures
 from layertap.models import Signature
 from layertap.selection import Extractor, SelectionLike, as_extractor, parse_selections

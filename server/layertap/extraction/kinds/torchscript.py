@@ -54,6 +54,8 @@ def trace_taps(
     points: Sequence[CapturePoint],
     example: Batch,
     take: Take = cloned,
+    *,
+    to_end: bool = False,
 ) -> torch.jit.ScriptModule:
     """Return the truncated program of a layer set, traced and frozen but not yet optimised.
 
@@ -63,10 +65,12 @@ def trace_taps(
         points: What to capture.
         example: On the model's device: the program holds for batches of its key.
         take: What the program returns of each point.
+        to_end: Whether the pass must run to its end while it is traced; what comes after the last
+            capture is dropped from the program all the same.
 
     Raises whatever tracing raises.
     """
-    tapped = _Tapped(model, taps, points, list(example), take)
+    tapped = _Tapped(model, taps, points, list(example), take, to_end=to_end)
     # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
     tapped.training = False
     # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
@@ -144,7 +148,10 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         take: Take = cloned,
     ) -> torch.jit.ScriptModule:
         """See CompiledKind."""
-        return trace_taps(context.model, context.taps, pass_spec.points, example, take)
+        to_end = not context.guard.rules.early_stop
+        return trace_taps(
+            context.model, context.taps, pass_spec.points, example, take, to_end=to_end
+        )
 
     def run(self, program: torch.jit.ScriptModule, x: Batch) -> Values:
         """See CompiledKind."""
@@ -202,6 +209,8 @@ class _Tapped(nn.Module):
         points: Sequence[CapturePoint],
         names: Sequence[str],
         take: Take,
+        *,
+        to_end: bool,
     ) -> None:
         super().__init__()
         self.module = model.module
@@ -210,6 +219,7 @@ class _Tapped(nn.Module):
         self._points = points
         self._names = names
         self._take = take
+        self._to_end = to_end
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps."""
@@ -219,5 +229,5 @@ class _Tapped(nn.Module):
             captured[index] = self._take(index, value)
 
         x = Batch(dict(zip(self._names, tensors, strict=True)))
-        self._taps.run(self._model.forward, x, self._points, keep)
+        self._taps.run(self._model.forward, x, self._points, keep, to_end=self._to_end)
         return tuple(part for index in range(len(self._points)) for part in captured[index])
