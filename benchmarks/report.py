@@ -23,66 +23,66 @@ Section = Callable[[dict[str, Any], Path], str]
 
 TITLE = """# Benchmarks
 
-`make bench` runs short versions of everything here, `make bench ARGS="--rounds 30"` longer ones,
-and writes this page from [results](results); [cuda](cuda/README.md) has the figures of a GPU. Times
-are those of one machine, and a busy one is a slow one; the ratios, taken within one run, are what
-to quote. Outputs are verified before timing.
+`make bench` runs short versions of all benchmarks, and `make bench ARGS="--rounds 30"` longer ones.
+Both write this page from [results](results); [cuda](cuda/README.md) has the results for a GPU.
+Times depend on the machine and its load, so quote the ratios, which are measured within one run.
+Outputs are verified before timing.
 """
 
 GPU_TITLE = """# Benchmarks on a GPU
 
-`make bench-cuda PYTHON=python3` measures this on a machine with a GPU, and writes this page. Quote
-the ratios, taken within one run. Outputs are verified before timing.
+`make bench-cuda PYTHON=python3` runs these benchmarks on a machine with a GPU and writes this page.
+Quote the ratios, which are measured within one run. Outputs are verified before timing.
 """
 
 EXTRACTORS = """
-## What does each way to take a layer cost?
+## How long does each extractor take?
 
-[bench_extractors.py](bench_extractors.py): milliseconds at batch 1, medians of {rounds} runs; in
-brackets how many times faster than today's habit. Machine: {facts}.
+[bench_extractors.py](bench_extractors.py): milliseconds at batch 1, medians of {rounds} runs. In
+brackets: the speed-up over the usual way, a full eager pass with cloning hooks. Machine: {facts}.
 
 {table}
 
-![Milliseconds of each way, by case](results/extractors.png)
+![Milliseconds of each extractor, by case](results/extractors.png)
 """
 
 MATRIX = """
-## What does each way cost by network, batch and number of layers?
+## How do the costs depend on network, batch and number of layers?
 
-[bench_matrix.py](bench_matrix.py): milliseconds, median / 99th percentile, and the MiB that one
-call adds at most to what is in use{device}. Random weights; {seconds:.0f} s for each column.
+[bench_matrix.py](bench_matrix.py): milliseconds, median / 99th percentile, and the most memory that
+one call adds, in MiB{device}. Random weights; {seconds:.0f} s for each column.
 Machine: {facts}.
 {tables}"""
 
 PICTURE = """
-When the device was busy during one call, resnet50 `avgpool` at batch 1:
+The chart shows when the device was busy during one call, for resnet50 `avgpool` at batch 1:
 
-![Kernels of each way along the time](results/kernels.png)
+![Kernels of each method over time](results/kernels.png)
 """
 
 MATRIX_TF32 = """
-## And with TF32?
+## The same with TF32
 
-The same with `--tf32`: convolutions and matrix products of float32 may use TF32, which a server
-allows only when it is [asked to](../docs/performance.md#on-a-gpu). Machine: {facts}.
+The same benchmark with `--tf32`: float32 convolutions and matrix products may use TF32, which a
+server allows only with its [flag](../docs/performance.md#on-a-gpu). Machine: {facts}.
 {tables}"""
 
-DEVICE = "; the times are the host's until the device has finished, in brackets the device's own"
+DEVICE = "; times are measured on the host until the device has finished, in brackets on the device"
 
 WIRE = """
-## What does a reply cost on its way, and what is the floor?
+## How long does sending a reply take, and what is the lower bound?
 
-[bench_wire.py](bench_wire.py): no model, from an array in one process to an array in another, until
-one element of each page was read there and it was dropped; milliseconds, median / 90th percentile
-of {calls} calls. Memory kept is [`layertap.keep_memory()`](../docs/performance.md) on both sides;
-shared memory is [what a client on the server's machine gets](../docs/shared_memory.md). Machine:
-{facts}.
+[bench_wire.py](bench_wire.py): sends an array from one process to another, without a model. The
+time ends when the receiver has read one element of each page and released the array; milliseconds,
+median / 90th percentile of {calls} calls. "Memory kept" means
+[`layertap.keep_memory()`](../docs/performance.md) on both sides; shared memory is what
+[clients on the server's machine use](../docs/shared_memory.md). Machine: {facts}.
 
 {times}
 
-How many times as fast as naive protobuf, and which share of the speed of a raw TCP socket that
-receives into a reused buffer (at least 50 % is the goal, beside 5 times naive for 12.8 MB and 6
-times for 102 MB; 20 and 25 times naive with shared memory):
+Speed relative to naive protobuf, and as a share of the speed of a raw TCP socket that receives into
+a reused buffer. The goals are at least 50 % of the raw socket, and 5 times naive protobuf for
+12.8 MB and 6 times for 102 MB; with shared memory, 20 and 25 times:
 
 {ratios}
 
@@ -90,28 +90,28 @@ times for 102 MB; 20 and 25 times naive with shared memory):
 """
 
 SERVER = """
-## What does the server add, and what is left when many ask at once?
+## How much time does the server add, and how does it scale with many callers?
 
-[bench_server.py](bench_server.py): resnet18 at 3 × 224 × 224, batch 1, by TORCHSCRIPT. Milliseconds
-of a lone caller, the plan in a process of its own and the server in another taking turns; all of
-them keep freed memory. The bare server is the floor: grpcio around the same plan, the input's bytes
-in and the layer's out, nothing parsed, checked or counted:
+[bench_server.py](bench_server.py): resnet18 at 3 × 224 × 224, batch 1, with TORCHSCRIPT. The table
+has the latency of a single caller in milliseconds. The plan and the server run in separate
+processes and alternate; all of them keep freed memory. The bare server is the lower bound: grpcio
+around the same plan, which takes the input's bytes and returns the layer's, and parses, checks and
+counts nothing:
 
 {latency}
 
-A `layer1` reply is 0.8 MB, one of `avgpool` 2 KB; the tensor sent is 0.6 MB, the photograph 60 KB,
-and is decoded and preprocessed by the server. The slowest of the first {first} requests after READY
-took {slowest:.1f} times the later median.
+A `layer1` reply has 0.8 MB and an `avgpool` reply 2 KB. The input tensor has 0.6 MB; the photograph
+has 60 KB, and the server decodes and preprocesses it. The slowest of the first {first} requests
+after READY took {slowest:.1f} times the later median.
 
-Requests a second for `layer1`, and the share of a loop without a server, in the two modes of
-[`--mode`](../docs/performance.md); the clients are threads of one Python process on the same cores:
+Requests per second for `layer1`, and their share of a loop without a server, in both modes of
+[`--mode`](../docs/performance.md). The clients are threads of one Python process on the same cores:
 
 {throughput}
 
-![Requests a second by the number of clients](results/server.png)
+![Requests per second by the number of clients](results/server.png)
 
-Eight of these clients, where requests may [share a forward pass](../docs/batching.md) and where
-they may not:
+Eight of these clients, with and without [shared forward passes](../docs/batching.md):
 
 {batching}
 
@@ -121,21 +121,22 @@ Machine: {facts}.
 GPU_SERVER = """
 ## What does the server add on a GPU?
 
-[bench_gpu_server.py](bench_gpu_server.py): resnet50 `avgpool` by {extractor}, float32 ({float32}).
-The server replays CUDA graphs at the batch sizes {graphs}. The loop is the same plan without a
-server, {loop}: the input copied from page-locked memory and the layer back to it for each batch.
-Milliseconds of a lone caller, and the server's own parts of them; loop and server take turns:
+[bench_gpu_server.py](bench_gpu_server.py): resnet50 `avgpool` with {extractor}, float32
+({float32}). The server replays CUDA graphs at the batch sizes {graphs}. The loop is the same plan
+without a server, {loop}: for each batch the input is copied from page-locked memory and the layer
+back to it. Latency of a single caller in milliseconds, and its phases in the server; loop and
+server alternate:
 
 {latency}
 
-Answers a second, medians of {rounds} rounds of {seconds} s with their quartiles, and the share of
-the loop's batches a second. Callers are spread over several client processes on the server's
-machine. A photograph's loop is that of a tensor of batch 1, which decodes nothing:
+Answers per second, medians of {rounds} rounds of {seconds} s with their quartiles, and their share
+of the loop's batches per second. Callers are spread over several client processes on the server's
+machine. Photographs are compared with the loop for tensors of batch 1, which decodes nothing:
 
 {rates}
 {graph_loop}
-Large replies, resnet18 `layer1` of the same float32; milliseconds. Each request also sends its
-input, three quarters of the reply's bytes:
+Large replies: resnet18 `layer1` in float32, in milliseconds. Each request also sends its input,
+which is three quarters of the reply's size:
 
 {large}
 
@@ -143,7 +144,7 @@ Machine: {facts}.
 """
 
 GRAPH_LOOP = """
-Another run, of one round, whose loop is a CUDA graph as the server's plan is:
+Another run of one round, in which the loop uses a CUDA graph like the server's plan:
 
 {table}
 """
@@ -153,27 +154,27 @@ GRAPHED = ["FX", "HOOK", "TORCHSCRIPT", "HOOK, CUDA graph", "TORCHSCRIPT, CUDA g
 GRAPHS = """
 ## What does a CUDA graph save?
 
-[bench_matrix.py](bench_matrix.py): {note}. A dash is a pass that can't be recorded, or an extractor
-that does not claim the layers. Machine: {facts}.
+[bench_matrix.py](bench_matrix.py): {note}. A dash means that the pass can't be recorded or that the
+extractor does not serve the layers. Machine: {facts}.
 
 {table}
 """
 
 ENCODE = """
-## What does the encoder's one pass cost?
+## How long does encoding a message take?
 
-[bench_encode.py](bench_encode.py): a 12.8 MB activation to a finished message, milliseconds; in
-brackets how many times as fast as torch's steps (cast, contiguous, `tobytes`, protobuf). The last
-columns are the throughput of two threads at once to that of one, and the same for plain copies:
-where those don't double either, it is the memory that both threads wait for. Machine: {facts}.
+[bench_encode.py](bench_encode.py): encodes a 12.8 MB activation into a finished message;
+milliseconds. In brackets: the speed relative to torch's steps (cast, contiguous, `tobytes`,
+protobuf). The last columns are the throughput of two threads relative to one, and the same for
+plain copies. If plain copies don't double either, memory bandwidth is the limit. Machine: {facts}.
 
 {table}
 """
 
 HOOK = """
-## What does a hook that writes into the reply save over one that clones?
+## How much does a hook that writes into the reply save, compared with one that clones?
 
-[bench_hook.py](bench_hook.py): all {layers} layers of resnet50 by HOOK, a message of
+[bench_hook.py](bench_hook.py): all {layers} layers of resnet50 with HOOK, in a message of
 {message:.0f} MiB. Machine: {facts}.
 
 {table}
@@ -182,12 +183,11 @@ HOOK = """
 MEMORY = """
 ## Does a server's memory level off?
 
-[bench_memory.py](bench_memory.py): {requests:,} requests of every kind from 4 clients, mistakes
-included. Resident memory was {start:.0f} MiB when the server was ready, at most {first:.0f} MiB
-during the first half of the requests and at most {second:.0f} MiB during the second: what is freed
-is kept until it is more than
-[a bound](../docs/performance.md#memory-that-the-process-keeps), then all of it goes back.
-Machine: {facts}.
+[bench_memory.py](bench_memory.py): {requests:,} requests of every kind from 4 clients, including
+invalid ones. Resident memory was {start:.0f} MiB when the server was ready, at most {first:.0f} MiB
+during the first half of the requests and at most {second:.0f} MiB during the second. The server
+keeps freed memory up to [a limit](../docs/performance.md#memory-that-the-process-keeps), and then
+returns all of it to the system. Machine: {facts}.
 
 ![Resident memory over the requests](results/memory.png)
 """
@@ -222,7 +222,7 @@ def _extractors(results: dict[str, Any], folder: Path) -> str:
     return EXTRACTORS.format(
         rounds=results["rounds"],
         facts=_facts(results["machine"]),
-        table=_table(["way", *cases], rows),
+        table=_table(["method", *cases], rows),
     )
 
 
@@ -234,12 +234,12 @@ def _matrix(results: dict[str, Any], folder: Path) -> str:
         rows = [
             [name, *(_costs(column.get(name)) for column in columns.values())] for name in names
         ]
-        tables.append(f"\n**{title}**\n\n{_table(['way', *columns], rows)}\n")
+        tables.append(f"\n**{title}**\n\n{_table(['method', *columns], rows)}\n")
         if gpu:
             rows = [[n, *(_kernels(column.get(n)) for column in columns.values())] for n in names]
             tables.append(
                 "\nKernels and copies of one call; milliseconds in which the device was busy + "
-                f"idle between them:\n\n{_table(['way', *columns], rows)}\n"
+                f"idle between them:\n\n{_table(['method', *columns], rows)}\n"
             )
     charts.bars(
         folder / "matrix.png",
@@ -254,7 +254,7 @@ def _matrix(results: dict[str, Any], folder: Path) -> str:
         seconds=results["seconds"],
         facts=_facts(results["machine"]),
         tables="".join(tables)
-        + "\n![Milliseconds of each way to one deep layer](results/matrix.png)\n"
+        + "\n![Milliseconds of each method for one deep layer](results/matrix.png)\n"
         + (PICTURE if gpu else ""),
     )
 
@@ -264,7 +264,7 @@ def _matrix_tf32(results: dict[str, Any], folder: Path) -> str:
     for title, columns in results["tables"].items():
         names = list(dict.fromkeys(name for column in columns.values() for name in column))
         rows = [[n, *(_costs(column.get(n)) for column in columns.values())] for n in names]
-        tables.append(f"\n**{title}**\n\n{_table(['way', *columns], rows)}\n")
+        tables.append(f"\n**{title}**\n\n{_table(['method', *columns], rows)}\n")
     return MATRIX_TF32.format(facts=_facts(results["machine"]), tables="".join(tables))
 
 
@@ -348,17 +348,17 @@ def _server(results: dict[str, Any], folder: Path) -> str:
     charts.lines(
         folder / "server.png",
         {m: [(int(n.split()[0]), of[n]) for n in clients] for m, of in modes.items()},
-        "clients", "requests a second",
+        "clients", "requests per second",
     )  # fmt: skip
     return SERVER.format(
         latency=_table(
-            ["", "p50", "p99", "of the plan's p50", "added", "of the bare server's p50"], rows
+            ["", "p50", "p99", "relative to the plan", "added", "relative to the bare server"], rows
         ),
         first=len(results["first_requests"]["first"]),
         slowest=results["first_requests"]["slowest_of_first_to_median"],
         throughput=_table(["mode", "loop", *clients, *bare_clients], rates),
         batching=_table(
-            ["mode and batching", "requests a second", "p50, ms", "p99, ms"],
+            ["mode and batching", "requests per second", "p50, ms", "p99, ms"],
             (
                 [name, *(charts.digits(row[key]) for key in ("rate", "p50", "p99"))]
                 for name, row in results["batching"].items()
@@ -397,7 +397,7 @@ def _gpu_server(results: dict[str, Any], folder: Path) -> str:
             for server, of in servers.items()
             for case, row in of["rates"].items()
         },
-        "callers", "answers a second",
+        "callers", "answers per second",
     )  # fmt: skip
     return GPU_SERVER.format(
         extractor=results["extractor"],
@@ -474,7 +474,7 @@ def _hook(results: dict[str, Any], folder: Path) -> str:
     return HOOK.format(
         layers=first["layers"],
         message=first["message_mib"],
-        table=_table(["way", "p50, ms", "", "MiB that the first call added to the peak"], rows),
+        table=_table(["method", "p50, ms", "", "MiB that the first call added to the peak"], rows),
         facts=_facts(results["machine"]),
     )
 

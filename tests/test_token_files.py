@@ -23,8 +23,8 @@ def test_comments_and_empty_lines_are_no_tokens(tmp_path: Path) -> None:
     [
         (b"", "got no token"),
         (b"# nothing\n\n", "got no token"),
-        (b"# one\nsecret word of mine\n", "line 2: got something that is no bearer token"),
-        ("sécret-sécret-sécret".encode(), "line 1: got something that is no bearer token"),
+        (b"# one\nsecret word of mine\n", "line 2: got an invalid bearer token"),
+        ("sécret-sécret-sécret".encode(), "line 1: got an invalid bearer token"),
         (b"secret", "line 1: got a token of 6 characters, expected 16 at least"),
         (b"secret\xff\xfe", "not UTF-8 text"),
     ],

@@ -1,4 +1,4 @@
-"""``python -m layertap``: the command ``layertap`` of this very Python."""
+"""``python -m layertap``: runs the command ``layertap`` with this Python."""
 
 from __future__ import annotations
 

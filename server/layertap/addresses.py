@@ -1,4 +1,4 @@
-"""Addresses as text: brackets around IPv6, Unix sockets, what can't be reached from elsewhere."""
+"""Parses and formats addresses: IPv6 in brackets, Unix sockets, and local addresses."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 def target_is_loopback(target: str) -> bool:
-    """Tell whether a gRPC target stays on this machine; False where that can't be told.
+    """Return whether a gRPC target stays on this machine; False if that can't be told.
 
     Targets are those of gRPC's naming document: ``host:port``, ``dns:///host:port``,
     ``ipv4:a:port,b:port``, ``ipv6:[a]:port`` and ``unix:path``.

@@ -21,7 +21,7 @@ def read_authorities(file: Path, key: str) -> bytes:
         key: What named it, for the error's text.
 
     Raises:
-        ConfigError: Where it can't be read or holds no certificate.
+        ConfigError: If it can't be read or holds no certificate.
     """
     content = _read(file, key)
     try:
@@ -44,7 +44,7 @@ def read_key_pair(
         private_key_key: What named the second.
 
     Raises:
-        ConfigError: Where either can't be read, or the key is not the certificate's.
+        ConfigError: If either can't be read, or the key is not the certificate's.
     """
     chain, secret = _read(certificate, certificate_key), _read(private_key, private_key_key)
     if b"ENCRYPTED" in secret:
@@ -52,7 +52,7 @@ def read_key_pair(
             f"{private_key_key}: {private_key}: the key is encrypted; expected one without a "
             f"passphrase, in a file that only the server may read"
         )
-    # What is no certificate is told apart from a key that does not match.
+    # What is not a certificate is told apart from a key that does not match.
     read_authorities(certificate, certificate_key)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key)

@@ -1,8 +1,8 @@
 """The descriptor pool that all of our generated messages are registered in.
 
-A pool of our own, not protobuf's default one: that is shared by the whole process, where another
-package that carries the Open Inference Protocol (tritonclient, kserve) registers messages of the
-same names from other files, and protobuf refuses whichever comes second.
+We don't use protobuf's default pool, because the whole process shares it. Other packages with the
+Open Inference Protocol (tritonclient, kserve) register messages of the same names there from other
+files, and protobuf rejects the second registration.
 """
 
 from google.protobuf.descriptor_pool import DescriptorPool

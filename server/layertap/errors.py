@@ -1,4 +1,4 @@
-"""What can go wrong, in words that know no transport.
+"""The errors of layertap, independent of any transport.
 
 LayertapError
 ├── InvalidInputError              the request itself is wrong: field, got, expected
@@ -7,18 +7,18 @@ LayertapError
 │   ├── ModelNotFoundError         no model of that name is served
 │   └── LayerNotFoundError         the model has no such layer
 ├── ExtractorUnsupportedError      the layer exists, but the chosen extractor can't serve it
-├── ReplyTooLargeError             the reply would pass the limit; decided before any compute
-├── SharedMemoryLostError          a reference to shared memory that is not lent to who sent it
+├── ReplyTooLargeError             the reply would exceed the limit; checked before the pass
+├── SharedMemoryLostError          a reference to shared memory that is not leased to the caller
 ├── OverloadedError                the queue is full
 ├── UnauthenticatedError           the call came without a valid token
 ├── PermissionDeniedError          the token has no right to what was called
-├── UnavailableError               the server is starting, draining or gone
-├── DeadlineExceededError          the time ran out
-├── CancelledError                 the caller went away
+├── UnavailableError               the server is starting, stopping or can't be reached
+├── DeadlineExceededError          the deadline passed
+├── CancelledError                 the caller cancelled or disconnected
 ├── ModelRunError                  the model itself failed on a well-formed input
 ├── ModelLoadError                 a model can't be loaded
 │   └── WeightsUnavailableError    its weights can't be had
-├── ConfigError                    the configuration is wrong
+├── ConfigError                    the configuration is invalid
 └── InternalError                  a fault of layertap; the server's log has the details
 
 ``layertap.services.error_codes`` maps each to a code, which each transport maps to its own;
@@ -63,7 +63,7 @@ class InvalidInputError(LayertapError):
         image: The index in the request of the image that is wrong.
 
     Attributes:
-        image: The same; None where the error is not about one image.
+        image: The same; None if the error is not about one image.
     """
 
     def __init__(self, text: str = "", *, image: int | None = None) -> None:
@@ -85,7 +85,7 @@ class DecodeError(InvalidInputError):
 
 
 class NotFoundError(LayertapError):
-    """Something that was asked for by name does not exist."""
+    """Something that was requested by name does not exist."""
 
 
 class ModelNotFoundError(NotFoundError):
@@ -113,14 +113,14 @@ class OverloadedError(LayertapError):
 
     Attributes:
         retry_after: Seconds after which the server asks to be called again; negative where it asks
-            not to be, None where it says nothing.
+            not to be, None if it says nothing.
     """
 
     retry_after: float | None = None
 
 
 class UnauthenticatedError(LayertapError):
-    """The server asks for a token, and none that it knows came with the call."""
+    """The server requests a token, and none that it knows came with the call."""
 
 
 class PermissionDeniedError(LayertapError):

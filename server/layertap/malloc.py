@@ -1,6 +1,6 @@
-"""Keeping the memory of large messages instead of getting it from the system each time anew.
+"""Keeps the memory of large messages, instead of returning it to the system each time.
 
-docs/decisions/0007-the-allocator.md has why and what it is worth.
+docs/decisions/0007-the-allocator.md explains why, with measurements.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def keep_memory(mib: int = DEFAULT_KEPT_MIB) -> bool:
     """Keep freed memory for the next large reply, which takes a quarter of the time then.
 
     For the whole process, whatever allocates there, and the rest of its life. Call it early:
-    threads that already run may go on as before. Never more is kept than was in use at once, and a
-    thread that looks once a second gives everything free back where it is more than ``mib``.
+    threads that already run may continue as before. Never more is kept than was in use at once, and
+    a thread that looks once a second gives everything free back where it is more than ``mib``.
 
     ``layertap serve`` does it by itself, unless ``--no-keep-memory`` is given.
 
@@ -51,11 +51,11 @@ def keep_memory(mib: int = DEFAULT_KEPT_MIB) -> bool:
 
 
 def retained_bytes() -> int | None:
-    """Return how much memory malloc holds free, in bytes; None where it does not tell.
+    """Return how much memory malloc holds free, in bytes; None if it does not tell.
 
     An estimate: what malloc calls free, but at most the process's anonymous memory
     (``/proc/self/statm``, see proc(5)) less malloc's blocks in use, since no memory need stand
-    behind free blocks. What else is anonymous, such as stacks and Python's small objects, is known
+    after free blocks. What else is anonymous, such as stacks and Python's small objects, is known
     from the last time that everything free was given back; before, it counts as retained.
     """
     return _KEEPER.retained()

@@ -1,4 +1,4 @@
-"""The CPUs, memory and files that this process may use: in a container fewer than the node has.
+"""The CPUs, memory and files that this process may use; in a container fewer than the node has.
 
 Read from the process's control groups, version 2 and version 1, and from the affinity mask. A
 container with a quota of one CPU on a node of 64 still sees 64 cores; as many threads would be
@@ -79,7 +79,7 @@ def raise_file_limit() -> None:
 
 
 def _cpu_quota(group: Path) -> float | None:
-    """Return the CPUs that a group may use; None where it has no quota."""
+    """Return the CPUs that a group may use; None if it has no quota."""
     quota, _, period = _read(group / "cpu.max").partition(" ")
     if not quota:
         quota = _read(group / "cpu.cfs_quota_us")
@@ -144,7 +144,7 @@ def _unescaped(text: str) -> str:
 
 
 def _read(file: Path) -> str:
-    """Return what a file says; empty where it is not there, or not ours to read."""
+    """Return what a file says; empty if it is not there, or not ours to read."""
     try:
         return file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):

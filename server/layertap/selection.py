@@ -1,4 +1,4 @@
-"""What can be asked for, in words shared by client, server and command line."""
+"""Selections of layers, extractors and reductions, shared by client, server and command line."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Extractor(StrEnum):
     letter: str
 
     def __new__(cls, value: str, letter: str = "") -> Self:
-        """Make a member of its value, with the letter beside it."""
+        """Make a member of its value, with the letter next to it."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.letter = letter
@@ -156,7 +156,7 @@ def _member(name: str, given: object, kind: type[Capture] | type[Reduction]) -> 
 
 
 def is_glob(name: str) -> bool:
-    """Tell whether a selection's layer is a glob."""
+    """Return whether a selection's layer is a glob."""
     return any(sign in name for sign in "*?")
 
 
@@ -178,7 +178,7 @@ class Glob:
         self._least = sum(len(part) for part in self._parts if not part.startswith("*"))
 
     def matches(self, name: str) -> bool:
-        """Tell whether the glob matches a whole name."""
+        """Return whether the glob matches a whole name."""
         if len(name) < self._least:
             return False
         steps = self._steps
@@ -208,7 +208,7 @@ class _Steps:
                 self.length += 1
 
     def past_stars(self, places: int) -> int:
-        """Return places with those behind their stars, which may stand for nothing."""
+        """Return places with those after their stars, which may stand for nothing."""
         return places | (places & (self.deep | self.shallow)) << 1
 
     def _add(self, sign: str, place: int) -> None:

@@ -1,8 +1,8 @@
-"""Ignoring Python warnings for a while, safely in a process of many threads.
+"""Ignores Python warnings temporarily, safely in a process with many threads.
 
 Python keeps one list of warning filters for the whole process. ``warnings.catch_warnings`` replaces
-that list and puts the former one back, so two blocks that overlap in time, in two threads, can
-leave the process with the filters of the wrong one for good. All code of layertap that ignores
+that list and restores the former one, so two blocks that overlap in time, in two threads, can
+leave the process with the filters of the wrong one permanently. All code of layertap that ignores
 warnings uses ``warnings_ignored`` instead; it is the only place where they are changed.
 """
 
@@ -45,7 +45,7 @@ def _begin() -> None:
     with _lock:
         _blocks += 1
         filters = _filters()
-        # Other code, such as pytest, may have put a list of its own in place meanwhile.
+        # Other code, such as pytest, may have put its own list in place meanwhile.
         if not any(entry is _IGNORE_ALL for entry in filters):
             filters.insert(0, _IGNORE_ALL)
             _changed.append(filters)

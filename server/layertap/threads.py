@@ -6,7 +6,7 @@ Note [Threads that can't be started]
     the thread that brings the task: with gRPC that is the one that reads every call, and where it
     raises "can't start new thread" the server never answers anything again. So the pools here start
     all threads at once, before the server is ready, and none later. Where the system allows fewer
-    than wanted, each pool gets its share, and some of them are given up again for those that come
+    than wanted, each pool gets its share, and some of them are abandoned again for those that come
     later: a model that is reloaded, an OpenMP team (whose library ends the process if it can't
     start one).
 """
@@ -56,7 +56,7 @@ def is_thread_refused(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
-# A task, or None where a thread should end.
+# A task, or None if a thread should end.
 _Task = Callable[[], None] | None
 
 
@@ -140,7 +140,7 @@ class WorkerThreads(ThreadPoolExecutor):
             return self._submit(lambda: fn(*args, **kwargs))
 
     def submit_if_free(self, fn: Callable[[], R]) -> Future[R] | None:
-        """Have a free thread run it; return None where there is none.
+        """Have a free thread run it; return None if there is none.
 
         Raises:
             RuntimeError: After ``shutdown``.
@@ -225,7 +225,7 @@ class CallersThread(ThreadPoolExecutor):
 
 
 def run_in(threads: ThreadPoolExecutor, behaviour: Callable[P, R]) -> Callable[P, R]:
-    """Return a gRPC handler's behaviour that runs in threads of its own, not in the server's.
+    """Return a gRPC handler's behaviour that runs in its own threads, not in the server's.
 
     gRPC has no public way to say so: it looks for this attribute, which tests/test_private_parts.py
     watches.
@@ -249,7 +249,7 @@ def start_threads(pools: Sequence[WorkerThreads], reserve: int = RESERVE) -> int
         How many threads are missing; 0 for none.
 
     Raises:
-        UnavailableError: Where some pool would be left with less than two threads.
+        UnavailableError: If some pool would be left with less than two threads.
     """
     missing = sum(pool.most for pool in pools)
     wanting = list(pools)
@@ -286,7 +286,7 @@ def start_thread(thread: threading.Thread) -> None:
     """Start a thread.
 
     Raises:
-        UnavailableError: Where the system does not allow it.
+        UnavailableError: If the system does not allow it.
     """
     try:
         thread.start()
@@ -304,7 +304,7 @@ def require_threads(count: int) -> None:
     still take the last one in between.
 
     Raises:
-        UnavailableError: Where it would not.
+        UnavailableError: If it would not.
     """
     leave = threading.Event()
     started: list[threading.Thread] = []

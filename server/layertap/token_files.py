@@ -1,4 +1,4 @@
-"""Files with bearer tokens: one token a line, ``#`` begins a comment."""
+"""Files with bearer tokens: one token per line; ``#`` starts a comment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_token(token: str, where: str) -> str:
     """Return the token; raise ConfigError, which does not show it, if it can't be one."""
     if not _TOKEN.fullmatch(token):
         raise ConfigError(
-            f"{where}: got something that is no bearer token, expected letters, digits and "
+            f"{where}: got an invalid bearer token, expected letters, digits and "
             f"-._~+/ with = at the end only"
         )
     if len(token) < MIN_CHARACTERS:
@@ -38,7 +38,7 @@ def read_tokens(file: Path, key: str) -> tuple[str, ...]:
         key: What named it, for the error's text.
 
     Raises:
-        ConfigError: Where it can't be read, or holds no token or something else. No error shows
+        ConfigError: If it can't be read, or holds no token or something else. No error shows
             what the file holds.
     """
     try:
@@ -53,5 +53,5 @@ def read_tokens(file: Path, key: str) -> tuple[str, ...]:
         check_token(text, f"{key}: {file}, line {number}") for number, text in stripped if text
     ]
     if not tokens:
-        raise ConfigError(f"{key}: {file}: got no token, expected one a line")
+        raise ConfigError(f"{key}: {file}: got no token, expected one per line")
     return tuple(tokens)

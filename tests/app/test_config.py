@@ -192,7 +192,7 @@ def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, 
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert open_plan_cache(ServerOptions()) is None
-    assert "compiled plans are not kept" in caplog.text
+    assert "compiled plans are not stored" in caplog.text
     with pytest.raises(ConfigError, match="plan cache"):
         open_plan_cache(ServerOptions(plan_cache=str(tmp_path / "file")))
 
@@ -362,7 +362,9 @@ def test_clients_memory_is_configured(read) -> None:
     assert not read("").server.allow_client_shm
     allowed = read("[server]\nallow_client_shm = true\nclient_shm_uids = [1000]\n").server
     assert (allowed.allow_client_shm, allowed.client_shm_uids) == (True, (1000,))
-    with pytest.raises(ConfigError, match="client_shm_uids: of no use without allow_client_shm"):
+    with pytest.raises(
+        ConfigError, match="client_shm_uids: has no effect without allow_client_shm"
+    ):
         read("[server]\nclient_shm_uids = [1000]\n").check()
     with pytest.raises(ConfigError, match="client_shm_uids: got .* expected a list of numbers"):
         read("[server]\nclient_shm_uids = [-1]\n")

@@ -156,7 +156,7 @@ def test_memory_is_kept_unless_turned_off(
     listener = Listener()
     assert lifecycle.run_server(config, listener) == 1
     assert bounds == asked
-    assert any("can't keep freed memory" in text for text in listener.said) is note
+    assert any("freed memory can't be kept" in text for text in listener.said) is note
 
 
 def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def test_a_key_of_another_certificate_is_told(authority: Authority, pair: Pair) 
         ("tls_cert", "got no certificate, expected some in PEM"),
         ("tls_key", "holds no key in PEM for"),
         ("tls_client_ca", "got no certificate, expected some in PEM"),
-        ("extract_tokens_file", "line 1: got something that is no bearer token"),
-        ("admin_tokens_file", "line 1: got something that is no bearer token"),
+        ("extract_tokens_file", "line 1: got an invalid bearer token"),
+        ("admin_tokens_file", "line 1: got an invalid bearer token"),
     ],
 )
 def test_a_file_that_will_not_do_is_told(

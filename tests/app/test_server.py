@@ -82,7 +82,7 @@ def test_a_request_over_the_receive_limit_is_refused(server) -> None:
     """A message larger than the limit never reaches the engine, and the server serves on."""
     server.ready()
     with Client(server.address) as client:
-        with pytest.raises(errors.InvalidInputError, match="larger than the server takes"):
+        with pytest.raises(errors.InvalidInputError, match="larger than the server accepts"):
             client.extract("residual", np.zeros((64, *ITEM), np.float32), "layer1")
         assert client.extract("residual", ONE, "layer1")
 

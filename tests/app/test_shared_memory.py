@@ -268,7 +268,7 @@ def test_where_sockets_are_forbidden_replies_are_sent(
     with running(engine) as server, Client(server.address) as client:
         assert server.shared_memory is None
         assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
-    assert "there is no shared memory" in caplog.text
+    assert "shared memory is not available" in caplog.text
 
 
 def test_tokens_guard_the_ticket(engine: Engine, tmp_path: Path) -> None:

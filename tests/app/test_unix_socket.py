@@ -178,7 +178,7 @@ def test_what_will_not_do_is_refused(engine: Engine, tmp_path: Path) -> None:
     file.write_text("precious")
     long = tmp_path / ("x" * 120)
     for path, reason in (
-        (file, "no socket"),
+        (file, "not a socket"),
         (long, "too long"),
         (tmp_path / "gone" / "s", "No such file"),
     ):

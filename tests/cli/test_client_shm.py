@@ -73,7 +73,11 @@ def test_other_users_are_named() -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "text"),
     [
-        (("--client-shm-uids", "1000"), 1, "client_shm_uids: of no use without allow_client_shm"),
+        (
+            ("--client-shm-uids", "1000"),
+            1,
+            "client_shm_uids: has no effect without allow_client_shm",
+        ),
         (("--allow-client-shm", "--client-shm-uids", "me"), 2, "got 'me', expected numbers"),
         (("--allow-client-shm", "--client-shm-uids", "1,-2"), 2, "got '1,-2', expected numbers"),
     ],

@@ -49,7 +49,7 @@ def test_unknown_service_is_code_1(server: FeatureServer) -> None:
     server.ready()
     result = health("--server", server.address, "--service", "resnet99")
     assert result.exit_code == 1
-    assert "'resnet99', which this server does not have" in result.output
+    assert "'resnet99', unknown to this server" in result.output
 
 
 def test_no_server_is_code_1(server: FeatureServer) -> None:

@@ -71,7 +71,7 @@ def test_the_image_preprocessing_is_shown(address: str) -> None:
     output = layers("residual", "--server", address).output
     line = next(line for line in output.splitlines() if line.startswith("images: "))
     assert "EXIF orientation applied, RGB (alpha dropped), resize 18 (bilinear" in line
-    assert "assumed, as nothing says it: image_mean" in line
+    assert "defaults, as nothing specifies them: image_mean" in line
 
 
 def test_the_rules_of_passes_are_shown(address: str) -> None:

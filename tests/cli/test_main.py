@@ -96,7 +96,7 @@ def test_config_errors_have_no_traceback(run, tmp_path: Path, verb: str) -> None
         (["serve", "--config", "typo.toml"], 1, "line 2: server.prot: unknown key"),
         (["serve", "--config", "typo.toml", "--log-format", "json"], 1, "server.prot: unknown"),
         (["serve", "a", "--tls-cert", "gone", "--tls-key", "gone"], 1, "tls_cert: gone: No such"),
-        (["serve", "a", "--client-shm-uids", "1"], 1, "of no use without allow_client_shm"),
+        (["serve", "a", "--client-shm-uids", "1"], 1, "has no effect without allow_client_shm"),
         (["serve", "a", "a=b"], 1, "two models are called 'a'"),
         (["serve", "a", "--layers", "b:up"], 1, "layer: got 'b:up'"),
     ],

@@ -43,7 +43,7 @@ def test_a_model_that_returns_no_tensor(engine) -> None:
     """Its layers are served; the one that returns a text says that it has no tensor."""
     engine.load(spec("returns_text"))
     assert ask(engine, "returns_text", "conv")["conv"].shape == (2, 4, 16, 16)
-    with pytest.raises(errors.ExtractorUnsupportedError, match="returns no plain tensor"):
+    with pytest.raises(errors.ExtractorUnsupportedError, match="does not return a plain tensor"):
         ask(engine, "returns_text", "label")
 
 

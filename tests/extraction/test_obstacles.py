@@ -110,7 +110,7 @@ def test_layers_that_follow_from_a_discontinuous_pick_are_not_compiled() -> None
 
 def test_a_look_at_values_is_noted() -> None:
     """A mask that is dropped where it is all ones, say: other input may take another way."""
-    [note] = [note for note in measured("drops_mask").notes if "looks at values" in note]
+    [note] = [note for note in measured("drops_mask").notes if "branches on values" in note]
     assert "'last'" in note
 
 
@@ -126,7 +126,7 @@ def test_modules_that_run_for_some_inputs_only_are_noted_and_served_by_hooks() -
     for name in ("low", "high"):
         entry = catalogue.entry(name)
         assert entry.served_by(OUTPUT) == [Extractor.HOOK]
-        assert "some inputs only" in entry.refusal(Extractor.TORCHSCRIPT)
+        assert "only for some inputs" in entry.refusal(Extractor.TORCHSCRIPT)
     assert catalogue.entry("high").specs[OUTPUT].dynamic
     assert any("'high', 'low'" in note for note in catalogue.notes)
     assert catalogue.entry("conv").serves(Extractor.TORCHSCRIPT, OUTPUT)

@@ -151,7 +151,7 @@ def test_what_differs_on_wide_input_only_gets_no_plan(extractor, net) -> None:
 def test_counting_what_was_found_is_not_compiled() -> None:
     """A trace would go the way of the example's count for every input."""
     model = load_model(ModelSpec("oddnets:sizes", item_shape=ITEM))
-    with pytest.raises(ExtractorUnsupportedError, match="looks at values"):
+    with pytest.raises(ExtractorUnsupportedError, match="branches on tensor values"):
         builder(model).build(Extractor.TORCHSCRIPT, spec(point("tail")), key_for(model, ITEM))
 
 

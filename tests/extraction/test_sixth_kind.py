@@ -90,7 +90,7 @@ def test_a_new_kind_refuses_what_it_does_not_claim(facts) -> None:
     assert "TORCH_EXPORT can't serve the input of layer 'layer2'" in asked["input"]
     assert "it takes outputs only; extractors that can: TORCHSCRIPT, HOOK" in asked["input"]
     assert "a node of the symbolic graph, not a module; extractors that can: FX" in asked["node"]
-    assert "looks at values" in facts["refused"]["raises"]
+    assert "branches on tensor values" in facts["refused"]["raises"]
 
 
 def test_what_a_new_kind_claims_wrongly_is_found_out(facts) -> None:

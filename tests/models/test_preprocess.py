@@ -233,7 +233,7 @@ def test_images_of_unknown_models_are_assumed_to_be_imagenets(
     assert preprocess.assumed == (
         *("image_mean", "image_std", "image_resize", "image_crop", "image_interpolation"),
     )
-    assert "assumed, as nothing says it: image_mean, image_std" in preprocess.describe()
+    assert "defaults, as nothing specifies them: image_mean, image_std" in preprocess.describe()
 
 
 def test_one_channel_is_not_normalised_by_assumption(photo: Image.Image) -> None:
@@ -269,7 +269,9 @@ def test_what_is_set_is_not_assumed(photo: Image.Image) -> None:
     assert some(photo).shape == (3, 300, 280)
     assert every.assumed == ()
     assert torch.equal(every(photo), reference(photo))
-    assert "set by the server's owner: image_mean, image_std, image_resize" in every.describe()
+    assert (
+        "set in the server's configuration: image_mean, image_std, image_resize" in every.describe()
+    )
 
 
 def test_settings_replace_known_steps_one_by_one(photo: Image.Image) -> None:
@@ -281,7 +283,9 @@ def test_settings_replace_known_steps_one_by_one(photo: Image.Image) -> None:
     reference = ImageClassification(crop_size=224, resize_size=232, mean=(0.5,) * 3, std=(0.5,) * 3)
     assert torch.equal(preprocess(photo), reference(photo))
     assert preprocess.assumed == ()
-    assert preprocess.origin == "the weights; set by the server's owner: image_mean, image_std"
+    assert (
+        preprocess.origin == "the weights; set in the server's configuration: image_mean, image_std"
+    )
 
 
 @pytest.mark.parametrize(

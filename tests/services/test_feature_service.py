@@ -210,7 +210,7 @@ BAD = {
     ),
     "a layer that returns a container": (
         request(model="containers", layers=selections("pair")),
-        Code.FAILED_PRECONDITION, "ask for a member of it, such as pair.0",
+        Code.FAILED_PRECONDITION, "request a member of it, such as pair.0",
     ),
     "a reduction that doesn't fit": (
         request(layers=selections("layer1", reduction=feature_service_pb2.REDUCTION_CLASS_TOKEN)),

@@ -25,7 +25,7 @@ class AccessLog:
 
     @staticmethod
     def wanted() -> bool:
-        """Tell whether anybody listens; where nobody does, it need not be asked at all."""
+        """Return whether records are logged at this level; if not, the observer can be omitted."""
         return _log.isEnabledFor(logging.INFO)
 
     def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:

@@ -57,6 +57,6 @@ def excess(promised_bytes: int, memory: int | None = None) -> str:
         return ""
     return (
         f"pending_mib, keep_memory_mib and shared_memory_mib allow {promised_bytes // MIB} MiB "
-        f"together, but this process may use {available // MIB} MiB, models included; under load "
-        f"the system may kill it. Lower them, or leave them out to get limits that fit"
+        f"in total, but this process and its models may use only {available // MIB} MiB; under "
+        f"load the system may kill it. Lower these settings, or omit them to get limits that fit"
     )

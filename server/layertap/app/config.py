@@ -34,7 +34,7 @@ class ServerConfig:
 
     @property
     def trusts_local_callers(self) -> bool:
-        """Whether callers without a token may administrate, where no token is asked for.
+        """Whether callers without a token may administrate, where no token is requested.
 
         Everybody who can reach a server on the loopback can use this machine, and so may ask the
         server to read again what its owner wrote.
@@ -55,7 +55,7 @@ class ServerConfig:
                 other.
         """
         if self.server.client_shm_uids and not self.server.allow_client_shm:
-            raise ConfigError("client_shm_uids: of no use without allow_client_shm")
+            raise ConfigError("client_shm_uids: has no effect without allow_client_shm")
         if not self.models:
             raise ConfigError("models: got none, expected at least one to serve")
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""Reading ``layertap.toml``, with errors that name the file, the line and the key."""
+"""Reads ``layertap.toml``; errors name the file, the line and the key."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_config(path: str | Path) -> ServerConfig:
     """Read a configuration file. Relative paths in it are relative to its folder.
 
     Raises:
-        ConfigError: Where the file can't be read or says something wrong.
+        ConfigError: If the file can't be read or says something wrong.
     """
     file = Path(path)
     try:
@@ -91,7 +91,7 @@ class _Reader:
         except ValueError as error:
             raise self._error(path, f"{_dotted(path)}: {error}") from None
         if kind.is_path and value not in kind.words:
-            # A `~` is the user's home, not a folder beside the file.
+            # A `~` is the user's home, not a folder next to the file.
             return str(self._file.parent / expanded(value))
         return value
 

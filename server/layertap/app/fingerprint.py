@@ -1,4 +1,4 @@
-"""How a change that needs a model to be loaded again is noticed: in its settings or its files."""
+"""Detects changes of a model's settings or files that make a reload load it again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layertap.settings.paths import is_path
 __all__ = ["FileStates", "Fingerprint", "file_states", "files_of", "fingerprint_of"]
 
 FileState = tuple[int, int, int] | None
-"""Inode, time of the last change in ns and bytes; None where there is no such file.
+"""Inode, time of the last change in ns and bytes; None if there is no such file.
 
 The inode, because a renamed file may keep its time. Links are followed, as a mounted ConfigMap
 changes by them.

@@ -10,7 +10,7 @@ from __future__ import annotations
 __all__ = ["METADATA_BYTES", "STREAMS", "channel_options"]
 
 STREAMS = 256
-"""Calls of one connection that are under way; its client queues those above.
+"""The most concurrent calls on one connection; the client queues further calls.
 
 Far above what the engine's own queue takes, so that this one refuses, with its own words. Each may
 keep 64 KiB of a message that is not read yet; by default there is no limit.
@@ -32,8 +32,8 @@ def channel_options(
     Args:
         request_bytes: The most that one request may have.
         streams: Calls that one connection may have under way.
-        age_seconds: How long a connection lasts, give or take a tenth; 0 for no end.
-        age_grace_seconds: How long its calls may then take to finish; 0 for no end.
+        age_seconds: How long a connection lasts, give or take a tenth; 0 for no limit.
+        age_grace_seconds: How long its calls may then take to finish; 0 for no limit.
         connections: Connections that may be open at once, one more is closed; 0 for no limit.
     """
     return [

@@ -1,4 +1,4 @@
-"""``grpc.health.v1`` with models that come and go."""
+"""``grpc.health.v1``, for models that are loaded and unloaded while the server runs."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class ModelHealth:
     Once the server has begun to stop everything is NOT_SERVING, whatever is set after that.
 
     Note [A watcher that does not listen]
-        A message to a client that takes none (an HTTP/2 window of 0) waits until the client is
-        gone. So each watcher has a thread, which waits for news and sends outside of the lock:
-        else one such client, without a token, would hold up every check, every reload and the
-        stop. Nothing is kept of a watcher once it is gone, not even the name that it watched.
+        A message to a client that accepts none (an HTTP/2 window of 0) waits until the client
+        disconnects. So each watcher has a thread that waits for changes and sends outside of the
+        lock. Otherwise one such client, without a token, would block every check, every reload and
+        the stop. All data of a watcher is removed when it disconnects, including the watched name.
 
     Note [Threads of health]
-        A call that is begun and whose request never comes keeps a thread, before any handler is
-        asked. Health needs no token, so it has thread pools of its own: unauthenticated callers
-        can't take the threads that serve extraction. Check and Watch have one each, so that checks
-        are answered however many watch.
+        A call whose request never arrives occupies a thread before any handler runs. Health needs
+        no token, so it has its own thread pools: unauthenticated callers can't exhaust the threads
+        that serve extraction. Check and Watch have one pool each, so that checks are answered
+        however many clients watch.
     """
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class ModelHealth:
                 self._changed.notify_all()
 
     def enter_graceful_shutdown(self) -> None:
-        """Report NOT_SERVING for everything from now on; watchers are told so, and then end."""
+        """Report NOT_SERVING for everything from now on; notify watchers, and end their calls."""
         with self._changed:
             self._stopping = True
             self._statuses = dict.fromkeys(self._statuses, Status.NOT_SERVING)
@@ -112,14 +112,14 @@ class ModelHealth:
         name = _name_in(message, context)
         status = self._status(name)
         if status == Status.SERVICE_UNKNOWN:
-            text = f"service: got {name[:NAME_CHARACTERS]!r}, which this server does not have"
+            text = f"service: got {name[:NAME_CHARACTERS]!r}, unknown to this server"
             context.abort(grpc.StatusCode.NOT_FOUND, text)
         return Status(status=status)
 
     def watch(
         self, message: bytes, context: grpc.ServicerContext
     ) -> Iterator[health_pb2.HealthCheckResponse]:
-        """Yield the status and each that follows, until the caller is gone or the server stops."""
+        """Yield the status and each change, until the caller disconnects or the server stops."""
         name = _name_in(message, context)
         if len(name) > NAME_CHARACTERS:
             text = f"service: got {len(name)} characters, expected at most {NAME_CHARACTERS}"
@@ -143,7 +143,7 @@ class ModelHealth:
     def _next(
         self, name: str, sent: Status.ServingStatus | None, context: grpc.ServicerContext
     ) -> Status.ServingStatus | None:
-        """Wait for another status than the one that was sent; None where there will be none."""
+        """Wait for another status than the one that was sent; None if there will be none."""
         with self._changed:
             while context.is_active():
                 status = self._statuses.get(name, Status.SERVICE_UNKNOWN)

@@ -5,10 +5,10 @@ it serves. Plain HTTP, whatever the gRPC port speaks: the probes of Kubernetes a
 neither the server's authority nor a client certificate.
 
 Note [One thread for all connections]
-    A probe must be answered whatever else goes on. So no connection has a thread of its own, which
-    a limit of threads would deny it, and no connection waits for another one: an event loop reads
-    them all, gives each one a few seconds, and lets the oldest go where there are too many.
-    Metrics are rendered in a second thread, because they wait for the locks of what they show.
+    A probe must always be answered. So connections have no threads of their own, which a thread
+    limit could prevent, and no connection waits for another. An event loop reads all connections,
+    gives each a few seconds, and closes the oldest if there are too many. A second thread renders
+    the metrics, because they wait for the locks of the objects that they report on.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class HttpPage:
         registry: The metrics to show.
         host: The address to bind.
         port: The port; 0 for a free one.
-        alive: Returns whether the server works; asked for ``/healthz``, from the page's thread.
-        ready: Returns whether it serves requests; asked for ``/readyz`` in the same way.
+        alive: Returns whether the server works; called for ``/healthz``, from the page's thread.
+        ready: Returns whether it serves requests; called for ``/readyz`` in the same way.
 
     Attributes:
         url: Where the metrics are.
 
     Raises:
-        UnavailableError: Where the address can't be bound.
+        UnavailableError: If the address can't be bound.
     """
 
     def __init__(

@@ -1,15 +1,15 @@
-"""Turns what other code writes to stderr and stdout into JSON log records, a line each.
+"""Turns the output of other code on stderr and stdout into JSON log records, one per line.
 
 gRPC's core, PyTorch's C++ and a model's own ``print`` write plain text past Python's logging. Where
 logs are JSON, ``capture_output`` sends that text through a small process that runs this file, reads
 lines and writes a record for each.
 
 Note [A process of its own]
-    A thread would be simpler, but the text that matters most is written by a process that is about
-    to end: what C++ says before it aborts. Another process still reads it afterwards.
+    A thread would be simpler, but the most important output is written by a process that is about
+    to end: the message of C++ code before it aborts. Another process can still read it afterwards.
 
-    It ends when nobody can write to its pipe any more, and ignores the signals that tell the server
-    to stop: those reach all processes of a terminal or of a systemd unit.
+    It ends when all writers of its pipe have closed it, and ignores the signals that stop the
+    server, since those reach all processes of a terminal or of a systemd unit.
 
 Needs only the standard library, and imports nothing of layertap: it starts in a few milliseconds
 and takes little memory.
@@ -56,7 +56,7 @@ def capture_output() -> TextIO:
         The former stderr, line by line, for records that are JSON already.
 
     Raises:
-        OSError: Where no process can be started for it; nothing has changed then.
+        OSError: If no process can be started for it; nothing has changed then.
     """
     # Whole lines and no buffer, as of stderr itself; the descriptor is the log's until the end.
     log = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")

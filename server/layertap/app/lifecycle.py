@@ -1,4 +1,4 @@
-"""A server's life in one process: start, load, serve, drain, end."""
+"""Runs a server in this process: start, load, serve, drain, exit."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class _Signals:
             os._exit(128 + number)
         if not self._ready:
             # Nothing was admitted, and a model that is being fetched can't be interrupted. Neither
-            # print nor the console: whoever is at it may hold their locks for as long.
+            # print nor the console: anyone who is at it may hold their locks for as long.
             os.write(sys.stderr.fileno(), b"layertap: stopped before it was ready\n")
             os._exit(0)
         self._asked = True
@@ -297,7 +297,9 @@ def compute_threads(options: ServerOptions, device: str) -> tuple[int, int | Non
 def _engine(config: ServerConfig, narrator: Narrator) -> Engine:
     options = config.server
     if options.keep_memory and not keep_memory(options.keep_memory_bytes // MIB):
-        narrator.say("note: this C library can't keep freed memory, so large replies take longer")
+        narrator.say(
+            "note: with this C library freed memory can't be kept, so large replies take longer"
+        )
     allow_tf32(options.tf32)
     device = choose_device(options.device)
     instances, threads = compute_threads(options, device)

@@ -1,4 +1,4 @@
-"""Log records for people or for machines, each with the id of its request."""
+"""Log records as text or as JSON, each with the id of its request."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def log_everything_as_json(level: LogLevel) -> None:
     except OSError as error:
         configure_logs("json", level)
         logging.getLogger(NARRATION).warning(
-            "can't start a process (%s): what other code writes to stderr stays plain text", error
+            "can't start a process (%s): output of other code on stderr stays plain text", error
         )
     else:
         configure_logs("json", level, stream)

@@ -1,4 +1,4 @@
-"""What Prometheus reads: counts, durations, the queue and memory.
+"""The Prometheus metrics: counts, durations, the queue and memory.
 
 The names follow Triton's ``nv_inference_*`` where they mean the same, with ``layertap_`` in front
 and Prometheus' own units (seconds, bytes).
@@ -50,7 +50,7 @@ class _ModelCounts:
 class Metrics:
     """Counts what the servicers tell it (a ``layertap.services.observer.Observer``).
 
-    Keeps a registry of its own, so that two servers in one process count apart.
+    Keeps its own registry, so that two servers in one process count apart.
 
     Args:
         engine: The engine whose queue and models are shown; None for no such gauges.
@@ -66,20 +66,22 @@ class Metrics:
             "request_success", "Extractions that were answered.", ("model",)
         )
         self._passes = self._counter(
-            "exec", "Forward passes; fewer than extractions where they shared them.", ("model",)
+            "exec", "Forward passes; fewer than the extractions if some shared a pass.", ("model",)
         )
         self._failure = self._counter(
             "request_failure",
-            "Extractions that were not, by gRPC status; model is empty where none that is served "
-            "was named.",
+            "Failed extractions, by gRPC status; model is empty if the request named no served "
+            "model.",
             ("model", "reason"),
         )
         self._reply_bytes = self._counter(
             "reply_bytes",
-            "Bytes of the extractions' replies, those in shared memory included.",
+            "Bytes of the extractions' replies, including those in shared memory.",
             ("model",),
         )
-        self._total = self._histogram("request", "From the request's bytes to the reply's.")
+        self._total = self._histogram(
+            "request", "Time from the arrival of a request to its finished reply."
+        )
         self._prepare = self._histogram(
             "prepare", "Parsing, checks, decoding and preprocessing images."
         )
@@ -125,7 +127,7 @@ class Metrics:
         if retained_bytes() is not None:
             Gauge(
                 "layertap_memory_retained_bytes",
-                "Free memory that malloc has not given back to the system.",
+                "Free memory that malloc has not returned to the system.",
                 registry=self.registry,
             ).set_function(lambda: retained_bytes() or 0)
 

@@ -1,4 +1,4 @@
-"""Telling systemd how a service is doing, as ``sd_notify(3)`` does."""
+"""Reports the state of the service to systemd, like ``sd_notify(3)``."""
 
 from __future__ import annotations
 
@@ -28,4 +28,4 @@ def notify(state: str) -> None:
             sender.connect(address)
             sender.sendall(state.encode())
     except OSError as error:
-        _log.warning("can't tell the service manager %s: %s", state, error.strerror or error)
+        _log.warning("can't notify the service manager of %s: %s", state, error.strerror or error)

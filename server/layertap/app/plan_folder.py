@@ -21,7 +21,7 @@ def open_plan_cache(options: ServerOptions) -> PlanCache | None:
     Without a folder of the user's own, as in some containers, ``auto`` keeps none.
 
     Returns:
-        The cache; None where none is to be kept.
+        The cache; None if none is to be kept.
 
     Raises:
         ConfigError: For a folder that was named and can't be used.
@@ -33,7 +33,7 @@ def open_plan_cache(options: ServerOptions) -> PlanCache | None:
     try:
         return PlanCache(_user_cache(), options.plan_cache_bytes)
     except (ConfigError, RuntimeError) as error:  # RuntimeError: the user has no home.
-        _log.warning("compiled plans are not kept: %s", error)
+        _log.warning("compiled plans are not stored: %s", error)
         return None
 
 

@@ -76,7 +76,7 @@ class Reflection:
         try:
             return find(getattr(request, kind))
         except KeyError:
-            return _error(grpc.StatusCode.NOT_FOUND, f"{kind}: nothing here has this name")
+            return _error(grpc.StatusCode.NOT_FOUND, f"{kind}: not found")
 
 
 def _by_name(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reloads configuration and weights when a signal, a call or a changed file asks for it."""
+"""Reloads configuration and weights when a signal, a call or a changed file requests it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Reloader:
 
     @property
     def config(self) -> ServerConfig:
-        """The last configuration that was read without a mistake."""
+        """The last valid configuration that was read."""
         return self._config
 
     @property
@@ -71,7 +71,7 @@ class Reloader:
         Raises:
             UnavailableError: While another reload is in progress, before ``start`` and after
                 ``stop``.
-            LayertapError: Where the configuration is wrong; nothing has changed then.
+            LayertapError: If the configuration is wrong; nothing has changed then.
         """
         with self._in_turn():
             return self._reload()
@@ -80,8 +80,8 @@ class Reloader:
         """Load one model of the configuration as it is now, in the caller's thread.
 
         Raises:
-            ModelNotFoundError: Where the configuration has no such model.
-            ModelLoadError: Where it can't be loaded.
+            ModelNotFoundError: If the configuration has no such model.
+            ModelLoadError: If it can't be loaded.
             UnavailableError, LayertapError: As ``reload`` does.
         """
         with self._in_turn():
@@ -95,7 +95,7 @@ class Reloader:
         """Let one model go, until it or all are loaded again.
 
         Raises:
-            ModelNotFoundError: Where no such model is served.
+            ModelNotFoundError: If no such model is served.
             UnavailableError: As ``reload`` does.
         """
         with self._in_turn():
@@ -113,7 +113,7 @@ class Reloader:
 
     def _work(self) -> None:
         while self._asked.get():
-            # Whatever was asked for until now is answered by the one that begins now.
+            # Whatever was requested until now is answered by the one that begins now.
             if not self._drain():
                 return
             with self._turn:
@@ -126,7 +126,7 @@ class Reloader:
                     _log.exception("reload failed")
 
     def _drain(self) -> bool:
-        """Drop requests that wait; return False where the last word was to stop."""
+        """Drop requests that wait; return False if the last word was to stop."""
         go_on = True
         while go_on:
             try:
@@ -139,9 +139,9 @@ class Reloader:
     def _in_turn(self) -> Iterator[None]:
         """Let nothing else reload meanwhile; raise UnavailableError where something does."""
         if not self._ready:
-            raise UnavailableError("the server is starting or stopping, and doesn't reload")
+            raise UnavailableError("the server is starting or stopping, so it can't reload now")
         if not self._turn.acquire(blocking=False):
-            raise UnavailableError("a reload is in progress; ask again when it has ended")
+            raise UnavailableError("another reload is in progress; try again when it has finished")
         try:
             yield
         finally:
@@ -157,7 +157,7 @@ class Reloader:
                 call.cancel()
             yield call
         except CancelledError:
-            raise UnavailableError("the server is stopping; the reload was given up") from None
+            raise UnavailableError("the server is stopping; the reload was abandoned") from None
         finally:
             self._call = Call()
 

@@ -24,7 +24,7 @@ class ServerTls:
     Args:
         certificate: PEM: the server's certificate, then those between it and its authority.
         private_key: PEM: its key, not encrypted.
-        client_ca: PEM: the authorities that sign clients' certificates; None asks for none.
+        client_ca: PEM: the authorities that sign clients' certificates; None requests none.
 
     Raises:
         ConfigError: A file can't be read, or the key is not that of the certificate.

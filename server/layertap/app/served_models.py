@@ -50,7 +50,7 @@ class ServedModels:
         """Load all models at the start; one that fails doesn't stop the others.
 
         Raises:
-            LayertapError: Where one of them fails and ``strict`` is set, or where all do.
+            LayertapError: If one of them fails and ``strict`` is set, or where all do.
         """
         self._expect(config)
         failures = []
@@ -69,7 +69,7 @@ class ServedModels:
         """Load what is new or changed, then unload what is gone; report on each model.
 
         Raises:
-            CancelledError: Where the call was cancelled; what was done stays done.
+            CancelledError: If the call was cancelled; what was done stays done.
         """
         self._expect(config)
         names = [model.name for model in config.models]
@@ -82,8 +82,8 @@ class ServedModels:
         """Load a model of the configuration, or replace it where it is new or changed.
 
         Raises:
-            ModelNotFoundError: Where the configuration has no such model.
-            CancelledError: Where the call was cancelled.
+            ModelNotFoundError: If the configuration has no such model.
+            CancelledError: If the call was cancelled.
         """
         model = next((each for each in config.models if each.name == name), None)
         if model is None:
@@ -97,7 +97,7 @@ class ServedModels:
         """Unload a model that stays in the configuration.
 
         Raises:
-            ModelNotFoundError: Where no such model is served.
+            ModelNotFoundError: If no such model is served.
         """
         if self._served.get(name) is None:
             raise ModelNotFoundError(f"model: got {name!r}, which is not served")

@@ -55,16 +55,16 @@ class FeatureServer:
     """Serves an engine. Models may be loaded into it before or after ``start``.
 
     Health (``grpc.health.v1``) answers for the server (``""``), the services' full names and each
-    model's name: NOT_SERVING until ``ready``, and from the begin of ``stop``. Whoever loads models
-    later tells their health by ``health``.
+    model's name: NOT_SERVING until ``ready()`` and again once ``stop()`` begins. Code that loads
+    models later reports their status through ``health``.
 
     Args:
         engine: The engine; it stays the caller's to close.
         options: How to listen.
-        observer: Is told how each extraction ended.
+        observer: Notified of the outcome of each extraction.
         interceptors: gRPC's own kind, the first one outermost.
         health: What to tell of models; one of its own if not given.
-        admin: What the owner may ask for; nothing if not given.
+        admin: The administrative operations; none if not given.
         repository: Loads and unloads models for the owner; nothing does if not given.
         security: TLS and tokens; opened from the files that the options name if not given.
         client_regions: Shared memory that clients of the Open Inference Protocol name; if not
@@ -77,7 +77,7 @@ class FeatureServer:
         shared_memory: What is shared with clients of this machine; None for nothing.
 
     Raises:
-        UnavailableError: Where the address can't be bound.
+        UnavailableError: If the address can't be bound.
         ConfigError: For files of certificates and tokens that can't be used.
     """
 
@@ -169,7 +169,7 @@ class FeatureServer:
         """Begin to answer; health stays NOT_SERVING until ``ready``.
 
         Raises:
-            UnavailableError: Where the system does not allow the threads that this takes.
+            UnavailableError: If the system does not allow the threads that this takes.
         """
         missing = start_threads(self._pools)
         if missing:
@@ -252,7 +252,8 @@ class FeatureServer:
             return self._add(wanted, options)
         except RuntimeError:
             raise UnavailableError(
-                f"can't listen on {wanted}: is the port taken, or the host another machine's?"
+                f"can't listen on {wanted}: is the port in use, or does the host belong to "
+                f"another machine?"
             ) from None
 
     def _add(self, address: str, options: ServerOptions) -> int:

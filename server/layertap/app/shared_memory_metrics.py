@@ -32,7 +32,7 @@ class SharedMemoryCollector(Collector):
         yield _by_state("bytes", "Bytes of regions", state.bytes)
         yield _by_state("regions", "Regions", state.regions)
         yield GaugeMetricFamily(
-            "layertap_shared_memory_limit_bytes", "Bytes that they may have.", value=state.limit
+            "layertap_shared_memory_limit_bytes", "The limit for these bytes.", value=state.limit
         )
         yield GaugeMetricFamily(
             "layertap_shared_memory_sessions",
@@ -41,13 +41,13 @@ class SharedMemoryCollector(Collector):
         )
         yield CounterMetricFamily(
             "layertap_shared_memory_reply_bytes",
-            "Bytes of replies that were written there instead of sent.",
+            "Bytes of replies written to shared memory instead of being sent.",
             value=state.reply_bytes,
         )
         fallbacks = CounterMetricFamily(
             "layertap_shared_memory_fallback",
-            "Replies that were sent all the same: the region limit or the client's share is "
-            "reached, its session or socket is gone, the system refused.",
+            "Replies sent over the network instead: the limit or the client's share was reached, "
+            "the session or socket was closed, or the system call failed.",
             labels=("reason",),
         )
         for reason in FALLBACK_REASONS:

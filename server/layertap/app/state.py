@@ -1,4 +1,4 @@
-"""What the metrics page shows of a server's state, read when the page is asked for."""
+"""What the metrics page shows of a server's state, read when the page is requested."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class StateCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Read the state."""
         build = GaugeMetricFamily(
-            "layertap_build_info", "Always 1; the labels tell versions.", labels=tuple(self._build)
+            "layertap_build_info",
+            "Always 1; the labels have the versions.",
+            labels=tuple(self._build),
         )
         build.add_metric(tuple(self._build.values()), 1)
         yield build
@@ -48,12 +50,12 @@ class StateCollector(Collector):
         )
         yield GaugeMetricFamily(
             "layertap_inference_pending_request_limit",
-            "How many of them there may be; one more is refused as RESOURCE_EXHAUSTED.",
+            "The limit for these requests; one more gets RESOURCE_EXHAUSTED.",
             value=self._engine.limits.pending,
         )
         yield GaugeMetricFamily(
             "layertap_inference_pending_bytes",
-            "Bytes of the requests and replies in memory: received, decoded, being made or sent.",
+            "Bytes of requests and replies in memory: received, decoded, being written or sent.",
             value=self._engine.pending_bytes,
         )
         yield self._models()
@@ -62,7 +64,7 @@ class StateCollector(Collector):
     def _models(self) -> Metric:
         ready = GaugeMetricFamily(
             "layertap_model_ready",
-            "1 where a model is loaded and its declared layers are warm, 0 until then.",
+            "1 once the model is loaded and its declared layers are warm, 0 until then.",
             labels=("model",),
         )
         for name, reason in self._engine.states():
@@ -72,7 +74,7 @@ class StateCollector(Collector):
     def _memory(self) -> Metric:
         memory = GaugeMetricFamily(
             "layertap_model_memory_bytes",
-            "Parameters and buffers of the version that serves, on its device.",
+            "Size of the parameters and buffers of the current version, on its device.",
             labels=("model", "device"),
         )
         for host in self._engine.hosts():

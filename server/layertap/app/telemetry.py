@@ -1,4 +1,4 @@
-"""What watches a server: metrics always, the access log and traces where they are asked for."""
+"""The observers of a server: metrics always, the access log and traces if they are enabled."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Telemetry:
 
 
 def open_telemetry(engine: Engine, config: ServerConfig, closing: ExitStack) -> Telemetry:
-    """Open what the configuration and the environment ask for; ``closing`` will close it.
+    """Open what the configuration and the environment request; ``closing`` will close it.
 
     Raises:
         ConfigError: As ``open_tracing``.
@@ -70,7 +70,7 @@ def _is_address(text: str) -> bool:
 
 
 def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | None:
-    """Return what sends traces to an endpoint; None where none is named.
+    """Return what sends traces to an endpoint; None if none is named.
 
     Args:
         endpoint: An ``http://`` or ``https://`` address; if empty, OpenTelemetry's own environment
@@ -99,7 +99,7 @@ def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | Non
         if not (error.name or "").startswith("opentelemetry"):
             raise
         raise ConfigError(
-            f"traces to {named} were asked for, but OpenTelemetry is not installed; "
+            f"traces to {named} were requested, but OpenTelemetry is not installed; "
             f"try: pip install 'layertap[otel]'"
         ) from None
     return tracing.Tracing(tracing.otlp_provider(endpoint))  # type: ignore[no-any-return]

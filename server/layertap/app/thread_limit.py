@@ -1,4 +1,4 @@
-"""Refuses calls that would wait long for a thread, instead of letting them wait unseen."""
+"""Rejects calls that would wait long for a thread, instead of leaving them in gRPC's queue."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _HAS_OWN_THREADS = f"/{HEALTH}/"
 class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
     """Refuses a call at once where as many calls wait for a thread as there are threads.
 
-    gRPC puts calls that find no thread into a queue without end, where nobody refuses them and
-    their deadlines pass unseen. A burst of short calls may wait there; more than that is refused,
-    before its message is read and in the thread of gRPC that reports the call, so that refusing
-    needs no other thread.
+    gRPC puts calls that find no free thread into an unbounded queue, where their deadlines pass
+    unnoticed. A burst of short calls may wait there. Further calls are rejected before their
+    message is read, in gRPC's thread that reports the call, so that rejecting needs no other
+    thread.
 
     Args:
         workers: The threads.
-        observer: Is told of each refusal.
+        observer: Notified of each rejection.
     """
 
     def __init__(self, workers: WorkerThreads, observer: Observer) -> None:

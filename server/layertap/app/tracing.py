@@ -1,6 +1,6 @@
-"""OpenTelemetry traces: a span for each call, and in it where an extraction's time went.
+"""OpenTelemetry traces: a span for each call, with child spans for the phases of an extraction.
 
-Imported only where traces are asked for: it needs the packages of ``layertap[otel]``. Names of
+Imported only where traces are requested: it needs the packages of ``layertap[otel]``. Names of
 attributes are those of OpenTelemetry's semantic conventions for RPC.
 """
 
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def otlp_provider(endpoint: str) -> TracerProvider:
-    """Return a provider that sends spans by OTLP over gRPC, in batches and on a thread of its own.
+    """Return a provider that sends spans by OTLP over gRPC, in batches and on its own thread.
 
     Args:
         endpoint: An ``http://`` or ``https://`` address; if empty, ``OTEL_*`` says it. Those
@@ -72,7 +72,7 @@ class Tracing:
     def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
         """Say what was extracted, and add a span for each part of the reply's timings.
 
-        In a stream each item has a span of its own, within the stream's.
+        In a stream each item has its own span, within the stream's.
         """
         span, item = trace.get_current_span(), None
         if not isinstance(span, ReadableSpan) or span.start_time is None:
@@ -119,4 +119,4 @@ class Tracing:
         flushing.start()
         flushing.join(FLUSH_SECONDS)
         if flushing.is_alive():
-            _log.warning("the last spans did not reach the collector")
+            _log.warning("the last spans could not be sent to the collector")

@@ -23,7 +23,8 @@ _CONTEXT_KEYS = ("traceparent", "tracestate")
 _TRACED = ("/layertap.", "/inference.")
 
 Code = grpc.StatusCode
-# The conventions' list for servers: what went wrong on the caller's side is no error of the span.
+# The conventions' list for servers: what went wrong on the caller's side is not an error of the
+# span.
 SERVER_ERRORS = frozenset(
     {
         *(Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.UNIMPLEMENTED),
@@ -35,7 +36,7 @@ _in_stream: ContextVar[bool] = ContextVar("layertap_traced_stream", default=Fals
 
 
 def in_stream() -> bool:
-    """Tell whether this thread works for a stream, whose span is that of many extractions."""
+    """Return whether this thread works for a stream, whose span is that of many extractions."""
     return _in_stream.get()
 
 
@@ -96,7 +97,7 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         """Make a call's span and the current one.
 
         It stays the current one: gRPC runs each call in a ``contextvars.Context`` of its own, and
-        a stream that is given up may be closed in another.
+        a stream that is abandoned may be closed in another.
         """
         # A stranger's path may be anything, and gets as far as the refusal of its call.
         service, _, method = path.strip("/").partition("/")

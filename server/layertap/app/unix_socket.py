@@ -1,9 +1,9 @@
-"""A Unix socket as an address to listen on: a file with a mode, stale ones, and its end.
+"""Listening on a Unix socket: the file's mode, replacing stale sockets, and removing the file.
 
-Note [How the file comes and goes]
+Note [How the file is created and removed]
     gRPC's core removes whatever socket is at the path before it binds one there, another server's
-    included, and removes the path again when it stops, whoever's it is by then. And a file that is
-    bound first and gets its mode later can be connected to in between. So gRPC binds in a folder
+    included, and removes the path again when it stops, whoever owns it by then. And a file that
+    is bound first and gets its mode later can be connected to in between. So gRPC binds in a folder
     that only this user may enter; the file gets its mode there and is then moved to its path. When
     the server stops, the path is removed only if it is still that file.
 """
@@ -39,7 +39,7 @@ class UnixSocket:
             that can't be done.
 
     Raises:
-        UnavailableError: Where another server listens there, something else is there, or the
+        UnavailableError: If another server listens there, something else is there, or the
             system refuses.
     """
 
@@ -91,13 +91,13 @@ def _check_free(path: Path) -> None:
     except OSError as error:
         raise _refused(path, error.strerror or str(error)) from error
     if not stat.S_ISSOCK(found.st_mode):
-        raise _refused(path, "there is something that is no socket; it is left alone")
+        raise _refused(path, "the path exists and is not a socket; it was not changed")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
-            _log.info("replacing the socket %s, on which nobody listens any more", path)
+            _log.info("replacing the stale socket %s", path)
             return
         except FileNotFoundError:  # It is gone in this moment.
             return

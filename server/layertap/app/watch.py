@@ -1,4 +1,4 @@
-"""Watching the files of a configuration and of its models."""
+"""Watches the files of a configuration and of its models."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ INTERVAL_SECONDS = 1.0
 
 
 class Watcher:
-    """Looks at files again and again, and tells when they changed and have settled.
+    """Polls files, and reports when they have changed and are stable.
 
-    By their state (``stat``), which works on network and container mounts as well, where the
-    kernel's notifications don't. A file that is still being written differs from one look to the
-    next, and is waited for.
+    It uses ``stat``, which also works on network and container mounts, where the kernel's
+    notifications don't. A file that is still being written differs between two checks, so the
+    watcher waits until it is stable.
 
     Args:
-        files: Returns the files to look at; asked each time.
+        files: Returns the files to check; called each time.
         changed: Called in the watcher's thread.
     """
 
@@ -34,11 +34,11 @@ class Watcher:
         self._thread = threading.Thread(target=self._work, name="layertap-watch", daemon=True)
 
     def start(self) -> None:
-        """Begin to look. What changed since construction is told too."""
+        """Start the thread. Changes since construction are reported too."""
         self._thread.start()
 
     def look(self) -> None:
-        """Look once: two looks that see one and the same change tell it."""
+        """Check once; report a change that two checks in a row have seen."""
         now = file_states(self._files())
         settled, self._seen = now == self._seen, now
         if settled and now != self._told:
@@ -46,7 +46,7 @@ class Watcher:
             self._changed()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()

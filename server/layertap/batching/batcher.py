@@ -1,4 +1,4 @@
-"""Which of the waiting items run next, and together. No threads and no clock: time is an argument.
+"""Decides which waiting items run next, and together. No threads or clock: time is an argument.
 
 Note [When a batch is held back]
     Items with one key may run together. A batch goes as soon as it is full, or its oldest item has
@@ -64,7 +64,7 @@ class Batcher(Generic[T]):
         self._waiting.append(_Waiting(item, key, size, policy, now))
 
     def discard(self, item: T) -> bool:
-        """Let an item go that nobody wants any more; tell whether it was still waiting."""
+        """Let an item go that nobody wants any more; determine whether it was still waiting."""
         for index, waiting in enumerate(self._waiting):
             if waiting.item is item:
                 del self._waiting[index]
@@ -85,7 +85,7 @@ class Batcher(Generic[T]):
         return []
 
     def due(self, now: float) -> float | None:
-        """Return when the next batch will be ready if nothing arrives; None where nothing waits."""
+        """Return when the next batch will be ready if nothing arrives; None if nothing waits."""
         return min((self._due(batch, now) for batch, _ in self._batches()), default=None)
 
     def _batches(self) -> Iterator[tuple[list[_Waiting[T]], bool]]:
@@ -105,7 +105,7 @@ class Batcher(Generic[T]):
             if other.key != first.key:
                 continue
             if size + other.size > first.policy.max_size:
-                # Whoever came later doesn't overtake it, or it might wait for ever.
+                # Anyone who came later doesn't overtake it, or it might wait for ever.
                 return batch, True
             batch.append(other)
             size += other.size

@@ -1,4 +1,4 @@
-"""A queue between the threads that bring items and those that run batches of them."""
+"""A queue between the threads that add items and those that run batches of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ClosedError(Exception):
 class BatchQueue(Generic[T]):
     """A ``Batcher`` whose ``take`` blocks until a batch is ready.
 
-    It bounds nothing by itself: whoever puts something in has been admitted before.
+    It bounds nothing by itself: anyone who puts something in has been admitted before.
 
     Args:
         clock: Returns seconds and never goes back.
@@ -45,7 +45,7 @@ class BatchQueue(Generic[T]):
             self._news.notify()
 
     def discard(self, item: T) -> bool:
-        """Let an item go; tell whether it was still waiting."""
+        """Let an item go; determine whether it was still waiting."""
         with self._news:
             return self._batcher.discard(item)
 
@@ -58,7 +58,7 @@ class BatchQueue(Generic[T]):
                 if batch:
                     if len(self._batcher):
                         # One notification is sent for each item, and may have woken a thread that
-                        # is holding a batch back. Whoever takes passes the rest on.
+                        # is holding a batch back. Anyone who takes passes the rest on.
                         self._news.notify()
                     return batch
                 if self._closed:

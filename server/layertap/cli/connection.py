@@ -1,4 +1,4 @@
-"""Options of the verbs that call a server: its address, TLS and a token."""
+"""Options of the commands that call a server: its address, TLS and a token."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Columns:
     """One array for each output, joined from batches along the measured batch dimension.
 
     Args:
-        axes: Returns, by the output's name, the dimension that grows with the batch, or None where
+        axes: Returns, by the output's name, the dimension that grows with the batch, or None if
             batches can't be joined. Called before the second batch is joined.
     """
 
@@ -35,7 +35,7 @@ class Columns:
         """Take the outputs of a batch of that many items, by name.
 
         Raises:
-            InvalidInputError: Where there are several batches, and they can't be joined.
+            InvalidInputError: If there are several batches, and they can't be joined.
         """
         if self._parts and not self._known:
             self._known = self._axes()
@@ -62,7 +62,7 @@ class Columns:
         Not ``np.savez``: it takes the names as keyword arguments and has one called ``file``.
 
         Raises:
-            InvalidInputError: Where it can't be written.
+            InvalidInputError: If it can't be written.
         """
         beside = path.with_name(f"{path.name}.part")
         try:

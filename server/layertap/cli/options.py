@@ -1,4 +1,4 @@
-"""Options and helpers of the verbs that run a model, in this process or on a server."""
+"""Options and helpers of the commands that run a model, in this process or on a server."""
 
 from __future__ import annotations
 

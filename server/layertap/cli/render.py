@@ -1,6 +1,6 @@
-"""What the verbs show: tables on stdout, messages and progress on stderr.
+"""The output of the commands: tables on stdout, messages and progress on stderr.
 
-rich leaves colours out where the stream is no terminal and where NO_COLOR is set.
+rich leaves colours out where the stream is not a terminal and where NO_COLOR is set.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BY = ("by", "in by")
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """Return a console that prints text as it is: ``[B, 64]`` is no markup.
+    """Return a console that prints text as it is: ``[B, 64]`` is not a markup.
 
     What goes into a pipe or a file is never cut to the width of a terminal.
     """

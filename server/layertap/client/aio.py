@@ -1,4 +1,4 @@
-"""The asyncio client: the methods of ``Client``, awaited."""
+"""The asyncio client, with the methods of ``Client`` as coroutines."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ class _Transport:
 
 
 class AsyncClient(BaseClient):
-    """Asks a layertap server for layers, from asyncio.
+    """Extracts layers from a layertap server, for asyncio.
 
-    The methods are those of ``Client``, awaited. A cancelled task cancels its call, and the server
-    stops computing for it. Use the client as an asynchronous context manager, or ``close`` it. One
-    client serves all tasks of an event loop; in another loop (a second ``asyncio.run``) it opens a
-    connection of its own. Files are read, and large inputs written to shared memory, in threads.
+    The methods are those of ``Client``, as coroutines. Cancelling a task cancels its call, and the
+    server stops computing for it. Use the client as an asynchronous context manager, or ``close``
+    it. One client serves all tasks of an event loop; in another loop (a second ``asyncio.run``) it
+    opens another connection. It reads files and writes large inputs to shared memory in threads.
 
     Arguments and errors are those of ``BaseClient``.
 
@@ -110,7 +110,7 @@ class AsyncClient(BaseClient):
             try:
                 return await self._extract_shared(transport, memory, fields, inputs, timeout)
             except SharedMemoryLostError as error:
-                _log.debug("shared memory is lost, the wire instead: %s", error)
+                _log.debug("shared memory is lost, using the network: %s", error)
         message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
         return Features(await self._call(transport, transport.extract, message, timeout))
 
@@ -260,7 +260,7 @@ class AsyncClient(BaseClient):
         self._check_open()
         if self._transport is None or self._transport.loop is not asyncio.get_running_loop():
             if self._transport is not None:
-                # Its loop has ended, or goes on elsewhere; the channel is closed with it.
+                # Its loop has ended, or continues elsewhere; the channel is closed with it.
                 self._transport.memory.close()
             self._transport = _Transport(self, self._settings())
         return self._transport
@@ -332,8 +332,8 @@ class AsyncFeatureStream:
     Args:
         method: The channel's ``ExtractStream``.
         max_in_flight: Items that are sent and not yet yielded.
-        timeout: Seconds that the stream may take; None for no end.
-        item_timeout: Seconds for an item that does not say so itself; None for no end.
+        timeout: Seconds that the stream may take; None for no limit.
+        item_timeout: Seconds for an item that does not say so itself; None for no limit.
         memory: The session of shared memory; None for none.
         metadata: What the call carries.
 
@@ -406,7 +406,7 @@ class AsyncFeatureStream:
                 await self.close()
 
     async def close(self) -> None:
-        """End the stream: what is in flight is given up. Features that came stay valid."""
+        """End the stream: what is in flight is abandoned. Features that came stay valid."""
         if self._closed:
             return
         self._closed = True
@@ -478,7 +478,7 @@ async def _request_fields(
 
 
 def _is_in_memory(given: Any) -> bool:
-    """Tell whether an input takes no time to encode: arrays, tensors or a file's bytes."""
+    """Return whether an input takes no time to encode: arrays, tensors or a file's bytes."""
     if isinstance(given, Mapping):
         return all(map(_is_in_memory, given.values()))
     return isinstance(given, bytes) or hasattr(given, "dtype")
@@ -495,7 +495,7 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def _task_is_cancelled() -> bool:
-    """Tell whether a CancelledError is the task's own, not that of a call that was cancelled."""
+    """Return whether a CancelledError is the task's own, not that of a call that was cancelled."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

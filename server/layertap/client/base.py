@@ -1,4 +1,4 @@
-"""What both clients are made of: arguments, messages and replies. Does no input or output."""
+"""The common base of both clients: arguments, messages and replies. Does no input or output."""
 
 from __future__ import annotations
 
@@ -46,25 +46,26 @@ class BaseClient:
 
     Args:
         target: The server's address: ``host:port``, or ``unix:/path`` for a Unix socket.
-        timeout: Seconds that a call may take, unless the call says otherwise; None for no end.
-        tls: ``True`` for a server that a public authority vouches for; a ``Tls`` for one with an
-            authority of its own, or one that asks for a client's certificate; False for no TLS.
+        timeout: Seconds that a call may take, unless the call says otherwise; None for no limit.
+        tls: ``True`` for a server whose certificate is from a public CA; a ``Tls`` for another CA
+            or for a client certificate; False for no TLS.
         token: The bearer token to send with every call.
-        token_file: A file whose first token is sent, instead of ``token``: one a line, ``#`` begins
-            a comment.
+        token_file: A file whose first token is sent, instead of ``token``. It has one token per
+            line; ``#`` starts a comment.
         allow_plaintext_token: Whether the token may be sent to another machine without TLS, for
-            networks that encrypt by themselves.
-        shared_memory: Whether large tensors go through memory shared with the server, where it is
-            on this machine and runs as the same user: ``"auto"`` tries where the target is a
-            loopback address or a Unix socket, True everywhere, False never. Where shared memory is
-            not available, tensors go through the network without a message; only an item of a
-            stream whose memory is lost on the way fails with SharedMemoryLostError.
-        reply_compression: How the server compresses replies that go through the network:
-            ``"none"``, ``"gzip"`` or ``"deflate"``. Worth it on slow networks only:
-            docs/performance.md has what it costs.
-        retries: How often a call is made again that the server refuses because it is full, within
-            the call's timeout; streams are not. It waits as long as the server says, and a random
-            time on top. 0 raises OverloadedError at once, whose ``retry_after`` says how long.
+            networks that are encrypted themselves.
+        shared_memory: Whether large tensors go through memory shared with the server, if the server
+            runs on this machine as the same user. ``"auto"`` tries this if the target is a loopback
+            address or a Unix socket, True always, False never. If shared memory is not available,
+            tensors silently go over the network. Only an item of a stream whose memory is lost in
+            transit fails, with SharedMemoryLostError.
+        reply_compression: How the server compresses replies that go over the network: ``"none"``,
+            ``"gzip"`` or ``"deflate"``. Useful only on slow networks; docs/performance.md has the
+            costs.
+        retries: How many times to retry a call that the server rejects because it is full, within
+            the call's timeout. Streams are not retried. The client waits for the time that the
+            server specifies, and a random time in addition. With 0 the call raises
+            OverloadedError at once; its ``retry_after`` has the time to wait.
 
     Raises:
         InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these,
@@ -126,13 +127,12 @@ class BaseClient:
         """Pickle the arguments.
 
         Raises:
-            TypeError: Where they hold a token.
+            TypeError: If they hold a token.
         """
         if self._arguments["token"] is not None:
             raise TypeError(
-                f"cannot pickle a {type(self).__name__} that was given a token, which the pickle "
-                f"would hold for anybody to read; give it token_file, or make a client in each "
-                f"process"
+                f"cannot pickle a {type(self).__name__} that was given a token, because the pickle "
+                f"would contain the secret; use token_file, or create a client in each process"
             )
         return _made_again, (type(self), self._target, self._arguments)
 
@@ -195,7 +195,7 @@ class ReadyWait:
         """Take note of a failed question.
 
         Raises:
-            LayertapError: Where asking again is of no use.
+            LayertapError: If asking again is of no use.
         """
         if error.code() not in self._AWAY:
             raise error_from_rpc(error) from None

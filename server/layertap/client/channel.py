@@ -39,15 +39,15 @@ _OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """How to know the server, and how to show who asks.
+    """How to verify the server, and how the client authenticates itself.
 
     Attributes:
-        ca: A PEM file: the authority, or the certificate itself, that vouches for the server. None
-            for the public authorities that gRPC comes with, or those of the file that the
-            environment variable ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH`` names.
-        certificate: A PEM file with this client's certificate, for servers that ask for one.
-        key: A PEM file with its key, not encrypted.
-        server_name: The name to expect in the server's certificate; the target's host if empty.
+        ca: A PEM file with the CA certificate, or the server's own certificate, used to verify the
+            server. None for the public CAs included in gRPC, or those in the file named by the
+            environment variable ``GRPC_DEFAULT_SSL_ROOTS_FILE_PATH``.
+        certificate: A PEM file with this client's certificate, for servers that require one.
+        key: A PEM file with the certificate's private key, not encrypted.
+        server_name: The name expected in the server's certificate; the target's host if empty.
     """
 
     ca: PathLike | None = None
@@ -76,7 +76,7 @@ def read_token(file: PathLike) -> str:
     """Return the first token of a file: one a line, ``#`` begins a comment.
 
     Raises:
-        ConfigError: Where it can't be read or holds no token.
+        ConfigError: If it can't be read or holds no token.
     """
     return read_tokens(Path(file), "token file")[0]
 
@@ -150,17 +150,17 @@ def channel_settings(
         return ChannelSettings(target, tuple(options), how.credentials(), token)
     if token is not None and not allow_plaintext_token and not local:
         raise ConfigError(
-            f"token: {target} would get it as plain text, for anybody on the way to read; "
+            f"token: it would be sent to {target} as plain text, which can be read in transit; "
             f"expected TLS, a server on this machine, or allow_plaintext_token"
         )
     return ChannelSettings(target, tuple(options), None, token)
 
 
 def _check_gevent() -> None:
-    """Raise ConfigError where gRPC would block gevent's only thread.
+    """Raise ConfigError if gRPC would block gevent's only thread.
 
-    gevent makes greenlets of all threads. gRPC then waits in native code for a greenlet that can't
-    run meanwhile: every call stops the whole program, and streams never go on.
+    gevent turns all threads into greenlets. gRPC then waits in native code for a greenlet that
+    can't run meanwhile: every call blocks the whole program, and streams hang.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
@@ -169,9 +169,9 @@ def _check_gevent() -> None:
     if getattr(sys.modules.get("grpc._cython.cygrpc"), "g_gevent_activated", True):
         return
     raise ConfigError(
-        "gevent has patched this process but gRPC was not told, so its calls would block every "
-        "greenlet: call grpc.experimental.gevent.init_gevent() after monkey.patch_all() and before "
-        "the first Client"
+        "gevent has patched this process but gRPC's gevent support is off, so calls would block "
+        "every greenlet: call grpc.experimental.gevent.init_gevent() after monkey.patch_all() and "
+        "before the first Client"
     )
 
 

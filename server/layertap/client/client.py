@@ -65,13 +65,13 @@ class _Transport:
 
 
 class Client(BaseClient):
-    """Asks a layertap server for layers.
+    """Extracts layers from a layertap server.
 
-    Safe to share between threads. Use it as a context manager, or ``close`` it. A client that a
-    forked process inherits opens a connection of its own there. A pickled one (for
-    ``multiprocessing`` or a data loader's workers) is made again from its arguments where it is
-    unpickled; with ``token`` it can't be pickled, as the pickle would hold the secret, but with
-    ``token_file`` it can. ``AsyncClient`` has the same methods for asyncio.
+    Safe to share between threads. Use it as a context manager, or ``close`` it. In a forked process
+    an inherited client opens its own connection. An unpickled client (in ``multiprocessing`` or a
+    data loader's workers) is created again from its arguments. A client with ``token`` can't be
+    pickled, because the pickle would contain the secret; use ``token_file`` instead.
+    ``AsyncClient`` has the same methods for asyncio.
 
     Arguments and errors are those of ``BaseClient``.
 
@@ -106,7 +106,7 @@ class Client(BaseClient):
             layers: What to return: a name or glob, ``"avgpool:input"`` for an input,
                 ``"layer4=deep"`` to rename, a LayerSelection; a list of those; or a mapping of
                 names to aliases.
-            extractor: How to take them.
+            extractor: How to capture them.
             timeout: Seconds that this call may take; None for the client's own.
 
         Returns:
@@ -122,7 +122,7 @@ class Client(BaseClient):
             try:
                 return self._extract_shared(transport, memory, fields, inputs, timeout)
             except SharedMemoryLostError as error:
-                _log.debug("shared memory is lost, the wire instead: %s", error)
+                _log.debug("shared memory is lost, using the network: %s", error)
         message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
         return Features(self._call(transport.extract, message, timeout))
 
@@ -136,10 +136,10 @@ class Client(BaseClient):
         """Open a stream for many items; close it, or use it as a context manager.
 
         Args:
-            max_in_flight: Items that are sent and not yet yielded.
-            timeout: Seconds that the whole stream may take; None for no end.
-            item_timeout: Seconds that the server may take for one item, unless the item says
-                otherwise; None for the client's own.
+            max_in_flight: The most items that are sent and not yet yielded.
+            timeout: Seconds that the whole stream may take; None for no limit.
+            item_timeout: Seconds that the server may take for one item, unless the item sets its
+                own; None for the client's own.
         """
         transport = self._opened()
         return FeatureStream(
@@ -191,25 +191,23 @@ class Client(BaseClient):
         max_in_flight: int = MAX_IN_FLIGHT,
         item_timeout: float | None = None,
     ) -> Iterator[Features | LayertapError]:
-        """Yield the layers of many inputs, several of which are in flight at once.
+        """Yield the layers of many inputs, with several inputs in flight at once.
 
-        The stream ends when the iterator does, or is closed, or is let go of.
+        The stream ends when the iterator is exhausted, closed or garbage-collected.
 
         Args:
             model: A served model's name.
-            inputs: What ``extract`` takes, item by item; read no further ahead than
-                ``max_in_flight``.
-            layers: What to return.
-            extractor: How to take them.
+            inputs: The inputs, each as for ``extract``; read at most ``max_in_flight`` ahead.
+            layers: The layers to return.
+            extractor: How to capture them.
             ordered: Whether to yield in the order of the inputs, or as they finish.
-            return_errors: Whether the error of an item is yielded in its place, or raised, which
-                ends the iteration.
-            max_in_flight: Items that are sent and not yet yielded.
+            return_errors: Whether the error of an item is yielded in its place; otherwise it is
+                raised, which ends the iteration.
+            max_in_flight: The most items that are sent and not yet yielded.
             item_timeout: Seconds that the server may take for one item; None for the client's own.
 
         Raises:
-            LayertapError: What the stream ends with, and what an item fails with unless
-                ``return_errors``.
+            LayertapError: If the stream fails, or, without ``return_errors``, an item.
         """
         with self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout) as stream:
             requests = (StreamRequest(model, given, layers, extractor) for given in inputs)
@@ -237,14 +235,14 @@ class Client(BaseClient):
             What became of each model, once everything new is warm.
 
         Raises:
-            LayertapError: Where the configuration is wrong, another reload is in progress, or the
+            LayertapError: If the configuration is wrong, another reload is in progress, or the
                 server was started without ``--admin``.
         """
         reply = self._call(self._opened().reload, b"", timeout)
         return admin_service_pb2.ReloadResponse.FromString(reply)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
-        """Return what the server says of itself by ``grpc.health.v1``: ``SERVING`` or another.
+        """Return the server's status from ``grpc.health.v1``, such as ``SERVING``.
 
         Args:
             service: A model's name, or ``layertap.v1.FeatureService``; the server as a whole if
@@ -252,19 +250,19 @@ class Client(BaseClient):
             timeout: Seconds that this call may take; None for the client's own.
 
         Raises:
-            NotFoundError: For a name that it does not know.
-            UnavailableError: Where it can't be reached.
+            NotFoundError: For a name that the server does not know.
+            UnavailableError: If it can't be reached.
         """
         return health_in(self._call(self._opened().health, health_message(service), timeout))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
-        """Wait until the server reports itself as serving; it may come, go and come back meanwhile.
+        """Wait until the server reports SERVING; it may start, stop and restart meanwhile.
 
-        Calls by this client reach it then: it is this client's connection that is waited for.
+        This client's connection is established then, so its calls reach the server.
 
         Raises:
-            UnavailableError: After ``timeout`` seconds; the text says what was last heard.
-            LayertapError: Where it answers, but does not report its health, or not to us.
+            UnavailableError: After ``timeout`` seconds; the message has the last status.
+            LayertapError: If the server answers, but does not report its health to this client.
         """
         wait = ReadyWait(self._target, timeout, time.monotonic())
         while (left := wait.left(time.monotonic())) > 0:
@@ -336,7 +334,7 @@ class Client(BaseClient):
     def _after_fork(self) -> None:
         """Leave the connection to the parent process, in a child that was forked from it."""
         if self._transport is not None:
-            # Never let go of: to close it would speak on the parent's sockets.
+            # Never released: closing it would speak on the parent's sockets.
             _PARENTS.append(self._transport)
         self._transport = None
         self._opening = threading.Lock()

@@ -1,4 +1,4 @@
-"""From gRPC statuses back to the exceptions that the server raised."""
+"""Converts gRPC statuses back to the exceptions that the server raised."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
         return errors.UnavailableError(f"the server ended the call: {text}")
     if code is Code.RESOURCE_EXHAUSTED and not name and _TOO_LARGE in text:
         # An OverloadedError would have the caller try again, in vain.
-        return errors.InvalidInputError(f"the request is larger than the server takes: {text}")
+        return errors.InvalidInputError(f"the request is larger than the server accepts: {text}")
     failure = _error(code, name, text)
     if isinstance(failure, errors.OverloadedError):
         failure.retry_after = _pushback(str(metadata.get(PUSHBACK_METADATA_KEY, "")))
@@ -76,7 +76,7 @@ def _index(text: str) -> int | None:
 
 
 def _pushback(text: str) -> float | None:
-    """Return the seconds to wait; -1 for never, as gRFC A6 takes all that is no number from 0."""
+    """Return the seconds to wait; -1 for never, which gRFC A6 defines for any other value."""
     if not text:
         return None
     return int(text) / 1000 if text.isdecimal() and len(text) < 10 else -1.0

@@ -1,4 +1,4 @@
-"""What a client gets: named arrays, views of the received message or of shared memory."""
+"""The result of an extraction: named arrays, views of the received message or of shared memory."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["Features"]
 
 
 class Features(Mapping[str, np.ndarray]):
-    """The layers of one reply, by name, in the order asked for.
+    """The layers of one reply, by name, in the order of the request.
 
-    The arrays are read-only views of the message, or of memory shared with a server of this machine
-    (docs/shared_memory.md); ``array.copy()`` makes a writable one of its own. bfloat16 arrays have
-    the type of the ``ml_dtypes`` package.
+    The arrays are read-only views of the message, or of memory shared with a server on this machine
+    (docs/shared_memory.md); ``array.copy()`` makes a writable copy. bfloat16 arrays have the type
+    of the ``ml_dtypes`` package.
 
-    Pickling copies the values, those in shared memory too; with protocol 5 and a
-    ``buffer_callback`` it hands them out without a copy.
+    Pickling copies the values, including those in shared memory. With protocol 5 and a
+    ``buffer_callback`` it passes them on without a copy.
 
     Attributes:
-        extractor: Which extractor served them.
-        timings: Where the server's time went, in nanoseconds.
+        extractor: The extractor that served the request.
+        timings: How long the phases took on the server, in nanoseconds.
     """
 
     def __init__(self, message: bytes, find: Find | None = None) -> None:
@@ -91,12 +91,12 @@ class Features(Mapping[str, np.ndarray]):
     def torch(self) -> dict[str, torch.Tensor]:
         """Return the layers as torch tensors that share the message's memory.
 
-        The memory is nobody else's, but other views of the same layer see what is written to it.
-        What came through shared memory is mapped anew, so that it may be written to as well: such
-        tensors share memory with one another, and not with the arrays.
+        Writes are visible in other views of the same layer, and nowhere else. Values in shared
+        memory are mapped a second time to make them writable: these tensors share memory with each
+        other, but not with the arrays.
 
         Raises:
-            ImportError: Where torch is not installed.
+            ImportError: If torch is not installed.
         """
         from layertap.client.to_torch import to_torch
 

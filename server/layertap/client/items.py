@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["MAX_IN_FLIGHT", "Outcome", "StreamItems"]
 
 MAX_IN_FLIGHT = 16
-"""Items in flight unless told otherwise: what a server reads ahead by default."""
+"""The default number of items in flight, which is also what a server reads ahead by default."""
 
 Outcome = Features | LayertapError
 
@@ -30,7 +30,7 @@ class StreamItems:
 
     Args:
         max_in_flight: Items of one iterator that are sent and not yet yielded.
-        item_timeout: Seconds for an item that does not say so itself; None for no end.
+        item_timeout: Seconds for an item that does not say so itself; None for no limit.
         memory: The session of shared memory; None for none.
 
     Attributes:
@@ -53,11 +53,11 @@ class StreamItems:
         self.unanswered = 0
 
     def has_room(self, keys: Keys) -> bool:
-        """Tell whether an iterator may send another item."""
+        """Return whether an iterator may send another item."""
         return len(keys) < self._max_in_flight
 
     def encode(self, position: int, request: StreamRequest, keys: Keys) -> bytes | None:
-        """Number an item and return its message; None where it can't be sent, which is its outcome.
+        """Number an item and return its message; None if it can't be sent, which is its outcome.
 
         Args:
             position: Where the item stands among those of its iterator, from 0.

@@ -1,4 +1,4 @@
-"""From what a caller wants to the messages that ask for it."""
+"""Converts a caller's arguments to request messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StreamRequest:
         given: An array ``[B, ...]`` as the model takes it, or a mapping of input names to such
             arrays; or an image, or a list of images.
         layers: What to return.
-        extractor: How to take them.
+        extractor: How to capture them.
         timeout: Seconds that the server may take for it; None for the stream's own.
         key: What its outcome is yielded with; None for its position, from 0.
     """
@@ -52,7 +52,7 @@ class StreamRequest:
 
         Args:
             number: Its id.
-            timeout: Seconds that it may take if it does not say so itself; None for no end.
+            timeout: Seconds that it may take if it does not say so itself; None for no limit.
             session: The session of shared memory; empty for none.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Calling again after a server refused a call because it is full."""
+"""Retries calls that a server rejected because it is full."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def check_retries(retries: int) -> None:
 
 
 class Retries:
-    """How often and when to call again; asks nobody and sleeps nowhere.
+    """Decides how often and when to retry; makes no calls and does not sleep.
 
-    Waits as long as the server says; where it says nothing 0.5 seconds, and twice as long each
-    further time up to 8. To that comes up to half as long again at random, so that callers who were
-    refused together don't come back together.
+    The wait is the one that the server specifies. If it specifies none, the wait is 0.5 seconds and
+    doubles with each retry, up to 8 seconds. A random time of up to half of that is added, so that
+    callers who were rejected together don't retry together.
 
     Args:
         retries: How many times to call again at most.
-        timeout: Seconds for all calls and waits together; None for no end.
+        timeout: Seconds for all calls and waits together; None for no limit.
     """
 
     def __init__(self, retries: int, timeout: float | None) -> None:
@@ -41,7 +41,7 @@ class Retries:
         self._backoff = _FIRST_SECONDS
 
     def remaining(self) -> float | None:
-        """Return the seconds that are left for the next call; None for no end."""
+        """Return the seconds that are left for the next call; None for no limit."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def pause(self, error: OverloadedError) -> float:
@@ -70,10 +70,10 @@ def retrying(
     """Make a call, and again while the server refuses it because it is full; see ``Retries``.
 
     Args:
-        call: Makes the call; gets the seconds that are left for it, None for no end.
+        call: Makes the call; gets the seconds that are left for it, None for no limit.
         retries: How many times to call again at most.
-        timeout: Seconds for all calls and waits together; None for no end.
-        sleep: Waits so many seconds.
+        timeout: Seconds for all calls and waits together; None for no limit.
+        sleep: Waits that many seconds.
 
     Raises:
         OverloadedError: As ``Retries.pause`` does.

@@ -1,4 +1,4 @@
-"""Shared memory with a server of this machine, where there is one; the wire where there is none."""
+"""Uses shared memory with a server on this machine if possible, and the network otherwise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _AWAY_SECONDS, _RETRY_SECONDS = 1.0, 30.0
 
 
 class SharedMemoryClient:
-    """Keeps a session with a server. Nothing that goes wrong with it is the caller's concern.
+    """Keeps a session with a server. Failures of the session never reach the caller.
 
     Args:
         target: The server's address.
@@ -87,7 +87,7 @@ class SharedMemoryClient:
             *(grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error),
             RuntimeError,  # Python's word for a thread that the system did not allow.
         ) as error:
-            _log.debug("no shared memory, the wire instead: %s", error)
+            _log.debug("no shared memory, using the network: %s", error)
             away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
             self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
             return None

@@ -30,8 +30,8 @@ class FeatureStream:
     Args:
         method: The channel's ``ExtractStream``.
         max_in_flight: Items that are sent and not yet yielded.
-        timeout: Seconds that the stream may take; None for no end.
-        item_timeout: Seconds for an item that does not say so itself; None for no end.
+        timeout: Seconds that the stream may take; None for no limit.
+        item_timeout: Seconds for an item that does not say so itself; None for no limit.
         memory: The session of shared memory; None for none.
         metadata: What the call carries besides the caller's trace.
 
@@ -61,7 +61,7 @@ class FeatureStream:
             memory.begin_call()
         self._closed = False
         self._process = os.getpid()
-        # gRPC sends from a thread of its own, which waits here; None is the half close. It holds
+        # gRPC sends from its own thread, which waits here; None is the half close. It holds
         # as much as is in flight, at most.
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._call = method(
@@ -84,7 +84,7 @@ class FeatureStream:
             ordered: Whether to yield in their order, or as they finish.
 
         Raises:
-            UnavailableError: Where the stream is closed, or another process opened it.
+            UnavailableError: If the stream is closed, or another process opened it.
             LayertapError: What the stream itself ended with; the items that were not yielded have
                 no answer.
         """
@@ -105,7 +105,7 @@ class FeatureStream:
                 self.close()
 
     def close(self) -> None:
-        """End the stream: what is in flight is given up. Features that came stay valid."""
+        """End the stream: what is in flight is abandoned. Features that came stay valid."""
         if self._closed:
             return
         self._closed = True
@@ -137,7 +137,7 @@ class FeatureStream:
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise UnavailableError(
-                "the stream belongs to the process that this one was forked from; open another here"
+                "the stream belongs to the parent process of this fork; open a new one here"
             )
 
     def _fill(self, requests: Iterator[tuple[int, StreamRequest]], keys: dict[int, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Seconds that a caller may write, as gRPC takes them."""
+"""Converts timeouts in seconds to values that gRPC accepts."""
 
 from __future__ import annotations
 

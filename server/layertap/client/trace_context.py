@@ -1,4 +1,4 @@
-"""Handing the caller's OpenTelemetry trace on to the server, where the caller has one."""
+"""Passes the caller's OpenTelemetry trace, if any, on to the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: models, planner and compute threads; knows no transport."""
+"""The engine: models, plans and compute threads, independent of any transport."""
 
 from layertap.engine.admission import Reservation
 from layertap.engine.batch import ImagesInput, TensorsInput

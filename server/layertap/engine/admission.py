@@ -79,7 +79,7 @@ class Admission:
             nbytes: How many to begin with.
 
         Raises:
-            OverloadedError: Where they would be over the limit.
+            OverloadedError: If they would be over the limit.
         """
         reservation = Reservation(self, what)
         reservation.take(nbytes)

@@ -1,4 +1,4 @@
-"""From a request's input to a batch on the model's device."""
+"""Converts a request's input to a batch on the model's device."""
 
 from __future__ import annotations
 
@@ -54,9 +54,10 @@ _PIXEL_BYTES = 4
 """Pillow keeps a pixel of an RGB image in four bytes."""
 
 KEPT_IMAGES = 4
-"""How many images of the largest size a request's may be together, once they are resized.
+"""The total size of a request's resized images, in images of the largest allowed size.
 
-A file of some kilobytes can have all the pixels of one; of a thousand, nothing else bounds the sum.
+A file of a few kilobytes can have as many pixels as one image may have. Without this limit, a
+request with a thousand such files would have no bound on the total.
 """
 
 
@@ -99,11 +100,11 @@ def decode_images(
     Args:
         model: The model that takes them.
         images: Encoded files.
-        limits: What requests may ask for.
+        limits: What requests may contain.
         admit: Called with the bytes of each decoded image; may raise OverloadedError.
 
     Raises:
-        OverloadedError: Where ``admit`` does.
+        OverloadedError: If ``admit`` does.
         InvalidInputError: For no images, too many, a file that can't be decoded, one that can't be
             resized, more pixels than are kept at once, or a model that takes no images.
     """
@@ -144,7 +145,7 @@ def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> Batc
     For a compute thread only.
 
     Raises:
-        InvalidInputError: Where the images come out in different sizes, or in one that the model
+        InvalidInputError: If the images come out in different sizes, or in one that the model
             doesn't take.
     """
     if model.preprocess is None:

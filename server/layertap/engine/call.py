@@ -16,7 +16,7 @@ class Call:
     """How long one request may take, and whether its caller still waits. Safe between threads.
 
     Args:
-        timeout: Seconds until the caller stops waiting; None for no end. So is anything over
+        timeout: Seconds until the caller stops waiting; None for no limit. So is anything over
             ``threading.TIMEOUT_MAX``, such as what gRPC says of a call without a deadline.
     """
 
@@ -29,7 +29,7 @@ class Call:
         self._on_cancel: list[_Cancelling] = []
 
     def remaining(self) -> float | None:
-        """Return the seconds left, never below 0; None for no end."""
+        """Return the seconds left, never below 0; None for no limit."""
         return None if self._expires is None else max(0.0, self._expires - time.monotonic())
 
     def limit(self, timeout: float) -> None:

@@ -57,13 +57,13 @@ class _Job(Generic[T, R]):
         self._call = call
 
     def pin(self, reservations: Sequence[Reservation]) -> None:
-        """Keep reservations until the job is done or was given up."""
+        """Keep reservations until the job is done or was abandoned."""
         for reservation in reservations:
             reservation.pin()
         self.future.add_done_callback(partial(_unpin, reservations))
 
     def begin(self) -> bool:
-        """Tell whether somebody still waits for it."""
+        """Return whether somebody still waits for it."""
         if not self.future.set_running_or_notify_cancel():
             return False
         try:
@@ -89,7 +89,7 @@ class ComputeThreads:
             those of the machine, but no more than the process may use.
 
     Raises:
-        UnavailableError: Where the system does not allow so many threads.
+        UnavailableError: If the system does not allow that many threads.
     """
 
     def __init__(self, instances: int = 1, intra_op: int | None = None) -> None:
@@ -122,7 +122,7 @@ class ComputeThreads:
 
         Raises:
             UnavailableError: After ``close``.
-            DeadlineExceededError, CancelledError: Where the caller is not waiting any more.
+            DeadlineExceededError, CancelledError: If the caller is not waiting any more.
         """
         return self.run_batched(None, lambda _: [job()], call, pins=pins)
 
@@ -139,18 +139,18 @@ class ComputeThreads:
     ) -> R:
         """Run an item as ``run`` does a job, together with others of its key that wait as well.
 
-        Where a batch of several fails, each is run alone: one caller's input is no reason to refuse
-        another's.
+        If a batch of several items fails, each item is run alone, so that one caller's input does
+        not affect another's request.
 
         Args:
-            item: What is to be computed.
+            item: The item to compute.
             runner: Computes items of one key; that of the oldest is called.
             call: The deadline and cancellation state of its request.
-            key: Which items may go together; None for none.
+            key: Items with the same key may share a batch; None to run the item alone.
             size: What the item adds to a batch.
             policy: How large a batch may get and how long it is waited for.
-            pins: Bytes that the job uses: they stay reserved until it is done, also where its
-                caller has left before.
+            pins: Bytes that the job uses; they stay reserved until it is done, even if its caller
+                disconnects earlier.
         """
         job = _Job(item, runner, call)
         try:
@@ -184,7 +184,7 @@ class ComputeThreads:
             raise UnavailableError("the server is shutting down") from None
 
     def _forget(self, job: _Job[Any, Any]) -> None:
-        """Take a job out of the queue that nobody waits for; one that runs already runs on."""
+        """Remove a job that nobody waits for from the queue; a running job continues."""
         if job.future.cancel():
             self._queue.discard(job)
 

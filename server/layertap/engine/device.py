@@ -1,4 +1,4 @@
-"""Which device models run on."""
+"""Chooses the device that models run on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine: models by name, and layers of them on request. Knows no transport."""
+"""The engine: runs extractions on models by name. Independent of any transport."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Engine:
     """Serves layers of several models.
 
     Args:
-        limits: What requests may ask for.
+        limits: What requests may contain.
         device: Where models run that don't say otherwise, such as ``"cpu"`` or ``"cuda"``.
         threads: Cores that one forward pass computes with there; None leaves it to PyTorch.
         instances: Forward passes that may run there at once. Each other device has compute threads
@@ -91,13 +91,13 @@ class Engine:
 
         Args:
             spec: What to load.
-            declared: Layers that will be asked for.
+            declared: Layers that will be requested.
             options: How it is served; the defaults if not given.
             device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
 
         Raises:
-            ConfigError: Where the name is taken.
-            ModelLoadError: Where the model can't be had or can't run.
+            ConfigError: If the name is taken.
+            ModelLoadError: If the model can't be loaded or can't run.
             LayertapError: Whatever a request for the declared layers would raise.
         """
         if spec.name in self._versions:
@@ -116,25 +116,25 @@ class Engine:
         device: str = "",
         call: Call | None = None,
     ) -> ModelHost:
-        """Load a model as ``load`` does, while the version that has its name serves on.
+        """Load a model as ``load`` does, while the version that has its name keeps serving.
 
-        Weights are read beside the requests; what runs the model takes its turn among them. Once
-        everything is warm, new requests go to the new version. The former one answers those that it
-        has, and is let go in the background. Where the name is new, this is a load. Both versions
-        are in memory for a while.
+        Weights are read while requests run; steps that run the model alternate with requests. Once
+        everything is warm, new requests go to the new version. The former version answers its
+        remaining requests and is unloaded in the background. If the name is new, this is the same
+        as ``load``. Both versions are in memory for some time.
 
         Args:
             spec: What to load.
-            declared: Layers that will be asked for.
+            declared: Layers that will be requested.
             options: How it is served; the defaults if not given.
             device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
             call: Cancels the load.
 
         Raises:
-            ModelLoadError: Where the model can't be had or can't run; the former version serves on,
-                as after any other error.
+            ModelLoadError: If the model can't be loaded or can't run; the former version keeps
+                serving, as after any other error.
             LayertapError: Whatever a request for the declared layers would raise.
-            CancelledError: Where the call was cancelled.
+            CancelledError: If the call was cancelled.
         """
         call = call or Call()
         where = self._where(device)
@@ -150,7 +150,7 @@ class Engine:
             wait: Whether to return only once its memory is free.
 
         Raises:
-            ModelNotFoundError: Where no model has that name.
+            ModelNotFoundError: If no model has that name.
         """
         former = self._versions.withdraw(name)
         if former is not None and wait:
@@ -166,7 +166,7 @@ class Engine:
         self._versions.expect(names)
 
     def explain(self, name: str, reason: str) -> None:
-        """Say why a model is not served, for those who ask for it; nothing changes where it is."""
+        """Say why a model is not served, for those who request it; nothing changes where it is."""
         self._versions.explain(name, reason)
 
     def hosts(self) -> list[ModelHost]:
@@ -174,15 +174,15 @@ class Engine:
         return self._versions.hosts()
 
     def states(self) -> list[tuple[str, str]]:
-        """Return the models that were expected, and why each doesn't serve; empty where it does."""
+        """Return the models that were expected, and why each doesn't serve; empty if it does."""
         return self._versions.states()
 
     def host(self, name: str) -> ModelHost:
         """Return a served model.
 
         Raises:
-            ModelNotFoundError: Where there is none of that name; the message has the served names.
-            UnavailableError: Where it is being loaded or could not be loaded.
+            ModelNotFoundError: If there is none of that name; the message has the served names.
+            UnavailableError: If it is being loaded or could not be loaded.
         """
         return self._versions.host(name)
 
@@ -202,7 +202,7 @@ class Engine:
         """Count the bytes of a request that was received; the caller has to release them.
 
         Raises:
-            OverloadedError: Where they would be over ``pending_bytes`` of the limits.
+            OverloadedError: If they would be over ``pending_bytes`` of the limits.
         """
         return self._admission.reserve("the request takes", nbytes)
 
@@ -216,12 +216,12 @@ class Engine:
         """Run one request: admit, check, plan, compute, publish.
 
         Args:
-            request: What is wanted.
+            request: The request.
             call: The deadline and cancellation state of the request.
             host: The version to run, of which the caller has a lease; the one that serves the
                 request's model now if None.
             received: What ``reserve`` gave for the request. Bytes that are decoded from it are
-                added; the caller has to release it afterwards. None where nothing is to be counted
+                added; the caller has to release it afterwards. None if nothing is to be counted
                 but what is decoded.
 
         Returns:
@@ -264,7 +264,7 @@ class Engine:
             return self._compute[device]
 
     def _preparing(self, device: torch.device) -> ComputeThreads | None:
-        """Return threads that prepare images beside the passes of a GPU; None for a CPU.
+        """Return threads that prepare images alongside the passes of a GPU; None for a CPU.
 
         On a CPU the compute threads prepare them, since the cores are theirs.
         """

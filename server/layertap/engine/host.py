@@ -44,7 +44,7 @@ Refusal = InvalidInputError | ExtractorUnsupportedError
 V = TypeVar("V")
 
 MAX_PROMOTED = 24
-"""Layers of a set that is compiled beside requests.
+"""Layers of a set that is compiled alongside requests.
 
 What torch does in a program's first run can't be cut into steps, and takes minutes for the hundreds
 of layers of a large transformer, in which nothing else would be served.
@@ -65,10 +65,10 @@ class RefusedPlan:
     """A layer set that an extractor could not serve, and why.
 
     Attributes:
-        extractor: Which extractor.
-        layers: Catalogue names, ``:input`` behind those whose input was wanted.
-        batch_key: What the batches that it would have served have in common.
-        reason: What a request for it is told.
+        extractor: The extractor.
+        layers: Catalogue names, with the suffix ``:input`` for inputs.
+        batch_key: The key of the batches that it would have served.
+        reason: The reason, as in the error of a request for it.
     """
 
     extractor: Extractor
@@ -83,7 +83,7 @@ class ModelHost:
     Args:
         model: The model.
         compute: The threads that run it; measuring runs there, so construction takes a while.
-        limits: What requests may ask for.
+        limits: What requests may contain.
         cache: Where the compiled plans of declared layers are stored.
         options: How it is served.
         call: Cancels the measuring.
@@ -96,11 +96,11 @@ class ModelHost:
         compute: The compute threads of its device.
         preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
-        staging: Copies what a GPU computed to the host; None where values are written at once.
+        staging: Copies what a GPU computed to the host; None if values are written at once.
 
     Raises:
-        ModelLoadError: Where the model can't run on its own input shape.
-        CancelledError: Where the call was cancelled.
+        ModelLoadError: If the model can't run on its own input shape.
+        CancelledError: If the call was cancelled.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class ModelHost:
             _log.warning("model %s: %s", model.name, note)
         if self.catalogue.non_finite:
             _log.warning(
-                "model %s: layer %r returns NaN or infinity on random input in [0, 1)",
+                "model %s: layer %r returns NaN or infinity for random input in [0, 1)",
                 model.name, self.catalogue.non_finite,
             )  # fmt: skip
         for note in self.catalogue.notes:
@@ -149,7 +149,7 @@ class ModelHost:
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
         self._max_plans = limits.plans
-        # A compiled program has weights of its own, up to all of the model's.
+        # A compiled program has its own weights, up to all of the model's.
         self._fits = self.weight_bytes <= limits.plan_bytes
         self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
         self._promoter: Promoter[PlanKey] = Promoter(self._compile)
@@ -162,7 +162,7 @@ class ModelHost:
         return self._resolve(selections, extractor)
 
     def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
-        """Build and keep the plans of layers that will be asked for, together and each alone.
+        """Build and keep the plans of layers that will be requested, together and each alone.
 
         AUTO then serves them by a compiled plan at the model's default items. If the model can't
         be compiled, the log says so and AUTO serves them by the next best extractor. Requests take
@@ -183,13 +183,13 @@ class ModelHost:
                 self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, batch_key: BatchKey, size: int, call: Call) -> Plan:
-        """Return the plan that serves a request of so many items of that key.
+        """Return the plan that serves a request of that many items of that key.
 
         It is built on a compute thread where it is new, and proven there for a new batch size.
 
         Raises:
-            InvalidInputError: Where the model can't run on such items.
-            ExtractorUnsupportedError: Where the extractor that was asked for can't serve them, or
+            InvalidInputError: If the model can't run on such items.
+            ExtractorUnsupportedError: If the extractor that was requested can't serve them, or
                 that many of them.
         """
         extractor = self._choose(resolved, batch_key, size)
@@ -208,14 +208,14 @@ class ModelHost:
         )
 
     def prove_shared(self, plan: Plan, items: int) -> bool:
-        """Tell whether requests may share a pass of so many items. For a compute thread."""
+        """Return whether requests may share a pass of that many items. For a compute thread."""
         prover = self._builder.prover
         # A plan may fit each of two requests, and not both together.
         prover.prove_size(plan, items)
         return not plan.refusal(items) and prover.prove_shared(plan, items)
 
     def refuse(self, plan: Plan, reason: str) -> ExtractorUnsupportedError:
-        """Serve a plan no more, as its program failed where the model did not.
+        """Stop using a plan whose program failed although the model did not.
 
         Returns:
             The refusal that requests for it get from now on.
@@ -249,7 +249,7 @@ class ModelHost:
         ]
 
     def stop_promoting(self) -> None:
-        """Give up what is being compiled beside requests.
+        """Give up what is being compiled alongside requests.
 
         Before a compute thread closes the host, which would wait for a step that waits for it.
         """
@@ -265,9 +265,9 @@ class ModelHost:
             self._declared_plans.clear()
 
     def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
-        """Return a model's catalogue, of whose claims every one was tried.
+        """Return a model's catalogue, with all of its claims tested.
 
-        In steps, between which the requests of other models take their turn.
+        In steps, between which the requests of other models alternate.
         """
         measured = self.compute.run(lambda: measure_with_graph(model, guard), call)
         steps = kept_claims(model, *measured)
@@ -377,7 +377,7 @@ class ModelHost:
         return plan
 
     def _compile(self, key: PlanKey) -> Iterator[None]:
-        """Compile a layer set in steps that take their turn among the requests."""
+        """Compile a layer set in steps that alternate among the requests."""
         if self._known(key) is not None:
             return
         steps = self._builder.steps(*key)
@@ -390,7 +390,7 @@ class ModelHost:
         self._keep(key, plan)
 
     def _keep(self, key: PlanKey, plan: Plan) -> None:
-        """Keep a plan, and let go of those that were not used for longest."""
+        """Keep a plan, and release those that were not used for longest."""
         self._remember(self._plans, key, plan, self._max_plans)
         with self._lock:
             compiled = [key for key in self._plans if kind_of(key.extractor).compiled]
@@ -409,7 +409,7 @@ class ModelHost:
 
 
 def _fresh(model: LoadedModel, again: Callable[[], LoadedModel]) -> LoadedModel | None:
-    """Return a model with another module, one that never ran; None where there is none."""
+    """Return a model with another module, one that never ran; None if there is none."""
     try:
         module = again().module
         reason = "its factory returns the same module each time" if module is model.module else ""

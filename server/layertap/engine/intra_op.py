@@ -1,4 +1,4 @@
-"""How many cores the operations of one thread compute with."""
+"""Sets how many cores the operations of one thread use."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ _PARALLEL_ELEMENTS = 1 << 17
 
 
 def set_intra_op(cores: int | None) -> None:
-    """Let operations that this thread runs compute with a number of cores.
+    """Set the number of cores that operations of the calling thread use.
 
-    For the calling thread, as OpenMP keeps the number for each thread apart: each thread that runs
-    PyTorch calls it first.
+    OpenMP keeps this number for each thread, so each thread that runs PyTorch calls this first.
 
     Args:
         cores: The number. None keeps PyTorch's own, which is that of the machine's cores or the
@@ -34,9 +33,9 @@ def intra_op_cores(cores: int | None) -> int:
 
 
 def start_team() -> None:
-    """Start the OpenMP team of the calling thread, else it begins with the first large tensor.
+    """Start the OpenMP team of the calling thread before it needs one.
 
-    OpenMP's library ends the process where it can't start a thread, so the team should exist before
-    a server is ready: whatever takes the last thread afterwards, the team has its own.
+    OpenMP's library ends the process if it can't start a thread. So the team should exist before a
+    server is ready, when threads may become scarce.
     """
     torch.ones(_PARALLEL_ELEMENTS).add_(1)

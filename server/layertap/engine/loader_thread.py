@@ -1,4 +1,4 @@
-"""Loads a model in a thread of its own, so that the compute threads keep serving requests."""
+"""Loads a model in its own thread, so that the compute threads keep serving requests."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ T = TypeVar("T")
 
 
 def run_in_loader_thread(job: Callable[[], T], call: Call) -> T:
-    """Run a job under ``torch.inference_mode`` in a thread of its own, and return its result.
+    """Run a job under ``torch.inference_mode`` in its own thread, and return its result.
 
     For building modules and reading weights while requests are served. Code that runs models
     belongs on a compute thread (Note [One compute thread]); the OpenMP team that a job may start
     here ends with its thread. ``forward_passes`` is not held: symbolic tracing, and all requests
-    behind it, would wait for the end of the job.
+    after it, would wait for the end of the job.
 
     Raises:
-        CancelledError: If the call was cancelled; the job goes on and its result is dropped.
+        CancelledError: If the call was cancelled; the job continues and its result is dropped.
         UnavailableError: If the system does not allow the threads that this takes.
     """
     done: Future[T] = Future()

@@ -1,4 +1,4 @@
-"""One request's way: check, plan, compute, publish."""
+"""The steps of one request: check, plan, compute, publish."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ExtractionRequest(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Extraction(Generic[P]):
-    """What the caller gets.
+    """The reply to one request.
 
     Attributes:
         payload: What the request's form made of the reply: the bytes of a message, or tensors.
@@ -101,7 +101,7 @@ class Pipeline:
 
     Args:
         admission: Counts the bytes of replies.
-        limits: What requests may ask for.
+        limits: What requests may contain.
     """
 
     def __init__(self, admission: Admission, limits: Limits) -> None:
@@ -251,7 +251,7 @@ def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost
         return REFERENCE.id
     raise ExtractorUnsupportedError(
         f"{plan.kind.name} can't serve an input that holds NaN or infinity: compiled programs "
-        f"handle them otherwise than model {host.model.name!r} does; {REFERENCE.name} can"
+        f"handle them differently from model {host.model.name!r} does; {REFERENCE.name} can"
     )
 
 

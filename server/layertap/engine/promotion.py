@@ -1,4 +1,4 @@
-"""Promotion: layer sets that are asked for again are compiled beside the requests.
+"""Promotion: compiles sets of layers that are requested often, while requests are served.
 
 Compiling must happen on a compute thread, where the program will run, and takes as long as a few
 forward passes. So it is cut into steps, each of which waits its turn among the requests.
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 class Promoter(Generic[K]):
-    """Counts what is asked for, and has it compiled once it was asked for often enough.
+    """Counts requests for each layer set, and has a set compiled once it is requested often enough.
 
     Args:
         compile_steps: Yields between the steps of compiling; called on the promoter's own thread,
@@ -46,7 +46,7 @@ class Promoter(Generic[K]):
         start_thread(self._thread)
 
     def note(self, key: K) -> None:
-        """Count one request; the one that makes it PROMOTE_AFTER asks for the compilation."""
+        """Count one request; the one that makes it PROMOTE_AFTER requests the compilation."""
         with self._lock:
             count = self._counts.pop(key, 0) + 1
             self._counts[key] = count

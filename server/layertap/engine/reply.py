@@ -82,9 +82,9 @@ class ReplyWriter(Generic[P]):
 
 @dataclass(eq=False, slots=True)
 class ReplyCollector(Generic[P]):
-    """A sink for values whose shapes are known only once they are there: it keeps clones.
+    """A sink for values whose shapes are known only after the pass: it keeps clones.
 
-    Detection models, whose outputs depend on what they see, are served this way; the limit can be
+    It serves models such as detectors, whose output shapes depend on the image. The limit can be
     checked only after the forward pass.
 
     Attributes:

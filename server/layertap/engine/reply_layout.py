@@ -119,7 +119,7 @@ def _builder(
 
 def _too_large(predicted: str, limit: int) -> str:
     return (
-        f"reply: {predicted} predicted, limit {limit} bytes; ask for fewer layers or items, "
+        f"reply: {predicted} predicted, limit {limit} bytes; request fewer layers or items, "
         f"a reduction such as GLOBAL_AVERAGE_POOL, or dtype FLOAT16"
     )
 

@@ -1,4 +1,4 @@
-"""From selections to outputs: which values to capture, and what each is called in the reply."""
+"""Resolves selections to outputs: the values to capture, and their names in the reply."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a request asks for.
+    """A request, converted.
 
     Attributes:
         outputs: The tensors of the reply, in its order.
@@ -123,7 +123,7 @@ def _matches(
 
 def _serves(entry: LayerEntry, capture: Capture, extractor: Extractor) -> bool:
     if extractor is Extractor.AUTO:
-        # A glob is about modules, unless an extractor that serves graph nodes is asked for.
+        # A glob is about modules, unless an extractor that serves graph nodes is requested.
         return entry.serves(REFERENCE.id, capture)
     return entry.serves(extractor, capture)
 

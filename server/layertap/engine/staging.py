@@ -1,4 +1,4 @@
-"""Between the host and a GPU: copies through page-locked memory, beside the pass that runs.
+"""Copies between the host and a GPU through page-locked memory, overlapping with passes.
 
 Note [Staging]
     A blocking copy in the middle of a forward pass makes the host wait for every kernel launched so
@@ -19,9 +19,9 @@ Note [Staging]
     PyTorch's own allocator of page-locked memory reuses its blocks, and not before the copies into
     them are over. It keeps what it has: the most that was in use at one time.
 
-    An order between streams that is wrong shows as wrong values now and then, and nowhere else. So
-    the way is held against blocking copies on the very device before it is used; where it differs
-    or fails, copies block.
+    A wrong order between streams shows only as occasional wrong values. So this method is compared
+    with blocking copies on the device before it is used; if it differs or fails, blocking copies
+    are used instead.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Staging:
         return host
 
     def launched(self) -> torch.cuda.Event:
-        """Return an event that is over once everything that was taken so far is on the host.
+        """Return an event that completes once all captured values have been copied to the host.
 
-        To be called behind each pass. It returns once the pass before is over, so that no more than
+        To be called after each pass. It returns once the pass before is over, so that no more than
         two are under way.
         """
         before, self._last = self._last, torch.cuda.Event()
@@ -104,7 +104,7 @@ def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
 
 
 def proven_staging(device: torch.device) -> Staging | None:
-    """Return a device's staging; None where it has none or its copies are not to be trusted.
+    """Return a device's staging; None if it has none or its copies are not to be trusted.
 
     To be called on the device's compute thread.
     """
@@ -114,17 +114,25 @@ def proven_staging(device: torch.device) -> Staging | None:
         staging = Staging(device)
         if _proves(staging, device):
             return staging
-        _log.error("%s: copies beside a pass differ from blocking ones, so copies block", device)
+        _log.error(
+            "%s: copies that overlap with a pass gave wrong values, so blocking copies are used",
+            device,
+        )
     except RuntimeError:
-        _log.warning("%s: no copies beside a pass, so copies block", device, exc_info=True)
+        _log.warning(
+            "%s: copies can't overlap with a pass, so blocking copies are used",
+            device,
+            exc_info=True,
+        )
     return None
 
 
 def _proves(staging: Staging, device: torch.device) -> bool:
-    """Tell whether values that change right after they were taken arrive as they were.
+    """Return whether values that change right after their capture are still copied correctly.
 
-    The device has much to do before each round, so that a copy that waits for nothing comes too
-    early; a round's blocks are those of the round before; and each value is known without a copy.
+    The device has other work queued before each round, so a copy that does not wait comes too
+    early. Each round reuses the blocks of the round before, and the expected values are known
+    without a copy.
     """
     busy = torch.ones(_BUSY, _BUSY, device=device)
     value = torch.arange(_ELEMENTS, dtype=torch.float32, device=device)

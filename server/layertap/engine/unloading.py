@@ -1,4 +1,4 @@
-"""How a version that no longer serves ends: its requests, its hooks, its plans and its memory."""
+"""Unloads a version that no longer serves: its requests, hooks, plans and memory."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The versions of the served models, and the requests that are in each.
+"""The versions of the served models, and the requests that use each version.
 
 Note [A version is unloaded when nobody uses it]
     A request takes one lease of its model's version (``Engine.lease``), in every protocol, and does
     everything with that version: it reads the declared layers and their aliases, resolves names,
     finds plans and computes there. So no answer mixes two versions. Until the lease ends the
     version counts the request, and its hooks stay. The count alone is not enough: a caller whose
-    deadline passed leaves while its forward pass goes on. So a compute thread removes the hooks,
+    deadline passed leaves while its forward pass continues. So a compute thread removes the hooks,
     while no forward pass runs (``layertap.engine.unloading``).
 """
 
@@ -80,11 +80,11 @@ class Versions(Generic[H]):
         self._slots: dict[str, Version[H] | str] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether a version of the model serves."""
+        """Return whether a version of the model serves."""
         return isinstance(self._slots.get(name), Version)
 
     def expect(self, names: Sequence[str]) -> None:
-        """Let models that are to be loaded be known, and list all of them in this order.
+        """Register the models that will be loaded, and fix the order in which they are listed.
 
         A request for one of them is UNAVAILABLE until it serves.
         """
@@ -94,23 +94,23 @@ class Versions(Generic[H]):
             self._slots = {**slots, **{name: kept[name] for name in kept if name not in slots}}
 
     def explain(self, name: str, reason: str) -> None:
-        """Say why a model doesn't serve; what serves goes on."""
+        """Say why a model doesn't serve; what serves continues."""
         with self._news:
             if not isinstance(self._slots.get(name), Version):
                 self._slots[name] = reason
 
     def publish(self, name: str, host: H) -> Version[H] | None:
-        """Let a host serve from now on; return the version before, whose requests go on."""
+        """Let a host serve from now on; return the version before, whose requests continue."""
         with self._news:
             former = self._slots.get(name)
             self._slots[name] = Version(host, self._news)
         return former if isinstance(former, Version) else None
 
     def withdraw(self, name: str) -> Version[H] | None:
-        """Forget a model; return the version that served it, whose requests go on.
+        """Forget a model; return the version that served it, whose requests continue.
 
         Raises:
-            ModelNotFoundError: Where there is none of that name.
+            ModelNotFoundError: If there is none of that name.
         """
         with self._news:
             former = self._slots.pop(name, None)
@@ -135,8 +135,8 @@ class Versions(Generic[H]):
         """Return what serves a model.
 
         Raises:
-            ModelNotFoundError: Where no model has that name; the message lists those that serve.
-            UnavailableError: Where it is still loading or could not be loaded.
+            ModelNotFoundError: If no model has that name; the message lists those that serve.
+            UnavailableError: If it is still loading or could not be loaded.
         """
         with self._news:
             slot = self._slots.get(name)

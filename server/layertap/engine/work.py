@@ -1,4 +1,4 @@
-"""What a compute thread does with requests: one at a time, or a batch of them in one pass."""
+"""Runs requests on a compute thread: one at a time, or a batch of them in one pass."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ class Work(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Computed(Generic[P]):
-    """What became of a request.
+    """The result of a request.
 
     Attributes:
         reply: Its outputs, ready to be published.
         begun_ns: When its forward pass began, by ``time.perf_counter_ns``.
         together: Requests that the pass was run for.
         model: The model's name.
-        arrival: Over once a GPU's values are on the host; None where they are already.
+        arrival: Over once a GPU's values are on the host; None if they are already.
     """
 
     reply: Reply[P]
@@ -80,7 +80,7 @@ class Computed(Generic[P]):
         """Wait until every value is on the host. For the caller's thread; see Note [Staging].
 
         Raises:
-            ModelRunError: Where the device failed meanwhile.
+            ModelRunError: If the device failed meanwhile.
         """
         if self.arrival is not None:
             with _model_errors(self.model):
@@ -93,9 +93,9 @@ def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
     Their payloads may be of different types.
 
     Raises:
-        ModelRunError: Where the model fails.
-        OverloadedError: Where there is not the memory to run it.
-        CancelledError, DeadlineExceededError: Where nobody waits any more; noticed between layers.
+        ModelRunError: If the model fails.
+        OverloadedError: If there is not enough memory to run it.
+        CancelledError, DeadlineExceededError: If nobody waits any more; noticed between layers.
     """
     begun_ns = time.perf_counter_ns()
     host = works[0].host
@@ -115,7 +115,7 @@ def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
 
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    """Raise what a model's code or its device raises as one of our own errors."""
+    """Convert errors of a model's code or its device to our own errors."""
     try:
         yield
     except LayertapError:
@@ -191,7 +191,7 @@ def _alone(why: str) -> ModelRunError:
 
 
 def _abandonable(host: ModelHost, calls: Sequence[Call]) -> AbstractContextManager[object]:
-    """Return a block whose passes are given up once nobody waits, if they may end early at all."""
+    """Return a block whose passes are abandoned once nobody waits, if they may end early at all."""
     return checked(abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
 
 

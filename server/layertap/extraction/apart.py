@@ -1,4 +1,4 @@
-"""The first run of a program whose native code could end the process: in a process of its own.
+"""The first run of a program whose native code could end the process: in its own process.
 
 Note [Unchecked operations]
     Most of torch's operations check their arguments and raise. Recurrent ones don't: the sizes of
@@ -43,7 +43,7 @@ _SECONDS = 120
 """How long the child may take, most of which is importing torch."""
 
 _POLL_SECONDS = 0.002
-"""How long a step waits for the child: other requests take their turn between the steps."""
+"""How long a step waits for the child: other requests alternate between the steps."""
 
 _CHILD = """
 import io, sys
@@ -70,7 +70,7 @@ class ProgramEndedError(Exception):
 
 
 def may_end_the_process(program: torch.jit.ScriptModule) -> bool:
-    """Tell whether a program has operations that don't check their arguments.
+    """Return whether a program has operations that don't check their arguments.
 
     See Note [Unchecked operations].
     """
@@ -93,7 +93,7 @@ def run_apart(
     device: torch.device,
     runs: int,
 ) -> Generator[None, None, list[Values]]:
-    """Run a program in a process of its own, in steps; return its values for each batch.
+    """Run a program in its own process, in steps; return its values for each batch.
 
     Args:
         program: Traced and frozen; it is left as it is.

@@ -1,4 +1,4 @@
-"""Attention weights that a module computes and keeps to itself.
+"""Attention weights that a module computes but does not return.
 
 ``nn.MultiheadAttention`` returns its weights where it is asked to, and most models don't ask:
 ``need_weights=False`` lets it attend in one fused operation. The weights are then had by calling
@@ -80,7 +80,7 @@ class Attended:
     def weights(self) -> torch.Tensor:
         """Compute the weights ``[B, heads, L, S]``; without a batch ``[heads, L, S]``.
 
-        Of packed tokens, L and S are those of the longest item, and what is behind an item's end
+        Of packed tokens, L and S are those of the longest item, and what is after an item's end
         is 0.
         """
         asked = {**self._given, "need_weights": True, "average_attn_weights": False}
@@ -107,7 +107,7 @@ def attended(
 
 
 def returns_weights(module: nn.Module) -> bool:
-    """Tell whether a module returns its attention weights where it is asked to."""
+    """Return whether a module returns its attention weights where it is asked to."""
     return type(module).forward is nn.MultiheadAttention.forward
 
 

@@ -1,4 +1,4 @@
-"""What an extractor is once it is built."""
+"""The interface of a built extractor."""
 
 from __future__ import annotations
 

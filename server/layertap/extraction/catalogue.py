@@ -1,4 +1,4 @@
-"""What can be asked of a model: every layer with its shapes and the extractors that serve it."""
+"""The catalogue of a model: every layer with its shapes and the extractors that serve it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Support:
 
 
 def side_name(layer: str, side: Capture) -> str:
-    """Return what one side of a layer is called: its name, ``:input`` behind it for its input."""
+    """Return what one side of a layer is called: its name, ``:input`` after it for its input."""
     return layer if side is Capture.OUTPUT else f"{layer}:{side}"
 
 
@@ -54,7 +54,7 @@ class LayerEntry:
     """One layer.
 
     Attributes:
-        name: What to ask for; see Note [Names].
+        name: What to request; see Note [Names].
         kind: A module's call, or a node of the symbolic graph.
         type: The module's class or the node's operation.
         calls: How often the module runs in one forward pass; 0 if never.
@@ -83,7 +83,7 @@ class LayerEntry:
         return self.support[extractor].by[capture].reason
 
     def serves(self, extractor: Extractor, capture: Capture) -> bool:
-        """Tell whether an extractor can take that side of the layer."""
+        """Return whether an extractor can take that side of the layer."""
         return not self.refusal(extractor, capture)
 
     def served_by(self, capture: Capture) -> list[Extractor]:
@@ -100,7 +100,7 @@ class Catalogue:
         graph: The names of the symbolic graph, where the model can be traced symbolically.
         mutates_input: Whether the model writes into the batch that it is given.
         guard: Held in each pass of the model; has the rules for them.
-        non_finite: The first layer that returned NaN or infinity when it was measured; empty where
+        non_finite: The first layer that returned NaN or infinity when it was measured; empty if
             none did.
         notes: What a caller should know about the model that no layer's entry says, in sentences:
             arguments that are never given, random numbers, layers that run for some inputs only.
@@ -122,7 +122,7 @@ class Catalogue:
 
     @cached_property
     def names(self) -> Mapping[CapturePoint, str]:
-        """What to ask for to get a point; see ``side_name``."""
+        """What to request to get a point; see ``side_name``."""
         return {
             point: side_name(entry.name, side)
             for entry in self

@@ -34,7 +34,7 @@ class Generators:
         self._moved = False
 
     def moved(self) -> bool:
-        """Tell whether any generator has been used since; once true, it stays true."""
+        """Return whether any generator has been used since; once true, it stays true."""
         if torch.compiler.is_compiling():
             # torch.compile traces hooks as well, and would make numpy's calls part of its graph.
             return self._moved
@@ -72,6 +72,6 @@ class Generators:
 
 
 def _numpy_state() -> tuple[Any, ...]:
-    # The legacy generator behind np.random.rand(); the others belong to whoever made them.
+    # The legacy generator after np.random.rand(); the others belong to anyone who made them.
     name, keys, *rest = np.random.get_state(legacy=True)
     return (name, keys.tobytes(), *rest)  # type: ignore[union-attr]

@@ -1,6 +1,6 @@
-"""Checkpoints: places in a forward pass at which it may be given up.
+"""Checkpoints: places in a forward pass at which it may be abandoned.
 
-Whoever waited for a pass may go away while it runs, and a large model's pass takes long. Some of
+Anyone who waited for a pass may go away while it runs, and a large model's pass takes long. Some of
 its modules therefore carry a pre-hook that asks whether anybody still waits. They hold for whatever
 calls the modules: HOOK, FX, CHILDREN and LAYER_GETTER. A compiled program has no modules left, and
 runs to its end.

@@ -1,4 +1,4 @@
-"""The catalogue's claims, tried before the first request.
+"""Tests the catalogue's claims before the first request.
 
 Note [Tried before the first request]
     Measuring a model shows which layers there are, and what speaks against serving one of them by
@@ -44,7 +44,7 @@ __all__ = ["kept_claims"]
 
 _log = logging.getLogger(__name__)
 
-_DEAD = "dead-code elimination drops statements that it depends on"
+_DEAD = "dead-code elimination removes statements that it depends on"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class _Found:
 
     Attributes:
         faults: Why it can't serve a point, for points of modules.
-        nodes: Why it can't serve the nodes of the symbolic graph; empty where it can.
+        nodes: Why it can't serve the nodes of the symbolic graph; empty if it can.
     """
 
     faults: Faults
@@ -82,8 +82,8 @@ def kept_claims(
         if not is_out_of_memory(error):
             raise
         _log.warning(
-            "model %s: there is not the memory to try what its extractors are claimed to serve "
-            "(%s); the first request for it will show", model.name, own_words(error),
+            "model %s: not enough memory to test what its extractors can serve (%s); this is "
+            "tested at the first request instead", model.name, own_words(error),
         )  # fmt: skip
         found = {}
     entries = {name: _kept(entry, found) for name, entry in catalogue.entries.items()}
@@ -244,8 +244,7 @@ def _found_of_graph(
         return _Found(faults, _DEAD if lost else "")
     return _Found(
         faults,
-        f"the symbolic graph computes something else than the model: the value of {astray.path!r} "
-        "differs",
+        f"the symbolic graph and the model compute different values of {astray.path!r}",
     )
 
 

@@ -50,7 +50,7 @@ MAX_TOGETHER = 10
 """How many more are compiled at least to find out whether the layers that are left go together."""
 
 MAX_APART = 4
-"""How many of them run in a process of their own, which takes seconds."""
+"""How many of them run in their own process, which takes seconds."""
 
 MAX_COPIED_BYTES = 256 << 20
 """Bytes of weights up to which a program is finished, or run apart, which copies them."""
@@ -192,7 +192,7 @@ class CompileTrial:
         """Return the faults of points of which one program fails, by programs of parts of them.
 
         A program ends at its last layer. So the longest row of layers, from the first one on, is
-        found of which a program works; then the layers behind the one that broke it are tried.
+        found of which a program works; then the layers after the one that broke it are tried.
         """
         if len(points) == 1:
             return {points[0]: failure.reason}
@@ -280,7 +280,7 @@ class CompileTrial:
     def _compared_apart(
         self, points: Sequence[CapturePoint], program: Any
     ) -> Generator[None, None, Faults]:
-        """Compare a program that runs in a process of its own; see ``apart``."""
+        """Compare a program that runs in its own process; see ``apart``."""
         if not self._small:
             return {}  # The first request will show.
         if self._left_apart < 1:

@@ -37,7 +37,7 @@ def flatten(value: Any, depth: int = 0) -> Iterator[tuple[tuple[str, ...], torch
 
 
 def pick(value: Any, way: tuple[str, ...]) -> torch.Tensor | None:
-    """Return the tensor at the end of ``way``, or None where there is none."""
+    """Return the tensor at the end of ``way``, or None if there is none."""
     for step in way:
         if isinstance(value, Attended) and step != WEIGHTS:
             value = value.output  # Its weights are computed for those who want them only.
@@ -53,7 +53,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def unsendable(tensor: torch.Tensor) -> str:
-    """Return why a tensor can't be sent; empty where what ``plain`` makes of it can be."""
+    """Return why a tensor can't be sent; empty if what ``plain`` makes of it can be."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "its value is a tensor of torch.vmap or torch.func.grad, which means nothing outside"
     if tensor.device.type == "meta":

@@ -1,7 +1,7 @@
 """CUDA graphs: a pass's kernels, recorded once at a batch size and launched as one.
 
 At batch 1 a GPU is often done with a kernel before the host has launched the next. A graph has the
-launches behind it: replaying one costs the host microseconds, whatever extractor was recorded.
+launches after it: replaying one costs the host microseconds, whatever extractor was recorded.
 
 Note [What a graph holds]
     The addresses of its input and of its values, which are its own: an input is copied in before a
@@ -78,7 +78,7 @@ class _Recording:
         with _recording, torch.cuda.device(next(iter(x.values())).device):
             before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(before)
-            # Around the recording too: one that fails leaves its stream behind as the current one.
+            # Around the recording too: one that fails leaves its stream as the current one.
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_RUNS):
                     collect(built, points, self._x)

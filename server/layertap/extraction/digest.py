@@ -1,4 +1,4 @@
-"""What is kept of a pass's values to hold other passes against them.
+"""A summary of a pass's values, for comparing other passes with it.
 
 Note [Digests]
     A large model's layers hold many times the memory of its own pass, since that frees a value once
@@ -74,7 +74,7 @@ class Digest:
         return cls(tuple(value.shape), elements, step, largest, finite)
 
     def fault(self, value: torch.Tensor, tolerance: float) -> str:
-        """Return in words how a value differs from this one; empty where it is near enough."""
+        """Return in words how a value differs from this one; empty if it is close enough."""
         return self.fault_of_sample(
             tuple(value.shape), value if self.step == 1 else value.reshape(-1)[:: self.step],
             tolerance,

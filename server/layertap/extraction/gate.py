@@ -1,4 +1,4 @@
-"""Forward passes and symbolic tracing, kept apart in the whole process.
+"""Keeps forward passes and symbolic tracing from overlapping, in the whole process.
 
 torch.fx patches ``Module.__call__`` and ``Module.__getattr__`` for everybody while it traces, so a
 forward pass of any model in any thread would go through the tracer. Passes hold this gate together,

@@ -1,4 +1,4 @@
-"""Which dimensions of an activation follow the input's: found by experiment.
+"""Finds by experiment which dimensions of an activation follow the input's.
 
 Note [Two experiments]
     *Another size.* The model runs once more with another height and width, in another ratio. A
@@ -155,7 +155,7 @@ class Grids:
         return shape[: axis[0]] + shape[axis[0] + 1 :]
 
     def _scales(self, sizes: Sequence[int], others: Sequence[int], axes: Sequence[int]) -> bool:
-        """Tell whether height and width of an activation grew as the input's did."""
+        """Return whether height and width of an activation grew as the input's did."""
         return all(
             abs(sizes[axis] * self.other[side] / self.item[side] - others[axis]) < 1.5
             for axis, side in zip(axes, (-2, -1), strict=True)
@@ -285,7 +285,7 @@ def _survey_moves(
 
 
 def _changed_at(model: LoadedModel, place: tuple[float, float]) -> Batch:
-    """Return a batch of two items, of which the second has another block at a place."""
+    """Return a batch of two items that differ only in one block of the second item."""
     one, main = ordinary_batch(model, 1), model.signature.main
     batch = one.map(lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1)))
     block = batch[main.name][1]
@@ -340,7 +340,7 @@ def _watch(
 
 
 def _is_plain(spec: ValueSpec) -> bool:
-    """Tell whether a value has a batch dimension of one element for each item, and two others."""
+    """Return whether a value has a batch dimension of one element for each item, and two others."""
     axis = spec.batch_axis
     return not spec.dynamic and axis is not None and axis[1] == 1 and len(spec.dims) > 2
 
@@ -397,7 +397,7 @@ def _cell(share: float, cells: int) -> int:
 def _moves_along(
     moves: Sequence[Sequence[int]], sizes: Sequence[int], height: int, width: int
 ) -> bool:
-    """Tell whether the largest change is where the block is, or one cell beside it."""
+    """Return whether the largest change is where the block is, or one cell next to it."""
     h, w = sizes[height], sizes[width]
     if h < 2 or w < 2:
         return False

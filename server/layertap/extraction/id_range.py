@@ -1,4 +1,4 @@
-"""How far a model's token ids reach: found from the table that they are looked up in.
+"""Finds the range of a model's token ids from the embedding table that they index.
 
 Note [Which table]
     One pass is watched. Ids that follow the input are looked up in a table of so many rows:

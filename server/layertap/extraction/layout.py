@@ -1,4 +1,4 @@
-"""How an activation is laid out: which dimensions follow the input's, and which are channels.
+"""The layout of an activation: which dimensions follow the input's, and which are channels.
 
 A tensor doesn't say so, and its sizes mislead: 256 channels are no 16 × 16 grid. What is known was
 found by experiment, see ``layertap.extraction.grid``.
@@ -29,7 +29,7 @@ class Geometry:
     Attributes:
         layout: CHANNELS_FIRST is ``[B, C, (T,) H, W]``, CHANNELS_LAST ``[B, (T,) H, W, C]``, TOKENS
             ``[B, front + H * W, C]``, row by row. UNKNOWN for anything else.
-        channels: C; 0 where the layout is UNKNOWN, as the sizes that follow.
+        channels: C; 0 if the layout is UNKNOWN, as the sizes that follow.
         height: H.
         width: W.
         front: Tokens in front of the patch tokens.

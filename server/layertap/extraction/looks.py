@@ -1,4 +1,4 @@
-"""What a model's own code does with values that follow its input: looks, picks, calls into Python.
+"""Detects how a model's code uses values that depend on its input, for example in branches.
 
 Note [Looks]
     ``if x.max() > 1:`` asks a tensor for a Python number. A trace keeps the way that the example
@@ -112,7 +112,7 @@ class Looks:
         self.tables: set[int] = set()
 
     def marked(self, values: Any) -> bool:
-        """Tell whether some tensor among the values follows the input."""
+        """Return whether any tensor among the values depends on the input."""
         return not self._marked.isdisjoint(_memory(values))
 
     def mark(self, values: Any) -> None:
@@ -120,13 +120,13 @@ class Looks:
         self._marked.update(_memory(values))
 
     def sized(self, values: Any) -> bool:
-        """Tell whether the size of some tensor among the values follows the content."""
+        """Return whether the size of some tensor among the values follows the content."""
         return not self._sized.isdisjoint(_memory(values))
 
     def step(self, values: Any) -> str:
         """Return the discontinuous operation that some tensor among the values follows from.
 
-        See Note [Discontinuous steps]; empty where there is none.
+        See Note [Discontinuous steps]; empty if there is none.
         """
         return next((self._steps[m] for m in _memory(values) if m in self._steps), "")
 
@@ -164,7 +164,7 @@ class Looks:
         self._limit = len(self._marked) + SLACK
 
     def makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Tell whether the size of an operation's result follows the content of its arguments."""
+        """Return whether the size of an operation's result follows the content of its arguments."""
         if func is torch.ops.aten.index.Tensor:  # By a mask, not by numbers.
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             return self.marked(masks)

@@ -52,7 +52,8 @@ from layertap.selection import Capture, Extractor
 __all__ = ["measure", "measure_with_graph"]
 
 _UNORDERED = (
-    "the module runs several times in threads of the model's own, in an order that nothing settles"
+    "the module runs several times in the model's own threads, so the order of its calls is not "
+    "defined"
 )
 
 _log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def measure_with_graph(
         there is one.
 
     Raises:
-        ModelLoadError: Where the model can't run on the input that it claims to take.
+        ModelLoadError: If the model can't run on the input that it claims to take.
     """
     guard = guard or PassGuard(model.module)
     one, two = _run_twice(model, guard)
@@ -210,14 +211,14 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
     looked = _first(entries, findings.looks.looked)
     if looked:
         yield (
-            f"its forward looks at values of its input before layer {looked!r}, so other input may "
-            f"take another way from there on"
+            f"its forward branches on values of its input before layer {looked!r}, so other input "
+            f"may take another branch there"
         )
     varying = sorted(findings.varying)
     if varying:
         more = f" and {len(varying) - _MAX_NAMED} more" if len(varying) > _MAX_NAMED else ""
         yield (
-            f"some layers run for some inputs only, and a request for one that does not run fails: "
+            f"some layers run only for some inputs, and a request for one that does not run fails: "
             f"{', '.join(map(repr, varying[:_MAX_NAMED]))}{more}"
         )
     random = _first(entries, findings.random)
@@ -252,7 +253,7 @@ def _ungiven_arguments(module: nn.Module) -> list[str]:
 def _first_non_finite(
     entries: Mapping[str, LayerEntry], values: Mapping[CapturePoint, torch.Tensor]
 ) -> str:
-    """Return the first layer whose output has NaN or infinity; empty where there is none.
+    """Return the first layer whose output has NaN or infinity; empty if there is none.
 
     Values are kept in the order in which the calls ended, so it is the innermost one.
     """
@@ -400,7 +401,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
             if path or point.capture is Capture.OUTPUT:
                 members.setdefault(point.member, {})[point.capture] = point
         members.setdefault((), {})
-        # What can be asked for comes first: members of the output, then the container.
+        # What can be requested comes first: members of the output, then the container.
         for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
             entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries
@@ -450,13 +451,13 @@ def _verdict(kind: Kind, entry: LayerEntry, side: Capture, findings: Measurement
 
 
 def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
-    """Return why there is nothing to take where a call's value is no tensor."""
+    """Return why a value that is not a tensor can't be captured."""
     if side is not Capture.OUTPUT:
-        return f"the layer's {side} is no single tensor"
+        return f"the layer's {side} is not a single tensor"
     what = "layer" if path else "model"
     inside = _first_member(path, call, findings)
-    advice = f"; ask for a member of it, such as {inside}" if inside else ""
-    return f"the {what} returns no plain tensor{advice}"
+    advice = f"; request a member of it, such as {inside}" if inside else ""
+    return f"the {what} does not return a plain tensor{advice}"
 
 
 def _refused(reason: str) -> dict[Extractor, Support]:

@@ -20,14 +20,14 @@ class MeasuredGraph:
     """What was measured of a model's symbolic graph.
 
     Attributes:
-        names: Its node names; None where there is no graph.
-        reason: Why there is no graph; empty where there is one.
+        names: Its node names; None if there is no graph.
+        reason: Why there is no graph; empty if there is one.
         equal: For each point that has a node, whether the node has the model's own value.
         specs: The type and shape of each node that calls no module, by its name.
         lost: Nodes whose value is another one once dead-code elimination has been at the graph.
         astray: A module's call whose value in the graph is not what the module returned; empty
             where there is none. The graph then computes something else than the model.
-        trace: The graph, ready to be run; None where there is no graph.
+        trace: The graph, ready to be run; None if there is no graph.
     """
 
     names: GraphNames | None = None
@@ -58,7 +58,7 @@ class Measurement:
         model: The model.
         specs: The type and shape of each value of a module.
         walk: For each top-level child, why calling the children one after the other does not give
-            its value; empty where it does.
+            its value; empty if it does.
         graph: Its symbolic graph.
         looks: What a pass does with its input's values.
         random: The points whose values depend on chance.

@@ -1,34 +1,34 @@
-"""Why some layers can't be served by extractors that don't run the model itself, in words."""
+"""Reasons why an extractor that doesn't run the model itself can't serve some layers."""
 
 from __future__ import annotations
 
 __all__ = ["LOOKS", "RANDOM", "SOMETIMES", "calls_function", "takes_step"]
 
 LOOKS = (
-    "before it the model's code looks at values (bool, int or item of a tensor): a trace would go "
-    "the example's way for every input"
+    "before it the model's code branches on tensor values (bool, int or item): a trace would take "
+    "the example's branch for every input"
 )
 
 RANDOM = (
-    "before it the model draws random numbers: two passes on one input differ, so the extractor "
-    "can't be compared with the model"
+    "before it the model draws random numbers: two passes on the same input differ, so the "
+    "extractor can't be compared with the model"
 )
 
 
-SOMETIMES = "the layer has that value for some inputs only"
+SOMETIMES = "the layer has that value only for some inputs"
 
 
 def calls_function(name: str) -> str:
-    """Return what is said of a layer behind a Python function of autograd."""
+    """Return the reason for a layer after a Python ``autograd.Function``."""
     return (
         f"before it the model calls {name}, a Python autograd.Function, which a compiled program "
-        f"can't hold"
+        f"can't contain"
     )
 
 
 def takes_step(operation: str) -> str:
-    """Return what is said of a layer behind a discontinuous operation, see ``steps``."""
+    """Return the reason for a layer after a discontinuous operation, see ``steps``."""
     return (
-        f"its value follows from {operation} of computed numbers, which is discontinuous: a "
+        f"its value depends on {operation} of computed numbers, which is discontinuous: a "
         f"compiled program rounds differently, and near a tie that gives another result"
     )

@@ -1,4 +1,4 @@
-"""Telling a machine's want of memory from a model's failure."""
+"""Detects out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ _OF_THE_CPU = "DefaultCPUAllocator: can't allocate memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is one that may be gone when less is going on."""
+    """Return whether an error is one that may be gone when less is going on."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _OF_THE_CPU in str(error)

@@ -1,4 +1,4 @@
-"""What a model itself says of an input that it can't take."""
+"""Extracts the model's own error message for an input that it rejects."""
 
 from __future__ import annotations
 

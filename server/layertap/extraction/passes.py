@@ -5,11 +5,11 @@ Note [Each pass begins with the loaded state]
     calls, or leave activations in helper objects. A pass that ends early, two passes at once, or
     merely the pass before would then change an answer. So the model is watched while it is
     measured. One that writes no state is run freely. One that does runs one pass at a time, and
-    after each everything is put back as it was when the model was loaded: every answer is that of
-    the first call of a fresh module. Where something can't be put back, nothing is: passes run one
+    after each everything is restored as it was when the model was loaded: every answer is that of
+    the first call of a fresh module. Where something can't be restored, nothing is: passes run one
     at a time and to their end, by HOOK only, as the calls of a plain module would, and the
     catalogue says that the model is stateful. What was measured has run by then, so another module,
-    built anew, serves the requests.
+    built again, serves the requests.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class KeptState(StrEnum):
     NONE = "none"
     """Its passes write none."""
     RESET = "reset"
-    """It is put back after each pass, to what it was when the model was loaded."""
+    """It is restored after each pass, to what it was when the model was loaded."""
     KEPT = "kept"
-    """It can't be put back, so an answer may depend on the requests before: a stateful model."""
+    """It can't be restored, so an answer may depend on the requests before: a stateful model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,16 @@ class PassRules:
     """What is allowed of a model's passes.
 
     Attributes:
-        early_stop: Whether a pass may end behind the last layer that is wanted.
+        early_stop: Whether a pass may end after the last layer that is wanted.
         concurrent: Whether several passes may run at once.
         shared: Whether requests may share a pass, if their items prove to be independent.
         state: What happens to the state that passes write.
-        uncompiled: Why no compiled program may take the model's place; empty where one may.
+        uncompiled: Why no compiled program may take the model's place; empty if one may.
         everywhere: Whether the state belongs to a class or a file, so that passes of all such
             models take turns.
         exclusive: Whether passes change something of torch, so that no pass of any model may run
             at the same time.
-        own_threads: Whether the model runs modules in threads of its own.
+        own_threads: Whether the model runs modules in its own threads.
         notes: What was seen, in words.
     """
 
@@ -309,7 +309,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
         )  # fmt: skip
     notes = list(rules.notes)
     if seen.carried or seen.by_batch:
-        what = _named(seen.by_batch) if seen.by_batch else "what an earlier pass left behind"
+        what = _named(seen.by_batch) if seen.by_batch else "values from an earlier pass"
         rules = replace(rules, uncompiled=f"the model keeps state between calls ({what}), which a "
                         "compiled program would hold as a constant")  # fmt: skip
     written = [change.path for change in seen.changes.values() if change.in_place]
@@ -338,7 +338,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
             concurrent=False,
             shared=False,
             own_threads=True,
-            uncompiled="the model runs modules in threads of its own, which a trace does not see",
+            uncompiled="the model runs modules in its own threads, which a trace does not record",
         )
         notes.append(
             "its modules run on several threads, so passes run one at a time and to their end"
@@ -407,7 +407,7 @@ def _named(paths: Sequence[str]) -> str:
 
 
 def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]) -> bool:
-    """Run a pass and tell whether each output is what it was before."""
+    """Run a pass and determine whether each output is what it was before."""
     calls: dict[str, int] = {}
     agrees = True
 
@@ -435,7 +435,7 @@ def _left_by_stops(
 ) -> tuple[str, ...]:
     """End passes early at a few places, and return what only such passes leave changed.
 
-    A model whose code catches the stop may take it for a failure of its own, for good.
+    A model whose code catches the stop may take it for its own failure, permanently.
     """
     left: dict[str, None] = {}
     for quarter in (1, 2, 3):
@@ -446,7 +446,7 @@ def _left_by_stops(
 
 
 def _stop_early(model: LoadedModel, x: Batch, after: int) -> None:
-    """Run a pass that ends behind so many calls, as where the last wanted layer comes early."""
+    """Run a pass that ends after so many calls, as where the last wanted layer comes early."""
     left = after
 
     def see(path: str, side: Capture, value: Any) -> None:

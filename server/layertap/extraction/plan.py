@@ -1,4 +1,4 @@
-"""Plans, and what is learnt about them while they serve."""
+"""Plans, and the results of their proofs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Findings:
 
     @property
     def alone(self) -> bool | None:
-        """Whether each request needs a forward pass of its own; None until that was tried."""
+        """Whether each request needs its own forward pass; None until this was tested."""
         with self._lock:
             return self._alone
 
@@ -83,12 +83,12 @@ class Findings:
             self._alone = bool(self._alone) or alone
 
     def shares(self, items: int) -> bool | None:
-        """Return whether requests may share a pass of so many items; None if not known yet."""
+        """Return whether requests may share a pass of that many items; None if not known yet."""
         with self._lock:
             return False if self._alone else self._shared.get(items)
 
     def found_shares(self, items: int, *, shares: bool) -> None:
-        """Record whether requests may share a pass of so many items in all."""
+        """Record whether requests may share a pass of that many items in all."""
         with self._lock:
             self._shared[items] = self._shared.get(items, True) and shares
 

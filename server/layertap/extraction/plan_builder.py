@@ -119,8 +119,8 @@ class PlanBuilder:
             keep: Whether to store a compiled plan on disk, or use the one stored there.
 
         Raises:
-            InvalidInputError: Where the model itself can't run on such items.
-            ExtractorUnsupportedError: Where the extractor can't be built or its values differ.
+            InvalidInputError: If the model itself can't run on such items.
+            ExtractorUnsupportedError: If the extractor can't be built or its values differ.
         """
         *_, plan = self.steps(extractor, pass_spec, batch_key, keep=keep)
         if plan is None:
@@ -221,7 +221,7 @@ class PlanBuilder:
         return built
 
     def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
-        """Compare a program with the oracle in a process of its own; see ``apart``."""
+        """Compare a program with the oracle in its own process; see ``apart``."""
         larger = ordinary_batch(self._model, _LARGER, proof.example.key)
         cases = [*proof.cases, (larger, self.prover.truth(proof.pass_spec, larger))]
         yield None

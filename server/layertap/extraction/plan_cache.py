@@ -48,15 +48,16 @@ _STALE_SECONDS = 3600.0
 class PlanCache:
     """A folder of compiled programs, bounded in bytes; the least recently used are removed first.
 
-    A full, read-only or broken disk is no error: the log says so, nothing is stored, and the server
-    works without stored plans. Each program is a new attempt, so space that is freed later is used.
+    A full, read-only or broken disk is not an error: the log says so, nothing is stored, and the
+    server works without stored plans. Each program is a new attempt, so space that is freed later
+    is used.
 
     Args:
         folder: Made with mode 0700 where it is missing.
         max_bytes: Of all files together.
 
     Raises:
-        ConfigError: Where the folder can't be made for a reason other than the disk, belongs to
+        ConfigError: If the folder can't be made for a reason other than the disk, belongs to
             another user or is writable by one.
     """
 
@@ -76,14 +77,14 @@ class PlanCache:
         return PlanFile(self, self._folder / f"{digest}{SUFFIX}")
 
     def write(self, data: memoryview) -> Path:
-        """Write a program to a file of its own, under a name that no reader looks for.
+        """Write a program to its own file, under a name that no reader looks for.
 
         Args:
             data: What to write; all of it is on the disk when this returns.
 
         Raises:
-            OSError: Where it can't be written; no file is left.
-            ConfigError: Where others can write to the folder by now.
+            OSError: If it can't be written; no file is left.
+            ConfigError: If others can write to the folder by now.
         """
         self._prepare()  # The folder may have been removed meanwhile.
         handle, name = tempfile.mkstemp(dir=self._folder, suffix=PART)
@@ -154,7 +155,7 @@ class PlanFile:
         self._path = path
 
     def load(self, kind: CompiledKind[Any], device: torch.device) -> Any:
-        """Return the stored program of a kind; None where there is none or it can't be read."""
+        """Return the stored program of a kind; None if there is none or it can't be read."""
         try:
             data = self._path.read_bytes()
         except FileNotFoundError:

@@ -101,7 +101,7 @@ class ValueSpec:
     def batch_axis(self) -> tuple[int, int] | None:
         """Return (the one dimension that grows with the batch, its elements for each item).
 
-        None where there is no such dimension, or more than one, or where the elements of an item
+        None if there is no such dimension, or more than one, or where the elements of an item
         along it are interleaved with those of others.
         """
         if self.interleaved:

@@ -38,7 +38,7 @@ def prove(
     """Run an extractor on a batch and compare its values with the oracle's, within its tolerance.
 
     Raises:
-        ExtractorUnsupportedError: Where a value differs.
+        ExtractorUnsupportedError: If a value differs.
     """
     faults: dict[int, str] = {}
 
@@ -77,7 +77,7 @@ def shares_passes(
     specs: Sequence[ValueSpec],
     x: Batch,
 ) -> bool:
-    """Tell whether requests may share a forward pass: whether each item's values are its own.
+    """Return whether requests may share a forward pass: whether each item's values are its own.
 
     A batch is run as a whole and in two parts. Where the values of the whole are those of the parts
     put together, within ``compiled_tolerance`` (kernels for other batch sizes may add in another

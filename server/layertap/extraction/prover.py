@@ -67,9 +67,9 @@ class Prover:
         """Return what the oracle captures from a batch, in the order of the points.
 
         Raises:
-            InvalidInputError: Where the model can't run on it.
-            ExtractorUnsupportedError: Where some of the layers don't run on it.
-            OverloadedError: Where there is not the memory to run it.
+            InvalidInputError: If the model can't run on it.
+            ExtractorUnsupportedError: If some of the layers don't run on it.
+            OverloadedError: If there is not the memory to run it.
         """
         try:
             return collect(self._oracle(pass_spec), pass_spec.points, x)
@@ -124,7 +124,7 @@ class Prover:
         """Find out whether a plan serves a batch size, and keep the answer in it.
 
         Raises:
-            OverloadedError: Where there is not the memory to find out.
+            OverloadedError: If there is not the memory to find out.
         """
         if plan.refusal(size) is not None:
             return
@@ -153,7 +153,7 @@ class Prover:
             )  # fmt: skip
 
     def prove_shared(self, plan: Plan, items: int = _SHARED) -> bool:
-        """Find out whether requests may share a plan's passes of so many items; keep the answer.
+        """Find out whether requests may share a plan's passes of that many items; keep the answer.
 
         A model that keeps state after a pass may remember what it saw, and one whose code looks at
         values goes one way for the whole batch.
@@ -178,7 +178,7 @@ class Prover:
 
         Returns the plan that replays them, and the sizes that work; the given plan for none.
 
-        Each graph is held against the oracle on inputs other than the recorded one, and forgotten
+        Each graph is compared with the oracle on inputs other than the recorded one, and forgotten
         where it differs. Sizes whose pass can't be recorded are logged, and run as before. For a
         model on a CUDA device.
         """
@@ -260,7 +260,7 @@ class Prover:
         if plan.dynamic:
             raise ExtractorUnsupportedError("its shapes depend on the content")
         if self._looks(plan, x):
-            raise ExtractorUnsupportedError("its code looks at values")
+            raise ExtractorUnsupportedError("its code branches on tensor values")
 
 
 def _advice(pass_spec: PassSpec) -> str:

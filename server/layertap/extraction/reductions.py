@@ -1,4 +1,4 @@
-"""What can be done to a captured value before it is sent.
+"""Reductions of captured values.
 
 Which dimensions are the channels and which the image's was found by experiment, see
 ``layertap.extraction.grid``: the mean over the wrong ones would be a wrong answer that nobody sees.
@@ -42,7 +42,7 @@ def reduced(spec: ValueSpec, reduction: Reduction, layer: str, key: BatchKey) ->
         key: The items of the batch, for the error.
 
     Raises:
-        InvalidInputError: Where the reduction can't be applied to such values.
+        InvalidInputError: If the reduction can't be applied to such values.
     """
     if reduction is Reduction.NONE:
         return Reduced(spec, _same)
@@ -68,7 +68,7 @@ Made = tuple[Sequence[Dim], Apply] | None
 
 
 def _batch_in_front(spec: ValueSpec) -> ValueSpec | None:
-    """Return the spec with its batch dimension first; None where rows are not items."""
+    """Return the spec with its batch dimension first; None if rows are not items."""
     axis = spec.batch_axis
     if axis is None or axis[1] != 1:
         return None

@@ -1,4 +1,4 @@
-"""Batches that a model is tried on: ordinary ones, and those that show what an ordinary one hides.
+"""Batches for testing a model: ordinary ones, and ones that expose faults that those hide.
 
 Every batch is seeded: the same call gives the same numbers. They are on the model's device and of
 its inputs' element types.

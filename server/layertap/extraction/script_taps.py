@@ -1,11 +1,11 @@
-"""The tap for TorchScript programs: no forward hook fires inside one, so it gets operators instead.
+"""The tap for TorchScript programs: operators in the program, since forward hooks don't fire there.
 
 Note [Hooks in a program]
     A program calls its submodules by ``prim::CallMethod`` nodes, which the interpreter runs without
     Python. Around each of them operators are put into the graph: ``given`` for each tensor
     argument, ``enter`` with the submodule's path, and then ``leave`` with the result, or ``exit``
-    where the result is no tensor. They keep a stack of paths, since submodules of one class share
-    one graph, and tell the current watcher. They count as having side effects, which keeps
+    where the result is not a tensor. They keep a stack of paths, since submodules of one class
+    share one graph, and tell the current watcher. They count as having side effects, which keeps
     dead-code elimination from removing them.
 
 A frozen program has no submodules left, and so no layers.
@@ -97,7 +97,7 @@ def watch(observer: ValueObserver) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The interpreter turns whatever an operator raises into an error of its own.
+        # The interpreter turns whatever an operator raises into its own error.
         if watcher.raised is None:
             raise
         raise watcher.raised from error
@@ -150,7 +150,7 @@ def instrument(module: ScriptModule) -> None:
 
 
 def writes_attributes(module: ScriptModule) -> bool:
-    """Tell whether some method of a program writes attributes of its modules."""
+    """Return whether some method of a program writes attributes of its modules."""
     compiled: Any = [submodule._c for submodule in module.modules()]
     return any(
         part._get_method(name).graph.findAllNodes("prim::SetAttr")

@@ -1,4 +1,4 @@
-"""What a model keeps in Python: a snapshot of it, what differs from it later, and the way back.
+"""The state that a model keeps in Python: takes snapshots, finds differences, and restores it.
 
 Note [What a snapshot sees]
     Everything that a forward pass can reach from the module: attributes, lists, dictionaries, sets,
@@ -8,11 +8,11 @@ Note [What a snapshot sees]
     torch, of the standard library's threads and of logging are left alone.
 
 Note [Equal, not identical]
-    A pass that stores an equal value again (``self.size = (7, 7)``, or a weight computed anew from
+    A pass that stores an equal value again (``self.size = (7, 7)``, or a weight computed again from
     the same parameters) has changed nothing that another pass could see. So values are compared by
     content wherever they are not the same object.
 
-Note [What can't be put back]
+Note [What can't be restored]
     A generator or another iterator can't be rewound, a file's content is not ours, and of a very
     large parameter no copy is kept. A change of these is reported as one that can't be restored.
 """
@@ -52,7 +52,7 @@ PARAMETER_BYTES = 512 << 20
 """Parameters of more bytes are not copied. A change of one is noticed, but can't be restored."""
 
 OTHER_BYTES = 16 << 20
-"""Copies of other tensors up to so many bytes are kept for a model that changed none of them."""
+"""Copies of other tensors up to that many bytes are kept for a model that changed none of them."""
 
 LARGE_BYTES = 1 << 20
 """Arrays of more bytes are read by ``deep_changes`` only, unless a pass was seen to write them."""
@@ -78,7 +78,7 @@ _INERT = (
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.dtype, np.generic,
     fx.Graph, fx.Node, property, functools.cached_property,
 )  # fmt: skip
-"""Types whose objects never change, or whose changes are no business of a forward pass."""
+"""Types whose objects never change, or whose changes are not business of a forward pass."""
 
 _SCALARS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -106,7 +106,7 @@ class Change:
 
     Attributes:
         path: Where it is, such as ``encoder.features``.
-        reason: Why it can't be put back; empty where it can.
+        reason: Why it can't be restored; empty if it can.
         everywhere: Whether it belongs to a class or a file, so that every model made of that code
             in the process shares it.
         in_place: Whether it is a tensor that was written in place.
@@ -327,7 +327,7 @@ class _Node(ABC):
 
     @abstractmethod
     def differing(self) -> list[str]:
-        """Return what to append to the path of each part that differs; empty where none does."""
+        """Return what to append to the path of each part that differs; empty if none does."""
 
     def stored(self) -> list[str]:
         """Return as ``differing`` does each part that is another object, be it an equal one."""
@@ -622,7 +622,7 @@ class _Tensor(_Node):
         return [""] if differs else []
 
     def _original(self) -> torch.Tensor:
-        """Return a tensor of its own with the values that there were."""
+        """Return a separate tensor with the former values."""
         copy = cast(torch.Tensor, self._copy).clone().view(self._alias.dtype)
         return copy.as_strided(
             self._alias.shape, self._alias.stride(), self._alias.storage_offset()
@@ -679,7 +679,7 @@ class _Functions(_Node):
 class _Settings(_Node):
     """Settings of torch that hold for the whole process, which other passes run under as well.
 
-    Whoever changes one while it runs is expected to put it back: only where a pass was seen to
+    Anyone who changes one while it runs is expected to restore it: only where a pass was seen to
     change them are they restored.
     """
 
@@ -1162,7 +1162,7 @@ def _script_names(root: nn.Module) -> dict[str, bool]:
 
 
 def _is_foreign(module: str | None) -> bool:
-    """Tell whether code belongs to torch, numpy, the standard library or this package."""
+    """Return whether code belongs to torch, numpy, the standard library or this package."""
     package = (module or "").partition(".")[0]
     return package in ("torch", "torchvision", "numpy", "layertap") or (
         package in sys.stdlib_module_names and package != "__main__"
@@ -1182,7 +1182,7 @@ def _key_text(key: Any, *, attribute: bool) -> str:
 
 
 def _equal(one: Any, other: Any, depth: int = 0) -> bool:
-    """Tell whether two values hold the same; False where that can't be told."""
+    """Return whether two values hold the same; False if that can't be told."""
     if one is other:
         return True
     if type(one) is not type(other) or depth > MAX_DEPTH:

@@ -1,4 +1,4 @@
-"""Operations whose result jumps where their argument moves by a rounding error.
+"""Operations whose result can jump when their argument changes by a rounding error.
 
 Note [Discontinuous steps]
     A compiled program folds batch norms into convolutions, and a shared pass runs kernels for
@@ -8,7 +8,7 @@ Note [Discontinuous steps]
     that reliably, since ties are rare on random input. So one pass is watched (see ``looks``), and
     what follows from such a step is left to extractors that run the model's own arithmetic.
 
-    Numbers of the input itself are exact: comparing them, or picking by token ids, is no step.
+    Numbers of the input itself are exact: comparing them, or picking by token ids, is not a step.
     Neither is picking the largest value (``max``, ``topk``'s values): it moves as little as its
     argument does. What is discrete, and so jumps, is told by its type: integers and booleans that
     are computed from inexact floating-point numbers, and a few operations that return floats.
@@ -63,12 +63,12 @@ def _name(func: Any) -> str:
 
 
 def is_new(func: Any) -> bool:
-    """Tell whether the values of an operation's result follow from none of its arguments."""
+    """Return whether an operation's result does not depend on the values of its arguments."""
     return _name(func) in _NEW
 
 
 def keeps_exact(func: Any) -> bool:
-    """Tell whether an operation's result is exact where its arguments are."""
+    """Return whether an operation's result is exact where its arguments are."""
     name = _name(func)
     # In-place operations end in an underscore; `copy_` is one of its own.
     return name in _EXACT or name.removesuffix("_") in _EXACT
@@ -96,7 +96,7 @@ def _is_discrete(value: torch.Tensor) -> bool:
 
 
 def _compares_with_itself(name: str, args: Any) -> bool:
-    """Tell whether a comparison looks for NaN (``x == x``) or infinity, as ``isfinite`` does."""
+    """Return whether a comparison looks for NaN (``x == x``) or infinity, as ``isfinite`` does."""
     if name not in ("eq", "ne") or len(args) != 2:
         return False
     first, second = args

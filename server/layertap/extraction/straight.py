@@ -1,4 +1,4 @@
-"""How far a model's ``forward`` does nothing but call its children one after the other.
+"""Finds how far a model's ``forward`` only calls its children one after the other.
 
 Note [Two witnesses]
     A walk over the children skips whatever ``forward`` does around them: remapping of ids,

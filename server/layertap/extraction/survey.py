@@ -1,4 +1,4 @@
-"""Surveys: a model is run, and what happens is written down.
+"""Surveys: runs a model and records the calls of its modules.
 
 Nothing here is declared by the model's author or guessed from its class: a layer is in the
 catalogue because it ran, with the shapes that it had, and an extractor serves it because its
@@ -55,7 +55,7 @@ class HookSurvey:
     Attributes:
         order: (module path, call) in the order in which the calls began.
         shapes: Every captured tensor's type and shape.
-        values: A clone of every captured output, where they were asked for.
+        values: A clone of every captured output, where they were requested.
         unsendable: Why nothing can be sent of a value, for those of which that is so.
         quantized: The quantised type of each value that is quantised.
         threaded: The paths of the modules that ran in a thread of the model's own.
@@ -124,7 +124,7 @@ def survey_hooks(
                 survey.quantized[point] = str(tensor.dtype).removeprefix("torch.")
             sent = plain(tensor)
             survey.shapes[point] = (sent.dtype, tuple(sent.shape))
-            # Attention weights are large, and nothing is held against them.
+            # Attention weights are large, and nothing is compared with them.
             if keep_values and side is Capture.OUTPUT and WEIGHTS not in way:
                 survey.values[point] = sent.clone()
 
@@ -134,7 +134,7 @@ def survey_hooks(
         model.forward(given)
     survey.mutated_input = not all(same(given[name], x[name]) for name in x)
     _refuse_recursive(survey, recursive - survey.threaded - {""})
-    # Of a module that runs several times in such threads, each pass numbers the calls anew.
+    # Of a module that runs several times in such threads, each pass numbers the calls again.
     for point in list(survey.values):
         if point.path in survey.threaded and calls[point.path, Capture.OUTPUT] > 1:
             del survey.values[point]

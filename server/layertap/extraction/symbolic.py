@@ -2,16 +2,16 @@
 
 Note [FX done right]
     - torchvision returns the values at the end, by when later in-place operations may have
-      overwritten them. Here a capture is inserted into the graph right behind each node.
-    - A module and its last child are one node. torchvision, asked for both, silently drops one.
-      Here every point is resolved to a node first, and each node is asked for once.
+      overwritten them. Here a capture is inserted into the graph right after each node.
+    - A module and its last child are one node. If both are requested, torchvision silently drops
+      one. Here every point is resolved to a node first, and each node is captured once.
     - Tracing calls ``train()`` on the model and patches ``Module.__call__`` in the whole process.
       So it runs only while no forward pass does. If it fails half way, the model is left in
       training mode, and attributes that its code wrote meanwhile hold symbols instead of values.
       Both are restored here.
     - Dead-code elimination keeps every ``torch._assert`` and whatever the asserted value depends
       on: for the first layer of a ViT, torchvision's extractor runs all layers. Here the graph ends
-      behind the last capture.
+      after the last capture.
     - Dead-code elimination deletes in-place statements whose result is not assigned
       (``y.relu_()``). The plan builder compares each extractor with the oracle and finds this out.
 """
@@ -61,7 +61,7 @@ class GraphNames:
         self._targets = targets
 
     def node_of(self, point: CapturePoint) -> str | None:
-        """Return the node whose value a point is; None where the graph has none.
+        """Return the node whose value a point is; None if the graph has none.
 
         A module that is traced through has the value of the last node inside it. One that is a node
         itself is found by what the node calls, since its name may mislead: torchvision cuts a
@@ -93,7 +93,7 @@ class Trace:
         names: Its node names.
         whole: An extractor of every node in ``names.eval``, in that order.
         useful: The last node, and those that its value is computed from.
-        pruned: An extractor of the useful nodes only; None where all are. What dead-code
+        pruned: An extractor of the useful nodes only; None if all are. What dead-code
             elimination takes for dead, an unassigned in-place statement say, is missing in it,
             as it is in every extractor of a few layers.
     """
@@ -215,7 +215,7 @@ def _set_mode(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dict[str, fx.Node]:
-    """Put a capture behind each node; return the nodes by name."""
+    """Put a capture after each node; return the nodes by name."""
     graph = graph_module.graph
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     returned: dict[str, fx.Node] = output.args[0]

@@ -1,4 +1,4 @@
-"""The tap: forward hooks that stay on a model and pass captures to whoever is running it.
+"""The tap: forward hooks that stay on a model and pass captures to the pass that is running.
 
 Hooks that are registered per request on a shared model race: each request's hooks see the other
 requests' activations. So a hook is installed once, stays, and asks a ContextVar which session, if
@@ -85,7 +85,7 @@ class _Session:
         self._calls[path, side] = call + 1
         for index in self._wanted.pop((path, side, call), ()):
             if self.refused is not None:
-                continue  # The pass goes on only because it may not end here.
+                continue  # The pass continues only because it may not end here.
             try:
                 self._take(index, value)
             except BaseException as error:
@@ -148,7 +148,7 @@ class Taps:
             for side, handle in _hook_program(path, program, partial(self._route, path)):
                 self._handles[path, side] = handle
         # torch runs these layers by a fused path that calls no submodule, unless one has a hook.
-        # A hook from the start keeps answers from depending on what was asked for before.
+        # A hook from the start keeps answers from depending on what was requested before.
         for path, submodule in self._modules.items():
             if isinstance(submodule, nn.TransformerEncoderLayer):
                 self.install(path, Capture.OUTPUT)
@@ -182,12 +182,12 @@ class Taps:
             x: The batch.
             points: What to capture; hooks are installed where they are missing.
             sink: Called at the moment of each capture.
-            to_end: Whether the pass goes on to its end; what the sink raises is raised there.
-            own_threads: Whether the model runs modules in threads of its own. No other pass of it
+            to_end: Whether the pass continues to its end; what the sink raises is raised there.
+            own_threads: Whether the model runs modules in its own threads. No other pass of it
                 may run meanwhile; see Note [A model's own threads].
 
         Raises:
-            ModelRunError: Where the pass ended without some capture.
+            ModelRunError: If the pass ended without some capture.
         """
         for point in points:
             self.install(point.path, point.capture)

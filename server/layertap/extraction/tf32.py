@@ -7,7 +7,7 @@ Note [TF32]
     an H100, folding batch norms into convolutions moved resnet50's values by up to 1e-3 of the
     largest magnitude, ten times what a compiled plan may differ in float32.
 
-    So the server turns TF32 off unless it is asked for. Where it is on, a compiled plan is compared
+    So the server turns TF32 off unless it is requested. Where it is on, a compiled plan is compared
     with the eager model within the tolerance of TF32 instead of float32's.
 
     PyTorch keeps the setting for the whole process, so all models of a server share it.

@@ -1,8 +1,8 @@
-"""What only running a model shows: the element type and the free dimensions of its input.
+"""Detects the element type and the free dimensions of a model's input by running the model.
 
 Note [Found by trying]
     A factory's module or a TorchScript file says nothing of its input, and the class of its first
-    layer says little: a text tower may begin with a parameter of its own, a tabular model with an
+    layer says little: a text tower may begin with its own parameter, a tabular model with an
     embedding of one column. So the model is run on random input: of one element type after the
     other until it runs, then with each dimension at half and at twice its size. What runs is taken.
     An input that was declared is not tried.
@@ -60,7 +60,7 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
     if guess is None and model.signature.main.dtype.is_floating_point:
         return model
     for program in programs(model.module).values():
-        # The first run decides for good what a program's calls are compiled to.
+        # The first run decides permanently what a program's calls are compiled to.
         instrument(program)
     guard = guard or PassGuard(model.module)
     if guess:
@@ -76,7 +76,7 @@ class _Run:
     """How a pass on random input went.
 
     Attributes:
-        error: What the model raised; None where it ran to its end.
+        error: What the model raised; None if it ran to its end.
         ids: Whether all of the input was looked up in a table of embeddings.
         differentiates: Whether gradients were turned on.
     """
@@ -196,7 +196,7 @@ def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
 
 
 def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...], guard: PassGuard) -> bool:
-    """Tell whether a model runs with the dimensions at half or at twice their size."""
+    """Return whether a model runs with the dimensions at half or at twice their size."""
     key, own = model.signature.key, model.signature.main.shape
     size = own[dims[0]]
     # Not at 1, which may pass for the right size where a tensor is broadcast.

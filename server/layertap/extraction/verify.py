@@ -1,4 +1,4 @@
-"""When an extractor's value counts as the oracle's."""
+"""Compares an extractor's values with the oracle's."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def compiled_tolerance(oracle: torch.Tensor) -> float:
 def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:
     """Return the largest error as a share of the oracle's largest magnitude.
 
-    Infinite where shape, dtype or the places of non-finite values differ; 0.0 where all is equal.
+    Infinite where shape, dtype or the places of non-finite values differ; 0.0 if all is equal.
     """
     if value.shape != oracle.shape or value.dtype != oracle.dtype:
         return float("inf")
@@ -65,7 +65,7 @@ def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:
 
 
 def mismatch(value: torch.Tensor, oracle: torch.Tensor, tolerance: float) -> str:
-    """Return in words how a value differs from the oracle's; empty where it is near enough.
+    """Return in words how a value differs from the oracle's; empty if it is close enough.
 
     Args:
         value: The value to judge.
@@ -100,7 +100,7 @@ def _pieces(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def same(value: torch.Tensor, oracle: torch.Tensor) -> bool:
-    """Tell whether two tensors are equal in shape, dtype and every element, NaN equal to NaN."""
+    """Return whether two tensors are equal in shape, dtype and every element, NaN equal to NaN."""
     if value.shape != oracle.shape or value.dtype != oracle.dtype:
         return False
     if torch.equal(value, oracle):

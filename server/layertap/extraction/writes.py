@@ -1,4 +1,4 @@
-"""Looking on while a model's Python code runs, line by line where it may write state.
+"""Watches a model's Python code run, line by line where it may write state.
 
 Note [Between two modules]
     Hooks see the moments at which modules are called. State that is written and taken back between
@@ -55,7 +55,7 @@ def each_line(look: Callable[[object], None]) -> Iterator[None]:
     Code of torch, of the standard library and of this package is left out.
 
     Args:
-        look: Given what the running code calls ``self``, None where it has none. It must not raise.
+        look: Given what the running code calls ``self``, None if it has none. It must not raise.
     """
     # By address, with the code kept alive: hashing code reads all of it.
     may_write: dict[int, tuple[bool, CodeType]] = {}
@@ -80,7 +80,7 @@ def each_line(look: Callable[[object], None]) -> Iterator[None]:
 
 
 def _made_for_us(frame: FrameType) -> bool:
-    """Tell whether it is generated code, such as that of a dataclass, that our own code calls."""
+    """Return whether it is generated code, such as that of a dataclass, that our own code calls."""
     caller = frame.f_back
     generated = frame.f_code.co_filename.startswith("<")
     return generated and caller is not None and caller.f_code.co_filename.startswith(_OURS)

@@ -1,4 +1,4 @@
-"""What one forward pass is given: a tensor for each input of the model."""
+"""The input of one forward pass: a tensor for each input of the model."""
 
 from __future__ import annotations
 

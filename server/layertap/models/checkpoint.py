@@ -1,4 +1,4 @@
-"""Which of the state dicts in a checkpoint belongs to a module, and under which names.
+"""Finds the state dict in a checkpoint that belongs to a module, and maps its names.
 
 Note [Which weights a file stands for]
     A training script saves more than a state dict: several of them, nested in dicts, under names
@@ -7,7 +7,7 @@ Note [Which weights a file stands for]
     * A state dict is taken as it is if its names are those of the module. So a model whose own
       names begin with ``module.`` or ``model.`` is not harmed.
     * Otherwise the names are tried without what wrappers add: ``module.`` (DataParallel,
-      DistributedDataParallel), ``module.`` beside ``n_averaged`` (AveragedModel), ``_orig_mod``
+      DistributedDataParallel), ``module.`` alongside ``n_averaged`` (AveragedModel), ``_orig_mod``
       (torch.compile), and the module's attribute in a checkpoint of PyTorch Lightning. A module
       that is itself wrapped by DataParallel or compiled takes the names of what it wraps.
     * Of raw and EMA weights that both fit, the EMA weights are taken, as timm's loader does, and
@@ -60,7 +60,7 @@ class Part:
 
     Attributes:
         path: The keys that lead to it; empty for a file that is a state dict.
-        state: Tensors, and whatever else stands beside them, by name.
+        state: Tensors, and whatever else stands next to them, by name.
     """
 
     path: tuple[str, ...]
@@ -84,8 +84,8 @@ def choose_part(checkpoint: Checkpoint, fits: Fits, key: str) -> Part:
         key: The ``weights_key``; empty to choose by the names.
 
     Raises:
-        WeightsUnavailableError: There is no state dict, none of several fits, several fit, or the
-            key leads nowhere.
+        WeightsUnavailableError: There is no state dict, none of several fits, several fit, or
+            the key leads nowhere.
     """
     lightning = _is_lightning(checkpoint.contents)
     if key:
@@ -105,7 +105,7 @@ def choose_part(checkpoint: Checkpoint, fits: Fits, key: str) -> Part:
         return averaged[0]
     choices = ", ".join(repr(part.key) for part in fitting)
     raise WeightsUnavailableError(
-        f"weights {checkpoint.path}: {len(fitting)} state dicts in it fit the model; say which is "
+        f"weights {checkpoint.path}: {len(fitting)} state dicts in it fit the model; select one "
         f"meant by weights_key (--weights-key), one of {choices}. The file holds "
         f"{held_in(checkpoint.contents)}"
     )
@@ -147,7 +147,7 @@ def held_in(contents: Any) -> str:
 
 
 def may_be_weights(key: object, value: Any) -> bool:
-    """Tell whether an entry of a checkpoint holds tensors, or is EMA weights in some other form."""
+    """Return whether an entry of a checkpoint holds tensors, or EMA weights in another form."""
     if isinstance(value, Mapping):
         return any(isinstance(each, torch.Tensor) for each in value.values())
     return bool(_EMA.search(str(key))) and isinstance(value, (list, tuple, StandIn))
@@ -203,7 +203,7 @@ def _fitting(part: Part, fits: Fits, *, lightning: bool) -> Part | None:
 def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
     bare = _without_transparent(part.state)
     # The module itself may be compiled, so its own names may have what torch.compile adds. Numbers
-    # and texts among the tensors, as an epoch, are no weights.
+    # and texts among the tensors, as an epoch, are not weights.
     for state in _distinct(part.state, bare, _tensors_of(bare)):
         yield state
         inner = state
@@ -260,7 +260,7 @@ def _below(state: State, prefix: str) -> State:
 
 
 def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
-    """Return the state under other names, with the versions that torch.save keeps beside it.
+    """Return the state under other names, with the versions that torch.save keeps next to it.
 
     Modules read these to convert what older versions of them saved.
     """
@@ -315,7 +315,7 @@ def _is_lightning(contents: Any) -> bool:
 
 
 def _is_plain(part: Part) -> bool:
-    """Tell whether a part's key is a usual one of raw weights."""
+    """Return whether a part's key is a usual one of raw weights."""
     return not part.path or part.path[-1] in (
         *("state_dict", "model", "model_state_dict", "net", "network", "params", "weights"),
     )

@@ -1,4 +1,4 @@
-"""Which files a path given as ``weights`` stands for, and what they hold."""
+"""Finds and reads the files that a path given as ``weights`` refers to."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_di
 
 _NAMED = 12
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
-# Files of these names stand in folders that Hugging Face, timm or open_clip saved, beside the
+# Files of these names stand in folders that Hugging Face, timm or open_clip saved, alongside the
 # configuration. Beside other names a config.json may be anybody's.
 _PUBLISHED = ("model.", "pytorch_model.", "open_clip_", "diffusion_pytorch_model.")
-# What a folder is asked for, in the order in which Hugging Face's own loader looks.
+# The files looked for in a folder, in the order in which Hugging Face's own loader looks.
 _PREFERRED = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
@@ -65,7 +65,7 @@ def read_checkpoint(path: str) -> Checkpoint:
 
     Args:
         path: A file of safetensors or torch.save, an index file (``*.index.json``) with the shards
-            beside it, or a folder that holds one of these.
+            next to it, or a folder that holds one of these.
 
     Raises:
         WeightsUnavailableError: There is no such file, it can't be read, or a shard is missing.
@@ -88,7 +88,7 @@ def read_checkpoint(path: str) -> Checkpoint:
 def files_of_weights(path: str) -> tuple[Path, ...]:
     """Return the files that a path given as weights is read from, as far as they can be told.
 
-    They are the weights file, or the index and its shards, and the configuration beside them.
+    They are the weights file, or the index and its shards, and the configuration next to them.
     """
     folder = config_folder(path)
     config = () if folder is None else tuple(folder / name for name in CONFIG_FILES)
@@ -175,7 +175,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return each tensor's shard. The shards are files beside the index, never elsewhere."""
+    """Return each tensor's shard. The shards are files next to the index, never elsewhere."""
     try:
         content = json.loads(index.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Models that a function of the user's builds: ``package.module:function``."""
+"""Models built by a user's function: ``package.module:function``."""
 
 from __future__ import annotations
 

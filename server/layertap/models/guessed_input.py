@@ -1,4 +1,4 @@
-"""The input of a module that comes with no description of it."""
+"""The input of a module that has no description of its input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def guess_input(module: nn.Module, spec: ModelSpec) -> InputSpec:
     if shape is None:
         if first is None or kind != "Conv2d":
             raise ModelLoadError(
-                f"item shape of {spec.name}: it can't be told from the model; give the sizes of "
+                f"item shape of {spec.name}: it can't be derived from the model; give the sizes of "
                 "one item without the batch, such as --item-shape 3,224,224"
             )
         shape = (_in_channels(first), *_IMAGE)

@@ -1,4 +1,4 @@
-"""Image preprocessing that a model or its checkpoint describes in its own configuration."""
+"""Reads the image preprocessing from the configuration of a model or checkpoint."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ImageConfig:
     assumed: tuple[str, ...] = ()
 
     def preprocess(self, item: tuple[int, ...]) -> Preprocess | None:
-        """Return the preprocessing for items of such sizes; None where they are no images."""
+        """Return the preprocessing for items of such sizes; None if they are not images."""
         if len(item) != 3:
             return None
         steps = self.steps(*item[1:])
@@ -106,7 +106,7 @@ def config_of_folder(folder: Path) -> ImageConfig | None:
     """Return what the files of a checkpoint's folder say of images; None if nothing.
 
     Read are ``preprocessor_config.json`` (Hugging Face), ``config.json`` with timm's
-    ``pretrained_cfg``, and ``open_clip_config.json``. A file that can't be read, or that asks for
+    ``pretrained_cfg``, and ``open_clip_config.json``. A file that can't be read, or that needs
     steps which layertap doesn't do, is logged and left out.
     """
     readers = (_of_hugging_face, _of_timm_hub, _of_open_clip_hub)
@@ -163,7 +163,7 @@ def _of_open_clip(config: Mapping[str, Any], origin: str) -> ImageConfig:
 
 
 def _of_hugging_face(config: Mapping[str, Any], origin: str) -> ImageConfig | None:
-    """Return what a Hugging Face image processor does; None where it is no image processor.
+    """Return what a Hugging Face image processor does; None if it is not an image processor.
 
     Raises:
         ValueError: For a step that layertap doesn't do.
@@ -238,7 +238,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    """Return a configuration's numbers; empty where they are none."""
+    """Return a configuration's numbers; empty if they are none."""
     try:
         numbers = tuple(map(float, values))
     except (TypeError, ValueError):

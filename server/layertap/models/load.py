@@ -1,4 +1,4 @@
-"""From a spec to a model that is ready to run."""
+"""Loads a model from its spec."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _input_name(spec: ModelSpec, module: nn.Module) -> str:
     """Return the name of the only argument that a module's ``forward`` needs, or of its first one.
 
     Raises:
-        ModelLoadError: Where it needs several.
+        ModelLoadError: If it needs several.
     """
     if isinstance(module, torch.jit.ScriptModule):
         method: Any = module.forward
@@ -151,7 +151,7 @@ def _input_name(spec: ModelSpec, module: nn.Module) -> str:
 
 
 def _beside_weights(weights: str) -> ImageConfig | None:
-    """Return what the configuration beside a checkpoint says of images; None if there is none."""
+    """Return the image settings in a checkpoint's configuration file; None if there are none."""
     folder = config_folder(weights)
     return None if folder is None else config_of_folder(folder)
 
@@ -159,7 +159,7 @@ def _beside_weights(weights: str) -> ImageConfig | None:
 def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> Built:
     """Return the built model with its image preprocessing, and the item that this makes.
 
-    What the spec says wins over the model's code, that over the configuration beside the weights,
+    What the spec says wins over the model's code, that over the configuration next to the weights,
     and that over what the source knows of the model.
     """
     takes, known = built.input, built.preprocess

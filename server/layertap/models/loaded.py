@@ -1,4 +1,4 @@
-"""What loading gives: a module in eval mode on its device, and what it takes."""
+"""A loaded model: a module in eval mode on its device, and its inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Built:
 
     Attributes:
         preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
-            over a configuration beside its weights.
+            over a configuration alongside its weights.
     """
 
     module: nn.Module
@@ -49,7 +49,7 @@ class LoadedModel:
         module: In eval mode, without gradients, on ``device``.
         device: Where the module is and its input must be.
         signature: The tensors it takes.
-        preprocess: Makes an item of the first input of an image; None where the model takes no
+        preprocess: Makes an item of the first input of an image; None if the model takes no
             images.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.

@@ -1,4 +1,4 @@
-"""From an encoded image to the tensor that a model takes."""
+"""Converts an encoded image to a model's input tensor."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Preprocess:
         exif_orientation: Whether the picture is turned as its EXIF orientation says.
         origin: Where the steps come from, such as ``"timm's configuration"``; shown to clients.
         assumed: The steps that nothing says and that were assumed, by their names in ``[[models]]``
-            (``"image_mean"``); empty where all are known.
+            (``"image_mean"``); empty if all are known.
     """
 
     steps: Steps | CustomTransform
@@ -54,7 +54,7 @@ class Preprocess:
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """``(C, H, W)`` of what it makes of any image; None where that depends on the image."""
+        """``(C, H, W)`` of what it makes of any image; None if that depends on the image."""
         if not isinstance(self.steps, Steps):
             return None
         exact = self.steps.resize if self.steps.resize_mode is ResizeMode.EXACT else ()
@@ -119,7 +119,7 @@ class Preprocess:
         words = [f"EXIF orientation{turn} applied", color, *self.steps.describe()]
         notes = [self.origin] if self.origin else []
         if self.assumed:
-            notes.append(f"assumed, as nothing says it: {', '.join(self.assumed)}")
+            notes.append(f"defaults, as nothing specifies them: {', '.join(self.assumed)}")
         return ", ".join(words) + (f"; {'; '.join(notes)}" if notes else "")
 
 
@@ -139,7 +139,7 @@ def choose_preprocess(
         model: Its name, for messages.
 
     Returns:
-        None where the model's input is no image of one or three channels, and nothing is set.
+        None if the model's input is not an image of one or three channels, and nothing is set.
 
     Raises:
         ConfigError: The settings don't fit the model's input or its own preprocessing.
@@ -185,7 +185,7 @@ def fitted(preprocess: Preprocess, takes: InputSpec, model: str) -> Preprocess |
     """Return a preprocessing that fits an input which was found by running the model.
 
     Returns:
-        None where it was assumed and the input turned out to be no image.
+        None if it was assumed and the input turned out to be no image.
 
     Raises:
         ConfigError: What is set or known doesn't fit the input.
@@ -254,7 +254,7 @@ def _still_assumed(known: Preprocess | None, settings: ImageSettings) -> tuple[s
 def _origin(known: Preprocess | None, settings: ImageSettings) -> str:
     parts = [known.origin] if known is not None and known.origin else []
     if settings.given:
-        parts.append(f"set by the server's owner: {', '.join(settings.given)}")
+        parts.append(f"set in the server's configuration: {', '.join(settings.given)}")
     return "; ".join(parts)
 
 
@@ -284,7 +284,7 @@ def _check_size(chosen: Preprocess, takes: InputSpec, model: str) -> None:
         name = "image_crop" if cropped else "image_resize"
         raise ConfigError(
             f"{name} of {model}: got {_by(made[1:])} (height x width), but the model takes "
-            f"{takes.pattern}, such as {list(takes.batch_shape(1))}; give it another item shape, "
+            f"{takes.pattern}, such as {list(takes.batch_shape(1))}; set another item shape, "
             f"or another size here"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Seeded construction that leaves the process's random numbers as they were."""
+"""Builds modules with a seed, without changing the process's random number generators."""
 
 from __future__ import annotations
 

@@ -59,9 +59,9 @@ class InputSpec:
             ``(1, 2)`` for images of any height and width. The others are fixed.
         dtype: The element type that the model computes with.
         also: Element types that are converted to it.
-        guess: What of all that is to be found by running the module; None where the source knows
+        guess: What of all that is to be found by running the module; None if the source knows
             the module well.
-        ids: The range of integers with which the module was found to run; None where the input is
+        ids: The range of integers with which the module was found to run; None if the input is
             no integers, or only 0 and 1 are known to be taken.
         name: What requests call it: the name of the argument of the module's ``forward``.
     """

@@ -1,4 +1,4 @@
-"""Objects beside the weights of a checkpoint, read without importing or running their code."""
+"""Placeholders for other objects in a checkpoint, read without importing or running their code."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def load_pickled(file: Path) -> Any:
     """Load a ``torch.save`` file onto the CPU, by torch's weights-only unpickler.
 
     That unpickler builds tensors and plain containers only and refuses a file with any other class.
-    Training scripts save settings and counters beside the weights, as objects of such classes. Each
-    of these classes is stood in for by one that does nothing, so the weights can be read: no code
-    that the file names is imported or run.
+    Training scripts save settings and counters next to the weights, as objects of such classes.
+    Each of these classes is stood in for by one that does nothing, so the weights can be read: no
+    code that the file names is imported or run.
 
     Raises:
         Exception: whatever torch's unpickler trips over.

@@ -83,7 +83,7 @@ class Steps:
 
         Args:
             image: The decoded image.
-            index: The image's place in the request, for errors; None for an image of our own.
+            index: The image's place in the request, for errors; None for our own image.
 
         Raises:
             InvalidInputError: the image is so narrow that resizing it would make a huge one.

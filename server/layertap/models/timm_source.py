@@ -71,7 +71,7 @@ def build_timm(spec: ModelSpec) -> Built:
 
 def _timm() -> Any:
     try:
-        # Optional, and slow to import: only a model of its own pays for it.
+        # Optional, and slow to import: only its own model pays for it.
         import timm  # noqa: PLC0415
         import timm.data  # noqa: PLC0415
     except ImportError as error:
@@ -82,7 +82,7 @@ def _timm() -> Any:
 
 
 def _weighted(timm: Any, spec: ModelSpec) -> tuple[nn.Module, str, dict[str, Any]]:
-    """Return the module, what clients read of its weights, and settings of its images beside them.
+    """Return the module, what clients read of its weights, and settings of its images next to them.
 
     A checkpoint of timm's training script holds the script's arguments, by which it resolved the
     preprocessing of its own evaluation.
@@ -130,7 +130,7 @@ def _pretrained(timm: Any, name: str, size: dict[str, Any]) -> nn.Module:
         module: nn.Module = timm.create_model(name, pretrained=True, **size)
     except Exception as error:
         raise WeightsUnavailableError(
-            f"weights of timm:{name} can't be had ({type(error).__name__}); connect this machine, "
-            f"or give a state dict with --weights PATH, or 'random'"
+            f"weights of timm:{name} can't be downloaded ({type(error).__name__}); check the "
+            f"network, or give a state dict with --weights PATH, or 'random'"
         ) from error
     return module

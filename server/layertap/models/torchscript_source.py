@@ -23,7 +23,7 @@ def build_torchscript(spec: ModelSpec) -> Built:
     Raises:
         ModelLoadError: there is no such file, it is no TorchScript archive, or its input shape
             can't be told.
-        WeightsUnavailableError: the spec asks for other weights than the file's.
+        WeightsUnavailableError: the spec requests other weights than the file's.
     """
     path = Path(spec.target)
     _refuse_weights(path.name, spec.weights)

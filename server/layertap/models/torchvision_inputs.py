@@ -1,4 +1,4 @@
-"""What a torchvision model takes: the tensor, and how an image becomes one."""
+"""The inputs of torchvision models: the tensor, and the preprocessing of images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def input_spec(
 def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:
     """Return the preprocessing of the member's transforms, cropping to the default item.
 
-    None for video models: an image is no clip.
+    None for video models: an image is not a clip.
     """
     if family is Family.VIDEO:
         return None

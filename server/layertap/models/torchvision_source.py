@@ -1,4 +1,4 @@
-"""Models that torchvision builds, with its weights, a state dict of one's own, or random ones."""
+"""Models built by torchvision, with its weights, a user's state dict, or random weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _ZERO_EPSILON = frozenset(
 
 
 def build_torchvision(spec: ModelSpec) -> Built:
-    """Build the model on the CPU and give it the weights that the spec asks for.
+    """Build the model on the CPU and give it the weights that the spec requests.
 
     Raises:
         ModelLoadError: torchvision has no such model, or layertap can't serve it.
@@ -124,7 +124,7 @@ def _unavailable(
     if was_cached:
         return WeightsUnavailableError(
             f"weights {member}: the file {cached} can't be loaded ({reason}); delete it, so that "
-            "it is downloaded anew, or use --weights PATH or --weights random"
+            "it is downloaded again, or use --weights PATH or --weights random"
         )
     return WeightsUnavailableError(
         f"weights {member} can't be downloaded ({reason}). Where there is a network: "

@@ -1,4 +1,4 @@
-"""Weights of a checkpoint, loaded into a module with every difference named."""
+"""Loads a checkpoint's weights into a module; errors name every difference."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _check_values(
     ]
     if wrong:
         raise _mismatch(origin, [("shapes differ", wrong)])
-    # Loading would convert them, and quantised weights are no numbers until they are scaled.
+    # Loading would convert them, and quantised weights are not numbers until they are scaled.
     wrong = [
         f"{key} is {given.dtype}, the model has {value.dtype}"
         for key, given, value in pairs
@@ -173,7 +173,7 @@ def _tied(own: State) -> dict[str, frozenset[str]]:
 
 
 def _is_missed(name: str, state: State, tied: Mapping[str, frozenset[str]]) -> bool:
-    """Tell whether a name that a file lacks leaves a tensor of the module without its value."""
+    """Return whether a name that a file lacks leaves a tensor of the module without its value."""
     # The counter steers training only, and files from before torch 0.4.1 lack it.
     return not name.endswith("num_batches_tracked") and not any(
         other in state for other in tied.get(name, ())
@@ -191,7 +191,7 @@ def _aliased(state: State, own: State, aliases: Mapping[str, str]) -> State:
 
 
 def _is_one_of_several(checkpoint: Checkpoint, part: Part) -> bool:
-    """Tell whether a file holds other weights, or what may be such, beside the chosen ones."""
+    """Return whether a file holds other weights, or what may be such, alongside the chosen ones."""
     contents = checkpoint.contents
     for key in part.path:
         if any(other != key and may_be_weights(other, contents[other]) for other in contents):

@@ -1,1 +1,1 @@
-"""The servicers: convert, engine, convert; and the one map of errors to status codes."""
+"""The servicers: they convert messages, call the engine, and map errors to status codes."""

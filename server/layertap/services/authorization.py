@@ -62,7 +62,7 @@ class Authorization(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no
 
 
 def _bearer(metadata: Any) -> str:
-    """Return the token of the metadata; empty where there is none, or more than one."""
+    """Return the token of the metadata; empty if there is none, or more than one."""
     values = [value for key, value in metadata or () if key == _KEY]
     if len(values) != 1 or not isinstance(values[0], str):
         return ""

@@ -1,4 +1,4 @@
-"""Compressed replies, for calls that ask for them."""
+"""Compresses replies for calls that request it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ALGORITHMS = dict(
 
 
 def compress_replies(context: grpc.ServicerContext) -> None:
-    """Have gRPC compress the replies of a call if its metadata asks for it.
+    """Have gRPC compress the replies of a call if its metadata requests it.
 
     All gRPC clients report that they can decompress, so that alone is no reason to spend the time.
     Call this before anything is sent.

@@ -1,4 +1,4 @@
-"""Between protobuf messages and the engine's own types, both ways."""
+"""Converts between protobuf messages and the engine's own types."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class Converter:
 
         Raises:
             InvalidInputError: As ``request_from_proto``, and for bytes outside of shared memory.
-            OverloadedError: Where the copy would be over the limit.
-            SharedMemoryLostError: Where the shared memory that it names is not lent to it.
+            OverloadedError: If the copy would be over the limit.
+            SharedMemoryLostError: If the shared memory that it names is not lent to it.
         """
         memory = SessionMemory.find(self.memory, request.shared_memory_session)
         views: list[TensorView] = []

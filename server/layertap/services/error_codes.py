@@ -1,4 +1,4 @@
-"""The kind of failure that each error is, whatever protocol reports it.
+"""Maps each error to a code that is independent of the protocol.
 
 Each transport has one map from these codes to its own: ``layertap.services.status`` for gRPC.
 """

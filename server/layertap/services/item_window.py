@@ -102,7 +102,7 @@ class ItemWindow(ABC):
 
     @abstractmethod
     def _pop(self) -> Answer | None:
-        """Take the next answer that may be sent out of the window; None where there is none yet.
+        """Take the next answer that may be sent out of the window; None if there is none yet.
 
         Called with the lock held, as ``_clear`` is.
         """
@@ -154,7 +154,7 @@ class UnorderedWindow(ItemWindow):
             if self._ended:
                 raise _again(self._fault or CancelledError("the stream has ended"))
             if number in self._calls:
-                raise InvalidInputError(f"id: got {number}, which an item in flight has already")
+                raise InvalidInputError(f"id: got {number}, which another item in flight has")
             self._calls[number] = call
             self._taken += 1
 

@@ -1,21 +1,20 @@
-"""Refuses extractions that a full server can't take, cheaply and no faster than it can afford.
+"""Rejects extractions when the server is full, cheaply and at a limited rate.
 
 Note [A retry storm]
-    A call that is refused costs the server about as much as one that is admitted, except for the
-    forward pass: gRPC reads its message, a thread parses it. 256 callers that ask again at once
-    were refused 1,300 times a second, which took the cores from the forward passes: 11 answers a
-    second, where 8 callers got 40. Three things keep the cores for those that are admitted:
+    A rejected call costs the server about as much as an admitted one, except for the forward pass:
+    gRPC reads its message, and a thread parses it. 256 callers that retried at once were rejected
+    1,300 times per second. This took CPU time from the forward passes: they got 11 answers per
+    second, while 8 callers got 40. Three measures protect the admitted calls:
 
-    - A call is refused before its message is read if as many as allowed are already being
-      received, waiting or running. What the client has sent of it stays unread.
-    - A few refusals a second are sent at once, so that a caller who was merely unlucky can ask
-      another server. Above that a refusal is held back for a while. A caller that waits for its
-      refusal can't ask again meanwhile, so a storm is as fast as the server lets it be. A call
-      that is held has no thread and no place among the pending ones. Where the queue has run half
-      empty meanwhile, each call that ends lets two held ones go, so that nobody waits for a second
-      beside an idle server.
-    - A refusal says when to come again (``grpc-retry-pushback-ms``, gRFC A6), at a time of its own
-      for each call, so that those who obey it don't come back together.
+    - A call is rejected before its message is read if as many as allowed are already being
+      received, waiting or running. The data that the client has sent stays unread.
+    - A few rejections per second are sent at once, so that an occasional rejected caller can try
+      another server. Further rejections are delayed. A caller can't retry while it waits for its
+      rejection, so the server controls the rate of retries. A delayed call has no thread and does
+      not count as pending. Once the queue is half empty, each call that ends releases two delayed
+      rejections, so that no caller waits for an idle server.
+    - A rejection says when to retry (``grpc-retry-pushback-ms``, gRFC A6), with a random time for
+      each call, so that callers that respect it don't retry together.
 """
 
 from __future__ import annotations
@@ -223,7 +222,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         )
 
     def _begin(self) -> int | None:
-        """Take a place for a call that is to be received; return None where there is none."""
+        """Take a place for a call that is to be received; return None if there is none."""
         now = self._clock()
         with self._lock:
             while self._awaited and next(iter(self._awaited.values())) < now:

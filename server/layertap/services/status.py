@@ -61,17 +61,19 @@ def public_error(error: Exception, *, to_owner: bool = False) -> errors.Layertap
     request_id = request.id if request else "an unnamed request"
     if isinstance(error, _PRIVATE) and not to_owner:
         _log.error("request %s failed: %s", request_id, error)
-        return type(error)(f"the server could not do it; its log has the reason as {request_id}")
+        return type(error)(
+            f"the request failed on the server; see its log for request {request_id}"
+        )
     if isinstance(error, errors.LayertapError):
         text = str(error)
         short = _short(text)
         return error if short == text else _with_text(error, short)
     if isinstance(error, MemoryError):  # It may be gone when less is going on.
         _log.warning("request %s failed: out of memory", request_id)
-        text = "the server is out of memory; try again later, or ask for less"
+        text = "the server is out of memory; try again later, or request less"
         return errors.OverloadedError(text)
     _log.exception("request %s failed", request_id)
-    return errors.InternalError(f"internal error; the server's log has it as {request_id}")
+    return errors.InternalError(f"internal error; see the server's log for request {request_id}")
 
 
 def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
@@ -123,7 +125,7 @@ def _with_text(error: errors.LayertapError, text: str) -> errors.LayertapError:
 
 
 def _short(text: str) -> str:
-    """Return as much of a text as travels."""
+    """Return a text, shortened to the limit for error messages."""
     encoded = text.encode("utf-8", "replace")
     if len(encoded) <= _TEXT_BYTES:
         return text

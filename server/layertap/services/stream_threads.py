@@ -31,7 +31,7 @@ ITEM_THREADS = 32
 Take = Callable[[bytes, float | None], Callable[[], object] | None]
 """Takes an item's message, and the seconds that its stream has left, into the stream's window.
 
-Called in the order of the messages; returns what answers the item, in any thread, or None where
+Called in the order of the messages; returns what answers the item, in any thread, or None if
 there is nothing more to do.
 """
 
@@ -70,7 +70,7 @@ class StreamThreads:
             context: Its RPC.
 
         Raises:
-            LayertapError: Where the stream may not begin, or can't go on.
+            LayertapError: If the stream may not begin, or can't continue.
         """
         with self._streams.opened(window):
             # False: the stream has ended already, and gRPC will not call back any more.
@@ -80,7 +80,7 @@ class StreamThreads:
             # the reader when the stream ends.
             read = partial(copy_context().run, self._read, window, take, messages, context)
             if self._readers.submit_if_free(read) is None:
-                raise OverloadedError("no thread is left to read another stream; try again later")
+                raise OverloadedError("no thread is free to read another stream; try again later")
             yield from window.replies()
 
     def _read(

@@ -1,4 +1,4 @@
-"""Which bearer token has which right."""
+"""The rights of bearer tokens."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Tokens:
         if set(extract) & set(admin):
             raise ConfigError(
                 f"{ADMIN_KEY}: {self._admin_file}: a token of it is in {self._extract_file} too; "
-                f"admin tokens may extract anyway, and others must not administrate"
+                f"admin tokens may also extract, and extract tokens must not allow administration"
             )
         return _Known(
             tuple((_digest(token), Right.EXTRACT) for token in extract)

@@ -1,4 +1,4 @@
-"""How a setting is declared, once, and what is made of the declaration.
+"""Declarations of settings, and the checks and texts derived from them.
 
 A setting is a field of a frozen dataclass whose annotation says everything else about it:
 
@@ -54,7 +54,7 @@ class Definition:
     """A setting of a dataclass, everything filled in.
 
     Attributes:
-        path: The field, behind the fields of the dataclasses that it is nested in.
+        path: The field, after the fields of the dataclasses that it is nested in.
         key: Its key in the configuration file.
         flag: Its flag, such as ``--port``; empty for none.
         setting: What was declared.
@@ -79,7 +79,7 @@ class Definition:
 
     @property
     def default_text(self) -> str:
-        """The default as documentation shows it; empty where there is none to show."""
+        """The default as documentation shows it; empty if there is none to show."""
         if self.setting.default:
             return self.setting.default
         if self.required or self.default is None or self.default in ("", ()):
@@ -91,7 +91,7 @@ class Definition:
         return f"{text}, or less where memory is short" if self.setting.memory_share else text
 
     def value_in(self, owner: object) -> Any:
-        """Return the raw value that an object has for it; None where it has none."""
+        """Return the raw value that an object has for it; None if it has none."""
         value = functools.reduce(getattr, self.path, owner)
         return None if value is None else self.kind.to_raw(value)
 

@@ -1,4 +1,4 @@
-"""What a user sets about a model's image preprocessing."""
+"""The user's settings for a model's image preprocessing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may ask for at most."""
+"""The limits of a request."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Limits:
     pending: Annotated[
         int,
         Setting(
-            "Requests that wait for a compute thread or run on one; one more is refused.",
+            "Requests that wait for a compute thread or run on one; one more is rejected.",
             kinds.COUNT,
             flag=NO_FLAG,
         ),

@@ -1,4 +1,4 @@
-"""What to load, as the user wrote it: a source, its weights and a name."""
+"""The user's specification of a model: a source, its weights and a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which texts in settings name files, and where those are."""
+"""Resolves settings that name files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a server listens, what it runs on and whom it lets in."""
+"""The settings of a server: its addresses, device, security and logs."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class ValueKind:
         choices: The valid values, where there are only a few.
         is_path: Whether the value names a file or folder, which a configuration file names relative
             to itself.
-        words: Values that are no paths although the others are, such as ``"off"``.
+        words: Values that are not paths although the others are, such as ``"off"``.
     """
 
     raw: Any

@@ -89,13 +89,15 @@ class Broker:
         with self._lock:
             self._tickets = {key: end for key, end in self._tickets.items() if end > now}
             if len(self._tickets) >= _TICKETS:
-                raise OverloadedError(f"{_TICKETS} clients are about to share memory, the most")
+                raise OverloadedError(
+                    f"{_TICKETS} clients have unused tickets for shared memory, the most allowed"
+                )
             ticket = secrets.token_bytes(16)
             self._tickets[ticket] = now + _TICKET_SECONDS
         return ticket
 
     def close(self) -> None:
-        """End all sessions; clients may go on reading what they were lent."""
+        """End all sessions; clients may continue reading what they were lent."""
         if self._closed:
             return
         self._closed = True
@@ -168,7 +170,7 @@ class Broker:
             self._end(connection, End.RETIRE)
 
     def _take(self, connection: _Connection, data: bytes) -> bool:
-        """Do what a packet asks for; return False for a packet that is not allowed."""
+        """Do what a packet requests; return False for a packet that is not allowed."""
         try:
             packet = Packet.unpack(data)
             if connection.session is None:
@@ -274,7 +276,7 @@ def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
     try:
         return Broker(SharedMemory(limit_bytes, lease_seconds))
     except OSError as error:  # Sockets or anonymous files are forbidden, as in some sandboxes.
-        _log.warning("there is no shared memory: %s", error)
+        _log.warning("shared memory is not available: %s", error)
         return None
 
 

@@ -82,7 +82,7 @@ class _PrivateMap(mmap.mmap):
 
 
 class _Lease:
-    """One lease of a reply region: the array behind all views of it."""
+    """One lease of a reply region: the array after all views of it."""
 
     def __init__(self, mapped: _Mapped, released: Callable[[], None]) -> None:
         self._mapped = mapped

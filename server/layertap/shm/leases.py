@@ -93,7 +93,7 @@ class Loan:
 
     Attributes:
         buffer: The region's memory, writable.
-        nbytes: The bytes that were asked for.
+        nbytes: The bytes that were requested.
         region: The region's number.
         generation: The generation of this lease.
     """

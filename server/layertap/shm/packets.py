@@ -6,7 +6,7 @@
 | 2 WELCOME | version, 1 | 0 | session | session | server | the session's id, for requests |
 | 3 REGION | 1 reply, 2 input | 0 | number | bytes | server | a new one, with its descriptor |
 | 4 RETURN | 0 | 0 | number | generation | client | ends a lease |
-| 5 BORROW | 0 | 0 | bytes | 0 | client | asks for an input region of that size |
+| 5 BORROW | 0 | 0 | bytes | 0 | client | requests an input region of that size |
 | 6 LENT | 0 | 0 | number | generation | server | the input region that is lent; 0, 0 for none |
 | 7 FORGET | 0 | 0 | number | generation | server | not used again: unmap it and RETURN it |
 

@@ -2,7 +2,7 @@
 
 Note [Nobody's arrays change]
     Nothing writes to a region while it is lent. It is reused once its client has returned it or has
-    left. If the lease time passes, or the server ends a session of its own accord, the client may
+    left. If the lease time passes, or the server ends the session itself, the client may
     still read the region, so the server closes it and never reuses it; its bytes count against the
     limit and the client's share until the client returns it or leaves. While one of the server's
     threads copies bytes, the end of that lease waits for it.
@@ -100,7 +100,7 @@ class SessionMemory:
         return cls(memory, session) if session else None
 
     def lend(self, nbytes: int) -> Loan | None:
-        """Return where to write a reply of ``nbytes`` bytes; None where it has to be sent."""
+        """Return where to write a reply of ``nbytes`` bytes; None if it has to be sent."""
         return self.memory.lend(self.session, nbytes) if nbytes >= self.least else None
 
 

@@ -1,1 +1,1 @@
-"""Bytes: the dtype table and messages with tensors, written and read in place."""
+"""The wire format: the dtype table, and messages with tensors, read and written in place."""

@@ -1,4 +1,4 @@
-"""The codec and malloc: the C++ extension, or its plain-Python twin where that was not built."""
+"""The codec and malloc: the C++ extension, or plain Python if the extension was not built."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ except ImportError as error:
     """Whether the C++ extension does the work."""
 
     warnings.warn(
-        f"the C++ extension is not there ({error}); "
-        f"plain Python encodes and decodes instead, slower and under the GIL",
+        f"the C++ extension is missing ({error}); "
+        f"plain Python encodes and decodes instead, more slowly and holding the GIL",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""Between the protocol's enums and their Python twins, which have the same names."""
+"""Converts between the protocol's enums and Python enums with the same names."""
 
 from __future__ import annotations
 

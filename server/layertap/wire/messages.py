@@ -45,7 +45,7 @@ ERROR_IMAGE_METADATA_KEY = "layertap-error-image"
 """Trailing metadata with the index of the image that an error is about."""
 
 REPLY_COMPRESSION_KEY = "layertap-reply-compression"
-"""Metadata of a call that asks for a compressed reply."""
+"""Metadata of a call that requests a compressed reply."""
 
 REPLY_COMPRESSIONS = ("none", "gzip", "deflate")
 """What it may say."""
@@ -101,7 +101,7 @@ def encode_request(
     Args:
         request: The request without them; changed by this.
         inputs: The input tensors.
-        places: For each of them, where its elements stand in shared memory; None where they are
+        places: For each of them, where its elements stand in shared memory; None if they are
             sent in the message. Empty if all of them are sent.
 
     Raises:
@@ -130,7 +130,7 @@ def decode_reply(
 
     Args:
         message: The whole message.
-        find: Finds tensors in shared memory; None where none was asked for.
+        find: Finds tensors in shared memory; None if none was requested.
 
     Raises:
         DecodeError: For bytes that are no well-formed response.
@@ -151,7 +151,7 @@ def found(tensors: Sequence[TensorView | SharedTensor], find: Find | None) -> li
         if isinstance(tensor, TensorView):
             views.append(tensor)
         elif find is None:
-            raise DecodeError("reply: got a tensor in shared memory, which was not asked for")
+            raise DecodeError("reply: got a tensor in shared memory, which was not requested")
         else:
             views.append(find(tensor))
     return views

@@ -48,7 +48,7 @@ def decode_stream_request(
 def id_of(message: bytes) -> int:
     """Return the id of an ExtractStreamRequest one of whose tensors contradicts itself.
 
-    Only what is no input is parsed: a request that was refused because its parts would cost the
+    Only what is not an input is parsed: a request that was refused because its parts would cost the
     parser dearly is not to cost it now.
 
     Raises:

@@ -1,7 +1,7 @@
 """Tensors in messages: numpy arrays in, read-only views of the received bytes out.
 
 Where a tensor's elements stand in shared memory the message has a SharedSlice in their place, and
-whoever knows the memory makes a view of it.
+anyone who knows the memory makes a view of it.
 """
 
 from __future__ import annotations

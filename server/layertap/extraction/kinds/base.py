@@ -59,7 +59,7 @@ class Verdict:
     """Whether a kind serves a value.
 
     Attributes:
-        reason: Why not, as a clause behind "X can't serve the layer: "; empty if it serves it.
+        reason: Why not, as a clause after "X can't serve the layer: "; empty if it serves it.
     """
 
     reason: str = ""
@@ -73,7 +73,7 @@ class BuildContext:
         model: The model.
         taps: Its taps.
         guard: Its guard, to be held in each pass of the model.
-        graph: The node names of its symbolic graph; None where it has none.
+        graph: The node names of its symbolic graph; None if it has none.
     """
 
     model: LoadedModel
@@ -167,13 +167,13 @@ class ExtractorKind(ABC):
         if point.kind is PointKind.NODE and not self.nodes:
             return Verdict("it is a node of the symbolic graph, not a module")
         if point.member and not self.members:
-            return Verdict("it takes plain tensors only, not members of a container")
+            return Verdict("it captures plain tensors only, not members of a container")
         if self.reference:
             return Verdict()
         if point in found.random:
             return Verdict(RANDOM)
         if point.kind is PointKind.MODULE and point.path in found.varying:
-            return Verdict("the module runs for some inputs only")
+            return Verdict("the module runs only for some inputs")
         return Verdict(SOMETIMES if point in found.sometimes else self.obstacle(point, found))
 
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
@@ -245,12 +245,12 @@ class CompiledKind(ExtractorKind, Generic[P]):
         if found.model.takes_list:
             return "the model takes a list of images, not a tensor"
         if isinstance(module, torch.jit.ScriptModule):
-            return "the model is a TorchScript program already, and runs as one under HOOK"
+            return "the model is already a TorchScript program, which HOOK runs unchanged"
         inner = next(iter(programs(module)), "")
         if inner:
             return f"a part of the model, {inner!r}, is a TorchScript program already"
         if found.model.differentiates:
-            return "the model differentiates in its forward pass, which a trace does not record"
+            return "the model computes gradients in its forward pass, which a trace does not record"
         return found.rules.uncompiled
 
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
@@ -327,7 +327,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """
 
     def may_end_the_process(self, program: P) -> bool:
-        """Tell whether a program has native code that could end the process; ``run_apart`` if so.
+        """Return whether a program has native code that could end the process; ``run_apart`` if so.
 
         See Note [Unchecked operations] in ``apart``.
         """
@@ -337,7 +337,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
     def run_apart(
         self, program: P, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
-        """Run a program in a process of its own, in steps; return its values for each batch.
+        """Run a program in its own process, in steps; return its values for each batch.
 
         Raises:
             ProgramEndedError: The program raised, ended the process or took too long.

@@ -52,9 +52,9 @@ class WalkKind(DirectKind):
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
         """See ExtractorKind."""
         if not point.path:
-            return "a walk over children has the children's values, not the model's own result"
+            return "calling the children gives the children's values, not the model's own result"
         if point.call:
-            return "a walk over children calls each child once"
+            return "each child is called only once"
         if point.path not in found.walk:
             return f"{point.path!r} is not a top-level child of the model"
         if found.walk[point.path]:

@@ -1,4 +1,4 @@
-"""FX: the symbolic graph, cut behind the last value that is wanted.
+"""FX: the symbolic graph, cut after the last value that is wanted.
 
 See Note [FX done right] in ``symbolic``.
 """
@@ -31,11 +31,10 @@ class FxKind(DirectKind):
         graph = found.graph
         if point.kind is PointKind.NODE:
             if point.path in graph.lost:
-                return "dead-code elimination drops statements that it depends on"
+                return "dead-code elimination removes statements that it depends on"
             if graph.astray:
                 return (
-                    f"the symbolic graph computes something else than the model: the value of "
-                    f"{graph.astray!r} differs"
+                    f"the symbolic graph and the model compute different values of {graph.astray!r}"
                 )
             return ""
         if point not in graph.equal:

@@ -91,7 +91,7 @@ def _in_unit_of_its_own(
         for values in (module.named_parameters, module.named_buffers)
         for name, value in values(recurse=False, remove_duplicate=False)
     ]
-    # The traced program has slots of its own: the model's modules are not touched.
+    # The traced program has its own slots: the model's modules are not touched.
     _set(traced, ((path, name, torch.empty(0)) for path, name, _ in weights))
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)

@@ -1,4 +1,4 @@
-"""What a model takes and gives, as this protocol says it."""
+"""Describes a model's inputs and outputs in terms of this protocol."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _facts(host: ModelHost) -> dict[str, str]:
 
 
 def _catalogue(host: ModelHost) -> dict[str, list[object]]:
-    """Return every name that a request may ask for, with its datatype and shape."""
+    """Return every layer name that a request may contain, with its datatype and shape."""
     return {
         entry.name if side is Capture.OUTPUT else f"{entry.name}:{side}": [
             _datatype(entry.specs[side]),

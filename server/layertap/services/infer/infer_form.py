@@ -161,7 +161,7 @@ class _Scattered:
 
 
 def _dense(array: np.ndarray, dtype: int, target: int) -> memoryview:
-    """Return an array's bytes in C order, cast; a view of its own memory where that has them."""
+    """Return an array's bytes in C order, cast; a view of its memory if that has them."""
     if dtype == target and array.flags.c_contiguous:
         return memoryview(array.reshape(-1).view(np.uint8))
     layout = codec.raw_layout([(target, array.shape)], field=1, head_size=0)

@@ -1,4 +1,4 @@
-"""From a ModelInferRequest to what the engine takes."""
+"""Converts a ModelInferRequest to the engine's request."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def find_host(engine: Engine, name: str, version: str) -> ModelHost:
     """Return a served model.
 
     Raises:
-        ModelNotFoundError: Where there is none of that name and version.
-        UnavailableError: Where it is being loaded or could not be loaded.
+        ModelNotFoundError: If there is none of that name and version.
+        UnavailableError: If it is being loaded or could not be loaded.
     """
     try:
         check_version(version)
@@ -46,10 +46,10 @@ def unknown_model(name: str, error: ModelNotFoundError) -> ModelNotFoundError:
 
 
 def timeout_of(request: pb.ModelInferRequest) -> float | None:
-    """Return the seconds that a request may take by its own word; None where it says nothing.
+    """Return the seconds that a request may take, as the request says; None if it does not say.
 
     Raises:
-        InvalidInputError: For a ``timeout`` that is no number of microseconds.
+        InvalidInputError: For a ``timeout`` that is not a number of microseconds.
     """
     microseconds = number(request.parameters, "timeout", "request")
     if microseconds < 0:
@@ -73,18 +73,18 @@ def extraction_request(
         request: Its small fields.
         raw: Its raw inputs.
         host: Its model.
-        engine: Its limits are what may be asked for.
+        engine: Its limits are what may be requested.
         memory: The caller's shared memory.
-        admit: Called with bytes that the input takes besides the message, before they are taken.
+        admit: Called with the bytes that the input needs besides the message, before allocating.
         streamed: Whether it is an item of a stream.
 
     Raises:
-        InvalidInputError: Where it is wrong.
+        InvalidInputError: If it is wrong.
         NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
     """
     given = request.parameters
     check_known(given, _KNOWN, "request")
-    # 0 is no sequence; Triton's clients send flags of it even so.
+    # 0 is not a sequence; Triton's clients send flags of it even so.
     if "sequence_id" in given and given["sequence_id"] != pb.InferParameter(int64_param=0):
         raise InvalidInputError("sequence_id: sequences are not supported, expected none")
     selections = selections_of(request, host, engine.limits.layers)

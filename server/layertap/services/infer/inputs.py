@@ -52,12 +52,12 @@ def infer_input(
         request: Its small fields.
         raw: Its raw contents.
         memory: The caller's shared memory.
-        limits: What requests may ask for.
+        limits: What requests may contain.
         admit: Called with bytes that the input takes besides the message, before they are taken;
             raises OverloadedError to refuse them.
 
     Raises:
-        InvalidInputError: Where the input contradicts itself, or there is not exactly one.
+        InvalidInputError: If the input contradicts itself, or there is not exactly one.
         NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
     """
     if len(request.inputs) != 1:
@@ -106,7 +106,7 @@ def _data(
     *,
     admit: Callable[[int], object],
 ) -> memoryview | None:
-    """Return the input's bytes; None where they are typed."""
+    """Return the input's bytes; None if they are typed."""
     where = f"input {tensor.name!r}"
     place = memory.slice(tensor.parameters, where)
     typed = tensor.HasField("contents")

@@ -1,4 +1,4 @@
-"""Which layers a request wants, by the names and parameters of its outputs."""
+"""Converts the outputs of a request, with their parameters, to selections of layers."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _RESERVED = ("triton_", "headers", "binary_data", "sequence_", "priority")
 
 
 def text(parameters: Parameters, key: str, where: str) -> str:
-    """Return a text, empty where there is none; raise InvalidInputError for another type."""
+    """Return a text, empty if there is none; raise InvalidInputError for another type."""
     if key not in parameters:
         return ""
     kind = parameters[key].WhichOneof("parameter_choice")
@@ -26,7 +26,7 @@ def text(parameters: Parameters, key: str, where: str) -> str:
 
 
 def number(parameters: Parameters, key: str, where: str) -> int:
-    """Return a number, 0 where there is none; raise InvalidInputError for another type."""
+    """Return a number, 0 if there is none; raise InvalidInputError for another type."""
     if key not in parameters:
         return 0
     kind = parameters[key].WhichOneof("parameter_choice")

@@ -22,16 +22,16 @@ class RepositoryControl(Protocol):
         """Load a model of the configuration, or replace it.
 
         Raises:
-            ModelNotFoundError: Where the configuration has no such model.
-            LayertapError: Where it can't be loaded, or not now.
+            ModelNotFoundError: If the configuration has no such model.
+            LayertapError: If it can't be loaded, or not now.
         """
 
     def unload_model(self, name: str) -> None:
         """Unload a model, until it or the configuration is loaded again.
 
         Raises:
-            ModelNotFoundError: Where there is no such model.
-            UnavailableError: Where it can't be done now.
+            ModelNotFoundError: If there is no such model.
+            UnavailableError: If it can't be done now.
         """
 
 
@@ -40,7 +40,7 @@ class Repository:
 
     Args:
         engine: The engine.
-        control: Loads and unloads; None where nobody may.
+        control: Loads and unloads; None if not allowed.
     """
 
     def __init__(self, engine: Engine, control: RepositoryControl | None) -> None:
@@ -69,8 +69,8 @@ class Repository:
         _check_repository(request.repository_name)
         if request.parameters:
             raise InvalidInputError(
-                f"parameters: got {', '.join(sorted(request.parameters))}, expected none: what is "
-                f"loaded is the configuration's to say"
+                f"parameters: got {', '.join(sorted(request.parameters))}, expected none: only the "
+                f"configuration decides what is loaded"
             )
         self._allowed().load_model(request.model_name)
         return pb.RepositoryModelLoadResponse()
@@ -103,4 +103,6 @@ def _state(reason: str) -> str:
 
 def _check_repository(name: str) -> None:
     if name:
-        raise InvalidInputError(f"repository_name: got {name!r}, expected none: there is one")
+        raise InvalidInputError(
+            f"repository_name: got {name!r}, expected none: there is only one repository"
+        )

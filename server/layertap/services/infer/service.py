@@ -102,7 +102,7 @@ class InferenceService:
         )
 
     def infer(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        """Run a model and return the layers that were asked for."""
+        """Run a model and return the layers that were requested."""
         return answer(context, partial(self._extract, message, context))
 
     def answer_item(

@@ -52,12 +52,12 @@ class CallerMemory:
         return self.regions
 
     def slice(self, parameters: Parameters, where: str) -> RegionSlice | None:
-        """Return the part of a region that parameters name; None where they name none.
+        """Return the part of a region that parameters name; None if they name none.
 
         Raises:
-            PermissionDeniedError: Where the caller may not share memory.
-            NotFoundError: Where they have no such region.
-            InvalidInputError: Where it has no such part.
+            PermissionDeniedError: If the caller may not share memory.
+            NotFoundError: If they have no such region.
+            InvalidInputError: If it has no such part.
         """
         name = text(parameters, _REGION, where)
         if not name:
@@ -73,7 +73,7 @@ class SharedMemoryRpcs:
     """Answers the RPCs about shared memory.
 
     Args:
-        regions: The regions; None where clients may not share memory.
+        regions: The regions; None if clients may not share memory.
     """
 
     def __init__(self, regions: ClientRegions | None) -> None:
@@ -142,5 +142,5 @@ class SharedMemoryRpcs:
     def cuda_unregister(
         self, request: pb.CudaSharedMemoryUnregisterRequest, context: grpc.ServicerContext
     ) -> pb.CudaSharedMemoryUnregisterResponse:
-        """Do nothing, since there is none: NVIDIA's clients ask for it without having CUDA."""
+        """Do nothing, since there is none: NVIDIA's clients request it without having CUDA."""
         return pb.CudaSharedMemoryUnregisterResponse()

@@ -1,4 +1,4 @@
-"""What each model did since the server started."""
+"""Statistics of each model since the server started."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class InferStream:
         places: Items of one stream that may be in flight.
         threads: Serve the streams.
         answer: Answers an item.
-        refuse: Answers an item for which there is no memory.
+        refuse: Answers an item that does not fit into memory.
     """
 
     def __init__(
