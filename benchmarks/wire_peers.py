@@ -32,13 +32,10 @@ from layertap.services.native_form import REPLY_HEAD_SIZE, encode_reply_head
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.shm.broker import Broker
 from layertap.shm.shared_memory import SessionMemory, SharedMemory
+from layertap.timings import Timings
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from layertap.wire.codec import ReplyBuilder, ReplyLayout
-from layertap.wire.messages import (
-    REPLY_TENSOR_FIELD,
-    Timings,
-    decode_request,
-)
+from layertap.wire.messages import REPLY_TENSOR_FIELD, decode_request
 
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 FLOAT32 = tensor_pb2.DATA_TYPE_FLOAT32

@@ -77,10 +77,22 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: For a name that is not public.
+        ModuleNotFoundError: For a name that needs a package that is not installed.
     """
-    if name not in _HOME_OF:
+    home = _HOME_OF.get(name)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    try:
+        module = importlib.import_module(home)
+    except ModuleNotFoundError as error:
+        if home != "layertap.local" or (error.name or "").startswith("layertap"):
+            raise
+        raise ModuleNotFoundError(
+            f"layertap.{name} is for models in this process, which need {error.name}; install it "
+            f"with: pip install 'layertap[server]'",
+            name=error.name,
+        ) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

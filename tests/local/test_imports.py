@@ -80,3 +80,21 @@ def test_another_name_is_an_attribute_error() -> None:
     """As of any module."""
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         layertap.nothing  # noqa: B018 - reading it is what is tested
+
+
+def test_without_torch_the_error_names_the_extra() -> None:
+    """``layertap.load`` says what to install; the client works without it."""
+    code = """
+import sys
+sys.modules["torch"] = None
+import layertap
+layertap.Client
+try:
+    layertap.load
+except ModuleNotFoundError as error:
+    print(error.name, error)
+"""
+    assert run(code) == (
+        "torch layertap.load is for models in this process, which need torch; install it with: "
+        "pip install 'layertap[server]'\n"
+    )

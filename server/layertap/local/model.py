@@ -30,7 +30,7 @@ from layertap.wire.tensors import TensorView
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
-__all__ = ["LocalModel"]
+__all__ = ["LocalModel", "input_of"]
 
 
 class LocalModel:
@@ -116,7 +116,7 @@ class LocalModel:
             if selection.dtype:
                 by_name(selection.dtype)
         chosen = as_extractor(extractor)
-        given = _input(batch)
+        given = input_of(batch)
         host = self.host
         extraction = self._engine.extract(
             ExtractionRequest(self.name, given, selections, chosen, form=TensorForm), call, host
@@ -164,7 +164,8 @@ class LocalModel:
         return self._engine.host(self.name)
 
 
-def _input(batch: InputLike) -> TensorsInput | ImagesInput:
+def input_of(batch: InputLike) -> TensorsInput | ImagesInput:
+    """Return what the engine takes for what a caller gave; errors as ``encode_input``."""
     images, arrays = encode_input(batch)
     if images:
         return ImagesInput(images)
