@@ -50,10 +50,10 @@ MAX_NAMED = 5
 """Places that a sentence about state names."""
 
 SAME = 1e-4
-"""Largest difference of two passes that counts as none: some kernels add in changing order."""
+"""Two passes agree up to this difference: some kernels add in an order that changes."""
 
 _process_wide = threading.Lock()
-"""Held by passes that write what a class or a file holds: other models may be of the same code."""
+"""Held by passes that write to a class or to globals: other models may use the same code."""
 
 
 class KeptState(StrEnum):

@@ -107,8 +107,8 @@ class Change:
     Attributes:
         path: Where it is, such as ``encoder.features``.
         reason: Why it can't be restored; empty if it can.
-        everywhere: Whether it belongs to a class or a file, so that every model made of that code
-            in the process shares it.
+        everywhere: Whether it belongs to a class or to a module's globals, so that all models of
+            the process that use that code share it.
         in_place: Whether it is a tensor that was written in place.
         of_torch: Whether it belongs to torch, so that every pass in the process runs under it.
     """

@@ -10,8 +10,8 @@ Note [Which weights a file stands for]
       DistributedDataParallel), ``module.`` alongside ``n_averaged`` (AveragedModel), ``_orig_mod``
       (torch.compile), and the module's attribute in a checkpoint of PyTorch Lightning. A module
       that is itself wrapped by DataParallel or compiled takes the names of what it wraps.
-    * Of raw and EMA weights that both fit, the EMA weights are taken, as timm's loader does, and
-      the text that clients read says so.
+    * If a file has both raw and EMA weights, the EMA weights are loaded, as timm's loader does. The
+      description that clients read says so.
     * Anything else is refused, with what the file holds and the ``weights_key`` that would take it.
 """
 

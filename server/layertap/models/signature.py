@@ -142,7 +142,7 @@ class Signature:
 
     @property
     def key(self) -> BatchKey:
-        """What batches of default items have in common."""
+        """The key of a batch of items of the default shape."""
         return BatchKey(tuple(ItemTensor(s.name, s.shape, s.dtype) for s in self.inputs))
 
     @property

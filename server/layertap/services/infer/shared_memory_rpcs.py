@@ -142,5 +142,5 @@ class SharedMemoryRpcs:
     def cuda_unregister(
         self, request: pb.CudaSharedMemoryUnregisterRequest, context: grpc.ServicerContext
     ) -> pb.CudaSharedMemoryUnregisterResponse:
-        """Do nothing, since there is none: NVIDIA's clients request it without having CUDA."""
+        """Do nothing: no CUDA memory is ever registered, but NVIDIA's clients call this anyway."""
         return pb.CudaSharedMemoryUnregisterResponse()
