@@ -19,7 +19,7 @@ def choose_device(wanted: str) -> str:
         wanted: One of these, or ``"auto"`` for CUDA where there is a device, else the CPU.
 
     Raises:
-        ConfigError: For a device that is not here, and for anything else.
+        ConfigError: The machine has no such device, or ``wanted`` names none.
     """
     if not re.fullmatch(DEVICE_PATTERN, wanted):
         raise ConfigError(f"device: got {wanted!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:1'")

@@ -16,8 +16,8 @@ Note [Staging]
     copies the input to page-locked memory, while the compute thread runs other requests, and the
     compute thread only launches the copy to the device.
 
-    PyTorch's own allocator of page-locked memory reuses its blocks, and not before the copies into
-    them are over. It keeps what it has: the most that was in use at one time.
+    PyTorch's own allocator of page-locked memory reuses a block once the copies into it are
+    over. It never returns memory: it holds as much as was ever in use at one time.
 
     A wrong order between streams shows only as occasional wrong values. So this method is compared
     with blocking copies on the device before it is used; if it differs or fails, blocking copies

@@ -1,12 +1,12 @@
 """A summary of a pass's values, for comparing other passes with it.
 
 Note [Digests]
-    A large model's layers hold many times the memory of its own pass, since that frees a value once
-    it is used. So what is compared with a later pass is not every element of every layer: of a
-    large value it is its shape, its type, its largest magnitude, and elements spread evenly over
-    it. An input that is the very tensor that another module returned is kept once. A wrong program
-    is wrong in more than a few elements; what it computes for a request is compared whole, when its
-    plan is proven.
+    To keep the values of all layers takes many times the memory of a pass, which frees each value
+    after its last use. So a later pass is not compared in every element: of a large value the
+    digest keeps the shape, the type, the largest magnitude, and elements spread evenly over it. If
+    a module's input is the tensor that another module returned, it is kept once. That suffices
+    here, because a wrong program is wrong in more than a few elements; and when a plan is proven,
+    its values are compared in full.
 """
 
 from __future__ import annotations

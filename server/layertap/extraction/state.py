@@ -339,7 +339,7 @@ class _Node(ABC):
 
 
 class _Table(_Node):
-    """Values by key: a dictionary, or the attributes of an object, which are one as well."""
+    """Values by key: those of a dictionary, or the attributes of an object."""
 
     def __init__(
         self, path: str, values: dict[Any, Any], *, everywhere: bool, attributes: bool

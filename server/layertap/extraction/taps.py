@@ -113,7 +113,7 @@ class _Session:
                     self._take(index, value)
 
     def end(self) -> None:
-        """Raise what the model's own code caught, or ModelRunError where a capture is missing."""
+        """Raise our own error that the model caught, or ModelRunError if a capture is missing."""
         refused, self.refused = self.refused, None
         try:
             if refused is not None:

@@ -164,8 +164,8 @@ class HeldRefusals(ThreadPoolExecutor):
 class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
     """Refuses extractions before their message is read, where the engine's queue is full.
 
-    The engine's own admission stays what decides: this counts calls that are still being received
-    as well, and may let a few too many through.
+    This check is an estimate, as it also counts calls whose message is still being received. It may
+    let a few calls too many through; the engine's admission makes the final decision.
 
     Args:
         engine: The engine.
