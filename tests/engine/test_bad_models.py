@@ -10,8 +10,10 @@ import pytest
 
 import asking
 from layertap import Extractor, Features, errors
+from layertap.batching import BatchPolicy
 from layertap.engine import Engine, HostOptions
 from layertap.models import ModelSpec
+from layertap.selection import LayerSelection
 from tinynets import ITEM
 
 
@@ -82,3 +84,15 @@ def test_a_model_that_raises(engine) -> None:
     with pytest.raises(errors.ModelRunError, match=r"failed on this input \(RuntimeError\)$"):
         asking.ask(engine, "raises", "head", x)
     assert ask(engine, "raises", "head")["head"].shape[0] == 2
+
+
+def test_a_declared_layer_that_runs_for_some_inputs_only(engine) -> None:
+    """The model is served, and requests do not share its passes: one would fail the others."""
+    item = (3, 8, 8)
+    source = ModelSpec("zoo.results:SometimesTuple.build", name="net", item_shape=item)
+    options = HostOptions(batching=BatchPolicy(max_size=8, max_delay=0.02))
+    layers = [LayerSelection(name) for name in ("first", "maybe.0")]
+    engine.load(source, layers, options=options)
+    x = np.random.default_rng(0).random((2, *item), dtype=np.float32)
+    features = asking.ask(engine, "net", "first", x, Extractor.HOOK)
+    assert features["first"].shape[0] == 2

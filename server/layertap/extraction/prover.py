@@ -156,11 +156,16 @@ class Prover:
         """Find out whether requests may share a plan's passes of that many items; keep the answer.
 
         A model that keeps state after a pass may remember what it saw, and one whose code looks at
-        values goes one way for the whole batch.
+        values goes one way for the whole batch. A layer that does not run on some input would fail
+        every request of the pass.
         """
         findings = plan.findings
         if findings.alone is None:
-            alone = not self._guard.rules.shared or not self._shares(plan)
+            try:
+                alone = not self._guard.rules.shared or not self._shares(plan)
+            except ModelRunError as error:
+                _log.info("model %s: passes are not shared: %s", self._model.name, error)
+                alone = True
             findings.found_alone(alone=alone)
             findings.found_shares(_SHARED, shares=not alone)
         if findings.shares(items) is None:
