@@ -147,7 +147,8 @@ def test_another_c_library_is_left_alone(monkeypatch) -> None:
     assert not _pure.keep_memory(MIB)
     assert not _pure.trim_memory()
     assert _pure.malloc_usage() is None
-    for name in ("keep_memory", "malloc_usage", "trim_memory"):
+    monkeypatch.setattr(codec, "set_malloc_bound", _pure.keep_memory)
+    for name in ("malloc_usage", "trim_memory"):
         monkeypatch.setattr(codec, name, getattr(_pure, name))
     monkeypatch.setattr(malloc, "_KEEPER", malloc._Keeper())
     threads = threading.active_count()

@@ -48,7 +48,7 @@ def test_nobody_listens(
     assert caplog.text == ""
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     notify("READY=1")
-    assert "can't tell the service manager READY=1" in caplog.text
+    assert "can't notify the service manager of READY=1" in caplog.text
 
 
 def test_serve_tells_ready_and_stopping(

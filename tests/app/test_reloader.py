@@ -75,7 +75,7 @@ def test_a_second_reload_is_refused_and_requests_are_served_meanwhile(scene: Sce
         first = pool.submit(client.reload)
         while not scene.reloader.busy:
             assert version_of(client) == 1
-        with pytest.raises(errors.UnavailableError, match="a reload is in progress"):
+        with pytest.raises(errors.UnavailableError, match="another reload is in progress"):
             client.reload()
         assert version_of(client) == 1
         slownets.GATE.set()

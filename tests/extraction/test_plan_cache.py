@@ -35,9 +35,9 @@ class Traces:
         self.count = 0
         trace = torchscript.trace_taps
 
-        def counted(*args: object) -> torch.jit.ScriptModule:
+        def counted(*args: object, **options: object) -> torch.jit.ScriptModule:
             self.count += 1
-            return trace(*args)
+            return trace(*args, **options)
 
         monkeypatch.setattr(torchscript, "trace_taps", counted)
 

@@ -59,11 +59,15 @@ def refuse(engine, monkeypatch) -> Refuse:
         load(engine, "residual")
 
         def fails(
-            model: LoadedModel, taps: Taps, points: Sequence[CapturePoint], *rest: Any
+            model: LoadedModel,
+            taps: Taps,
+            points: Sequence[CapturePoint],
+            *rest: Any,
+            **options: Any,
         ) -> torch.jit.ScriptModule:
             if any((point.path, point.capture) == (path, side) for point in points):
                 raise RuntimeError("planted")
-            return trace(model, taps, points, *rest)
+            return trace(model, taps, points, *rest, **options)
 
         monkeypatch.setattr(torchscript, "trace_taps", fails)
         engine.host("residual").declare([*map(LayerSelection.parse, declared)])
