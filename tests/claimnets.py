@@ -7,6 +7,7 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
+import proofnets
 from layertap.silence import warnings_ignored
 
 _depth: ContextVar[int] = ContextVar("claimnets_depth", default=0)
@@ -113,19 +114,10 @@ class OwnHook(nn.Module):
         return self.first(x)
 
 
-class Clips(nn.Module):
+class Clips(proofnets.HidesFromSymbols):
     """Only bytes are large enough to be clipped, by a function that symbols don't see."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 1)
-        self.last = nn.Conv2d(4, 2, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.first(x)
-        if isinstance(y, torch.Tensor):
-            y = y.clamp(-20, 20)
-        return self.last(y)
+    largest = 20.0
 
 
 class SometimesTuple(nn.Module):

@@ -149,6 +149,8 @@ class RemapsIds(nn.Module):
 class HidesFromSymbols(nn.Module):
     """Clamps tensors, which a symbol is not, to what no ordinary sample reaches."""
 
+    largest = 1e9
+
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, 4, 1)
@@ -157,7 +159,7 @@ class HidesFromSymbols(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
         if isinstance(y, torch.Tensor):
-            y = y.clamp(-1e9, 1e9)
+            y = y.clamp(-self.largest, self.largest)
         return self.last(y)
 
 

@@ -1,7 +1,7 @@
 """Requests of both protocols, and the replies to them that are kept in ``recorded/``.
 
-``python tests/recording.py`` writes the replies anew, which is right only where a reply is
-meant to change; the change then shows in the diff. The models compute with small whole numbers, so
+``python tests/recording.py`` records them again. Do that only if a reply is meant to change; the
+diff then shows how. The models compute with small whole numbers, so
 the replies are the same bits on every machine. What differs from call to call is left out: the
 timings.
 """

@@ -184,7 +184,7 @@ class WorkerThreads(ThreadPoolExecutor):
             return
         try:
             result = call()
-        except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+        except BaseException as error:  # noqa: BLE001 - the future raises it for its caller
             future.set_exception(error)
             # The error refers to this frame, and so to itself.
             del future
@@ -219,7 +219,7 @@ class CallersThread(ThreadPoolExecutor):
         future: Future[R] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001 - it belongs to whoever asks the future
+        except BaseException as error:  # noqa: BLE001 - the future raises it for its caller
             future.set_exception(error)
         return future
 

@@ -253,7 +253,7 @@ def test_other_element_types() -> None:
 def test_errors_are_those_of_a_server(
     model: LocalModel, client: Client, change: object, layers: object, extractor: str
 ) -> None:
-    """The same class and the same text, whoever runs the model."""
+    """The server and the local model raise the same class with the same text."""
     given = change(batch())  # type: ignore[operator]
     with pytest.raises(errors.LayertapError) as there:
         client.extract("residual", given, layers, extractor=extractor)  # type: ignore[arg-type]

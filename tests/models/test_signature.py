@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from layertap.errors import InvalidInputError
-from layertap.models import InputSpec
+from layertap.models import Batch, BatchKey, InputSpec, ItemTensor, Signature
 
 IMAGES = InputSpec((3, 224, 224), free=(1, 2))
 FIXED = InputSpec((3, 224, 224))
@@ -89,3 +91,55 @@ def test_free_dimensions_are_dimensions_of_the_item(free: tuple[int, ...]) -> No
     """A free dimension that the item doesn't have, or that stands twice, is a programming error."""
     with pytest.raises(ValueError, match="free"):
         InputSpec((3,), free=free)
+
+
+TWO = Signature(
+    (
+        InputSpec((8,), (0,), torch.int64, name="ids"),
+        InputSpec((3, 4, 4), dtype=torch.bfloat16, also=(torch.float32,), name="image"),
+    )
+)
+IDS, IMAGE = ((2, 8), "int64"), ((2, 3, 4, 4), "float32")
+
+
+def test_a_batch_has_a_tensor_for_each_input() -> None:
+    """Any order will do, and a free size may be another one; the size of the batch is returned."""
+    assert TWO.check({"ids": IDS, "image": IMAGE}) == 2
+    assert TWO.check({"image": IMAGE, "ids": ((2, 5), "int64")}) == 2
+
+
+def test_an_only_input_needs_no_name() -> None:
+    """Its own name is accepted as well."""
+    one = Signature((TWO.inputs[0],))
+    assert one.check({"": ((7, 8), "int64")}) == 7
+    assert one.check({"ids": ((7, 8), "int64")}) == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"ids": IDS}, "inputs: got 'ids', expected 'ids', 'image'"),
+        ({"": IDS}, "inputs: got '', expected 'ids', 'image'"),
+        ({"ids": IDS, "image": IMAGE, "mask": IDS}, "inputs: got 'ids', 'image', 'mask'"),
+        ({"ids": IDS, "picture": IMAGE}, "inputs: got 'ids', 'picture'"),
+        ({"ids": ((3, 8), "int64"), "image": IMAGE}, "batches of 3 of 'ids', 2 of 'image'"),
+        ({"ids": ((2, 8), "int32"), "image": IMAGE}, "input 'ids': got dtype int32"),
+        ({"ids": IDS, "image": ((2, 3, 4, 5), "float32")}, "input 'image': got shape"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(given: dict, text: str) -> None:
+    """A missing, unnamed, unknown or misspelt input, unequal batches, a wrong type or shape."""
+    with pytest.raises(InvalidInputError, match=re.escape(text)):
+        TWO.check(given)
+
+
+def test_a_key_has_the_models_own_types() -> None:
+    """float32 that is converted to bfloat16 is served by the plan of bfloat16."""
+    batch = Batch({"image": torch.ones(2, 3, 4, 4), "ids": torch.ones(2, 5, dtype=torch.int64)})
+    key = BatchKey(
+        (ItemTensor("ids", (5,), torch.int64), ItemTensor("image", (3, 4, 4), torch.bfloat16))
+    )
+    assert TWO.key_of(batch) == key
+    assert TWO.converted(batch).key == key
+    assert TWO.key_of(batch) != TWO.key
+    assert str(key) == "ids [5] int64, image [3, 4, 4] bfloat16"

@@ -17,7 +17,7 @@ needs_shared_memory = pytest.mark.skipif(not supported(), reason="shared memory 
 
 
 class Channel:
-    """A client's socket that keeps the regions that it is told of."""
+    """A client's socket that collects the regions that the server announces."""
 
     def __init__(self) -> None:
         self.regions: dict[int, Region] = {}

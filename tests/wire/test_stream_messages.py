@@ -19,7 +19,7 @@ from layertap.wire.stream_messages import (
     id_field,
     id_of,
 )
-from layertap.wire.tensors import encode_message
+from layertap.wire.tensors import SharedSlice, encode_message
 
 IDS = [0, 1, 127, 2**32, 2**64 - 1]
 
@@ -118,3 +118,18 @@ def test_the_id_is_found_without_what_would_cost_dearly(images: bool) -> None:
     else:
         with pytest.raises(DecodeError, match="more than 65536 fields"):
             id_of(many)
+
+
+def test_inputs_go_by_name_and_by_place() -> None:
+    """Of several inputs one is in the message and one in shared memory, each with its name."""
+    ids, mask = np.arange(6).reshape(2, 3), np.ones((2, 3), np.bool_)
+    place = SharedSlice(3, 1 << 40, 64, mask.nbytes)
+    message = encode_request(
+        pb.ExtractStreamRequest(id=7), [("ids", ids), ("mask", mask)], [None, place]
+    )
+    request, tensors = decode_stream_request(message)
+    found = {tensor.name: tensor for tensor in tensors}
+    assert (request.id, sorted(found)) == (7, ["ids", "mask"])
+    assert np.array_equal(found["ids"].array(), ids)
+    assert (found["mask"].at, found["mask"].shape) == (place, (2, 3))
+    assert found["mask"].dtype.name == "bool"

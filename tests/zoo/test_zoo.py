@@ -96,7 +96,7 @@ def _wrong_over_grpc(client: Client, specimen: Specimen) -> list[str]:
     return wrong
 
 
-@specimen("Its second layer's value follows a global counter, which nothing is told of")
+@specimen("Its second layer's value depends on a global counter that nothing announces")
 class Planted(Pair):
     passes = 0
 

@@ -287,7 +287,7 @@ class DrawsLatent(nn.Module):
         return self.decode(torch.distributions.Normal(mean.nan_to_num(), 1.0).sample() + mean)
 
 
-@specimen("Noise comes from a generator that is made and seeded anew in each pass")
+@specimen("Each pass makes and seeds a generator for its noise")
 class SeededNoise(Pair):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         noise = torch.Generator().manual_seed(11)

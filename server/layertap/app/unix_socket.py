@@ -1,11 +1,11 @@
 """Listening on a Unix socket: the file's mode, replacing stale sockets, and removing the file.
 
 Note [How the file is created and removed]
-    gRPC's core removes whatever socket is at the path before it binds one there, another server's
-    included, and removes the path again when it stops, whoever owns it by then. And a file that
-    is bound first and gets its mode later can be connected to in between. So gRPC binds in a folder
-    that only this user may enter; the file gets its mode there and is then moved to its path. When
-    the server stops, the path is removed only if it is still that file.
+    Before gRPC's core binds a socket, it removes any socket at that path, even one that another
+    server uses. When it stops it removes the path again, even if another server has taken it over.
+    And if a socket is bound first and gets its mode later, others can connect in between. So gRPC
+    binds in a folder that only this user may enter; the file gets its mode there and is then moved
+    to its path. When the server stops, the path is removed only if it is still that file.
 """
 
 from __future__ import annotations
