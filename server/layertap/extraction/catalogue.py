@@ -14,6 +14,7 @@ from layertap.extraction.layout import Geometry
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.symbolic import GraphNames
+from layertap.models import BatchKey
 from layertap.selection import Capture, Extractor, Glob
 
 __all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
@@ -98,6 +99,7 @@ class Catalogue:
     Attributes:
         entries: By name.
         graph: The names of the symbolic graph, where the model can be traced symbolically.
+        key: The inputs, and the sizes of their items, at which it was measured.
         mutates_input: Whether the model writes into the batch that it is given.
         guard: Held in each pass of the model; has the rules for them.
         non_finite: The first layer that returned NaN or infinity when it was measured; empty if
@@ -108,6 +110,7 @@ class Catalogue:
 
     entries: Mapping[str, LayerEntry]
     graph: GraphNames | None
+    key: BatchKey
     mutates_input: bool
     guard: PassGuard
     non_finite: str = ""

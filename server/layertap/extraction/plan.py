@@ -104,6 +104,10 @@ class Plan:
         specs: The type and shape of each point's value, in the order of the points.
         built: The extractor itself; it runs on a compute thread only.
         findings: What was learnt about the plan since it was built.
+        predicted: Whether the specs were computed from the expressions of the catalogue, and no
+            pass at these sizes has measured them.
+        portable: Whether the extractor may be tried on items of other sizes. Not a program with
+            native code that could end the process there.
     """
 
     kind: ExtractorKind
@@ -112,6 +116,8 @@ class Plan:
     specs: tuple[ValueSpec, ...]
     built: BuiltExtractor
     findings: Findings
+    predicted: bool = False
+    portable: bool = True
 
     @property
     def key(self) -> PlanKey:

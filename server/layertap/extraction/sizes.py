@@ -1,0 +1,371 @@
+"""Runs a model at several sizes of its inputs, to find how the sizes of its activations follow.
+
+Note [Which sizes are tried]
+    The first sizes lie next to round ones, below and above, as that is where a convolution with
+    padding and one without differ. Each further size is the one that rules out most of what is
+    still possible (see ``dimensions``). Small sizes are preferred, as they take less time. In the
+    end the model runs at two sizes that were not used before, with batches of two and three items;
+    an expression that is wrong there is given up.
+
+    A model may refuse sizes: a U-Net those that are not multiples of 8, a text model those above
+    its number of position embeddings. So it is found out first of which number sizes are multiples,
+    and which dimensions can only change together, such as height and width of a model that takes
+    squares.
+
+    The nodes of the symbolic graph run at the last two sizes only, and are looked up among the
+    expressions that were found for modules.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+from layertap.extraction.dimensions import Expression, Sizes, Solver
+from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.samples import ordinary_batch
+from layertap.extraction.survey import Shapes, survey_shapes
+from layertap.models import Batch, BatchKey, LoadedModel, free_sizes, resized
+
+__all__ = ["Expressions", "survey_sizes"]
+
+_log = logging.getLogger(__name__)
+
+MAX_PASSES = 26
+"""Passes of one model at sizes other than its default one, those that it refuses included."""
+
+_STEPS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of which a model may require that a size is a multiple."""
+
+_ROUND = 32
+"""The stride of usual vision models: they differ most at sizes next to multiples of it."""
+
+_CONFIRMING = (2, 3)
+"""Items of the batches that confirm what was found."""
+
+_CHOICE = 192
+"""Sizes among which the next one is chosen."""
+
+_SMALL = 160
+"""Up to so large sizes are tried where the default one is much smaller."""
+
+Expressions = Mapping[CapturePoint, tuple[Expression | None, ...]]
+"""For each point, the elements of each dimension for one item; None where that is not known."""
+
+
+@dataclass(frozen=True)
+class _Knob:
+    """Free dimensions of the inputs that change together, mostly one alone.
+
+    Attributes:
+        symbols: Their names.
+        default: Their size at which the catalogue was measured.
+        step: The sizes that the model takes are multiples of it, as far as is known.
+    """
+
+    symbols: tuple[str, ...]
+    default: int
+    step: int = 1
+
+    def of(self, sizes: Sizes) -> int:
+        """Return its size."""
+        return sizes[self.symbols[0]]
+
+    def first(self, low: float, high: float) -> list[int]:
+        """Return sizes at and next to two round ones, which are shares of the default one."""
+        usual = min(_ROUND, 1 << max(0, int(math.log2(max(1.0, self.default / 3.5)))))
+        unit = max(usual, self.step)
+        lower = math.ceil(low * self.default / unit) * unit
+        upper = max(math.ceil(high * self.default / unit) * unit, lower + unit)
+        sizes = [upper + self.step, lower, upper - self.step,
+                 lower + self.step, upper, lower - self.step]  # fmt: skip
+        return [size for size in sizes if size > 1 and size != self.default] or [self.default]
+
+    def within(self, least: int, most: int, generator: random.Random) -> int:
+        """Return a size in a range that the step allows."""
+        low = max(1, math.ceil(least / self.step))
+        return self.step * generator.randint(low, max(low, most // self.step))
+
+
+def survey_sizes(
+    model: LoadedModel,
+    key: BatchKey,
+    specs: Mapping[CapturePoint, ValueSpec],
+    turn: AbstractContextManager[object],
+    nodes: Callable[[Batch], Shapes],
+) -> Expressions:
+    """Find how the size of each dimension follows the inputs' free dimensions.
+
+    See Note [Which sizes are tried].
+
+    Args:
+        model: The model; no other forward pass of it may run meanwhile.
+        key: The inputs at which the specs were measured.
+        specs: The type and shape of each point.
+        turn: Held in each pass.
+        nodes: Returns the shapes of the points that are nodes, for a batch.
+
+    Returns:
+        The expressions of each point whose shape follows nothing but the sizes of the inputs; a
+        point of which nothing is known may be missing.
+    """
+    specs = {point: spec for point, spec in specs.items() if not spec.dynamic}
+    defaults = free_sizes(model.signature, key)
+    if defaults is None:
+        return {}
+    if not defaults:
+        return {p: tuple(Expression(dim.size) for dim in spec.dims) for p, spec in specs.items()}
+    return _Survey(_Runs(model, key, turn, nodes), specs, defaults).expressions()
+
+
+class _Runs:
+    """Runs a model at other sizes, and counts the passes."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        key: BatchKey,
+        turn: AbstractContextManager[object],
+        nodes: Callable[[Batch], Shapes],
+    ) -> None:
+        self._model = model
+        self._key = key
+        self._turn = turn
+        self._nodes = nodes
+        self.passes = 0
+
+    def shapes(self, sizes: Sizes, batch: int = 1, *, nodes: bool = False) -> Shapes | None:
+        """Return the shapes of a pass; None if the model does not take such sizes."""
+        self.passes += 1
+        key = resized(self._model.signature, self._key, sizes)
+        x = ordinary_batch(self._model, batch, key)
+        shapes, ended = survey_shapes(self._model, x, self._turn)
+        if not ended:
+            return None
+        return {**shapes, **self._of_nodes(x)} if nodes else shapes
+
+    def _of_nodes(self, x: Batch) -> Shapes:
+        try:
+            return self._nodes(x)
+        except Exception as error:  # noqa: BLE001 - a graph may hold the sizes of its example
+            _log.debug("the symbolic graph does not run on %s: %s", x.key, error)
+            return {}
+
+
+class _Survey:
+    """Finds the expressions of one model.
+
+    Args:
+        runs: Runs the model.
+        specs: The type and shape of each point at the default sizes.
+        defaults: Those sizes.
+    """
+
+    def __init__(
+        self, runs: _Runs, specs: Mapping[CapturePoint, ValueSpec], defaults: Sizes
+    ) -> None:
+        self._runs = runs
+        self._specs = specs
+        self._defaults = defaults
+        self._seen: list[tuple[Sizes, Shapes]] = []
+        self._too_large: list[Sizes] = []
+        self._random = random.Random(0)
+
+    def expressions(self) -> Expressions:
+        """Return what ``survey_sizes`` does."""
+        knobs = self._knobs()
+        for low, high in ((0.3, 0.6), (0.6, 0.85)):
+            if len(self._seen) < 4:
+                for sizes in self._first(knobs, low, high):
+                    self._run(sizes)
+        if not self._seen:
+            return {}
+        solver = Solver({symbol: knob.step for knob in knobs for symbol in knob.symbols})
+        solver.add(self._defaults, self._sizes(_measured(self._specs)))
+        for sizes, shapes in self._seen:
+            solver.add(sizes, self._sizes(shapes))
+        points = self._choice(knobs)
+        while self._runs.passes < MAX_PASSES - len(_CONFIRMING):
+            points = [sizes for sizes in points if self._is_new(sizes)]
+            sizes = solver.telling(points)
+            if sizes is None:
+                break
+            points.remove(sizes)
+            if (shapes := self._run(sizes)) is not None:
+                solver.add(sizes, self._sizes(shapes))
+        domain = [*self._choice(knobs), *self._choice(knobs, up_to=4)]
+        return self._confirmed(knobs, solver.expressions(domain), domain)
+
+    def _run(self, sizes: Sizes) -> Shapes | None:
+        """Return the shapes of a pass on one item, and remember them; None if it fails."""
+        shapes = self._runs.shapes(sizes)
+        if shapes is not None:
+            self._seen.append((sizes, shapes))
+        elif any(sizes[symbol] > default for symbol, default in self._defaults.items()):
+            self._too_large.append(sizes)
+        return shapes
+
+    def _is_new(self, sizes: Sizes) -> bool:
+        """Return whether a pass at some sizes was not run yet, and may well succeed."""
+        if sizes == self._defaults or any(sizes == seen for seen, _ in self._seen):
+            return False
+        return not any(
+            sizes[symbol] >= size > self._defaults[symbol]
+            for refused in self._too_large
+            for symbol, size in refused.items()
+        )
+
+    def _sizes(self, shapes: Shapes) -> dict[tuple[CapturePoint, int], int]:
+        """Return the size of each dimension of the modules' points."""
+        return {
+            (point, axis): size
+            for point, shape in shapes.items()
+            if point.kind is PointKind.MODULE
+            and point in self._specs
+            and len(shape) == len(self._specs[point].dims)
+            for axis, size in enumerate(shape)
+        }
+
+    def _knobs(self) -> list[_Knob]:
+        """Return what can be changed of the inputs' sizes, and in which steps."""
+        knobs = [_Knob((symbol,), default) for symbol, default in self._defaults.items()]
+        # Next to round sizes: no multiple of anything.
+        odd = {knob.symbols[0]: knob.first(0.6, 0.85)[2 * (index % 2)]
+               for index, knob in enumerate(knobs)}  # fmt: skip
+        if self._run(odd) is not None:
+            return knobs
+        self._too_large.clear()
+        steps = [self._step(knob) for knob in knobs]
+        found = [replace(k, step=step) for k, step in zip(knobs, steps, strict=True) if step]
+        stuck = [knob for knob, step in zip(knobs, steps, strict=True) if not step]
+        for size in dict.fromkeys(knob.default for knob in stuck):
+            alike = tuple(knob.symbols[0] for knob in stuck if knob.default == size)
+            tied = _Knob(alike, size)
+            if len(alike) > 1 and (step := self._step(tied)):
+                found.append(replace(tied, step=step))
+        return found
+
+    def _step(self, knob: _Knob) -> int:
+        """Return the smallest step in which the model lets a knob change alone; 0 for none."""
+        for step in _STEPS:
+            if knob.default % step or self._runs.passes >= MAX_PASSES // 2:
+                continue
+            for share in (0.6, 1.4):
+                # An odd multiple, which is none of the next step.
+                size = step * (2 * (round(share * knob.default / step) // 2) + 1)
+                sizes = {**self._defaults, **dict.fromkeys(knob.symbols, size)}
+                if 1 < size != knob.default and self._run(sizes) is not None:
+                    return step
+                self._too_large.clear()
+        return 0
+
+    def _first(self, knobs: Sequence[_Knob], low: float, high: float) -> Iterator[Sizes]:
+        """Yield the first sizes to try."""
+        columns = [knob.first(low, high) for knob in knobs]
+        for row in range(max(map(len, columns), default=0)):
+            sizes = dict(self._defaults)
+            for index, (knob, column) in enumerate(zip(knobs, columns, strict=True)):
+                # Other pairs each time, so that height and width can be told apart.
+                sizes |= dict.fromkeys(knob.symbols, column[(row + index) % len(column)])
+            yield sizes
+
+    def _choice(self, knobs: Sequence[_Knob], up_to: float = 1.5) -> list[Sizes]:
+        """Return sizes that the model may take, small ones first.
+
+        Args:
+            knobs: What can be changed.
+            up_to: The largest size, as a multiple of the default one.
+        """
+        found: dict[tuple[int, ...], Sizes] = {}
+        for _ in range(_CHOICE):
+            sizes = dict(self._defaults)
+            for knob in knobs:
+                least = min(knob.of(seen) for seen, _ in self._seen)
+                most = max(int(up_to * knob.default), min(4 * knob.default, _SMALL))
+                sizes |= dict.fromkeys(knob.symbols, knob.within(least, most, self._random))
+            found[tuple(sizes.values())] = sizes
+        return sorted(found.values(), key=lambda sizes: math.prod(sizes.values()))
+
+    def _too_large(self, sizes: Sizes) -> bool:
+        """Return whether sizes above the default ones are as large as some that were refused."""
+        return sizes in self._tried or any(
+            all(sizes[symbol] >= size for symbol, size in refused.items())
+            or any(
+                sizes[symbol] >= size > self._defaults[symbol] for symbol, size in refused.items()
+            )
+            for refused in self._refused
+        )
+
+    def _confirmed(
+        self,
+        knobs: Sequence[_Knob],
+        found: Mapping[tuple[CapturePoint, int], Expression],
+        domain: Sequence[Sizes],
+    ) -> Expressions:
+        """Return the expressions that hold at sizes at which none was found."""
+        left = list(_CONFIRMING)
+        runs: list[tuple[Sizes, int, Shapes]] = []
+        for sizes in self._fresh(knobs):
+            shapes = self._runs.shapes(sizes, left[0], nodes=True)
+            if shapes is not None:
+                runs.append((sizes, left.pop(0), shapes))
+            if not left:
+                break
+        if not runs:
+            return {}
+        known = list(dict.fromkeys(found.values()))
+        confirmed = {}
+        for point, spec in self._specs.items():
+            expressions = []
+            for axis, dim in enumerate(spec.dims):
+                own = found.get((point, axis))
+                if point.kind is PointKind.NODE:
+                    possible = [Expression(dim.size), *known]
+                else:
+                    possible = [own] if own else []
+                fitting = [
+                    each
+                    for each in possible
+                    if each.at(self._defaults) == dim.size
+                    and all(
+                        _size(shapes.get(point), axis, len(spec.dims))
+                        == replace(dim, size=each.at(sizes)).at(batch)
+                        for sizes, batch, shapes in runs
+                    )
+                ]
+                expressions.append(_only(fitting, domain))
+            confirmed[point] = tuple(expressions)
+        return confirmed
+
+    def _fresh(self, knobs: Sequence[_Knob]) -> Iterator[Sizes]:
+        """Yield sizes that were not used, one below the default sizes and one above at first."""
+        points = [sizes for sizes in self._choice(knobs) if self._is_new(sizes)]
+        self._random.shuffle(points)
+        used = {knob: {knob.of(sizes) for sizes, _ in self._seen} for knob in knobs}
+        # The most sizes that were not used in any combination first.
+        points.sort(key=lambda sizes: sum(knob.of(sizes) in used[knob] for knob in knobs))
+        above = [p for p in points if any(knob.of(p) > knob.default for knob in knobs)]
+        below = [p for p in points if p not in above]
+        yield from [*below[:1], *above[:2], *below[1:3]]
+
+
+def _measured(specs: Mapping[CapturePoint, ValueSpec]) -> Shapes:
+    return {point: spec.shape(1) for point, spec in specs.items()}
+
+
+def _size(shape: tuple[int, ...] | None, axis: int, rank: int) -> int:
+    """Return the size along a dimension; -1 where there is no such value."""
+    return -1 if shape is None or len(shape) != rank else shape[axis]
+
+
+def _only(expressions: Sequence[Expression], domain: Sequence[Sizes]) -> Expression | None:
+    """Return the first expression if all are the same function of the sizes; None otherwise."""
+    if not expressions:
+        return None
+    first, *others = expressions
+    same = all(each.at(sizes) == first.at(sizes) for each in others for sizes in domain)
+    return first if same else None
