@@ -99,7 +99,7 @@ class Grids:
         return self.by_size(point) or self.by_place(point) or self._pooled(point)
 
     def _pooled(self, point: CapturePoint) -> Geometry | None:
-        """Return the geometry of a feature map that was pooled to one position; None if it isn't."""
+        """Return the geometry of a feature map pooled to one position; None if it isn't one."""
         sizes = _item_sizes(self.specs[point])
         if len(sizes) == len(self.item) == 3 and 1 < max(sizes) == math.prod(sizes):
             if sizes[0] > 1:
@@ -209,7 +209,7 @@ def survey_grids(
         if len(shapes) > len(best[1]):
             best = other, shapes
     grids = Grids(specs, item, *best)
-        # Skip points that the other size explained, and those with only one dimension above 1.
+    # Skip points that the other size explained, and those with only one dimension above 1.
     open_points = {p for p in specs if _is_open(specs[p]) and not grids.by_size(p)}
     if open_points:
         grids.moves = _survey_moves(model, {p: specs[p] for p in open_points}, turn)
