@@ -1,8 +1,8 @@
 """Reductions of captured values.
 
 Experiments have shown which dimensions are channels and which are the image's; see
-``layertap.extraction.grid``. The mean over the wrong dimensions would be a silent wrong answer, so a
-reduction is refused if the layout is not known.
+``layertap.extraction.grid``. The mean over the wrong dimensions would be a silent wrong answer, so
+a reduction is refused if the layout is not known.
 """
 
 from __future__ import annotations

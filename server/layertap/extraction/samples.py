@@ -1,7 +1,7 @@
 """Batches for testing a model: ordinary ones, and unusual ones that expose hidden faults.
 
-Every batch is seeded, so the same call gives the same numbers. Batches are on the model's device and
-have the dtypes of its inputs.
+Every batch is seeded, so the same call gives the same numbers. Batches are on the model's device
+and have the dtypes of its inputs.
 
 Note [Samples that reach]
     A proof sees only the code that its inputs reach. Random numbers in [0, 1) never reach
