@@ -94,7 +94,7 @@ def _how(value: torch.Tensor, oracle: torch.Tensor, error: float, tolerance: flo
 
 
 def _pieces(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Split a large tensor along its first dimension, so that copying a part takes little memory."""
+    """Split a large tensor along its first dimension, so that copying it takes little memory."""
     if value.numel() <= _PIECE:
         return (value,)
     return tuple(value.split(max(1, _PIECE * len(value) // value.numel())))
