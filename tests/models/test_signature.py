@@ -76,7 +76,7 @@ def test_a_wrong_dtype_is_refused() -> None:
         (IMAGES, "[B, 3, H, W]"),
         (FIXED, "[B, 3, 224, 224]"),
         (VIDEO, "[B, 3, T, H, W]"),
-        (InputSpec((1, 16000), free=(1,)), "[B, 1, L]"),
+        (InputSpec((1, 16000), free=(1,)), "[B, 1, samples]"),
         (InputSpec((50, 6), free=(0,)), "[B, L, 6]"),
         (InputSpec((4, 4, 4, 4), free=(0, 1, 2, 3)), "[B, N1, N2, N3, N4]"),
     ],

@@ -81,7 +81,10 @@ def _layer(layer: catalogue_pb2.Layer) -> LayerDescription:
 def _value(spec: catalogue_pb2.TensorSpec) -> ValueDescription:
     return ValueDescription(
         dtype=_dtype(spec.dtype),
-        shape=tuple(Dimension(dim.size, dim.batch) for dim in spec.shape),
+        shape=tuple(
+            Dimension(dim.size, dim.batch, expression=dim.expression, varies=dim.varies)
+            for dim in spec.shape
+        ),
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
         interleaved=spec.interleaved,

@@ -18,7 +18,7 @@ from layertap.description import (
 from layertap.engine.host import ModelHost
 from layertap.extraction.catalogue import LayerEntry, side_name
 from layertap.extraction.layout import Layout
-from layertap.extraction.points import PointKind, ValueSpec
+from layertap.extraction.points import Dim, PointKind, ValueSpec
 from layertap.models import InputSpec, Preprocess
 from layertap.selection import Capture, Extractor
 
@@ -111,11 +111,20 @@ def _layer(entry: LayerEntry, host: ModelHost, refused: RefusedAlone) -> LayerDe
 def _value(spec: ValueSpec) -> ValueDescription:
     return ValueDescription(
         dtype=_name(spec.dtype),
-        shape=tuple(Dimension(dim.size, dim.batch) for dim in spec.dims),
+        shape=tuple(map(_dimension, spec.dims)),
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
         interleaved=spec.interleaved,
         quantized=spec.quantized,
+    )
+
+
+def _dimension(dim: Dim) -> Dimension:
+    return Dimension(
+        dim.size,
+        dim.batch,
+        expression=str(dim.expression) if dim.expression and dim.expression.terms else "",
+        varies=dim.expression is None,
     )
 
 

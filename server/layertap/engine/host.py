@@ -56,6 +56,9 @@ MAX_SIZES_PROVEN = 8
 The others are proven at their first use.
 """
 
+MAX_PREDICTED = 1024
+"""Plans that run the model itself and whose shapes the catalogue predicts; they take no memory."""
+
 MAX_REFUSALS = 256
 MAX_RESOLVED = 256
 
@@ -147,6 +150,7 @@ class ModelHost:
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}
+        self._predictions: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
         self._max_plans = limits.plans
         # A compiled program has its own weights, up to all of the model's.
@@ -194,7 +198,15 @@ class ModelHost:
         """
         extractor = self._choose(resolved, batch_key, size)
         key = PlanKey(extractor, resolved.pass_spec, batch_key)
-        plan = self._known(key) or self.compute.run(lambda: self._build(key), call)
+        plan = self._known(key) or self._predicted(key)
+        if plan is None:
+            plan = self.compute.run(lambda: self._build(key), call)
+        elif plan.predicted and plan.dynamic:
+            _log.warning(
+                "model %s: a value has another shape than the catalogue predicts for items of %s; "
+                "shapes of such items are measured", self.model.name, batch_key,
+            )  # fmt: skip
+            plan = self.measure(plan, call)
         if plan.refusal(size) is None:
             self.compute.run(partial(self._builder.prover.prove_size, plan, size), call)
         refusal = plan.refusal(size)
@@ -206,6 +218,16 @@ class ModelHost:
             f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
         )
+
+    def measure(self, plan: Plan, call: Call) -> Plan:
+        """Replace a plan whose shapes were predicted by one whose shapes are measured.
+
+        Raises:
+            InvalidInputError: If the model can't run on such items at all.
+        """
+        with self._lock:
+            self._predictions.pop(plan.key, None)
+        return self.compute.run(lambda: self._build(plan.key), call)
 
     def prove_shared(self, plan: Plan, items: int) -> bool:
         """Return whether requests may share a pass of that many items. For a compute thread."""
@@ -262,6 +284,7 @@ class ModelHost:
         self._checkpoints.close()
         with self._lock:
             self._plans.clear()
+            self._predictions.clear()
             self._declared_plans.clear()
 
     def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
@@ -359,9 +382,19 @@ class ModelHost:
     def _known(self, key: PlanKey) -> Plan | None:
         with self._lock:
             plan = self._declared_plans.get(key) or _touch(self._plans, key)
+            plan = plan or _touch(self._predictions, key)
             refusal = None if plan else _touch(self._refusals, key)
         if refusal is not None:
             raise type(refusal)(str(refusal))
+        return plan
+
+    def _predicted(self, key: PlanKey) -> Plan | None:
+        """Return a plan for which the model need not run; None if there can't be one."""
+        if key.extractor is not REFERENCE.id or key.batch_key == self.catalogue.key:
+            return None
+        plan = self._builder.predicted(key.pass_spec, key.batch_key)
+        if plan is not None:
+            self._remember(self._predictions, key, plan, MAX_PREDICTED)
         return plan
 
     def _build(self, key: PlanKey) -> Plan:

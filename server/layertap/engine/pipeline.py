@@ -131,6 +131,9 @@ class Pipeline:
         try:
             return self._run(admitted, x, resolved, plan)
         except ModelRunError as error:
+            if plan.predicted:
+                # No pass on such items was tried before: the model may not take them at all.
+                host.measure(plan, call)
             if not plan.kind.compiled:
                 raise
             reason = str(error)

@@ -16,7 +16,8 @@ Note [Found by elimination]
     size at which they disagree most is measured next. A dimension has an expression once all of its
     candidates are the same function of the sizes that the model takes; until then it has none, and
     so it has none where no candidate is left. Simpler forms come first: a constant, one count, a
-    product, a sum.
+    product, a sum. Of a model that takes multiples of a number only, such as 32, the strides are
+    taken to be divisors or multiples of it, as no size that it takes shows more.
 
 Everything here is arithmetic; ``layertap.extraction.sizes`` runs the model.
 """
@@ -26,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations_with_replacement, product
+from itertools import combinations_with_replacement, pairwise, product
 
 import numpy as np
 import numpy.typing as npt
@@ -47,8 +48,11 @@ _MAX_STRIDE = 2048
 _MAX_PATCH = 64
 """The largest stride of a factor of a product that no other dimension shows."""
 
-_SCORED = 2048
-"""Candidates that are compared with each other to choose the next size."""
+_MAX_WINDOW = 16
+"""The largest window of patches, one side of it, that no other dimension shows."""
+
+_SCORED = 300_000
+"""Values that are compared with each other, for each dimension, to choose the next size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +233,8 @@ def _plain_count(count: Count, step: int) -> Count:
     """Return a count as it reads most simply where sizes are multiples of a step."""
     if count.stride > 1 and step % count.stride == 0 and 0 <= count.shift < count.stride:
         return replace(count, shift=0, exact=True)
+    if step > 1 and count.stride % step == 0 and count.shift == count.stride - step:
+        return replace(count, shift=count.stride - 1)  # Rounded up, as any shift in between does.
     return count
 
 
@@ -236,7 +242,7 @@ class Solver:
     """Finds the expressions of many dimensions at once; see Note [Found by elimination].
 
     Args:
-        steps: For each free dimension, a number of which all sizes that the model takes are
+        steps: For each free dimension, a number of which nearly all sizes that the model takes are
             multiples.
     """
 
@@ -301,12 +307,13 @@ class Solver:
                 taken for the same function.
         """
         self._search()
-        sizes = _by_symbol(domain)
+        sizes, tried = _by_symbol(domain), _by_symbol(self._tried)
+        exact = {s: 1 if (tried[s] % step).any() else step for s, step in self._steps.items()}
         solved: dict[Column, Expression] = {}
         for column, candidates in self._found.items():
             if _agree(candidates, sizes):
                 simplest = min(candidates, key=lambda each: sum(map(len, each.form)))
-                solved[column] = simplest.expression(simplest.simplest(), self._steps)
+                solved[column] = simplest.expression(simplest.simplest(), exact)
         return {key: solved[column] for key, column in self._columns.items() if column in solved}
 
     def _search(self) -> None:
@@ -314,7 +321,7 @@ class Solver:
         tried = _by_symbol(self._tried)
         missing = set(self._columns.values()) - self._found.keys()
         for column in missing - self._none.keys():
-            found = _constant(column) or _counts(tried, column)
+            found = _constant(column) or _counts(tried, column, self._steps)
             if found:
                 self._found[column] = found
         counts = self._counts_found()
@@ -367,23 +374,29 @@ def _score(
     candidates: Sequence[_Candidates], sizes: Mapping[str, Numbers]
 ) -> npt.NDArray[np.float64]:
     """Return for each point how much measuring there narrows the candidates down at least."""
-    values = np.concatenate([each.at(sizes) for each in map(_sampled, candidates)])
+    points = len(next(iter(sizes.values())))
+    most = max(_SCORED // (points * len(candidates)), 8)
+    values = np.concatenate([_sampled(each, most).at(sizes) for each in candidates])
     if len(values) < 2:
         return np.zeros(values.shape[1])
     ordered = np.sort(values, axis=0)
-    largest = np.array([_longest_run(column) for column in ordered.T])
-    return np.log(len(values) / largest)
+    return np.log(len(values) / _longest_runs(ordered))
 
 
-def _sampled(candidates: _Candidates) -> _Candidates:
-    if len(candidates) <= _SCORED:
+def _sampled(candidates: _Candidates, most: int) -> _Candidates:
+    """Return so many of some candidates, evenly."""
+    if len(candidates) <= most:
         return candidates
-    return candidates.only(np.linspace(0, len(candidates) - 1, _SCORED).astype(np.int64))
+    return candidates.only(np.linspace(0, len(candidates) - 1, most).astype(np.int64))
 
 
-def _longest_run(ordered: Numbers) -> int:
-    ends = np.flatnonzero(np.diff(ordered))
-    return int(np.diff(np.concatenate([[-1], ends, [len(ordered) - 1]])).max())
+def _longest_runs(ordered: Numbers) -> Numbers:
+    """Return the length of the longest run of equal values in each column."""
+    run = longest = np.ones(ordered.shape[1], dtype=np.int64)
+    for before, after in pairwise(ordered):
+        run = np.where(before == after, run + 1, 1)
+        longest = np.maximum(longest, run)
+    return longest
 
 
 def _constant(column: Column) -> list[_Candidates]:
@@ -393,22 +406,28 @@ def _constant(column: Column) -> list[_Candidates]:
     return [_Candidates((), np.array(column[:1], dtype=np.int64), none, none, none)]
 
 
-def _counts(tried: Mapping[str, Numbers], column: Column) -> list[_Candidates]:
+def _counts(
+    tried: Mapping[str, Numbers], column: Column, steps: Mapping[str, int]
+) -> list[_Candidates]:
     """Return every ``constant + factor * floor((s + shift) / stride)`` of a column."""
     values = np.array(column, dtype=np.int64)
-    found = [_counts_of(symbol, sizes, values) for symbol, sizes in tried.items()]
+    found = [_counts_of(s, sizes, values, steps.get(s, 1)) for s, sizes in tried.items()]
     return [each for each in found if each is not None]
 
 
-def _counts_of(symbol: str, sizes: Numbers, values: Numbers) -> _Candidates | None:
+def _counts_of(symbol: str, sizes: Numbers, values: Numbers, step: int) -> _Candidates | None:
     low, high = int(sizes.argmin()), int(sizes.argmax())
     span, rise = int(sizes[high] - sizes[low]), int(values[high] - values[low])
     if span <= 0 or rise <= 0:
         return None
+    uneven = bool((sizes % step).any())
     rows: list[Numbers] = []
     for factor in _divisors(math.gcd(*map(int, values - values[0]))):
         for stride in _strides(span, rise, factor, int(sizes[high])):
-            shift = np.arange(stride, dtype=np.int64)
+            if step % stride and stride % step:
+                continue
+            # Where all sizes are multiples of the step, shifts of less make no difference.
+            shift = np.arange(0, stride, 1 if uneven else min(step, stride), dtype=np.int64)
             counts = (sizes[:, None] + shift) // stride
             constant = values[0] - factor * counts[0]
             right = (values[:, None] - factor * counts == constant).all(axis=0)
@@ -445,11 +464,12 @@ def _products(
 ) -> list[_Candidates]:
     """Return every ``constant + factor * count * count`` of a column, else products of three.
 
-    The counts are those of other dimensions, whole sizes, and rounded patches of any usual size;
-    for three of them those of other dimensions only.
+    The counts are those of other dimensions and rounded parts of those, such as windows of patches,
+    whole sizes, and rounded patches of any usual size; for three of them those of other dimensions
+    only.
     """
     plain = [(s - 1 if up else 0, s) for s in range(1, _MAX_PATCH + 1) for up in (0, 1) if s > up]
-    some = {symbol: sorted({*plain, *found.get(symbol, ())}) for symbol in tried}
+    some = {symbol: sorted({*plain, *_parts(found.get(symbol, ()))}) for symbol in tried}
     two = [
         each
         for form in combinations_with_replacement(tried, 2)
@@ -461,6 +481,14 @@ def _products(
     three = [_product_of(form, tried, column, few)
              for form in combinations_with_replacement(tried, 3)]  # fmt: skip
     return [each for each in three if each]
+
+
+def _parts(counts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield (shift, stride) of counts, and of their parts of usual sizes, rounded down and up."""
+    for shift, stride in counts:
+        for part in range(1, _MAX_WINDOW + 1):
+            yield shift, stride * part
+            yield shift + stride * (part - 1), stride * part
 
 
 def _product_of(

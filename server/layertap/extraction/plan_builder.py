@@ -27,6 +27,7 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
+from layertap.extraction.predicted import placed, predicted_plan
 from layertap.extraction.proof import prove
 from layertap.extraction.prover import Prover
 from layertap.extraction.samples import ordinary_batch
@@ -165,19 +166,15 @@ class PlanBuilder:
         findings = Findings(x.size for x, _ in proof.cases)
         yield Plan(kind, pass_spec, batch_key, specs, built, findings)
 
+    def predicted(self, pass_spec: PassSpec, batch_key: BatchKey) -> Plan | None:
+        """Return a plan of the reference kind without running the model; None if that can't be.
+
+        See ``layertap.extraction.predicted``. Any thread may call this method.
+        """
+        return predicted_plan(self._context, self._catalogue, pass_spec, batch_key)
+
     def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
-        """Return a spec with what the catalogue knows about the layout of the point."""
-        measured = self._catalogue.specs.get(point)
-        if measured is None or len(measured.dims) != len(spec.dims):
-            return spec
-        spec = replace(spec, interleaved=measured.interleaved)
-        if spec.batch_axis is None:
-            return spec
-        shape = [1, *(dim.size for dim in spec.dims if not dim.batch)]
-        geometry = measured.geometry.at(
-            shape, batch_key.main.shape, self._model.signature.main.shape
-        )
-        return replace(spec, geometry=geometry)
+        return placed(self._model.signature, self._catalogue, point, spec, batch_key)
 
     def _compiled(
         self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool

@@ -48,7 +48,10 @@ _CONFIRMING = (2, 3)
 """Items of the batches that confirm what was found."""
 
 _CHOICE = 192
-"""Sizes among which the next one is chosen."""
+"""Sizes anywhere in the range among which the next one is chosen."""
+
+_EVERY = 20_000
+"""Sizes among which it is chosen where those tell nothing more."""
 
 _SMALL = 160
 """Up to so large sizes are tried where the default one is much smaller."""
@@ -65,11 +68,13 @@ class _Knob:
         symbols: Their names.
         default: Their size at which the catalogue was measured.
         step: The sizes that the model takes are multiples of it, as far as is known.
+        before: Whether it takes the sizes before those too, as a U-Net does that rounds up.
     """
 
     symbols: tuple[str, ...]
     default: int
     step: int = 1
+    before: bool = False
 
     def of(self, sizes: Sizes) -> int:
         """Return its size."""
@@ -88,7 +93,8 @@ class _Knob:
     def within(self, least: int, most: int, generator: random.Random) -> int:
         """Return a size in a range that the step allows."""
         low = max(1, math.ceil(least / self.step))
-        return self.step * generator.randint(low, max(low, most // self.step))
+        size = self.step * generator.randint(low, max(low, most // self.step))
+        return size - generator.randint(0, 1) if self.before else size
 
 
 def survey_sizes(
@@ -172,12 +178,13 @@ class _Survey:
         self._specs = specs
         self._defaults = defaults
         self._seen: list[tuple[Sizes, Shapes]] = []
-        self._too_large: list[Sizes] = []
+        self._refused: list[Sizes] = []
         self._random = random.Random(0)
 
     def expressions(self) -> Expressions:
         """Return what ``survey_sizes`` does."""
         knobs = self._knobs()
+        self._refused.clear()  # What they show is the steps.
         for low, high in ((0.3, 0.6), (0.6, 0.85)):
             if len(self._seen) < 4:
                 for sizes in self._first(knobs, low, high):
@@ -188,10 +195,13 @@ class _Survey:
         solver.add(self._defaults, self._sizes(_measured(self._specs)))
         for sizes, shapes in self._seen:
             solver.add(sizes, self._sizes(shapes))
-        points = self._choice(knobs)
+        points, every = self._choice(knobs), None
         while self._runs.passes < MAX_PASSES - len(_CONFIRMING):
-            points = [sizes for sizes in points if self._is_new(sizes)]
-            sizes = solver.telling(points)
+            sizes = solver.telling(list(filter(self._is_new, points)))
+            if sizes is None and every is None:
+                # What is left differs at few sizes only.
+                points = every = self._every(knobs)
+                continue
             if sizes is None:
                 break
             points.remove(sizes)
@@ -205,9 +215,31 @@ class _Survey:
         shapes = self._runs.shapes(sizes)
         if shapes is not None:
             self._seen.append((sizes, shapes))
-        elif any(sizes[symbol] > default for symbol, default in self._defaults.items()):
-            self._too_large.append(sizes)
+        else:
+            self._refused.append(sizes)
         return shapes
+
+    def _range(self, knob: _Knob, up_to: float) -> tuple[int, int]:
+        """Return the smallest and the largest size of a knob that is worth trying."""
+        least = min(knob.of(seen) for seen, _ in self._seen)
+        return least, max(int(up_to * knob.default), min(4 * knob.default, _SMALL))
+
+    def _every(self, knobs: Sequence[_Knob]) -> list[Sizes]:
+        """Return points that have each size of each knob once or more, small ones first."""
+        ranges = {}
+        for knob in knobs:
+            least, most = self._range(knob, 1.5)
+            before = [size - 1 for size in range(least, most + 1, knob.step) if knob.before]
+            ranges[knob] = sorted({*range(least, most + 1, knob.step), *before})[:_EVERY]
+        points = []
+        for index in range(max(map(len, ranges.values()), default=0)):
+            sizes = dict(self._defaults)
+            for number, (knob, values) in enumerate(ranges.items()):
+                # Not the same share of each, so that height and width can be told apart.
+                size = values[(index + number * len(values) // 3) % len(values)]
+                sizes |= dict.fromkeys(knob.symbols, size)
+            points.append(sizes)
+        return sorted(points, key=lambda sizes: math.prod(sizes.values()))
 
     def _is_new(self, sizes: Sizes) -> bool:
         """Return whether a pass at some sizes was not run yet, and may well succeed."""
@@ -215,7 +247,7 @@ class _Survey:
             return False
         return not any(
             sizes[symbol] >= size > self._defaults[symbol]
-            for refused in self._too_large
+            for refused in self._refused
             for symbol, size in refused.items()
         )
 
@@ -232,36 +264,50 @@ class _Survey:
 
     def _knobs(self) -> list[_Knob]:
         """Return what can be changed of the inputs' sizes, and in which steps."""
-        knobs = [_Knob((symbol,), default) for symbol, default in self._defaults.items()]
-        # Next to round sizes: no multiple of anything.
-        odd = {knob.symbols[0]: knob.first(0.6, 0.85)[2 * (index % 2)]
-               for index, knob in enumerate(knobs)}  # fmt: skip
-        if self._run(odd) is not None:
-            return knobs
-        self._too_large.clear()
-        steps = [self._step(knob) for knob in knobs]
-        found = [replace(k, step=step) for k, step in zip(knobs, steps, strict=True) if step]
-        stuck = [knob for knob, step in zip(knobs, steps, strict=True) if not step]
-        for size in dict.fromkeys(knob.default for knob in stuck):
-            alike = tuple(knob.symbols[0] for knob in stuck if knob.default == size)
-            tied = _Knob(alike, size)
-            if len(alike) > 1 and (step := self._step(tied)):
-                found.append(replace(tied, step=step))
-        return found
+        alone = [_Knob((symbol,), default) for symbol, default in self._defaults.items()]
+        if self._takes(alone):
+            return alone
+        alike: dict[int, tuple[str, ...]] = {}
+        for symbol, default in self._defaults.items():
+            alike[default] = (*alike.get(default, ()), symbol)
+        tied = [_Knob(symbols, default) for default, symbols in alike.items()]
+        if len(tied) == len(alone):
+            tied = []
+        if tied and self._takes(tied):
+            return tied
+        for knobs in (alone, tied):
+            for step in _STEPS[1:]:
+                stepped = [replace(k, step=1 if k.default % step else step) for k in knobs]
+                if any(knob.step > 1 for knob in stepped) and self._takes(stepped):
+                    return [self._loosened(knob) for knob in stepped]
+        return [knob for knob in alone if self._takes([knob])]
 
-    def _step(self, knob: _Knob) -> int:
-        """Return the smallest step in which the model lets a knob change alone; 0 for none."""
-        for step in _STEPS:
-            if knob.default % step or self._runs.passes >= MAX_PASSES // 2:
-                continue
-            for share in (0.6, 1.4):
-                # An odd multiple, which is none of the next step.
-                size = step * (2 * (round(share * knob.default / step) // 2) + 1)
-                sizes = {**self._defaults, **dict.fromkeys(knob.symbols, size)}
-                if 1 < size != knob.default and self._run(sizes) is not None:
-                    return step
-                self._too_large.clear()
-        return 0
+    def _loosened(self, knob: _Knob) -> _Knob:
+        """Return a knob with all of the sizes that the model takes."""
+        free = replace(knob, step=1)
+        if knob.step > 1 and self._takes([free]):
+            return free  # The step was needed for another knob.
+        return replace(knob, before=knob.step > 2 and self._takes([knob], less=1))
+
+    def _takes(self, knobs: Sequence[_Knob], less: int = 0) -> bool:
+        """Return whether the model takes other sizes of some knobs: odd multiples of their steps.
+
+        Args:
+            knobs: What is changed.
+            less: What is subtracted from each size.
+        """
+        sizes = dict(self._defaults)
+        for index, knob in enumerate(knobs):
+            share = (0.6, 0.85)[index % 2] * knob.default
+            step = knob.step
+            # Not a multiple of the next step either.
+            size = step * (2 * (round(share / step) // 2) + 1)
+            if step == 1 and size > 16:
+                size -= size % 8 - 5  # Nor next to a multiple.
+            if size in (1, knob.default):
+                size += 2 * step
+            sizes |= dict.fromkeys(knob.symbols, size - less)
+        return self._run(sizes) is not None
 
     def _first(self, knobs: Sequence[_Knob], low: float, high: float) -> Iterator[Sizes]:
         """Yield the first sizes to try."""
@@ -284,8 +330,7 @@ class _Survey:
         for _ in range(_CHOICE):
             sizes = dict(self._defaults)
             for knob in knobs:
-                least = min(knob.of(seen) for seen, _ in self._seen)
-                most = max(int(up_to * knob.default), min(4 * knob.default, _SMALL))
+                least, most = self._range(knob, up_to)
                 sizes |= dict.fromkeys(knob.symbols, knob.within(least, most, self._random))
             found[tuple(sizes.values())] = sizes
         return sorted(found.values(), key=lambda sizes: math.prod(sizes.values()))

@@ -87,9 +87,7 @@ class InputSpec:
     @property
     def dimensions(self) -> list[tuple[int, str]]:
         """The default size of each dimension of an item, and the name of those that are free."""
-        count = len(self.free)
-        names = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
-        named = dict(zip(self.free, names, strict=True))
+        named = dict(zip(self.free, _conventional(self), strict=True))
         return [(size, named.get(index, "")) for index, size in enumerate(self.shape)]
 
     @property
@@ -195,6 +193,17 @@ class Signature:
             each = ", ".join(f"{size} of {name!r}" for name, size in sizes.items())
             raise InvalidInputError(f"inputs: got batches of {each}, expected one size for all")
         return next(iter(sizes.values()))
+
+
+def _conventional(spec: InputSpec) -> tuple[str, ...]:
+    """Return what the free dimensions of an input are usually called."""
+    count = len(spec.free)
+    if spec.free == (0,) and len(spec.shape) == 1:
+        # Token ids and masks, or the samples of a waveform.
+        return ("samples",) if spec.dtype.is_floating_point else ("sequence",)
+    if spec.free == (1,) and len(spec.shape) == 2 and spec.shape[0] <= 2:
+        return ("samples",)  # The channels of a waveform are mono or stereo.
+    return _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorsInput
 from layertap.engine.describe import RefusedAlone, refusal, refused_alone, stride
 from layertap.errors import InvalidInputError
-from layertap.extraction import LayerEntry, PointKind, ValueSpec
+from layertap.extraction import Dim, LayerEntry, PointKind, ValueSpec
 from layertap.extraction.layout import Layout
 from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import InputSpec, Preprocess, Steps
@@ -297,11 +297,21 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
         return None
     return catalogue_pb2.TensorSpec(
         dtype=_dtype_name(spec.dtype),
-        shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
+        shape=list(map(_dimension, spec.dims)),
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
         interleaved=spec.interleaved,
         quantized=spec.quantized,
+    )
+
+
+def _dimension(dim: Dim) -> catalogue_pb2.Dimension:
+    expression = dim.expression
+    return catalogue_pb2.Dimension(
+        size=dim.size,
+        batch=dim.batch,
+        expression=str(expression) if expression and expression.terms else "",
+        varies=expression is None,
     )
 
 
