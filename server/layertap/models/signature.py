@@ -1,4 +1,4 @@
-"""The inputs that a model takes. They are checked before it runs, as a wrong shape fails late in it.
+"""The inputs of a model. They are checked before it runs, as a wrong shape fails late inside it.
 
 Only this file, `Batch`, the model itself and the decoders know what is in a batch.
 """
