@@ -1,4 +1,4 @@
-"""Rejects calls that would wait long for a thread, instead of leaving them in gRPC's queue."""
+"""Refuses calls that would wait long for a thread, instead of leaving them in gRPC's queue."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no t
     """Refuses a call at once where as many calls wait for a thread as there are threads.
 
     gRPC puts calls that find no free thread into an unbounded queue, where their deadlines pass
-    unnoticed. A burst of short calls may wait there. Further calls are rejected before their
-    message is read, in gRPC's thread that reports the call, so that rejecting needs no other
+    unnoticed. A burst of short calls may wait there. Further calls are refused before their
+    message is read, in gRPC's thread that reports the call, so that refusing needs no other
     thread.
 
     Args:
         workers: The threads.
-        observer: Notified of each rejection.
+        observer: Notified of each refusal.
     """
 
     def __init__(self, workers: WorkerThreads, observer: Observer) -> None:

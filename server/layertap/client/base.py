@@ -62,7 +62,7 @@ class BaseClient:
         reply_compression: How the server compresses replies that go over the network: ``"none"``,
             ``"gzip"`` or ``"deflate"``. Useful only on slow networks; docs/performance.md has the
             costs.
-        retries: How many times to retry a call that the server rejects because it is full, within
+        retries: How many times to retry a call that the server refuses because it is full, within
             the call's timeout. Streams are not retried. The client waits for the time that the
             server specifies, and a random time in addition. With 0 the call raises
             OverloadedError at once; its ``retry_after`` has the time to wait.

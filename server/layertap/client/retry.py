@@ -1,4 +1,4 @@
-"""Retries calls that a server rejected because it is full."""
+"""Retries calls that a server refused because it is full."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Retries:
 
     The wait is the one that the server specifies. If it specifies none, the wait is 0.5 seconds and
     doubles with each retry, up to 8 seconds. A random time of up to half of that is added, so that
-    callers who were rejected together don't retry together.
+    callers who were refused together don't retry together.
 
     Args:
         retries: How many times to call again at most.

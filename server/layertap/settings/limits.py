@@ -58,7 +58,7 @@ class Limits:
     pending: Annotated[
         int,
         Setting(
-            "Requests that wait for a compute thread or run on one; one more is rejected.",
+            "Requests that wait for a compute thread or run on one; one more is refused.",
             kinds.COUNT,
             flag=NO_FLAG,
         ),
