@@ -17,7 +17,7 @@ _MEMORY = kinds.mib(1)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``[limits]``: limits that hold before any compute. Sizes are in bytes."""
+    """``[limits]``: limits that are checked before any compute. Sizes are in bytes."""
 
     request_bytes: Annotated[
         int,
