@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from layertap._pure._build import ReplyLayout
 from layertap._pure._wire import (
     LENGTH_DELIMITED,
-    MAX_DEPTH,
     MAX_MESSAGE_BYTES,
+    MAX_MESSAGE_DEPTH,
     MAX_REST_FIELDS,
     Reader,
     check_field,
@@ -59,7 +59,7 @@ def split(message: bytes, *, field: int, most: int) -> tuple[bytes, list[memoryv
             begin, end = reader.length_delimited()
             payloads.append(memoryview(message)[begin:end])
         else:
-            reader.skip(number, wire_type, MAX_DEPTH)
+            reader.skip(number, wire_type, MAX_MESSAGE_DEPTH)
             rest.append(message[start : reader.at])
             if len(rest) > MAX_REST_FIELDS:
                 raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")

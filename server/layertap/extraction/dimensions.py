@@ -28,6 +28,7 @@ import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement, pairwise, product
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,9 @@ __all__ = ["Count", "Expression", "Sizes", "Solver", "Term"]
 
 Sizes = Mapping[str, int]
 """The size of each named free dimension of the inputs."""
+
+K = TypeVar("K", bound=Hashable)
+"""What identifies a dimension."""
 
 Column = tuple[int, ...]
 """What one dimension measured, for each of the sizes that were tried."""
@@ -238,7 +242,7 @@ def _plain_count(count: Count, step: int) -> Count:
     return count
 
 
-class Solver:
+class Solver(Generic[K]):
     """Finds the expressions of many dimensions at once; see Note [Found by elimination].
 
     Args:
@@ -249,12 +253,12 @@ class Solver:
     def __init__(self, steps: Mapping[str, int]) -> None:
         self._steps = steps
         self._tried: list[Sizes] = []
-        self._columns: dict[Hashable, Column] = {}
+        self._columns: dict[K, Column] = {}
         self._found: dict[Column, list[_Candidates]] = {}
         # With what was known of other dimensions when nothing was found.
         self._none: dict[Column, dict[str, set[tuple[int, int]]]] = {}
 
-    def add(self, sizes: Sizes, values: Mapping[Hashable, int]) -> None:
+    def add(self, sizes: Sizes, values: Mapping[K, int]) -> None:
         """Take the measurements at one size of the inputs.
 
         Args:
@@ -262,11 +266,8 @@ class Solver:
             values: The elements along each dimension that was measured. A dimension that is missing
                 here or was missing before is given up.
         """
-        columns = (
-            {key: (*column, values[key]) for key, column in self._columns.items() if key in values}
-            if self._tried
-            else {key: (value,) for key, value in values.items()}
-        )
+        before: Mapping[K, Column] = self._columns if self._tried else dict.fromkeys(values, ())
+        columns = {key: (*column, values[key]) for key, column in before.items() if key in values}
         self._tried.append(dict(sizes))
         kept = {
             column: _agreeing(self._found[column[:-1]], sizes, column[-1])
@@ -299,7 +300,7 @@ class Solver:
             return None
         return points[int(np.argmax(scores >= 0.9 * best))]
 
-    def expressions(self, domain: Sequence[Sizes]) -> dict[Hashable, Expression]:
+    def expressions(self, domain: Sequence[Sizes]) -> dict[K, Expression]:
         """Return the expression of each dimension that has one.
 
         Args:

@@ -144,15 +144,15 @@ class PlanBuilder:
             yield Plan(kind, pass_spec, batch_key, specs, built, Findings())
             return
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
-        oracle = []
+        reference = []
         for x in batches:
-            oracle.append(self.prover.truth(pass_spec, x))
+            reference.append(self.prover.truth(pass_spec, x))
             yield None
         specs = tuple(
             self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), batch_key)
-            for point, one, two in zip(points, *oracle, strict=True)
+            for point, one, two in zip(points, *reference, strict=True)
         )
-        proof = _Proof(kind, pass_spec, list(zip(batches, oracle, strict=True)))
+        proof = _Proof(kind, pass_spec, list(zip(batches, reference, strict=True)))
         if not kind.reference:
             proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, batch_key))
             yield None
@@ -171,7 +171,7 @@ class PlanBuilder:
 
         See ``layertap.extraction.predicted``. Any thread may call this method.
         """
-        return predicted_plan(self._context, self._catalogue, pass_spec, batch_key)
+        return predicted_plan(self._context, self.prover, self._catalogue, pass_spec, batch_key)
 
     def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
         return placed(self._model.signature, self._catalogue, point, spec, batch_key)

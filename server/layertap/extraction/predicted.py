@@ -5,36 +5,46 @@ Note [The first pass at a size]
     inputs; only their shapes must be known to lay a reply out, and those follow from the
     expressions. A value of another shape than predicted is noticed when it is captured. But a model
     may write state for some sizes only, or refuse a size. So the first pass at a size runs to its
-    end, as a pass of the oracle does, and the guard looks at the state after it.
+    end, as a reference pass does, and the guard looks at the state after it. If that pass fails, a
+    pass on random input of that size tells whether the size or the content is at fault.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from layertap.errors import InvalidInputError, LayertapError
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.dimensions import Sizes
 from layertap.extraction.kinds.base import BuildContext
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.layout import Geometry, Layout
+from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan
 from layertap.extraction.points import CapturePoint, Sink, ValueSpec
+from layertap.extraction.prover import Prover
+from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, BatchKey, Signature, free_sizes
 
 __all__ = ["placed", "predicted_plan"]
 
 
 def predicted_plan(
-    context: BuildContext, catalogue: Catalogue, pass_spec: PassSpec, key: BatchKey
+    context: BuildContext,
+    prover: Prover,
+    catalogue: Catalogue,
+    pass_spec: PassSpec,
+    key: BatchKey,
 ) -> Plan | None:
     """Return a plan of the reference kind, without running the model.
 
     Args:
         context: The model and what belongs to it.
-        catalogue: Its catalogue.
+        prover: Runs the model where its first pass fails.
+        catalogue: The model's catalogue.
         pass_spec: What to capture: points of modules.
         key: The inputs, and the sizes of their items.
 
@@ -44,7 +54,13 @@ def predicted_plan(
     specs = _specs(context.model.signature, catalogue, pass_spec.points, key)
     if specs is None:
         return None
-    built = _FirstWatched(REFERENCE.oracle(context, pass_spec), REFERENCE.build(context, pass_spec))
+
+    def check() -> None:
+        prover.truth(pass_spec, ordinary_batch(context.model, 1, key))
+
+    built = _FirstWatched(
+        REFERENCE.build_reference(context, pass_spec), REFERENCE.build(context, pass_spec), check
+    )
     return Plan(REFERENCE, pass_spec, key, specs, built, Findings(), predicted=True)
 
 
@@ -114,17 +130,43 @@ class _FirstWatched:
     Args:
         watched: Runs the first pass.
         usual: Runs the others.
+        check: Raises InvalidInputError if the model can't run on items of this size.
     """
 
-    def __init__(self, watched: BuiltExtractor, usual: BuiltExtractor) -> None:
+    def __init__(
+        self, watched: BuiltExtractor, usual: BuiltExtractor, check: Callable[[], None]
+    ) -> None:
         self._watched = watched
         self._usual = usual
+        self._check = check
         self._ran = False
+        self._refusal = ""
 
     def run(self, x: Batch, sink: Sink) -> None:
-        """See BuiltExtractor."""
+        """See BuiltExtractor; raises InvalidInputError if the model takes no such items."""
         if self._ran:
             self._usual.run(x, sink)
             return
-        self._watched.run(x, sink)
+        if self._refusal:
+            raise InvalidInputError(self._refusal)
+        try:
+            self._watched.run(x, sink)
+        except LayertapError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            self._refuse()
+            raise
+        self._ran = True
+
+    def _refuse(self) -> None:
+        """Raise InvalidInputError if not the content of the batch but its size is at fault."""
+        try:
+            self._check()
+        except InvalidInputError as refusal:
+            self._refusal = str(refusal)
+            raise
+        except LayertapError:
+            return  # The layers do not run for every input of this size.
         self._ran = True

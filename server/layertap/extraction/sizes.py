@@ -191,22 +191,22 @@ class _Survey:
                     self._run(sizes)
         if not self._seen:
             return {}
-        solver = Solver({symbol: knob.step for knob in knobs for symbol in knob.symbols})
+        solver: Solver[tuple[CapturePoint, int]] = Solver(
+            {symbol: knob.step for knob in knobs for symbol in knob.symbols}
+        )
         solver.add(self._defaults, self._sizes(_measured(self._specs)))
         for sizes, shapes in self._seen:
             solver.add(sizes, self._sizes(shapes))
-        points, every = self._choice(knobs), None
+        points, thorough = self._choice(knobs), False
         while self._runs.passes < MAX_PASSES - len(_CONFIRMING):
-            sizes = solver.telling(list(filter(self._is_new, points)))
-            if sizes is None and every is None:
-                # What is left differs at few sizes only.
-                points = every = self._every(knobs)
-                continue
-            if sizes is None:
+            telling = solver.telling(list(filter(self._is_new, points)))
+            if telling is None and thorough:
                 break
-            points.remove(sizes)
-            if (shapes := self._run(sizes)) is not None:
-                solver.add(sizes, self._sizes(shapes))
+            if telling is None:
+                # What is left differs at few sizes only.
+                points, thorough = self._every(knobs), True
+            elif (run := self._run(telling)) is not None:
+                solver.add(telling, self._sizes(run))
         domain = [*self._choice(knobs), *self._choice(knobs, up_to=4)]
         return self._confirmed(knobs, solver.expressions(domain), domain)
 
@@ -243,7 +243,7 @@ class _Survey:
 
     def _is_new(self, sizes: Sizes) -> bool:
         """Return whether a pass at some sizes was not run yet, and may well succeed."""
-        if sizes == self._defaults or any(sizes == seen for seen, _ in self._seen):
+        if sizes in (self._defaults, *self._refused, *(seen for seen, _ in self._seen)):
             return False
         return not any(
             sizes[symbol] >= size > self._defaults[symbol]
@@ -334,16 +334,6 @@ class _Survey:
                 sizes |= dict.fromkeys(knob.symbols, knob.within(least, most, self._random))
             found[tuple(sizes.values())] = sizes
         return sorted(found.values(), key=lambda sizes: math.prod(sizes.values()))
-
-    def _too_large(self, sizes: Sizes) -> bool:
-        """Return whether sizes above the default ones are as large as some that were refused."""
-        return sizes in self._tried or any(
-            all(sizes[symbol] >= size for symbol, size in refused.items())
-            or any(
-                sizes[symbol] >= size > self._defaults[symbol] for symbol, size in refused.items()
-            )
-            for refused in self._refused
-        )
 
     def _confirmed(
         self,
