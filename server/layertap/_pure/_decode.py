@@ -64,7 +64,7 @@ def decode(
 
 
 def _fields(message: bytes, begin: int, end: int) -> int:
-    """Return how many fields a submessage has."""
+    """Return the number of fields in a submessage."""
     reader = Reader(message, begin, end)
     count = 0
     while not reader.done():
@@ -74,7 +74,7 @@ def _fields(message: bytes, begin: int, end: int) -> int:
 
 
 class _Tensor:
-    """One ``layertap.v1.Tensor`` in the making."""
+    """One ``layertap.v1.Tensor`` that is being read."""
 
     def __init__(self, message: bytes) -> None:
         self._message = message
@@ -85,7 +85,7 @@ class _Tensor:
         self._slice: list[int] | None = None
 
     def merge(self, begin: int, end: int) -> None:
-        """Read the fields in a span of the message over what is there."""
+        """Read the fields in a span of the message; they replace earlier values."""
         reader = Reader(self._message, begin, end)
         while not reader.done():
             match reader.field_tag():
@@ -121,7 +121,7 @@ class _Tensor:
                 reader.skip(number, wire_type, MAX_MESSAGE_DEPTH - 2)
 
     def checked(self) -> tuple[str, int, tuple[int, ...], memoryview | _Slice]:
-        """Return the tensor; raise ValueError where it contradicts itself."""
+        """Return the tensor; raise ValueError if it contradicts itself."""
         if self._dtype not in NUMPY:
             raise ValueError(f"tensor: dtype: got {self._dtype}, not a DataType")
         if len(self._shape) > MAX_RANK:

@@ -1,4 +1,4 @@
-"""Messages whose payloads are ``repeated bytes`` at their top level: laid out, and split."""
+"""Messages whose payloads are ``repeated bytes`` at the top level: laid out, and split."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def raw_layout(
     """See ``layertap._core.raw_layout``."""
     layout = ReplyLayout([], field=field, head_size=head_size)
     for dtype, shape in tensors:
-        # Laid out alone, which checks it and tells its bytes.
+        # Laid out by itself, which checks it and gives its size.
         (slot,) = ReplyLayout([("", dtype, shape)], field=field, head_size=0)._slots
         header = tag(field, LENGTH_DELIMITED) + varint(slot.payload_size)
         begin = layout.nbytes + len(header)

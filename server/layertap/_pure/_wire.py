@@ -93,7 +93,7 @@ class Reader:
 
 
 def payload_bytes(shape: Sequence[int], itemsize: int) -> int | None:
-    """Return a dense tensor's bytes; None for a negative size or an overflow."""
+    """Return the bytes of a dense tensor; None for a negative size or an overflow."""
     if any(size < 0 for size in shape):
         return None
     if itemsize * math.prod(size for size in shape if size) >= 1 << 63:
