@@ -231,3 +231,113 @@ def thinned() -> nn.Module:
 def short_only() -> nn.Module:
     """Return a seeded ShortOnly."""
     return seeded(ShortOnly)
+
+
+class Follows(nn.Module):
+    """Token ids whose positions are cut to their length, and a mean: a trace follows the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.places = nn.Parameter(torch.randn(256, 8))
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.embed(ids) + self.places[: ids.shape[1]])
+
+
+class BakedHalf(nn.Module):
+    """Mean of the first half of a wave: a trace holds the half, and is wrong without a word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(1, 4)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        half = int(wave.shape[1]) // 2
+        return self.out(wave[:, :half].mean(1, keepdim=True))
+
+
+class BakedView(nn.Module):
+    """Rows of a wave as a matrix: a trace holds its width, and fails at any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Identity()
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        return self.out(wave.view(-1, 2, int(wave.shape[1]) // 2).sum(1))
+
+
+class BakedBias(nn.Module):
+    """Attention with a bias for the distance of two positions, as T5 and Swin have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.bias = nn.Embedding(9, 1)
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        at = torch.arange(int(ids.shape[1]), device=ids.device)
+        distance = (at[None, :] - at[:, None]).clamp(-4, 4) + 4
+        scores = x @ x.transpose(1, 2) + self.bias(distance)[..., 0]
+        return self.out(scores.softmax(-1) @ x)
+
+
+class BakedScale(nn.Module):
+    """A mean over what was resized to a fixed share of the image: its size is held by a trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        size = (int(x.shape[2]) // 2, int(x.shape[3]) // 2)
+        return self.out(nn.functional.interpolate(x, size).mean((2, 3)))
+
+
+class LooksWhenLong(nn.Module):
+    """Clamps waves of more than 100 samples, as values are large: the first pass shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Identity()
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        if wave.shape[1] > 100 and bool(wave.abs().max() > 1e6):
+            wave = wave.clamp(-1, 1)
+        return self.out(wave * 2)
+
+
+def follows() -> nn.Module:
+    """Return seeded Follows."""
+    return seeded(Follows)
+
+
+def baked_half() -> nn.Module:
+    """Return a seeded BakedHalf."""
+    return seeded(BakedHalf)
+
+
+def baked_view() -> nn.Module:
+    """Return a BakedView."""
+    return seeded(BakedView)
+
+
+def baked_bias() -> nn.Module:
+    """Return a seeded BakedBias."""
+    return seeded(BakedBias)
+
+
+def baked_scale() -> nn.Module:
+    """Return a seeded BakedScale."""
+    return seeded(BakedScale)
+
+
+def looks_when_long() -> nn.Module:
+    """Return a LooksWhenLong."""
+    return seeded(LooksWhenLong)

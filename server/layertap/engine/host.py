@@ -427,9 +427,15 @@ class ModelHost:
         """Keep a plan, and drop the least recently used ones if there are too many."""
         self._remember(self._plans, key, plan, self._max_plans)
         with self._lock:
-            compiled = [key for key in self._plans if kind_of(key.extractor).compiled]
-            for oldest in compiled[: -self._max_compiled]:
-                del self._plans[oldest]
+            programs: set[int] = set()
+            # Plans for several sizes may have one program together.
+            for used, each in reversed(list(self._plans.items())):
+                if not each.kind.compiled:
+                    continue
+                if len(programs | {id(each.built)}) > self._max_compiled:
+                    del self._plans[used]
+                else:
+                    programs.add(id(each.built))
 
     def _refuse(self, key: PlanKey, refusal: Refusal) -> None:
         """Record a copy of a refusal, as its traceback refers to the tested batches."""

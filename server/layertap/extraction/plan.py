@@ -106,8 +106,6 @@ class Plan:
         findings: What was learnt about the plan since it was built.
         predicted: Whether the specs were computed from the expressions of the catalogue, and no
             pass at these sizes has measured them.
-        portable: Whether the extractor may be tried on items of other sizes. Not a program with
-            native code that could end the process there.
     """
 
     kind: ExtractorKind
@@ -117,7 +115,6 @@ class Plan:
     built: BuiltExtractor
     findings: Findings
     predicted: bool = False
-    portable: bool = True
 
     @property
     def key(self) -> PlanKey:

@@ -1,4 +1,14 @@
-"""Builds plans: an extractor for one pass spec and batch key, proven before it serves."""
+"""Builds plans: an extractor for one pass spec and batch key, proven before it serves.
+
+Note [Programs for several sizes]
+    A traced program may hold the sizes of its example as constants (``x[:, : int(x.shape[1])]``,
+    windows, position biases) or follow the sizes of its input. Nothing in the program says which.
+    So a plan for items of another size begins with the programs that there are for the same layers:
+    one that passes the whole proof at the new size serves it too, which saves compiling and the
+    memory of another copy of the weights. If none does, the size gets a program of its own. A
+    program with native operations that check no sizes is never tried at another size, as it could
+    end the process there.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +17,10 @@ from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from layertap.errors import ExtractorUnsupportedError, LayertapError
+from layertap.errors import ExtractorUnsupportedError, LayertapError, OverloadedError
 from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
@@ -40,6 +51,9 @@ __all__ = ["PlanBuilder"]
 
 _log = logging.getLogger(__name__)
 
+_MAX_ADOPTED = 2
+"""Programs for other sizes that are tried before one is compiled for a new size."""
+
 _LARGER = 7
 """A batch size above those of a proof, to test programs that could end their process."""
 
@@ -60,6 +74,25 @@ class _Proof:
         for x, expected in self.cases:
             prove(self.kind, built, self.pass_spec.points, x, expected)
             yield None
+
+
+class _Purpose(NamedTuple):
+    """What programs have in common that may take each other's place at other sizes of the inputs.
+
+    Attributes:
+        extractor: The kind of the program.
+        pass_spec: What it captures.
+        inputs: The names of the inputs that it takes.
+    """
+
+    extractor: Extractor
+    pass_spec: PassSpec
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, kind: ExtractorKind, proof: _Proof) -> _Purpose:
+        """Return what a program that passes a proof is for."""
+        return cls(kind.id, proof.pass_spec, tuple(proof.example))
 
 
 class PlanBuilder:
@@ -97,6 +130,8 @@ class PlanBuilder:
         self._context = BuildContext(model, taps, catalogue.guard, catalogue.graph)
         self._cache = cache
         measured, its_taps = proving or (model, taps)
+        # Programs that need not run in a process of their own first, as long as some plan has them.
+        self._portable: WeakKeyDictionary[BuiltExtractor, _Purpose] = WeakKeyDictionary()
         self.prover = Prover(replace(self._context, model=measured, taps=its_taps))
 
     def build(
@@ -188,6 +223,9 @@ class PlanBuilder:
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
                 stored.forget()
+        adopted = yield from self._adopted(kind, proof)
+        if adopted is not None:
+            return adopted
         program = self._compile(kind, proof.pass_spec, proof.example)
         yield None
         with stored.storing(kind, program) if stored else nullcontext():
@@ -198,7 +236,8 @@ class PlanBuilder:
     ) -> Generator[None, None, BuiltExtractor]:
         """Finish, prove and warm a program. Any exception means that this plan can't be built."""
         try:
-            if kind.may_end_the_process(program):
+            portable = not kind.may_end_the_process(program)
+            if not portable:
                 yield from self._tried_apart(kind, program, proof)
             built = kind.finish(program)
             yield None
@@ -214,7 +253,42 @@ class PlanBuilder:
             _log.info("a program of model %s fails", self._model.name, exc_info=True)
             reason = f"its program fails ({own_words(error)})"
             raise self._refusal(kind, proof.pass_spec, reason) from error
+        if portable:
+            self._portable[built] = _Purpose.of(kind, proof)
         return built
+
+    def _adopted(
+        self, kind: CompiledKind[Any], proof: _Proof
+    ) -> Generator[None, None, BuiltExtractor | None]:
+        """Return a program compiled for items of another size that holds for these as well.
+
+        See Note [Programs for several sizes]. None if there is no such program.
+        """
+        purpose = _Purpose.of(kind, proof)
+        programs = [each for each, of in list(self._portable.items()) if of == purpose]
+        if programs:
+            # At this size the code may look at values, which the proof's input need not show.
+            with self._guard:
+                self._refuse_obstacles(kind, proof.pass_spec, proof.example)
+            yield None
+        for built in programs[-_MAX_ADOPTED:]:
+            try:
+                yield from proof.steps(built)
+                for _ in range(kind.warm_up_runs):
+                    built.run(proof.example.clone(), lambda index, value: None)
+                    yield None
+            except (OverloadedError, GeneratorExit):
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise self.prover.out_of_memory(proof.example) from error
+                _log.info(
+                    "model %s: a program for another size does not hold for items of %s: %s",
+                    self._model.name, proof.example.key, own_words(error),
+                )  # fmt: skip
+            else:
+                return built
+        return None
 
     def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
         """Compare a program with the reference in a child process; see ``apart``."""

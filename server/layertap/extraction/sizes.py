@@ -12,8 +12,8 @@ Note [Which sizes are tried]
     and which dimensions can only change together, such as height and width of a model that takes
     squares.
 
-    The nodes of the symbolic graph run at the last two sizes only, and are looked up among the
-    expressions that were found for modules.
+    The nodes of the symbolic graph run at the last two sizes, and are looked up among the
+    expressions that were found for modules. Where several of those fit, they run at a few more.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ _ROUND = 32
 
 _CONFIRMING = (2, 3)
 """Items of the batches that confirm what was found."""
+
+_NODES = 4
+"""Passes in which nodes are looked at besides those that confirm what was found."""
 
 _CHOICE = 192
 """Sizes anywhere in the range among which the next one is chosen."""
@@ -353,28 +356,64 @@ class _Survey:
         if not runs:
             return {}
         known = list(dict.fromkeys(found.values()))
-        confirmed = {}
+        possible: dict[tuple[CapturePoint, int], list[Expression]] = {}
         for point, spec in self._specs.items():
-            expressions = []
             for axis, dim in enumerate(spec.dims):
                 own = found.get((point, axis))
+                candidates = [own] if own else []
                 if point.kind is PointKind.NODE:
-                    possible = [Expression(dim.size), *known]
-                else:
-                    possible = [own] if own else []
-                fitting = [
-                    each
-                    for each in possible
-                    if each.at(self._defaults) == dim.size
-                    and all(
-                        _size(shapes.get(point), axis, len(spec.dims))
-                        == replace(dim, size=each.at(sizes)).at(batch)
-                        for sizes, batch, shapes in runs
-                    )
-                ]
-                expressions.append(_only(fitting, domain))
-            confirmed[point] = tuple(expressions)
-        return confirmed
+                    candidates = [Expression(dim.size), *known]
+                possible[point, axis] = [e for e in candidates if e.at(self._defaults) == dim.size]
+        for run in runs:
+            possible = self._fitting(possible, *run)
+        possible = self._narrowed(possible, [sizes for sizes, _, _ in runs], self._choice(knobs))
+        only = {each: _only(fitting, domain) for each, fitting in possible.items()}
+        return {
+            point: tuple(only[point, axis] for axis in range(len(spec.dims)))
+            for point, spec in self._specs.items()
+        }
+
+    def _fitting(
+        self,
+        possible: Mapping[tuple[CapturePoint, int], Sequence[Expression]],
+        sizes: Sizes,
+        batch: int,
+        shapes: Shapes,
+    ) -> dict[tuple[CapturePoint, int], list[Expression]]:
+        """Return the expressions of each dimension that hold in a pass."""
+        fitting = {}
+        for (point, axis), expressions in possible.items():
+            dims, shape = self._specs[point].dims, shapes.get(point)
+            real = shape[axis] if shape is not None and len(shape) == len(dims) else -1
+            fitting[point, axis] = [
+                each
+                for each in expressions
+                if replace(dims[axis], size=each.at(sizes)).at(batch) == real
+            ]
+        return fitting
+
+    def _narrowed(
+        self,
+        possible: dict[tuple[CapturePoint, int], list[Expression]],
+        used: Sequence[Sizes],
+        choice: Sequence[Sizes],
+    ) -> dict[tuple[CapturePoint, int], list[Expression]]:
+        """Run the model where several expressions of nodes are left and differ most."""
+        points = [sizes for sizes in choice if sizes not in used]
+        for _ in range(_NODES):
+            several = {tuple(each) for each in possible.values() if len(each) > 1}
+            different = [
+                (sum(len({e.at(sizes) for e in each}) - 1 for each in several), sizes)
+                for sizes in points
+            ]
+            most, sizes = max(different, key=lambda each: each[0], default=(0, {}))
+            if not most:
+                break
+            points.remove(sizes)
+            shapes = self._runs.shapes(sizes, nodes=True)
+            if shapes is not None:
+                possible = self._fitting(possible, sizes, 1, shapes)
+        return possible
 
     def _fresh(self, knobs: Sequence[_Knob]) -> Iterator[Sizes]:
         """Yield sizes that were not used, one below the default sizes and one above at first."""
@@ -390,11 +429,6 @@ class _Survey:
 
 def _measured(specs: Mapping[CapturePoint, ValueSpec]) -> Shapes:
     return {point: spec.shape(1) for point, spec in specs.items()}
-
-
-def _size(shape: tuple[int, ...] | None, axis: int, rank: int) -> int:
-    """Return the size along a dimension; -1 where there is no such value."""
-    return -1 if shape is None or len(shape) != rank else shape[axis]
 
 
 def _only(expressions: Sequence[Expression], domain: Sequence[Sizes]) -> Expression | None:
