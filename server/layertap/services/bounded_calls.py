@@ -7,20 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-import grpc
-
 from layertap.errors import OverloadedError
 
-__all__ = ["BoundedCalls", "aborting"]
+__all__ = ["BoundedCalls"]
 
 
 def _overloaded(text: str) -> NoReturn:
     raise OverloadedError(text)
-
-
-def aborting(context: grpc.ServicerContext) -> Callable[[str], object]:
-    """Return what ends an RPC by RESOURCE_EXHAUSTED, for a handler that maps no errors itself."""
-    return lambda text: context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
 
 class BoundedCalls:

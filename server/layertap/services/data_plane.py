@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from layertap.engine import Call, Engine, Extraction, ExtractionRequest, ModelHost, Reservation
+from layertap.engine import Engine, Extraction, ExtractionRequest, ModelHost, Reservation
+from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
 
@@ -41,7 +42,7 @@ class DataPlane:
         message: bytes,
         decode: Callable[[bytes], D],
         convert: Callable[[D, Reservation], Converted],
-        call: Call,
+        caller: Caller,
     ) -> Extraction[bytes]:
         """Decode a request, convert it, and run it on one version of its model.
 
@@ -50,7 +51,7 @@ class DataPlane:
             decode: Decodes the message.
             convert: Converts what ``decode`` returned. Bytes that this takes besides the message
                 are counted by the reservation.
-            call: The deadline and cancellation state of the request.
+            caller: Who sent the request.
 
         Returns:
             The reply. Its owner has to release it once it was sent.
@@ -59,10 +60,10 @@ class DataPlane:
             Exception: What ``decode``, ``convert`` and ``Engine.extract`` raise; the observer is
                 told first.
         """
-        received = self.receive(len(message))
-        return self.run(received, call, lambda: convert(decode(message), received))
+        received = self.receive(len(message), caller)
+        return self.run(received, caller, lambda: convert(decode(message), received))
 
-    def receive(self, nbytes: int) -> Reservation:
+    def receive(self, nbytes: int, caller: Caller) -> Reservation:
         """Count the bytes of a request that was received.
 
         Raises:
@@ -71,48 +72,48 @@ class DataPlane:
         try:
             return self._engine.reserve(nbytes)
         except Exception as error:
-            self._observer.failed("", code_of(error))
+            self._observer.failed("", code_of(error), caller)
             raise
 
-    def decode(self, received: Reservation, call: Call, decode: Callable[[], D]) -> D:
+    def decode(self, received: Reservation, caller: Caller, decode: Callable[[], D]) -> D:
         """Return what ``decode`` does; if it raises, release the bytes and tell the observer.
 
         Args:
             received: The bytes of the request.
-            call: The deadline and cancellation state of the request.
+            caller: Who sent the request.
             decode: Decodes the request. Not called for a request that nobody waits for.
         """
         try:
-            call.check()
+            caller.call.check()
             return decode()
         except Exception as error:
             received.release()
-            self._observer.failed("", code_of(error))
+            self._observer.failed("", code_of(error), caller)
             raise
 
     def run(
-        self, received: Reservation, call: Call, convert: Callable[[], Converted]
+        self, received: Reservation, caller: Caller, convert: Callable[[], Converted]
     ) -> Extraction[bytes]:
         """Convert a request and run it; see ``extract``.
 
         Args:
             received: The bytes of the request; released when this returns or raises.
-            call: The deadline and cancellation state of the request.
+            caller: Who sent the request.
             convert: Converts the request. Not called for a request that nobody waits for.
         """
         model = ""
         try:
-            call.check()
+            caller.call.check()
             name, request = convert()
             with self._engine.lease(name) as host:
                 model = host.model.name
                 if not isinstance(request, ExtractionRequest):
                     request = request(host)
-                extraction = self._engine.extract(request, call, host, received)
+                extraction = self._engine.extract(request, caller.call, host, received)
         except Exception as error:
-            self._observer.failed(model, code_of(error))
+            self._observer.failed(model, code_of(error), caller)
             raise
         finally:
             received.release()
-        self._observer.succeeded(model, extraction)
+        self._observer.succeeded(model, extraction, caller)
         return extraction

@@ -1,10 +1,11 @@
 """Serves streams of items, in every protocol.
 
 Note [Threads of a stream]
-    In synchronous gRPC the thread of a stream's RPC sends; a second thread reads, as both block.
+    The thread of a stream's RPC sends; a second thread reads, as both block.
     The items of all streams share one pool, whose threads parse, wait for a compute thread and
     encode, as those of unary calls do. Nothing polls. All threads finish with a stream when its RPC
-    ends: gRPC's callback cancels the items in flight, and gRPC wakes the reader.
+    ends: the caller's call is cancelled, which cancels the items in flight, and the transport wakes
+    the reader.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from functools import partial
 
-import grpc
-
-from layertap.errors import OverloadedError
+from layertap.errors import CancelledError, OverloadedError
+from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
 from layertap.services.item_window import ItemWindow
 from layertap.services.observer import Observer
 from layertap.services.open_streams import OpenStreams
-from layertap.services.status import public_error
+from layertap.services.public_errors import public_error
 from layertap.threads import WorkerThreads
 
 __all__ = ["StreamThreads", "Take"]
@@ -28,8 +28,8 @@ __all__ = ["StreamThreads", "Take"]
 ITEM_THREADS = 32
 """Items of all streams that are parsed or wait for a compute thread at once."""
 
-Take = Callable[[bytes, float | None], Callable[[], object] | None]
-"""Takes an item's message, and the seconds that its stream has left, into the stream's window.
+Take = Callable[[bytes], Callable[[], object] | None]
+"""Takes an item's message into the stream's window.
 
 Called in the order of the messages; returns what answers the item, in any thread, or None if
 there is nothing more to do.
@@ -59,26 +59,22 @@ class StreamThreads:
         window: ItemWindow,
         take: Take,
         messages: Iterator[bytes],
-        context: grpc.ServicerContext,
+        caller: Caller,
     ) -> Iterator[bytes]:
         """Yield the replies of one stream.
 
         Args:
             window: What the stream has in flight.
             take: Takes an item.
-            messages: The stream's items.
-            context: Its RPC.
+            messages: The stream's items. Raises CancelledError when the caller leaves.
+            caller: Who opened the stream. The items are cancelled with its call.
 
         Raises:
             LayertapError: If the stream may not begin, or can't continue.
         """
-        with self._streams.opened(window):
-            # False: the stream has ended already, and gRPC will not call back any more.
-            if not context.add_callback(window.close):
-                window.close()
-            # In this call's context, and so are the items: log records name its request. gRPC wakes
-            # the reader when the stream ends.
-            read = partial(copy_context().run, self._read, window, take, messages, context)
+        with self._streams.opened(window), caller.call.cancelling(window.close):
+            # In this call's context, and so are the items: log records name its request.
+            read = partial(copy_context().run, self._read, window, take, messages, caller)
             if self._readers.submit_if_free(read) is None:
                 raise OverloadedError("no thread is free to read another stream; try again later")
             yield from window.replies()
@@ -88,18 +84,18 @@ class StreamThreads:
         window: ItemWindow,
         take: Take,
         messages: Iterator[bytes],
-        context: grpc.ServicerContext,
+        caller: Caller,
     ) -> None:
         try:
             while window.wait_for_room() and (message := next(messages, None)) is not None:
-                answer = take(message, context.time_remaining())
+                answer = take(message)
                 if answer is not None:
                     self._items.submit(copy_context().run, answer)
                 # They may be large, and the next ones may take long.
                 del message, answer
             window.end()
-        except grpc.RpcError:
-            window.close()  # The stream was cancelled, or its client went away.
+        except CancelledError:
+            window.close()
         except Exception as error:  # noqa: BLE001 - it ends the stream, and is logged
-            self._observer.failed("", code_of(error))
+            self._observer.failed("", code_of(error), caller)
             window.end(public_error(error))
