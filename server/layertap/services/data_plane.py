@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from layertap.engine import Engine, Extraction, ExtractionRequest, ModelHost, Reservation
+from layertap.description import ModelDescription
+from layertap.engine import (
+    Engine,
+    Extraction,
+    ExtractionRequest,
+    ModelHost,
+    Reservation,
+    describe,
+    summarize,
+)
 from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
@@ -62,6 +71,19 @@ class DataPlane:
         """
         received = self.receive(len(message), caller)
         return self.run(received, caller, lambda: convert(decode(message), received))
+
+    def models(self) -> list[ModelDescription]:
+        """Describe the models that are ready, without their layers."""
+        return [summarize(host) for host in self._engine.hosts()]
+
+    def describe(self, model: str) -> ModelDescription:
+        """Describe a model and its layers.
+
+        Raises:
+            ModelNotFoundError: If there is no such model.
+            UnavailableError: If it is being loaded or could not be loaded.
+        """
+        return describe(self._engine.host(model))
 
     def receive(self, nbytes: int, caller: Caller) -> Reservation:
         """Count the bytes of a request that was received.

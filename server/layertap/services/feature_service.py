@@ -7,7 +7,7 @@ import grpc
 from layertap.engine import Engine
 from layertap.services.answer import Answer
 from layertap.services.caller import Caller
-from layertap.services.convert import Converter, description_to_proto, model_to_proto
+from layertap.services.convert import Converter
 from layertap.services.data_plane import DataPlane
 from layertap.services.extract_stream import ExtractStream
 from layertap.services.grpc_handlers import stream, unary
@@ -16,6 +16,7 @@ from layertap.services.parsing import parse
 from layertap.services.stream_threads import StreamThreads
 from layertap.shm.shared_memory import SharedMemory
 from layertap.v1 import feature_service_pb2
+from layertap.wire.descriptions import description_to_proto, model_to_proto
 from layertap.wire.messages import decode_request
 
 __all__ = ["FeatureService"]
@@ -40,7 +41,6 @@ class FeatureService:
         threads: StreamThreads,
         memory: SharedMemory | None = None,
     ) -> None:
-        self._engine = engine
         self._converter = Converter(engine.limits.request_bytes, memory)
         self._plane = DataPlane(engine, observer)
         self._streams = ExtractStream(engine, observer, self._converter, threads)
@@ -55,13 +55,13 @@ class FeatureService:
     def list_models(self, message: bytes, caller: Caller) -> bytes:
         """List the models."""
         parse(feature_service_pb2.ListModelsRequest, message)
-        models = [model_to_proto(host) for host in self._engine.hosts()]
+        models = [model_to_proto(each) for each in self._plane.models()]
         return feature_service_pb2.ListModelsResponse(models=models).SerializeToString()
 
     def describe_model(self, message: bytes, caller: Caller) -> bytes:
         """Describe a model and its layers."""
         request = parse(feature_service_pb2.DescribeModelRequest, message)
-        return description_to_proto(self._engine.host(request.model)).SerializeToString()
+        return description_to_proto(self._plane.describe(request.model)).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a ``grpc.Server`` needs to serve this."""
