@@ -28,13 +28,13 @@ from layertap.selection import Capture, Extractor
 __all__ = ["describe", "summarize"]
 
 _RefusedAlone = Mapping[tuple[Extractor, str], str]
-"""Why an extractor could not serve one side of a layer alone, by extractor and ``side_name``."""
+"""Why an extractor could not serve one side of a layer by itself, by extractor and side name."""
 
 
 def describe(host: ModelHost) -> ModelDescription:
-    """Describe a loaded model and its layers, with what was refused up to now.
+    """Describe a loaded model and its layers, including plans that were refused so far.
 
-    What an extractor could not serve of a layer alone is told at the layer as well.
+    If a plan was refused for one layer by itself, the reason is listed at that layer, too.
     """
     refused = _refused_alone(host)
     return replace(
@@ -78,7 +78,7 @@ def _refused_plan(plan: RefusedPlan) -> RefusedPlanDescription:
 
 
 def _refused_alone(host: ModelHost) -> _RefusedAlone:
-    """Return what extractors were found not to serve of single layers of default items."""
+    """Return the refusals so far that concern one layer by itself, for default items."""
     return {
         (plan.extractor, plan.layers[0]): plan.reason
         for plan in host.refused_plans()
@@ -87,13 +87,13 @@ def _refused_alone(host: ModelHost) -> _RefusedAlone:
 
 
 def _refusal(entry: LayerEntry, extractor: Extractor, side: Capture, refused: _RefusedAlone) -> str:
-    """Return why an extractor can't take one side of a layer; empty where it can."""
+    """Return why an extractor can't capture one side of a layer; empty if it can."""
     found = refused.get((extractor, side_name(entry.name, side)), "")
     return found or entry.refusal(extractor, side)
 
 
 def _stride(entry: LayerEntry, host: ModelHost) -> float:
-    """Return the height of the first input over that of a layer's grid; 0 where it has none."""
+    """Return the height of the first input divided by that of a layer's grid; 0 without a grid."""
     if entry.geometry.layout is Layout.UNKNOWN:
         return 0.0
     return host.model.signature.main.shape[-2] / entry.geometry.height

@@ -20,7 +20,7 @@ class AdminService:
     """Administrative operations over gRPC.
 
     Args:
-        reload: Reads the configuration and weights again; raises LayertapError if it can't.
+        reload: Reads the configuration and weights again; raises LayertapError on failure.
     """
 
     NAME = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -29,12 +29,12 @@ class AdminService:
         self._reload = reload
 
     def reload(self, message: bytes, caller: Caller) -> bytes:
-        """Reload, and report what happened to each model."""
+        """Reload the models and report the result for each of them."""
         parse(admin_service_pb2.ReloadRequest, message)
         return _to_proto(self._reload()).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this."""
+        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
         method = unary(self.reload, to_owner=True)
         return grpc.method_handlers_generic_handler(self.NAME, {"Reload": method})
 

@@ -15,13 +15,13 @@ class Answer:
 
     Attributes:
         message: The serialized reply.
-        reservation: Its bytes of the engine's budget; None for a reply that counts for nothing.
+        reservation: The reply's bytes in the engine's budget; None if they are not counted.
     """
 
     message: bytes
     reservation: Reservation | None = None
 
     def release(self) -> None:
-        """Give the bytes back."""
+        """Release the reply's bytes."""
         if self.reservation is not None:
             self.reservation.release()

@@ -22,11 +22,12 @@ __all__ = ["REQUEST_ID_KEY", "Caller", "current_caller", "request_id_from", "set
 REQUEST_ID_KEY = "x-request-id"
 """The header in which a caller may name its request, and in which the name is sent back."""
 
-# It goes into logs, traces and error texts, and any caller may have written it: no space, no quote,
-# nothing that a terminal or a page would act on. UUIDs, ULIDs and the ids of load balancers pass.
+# Any caller may write the id, and it goes into logs, traces and error messages. So it may have no
+# spaces, quotes, or characters that a terminal or a web page interprets. UUIDs, ULIDs and the ids
+# of load balancers match.
 _SANE = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,64}")
 
-# Unique among processes and restarts, but easy to guess: it protects nothing.
+# Unique among processes and restarts, but easy to guess: nothing may rely on its secrecy.
 _OURS = secrets.token_hex(4)
 _numbers = itertools.count(secrets.randbits(24))
 
@@ -34,7 +35,7 @@ _current: ContextVar[Caller | None] = ContextVar("layertap_caller", default=None
 
 
 def request_id_from(given: Iterable[object] = ()) -> str:
-    """Return the first sane id that a caller gave its request, or else a new one.
+    """Return the first well-formed id that a caller gave its request, or else a new id.
 
     Args:
         given: The values of ``x-request-id``, which may be anything.
@@ -85,7 +86,7 @@ class Caller:
 
 
 def current_caller() -> Caller | None:
-    """Return the caller that this thread works for; None if it works for none."""
+    """Return the caller that this thread works for; None if there is none."""
     return _current.get()
 
 

@@ -29,10 +29,10 @@ class ExtractStream:
     """Serves the streams.
 
     Args:
-        engine: The engine; its limits say how much a stream may have in flight.
+        engine: The engine, whose limits bound the items that a stream may have in flight.
         observer: Notified how each item ended.
-        converter: Turns requests into the engine's own form.
-        threads: Serve the streams.
+        converter: Converts requests to the engine's own form.
+        threads: Serves the streams.
     """
 
     def __init__(

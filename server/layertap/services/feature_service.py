@@ -10,7 +10,7 @@ from layertap.services.caller import Caller
 from layertap.services.convert import Converter
 from layertap.services.data_plane import DataPlane
 from layertap.services.extract_stream import ExtractStream
-from layertap.services.grpc_handlers import stream, unary
+from layertap.services.grpc_handlers import Handler, stream, unary
 from layertap.services.observer import Observer
 from layertap.services.parsing import parse
 from layertap.services.stream_threads import StreamThreads
@@ -64,8 +64,8 @@ class FeatureService:
         return description_to_proto(self._plane.describe(request.model)).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this."""
-        methods = {
+        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
+        methods: dict[str, Handler] = {
             "Extract": self.extract,
             "ListModels": self.list_models,
             "DescribeModel": self.describe_model,

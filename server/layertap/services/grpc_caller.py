@@ -26,8 +26,8 @@ def caller_of(context: grpc.ServicerContext) -> Caller:
     """Return the caller of the RPC that this thread serves.
 
     The first function to ask, an interceptor or the handler, makes it, and sends the id of the
-    request back in the trailing metadata. The others get the same object: gRPC runs each RPC in a
-    ``contextvars.Context`` of its own, so nothing has to be closed.
+    request back in the trailing metadata. The others get the same object: gRPC runs each RPC in its
+    own ``contextvars.Context``, so this needs no closing.
     """
     caller = current_caller()
     if caller is None:
@@ -40,7 +40,7 @@ def caller_of(context: grpc.ServicerContext) -> Caller:
 def _new_caller(context: grpc.ServicerContext) -> Caller:
     metadata = context.invocation_metadata() or ()
     call = Call(context.time_remaining())
-    # False: the RPC has ended already, and gRPC will not call back any more.
+    # If this is False, the RPC has already ended, and gRPC will not call the callback.
     if not context.add_callback(call.cancel):
         call.cancel()
     peer = context.peer()

@@ -31,7 +31,7 @@ __all__ = ["STATUS", "Handler", "StreamHandler", "aborting", "refusing", "stream
 STATUS: dict[ErrorCode, grpc.StatusCode] = {code: grpc.StatusCode[code.name] for code in ErrorCode}
 """gRPC's status for each code."""
 
-# Each refusal names a random time, so that clients that obey don't come back together.
+# Each refusal gives a random time, so that clients that respect it don't retry together.
 _PUSHBACK_MS = (500, 1500)
 
 Handler = Callable[[bytes, Caller], bytes | Answer]
@@ -42,7 +42,7 @@ StreamHandler = Callable[[Iterator[bytes], Caller], Iterator[bytes]]
 
 
 def unary(handler: Handler, *, to_owner: bool = False) -> grpc.RpcMethodHandler:
-    """Return gRPC's form of a handler; whatever it raises becomes a status.
+    """Return gRPC's form of a handler; each of its exceptions becomes a status.
 
     Args:
         handler: Answers the calls.
@@ -64,7 +64,7 @@ def refusing(handler: Callable[[Caller], NoReturn]) -> Callable[..., bytes]:
 
 
 def stream(handler: StreamHandler) -> grpc.RpcMethodHandler:
-    """Return gRPC's form of a stream's handler; whatever it raises becomes a status."""
+    """Return gRPC's form of a stream's handler; each of its exceptions becomes a status."""
 
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         caller = caller_of(context)
@@ -100,7 +100,7 @@ def _sent(answer: Answer, context: grpc.ServicerContext) -> bytes:
 
     That is later than the end of the handler, where the client reads slowly.
     """
-    # False: the RPC has ended already, and gRPC will not call back any more.
+    # If this is False, the RPC has already ended, and gRPC will not call the callback.
     if not context.add_callback(answer.release):
         answer.release()
     return answer.message

@@ -271,4 +271,4 @@ def _enum_word(number: int, enum: Any, prefix: str) -> str:
     """Return an enum's member as descriptions write it; empty for one that is not known."""
     if number not in enum.values() or number == 0:
         return ""
-    return enum.Name(number).removeprefix(f"{prefix}_").lower()
+    return str(enum.Name(number)).removeprefix(f"{prefix}_").lower()

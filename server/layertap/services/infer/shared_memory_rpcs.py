@@ -1,4 +1,4 @@
-"""The RPCs about shared memory that clients register, and which callers may use it."""
+"""The RPCs for clients' shared memory, and the rules for which callers may use it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class CallerMemory:
 
     Attributes:
         regions: All regions; None if clients may not share memory.
-        caller: The caller. Regions belong to its token, if there is one, and its certificate, if
-            there is one. Callers on this machine that have neither share their regions.
+        caller: The caller. Regions belong to its token and certificate, if it has these. Callers
+            on this machine that have neither share their regions.
     """
 
     regions: ClientRegions | None
     caller: Caller
 
     def allowed(self) -> ClientRegions:
-        """Return the regions; raise PermissionDeniedError if the caller may not have any."""
+        """Return the regions; raise PermissionDeniedError if the caller may not share memory."""
         if self.regions is None:
             raise PermissionDeniedError(
                 "Client shared memory is disabled: the server was started without "
@@ -50,8 +50,8 @@ class CallerMemory:
 
         Raises:
             PermissionDeniedError: If the caller may not share memory.
-            NotFoundError: If they have no such region.
-            InvalidInputError: If it has no such part.
+            NotFoundError: If the caller has no such region.
+            InvalidInputError: If the region has no such part.
         """
         name = text(parameters, _REGION, where)
         if not name:
@@ -85,7 +85,7 @@ class SharedMemoryRpcs:
     def status(
         self, request: pb.SystemSharedMemoryStatusRequest, caller: Caller
     ) -> pb.SystemSharedMemoryStatusResponse:
-        """List the caller's regions, without their keys, which the caller knows."""
+        """List the caller's regions; the keys are left out, as the caller knows them."""
         memory = self.of(caller)
         response = pb.SystemSharedMemoryStatusResponse()
         for region in memory.allowed().status(caller.identity, request.name):
@@ -106,7 +106,7 @@ class SharedMemoryRpcs:
     def unregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest, caller: Caller
     ) -> pb.SystemSharedMemoryUnregisterResponse:
-        """Forget one of the caller's regions, or all of them."""
+        """Unregister one of the caller's regions, or all of them."""
         memory = self.of(caller)
         memory.allowed().unregister(caller.identity, request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
@@ -114,13 +114,13 @@ class SharedMemoryRpcs:
     def cuda_status(
         self, request: pb.CudaSharedMemoryStatusRequest, caller: Caller
     ) -> pb.CudaSharedMemoryStatusResponse:
-        """List none."""
+        """List no regions: there are none in CUDA memory."""
         return pb.CudaSharedMemoryStatusResponse()
 
     def cuda_register(
         self, request: pb.CudaSharedMemoryRegisterRequest, caller: Caller
     ) -> pb.CudaSharedMemoryRegisterResponse:
-        """Refuse."""
+        """Refuse, as CUDA shared memory is not supported."""
         raise InvalidInputError("CUDA shared memory is not supported; use system shared memory")
 
     def cuda_unregister(
