@@ -1,8 +1,8 @@
 """The engine: models, plans and compute threads, independent of any transport."""
 
+from layertap.call import Call
 from layertap.engine.admission import Reservation
 from layertap.engine.batch import ImagesInput, TensorsInput
-from layertap.engine.call import Call
 from layertap.engine.describe import describe, summarize
 from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
-from layertap.engine import Call
+from layertap.call import Call
 
 __all__ = ["REQUEST_ID_KEY", "Caller", "current_caller", "request_id_from", "set_current_caller"]
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import grpc
 
-from layertap.engine import Call
+from layertap.call import Call
 from layertap.services.caller import (
     REQUEST_ID_KEY,
     Caller,
