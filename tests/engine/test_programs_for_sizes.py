@@ -11,7 +11,7 @@ import sizenets
 from asking import ask
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine, Limits, ModelHost
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
 
@@ -66,7 +66,7 @@ def test_every_size_gets_its_own_values(engine, net, layer, shapes, shared) -> N
             features = ask(engine, net, layer, x, Extractor.TORCHSCRIPT)
             assert features.extractor is Extractor.TORCHSCRIPT
             error = difference(features.torch()[layer], right)
-            assert error <= TORCHSCRIPT_TOLERANCE[torch.float32], (shape, batch)
+            assert error <= COMPILED_TOLERANCE[torch.float32], (shape, batch)
     if shared is not None:
         assert programs(host) == (1 if shared else len(set(shapes)))
 
@@ -107,6 +107,6 @@ def test_programs_for_sizes_stay_few(engine) -> None:
         x = sample(host, (length,), 2)
         (right,) = outputs_of(fresh, x, "out")
         features = ask(engine, "baked_half", "out", x, Extractor.TORCHSCRIPT)
-        assert difference(features.torch()["out"], right) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert difference(features.torch()["out"], right) <= COMPILED_TOLERANCE[torch.float32]
     assert programs(host) <= 4
     assert len(host._builder._portable) <= 5

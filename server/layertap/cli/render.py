@@ -104,9 +104,7 @@ def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, 
         for reason, names in _unserved(layers).items():
             out.print(f"none: {', '.join(names)}: {reason}", soft_wrap=True)
     for plan in model.refused_plans:
-        at = ", ".join(
-            f"{name} [{', '.join(['B', *map(str, shape)])}]" for name, shape in plan.inputs
-        )
+        at = ", ".join(map(str, plan.inputs))
         out.print(f"refused: {', '.join(plan.layers)} at {at}: {plan.reason}", soft_wrap=True)
     legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
     out.print(
@@ -152,7 +150,7 @@ def _flat(layers: Sequence[LayerDescription]) -> Table:
 
 
 def _tree(layers: Sequence[LayerDescription]) -> Table:
-    """Return a tree of modules, with rounded numbers so that common models fit into 80 columns."""
+    """Return a tree of modules, with rounded numbers so that most models fit into 90 columns."""
     table = _table("layer", "type", "output", "bytes>", "stride>", *_BY)
     # On a narrow terminal the types are cut, as their beginning is enough to recognise them.
     table.columns[1].no_wrap = False
