@@ -64,7 +64,7 @@ class Patches(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         x = x + nn.functional.interpolate(self.places, x.shape[-2:], mode="bilinear")
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)], 1)
         x = self.tokens(x)
         x = self.attention(x, x, x, need_weights=False)[0]
         return self.head(x[:, 0])

@@ -45,7 +45,7 @@ IMAGES = [(3, 16, 16), (3, 24, 16), (3, 32, 40), (3, 24, 16)]
     ("net", "layer", "shapes", "shared"),
     [
         ("follows", "out", WAVES, True),
-        ("encoder", "pooled", [(40,), (60,), (20,)], False),
+        ("encoder", "pooled", [(40,), (60,), (20,)], True),
         ("convolutions", "fixed", [(3, 64, 64), (3, 71, 90), (3, 45, 64)], True),
         ("windows", "out", [(3, 64, 64), (3, 72, 48), (3, 66, 90)], None),
         ("patches", "head", [(3, 64, 96), (3, 72, 48), (3, 66, 90)], None),

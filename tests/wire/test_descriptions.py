@@ -31,7 +31,11 @@ from layertap.wire.descriptions import (
 )
 
 VALUE = ValueDescription(
-    "float16", (Dimension(2, batch=True), Dimension(8)), 2**40, dynamic=True, interleaved=True
+    "float16",
+    (Dimension(2, batch=True), Dimension(8, expression="ceil(H/28)"), Dimension(4, varies=True)),
+    2**40,
+    dynamic=True,
+    interleaved=True,
 )
 STEPS = ImageDescription(
     color="rgb",
