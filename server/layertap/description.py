@@ -43,6 +43,7 @@ class InputDescription:
         shape: Its dimensions.
         images: Whether encoded images are taken instead.
         preprocessing: What is done to those, in words.
+        optional: Whether a request may leave it out.
     """
 
     name: str
@@ -50,12 +51,14 @@ class InputDescription:
     shape: tuple[Dimension, ...]
     images: bool = False
     preprocessing: str = ""
+    optional: bool = False
 
     def __str__(self) -> str:
         """Return such as ``x [B, 3, 224*, 224*] float32 or images``; the star means any size."""
         sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in self.shape]
         images = " or images" if self.images else ""
-        return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}"
+        optional = " (optional)" if self.optional else ""
+        return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}{optional}"
 
 
 @dataclass(frozen=True, slots=True)

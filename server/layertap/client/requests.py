@@ -32,8 +32,8 @@ class StreamRequest:
 
     Attributes:
         model: A served model's name.
-        given: An array ``[B, ...]`` as the model takes it, or a mapping of input names to such
-            arrays; or an image, or a list of images.
+        given: An array ``[B, ...]`` as the model takes it; an image, or a list of images; or a
+            mapping of input names to such arrays or images.
         layers: What to return.
         extractor: How to capture them.
         timeout: Seconds that the server may take for it; None for the stream's own.
@@ -80,10 +80,11 @@ def request_fields(
         "layers": [_selection(selection) for selection in parse_selections(layers)],
         "extractor": to_proto(as_extractor(extractor), "EXTRACTOR"),
     }
-    images, arrays = encode_input(given)
-    if images:
-        fields["images"] = feature_service_pb2.ImageBatch(images=images)
-    return fields, arrays
+    encoded = encode_input(given)
+    fields["images"] = [
+        feature_service_pb2.ImageBatch(images=files, input=name) for name, files in encoded.images
+    ]
+    return fields, encoded.arrays
 
 
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:

@@ -38,7 +38,7 @@ def describe(host: ModelHost) -> ModelDescription:
         weights=model.weights,
         device=str(model.device),
         inputs=tuple(
-            _input(spec, model.preprocess if spec is model.signature.main else None)
+            _input(spec, model.preprocess if spec.name in model.image_inputs else None)
             for spec in model.signature.inputs
         ),
         layers=tuple(_layer(entry, host, refused) for entry in host.catalogue),
@@ -87,6 +87,7 @@ def _input(spec: InputSpec, preprocess: Preprocess | None) -> InputDescription:
         shape=(Dimension(1, batch=True), *dimensions),
         images=preprocess is not None,
         preprocessing=preprocess.describe() if preprocess else "",
+        optional=spec.optional,
     )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorsInput
+from layertap.engine import ExtractionRequest, ImageFiles, Inputs, ModelHost, Reservation
 from layertap.engine.describe import RefusedAlone, refusal, refused_alone, stride
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
@@ -131,17 +131,12 @@ def request_from_proto(
     Raises:
         InvalidInputError: For a missing input or an unknown enum value.
     """
-    if tensors and request.HasField("images"):
-        raise InvalidInputError("input: got inputs and images, expected one of them")
-    if tensors:
-        given: TensorsInput | ImagesInput = TensorsInput(tuple(tensors))
-    elif request.HasField("images"):
-        given = ImagesInput(request.images.images)
-    else:
-        raise InvalidInputError("input: got none, expected inputs or images")
+    images = tuple(ImageFiles(each.images, each.input) for each in request.images)
+    if not tensors and not images:
+        raise InvalidInputError("inputs: got none, expected tensors or images")
     return ExtractionRequest(
         model=request.model,
-        input=given,
+        inputs=Inputs(tuple(tensors), images),
         selections=tuple(_selection(layer) for layer in request.layers),
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
@@ -159,7 +154,7 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
         weights=model.weights,
         device=str(model.device),
         inputs=[
-            _input(spec, model.preprocess if spec is model.signature.main else None)
+            _input(spec, model.preprocess if spec.name in model.image_inputs else None)
             for spec in model.signature.inputs
         ],
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
@@ -180,6 +175,7 @@ def _input(spec: InputSpec, preprocess: Preprocess | None) -> catalogue_pb2.Inpu
         images=preprocess is not None,
         preprocessing=preprocess.describe() if preprocess else "",
         image_preprocessing=_preprocessing(preprocess),
+        optional=spec.optional,
     )
 
 

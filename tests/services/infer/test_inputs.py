@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from infering import batch, bytes_tensor, given, parameters
-from layertap.engine import ImagesInput, Limits, TensorsInput
+from layertap.engine import Inputs, Limits
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.infer.inputs import infer_input
+from layertap.services.infer.inputs import infer_inputs
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
 
 NO_MEMORY = CallerMemory(None, None, local=True)
 Contents = pb.InferTensorContents
 
 
-def read(tensor: object, *raw: bytes) -> TensorsInput | ImagesInput:
+def read(tensor: object, *raw: bytes) -> Inputs:
     request = pb.ModelInferRequest(model_name="net", inputs=[tensor])
-    return infer_input(request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4))
+    return infer_inputs(request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_there_is_one_input(count: int) -> None:
     """None and two are refused, with what the one may be called."""
     request = pb.ModelInferRequest(inputs=[given("input", "FP32", [1])] * count)
     with pytest.raises(InvalidInputError, match=f"inputs: got {count}, expected 1: 'input' or"):
-        infer_input(request, [b"1234"] * count, NO_MEMORY, Limits())
+        infer_inputs(request, [b"1234"] * count, NO_MEMORY, Limits())
 
 
 @pytest.mark.parametrize("typed", [False, True])
