@@ -1,10 +1,10 @@
 """Finds the range of a model's token ids from the embedding table that they index.
 
 Note [Which table]
-    One pass is watched. Ids that follow the input are looked up in a table of so many rows:
-    ``nn.Embedding``, ``functional.embedding``, plain indexing. A model has several such tables
-    (words, positions, columns of a table row), so the largest range with which the model runs at
-    every batch size of a proof is taken.
+    One pass is watched for lookups whose ids follow from the input: ``nn.Embedding``,
+    ``functional.embedding`` or plain indexing. The number of the table's rows limits the ids. A
+    model may have several such tables (words, positions, columns of tabular data), so the largest
+    range is taken with which the model runs at every batch size of a proof.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from layertap.models import IdRange, InputSpec, LoadedModel
 __all__ = ["with_id_ranges"]
 
 _BYTES = 256
-"""Values of integers that are looked up in no table: a byte's."""
+"""The range of integers that index no table: that of a byte."""
 
 
 def with_id_ranges(model: LoadedModel, guard: PassGuard) -> LoadedModel:
@@ -54,7 +54,7 @@ def _tables(model: LoadedModel, name: str, guard: PassGuard) -> set[int]:
     with guard, watch_looks(model.module, {name: x[name]}) as looks:
         try:
             model.forward(x)
-        except Exception:  # noqa: BLE001 - measuring the model will say what it fails on
+        except Exception:  # noqa: BLE001 - measuring the model will report the failure
             return set()
     return looks.tables
 

@@ -1,16 +1,16 @@
-"""Detects the element type and the free dimensions of a model's input by running the model.
+"""Finds the dtype and the free dimensions of a model's input by running the model.
 
 Note [Found by trying]
-    A factory's module or a TorchScript file says nothing of its input, and the class of its first
-    layer says little: a text tower may begin with its own parameter, a tabular model with an
-    embedding of one column. So the model is run on random input: of one element type after the
-    other until it runs, then with each dimension at half and at twice its size. What runs is taken.
-    An input that was declared is not tried.
+    A factory's module or a TorchScript file says nothing about its input, and the class of its
+    first layer says little: a text tower may begin with its own parameter, a tabular model with an
+    embedding of one column. So the model runs on random input, first with one dtype after the other
+    until one works, then with each dimension at half and at twice its size. What works is used. A
+    declared input is not tested.
 
 Note [Differentiation inside forward]
-    A force field differentiates its own energy in ``forward``. Inference mode, in which passes run,
-    forbids that for every tensor that was made in it; ``torch.no_grad`` allows it. So models are
-    loaded under ``no_grad``, and the passes of a model that turns gradients on run under it too.
+    A force field differentiates its own energy in ``forward``. Passes run in inference mode, which
+    forbids that for every tensor made in it; ``torch.no_grad`` allows it. So models are loaded
+    under ``no_grad``, and the passes of a model that turns gradients on run under it, too.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ _LOOK_UP = {
 
 
 def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
-    """Return a model with what its source did not know of it, found by running it.
+    """Return a model with the facts about its input that its source did not know.
 
     See Note [Found by trying] and Note [Differentiation inside forward]. No other forward pass may
     run meanwhile.
 
     Args:
         model: The model.
-        guard: Its guard, held in each pass, so that the model is left as it was; one of its own if
+        guard: The model's guard, which is held in each pass and restores the model; a new guard if
             not given.
 
     Raises:
@@ -71,7 +71,7 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
     if not guessed and not optional and all(each.dtype.is_floating_point for each in inputs):
         return model
     for program in programs(model.module).values():
-        # The first run decides permanently what a program's calls are compiled to.
+        # The first run decides permanently how a program's calls are compiled.
         instrument(program)
     guard = guard or PassGuard(model.module)
     if guessed:
@@ -88,11 +88,11 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
 
 @dataclass
 class _Run:
-    """How a pass on random input went.
+    """The result of a pass on random input.
 
     Attributes:
-        error: What the model raised; None if it ran to its end.
-        ids: Whether all of the input was looked up in a table of embeddings.
+        error: The model's exception; None if it ran to its end.
+        ids: Whether the whole input was looked up in a table of embeddings.
         differentiates: Whether gradients were turned on.
     """
 
@@ -166,8 +166,8 @@ def _runs_whole(model: LoadedModel, guard: PassGuard) -> bool:
 def _types(main: InputSpec) -> list[torch.dtype]:
     """Return the element types to try for the first input.
 
-    A half-precision type is taken from the weights of one layer, and the model may convert its
-    input to it itself. Then it takes float32 as well, which is tried first.
+    A half-precision type is only taken from the weights of one layer, and the model may convert its
+    input to that type itself. Then it accepts float32 too, so float32 is tried first.
     """
     own, guess = main.dtype, main.guess or InputGuess()
     halves = _is_float(own) and own.itemsize < torch.float32.itemsize and not main.also
@@ -199,7 +199,7 @@ def _taking(model: LoadedModel, *specs: InputSpec) -> LoadedModel:
 
 
 def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
-    """Run a model, under ``no_grad`` where it turns gradients on or fails in inference mode."""
+    """Run a model; under ``no_grad`` if it turns gradients on or fails in inference mode."""
     run = _run(model, model.signature.key, guard)
     if run.error is None and not run.differentiates:
         return model, run
@@ -224,7 +224,7 @@ def _run(model: LoadedModel, key: BatchKey, guard: PassGuard, size: int = 1) -> 
 
 
 class _Watcher(TorchFunctionMode):
-    """Sees what a model calls: whether it looks its input up, and whether it differentiates."""
+    """Sees whether a model looks its input up in a table, and whether it differentiates."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
