@@ -23,7 +23,7 @@ Example = Callable[[int], Mapping[str, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a source hands to ``load_model``: the module on the CPU, and the facts about it.
+    """What a source passes to ``load_model``: the module on the CPU, and facts about it.
 
     The fields are those of `LoadedModel`, and:
 
@@ -54,12 +54,12 @@ class LoadedModel:
     """A model ready to run.
 
     Attributes:
-        name: What requests call it.
-        source: Where it comes from, such as ``"torchvision:resnet18"``; shown to clients, so never
-            a directory.
+        name: The name that requests use.
+        source: Where it comes from, such as ``"torchvision:resnet18"``. Clients see it, so it never
+            contains a directory.
         weights: Which weights it has, such as ``"ResNet18_Weights.IMAGENET1K_V1"``,
-            ``"random (seed 0)"`` or a file's base name; shown to clients.
-        module: In eval mode, without gradients, on ``device``.
+            ``"random (seed 0)"`` or a file's base name. Clients see it.
+        module: The module on ``device``, in evaluation mode and without gradients.
         device: Where the module is and its input must be.
         signature: The tensors it takes.
         preprocess: Makes an item of an input of an image; None if the model takes no images.
@@ -88,9 +88,9 @@ class LoadedModel:
     def forward(self, batch: Batch) -> Any:
         """Call the module on a batch that is on ``device``, and return its result.
 
-        Gradient mode is the caller's business, except for a module that differentiates; whatever
-        the module raises passes through. What the module sets of context variables ends with the
-        call, as a pass that ends early would leave it set for the next one.
+        The caller sets the gradient mode, except for a module that differentiates. The module's
+        exceptions are passed on. Context variables that the module sets are dropped after the call,
+        because a pass that ends early would leave them set for the next pass.
         """
         return copy_context().run(self._call, batch)
 
@@ -122,7 +122,7 @@ class LoadedModel:
         return replace(self, signature=found, preprocess=preprocess, image_inputs=images)
 
     def assumptions(self) -> str:
-        """Return a warning about image preprocessing that nothing says; empty if all is known."""
+        """Return a warning about assumed image preprocessing; empty if nothing was assumed."""
         if self.preprocess is None or not self.preprocess.assumed:
             return ""
         return (
@@ -133,6 +133,6 @@ class LoadedModel:
         )
 
     def weight_bytes(self) -> int:
-        """Return the bytes of the parameters and buffers; what is shared counts once."""
+        """Return the bytes of all parameters and buffers; shared tensors count once."""
         tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

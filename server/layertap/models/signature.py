@@ -1,4 +1,4 @@
-"""What a model takes, checked before anything runs: inside the model a wrong shape fails late.
+"""The inputs of a model. They are checked before it runs, as a wrong shape fails late inside it.
 
 Only this file, `Batch`, the model itself and the decoders know what is in a batch.
 """
@@ -17,19 +17,19 @@ from layertap.models.batch import Batch, BatchKey, ItemTensor
 __all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Mask", "Signature"]
 
 DEFAULT_NAME = "input"
-"""What an input is called where the module's ``forward`` does not say it."""
+"""The name of an input if the module's ``forward`` doesn't give one."""
 
-# The names of so many free dimensions: a video's are T, H and W, an image's H and W.
+# Names by the number of free dimensions: T, H and W for a video, H and W for an image.
 _NAMES = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
 
 
 @dataclass(frozen=True, slots=True)
 class InputGuess:
-    """What a source does not know of its module, and only running it shows.
+    """What a source does not know about its module's input, so that running it must show it.
 
     Attributes:
-        dtypes: Element types that the model may take instead of the one in the `InputSpec`; none
-            where that one was declared.
+        dtypes: Dtypes that the model may take instead of the one in the `InputSpec`; none if the
+            dtype was declared.
         free: Whether the free dimensions are a guess.
         shapes: Item shapes that the model may take instead of the one in the `InputSpec`.
         uncertain: Whether the model may turn out not to take the input at all.
@@ -43,11 +43,11 @@ class InputGuess:
 
 @dataclass(frozen=True, slots=True)
 class IdRange:
-    """The token ids that a model takes.
+    """The token ids that a model accepts.
 
     Attributes:
-        rows: Ids are from 0 up to, but not including, this number.
-        padding: The id that stands for nothing.
+        rows: Ids run from 0 to ``rows - 1``.
+        padding: The id for padding.
     """
 
     rows: int
@@ -67,10 +67,10 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One tensor that a model takes: ``[B, *shape]``, the batch first.
+    """One tensor that a model takes: ``[B, *shape]``, with the batch dimension first.
 
     Attributes:
-        shape: Sizes of the default item without the batch, such as ``(3, 224, 224)``.
+        shape: The shape of the default item, without the batch, such as ``(3, 224, 224)``.
         free: The dimensions that may have another size, as indices into ``shape``, ascending:
             ``(1, 2)`` for images of any height and width. The others are fixed.
         dtype: The element type that the model computes with.
@@ -106,7 +106,7 @@ class InputSpec:
 
     @property
     def dtype_name(self) -> str:
-        """The element type's name in the protocol, such as ``"float32"``."""
+        """The dtype's name in the protocol, such as ``"float32"``."""
         return _name(self.dtype)
 
     @property
@@ -124,7 +124,7 @@ class InputSpec:
 
     @property
     def pattern(self) -> str:
-        """The shape in words, such as ``"[B, 3, H, W]"``."""
+        """The shape as text, such as ``"[B, 3, H, W]"``."""
         return f"[{', '.join(['B', *(name or str(size) for size, name in self.dimensions)])}]"
 
     def batch_shape(self, batch: int) -> tuple[int, ...]:
@@ -132,10 +132,11 @@ class InputSpec:
         return (batch, *self.shape)
 
     def check(self, shape: Sequence[int], dtype_name: str) -> None:
-        """Accept a batch's shape and dtype name, or say what was expected instead.
+        """Check a batch's shape and dtype name.
 
         Raises:
-            InvalidInputError: the dtype, the rank or a fixed size is wrong, or a size is zero.
+            InvalidInputError: The dtype, the rank or a fixed size is wrong, or a size is zero. The
+                message says what was expected.
         """
         if dtype_name not in map(_name, (self.dtype, *self.also)):
             others = "".join(f", or {_name(dtype)}" for dtype in self.also)
@@ -192,7 +193,7 @@ class Signature:
 
     @property
     def has_floats(self) -> bool:
-        """Whether some input is floating-point."""
+        """Whether any input is floating-point."""
         return any(spec.dtype.is_floating_point for spec in self.inputs)
 
     def spec(self, name: str) -> InputSpec:
@@ -203,7 +204,7 @@ class Signature:
         raise KeyError(name)
 
     def key_of(self, batch: Batch) -> BatchKey:
-        """Return the key of a batch once its tensors are of the model's own element types."""
+        """Return the key of a batch after its tensors are converted to the model's own dtypes."""
         return BatchKey(
             tuple(
                 ItemTensor(spec.name, tuple(batch[spec.name].shape[1:]), spec.dtype)
@@ -234,7 +235,7 @@ class Signature:
         return Signature(tuple(spec if each.name == spec.name else each for each in self.inputs))
 
     def check(self, given: Mapping[str, tuple[Sequence[int], str]]) -> int:
-        """Accept the tensors of a batch, or say what was expected instead.
+        """Check the tensors of a batch.
 
         Args:
             given: The shape and dtype name of each tensor, by the input's name; the name may be

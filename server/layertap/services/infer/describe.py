@@ -52,8 +52,8 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
 
     Args:
         host: The model.
-        max_batch: Items of one request.
-        instances: Forward passes that run at once.
+        max_batch: Maximum number of items in a request.
+        instances: Forward passes that may run at once.
     """
     device, batching = host.model.device, host.options.batching
     cuda = device.type == "cuda"
@@ -139,11 +139,11 @@ def _shape(spec: ValueSpec) -> list[int]:
 
 
 def _datatype(spec: ValueSpec) -> str:
-    """Return the protocol's name of a type; empty for one that it does not carry."""
+    """Return a dtype's name in the protocol; empty if the protocol has no such dtype."""
     name = str(spec.dtype).removeprefix("torch.")
     return next((row.datatype for row in dtypes.DTYPES if row.name == name), "")
 
 
 def _type(datatype: str) -> Any:
-    """Return the name in the config's enum, which message constructors take for the number."""
+    """Return the name in the config's enum, which message constructors accept."""
     return f"TYPE_{datatype or 'INVALID'}"

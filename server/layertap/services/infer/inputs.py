@@ -29,7 +29,7 @@ BYTES = "BYTES"
 
 InputTensor = pb.ModelInferRequest.InferInputTensor
 
-# The field of InferTensorContents for each datatype that has one.
+# The field of InferTensorContents for each datatype that has a typed field.
 _TYPED = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -197,7 +197,7 @@ def _typed(
 
 
 def _contents(tensor: InputTensor, count: int, where: str) -> Sequence[object]:
-    """Return the typed contents, which are as many as they should be and of the right type."""
+    """Return the typed contents after checking their number and type."""
     name = _TYPED.get(tensor.datatype)
     if name is None:
         raise InvalidInputError(
@@ -224,7 +224,7 @@ def _checked(data: memoryview, row: DType, shape: tuple[int, ...], where: str) -
             f"unexpected total byte size {data.nbytes} for {where}, expecting {expected} for shape "
             f"{list(shape)} of {row.datatype}"
         )
-    # numpy and torch leave undefined what another byte means.
+    # In numpy and torch, the meaning of any other byte is undefined.
     if row.name == "bool" and expected and np.frombuffer(data, np.uint8).max() > 1:
         raise InvalidInputError(f"{where}: got a byte above 1 in BOOL, expected 0 or 1")
     return data
@@ -241,7 +241,7 @@ def _images(
         raise InvalidInputError(
             f"{where}: shape: got {list(shape)}, expected [N]: N encoded images, at least one"
         )
-    # Before they are taken apart, which takes a step for each.
+    # Checked before splitting, as each image takes a step.
     if shape[0] > max_batch:
         raise InvalidInputError(f"{where}: got {shape[0]} images, expected at most {max_batch}")
     if data is None:
@@ -250,7 +250,7 @@ def _images(
 
 
 def _split(data: memoryview, count: int, where: str) -> tuple[bytes, ...]:
-    """Take byte strings apart, each with its length in front: 4 bytes, little-endian."""
+    """Split byte strings, each of which follows its length (4 bytes, little-endian)."""
     found, at = [], 0
     for index in range(count):
         if data.nbytes - at < 4:
