@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layertap.silence import warnings_ignored
+
 ROWS = 50
 WIDTH = 8
 
@@ -268,4 +270,5 @@ def needs_flag() -> nn.Module:
 
 def scripted() -> nn.Module:
     """Return a TorchScript program of two inputs."""
-    return torch.jit.script(Masked().eval())  # type: ignore[no-any-return]
+    with warnings_ignored():  # torch.jit is deprecated.
+        return torch.jit.script(Masked().eval())  # type: ignore[no-any-return]

@@ -55,6 +55,7 @@ def _input(given: catalogue_pb2.InputSpec) -> InputDescription:
         shape=tuple(Dimension(dim.size, dim.batch, dim.free) for dim in given.shape),
         images=given.images,
         preprocessing=given.preprocessing,
+        optional=given.optional,
     )
 
 

@@ -19,6 +19,9 @@ from layertap.models import BatchKey, InputSpec, LoadedModel, Signature
 
 __all__ = ["free_dimensions"]
 
+MAX_PAIRS = 8
+"""Dimensions with each of which another one is changed alone."""
+
 Runs = Callable[[BatchKey], bool]
 """Whether the model runs on items of a key."""
 
@@ -50,8 +53,26 @@ def free_dimensions(model: LoadedModel, runs: Runs) -> Signature:
     for place in places:
         if place not in alone:
             alike[trial.size(place)].append(place)
-    tied = [group for group in alike.values() if len(group) > 1 and trial.runs_at_others(group)]
+    tied = [group for candidates in alike.values() for group in _groups(candidates, trial)]
     return _named(signature, open_inputs, alone, tied)
+
+
+def _groups(places: Sequence[_Place], trial: _Trial) -> Iterator[list[_Place]]:
+    """Yield the dimensions of one size that may only change together, as few at a time as run.
+
+    Of two images of one size the heights go together, and so do the widths. All four run together
+    as well, but a model that takes other heights than widths would then be said to take none.
+    """
+    left = list(places)
+    while left:
+        first, *others = left
+        along = [place for place in left if place.axis == first.axis]
+        candidates = [[first, other] for other in others[:MAX_PAIRS]]
+        candidates += [group for group in (along, left) if len(group) > 2]
+        found = next((group for group in candidates if trial.runs_at_others(group)), None)
+        if found is not None:
+            yield found
+        left = [place for place in left if place not in (found or [first])]
 
 
 class _Trial:

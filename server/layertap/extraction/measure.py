@@ -301,6 +301,11 @@ def _survey_graph(
             reason=f"symbolic tracing calls train() and eval(), of which {own} has its own, which "
             "may change the model"
         )
+    if model.signature.whole_key != model.signature.key:
+        return MeasuredGraph(
+            reason="the model has optional inputs, and symbolic tracing can't distinguish one that "
+            "is left out from one that is given"
+        )
     if reason := _beside_forward(model.module):
         return MeasuredGraph(reason=reason)
     try:

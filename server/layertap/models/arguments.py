@@ -68,7 +68,7 @@ def parameters_of(module: nn.Module) -> list[Parameter]:
         given = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # Some callables have no signature.
         return []
-    kinds = {
+    kinds: dict[Any, Kind] = {
         inspect.Parameter.KEYWORD_ONLY: Kind.KEYWORD,
         inspect.Parameter.VAR_POSITIONAL: Kind.REST,
     }
