@@ -1,4 +1,4 @@
-"""What a caller may hand in: images or an array."""
+"""Converts a caller's input to encoded images or to arrays."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class EncodedInput(NamedTuple):
 
 
 def encode_input(given: Any) -> EncodedInput:
-    """Tell images from arrays.
+    """Convert inputs to arrays and encoded images.
 
     Args:
-        given: An array or tensor ``[B, ...]`` as the model takes it; an image, or a list of images:
-            a path, the bytes of a JPEG, PNG or WebP file, or a PIL image (which is sent as PNG,
-            without loss and with its EXIF orientation; CMYK as the RGB that the server would make
-            of it); or a mapping of input names to such arrays or images.
+        given: An array or tensor ``[B, ...]`` for the model; an image, or a list of images; or a
+            mapping of input names to these. An image is a path, the bytes of a JPEG, PNG or WebP
+            file, or a PIL image. A PIL image is sent as PNG, without loss and with its EXIF
+            orientation; CMYK is sent as the RGB to which the server would convert it.
 
     Returns:
         The arrays and the images. What was given without a name has an empty one.
 
     Raises:
-        InvalidInputError: For anything else, and for an image that can't be read or sent.
+        InvalidInputError: If it is none of these, or if an image can't be read or sent.
     """
     if not isinstance(given, Mapping):
         return _encoded_inputs({"": given})
@@ -89,7 +89,7 @@ def _image_list(given: Sequence[Any], what: str) -> list[bytes]:
 def _array(given: Any, what: str, expected: str) -> np.ndarray:
     if isinstance(given, np.ndarray):
         return _little_endian(given)
-    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor, told without torch.
+    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor; torch isn't imported.
         return _from_torch(given)
     raise InvalidInputError(f"{what}: got {type(given).__name__}, expected {expected}")
 
@@ -120,10 +120,10 @@ def _encoded(image: Image) -> bytes:
     buffer = io.BytesIO()
     try:
         options = _orientation(image)
-        # PNG has no CMYK. The server makes RGB of such a file, as is done here.
+        # PNG has no CMYK. The server would convert such a file to RGB in the same way.
         image = image.convert("RGB") if image.mode == "CMYK" else image
         image.save(buffer, "PNG", compress_level=1, **options)
-    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises, reading or writing.
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors on reading and writing.
         raise InvalidInputError(
             f"input: can't send a PIL image of mode {image.mode}: {error}"
         ) from error
@@ -131,10 +131,10 @@ def _encoded(image: Image) -> bytes:
 
 
 def _orientation(image: Image) -> dict[str, Any]:
-    """Return the option of ``save`` that keeps the EXIF orientation, which PNG drops otherwise."""
+    """Return the option of ``save`` that keeps the EXIF orientation, which PNG would lose."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - Pillow's parser raises what it trips over
+    except Exception:  # noqa: BLE001 - Pillow's parser may raise anything
         return {}
     if orientation == 1:
         return {}
@@ -152,7 +152,7 @@ def _little_endian(array: np.ndarray) -> np.ndarray:
 def _from_torch(tensor: Any) -> np.ndarray:
     try:
         return _array_of(tensor.detach().cpu().resolve_conj().resolve_neg())
-    # What torch raises for a type that numpy lacks, sparse tensors, and those without values.
+    # torch's errors for dtypes that numpy lacks, sparse tensors, and tensors without values.
     except (AttributeError, RuntimeError, TypeError) as error:
         raise InvalidInputError(f"input: can't send a {type(tensor).__name__}: {error}") from error
 

@@ -61,13 +61,13 @@ class Inputs:
 
 
 _PIXEL_BYTES = 4
-"""Pillow keeps a pixel of an RGB image in four bytes."""
+"""Bytes per pixel: Pillow stores a pixel of an RGB image in four bytes."""
 
 KEPT_IMAGES = 4
-"""The total size of a request's resized images, in images of the largest allowed size.
+"""Limit on a request's resized images in total, as a multiple of the largest allowed image.
 
-A file of a few kilobytes can have as many pixels as one image may have. Without this limit, a
-request with a thousand such files would have no bound on the total.
+A file of a few kilobytes can have as many pixels as one image may have. Without this limit, nothing
+would bound the total of a request with a thousand such files.
 """
 
 
@@ -77,7 +77,7 @@ def check_tensors(
     limits: Limits,
     made: Mapping[str, torch.Tensor] | None = None,
 ) -> Batch:
-    """Return the batch of a request's tensors on the CPU, without a copy.
+    """Check a request's tensors; return them as a batch on the CPU, without a copy.
 
     Args:
         model: The model that takes them.
@@ -86,14 +86,13 @@ def check_tensors(
         made: Tensors by name that were made of what was sent for other inputs.
 
     Raises:
-        InvalidInputError: The names, a rank, a size, a dtype or the batch are not what the model
-            takes.
+        InvalidInputError: A name, rank, size, dtype or the batch size is not what the model takes.
     """
     signature, made = model.signature, made or {}
     given = _by_name(views)
     facts = {name: (view.shape, view.dtype.name) for name, view in given.items()}
     for name, tensor in made.items():
-        # The model takes other types of floating-point values as well as float32.
+        # The dtype is not checked: images are float32, and are converted to the model's dtype.
         facts[name] = (tuple(tensor.shape), signature.spec(name).dtype_name)
     _check_size(signature.check(facts), limits)
     if "" in given:
@@ -170,14 +169,14 @@ def decode_images(
     limits: Limits,
     admit: Callable[[int], object] = lambda nbytes: None,
 ) -> list[Image.Image]:
-    """Decode a batch of image files and shrink them as far as PIL can.
+    """Decode a batch of image files; resize and crop them with PIL.
 
-    Runs no torch code, so any thread may call it; the compute threads have better things to do.
+    This runs no torch code, so any thread may call it. That leaves the compute threads free.
 
     Args:
         model: The model that takes them.
         images: Encoded files.
-        limits: What requests may contain.
+        limits: The limits of requests.
         admit: Called with the bytes of each decoded image; may raise OverloadedError.
 
     Raises:
@@ -212,15 +211,15 @@ def batch_bytes(model: LoadedModel, name: str, images: Sequence[Image.Image]) ->
 def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> torch.Tensor:
     """Return decoded images as a tensor ``[B, C, H, W]`` for one of the model's inputs.
 
-    For a compute thread only.
+    Call this on a compute thread only.
 
     Raises:
-        InvalidInputError: If the images come out in different sizes, or in one that the model
+        InvalidInputError: If the preprocessed images differ in size, or have a size that the model
             doesn't take.
     """
     x, spec = _preprocess(model).batch(images), model.signature.spec(name)
     try:
-        # The model takes other types of floating-point values as well as float32.
+        # The dtype is not checked: the batch is float32, and is converted to the model's dtype.
         spec.check(x.shape, spec.dtype_name)
     except InvalidInputError as error:
         raise InvalidInputError(
