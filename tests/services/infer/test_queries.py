@@ -91,7 +91,7 @@ def test_config_tells_how_a_model_is_served(stub, engine) -> None:
     assert not config.HasField("dynamic_batching")
     facts = {name: value.string_value for name, value in config.parameters.items()}
     assert facts["source"] == "tinynets:residual"
-    assert facts["input_shape"] == engine.host("residual").model.signature.main.pattern
+    assert facts["input_shape"] == engine.host("residual").model.signature.pattern
     assert facts["images"] == "true"
     assert facts["preprocessing"] == engine.host("residual").model.preprocess.describe()
 
