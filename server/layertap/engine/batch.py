@@ -120,8 +120,12 @@ def check_images(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str,
              if view.shape}  # fmt: skip
     for each in given.images:
         name = _image_input(model, each.name)
-        if name in found or any(view.name == name for view in given.tensors):
+        if name in found:
             raise InvalidInputError(f"images: got input {name!r} twice, expected each name once")
+        if any((view.name or model.signature.main.name) == name for view in given.tensors):
+            raise InvalidInputError(
+                f"input {name!r}: got a tensor and images, expected one of them"
+            )
         if not each.images:
             raise InvalidInputError("images: got none, expected at least one")
         _check_size(len(each.images), limits)
