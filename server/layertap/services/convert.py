@@ -106,7 +106,7 @@ def request_from_proto(
     """
     images = tuple(ImageFiles(each.images, each.input) for each in request.images)
     if not tensors and not images:
-        raise InvalidInputError("inputs: got none, expected tensors or images")
+        raise InvalidInputError("input: got none, expected inputs or images")
     return ExtractionRequest(
         model=request.model,
         inputs=Inputs(tuple(tensors), images),
