@@ -74,8 +74,8 @@ def _bearer(metadata: Any) -> str:
 def _refusing(kind: type[errors.LayertapError], text: str) -> grpc.RpcMethodHandler:
     """Return a handler that refuses calls of any kind.
 
-    It is a streaming handler, because gRPC calls those at once. For a unary handler gRPC would
-    first read the request, up to hundreds of MiB from an unauthenticated caller.
+    It is a streaming handler, because gRPC calls such a handler before it reads the request. For a
+    unary handler it would first read up to hundreds of MiB from an unauthenticated caller.
     """
 
     def refuse(message: object, context: grpc.ServicerContext) -> bytes:
