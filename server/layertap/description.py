@@ -66,10 +66,10 @@ def _is_sum(expression: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ImageDescription:
-    """How an encoded image becomes an item of an input, in this order.
+    """The steps that convert an encoded image to an item of an input, in this order.
 
     Attributes:
-        color: What images are decoded to: ``"rgb"`` or ``"gray"``.
+        color: The channels that images are decoded to: ``"rgb"`` or ``"gray"``.
         exif_orientation: Whether the EXIF orientation is applied.
         resize: The size of the short side, or height and width; empty if images aren't resized.
         resize_mode: What ``resize`` means: ``"short side"``, ``"exact"``, ``"cover"`` or
@@ -107,6 +107,7 @@ class InputDescription:
         shape: Its dimensions.
         images: How encoded images are preprocessed; None if the input takes none.
         preprocessing: The same in words; empty if the input takes no images.
+        optional: Whether a request may leave it out.
     """
 
     name: str
@@ -114,11 +115,13 @@ class InputDescription:
     shape: tuple[Dimension, ...]
     images: ImageDescription | None = None
     preprocessing: str = ""
+    optional: bool = False
 
     def __str__(self) -> str:
         """Return such as ``x [B, 3, H=224, W=224] float32 or images``, where H, W may differ."""
         images = " or images" if self.images else ""
-        return f"{self.name} [{', '.join(map(str, self.shape))}] {self.dtype}{images}"
+        optional = " (optional)" if self.optional else ""
+        return f"{self.name} [{', '.join(map(str, self.shape))}] {self.dtype}{images}{optional}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +244,7 @@ class ItemDescription:
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return such as ``x [B, 3, 224, 224]``."""
+        """Return a text such as ``x [B, 3, 224, 224]``."""
         return f"{self.name} [{', '.join(['B', *map(str, self.shape)])}]"
 
 

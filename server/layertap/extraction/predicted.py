@@ -94,8 +94,9 @@ def _specs(
     signature: Signature, catalogue: Catalogue, points: Sequence[CapturePoint], key: BatchKey
 ) -> tuple[ValueSpec, ...] | None:
     sizes = free_sizes(signature, key)
-    same_inputs = [item.name for item in key.items] == [item.name for item in catalogue.key.items]
-    if sizes is None or not same_inputs:
+    given = {item.name for item in key.items}
+    # Optional inputs seldom change a shape; if they do, that is noticed when it is captured.
+    if sizes is None or not given.issuperset(item.name for item in catalogue.key.items):
         return None
     specs = []
     for point in points:
