@@ -341,3 +341,25 @@ def baked_scale() -> nn.Module:
 def looks_when_long() -> nn.Module:
     """Return a LooksWhenLong."""
     return seeded(LooksWhenLong)
+
+
+class Translation(nn.Module):
+    """Two sequences of ids of lengths of their own: each alone, one against the other, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.read = nn.Identity()
+        self.written = nn.Identity()
+        self.scores = nn.Identity()
+        self.both = nn.Identity()
+
+    def forward(self, input_ids: torch.Tensor, decoder_ids: torch.Tensor) -> torch.Tensor:
+        read, written = self.read(self.embed(input_ids)), self.written(self.embed(decoder_ids))
+        self.both(torch.cat([read, written], 1))
+        return self.scores(written @ read.transpose(1, 2))
+
+
+def translation() -> nn.Module:
+    """Return a seeded Translation."""
+    return seeded(Translation)

@@ -231,3 +231,19 @@ def test_the_passes_are_few(monkeypatch) -> None:
         ran.clear()
         measured(source, shape)
         assert 8 <= len(ran) <= sizes.MAX_PASSES + 8, source
+
+
+def test_several_inputs_have_one_name_where_their_sizes_are_one() -> None:
+    """Ids and mask share a symbol, and shapes that follow both are given by it."""
+    _, catalogue = measured("severalnets:masked", (24,))
+    assert words(catalogue, "embed").startswith("[B, sequence, ")
+    assert "?" not in words(catalogue, "embed")
+
+
+def test_sizes_of_two_inputs_are_told_apart() -> None:
+    """What was read and what is written have lengths of their own; a layer may follow both."""
+    _, catalogue = measured("sizenets:translation", (24,))
+    assert words(catalogue, "read") == "[B, sequence, 8]"
+    assert words(catalogue, "written") == "[B, decoder_ids_sequence, 8]"
+    assert words(catalogue, "scores") == "[B, decoder_ids_sequence, sequence]"
+    assert words(catalogue, "both") == "[B, decoder_ids_sequence + sequence, 8]"

@@ -118,9 +118,18 @@ def test_an_only_input_needs_no_name() -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"ids": IDS}, "inputs: got 'ids' without 'image', expected ids [B, L], image [B, 3"),
-        ({"": IDS}, "inputs: got a tensor without a name, expected a name for each: ids [B, L]"),
-        ({"ids": IDS, "image": IMAGE, "mask": IDS}, "inputs: got 'mask', expected ids [B, L]"),
+        (
+            {"ids": IDS},
+            "inputs: got 'ids' without 'image', expected ids [B, sequence], image [B, 3",
+        ),
+        (
+            {"": IDS},
+            "inputs: got a tensor without a name, expected a name for each: ids [B, sequence]",
+        ),
+        (
+            {"ids": IDS, "image": IMAGE, "mask": IDS},
+            "inputs: got 'mask', expected ids [B, sequence]",
+        ),
         ({"ids": IDS, "images": IMAGE}, "inputs: got 'images' (did you mean 'image'?), expected"),
         ({"ids": ((3, 8), "int64"), "image": IMAGE}, "batches of 3 of 'ids', 2 of 'image'"),
         ({"ids": ((2, 8), "int32"), "image": IMAGE}, "input 'ids': got dtype int32"),
