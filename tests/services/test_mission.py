@@ -1,4 +1,4 @@
-"""The four classic ways to take a layer, each through a real server over a real channel."""
+"""The four usual ways to extract a layer, each through a real server over a real channel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BOTH_SIDES = [LayerSelection("avgpool", Capture.INPUT), LayerSelection("avgpool"
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with the three networks of the examples, random weights."""
+    """An engine with the three networks of the examples, with random weights."""
     engine = Engine()
     for name in ("resnet18", "resnet34", "vgg16_bn"):
         engine.load(ModelSpec.parse(name, weights="random"))
@@ -43,7 +43,7 @@ def batch(size: int) -> np.ndarray:
 
 
 def eager(model: LoadedModel, x: np.ndarray, path: str, capture: Capture) -> torch.Tensor:
-    """The reference: one cloning hook on the untouched model."""
+    """The reference: one hook that clones, on the unchanged model."""
     seen: list[torch.Tensor] = []
     module = model.module.get_submodule(path)
     handle = (
@@ -96,7 +96,7 @@ def test_resnet34_stages(engine, client, extractor) -> None:
 
 @pytest.mark.parametrize("extractor", [Extractor.FX, Extractor.HOOK, Extractor.TORCHSCRIPT])
 def test_vgg16_bn_pools(engine, client, extractor) -> None:
-    """create_feature_extractor's three pools of vgg16_bn, renamed, in the order asked for."""
+    """create_feature_extractor's three pools of vgg16_bn, renamed, in the order of the request."""
     x = batch(1)
     features = client.extract("vgg16_bn", x, POOLS, extractor=extractor)
     assert list(features) == ["pool5", "pool4", "pool3"]
@@ -120,7 +120,7 @@ def test_resnet18_avgpool_input_and_output_at_batch_64(engine, client, extractor
 
 @pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.LAYER_GETTER])
 def test_what_a_walk_can_not_reach_is_refused_with_the_reason(client, extractor) -> None:
-    """A layer inside a child is a FAILED_PRECONDITION that says why and who can serve it."""
+    """A layer inside a child is FAILED_PRECONDITION; the text says why and who can serve it."""
     with pytest.raises(ExtractorUnsupportedError) as refusal:
         client.extract("vgg16_bn", batch(1), "features.43", extractor=extractor)
     text = str(refusal.value)
