@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["LOOKS", "RANDOM", "SOMETIMES", "calls_function", "takes_step"]
+__all__ = ["DRAWS_NUMBERS", "LOOKS", "SOMETIMES", "calls_function", "takes_step"]
 
 LOOKS = (
     "before it the model's code branches on tensor values (bool, int or item): a trace would take "
     "the example's branch for every input"
 )
 
-RANDOM = (
+DRAWS_NUMBERS = (
     "before it the model draws random numbers: two passes on the same input differ, so the "
     "extractor can't be compared with the model"
 )

@@ -31,6 +31,7 @@ from layertap.models.stand_ins import StandIn
 
 __all__ = [
     "Part",
+    "StateDict",
     "choose_part",
     "held_in",
     "likely_part",
@@ -49,8 +50,10 @@ _OWN_WRAPPERS = (_DATA_PARALLEL, "_orig_mod.")
 # Every checkpoint of PyTorch Lightning has these.
 _LIGHTNING = ("pytorch-lightning_version", "state_dict", "epoch", "global_step")
 
-State = Mapping[str, Any]
-Fits = Callable[[State], bool]
+StateDict = Mapping[str, Any]
+"""A state dict, whose values may include other things than tensors."""
+
+Fits = Callable[[StateDict], bool]
 """Returns whether a state dict has the module's names."""
 
 
@@ -64,7 +67,7 @@ class Part:
     """
 
     path: tuple[str, ...]
-    state: State
+    state: StateDict
 
     @property
     def key(self) -> str:
@@ -200,7 +203,7 @@ def _fitting(part: Part, fits: Fits, *, lightning: bool) -> Part | None:
     return None
 
 
-def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
+def _variants(part: Part, *, lightning: bool) -> Iterator[StateDict]:
     bare = _without_transparent(part.state)
     # If the module itself is compiled, its own names have torch.compile's prefix. Numbers and texts
     # among the tensors, such as an epoch, are not weights.
@@ -221,22 +224,22 @@ def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
         yield _renamed(part.state, prefix.__add__)
 
 
-def _distinct(*states: State) -> Iterator[State]:
-    seen: list[State] = []
+def _distinct(*states: StateDict) -> Iterator[StateDict]:
+    seen: list[StateDict] = []
     for state in states:
         if not any(state is other for other in seen):
             seen.append(state)
             yield state
 
 
-def _tensors_of(state: State) -> State:
+def _tensors_of(state: StateDict) -> StateDict:
     if all(isinstance(value, torch.Tensor) for value in state.values()):
         return state
     others = {key for key, value in state.items() if not isinstance(value, torch.Tensor)}
     return _renamed(state, lambda key: None if key in others else key)
 
 
-def _unwrapped(state: State) -> State:
+def _unwrapped(state: StateDict) -> StateDict:
     """Return the state without anything that wrappers may have added to its names."""
     bare = _without_transparent(state)
     if _AVERAGED in bare:
@@ -246,7 +249,7 @@ def _unwrapped(state: State) -> State:
     return bare
 
 
-def _without_transparent(state: State) -> State:
+def _without_transparent(state: StateDict) -> StateDict:
     if not any(_TRANSPARENT & set(key.split(".")) for key in state):
         return state
     return _renamed(
@@ -254,12 +257,12 @@ def _without_transparent(state: State) -> State:
     )
 
 
-def _below(state: State, prefix: str) -> State:
+def _below(state: StateDict, prefix: str) -> StateDict:
     """Return the entries whose names begin with a prefix, without the prefix."""
     return _renamed(state, lambda key: key[len(prefix) :] if key.startswith(prefix) else None)
 
 
-def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
+def _renamed(state: StateDict, rename: Callable[[str], str | None]) -> StateDict:
     """Return the state with other names, and with the module versions that torch.save stores.
 
     Modules read these versions to convert what older releases of them saved.
@@ -280,7 +283,7 @@ def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
     return renamed
 
 
-def _prefixes(state: State) -> list[str]:
+def _prefixes(state: StateDict) -> list[str]:
     """Return every prefix of the names that ends with a dot, shortest first."""
     found: dict[str, None] = {}
     for key in state:

@@ -27,7 +27,7 @@ __all__ = ["load_model"]
 
 _log = logging.getLogger(__name__)
 
-MAX_NAMED = 5
+MAX_LISTED_MODULES = 5
 """Modules that a warning lists by name."""
 
 _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
@@ -101,7 +101,7 @@ def _into_evaluation_mode(module: nn.Module, name: str) -> None:
     if left:
         _log.warning(
             "model %s: its own eval() left %s in training mode; layertap serves every module in "
-            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_NAMED]),
+            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_LISTED_MODULES]),
         )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from layertap.errors import WeightsUnavailableError
 from layertap.models.checkpoint import (
     Part,
+    StateDict,
     choose_part,
     held_in,
     likely_part,
@@ -32,8 +32,6 @@ __all__ = [
 
 DEFAULT = "DEFAULT"
 RANDOM = "random"
-
-State = Mapping[str, Any]
 
 _NAMED = 5
 
@@ -62,7 +60,7 @@ def load_checkpoint(module: nn.Module, checkpoint: Checkpoint, key: str = "") ->
     own = module.state_dict()
     tied = _tied(own)
 
-    def fits(state: State) -> bool:
+    def fits(state: StateDict) -> bool:
         whole = _aliased(state, own, checkpoint.aliases)
         missed = (name for name in own if name not in whole and _is_missed(name, whole, tied))
         return whole.keys() <= own.keys() and next(missed, None) is None
@@ -77,7 +75,7 @@ def load_checkpoint(module: nn.Module, checkpoint: Checkpoint, key: str = "") ->
     return text
 
 
-def likely_state(checkpoint: Checkpoint, key: str = "") -> State:
+def likely_state(checkpoint: Checkpoint, key: str = "") -> StateDict:
     """Return the state dict that is most likely meant, to learn from its names about the module.
 
     Raises:
@@ -86,7 +84,7 @@ def likely_state(checkpoint: Checkpoint, key: str = "") -> State:
     return likely_part(checkpoint, key).state
 
 
-def load_into(module: nn.Module, state: State, origin: str) -> None:
+def load_into(module: nn.Module, state: StateDict, origin: str) -> None:
     """Load a state dict. Its keys, shapes and kinds of numbers must match the module's.
 
     If a tensor has several names in the module (tied weights), one of them is enough.
@@ -119,7 +117,7 @@ def load_into(module: nn.Module, state: State, origin: str) -> None:
 
 
 def _check_values(
-    own: State, state: State, tied: Mapping[str, frozenset[str]], origin: str
+    own: StateDict, state: StateDict, tied: Mapping[str, frozenset[str]], origin: str
 ) -> None:
     """Compare the entries that a file and a module share, before anything is loaded."""
     pairs = [
@@ -162,7 +160,7 @@ def _check_values(
         raise _mismatch(origin, [("tied weights differ", wrong)])
 
 
-def _tied(own: State) -> dict[str, frozenset[str]]:
+def _tied(own: StateDict) -> dict[str, frozenset[str]]:
     """Return all names of each tensor that has several names, by each of its names."""
     names: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for key, value in own.items():
@@ -172,7 +170,7 @@ def _tied(own: State) -> dict[str, frozenset[str]]:
     return {key: frozenset(keys) for keys in names.values() if len(keys) > 1 for key in keys}
 
 
-def _is_missed(name: str, state: State, tied: Mapping[str, frozenset[str]]) -> bool:
+def _is_missed(name: str, state: StateDict, tied: Mapping[str, frozenset[str]]) -> bool:
     """Return whether a tensor of the module gets no value, as a file lacks this name."""
     # num_batches_tracked matters only in training, and files from before torch 0.4.1 lack it.
     return not name.endswith("num_batches_tracked") and not any(
@@ -180,7 +178,7 @@ def _is_missed(name: str, state: State, tied: Mapping[str, frozenset[str]]) -> b
     )
 
 
-def _aliased(state: State, own: State, aliases: Mapping[str, str]) -> State:
+def _aliased(state: StateDict, own: StateDict, aliases: Mapping[str, str]) -> StateDict:
     """Return the state with the names that safetensors did not store, if the module has them."""
     left_out = {
         name: state[kept]
@@ -200,7 +198,7 @@ def _is_one_of_several(checkpoint: Checkpoint, part: Part) -> bool:
     return False
 
 
-def _ways_out(checkpoint: Checkpoint, fits: Callable[[State], bool]) -> str:
+def _ways_out(checkpoint: Checkpoint, fits: Callable[[StateDict], bool]) -> str:
     """Return what the file holds, and which option would select fitting weights."""
     keys = suggestions(checkpoint, fits)
     hint = f". weights_key (--weights-key) {' or '.join(map(repr, keys))} would fit" if keys else ""

@@ -164,7 +164,7 @@ class Broker:
         except OSError:
             data = b""
         if not data:
-            self._end(connection, End.RETIRE if connection.rejected else End.REUSE)
+            self._end(connection, End.RETIRE if connection.refused else End.REUSE)
             return
         if not self._take(connection, data):
             self._end(connection, End.RETIRE)
@@ -178,7 +178,7 @@ class Broker:
             else:
                 self._obey(connection, connection.session, packet)
         except ValueError as error:
-            _log.debug("shared memory: rejected a client: %s", error)
+            _log.debug("shared memory: refused a client: %s", error)
             return False
         return True
 
@@ -223,7 +223,7 @@ class _Connection:
         self._take = take
         self.session: Session | None = None
         self.since = time.monotonic()
-        self.rejected = False
+        self.refused = False
 
     def poll(self) -> None:
         # The reading thread will notice if the connection has ended.
@@ -259,7 +259,7 @@ class _Connection:
     def close(self) -> None:
         # The reading thread notices the end and closes the socket. If it finds that the client had
         # already left by itself, the client's regions may be reused.
-        self.rejected = True
+        self.refused = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
