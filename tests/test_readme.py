@@ -38,7 +38,7 @@ def command(verb: str) -> list[str]:
 def address() -> Iterator[str]:
     """The address of a server that the README's command has started, on a free port."""
     _, *args = command("serve")
-    with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
+    with serving(*args, "--port", "0", "--metrics-port", "-1", fresh=True) as server:
         yield server.address
 
 

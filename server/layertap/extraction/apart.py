@@ -161,9 +161,9 @@ def run_apart(
 
 
 class _Helper:
-    """A process that has imported torch and forks children; see Note [Children are forked by a helper].
+    """A process that has imported torch and forks a child for one run at a time.
 
-    One run at a time.
+    See Note [Children are forked by a helper].
 
     Raises:
         ProgramEndedError: No process could be started.
@@ -178,7 +178,7 @@ class _Helper:
             try:
                 self._process = subprocess.Popen(  # noqa: S603 - this Python, and code of our own
                     [sys.executable, "-P", "-W", "ignore", "-c", _HELPER, str(_SECONDS)],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     process_group=0,
