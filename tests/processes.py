@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")])),
 }
 
+UNCHANGED = dict(ENVIRONMENT)
+
 
 def layertap(*args: str) -> subprocess.CompletedProcess[str]:
     """Run a verb to its end."""
@@ -121,7 +123,8 @@ def serving(*args: str, fresh: bool = False) -> Iterator[Serving]:
     It is forked where PyTorch is imported already, unless it is to be fresh; see ``warm``.
     """
     common = ["--port", "0", "--metrics-port", "-1", "--plan-cache", "off"]
-    server = Serving([*common, *args], fresh=fresh)
+    # Libraries read their variables when they are imported.
+    server = Serving([*common, *args], fresh=fresh or ENVIRONMENT != UNCHANGED)
     try:
         yield server
     finally:
