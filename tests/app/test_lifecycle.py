@@ -56,7 +56,7 @@ def wait_until_running(server: Serving, at_least: int = 1) -> None:
 def test_serves_then_drains_on_sigterm() -> None:
     """SIGTERM lets an admitted call finish, reports NOT_SERVING to others, and ends with code 0."""
     with (
-        serving(*SLEEPY, "--layers", "conv", "--metrics-port", "0") as server,
+        serving(*SLEEPY, "--layers", "conv", "--metrics-port", "0", fresh=True) as server,
         ThreadPoolExecutor(1) as pool,
         Client(server.address) as client,
     ):
@@ -114,7 +114,9 @@ def test_answers_not_serving_while_it_loads() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with serving("slownets:never", "--port", str(port), "--metrics-port", "0") as server:
+    with serving(
+        "slownets:never", "--port", str(port), "--metrics-port", "0", fresh=True
+    ) as server:
         server.line("metrics on")  # Printed after the server has started.
         assert health(f"127.0.0.1:{port}") == NOT_SERVING
         server.process.send_signal(signal.SIGTERM)

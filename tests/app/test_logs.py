@@ -173,7 +173,9 @@ def test_narration_has_levels() -> None:
 
 def test_serve_logs_json_only() -> None:
     """``layertap serve --log-format json`` writes only JSON lines to stderr."""
-    with serving("tinynets:residual", "--item-shape", "3,8,8", "--log-format", "json") as server:
+    with serving(
+        "tinynets:residual", "--item-shape", "3,8,8", "--log-format", "json", fresh=True
+    ) as server:
         server.line(r'"message": "serving residual on ')
         server.process.terminate()
         assert server.ended() == 0
@@ -186,7 +188,7 @@ def test_everything_that_a_server_writes_is_json(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(ENVIRONMENT, "GRPC_VERBOSITY", "INFO")
     monkeypatch.setitem(ENVIRONMENT, "GRPC_TRACE", "server_channel")
     args = ("noisynets:noisy", "--item-shape", "3,8,8", "--log-format", "json")
-    with serving(*args) as server:
+    with serving(*args, fresh=True) as server:
         server.line(r'"message": "serving noisy on ')
         server.process.terminate()
         assert server.ended() == 0
