@@ -37,10 +37,10 @@ class Dimension:
 
 @dataclass(frozen=True, slots=True)
 class ImageDescription:
-    """How an encoded image becomes an item of an input, in this order.
+    """The steps that convert an encoded image to an item of an input, in this order.
 
     Attributes:
-        color: What images are decoded to: ``"rgb"`` or ``"gray"``.
+        color: The channels that images are decoded to: ``"rgb"`` or ``"gray"``.
         exif_orientation: Whether the EXIF orientation is applied.
         resize: The size of the short side, or height and width; empty if images aren't resized.
         resize_mode: What ``resize`` means: ``"short side"``, ``"exact"``, ``"cover"`` or
@@ -214,7 +214,7 @@ class ItemDescription:
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return such as ``x [B, 3, 224, 224]``."""
+        """Return a text such as ``x [B, 3, 224, 224]``."""
         return f"{self.name} [{', '.join(['B', *map(str, self.shape)])}]"
 
 

@@ -124,9 +124,9 @@ def decode_images(
         room -= kept[-1].width * kept[-1].height
         if room < 0:
             raise InvalidInputError(
-                f"with this one, the request has more than {limits.pixels * KEPT_IMAGES} pixels in "
-                f"the sizes in which model {model.name!r} takes images, the most allowed in all; "
-                f"send fewer images at once",
+                f"with this one, the request's images have more than "
+                f"{limits.pixels * KEPT_IMAGES} pixels in total, the most allowed, counted at the "
+                f"size in which model {model.name!r} takes them; send fewer images at once",
                 image=index,
             )
     return kept

@@ -78,7 +78,7 @@ class _Run:
     Attributes:
         error: The model's exception; None if it ran to its end.
         ids: Whether the whole input was looked up in a table of embeddings.
-        differentiates: Whether gradients were turned on.
+        differentiates: Whether the model turned gradients on.
     """
 
     error: Exception | None = None
@@ -177,7 +177,7 @@ class _Watcher(TorchFunctionMode):
 
 
 def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
-    """Return the item's dimensions that may have another size, as the model runs then too.
+    """Return the item's dimensions that may vary, found by running the model at other sizes.
 
     Dimensions of equal size that can't change alone are tried together, such as the height and
     width of a model that takes square images only.

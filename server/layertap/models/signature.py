@@ -137,7 +137,7 @@ class Signature:
 
     @property
     def main(self) -> InputSpec:
-        """The first input: image files become this, and grids are found by changing its size."""
+        """The first input: images are converted to it, and grids are found by changing its size."""
         return self.inputs[0]
 
     @property

@@ -1,7 +1,7 @@
 """Descriptions of models as JSON, without protobuf.
 
-The JSON is that of a ``DescribeModelResponse`` by the rules of protobuf's JSON format, which other
-tools write as well: fields with their default value are left out, and 64-bit integers are strings.
+The JSON is that of a ``DescribeModelResponse`` in protobuf's JSON format, which other tools write
+too: fields with their default value are left out, and 64-bit integers are strings.
 """
 
 from __future__ import annotations

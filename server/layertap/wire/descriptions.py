@@ -23,7 +23,7 @@ from layertap.wire.enums import from_proto, to_proto
 __all__ = ["description_from_proto", "description_to_proto", "model_to_proto"]
 
 UNKNOWN = "?"
-"""What a description calls an element type that the protocol does not carry."""
+"""The name in a description of an element type that the protocol does not have."""
 
 
 def description_to_proto(
@@ -67,7 +67,7 @@ def model_to_proto(description: ModelDescription) -> catalogue_pb2.Model:
 def description_from_proto(
     response: feature_service_pb2.DescribeModelResponse,
 ) -> ModelDescription:
-    """Return what a server says of a model."""
+    """Return the description of a model in a server's message."""
     model = response.model
     return ModelDescription(
         name=model.name,
@@ -268,7 +268,7 @@ def _dtype(number: int) -> str:
 
 
 def _enum_word(number: int, enum: Any, prefix: str) -> str:
-    """Return an enum's member as descriptions write it; empty for one that is not known."""
+    """Return the name of an enum's member as in descriptions; empty for an unknown number."""
     if number not in enum.values() or number == 0:
         return ""
     return str(enum.Name(number)).removeprefix(f"{prefix}_").lower()
