@@ -165,7 +165,7 @@ class FxExtractor:
         """See BuiltExtractor."""
         token = _sink.set(sink)
         try:
-            self._graph_module(*self._model.arguments(x))
+            self._model.call(self._graph_module, x)
         finally:
             _sink.reset(token)
 

@@ -64,7 +64,7 @@ def build_torchvision(spec: ModelSpec) -> Built:
         module=module,
         source=f"torchvision:{builder.name}",
         weights=text,
-        input=takes,
+        inputs=(takes,),
         preprocess=preprocess(builder.family, member, takes),
         takes_list=builder.family is Family.DETECTION,
     )

@@ -68,6 +68,7 @@ def _input(given: InputDescription) -> _Object:
         preprocessing=given.preprocessing,
         image_preprocessing=_images(given.images),
         name=given.name,
+        optional=given.optional,
     )
 
 

@@ -91,6 +91,7 @@ def _input_to_proto(given: InputDescription) -> catalogue_pb2.InputSpec:
         images=given.images is not None,
         preprocessing=given.preprocessing,
         image_preprocessing=_images_to_proto(given.images),
+        optional=given.optional,
     )
 
 
@@ -101,6 +102,7 @@ def _input_from_proto(given: catalogue_pb2.InputSpec) -> InputDescription:
         shape=tuple(map(_dimension_from_proto, given.shape)),
         images=_images_from_proto(given.image_preprocessing) if given.images else None,
         preprocessing=given.preprocessing,
+        optional=given.optional,
     )
 
 

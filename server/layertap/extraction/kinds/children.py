@@ -49,6 +49,12 @@ class WalkExtractor:
 class WalkKind(DirectKind):
     """A kind that walks the top-level children."""
 
+    def refuses(self, found: Measurement) -> str:
+        """See ExtractorKind; each child is given one tensor."""
+        if len(found.model.signature.inputs) > 1:
+            return "the model takes several inputs, and a child is called with one tensor"
+        return super().refuses(found)
+
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
         """See ExtractorKind."""
         if not point.path:
