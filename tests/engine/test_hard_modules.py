@@ -142,9 +142,9 @@ def test_complex_values_are_refused_in_the_catalogue(engine) -> None:
     catalogue = engine.host("spectrum").catalogue
     assert catalogue.entry("fourier").served_by(Capture.OUTPUT) == []
     assert catalogue.entry("back").served_by(Capture.INPUT) == []
-    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a type that the proto"):
+    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a dtype that layertap"):
         asking.ask(engine, "spectrum", "fourier", images())
-    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a type that the proto"):
+    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a dtype that layertap"):
         asking.ask(engine, "spectrum", "back:input", images())
     for layer in ("back", "out"):
         (right,) = outputs_of(fresh, images(), layer)

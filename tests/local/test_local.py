@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hardnets
 import inputnets
 import layertap
 import statefulnets
@@ -48,6 +50,13 @@ def load(net: str = "tinynets:residual", **settings: object) -> LocalModel:
 def model() -> Iterator[LocalModel]:
     """The residual net, for tests that don't change it."""
     with load() as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def spectrum() -> Iterator[LocalModel]:
+    """A net with complex values between two layers."""
+    with load("hardnets:spectrum") as loaded:
         yield loaded
 
 
@@ -215,6 +224,31 @@ def test_other_element_types() -> None:
         array = features.numpy()["conv1"]
         assert array.dtype == ml_dtypes.bfloat16
         assert torch.equal(torch.from_numpy(array.astype(np.float32)), features["conv1"].float())
+
+
+@pytest.mark.parametrize(
+    ("extractor", "selection"),
+    [
+        *product(("auto", "hook", "torchscript"), ("fourier", "back:input", ["out", "fourier"])),
+        ("fx", "fourier"),
+    ],
+)
+def test_complex_values_are_refused(spectrum, extractor, selection) -> None:
+    """No extractor returns a complex value: the error names the layer and its dtype."""
+    with pytest.raises(errors.ExtractorUnsupportedError, match=r"'(fourier|back:?.*)'.*complex64"):
+        spectrum.extract(batch(), selection, extractor=extractor)
+
+
+def test_complex_layers_are_listed_and_those_behind_are_served(spectrum) -> None:
+    """A complex layer says why nothing captures it, and it takes nothing from its neighbours."""
+    fourier = spectrum.layers["fourier"]
+    assert fourier.extractors() == ()
+    assert set(fourier.refusals) == {each for each in Extractor if each is not Extractor.AUTO}
+    assert "complex64" in fourier.refusals[Extractor.HOOK][Capture.OUTPUT]
+    features = spectrum.extract(batch(), ["back", "out"], extractor="hook")
+    for name in ("back", "out"):
+        (right,) = outputs_of(hardnets.spectrum(), batch(), name)
+        assert torch.equal(features[name], right)
 
 
 @pytest.mark.parametrize(

@@ -101,11 +101,13 @@ def test_a_unary_reply_counts_until_its_rpc_ends(engine, plane) -> None:
 def test_an_rpc_that_has_ended_is_cancelled_and_released_at_once(engine, plane, when) -> None:
     """gRPC doesn't call back then: the caller is cancelled, and the reply is released."""
     context = FakeContext(ended=when == "before")
+    kept: list[object] = []  # So that no finalizer releases what the handler's end should release.
 
     def handle(message: bytes, caller: Caller) -> Answer:
         received = plane.receive(3000, caller)
         extraction = plane.run(received, caller, lambda: ("residual", WANTED))
         context.ended = True
+        kept.append(extraction)
         assert engine.pending_bytes == len(extraction.payload)
         return Answer(extraction.payload, extraction.reservation)
 
