@@ -1,4 +1,4 @@
-"""Models come and go, and their memory goes with them."""
+"""The memory of a model is freed when the model is unloaded."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_memory_levels_off_while_models_come_and_go(capsys) -> None:
 
 
 def test_an_unloaded_model_is_unknown() -> None:
-    """What was unloaded is no longer served, and its name is free again."""
+    """An unloaded model is not served, and its name is free again."""
     engine = Engine()
     spec = ModelSpec("tinynets:heavy", item_shape=ITEM)
     host = engine.load(spec)

@@ -1,4 +1,4 @@
-"""The four classic ways to take a layer, each through a real server over a real channel."""
+"""The four usual ways to extract a layer, each through a real server over a real channel."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def batch(size: int, side: int) -> np.ndarray:
 
 
 def eager(model: LoadedModel, x: np.ndarray, path: str, capture: Capture) -> torch.Tensor:
-    """The reference: one cloning hook on the untouched model."""
+    """The reference: one hook that clones, on the unchanged model."""
     seen: list[torch.Tensor] = []
     module = model.module.get_submodule(path)
     handle = (
@@ -105,7 +105,7 @@ def test_resnet34_stages(engine, client, extractor) -> None:
     [(Extractor.FX, SMALL), (Extractor.HOOK, SIDE), (Extractor.TORCHSCRIPT, SMALL)],
 )
 def test_vgg16_bn_pools(engine, client, extractor, side) -> None:
-    """create_feature_extractor's three pools of vgg16_bn, renamed, in the order asked for."""
+    """create_feature_extractor's three pools of vgg16_bn, renamed, in the order of the request."""
     x = batch(1, side)
     features = client.extract("vgg16_bn", x, POOLS, extractor=extractor)
     assert list(features) == ["pool5", "pool4", "pool3"]
@@ -130,7 +130,7 @@ def test_resnet18_avgpool_input_and_output_at_batch_64(engine, client, extractor
 
 @pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.LAYER_GETTER])
 def test_what_a_walk_can_not_reach_is_refused_with_the_reason(client, extractor) -> None:
-    """A layer inside a child is a FAILED_PRECONDITION that says why and who can serve it."""
+    """A layer inside a child is FAILED_PRECONDITION; the text says why and who can serve it."""
     with pytest.raises(ExtractorUnsupportedError) as refusal:
         client.extract("vgg16_bn", batch(1, SMALL), "features.43", extractor=extractor)
     text = str(refusal.value)
