@@ -144,7 +144,7 @@ def test_expressions_are_the_shapes_of_fresh_modules(source, item_shape, pattern
     known = 0
     for shape in others:
         for batch in (1, 3):
-            key = model.signature.key.with_main(shape)
+            key = model.signature.resized(shape)
             sized = free_sizes(model.signature, key)
             real = shapes_of(model.module, sample(model, batch, shape))
             for point, spec in catalogue.specs.items():
