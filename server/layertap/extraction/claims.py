@@ -35,6 +35,7 @@ from layertap.extraction.samples import (
     reaching_batches,
     wide_batch,
 )
+from layertap.extraction.survey import survey_looks
 from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import Taps
 from layertap.models import Batch, LoadedModel
@@ -147,6 +148,8 @@ class _Trial:
             if x is None:
                 return False
             case = run_case(model, self._guard, x, steps, ordinary=ordinary)
+            if case and self._catalogue.looks.looked:
+                case = replace(case, astray=self._astray(x))
             cases.extend([case] if case else [])
             return case is not None
 
@@ -165,6 +168,14 @@ class _Trial:
             add(ordinary_batch(model, 1), ordinary=True)
         yield
         return cases
+
+    def _astray(self, x: Batch) -> frozenset[CapturePoint]:
+        """Return the points before which the code goes another way than for the example."""
+        example = self._catalogue.looks
+        with self._guard:
+            looks = survey_looks(self._model, x)
+        points = example.looked.keys() | looks.looked.keys()
+        return frozenset(p for p in points if looks.before(p) != example.before(p))
 
     def _graph(
         self, trace: Trace, points: Sequence[CapturePoint], cases: Sequence[Case]

@@ -30,7 +30,7 @@ from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import Values
 from layertap.extraction.digest import Digest, digest_pass
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
-from layertap.extraction.obstacles import SOMETIMES
+from layertap.extraction.obstacles import SOMETIMES, UNREPEATED
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
@@ -74,12 +74,15 @@ class Case:
         twins: For inputs that are the very tensor that another module returned, that output.
         ordinary: Whether values that are not finite count as well: the last bits decide where a
             root of some noise is NaN.
+        astray: Points before which the model's code goes another way for this batch than for the
+            example from which programs are recorded; see ``guards``.
     """
 
     x: Batch
     digests: Mapping[CapturePoint, Digest]
     twins: Mapping[CapturePoint, CapturePoint]
     ordinary: bool
+    astray: frozenset[CapturePoint] = frozenset()
 
 
 def run_case(
@@ -151,10 +154,15 @@ class CompileTrial:
     def faults(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
         """Return why some of the points, in execution order, can't be served."""
         faults = {
-            point: SOMETIMES
+            point: UNREPEATED
+            for point in points
+            if self._cases and all(point in case.astray for case in self._cases)
+        }
+        faults.update(
+            (point, SOMETIMES)
             for point in points
             if any(point not in case.digests for case in self._cases)
-        }
+        )
         rest = [point for point in points if point not in faults]
         twins = self._twins(rest)
         tried = [point for point in rest if point not in twins]
@@ -272,7 +280,12 @@ class CompileTrial:
         yield
         faults: Faults = {}
         for case in self._cases:
-            values = self._values(run, case.x)
+            try:
+                values = self._values(run, case.x)
+            except _FailedError:
+                if not case.astray:
+                    raise
+                continue  # The program was recorded from a pass that went another way.
             faults = {**self._differences(case, points, values), **faults}
             yield
         return faults
@@ -287,9 +300,11 @@ class CompileTrial:
             raise _FailedError(self._last.reason)
         self._left_apart -= 1
         model = self._context.model
-        x = ordinary_batch(model, LARGER)
-        larger = run_case(model, self._context.guard, x, self._steps, ordinary=True)
-        cases = [*self._cases, larger] if larger else self._cases
+        cases = [case for case in self._cases if not case.astray]
+        if len(cases) == len(self._cases):
+            x = ordinary_batch(model, LARGER)
+            larger = run_case(model, self._context.guard, x, self._steps, ordinary=True)
+            cases.extend([larger] if larger else [])
         yield
         try:
             answers = yield from self._kind.run_apart(
@@ -358,7 +373,7 @@ class CompileTrial:
             whole = self._steps[point] == 1
             shape = tuple(elements.shape if whole else next(parts).shape)
             true = case.digests.get(point)
-            if true is None or (not case.ordinary and not true.finite):
+            if true is None or point in case.astray or (not case.ordinary and not true.finite):
                 continue
             tolerance = self._kind.tolerance(true.elements)
             if fault := true.fault_of_sample(shape, elements.to(true.elements.device), tolerance):

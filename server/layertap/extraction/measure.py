@@ -20,7 +20,7 @@ from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_wei
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.kinds.base import Verdict
-from layertap.extraction.kinds.registry import KINDS, Kind
+from layertap.extraction.kinds.registry import KINDS, REFERENCE, Kind
 from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
@@ -132,6 +132,7 @@ def measure_with_graph(
         guard=guard,
         non_finite=_first_non_finite(entries, oracle),
         notes=tuple(_notes(findings, entries)),
+        looks=looks,
     )
     return catalogue, findings.graph.trace
 
@@ -212,7 +213,7 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
     if looked:
         yield (
             f"its forward branches on values of its input before layer {looked!r}, so other input "
-            f"may take another branch there"
+            f"may take another branch there; {_branches(findings)}"
         )
     varying = sorted(findings.varying)
     if varying:
@@ -227,6 +228,17 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
             f"its forward draws random numbers, so two requests with the same input differ, from "
             f"layer {random!r} on"
         )
+
+
+def _branches(findings: Measurement) -> str:
+    """Say how layers after a branch are served."""
+    compiled = " and ".join(kind.name for kind in KINDS.values() if kind.compiled)
+    if findings.looks.looked.keys() <= findings.looks.unguarded.keys():
+        return f"{compiled} serves no layer from there on"
+    return (
+        f"{compiled} serves layers from there on by one compiled plan for each way that the code "
+        f"can go, and {REFERENCE.name} serves the ways that have no plan"
+    )
 
 
 def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) -> str:

@@ -17,7 +17,7 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.measurement import Measurement
-from layertap.extraction.obstacles import LOOKS, RANDOM, SOMETIMES, calls_function, takes_step
+from layertap.extraction.obstacles import RANDOM, SOMETIMES, calls_function, no_guard, takes_step
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import GuardedExtractor, KeptState, PassGuard
 from layertap.extraction.points import CapturePoint, PointKind
@@ -49,6 +49,10 @@ It is compiled as part of the program, and must copy: the tensor may be overwrit
 """
 
 
+def _unwatched(_: Batch) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 def cloned(_: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Have a program return the value itself."""
     return (value.clone(),)
@@ -74,12 +78,15 @@ class BuildContext:
         taps: Its taps.
         guard: Its guard, to be held in each pass of the model.
         graph: The node names of its symbolic graph; None if it has none.
+        watching: Returns the block in which a compiled kind runs the pass that it records, for
+            the batch that it gives the model in it.
     """
 
     model: LoadedModel
     taps: Taps
     guard: PassGuard
     graph: GraphNames | None
+    watching: Callable[[Batch], AbstractContextManager[object]] = _unwatched
 
     def traced(self) -> GraphNames:
         """Return the names of the graph; raise ExtractorUnsupportedError where there is none."""
@@ -256,21 +263,22 @@ class CompiledKind(ExtractorKind, Generic[P]):
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
         """See ExtractorKind."""
         return self.recording_obstacle(
-            looked=point in found.looks.looked,
+            unguarded=found.looks.unguarded.get(point, ""),
             function=found.looks.functions.get(point, ""),
             step=found.looks.steps.get(point, ""),
         )
 
-    def recording_obstacle(self, *, looked: bool, function: str, step: str) -> str:
+    def recording_obstacle(self, *, unguarded: str, function: str, step: str) -> str:
         """Return why a program recorded from one pass would be wrong for other input.
 
         Args:
-            looked: Whether the model's code looked at values on the way.
+            unguarded: Why there is no guard for a look at values on the way; empty if there was no
+                look, or there are guards for all of them. See ``guards``.
             function: A Python function of autograd on the way; empty for none.
             step: A discontinuous operation that the value follows from; empty for none.
         """
-        if looked:
-            return LOOKS
+        if unguarded:
+            return no_guard(unguarded)
         if function:
             return calls_function(function)
         return takes_step(step) if step else ""
@@ -286,7 +294,8 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """Compile a program. It is not proven yet, and whatever is raised refuses it.
 
         Args:
-            context: The model and what belongs to it. The caller holds its guard.
+            context: The model and what belongs to it. The caller holds its guard. The recorded pass
+                runs inside ``context.watching``.
             pass_spec: What to do: points that the kind claims to serve.
             example: On the model's device. The program must serve batches of its key, at every
                 batch size.
