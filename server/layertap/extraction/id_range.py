@@ -1,10 +1,10 @@
 """Finds the range of a model's token ids from the embedding table that they index.
 
 Note [Which table]
-    One pass is watched. Ids that follow the input are looked up in a table of so many rows:
-    ``nn.Embedding``, ``functional.embedding``, plain indexing. A model has several such tables
-    (words, positions, columns of a table row), so the largest range with which the model runs at
-    every batch size of a proof is taken.
+    One pass is watched for lookups whose ids follow from the input: ``nn.Embedding``,
+    ``functional.embedding`` or plain indexing. The number of the table's rows limits the ids. A
+    model may have several such tables (words, positions, columns of tabular data), so the largest
+    range is taken with which the model runs at every batch size of a proof.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from layertap.models import IdRange, LoadedModel
 __all__ = ["with_id_range"]
 
 _BYTES = 256
-"""Values of integers that are looked up in no table: a byte's."""
+"""The range of integers that index no table: that of a byte."""
 
 
 def with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
-    """Return the model with the range of its ids, where its input is integers and none is known.
+    """Return the model with the range of its ids, if its main input is integers of unknown range.
 
-    The model runs, each pass inside its guard. Where it runs on no larger range than 0 and 1, its
-    input stays as it is.
+    The model runs, each pass inside its guard. If it runs with no range larger than 0 and 1, it is
+    returned unchanged.
     """
     main = model.signature.main
     dtype = main.dtype
@@ -44,12 +44,12 @@ def with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
 
 
 def _tables(model: LoadedModel, guard: PassGuard) -> set[int]:
-    """Return the rows of the tables in which ids that follow the input are looked up."""
+    """Return the number of rows of each table that ids from the input are looked up in."""
     x = ordinary_batch(model, 1)
     with guard, watch_looks(model.module, x.tensors) as looks:
         try:
             model.forward(x)
-        except Exception:  # noqa: BLE001 - measuring the model will say what it fails on
+        except Exception:  # noqa: BLE001 - measuring the model will report the failure
             return set()
     return looks.tables
 
@@ -67,6 +67,6 @@ def _runs(model: LoadedModel, guard: PassGuard) -> bool:
         for batch in (1, 2, 3):
             with guard:
                 model.forward(ordinary_batch(model, batch))
-    except Exception:  # noqa: BLE001 - a model may raise anything at ids that it can't look up
+    except Exception:  # noqa: BLE001 - a model may raise anything for ids outside its table
         return False
     return True

@@ -1,4 +1,4 @@
-"""Measuring a catalogue: a few forward passes, watched, and a symbolic trace."""
+"""Measures a model's catalogue with a few watched forward passes and a symbolic trace."""
 
 from __future__ import annotations
 
@@ -59,31 +59,32 @@ _UNORDERED = (
 _log = logging.getLogger(__name__)
 
 _MAX_NAMED = 5
-"""Layers that a note names."""
+"""Layers that a note lists by name."""
 
 
 def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
-    """Return the catalogue that ``measure_with_graph`` does."""
+    """Return the catalogue from ``measure_with_graph``."""
     return measure_with_graph(model, guard)[0]
 
 
 def measure_with_graph(
     model: LoadedModel, guard: PassGuard | None = None
 ) -> tuple[Catalogue, Trace | None]:
-    """Run a model, as it was loaded, and write down its layers and the rules for its passes.
+    """Run a freshly loaded model, and record its layers and the rules for its passes.
 
-    No other forward pass of it may run meanwhile.
+    No other forward pass of the model may run meanwhile.
 
     Args:
         model: The model.
-        guard: What kept it as it was loaded, where it has run before; a new one if not given.
+        guard: The guard that has kept the loaded state, if the model has run before; else a new
+            guard is made.
 
     Returns:
-        The catalogue, whose claims are not tried yet (see ``claims``), and the symbolic graph if
-        there is one.
+        The catalogue, whose claims are not tested yet (see ``claims``), and the symbolic graph;
+        None if there is none.
 
     Raises:
-        ModelLoadError: If the model can't run on the input that it claims to take.
+        ModelLoadError: If the model can't run on sample input of its own signature.
     """
     guard = guard or PassGuard(model.module)
     one, two = _run_twice(model, guard)
@@ -101,7 +102,7 @@ def measure_with_graph(
         specs = _in_order(model, specs, oracle, x)
     specs, graph = _placed(model, specs, graph, guard)
     with guard:
-        # Other input and other sizes may have led to code that writes state.
+        # The passes on other input and other sizes may have reached code that writes state.
         guard.learn(model.name)
     findings = Measurement(
         model=model,
@@ -138,28 +139,28 @@ def measure_with_graph(
 
 
 def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
-    """Run a model that looks at values on other input, for which other modules may run."""
+    """Run a model that looks at values on other input too, which may run other modules."""
     surveys = []
     for x in (wide_batch(model, 1), bytes_batch(model), *reaching_batches(model)):
         if x is not None:
-            # A model need not take such input; what it raises is its own business.
+            # A model may refuse such input; its error does not matter here.
             with suppress(Exception), guard:
                 surveys.append(survey_hooks(model, x))
     return surveys
 
 
 def _order(surveys: Sequence[HookSurvey]) -> list[tuple[str, int]]:
-    """Return the calls of every survey, those of the first one first."""
+    """Return the calls of all surveys without duplicates, those of the first survey first."""
     return list(dict.fromkeys(call for survey in surveys for call in survey.order))
 
 
 def _sometimes(
     model: LoadedModel, one: HookSurvey, others: Sequence[HookSurvey]
 ) -> dict[CapturePoint, ValueSpec]:
-    """Return what was captured on other input only; its shape can't be promised.
+    """Return the specs of values that only other input showed; their shapes can't be promised.
 
-    A model that takes a list of images passes on lists with a member for each image. The members
-    that a larger batch has besides are left out, as other batches don't have them.
+    A model that takes a list of images passes on lists with one member per image. The additional
+    members of a larger batch are left out, as other batches don't have them.
     """
     measured = {(p.path, p.capture, p.call) for p in one.shapes} if model.takes_list else set()
     return {
@@ -171,19 +172,19 @@ def _sometimes(
 
 
 def _unsendable(surveys: Sequence[HookSurvey]) -> dict[CapturePoint, str]:
-    """Return why nothing can be sent of some values, for each such value of some survey."""
+    """Return, for each value that can't be sent in some survey, why."""
     return {point: reason for survey in surveys for point, reason in survey.unsendable.items()}
 
 
 def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
-    """Return the modules that ran in some of the surveys only."""
+    """Return the modules that ran in some surveys but not in all."""
     ran = [{path for path, _ in survey.order} for survey in surveys]
     always = set(ran[0]).intersection(*ran[1:])
     return set(ran[0]).union(*ran[1:]) - always
 
 
 def _not_always(surveys: Sequence[HookSurvey]) -> set[CapturePoint]:
-    """Return the points that were there in some of the surveys only."""
+    """Return the points that had a value in some surveys but not in all."""
     always = set(surveys[0].shapes).intersection(*(survey.shapes for survey in surveys[1:]))
     return set(surveys[0].shapes).union(*(survey.shapes for survey in surveys[1:])) - always
 
@@ -191,9 +192,10 @@ def _not_always(surveys: Sequence[HookSurvey]) -> set[CapturePoint]:
 def _random(
     model: LoadedModel, surveys: Sequence[HookSurvey], x: Batch, guard: PassGuard
 ) -> set[CapturePoint]:
-    """Return the points whose values depend on chance, for some input at least.
+    """Return the points whose values depend on random numbers, for some input at least.
 
-    The first survey is that of ``x``. A stateful model gives other values too, without any chance.
+    ``surveys[0]`` is the survey of ``x``. A stateful model gives different values without any
+    random numbers, so its pass is not repeated.
     """
     found: set[CapturePoint] = set().union(*(survey.random for survey in surveys))
     if guard.rules.state is not KeptState.KEPT:
@@ -267,7 +269,7 @@ def _first_non_finite(
 ) -> str:
     """Return the first layer whose output has NaN or infinity; empty if there is none.
 
-    Values are kept in the order in which the calls ended, so it is the innermost one.
+    Values are in the order in which the calls ended, so this is the innermost such layer.
     """
     names = {entry.points.get(Capture.OUTPUT): name for name, entry in entries.items()}
     bad = (point for point, value in values.items() if not value.isfinite().all())
@@ -327,11 +329,11 @@ def _in_order(
     values: Mapping[CapturePoint, torch.Tensor],
     x: Batch,
 ) -> dict[CapturePoint, ValueSpec]:
-    """Return the specs with those marked whose items are interleaved along the batch dimension.
+    """Return the specs, with a mark on points whose items are interleaved along the batch axis.
 
     Args:
         model: The model.
-        specs: The type and shape of each point.
+        specs: The dtype and shape of each point.
         values: The outputs for a batch of one item.
         x: That batch.
     """
@@ -353,7 +355,7 @@ def _node(name: str) -> CapturePoint:
 def _placed(
     model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, guard: PassGuard
 ) -> tuple[dict[CapturePoint, ValueSpec], MeasuredGraph]:
-    """Return the specs of modules and nodes with what is known of their layouts."""
+    """Return the specs of modules and of nodes, with what is known about their layouts."""
     nodes = {_node(name): spec for name, spec in graph.specs.items()}
     found = survey_grids(model, {**specs, **nodes}, guard, partial(graph.shapes, guard))
 
@@ -367,9 +369,9 @@ def _placed(
 
 
 def _own_modes(module: nn.Module) -> str:
-    """Return the class of a submodule that has a train() or eval() of its own; else nothing.
+    """Return the class of a submodule that overrides train() or eval(); empty if there is none.
 
-    LoRA layers merge their weights there, say. torch's own classes are known to do no such thing.
+    LoRA layers merge their weights there, for example. torch's own classes are known to be safe.
     """
     for part in module.modules():
         kind = type(part)
@@ -381,7 +383,7 @@ def _own_modes(module: nn.Module) -> str:
 
 
 def _beside_forward(module: nn.Module) -> str:
-    """Return what a call of the model does besides its forward, which alone can be traced."""
+    """Return why a call of the model is more than its forward, which alone can be traced."""
     if type(module).__call__ is not nn.Module.__call__:
         return "the model has its own __call__, and symbolic tracing sees its forward only"
     if module._forward_pre_hooks or module._forward_hooks:
@@ -395,7 +397,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
     by_call: dict[tuple[str, int], list[CapturePoint]] = {}
     for point in findings.specs:
         by_call.setdefault((point.path, point.call), []).append(point)
-    # The model's own call began first, and its result comes last. Of one that calls itself, the
+    # The model's own call began first, but its result comes last. If the model calls itself, its
     # outermost call ends last.
     order = [(path, call) for path, call in findings.order if path]
     entries: list[LayerEntry] = []
@@ -413,7 +415,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
             if path or point.capture is Capture.OUTPUT:
                 members.setdefault(point.member, {})[point.capture] = point
         members.setdefault((), {})
-        # What can be requested comes first: members of the output, then the container.
+        # What a client can request comes first: members of the output, then the container.
         for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
             entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries
@@ -422,7 +424,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
 def _named(
     entry: LayerEntry, path: str, call: int, way: tuple[str, ...], findings: Measurement
 ) -> Iterator[LayerEntry]:
-    """Yield a layer by each of its names; see Note [Names]."""
+    """Yield a layer under each of its names; see Note [Names]."""
     calls = findings.names.of_call(path, call)
     own, *others = (findings.names.of_member(each, way) for each in calls)
     described = _describe(replace(entry, name=own), findings)
@@ -463,7 +465,7 @@ def _verdict(kind: Kind, entry: LayerEntry, side: Capture, findings: Measurement
 
 
 def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
-    """Return why a value that is not a tensor can't be captured."""
+    """Return why a value can't be captured that is not a tensor."""
     if side is not Capture.OUTPUT:
         return f"the layer's {side} is not a single tensor"
     what = "layer" if path else "model"
@@ -484,7 +486,7 @@ def _supported(entry: LayerEntry, findings: Measurement) -> dict[Extractor, Supp
 
 
 def _first_member(path: str, call: int, findings: Measurement) -> str:
-    """Return the name of the first tensor in a container that a call returned; empty for none."""
+    """Return the name of the first tensor in the container that a call returned; else empty."""
     base = findings.names.of_call(path, call)[0]
     return next(
         (
@@ -498,9 +500,9 @@ def _first_member(path: str, call: int, findings: Measurement) -> str:
 
 
 def _weightless_entries(findings: Measurement, x: Batch, guard: PassGuard) -> Iterator[LayerEntry]:
-    """Yield a layer for the attention weights of each module that can't be made to return them."""
+    """Yield a layer for the attention weights of each module that can't return them."""
     modules = dict(findings.model.module.named_modules())
-    # Not worth a pass where nothing is called so.
+    # A pass is not worth it if no name suggests attention.
     if not any("att" in f"{path}.{_class_name(each)}".lower() for path, each in modules.items()):
         return
     calls = Counter(path for path, _ in findings.order)
@@ -555,5 +557,5 @@ def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
 
 
 def _class_name(module: nn.Module) -> str:
-    # A TorchScript module is a RecursiveScriptModule that remembers what it was made from.
+    # A TorchScript module is a RecursiveScriptModule; this is the class that it was made from.
     return str(getattr(module, "original_name", type(module).__name__))

@@ -39,7 +39,7 @@ def no_guard(reason: str) -> str:
 
 
 def calls_function(name: str) -> str:
-    """Return the reason for a layer after a Python ``autograd.Function``."""
+    """Return why a layer after a call of a Python ``autograd.Function`` can't be compiled."""
     return (
         f"before it the model calls {name}, a Python autograd.Function, which a compiled program "
         f"can't contain"
@@ -47,7 +47,7 @@ def calls_function(name: str) -> str:
 
 
 def takes_step(operation: str) -> str:
-    """Return the reason for a layer after a discontinuous operation, see ``steps``."""
+    """Return why a layer after a discontinuous operation can't be compiled; see ``steps``."""
     return (
         f"its value depends on {operation} of computed numbers, which is discontinuous: a "
         f"compiled program rounds differently, and near a tie that gives another result"

@@ -1,8 +1,8 @@
 """Reductions of captured values.
 
-Which dimensions are the channels and which the image's was found by experiment, see
-``layertap.extraction.grid``: the mean over the wrong ones would be a wrong answer that nobody sees.
-So what is not known is refused.
+Experiments have shown which dimensions are channels and which are the image's; see
+``layertap.extraction.grid``. The mean over the wrong dimensions would be a silent wrong answer, so
+a reduction is refused if the layout is not known.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Apply = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Reduced:
-    """A reduction of one layer: the type and shape that it gives, and what it does to a value."""
+    """A reduction of one layer: the resulting dtype and shape, and the function that applies it."""
 
     spec: ValueSpec
     apply: Apply
 
 
 def reduced(spec: ValueSpec, reduction: Reduction, layer: str, key: BatchKey) -> Reduced:
-    """Make a reduction for the values of a layer.
+    """Return a reduction for the values of a layer.
 
     Args:
-        spec: The values' type and shape.
-        reduction: What to do.
-        layer: The layer's name, for the error.
-        key: The items of the batch, for the error.
+        spec: The dtype and shape of the values.
+        reduction: Which reduction.
+        layer: The layer's name, for the error message.
+        key: The shapes of the batch's items, for the error message.
 
     Raises:
         InvalidInputError: If the reduction can't be applied to such values.
@@ -68,7 +68,7 @@ Made = tuple[Sequence[Dim], Apply] | None
 
 
 def _batch_in_front(spec: ValueSpec) -> ValueSpec | None:
-    """Return the spec with its batch dimension first; None if rows are not items."""
+    """Return the spec with its batch dimension first; None if an item is not one row of it."""
     axis = spec.batch_axis
     if axis is None or axis[1] != 1:
         return None
@@ -108,7 +108,7 @@ def _flatten(spec: ValueSpec, _: Geometry) -> Made:
 
 
 def _class_token(spec: ValueSpec, shape: Geometry) -> Made:
-    # Where the patches alone make the whole grid, the first token is a patch like any other.
+    # If the patches alone fill the grid, there is no class token: the first token is a patch.
     bare = shape.layout is Layout.TOKENS and not shape.front
     tokens = shape.layout is Layout.TOKENS or shape.positions == (1,)
     if len(spec.dims) != 3 or not spec.dims[1].size or bare or not tokens:

@@ -1,16 +1,16 @@
-"""Detects the element type and the free dimensions of a model's input by running the model.
+"""Finds the dtype and the free dimensions of a model's input by running the model.
 
 Note [Found by trying]
-    A factory's module or a TorchScript file says nothing of its input, and the class of its first
-    layer says little: a text tower may begin with its own parameter, a tabular model with an
-    embedding of one column. So the model is run on random input: of one element type after the
-    other until it runs, then with each dimension at half and at twice its size. What runs is taken.
-    An input that was declared is not tried.
+    A factory's module or a TorchScript file says nothing about its input, and the class of its
+    first layer says little: a text tower may begin with its own parameter, a tabular model with an
+    embedding of one column. So the model runs on random input, first with one dtype after the other
+    until one works, then with each dimension at half and at twice its size. What works is used. A
+    declared input is not tested.
 
 Note [Differentiation inside forward]
-    A force field differentiates its own energy in ``forward``. Inference mode, in which passes run,
-    forbids that for every tensor that was made in it; ``torch.no_grad`` allows it. So models are
-    loaded under ``no_grad``, and the passes of a model that turns gradients on run under it too.
+    A force field differentiates its own energy in ``forward``. Passes run in inference mode, which
+    forbids that for every tensor made in it; ``torch.no_grad`` allows it. So models are loaded
+    under ``no_grad``, and the passes of a model that turns gradients on run under it, too.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ _LOOK_UP = {
 
 
 def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
-    """Return a model with what its source did not know of it, found by running it.
+    """Return a model with the facts about its input that its source did not know.
 
     See Note [Found by trying] and Note [Differentiation inside forward]. No other forward pass may
     run meanwhile.
 
     Args:
         model: The model.
-        guard: Its guard, held in each pass, so that the model is left as it was; one of its own if
+        guard: The model's guard, which is held in each pass and restores the model; a new guard if
             not given.
 
     Raises:
         ConfigError: Preprocessed images don't fit the input that was found.
-        ModelLoadError: The model runs on no element type that was tried.
+        ModelLoadError: The model runs with none of the dtypes that were tried.
     """
     guess = model.signature.main.guess
     if guess is None and model.signature.main.dtype.is_floating_point:
         return model
     for program in programs(model.module).values():
-        # The first run decides permanently what a program's calls are compiled to.
+        # The first run decides permanently how a program's calls are compiled.
         instrument(program)
     guard = guard or PassGuard(model.module)
     if guess:
@@ -73,11 +73,11 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
 
 @dataclass
 class _Run:
-    """How a pass on random input went.
+    """The result of a pass on random input.
 
     Attributes:
-        error: What the model raised; None if it ran to its end.
-        ids: Whether all of the input was looked up in a table of embeddings.
+        error: The model's exception; None if it ran to its end.
+        ids: Whether the whole input was looked up in a table of embeddings.
         differentiates: Whether gradients were turned on.
     """
 
@@ -87,13 +87,13 @@ class _Run:
 
 
 def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> LoadedModel:
-    """Return the model with an element type and a mode of passes in which it runs.
+    """Return the model with a dtype, and inference mode or ``no_grad``, with which it runs.
 
-    Floating-point types come first. Where one runs, and the model rounds all of it to look it up in
-    a table, the input is token ids nevertheless.
+    Floating-point types come first. If one works, but the model rounds the whole input to look it
+    up in a table, the input is token ids after all.
 
-    A half-precision type is taken from the weights of one layer, and the model may convert its
-    input to it itself. Then it takes float32 as well, which is tried first.
+    A half-precision type is only taken from the weights of one layer, and the model may convert its
+    input to that type itself. Then it accepts float32 too, so float32 is tried first.
     """
     own = model.signature.main.dtype
     halves = (
@@ -134,7 +134,7 @@ def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
 
 
 def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
-    """Run a model, under ``no_grad`` where it turns gradients on or fails in inference mode."""
+    """Run a model; under ``no_grad`` if it turns gradients on or fails in inference mode."""
     run = _run(model, model.signature.key, guard)
     if run.error is None and not run.differentiates:
         return model, run
@@ -155,7 +155,7 @@ def _run(model: LoadedModel, key: BatchKey, guard: PassGuard) -> _Run:
 
 
 class _Watcher(TorchFunctionMode):
-    """Sees what a model calls: whether it looks its input up, and whether it differentiates."""
+    """Sees whether a model looks its input up in a table, and whether it differentiates."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -177,10 +177,10 @@ class _Watcher(TorchFunctionMode):
 
 
 def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
-    """Return the dimensions of the item with which the model runs at another size too.
+    """Return the item's dimensions that may have another size, as the model runs then too.
 
-    Dimensions of one size that may not differ alone are tried together: height and width of a model
-    that takes squares only.
+    Dimensions of equal size that can't change alone are tried together, such as the height and
+    width of a model that takes square images only.
     """
     shape = model.signature.main.shape
     alone = [index for index in range(len(shape)) if _runs_at_other_sizes(model, (index,), guard)]
@@ -196,10 +196,10 @@ def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
 
 
 def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...], guard: PassGuard) -> bool:
-    """Return whether a model runs with the dimensions at half or at twice their size."""
+    """Return whether a model runs with these dimensions at half or twice their size."""
     key, own = model.signature.key, model.signature.main.shape
     size = own[dims[0]]
-    # Not at 1, which may pass for the right size where a tensor is broadcast.
+    # Not at size 1, which may work only because the tensor is broadcast.
     others = [other for other in (size // 2, 2 * size) if other > 1]
     return any(
         _run(

@@ -1,4 +1,4 @@
-"""Compares an extractor's values with the oracle's."""
+"""Compares an extractor's values with the reference."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ TORCHSCRIPT_TOLERANCE = {
 }
 """Largest error of a compiled plan as a share of the layer's largest magnitude, by dtype.
 
-Folding batch norms into convolutions reorders arithmetic; measured on resnet18 in float32 the error
-is 1e-6, on very deep models some 1e-5. A wrong plan is off by 1e-1 and more.
+Folding batch norms into convolutions reorders arithmetic. In float32 the measured error is 1e-6 on
+resnet18 and about 1e-5 on very deep models. A wrong plan is off by 1e-1 or more.
 """
 
 TF32_TOLERANCE = 5e-3
-"""The same for float32 on a CUDA device where TF32 is allowed; see Note [TF32]."""
+"""The same for float32 on a CUDA device if TF32 is allowed; see Note [TF32]."""
 
 _PIECE = 1 << 22
 
@@ -42,9 +42,10 @@ def compiled_tolerance(oracle: torch.Tensor) -> float:
 
 
 def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:
-    """Return the largest error as a share of the oracle's largest magnitude.
+    """Return the largest error as a share of the reference's largest magnitude.
 
-    Infinite where shape, dtype or the places of non-finite values differ; 0.0 if all is equal.
+    It is infinite if shape, dtype or the positions of non-finite values differ; 0.0 if all is
+    equal.
     """
     if value.shape != oracle.shape or value.dtype != oracle.dtype:
         return float("inf")
@@ -65,12 +66,12 @@ def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:
 
 
 def mismatch(value: torch.Tensor, oracle: torch.Tensor, tolerance: float) -> str:
-    """Return in words how a value differs from the oracle's; empty if it is close enough.
+    """Return how a value differs from the reference, in words; empty if it is close enough.
 
     Args:
-        value: The value to judge.
-        oracle: What it should be.
-        tolerance: The largest error allowed, as a share of the oracle's largest magnitude.
+        value: The value to check.
+        oracle: The reference value.
+        tolerance: The largest allowed error, as a share of the reference's largest magnitude.
     """
     if value.shape != oracle.shape:
         return f"its shape is {list(value.shape)}, the model's is {list(oracle.shape)}"
@@ -93,7 +94,7 @@ def _how(value: torch.Tensor, oracle: torch.Tensor, error: float, tolerance: flo
 
 
 def _pieces(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Divide a large tensor along its first dimension, so that copies of it take little memory."""
+    """Split a large tensor along its first dimension, so that copying it takes little memory."""
     if value.numel() <= _PIECE:
         return (value,)
     return tuple(value.split(max(1, _PIECE * len(value) // value.numel())))

@@ -13,13 +13,13 @@ __all__ = ["KIND", "HookExtractor", "HookKind"]
 
 
 class HookExtractor:
-    """Runs the model under its taps.
+    """Runs the model with its taps.
 
     Args:
-        context: The model and what belongs to it.
+        context: The model, its taps, guard and graph.
         pass_spec: What to capture.
-        oracle: Whether what it captures proves other extractors: its passes then run to their end,
-            and are looked at for state that no pass wrote before.
+        oracle: Whether its values prove other extractors. Then its passes run to their end, and
+            are watched for state that no earlier pass wrote.
     """
 
     def __init__(self, context: BuildContext, pass_spec: PassSpec, *, oracle: bool = False) -> None:
@@ -42,7 +42,7 @@ class HookExtractor:
 
 
 class HookKind(ReferenceKind):
-    """Serves every module that runs, outputs and inputs, of any eager model."""
+    """Serves the outputs and inputs of every module that runs, in any eager model."""
 
     id = Extractor.HOOK
     captures = frozenset({Capture.OUTPUT, Capture.INPUT})

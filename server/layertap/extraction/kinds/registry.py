@@ -16,7 +16,7 @@ Kind = DirectKind | CompiledKind[Any]
 
 
 def _load(extractor: Extractor) -> Kind:
-    """Return the ``KIND`` of the module that is called as the extractor is."""
+    """Return ``KIND`` from the module that has the extractor's name."""
     kind = import_module(f"{__package__}.{extractor.value}").KIND
     if not isinstance(kind, DirectKind | CompiledKind) or kind.id is not extractor:
         raise TypeError(f"kinds/{extractor.value}.py: KIND is not the kind of {extractor!r}")
@@ -26,13 +26,13 @@ def _load(extractor: Extractor) -> Kind:
 KINDS: Mapping[Extractor, Kind] = MappingProxyType(
     {extractor: _load(extractor) for extractor in Extractor if extractor is not Extractor.AUTO}
 )
-"""The kind of each extractor but AUTO, which is a choice between them: the first that can serve.
+"""The kind of each extractor except AUTO, which chooses the first kind that can serve a request.
 
-A compiled kind comes into question only once its plan is ready.
+AUTO considers a compiled kind only once its plan is ready.
 """
 
 (REFERENCE,) = (kind for kind in KINDS.values() if isinstance(kind, ReferenceKind))
-"""The kind that runs the model itself: it needs no proof, and proves the others."""
+"""The kind that runs the model itself. It needs no proof, and its values prove the others'."""
 
 
 def kind_of(extractor: Extractor) -> Kind:
