@@ -257,7 +257,7 @@ class ModelHost:
             return False
         # A plan may fit each of two requests, and not both together.
         prover.prove_size(plan, items, x)
-        return not plan.refusal(items) and prover.prove_shared(plan, items, x)
+        return plan.refusal(items) == "" and prover.prove_shared(plan, items, x)
 
     def _has_outcome(self, plan: Plan, x: Batch) -> bool:
         """Return whether the model's looks give for a joined batch what the plan stands for."""
@@ -492,7 +492,9 @@ class ModelHost:
             return known
         self._refuse_another_outcome(key)
         try:
-            *_, plan = self._builder.steps(key, example=own)
+            plan = self._builder.build(
+                key.extractor, key.pass_spec, key.batch_key, key.outcome or (), example=own
+            )
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
             self._refuse(key, refusal)
             raise

@@ -24,8 +24,10 @@ import torch
 from layertap.extraction.catalogue import Catalogue, LayerEntry
 from layertap.extraction.compile_trial import Case, CompileTrial, Faults, run_case
 from layertap.extraction.digest import sample_step
+from layertap.extraction.guards import is_fraction
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
 from layertap.extraction.kinds.registry import KINDS
+from layertap.extraction.obstacles import UNREPEATED
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
@@ -235,10 +237,21 @@ class _Trial:
         # Not the taps for requests: the hooks of this trial would slow down their passes.
         taps = Taps(self._model.module)
         context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
+        unrepeated = [point for point in points if self._is_unrepeated(point, cases)]
+        rest = [point for point in points if point not in unrepeated]
         try:
-            return (yield from CompileTrial(context, kind, steps, cases).faults(points))
+            faults = yield from CompileTrial(context, kind, steps, cases).faults(rest)
         finally:
             taps.close()
+        return {**faults, **dict.fromkeys(unrepeated, UNREPEATED)}
+
+    def _is_unrepeated(self, point: CapturePoint, cases: Sequence[Case]) -> bool:
+        """Return whether the code looks at a fraction before a point that no other sample has.
+
+        Batches of ordinary numbers have items in common, so they don't count.
+        """
+        fraction = any(map(is_fraction, self._catalogue.looks.before(point)))
+        return fraction and all(point in case.astray for case in cases if not case.ordinary)
 
 
 def _found_of_graph(

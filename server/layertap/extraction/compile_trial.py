@@ -30,7 +30,7 @@ from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import Values
 from layertap.extraction.digest import Digest, digest_pass
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
-from layertap.extraction.obstacles import SOMETIMES, UNREPEATED
+from layertap.extraction.obstacles import SOMETIMES
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
@@ -157,15 +157,10 @@ class CompileTrial:
     def faults(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
         """Return why some of the points, in execution order, can't be served."""
         faults = {
-            point: UNREPEATED
-            for point in points
-            if self._cases and all(point in case.astray for case in self._cases)
-        }
-        faults.update(
-            (point, SOMETIMES)
+            point: SOMETIMES
             for point in points
             if any(point not in case.digests for case in self._cases)
-        )
+        }
         rest = [point for point in points if point not in faults]
         twins = self._twins(rest)
         tried = [point for point in rest if point not in twins]

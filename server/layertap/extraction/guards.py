@@ -45,6 +45,7 @@ __all__ = [
     "Outcome",
     "Tape",
     "in_words",
+    "is_fraction",
     "is_subsequence",
     "why_not",
 ]
@@ -147,11 +148,11 @@ class _Program:
         """Return what the look gives for a batch of the recorded shapes."""
         values: dict[Ref, torch.Tensor] = dict(self.constants)
         bases: dict[int, torch.Tensor] = {}
-        for name, ref in self.inputs.items():
+        for name, given_ref in self.inputs.items():
             tensor = x[name]
             plain = tensor.is_contiguous() and not tensor.storage_offset()
             given = tensor if plain and not self.writes else tensor.clone().contiguous()
-            values[ref] = bases[ref.storage] = given
+            values[given_ref] = bases[given_ref.storage] = given
 
         def resolved(value: Any) -> Any:
             if isinstance(value, Ref):
@@ -173,10 +174,7 @@ class _Program:
         for step in self.steps:
             kwargs = {name: resolved(value) for name, value in step.kwargs.items()}
             result = step.func(*resolved(step.args), **kwargs)
-            if len(step.results) == 1:
-                leaves = (result,)
-            else:
-                leaves = tree_leaves(result) if step.results else ()
+            leaves = tree_leaves(result) if step.results else []
             for ref, leaf in zip(step.results, leaves, strict=True):
                 if ref is not None:
                     values[ref] = leaf
@@ -369,7 +367,7 @@ class Tape:
             number,
             tuple(tensor.shape),
             tuple(tensor.stride()),
-            tensor.storage_offset(),
+            int(tensor.storage_offset()),
             tensor.dtype,
         )
 
@@ -500,6 +498,19 @@ def in_words(outcome: Outcome) -> str:
     most = 8
     shown = ", ".join(each if len(each) <= 40 else f"{each[:37]}..." for each in outcome[:most])
     return shown if len(outcome) <= most else f"{shown} and {len(outcome) - most} more"
+
+
+def is_fraction(value: str) -> bool:
+    """Return whether a look gave a floating-point number, of which there are very many."""
+    return not value.lstrip("-").isdecimal() and _is_float(value)
+
+
+def _is_float(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def is_subsequence(looks: Sequence[Look], of: Sequence[Look]) -> bool:

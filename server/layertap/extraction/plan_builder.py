@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,7 +14,7 @@ from layertap.errors import ExtractorUnsupportedError, LayertapError
 from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
-from layertap.extraction.guards import Outcome, Tape, in_words, is_subsequence
+from layertap.extraction.guards import Look, Outcome, Tape, in_words, is_subsequence
 from layertap.extraction.kinds.base import (
     BuildContext,
     CompiledKind,
@@ -44,6 +44,10 @@ _log = logging.getLogger(__name__)
 
 _LARGER = 7
 """A batch size above those of a proof, to test programs that could end their process."""
+
+
+class _WatchedError(Exception):
+    """Gives up a recording that was made only to watch the recorded pass."""
 
 
 @dataclass
@@ -195,6 +199,27 @@ class PlanBuilder:
         findings = Findings(x.size for x, _ in proof.cases)
         yield Plan(kind, pass_spec, batch_key, specs, built, findings)
 
+    def _of_outcome(
+        self, kind: CompiledKind[Any], key: PlanKey, example: Batch | None, *, keep: bool
+    ) -> Iterator[Plan | None]:
+        """Build a compiled plan for one outcome; see ``guards``."""
+        cases = yield from self.prover.cases(kind, key, example)
+        outcome = key.outcome or ()
+        proof = _Proof(kind, key.pass_spec, cases, outcome)
+        specs = tuple(
+            self._placed(point, spec, key.batch_key)
+            for point, spec in zip(key.pass_spec.points, proof.specs(), strict=True)
+        )
+        # Another outcome's program may hold for this one as well, which its proof shows.
+        general = self._general.get(key._replace(outcome=()))
+        if general is not None:
+            yield from proof.steps(general)
+            built = general
+        else:
+            built = yield from self._compiled(kind, proof, keep=keep)
+        findings = Findings(x.size for x, _ in proof.cases)
+        yield Plan(kind, key.pass_spec, key.batch_key, specs, built, findings, outcome)
+
     def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
         """Return a spec with what the catalogue knows about the layout of the point."""
         measured = self._catalogue.specs.get(point)
@@ -314,10 +339,9 @@ class PlanBuilder:
         """Return a program, and whether the code looked at no value while it was recorded."""
         try:
             found = self._refuse_obstacles(kind, pass_spec, example, outcome)
-            tapes: list[Tape] = []
-            context = replace(self._context, watching=partial(self._watched, tapes))
+            looks = self._looks_recorded(kind, pass_spec, example) if outcome else []
             with self._guard:
-                program = kind.compile(context, pass_spec, example.clone())
+                program = kind.compile(self._context, pass_spec, example.clone())
         except ExtractorUnsupportedError:
             raise
         except Exception as error:
@@ -326,22 +350,34 @@ class PlanBuilder:
                 raise self.prover.out_of_memory(example) from error
             reason = f"compiling failed ({compiler_words(error)})"
             raise self._refusal(kind, pass_spec, reason) from error
-        looks = [look for tape in tapes for look in tape.looks]
-        if outcome and not tapes:
-            raise self._refusal(kind, pass_spec, "its recording can't be watched")
         if not is_subsequence(looks, found.looks):
             # The guard's looks say nothing about these.
             reason = "while it is recorded, the model looks at other values than when it runs"
             raise self._refusal(kind, pass_spec, reason)
         return program, bool(outcome) and not looks
 
+    def _looks_recorded(
+        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch
+    ) -> list[Look]:
+        """Return the looks of a pass while it is being recorded, which may be others.
+
+        That recording is given up: where operations are watched, a recorder may miss some.
+        """
+        tapes: list[Tape] = []
+        context = replace(self._context, watching=partial(self._watched, tapes))
+        with self._guard, suppress(_WatchedError):
+            kind.compile(context, pass_spec, example.clone())
+            raise self._refusal(kind, pass_spec, "its recording can't be watched")
+        return tapes[0].looks
+
     @contextmanager
     def _watched(self, tapes: list[Tape], x: Batch) -> Iterator[None]:
-        """Record the looks of a pass that is being compiled."""
+        """Watch the pass that runs in the block, then give its recording up."""
         module = self._model.module
         tapes.append(Tape(module, x))
         with watch_looks(module, x.tensors, tapes[-1]):
             yield
+        raise _WatchedError
 
     def _refuse_obstacles(
         self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch, outcome: Outcome

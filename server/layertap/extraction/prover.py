@@ -44,7 +44,7 @@ from layertap.extraction.samples import (
     wide_batch,
 )
 from layertap.extraction.symbolic import WholeGraphExtractor
-from layertap.extraction.variations import variations
+from layertap.extraction.variations import resized, variations
 from layertap.models import Batch, BatchKey
 
 __all__ = ["Prover"]
@@ -145,7 +145,7 @@ class Prover:
     ) -> Generator[None, None, list[tuple[Batch, Values]]]:
         """Find, in steps, batches of one outcome with the reference values, of several sizes.
 
-        Samples come first, then batches like the example, and the example itself.
+        The example comes first, then samples, then batches like the example.
 
         Args:
             kind: The kind of the plan that is to be proven.
@@ -156,46 +156,65 @@ class Prover:
             ExtractorUnsupportedError: If there are fewer than `FEWEST`, or there is no guard.
         """
         found: list[tuple[Batch, Values]] = []
-        for x in self._candidates(kind, key.batch_key, (1, 2, 3), example):
-            if len(found) >= ENOUGH and {1, 2, 3} <= {case.size for case, _ in found}:
+        tried = self._candidates(kind, key.batch_key, (1, 2, 3), example)
+        while True:
+            for x in tried:
+                if len(found) >= ENOUGH and {1, 2, 3} <= {case.size for case, _ in found}:
+                    break
+                case = self._case(kind, key, x)
+                if case is not None and not any(_equal(x, other) for other, _ in found):
+                    found.append(case)
+                yield
+            if example is not None or not found:
                 break
-            case = self._case(key.pass_spec, key.outcome, x)
-            if case is not None and not any(_equal(x, other) for other, _ in found):
-                found.append(case)
-            yield
+            # Of a rare outcome, the first sample that has it leads to others.
+            example = found[0][0]
+            tried = variations(self._model, example)
         if len(found) < FEWEST:
             raise ExtractorUnsupportedError(
                 f"{kind.name} can't serve {quoted(key.pass_spec.points)} of model "
                 f"{self._model.name!r} for input for which its looks at values give "
-                f"{in_words(key.outcome)}: only {len(found)} batches with that outcome were found, "
-                f"and a proof takes {FEWEST}; {REFERENCE.name} can"
+                f"{in_words(key.outcome or ())}: only {len(found)} batches with that outcome were "
+                f"found, and a proof takes {FEWEST}; {REFERENCE.name} can"
             )
         return sorted(found, key=lambda case: case[0].size)
 
     def _candidates(
         self, kind: ExtractorKind, batch_key: BatchKey, sizes: tuple[int, ...], own: Batch | None
     ) -> Iterator[Batch]:
-        model = self._model
-        samples = [ordinary_batch(model, size, batch_key) for size in sizes]
-        wide = [wide_batch(model, size, batch_key) for size in sizes]
-        samples.extend(x for x in wide if x is not None)
-        samples.extend(unlike_batch(model, size, batch_key) for size in sizes)
-        if sizes == (1, 2, 3):
-            reaching = [bytes_batch(model, batch_key), *reaching_batches(model, batch_key)]
-            samples.extend(x for x in reaching if x is not None)
-        if own is not None:
-            samples = [own, *samples, *variations(model, own, sizes)]
-        samples.extend([x.map(_negated) for x in samples] if model.signature.has_floats else [])
-        yield from (x for x in samples if not kind.finite_only or x.is_finite)
+        for x in self._samples(batch_key, sizes, own):
+            for each in (x, x.map(_negated)) if self._model.signature.has_floats else (x,):
+                if not kind.finite_only or each.is_finite:
+                    yield each
 
-    def _case(self, pass_spec: PassSpec, outcome: Outcome, x: Batch) -> tuple[Batch, Values] | None:
-        """Return a batch with the reference values if it has an outcome; else None."""
+    def _samples(
+        self, batch_key: BatchKey, sizes: tuple[int, ...], own: Batch | None
+    ) -> Iterator[Batch]:
+        model = self._model
+        if own is not None:
+            yield own
+        for make in (ordinary_batch, wide_batch, unlike_batch):
+            for size in sizes:
+                x = make(model, size, batch_key)
+                if x is not None:
+                    yield x
+        if own is not None:
+            yield from variations(model, own, sizes)
+        if len(sizes) > 1:
+            yield from filter(None, (bytes_batch(model, batch_key),))
+            yield from reaching_batches(model, batch_key)
+
+    def _case(self, kind: ExtractorKind, key: PlanKey, x: Batch) -> tuple[Batch, Values] | None:
+        """Return a batch with the reference values if it has a plan's outcome; else None."""
         try:
-            if self.outcomes.observe(pass_spec, x) != outcome:
+            if self.outcomes.observe(key.pass_spec, x) != key.outcome:
                 return None
-            return x, self.truth(pass_spec, x)
+            values = self.truth(key.pass_spec, x)
         except (ModelRunError, InvalidInputError):
-            return None  # Not every model takes every sample.
+            return None  # A model may refuse such input.
+        # Rounding may decide where the square root of noise is NaN.
+        finite = not kind.finite_only or all(v.isfinite().all() for v in values)
+        return (x, values) if finite else None
 
     def of_outcome(
         self, key: PlanKey, size: int, own: Batch | None = None, most: int = AT_SIZE
@@ -230,10 +249,6 @@ class Prover:
             x = ordinary_batch(self._model, size, plan.batch_key)
             return [(x, self.truth(plan.pass_spec, x))]
         batches = self.of_outcome(plan.key, size, own)
-        if not batches:
-            raise ExtractorUnsupportedError(
-                f"no batch of that size was found whose looks give {in_words(plan.outcome)}"
-            )
         return [(x, self.truth(plan.pass_spec, x)) for x in batches]
 
     def prove_size(self, plan: Plan, size: int, own: Batch | None = None) -> None:
@@ -253,11 +268,14 @@ class Prover:
         try:
             if plan.kind.compiled and not plan.outcome and self.outcomes.observe(plan.pass_spec, x):
                 raise ExtractorUnsupportedError("there the model's code branches on tensor values")
-            for case, expected in self._size_cases(plan, size, own):
+            cases = self._size_cases(plan, size, own)
+            if not cases:
+                return  # A request of that size will show.
+            for case, expected in cases:
                 prove(plan.kind, plan.built, plan.points, case, expected)
         except OverloadedError:
             raise
-        except InvalidInputError:
+        except (InvalidInputError, ModelRunError):
             reason = "the model itself fails on it"
         except ExtractorUnsupportedError as error:
             reason = f"{error}{_advice(plan.pass_spec)}"
@@ -288,9 +306,14 @@ class Prover:
             own: A batch of that many items that has the plan's outcome, if there is one at hand.
         """
         findings = plan.findings
+        known = findings.shares(items)
+        if known is not None:
+            return known
+        if plan.outcome and not self._batches_to_share(plan, items, own):
+            return False  # A request will show.
         if findings.alone is None:
             try:
-                alone = not self._guard.rules.shared or not self._shares(plan)
+                alone = not self._guard.rules.shared or not self._shares(plan, own)
             except ModelRunError as error:
                 _log.info("model %s: passes are not shared: %s", self._model.name, error)
                 alone = True
@@ -328,9 +351,13 @@ class Prover:
         whole = WholeGraphExtractor(self._model, names, names.nodes_of(pass_spec.points))
         return self._context.guarded(whole)
 
-    def _shares(self, plan: Plan) -> bool:
+    def _batches_to_share(self, plan: Plan, items: int, own: Batch | None) -> list[Batch]:
+        mine = None if own is None else resized(own, items)
+        return self.of_outcome(plan.key, items, mine)
+
+    def _shares(self, plan: Plan, own: Batch | None) -> bool:
         if plan.outcome:
-            batches = self.of_outcome(plan.key, _SHARED)
+            batches = self._batches_to_share(plan, _SHARED, own)
             return bool(batches) and all(self._divides(plan, x) for x in batches)
         x = ordinary_batch(self._model, _SHARED, plan.batch_key)
         if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
@@ -365,7 +392,7 @@ class Prover:
     def _shares_at(self, plan: Plan, items: int, own: Batch | None) -> bool:
         """Test one total size; see Note [Each batch size is proven]."""
         if plan.outcome:
-            batches = self.of_outcome(plan.key, items, own)
+            batches = self._batches_to_share(plan, items, own)
             return bool(batches) and all(self._divides(plan, x) for x in batches)
         ordinary = ordinary_batch(self._model, items, plan.batch_key)
         try:
