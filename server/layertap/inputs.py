@@ -1,4 +1,4 @@
-"""What a caller may hand in: images or an array."""
+"""Converts a caller's input to encoded images or to arrays."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _ORIENTATION = 0x0112
 
 
 def encode_input(given: Any) -> tuple[list[bytes], Arrays]:
-    """Tell images from arrays.
+    """Convert an input to encoded images or to arrays.
 
     Args:
-        given: An array or tensor ``[B, ...]`` as the model takes it, or a mapping of input names to
-            such arrays; or an image, or a list of images: a path, the bytes of a JPEG, PNG or WebP
-            file, or a PIL image (which is sent as PNG, without loss and with its EXIF orientation;
-            CMYK as the RGB that the server would make of it).
+        given: An array or tensor ``[B, ...]`` for the model, or a mapping of input names to these;
+            or an image, or a list of images. An image is a path, the bytes of a JPEG, PNG or WebP
+            file, or a PIL image. A PIL image is sent as PNG, without loss and with its EXIF
+            orientation; CMYK is sent as the RGB to which the server would convert it.
 
     Returns:
-        The images' bytes and the arrays with their inputs' names, of which one list is empty. An
-        array that was given without a name has an empty one.
+        (images as bytes, arrays with their input names); one of the two is empty. An array that
+        was given without a name has an empty name.
 
     Raises:
-        InvalidInputError: For anything else, and for an image that can't be read or sent.
+        InvalidInputError: If it is none of these, or if an image can't be read or sent.
     """
     if _is_image(given):
         return [_image_bytes(given)], []
@@ -65,7 +65,7 @@ def _named(given: Mapping[Any, Any]) -> Arrays:
 def _array(given: Any, what: str, expected: str) -> np.ndarray:
     if isinstance(given, np.ndarray):
         return _little_endian(given)
-    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor, told without torch.
+    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor; torch isn't imported.
         return _from_torch(given)
     raise InvalidInputError(f"{what}: got {type(given).__name__}, expected {expected}")
 
@@ -96,10 +96,10 @@ def _encoded(image: Image) -> bytes:
     buffer = io.BytesIO()
     try:
         options = _orientation(image)
-        # PNG has no CMYK. The server makes RGB of such a file, as is done here.
+        # PNG has no CMYK. The server would convert such a file to RGB in the same way.
         image = image.convert("RGB") if image.mode == "CMYK" else image
         image.save(buffer, "PNG", compress_level=1, **options)
-    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises, reading or writing.
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors on reading and writing.
         raise InvalidInputError(
             f"input: can't send a PIL image of mode {image.mode}: {error}"
         ) from error
@@ -107,10 +107,10 @@ def _encoded(image: Image) -> bytes:
 
 
 def _orientation(image: Image) -> dict[str, Any]:
-    """Return the option of ``save`` that keeps the EXIF orientation, which PNG drops otherwise."""
+    """Return the option of ``save`` that keeps the EXIF orientation, which PNG would lose."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - Pillow's parser raises what it trips over
+    except Exception:  # noqa: BLE001 - Pillow's parser may raise anything
         return {}
     if orientation == 1:
         return {}
@@ -128,7 +128,7 @@ def _little_endian(array: np.ndarray) -> np.ndarray:
 def _from_torch(tensor: Any) -> np.ndarray:
     try:
         return _array_of(tensor.detach().cpu().resolve_conj().resolve_neg())
-    # What torch raises for a type that numpy lacks, sparse tensors, and those without values.
+    # torch's errors for dtypes that numpy lacks, sparse tensors, and tensors without values.
     except (AttributeError, RuntimeError, TypeError) as error:
         raise InvalidInputError(f"input: can't send a {type(tensor).__name__}: {error}") from error
 

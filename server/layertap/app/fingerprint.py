@@ -1,4 +1,4 @@
-"""Detects changes of a model's settings or files that make a reload load it again."""
+"""Detects changes in a model's settings or files, so that a reload loads it again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from layertap.settings.paths import is_path
 __all__ = ["FileStates", "Fingerprint", "file_states", "files_of", "fingerprint_of"]
 
 FileState = tuple[int, int, int] | None
-"""Inode, time of the last change in ns and bytes; None if there is no such file.
+"""Inode, time of the last change in ns, and size in bytes; None if there is no such file.
 
-The inode, because a renamed file may keep its time. Links are followed, as a mounted ConfigMap
-changes by them.
+The inode is needed because a renamed file may keep its time. Links are followed, because a mounted
+ConfigMap changes by changing links.
 """
 
 FileStates = dict[Path, FileState]
@@ -31,7 +31,7 @@ class Fingerprint:
 
 
 def files_of(model: ServedModel) -> tuple[Path, ...]:
-    """Return the files that a model is loaded from. Python code is not among them."""
+    """Return the files that a model is loaded from, except Python code."""
     spec = model.spec
     source = [Path(spec.target)] if spec.kind is SourceKind.TORCHSCRIPT else []
     weights = files_of_weights(spec.weights) if is_path(spec.weights) else ()
@@ -39,7 +39,7 @@ def files_of(model: ServedModel) -> tuple[Path, ...]:
 
 
 def fingerprint_of(model: ServedModel) -> Fingerprint:
-    """Return a model's fingerprint. Take it before loading: what changes meanwhile then shows."""
+    """Return a model's fingerprint. Take it before loading, so that later changes are detected."""
     return Fingerprint(model, tuple(file_states(files_of(model)).values()))
 
 

@@ -34,10 +34,10 @@ with warnings_ignored():
 
 @dataclass(frozen=True, slots=True)
 class TensorsInput:
-    """A batch as the model takes it.
+    """A batch of tensors for the model.
 
     Attributes:
-        tensors: One for each input, by name; the name may be empty for a model's only input.
+        tensors: One tensor per input, by name; the name may be empty for a model's only input.
     """
 
     tensors: tuple[TensorView, ...]
@@ -45,28 +45,27 @@ class TensorsInput:
 
 @dataclass(frozen=True, slots=True)
 class ImagesInput:
-    """Encoded images, one an item."""
+    """Encoded images, one per item."""
 
     images: Sequence[bytes]
 
 
 _PIXEL_BYTES = 4
-"""Pillow keeps a pixel of an RGB image in four bytes."""
+"""Bytes per pixel: Pillow stores a pixel of an RGB image in four bytes."""
 
 KEPT_IMAGES = 4
-"""The total size of a request's resized images, in images of the largest allowed size.
+"""Limit on a request's resized images in total, as a multiple of the largest allowed image.
 
-A file of a few kilobytes can have as many pixels as one image may have. Without this limit, a
-request with a thousand such files would have no bound on the total.
+A file of a few kilobytes can have as many pixels as one image may have. Without this limit, nothing
+would bound the total of a request with a thousand such files.
 """
 
 
 def check_tensors(model: LoadedModel, views: Sequence[TensorView], limits: Limits) -> Batch:
-    """Return the batch of a request's tensors on the CPU, without a copy.
+    """Check a request's tensors; return them as a batch on the CPU, without a copy.
 
     Raises:
-        InvalidInputError: The names, a rank, a size, a dtype or the batch are not what the model
-            takes.
+        InvalidInputError: A name, rank, size, dtype or the batch size is not what the model takes.
     """
     signature = model.signature
     given = {view.name: view for view in views}
@@ -93,20 +92,20 @@ def decode_images(
     limits: Limits,
     admit: Callable[[int], object] = lambda nbytes: None,
 ) -> list[Image.Image]:
-    """Decode a batch of image files and shrink them as far as PIL can.
+    """Decode a batch of image files; resize and crop them with PIL.
 
-    Runs no torch code, so any thread may call it; the compute threads have better things to do.
+    This runs no torch code, so any thread may call it. That leaves the compute threads free.
 
     Args:
         model: The model that takes them.
         images: Encoded files.
-        limits: What requests may contain.
+        limits: The limits of requests.
         admit: Called with the bytes of each decoded image; may raise OverloadedError.
 
     Raises:
-        OverloadedError: If ``admit`` does.
-        InvalidInputError: For no images, too many, a file that can't be decoded, one that can't be
-            resized, more pixels than are kept at once, or a model that takes no images.
+        OverloadedError: If ``admit`` raises it.
+        InvalidInputError: If there are no images or too many, a file can't be decoded or resized,
+            the images have too many pixels in total, or the model takes no images.
     """
     if model.preprocess is None:
         raise InvalidInputError(
@@ -134,25 +133,25 @@ def decode_images(
 
 
 def batch_bytes(model: LoadedModel, images: Sequence[Image.Image]) -> int:
-    """Return the bytes of the batch that ``preprocess_images`` will make of decoded images."""
+    """Return the size in bytes of the batch that ``preprocess_images`` will return."""
     main = model.signature.main
     return len(images) * math.prod(main.shape) * main.dtype.itemsize
 
 
 def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> Batch:
-    """Return the batch of decoded images: ``[B, C, H, W]`` for the model's first input.
+    """Convert decoded images to a batch ``[B, C, H, W]`` for the model's first input.
 
-    For a compute thread only.
+    Call this on a compute thread only.
 
     Raises:
-        InvalidInputError: If the images come out in different sizes, or in one that the model
+        InvalidInputError: If the preprocessed images differ in size, or have a size that the model
             doesn't take.
     """
     if model.preprocess is None:
         raise ValueError("decode_images refuses models that take no images")
     x, main = model.preprocess.batch(images), model.signature.main
     try:
-        # The model takes other types of floating-point values as well as float32.
+        # The dtype is not checked: the batch is float32, and is converted to the model's dtype.
         main.check(x.shape, main.dtype_name)
     except InvalidInputError as error:
         raise InvalidInputError(

@@ -25,11 +25,11 @@ from layertap.selection import Capture, Extractor
 __all__ = ["RefusedAlone", "describe", "refusal", "refused_alone", "stride"]
 
 RefusedAlone = Mapping[tuple[Extractor, str], str]
-"""Why an extractor could not serve one side of a layer alone, by extractor and ``side_name``."""
+"""Why an extractor could not serve one side of a layer by itself, by extractor and side name."""
 
 
 def describe(host: ModelHost) -> ModelDescription:
-    """Describe a loaded model and its layers, with what was refused up to now."""
+    """Describe a loaded model and its layers, including plans that were refused so far."""
     model, rules = host.model, host.catalogue.guard.rules
     refused = refused_alone(host)
     return ModelDescription(
@@ -58,7 +58,7 @@ def describe(host: ModelHost) -> ModelDescription:
 
 
 def refused_alone(host: ModelHost) -> RefusedAlone:
-    """Return what extractors were found not to serve of single layers of default items."""
+    """Return the refusals so far that concern one layer by itself, for default items."""
     return {
         (plan.extractor, plan.layers[0]): plan.reason
         for plan in host.refused_plans()
@@ -67,13 +67,13 @@ def refused_alone(host: ModelHost) -> RefusedAlone:
 
 
 def refusal(entry: LayerEntry, extractor: Extractor, side: Capture, refused: RefusedAlone) -> str:
-    """Return why an extractor can't take one side of a layer; empty where it can."""
+    """Return why an extractor can't capture one side of a layer; empty if it can."""
     found = refused.get((extractor, side_name(entry.name, side)), "")
     return found or entry.refusal(extractor, side)
 
 
 def stride(entry: LayerEntry, host: ModelHost) -> float:
-    """Return the height of the first input over that of a layer's grid; 0 where it has none."""
+    """Return the height of the first input divided by that of a layer's grid; 0 without a grid."""
     if entry.geometry.layout is Layout.UNKNOWN:
         return 0.0
     return host.model.signature.main.shape[-2] / entry.geometry.height

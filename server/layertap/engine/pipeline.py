@@ -40,14 +40,14 @@ __all__ = ["Extraction", "ExtractionRequest", "Pipeline", "publish"]
 
 @dataclass(frozen=True, slots=True)
 class ExtractionRequest(Generic[P]):
-    """What a caller wants.
+    """What a caller requests.
 
     Attributes:
-        model: A served model's name.
+        model: The name of a served model.
         input: The batch.
         selections: The layers to return.
-        extractor: How to take them.
-        form: Makes the form of the reply for the extractor that was chosen.
+        extractor: The extractor to use.
+        form: Returns the form of the reply, given the chosen extractor.
     """
 
     model: str
@@ -62,13 +62,13 @@ class Extraction(Generic[P]):
     """The reply to one request.
 
     Attributes:
-        payload: What the request's form made of the reply: the bytes of a message, or tensors.
-        extractor: Which extractor served it; never AUTO.
-        timings: Where the time went.
-        together: Requests that shared the forward pass, this one included.
-        shared_bytes: Bytes of tensors that stand in shared memory instead of in the payload.
-        items: Items of the request.
-        reservation: The bytes of the payload; to be released once it was sent or is not needed.
+        payload: The reply in the request's form: the bytes of a message, or tensors.
+        extractor: The extractor that served it; never AUTO.
+        timings: How long each part took.
+        together: The number of requests that shared the forward pass, including this one.
+        shared_bytes: Bytes of tensors in shared memory instead of in the payload.
+        items: The number of items in the request.
+        reservation: The bytes of the payload. Release it once the payload was sent or dropped.
     """
 
     payload: P
@@ -87,7 +87,7 @@ class Extraction(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class _Admitted(Generic[P]):
-    """One request on its way through the pipeline, and what it has reserved."""
+    """One request in the pipeline, with its reservations."""
 
     host: ModelHost
     request: ExtractionRequest[P]
@@ -97,11 +97,11 @@ class _Admitted(Generic[P]):
 
 
 class Pipeline:
-    """Takes requests through their models' compute threads.
+    """Runs requests on their models' compute threads.
 
     Args:
         admission: Counts the bytes of replies.
-        limits: What requests may contain.
+        limits: The limits of requests.
     """
 
     def __init__(self, admission: Admission, limits: Limits) -> None:
@@ -134,17 +134,17 @@ class Pipeline:
             if not plan.kind.compiled:
                 raise
             reason = str(error)
-        # Behind the handler, as the error refers to the former reply and its memory.
+        # Outside the handler, because the error refers to the former reply and its memory.
         admitted.reply.shrink(0)
         return self._run_model(admitted, x, plan, reason)
 
     def _run_model(
         self, admitted: _Admitted[P], x: Batch, failed: Plan, reason: str
     ) -> Extraction[P]:
-        """Run the model itself where its compiled program failed.
+        """Run the model itself after a compiled program failed.
 
-        If the model fails on this input too, its own error is raised. Else the program is at fault,
-        and no longer serves.
+        If the model fails on this input too, its own error is raised. Otherwise the program is at
+        fault, and its plan is no longer used.
         """
         host, request = admitted.host, admitted.request
         resolved = host.resolve(request.selections, REFERENCE.id)
@@ -164,12 +164,12 @@ class Pipeline:
         parts = (resolved.outputs, plan, x.size, envelope, host.staging)
 
         def collect() -> Reply[P]:
-            # The reply before was given up, and its memory with it.
+            # The former reply was dropped, and its memory with it.
             reserved.shrink(0)
             return reply_collector(*parts)
 
         lay_out = reply_collector if plan.dynamic else reply_writer
-        # Nothing here refers to the reply, so that its memory goes if ``collect`` replaces it.
+        # No variable here refers to the reply, so its memory is freed if ``collect`` replaces it.
         work = Work(host, plan, resolved, x, lay_out(*parts), collect, call)
         items = x.size
         prepared_ns = time.perf_counter_ns()
@@ -192,7 +192,7 @@ class Pipeline:
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         payload = publish(done.reply, form, timings)
-        # What was copied to the host or cast on the way has gone; the payload is left.
+        # Copies on the host and casts have been freed by now; only the payload is left.
         reserved.shrink(form.nbytes(payload))
         return Extraction(
             payload, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
@@ -211,7 +211,7 @@ class Pipeline:
 
     def _images(self, admitted: _Admitted[Any], given: ImagesInput) -> Batch:
         host, call, received = admitted.host, admitted.call, admitted.received
-        # The files are copies of what the message holds.
+        # The files are copies of parts of the message.
         received.take(sum(map(len, given.images)))
         with self._admission.reserve("the request's decoded images take") as pixels:
             with self._decoding(call):
@@ -222,7 +222,7 @@ class Pipeline:
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
-        """Decode no more images at once than there are CPUs: more would only slow each other."""
+        """Wait until fewer images are being decoded than there are CPUs; more would be slower."""
         if not self._decoders.acquire(timeout=call.remaining()):
             raise DeadlineExceededError("the deadline passed before the images were decoded")
         try:
@@ -232,21 +232,21 @@ class Pipeline:
 
 
 def publish(reply: Reply[P], form: ReplyForm[P], timings: Timings) -> P:
-    """Return the payload of a reply whose values were all captured."""
+    """Return the payload of a reply for which all values were captured."""
     if isinstance(reply, ReplyWriter) and reply.staging is None:
-        builder = reply.builder  # Complete already: each value was written when it was captured.
+        builder = reply.builder  # Already complete: each value was written at its capture.
     else:
         builder = reply.complete()
     return builder.finish(form.head(timings))
 
 
 def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
-    """Tell whether a request's input has neither NaN nor infinity; images never do."""
+    """Return whether a request's input has no NaN or infinity; images never have."""
     return isinstance(request.input, ImagesInput) or x.is_finite
 
 
 def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost) -> Extractor:
-    """Return the extractor for input with NaN or infinity, which the plan's kind must not get."""
+    """Return the extractor for input with NaN or infinity, which the plan's kind can't take."""
     if request.extractor is Extractor.AUTO:
         return REFERENCE.id
     raise ExtractorUnsupportedError(
@@ -256,9 +256,9 @@ def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost
 
 
 def _key(work: Work[Any]) -> Hashable:
-    """Return what requests that may share a forward pass have in common; None for those that can't.
+    """Return a key that is equal for requests that may share a pass; None for all others.
 
-    The plan is one per model, extractor, pass spec and item shape.
+    A plan is identified by its model, extractor, pass spec and batch key.
     """
     plan = work.plan
     if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:

@@ -1,7 +1,7 @@
 """Lays a reply out before the forward pass, from the shapes that the plan predicts.
 
-So a reply that would be too large is refused before any compute, and values can be written into
-their places while the pass runs.
+This way a reply that would be too large is refused before any compute, and values can be written
+to their places while the pass runs.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = ["Envelope", "reply_collector", "reply_writer"]
 
 @dataclass(frozen=True, slots=True)
 class Envelope(Generic[P]):
-    """What goes around a reply's tensors, and how large it all may be.
+    """The form of a reply and the limits on its size.
 
     Attributes:
         max_bytes: The limit of the reply.
-        form: Lays the reply out.
-        admit: Called with the bytes that the form takes before they are allocated; raises
-            OverloadedError to refuse them.
+        form: Lays out the reply.
+        admit: Called before allocating, with the bytes that the form needs. Raises
+            OverloadedError if they would exceed the limit.
     """
 
     max_bytes: int
@@ -49,20 +49,20 @@ def reply_writer(
     envelope: Envelope[P],
     staging: Staging | None = None,
 ) -> ReplyWriter[P]:
-    """Lay out and allocate a reply to a plan whose shapes are known.
+    """Lay out and allocate the reply for a plan with known shapes.
 
     Args:
         outputs: The tensors of the reply.
-        plan: The plan; it predicts the type and shape of each captured point.
-        size: Items of the batch.
-        envelope: What goes around the tensors, and how large it all may be.
-        staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
+        plan: The plan, which predicts the dtype and shape of each captured point.
+        size: The number of items in the batch.
+        envelope: The form of the reply and the limits on its size.
+        staging: Copies values from a GPU to the host; if None, each value is written at once.
 
     Raises:
-        ReplyTooLargeError: If the reply would be over the limit.
-        OverloadedError: If there is no room for another reply.
+        ReplyTooLargeError: If the reply would exceed its limit.
+        OverloadedError: If there is no memory for another reply.
         InvalidInputError: If a reduction does not fit its layer.
-        ExtractorUnsupportedError: If a layer's type can't be sent.
+        ExtractorUnsupportedError: If a layer's dtype can't be sent.
     """
     made = _reductions(outputs, plan)
     values = [(each.spec.shape(size), each.spec.dtype) for each in made]
@@ -83,11 +83,11 @@ def reply_collector(
     envelope: Envelope[P],
     staging: Staging | None = None,
 ) -> ReplyCollector[P]:
-    """Prepare a reply to a plan whose shapes depend on the content; it is laid out at the end.
+    """Prepare the reply for a plan whose shapes depend on the content; it is laid out at the end.
 
-    Arguments and errors are those of ``reply_writer``, the first two errors only at the end.
+    See ``reply_writer`` for arguments and errors. The first two errors are raised at the end.
     """
-    # A reduction needs a shape to rely on: refused before any compute.
+    # Check the reductions now: one that needs a fixed shape is then refused before any compute.
     made = _reductions(outputs, plan)
     expected = [spec.shape(size) for spec in plan.specs]
     return ReplyCollector(outputs, made, expected, partial(_builder, outputs, envelope), staging)

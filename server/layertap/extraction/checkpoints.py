@@ -22,7 +22,7 @@ from layertap.selection import Capture
 
 __all__ = ["Checkpoints", "checked"]
 
-MOST = 16
+MAX_CHECKPOINTS = 16
 """Maximum number of checkpoints per model. Each costs about a microsecond in every pass."""
 
 _check: ContextVar[Callable[[], None] | None] = ContextVar("layertap_check", default=None)
@@ -68,7 +68,7 @@ def _spread(catalogue: Catalogue) -> Sequence[str]:
         if entry.kind is PointKind.MODULE and Capture.OUTPUT in entry.points
     )
     paths = list(dict.fromkeys(point.path for point in points if not point.call))
-    return paths[:: -(-len(paths) // MOST)] if paths else []
+    return paths[:: -(-len(paths) // MAX_CHECKPOINTS)] if paths else []
 
 
 def _ask(_: nn.Module, __: tuple[Any, ...]) -> None:

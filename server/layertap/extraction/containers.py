@@ -19,18 +19,18 @@ __all__ = ["flatten", "pick", "plain", "unsendable"]
 
 _SENT = {getattr(torch, row.name) for row in DTYPES}
 
-MAX_DEPTH = 8
+MAX_CONTAINER_DEPTH = 8
 
 
 def flatten(value: Any, depth: int = 0) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """Yield (keys that lead to the tensor, tensor) for every tensor in ``value``, in order.
 
     A plain tensor yields itself without keys. Values that hold no tensor yield nothing.
-    Containers nested more than MAX_DEPTH levels deep are ignored.
+    Containers nested more than MAX_CONTAINER_DEPTH levels deep are ignored.
     """
     if isinstance(value, torch.Tensor):
         yield (), value
-    elif depth < MAX_DEPTH:
+    elif depth < MAX_CONTAINER_DEPTH:
         for key, member in _members(value):
             for way, tensor in flatten(member, depth + 1):
                 yield (key, *way), tensor

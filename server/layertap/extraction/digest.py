@@ -28,7 +28,7 @@ from layertap.selection import Capture
 
 __all__ = ["Digest", "DigestedPass", "digest_pass", "sample_step"]
 
-MOST = 4096
+MAX_SAMPLED = 4096
 """Maximum number of elements that are compared in one item's value."""
 
 
@@ -39,7 +39,7 @@ def sample_step(spec: ValueSpec) -> int:
     all rows and columns.
     """
     elements = math.prod(dim.size for dim in spec.dims)
-    step = max(1, elements // MOST)
+    step = max(1, elements // MAX_SAMPLED)
     while math.gcd(step, elements) > 1:
         step += 1
     return step

@@ -20,7 +20,7 @@ from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_wei
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.kinds.base import Verdict
-from layertap.extraction.kinds.registry import KINDS, REFERENCE, Kind
+from layertap.extraction.kinds.registry import KINDS, REFERENCE, AnyKind
 from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
@@ -88,18 +88,18 @@ def measure_with_graph(
     """
     guard = guard or PassGuard(model.module)
     one, two = _run_twice(model, guard)
-    oracle = one.values
+    reference = one.values
     x = ordinary_batch(model, 1)
     with guard:
         looks = survey_looks(model, x)
     others = _survey_others(model, guard) if looks.looked else []
     straight = straight_children(model.module, looks)
     with guard:
-        walk = survey_walk(model, x, oracle, straight)
-    graph = _survey_graph(model, oracle, guard)
+        walk = survey_walk(model, x, reference, straight)
+    graph = _survey_graph(model, reference, guard)
     specs = {**_sometimes(model, one, others), **_specs(one, two.shapes)}
     with guard:
-        specs = _in_order(model, specs, oracle, x)
+        specs = _in_order(model, specs, reference, x)
     specs, graph = _placed(model, specs, graph, guard)
     with guard:
         # The passes on other input and other sizes may have reached code that writes state.
@@ -131,7 +131,7 @@ def measure_with_graph(
         findings.graph.names,
         mutates_input=one.mutated_input,
         guard=guard,
-        non_finite=_first_non_finite(entries, oracle),
+        non_finite=_first_non_finite(entries, reference),
         notes=tuple(_notes(findings, entries)),
         looks=looks,
     )
@@ -297,7 +297,7 @@ def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePo
 
 
 def _survey_graph(
-    model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
+    model: LoadedModel, reference: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
 ) -> MeasuredGraph:
     if isinstance(model.module, torch.jit.ScriptModule):
         return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
@@ -310,7 +310,7 @@ def _survey_graph(
         return MeasuredGraph(reason=reason)
     try:
         graph = trace(model)
-        one = survey_fx(graph, ordinary_batch(model, 1), oracle, guard)
+        one = survey_fx(graph, ordinary_batch(model, 1), reference, guard)
         two = survey_fx(graph, ordinary_batch(model, 2), {}, guard).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
@@ -446,7 +446,7 @@ def _describe(entry: LayerEntry, findings: Measurement) -> LayerEntry:
     )
 
 
-def _verdict(kind: Kind, entry: LayerEntry, side: Capture, findings: Measurement) -> Verdict:
+def _verdict(kind: AnyKind, entry: LayerEntry, side: Capture, findings: Measurement) -> Verdict:
     """Decide whether a kind serves one side of a layer that ran."""
     point = entry.points.get(side)
     if reason := kind.refuses(findings):

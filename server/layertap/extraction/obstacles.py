@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
-    "RANDOM",
+    "DRAWS_NUMBERS",
     "SOMETIMES",
     "UNREPEATED",
     "calls_function",
@@ -11,7 +11,7 @@ __all__ = [
     "takes_step",
 ]
 
-RANDOM = (
+DRAWS_NUMBERS = (
     "before it the model draws random numbers: two passes on the same input differ, so the "
     "extractor can't be compared with the model"
 )

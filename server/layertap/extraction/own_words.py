@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["compiler_words", "own_words"]
 
-MOST = 300
+MAX_CHARACTERS = 300
 """Maximum length of a message in characters."""
 
 
@@ -33,4 +33,4 @@ def compiler_words(error: BaseException) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= MOST else f"{text[: MOST - 1]}…"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"

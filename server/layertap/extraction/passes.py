@@ -47,7 +47,7 @@ __all__ = ["GuardedExtractor", "KeptState", "PassGuard", "PassRules", "survey_pa
 
 _log = logging.getLogger(__name__)
 
-MAX_NAMED = 5
+MAX_LISTED_PATHS = 5
 """Changed objects that a sentence about state lists by name."""
 
 SAME = 1e-4
@@ -405,8 +405,10 @@ def _stateful(rules: PassRules) -> PassRules:
 
 
 def _named(paths: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, paths[:MAX_NAMED]))
-    return shown + (f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else "")
+    shown = ", ".join(map(repr, paths[:MAX_LISTED_PATHS]))
+    return shown + (
+        f" and {len(paths) - MAX_LISTED_PATHS} more" if len(paths) > MAX_LISTED_PATHS else ""
+    )
 
 
 def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]) -> bool:

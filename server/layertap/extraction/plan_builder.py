@@ -177,15 +177,15 @@ class PlanBuilder:
             yield from self._of_outcome(kind, key, example, keep=keep)
             return
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
-        oracle = []
+        reference = []
         for x in batches:
-            oracle.append(self.prover.truth(pass_spec, x))
+            reference.append(self.prover.truth(pass_spec, x))
             yield None
         specs = tuple(
             self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), batch_key)
-            for point, one, two in zip(points, *oracle, strict=True)
+            for point, one, two in zip(points, *reference, strict=True)
         )
-        proof = _Proof(kind, pass_spec, list(zip(batches, oracle, strict=True)))
+        proof = _Proof(kind, pass_spec, list(zip(batches, reference, strict=True)))
         if not kind.reference:
             proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, batch_key))
             yield None

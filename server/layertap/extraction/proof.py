@@ -33,7 +33,7 @@ def prove(
     built: BuiltExtractor,
     points: Sequence[CapturePoint],
     x: Batch,
-    oracle: Values,
+    reference: Values,
 ) -> None:
     """Run an extractor on a batch and compare its values with the reference, within tolerance.
 
@@ -43,7 +43,7 @@ def prove(
     faults: dict[int, str] = {}
 
     def compare(index: int, value: torch.Tensor) -> None:
-        expected = oracle[index]
+        expected = reference[index]
         faults[index] = mismatch(value, expected, kind.tolerance(expected))
 
     # The model may write into its batch, and the caller uses the batch again.

@@ -92,7 +92,7 @@ class Prover:
             OverloadedError: If there is not enough memory to run it.
         """
         try:
-            return collect(self._oracle(pass_spec), pass_spec.points, x)
+            return collect(self._reference(pass_spec), pass_spec.points, x)
         except ModelRunError as error:
             # The model runs, but for some inputs a layer does not run or returns no tensor.
             raise ExtractorUnsupportedError(
@@ -342,9 +342,9 @@ class Prover:
         recorded = [size for size in sizes if self._records(plan, graphed, size)]
         return (replace(plan, built=graphed) if recorded else plan), recorded
 
-    def _oracle(self, pass_spec: PassSpec) -> BuiltExtractor:
+    def _reference(self, pass_spec: PassSpec) -> BuiltExtractor:
         if pass_spec.modules_only:
-            return REFERENCE.oracle(self._context, pass_spec)
+            return REFERENCE.build_reference(self._context, pass_spec)
         # Hooks can't see nodes. So the whole graph runs instead, without dead-code elimination;
         # the catalogue has compared it with the modules.
         names = self._context.traced()

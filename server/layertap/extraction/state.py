@@ -67,7 +67,7 @@ WATCH_SECONDS = 3.0
 SMALL_NODES = 1000
 """Up to this number of objects, comparing is so fast that it is done at every module."""
 
-MAX_DEPTH = 8
+MAX_COMPARED_DEPTH = 8
 """Levels of nested containers that are compared by content."""
 
 _INERT = (
@@ -1186,7 +1186,7 @@ def _equal(one: Any, other: Any, depth: int = 0) -> bool:
     """Return whether two values have equal content; False if that can't be determined."""
     if one is other:
         return True
-    if type(one) is not type(other) or depth > MAX_DEPTH:
+    if type(one) is not type(other) or depth > MAX_COMPARED_DEPTH:
         return False
     for kinds, equal in _EQUAL:
         if isinstance(one, kinds):

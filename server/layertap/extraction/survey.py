@@ -307,7 +307,7 @@ def survey_fused(model: LoadedModel, x: Batch) -> set[str]:
 def survey_walk(
     model: LoadedModel,
     x: Batch,
-    oracle: Mapping[CapturePoint, torch.Tensor],
+    reference: Mapping[CapturePoint, torch.Tensor],
     straight: Collection[str],
 ) -> dict[str, str]:
     """Call the top-level children in order as long as each one's output equals the reference.
@@ -315,7 +315,7 @@ def survey_walk(
     Args:
         model: The model.
         x: The batch of one item for which the reference values were computed.
-        oracle: The reference values.
+        reference: The reference values.
         straight: The children up to which ``forward`` only calls the children in order.
 
     Returns:
@@ -326,7 +326,7 @@ def survey_walk(
     value = x.only.clone()
     for name, child in model.module.named_children():
         if not broken:
-            value, broken = _step(name, child, value, oracle)
+            value, broken = _step(name, child, value, reference)
         if not broken and name not in straight:
             broken = f"the forward pass does more than call the children in order up to {name!r}"
         reasons[name] = broken
@@ -354,7 +354,7 @@ class FxSurvey:
 def survey_fx(
     trace: Trace,
     x: Batch,
-    oracle: Mapping[CapturePoint, torch.Tensor],
+    reference: Mapping[CapturePoint, torch.Tensor],
     turn: AbstractContextManager[object],
 ) -> FxSurvey:
     """Run the symbolic graph and compare each module's node with the reference.
@@ -365,7 +365,7 @@ def survey_fx(
     held in each pass.
     """
     points: dict[str, list[CapturePoint]] = {}
-    for point in oracle:
+    for point in reference:
         node = trace.names.node_of(point) if not point.member else None
         if node is not None:
             points.setdefault(node, []).append(point)
@@ -377,7 +377,7 @@ def survey_fx(
         node = trace.names.eval[index]
         survey.shapes[node] = (value.dtype, tuple(value.shape))
         for point in points.get(node, ()):
-            survey.equal[point] = same(value, oracle[point])
+            survey.equal[point] = same(value, reference[point])
             if not survey.equal[point] and node not in operations:
                 survey.astray = survey.astray or point.path
         if trace.pruned is not None:
@@ -401,9 +401,9 @@ def survey_fx(
 
 
 def _step(
-    name: str, child: nn.Module, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+    name: str, child: nn.Module, x: torch.Tensor, reference: Mapping[CapturePoint, torch.Tensor]
 ) -> tuple[torch.Tensor, str]:
-    expected = oracle.get(CapturePoint(PointKind.MODULE, name))
+    expected = reference.get(CapturePoint(PointKind.MODULE, name))
     if expected is None:
         return x, f"child {name!r} does not run in the forward pass, or returns no tensor"
     try:

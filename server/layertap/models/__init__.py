@@ -1,4 +1,4 @@
-"""Model sources: from a spec to an eval-mode module on a device, and what it takes."""
+"""Model sources: build a module from a spec, in evaluation mode on a device, with its inputs."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ def build_factory(spec: ModelSpec) -> Built:
     """Import the factory, call it without arguments, and load the spec's weights into its module.
 
     Raises:
-        ModelLoadError: it can't be imported, it raises, it returns no ``nn.Module`` or one with
-            lazy parameters, or the module's input shape can't be told.
-        WeightsUnavailableError: the weights can't be had.
+        ModelLoadError: It can't be imported, raises, returns no ``nn.Module``, or returns one with
+            lazy parameters or one whose input shape can't be determined.
+        WeightsUnavailableError: The weights can't be found or read.
     """
     factory = _find(spec.target)
     if spec.weights == RANDOM:
@@ -61,7 +61,7 @@ def build_factory(spec: ModelSpec) -> Built:
 def _described(
     spec: ModelSpec, factory: Callable[[], Any], module: nn.Module, weights: str
 ) -> Built:
-    """Return the module with its input, and the preprocessing that it or its factory describes."""
+    """Return the module with its input, and with the preprocessing of the module or its factory."""
     given = _own_preprocess(factory, spec.target)
     own = None if given is None or isinstance(given, Mapping) else Preprocess.of(given)
     config = None if given is not None else config_of_module(module)
@@ -89,10 +89,10 @@ def _described(
 def _declared_or_described(
     spec: ModelSpec, module: nn.Module, described: tuple[int, ...] | None
 ) -> tuple[int, ...] | None:
-    """Return the spec's item shape, else that of the described images, else None.
+    """Return the spec's item shape, or else the shape of the described images, or else None.
 
-    The channels are those of the module's first layer where it has any: a configuration made for
-    colours often goes with a module that was built for another number of channels.
+    The number of channels is that of the module's first layer, if it has one: a configuration for
+    colour images is often combined with a module built for another number of channels.
     """
     if spec.item_shape is not None or described is None:
         return spec.item_shape
@@ -104,9 +104,9 @@ def _declared_or_described(
 
 
 def _own_preprocess(factory: Any, target: str) -> Any:
-    """Return the factory's attribute ``preprocess``, None if it has none.
+    """Return the factory's attribute ``preprocess``, or None if it has none.
 
-    Of a class, a method of that name is another thing: it takes the instance first.
+    If the factory is a class, a method of that name doesn't count, as it needs an instance.
     """
     found = getattr(factory, "preprocess", None)
     if inspect.isclass(factory) and inspect.isfunction(
@@ -149,7 +149,7 @@ def _find(target: str) -> Callable[[], Any]:
         raise ModelLoadError(
             f"factory {target}: {error}; is its folder on PYTHONPATH, and all it needs installed?"
         ) from error
-    # The user's own code runs on import, and may raise anything.
+    # Importing runs the user's own code, which may raise anything.
     except Exception as error:
         raise ModelLoadError(
             f"factory {target}: importing it raised {type(error).__name__}: {error}"
@@ -166,7 +166,7 @@ def _call(factory: Callable[[], Any], target: str) -> nn.Module:
         module = factory()
     except LayertapError:
         raise
-    # The user's own code, which may raise anything.
+    # The factory is the user's own code, which may raise anything.
     except Exception as error:
         raise ModelLoadError(
             f"factory {target}: it raised {type(error).__name__}: {error}"

@@ -27,8 +27,8 @@ __all__ = ["load_model"]
 
 _log = logging.getLogger(__name__)
 
-MAX_NAMED = 5
-"""Modules that a warning names."""
+MAX_LISTED_MODULES = 5
+"""Modules that a warning lists by name."""
 
 _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
     SourceKind.TORCHVISION: build_torchvision,
@@ -39,17 +39,17 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
 
 
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedModel:
-    """Build the spec's model, put it into eval mode, drop gradients and move it to the device.
+    """Build the spec's model, put it into evaluation mode, turn gradients off, move it to a device.
 
-    What of its input is a guess is marked as such in its ``guess``.
+    What is only guessed about its input is marked in the input's ``guess``.
 
     Raises:
         ConfigError: The spec's image settings don't fit the model.
-        ModelLoadError: it can't be built, needs several inputs, or can't be put on the device.
-        WeightsUnavailableError: its weights can't be had; other weights never take their place.
+        ModelLoadError: It can't be built, needs several inputs, or can't be moved to the device.
+        WeightsUnavailableError: Its weights can't be found or read. There are no substitutes.
     """
-    # Tensors that are made in inference mode can't be differentiated with ever after, and some
-    # models differentiate inside their forward.
+    # Tensors made in inference mode can never take part in differentiation, and some models
+    # differentiate inside their forward.
     with torch.inference_mode(False), torch.no_grad():
         return _load(spec, device)
 
@@ -62,13 +62,13 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     module = built.module
     takes = replace(_takes(built.input, spec), name=_input_name(spec, module))
     _into_evaluation_mode(module, spec.name)
-    # Not module.requires_grad_(): TorchScript modules refuse it.
+    # Not module.requires_grad_(), which TorchScript modules don't support.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     try:
         place = torch.empty(0, device=device).device
         module = _formed(module.to(place), spec)
-    # Without CUDA torch asserts, or raises at its first use; a wrong name is a RuntimeError.
+    # Without CUDA, torch fails an assertion or raises; for a wrong name it raises RuntimeError.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelLoadError(f"device {device} for model {spec.name}: {reason}") from error
@@ -85,10 +85,10 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
 
 
 def _into_evaluation_mode(module: nn.Module, name: str) -> None:
-    """Put every submodule into evaluation mode, also where a model's own ``train`` leaves some out.
+    """Put every submodule into evaluation mode, even if the model's own ``train`` skips some.
 
-    A dropout that stays on would make answers random, and a batch norm that does would make them
-    depend on the other items of the batch.
+    Otherwise a dropout layer would make answers random, and a batch norm would make them depend on
+    the other items of the batch.
     """
     module.eval()
     left = [
@@ -101,7 +101,7 @@ def _into_evaluation_mode(module: nn.Module, name: str) -> None:
     if left:
         _log.warning(
             "model %s: its own eval() left %s in training mode; layertap serves every module in "
-            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_NAMED]),
+            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_LISTED_MODULES]),
         )  # fmt: skip
 
 
@@ -109,13 +109,13 @@ def _formed(module: nn.Module, spec: ModelSpec) -> nn.Module:
     if spec.precision:
         module = module.to(getattr(torch, spec.precision))
     if spec.channels_last:
-        # The weights' layout is enough: a convolution's output takes it, and so on to the end.
+        # Only the weights need this layout: each convolution's output takes it from its weight.
         module = module.to(memory_format=torch.channels_last)
     return module
 
 
 def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
-    """Return what the model takes in its precision; float32 is converted, as numpy lacks others."""
+    """Return the input in the model's precision; float32, which numpy knows, is also accepted."""
     if not spec.precision or not takes.dtype.is_floating_point:
         return takes
     own: torch.dtype = getattr(torch, spec.precision)
@@ -124,10 +124,10 @@ def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
 
 
 def _input_name(spec: ModelSpec, module: nn.Module) -> str:
-    """Return the name of the only argument that a module's ``forward`` needs, or of its first one.
+    """Return the name of the argument that a module's ``forward`` needs, or of its first one.
 
     Raises:
-        ModelLoadError: If it needs several.
+        ModelLoadError: If it needs several arguments.
     """
     if isinstance(module, torch.jit.ScriptModule):
         method: Any = module.forward
@@ -157,17 +157,17 @@ def _beside_weights(weights: str) -> ImageConfig | None:
 
 
 def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> Built:
-    """Return the built model with its image preprocessing, and the item that this makes.
+    """Return the built model with its image preprocessing, and with the resulting item shape.
 
-    What the spec says wins over the model's code, that over the configuration next to the weights,
-    and that over what the source knows of the model.
+    In order of priority, the preprocessing comes from the spec, the model's own code, the
+    configuration next to the weights, and the source's knowledge of the model.
     """
     takes, known = built.input, built.preprocess
     if config is not None and not built.preprocess_is_code:
         known = config.preprocess(takes.shape) or known
     crop = spec.images.crop
     if crop and spec.item_shape is None and takes.free == (1, 2) and len(takes.shape) == 3:
-        # The layers are measured at the size that images have.
+        # Layers are measured at the size that preprocessed images have.
         takes = replace(takes, shape=(takes.shape[0], crop[0], crop[-1]))
     return replace(
         built, input=takes, preprocess=choose_preprocess(known, spec.images, takes, spec.name)

@@ -18,13 +18,13 @@ __all__ = ["Built", "LoadedModel"]
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a source hands to ``load_model``: the module on the CPU, and the facts about it.
+    """What a source passes to ``load_model``: the module on the CPU, and facts about it.
 
     The fields are those of `LoadedModel`, and:
 
     Attributes:
-        preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
-            over a configuration alongside its weights.
+        preprocess_is_code: Whether the preprocessing is defined in the model's own code, which has
+            priority over a configuration next to its weights.
     """
 
     module: nn.Module
@@ -41,20 +41,20 @@ class LoadedModel:
     """A model ready to run.
 
     Attributes:
-        name: What requests call it.
-        source: Where it comes from, such as ``"torchvision:resnet18"``; shown to clients, so never
-            a directory.
+        name: The name that requests use.
+        source: Where it comes from, such as ``"torchvision:resnet18"``. Clients see it, so it never
+            contains a directory.
         weights: Which weights it has, such as ``"ResNet18_Weights.IMAGENET1K_V1"``,
-            ``"random (seed 0)"`` or a file's base name; shown to clients.
-        module: In eval mode, without gradients, on ``device``.
+            ``"random (seed 0)"`` or a file's base name. Clients see it.
+        module: The module on ``device``, in evaluation mode and without gradients.
         device: Where the module is and its input must be.
-        signature: The tensors it takes.
-        preprocess: Makes an item of the first input of an image; None if the model takes no
+        signature: The tensors that it takes.
+        preprocess: Converts an image to an item of the first input; None if the model takes no
             images.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
-        differentiates: Whether the module differentiates inside its forward, which inference mode
-            forbids: its passes run under ``torch.no_grad`` instead.
+        differentiates: Whether the module differentiates inside its forward. Inference mode
+            forbids that, so its passes run under ``torch.no_grad`` instead.
     """
 
     name: str
@@ -70,9 +70,9 @@ class LoadedModel:
     def forward(self, batch: Batch) -> Any:
         """Call the module on a batch that is on ``device``, and return its result.
 
-        Gradient mode is the caller's business, except for a module that differentiates; whatever
-        the module raises passes through. What the module sets of context variables ends with the
-        call, as a pass that ends early would leave it set for the next one.
+        The caller sets the gradient mode, except for a module that differentiates. The module's
+        exceptions are passed on. Context variables that the module sets are dropped after the call,
+        because a pass that ends early would leave them set for the next pass.
         """
         return copy_context().run(self._call, batch)
 
@@ -85,13 +85,13 @@ class LoadedModel:
             return self.module(*self.arguments(plain))
 
     def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        """Return what the module's ``forward`` is called with for a batch."""
+        """Return the arguments of the module's ``forward`` for a batch."""
         if self.takes_list:
             return (list(batch.only.unbind(0)),)
         return tuple(batch[spec.name] for spec in self.signature.inputs)
 
     def with_input(self, found: InputSpec) -> LoadedModel:
-        """Return the model with the first input that running it showed.
+        """Return the model with the first input that was found by running it.
 
         Raises:
             ConfigError: Preprocessed images don't fit that input.
@@ -100,7 +100,7 @@ class LoadedModel:
         return replace(self, signature=self.signature.with_main(found), preprocess=preprocess)
 
     def assumptions(self) -> str:
-        """Return a warning about image preprocessing that nothing says; empty if all is known."""
+        """Return a warning about assumed image preprocessing; empty if nothing was assumed."""
         if self.preprocess is None or not self.preprocess.assumed:
             return ""
         return (
@@ -111,6 +111,6 @@ class LoadedModel:
         )
 
     def weight_bytes(self) -> int:
-        """Return the bytes of the parameters and buffers; what is shared counts once."""
+        """Return the bytes of all parameters and buffers; shared tensors count once."""
         tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

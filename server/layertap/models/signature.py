@@ -1,4 +1,4 @@
-"""What a model takes, checked before anything runs: inside the model a wrong shape fails late.
+"""The inputs of a model. They are checked before it runs, as a wrong shape fails late inside it.
 
 Only this file, `Batch`, the model itself and the decoders know what is in a batch.
 """
@@ -16,19 +16,19 @@ from layertap.models.batch import Batch, BatchKey, ItemTensor
 __all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Signature"]
 
 DEFAULT_NAME = "input"
-"""What an input is called where the module's ``forward`` does not say it."""
+"""The name of an input if the module's ``forward`` doesn't give one."""
 
-# The names of so many free dimensions: a video's are T, H and W, an image's H and W.
+# Names by the number of free dimensions: T, H and W for a video, H and W for an image.
 _NAMES = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
 
 
 @dataclass(frozen=True, slots=True)
 class InputGuess:
-    """What a source does not know of its module, and only running it shows.
+    """What a source does not know about its module's input, so that running it must show it.
 
     Attributes:
-        dtypes: Element types that the model may take instead of the one in the `InputSpec`; none
-            where that one was declared.
+        dtypes: Dtypes that the model may take instead of the one in the `InputSpec`; none if the
+            dtype was declared.
         free: Whether the free dimensions are a guess.
     """
 
@@ -38,11 +38,11 @@ class InputGuess:
 
 @dataclass(frozen=True, slots=True)
 class IdRange:
-    """The token ids that a model takes.
+    """The token ids that a model accepts.
 
     Attributes:
-        rows: Ids are from 0 up to, but not including, this number.
-        padding: The id that stands for nothing.
+        rows: Ids run from 0 to ``rows - 1``.
+        padding: The id for padding.
     """
 
     rows: int
@@ -51,19 +51,18 @@ class IdRange:
 
 @dataclass(frozen=True, slots=True)
 class InputSpec:
-    """One tensor that a model takes: ``[B, *shape]``, the batch first.
+    """One tensor that a model takes: ``[B, *shape]``, with the batch dimension first.
 
     Attributes:
-        shape: Sizes of the default item without the batch, such as ``(3, 224, 224)``.
+        shape: The shape of the default item, without the batch, such as ``(3, 224, 224)``.
         free: The dimensions that may have another size, as indices into ``shape``, ascending:
             ``(1, 2)`` for images of any height and width. The others are fixed.
-        dtype: The element type that the model computes with.
-        also: Element types that are converted to it.
-        guess: What of all that is to be found by running the module; None if the source knows
-            the module well.
-        ids: The range of integers with which the module was found to run; None if the input is
-            no integers, or only 0 and 1 are known to be taken.
-        name: What requests call it: the name of the argument of the module's ``forward``.
+        dtype: The dtype that the model computes with.
+        also: Other dtypes that are accepted and converted to it.
+        guess: What is only guessed and must be found by running the model; None if nothing is.
+        ids: The range of integers with which the model was found to run; None if the input is
+            not integers, or if it is only known to run with 0 and 1.
+        name: The name that requests use: that of the argument of the module's ``forward``.
     """
 
     shape: tuple[int, ...]
@@ -81,12 +80,12 @@ class InputSpec:
 
     @property
     def dtype_name(self) -> str:
-        """The element type's name in the protocol, such as ``"float32"``."""
+        """The dtype's name in the protocol, such as ``"float32"``."""
         return _name(self.dtype)
 
     @property
     def dimensions(self) -> list[tuple[int, str]]:
-        """The default size of each dimension of an item, and the name of those that are free."""
+        """(default size, name) of each dimension of an item; the name is empty if it is fixed."""
         count = len(self.free)
         names = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
         named = dict(zip(self.free, names, strict=True))
@@ -94,7 +93,7 @@ class InputSpec:
 
     @property
     def pattern(self) -> str:
-        """The shape in words, such as ``"[B, 3, H, W]"``."""
+        """The shape as text, such as ``"[B, 3, H, W]"``."""
         return f"[{', '.join(['B', *(name or str(size) for size, name in self.dimensions)])}]"
 
     def batch_shape(self, batch: int) -> tuple[int, ...]:
@@ -102,10 +101,11 @@ class InputSpec:
         return (batch, *self.shape)
 
     def check(self, shape: Sequence[int], dtype_name: str) -> None:
-        """Accept a batch's shape and dtype name, or say what was expected instead.
+        """Check a batch's shape and dtype name.
 
         Raises:
-            InvalidInputError: the dtype, the rank or a fixed size is wrong, or a size is zero.
+            InvalidInputError: The dtype, the rank or a fixed size is wrong, or a size is zero. The
+                message says what was expected.
         """
         if dtype_name not in map(_name, (self.dtype, *self.also)):
             others = "".join(f", or {_name(dtype)}" for dtype in self.also)
@@ -130,28 +130,28 @@ class Signature:
     """The tensors that a model takes.
 
     Attributes:
-        inputs: At least one; no two of one name.
+        inputs: At least one input; names are unique.
     """
 
     inputs: tuple[InputSpec, ...]
 
     @property
     def main(self) -> InputSpec:
-        """The first input: images become it, and activations' grids are compared with its sizes."""
+        """The first input: image files become this, and grids are found by changing its size."""
         return self.inputs[0]
 
     @property
     def key(self) -> BatchKey:
-        """The key of a batch of items of the default shape."""
+        """The key of a batch of items with the default shapes."""
         return BatchKey(tuple(ItemTensor(s.name, s.shape, s.dtype) for s in self.inputs))
 
     @property
     def has_floats(self) -> bool:
-        """Whether some input is floating-point."""
+        """Whether any input is floating-point."""
         return any(spec.dtype.is_floating_point for spec in self.inputs)
 
     def key_of(self, batch: Batch) -> BatchKey:
-        """Return the key of a batch once its tensors are of the model's own element types."""
+        """Return the key of a batch after its tensors are converted to the model's own dtypes."""
         return BatchKey(
             tuple(
                 ItemTensor(spec.name, tuple(batch[spec.name].shape[1:]), spec.dtype)
@@ -160,7 +160,7 @@ class Signature:
         )
 
     def converted(self, batch: Batch) -> Batch:
-        """Return a batch with its tensors of the model's own element types."""
+        """Return a batch with its tensors converted to the model's own dtypes."""
         return Batch({spec.name: batch[spec.name].to(spec.dtype) for spec in self.inputs})
 
     def with_main(self, spec: InputSpec) -> Signature:
@@ -168,7 +168,7 @@ class Signature:
         return Signature((spec, *self.inputs[1:]))
 
     def check(self, given: Mapping[str, tuple[Sequence[int], str]]) -> int:
-        """Accept the tensors of a batch, or say what was expected instead.
+        """Check the tensors of a batch.
 
         Args:
             given: The shape and dtype name of each tensor, by the input's name; the name may be
@@ -179,7 +179,7 @@ class Signature:
 
         Raises:
             InvalidInputError: A name, dtype, rank or fixed size is wrong, a size is zero, or the
-                tensors have different batch sizes.
+                tensors have different batch sizes. The message says what was expected.
         """
         if len(self.inputs) == 1 and list(given) == [""]:
             given = {self.main.name: given[""]}

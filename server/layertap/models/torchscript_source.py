@@ -21,9 +21,9 @@ def build_torchscript(spec: ModelSpec) -> Built:
     """Load a TorchScript file onto the CPU.
 
     Raises:
-        ModelLoadError: there is no such file, it is no TorchScript archive, or its input shape
-            can't be told.
-        WeightsUnavailableError: the spec requests other weights than the file's.
+        ModelLoadError: There is no such file, it is not a TorchScript archive, or its input shape
+            can't be determined.
+        WeightsUnavailableError: The spec requests other weights than the file's.
     """
     path = Path(spec.target)
     _refuse_weights(path.name, spec.weights)

@@ -35,7 +35,7 @@ __all__ = [
 
 DecodedRequest = tuple[feature_service_pb2.ExtractRequest, Sequence[TensorView | SharedTensor]]
 DecodedItem = tuple[feature_service_pb2.ExtractStreamRequest, Sequence[TensorView | SharedTensor]]
-"""A request's small fields and its input tensors, as ``layertap.wire`` decodes them."""
+"""A request's small fields and its input tensors, as decoded by ``layertap.wire``."""
 
 _KINDS = {
     PointKind.MODULE: catalogue_pb2.LAYER_KIND_MODULE,
@@ -57,11 +57,11 @@ _KEPT = {
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """Turns requests into the engine's own form.
+    """Converts requests to the engine's own form.
 
     Attributes:
-        input_bytes: Bytes that the inputs of a request may have in shared memory.
-        memory: What is shared with clients of this machine; None for none.
+        input_bytes: Maximum bytes of a request's inputs in shared memory.
+        memory: The memory shared with clients on this machine; None if there is none.
     """
 
     input_bytes: int
@@ -70,14 +70,14 @@ class Converter:
     def convert_unary(
         self, decoded: DecodedRequest, received: Reservation
     ) -> tuple[str, ExtractionRequest[bytes]]:
-        """Convert an ExtractRequest; return its model's name as well. Errors as ``convert``."""
+        """Convert an ExtractRequest; return (model name, request). See ``convert`` for errors."""
         request = self.convert(*decoded, received)
         return request.model, request
 
     def convert_item(
         self, decoded: DecodedItem, received: Reservation
     ) -> tuple[str, ExtractionRequest[bytes]]:
-        """Convert an ExtractStreamRequest in the same way; the reply bears its id."""
+        """Convert an ExtractStreamRequest in the same way; its id is added to the reply."""
         item, tensors = decoded
         request = self.convert(item, tensors, received, id_field(item.id))
         return request.model, request
@@ -89,18 +89,18 @@ class Converter:
         received: Reservation,
         reply_fields: bytes = b"",
     ) -> ExtractionRequest[bytes]:
-        """Return what a parsed request asks for, with its input out of shared memory.
+        """Convert a parsed request, and copy its input out of shared memory.
 
         Args:
-            request: Its small fields.
-            tensors: Its input tensors.
-            received: Where the bytes are counted that are copied out of shared memory.
-            reply_fields: What the reply bears besides its own fields.
+            request: The request's small fields.
+            tensors: The request's input tensors.
+            received: Counts the bytes that are copied out of shared memory.
+            reply_fields: Serialized fields to add to the reply.
 
         Raises:
-            InvalidInputError: As ``request_from_proto``, and for bytes outside of shared memory.
-            OverloadedError: If the copy would be over the limit.
-            SharedMemoryLostError: If the shared memory that it names is not lent to it.
+            InvalidInputError: See ``request_from_proto``; also if bytes are outside of the region.
+            OverloadedError: If the copy would exceed the limit.
+            SharedMemoryLostError: If the request names shared memory that is not lent to it.
         """
         memory = SessionMemory.find(self.memory, request.shared_memory_session)
         views: list[TensorView] = []
@@ -120,13 +120,13 @@ def request_from_proto(
     reply_fields: bytes = b"",
     memory: SessionMemory | None = None,
 ) -> ExtractionRequest[bytes]:
-    """Return what a parsed request asks for.
+    """Convert a parsed request.
 
     Args:
-        request: Its small fields.
-        tensors: Its input tensors.
-        reply_fields: What the reply bears besides its own fields.
-        memory: The shared memory that the reply's tensors may be written into.
+        request: The request's small fields.
+        tensors: The request's input tensors.
+        reply_fields: Serialized fields to add to the reply.
+        memory: The shared memory into which the reply's tensors may be written; None if none.
 
     Raises:
         InvalidInputError: For a missing input or an unknown enum value.
@@ -209,7 +209,7 @@ def _preprocessing(preprocess: Preprocess | None) -> catalogue_pb2.ImagePreproce
 def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelResponse:
     """Describe a served model and its layers.
 
-    What was refused for a layer alone is told at the layer, else among the refused plans only.
+    If a plan was refused for one layer alone, the reason is listed at that layer, too.
     """
     refused = refused_alone(host)
     return feature_service_pb2.DescribeModelResponse(
@@ -306,7 +306,7 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
 
 
 def _dtype_name(dtype: object) -> Any:
-    """Return the protocol's name; UNSPECIFIED for a type that it does not carry."""
+    """Return the dtype's name in the protocol, or UNSPECIFIED if the protocol has no such dtype."""
     name = str(dtype).removeprefix("torch.")
     row = next((row for row in dtypes.DTYPES if row.name == name), None)
     return row.proto_name if row else "DATA_TYPE_UNSPECIFIED"

@@ -1,8 +1,8 @@
 """Every setting of layertap, each declared once. Free of PyTorch.
 
-``definition.py`` says how a setting is declared. The other files declare them: ``server.py`` those
-of ``[server]``, ``limits.py`` those of ``[limits]``, ``served_model.py``, ``model_spec.py`` and
-``image_settings.py`` those of ``[[models]]``.
+``definition.py`` defines how a setting is declared. The other files have the declarations:
+``server.py`` for ``[server]``, ``limits.py`` for ``[limits]``, and ``served_model.py``,
+``model_spec.py`` and ``image_settings.py`` for ``[[models]]``.
 """
 
 from layertap.settings.batch_policy import ALONE, BatchPolicy

@@ -21,7 +21,7 @@ _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
 
 
 class SourceKind(StrEnum):
-    """Where a module comes from; each kind has a file ``models/<kind>_source.py``."""
+    """The source of a module; each kind has a file ``models/<kind>_source.py``."""
 
     TORCHVISION = "torchvision"
     TORCHSCRIPT = "torchscript"
@@ -40,10 +40,10 @@ _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What to load: a source, its weights, its input and a name.
+    """A model to load: its source, weights, input and name.
 
     Raises:
-        ConfigError: A field is malformed; the message names it.
+        ConfigError: If a field is malformed; the message names it.
     """
 
     source: Annotated[
@@ -167,11 +167,11 @@ class ModelSpec:
             options: The other fields, by name.
 
         Raises:
-            ConfigError: the text, or a name in it, is malformed.
+            ConfigError: If the text, or a name in it, is malformed.
         """
         name, equals, source = text.strip().partition("=")
         if not equals or "/" in name or ":" in name:
-            # An equals sign after a slash or colon belongs to a path, not to a name.
+            # An equals sign after a slash or colon is part of a path.
             return cls(text.strip(), **options)
         if not name:
             raise ConfigError(f"model name: got nothing before '=' in {text!r}, expected a name")
@@ -198,7 +198,7 @@ class ModelSpec:
 
     @property
     def kind(self) -> SourceKind:
-        """Where the module comes from, told by a prefix or by how the source is written."""
+        """Where the module comes from, according to the source's prefix or form."""
         return _split(self.source)[0]
 
     @property

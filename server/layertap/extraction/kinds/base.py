@@ -17,7 +17,13 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.measurement import Measurement
-from layertap.extraction.obstacles import RANDOM, SOMETIMES, calls_function, no_guard, takes_step
+from layertap.extraction.obstacles import (
+    DRAWS_NUMBERS,
+    SOMETIMES,
+    calls_function,
+    no_guard,
+    takes_step,
+)
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import GuardedExtractor, KeptState, PassGuard
 from layertap.extraction.points import CapturePoint, PointKind
@@ -144,17 +150,17 @@ class ExtractorKind(ABC):
         """
         return self.id.letter
 
-    def tolerance(self, oracle: torch.Tensor) -> float:
+    def tolerance(self, reference: torch.Tensor) -> float:
         """Return how far a value may be from the model's own.
 
         Args:
-            oracle: The model's own value, on the device that computed it.
+            reference: The model's own value, on the device that computed it.
 
         Returns:
             The largest allowed error as a share of the value's largest magnitude; 0.0 if every bit
             must be equal.
         """
-        del oracle
+        del reference
         return 0.0
 
     def refuses(self, found: Measurement) -> str:
@@ -179,7 +185,7 @@ class ExtractorKind(ABC):
         if self.reference:
             return Verdict()
         if point in found.random:
-            return Verdict(RANDOM)
+            return Verdict(DRAWS_NUMBERS)
         if point.kind is PointKind.MODULE and point.path in found.varying:
             return Verdict("the module runs only for some inputs")
         return Verdict(SOMETIMES if point in found.sometimes else self.obstacle(point, found))
@@ -228,7 +234,7 @@ class ReferenceKind(DirectKind):
         return ""
 
     @abstractmethod
-    def oracle(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
+    def build_reference(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
         """Build the extractor whose values those of other kinds are compared with.
 
         Its passes run to their end, and are watched for state that no earlier pass wrote.
@@ -243,9 +249,9 @@ class CompiledKind(ExtractorKind, Generic[P]):
 
     compiled = True
 
-    def tolerance(self, oracle: torch.Tensor) -> float:
+    def tolerance(self, reference: torch.Tensor) -> float:
         """See ExtractorKind; compilers reorder arithmetic."""
-        return compiled_tolerance(oracle)
+        return compiled_tolerance(reference)
 
     def refuses(self, found: Measurement) -> str:
         """See ExtractorKind; a program is recorded from a pass of the model on one tensor."""

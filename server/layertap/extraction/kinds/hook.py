@@ -18,26 +18,28 @@ class HookExtractor:
     Args:
         context: The model, its taps, guard and graph.
         pass_spec: What to capture.
-        oracle: Whether its values prove other extractors. Then its passes run to their end, and
+        reference: Whether its values prove other extractors. Then its passes run to their end, and
             are watched for state that no earlier pass wrote.
     """
 
-    def __init__(self, context: BuildContext, pass_spec: PassSpec, *, oracle: bool = False) -> None:
+    def __init__(
+        self, context: BuildContext, pass_spec: PassSpec, *, reference: bool = False
+    ) -> None:
         self._model = context.model
         self._taps = context.taps
         self._points = pass_spec.points
         self._guard = context.guard
-        self._oracle = oracle
+        self._reference = reference
 
     def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
         with self._guard as guard:
-            to_end = self._oracle or not guard.rules.early_stop
+            to_end = self._reference or not guard.rules.early_stop
             threads = guard.rules.own_threads
             self._taps.run(
                 self._model.forward, x, self._points, sink, to_end=to_end, own_threads=threads
             )
-            if self._oracle:
+            if self._reference:
                 guard.learn(self._model.name)
 
 
@@ -52,9 +54,9 @@ class HookKind(ReferenceKind):
         """See DirectKind."""
         return HookExtractor(context, pass_spec)
 
-    def oracle(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
+    def build_reference(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
         """See ReferenceKind."""
-        return HookExtractor(context, pass_spec, oracle=True)
+        return HookExtractor(context, pass_spec, reference=True)
 
 
 KIND = HookKind()

@@ -23,7 +23,7 @@ BACKEND = "layertap"
 
 
 def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
-    """Describe a model: its tensor input, and the outputs of a request that names none."""
+    """Describe a model: its tensor input, and the outputs of a request that lists no outputs."""
     kind = pb.ModelMetadataResponse.TensorMetadata
     given = host.model.signature.main
     return pb.ModelMetadataResponse(
@@ -49,8 +49,8 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
 
     Args:
         host: The model.
-        max_batch: Items of one request.
-        instances: Forward passes that run at once.
+        max_batch: Maximum number of items in a request.
+        instances: Forward passes that may run at once.
     """
     given, device, batching = host.model.signature.main, host.model.device, host.options.batching
     cuda = device.type == "cuda"
@@ -130,11 +130,11 @@ def _shape(spec: ValueSpec) -> list[int]:
 
 
 def _datatype(spec: ValueSpec) -> str:
-    """Return the protocol's name of a type; empty for one that it does not carry."""
+    """Return a dtype's name in the protocol; empty if the protocol has no such dtype."""
     name = str(spec.dtype).removeprefix("torch.")
     return next((row.datatype for row in dtypes.DTYPES if row.name == name), "")
 
 
 def _type(datatype: str) -> Any:
-    """Return the name in the config's enum, which message constructors take for the number."""
+    """Return the name in the config's enum, which message constructors accept."""
     return f"TYPE_{datatype or 'INVALID'}"

@@ -1,4 +1,4 @@
-"""The one input of a request: raw, typed or in shared memory; a tensor or encoded images."""
+"""Reads the input of a request: raw, typed or in shared memory; a tensor or encoded images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BYTES = "BYTES"
 
 InputTensor = pb.ModelInferRequest.InferInputTensor
 
-# The field of InferTensorContents for each datatype that has one.
+# The field of InferTensorContents for each datatype that has a typed field.
 _TYPED = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -46,19 +46,20 @@ def infer_input(
     *,
     admit: Callable[[int], object] = lambda nbytes: None,
 ) -> TensorsInput | ImagesInput:
-    """Return what a request gives the model.
+    """Return the input that a request gives the model.
 
     Args:
-        request: Its small fields.
-        raw: Its raw contents.
+        request: The request's small fields.
+        raw: The request's raw contents.
         memory: The caller's shared memory.
-        limits: What requests may contain.
-        admit: Called with bytes that the input takes besides the message, before they are taken;
-            raises OverloadedError to refuse them.
+        limits: The engine's limits.
+        admit: Called before allocating, with the bytes that the input needs besides the message.
+            Raises OverloadedError if they would exceed the limit.
 
     Raises:
         InvalidInputError: If the input contradicts itself, or there is not exactly one.
-        NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
+        NotFoundError, PermissionDeniedError: If it names shared memory that the caller doesn't
+            have.
     """
     if len(request.inputs) != 1:
         raise InvalidInputError(
@@ -80,7 +81,8 @@ def infer_input(
     row = by_datatype(tensor.datatype)
     if data is None:
         data = _typed(tensor, row, math.prod(shape), where, admit)
-    # This protocol's name of the input is its own; the engine knows an only input by an empty one.
+    # This protocol has its own name for the input; the engine accepts an empty name for an only
+    # input.
     return TensorsInput((TensorView("", row, shape, _checked(data, row, shape, where)),))
 
 
@@ -106,7 +108,7 @@ def _data(
     *,
     admit: Callable[[int], object],
 ) -> memoryview | None:
-    """Return the input's bytes; None if they are typed."""
+    """Return the input's bytes; None if the input is typed."""
     where = f"input {tensor.name!r}"
     place = memory.slice(tensor.parameters, where)
     typed = tensor.HasField("contents")
@@ -117,7 +119,7 @@ def _data(
     if place is not None and (typed or raw):
         raise InvalidInputError(f"{where}: got contents and shared memory, expected one of them")
     if place is not None:
-        # Before it is read: a region may be far larger than any message.
+        # Checked before reading: a region may be far larger than any message.
         if place.byte_size > limits.request_bytes:
             raise InvalidInputError(
                 f"{where}: got {place.byte_size} bytes of shared memory, expected at most "
@@ -152,7 +154,7 @@ def _typed(
 
 
 def _contents(tensor: InputTensor, count: int, where: str) -> Sequence[object]:
-    """Return the typed contents, which are as many as they should be and of the right type."""
+    """Return the typed contents after checking their number and type."""
     name = _TYPED.get(tensor.datatype)
     if name is None:
         raise InvalidInputError(
@@ -179,7 +181,7 @@ def _checked(data: memoryview, row: DType, shape: tuple[int, ...], where: str) -
             f"unexpected total byte size {data.nbytes} for {where}, expecting {expected} for shape "
             f"{list(shape)} of {row.datatype}"
         )
-    # numpy and torch leave undefined what another byte means.
+    # In numpy and torch, the meaning of any other byte is undefined.
     if row.name == "bool" and expected and np.frombuffer(data, np.uint8).max() > 1:
         raise InvalidInputError(f"{where}: got a byte above 1 in BOOL, expected 0 or 1")
     return data
@@ -196,7 +198,7 @@ def _images(
         raise InvalidInputError(
             f"{where}: shape: got {list(shape)}, expected [N]: N encoded images, at least one"
         )
-    # Before they are taken apart, which takes a step for each.
+    # Checked before splitting, as each image takes a step.
     if shape[0] > max_batch:
         raise InvalidInputError(f"{where}: got {shape[0]} images, expected at most {max_batch}")
     if data is None:
@@ -205,7 +207,7 @@ def _images(
 
 
 def _split(data: memoryview, count: int, where: str) -> tuple[bytes, ...]:
-    """Take byte strings apart, each with its length in front: 4 bytes, little-endian."""
+    """Split byte strings, each of which follows its length (4 bytes, little-endian)."""
     found, at = [], 0
     for index in range(count):
         if data.nbytes - at < 4:
