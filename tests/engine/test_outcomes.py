@@ -21,7 +21,7 @@ from layertap.engine import Call, Engine, Extraction, HostOptions, Limits
 from layertap.engine.host import MAX_OUTCOMES
 from layertap.engine.promotion import PROMOTE_AFTER
 from layertap.extraction.guards import GuardTree
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from layertap.selection import Capture
 from oracle import outputs_of
@@ -100,7 +100,7 @@ def test_each_way_is_served_by_a_compiled_plan_of_its_own(engine, name, item, ba
     assert head.serves(Extractor.TORCHSCRIPT, Capture.OUTPUT), head.refusal(Extractor.TORCHSCRIPT)
     for x in (*batches, *reversed(batches)):
         error = error_of(engine, net, name, x, Extractor.TORCHSCRIPT)
-        assert error <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert error <= COMPILED_TOLERANCE[torch.float32]
 
 
 def test_a_guard_that_tells_the_wrong_outcome_would_give_wrong_values(engine, monkeypatch) -> None:

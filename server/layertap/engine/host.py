@@ -284,13 +284,18 @@ class ModelHost:
             found = self._asked(tree, x, call)
             if found is not None:
                 return found
-        if len(resolved.candidates) > 1 and (
-            (tree is not None and tree.full)
-            or outcomes.refusal(pass_spec, batch_key)
-            or not self._of_family(resolved, batch_key)
-        ):
+        free = len(resolved.candidates) > 1  # Another extractor may serve it.
+        known = tree is not None and tree.full
+        if free and (known or outcomes.refusal(pass_spec, batch_key)):
             return None
-        return self.compute.run(lambda: outcomes.observe(pass_spec, self.on_device(x)), call)
+        if free and not self._of_family(resolved, batch_key):
+            return None
+        try:
+            return self.compute.run(lambda: outcomes.observe(pass_spec, self.on_device(x)), call)
+        except ExtractorUnsupportedError:
+            if free:
+                return None
+            raise
 
     def _asked(self, tree: GuardTree, x: Batch, call: Call) -> Outcome | None:
         def ask() -> Outcome | None:
@@ -419,8 +424,8 @@ class ModelHost:
                     pass
                 plans.append(plan)
             except (ExtractorUnsupportedError, OverloadedError) as refusal:
-                # Lack of memory is not recorded as a refusal, as memory may be free later. Neither is
-                # that of one outcome: a request may show more of that outcome than the samples do.
+                # Lack of memory is not recorded as a refusal, as memory may be free later. Nor is
+                # the refusal of one outcome: a request may show more of it than the samples do.
                 if isinstance(refusal, ExtractorUnsupportedError) and not outcome:
                     self._refuse(mine, refusal)
                 _log.info("model %s: %s", self.model.name, refusal)

@@ -26,6 +26,7 @@ Note [What is refused]
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ __all__ = [
     "is_subsequence",
     "why_not",
 ]
+
+_log = logging.getLogger(__name__)
 
 Outcome = tuple[str, ...]
 """What the looks of one pass gave, in order, each as ``repr`` writes it; empty for no looks."""
@@ -342,6 +345,8 @@ class Tape:
             any(ref.storage in written for ref in inputs.values()),
         )
         fault = fault or next((step.fault for step in chosen if step.fault), "")
+        if len(self.looks) >= MAX_LOOKS:
+            fault = f"the code looks at values more than {MAX_LOOKS} times"
         self.looks.append(Look(repr(result), program, fault))
 
     def _know(self, tensor: torch.Tensor) -> None:
@@ -544,13 +549,19 @@ class GuardTree:
     def outcome(self, x: Batch) -> Outcome | None:
         """Return the outcome of a batch; None if no recorded pass went the same way.
 
+        None also where an operation fails, as those of the model itself then do.
+
         Args:
             x: As the model takes it: on its device, of its element types. It stays as it is.
         """
         node, found = self._root, []
         with torch.inference_mode():
             while node is not None and node.program is not None:
-                found.append(node.program.run(x))
+                try:
+                    found.append(node.program.run(x))
+                except Exception:  # noqa: BLE001 - an operation may raise anything
+                    _log.info("a guard fails", exc_info=True)
+                    return None
                 node = node.after.get(found[-1])
         return None if node is None else tuple(found)
 

@@ -5,7 +5,6 @@ See ``guards`` for what an outcome and a guard are.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
@@ -19,15 +18,12 @@ from layertap.extraction.kinds.base import BuildContext
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.obstacles import no_guard
 from layertap.extraction.out_of_memory import is_out_of_memory
-from layertap.extraction.own_words import own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import quoted
 from layertap.extraction.points import CapturePoint
 from layertap.models import Batch, BatchKey
 
 __all__ = ["Outcomes", "Recorded"]
-
-_log = logging.getLogger(__name__)
 
 MAX_TREES = 256
 """Guards that are kept of one model: one for each pass spec and shape of batch."""
@@ -180,24 +176,17 @@ class Outcomes:
             tree = GuardTree()
         else:
             # Made of other batches: it need not know this outcome, but must not find another one.
-            before = self._asked(tree, x)
+            before = tree.outcome(x)
             if before not in (None, found.outcome):
                 return _differs(before, found.outcome)
         if not tree.add(found.looks):
             return no_guard("passes whose looks gave the same went on to look at other values")
-        after = self._asked(tree, x)
-        if after not in (None, found.outcome):
+        after = tree.outcome(x)
+        if after != found.outcome and not (after is None and tree.full):
             return _differs(after, found.outcome)
         with self._lock:
             _remember(self._trees, place, tree, MAX_TREES)
         return ""
-
-    def _asked(self, tree: GuardTree, x: Batch) -> Outcome | None:
-        try:
-            return tree.outcome(x)
-        except Exception as error:  # noqa: BLE001 - whatever an operation makes of being repeated
-            _log.info("a guard of model %s fails", self._context.model.name, exc_info=True)
-            return (f"an error: {own_words(error)}",)
 
     def _refused(self, pass_spec: PassSpec, reason: str) -> ExtractorUnsupportedError:
         return ExtractorUnsupportedError(
@@ -207,9 +196,8 @@ class Outcomes:
 
 
 def _differs(guard: Outcome | None, model: Outcome) -> str:
-    return no_guard(
-        f"its guard finds {in_words(guard or ())} where the model itself finds {in_words(model)}"
-    )
+    found = in_words(guard or ()) or "nothing"
+    return no_guard(f"its guard finds {found} where the model itself finds {in_words(model)}")
 
 
 def _remember(cache: OrderedDict, key: object, value: object, most: int) -> None:  # type: ignore[type-arg]

@@ -44,7 +44,7 @@ from layertap.extraction.samples import (
     wide_batch,
 )
 from layertap.extraction.symbolic import WholeGraphExtractor
-from layertap.extraction.variations import resized, variations
+from layertap.extraction.variations import resized, unpadded, variations
 from layertap.models import Batch, BatchKey
 
 __all__ = ["Prover"]
@@ -198,6 +198,7 @@ class Prover:
                 x = make(model, size, batch_key)
                 if x is not None:
                     yield x
+                    yield from filter(None, (unpadded(model, x),))
         if own is not None:
             yield from variations(model, own, sizes)
         if len(sizes) > 1:

@@ -13,13 +13,29 @@ import torch
 
 from layertap.models import Batch, LoadedModel
 
-__all__ = ["resized", "variations"]
+__all__ = ["resized", "unpadded", "variations"]
 
 
 def resized(x: Batch, size: int) -> Batch:
     """Return a batch of that many items: those of a batch in turn."""
     chosen = torch.arange(size) % x.size
     return x.map(lambda tensor: tensor[chosen.to(tensor.device)].clone())
+
+
+def unpadded(model: LoadedModel, x: Batch) -> Batch | None:
+    """Return a batch with the padding among its token ids replaced by other ids.
+
+    None if there is nothing to replace. Masks are full where ids have no padding.
+    """
+    changed = dict(x.tensors)
+    for spec in model.signature.inputs:
+        if spec.ids is not None and spec.name in changed and spec.ids.rows > 1:
+            ids = changed[spec.name]
+            other = (spec.ids.padding + 1) % spec.ids.rows
+            changed[spec.name] = torch.where(ids == spec.ids.padding, other, ids)
+    full = Batch(changed)
+    same = all(torch.equal(full[name], x[name]) for name in x)
+    return None if same else full
 
 
 def variations(model: LoadedModel, x: Batch, sizes: tuple[int, ...] = (1, 2, 3)) -> Iterator[Batch]:
