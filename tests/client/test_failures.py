@@ -11,7 +11,9 @@ import pytest
 
 from layertap import errors
 from layertap.client.failures import error_from_item, error_from_rpc
-from layertap.services.status import guarded, public_error
+from layertap.services.caller import Caller
+from layertap.services.grpc_handlers import unary
+from layertap.services.public_errors import public_error
 from layertap.v1.feature_service_pb2 import ExtractStreamError
 from layertap.wire.messages import ERROR_IMAGE_METADATA_KEY, ERROR_METADATA_KEY
 
@@ -28,7 +30,7 @@ class Waiting(grpc.GenericRpcHandler):
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         """Return a handler for whatever was called."""
         if details.method == "/a/Fails":
-            return grpc.unary_unary_rpc_method_handler(guarded(self._fail))
+            return unary(self._fail)
         return grpc.unary_unary_rpc_method_handler(self._wait)
 
     def _wait(self, message: bytes, context: grpc.ServicerContext) -> bytes:
@@ -36,7 +38,7 @@ class Waiting(grpc.GenericRpcHandler):
         self.released.wait(30)
         return b""
 
-    def _fail(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+    def _fail(self, message: bytes, caller: Caller) -> bytes:
         raise errors.InvalidInputError("got nothing", image=7)
 
 

@@ -12,7 +12,8 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 from layertap.descriptors import POOL
 from layertap.grpc_reflection import reflection_pb2 as pb
 from layertap.grpc_reflection import reflection_v1alpha_pb2
-from layertap.services.bounded_calls import BoundedCalls, aborting
+from layertap.services.bounded_calls import BoundedCalls
+from layertap.services.grpc_handlers import aborting
 
 __all__ = ["REFLECTIONS", "Reflection"]
 

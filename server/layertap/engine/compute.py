@@ -25,8 +25,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
+from layertap.call import Call
 from layertap.engine.admission import Reservation
-from layertap.engine.call import Call
 from layertap.engine.intra_op import intra_op_cores, set_intra_op, start_team
 from layertap.errors import (
     CancelledError,

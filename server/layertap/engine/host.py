@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic
 
+from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
     ImagesInput,
@@ -19,7 +20,6 @@ from layertap.engine.batch import (
     decode_images,
     preprocess_images,
 )
-from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ReplyWriter
 from layertap.engine.reply_form import P, ReplyForm
