@@ -26,7 +26,7 @@ from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.verify import compiled_tolerance, difference
-from layertap.models import Batch, ModelSpec, load_model
+from layertap.models import Batch, IdRange, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 
 TOKENS = 128
@@ -135,7 +135,7 @@ def run(layers: int, turns: int) -> dict[str, Any]:
             outputs.setdefault(point.path, point)
     spec = PassSpec(tuple(outputs[f"model.encoder.layer.{index}"] for index in range(layers)))
     main = model.signature.main
-    rows = main.ids.rows if main.ids else 2
+    rows = main.values.rows if isinstance(main.values, IdRange) else 2
     return {
         "machine": common.machine("torch", "transformers"),
         "threads": torch.get_num_threads(),

@@ -37,10 +37,10 @@ class Dimension:
 
 @dataclass(frozen=True, slots=True)
 class ImageDescription:
-    """How an encoded image becomes an item of an input, in this order.
+    """The steps that convert an encoded image to an item of an input, in this order.
 
     Attributes:
-        color: What images are decoded to: ``"rgb"`` or ``"gray"``.
+        color: The channels that images are decoded to: ``"rgb"`` or ``"gray"``.
         exif_orientation: Whether the EXIF orientation is applied.
         resize: The size of the short side, or height and width; empty if images aren't resized.
         resize_mode: What ``resize`` means: ``"short side"``, ``"exact"``, ``"cover"`` or
@@ -78,6 +78,7 @@ class InputDescription:
         shape: Its dimensions.
         images: How encoded images are preprocessed; None if the input takes none.
         preprocessing: The same in words; empty if the input takes no images.
+        optional: Whether a request may leave it out.
     """
 
     name: str
@@ -85,12 +86,14 @@ class InputDescription:
     shape: tuple[Dimension, ...]
     images: ImageDescription | None = None
     preprocessing: str = ""
+    optional: bool = False
 
     def __str__(self) -> str:
         """Return a text such as ``x [B, 3, 224*, 224*] float32 or images``; * means any size."""
         sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in self.shape]
         images = " or images" if self.images else ""
-        return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}"
+        optional = " (optional)" if self.optional else ""
+        return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}{optional}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +217,7 @@ class ItemDescription:
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        """Return such as ``x [B, 3, 224, 224]``."""
+        """Return a text such as ``x [B, 3, 224, 224]``."""
         return f"{self.name} [{', '.join(['B', *map(str, self.shape)])}]"
 
 

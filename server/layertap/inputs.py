@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -17,49 +17,73 @@ if TYPE_CHECKING:
 
     ImageLike = bytes | str | os.PathLike[str] | Image
     ArrayLike = np.ndarray | Any
-    InputLike = ArrayLike | Mapping[str, ArrayLike] | ImageLike | Sequence[ImageLike]
+    OneInput = ArrayLike | ImageLike | Sequence[ImageLike]
+    InputLike = OneInput | Mapping[str, OneInput]
 
     from layertap.wire.tensors import Arrays
 
-__all__ = ["encode_input"]
+__all__ = ["EncodedInput", "encode_input"]
 
 _ORIENTATION = 0x0112
 
 
-def encode_input(given: Any) -> tuple[list[bytes], Arrays]:
-    """Convert an input to encoded images or to arrays.
+class EncodedInput(NamedTuple):
+    """What a caller gave, ready to be sent.
+
+    Attributes:
+        arrays: Arrays with the names of their inputs.
+        images: The files of images, one for each item, with the names of their inputs.
+    """
+
+    arrays: Arrays
+    images: Sequence[tuple[str, list[bytes]]]
+
+
+def encode_input(given: Any) -> EncodedInput:
+    """Convert inputs to arrays and encoded images.
 
     Args:
-        given: An array or tensor ``[B, ...]`` for the model, or a mapping of input names to these;
-            or an image, or a list of images. An image is a path, the bytes of a JPEG, PNG or WebP
+        given: An array or tensor ``[B, ...]`` for the model; an image, or a list of images; or a
+            mapping of input names to these. An image is a path, the bytes of a JPEG, PNG or WebP
             file, or a PIL image. A PIL image is sent as PNG, without loss and with its EXIF
             orientation; CMYK is sent as the RGB to which the server would convert it.
 
     Returns:
-        (images as bytes, arrays with their input names); one of the two is empty. An array that
-        was given without a name has an empty name.
+        The arrays and the images. What was given without a name has an empty one.
 
     Raises:
         InvalidInputError: If it is none of these, or if an image can't be read or sent.
     """
-    if _is_image(given):
-        return [_image_bytes(given)], []
-    if isinstance(given, list | tuple):
-        wrong = next((item for item in given if not _is_image(item)), None)
-        if wrong is not None or not given:
-            got = "an empty list" if not given else f"a list with a {type(wrong).__name__}"
-            raise InvalidInputError(f"input: got {got}, expected images or one array")
-        return [_image_bytes(item) for item in given], []
-    if isinstance(given, Mapping):
-        return [], _named(given)
-    return [], [("", _array(given, "input", "an image, a list of images, an array or a mapping"))]
-
-
-def _named(given: Mapping[Any, Any]) -> Arrays:
+    if not isinstance(given, Mapping):
+        return _encoded_inputs({"": given})
     if not given or not all(isinstance(name, str) for name in given):
         got = "an empty mapping" if not given else f"names {list(given)}"
         raise InvalidInputError(f"input: got {got}, expected names of inputs, which are strings")
-    return [(name, _array(value, f"input {name!r}", "an array")) for name, value in given.items()]
+    return _encoded_inputs(given)
+
+
+def _encoded_inputs(given: Mapping[str, Any]) -> EncodedInput:
+    arrays: list[tuple[str, np.ndarray]] = []
+    images: list[tuple[str, list[bytes]]] = []
+    for name, value in given.items():
+        what = f"input {name!r}" if name else "input"
+        if _is_image(value):
+            images.append((name, [_image_bytes(value)]))
+        elif isinstance(value, list | tuple):
+            images.append((name, _image_list(value, what)))
+        else:
+            more = "" if name else " or a mapping of these"
+            expected = f"an image, a list of images, an array{more}"
+            arrays.append((name, _array(value, what, expected)))
+    return EncodedInput(arrays, images)
+
+
+def _image_list(given: Sequence[Any], what: str) -> list[bytes]:
+    wrong = next((item for item in given if not _is_image(item)), None)
+    if wrong is not None or not given:
+        got = "an empty list" if not given else f"a list with a {type(wrong).__name__}"
+        raise InvalidInputError(f"{what}: got {got}, expected images or one array")
+    return [_image_bytes(item) for item in given]
 
 
 def _array(given: Any, what: str, expected: str) -> np.ndarray:

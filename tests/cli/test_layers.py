@@ -81,7 +81,7 @@ def test_the_image_preprocessing_is_shown(address: str) -> None:
 def test_the_rules_of_passes_are_shown(address: str) -> None:
     """Where something is held back, and what the passes write; nothing for any other model."""
     output = layers("keeps_state", "--server", address).output
-    assert "passes: one at a time, not shared by requests, the loaded state is put back" in output
+    assert "passes: one at a time, not shared by requests, the loaded state is restored" in output
     assert "note: its passes leave 'keeper.seen' changed" in output
     assert "passes:" not in layers("residual", "--server", address).output
 

@@ -14,7 +14,7 @@ import torch
 import asking
 from devices import needs_cuda
 from layertap import Extractor, Features, LayerSelection
-from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, ImagesInput
+from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, ImageFiles, Inputs
 from layertap.extraction.tf32 import allow_tf32
 from layertap.extraction.verify import COMPILED_TOLERANCE, TF32_TOLERANCE, difference
 from layertap.models import ModelSpec
@@ -106,7 +106,7 @@ def test_a_photograph_reaches_the_gpu(engine) -> None:
     """Images are preprocessed on the CPU and computed on the GPU."""
     request = ExtractionRequest(
         "residual",
-        ImagesInput((PHOTO.read_bytes(),)),
+        Inputs(images=(ImageFiles((PHOTO.read_bytes(),)),)),
         (LayerSelection("conv1"),),
         Extractor.HOOK,
         form=NativeForm,

@@ -11,7 +11,7 @@ import torch
 
 import asking
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput
+from layertap.engine import Call, Engine, ExtractionRequest, ImageFiles, Inputs
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
@@ -79,7 +79,7 @@ def test_photographs_are_converted(engine) -> None:
     load(engine, precision="bfloat16")
     request = ExtractionRequest(
         "residual",
-        ImagesInput((PHOTO.read_bytes(),)),
+        Inputs(images=(ImageFiles((PHOTO.read_bytes(),)),)),
         (LayerSelection("conv1"),),
         Extractor.HOOK,
         form=NativeForm,

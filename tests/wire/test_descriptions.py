@@ -57,6 +57,7 @@ FULL = ModelDescription(
             (Dimension(1, batch=True), Dimension(3), Dimension(224, free="H")),
             images=STEPS,
             preprocessing="resized",
+            optional=True,
         ),
         InputDescription("ids", "int64", (Dimension(1, batch=True),)),
         InputDescription(

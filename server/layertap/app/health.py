@@ -164,6 +164,6 @@ def _name_in(message: bytes, context: grpc.ServicerContext) -> str:
     try:
         return health_pb2.HealthCheckRequest.FromString(message).service
     except ProtobufDecodeError:
-        text = "request: got bytes that are no HealthCheckRequest"
+        text = "request: got bytes that are not a valid HealthCheckRequest"
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         raise

@@ -58,7 +58,7 @@ class Reflection:
                 try:
                     request = pb.ServerReflectionRequest.FromString(message)
                 except ProtobufDecodeError:
-                    text = "request: got bytes that are no ServerReflectionRequest"
+                    text = "request: got bytes that are not a valid ServerReflectionRequest"
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
                 yield pb.ServerReflectionResponse(
                     valid_host=request.host, original_request=request, **self._answer(request)

@@ -38,8 +38,8 @@ class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no t
 
         def refuse(caller: Caller) -> NoReturn:
             error = OverloadedError(
-                f"{workers.count} calls wait for one of the {workers.count} threads that serve "
-                f"them, the most allowed; try again later"
+                f"all {workers.count} threads that serve calls are in use, and {workers.count} "
+                f"calls wait for one, the most allowed; try again later"
             )
             observer.failed("", code_of(error), caller)
             raise error

@@ -120,7 +120,7 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 def _outcome(context: grpc.ServicerContext) -> grpc.StatusCode:
-    """Return how a call ended whose handler succeeded; its caller may have left."""
+    """Return the status of a call whose handler succeeded; its caller may have disconnected."""
     if context.is_active():
         return Code.OK
     remaining = context.time_remaining()

@@ -117,7 +117,7 @@ def _passes(passes: PassDescription | None) -> str:
     """Describe how a model's passes run; empty if there are no restrictions."""
     if passes is None:
         return ""
-    states = {"reset": "the loaded state is put back after each", "kept": "the model is stateful"}
+    states = {"reset": "the loaded state is restored after each", "kept": "the model is stateful"}
     words = [
         "" if passes.early_stop else "to their end",
         "" if passes.concurrent else "one at a time",

@@ -32,8 +32,8 @@ class StreamRequest:
 
     Attributes:
         model: The name of a served model.
-        given: An array ``[B, ...]`` for the model, or a mapping of input names to such arrays; or
-            an image, or a list of images.
+        given: An array ``[B, ...]`` for the model; an image, or a list of images; or a mapping of
+            input names to such arrays or images.
         layers: The layers to return.
         extractor: The extractor to use.
         timeout: Seconds that the server may take for this item; None for the stream's default.
@@ -80,10 +80,11 @@ def request_fields(
         "layers": [_selection(selection) for selection in parse_selections(layers)],
         "extractor": to_proto(as_extractor(extractor), "EXTRACTOR"),
     }
-    images, arrays = encode_input(given)
-    if images:
-        fields["images"] = feature_service_pb2.ImageBatch(images=images)
-    return fields, arrays
+    encoded = encode_input(given)
+    fields["images"] = [
+        feature_service_pb2.ImageBatch(images=files, input=name) for name, files in encoded.images
+    ]
+    return fields, encoded.arrays
 
 
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:

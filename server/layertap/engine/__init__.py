@@ -2,7 +2,7 @@
 
 from layertap.call import Call
 from layertap.engine.admission import Reservation
-from layertap.engine.batch import ImagesInput, TensorsInput
+from layertap.engine.batch import ImageFiles, Inputs
 from layertap.engine.describe import describe, summarize
 from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
@@ -18,12 +18,12 @@ __all__ = [
     "Extraction",
     "ExtractionRequest",
     "HostOptions",
-    "ImagesInput",
+    "ImageFiles",
+    "Inputs",
     "Limits",
     "ModelHost",
     "Reservation",
     "TensorForm",
-    "TensorsInput",
     "allow_tf32",
     "choose_device",
     "describe",

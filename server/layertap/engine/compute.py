@@ -160,7 +160,7 @@ class ComputeThreads:
             with call.cancelling(partial(self._forget, job)):
                 return job.future.result(timeout=call.remaining())
         except FutureCancelledError:
-            raise CancelledError("the caller went away") from None
+            raise CancelledError("the client cancelled the call or disconnected") from None
         except TimeoutError:
             if job.future.done() and not job.future.cancelled():
                 raise

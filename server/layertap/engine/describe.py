@@ -53,7 +53,7 @@ def summarize(host: ModelHost) -> ModelDescription:
         weights=model.weights,
         device=str(model.device),
         inputs=tuple(
-            _input(spec, model.preprocess if spec is model.signature.main else None)
+            _input(spec, model.preprocess if spec.name in model.image_inputs else None)
             for spec in model.signature.inputs
         ),
         layers=(),
@@ -107,6 +107,7 @@ def _input(spec: InputSpec, preprocess: Preprocess | None) -> InputDescription:
         shape=(Dimension(1, batch=True), *dimensions),
         images=_images(preprocess) if preprocess else None,
         preprocessing=preprocess.describe() if preprocess else "",
+        optional=spec.optional,
     )
 
 

@@ -55,4 +55,4 @@ def run_in_loader_thread(job: Callable[[], T], call: Call) -> T:
         with call.cancelling(done.cancel):
             return done.result()
     except FutureCancelledError:
-        raise CancelledError("the load was given up") from None
+        raise CancelledError("the load was cancelled") from None

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic
 
+import torch
+
 from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
-    ImagesInput,
-    TensorsInput,
+    ImageFiles,
+    Inputs,
     batch_bytes,
+    check_images,
     check_tensors,
     decode_images,
     preprocess_images,
@@ -44,14 +47,14 @@ class ExtractionRequest(Generic[P]):
 
     Attributes:
         model: The name of a served model.
-        input: The batch.
+        inputs: The batch: tensors and images by the names of the model's inputs.
         selections: The layers to return.
         extractor: The extractor to use.
         form: Returns the form of the reply, given the chosen extractor.
     """
 
     model: str
-    input: TensorsInput | ImagesInput
+    inputs: Inputs
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
     form: Callable[[Extractor], ReplyForm[P]] = field(kw_only=True)
@@ -199,25 +202,24 @@ class Pipeline:
         )
 
     def _batch(self, admitted: _Admitted[Any]) -> Batch:
-        host, given = admitted.host, admitted.request.input
-        if isinstance(given, TensorsInput):
-            x = check_tensors(host.model, given.tensors, self._limits)
-        else:
-            x = self._images(admitted, given)
+        host, given = admitted.host, admitted.request.inputs
+        images = check_images(host.model, given, self._limits)
+        made = {name: self._images(admitted, name, files) for name, files in images.items()}
+        x = check_tensors(host.model, given.tensors, self._limits, made)
         if host.staging is None:
             return x
         admitted.received.take(x.nbytes)
         return x.map(host.staging.upload)
 
-    def _images(self, admitted: _Admitted[Any], given: ImagesInput) -> Batch:
+    def _images(self, admitted: _Admitted[Any], name: str, given: ImageFiles) -> torch.Tensor:
         host, call, received = admitted.host, admitted.call, admitted.received
         # The files are copies of parts of the message.
         received.take(sum(map(len, given.images)))
         with self._admission.reserve("the request's decoded images take") as pixels:
             with self._decoding(call):
                 images = decode_images(host.model, given.images, self._limits, pixels.take)
-            received.take(batch_bytes(host.model, images))
-            preprocess = partial(preprocess_images, host.model, images)
+            received.take(batch_bytes(host.model, name, images))
+            preprocess = partial(preprocess_images, host.model, name, images)
             return host.preparing.run(preprocess, call, pins=(received, pixels))
 
     @contextmanager
@@ -241,8 +243,8 @@ def publish(reply: Reply[P], form: ReplyForm[P], timings: Timings) -> P:
 
 
 def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
-    """Return whether a request's input has no NaN or infinity; images never have."""
-    return isinstance(request.input, ImagesInput) or x.is_finite
+    """Return whether a request's inputs have no NaN or infinity; images never have."""
+    return not request.inputs.tensors or x.is_finite
 
 
 def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost) -> Extractor:

@@ -2,9 +2,9 @@
 
 Note [Two experiments]
     *Another size.* The model runs once more with another height and width, in another ratio. A
-    dimension that grew as the height did is the height. One that grew as the product of height and
-    width, apart from some tokens in front, holds the grid row by row. One that stayed the same is
-    channels, or heads.
+    dimension that grew by the same factor as the height is the height. One that grew by the factor
+    of height times width, apart from some tokens in front, holds the grid row by row. One that
+    stayed the same is channels, or heads.
 
     *Another place.* Many transformers take one size only, and adaptive pooling gives one size for
     every input. For these, a small block of the input is changed, in each of three places, and we
@@ -35,7 +35,7 @@ from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.taps import observe
-from layertap.models import Batch, LoadedModel
+from layertap.models import Batch, IdRange, LoadedModel
 from layertap.selection import Capture
 
 __all__ = ["Grids", "other_items", "survey_grids"]
@@ -197,11 +197,11 @@ def survey_grids(
         turn: The context to hold during each pass.
         others: Returns the shapes, for a batch, of the points that belong to no module.
     """
-    key, item = model.signature.key, model.signature.main.shape
+    item = model.signature.main.shape
     specs = {p: spec for p, spec in specs.items() if _is_plain(spec)}
     best: tuple[tuple[int, ...], Shapes] = (item, {})
     for other in other_items(item, model.signature.main.free):
-        x = ordinary_batch(model, 1, key.with_main(other))
+        x = ordinary_batch(model, 1, model.signature.resized(other))
         shapes, ended = _shapes(model, x, turn)
         if ended:
             best = other, {**shapes, **_of_nodes(others, x)}
@@ -217,7 +217,7 @@ def survey_grids(
 
 
 def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yield item shapes to try, to see which dimensions follow which.
+    """Yield item shapes to try, to see which dimensions of a value follow the height or width.
 
     An image's height and width change in different ratios, so that they can be told apart. This is
     tried even if a model is said to take one size only, as it may run far enough.
@@ -229,6 +229,8 @@ def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[in
                 yield (*rest, height - step, width + step)
         else:
             yield (*rest, 2 * height, 3 * width)
+        return
+    if not item:
         return
     axes = free or [len(item) - 1]
     for twice, half in ((2, 1), (1, 2)):
@@ -299,7 +301,7 @@ def _changed_at(model: LoadedModel, place: tuple[float, float]) -> Batch:
     if main.dtype.is_floating_point:
         block.add_(3)
     else:
-        rows = main.ids.rows if main.ids else 2
+        rows = main.values.rows if isinstance(main.values, IdRange) else 2
         block.add_(max(1, rows // 2)).remainder_(rows)
     return batch
 

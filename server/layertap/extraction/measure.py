@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections import Counter
@@ -10,7 +9,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -92,10 +90,14 @@ def measure_with_graph(
     x = ordinary_batch(model, 1)
     with guard:
         looks = survey_looks(model, x)
-    others = _survey_others(model, guard) if looks.looked else []
-    straight = straight_children(model.module, looks)
-    with guard:
-        walk = survey_walk(model, x, reference, straight)
+    others = _survey_with_optional(model, guard)
+    if looks.looked:
+        others += _survey_others(model, guard)
+    walk: dict[str, str] = {}
+    if len(model.signature.inputs) == 1:
+        straight = straight_children(model.module, looks)
+        with guard:
+            walk = survey_walk(model, x, reference, straight)
     graph = _survey_graph(model, reference, guard)
     specs = {**_sometimes(model, one, others), **_specs(one, two.shapes)}
     with guard:
@@ -138,6 +140,15 @@ def measure_with_graph(
     return catalogue, findings.graph.trace
 
 
+def _survey_with_optional(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
+    """Run a model with its optional inputs too, for which other modules may run."""
+    signature = model.signature
+    if signature.whole_key == signature.key:
+        return []
+    with guard:
+        return [survey_hooks(model, ordinary_batch(model, 1, signature.whole_key))]
+
+
 def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
     """Run a model that looks at values on other input too, which may run other modules."""
     surveys = []
@@ -157,7 +168,7 @@ def _order(surveys: Sequence[HookSurvey]) -> list[tuple[str, int]]:
 def _sometimes(
     model: LoadedModel, one: HookSurvey, others: Sequence[HookSurvey]
 ) -> dict[CapturePoint, ValueSpec]:
-    """Return the specs of values that only other input showed; their shapes can't be promised.
+    """Return the specs of values that exist only for other input; their shapes may vary.
 
     A model that takes a list of images passes on lists with one member per image. The additional
     members of a larger batch are left out, as other batches don't have them.
@@ -205,10 +216,10 @@ def _random(
 
 
 def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator[str]:
-    ungiven = _ungiven_arguments(findings.model.module)
+    ungiven = _ungiven_arguments(findings.model)
     if ungiven:
         yield (
-            f"only the first argument of its forward is given; these keep their defaults: "
+            f"these arguments of its forward are never given and keep their defaults: "
             f"{', '.join(ungiven)}"
         )
     looked = _first(entries, findings.looks.looked)
@@ -227,8 +238,8 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
     random = _first(entries, findings.random)
     if random:
         yield (
-            f"its forward draws random numbers, so two requests with the same input differ, from "
-            f"layer {random!r} on"
+            f"its forward draws random numbers, so from layer {random!r} on, two requests with the "
+            f"same input give different values"
         )
 
 
@@ -249,19 +260,15 @@ def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) 
     return next(names, "")
 
 
-def _ungiven_arguments(module: nn.Module) -> list[str]:
-    """Return the names of the arguments that a call with one tensor leaves out."""
-    if isinstance(module, torch.jit.ScriptModule):
-        method: Any = module.forward
-        return [argument.name for argument in method.schema.arguments[2:]]
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # Some callables have no signature.
+def _ungiven_arguments(model: LoadedModel) -> list[str]:
+    """Return the names of the arguments of ``forward`` that no input of the model is for."""
+    if model.arguments.adapter is not None:
         return []
-    _, *others = [
-        p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ] or [""]
-    return others
+    given = {spec.name.split(".")[0] for spec in model.signature.inputs}
+    ungiven = [p.name for p in model.arguments.parameters if p.name not in given and not p.rest]
+    # A lone input may be called otherwise than the parameter that it is for.
+    unnamed = len(given) == 1 and len(ungiven) == len(model.arguments.parameters)
+    return ungiven[1:] if unnamed else ungiven
 
 
 def _first_non_finite(
@@ -303,8 +310,13 @@ def _survey_graph(
         return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
     if own := _own_modes(model.module):
         return MeasuredGraph(
-            reason=f"symbolic tracing calls train() and eval(), of which {own} has its own, which "
+            reason=f"symbolic tracing calls train() and eval(), but {own} overrides them, which "
             "may change the model"
+        )
+    if model.signature.whole_key != model.signature.key:
+        return MeasuredGraph(
+            reason="the model has optional inputs, and symbolic tracing can't distinguish one that "
+            "is left out from one that is given"
         )
     if reason := _beside_forward(model.module):
         return MeasuredGraph(reason=reason)
@@ -385,9 +397,9 @@ def _own_modes(module: nn.Module) -> str:
 def _beside_forward(module: nn.Module) -> str:
     """Return why a call of the model is more than its forward, which alone can be traced."""
     if type(module).__call__ is not nn.Module.__call__:
-        return "the model has its own __call__, and symbolic tracing sees its forward only"
+        return "the model has its own __call__, but symbolic tracing sees only its forward"
     if module._forward_pre_hooks or module._forward_hooks:
-        return "the model has hooks of its own, and symbolic tracing sees its forward only"
+        return "the model has hooks of its own, but symbolic tracing sees only its forward"
     return ""
 
 
@@ -465,7 +477,7 @@ def _verdict(kind: AnyKind, entry: LayerEntry, side: Capture, findings: Measurem
 
 
 def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
-    """Return why a value can't be captured that is not a tensor."""
+    """Return why a value that is not a tensor can't be captured."""
     if side is not Capture.OUTPUT:
         return f"the layer's {side} is not a single tensor"
     what = "layer" if path else "model"

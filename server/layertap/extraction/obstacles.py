@@ -17,7 +17,7 @@ DRAWS_NUMBERS = (
 )
 
 
-SOMETIMES = "the layer has that value only for some inputs"
+SOMETIMES = "the layer returns this value only for some inputs"
 
 
 UNREPEATED = (
@@ -50,5 +50,5 @@ def takes_step(operation: str) -> str:
     """Return why a layer after a discontinuous operation can't be compiled; see ``steps``."""
     return (
         f"its value depends on {operation} of computed numbers, which is discontinuous: a "
-        f"compiled program rounds differently, and near a tie that gives another result"
+        f"compiled program rounds differently, which can give a very different result"
     )

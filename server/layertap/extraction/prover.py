@@ -44,7 +44,7 @@ from layertap.extraction.samples import (
     wide_batch,
 )
 from layertap.extraction.symbolic import WholeGraphExtractor
-from layertap.extraction.variations import resized, unpadded, variations
+from layertap.extraction.variations import paddings, resized, variations
 from layertap.models import Batch, BatchKey
 
 __all__ = ["Prover"]
@@ -96,8 +96,8 @@ class Prover:
         except ModelRunError as error:
             # The model runs, but for some inputs a layer does not run or returns no tensor.
             raise ExtractorUnsupportedError(
-                f"what {quoted(pass_spec.points)} give can't be proven: {error}; "
-                f"{REFERENCE.name} serves them where they run"
+                f"the values of {quoted(pass_spec.points)} can't be proven: {error}; "
+                f"{REFERENCE.name} serves them for inputs for which they run"
             ) from error
         except Exception as error:
             words = own_words(error)
@@ -198,7 +198,7 @@ class Prover:
                 x = make(model, size, batch_key)
                 if x is not None:
                     yield x
-                    yield from filter(None, (unpadded(model, x),))
+                    yield from paddings(model, x)
         if own is not None:
             yield from variations(model, own, sizes)
         if len(sizes) > 1:

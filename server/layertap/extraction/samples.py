@@ -1,7 +1,7 @@
 """Batches for testing a model: ordinary ones, and unusual ones that expose hidden faults.
 
 Every batch is seeded, so the same call gives the same numbers. Batches are on the model's device
-and have the dtypes of its inputs.
+and have the dtypes of its inputs. If the model's factory makes example batches, these are used.
 
 Note [Samples that reach]
     A proof sees only the code that its inputs reach. Random numbers in [0, 1) never reach
@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from layertap.models import Batch, BatchKey, InputSpec, LoadedModel
+from layertap.errors import ModelLoadError
+from layertap.models import Batch, BatchKey, IdRange, InputSpec, ItemTensor, LoadedModel, Mask
+from layertap.models.loaded import Example
+from layertap.models.seeding import seeded
 
 __all__ = ["bytes_batch", "ordinary_batch", "reaching_batches", "unlike_batch", "wide_batch"]
 
@@ -93,12 +96,17 @@ def _batch(
     fill: Fill,
     ids: Callable[[InputSpec, Shape, torch.Generator], torch.Tensor],
 ) -> Batch:
+    key = key or model.signature.key
+    if model.example is not None and key in (model.signature.key, model.signature.whole_key):
+        return _made(model.example, model, size, key, seed)
     tensors = {}
-    items = (key or model.signature.key).items
-    for index, (spec, item) in enumerate(zip(model.signature.inputs, items, strict=True)):
+    for index, item in enumerate(key.items):
+        spec = model.signature.spec(item.name)
         generator = torch.Generator().manual_seed(seed + 100 * index)
         shape = (size, *item.shape)
-        if spec.dtype.is_floating_point:
+        if isinstance(spec.values, Mask):
+            values = _mask(shape, spec.values.padding, varied=ids is _unlike_ids)
+        elif spec.dtype.is_floating_point:
             values = fill(shape, generator)
         else:
             values = ids(spec, shape, generator)
@@ -106,12 +114,54 @@ def _batch(
     return Batch(tensors)
 
 
+def _made(example: Example, model: LoadedModel, size: int, key: BatchKey, seed: int) -> Batch:
+    """Return a batch that the model's own function makes, whose numbers only it knows to be valid.
+
+    Raises:
+        ModelLoadError: It returns other tensors than the inputs say.
+    """
+    with seeded(seed):
+        made = example(size)
+    wrong = [item for item in key.items if not _is_item(made.get(item.name), item, size)]
+    if wrong:
+        raise ModelLoadError(
+            f"model {model.name!r}: its example gave no {wrong[0]} with a batch of {size}"
+        )
+    return Batch({item.name: made[item.name].to(model.device) for item in key.items})
+
+
+def _is_item(made: torch.Tensor | None, item: ItemTensor, size: int) -> bool:
+    return made is not None and tuple(made.shape) == (size, *item.shape)
+
+
+def _mask(shape: Shape, padding: int, *, varied: bool) -> torch.Tensor:
+    """Return a mask: of an even item all elements count; of an odd one those of one half.
+
+    Args:
+        shape: With the batch.
+        padding: What stands for padding, 0 or 1.
+        varied: Whether the halves take turns: the second one of the first odd item, as where text
+            is padded on its left, the first one of the next; else it is the first one.
+    """
+    mask = torch.full(shape, 1.0 - padding)
+    size, *item = shape
+    if not item:
+        return mask
+    for index in range(1, size, 2):
+        last = item[-1]
+        left = varied and index % 4 == 1
+        where = slice(0, last // 2) if left else slice(last - last // 2, last)
+        mask[index, ..., where] = padding
+    return mask
+
+
 def _uniform(shape: Shape, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def _uniform_ids(spec: InputSpec, shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, spec.ids.rows if spec.ids else 2, shape, generator=generator)
+    rows = spec.values.rows if isinstance(spec.values, IdRange) else 2
+    return torch.randint(0, rows, shape, generator=generator)
 
 
 def _unlike(shape: Shape, generator: torch.Generator) -> torch.Tensor:
@@ -132,8 +182,8 @@ def _not_finite(shape: Shape, generator: torch.Generator) -> torch.Tensor:
 
 def _unlike_ids(spec: InputSpec, shape: Shape, generator: torch.Generator) -> torch.Tensor:
     """Return ids over the whole range: low ids, then an item of high ids, then one with padding."""
-    known = spec.ids
-    if known is None:
+    known = spec.values
+    if not isinstance(known, IdRange):
         return _uniform_ids(spec, shape, torch.Generator().manual_seed(0))
     values = torch.randint(0, known.rows, shape, generator=generator)
     for index, item in enumerate(values):

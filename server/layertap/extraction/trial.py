@@ -15,9 +15,11 @@ Note [Differentiation inside forward]
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -25,14 +27,21 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layertap.errors import ModelLoadError
-from layertap.extraction.id_range import with_id_range
+from layertap.extraction.free_dimensions import free_dimensions
+from layertap.extraction.id_range import with_id_ranges
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.script_taps import instrument, programs
-from layertap.models import BatchKey, InputGuess, LoadedModel
+from layertap.models import BatchKey, InputGuess, InputSpec, LoadedModel, Signature
+from layertap.models.companions import needs_declaring
 
 __all__ = ["tried"]
+
+_log = logging.getLogger(__name__)
+
+MAX_TRIED = 200
+"""Combinations of types and shapes that are tried for a model of several inputs."""
 
 _LOOK_UP = {
     nn.functional.embedding,
@@ -54,21 +63,27 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
 
     Raises:
         ConfigError: Preprocessed images don't fit the input that was found.
-        ModelLoadError: The model runs with none of the dtypes that were tried.
+        ModelLoadError: The model runs on no element types and shapes that were tried.
     """
-    guess = model.signature.main.guess
-    if guess is None and model.signature.main.dtype.is_floating_point:
+    inputs = model.signature.inputs
+    guessed = any(each.guess for each in inputs)
+    optional = any(each.optional for each in inputs)
+    if not guessed and not optional and all(each.dtype.is_floating_point for each in inputs):
         return model
     for program in programs(model.module).values():
         # The first run decides permanently how a program's calls are compiled.
         instrument(program)
     guard = guard or PassGuard(model.module)
-    if guess:
-        model = _that_runs(model, guess, guard)
-    free = _free_dims(model, guard) if guess and guess.free else model.signature.main.free
-    model = _with_id_range(model, guard)
+    if guessed:
+        model = _that_runs(model, guard)
+    if optional:
+        model = _with_optional(model, guard)
+    free = free_dimensions(model, partial(_runs, model, guard))
+    with torch.inference_mode():
+        model = with_id_ranges(replace(model, signature=free), guard)
     guard.snapshot.deep_restore()
-    return model.with_input(replace(model.signature.main, free=free, guess=None))
+    found = (replace(each, guess=None) for each in model.signature.inputs)
+    return model.with_signature(Signature(tuple(found)))
 
 
 @dataclass
@@ -78,7 +93,7 @@ class _Run:
     Attributes:
         error: The model's exception; None if it ran to its end.
         ids: Whether the whole input was looked up in a table of embeddings.
-        differentiates: Whether gradients were turned on.
+        differentiates: Whether the model turned gradients on.
     """
 
     error: Exception | None = None
@@ -86,51 +101,101 @@ class _Run:
     differentiates: bool = False
 
 
-def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> LoadedModel:
-    """Return the model with a dtype, and inference mode or ``no_grad``, with which it runs.
+def _that_runs(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+    """Return the model with types and shapes of its required inputs, and a mode, in which it runs.
 
-    Floating-point types come first. If one works, but the model rounds the whole input to look it
-    up in a table, the input is token ids after all.
+    Of the types of the first input floating-point ones come first. Where one runs, and the model
+    rounds all of it to look it up in a table, the input is token ids nevertheless.
+    """
+    signature = model.signature
+    main = signature.main
+    first = [replace(main, dtype=dtype) for dtype in _types(main)]
+    others = [_forms(each) for each in signature.required[1:]]
+    failed: dict[torch.dtype, Exception] = {}
+    for form, *rest in islice(product(first, *others), MAX_TRIED):
+        candidate, run = _in_its_mode(_taking(model, form, *rest), guard)
+        if run.error is not None:
+            failed.setdefault(form.dtype, run.error)
+            continue
+        if run.ids and _is_float(form.dtype) and torch.int64 in _types(main):
+            ids = _taking(model, replace(form, dtype=torch.int64, also=()), *rest)
+            ids, second = _in_its_mode(ids, guard)
+            return candidate if second.error else ids
+        return candidate
+    causes = "; ".join(f"{_name(dtype)}: {own_words(error)}" for dtype, error in failed.items())
+    if len(signature.required) > 1:
+        names = [each.name for each in signature.required]
+        raise needs_declaring(model.name, names, causes) from failed[main.dtype]
+    raise ModelLoadError(
+        f"model {model.name!r} fails on random input of item shape {list(main.shape)}: {causes}"
+    ) from failed[main.dtype]
+
+
+def _with_optional(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+    """Return the model with those of its uncertain inputs that it runs with, alone and together."""
+    found = [each for each in model.signature.inputs if not each.optional]
+    for each in model.signature.inputs:
+        if not each.optional:
+            continue
+        forms = _forms(each) if each.guess else [each]
+        candidates = (replace(model, signature=Signature((*found, form))) for form in forms)
+        runs = (one for one in candidates if _runs_whole(one, guard))
+        if (taken := next(runs, None)) is not None:
+            found = list(taken.signature.inputs)
+        elif each.guess is None or not each.guess.uncertain:
+            raise ModelLoadError(
+                f"model {model.name!r} fails on random tensors with its optional input "
+                f"{each.name!r} {each.pattern} {each.dtype_name}; see the log for its own message"
+            )
+    return replace(model, signature=Signature(tuple(found)))
+
+
+def _runs_whole(model: LoadedModel, guard: PassGuard) -> bool:
+    """Return whether a model runs with all of its inputs, alone and in a batch of three."""
+    for size in (1, 3):
+        run = _run(model, model.signature.whole_key, guard, size)
+        if run.error is not None:
+            last = model.signature.inputs[-1]
+            _log.info(
+                "model %s fails with input %s: %s", model.name, last.name, own_words(run.error)
+            )
+            return False
+    return True
+
+
+def _types(main: InputSpec) -> list[torch.dtype]:
+    """Return the element types to try for the first input.
 
     A half-precision type is only taken from the weights of one layer, and the model may convert its
     input to that type itself. Then it accepts float32 too, so float32 is tried first.
     """
-    own = model.signature.main.dtype
-    halves = (
-        _is_float(own) and own.itemsize < torch.float32.itemsize and not model.signature.main.also
-    )
-    types = sorted(
+    own, guess = main.dtype, main.guess or InputGuess()
+    halves = _is_float(own) and own.itemsize < torch.float32.itemsize and not main.also
+    return sorted(
         dict.fromkeys((own, *guess.dtypes)),
         key=lambda dtype: (not _is_float(dtype), halves and dtype is not torch.float32),
     )
-    failed: dict[torch.dtype, Exception] = {}
-    for dtype in types:
-        candidate, run = _in_its_mode(_of_type(model, dtype), guard)
-        if run.error is not None:
-            failed[dtype] = run.error
-            continue
-        if run.ids and _is_float(dtype) and torch.int64 in types:
-            ids, second = _in_its_mode(_of_type(model, torch.int64), guard)
-            return candidate if second.error else ids
-        return candidate
-    causes = "; ".join(f"{_name(dtype)}: {own_words(error)}" for dtype, error in failed.items())
-    raise ModelLoadError(
-        f"model {model.name!r} fails on random input of item shape "
-        f"{list(model.signature.main.shape)}: {causes}"
-    ) from failed[own]
 
 
-def _with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
-    with torch.inference_mode():
-        return with_id_range(model, guard)
+def _forms(spec: InputSpec) -> list[InputSpec]:
+    """Return the types and shapes to try for an input beside the first one."""
+    guess = spec.guess or InputGuess()
+    return [
+        replace(spec, shape=shape, dtype=dtype, free=(), symbols=())
+        if guess.shapes or guess.dtypes
+        else spec
+        for shape in (spec.shape, *guess.shapes)
+        for dtype in (spec.dtype, *guess.dtypes)
+    ]
 
 
-def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    main = model.signature.main
-    if dtype is main.dtype:
-        return model
-    found = replace(main, dtype=dtype, also=())
-    return replace(model, signature=model.signature.with_main(found))
+def _taking(model: LoadedModel, *specs: InputSpec) -> LoadedModel:
+    """Return a model with other inputs in place of those of the same names."""
+    signature = model.signature
+    for spec in specs:
+        own = signature.spec(spec.name).dtype
+        signature = signature.with_input(spec if spec.dtype is own else replace(spec, also=()))
+    return replace(model, signature=signature)
 
 
 def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
@@ -143,8 +208,12 @@ def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Ru
     return (model, run) if second.error else (plain, second)
 
 
-def _run(model: LoadedModel, key: BatchKey, guard: PassGuard) -> _Run:
-    x = ordinary_batch(model, 1, key)
+def _runs(model: LoadedModel, guard: PassGuard, key: BatchKey) -> bool:
+    return _run(model, key, guard).error is None
+
+
+def _run(model: LoadedModel, key: BatchKey, guard: PassGuard, size: int = 1) -> _Run:
+    x = ordinary_batch(model, size, key)
     watcher = _Watcher(x[model.signature.main.name].numel())
     try:
         with torch.inference_mode(), guard, watcher:
@@ -174,42 +243,6 @@ class _Watcher(TorchFunctionMode):
             self.run.ids |= isinstance(given, torch.Tensor) and given.numel() == self._elements
         self.run.differentiates |= torch.is_grad_enabled()
         return func(*args, **(kwargs or {}))
-
-
-def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
-    """Return the item's dimensions that may have another size, as the model runs then too.
-
-    Dimensions of equal size that can't change alone are tried together, such as the height and
-    width of a model that takes square images only.
-    """
-    shape = model.signature.main.shape
-    alone = [index for index in range(len(shape)) if _runs_at_other_sizes(model, (index,), guard)]
-    alike: dict[int, list[int]] = defaultdict(list)
-    for index, size in enumerate(shape):
-        if index not in alone:
-            alike[size].append(index)
-    tied = [group for group in alike.values() if len(group) > 1]
-    together = [
-        i for group in tied if _runs_at_other_sizes(model, tuple(group), guard) for i in group
-    ]
-    return tuple(sorted(alone + together))
-
-
-def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...], guard: PassGuard) -> bool:
-    """Return whether a model runs with these dimensions at half or twice their size."""
-    key, own = model.signature.key, model.signature.main.shape
-    size = own[dims[0]]
-    # Not at size 1, which may work only because the tensor is broadcast.
-    others = [other for other in (size // 2, 2 * size) if other > 1]
-    return any(
-        _run(
-            model,
-            key.with_main([other if axis in dims else size for axis, size in enumerate(own)]),
-            guard,
-        ).error
-        is None
-        for other in others
-    )
 
 
 def _is_float(dtype: torch.dtype) -> bool:

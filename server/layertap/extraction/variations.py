@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from layertap.models import Batch, LoadedModel
+from layertap.models import Batch, IdRange, LoadedModel, Mask
 
-__all__ = ["resized", "unpadded", "variations"]
+__all__ = ["paddings", "resized", "variations"]
 
 
 def resized(x: Batch, size: int) -> Batch:
@@ -22,20 +22,34 @@ def resized(x: Batch, size: int) -> Batch:
     return x.map(lambda tensor: tensor[chosen.to(tensor.device)].clone())
 
 
-def unpadded(model: LoadedModel, x: Batch) -> Batch | None:
-    """Return a batch with the padding among its token ids replaced by other ids.
+def paddings(model: LoadedModel, x: Batch) -> Iterator[Batch]:
+    """Yield a batch without any padding, with each item's second half padded, and its first half.
 
-    None if there is nothing to replace. Masks are full where ids have no padding.
+    Masks, and token ids, for which padding ids become others. Nothing for a model without either.
     """
-    changed = dict(x.tensors)
-    for spec in model.signature.inputs:
-        if spec.ids is not None and spec.name in changed and spec.ids.rows > 1:
-            ids = changed[spec.name]
-            other = (spec.ids.padding + 1) % spec.ids.rows
-            changed[spec.name] = torch.where(ids == spec.ids.padding, other, ids)
-    full = Batch(changed)
-    same = all(torch.equal(full[name], x[name]) for name in x)
-    return None if same else full
+    values = {spec.name: spec.values for spec in model.signature.inputs if spec.name in x}
+    if not any(values.values()):
+        return
+    for place in ("nowhere", "right", "left"):
+        tensors = dict(x.tensors)
+        for name, known in values.items():
+            if known is not None and tensors[name].ndim > 1:
+                tensors[name] = _padded(tensors[name], known, place)
+        yield Batch(tensors)
+
+
+def _padded(tensor: torch.Tensor, known: IdRange | Mask, place: str) -> torch.Tensor:
+    full = tensor.clone()
+    if isinstance(known, Mask):
+        full.fill_(1 - known.padding)
+    elif known.rows > 1:
+        full[full == known.padding] = (known.padding + 1) % known.rows
+    half = full.shape[-1] // 2
+    if place == "right":
+        full[..., full.shape[-1] - half :] = known.padding
+    elif place == "left":
+        full[..., :half] = known.padding
+    return full
 
 
 def variations(model: LoadedModel, x: Batch, sizes: tuple[int, ...] = (1, 2, 3)) -> Iterator[Batch]:
@@ -67,12 +81,14 @@ def _changed(model: LoadedModel, x: Batch, seed: int) -> Batch:
             continue
         tensor = tensors[spec.name]
         generator = torch.Generator().manual_seed(900 + seed + 100 * index)
+        if isinstance(spec.values, Mask):
+            continue
         if tensor.is_floating_point():
             tensors[spec.name] = _floats(tensor, seed, generator)
-        elif spec.ids is not None:
-            ids = torch.randint(0, spec.ids.rows, tensor.shape, generator=generator)
+        elif isinstance(spec.values, IdRange):
+            ids = torch.randint(0, spec.values.rows, tensor.shape, generator=generator)
             ids = ids.to(tensor.device, tensor.dtype)
-            keep = (tensor == spec.ids.padding) | (ids == spec.ids.padding)
+            keep = (tensor == spec.values.padding) | (ids == spec.values.padding)
             tensors[spec.name] = torch.where(keep, tensor, ids)
     return Batch(tensors)
 

@@ -13,10 +13,10 @@ from layertap.engine import (
     Call,
     Engine,
     ExtractionRequest,
-    ImagesInput,
+    ImageFiles,
+    Inputs,
     ModelHost,
     TensorForm,
-    TensorsInput,
     describe,
 )
 from layertap.errors import UnavailableError
@@ -30,7 +30,7 @@ from layertap.wire.tensors import TensorView
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
-__all__ = ["LocalModel", "input_of"]
+__all__ = ["LocalModel", "inputs_of"]
 
 
 class LocalModel:
@@ -116,7 +116,7 @@ class LocalModel:
             if selection.dtype:
                 by_name(selection.dtype)
         chosen = as_extractor(extractor)
-        given = input_of(batch)
+        given = inputs_of(batch)
         host = self.host
         extraction = self._engine.extract(
             ExtractionRequest(self.name, given, selections, chosen, form=TensorForm), call, host
@@ -164,12 +164,13 @@ class LocalModel:
         return self._engine.host(self.name)
 
 
-def input_of(batch: InputLike) -> TensorsInput | ImagesInput:
-    """Convert a caller's input to the engine's; see ``encode_input`` for errors."""
-    images, arrays = encode_input(batch)
-    if images:
-        return ImagesInput(images)
-    return TensorsInput(tuple(_view(name, array) for name, array in arrays))
+def inputs_of(batch: InputLike) -> Inputs:
+    """Return what the engine takes for what a caller gave; errors as ``encode_input``."""
+    given = encode_input(batch)
+    return Inputs(
+        tuple(_view(name, array) for name, array in given.arrays),
+        tuple(ImageFiles(files, name) for name, files in given.images),
+    )
 
 
 def _view(name: str, array: np.ndarray) -> TensorView:

@@ -44,9 +44,14 @@ class BatchKey:
         """The entry of the model's first input; see ``Signature.main``."""
         return self.items[0]
 
-    def with_main(self, shape: Sequence[int]) -> BatchKey:
-        """Return the key with another item shape for the first input."""
-        return BatchKey((self.main._replace(shape=tuple(shape)), *self.items[1:]))
+    def with_shape(self, name: str, shape: Sequence[int]) -> BatchKey:
+        """Return the key with another shape of the items of one input."""
+        return BatchKey(
+            tuple(
+                item._replace(shape=tuple(shape)) if item.name == name else item
+                for item in self.items
+            )
+        )
 
     def __str__(self) -> str:
         """Return the tensors of an item as comma-separated text."""

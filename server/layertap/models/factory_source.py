@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -13,7 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from layertap.errors import ConfigError, LayertapError, ModelLoadError, WeightsUnavailableError
-from layertap.models.guessed_input import guess_input
+from layertap.models.factory_attributes import attribute, own_adapter, own_example, own_inputs
+from layertap.models.guessed_input import guess_input, taken_by
 from layertap.models.image_config import config_of_module
 from layertap.models.loaded import Built
 from layertap.models.preprocess import Preprocess, choose_preprocess
@@ -67,22 +67,30 @@ def _described(
     config = None if given is not None else config_of_module(module)
     described = own or config
     shape = None if described is None else described.shape
-    takes = guess_input(
-        module, replace(spec, item_shape=_declared_or_described(spec, module, shape))
-    )
+    inputs = taken_by(module, spec) if spec.inputs else own_inputs(factory, spec.target)
+    declared = bool(inputs)
+    if not inputs:
+        shaped = replace(spec, item_shape=_declared_or_described(spec, module, shape))
+        inputs = (guess_input(module, shaped),)
+    # Images have three dimensions; without any such input the first one is told to be no image.
+    images = [each for each in inputs if len(each.shape) == 3] or list(inputs[:1])
     if isinstance(given, Mapping):
-        own = choose_preprocess(None, _settings(given, spec.target), takes, spec.name)
+        own = choose_preprocess(None, _settings(given, spec.target), images[0], spec.name)
     if own is not None:
         own = replace(own, origin=f"the preprocess of {spec.target}")
     elif config is not None:
-        own = config.preprocess(takes.shape)
+        own = config.preprocess(images[0].shape)
     return Built(
         module=module,
         source=spec.target,
         weights=weights,
-        input=takes,
+        inputs=inputs,
         preprocess=own,
+        image_inputs=tuple(each.name for each in images) if declared else (),
+        example=own_example(factory, spec.target),
+        adapter=own_adapter(factory, spec.target),
         preprocess_is_code=given is not None,
+        more=not declared,
     )
 
 
@@ -104,15 +112,8 @@ def _declared_or_described(
 
 
 def _own_preprocess(factory: Any, target: str) -> Any:
-    """Return the factory's attribute ``preprocess``, or None if it has none.
-
-    If the factory is a class, a method of that name doesn't count, as it needs an instance.
-    """
-    found = getattr(factory, "preprocess", None)
-    if inspect.isclass(factory) and inspect.isfunction(
-        inspect.getattr_static(factory, "preprocess", None)
-    ):
-        return None
+    """Return the factory's attribute ``preprocess``, None if it has none."""
+    found = attribute(factory, "preprocess")
     if found is not None and not callable(found) and not isinstance(found, Mapping):
         raise ModelLoadError(
             f"factory {target}: its preprocess is a {type(found).__name__}, expected a function "
@@ -147,7 +148,8 @@ def _find(target: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ModelLoadError(
-            f"factory {target}: {error}; is its folder on PYTHONPATH, and all it needs installed?"
+            f"factory {target}: {error}; is its folder on PYTHONPATH, and is everything that it "
+            f"imports installed?"
         ) from error
     # Importing runs the user's own code, which may raise anything.
     except Exception as error:

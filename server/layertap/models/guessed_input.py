@@ -1,4 +1,4 @@
-"""Guesses the input of a module that does not describe it."""
+"""The inputs of a module that has no description of them: what is declared, else a guess."""
 
 from __future__ import annotations
 
@@ -8,15 +8,36 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
-from layertap.models.signature import InputGuess, InputSpec
-from layertap.settings import ModelSpec
+from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask
+from layertap.settings import DeclaredInput, ModelSpec
 
-__all__ = ["guess_input"]
+__all__ = ["declared_input", "guess_input", "taken_by"]
 
 _IMAGE = (224, 224)
 
 _TRIED = (torch.int64, torch.float32, torch.float64, torch.uint8, torch.bool)
 """The dtypes to try if the model fails with its own floating-point dtype."""
+
+
+def taken_by(module: nn.Module, spec: ModelSpec) -> tuple[InputSpec, ...]:
+    """Return the inputs that a spec declares, or a guess at the first one; see ``guess_input``."""
+    if spec.inputs:
+        return tuple(map(declared_input, spec.inputs))
+    return (guess_input(module, spec),)
+
+
+def declared_input(declared: DeclaredInput) -> InputSpec:
+    """Return an input as it was declared."""
+    values: IdRange | Mask | None = IdRange(declared.ids) if declared.ids else None
+    return InputSpec(
+        declared.shape,
+        tuple(index for index, _ in declared.symbols),
+        getattr(torch, declared.dtype),
+        values=Mask() if declared.mask else values,
+        name=declared.name,
+        optional=declared.optional,
+        symbols=tuple(symbol for _, symbol in declared.symbols),
+    )
 
 
 def guess_input(module: nn.Module, spec: ModelSpec) -> InputSpec:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
+from layertap.models.arguments import Arguments, Kind, parameters_of
 from layertap.models.checkpoint_files import config_folder
+from layertap.models.companions import companions
 from layertap.models.factory_source import build_factory
 from layertap.models.image_config import ImageConfig, config_of_folder
 from layertap.models.loaded import Built, LoadedModel
@@ -45,8 +45,9 @@ def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedMod
 
     Raises:
         ConfigError: The spec's image settings don't fit the model.
-        ModelLoadError: It can't be built, needs several inputs, or can't be moved to the device.
-        WeightsUnavailableError: Its weights can't be found or read. There are no substitutes.
+        ModelLoadError: it can't be built, needs an argument that is no tensor, or can't be put on
+            the device.
+        WeightsUnavailableError: its weights can't be had; other weights never take their place.
     """
     # Tensors made in inference mode can never take part in differentiation, and some models
     # differentiate inside their forward.
@@ -60,7 +61,8 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         spec = replace(spec, item_shape=config.shape)
     built = _with_images(_BUILD[spec.kind](spec), spec, config)
     module = built.module
-    takes = replace(_takes(built.input, spec), name=_input_name(spec, module))
+    arguments = Arguments(tuple(parameters_of(module)), built.adapter)
+    signature = _signature(built, spec, arguments)
     _into_evaluation_mode(module, spec.name)
     # Not module.requires_grad_(), which TorchScript modules don't support.
     for parameter in module.parameters():
@@ -78,9 +80,12 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         weights=built.weights,
         module=module,
         device=place,
-        signature=Signature((takes,)),
+        signature=signature,
         preprocess=built.preprocess,
+        image_inputs=built.image_inputs or _image_inputs(built, signature),
         takes_list=built.takes_list,
+        arguments=arguments,
+        example=built.example,
     )
 
 
@@ -123,31 +128,32 @@ def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
     return replace(takes, dtype=own, also=also)
 
 
-def _input_name(spec: ModelSpec, module: nn.Module) -> str:
-    """Return the name of the argument that a module's ``forward`` needs, or of its first one.
+def _signature(built: Built, spec: ModelSpec, arguments: Arguments) -> Signature:
+    """Return what a module takes, with names from its ``forward`` where the source has none.
 
     Raises:
-        ModelLoadError: If it needs several arguments.
+        ModelLoadError: ``forward`` needs an argument that is no tensor.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        method: Any = module.forward
-        arguments = method.schema.arguments[1:]
-        names = [a.name for a in arguments if not a.kwarg_only]
-        needed = [a.name for a in arguments if not a.has_default_value() and not a.kwarg_only]
-    else:
-        taken = [
-            parameter
-            for parameter in inspect.signature(module.forward).parameters.values()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
-        names = [parameter.name for parameter in taken]
-        needed = [parameter.name for parameter in taken if parameter.default is parameter.empty]
-    if len(needed) > 1:
-        raise ModelLoadError(
-            f"model {spec.name!r} needs {len(needed)} inputs ({', '.join(needed)}), expected one "
-            f"tensor; wrap it in a module whose forward takes one"
-        )
-    return names[0] if names else DEFAULT_NAME
+    first, *others = built.inputs
+    named = [p for p in arguments.parameters if p.kind is not Kind.REST]
+    if first.name == DEFAULT_NAME and named and not built.adapter:
+        first = replace(first, name=named[0].name)
+    if built.more:
+        rest = [parameter for parameter in named if parameter.name != first.name]
+        others += companions(spec.name, rest, first)
+    return Signature(tuple(_takes(each, spec) for each in (first, *others)))
+
+
+def _image_inputs(built: Built, signature: Signature) -> tuple[str, ...]:
+    """Return the inputs that may be images: where the source says nothing, those like the first."""
+    if built.preprocess is None:
+        return ()
+    rank = len(signature.main.shape)
+    return tuple(
+        spec.name
+        for spec in signature.inputs
+        if len(spec.shape) == rank and spec.dtype == signature.main.dtype
+    )
 
 
 def _beside_weights(weights: str) -> ImageConfig | None:
@@ -162,7 +168,8 @@ def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> B
     In order of priority, the preprocessing comes from the spec, the model's own code, the
     configuration next to the weights, and the source's knowledge of the model.
     """
-    takes, known = built.input, built.preprocess
+    index = _image_index(built)
+    takes, known = built.inputs[index], built.preprocess
     if config is not None and not built.preprocess_is_code:
         known = config.preprocess(takes.shape) or known
     crop = spec.images.crop
@@ -170,5 +177,13 @@ def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> B
         # Layers are measured at the size that preprocessed images have.
         takes = replace(takes, shape=(takes.shape[0], crop[0], crop[-1]))
     return replace(
-        built, input=takes, preprocess=choose_preprocess(known, spec.images, takes, spec.name)
+        built,
+        inputs=(*built.inputs[:index], takes, *built.inputs[index + 1 :]),
+        preprocess=choose_preprocess(known, spec.images, takes, spec.name),
     )
+
+
+def _image_index(built: Built) -> int:
+    """Return which input images become: the first that the source names, else the first of all."""
+    names = [each.name for each in built.inputs]
+    return names.index(built.image_inputs[0]) if built.image_inputs else 0

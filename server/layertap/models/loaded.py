@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from layertap.models.arguments import Adapter, Arguments
 from layertap.models.batch import Batch
 from layertap.models.preprocess import Preprocess, fitted
 from layertap.models.signature import InputSpec, Signature
 
-__all__ = ["Built", "LoadedModel"]
+__all__ = ["Built", "Example", "LoadedModel"]
+
+Example = Callable[[int], Mapping[str, torch.Tensor]]
+"""Makes the inputs of a batch of so many items, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +28,25 @@ class Built:
     The fields are those of `LoadedModel`, and:
 
     Attributes:
-        preprocess_is_code: Whether the preprocessing is defined in the model's own code, which has
-            priority over a configuration next to its weights.
+        inputs: What the module takes, the first one required. One that is called `DEFAULT_NAME`
+            gets the name of the first parameter of the module's ``forward``.
+        adapter: Makes the arguments of ``forward``; None to pass the inputs as they are.
+        preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
+            over a configuration alongside its weights.
+        more: Whether ``forward`` may take more inputs than those, which are to be found by trying.
     """
 
     module: nn.Module
     source: str
     weights: str
-    input: InputSpec
+    inputs: tuple[InputSpec, ...]
     preprocess: Preprocess | None = None
+    image_inputs: tuple[str, ...] = ()
     takes_list: bool = False
+    example: Example | None = None
+    adapter: Adapter | None = None
     preprocess_is_code: bool = False
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +61,15 @@ class LoadedModel:
             ``"random (seed 0)"`` or a file's base name. Clients see it.
         module: The module on ``device``, in evaluation mode and without gradients.
         device: Where the module is and its input must be.
-        signature: The tensors that it takes.
-        preprocess: Converts an image to an item of the first input; None if the model takes no
-            images.
+        signature: The tensors it takes.
+        preprocess: Makes an item of an input of an image; None if the model takes no images.
+        image_inputs: The inputs that images may be sent for.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
-        differentiates: Whether the module differentiates inside its forward. Inference mode
-            forbids that, so its passes run under ``torch.no_grad`` instead.
+        differentiates: Whether the module differentiates inside its forward, which inference mode
+            forbids: its passes run under ``torch.no_grad`` instead.
+        arguments: Makes the arguments of the module's ``forward`` of a batch.
+        example: Makes example batches; None where random ones of the inputs' types will do.
     """
 
     name: str
@@ -64,8 +79,11 @@ class LoadedModel:
     device: torch.device
     signature: Signature
     preprocess: Preprocess | None = None
+    image_inputs: tuple[str, ...] = ()
     takes_list: bool = False
     differentiates: bool = False
+    arguments: Arguments = field(default_factory=Arguments)
+    example: Example | None = None
 
     def forward(self, batch: Batch) -> Any:
         """Call the module on a batch that is on ``device``, and return its result.
@@ -78,26 +96,30 @@ class LoadedModel:
 
     def _call(self, batch: Batch) -> Any:
         if not self.differentiates:
-            return self.module(*self.arguments(batch))
+            return self.call(self.module, batch)
         with torch.inference_mode(False), torch.no_grad():
             # A tensor that was made in inference mode can't require a gradient; its copy can.
             plain = batch.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
-            return self.module(*self.arguments(plain))
+            return self.call(self.module, plain)
 
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        """Return the arguments of the module's ``forward`` for a batch."""
+    def call(self, function: Callable[..., Any], batch: Batch) -> Any:
+        """Call a function that takes the arguments of the module's ``forward``."""
         if self.takes_list:
-            return (list(batch.only.unbind(0)),)
-        return tuple(batch[spec.name] for spec in self.signature.inputs)
+            return function(list(batch.only.unbind(0)))
+        args, kwargs = self.arguments.of(batch)
+        return function(*args, **kwargs)
 
-    def with_input(self, found: InputSpec) -> LoadedModel:
-        """Return the model with the first input that was found by running it.
+    def with_signature(self, found: Signature) -> LoadedModel:
+        """Return the model with the inputs that running it showed.
 
         Raises:
-            ConfigError: Preprocessed images don't fit that input.
+            ConfigError: Preprocessed images don't fit their inputs.
         """
-        preprocess = self.preprocess and fitted(self.preprocess, found, self.name)
-        return replace(self, signature=self.signature.with_main(found), preprocess=preprocess)
+        preprocess = self.preprocess
+        images = tuple(spec.name for spec in found.inputs if spec.name in self.image_inputs)
+        for name in images:
+            preprocess = preprocess and fitted(preprocess, found.spec(name), self.name)
+        return replace(self, signature=found, preprocess=preprocess, image_inputs=images)
 
     def assumptions(self) -> str:
         """Return a warning about assumed image preprocessing; empty if nothing was assumed."""

@@ -65,7 +65,7 @@ def build_timm(spec: ModelSpec) -> Built:
         module=module,
         source=f"timm:{name}",
         weights=weights,
-        input=InputSpec(shape, free=() if fixed else (1, 2)),
+        inputs=(InputSpec(shape, free=() if fixed else (1, 2)),),
         preprocess=config_of_timm(config, "timm's configuration").preprocess(shape),
     )
 

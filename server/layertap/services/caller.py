@@ -1,9 +1,9 @@
-"""Who sent a request: all that the layers below the transports know of the other end.
+"""The sender of a request, as the layers below the transports see it.
 
-Each transport's adapter makes a ``Caller`` for each of its calls, gRPC's in
-``layertap.services.grpc_caller``. The caller of the call that a thread works for is also in a
-context variable, which the engine carries over to its compute threads, so that log records there
-name the request, although the code that logs knows nothing about requests.
+The adapter of each transport makes a ``Caller`` for each call; gRPC's adapter does so in
+``layertap.services.grpc_caller``. A context variable holds the caller that a thread works for. The
+engine copies it to its compute threads, so that log records there name the request, although the
+code that logs knows nothing about requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from layertap.call import Call
 __all__ = ["REQUEST_ID_KEY", "Caller", "current_caller", "request_id_from", "set_current_caller"]
 
 REQUEST_ID_KEY = "x-request-id"
-"""The header in which a caller may name its request, and in which the name is sent back."""
+"""The header in which a caller may name its request, and in which the server returns that name."""
 
 # Any caller may write the id, and it goes into logs, traces and error messages. So it may have no
 # spaces, quotes, or characters that a terminal or a web page interprets. UUIDs, ULIDs and the ids
@@ -50,16 +50,16 @@ def request_id_from(given: Iterable[object] = ()) -> str:
 class Caller:
     """The sender of one request. Safe to share between threads.
 
-    Each item of a stream has a caller of its own, because it has a deadline of its own.
+    Each item of a stream has its own caller, because it has its own deadline.
 
     Attributes:
         call: Whether the caller still waits for the reply, and for how long.
-        request_id: The request's name in logs, traces and error texts. Items have their stream's.
-        transport: What the request came by, such as ``"grpc"``; empty if it came by none.
+        request_id: The request's id in logs, traces and errors; an item has that of its stream.
+        transport: How the request arrived, such as ``"grpc"``; empty if without a transport.
         peer: The caller's address, as the transport writes it.
         local: Whether the caller runs on this machine. No other caller may share memory.
-        identity: Equal for callers that showed the same credentials, whose shared memory is
-            therefore the same. Never shown to anyone.
+        identity: Equal for callers with the same credentials, which therefore have the same shared
+            memory. Never shown to anyone.
         trace_context: The headers ``traceparent`` and ``tracestate``, if the caller sent them.
         in_stream: Whether the request is an item of a stream.
     """
@@ -74,10 +74,10 @@ class Caller:
     in_stream: bool = False
 
     def of_item(self, timeout: float | None = None) -> Caller:
-        """Return the caller of one item of this caller's stream, which is received now.
+        """Return the caller of an item of this caller's stream; call this when it is received.
 
         Args:
-            timeout: Seconds that the item may take, if that is less than its stream has left.
+            timeout: Seconds that the item may take, if its stream has more time left.
         """
         call = Call(self.call.remaining())
         if timeout is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from layertap.engine import ExtractionRequest, ImagesInput, Reservation, TensorsInput
+from layertap.engine import ExtractionRequest, ImageFiles, Inputs, Reservation
 from layertap.errors import InvalidInputError
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_form import SharedForm
@@ -104,17 +104,12 @@ def request_from_proto(
     Raises:
         InvalidInputError: For a missing input or an unknown enum value.
     """
-    if tensors and request.HasField("images"):
-        raise InvalidInputError("input: got inputs and images, expected one of them")
-    if tensors:
-        given: TensorsInput | ImagesInput = TensorsInput(tuple(tensors))
-    elif request.HasField("images"):
-        given = ImagesInput(request.images.images)
-    else:
+    images = tuple(ImageFiles(each.images, each.input) for each in request.images)
+    if not tensors and not images:
         raise InvalidInputError("input: got none, expected inputs or images")
     return ExtractionRequest(
         model=request.model,
-        input=given,
+        inputs=Inputs(tuple(tensors), images),
         selections=tuple(_selection(layer) for layer in request.layers),
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO

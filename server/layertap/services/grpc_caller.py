@@ -25,9 +25,9 @@ _TRACE_KEYS = ("traceparent", "tracestate")
 def caller_of(context: grpc.ServicerContext) -> Caller:
     """Return the caller of the RPC that this thread serves.
 
-    The first function to ask, an interceptor or the handler, makes it, and sends the id of the
-    request back in the trailing metadata. The others get the same object: gRPC runs each RPC in its
-    own ``contextvars.Context``, so this needs no closing.
+    The first call, from an interceptor or the handler, makes it, and puts the id of the request
+    into the trailing metadata. Further calls return the same object. This needs no closing: gRPC
+    runs each RPC in its own ``contextvars.Context``.
     """
     caller = current_caller()
     if caller is None:
@@ -56,9 +56,9 @@ def _new_caller(context: grpc.ServicerContext) -> Caller:
 
 
 def _identity(metadata: Sequence[tuple[str, object]], context: grpc.ServicerContext) -> Hashable:
-    """Return what stands for the caller's token and certificate, where it has them.
+    """Return a value that identifies the caller's token and certificate, if it has them.
 
-    All callers that have neither are the same. The token itself is not kept.
+    It is the same for all callers that have neither. The token itself is not kept.
     """
     tokens = [str(value) for key, value in metadata if key == "authorization"]
     secret = hashlib.sha256("\0".join(tokens).encode("utf-8", "surrogateescape")).digest()

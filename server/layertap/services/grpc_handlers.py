@@ -1,8 +1,8 @@
-"""Turns handlers, which know no transport, into those of gRPC.
+"""Converts handlers that are independent of the transport to handlers for gRPC.
 
-A handler takes bytes and the caller, and returns bytes: gRPC turns whatever a deserializer raises
-into UNKNOWN or INTERNAL, while a malformed request should be an INVALID_ARGUMENT, and the reply of
-an extraction is serialized already.
+A handler takes bytes and the caller, and returns bytes, so it parses the request itself: gRPC would
+turn an exception of a deserializer into UNKNOWN or INTERNAL, while a malformed request should give
+INVALID_ARGUMENT. The reply of an extraction is serialized already.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ StreamHandler = Callable[[Iterator[bytes], Caller], Iterator[bytes]]
 
 
 def unary(handler: Handler, *, to_owner: bool = False) -> grpc.RpcMethodHandler:
-    """Return gRPC's form of a handler; each of its exceptions becomes a status.
+    """Return a handler for gRPC that converts each exception to a status.
 
     Args:
         handler: Answers the calls.
@@ -52,10 +52,10 @@ def unary(handler: Handler, *, to_owner: bool = False) -> grpc.RpcMethodHandler:
 
 
 def refusing(handler: Callable[[Caller], NoReturn]) -> Callable[..., bytes]:
-    """Return a behaviour for gRPC that refuses a call of any kind, whatever it sends.
+    """Return a behaviour for gRPC that refuses a call of any kind.
 
-    Serve it as that of a stream (``grpc.stream_stream_rpc_method_handler``), because gRPC calls
-    that at once: it would read a unary call's message first, up to hundreds of MiB.
+    Use it as the behaviour of a stream (``grpc.stream_stream_rpc_method_handler``), because gRPC
+    calls that before it reads a message. The message of a unary call may have hundreds of MiB.
 
     Args:
         handler: Raises the reason.
@@ -64,7 +64,7 @@ def refusing(handler: Callable[[Caller], NoReturn]) -> Callable[..., bytes]:
 
 
 def stream(handler: StreamHandler) -> grpc.RpcMethodHandler:
-    """Return gRPC's form of a stream's handler; each of its exceptions becomes a status."""
+    """Return a stream's handler for gRPC that converts each exception to a status."""
 
     def handle(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         caller = caller_of(context)
@@ -78,7 +78,7 @@ def stream(handler: StreamHandler) -> grpc.RpcMethodHandler:
 
 
 def aborting(context: grpc.ServicerContext) -> Callable[[str], object]:
-    """Return what ends an RPC by RESOURCE_EXHAUSTED, for a handler that maps no errors itself."""
+    """Return a function that ends an RPC with RESOURCE_EXHAUSTED; for handlers without a guard."""
     return lambda text: context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
 
@@ -96,9 +96,9 @@ def _guarded(handler: Handler, *, to_owner: bool = False) -> Callable[..., bytes
 
 
 def _sent(answer: Answer, context: grpc.ServicerContext) -> bytes:
-    """Return the message of a reply, whose bytes count until gRPC is done with the RPC.
+    """Return the message of a reply, and release its bytes once the RPC has ended.
 
-    That is later than the end of the handler, where the client reads slowly.
+    If the client reads slowly, that is later than the end of the handler.
     """
     # If this is False, the RPC has already ended, and gRPC will not call the callback.
     if not context.add_callback(answer.release):
@@ -110,7 +110,7 @@ def _received(messages: Iterator[bytes]) -> Iterator[bytes]:
     try:
         yield from messages
     except grpc.RpcError:
-        raise errors.CancelledError("the caller went away") from None
+        raise errors.CancelledError("the client cancelled the call or disconnected") from None
 
 
 def _abort(context: grpc.ServicerContext, error: errors.LayertapError, caller: Caller) -> NoReturn:

@@ -6,8 +6,8 @@ Note [A retry storm]
     1,300 times per second. This took CPU time from the forward passes: they got 11 answers per
     second, while 8 callers got 40. Three measures protect the admitted calls:
 
-    - A call is refused before its message is read if as many as allowed are already being received,
-      waiting or running. The data that the client has sent stays unread.
+    - If the allowed number of calls is already being received, waiting or running, a call is
+      refused before its message is read. The data that the client has sent stays unread.
     - A few refusals per second are sent at once, so that an occasional refused caller can try
       another server. Further refusals are delayed. A caller can't retry while it waits for its
       refusal, so the server controls the rate of retries. A delayed call has no thread and does not

@@ -1,4 +1,4 @@
-"""What callers may read of an error; the rest is in the server's log."""
+"""Limits what callers may read about an error; the rest is in the server's log."""
 
 from __future__ import annotations
 

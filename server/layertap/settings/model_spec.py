@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 from layertap.errors import ConfigError
 from layertap.settings import value_kinds as kinds
+from layertap.settings.declared_input import INPUT_DTYPES, INPUTS, DeclaredInput
 from layertap.settings.definition import NO_FLAG, Setting
 from layertap.settings.image_settings import NOTHING_SET, ImageSettings
 
-__all__ = ["INPUT_DTYPES", "PRECISIONS", "ModelSpec", "SourceKind"]
+__all__ = ["PRECISIONS", "ModelSpec", "SourceKind"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
@@ -30,10 +31,6 @@ class SourceKind(StrEnum):
 
 
 PRECISIONS = ("float32", "float16", "bfloat16")
-INPUT_DTYPES = (
-    *("float32", "float64", "float16", "bfloat16"),
-    *("int64", "int32", "int16", "int8", "uint8", "bool"),
-)
 _ANY_TEXT = kinds.ValueKind(str, "a text", "NAME")
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
@@ -116,11 +113,20 @@ class ModelSpec:
             default="found by trying",
         ),
     ] = None
+    inputs: Annotated[
+        tuple[DeclaredInput, ...],
+        Setting(
+            "The inputs of a model that takes several, or whose only one can't be found by trying; "
+            "for factories and TorchScript files. docs/inputs.md has the form.",
+            INPUTS,
+            default="read from the model's forward and found by trying",
+        ),
+    ] = ()
     images: ImageSettings = NOTHING_SET
     weights_key: Annotated[
         str,
         Setting(
-            "Which state dict of a checkpoint is meant: the keys that lead to it, then the prefix "
+            "Which state dict of a checkpoint to load: the keys that lead to it, then the prefix "
             "of its tensors' names, joined by dots, such as teacher.backbone.",
             kinds.ValueKind(str, "a text", "KEY"),
             default="the one with the model's names",
@@ -189,11 +195,21 @@ class ModelSpec:
                 f"free dimensions of {self.name}: got {list(dims)}, expected ascending indices "
                 "into the item shape, such as 1,2 for the height and width of images"
             )
-        declared = bool(self.input_dtype) or dims is not None
-        if declared and self.kind not in (SourceKind.FACTORY, SourceKind.TORCHSCRIPT):
+        one = bool(self.input_dtype) or dims is not None
+        if (one or self.inputs) and self.kind not in (SourceKind.FACTORY, SourceKind.TORCHSCRIPT):
             raise ConfigError(
-                f"input of {self.name}: input_dtype and free_dims can be declared for factories "
-                f"and TorchScript files; the input of a {self.kind} model is known"
+                f"input of {self.name}: inputs, input_dtype and free_dims can be declared for "
+                f"factories and TorchScript files; the input of a {self.kind} model is known"
+            )
+        if self.inputs and (one or self.item_shape is not None):
+            raise ConfigError(
+                f"input of {self.name}: got inputs and also item_shape, input_dtype or free_dims, "
+                f"expected inputs alone, which says all of that"
+            )
+        if self.inputs and self.inputs[0].optional:
+            raise ConfigError(
+                f"inputs of {self.name}: got the first one, {self.inputs[0].name!r}, as optional; "
+                f"expected a required one first"
             )
 
     @property

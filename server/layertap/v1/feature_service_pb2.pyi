@@ -25,10 +25,12 @@ REDUCTION_CLASS_TOKEN: Reduction
 REDUCTION_TOKEN_GRID: Reduction
 
 class ImageBatch(_message.Message):
-    __slots__ = ("images",)
+    __slots__ = ("images", "input")
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
     images: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, images: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    input: str
+    def __init__(self, images: _Optional[_Iterable[bytes]] = ..., input: _Optional[str] = ...) -> None: ...
 
 class LayerSelection(_message.Message):
     __slots__ = ("layer", "capture", "alias", "reduction", "dtype")
@@ -54,11 +56,11 @@ class ExtractRequest(_message.Message):
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
-    images: ImageBatch
+    images: _containers.RepeatedCompositeFieldContainer[ImageBatch]
     layers: _containers.RepeatedCompositeFieldContainer[LayerSelection]
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
@@ -94,13 +96,13 @@ class ExtractStreamRequest(_message.Message):
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
-    images: ImageBatch
+    images: _containers.RepeatedCompositeFieldContainer[ImageBatch]
     layers: _containers.RepeatedCompositeFieldContainer[LayerSelection]
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
     id: int
     timeout_ns: int
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Union[ImageBatch, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamError(_message.Message):
     __slots__ = ("code", "kind", "message", "image")

@@ -1,7 +1,7 @@
 """Descriptions of models as JSON, without protobuf.
 
-The JSON is that of a ``DescribeModelResponse`` by the rules of protobuf's JSON format, which other
-tools write as well: fields with their default value are left out, and 64-bit integers are strings.
+The JSON is that of a ``DescribeModelResponse`` in protobuf's JSON format, which other tools write
+too: fields with their default value are left out, and 64-bit integers are strings.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def _input(given: InputDescription) -> _Object:
         preprocessing=given.preprocessing,
         image_preprocessing=_images(given.images),
         name=given.name,
+        optional=given.optional,
     )
 
 

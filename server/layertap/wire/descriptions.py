@@ -23,7 +23,7 @@ from layertap.wire.enums import from_proto, to_proto
 __all__ = ["description_from_proto", "description_to_proto", "model_to_proto"]
 
 UNKNOWN = "?"
-"""What a description calls an element type that the protocol does not carry."""
+"""The name in a description of an element type that the protocol does not have."""
 
 
 def description_to_proto(
@@ -67,7 +67,7 @@ def model_to_proto(description: ModelDescription) -> catalogue_pb2.Model:
 def description_from_proto(
     response: feature_service_pb2.DescribeModelResponse,
 ) -> ModelDescription:
-    """Return what a server says of a model."""
+    """Return the description of a model in a server's message."""
     model = response.model
     return ModelDescription(
         name=model.name,
@@ -91,6 +91,7 @@ def _input_to_proto(given: InputDescription) -> catalogue_pb2.InputSpec:
         images=given.images is not None,
         preprocessing=given.preprocessing,
         image_preprocessing=_images_to_proto(given.images),
+        optional=given.optional,
     )
 
 
@@ -101,6 +102,7 @@ def _input_from_proto(given: catalogue_pb2.InputSpec) -> InputDescription:
         shape=tuple(map(_dimension_from_proto, given.shape)),
         images=_images_from_proto(given.image_preprocessing) if given.images else None,
         preprocessing=given.preprocessing,
+        optional=given.optional,
     )
 
 
@@ -268,7 +270,7 @@ def _dtype(number: int) -> str:
 
 
 def _enum_word(number: int, enum: Any, prefix: str) -> str:
-    """Return an enum's member as descriptions write it; empty for one that is not known."""
+    """Return the name of an enum's member as in descriptions; empty for an unknown number."""
     if number not in enum.values() or number == 0:
         return ""
     return str(enum.Name(number)).removeprefix(f"{prefix}_").lower()

@@ -12,10 +12,10 @@ from layertap.errors import DecodeError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.wire import codec
 
-__all__ = ["decode_infer_request", "encode_infer_error"]
+__all__ = ["MAX_INPUTS", "decode_infer_request", "encode_infer_error"]
 
-MAX_RAW_INPUTS = 64
-"""No model takes more than one; a request with more than a few is a mistake or an attack."""
+MAX_INPUTS = 64
+"""Inputs of one request. No model takes as many; more are somebody's mistake or worse."""
 
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _MOST_FIELDS = 1 << 16
@@ -39,13 +39,13 @@ def decode_infer_request(message: bytes) -> tuple[pb.ModelInferRequest, list[mem
     """
     request = pb.ModelInferRequest()
     try:
-        rest, raw = codec.split(message, field=_RAW_INPUT, most=MAX_RAW_INPUTS)
+        rest, raw = codec.split(message, field=_RAW_INPUT, most=MAX_INPUTS)
         _check_inner_fields(rest)
         request.ParseFromString(rest)
     except ValueError as error:
         raise DecodeError(str(error)) from None
     except ProtobufDecodeError:
-        raise DecodeError("request: got bytes that are no ModelInferRequest") from None
+        raise DecodeError("request: got bytes that are not a valid ModelInferRequest") from None
     return request, raw
 
 

@@ -240,5 +240,5 @@ def test_an_item_that_nobody_waits_for_is_counted(narrow) -> None:
     caller.call.cancel()
     answer = service.answer_item(b"", caller, narrow.reserve(0))
     reply = pb.ModelStreamInferResponse.FromString(answer.message)
-    assert reply.error_message == "the caller went away"
+    assert reply.error_message == "the client cancelled the call or disconnected"
     assert seen.ends == {" CANCELLED": 1}

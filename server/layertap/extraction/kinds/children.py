@@ -28,7 +28,7 @@ class WalkExtractor:
 
     Args:
         children: The children in order, each with its name.
-        indices: The index of the point that each wanted child's output is for, by child's name.
+        indices: For each wanted child, by name: the index of the point that its output is for.
     """
 
     def __init__(
@@ -48,6 +48,12 @@ class WalkExtractor:
 
 class WalkKind(DirectKind):
     """A kind that walks the top-level children."""
+
+    def refuses(self, found: Measurement) -> str:
+        """See ExtractorKind; each child is given one tensor."""
+        if len(found.model.signature.inputs) > 1:
+            return "the model takes several inputs, and a child is called with one tensor"
+        return super().refuses(found)
 
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
         """See ExtractorKind."""

@@ -9,7 +9,7 @@ from layertap.engine import Engine, ExtractionRequest, ModelHost
 from layertap.errors import InvalidInputError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.infer_form import MODEL_VERSION, InferForm, ReplyOptions
-from layertap.services.infer.inputs import infer_input
+from layertap.services.infer.inputs import infer_inputs
 from layertap.services.infer.outputs import extractor_of, selections_of
 from layertap.services.infer.parameters import check_known, number
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
@@ -97,7 +97,14 @@ def extraction_request(
     options = ReplyOptions(host.model.name, request.id, regions, streamed)
     return ExtractionRequest(
         model=host.model.name,
-        input=infer_input(request, raw, memory, engine.limits, admit=admit),
+        inputs=infer_inputs(
+            request,
+            raw,
+            memory,
+            engine.limits,
+            names=[spec.name for spec in host.model.signature.inputs],
+            admit=admit,
+        ),
         selections=selections,
         extractor=extractor_of(request),
         form=partial(InferForm, options=options),

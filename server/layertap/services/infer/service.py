@@ -103,7 +103,7 @@ class InferenceService:
         return Answer(extraction.payload, extraction.reservation)
 
     def answer_item(self, message: bytes, caller: Caller, received: Reservation) -> Answer:
-        """Answer an item of a stream, with the reason if it fails."""
+        """Run and answer an item of a stream, with an error if it fails."""
         request_id = ""  # Stays empty if the message can't be decoded; replies are in order anyway.
         try:
             decoded = self._plane.decode(received, caller, partial(decode_infer_request, message))
@@ -114,7 +114,7 @@ class InferenceService:
         return Answer(extraction.payload, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
-        """Answer an item of a stream that is not run, with the reason."""
+        """Answer an item of a stream with an error, without running it."""
         request_id = ""
         with suppress(DecodeError):
             request_id = decode_infer_request(message)[0].id

@@ -15,10 +15,10 @@ from layertap.services.stream_threads import StreamThreads
 __all__ = ["AnswerItem", "InferStream", "RefuseItem"]
 
 AnswerItem = Callable[[bytes, Caller, Reservation], Answer]
-"""Answers one item, with the reason if it fails; called from many threads."""
+"""Runs and answers one item, with an error if it fails; called from many threads."""
 
 RefuseItem = Callable[[bytes, LayertapError], Answer]
-"""Answers one item that is not run, with the reason."""
+"""Answers one item with an error, without running it."""
 
 
 class InferStream:
