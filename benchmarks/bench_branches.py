@@ -24,7 +24,9 @@ import common
 from layertap.extraction import PlanBuilder, Taps, measure
 from layertap.extraction.base import BuiltExtractor
 from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint
+from layertap.extraction.trial import tried
 from layertap.extraction.verify import compiled_tolerance, difference
 from layertap.models import Batch, IdRange, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
@@ -126,7 +128,8 @@ def run(layers: int, turns: int) -> dict[str, Any]:
     module = types.ModuleType(MODULE)
     module.build = lambda: net  # type: ignore[attr-defined]
     sys.modules[MODULE] = module
-    model = load_model(ModelSpec(f"{MODULE}:build", item_shape=(TOKENS,)))
+    loaded = load_model(ModelSpec(f"{MODULE}:build", item_shape=(TOKENS,)))
+    model = tried(loaded, PassGuard(loaded.module))
     catalogue = measure(model)
     builder = PlanBuilder(model, Taps(model.module), catalogue)
     outputs: dict[str, CapturePoint] = {}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +85,63 @@ def test_a_child_that_dies_is_reported(monkeypatch) -> None:
     x = torch.rand(3, 1, 4)
     with pytest.raises(ProgramEndedError, match="SIGABRT"):
         finished(run_apart(frozen(OfOne(), x), [Batch({"x": x})], torch.device("cpu"), 1))
+
+
+PARENT = """
+import io, os, torch
+written = io.BytesIO()
+torch.save([[torch.tensor(os.getppid())]], written)
+with open(1, "wb") as answer:
+    answer.write(written.getvalue())
+"""
+
+
+def parent_of_a_child(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the process that forked the child of a run."""
+    monkeypatch.setattr("layertap.extraction.apart._CHILD", PARENT)
+    x = torch.rand(3, 1, 4)
+    [[parent]] = finished(run_apart(frozen(OfOne(), x), [], torch.device("cpu"), 1))
+    return int(parent)
+
+
+def is_running(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def test_one_helper_forks_the_children_of_several_runs(monkeypatch) -> None:
+    """It outlives a child that dies, and ends when nobody has used it for a while."""
+    monkeypatch.setattr("layertap.extraction.apart._IDLE_SECONDS", 600)
+    first = parent_of_a_child(monkeypatch)
+    assert first != os.getpid()
+    test_a_child_that_dies_is_reported(monkeypatch)
+    monkeypatch.setattr("layertap.extraction.apart._IDLE_SECONDS", 0.1)
+    assert parent_of_a_child(monkeypatch) == first
+    ends = time.monotonic() + 30
+    while is_running(first) and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert not is_running(first)
+    assert parent_of_a_child(monkeypatch) not in (first, os.getpid())
+
+
+def test_a_run_that_is_given_up_leaves_no_process(monkeypatch) -> None:
+    """Closing the steps of a run ends its child and the helper that forked it."""
+    helper = parent_of_a_child(monkeypatch)
+    monkeypatch.setattr(
+        "layertap.extraction.apart._CHILD", "import time; open(1, 'w').write('x'); time.sleep(600)"
+    )
+    x = torch.rand(3, 1, 4)
+    steps = run_apart(frozen(OfOne(), x), [], torch.device("cpu"), 1)
+    children = Path(f"/proc/{helper}/task/{helper}/children")
+    ends = time.monotonic() + 30
+    while time.monotonic() < ends and not children.read_text():
+        next(steps)
+    (child,) = map(int, children.read_text().split())
+    steps.close()
+    assert not is_running(helper)
+    ends = time.monotonic() + 30
+    while is_running(child) and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert not is_running(child)
 
 
 class Returns(nn.Conv2d):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -24,7 +26,9 @@ def loaded(net: str, item_shape: tuple[int, ...]) -> LoadedModel:
     return tried(load_model(ModelSpec(source, item_shape=item_shape)))
 
 
+@cache
 def measured(net: str, item_shape: tuple[int, ...]) -> tuple[LoadedModel, Catalogue]:
+    """Return a model and its catalogue, the same ones to all tests: none changes them."""
     model = loaded(net, item_shape)
     return model, measure(model)
 
