@@ -1,4 +1,4 @@
-"""Half a minute of what `make chaos` does for longer."""
+"""Half a minute of what `make chaos` runs for longer."""
 
 from __future__ import annotations
 
