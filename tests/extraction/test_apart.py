@@ -1,4 +1,4 @@
-"""A program whose native code could end the process runs in a process of its own first."""
+"""A program whose native code could end the process runs in another process first."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_ordinary_recurrent_model_is_compiled() -> None:
 
 
 def test_a_program_with_the_state_of_another_batch_size_never_runs_here() -> None:
-    """The native code writes past the state's end, or gives another shape: either is refused."""
+    """The native code writes past the state's end, or gives another shape: both are refused."""
     plans, model = builder("fixed_state")
     point = CapturePoint(PointKind.MODULE, "rnn", member=("0",))
     with pytest.raises(ExtractorUnsupportedError, match=r"its program fails|at batch size"):
@@ -77,7 +77,7 @@ def test_a_program_with_the_state_of_another_batch_size_never_runs_here() -> Non
 
 
 def test_a_child_that_dies_is_reported(monkeypatch) -> None:
-    """A signal that ends the child is an error with the signal's name, and this process lives."""
+    """A signal that ends the child is an error with the signal's name; this process continues."""
     monkeypatch.setattr(
         "layertap.extraction.apart._CHILD",
         "import os, signal; os.kill(os.getpid(), signal.SIGABRT)",
@@ -109,7 +109,7 @@ def is_running(process: int) -> bool:
 
 
 def test_one_helper_forks_the_children_of_several_runs(monkeypatch) -> None:
-    """It outlives a child that dies, and ends when nobody has used it for a while."""
+    """It survives a child that dies, and ends when it was not used for a while."""
     monkeypatch.setattr("layertap.extraction.apart._IDLE_SECONDS", 600)
     first = parent_of_a_child(monkeypatch)
     assert first != os.getpid()
@@ -145,7 +145,7 @@ def test_a_run_that_is_given_up_leaves_no_process(monkeypatch) -> None:
 
 
 class Returns(nn.Conv2d):
-    """A convolution that returns a tuple, as the program of a layer set does."""
+    """A convolution that returns a tuple, like the program of a layer set."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         return (super().forward(x),)
@@ -159,7 +159,7 @@ def test_a_child_that_raises_is_reported() -> None:
 
 
 def test_only_unchecked_operations_need_a_process_of_their_own() -> None:
-    """Convolutions and linear layers check their arguments; recurrent ones don't."""
+    """Convolutions and linear layers check their arguments; recurrent layers don't."""
     checked = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
     assert not may_end_the_process(frozen(checked, torch.rand(1, 3, 4, 4)))
     assert may_end_the_process(frozen(OfOne(), torch.rand(3, 1, 4)))
