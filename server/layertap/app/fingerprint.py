@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layertap.models.checkpoint_files import files_of_weights
+from layertap.models.hf_folder import files_of_folder
 from layertap.settings import ServedModel, SourceKind
 from layertap.settings.paths import is_path
 
@@ -33,7 +34,11 @@ class Fingerprint:
 def files_of(model: ServedModel) -> tuple[Path, ...]:
     """Return the files that a model is loaded from. Python code is not among them."""
     spec = model.spec
-    source = [Path(spec.target)] if spec.kind is SourceKind.TORCHSCRIPT else []
+    source: tuple[Path, ...] = ()
+    if spec.kind is SourceKind.TORCHSCRIPT:
+        source = (Path(spec.target),)
+    elif spec.kind.is_hugging_face:
+        source = files_of_folder(spec.target)
     weights = files_of_weights(spec.weights) if is_path(spec.weights) else ()
     return (*source, *weights)
 

@@ -14,6 +14,7 @@ from torch import nn
 from layertap.errors import ModelLoadError
 from layertap.models.checkpoint_files import config_folder
 from layertap.models.factory_source import build_factory
+from layertap.models.hf_source import build_hugging_face
 from layertap.models.image_config import ImageConfig, config_of_folder
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import choose_preprocess
@@ -35,6 +36,8 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
     SourceKind.TORCHSCRIPT: build_torchscript,
     SourceKind.FACTORY: build_factory,
     SourceKind.TIMM: build_timm,
+    SourceKind.HF: build_hugging_face,
+    SourceKind.HF_CONFIG: build_hugging_face,
 }
 
 
@@ -67,7 +70,7 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         parameter.requires_grad_(False)
     try:
         place = torch.empty(0, device=device).device
-        module = _formed(module.to(place), spec)
+        module = _formed(module.to(place), spec, converted=built.in_precision)
     # Without CUDA torch asserts, or raises at its first use; a wrong name is a RuntimeError.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -105,8 +108,8 @@ def _into_evaluation_mode(module: nn.Module, name: str) -> None:
         )  # fmt: skip
 
 
-def _formed(module: nn.Module, spec: ModelSpec) -> nn.Module:
-    if spec.precision:
+def _formed(module: nn.Module, spec: ModelSpec, *, converted: bool) -> nn.Module:
+    if spec.precision and not converted:
         module = module.to(getattr(torch, spec.precision))
     if spec.channels_last:
         # The weights' layout is enough: a convolution's output takes it, and so on to the end.

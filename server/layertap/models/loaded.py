@@ -25,6 +25,7 @@ class Built:
     Attributes:
         preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
             over a configuration alongside its weights.
+        in_precision: Whether the module has the spec's precision already.
     """
 
     module: nn.Module
@@ -34,6 +35,7 @@ class Built:
     preprocess: Preprocess | None = None
     takes_list: bool = False
     preprocess_is_code: bool = False
+    in_precision: bool = False
 
 
 @dataclass(frozen=True, slots=True)
