@@ -64,8 +64,8 @@ def prepare(address: str, model: str, layer: str, folder: Path) -> list[str]:
     photo = PHOTO.read_bytes()
     with Client(address, shared_memory=False) as client:
         value = client.extract(model, photo, layer, extractor=EXTRACTOR)[layer]
-        oracle = client.extract(model, photo, layer, extractor="hook")[layer]
-    assert np.abs(value - oracle).max() <= 1e-4 * np.abs(oracle).max(), "not the model's values"
+        expected = client.extract(model, photo, layer, extractor="hook")[layer]
+    assert np.abs(value - expected).max() <= 1e-4 * np.abs(expected).max(), "not the model's values"
     fields, inputs = request_fields(model, photo, layer, EXTRACTOR)
     request, expected = folder / "request", folder / "expected"
     request.write_bytes(encode_request(feature_service_pb2.ExtractRequest(**fields), inputs))

@@ -1,8 +1,8 @@
 // layertap._core: the core's classes and functions for Python; see server/layertap/_core.pyi.
 //
-// Note [When the GIL is given up]
-//   For a copy of kReleaseBytes or more. A smaller one takes a microsecond or two, while getting
-//   the GIL back from a busy interpreter may take its switch interval of 5 ms.
+// Note [When the GIL is released]
+//   It is released for copies of kReleaseBytes or more. A smaller copy takes a microsecond or two,
+//   while getting the GIL back from a busy interpreter may take its switch interval of 5 ms.
 //
 // Note [Unpublished bytes]
 //   The message is a bytes object of uninitialised memory that no Python code can reach (bytes are
@@ -70,7 +70,7 @@ class ReplyBuilder {
     builder_.layout().write_headers(bytes());
   }
 
-  // With a buffer for the payloads; see Note [Payloads apart].
+  // With a separate buffer for the payloads; see Note [Payloads apart].
   ReplyBuilder(std::shared_ptr<const Layout> layout, py::handle payloads, std::uint64_t region,
                std::uint64_t generation)
       : ReplyBuilder(std::move(layout)) {
@@ -115,7 +115,7 @@ class ReplyBuilder {
                             std::to_string(builder_.layout().head_size()));
     }
     builder_.finish();
-    // An empty message is Python's shared empty bytes object: there is nothing to write.
+    // An empty message is Python's shared empty bytes object, so nothing may be written to it.
     if (size > 0) std::memcpy(bytes(), PyBytes_AS_STRING(head.ptr()), size);
     payloads_.reset();
     return std::move(message_);
@@ -134,7 +134,7 @@ class ReplyBuilder {
 
   Builder builder_;
   py::bytes message_;  // empty handle once finished
-  std::unique_ptr<WritableBuffer> payloads_;  // null where they stand in the message
+  std::unique_ptr<WritableBuffer> payloads_;  // null if they are in the message
 };
 
 std::unique_ptr<ReplyBuilder> make_builder(std::shared_ptr<const Layout> layout,
@@ -293,7 +293,7 @@ PYBIND11_MODULE(_core, module) {
              py::arg("most"));
 
   module.def("keep_memory", &keep_memory_bound, py::arg("bound"));
-  // Giving a gigabyte back takes tens of milliseconds.
+  // Returning a gigabyte to the system takes tens of milliseconds.
   module.def("trim_memory", &trim_memory, py::call_guard<py::gil_scoped_release>());
   module.def("malloc_usage", &malloc_usage_or_none);
 }

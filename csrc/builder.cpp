@@ -1,4 +1,4 @@
-// Who may write where in an unpublished message; see Note [Claims].
+// Which thread may write to which part of an unfinished message; see Note [Claims].
 #include "builder.h"
 
 #include <algorithm>

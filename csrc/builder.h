@@ -1,10 +1,11 @@
-// Who may write where in an unpublished message, and when it may be published.
+// Which thread may write to which part of an unfinished message, and when it may be published.
 //
 // Note [Claims]
 //   Copies run without the GIL, so the GIL does not order them. A write claims the builder (a count
-//   of writes in flight) and its tensor (a flag); publishing needs the count at 0 and every tensor
-//   written. What can't be claimed at once is refused: nothing ever waits, and memory that no write
-//   has filled is never published. A tensor may be written again after its write has ended.
+//   of writes in flight) and its tensor (a flag). Publishing requires a count of 0 and that every
+//   tensor was written. A claim that can't be granted at once is refused. So no call ever waits,
+//   and memory that no write has filled is never published. A tensor may be written again after its
+//   write has ended.
 #pragma once
 
 #include <atomic>
@@ -23,10 +24,11 @@ class Builder {
 
   const Layout& layout() const { return *layout_; }
 
-  // The right to write one tensor; given up when it goes out of scope, as written after done().
+  // The right to write one tensor. It ends with its scope; the tensor counts as written after
+  // done().
   class Claim {
    public:
-    // Throws std::invalid_argument where the builder is finished or the tensor is being written.
+    // Throws std::invalid_argument if the builder is finished or the tensor is being written.
     Claim(Builder& builder, std::size_t index);
     ~Claim();
     Claim(const Claim&) = delete;
@@ -39,15 +41,16 @@ class Builder {
     std::uint8_t after_;
   };
 
-  // The run that writes `source` of type `dtype` as tensor `index`; throws std::out_of_range for
-  // an index out of range, std::invalid_argument for a shape, item size or cast that doesn't fit.
+  // Returns the function that writes `source` of type `dtype` as tensor `index`. Throws
+  // std::out_of_range for an index out of range, std::invalid_argument for a shape, item size or
+  // cast that doesn't fit.
   Run check(std::int64_t index, const Source& source, std::int64_t dtype) const;
 
-  // Ends all writing. Throws std::invalid_argument where a write is in flight, a tensor is not
-  // written or the builder is finished; it can be used on unless it is finished.
+  // Ends all writing. Throws std::invalid_argument if a write is in flight, a tensor is not
+  // written, or the builder is finished. In the first two cases it can still be used.
   void finish();
 
-  // Throws std::invalid_argument where the builder is finished.
+  // Throws std::invalid_argument if the builder is finished.
   void check_open() const;
 
  private:

@@ -2,8 +2,8 @@
 //
 // Note [Dispatch at run time]
 //   The build targets the baseline CPU, so that a wheel runs everywhere. On x86-64 each cast is
-//   compiled a second time for AVX2 and F16C, and chosen when the CPU has both. Elsewhere (NEON is
-//   part of aarch64's baseline) the one portable loop is vectorised as it stands.
+//   compiled a second time for AVX2 and F16C; this version is used if the CPU has both. On other
+//   CPUs the compiler vectorises the portable loop (NEON is part of aarch64's baseline).
 #include "cast.h"
 
 #include <algorithm>
@@ -83,7 +83,7 @@ LAYERTAP_INLINE void odd_loop(const std::uint8_t* source, float* target, std::si
   }
 }
 
-// float64 -> float16, float16 -> float64 and bfloat16 <-> float16 by way of float32, where F16C does the hard part.
+// float64 -> float16, float16 -> float64 and bfloat16 <-> float16 through float32, using F16C.
 template <Kind kFrom, Kind kTo>
 LAYERTAP_AVX2 void avx2_run_by_single(const std::uint8_t* source, std::uint8_t* target,
                                       std::size_t n) {

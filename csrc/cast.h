@@ -8,11 +8,11 @@
 
 namespace layertap {
 
-// Reads n elements at `source`, writes n at `target`; neither needs alignment, no overlap.
+// Reads n elements at `source` and writes n at `target`. No alignment needed; no overlap allowed.
 using Run = void (*)(const std::uint8_t* source, std::uint8_t* target, std::size_t n);
 
-// The run from one type to another, the fastest that this CPU has; nullptr for a cast that is not
-// offered (every pair of floating-point types is, and every type to itself).
+// Returns the fastest cast from one type to another on this CPU; nullptr if there is none. There is
+// one for every pair of floating-point types, and for every type to itself.
 Run find_run(const DType& from, const DType& to);
 
 }  // namespace layertap

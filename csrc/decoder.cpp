@@ -11,7 +11,7 @@ namespace layertap {
 
 namespace {
 
-// Tags of layertap.v1.Tensor's fields in the wire types that make them known.
+// The tags of layertap.v1.Tensor's fields; with another wire type, a field is unknown.
 constexpr std::uint32_t kNameTag = (1 << 3) | kLengthDelimited;
 constexpr std::uint32_t kDtypeTag = (2 << 3) | kVarint;
 constexpr std::uint32_t kShapeTag = (3 << 3) | kVarint;
@@ -72,8 +72,8 @@ void merge_tensor(const std::uint8_t* message, Span span, DecodedTensor& tensor)
   }
 }
 
-// Where the first byte above 1 stands, or `size`. A block is or-ed together before it is judged, so
-// that the loop over it has no exit and becomes vector instructions.
+// Returns the position of the first byte above 1, or `size`. The bytes of a block are or-ed and
+// then tested at once, so that the loop over them has no early exit and can be vectorised.
 std::size_t find_no_bool(const std::uint8_t* bytes, std::size_t size) {
   constexpr std::size_t kBlock = 4096;
   std::size_t at = 0;
@@ -162,7 +162,7 @@ class Splitter {
     }
   }
 
-  // Each tensor is judged at once, so that a hostile list of empty ones costs no memory.
+  // Each tensor is checked at once, so that a hostile list of empty tensors costs no memory.
   void add_tensor(Span span) {
     if (decoded_.tensors.size() == options_.most) {
       malformed("message: more than " + std::to_string(options_.most) + " tensors");

@@ -1,7 +1,7 @@
 // The element types: one row for each value of layertap.v1.DataType.
 //
-// Numbers are the enum's. Elements are little-endian on the wire and are copied as they stand in
-// memory, so a big-endian host has no build and falls back to the plain Python twin.
+// Numbers are the enum's. Elements are little-endian on the wire and are copied without conversion,
+// so this can't be built on big-endian hosts, which use the plain-Python equivalent.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,8 @@ enum class Kind : std::uint8_t { kOpaque, kFloat32, kFloat16, kBfloat16, kFloat6
 struct DType {
   std::int32_t number;   // value in layertap.v1.DataType
   const char* name;      // as in torch and numpy
-  std::size_t itemsize;  // bytes an element
-  Kind kind;             // kOpaque types cast to themselves only
+  std::size_t itemsize;  // bytes per element
+  Kind kind;             // kOpaque types can only be cast to themselves
 };
 
 inline constexpr DType kDTypes[] = {
@@ -31,7 +31,7 @@ inline constexpr DType kDTypes[] = {
 };
 inline constexpr std::int32_t kBool = 10;
 
-// The row of an enum value; nullptr for a value without one.
+// Returns the row for an enum value; nullptr if there is none.
 constexpr const DType* find_dtype(std::int64_t number) {
   for (const DType& row : kDTypes) {
     if (row.number == number) return &row;

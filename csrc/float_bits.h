@@ -1,13 +1,13 @@
 // Conversions of one floating-point element, as bit patterns, in code that compilers vectorise.
 //
-// Every cast rounds once, to nearest even; NaN stays NaN with its sign and the upper bits of its
-// payload, and becomes quiet: what x86's own instructions do, so that all paths agree bit for bit.
+// Every cast rounds once, to nearest even. NaN stays NaN, keeps its sign and the upper bits of its
+// payload, and becomes quiet. x86's own instructions do the same, so all paths agree bit for bit.
 //
 // Note [Rounding to odd]
-//   Going from 64 to 16 bits by way of 32 would round twice. Where the first step is inexact, it
-//   takes the neighbour whose last bit is 1 instead of the nearest: that bit then stands for all
-//   that was cut off, and the second step rounds as if it saw the 64 bits (Boldo and Melquiond,
-//   2008: enough with two more bits of precision than the target, and 24 > 11 + 2).
+//   Converting from 64 to 16 bits through 32 bits would round twice. So if the first step is
+//   inexact, it takes the neighbour whose last bit is 1 instead of the nearest. That bit represents
+//   everything that was cut off, and the second step rounds as if it saw all 64 bits (Boldo and
+//   Melquiond, 2008: this needs two more bits of precision than the target, and 24 > 11 + 2).
 #pragma once
 
 #include <cstdint>
@@ -35,9 +35,10 @@ LAYERTAP_INLINE std::uint16_t half_from_single(float value) {
   const std::uint32_t bits = bits_as<std::uint32_t>(value);
   const std::uint32_t sign = (bits >> 16) & 0x8000u;
   const std::uint32_t magnitude = bits & 0x7fffffffu;
-  // Exponent moved from bias 127 to 15, then rounded: a carry out of the mantissa is right as is.
+  // Move the exponent from bias 127 to 15, then round. A carry out of the mantissa is correct.
   const std::uint32_t normal = (magnitude - 0x37fff001u + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2**-14 the adder rounds: 0.5 has its last bit where a subnormal half has its own.
+  // Below 2**-14 the addition rounds: the last bit of 0.5 is where a subnormal half has its last
+  // bit.
   const float shifted = bits_as<float>(magnitude) + 0.5f;
   const std::uint32_t subnormal = bits_as<std::uint32_t>(shifted) - 0x3f000000u;
   const std::uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
@@ -53,7 +54,7 @@ LAYERTAP_INLINE float single_from_half(std::uint16_t half) {
   const std::uint32_t normal = shifted + 0x38000000u;
   const std::uint32_t special = shifted + 0x70000000u;
   const std::uint32_t nan = special | 0x00400000u;
-  // A subnormal's mantissa below an exponent of 2**-14, less that 2**-14, is its value.
+  // The mantissa of a subnormal with an exponent of 2**-14, minus 2**-14, is its value.
   const float scaled = bits_as<float>(shifted + 0x38800000u) - bits_as<float>(0x38800000u);
   std::uint32_t bits = shifted < 0x00800000u ? bits_as<std::uint32_t>(scaled) : normal;
   bits = shifted >= 0x0f800000u ? special : bits;
@@ -78,7 +79,7 @@ LAYERTAP_INLINE float single_to_odd(double value) {
   const float nearest = static_cast<float>(value);
   const std::uint32_t bits = bits_as<std::uint32_t>(nearest);
   const double back = static_cast<double>(nearest);
-  // NaN compares unequal to itself, but neither below nor above: it is left alone.
+  // NaN is unequal to itself, but neither below nor above, so it is not changed.
   const double wanted = value < 0 ? -value : value;
   const double got = back < 0 ? -back : back;
   const std::uint32_t up = got < wanted ? 1u : 0u;

@@ -1,4 +1,4 @@
-// Where each byte of a message with tensors stands; see Note [Layout of a message].
+// The place of each byte of a message with tensors; see Note [Layout of a message].
 #include "layout.h"
 
 #include <cstring>
@@ -19,7 +19,7 @@ enum : std::uint32_t { kRegion = 1, kGeneration = 2, kOffset = 3, kSize = 4 };
 constexpr std::size_t kFixed64Field = 9;
 constexpr std::size_t kSliceSize = 4 * kFixed64Field;
 
-// The padding field's bytes at most: its tag, a length of one byte, and 127 zeros.
+// Maximum size of the padding field: its tag, a length of one byte, and 127 zeros.
 constexpr std::size_t kMaxPaddingField = 129;
 
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
@@ -50,9 +50,9 @@ void append_padding(std::string& out, std::size_t size) {
   out.append(size - 2, '\0');
 }
 
-// Bytes of the padding field that bring the payload to its residue. The submessage's own length
-// grows with the padding and may take one more byte for it, so sizes are tried: among any 64 in a
-// row all residues but at most one occur, and 128 are at hand. A size of 1 is no field.
+// Returns the size of the padding field that aligns the payload. The submessage's length grows with
+// the padding and may itself take one more byte, so sizes are tried: any 64 in a row give all
+// residues but at most one, and there are 128 to try. A field can't have a size of 1.
 std::size_t padding_field(std::size_t begin, std::size_t fixed, std::size_t body) {
   for (std::size_t size = 0; size <= kMaxPaddingField; ++size) {
     if (size == 1) continue;
@@ -100,7 +100,7 @@ TensorSlot make_slot(const TensorSpec& spec, std::uint32_t field, std::size_t of
   return slot;
 }
 
-// Region and generation come last, for write_region to find.
+// Region and generation come last, so that write_region can find them.
 TensorSlot make_slot_apart(const TensorSpec& spec, std::uint32_t field, std::size_t offset,
                            std::size_t payload_offset) {
   TensorSlot slot;

@@ -1,4 +1,4 @@
-// Where each byte of a message with tensors stands, known before any tensor is.
+// The place of each byte of a message with tensors, which is known before the tensors' values.
 //
 // Note [Layout of a message]
 //   head | tag len name dtype shape padding tag len payload | tag len name ... payload | ...
@@ -8,9 +8,10 @@
 //   object at 48 modulo 64, so the payload lands on a 64-byte boundary.
 //
 // Note [Payloads apart]
-//   The payloads may stand in a buffer of their own instead, each at a multiple of 64. A tensor's
-//   submessage then ends in a SharedSlice: size and offset, then region and generation, which are
-//   not known before the buffer is. All are fixed64, so their values don't move anything.
+//   The payloads may instead be in a separate buffer, each at a multiple of 64. A tensor's
+//   submessage then ends with a SharedSlice: size and offset, then region and generation, which are
+//   only known once there is a buffer. All of these are fixed64, so their values don't change the
+//   layout.
 #pragma once
 
 #include <cstddef>
@@ -37,31 +38,31 @@ struct TensorSlot {
   std::vector<std::int64_t> shape;
   std::size_t header_offset;  // in the message; the header ends where the payload begins
   std::string header;
-  std::size_t payload_offset;  // in the message, or in the buffer that payloads stand in
+  std::size_t payload_offset;  // in the message, or in the separate buffer
   std::size_t payload_size;    // bytes
 };
 
 class Layout {
  public:
-  // Throws std::invalid_argument for what can't be laid out.
+  // Throws std::invalid_argument for tensors that can't be laid out.
   Layout(const std::vector<TensorSpec>& tensors, std::int64_t field, std::int64_t head_size,
          bool apart = false);
 
-  // What was laid out elsewhere; see Note [Raw fields].
+  // For slots that were laid out elsewhere; see Note [Raw fields].
   Layout(std::size_t head_size, std::size_t nbytes, std::vector<TensorSlot> slots)
       : head_size_(head_size), nbytes_(nbytes), slots_(std::move(slots)) {}
 
   std::size_t head_size() const { return head_size_; }
   std::size_t nbytes() const { return nbytes_; }
   bool apart() const { return apart_; }
-  // Bytes of the buffer that payloads stand in; 0 where they stand in the message.
+  // Bytes of the separate buffer for payloads; 0 if they are in the message.
   std::size_t payload_nbytes() const { return payload_nbytes_; }
   const std::vector<TensorSlot>& slots() const { return slots_; }
 
   // Writes everything but the head and the payloads into `message`, of nbytes().
   void write_headers(std::uint8_t* message) const;
 
-  // Completes the references to payloads that stand apart.
+  // Completes the references to payloads in a separate buffer.
   void write_region(std::uint8_t* message, std::uint64_t region, std::uint64_t generation) const;
 
  private:

@@ -4,7 +4,7 @@
 #include <climits>
 
 #if defined(__GLIBC__)
-#if __GLIBC_PREREQ(2, 33)  // mallinfo2; before it sizes were ints
+#if __GLIBC_PREREQ(2, 33)  // for mallinfo2; the older mallinfo has sizes of type int
 #define LAYERTAP_GLIBC_MALLOC
 #include <malloc.h>
 #endif

@@ -1,4 +1,4 @@
-// Python's buffers and integers, as the core takes them.
+// Conversions of Python's buffers and integers for the core.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -11,9 +11,9 @@
 
 namespace layertap {
 
-// A read-only view of an array, held for as long as this lives; made and dropped under the GIL.
+// A read-only view of an array, held while this object lives. Create and destroy it under the GIL.
 //
-// The format is not asked for: arrays come as bit patterns, and only the item size is checked.
+// The format is ignored: arrays are passed as bit patterns, and only the item size is checked.
 class PythonBuffer {
  public:
   explicit PythonBuffer(pybind11::handle array) {
@@ -42,7 +42,7 @@ class PythonBuffer {
   std::vector<std::int64_t> strides_;  // bytes
 };
 
-// A buffer to write to, contiguous; held until it is dropped, under the GIL.
+// A contiguous buffer to write to, held while this object lives. Destroy it under the GIL.
 class WritableBuffer {
  public:
   explicit WritableBuffer(pybind11::handle array) {
@@ -61,7 +61,8 @@ class WritableBuffer {
   Py_buffer view_;
 };
 
-// An int, or whatever has __index__; ValueError for one of more than 64 bits, TypeError else.
+// Converts an int or an object with __index__. Raises ValueError for more than 64 bits, TypeError
+// for other objects.
 inline std::int64_t to_int64(pybind11::handle value) {
   const auto number = pybind11::reinterpret_steal<pybind11::object>(PyNumber_Index(value.ptr()));
   if (!number) throw pybind11::error_already_set();

@@ -12,7 +12,7 @@ namespace {
 [[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
 
 TensorSlot raw_slot(const TensorSpec& spec, std::uint32_t field, std::size_t offset) {
-  // Laid out alone, which checks it and tells its bytes.
+  // Lay it out by itself, which checks it and gives its size.
   const Layout alone({spec}, field, 0);
   TensorSlot slot = alone.slots()[0];
   slot.header_offset = offset;
@@ -35,7 +35,7 @@ void add_span(std::vector<Span>& spans, Span span) {
 
 Layout raw_layout(const std::vector<TensorSpec>& tensors, std::int64_t field,
                   std::int64_t head_size) {
-  // With no tensors: the checks of field and head.
+  // A layout without tensors checks the field and the head.
   Layout empty({}, field, head_size);
   std::size_t offset = empty.head_size();
   std::vector<TensorSlot> slots;
@@ -59,7 +59,7 @@ RawSplit split_raw(const std::uint8_t* message, std::size_t size, std::uint32_t 
     const std::uint32_t tag = reader.tag();
     if (tag >> 3 == 0) refuse("message: field number 0");
     if (tag == ((field << 3) | kLengthDelimited)) {
-      // Before it is kept, so that a hostile list of empty ones costs no memory.
+      // Checked before it is kept, so that a hostile list of empty payloads costs no memory.
       if (split.payloads.size() == most) {
         refuse("message: more than " + std::to_string(most) + " of field " +
                std::to_string(field));

@@ -3,9 +3,9 @@
 // Note [Raw fields]
 //   head | tag len payload | tag len payload | ...
 //
-//   So are the messages of the Open Inference Protocol: what each payload is stands in the head,
-//   which the ordinary protobuf code writes and reads; only the payloads are kept out of it. There
-//   is no padding, since nothing in that protocol could carry it: payloads may stand anywhere.
+//   The messages of the Open Inference Protocol have this form. The head describes the payloads,
+//   and ordinary protobuf code writes and reads it; only the payloads bypass that code. They are
+//   not aligned, because that protocol has no field for padding.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +17,8 @@
 
 namespace layertap {
 
-// Lays tensors out as fields `field`, in their order; their names are not used. Throws
-// std::invalid_argument for what can't be laid out.
+// Lays tensors out as fields `field`, in order; their names are not used. Throws
+// std::invalid_argument for tensors that can't be laid out.
 Layout raw_layout(const std::vector<TensorSpec>& tensors, std::int64_t field,
                   std::int64_t head_size);
 
@@ -27,9 +27,9 @@ struct RawSplit {
   std::vector<Span> payloads;  // in order
 };
 
-// Splits a message into its length-delimited fields `field`, at most `most` of them, and all else.
-// Agrees with upb on what is well-formed (Note [Agreement with upb]), but for the two limits. Throws
-// std::invalid_argument; never reads outside [message, message + size).
+// Splits a message into its length-delimited fields `field`, at most `most` of them, and all
+// others. It agrees with upb on which messages are well-formed (Note [Agreement with upb]), except
+// for the two limits. Throws std::invalid_argument. Never reads outside [message, message + size).
 RawSplit split_raw(const std::uint8_t* message, std::size_t size, std::uint32_t field,
                    std::size_t most);
 

@@ -9,10 +9,11 @@ namespace layertap {
 
 inline constexpr std::size_t kMaxRank = 32;
 
-// Bytes of a dense tensor, or -1 where a size is negative or sizes x itemsize overflow an int64.
+// Returns the bytes of a dense tensor, or -1 if a size is negative or sizes x itemsize overflow an
+// int64.
 //
-// Overflow is judged on the sizes that are not zero, so that [0, 2**62, 4] is refused: numpy and
-// torch can hold no such shape either.
+// Sizes of zero are ignored for the overflow, so [0, 2**62, 4] is refused. numpy and torch refuse
+// such a shape, too.
 inline std::int64_t payload_bytes(const std::int64_t* shape, std::size_t rank,
                                   std::size_t itemsize) {
   constexpr std::int64_t kMax = std::numeric_limits<std::int64_t>::max();

@@ -1,12 +1,14 @@
 // One pass from a strided tensor to a dense one; see strided_copy.h.
 //
 // Note [Three ways through memory]
-//   Dimensions that follow one another evenly are joined first, so most tensors end up with one or
-//   two. Then, by the innermost of what is left:
-//   1. dense: runs go straight to the target (batch slices, padded rows);
-//   2. another dimension is dense (channels_last read as [N, C, H, W], transposes): both are walked
-//      in tiles that fit the L1 cache, so that each source line is read once, not once an element;
-//   3. neither: elements are gathered into a tile, which then goes to the target as a run.
+//   Dimensions that are evenly spaced together are joined first, so most tensors are left with one
+//   or two. Then there are three cases:
+//   1. The innermost dimension is dense (batch slices, padded rows): its runs are cast directly to
+//      the target.
+//   2. Another dimension is dense (channels_last read as [N, C, H, W], transposes): both dimensions
+//      are processed in tiles that fit the L1 cache, so that each source line is read once and not
+//      once per element.
+//   3. No dimension is dense: elements are gathered into a tile, which is then cast to the target.
 #include "strided_copy.h"
 
 #include <algorithm>
@@ -19,8 +21,8 @@ namespace layertap {
 
 namespace {
 
-// A tile holds kTileRows x kTileColumns elements of at most 8 bytes: 16 KiB of L1's 32. 16 rows of
-// 4 bytes are one cache line of the source.
+// A tile has kTileRows x kTileColumns elements of at most 8 bytes, which is 16 KiB of the 32 KiB L1
+// cache. 16 rows of 4 bytes are one cache line of the source.
 constexpr std::size_t kTileRows = 16;
 constexpr std::size_t kTileColumns = 128;
 
@@ -43,7 +45,7 @@ struct Dims {
   }
 };
 
-// Drops dimensions of size 1, joins what is evenly spaced; rank 0 for a single element.
+// Drops dimensions of size 1 and joins evenly spaced ones; the rank is 0 for a single element.
 Dims coalesce(const Source& source, std::size_t target_itemsize) {
   Dims dims;
   for (std::size_t i = 0; i < source.rank; ++i) {
@@ -107,7 +109,7 @@ void gather_line(const Dim& line, const std::uint8_t* source, std::uint8_t* targ
   }
 }
 
-// The plane [row, column], row being the dimension that is dense in the source.
+// Copies a plane [row, column], where row is the dimension that is dense in the source.
 template <std::size_t kItemsize>
 void transpose_plane(const Dim& row, const Dim& column, const std::uint8_t* source,
                      std::uint8_t* target, Run run) {

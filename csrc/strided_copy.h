@@ -1,4 +1,4 @@
-// One pass from a strided tensor to a dense one, cast on the way.
+// Copies a strided tensor to a dense one and casts it, in one pass.
 #pragma once
 
 #include <cstddef>
@@ -8,12 +8,12 @@
 
 namespace layertap {
 
-// A tensor as it stands in memory.
+// A tensor in memory.
 struct Source {
   const std::uint8_t* data;      // the element whose indices are all 0
   std::size_t rank;              // at most kMaxRank
   const std::int64_t* shape;     // [rank] elements, none negative
-  const std::int64_t* strides;   // [rank] bytes; negative and 0 are fine
+  const std::int64_t* strides;   // [rank] bytes; may be negative or 0
   std::size_t itemsize;          // bytes
 };
 

@@ -1,9 +1,9 @@
 // Transposes of small tiles between a strided source and a tile in the L1 cache.
 //
 // Note [In registers]
-//   Element by element, a transpose makes one load and one store each. SSE2, which every x86-64
-//   has, turns 4 x 4 elements of 4 bytes or 8 x 8 of 2 bytes within registers; what is left over
-//   at a tile's edges, and other sizes and CPUs, go element by element.
+//   A transpose element by element takes one load and one store for each. SSE2, which every x86-64
+//   CPU has, can transpose 4 x 4 elements of 4 bytes or 8 x 8 of 2 bytes in registers. The edges of
+//   a tile, other element sizes and other CPUs are handled element by element.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,7 @@ inline void transpose_elements(const std::uint8_t* source, std::ptrdiff_t source
   }
 }
 
-// The side of the squares that transpose_square handles; 1 where there is none.
+// The side of the squares that transpose_square handles; 1 if it handles none.
 template <std::size_t kItemsize>
 inline constexpr std::size_t kSquare = 1;
 

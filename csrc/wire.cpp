@@ -11,7 +11,7 @@ namespace {
 
 [[noreturn]] void malformed(const char* what) { throw std::invalid_argument(what); }
 
-// Bytes that follow a lead byte, and the range of the first of them; 0 for an invalid lead.
+// The number of bytes after a lead byte, and the range of the first; 0 for an invalid lead byte.
 struct Utf8Lead {
   std::size_t tail;
   std::uint8_t low;
@@ -67,7 +67,7 @@ std::uint64_t Reader::varint_of(int max_bytes) {
     if (remaining_ == 0) malformed("message: truncated in a varint");
     const std::uint64_t byte = message_[offset_];
     advance(1);
-    value |= (byte & 0x7f) << (7 * i);  // the 10th byte is shifted by 63: its upper bits drop out
+    value |= (byte & 0x7f) << (7 * i);  // the 10th byte is shifted by 63 and loses its upper bits
     if (byte < 0x80) return value;
   }
   malformed("message: varint with too many bytes");
@@ -126,8 +126,8 @@ void Reader::skip(std::uint32_t tag, int depth) {
   }
 }
 
-// A loop with its own stack, so that nesting costs no call stack. Field number 0 passes inside a
-// group, as it does in upb.
+// A loop with its own stack, so that nesting uses no call stack. Field number 0 is accepted inside
+// a group, as in upb.
 void Reader::skip_group(std::uint32_t field, int depth) {
   std::array<std::uint32_t, kMaxDepth> open;
   int level = 0;

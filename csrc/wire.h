@@ -1,10 +1,10 @@
 // Protobuf's wire format: tags, varints and a bounded reader.
 //
 // Note [Total on hostile bytes]
-//   A Reader is a cursor and a count of bytes that remain. Lengths are compared with what remains
-//   before anything moves, and no pointer past the end is ever formed. Limits are upb's: a tag
-//   takes at most 5 bytes and 32 bits, a length at most 5 bytes and 31 bits, any other varint at
-//   most 10 bytes, of which bits over 64 are dropped.
+//   A Reader is a cursor and the number of remaining bytes. Lengths are compared with that number
+//   before the cursor moves, and no pointer past the end is ever formed. The limits are upb's: a
+//   tag has at most 5 bytes and 32 bits, a length at most 5 bytes and 31 bits, any other varint at
+//   most 10 bytes, and bits above 64 are dropped.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,9 @@ namespace layertap {
 inline constexpr std::uint64_t kMaxMessageBytes = 0x7fffffff;
 inline constexpr std::uint32_t kMaxFieldNumber = (1u << 29) - 1;
 
-// Fields of a message that are left to an ordinary parser. It takes about a hundred bytes of memory
-// for an empty submessage of two, so that a list of them would cost it forty times the message.
+// Maximum number of fields that are left to an ordinary parser. The parser takes about a hundred
+// bytes of memory for an empty submessage of two bytes, so a list of them would cost forty times
+// the message.
 inline constexpr std::size_t kMaxRestFields = 1 << 16;
 
 inline constexpr int kMaxDepth = 100;  // nested messages and groups, the top level's limit in upb
@@ -43,7 +44,8 @@ constexpr std::size_t varint_size(std::uint64_t value) {
 void append_varint(std::string& out, std::uint64_t value);
 void append_tag(std::string& out, std::uint32_t field, WireType type);
 
-// Whether bytes are UTF-8 as protobuf wants it: no surrogates, no overlong forms, <= U+10FFFF.
+// Returns whether bytes are UTF-8 by protobuf's rules: no surrogates or overlong forms, <=
+// U+10FFFF.
 bool is_utf8(const std::uint8_t* bytes, std::size_t size);
 
 struct Span {
@@ -66,8 +68,8 @@ class Reader {
   std::uint64_t fixed64();
   Span length_delimited();
 
-  // Passes the value of a field whose tag was just read; a group is passed with everything in it.
-  // `depth` is how many groups may nest here.
+  // Skips the value of a field whose tag was just read; a group is skipped as a whole. `depth` is
+  // how deep groups may be nested here.
   void skip(std::uint32_t tag, int depth);
 
  private:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from layertap import Extractor, Features, LayerSelection
-from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
+from layertap.engine import Call, Engine, ExtractionRequest, Inputs
 from layertap.services.native_form import NativeForm
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
@@ -27,7 +27,7 @@ def request_for(
     selections = tuple(
         text if isinstance(text, LayerSelection) else LayerSelection.parse(text) for text in texts
     )
-    return ExtractionRequest(net, TensorsInput((view,)), selections, extractor, form=NativeForm)
+    return ExtractionRequest(net, Inputs((view,)), selections, extractor, form=NativeForm)
 
 
 def ask(

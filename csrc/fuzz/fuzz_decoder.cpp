@@ -1,11 +1,11 @@
 // Fuzzes the decoder for memory safety: any bytes, as a request and as a reply.
 //
-// An input is a message as it comes over the wire, so that it can be handed to the other fuzzer, the
-// one in tests/fuzz that compares with upb, and back. Built by tools/fuzz.py with the sanitizers for
-// addresses and undefined behaviour; the decoder needs no Python, and neither does this.
+// An input is a message in the wire format, so inputs can be exchanged with the other fuzzer, which
+// compares with upb (tests/fuzz). tools/fuzz.py builds this with the sanitizers for addresses and
+// undefined behaviour. Like the decoder, it needs no Python.
 //
-// What is checked here is what the sanitizers can't see: that spans lie in the message, in order and
-// apart from one another, and that tensors keep the rules that they were judged by.
+// It checks what the sanitizers can't see: that spans are inside the message, in order and without
+// overlap, and that tensors satisfy the rules of the decoder.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -40,7 +40,7 @@ void check_rest(const Decoded& decoded, std::size_t size) {
   }
 }
 
-// Reads every byte of the spans, so that a wrong one is a wrong address.
+// Reads every byte of the spans, so that the sanitizer finds a wrong span.
 void check_tensor(const DecodedTensor& tensor, const std::uint8_t* message, std::size_t size) {
   require(inside(tensor.name, size), "name lies in the message");
   require(inside(tensor.data, size), "data lies in the message");
@@ -64,7 +64,7 @@ void run(const std::uint8_t* message, std::size_t size, const DecodeOptions& opt
     check_rest(decoded, size);
     for (const DecodedTensor& tensor : decoded.tensors) check_tensor(tensor, message, size);
   } catch (const std::invalid_argument&) {
-    // Refused, as it may. Any other exception gets out and is a finding.
+    // A refusal is allowed. Any other exception is not caught, and so is a finding.
   }
 }
 

@@ -1,5 +1,5 @@
-// Stands in for libFuzzer where there is no clang: random changes to the seeds, without the guidance
-// of coverage. It takes libFuzzer's arguments, as far as tools/fuzz.py uses them:
+// Replaces libFuzzer if there is no clang: it changes the seeds at random, without using coverage.
+// It accepts those of libFuzzer's arguments that tools/fuzz.py uses:
 //
 //   decoder -max_total_time=SECONDS -artifact_prefix=FOLDER/ CORPUS_FOLDER...   fuzzes
 //   decoder FILE...                                                            replays
@@ -21,7 +21,7 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* message, std::size_t size);
 
-// Whatever goes wrong ends in the death callback, an abort and an uncaught exception included.
+// Every failure calls the death callback, including an abort and an uncaught exception.
 extern "C" const char* __asan_default_options() { return "handle_abort=1"; }
 
 namespace {
@@ -40,7 +40,7 @@ void save_current() {
   std::fprintf(stderr, "Test unit written to %s\n", path.c_str());
 }
 
-// In memory of its exact size, so that a read past the end is one past the allocation.
+// Copied to memory of its exact size, so that the sanitizer finds a read past the end.
 void execute(const Bytes& input) {
   current = input;
   const std::unique_ptr<std::uint8_t[]> exact(new std::uint8_t[input.size()]);
@@ -108,7 +108,7 @@ void fuzz(const std::vector<Bytes>& seeds, int seconds) {
   for (const Bytes& seed : seeds) execute(seed);
   Mutator mutator(seeds);
   std::uint64_t runs = seeds.size();
-  // The clock is looked at now and then, as an execution takes less time than looking.
+  // The clock is read only now and then, because reading it takes longer than one execution.
   while (runs % 1024 != 0 || std::chrono::steady_clock::now() < end) {
     execute(mutator.next());
     ++runs;
@@ -129,7 +129,7 @@ int main(int count, char** arguments) {
     } else if (argument.rfind("-artifact_prefix=", 0) == 0) {
       artifact_prefix = argument.substr(std::strlen("-artifact_prefix="));
     } else if (argument[0] == '-') {
-      continue;  // another of libFuzzer's
+      continue;  // another option of libFuzzer
     } else if (fs::is_directory(argument)) {
       for (const auto& file : fs::directory_iterator(argument)) {
         inputs.push_back(read_file(file.path()));

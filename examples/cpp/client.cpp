@@ -118,7 +118,7 @@ void run(const std::string& address, const std::string& model, const std::string
 
   v1::ExtractRequest of_photo;
   of_photo.set_model(model);
-  of_photo.mutable_images()->add_images(image);
+  of_photo.add_images()->add_images(image);
   of_photo.add_layers()->set_layer("layer1");
   v1::LayerSelection* pooled = of_photo.add_layers();
   pooled->set_layer("avgpool");
@@ -133,7 +133,7 @@ void run(const std::string& address, const std::string& model, const std::string
 
   v1::ExtractRequest unknown;
   unknown.set_model(model);
-  unknown.mutable_images()->add_images(image);
+  unknown.add_images()->add_images(image);
   unknown.add_layers()->set_layer("no.such.layer");
   show_refusal(*features, unknown);
 }

@@ -66,7 +66,7 @@ func run(address, model, photo string) error {
 	}
 	features := pb.NewFeatureServiceClient(connection)
 
-	images := &pb.ImageBatch{Images: [][]byte{image}}
+	images := []*pb.ImageBatch{{Images: [][]byte{image}}}
 	layer1 := &pb.LayerSelection{Layer: "layer1"}
 	pooled := &pb.LayerSelection{Layer: "avgpool", Capture: pb.Capture_CAPTURE_INPUT}
 	if err := show(features, "photo", &pb.ExtractRequest{

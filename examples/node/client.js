@@ -86,7 +86,7 @@ async function main(address, model = "resnet18", photo = here("../images/grace_h
   });
   const extract = promisify(client.extract.bind(client));
 
-  const images = { images: [image] };
+  const images = [{ images: [image] }];
   const bothSides = [{ layer: "layer1" }, { layer: "avgpool", capture: "CAPTURE_INPUT" }];
   await show(extract, "photo", { model, images, layers: bothSides });
   const inputs = [rampTensor([1, 3, 224, 224])];

@@ -1,7 +1,7 @@
 """layertap: layers of PyTorch models, in this process or from a gRPC server.
 
-Name layers of a model, get their activations: ``load`` runs a model in this process, ``Client``
-asks a server, which ``layertap serve`` starts. Importing this package imports neither torch nor
+Name layers of a model and get their activations: ``load`` runs a model in this process, ``Client``
+calls a server, which ``layertap serve`` starts. Importing this package imports neither torch nor
 grpc; the first use of a name imports what that name needs.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from layertap.malloc import keep_memory
     from layertap.selection import Capture, Extractor, LayerSelection, Reduction
     from layertap.settings import Limits
+    from layertap.texts import Texts
 
 __all__ = [
     "AsyncClient",
@@ -43,6 +44,7 @@ __all__ = [
     "LocalModel",
     "Reduction",
     "StreamRequest",
+    "Texts",
     "Tls",
     "__version__",
     "keep_memory",
@@ -68,16 +70,17 @@ _HOMES = {
     "layertap.malloc": ("keep_memory",),
     "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Reduction"),
     "layertap.settings": ("Limits",),
+    "layertap.texts": ("Texts",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what a public name needs, at its first use.
+    """Import a public name's module when the name is first used.
 
     Raises:
-        AttributeError: For a name that is not public.
-        ModuleNotFoundError: For a name that needs a package that is not installed.
+        AttributeError: If the name is not public.
+        ModuleNotFoundError: If a package that the name needs is not installed.
     """
     home = _HOME_OF.get(name)
     if home is None:
@@ -98,5 +101,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the module's names, those that are not imported yet included."""
+    """Return the module's names, including those that are not imported yet."""
     return sorted({*globals(), *__all__})

@@ -15,9 +15,9 @@ __all__ = [
 ]
 
 TARGET = "127.0.0.1:8001"
-"""Where a server is unless it is told otherwise."""
+"""The default address of a server."""
 
-# Anything else before a colon is a host's name, as gRPC reads it.
+# gRPC reads anything else before a colon as a host name.
 _SCHEMES = ("dns", "ipv4", "ipv6")
 _LOCAL_SCHEMES = ("unix", "unix-abstract")
 
@@ -28,7 +28,7 @@ def bare_host(host: str) -> str:
 
 
 def host_port(host: str, port: int) -> str:
-    """Return ``host:port``, with brackets where the host is an IPv6 address."""
+    """Return ``host:port``, with brackets if the host is an IPv6 address."""
     bare = bare_host(host)
     return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
 
@@ -48,7 +48,7 @@ def unix_path(address: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host can only be reached from this machine; so can any Unix socket."""
+    """Return whether a host can only be reached from this machine; true for Unix sockets too."""
     if is_unix(host):
         return True
     bare = bare_host(host)
@@ -59,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 def target_is_loopback(target: str) -> bool:
-    """Return whether a gRPC target stays on this machine; False if that can't be told.
+    """Return whether a gRPC target stays on this machine; False if that can't be determined.
 
     Targets are those of gRPC's naming document: ``host:port``, ``dns:///host:port``,
     ``ipv4:a:port,b:port``, ``ipv6:[a]:port`` and ``unix:path``.
@@ -70,7 +70,7 @@ def target_is_loopback(target: str) -> bool:
     if not colon or scheme not in _SCHEMES:
         return is_loopback(_host_of(target))
     if rest.startswith("//"):
-        # The authority is the name server to ask, which may answer anything for any name.
+        # The authority is the name server to ask, which may give any answer for any name.
         authority, _, rest = rest[2:].partition("/")
         if authority:
             return False

@@ -1,6 +1,6 @@
 """PEM files for TLS, checked when they are read.
 
-gRPC reports a file that won't do at the first handshake, to the other side, and without its name.
+gRPC reports an unusable file only at the first handshake, to the peer, and without its name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["read_authorities", "read_key_pair"]
 
 
 def read_authorities(file: Path, key: str) -> bytes:
-    """Return the certificates of authorities that may vouch for the other side.
+    """Return the CA certificates that are used to verify the peer.
 
     Args:
-        file: A PEM file with one certificate or more.
-        key: What named it, for the error's text.
+        file: A PEM file with one or more certificates.
+        key: The setting or argument that names the file, for the error message.
 
     Raises:
-        ConfigError: If it can't be read or holds no certificate.
+        ConfigError: If the file can't be read or has no certificate.
     """
     content = _read(file, key)
     try:
@@ -37,14 +37,13 @@ def read_key_pair(
     """Return (certificate chain, private key).
 
     Args:
-        certificate: A PEM file: the certificate of this side, then those between it and the
-            authority.
-        private_key: A PEM file with the certificate's key, not encrypted.
-        certificate_key: What named the first, for the error's text.
-        private_key_key: What named the second.
+        certificate: A PEM file with this side's certificate, then any intermediate certificates.
+        private_key: A PEM file with the certificate's private key, not encrypted.
+        certificate_key: The setting that names the first file, for the error message.
+        private_key_key: The setting that names the second file.
 
     Raises:
-        ConfigError: If either can't be read, or the key is not the certificate's.
+        ConfigError: If either can't be read, or the key doesn't belong to the certificate.
     """
     chain, secret = _read(certificate, certificate_key), _read(private_key, private_key_key)
     if b"ENCRYPTED" in secret:
@@ -52,7 +51,7 @@ def read_key_pair(
             f"{private_key_key}: {private_key}: the key is encrypted; expected one without a "
             f"passphrase, in a file that only the server may read"
         )
-    # What is not a certificate is told apart from a key that does not match.
+    # Checked first, so that a bad certificate is not reported as a key that doesn't match.
     read_authorities(certificate, certificate_key)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key)

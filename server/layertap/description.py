@@ -1,4 +1,4 @@
-"""What a model has to offer, in words shared by engine and command line. Free of torch."""
+"""The description of a model, shared by engine and command line. Independent of torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Dimension:
     """One dimension of a tensor.
 
     Attributes:
-        size: Its size for one item; the default size of an input.
-        batch: Whether it grows with the batch, by ``size`` for each item.
-        free: The name of a dimension of an input that may have another size; else empty.
+        size: Its size for one item. For an input, the default size.
+        batch: Whether it grows with the batch, by ``size`` per item.
+        free: For a dimension of an input that may have another size: its name; else empty.
     """
 
     size: int
@@ -35,14 +35,17 @@ class Dimension:
 
 @dataclass(frozen=True, slots=True)
 class InputDescription:
-    """One tensor that a model takes, the batch first.
+    """One tensor that a model takes, with the batch dimension first.
 
     Attributes:
-        name: What requests call it.
-        dtype: Its element type, such as ``"float32"``.
+        name: The name that requests use.
+        dtype: Its dtype, such as ``"float32"``.
         shape: Its dimensions.
-        images: Whether encoded images are taken instead.
-        preprocessing: What is done to those, in words.
+        images: Whether encoded images are accepted instead.
+        preprocessing: The preprocessing of these images, in words.
+        optional: Whether a request may leave it out.
+        texts: Whether texts are accepted instead.
+        tokenization: How these texts become token ids, in words.
     """
 
     name: str
@@ -50,12 +53,16 @@ class InputDescription:
     shape: tuple[Dimension, ...]
     images: bool = False
     preprocessing: str = ""
+    optional: bool = False
+    texts: bool = False
+    tokenization: str = ""
 
     def __str__(self) -> str:
-        """Return such as ``x [B, 3, 224*, 224*] float32 or images``; the star means any size."""
+        """Return a text such as ``x [B, 3, 224*, 224*] float32 or images``; * means any size."""
         sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in self.shape]
-        images = " or images" if self.images else ""
-        return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}"
+        images = " or images" if self.images else " or texts" if self.texts else ""
+        optional = " (optional)" if self.optional else ""
+        return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}{optional}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +70,12 @@ class ValueDescription:
     """The output or the input of a layer, for default items.
 
     Attributes:
-        dtype: Its element type, such as ``"float32"``.
+        dtype: Its dtype, such as ``"float32"``.
         shape: Its dimensions.
-        bytes_per_item: Bytes of the elements of one item.
+        bytes_per_item: The bytes of one item.
         dynamic: Whether the shape depends on the content of the input.
         interleaved: Whether items are interleaved along the batch dimension.
-        quantized: The quantized element type that it is made of; else empty.
+        quantized: The quantised dtype of the model's own value; empty if it is not quantised.
     """
 
     dtype: str
@@ -80,7 +87,7 @@ class ValueDescription:
 
     @property
     def pattern(self) -> str:
-        """The shape in words, such as ``"[B, 64, 56, 56]"``, where B is the batch."""
+        """The shape as text, such as ``"[B, 64, 56, 56]"``, in which B is the batch size."""
         if self.dynamic:
             return f"[{', '.join(str(dim.size) for dim in self.shape)}] varies"
         sizes = [
@@ -90,7 +97,7 @@ class ValueDescription:
         return f"[{', '.join(sizes)}]"
 
     def __str__(self) -> str:
-        """Return such as ``[B, 64, 56, 56] float32``."""
+        """Return a text such as ``[B, 64, 56, 56] float32``."""
         made_of = f" of {self.quantized}" if self.quantized else ""
         return f"{self.pattern} {self.dtype}{made_of}"
 
@@ -100,18 +107,18 @@ class LayerDescription:
     """A layer of a model.
 
     Attributes:
-        name: What to ask for.
+        name: The name to request.
         type: The module's class, or the operation of a graph node.
-        is_node: Whether it is a node of the symbolic graph and no module.
+        is_node: Whether it is a node of the symbolic graph instead of a module.
         calls: How often it runs in one forward pass.
-        values: What it returns and takes, where that is a tensor.
-        refusals: For each extractor and side of the layer, why it can't be taken; empty where it
-            can be.
-        stride: The height of the first input over the height of the output; 0 for an output that
-            is no grid.
-        channels: Channels of the output, or the width of its tokens; 0 where that is not known.
+        values: Its output and input, if these are tensors.
+        refusals: Why an extractor can't capture a side of the layer, by extractor and side; empty
+            if it can.
+        stride: The height of the first input divided by that of the output; 0 if the output is not
+            a grid.
+        channels: Channels of the output, or the width of its tokens; 0 if unknown.
         same_as: The name of the same layer by another path to its module; else empty.
-        is_result: Whether it is what the model itself returns, or a member of that.
+        is_result: Whether it is the model's own result, or a member of it.
     """
 
     name: str
@@ -127,28 +134,28 @@ class LayerDescription:
 
     @property
     def output(self) -> ValueDescription | None:
-        """What it returns; None where that is no tensor."""
+        """The layer's output; None if that is not a tensor."""
         return self.values.get(Capture.OUTPUT)
 
     def __str__(self) -> str:
-        """Return such as ``layer1: Sequential [B, 64, 56, 56] float32``."""
+        """Return a text such as ``layer1: Sequential [B, 64, 56, 56] float32``."""
         return f"{self.name}: {self.type} {self.output or '(no tensor)'}"
 
     def extractors(self, side: Capture = Capture.OUTPUT) -> tuple[Extractor, ...]:
-        """Return the extractors that take one side of the layer, AUTO's favourite first."""
+        """Return the extractors that can capture one side of the layer, in AUTO's preference."""
         return tuple(each for each, by in self.refusals.items() if not by.get(side, "-"))
 
 
 @dataclass(frozen=True, slots=True)
 class PassDescription:
-    """How a model's forward passes are run.
+    """How a model's forward passes run.
 
     Attributes:
-        early_stop: Whether a pass may stop after the last layer that was asked for.
+        early_stop: Whether a pass may stop after the last requested layer.
         concurrent: Whether passes may run at the same time.
         shared: Whether requests may share a pass.
-        state: What a pass leaves in the model: ``"none"``, ``"reset"`` where the loaded state is
-            put back after each, or ``"kept"`` for a stateful model.
+        state: What happens to state that passes write: ``"none"`` if they write none, ``"reset"``
+            if the loaded state is restored after each pass, ``"kept"`` for a stateful model.
     """
 
     early_stop: bool
@@ -159,12 +166,12 @@ class PassDescription:
 
 @dataclass(frozen=True, slots=True)
 class RefusedPlan:
-    """A set of layers that an extractor was tried on and could not serve.
+    """A set of layers that an extractor was tested with and could not serve.
 
     Attributes:
-        layers: Their names, with ``:input`` behind those of inputs.
-        inputs: The name and the item shape of each input, for the size of items it was tried with.
-        reason: Why not.
+        layers: The layers' names, with the suffix ``:input`` for inputs.
+        inputs: The name and the item shape of each input, for the items that were tested.
+        reason: Why it could not serve them.
     """
 
     layers: tuple[str, ...]
@@ -180,12 +187,12 @@ class ModelDescription:
         name: The model's name.
         source: Where it comes from, such as ``"torchvision:resnet18"``.
         weights: Which weights it has.
-        device: What it runs on.
-        inputs: What it takes.
+        device: The device that it runs on.
+        inputs: Its inputs.
         layers: Its layers in execution order.
-        passes: How its passes are run; None where that is not known.
+        passes: How its passes run; None if unknown.
         notes: What is unusual about it, in words.
-        refused_plans: What extractors could not serve.
+        refused_plans: The layer sets that extractors could not serve.
     """
 
     name: str
@@ -199,7 +206,7 @@ class ModelDescription:
     refused_plans: tuple[RefusedPlan, ...] = ()
 
     def __str__(self) -> str:
-        """Return a line about the model, then one for each layer that is a module."""
+        """Return one line about the model, then one line per layer that is a module."""
         taken = ", ".join(map(str, self.inputs))
         lines = [f"{self.name}: {self.source}, weights {self.weights}, takes {taken}"]
         lines += [str(layer) for layer in self.layers if not layer.is_node]

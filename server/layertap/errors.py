@@ -4,25 +4,25 @@ LayertapError
 ├── InvalidInputError              the request itself is wrong: field, got, expected
 │   └── DecodeError                its bytes are not a well-formed message
 ├── NotFoundError
-│   ├── ModelNotFoundError         no model of that name is served
+│   ├── ModelNotFoundError         no served model has that name
 │   └── LayerNotFoundError         the model has no such layer
 ├── ExtractorUnsupportedError      the layer exists, but the chosen extractor can't serve it
 ├── ReplyTooLargeError             the reply would exceed the limit; checked before the pass
 ├── SharedMemoryLostError          a reference to shared memory that is not leased to the caller
 ├── OverloadedError                the queue is full
 ├── UnauthenticatedError           the call came without a valid token
-├── PermissionDeniedError          the token has no right to what was called
+├── PermissionDeniedError          the token does not give the right to make this call
 ├── UnavailableError               the server is starting, stopping or can't be reached
 ├── DeadlineExceededError          the deadline passed
 ├── CancelledError                 the caller cancelled or disconnected
 ├── ModelRunError                  the model itself failed on a well-formed input
 ├── ModelLoadError                 a model can't be loaded
-│   └── WeightsUnavailableError    its weights can't be had
+│   └── WeightsUnavailableError    its weights can't be found or read
 ├── ConfigError                    the configuration is invalid
 └── InternalError                  a fault of layertap; the server's log has the details
 
-``layertap.services.error_codes`` maps each to a code, which each transport maps to its own;
-``layertap.client`` maps gRPC's status back.
+``layertap.services.error_codes`` maps each to a code, which each transport maps to its own.
+``layertap.client`` maps gRPC's statuses back.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ __all__ = [
 
 
 class LayertapError(Exception):
-    """The root: ``except LayertapError`` catches whatever layertap raises on purpose."""
+    """The base class of all errors that layertap raises on purpose."""
 
 
 class InvalidInputError(LayertapError):
     """The request is wrong; the message names the field, what was got and what was expected.
 
     Args:
-        text: The message. With ``image``, ``images[3]: `` goes in front of it.
+        text: The message. With ``image``, it is prefixed by ``images[3]: ``, for example.
         image: The index in the request of the image that is wrong.
 
     Attributes:
-        image: The same; None if the error is not about one image.
+        image: The index of the image; None if the error is not about one image.
     """
 
     def __init__(self, text: str = "", *, image: int | None = None) -> None:
@@ -72,7 +72,7 @@ class InvalidInputError(LayertapError):
 
     @property
     def detail(self) -> str:
-        """The message without the index of the image, for callers who know a better name for it."""
+        """The message without the index of the image, for callers who know the image's name."""
         return str(self).removeprefix("" if self.image is None else _image_prefix(self.image))
 
 
@@ -85,19 +85,19 @@ class DecodeError(InvalidInputError):
 
 
 class NotFoundError(LayertapError):
-    """Something that was requested by name does not exist."""
+    """Something that a request names does not exist."""
 
 
 class ModelNotFoundError(NotFoundError):
-    """No model of that name is served; the message lists those that are."""
+    """No served model has that name; the message lists the served models."""
 
 
 class LayerNotFoundError(NotFoundError):
-    """The model has no such layer; the message offers close matches."""
+    """The model has no such layer; the message suggests close matches."""
 
 
 class ExtractorUnsupportedError(LayertapError):
-    """The chosen extractor can't serve the layer; the message says why and which ones can."""
+    """The extractor can't serve the layer; the message says why, and which extractors can."""
 
 
 class ReplyTooLargeError(LayertapError):
@@ -105,26 +105,26 @@ class ReplyTooLargeError(LayertapError):
 
 
 class SharedMemoryLostError(LayertapError):
-    """The session, region or lease is not, or no longer, the sender's; send the tensor itself."""
+    """The session, region or lease doesn't belong to the sender (any more); send the tensor."""
 
 
 class OverloadedError(LayertapError):
     """The server's queue is full; try again later.
 
     Attributes:
-        retry_after: Seconds after which the server asks to be called again; negative where it asks
-            not to be, None if it says nothing.
+        retry_after: Seconds after which the server allows a retry; negative if it forbids one, None
+            if it doesn't say.
     """
 
     retry_after: float | None = None
 
 
 class UnauthenticatedError(LayertapError):
-    """The server requests a token, and none that it knows came with the call."""
+    """The server requires a token, and the call has no valid one."""
 
 
 class PermissionDeniedError(LayertapError):
-    """The caller is known, or anonymous callers are welcome, but may not call this."""
+    """The caller is known, or needs no token, but may not make this call."""
 
 
 class UnavailableError(LayertapError):
@@ -132,15 +132,15 @@ class UnavailableError(LayertapError):
 
 
 class DeadlineExceededError(LayertapError):
-    """The time given to the call ran out."""
+    """The deadline of the call has passed."""
 
 
 class CancelledError(LayertapError):
-    """The caller went away before the answer was ready."""
+    """The caller cancelled or disconnected before the answer was ready."""
 
 
 class ModelRunError(LayertapError):
-    """The model failed on an input that looked right."""
+    """The model failed on an input that passed all checks."""
 
 
 class ModelLoadError(LayertapError):
@@ -148,7 +148,7 @@ class ModelLoadError(LayertapError):
 
 
 class WeightsUnavailableError(ModelLoadError):
-    """A model's weights can't be had; the message says what to do."""
+    """A model's weights can't be found or read; the message says what to do."""
 
 
 class ConfigError(LayertapError):
@@ -156,4 +156,4 @@ class ConfigError(LayertapError):
 
 
 class InternalError(LayertapError):
-    """A fault of layertap's own; the server's log has the details under the request id."""
+    """A fault of layertap itself; the server's log has the details under the request id."""

@@ -1,4 +1,4 @@
-"""What a caller may hand in: images or an array."""
+"""Converts a caller's input to encoded images or to arrays."""
 
 from __future__ import annotations
 
@@ -6,66 +6,97 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from layertap.errors import InvalidInputError
+from layertap.texts import Texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     ImageLike = bytes | str | os.PathLike[str] | Image
     ArrayLike = np.ndarray | Any
-    InputLike = ArrayLike | Mapping[str, ArrayLike] | ImageLike | Sequence[ImageLike]
+    OneInput = ArrayLike | ImageLike | Sequence[ImageLike] | Texts
+    InputLike = OneInput | Mapping[str, OneInput]
 
     from layertap.wire.tensors import Arrays
 
-__all__ = ["encode_input"]
+__all__ = ["EncodedInput", "encode_input"]
 
 _ORIENTATION = 0x0112
 
 
-def encode_input(given: Any) -> tuple[list[bytes], Arrays]:
-    """Tell images from arrays.
+class EncodedInput(NamedTuple):
+    """What a caller gave, ready to be sent.
+
+    Attributes:
+        arrays: Arrays with the names of their inputs.
+        images: The files of images, one for each item, with the names of their inputs.
+        texts: Texts, with the names of their inputs.
+    """
+
+    arrays: Arrays
+    images: Sequence[tuple[str, list[bytes]]]
+    texts: Sequence[tuple[str, Texts]] = ()
+
+
+def encode_input(given: Any) -> EncodedInput:
+    """Convert inputs to arrays and encoded images.
 
     Args:
-        given: An array or tensor ``[B, ...]`` as the model takes it, or a mapping of input names to
-            such arrays; or an image, or a list of images: a path, the bytes of a JPEG, PNG or WebP
-            file, or a PIL image (which is sent as PNG, without loss and with its EXIF orientation;
-            CMYK as the RGB that the server would make of it).
+        given: An array or tensor ``[B, ...]`` for the model; an image, or a list of images;
+            ``Texts``; or a mapping of input names to these. An image is a path, the bytes of a
+            JPEG, PNG or WebP file, or a PIL image. A PIL image is sent as PNG, without loss and with
+            its EXIF
+            orientation; CMYK is sent as the RGB to which the server would convert it.
 
     Returns:
-        The images' bytes and the arrays with their inputs' names, of which one list is empty. An
-        array that was given without a name has an empty one.
+        The arrays and the images. What was given without a name has an empty one.
 
     Raises:
-        InvalidInputError: For anything else, and for an image that can't be read or sent.
+        InvalidInputError: If it is none of these, or if an image can't be read or sent.
     """
-    if _is_image(given):
-        return [_image_bytes(given)], []
-    if isinstance(given, list | tuple):
-        wrong = next((item for item in given if not _is_image(item)), None)
-        if wrong is not None or not given:
-            got = "an empty list" if not given else f"a list with a {type(wrong).__name__}"
-            raise InvalidInputError(f"input: got {got}, expected images or one array")
-        return [_image_bytes(item) for item in given], []
-    if isinstance(given, Mapping):
-        return [], _named(given)
-    return [], [("", _array(given, "input", "an image, a list of images, an array or a mapping"))]
-
-
-def _named(given: Mapping[Any, Any]) -> Arrays:
+    if not isinstance(given, Mapping):
+        return _encoded_inputs({"": given})
     if not given or not all(isinstance(name, str) for name in given):
         got = "an empty mapping" if not given else f"names {list(given)}"
         raise InvalidInputError(f"input: got {got}, expected names of inputs, which are strings")
-    return [(name, _array(value, f"input {name!r}", "an array")) for name, value in given.items()]
+    return _encoded_inputs(given)
+
+
+def _encoded_inputs(given: Mapping[str, Any]) -> EncodedInput:
+    arrays: list[tuple[str, np.ndarray]] = []
+    images: list[tuple[str, list[bytes]]] = []
+    texts: list[tuple[str, Texts]] = []
+    for name, value in given.items():
+        what = f"input {name!r}" if name else "input"
+        if isinstance(value, Texts):
+            texts.append((name, value))
+        elif _is_image(value):
+            images.append((name, [_image_bytes(value)]))
+        elif isinstance(value, list | tuple):
+            images.append((name, _image_list(value, what)))
+        else:
+            more = "" if name else " or a mapping of these"
+            expected = f"an image, a list of images, Texts, an array{more}"
+            arrays.append((name, _array(value, what, expected)))
+    return EncodedInput(arrays, images, texts)
+
+
+def _image_list(given: Sequence[Any], what: str) -> list[bytes]:
+    wrong = next((item for item in given if not _is_image(item)), None)
+    if wrong is not None or not given:
+        got = "an empty list" if not given else f"a list with a {type(wrong).__name__}"
+        raise InvalidInputError(f"{what}: got {got}, expected images or one array")
+    return [_image_bytes(item) for item in given]
 
 
 def _array(given: Any, what: str, expected: str) -> np.ndarray:
     if isinstance(given, np.ndarray):
         return _little_endian(given)
-    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor, told without torch.
+    if hasattr(given, "detach") and hasattr(given, "cpu"):  # A torch tensor; torch isn't imported.
         return _from_torch(given)
     raise InvalidInputError(f"{what}: got {type(given).__name__}, expected {expected}")
 
@@ -96,10 +127,10 @@ def _encoded(image: Image) -> bytes:
     buffer = io.BytesIO()
     try:
         options = _orientation(image)
-        # PNG has no CMYK. The server makes RGB of such a file, as is done here.
+        # PNG has no CMYK. The server would convert such a file to RGB in the same way.
         image = image.convert("RGB") if image.mode == "CMYK" else image
         image.save(buffer, "PNG", compress_level=1, **options)
-    except (OSError, SyntaxError, ValueError) as error:  # What Pillow raises, reading or writing.
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's errors on reading and writing.
         raise InvalidInputError(
             f"input: can't send a PIL image of mode {image.mode}: {error}"
         ) from error
@@ -107,10 +138,10 @@ def _encoded(image: Image) -> bytes:
 
 
 def _orientation(image: Image) -> dict[str, Any]:
-    """Return the option of ``save`` that keeps the EXIF orientation, which PNG drops otherwise."""
+    """Return the option of ``save`` that keeps the EXIF orientation, which PNG would lose."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - Pillow's parser raises what it trips over
+    except Exception:  # noqa: BLE001 - Pillow's parser may raise anything
         return {}
     if orientation == 1:
         return {}
@@ -128,7 +159,7 @@ def _little_endian(array: np.ndarray) -> np.ndarray:
 def _from_torch(tensor: Any) -> np.ndarray:
     try:
         return _array_of(tensor.detach().cpu().resolve_conj().resolve_neg())
-    # What torch raises for a type that numpy lacks, sparse tensors, and those without values.
+    # torch's errors for dtypes that numpy lacks, sparse tensors, and tensors without values.
     except (AttributeError, RuntimeError, TypeError) as error:
         raise InvalidInputError(f"input: can't send a {type(tensor).__name__}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Keeps the memory of large messages, instead of returning it to the system each time.
+"""Keeps freed memory of large messages for reuse, instead of returning it to the system.
 
 docs/decisions/0007-the-allocator.md explains why, with measurements.
 """
@@ -16,7 +16,7 @@ from layertap.wire import codec
 __all__ = ["DEFAULT_KEPT_MIB", "keep_memory", "retained_bytes"]
 
 DEFAULT_KEPT_MIB = 1024
-"""What is kept at most, in MiB, unless said otherwise: the blocks of some large replies."""
+"""Default limit of kept memory in MiB: enough for the blocks of several large replies."""
 
 _MIB = 1 << 20
 _LOOK_SECONDS = 1.0
@@ -24,23 +24,23 @@ _STATM = Path("/proc/self/statm")
 
 
 def keep_memory(mib: int = DEFAULT_KEPT_MIB) -> bool:
-    """Keep freed memory for the next large reply, which takes a quarter of the time then.
+    """Keep freed memory for the next large reply, which then takes a quarter of the time.
 
-    For the whole process, whatever allocates there, and the rest of its life. Call it early:
-    threads that already run may continue as before. Never more is kept than was in use at once, and
-    a thread that looks once a second gives everything free back where it is more than ``mib``.
+    This affects all allocations of the process, for the rest of its life. Call it early: threads
+    that already run may not be affected. At most as much is kept as was ever in use at one time. A
+    thread checks once a second, and returns all free memory if it exceeds ``mib``.
 
-    ``layertap serve`` does it by itself, unless ``--no-keep-memory`` is given.
+    ``layertap serve`` does this by itself, unless ``--no-keep-memory`` is given.
 
     Args:
-        mib: MiB of free memory that may be kept; another call changes it.
+        mib: MiB of free memory that may be kept; a later call changes it.
 
     Returns:
-        Whether it is done. False, with nothing changed, where the C library is not glibc 2.33 or
-        newer: on musl and macOS, for instance.
+        Whether memory is kept. False, with nothing changed, if the C library is not glibc 2.33 or
+        newer: for instance on musl or macOS.
 
     Raises:
-        InvalidInputError: For a number below 1.
+        InvalidInputError: If ``mib`` is below 1.
     """
     if mib < 1:
         raise InvalidInputError(f"mib: got {mib}, expected a number from 1")
@@ -51,18 +51,19 @@ def keep_memory(mib: int = DEFAULT_KEPT_MIB) -> bool:
 
 
 def retained_bytes() -> int | None:
-    """Return how much memory malloc holds free, in bytes; None if it does not tell.
+    """Return the bytes of free memory that malloc has not returned; None if it doesn't report it.
 
-    An estimate: what malloc calls free, but at most the process's anonymous memory
-    (``/proc/self/statm``, see proc(5)) less malloc's blocks in use, since no memory need stand
-    after free blocks. What else is anonymous, such as stacks and Python's small objects, is known
-    from the last time that everything free was given back; before, it counts as retained.
+    This is an estimate. malloc also counts free blocks that no memory stands behind. So the result
+    is at most the process's anonymous memory (``/proc/self/statm``, see proc(5)) minus malloc's
+    blocks in use and minus other anonymous memory, such as stacks and Python's small objects. The
+    latter is measured whenever all free memory is returned; before the first time it counts as
+    free.
     """
     return _KEEPER.retained()
 
 
 class _Keeper:
-    """Holds free memory to the bound that malloc itself keeps only at the heap's end."""
+    """Keeps free memory below the bound. malloc itself does so only at the end of the heap."""
 
     def __init__(self) -> None:
         self._bound = 0
@@ -70,7 +71,7 @@ class _Keeper:
         self._thread: threading.Thread | None = None
 
     def keep(self, bound: int) -> None:
-        """Hold to ``bound`` bytes from now on."""
+        """Keep free memory below ``bound`` bytes from now on."""
         self._bound = bound
         self._trim()
         if self._thread is None:
@@ -86,7 +87,7 @@ class _Keeper:
         return min(free, max(0, _anonymous_bytes() - used - self._other))
 
     def look(self) -> None:
-        """Give free memory back where it is more than the bound."""
+        """Return free memory to the system if it exceeds the bound."""
         retained = self.retained()
         if retained is not None and retained > self._bound:
             self._trim()
@@ -95,7 +96,7 @@ class _Keeper:
         codec.trim_memory()
         usage = codec.malloc_usage()
         if usage is not None:
-            # No page is free now, so that what is not in use by malloc is not malloc's.
+            # No free page is left, so anonymous memory not in use by malloc belongs to others.
             self._other = max(0, _anonymous_bytes() - usage[0])
 
     def _run(self) -> None:

@@ -1,8 +1,8 @@
-"""The CPUs, memory and files that this process may use; in a container fewer than the node has.
+"""The CPUs, memory and files that this process may use; in a container fewer than the machine has.
 
-Read from the process's control groups, version 2 and version 1, and from the affinity mask. A
-container with a quota of one CPU on a node of 64 still sees 64 cores; as many threads would be
-throttled for most of the time.
+They are read from the process's control groups, version 2 and version 1, and from the affinity
+mask. A container with a quota of one CPU on a machine with 64 still sees 64 cores, but as many
+threads would be throttled most of the time.
 
 Sources: cgroups(7), the kernel's documents cgroup-v2.rst (``cpu.max``, ``memory.max``,
 ``memory.high``) and cgroup-v1 (``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), and proc(5) for
@@ -27,11 +27,11 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 def available_cpus(proc: Path = Path("/proc")) -> int:
     """Return how many threads can compute at once without being throttled; at least 1.
 
-    The cores of the affinity mask, or the whole CPUs of the smallest CPU quota if those are fewer.
-    A fraction is rounded down: what is left of it goes to the threads that talk to callers.
+    This is the number of cores in the affinity mask, or the smallest CPU quota if that is lower. A
+    fraction is rounded down, which leaves the rest to the threads that communicate with callers.
 
     Args:
-        proc: Where procfs is mounted.
+        proc: The mount point of procfs.
     """
     cores = len(os.sched_getaffinity(0))
     quotas = [quota for group in _groups("cpu", proc) if (quota := _cpu_quota(group)) is not None]
@@ -41,10 +41,10 @@ def available_cpus(proc: Path = Path("/proc")) -> int:
 def memory_limit(proc: Path = Path("/proc")) -> int:
     """Return the bytes of memory that this process may use.
 
-    The smallest limit of its control groups, or the machine's memory if that is less.
+    This is the smallest limit of its control groups, or the machine's memory if that is less.
 
     Args:
-        proc: Where procfs is mounted.
+        proc: The mount point of procfs.
     """
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     names = ("memory.max", "memory.high", "memory.limit_in_bytes")
@@ -54,7 +54,7 @@ def memory_limit(proc: Path = Path("/proc")) -> int:
         for name in names
         if (text := _read(group / name)).isdecimal()
     ]
-    # A limit of 0 would let nothing run: somebody is about to end the group.
+    # Ignore a limit of 0: nothing could run with it, and the group is about to be removed.
     return min([machine, *(limit for limit in limits if limit > 0)])
 
 
@@ -65,15 +65,15 @@ def file_limit() -> int:
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files as far as it may be raised, but never above 65,536.
+    """Raise the limit of open files to the hard limit, but not above 65,536.
 
-    The usual limit of 1024 is for programs that still use select(2); a program that doesn't is
-    meant to raise it to the hard limit.
+    The usual limit of 1024 is for programs that still use select(2). Other programs are meant to
+    raise it to the hard limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < allowed:
-        # Some systems refuse what their own hard limit promises.
+        # Some systems refuse even values below their own hard limit.
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
@@ -93,16 +93,16 @@ def _cpu_quota(group: Path) -> float | None:
 def _groups(controller: str, proc: Path) -> Iterator[Path]:
     """Yield the folders of this process's groups that a controller may limit, and their parents.
 
-    A limit of any of them holds, so a reader takes the smallest. On machines with both versions of
-    control groups the controller belongs to one of them, and the other's folders lack its files.
+    The limits of all of them apply, so a reader takes the smallest. On machines with both versions
+    of control groups, the controller belongs to one of them; the other's folders lack its files.
     """
     paths = dict(_memberships(controller, proc))
     for version, root, mounted in _mounts(controller, proc):
         if version not in paths:
             continue
         path = PurePosixPath(paths[version])
-        # Without a cgroup namespace the process is told a path of the node, of which a container's
-        # mount shows the end only.
+        # Without a cgroup namespace the process sees its path on the node, while a container's
+        # mount shows only the end of that path.
         inside = path.relative_to(root) if path.is_relative_to(root) else PurePosixPath()
         if ".." in inside.parts:  # The group is outside of what the namespace shows.
             inside = PurePosixPath()
@@ -114,7 +114,7 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
 
 
 def _memberships(controller: str, proc: Path) -> Iterator[tuple[int, str]]:
-    """Yield (version, path) of the groups in which the process is."""
+    """Yield (version, path) of the groups that the process is in."""
     for line in _read(proc / "self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -125,7 +125,7 @@ def _memberships(controller: str, proc: Path) -> Iterator[tuple[int, str]]:
 
 
 def _mounts(controller: str, proc: Path) -> Iterator[tuple[int, PurePosixPath, Path]]:
-    """Yield (version, the group that is mounted, where) of the mounted hierarchies."""
+    """Yield (version, mounted group, mount point) of the mounted hierarchies."""
     for line in _read(proc / "self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, kinds = before.split(), after.split()
@@ -139,12 +139,12 @@ def _mounts(controller: str, proc: Path) -> Iterator[tuple[int, PurePosixPath, P
 
 
 def _unescaped(text: str) -> str:
-    """Return a path of mountinfo, which writes a space as a backslash and 040."""
+    """Return a path from mountinfo, which writes a space as a backslash and 040."""
     return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
 
 
 def _read(file: Path) -> str:
-    """Return what a file says; empty if it is not there, or not ours to read."""
+    """Return the content of a file; empty if it doesn't exist or can't be read."""
     try:
         return file.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):

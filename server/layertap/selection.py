@@ -26,23 +26,23 @@ __all__ = [
 
 
 SENT_DTYPES = ("float32", "float16", "bfloat16")
-"""The types in which a selection may have floating-point values sent."""
+"""The dtypes to which a selection may have floating-point values converted."""
 
 
 class Extractor(StrEnum):
-    """A way to take a layer's value; ``layertap.v1.Extractor`` has the same names.
+    """A way to capture a layer's value; ``layertap.v1.Extractor`` has the same names.
 
-    The order is the one in which AUTO prefers them. What each does stands in
-    ``layertap.extraction.kinds``, in the module with its name.
+    The order is the one in which AUTO prefers them. The module of ``layertap.extraction.kinds``
+    with an extractor's name explains what it does.
 
     Attributes:
-        letter: What tables call it; empty for AUTO.
+        letter: The letter that tables show; empty for AUTO.
     """
 
     letter: str
 
     def __new__(cls, value: str, letter: str = "") -> Self:
-        """Make a member of its value, with the letter next to it."""
+        """Make a member from its value and its letter."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.letter = letter
@@ -57,7 +57,7 @@ class Extractor(StrEnum):
 
 
 def as_extractor(name: Extractor | str) -> Extractor:
-    """Return an extractor by its name; raise InvalidInputError for one that there is not."""
+    """Return an extractor by its name; raise InvalidInputError for an unknown name."""
     try:
         return Extractor(name)
     except ValueError:
@@ -67,20 +67,24 @@ def as_extractor(name: Extractor | str) -> Extractor:
 
 
 class Capture(StrEnum):
-    """Which side of a layer is meant; ``layertap.v1.Capture`` has the same names."""
+    """A side of a layer; ``layertap.v1.Capture`` has the same names."""
 
     OUTPUT = "output"
     INPUT = "input"
 
 
 class Reduction(StrEnum):
-    """What to do with a value before it is sent; ``layertap.v1.Reduction`` has the same names."""
+    """What is done to a value before it is sent; ``layertap.v1.Reduction`` has the same names."""
 
     NONE = "none"
     GLOBAL_AVERAGE_POOL = "global_average_pool"
     FLATTEN = "flatten"
     CLASS_TOKEN = "class_token"
     TOKEN_GRID = "token_grid"
+    LAST_TOKEN = "last_token"
+    TOKEN_MAX = "token_max"
+    TOKENS = "tokens"
+    WORDS = "words"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +92,16 @@ class LayerSelection:
     """A layer to return.
 
     Attributes:
-        layer: A catalogue name or a glob over the names.
-        capture: Which side of the layer.
-        alias: The name in the reply; empty for ``layer`` or ``layer:input``.
-        reduction: What to do with the value before it is sent.
-        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to send floating-point values in;
-            empty for the type that the model produced.
+        layer: A layer's name, or a glob that matches names.
+        capture: The side of the layer.
+        alias: The name in the reply; if empty, it is ``layer`` or ``layer:input``.
+        reduction: What is done to the value before it is sent.
+        dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which floating-point
+            values are sent; if empty, the model's own dtype.
 
     Raises:
-        InvalidInputError: For a side or a reduction that there is not; their names will do as well
-            as their members.
+        InvalidInputError: For an unknown side or reduction. Both may be given as members or by
+            name.
     """
 
     layer: str
@@ -116,8 +120,8 @@ class LayerSelection:
     def parse(cls, text: str) -> LayerSelection:
         r"""Read ``LAYER[:input|:output][=ALIAS]``, such as ``avgpool:input=before``.
 
-        A colon, an equals sign or a backslash that belongs to the layer's name has a backslash in
-        front: ``heads.a\=b``.
+        If the layer's name contains a colon, an equals sign or a backslash, put a backslash in
+        front of it: ``heads.a\=b``.
         """
         target, equals, alias = _cut(text, "=")
         layer, colon, side = _cut(target, ":")
@@ -131,7 +135,7 @@ class LayerSelection:
         return cls(_ESCAPED.sub(r"\1", layer), Capture(side) if colon else Capture.OUTPUT, alias)
 
     def name_for(self, layer: str) -> str:
-        """Return the name in the reply of ``layer``, one of this selection's matches."""
+        """Return the name in the reply for ``layer``, one of the layers that this matches."""
         if self.alias:
             return self.alias
         return layer if self.capture is Capture.OUTPUT else f"{layer}:input"
@@ -141,7 +145,7 @@ _ESCAPED = re.compile(r"\\([:=\\])")
 
 
 def _cut(text: str, sign: str) -> tuple[str, str, str]:
-    """Part a text at the first sign that has no backslash in front of it, as str.partition does."""
+    """Split a text like str.partition, at the first sign without a backslash in front of it."""
     place = next((m for m in re.finditer(rf"\\.|{sign}", text) if m.group() == sign), None)
     return (text[: place.start()], sign, text[place.end() :]) if place else (text, "", "")
 
@@ -161,20 +165,21 @@ def is_glob(name: str) -> bool:
 
 
 class Glob:
-    """A glob over names, matched in full; see Note [Globs].
+    """A glob that must match whole names; see Note [Globs].
 
     ``*`` and ``?`` stay within one component of a path, ``**`` crosses components.
 
     Note [Globs]
-        A glob comes from anybody. As a regular expression ``**?**?**?`` and so on takes years on a
-        name that it doesn't match, and Python holds every other thread up meanwhile. So all ways
-        through the glob are walked at once, a bit for each place in it: one step a character.
+        Any caller may send a glob. As a regular expression, ``**?**?**?`` and so on would take
+        years on a name that it doesn't match, and would block all other Python threads. So this
+        follows all possible matches at once, with one bit per position in the glob. Each character
+        of a name takes one step.
     """
 
     def __init__(self, text: str) -> None:
-        # A run of stars with two of them says what two say.
+        # Three or more stars mean the same as two.
         self._parts = [part for part in re.split(r"(\*\*+|\*|\?)", text) if part]
-        # Longer than any name, a glob is never laid out.
+        # The shortest name that can match; shorter names don't need the steps below.
         self._least = sum(len(part) for part in self._parts if not part.startswith("*"))
 
     def matches(self, name: str) -> bool:
@@ -196,7 +201,7 @@ class Glob:
 
 
 class _Steps:
-    """Where in a glob each kind of step may be taken: bit n stands before the n-th sign."""
+    """The positions in a glob at which each kind of step is possible; bit n is position n."""
 
     def __init__(self, parts: Iterable[str]) -> None:
         self.deep = self.shallow = self.single = self.length = 0
@@ -208,7 +213,7 @@ class _Steps:
                 self.length += 1
 
     def past_stars(self, places: int) -> int:
-        """Return places with those after their stars, which may stand for nothing."""
+        """Return the positions, with those that follow if stars match nothing."""
         return places | (places & (self.deep | self.shallow)) << 1
 
     def _add(self, sign: str, place: int) -> None:
@@ -226,14 +231,14 @@ SelectionLike = str | LayerSelection | Mapping[str, str] | Iterable[str | LayerS
 
 
 def parse_selections(layers: SelectionLike) -> list[LayerSelection]:
-    """Normalise what a caller may write for layers.
+    """Convert a caller's selection of layers to a list of LayerSelection.
 
     Args:
         layers: One name, a LayerSelection, a list of either, or a mapping of names to aliases (the
             ``return_nodes`` convention of torchvision's ``create_feature_extractor``).
 
     Raises:
-        InvalidInputError: For a text that is not ``LAYER[:input|:output][=ALIAS]``.
+        InvalidInputError: If a text is not ``LAYER[:input|:output][=ALIAS]``.
     """
     if isinstance(layers, str | LayerSelection):
         layers = [layers]

@@ -1,9 +1,9 @@
 """Ignores Python warnings temporarily, safely in a process with many threads.
 
 Python keeps one list of warning filters for the whole process. ``warnings.catch_warnings`` replaces
-that list and restores the former one, so two blocks that overlap in time, in two threads, can
-leave the process with the filters of the wrong one permanently. All code of layertap that ignores
-warnings uses ``warnings_ignored`` instead; it is the only place where they are changed.
+that list and later restores the former one. If two threads do this at overlapping times, the wrong
+list can stay for good. So all code of layertap that ignores warnings uses ``warnings_ignored``
+instead, which is the only place where the filters change.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _changed: list[_Filters] = []
 
 @contextmanager
 def warnings_ignored() -> Iterator[None]:
-    """Ignore every Python warning of the process for as long as the block lasts.
+    """Ignore every Python warning of the process inside the block.
 
-    Blocks may overlap, in one thread or several: warnings are ignored until the last one ends. Only
-    the filter that the first one added is removed, so filters that other code sets meanwhile stay.
-    No lock is held while a block runs.
+    Blocks may overlap, in one thread or several: warnings are ignored until the last block ends.
+    Only the filter that the first block added is removed, so filters that other code sets meanwhile
+    stay. No lock is held while a block runs.
     """
     _begin()
     try:
@@ -45,7 +45,7 @@ def _begin() -> None:
     with _lock:
         _blocks += 1
         filters = _filters()
-        # Other code, such as pytest, may have put its own list in place meanwhile.
+        # Other code, such as pytest, may have replaced the list meanwhile.
         if not any(entry is _IGNORE_ALL for entry in filters):
             filters.insert(0, _IGNORE_ALL)
             _changed.append(filters)
@@ -58,7 +58,7 @@ def _end() -> None:
         if _blocks:
             return
         for filters in (*_changed, _filters()):
-            # By identity: an equal filter may be the program's own.
+            # Compared by identity, because the program may have an equal filter of its own.
             filters[:] = [entry for entry in filters if entry is not _IGNORE_ALL]
         _changed.clear()
 

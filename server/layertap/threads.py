@@ -2,13 +2,13 @@
 
 Note [Threads that can't be started]
     Containers limit how many threads a process may have (the pids control group, RLIMIT_NPROC), and
-    so does memory. ``concurrent.futures.ThreadPoolExecutor`` starts a thread when a task comes, in
-    the thread that brings the task: with gRPC that is the one that reads every call, and where it
-    raises "can't start new thread" the server never answers anything again. So the pools here start
-    all threads at once, before the server is ready, and none later. Where the system allows fewer
-    than wanted, each pool gets its share, and some of them are abandoned again for those that come
-    later: a model that is reloaded, an OpenMP team (whose library ends the process if it can't
-    start one).
+    memory limits it too. ``concurrent.futures.ThreadPoolExecutor`` starts a thread when it gets a
+    task, in the thread that submits the task. In gRPC that is the thread that reads every call. If
+    it raises "can't start new thread" there, the server never answers anything again. So the pools
+    here start all threads before the server is ready, and none later. If the system allows fewer
+    than wanted, each pool gets its share. Then some threads are ended again, to leave room for
+    threads that are needed later: to reload a model, or for an OpenMP team (whose library ends the
+    process if it can't start one).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 RESERVE = 32
-"""Threads that are left to the rest of the process where the system allows fewer than wanted."""
+"""Threads to leave to the rest of the process if the system allows fewer than wanted."""
 
 LEAST = 2
-"""Threads of each pool without which a server doesn't start."""
+"""Minimum number of threads per pool; with fewer, a server doesn't start."""
 
 THREADS_REFUSED = (
     "the system allows this process no more threads: raise its limit of processes (pids.max of the "
@@ -51,31 +51,31 @@ THREADS_REFUSED = (
 
 
 def is_thread_refused(error: Exception) -> bool:
-    """Return whether an error is Python's for a thread that the system did not allow."""
-    # Python has no class for it.
+    """Return whether an error means that the system did not allow another thread."""
+    # Python has no exception class for this.
     return isinstance(error, RuntimeError) and "can't start new thread" in str(error)
 
 
-# A task, or None if a thread should end.
+# A task, or None to end the thread that takes it.
 _Task = Callable[[], None] | None
 
 
 class WorkerThreads(ThreadPoolExecutor):
-    """A pool that never starts a thread by itself: ``start_threads`` starts them.
+    """A pool that never starts a thread by itself; ``start_threads`` starts them.
 
-    A task that finds no thread free waits for one. The threads are daemons: a task that hangs does
-    not keep the process from ending.
+    A task waits until a thread is free. The threads are daemons, so a task that hangs does not keep
+    the process from ending.
 
-    It is a ThreadPoolExecutor because gRPC lets a handler bring its own threads only as one (see
-    ``run_in``); it has no more than the methods in common with it.
+    It is a ThreadPoolExecutor because gRPC accepts nothing else as a handler's own threads (see
+    ``run_in``); it has only the methods in common with it.
 
     Args:
-        most: Threads that it should have.
-        name: What the threads are called, with a number behind.
+        most: The number of threads that it should have.
+        name: The prefix of the threads' names; a number follows.
 
     Attributes:
-        most: The same.
-        name: The same.
+        most: The number of threads that it should have.
+        name: The prefix of the threads' names.
     """
 
     def __init__(self, most: int, name: str) -> None:
@@ -91,17 +91,17 @@ class WorkerThreads(ThreadPoolExecutor):
 
     @property
     def count(self) -> int:
-        """How many threads there are."""
+        """The number of threads."""
         return self._count
 
     @property
     def busy(self) -> int:
-        """How many tasks have not ended yet, those that wait included."""
+        """The number of tasks that have not ended yet, including waiting ones."""
         return self._unfinished
 
     @property
     def waiting(self) -> int:
-        """How many tasks wait for a thread."""
+        """The number of tasks that wait for a thread."""
         return self._tasks.qsize()
 
     def start_one(self) -> bool:
@@ -131,7 +131,7 @@ class WorkerThreads(ThreadPoolExecutor):
                 thread.join()
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Have a free thread run it, or the first that becomes free.
+        """Run a task on a free thread, or on the first that becomes free.
 
         Raises:
             RuntimeError: After ``shutdown``.
@@ -140,7 +140,7 @@ class WorkerThreads(ThreadPoolExecutor):
             return self._submit(lambda: fn(*args, **kwargs))
 
     def submit_if_free(self, fn: Callable[[], R]) -> Future[R] | None:
-        """Have a free thread run it; return None if there is none.
+        """Run a task on a free thread; return None if there is none.
 
         Raises:
             RuntimeError: After ``shutdown``.
@@ -149,11 +149,11 @@ class WorkerThreads(ThreadPoolExecutor):
             return self._submit(fn) if self._count > self._unfinished else None
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more tasks, and let the threads end when those that they have are done.
+        """Accept no more tasks, and end the threads once their tasks are done.
 
         Args:
-            wait: Whether to wait for that.
-            cancel_futures: Whether tasks that no thread has begun are dropped.
+            wait: Whether to wait until the threads have ended.
+            cancel_futures: Whether to drop tasks that no thread has begun.
         """
         with self._lock:
             self._closed = True
@@ -166,7 +166,7 @@ class WorkerThreads(ThreadPoolExecutor):
             self.join()
 
     def join(self, seconds: float = threading.TIMEOUT_MAX) -> None:
-        """Wait for the threads to end after ``shutdown``, but no longer than this in all."""
+        """Wait for the threads to end after ``shutdown``, at most this long in total."""
         ends = time.monotonic() + seconds
         for thread in list(self._alive):
             thread.join(max(0.0, ends - time.monotonic()))
@@ -186,7 +186,7 @@ class WorkerThreads(ThreadPoolExecutor):
             result = call()
         except BaseException as error:  # noqa: BLE001 - the future raises it for its caller
             future.set_exception(error)
-            # The error refers to this frame, and so to itself.
+            # Break the cycle from the error through this frame back to the error.
             del future
         else:
             future.set_result(result)
@@ -202,20 +202,20 @@ class WorkerThreads(ThreadPoolExecutor):
             try:
                 task()
             finally:
-                # Before the thread waits again, or the last task would live until the next comes.
+                # Deleted before the thread waits, or the task would live until the next one comes.
                 del task
                 with self._lock:
                     self._unfinished -= 1
 
 
 class CallersThread(ThreadPoolExecutor):
-    """Runs each task at once, in the thread that brings it; for tasks that never wait."""
+    """Runs each task at once, in the submitting thread; only for tasks that never block."""
 
     def __init__(self) -> None:
         super().__init__(1)
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Run it and return its outcome."""
+        """Run the task and return its outcome as a future."""
         future: Future[R] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -225,10 +225,10 @@ class CallersThread(ThreadPoolExecutor):
 
 
 def run_in(threads: ThreadPoolExecutor, behaviour: Callable[P, R]) -> Callable[P, R]:
-    """Return a gRPC handler's behaviour that runs in its own threads, not in the server's.
+    """Return a gRPC handler's behaviour that runs on its own threads instead of the server's.
 
-    gRPC has no public way to say so: it looks for this attribute, which tests/test_private_parts.py
-    watches.
+    gRPC has no public way to do this. It looks for this attribute, and tests/test_private_parts.py
+    checks that it still does.
     """
     chosen = functools.partial(behaviour)
     chosen.experimental_thread_pool = threads  # type: ignore[attr-defined]
@@ -236,20 +236,20 @@ def run_in(threads: ThreadPoolExecutor, behaviour: Callable[P, R]) -> Callable[P
 
 
 def start_threads(pools: Sequence[WorkerThreads], reserve: int = RESERVE) -> int:
-    """Start the threads of pools, one of each in turn.
+    """Start the threads of several pools, one of each in turn.
 
-    Where the system refuses one, ``reserve`` threads are ended again, those of the largest pools
-    first, so that the rest of the process can still start some.
+    If the system refuses a thread, ``reserve`` threads are ended again, from the largest pools, so
+    that the rest of the process can still start some.
 
     Args:
-        pools: The pools, without threads yet.
-        reserve: Threads to leave to others where there are too few.
+        pools: The pools, which have no threads yet.
+        reserve: The number of threads to leave to others if there are too few.
 
     Returns:
-        How many threads are missing; 0 for none.
+        The number of missing threads; 0 if there are enough.
 
     Raises:
-        UnavailableError: If some pool would be left with less than two threads.
+        UnavailableError: If a pool would have fewer than two threads.
     """
     missing = sum(pool.most for pool in pools)
     wanting = list(pools)
@@ -297,14 +297,14 @@ def start_thread(thread: threading.Thread) -> None:
 
 
 def require_threads(count: int) -> None:
-    """Raise UnavailableError where the system would not let ``count`` more threads run at once.
+    """Raise UnavailableError if the system would not allow ``count`` more threads at once.
 
-    For code that starts threads in a way that can't fail gracefully: OpenMP's library ends the
-    process where it can't start one. It starts so many and ends them again, so somebody else may
-    still take the last one in between.
+    For code that starts threads and can't handle a failure: OpenMP's library ends the process if it
+    can't start one. This starts that many threads and ends them again, so other code may still take
+    the last ones in between.
 
     Raises:
-        UnavailableError: If it would not.
+        UnavailableError: If the system would not allow them.
     """
     leave = threading.Event()
     started: list[threading.Thread] = []

@@ -1,4 +1,4 @@
-"""Where the time of a request went."""
+"""How the time of a request is divided."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Timings:
 
     Attributes:
         prepare_ns: From the request's arrival until it waits for a compute thread.
-        queue_ns: Until its forward pass begins.
-        compute_ns: The forward pass.
-        total_ns: All of it.
+        queue_ns: From then until its forward pass begins.
+        compute_ns: The duration of the forward pass.
+        total_ns: The total.
     """
 
     prepare_ns: int = 0

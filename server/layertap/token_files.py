@@ -10,14 +10,14 @@ from layertap.errors import ConfigError
 __all__ = ["MIN_CHARACTERS", "check_token", "read_tokens"]
 
 MIN_CHARACTERS = 16
-"""Shorter ones could be guessed: nothing slows down somebody who tries."""
+"""Shorter tokens could be guessed, as nothing slows down a caller who tries many."""
 
-# b64token of RFC 6750, section 2.1. It has no '#', and nothing that a header can't carry.
+# b64token of RFC 6750, section 2.1. It contains no '#', and only what a header can contain.
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
 
 def check_token(token: str, where: str) -> str:
-    """Return the token; raise ConfigError, which does not show it, if it can't be one."""
+    """Return the token; raise ConfigError, without quoting it, if it is malformed."""
     if not _TOKEN.fullmatch(token):
         raise ConfigError(
             f"{where}: got an invalid bearer token, expected letters, digits and "
@@ -31,22 +31,22 @@ def check_token(token: str, where: str) -> str:
 
 
 def read_tokens(file: Path, key: str) -> tuple[str, ...]:
-    """Read a file's tokens.
+    """Return the tokens in a file.
 
     Args:
         file: The file.
-        key: What named it, for the error's text.
+        key: The setting that names the file, for the error message.
 
     Raises:
-        ConfigError: If it can't be read, or holds no token or something else. No error shows
-            what the file holds.
+        ConfigError: If the file can't be read, has no token, or is malformed. No error quotes the
+            file's content.
     """
     try:
         lines = file.read_text("utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{key}: {file}: {error.strerror}") from error
     except UnicodeDecodeError:
-        # Without the cause, which holds the bytes.
+        # Without the original error, which contains the bytes.
         raise ConfigError(f"{key}: {file}: not UTF-8 text") from None
     stripped = ((number, line.partition("#")[0].strip()) for number, line in enumerate(lines, 1))
     tokens = [

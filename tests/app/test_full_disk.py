@@ -30,12 +30,12 @@ def test_a_plan_cache_that_is_full_or_fills_up_is_survived(tmp_path: Path) -> No
         with serving(*args) as server, Client(server.address) as client:
             client.wait_ready(60)
             server.line("plan not stored: No space left on device")
-            oracle = client.extract("m", X, "layer2", extractor="hook")["layer2"].copy()
+            reference = client.extract("m", X, "layer2", extractor="hook")["layer2"].copy()
             config.write_text(CONFIG.format('["layer1", "layer2"]'))
             assert client.reload(timeout=60).models[0].serving
             server.line("plan not stored: No space left on device", count=3)
             got = client.extract("m", X, "layer2", extractor="torchscript")["layer2"]
-            assert np.allclose(got, oracle, atol=1e-4)
+            assert np.allclose(got, reference, atol=1e-4)
             assert disk.names() == []
             server.process.send_signal(signal.SIGTERM)
             assert server.ended() == 0

@@ -10,7 +10,7 @@ __all__ = ["write_section"]
 PAGE = """# Coverage
 
 Is every value that layertap sends the value that the module returned? Three commands ask that of
-many models, each against an oracle that shares no code with layertap, and write what they found
+many models, each against a reference that shares no code with layertap, and write what they found
 into this page.
 """
 

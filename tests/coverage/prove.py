@@ -30,7 +30,7 @@ from layertap.extraction.containers import pick
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.extraction.samples import ordinary_batch
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import Batch, LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 
@@ -78,7 +78,7 @@ class Row:
 
 @dataclass
 class Subject:
-    """A model under proof: its plans, a batch, and the oracles' values for it."""
+    """A model under proof: its plans, a batch, and the reference values for it."""
 
     plans: PlanBuilder
     x: Batch
@@ -86,14 +86,14 @@ class Subject:
     nodes: Mapping[str, torch.Tensor]
 
     def truth(self, point: CapturePoint) -> torch.Tensor | None:
-        """Return the value of a point, as an oracle saw it."""
+        """Return the value of a point, as a reference pass saw it."""
         if point.kind is PointKind.NODE:
             return self.nodes.get(point.path)
         return pick(self.modules[point.path, point.capture.value, point.call], point.member)
 
 
 def prove(source: str) -> Row:
-    """Load a model at the smallest size that it takes, and hold every extractor to the oracle."""
+    """Load a model at the smallest size that it takes, and compare every extractor with it."""
     begun = time.perf_counter()
     row = Row(source)
     try:
@@ -184,10 +184,10 @@ def _check(
         tally.compared += 1
         expected = subject.truth(point)
         if expected is None:
-            tally.wrong.append(f"{point.path} ({point.capture}): no oracle")
+            tally.wrong.append(f"{point.path} ({point.capture}): no reference")
             return
         compiled = extractor is Extractor.TORCHSCRIPT
-        tolerance = TORCHSCRIPT_TOLERANCE.get(expected.dtype, 0.0) if compiled else 0.0
+        tolerance = COMPILED_TOLERANCE.get(expected.dtype, 0.0) if compiled else 0.0
         error = difference(value, expected)
         if error > tolerance:
             tally.wrong.append(f"{point.path} ({point.capture}): {error:.0e}")
@@ -205,8 +205,8 @@ def _check(
         except ExtractorUnsupportedError as error:
             tally.failed = str(error)
     if extractor is Extractor.TORCHSCRIPT and tally.wrong:
-        # The proof that a compiled plan must pass before it serves is against the same oracle with
-        # this very batch: a request is told, and no client gets such a value.
+        # Before a compiled plan serves, it is compared with the same reference on this very batch.
+        # So such a request gets an error, and no client gets a wrong value.
         tally.failed = f"refused when built: {', '.join(tally.wrong[:3])}"
         tally.wrong.clear()
 

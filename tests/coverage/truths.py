@@ -1,4 +1,4 @@
-"""What every layer really holds, found with nothing of layertap: the coverage run's oracles."""
+"""The values that every layer really has, found without layertap: the coverage run's reference."""
 
 from __future__ import annotations
 

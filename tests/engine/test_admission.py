@@ -17,7 +17,7 @@ from PIL import Image
 import oddnets
 from asking import request_for
 from layertap import Extractor, LayerSelection, Reduction, errors
-from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, Limits
+from layertap.engine import Call, Engine, ExtractionRequest, ImageFiles, Inputs, Limits
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
 from tinynets import ITEM
@@ -152,12 +152,14 @@ def test_what_images_are_decoded_to_counts() -> None:
         engine.load(ModelSpec("squeezenet1_1", weights="random"))
         files = [encoded(64, 64) for _ in range(2)]
         layers = (LayerSelection("classifier.3", reduction=Reduction.GLOBAL_AVERAGE_POOL),)
-        request = ExtractionRequest("squeezenet1_1", ImagesInput(files), layers, form=NativeForm)
+        request = ExtractionRequest(
+            "squeezenet1_1", Inputs(images=(ImageFiles(files),)), layers, form=NativeForm
+        )
         with pytest.raises(errors.OverloadedError, match="the request takes 1204224 bytes"):
             engine.extract(request, Call())
         assert engine.pending_bytes == 0
         request = ExtractionRequest(
-            "squeezenet1_1", ImagesInput(files[:1]), layers, form=NativeForm
+            "squeezenet1_1", Inputs(images=(ImageFiles(files[:1]),)), layers, form=NativeForm
         )
         with engine.reserve(0) as received:
             engine.extract(request, Call(), received=received).release()

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from layertap import LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput, Limits
+from layertap.engine import Call, Engine, ExtractionRequest, ImageFiles, Inputs, Limits
 from layertap.engine.batch import KEPT_IMAGES
 from layertap.models import ImageSettings, ModelSpec
 from layertap.services.native_form import NativeForm
@@ -37,7 +37,10 @@ def png(width: int, height: int) -> bytes:
 
 def ask(engine: Engine, *images: bytes) -> int:
     request = ExtractionRequest(
-        "residual", ImagesInput(images), (LayerSelection("conv1"),), form=NativeForm
+        "residual",
+        Inputs(images=(ImageFiles(images),)),
+        (LayerSelection("conv1"),),
+        form=NativeForm,
     )
     return engine.extract(request, Call()).items
 

@@ -14,9 +14,9 @@ import torch
 import asking
 from devices import needs_cuda
 from layertap import Extractor, Features, LayerSelection
-from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, ImagesInput
+from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, ImageFiles, Inputs
 from layertap.extraction.tf32 import allow_tf32
-from layertap.extraction.verify import TF32_TOLERANCE, TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, TF32_TOLERANCE, difference
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
 from oracle import outputs_of
@@ -57,10 +57,10 @@ def truth(engine: Engine, x: torch.Tensor, layer: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch", [1, 32])
 @pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
-def test_every_extractor_equals_the_oracle(engine, extractor, batch) -> None:
+def test_every_extractor_equals_the_reference(engine, extractor, batch) -> None:
     """What arrives is what the modules returned on the GPU, TORCHSCRIPT within its tolerance."""
     x = torch.rand(batch, *ITEM)
-    tolerance = TORCHSCRIPT_TOLERANCE[torch.float32] if extractor is Extractor.TORCHSCRIPT else 0.0
+    tolerance = COMPILED_TOLERANCE[torch.float32] if extractor is Extractor.TORCHSCRIPT else 0.0
     for layer, value in ask(engine, x, extractor).items():
         assert difference(value, truth(engine, x, layer)) <= tolerance, layer
 
@@ -71,8 +71,8 @@ def test_values_of_many_callers_are_whole(engine) -> None:
     expected = [truth(engine, x, "layer1") for x in inputs]
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda x: ask(engine, x, Extractor.HOOK), inputs * 4))
-    for answer, oracle in zip(answers, expected * 4, strict=True):
-        assert torch.equal(answer["layer1"], oracle)
+    for answer, reference in zip(answers, expected * 4, strict=True):
+        assert torch.equal(answer["layer1"], reference)
 
 
 def test_float32_is_as_exact_as_on_the_cpu(engine) -> None:
@@ -106,7 +106,7 @@ def test_a_photograph_reaches_the_gpu(engine) -> None:
     """Images are preprocessed on the CPU and computed on the GPU."""
     request = ExtractionRequest(
         "residual",
-        ImagesInput((PHOTO.read_bytes(),)),
+        Inputs(images=(ImageFiles((PHOTO.read_bytes(),)),)),
         (LayerSelection("conv1"),),
         Extractor.HOOK,
         form=NativeForm,
@@ -143,10 +143,10 @@ def test_graphs_serve_their_batch_sizes_and_no_other(engine, caplog) -> None:
     expected = [truth(engine, x, "layer1") for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda x: asking.ask(engine, "graphed", "layer1", x), inputs * 4))
-    for answer, oracle in zip(answers, expected * 4, strict=True):
+    for answer, reference in zip(answers, expected * 4, strict=True):
         assert answer.extractor is Extractor.TORCHSCRIPT
-        tolerance = TORCHSCRIPT_TOLERANCE[torch.float32]
-        assert difference(answer.torch()["layer1"], oracle) <= tolerance
+        tolerance = COMPILED_TOLERANCE[torch.float32]
+        assert difference(answer.torch()["layer1"], reference) <= tolerance
 
 
 def test_a_model_that_looks_at_values_is_served_without_a_graph(engine, caplog) -> None:

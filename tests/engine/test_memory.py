@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from layertap import Extractor, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
+from layertap.engine import Call, Engine, ExtractionRequest, Inputs
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
 from layertap.wire.dtypes import of_array
@@ -31,9 +31,7 @@ def infer(engine: Engine) -> None:
     x = np.random.default_rng(0).random((4, *ITEM), dtype=np.float32)
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     for extractor in (Extractor.TORCHSCRIPT, Extractor.HOOK, Extractor.FX):
-        request = ExtractionRequest(
-            "heavy", TensorsInput((view,)), (LAYER,), extractor, form=NativeForm
-        )
+        request = ExtractionRequest("heavy", Inputs((view,)), (LAYER,), extractor, form=NativeForm)
         engine.extract(request, Call())
 
 

@@ -11,7 +11,7 @@ import torch
 import asking
 import namednets
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, TensorsInput
+from layertap.engine import Call, Engine, ExtractionRequest, Inputs
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
 from layertap.wire.dtypes import of_array
@@ -126,7 +126,7 @@ def test_odd_names_of_modules(engine, key) -> None:
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     chosen = (LayerSelection(f"heads.{key}"),)
     reply = engine.extract(
-        ExtractionRequest("odd_keys", TensorsInput((view,)), chosen, form=NativeForm), Call()
+        ExtractionRequest("odd_keys", Inputs((view,)), chosen, form=NativeForm), Call()
     )
     got = Features(reply.payload)
     assert list(got) == [f"heads.{key}"]

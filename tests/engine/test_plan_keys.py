@@ -12,7 +12,7 @@ import oddnets
 from asking import ask
 from layertap import Extractor, LayerSelection, errors
 from layertap.engine import Engine
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
 from tinynets import ITEM
@@ -42,7 +42,7 @@ def test_swin_at_another_size_gets_a_plan_of_its_own(engine) -> None:
             features = ask(engine, "swin_t", layer, x, Extractor.TORCHSCRIPT)
             assert features.extractor is Extractor.TORCHSCRIPT
             error = difference(features.torch()[layer], truth)
-            assert error <= TORCHSCRIPT_TOLERANCE[torch.float32], (size, batch)
+            assert error <= COMPILED_TOLERANCE[torch.float32], (size, batch)
     x = torch.rand(1, 3, 128, 128)
     assert difference(naive(x), module(x)) > 1e-2
 
@@ -56,7 +56,7 @@ def test_a_dtype_has_plans_of_its_own(engine) -> None:
         features = ask(engine, net, "layer1", x.to(dtype), Extractor.AUTO)
         assert features.extractor is Extractor.TORCHSCRIPT
         truth = outputs_of(engine.host(net).model.module, x.to(dtype), "layer1")[0]
-        assert difference(features.torch()["layer1"], truth) <= TORCHSCRIPT_TOLERANCE[dtype]
+        assert difference(features.torch()["layer1"], truth) <= COMPILED_TOLERANCE[dtype]
     with pytest.raises(errors.InvalidInputError, match="got dtype float32, expected float64"):
         ask(engine, "double", "layer1", x.float(), Extractor.AUTO)
 
@@ -86,7 +86,7 @@ def test_a_batch_size_that_a_program_has_not_learnt_is_served_by_hook(engine, ne
         x = torch.rand(size, *ITEM)
         features = ask(engine, net, "tail", x)
         truth = outputs_of(module, x, "tail")[0]
-        assert difference(features.torch()["tail"], truth) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert difference(features.torch()["tail"], truth) <= COMPILED_TOLERANCE[torch.float32]
         assert features.extractor is extractor, size
 
 

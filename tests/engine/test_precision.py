@@ -11,8 +11,8 @@ import torch
 
 import asking
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, ImagesInput
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.engine import Call, Engine, ExtractionRequest, ImageFiles, Inputs
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
 from oracle import outputs_of
@@ -53,7 +53,7 @@ def test_values_are_those_of_the_model_in_its_form(
         truth = outputs_of(module, x.to(dtype), layer)[0]
         assert value.dtype is truth.dtype is dtype
         compiled = extractor is Extractor.TORCHSCRIPT
-        assert difference(value, truth) <= (TORCHSCRIPT_TOLERANCE[dtype] if compiled else 0.0)
+        assert difference(value, truth) <= (COMPILED_TOLERANCE[dtype] if compiled else 0.0)
 
 
 def test_weights_have_channels_last(engine) -> None:
@@ -79,7 +79,7 @@ def test_photographs_are_converted(engine) -> None:
     load(engine, precision="bfloat16")
     request = ExtractionRequest(
         "residual",
-        ImagesInput((PHOTO.read_bytes(),)),
+        Inputs(images=(ImageFiles((PHOTO.read_bytes(),)),)),
         (LayerSelection("conv1"),),
         Extractor.HOOK,
         form=NativeForm,

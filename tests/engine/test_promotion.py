@@ -17,7 +17,7 @@ from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
 from layertap.engine.host import MAX_PROMOTED
 from layertap.engine.promotion import PROMOTE_AFTER, Promoter
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
 from tinynets import ITEM
@@ -59,7 +59,7 @@ def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> N
         features = ask(engine, "residual", "layer2", x)
         seen.append(features.extractor)
         error = difference(features.torch()["layer2"], expected)
-        assert error <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert error <= COMPILED_TOLERANCE[torch.float32]
         return features.extractor is Extractor.TORCHSCRIPT
 
     assert until(promoted)
@@ -101,7 +101,7 @@ def test_content_dependent_sizes_survive_promotion(engine) -> None:
         picked = ask(engine, "dynamic", "pick", x).torch()["pick"]
         scores = outputs_of(net, torch.from_numpy(x), "score")[0]
         assert picked.shape == scores[scores > 0].shape
-        assert difference(picked, scores[scores > 0]) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert difference(picked, scores[scores > 0]) <= COMPILED_TOLERANCE[torch.float32]
         if seed > PROMOTE_AFTER:
             time.sleep(0.01)
 
@@ -134,7 +134,7 @@ def test_no_answer_is_wrong_while_plans_come_and_go(engine) -> None:
             features = ask(engine, net, layer, x)
             served.add(features.extractor)
             exact = features.extractor is not Extractor.TORCHSCRIPT
-            tolerance = 0.0 if exact else TORCHSCRIPT_TOLERANCE[torch.float32]
+            tolerance = 0.0 if exact else COMPILED_TOLERANCE[torch.float32]
             wrong += difference(features.torch()[layer], expected) > tolerance
         return wrong
 

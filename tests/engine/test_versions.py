@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, Limits, TensorsInput
+from layertap.engine import Call, Engine, ExtractionRequest, Inputs, Limits
 from layertap.engine.versions import Versions
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
@@ -43,7 +43,7 @@ def ask(
     x = np.full((1, *ITEM), value, np.float32)
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))
     chosen = tuple(LayerSelection(layer) for layer in layers)
-    request = ExtractionRequest("net", TensorsInput((view,)), chosen, extractor, form=NativeForm)
+    request = ExtractionRequest("net", Inputs((view,)), chosen, extractor, form=NativeForm)
     return Features(engine.extract(request, Call()).payload)
 
 

@@ -24,7 +24,7 @@ from layertap import Extractor, Features, LayerSelection, errors
 from layertap.batching import BatchPolicy
 from layertap.engine import Call, Engine, Extraction, HostOptions
 from layertap.engine.compute import ComputeThreads
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
 from tinynets import ITEM
@@ -124,7 +124,7 @@ def test_each_gets_what_it_would_have_got_alone(engine, extractor) -> None:
     for x, values in zip(batches, together.values(), strict=True):
         for layer in layers:
             alone = outputs_of(module, torch.from_numpy(x), layer)[0]
-            assert difference(values[layer], alone) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+            assert difference(values[layer], alone) <= COMPILED_TOLERANCE[torch.float32]
 
 
 def test_declared_layers_share_compiled_passes(engine) -> None:
@@ -180,7 +180,7 @@ def test_the_batch_need_not_be_the_first_dimension(engine) -> None:
         assert values["windows"].shape == (4 * len(x), 4, 6)
         for layer, value in values.items():
             alone = outputs_of(module, torch.from_numpy(x), layer)[0]
-            assert difference(value, alone) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+            assert difference(value, alone) <= COMPILED_TOLERANCE[torch.float32]
 
 
 def test_different_questions_do_not_share(engine) -> None:
@@ -219,7 +219,7 @@ def test_one_bad_item_fails_alone(engine) -> None:
     module = tinynets.residual()
     alone = outputs_of(module, torch.from_numpy(good), "layer1")[0]
     for values in together.values():
-        assert difference(values["layer1"], alone) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert difference(values["layer1"], alone) <= COMPILED_TOLERANCE[torch.float32]
 
 
 def test_a_cancelled_caller_is_not_computed_for(engine) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from layertap.extraction import Catalogue, PlanBuilder, Taps
 from layertap.extraction.claims import kept_claims
-from layertap.extraction.digest import MOST, Digest, digest_pass, sample_step
+from layertap.extraction.digest import MAX_SAMPLED, Digest, digest_pass, sample_step
 from layertap.extraction.kinds.registry import KINDS
 from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.own_words import compiler_words
@@ -172,7 +172,7 @@ def test_a_digest_tells_what_differs() -> None:
     step = sample_step(ValueSpec(value.dtype, tuple(Dim(size) for size in value.shape)))
     assert step > 1
     kept = Digest.of(value, step)
-    assert kept.elements.numel() <= 2 * MOST
+    assert kept.elements.numel() <= 2 * MAX_SAMPLED
     assert not kept.finite
     assert kept.fault(value, 0.0) == ""
     assert "shape" in kept.fault(value[:1], 0.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layertap.extraction.containers import MAX_DEPTH, flatten, pick
+from layertap.extraction.containers import MAX_CONTAINER_DEPTH, flatten, pick
 
 ONE, TWO = torch.tensor([1.0]), torch.tensor([2.0])
 Boxes = namedtuple("Boxes", "low high")
@@ -53,4 +53,4 @@ def test_endless_nesting_ends() -> None:
     """A container that holds itself does not recurse for ever."""
     loop: list[object] = [ONE]
     loop.append(loop)
-    assert len(ways(loop)) == MAX_DEPTH
+    assert len(ways(loop)) == MAX_CONTAINER_DEPTH

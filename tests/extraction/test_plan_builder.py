@@ -1,4 +1,4 @@
-"""Every extractor's plan equals the oracle, or there is no plan."""
+"""Every extractor's plan equals the reference, or there is no plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layertap.errors import ExtractorUnsupportedError, InvalidInputError
 from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.proof import collect
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference, same
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference, same
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from oracle import inputs_of, outputs_of
@@ -34,7 +34,7 @@ def builder(model: LoadedModel) -> PlanBuilder:
 
 @pytest.mark.parametrize("extractor", EXACT)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_exact_extractors_equal_the_oracle_bit_for_bit(load_net, extractor, batch) -> None:
+def test_exact_extractors_equal_the_reference_bit_for_bit(load_net, extractor, batch) -> None:
     """Values that a later in-place operation overwrites come out as the modules returned them."""
     model, x = load_net("residual"), torch.randn(batch, *ITEM)
     paths = ("conv1", "bn1", "layer1", "avgpool")
@@ -45,7 +45,7 @@ def test_exact_extractors_equal_the_oracle_bit_for_bit(load_net, extractor, batc
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_torchscript_equals_the_oracle_within_its_tolerance(load_net, batch) -> None:
+def test_torchscript_equals_the_reference_within_its_tolerance(load_net, batch) -> None:
     """The compiled program, inputs and further calls included, is near enough at other batches."""
     model, x = load_net("residual"), torch.randn(batch, *ITEM)
     points = [point("bn1"), point("layer1.0.relu", call=1), point("avgpool", Capture.INPUT)]
@@ -55,10 +55,10 @@ def test_torchscript_equals_the_oracle_within_its_tolerance(load_net, batch) -> 
         outputs_of(model.module, x, "layer1.0.relu")[1],
         inputs_of(model.module, x, "avgpool")[0],
     ]
-    for value, oracle in zip(
+    for value, reference in zip(
         collect(plan.built, points, batch_for(plan, x)), expected, strict=True
     ):
-        assert difference(value, oracle) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+        assert difference(value, reference) <= COMPILED_TOLERANCE[torch.float32]
 
 
 def test_torchscript_holds_nothing_behind_the_last_layer(load_net) -> None:
@@ -167,4 +167,4 @@ def test_a_pass_that_must_run_to_its_end_does_so_while_it_is_traced() -> None:
     fresh = load_model(ModelSpec(source, name="net", item_shape=item))
     expected = outputs_of(fresh.module, x, "second")[0]
     (value,) = collect(plan.built, [point("second")], batch_for(plan, x))
-    assert difference(value, expected) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+    assert difference(value, expected) <= COMPILED_TOLERANCE[torch.float32]

@@ -17,7 +17,7 @@ from layertap.extraction.kinds import torchscript
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan_cache import PlanCache, plan_digest
 from layertap.extraction.proof import collect
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import LoadedModel
 from layertap.selection import Extractor
 from oracle import outputs_of
@@ -64,8 +64,8 @@ def files(folder: Path) -> list[Path]:
 def check(model: LoadedModel, built, path: str = "layer1") -> None:
     x = torch.rand(3, *ITEM)
     (value,) = collect(built.built, LAYER1, batch_for(built, x))
-    oracle = outputs_of(model.module, x, path)[0]
-    assert difference(value, oracle) <= TORCHSCRIPT_TOLERANCE[torch.float32]
+    reference = outputs_of(model.module, x, path)[0]
+    assert difference(value, reference) <= COMPILED_TOLERANCE[torch.float32]
 
 
 def test_a_stored_plan_is_not_traced_again(load_net, tmp_path, traces) -> None:

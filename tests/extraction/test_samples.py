@@ -30,7 +30,7 @@ def loaded(net: str, item_shape: tuple[int, ...] = ITEM) -> LoadedModel:
 def test_ids_reach_over_the_table_that_they_are_looked_up_in(net, item_shape, expected) -> None:
     """The largest range with which the model runs; floating-point input has none."""
     model = loaded(net, item_shape)
-    assert model.signature.main.ids == expected
+    assert model.signature.main.values == expected
     if expected:
         most = max(int(ordinary_batch(model, 64).only.max()), 0)
         assert expected.rows // 2 < most < expected.rows

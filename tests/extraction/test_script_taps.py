@@ -50,7 +50,7 @@ def test_every_layer_of_the_eager_model_is_there(program, load_net) -> None:
 
 
 def test_values_are_those_at_that_moment(program) -> None:
-    """Outputs before an in-place ReLU, inputs and further calls equal the eager oracle's."""
+    """Outputs before an in-place ReLU, inputs and further calls equal the eager reference's."""
     net, x = residual(), torch.randn(3, *ITEM)
     points = [
         point("bn1"),
@@ -68,8 +68,8 @@ def test_values_are_those_at_that_moment(program) -> None:
         inputs_of(net, x, "avgpool")[0],
     ]
     values = collect(plan.built, points, batch_for(plan, x))
-    for value, oracle in zip(values, expected, strict=True):
-        assert same(value, oracle)
+    for value, reference in zip(values, expected, strict=True):
+        assert same(value, reference)
 
 
 def test_the_program_stops_after_the_last_capture(program) -> None:

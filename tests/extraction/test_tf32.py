@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layertap.extraction.tf32 import allow_tf32, tf32_allowed
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, compiled_tolerance
+from layertap.extraction.verify import COMPILED_TOLERANCE, compiled_tolerance
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +37,11 @@ def test_pytorch_allows_it_by_default() -> None:
     assert fresh.stdout == "True\n"
 
 
-@pytest.mark.parametrize("dtype", list(TORCHSCRIPT_TOLERANCE))
+@pytest.mark.parametrize("dtype", list(COMPILED_TOLERANCE))
 def test_a_cpu_has_no_tf32(dtype) -> None:
     """On a CPU the tolerance is the dtype's own, whatever the setting."""
     allow_tf32(True)
-    assert compiled_tolerance(torch.zeros(1, dtype=dtype)) == TORCHSCRIPT_TOLERANCE[dtype]
+    assert compiled_tolerance(torch.zeros(1, dtype=dtype)) == COMPILED_TOLERANCE[dtype]
 
 
 def test_other_types_must_be_equal() -> None:

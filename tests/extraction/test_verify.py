@@ -1,4 +1,4 @@
-"""Equality with the oracle is exact where it can be, and relative where it must be."""
+"""Equality with the reference is exact where it can be, and relative where it must be."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_shape_dtype_and_non_finite_values_must_agree() -> None:
 
 
 def test_anything_but_zero_differs_from_zeros() -> None:
-    """Where the oracle is all zeros, no error is small."""
+    """Where the reference is all zeros, no error is small."""
     assert difference(torch.tensor([1e-9]), torch.tensor([0.0])) == math.inf

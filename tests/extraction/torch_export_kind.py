@@ -64,7 +64,7 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
     id = Extractor.TORCH_EXPORT
     warm_up_runs = 1
 
-    def tolerance(self, oracle: torch.Tensor) -> float:
+    def tolerance(self, reference: torch.Tensor) -> float:
         """See ExtractorKind; nothing is fused or folded."""
         return 0.0
 

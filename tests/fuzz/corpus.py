@@ -68,7 +68,7 @@ def requests() -> dict[str, bytes]:
         f"request_{row.name}": encode_request(ask(), [("x", np.ones((1, 2, 2), row.numpy))])
         for row in DTYPES
     }
-    images = ExtractRequest(model="m", images=ImageBatch(images=[b"\x89PNG", b""]))
+    images = ExtractRequest(model="m", images=[ImageBatch(images=[b"\x89PNG", b""])])
     plain = Tensor(name="x", dtype=DATA_TYPE_FLOAT32, shape=[1, 300], data=bytes(1200))
     return {
         **out,

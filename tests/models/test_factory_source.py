@@ -125,7 +125,7 @@ def test_the_factorys_preprocess_is_taken(factory_module: Write, photo: Image.Im
         assert torch.equal(built.preprocess(photo), tensor), function
         assert built.preprocess.origin == f"the preprocess of {name}:{function}"
         assert built.preprocess_is_code
-    assert build_factory(ModelSpec(f"{name}:chain")).input.shape == (3, 48, 48)
+    assert build_factory(ModelSpec(f"{name}:chain")).inputs[0].shape == (3, 48, 48)
     assert build_factory(ModelSpec(f"{name}:settings")).preprocess.assumed == ()  # type: ignore[union-attr]
 
 
@@ -133,7 +133,7 @@ def test_a_modules_own_configuration_is_taken(factory_module: Write) -> None:
     """A pretrained_cfg, as timm's models have, gives the preprocessing and the item's size."""
     built = build_factory(ModelSpec(f"{factory_module(PREPROCESSED)}:Described"))
 
-    assert built.input.shape == (3, 96, 96)
+    assert built.inputs[0].shape == (3, 96, 96)
     assert built.preprocess is not None
     assert built.preprocess.origin == "the model's pretrained_cfg"
 

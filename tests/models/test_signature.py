@@ -118,10 +118,10 @@ def test_an_only_input_needs_no_name() -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"ids": IDS}, "inputs: got 'ids', expected 'ids', 'image'"),
-        ({"": IDS}, "inputs: got '', expected 'ids', 'image'"),
-        ({"ids": IDS, "image": IMAGE, "mask": IDS}, "inputs: got 'ids', 'image', 'mask'"),
-        ({"ids": IDS, "picture": IMAGE}, "inputs: got 'ids', 'picture'"),
+        ({"ids": IDS}, "inputs: got 'ids' without 'image', expected ids [B, L], image [B, 3"),
+        ({"": IDS}, "inputs: got a tensor without a name, expected a name for each: ids [B, L]"),
+        ({"ids": IDS, "image": IMAGE, "mask": IDS}, "inputs: got 'mask', expected ids [B, L]"),
+        ({"ids": IDS, "images": IMAGE}, "inputs: got 'images' (did you mean 'image'?), expected"),
         ({"ids": ((3, 8), "int64"), "image": IMAGE}, "batches of 3 of 'ids', 2 of 'image'"),
         ({"ids": ((2, 8), "int32"), "image": IMAGE}, "input 'ids': got dtype int32"),
         ({"ids": IDS, "image": ((2, 3, 4, 5), "float32")}, "input 'image': got shape"),
@@ -131,6 +131,42 @@ def test_tensors_that_do_not_fit_are_refused(given: dict, text: str) -> None:
     """A missing, unnamed, unknown or misspelt input, unequal batches, a wrong type or shape."""
     with pytest.raises(InvalidInputError, match=re.escape(text)):
         TWO.check(given)
+
+
+def test_an_optional_input_may_be_left_out() -> None:
+    """A batch without it has a key without it, and an only required tensor needs no name."""
+    ids = InputSpec((8,), (0,), torch.int64, name="ids", symbols=("L",))
+    mask = InputSpec((8,), (0,), torch.int64, name="mask", symbols=("L",), optional=True)
+    signature = Signature((ids, mask))
+    assert signature.check({"": ((2, 5), "int64")}) == 2
+    assert [item.name for item in signature.key.items] == ["ids"]
+    assert [item.name for item in signature.whole_key.items] == ["ids", "mask"]
+    assert signature.key_of(Batch({"ids": torch.zeros(1, 8, dtype=torch.int64)})) == signature.key
+    assert signature.pattern == "ids [B, L], mask [B, L] (optional)"
+    with pytest.raises(InvalidInputError, match="got 'mask' without 'ids'"):
+        signature.check({"mask": ((2, 5), "int64")})
+
+
+def test_dimensions_of_one_name_have_one_size() -> None:
+    """A mask of another length than its ids is refused, with the length that was expected."""
+    ids = InputSpec((8,), (0,), torch.int64, name="ids", symbols=("L",))
+    mask = InputSpec((8,), (0,), torch.int64, name="mask", symbols=("L",))
+    other = InputSpec((8,), (0,), torch.int64, name="other", symbols=("M",))
+    signature = Signature((ids, mask, other))
+    fits = {"ids": ((2, 5), "int64"), "mask": ((2, 5), "int64"), "other": ((2, 9), "int64")}
+    assert signature.check(fits) == 2
+    text = "input 'mask': got shape [2, 6] with L 6, expected 5, as 'ids' has"
+    with pytest.raises(InvalidInputError, match=re.escape(text)):
+        signature.check({**fits, "mask": ((2, 6), "int64")})
+    assert [item.shape for item in signature.resized((3,)).items] == [(3,), (3,), (8,)]
+
+
+def test_the_first_input_is_required() -> None:
+    """A signature without inputs, with an optional first one or with two of one name is a bug."""
+    optional = InputSpec((8,), optional=True)
+    for inputs in ((), (optional,), (IMAGES, IMAGES)):
+        with pytest.raises(ValueError, match="expected distinct names, the first required"):
+            Signature(inputs)
 
 
 def test_a_key_has_the_models_own_types() -> None:

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import hfnets
 from layertap.errors import InvalidInputError, ModelLoadError
-from layertap.models.text import TextOptions, TextTokenizer, Truncation, bare, tokenizer_of_file
+from layertap.models.text import TextTokenizer, bare, tokenizer_of_file
+from layertap.texts import TextOptions, Truncation
 
 TEXTS = ["the cat sat on the mat.", "a bird flew", "unhappily, it was happy"]
 

@@ -93,7 +93,7 @@ def test_a_vit_is_built_for_its_item_shape() -> None:
     """A ViT with random weights is built for the images that it is asked to take."""
     built = build_torchvision(ModelSpec("vit_b_32", weights="random", item_shape=(3, 64, 64)))
 
-    assert built.input.shape == (3, 64, 64)
+    assert built.inputs[0].shape == (3, 64, 64)
     with torch.inference_mode():
         assert built.module.eval()(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
 

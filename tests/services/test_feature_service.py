@@ -91,8 +91,8 @@ def tensor(shape: tuple[int, ...], dtype: int = 1, data: bytes | None = None) ->
     return tensor_pb2.Tensor(dtype=dtype, shape=shape, data=filled)
 
 
-def images(*files: bytes) -> feature_service_pb2.ImageBatch:
-    return feature_service_pb2.ImageBatch(images=files)
+def images(*files: bytes) -> list[feature_service_pb2.ImageBatch]:
+    return [feature_service_pb2.ImageBatch(images=files)]
 
 
 def png(width: int, height: int) -> bytes:

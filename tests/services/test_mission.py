@@ -11,7 +11,7 @@ import torch
 from layertap import Capture, Client, Extractor, LayerSelection
 from layertap.engine import Engine
 from layertap.errors import ExtractorUnsupportedError
-from layertap.extraction.verify import TORCHSCRIPT_TOLERANCE, difference
+from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import LoadedModel, ModelSpec
 from serving import running_server
 
@@ -43,7 +43,7 @@ def batch(size: int) -> np.ndarray:
 
 
 def eager(model: LoadedModel, x: np.ndarray, path: str, capture: Capture) -> torch.Tensor:
-    """The oracle: one cloning hook on the untouched model."""
+    """The reference: one cloning hook on the untouched model."""
     seen: list[torch.Tensor] = []
     module = model.module.get_submodule(path)
     handle = (
@@ -58,10 +58,10 @@ def eager(model: LoadedModel, x: np.ndarray, path: str, capture: Capture) -> tor
     return seen[0]
 
 
-def check(value: np.ndarray, oracle: torch.Tensor, extractor: Extractor) -> None:
+def check(value: np.ndarray, reference: torch.Tensor, extractor: Extractor) -> None:
     exact = extractor is not Extractor.TORCHSCRIPT
-    tolerance = 0.0 if exact else TORCHSCRIPT_TOLERANCE[torch.float32]
-    assert difference(torch.from_numpy(value.copy()), oracle) <= tolerance
+    tolerance = 0.0 if exact else COMPILED_TOLERANCE[torch.float32]
+    assert difference(torch.from_numpy(value.copy()), reference) <= tolerance
 
 
 @pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.HOOK, Extractor.TORCHSCRIPT])
@@ -71,8 +71,8 @@ def test_resnet18_layer1(engine, client, extractor) -> None:
     features = client.extract("resnet18", x, "layer1", extractor=extractor)
     assert features["layer1"].shape == (1, 64, 56, 56)
     assert features.extractor is extractor
-    oracle = eager(engine.host("resnet18").model, x, "layer1", Capture.OUTPUT)
-    check(features["layer1"], oracle, extractor)
+    reference = eager(engine.host("resnet18").model, x, "layer1", Capture.OUTPUT)
+    check(features["layer1"], reference, extractor)
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_resnet34_stages(engine, client, extractor) -> None:
         "stage4": (512, 7, 7),
     }
     for layer, name in STAGES.items():
-        oracle = eager(engine.host("resnet34").model, x, layer, Capture.OUTPUT)
-        check(features[name], oracle, extractor)
+        reference = eager(engine.host("resnet34").model, x, layer, Capture.OUTPUT)
+        check(features[name], reference, extractor)
 
 
 @pytest.mark.parametrize("extractor", [Extractor.FX, Extractor.HOOK, Extractor.TORCHSCRIPT])
@@ -102,8 +102,8 @@ def test_vgg16_bn_pools(engine, client, extractor) -> None:
     assert list(features) == ["pool5", "pool4", "pool3"]
     assert features["pool5"].shape == (1, 512, 7, 7)
     for layer, name in POOLS.items():
-        oracle = eager(engine.host("vgg16_bn").model, x, layer, Capture.OUTPUT)
-        check(features[name], oracle, extractor)
+        reference = eager(engine.host("vgg16_bn").model, x, layer, Capture.OUTPUT)
+        check(features[name], reference, extractor)
 
 
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
@@ -114,8 +114,8 @@ def test_resnet18_avgpool_input_and_output_at_batch_64(engine, client, extractor
     assert features["avgpool:input"].shape == (64, 512, 7, 7)
     assert features["avgpool"].shape == (64, 512, 1, 1)
     for selection in BOTH_SIDES:
-        oracle = eager(engine.host("resnet18").model, x, "avgpool", selection.capture)
-        check(features[selection.name_for("avgpool")], oracle, extractor)
+        reference = eager(engine.host("resnet18").model, x, "avgpool", selection.capture)
+        check(features[selection.name_for("avgpool")], reference, extractor)
 
 
 @pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.LAYER_GETTER])

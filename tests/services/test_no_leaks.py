@@ -73,7 +73,7 @@ def images(*files: bytes) -> bytes:
     request = feature_service_pb2.ExtractRequest(
         model="leaky", layers=[feature_service_pb2.LayerSelection(layer="conv")]
     )
-    request.images.images.extend(files)
+    request.images.add(images=files)
     return request.SerializeToString()
 
 

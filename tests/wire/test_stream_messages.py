@@ -108,7 +108,7 @@ def test_the_id_is_found_without_what_would_cost_dearly(images: bool) -> None:
     many = pb.ExtractStreamRequest(id=7).SerializeToString()
     if images:
         batch = pb.ImageBatch(images=[b""] * 70_000)
-        many += pb.ExtractStreamRequest(images=batch).SerializeToString()
+        many += pb.ExtractStreamRequest(images=[batch]).SerializeToString()
     else:
         many += b"\x22\x00" * 70_000  # layers
     with pytest.raises(DecodeError, match="more than 65536 fields"):

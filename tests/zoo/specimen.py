@@ -1,9 +1,9 @@
 """What a specimen of the zoo is: a small awkward model, and the requests that show its awkwardness.
 
 Note [Fresh]
-    The oracle of a request is a model that has never run before. Some specimens keep state outside
+    A request is compared with a model that has never run before. Some specimens keep state outside
     of their instance: in a global of their module, on their class, in a default argument. So a
-    fresh specimen is built from its file, executed again, and so is the one that is served.
+    specimen's file is executed again to build this reference, and again for the one that is served.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Specimen:
         item: The sizes of one item, without the batch.
         requests: Batches of which every one must be answered rightly; eight callers take one each.
         draws: Whether a pass draws random numbers, so that some values follow chance.
-        twin: Whether the oracle is a twin that does the same without a TorchScript program, whose
-            layers no hook sees; its last bits may differ.
+        twin: Whether the reference is a twin without a TorchScript program, as hooks can't see a
+            program's layers; its last bits may differ.
     """
 
     name: str

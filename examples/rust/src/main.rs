@@ -41,10 +41,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let images = ImageBatch {
         images: vec![photo],
+        ..Default::default()
     };
     let request = ExtractRequest {
         model: model.clone(),
-        images: Some(images.clone()),
+        images: vec![images.clone()],
         layers: vec![layer("layer1"), input_of("avgpool")],
         ..Default::default()
     };
@@ -63,7 +64,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let request = ExtractRequest {
         model,
-        images: Some(images),
+        images: vec![images],
         layers: vec![layer("no.such.layer")],
         ..Default::default()
     };

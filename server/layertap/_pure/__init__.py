@@ -1,7 +1,7 @@
-"""The plain-Python twin of ``layertap._core``: same functions, same results, same errors.
+"""The plain-Python equivalent of ``layertap._core``: same functions, same results, same errors.
 
-It is the oracle that the extension is tested against, and takes its place where there was no
-compiler. ``_core.pyi`` documents the functions; here stands how they can be done most plainly.
+The extension is tested against it, and it is used where the extension could not be built.
+``_core.pyi`` documents the functions; this implements them in the simplest way.
 """
 
 from layertap._pure._build import ReplyBuilder, ReplyLayout, encode

@@ -78,12 +78,12 @@ class ReplyLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the finished message, head included."""
+        """Bytes of the finished message, including the head."""
         return self._nbytes
 
     @property
     def payload_nbytes(self) -> int:
-        """Bytes of the buffer that payloads stand in; 0 where they stand in the message."""
+        """Bytes of the separate buffer for payloads; 0 if they are in the message."""
         return self._payload_nbytes
 
     def __len__(self) -> int:
@@ -237,7 +237,7 @@ def _slot_apart(
 ) -> _Slot:
     size = _payload_size(dtype, shape)
     slots = _fixed64(_SIZE, size) + _fixed64(_OFFSET, begin)
-    # Region and generation come last, for the builder to fill in.
+    # Region and generation come last, so that the builder can fill them in.
     slots += _fixed64(_REGION, 0) + _fixed64(_GENERATION, 0)
     body = _small_fields(name, dtype, shape) + bytes_field(_SHARED, slots)
     header = tag(field, LENGTH_DELIMITED) + varint(len(body)) + body
@@ -249,7 +249,7 @@ def _slot(name: str, dtype: int, shape: tuple[int, ...], field: int, offset: int
     opening = tag(field, LENGTH_DELIMITED)
     small = _small_fields(name, dtype, shape)
     data = tag(_DATA, LENGTH_DELIMITED) + varint(size)
-    # The submessage's length takes part in where the payload lands, so paddings are tried.
+    # The padding changes the submessage's length, whose own size affects the offset: so try.
     for zeros in range(-1, 128):
         padding = b"" if zeros < 0 else tag(_PADDING, 2) + varint(zeros) + bytes(zeros)
         body = small + padding + data

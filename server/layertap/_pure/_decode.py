@@ -10,8 +10,8 @@ from layertap._pure._elements import BOOL, NUMPY
 from layertap._pure._wire import (
     FIXED64,
     LENGTH_DELIMITED,
-    MAX_DEPTH,
     MAX_MESSAGE_BYTES,
+    MAX_MESSAGE_DEPTH,
     MAX_RANK,
     MAX_REST_FIELDS,
     Reader,
@@ -56,7 +56,7 @@ def decode(
         if wire_type == LENGTH_DELIMITED and number in counted_fields:
             others += _fields(message, *reader.length_delimited())
         else:
-            reader.skip(number, wire_type, MAX_DEPTH)
+            reader.skip(number, wire_type, MAX_MESSAGE_DEPTH)
         rest.append(message[begin : reader.at])
         if others > MAX_REST_FIELDS:
             raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")
@@ -64,17 +64,17 @@ def decode(
 
 
 def _fields(message: bytes, begin: int, end: int) -> int:
-    """Return how many fields a submessage has."""
+    """Return the number of fields in a submessage."""
     reader = Reader(message, begin, end)
     count = 0
     while not reader.done():
-        reader.skip(*reader.field_tag(), MAX_DEPTH - 1)
+        reader.skip(*reader.field_tag(), MAX_MESSAGE_DEPTH - 1)
         count += 1
     return count
 
 
 class _Tensor:
-    """One ``layertap.v1.Tensor`` in the making."""
+    """One ``layertap.v1.Tensor`` that is being read."""
 
     def __init__(self, message: bytes) -> None:
         self._message = message
@@ -85,7 +85,7 @@ class _Tensor:
         self._slice: list[int] | None = None
 
     def merge(self, begin: int, end: int) -> None:
-        """Read the fields in a span of the message over what is there."""
+        """Read the fields in a span of the message; they replace earlier values."""
         reader = Reader(self._message, begin, end)
         while not reader.done():
             match reader.field_tag():
@@ -108,7 +108,7 @@ class _Tensor:
                 case (6, 2):
                     self._merge_slice(*reader.length_delimited())
                 case (number, wire_type):
-                    reader.skip(number, wire_type, MAX_DEPTH - 1)
+                    reader.skip(number, wire_type, MAX_MESSAGE_DEPTH - 1)
 
     def _merge_slice(self, begin: int, end: int) -> None:
         self._slice = self._slice or [0, 0, 0, 0]
@@ -118,10 +118,10 @@ class _Tensor:
             if wire_type == FIXED64 and number <= 4:
                 self._slice[number - 1] = reader.fixed64()
             else:
-                reader.skip(number, wire_type, MAX_DEPTH - 2)
+                reader.skip(number, wire_type, MAX_MESSAGE_DEPTH - 2)
 
     def checked(self) -> tuple[str, int, tuple[int, ...], memoryview | _Slice]:
-        """Return the tensor; raise ValueError where it contradicts itself."""
+        """Return the tensor; raise ValueError if it contradicts itself."""
         if self._dtype not in NUMPY:
             raise ValueError(f"tensor: dtype: got {self._dtype}, not a DataType")
         if len(self._shape) > MAX_RANK:

@@ -1,4 +1,4 @@
-"""Element types: how numpy has them, and how they are cast."""
+"""The dtypes in numpy, and casts between them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def cast_payload(view: memoryview, source: int, target: int) -> np.ndarray[Any, 
 
 
 def rounded_to_odd(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return float64 as float32 whose last bit stands for all that was cut off.
+    """Convert float64 to float32 so that the last bit is 1 if anything was cut off.
 
-    ml_dtypes goes from float64 to bfloat16 by way of float32 and rounds twice.
+    ml_dtypes converts float64 to bfloat16 through float32, and would round twice.
     """
     with np.errstate(all="ignore"):
         nearest = array.astype(np.float32)

@@ -1,4 +1,4 @@
-"""malloc's settings through ctypes; see ``layertap._core.keep_memory``."""
+"""malloc's settings, through ctypes; see ``layertap._core.keep_memory``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages whose payloads are ``repeated bytes`` at their top level: laid out, and split."""
+"""Messages whose payloads are ``repeated bytes`` at the top level: laid out, and split."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from layertap._pure._build import ReplyLayout
 from layertap._pure._wire import (
     LENGTH_DELIMITED,
-    MAX_DEPTH,
     MAX_MESSAGE_BYTES,
+    MAX_MESSAGE_DEPTH,
     MAX_REST_FIELDS,
     Reader,
     check_field,
@@ -24,7 +24,7 @@ def raw_layout(
     """See ``layertap._core.raw_layout``."""
     layout = ReplyLayout([], field=field, head_size=head_size)
     for dtype, shape in tensors:
-        # Laid out alone, which checks it and tells its bytes.
+        # Laid out by itself, which checks it and gives its size.
         (slot,) = ReplyLayout([("", dtype, shape)], field=field, head_size=0)._slots
         header = tag(field, LENGTH_DELIMITED) + varint(slot.payload_size)
         begin = layout.nbytes + len(header)
@@ -59,7 +59,7 @@ def split(message: bytes, *, field: int, most: int) -> tuple[bytes, list[memoryv
             begin, end = reader.length_delimited()
             payloads.append(memoryview(message)[begin:end])
         else:
-            reader.skip(number, wire_type, MAX_DEPTH)
+            reader.skip(number, wire_type, MAX_MESSAGE_DEPTH)
             rest.append(message[start : reader.at])
             if len(rest) > MAX_REST_FIELDS:
                 raise ValueError(f"message: more than {MAX_REST_FIELDS} fields")

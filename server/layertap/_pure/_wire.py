@@ -10,7 +10,7 @@ from typing import Final
 MAX_RANK: Final[int] = 32
 MAX_MESSAGE_BYTES: Final[int] = 2**31 - 1
 
-MAX_DEPTH = 100
+MAX_MESSAGE_DEPTH = 100
 MAX_REST_FIELDS = 1 << 16
 VARINT, FIXED64, LENGTH_DELIMITED, START_GROUP, END_GROUP, FIXED32 = range(6)
 
@@ -93,7 +93,7 @@ class Reader:
 
 
 def payload_bytes(shape: Sequence[int], itemsize: int) -> int | None:
-    """Return a dense tensor's bytes; None for a negative size or an overflow."""
+    """Return the bytes of a dense tensor; None for a negative size or an overflow."""
     if any(size < 0 for size in shape):
         return None
     if itemsize * math.prod(size for size in shape if size) >= 1 << 63:

@@ -1,1 +1,1 @@
-"""The server process: configuration, start, health, warm-up, drain."""
+"""The server process: configuration, start, health, warm-up and drain."""

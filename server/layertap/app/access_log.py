@@ -18,9 +18,9 @@ _log = logging.getLogger("layertap.access")
 class AccessLog:
     """Logs how each extraction ended, at INFO (a ``layertap.services.observer.Observer``).
 
-    Its fields: model, status, and total_ms; of an answer also extractor, bytes (those in shared
-    memory included), prepare_ms, queue_ms and compute_ms. The record's request id is that of the
-    request.
+    The fields are model, status and total_ms. A successful extraction also has extractor, bytes
+    (including bytes in shared memory), prepare_ms, queue_ms and compute_ms. The record has the id
+    of the request.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class AccessLog:
         return _log.isEnabledFor(logging.INFO)
 
     def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
-        """Log an answer."""
+        """Log a successful extraction."""
         timings = extraction.timings
         _write(
             model=model,
@@ -43,7 +43,7 @@ class AccessLog:
         )
 
     def failed(self, model: str, code: ErrorCode) -> None:
-        """Log a failure; why it failed is the caller's to know."""
+        """Log a failed extraction. The reason is not logged here: the caller gets it."""
         request = current_request()
         total_ns = time.perf_counter_ns() - request.started_ns if request else 0
         _write(model=model, status=code.name, total_ms=_ms(total_ns))

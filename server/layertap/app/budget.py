@@ -1,9 +1,9 @@
-"""How much memory the server may use where its configuration doesn't say.
+"""The default limits on the server's memory.
 
-Some settings declare their ``memory_share``: their default takes at most that part of the memory
-that the process may use. Replies, kept memory, shared memory and one model's compiled plans
-together take five eighths at most; the rest is left to the process and the models. A single reply
-may take most of ``pending_mib``, which counts its request as well.
+Some settings declare a ``memory_share``: their default is at most that fraction of the memory that
+the process may use. Together, replies, kept memory, shared memory and the compiled plans of one
+model take at most five eighths; the rest is left to the process and the models. A single reply may
+take most of ``pending_mib``, which counts its request as well.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def default_mib(key: str, memory: int | None = None) -> int:
     """Return the default of a setting in MiB, at least 1.
 
     Args:
-        key: Its key in the configuration, such as ``pending_mib``.
-        memory: The bytes of memory that the process may use; asked of the system if not given.
+        key: The setting's key in the configuration, such as ``pending_mib``.
+        memory: The bytes of memory that the process may use; read from the system if not given.
     """
     available = memory_limit() if memory is None else memory
     setting = _SHARES[key]
@@ -36,7 +36,7 @@ def default_mib(key: str, memory: int | None = None) -> int:
 
 
 def defaults_here(owner: type) -> dict[str, int]:
-    """Return the defaults, by key, of a dataclass's settings that depend on the memory."""
+    """Return the defaults, by key, of those settings of a dataclass that depend on the memory."""
     memory = memory_limit()
     return {
         each.key: default_mib(each.key, memory)
@@ -46,11 +46,11 @@ def defaults_here(owner: type) -> dict[str, int]:
 
 
 def excess(promised_bytes: int, memory: int | None = None) -> str:
-    """Return a warning where the limits promise more memory than there is; else an empty text.
+    """Return a warning if the limits allow more memory than there is; empty if they don't.
 
     Args:
-        promised_bytes: What replies, kept and shared memory may take together.
-        memory: The bytes of memory that the process may use; asked of the system if not given.
+        promised_bytes: The bytes that replies, kept memory and shared memory may take together.
+        memory: The bytes of memory that the process may use; read from the system if not given.
     """
     available = memory_limit() if memory is None else memory
     if promised_bytes // MIB < available // MIB:

@@ -1,7 +1,7 @@
-"""The whole configuration of a server: ``layertap.toml``, and flags that win over it.
+"""The whole configuration of a server: ``layertap.toml``, and flags, which have priority.
 
-``layertap.settings`` declares the settings, ``layertap.app.config_file`` reads the file. Nothing
-here opens what a setting names, and nothing imports PyTorch.
+``layertap.settings`` declares the settings, and ``layertap.app.config_file`` reads the file. Code
+here opens no files that settings name, and doesn't import PyTorch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ __all__ = ["ServerConfig", "default_config", "with_flags"]
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Everything that ``layertap serve`` is configured with.
+    """The whole configuration of ``layertap serve``.
 
     Attributes:
         server: ``[server]``.
         limits: ``[limits]``.
-        models: ``[[models]]``, in their order.
+        models: ``[[models]]``, in the order of the file.
     """
 
     server: ServerOptions = field(default_factory=ServerOptions)
@@ -34,10 +34,10 @@ class ServerConfig:
 
     @property
     def trusts_local_callers(self) -> bool:
-        """Whether callers without a token may administrate, where no token is requested.
+        """Whether callers without a token may administrate, if no tokens are configured.
 
-        Everybody who can reach a server on the loopback can use this machine, and so may ask the
-        server to read again what its owner wrote.
+        A caller who can reach a server on the loopback address is on this machine. Such a caller
+        may make the server read the operator's files again.
         """
         return self.server.admin and is_loopback(self.server.host)
 
@@ -48,11 +48,11 @@ class ServerConfig:
         return self.limits.pending_bytes + kept + self.server.shared_memory_bytes
 
     def check(self) -> None:
-        """Find what can be found before any model is loaded.
+        """Find errors that can be found before any model is loaded.
 
         Raises:
-            ConfigError: For no model, two models with one name, and settings that contradict each
-                other.
+            ConfigError: If there is no model, two models have one name, or settings contradict
+                each other.
         """
         if self.server.client_shm_uids and not self.server.allow_client_shm:
             raise ConfigError("client_shm_uids: has no effect without allow_client_shm")
@@ -67,7 +67,7 @@ class ServerConfig:
 
 
 def default_config() -> ServerConfig:
-    """Return the configuration without a file; its limits fit the memory of this machine."""
+    """Return the configuration without a file; its limits suit the memory of this machine."""
     return ServerConfig(
         build(ServerOptions, defaults_here(ServerOptions)), build(Limits, defaults_here(Limits))
     )
@@ -79,16 +79,16 @@ def with_flags(
     model_flags: Mapping[str, Any] | None = None,
     server_flags: Mapping[str, Any] | None = None,
 ) -> ServerConfig:
-    """Return the configuration with the flags of a command line, which win.
+    """Return the configuration with the flags of a command line, which have priority.
 
     Args:
-        config: What the file says, or the defaults.
-        models: ``[NAME=]SOURCE`` texts; if there are any they replace the file's models.
+        config: The configuration from the file, or the default one.
+        models: ``[NAME=]SOURCE`` texts; if there are any, they replace the file's models.
         model_flags: Raw values of settings by key, for every model; None leaves a setting as it is.
-        server_flags: Settings of the server, likewise.
+        server_flags: Raw values of the server's settings, in the same form.
 
     Raises:
-        LayertapError: For a malformed model or layer.
+        LayertapError: If a model or layer is malformed.
     """
     chosen = config.models
     if models:

@@ -1,4 +1,4 @@
-"""Reads ``layertap.toml``; errors name the file, the line and the key."""
+"""Reads ``layertap.toml``. Errors name the file, the line and the key."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_config(path: str | Path) -> ServerConfig:
     """Read a configuration file. Relative paths in it are relative to its folder.
 
     Raises:
-        ConfigError: If the file can't be read or says something wrong.
+        ConfigError: If the file can't be read or is invalid.
     """
     file = Path(path)
     try:
@@ -52,14 +52,14 @@ def load_config(path: str | Path) -> ServerConfig:
 
 
 class _Reader:
-    """Turns a parsed document into a ServerConfig; finds the lines of keys for its errors."""
+    """Converts a parsed document to a ServerConfig; finds the lines of keys for its errors."""
 
     def __init__(self, file: Path, text: str) -> None:
         self._file = file
         self._text = text
 
     def config(self, document: Mapping[str, Any]) -> ServerConfig:
-        """Check every key and value of the document."""
+        """Check every key and value of the document, and return the configuration."""
         self._check_keys(document, _SECTIONS, ())
         tables = document.get("models", [])
         if not isinstance(tables, list):
@@ -91,7 +91,7 @@ class _Reader:
         except ValueError as error:
             raise self._error(path, f"{_dotted(path)}: {error}") from None
         if kind.is_path and value not in kind.words:
-            # A `~` is the user's home, not a folder next to the file.
+            # `~` means the user's home, not a folder next to the file.
             return str(self._file.parent / expanded(value))
         return value
 
@@ -143,11 +143,11 @@ def _dotted(path: KeyPath) -> str:
 
 
 def _line_of(text: str, path: KeyPath) -> int | None:
-    """Return the line, from 1, where a key is given its value.
+    """Return the line, counted from 1, on which a key is given its value.
 
-    tomllib reports no positions, and a search for the key's letters would find it in comments,
-    other tables and long texts. So the file is parsed again, a line longer each time: the key is on
-    the line after the longest valid beginning without it. Only an error takes that time.
+    tomllib reports no positions, and a text search would find the key in comments, other tables and
+    long texts too. So the file is parsed again, each time one line longer: the key is on the line
+    after the longest valid beginning without the key. This takes time only if there is an error.
     """
     lines = text.split("\n")
     begin = 0
@@ -155,7 +155,7 @@ def _line_of(text: str, path: KeyPath) -> int | None:
         try:
             document = tomllib.loads("\n".join(lines[:end]))
         except tomllib.TOMLDecodeError:
-            continue  # The line is within a value that spans lines.
+            continue  # The line is inside a value that spans several lines.
         if _has(document, path):
             return begin + 1
         begin = end

@@ -1,4 +1,4 @@
-"""Detects changes of a model's settings or files that make a reload load it again."""
+"""Detects changes in a model's settings or files, so that a reload loads it again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 
 from layertap.models.checkpoint_files import files_of_weights
 from layertap.models.hf_folder import files_of_folder
+from layertap.models.text import tokenizer_file
 from layertap.settings import ServedModel, SourceKind
-from layertap.settings.paths import is_path
+from layertap.settings.paths import expanded, is_path
 
 __all__ = ["FileStates", "Fingerprint", "file_states", "files_of", "fingerprint_of"]
 
 FileState = tuple[int, int, int] | None
-"""Inode, time of the last change in ns and bytes; None if there is no such file.
+"""Inode, time of the last change in ns, and size in bytes; None if there is no such file.
 
-The inode, because a renamed file may keep its time. Links are followed, as a mounted ConfigMap
-changes by them.
+The inode is needed because a renamed file may keep its time. Links are followed, because a mounted
+ConfigMap changes by changing links.
 """
 
 FileStates = dict[Path, FileState]
@@ -32,7 +33,7 @@ class Fingerprint:
 
 
 def files_of(model: ServedModel) -> tuple[Path, ...]:
-    """Return the files that a model is loaded from. Python code is not among them."""
+    """Return the files that a model is loaded from, except Python code."""
     spec = model.spec
     source: tuple[Path, ...] = ()
     if spec.kind is SourceKind.TORCHSCRIPT:
@@ -40,11 +41,12 @@ def files_of(model: ServedModel) -> tuple[Path, ...]:
     elif spec.kind.is_hugging_face:
         source = files_of_folder(spec.target)
     weights = files_of_weights(spec.weights) if is_path(spec.weights) else ()
-    return (*source, *weights)
+    tokenizer = (tokenizer_file(expanded(spec.tokenizer)),) if spec.tokenizer else ()
+    return (*source, *weights, *tokenizer)
 
 
 def fingerprint_of(model: ServedModel) -> Fingerprint:
-    """Return a model's fingerprint. Take it before loading: what changes meanwhile then shows."""
+    """Return a model's fingerprint. Take it before loading, so that later changes are detected."""
     return Fingerprint(model, tuple(file_states(files_of(model)).values()))
 
 

@@ -20,7 +20,7 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 """The full name of the service."""
 
 WATCHES = 64
-"""Calls of ``Watch`` that may be open at once; anybody may make them, and each keeps a thread."""
+"""Maximum number of open ``Watch`` calls; any client may open one, and each keeps a thread."""
 
 CHECK_THREADS = 16
 """Threads that answer ``Check``."""
@@ -29,7 +29,7 @@ REFUSAL_THREADS = 16
 """Threads that refuse calls of ``Watch`` above the limit."""
 
 NAME_CHARACTERS = 1024
-"""Of a name that is watched, which is kept for as long."""
+"""Maximum length of a watched name, which is kept as long as it is watched."""
 
 _SERVER = ("", FeatureService.NAME, InferenceService.NAME)
 
@@ -37,9 +37,9 @@ Status = health_pb2.HealthCheckResponse
 
 
 class ModelHealth:
-    """Reports health by service name; each model has its own.
+    """Reports health by service name; each model has its own status.
 
-    Once the server has begun to stop everything is NOT_SERVING, whatever is set after that.
+    Once the server has begun to stop, every status is NOT_SERVING, whatever is set later.
 
     Note [A watcher that does not listen]
         A message to a client that accepts none (an HTTP/2 window of 0) waits until the client
@@ -65,7 +65,7 @@ class ModelHealth:
         )
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this by ``pools``, which have to run."""
+        """Return the handlers, which run on ``pools``; the caller must start these."""
         check, watch = self.pools
         encode = Status.SerializeToString
         methods = {
@@ -79,27 +79,27 @@ class ModelHealth:
         return grpc.method_handlers_generic_handler(HEALTH, methods)
 
     def show_server(self, *, serving: bool) -> None:
-        """Report whether anything is served, for the server as a whole and for its services."""
+        """Report whether the server as a whole and its services are serving."""
         for name in _SERVER:
             self.show(name, serving=serving)
 
     def show(self, name: str, *, serving: bool) -> None:
-        """Report whether a model, a service or with ``""`` the server as a whole is served."""
+        """Report whether a model, a service or (``""``) the server as a whole is serving."""
         self._set(name, Status.SERVING if serving else Status.NOT_SERVING)
 
     def serving(self, name: str) -> bool:
-        """Return whether a model, a service or with ``""`` the server as a whole is served."""
+        """Return whether a model, a service or (``""``) the server as a whole is serving."""
         return self._status(name) == Status.SERVING
 
     def forget(self, name: str) -> None:
-        """Report a model as unknown: watchers get SERVICE_UNKNOWN, checks end NOT_FOUND."""
+        """Report a model as unknown: watchers get SERVICE_UNKNOWN, checks end with NOT_FOUND."""
         with self._changed:
             if not self._stopping:
                 self._statuses.pop(name, None)
                 self._changed.notify_all()
 
     def enter_graceful_shutdown(self) -> None:
-        """Report NOT_SERVING for everything from now on; notify watchers, and end their calls."""
+        """Report NOT_SERVING for everything from now on; notify watchers and end their calls."""
         with self._changed:
             self._stopping = True
             self._statuses = dict.fromkeys(self._statuses, Status.NOT_SERVING)
@@ -108,7 +108,7 @@ class ModelHealth:
     def check(
         self, message: bytes, context: grpc.ServicerContext
     ) -> health_pb2.HealthCheckResponse:
-        """Answer with the current status; NOT_FOUND for an unknown name."""
+        """Return the current status; end with NOT_FOUND for an unknown name."""
         name = _name_in(message, context)
         status = self._status(name)
         if status == Status.SERVICE_UNKNOWN:
@@ -143,7 +143,7 @@ class ModelHealth:
     def _next(
         self, name: str, sent: Status.ServingStatus | None, context: grpc.ServicerContext
     ) -> Status.ServingStatus | None:
-        """Wait for another status than the one that was sent; None if there will be none."""
+        """Wait for a status other than the one last sent; None if there will be none."""
         with self._changed:
             while context.is_active():
                 status = self._statuses.get(name, Status.SERVICE_UNKNOWN)

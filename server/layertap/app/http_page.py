@@ -1,8 +1,8 @@
 """The HTTP port: metrics for Prometheus, and probes for orchestrators.
 
-``/metrics`` has the metrics, ``/healthz`` says whether the process works, and ``/readyz`` whether
-it serves. Plain HTTP, whatever the gRPC port speaks: the probes of Kubernetes and Docker know
-neither the server's authority nor a client certificate.
+``/metrics`` has the metrics, ``/healthz`` reports whether the process works, and ``/readyz``
+whether it serves. It is plain HTTP even if the gRPC port uses TLS, because the probes of Kubernetes
+and Docker have neither the server's CA certificate nor a client certificate.
 
 Note [One thread for all connections]
     A probe must always be answered. So connections have no threads of their own, which a thread
@@ -32,14 +32,14 @@ from layertap.resources import file_limit
 __all__ = ["HttpPage"]
 
 HEADER_BYTES = 8192
-"""The most that a request may have."""
+"""Maximum size of a request in bytes."""
 
 SECONDS = 5.0
-"""How long a connection may take to send its request, and to read the answer."""
+"""How long a connection may take to send its request and to read the answer."""
 
 CONNECTIONS = 128
-"""Connections that may be open at once; one more ends the oldest. Fewer where the process may have
-few files."""
+"""Maximum number of open connections; a further one closes the oldest. The number is lower if the
+process may open only few files."""
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -51,7 +51,7 @@ class _Answer:
     headers: tuple[tuple[str, str], ...] = (("Content-Type", _TEXT),)
 
     def encode(self, *, body: bool) -> bytes:
-        """Return the answer as it is sent; a request for the head alone gets no body."""
+        """Return the answer as bytes; without a body if only the head was requested."""
         lines = [f"HTTP/1.1 {self.status.value} {self.status.phrase}"]
         lines += [f"{name}: {value}" for name, value in self.headers]
         lines += [f"Content-Length: {len(self.body)}", "Connection: close", "", ""]
@@ -65,11 +65,11 @@ class HttpPage:
         registry: The metrics to show.
         host: The address to bind.
         port: The port; 0 for a free one.
-        alive: Returns whether the server works; called for ``/healthz``, from the page's thread.
-        ready: Returns whether it serves requests; called for ``/readyz`` in the same way.
+        alive: Returns whether the server works. Called for ``/healthz`` in the page's thread.
+        ready: Returns whether the server serves requests. Called for ``/readyz`` in that thread.
 
     Attributes:
-        url: Where the metrics are.
+        url: The URL of the metrics.
 
     Raises:
         UnavailableError: If the address can't be bound.
@@ -91,7 +91,7 @@ class HttpPage:
         self.url = f"http://{host_port(host, self._listener.getsockname()[1])}/metrics"
         self._connections: dict[asyncio.Task[None], None] = {}
         self._renderer = ThreadPoolExecutor(1, thread_name_prefix="layertap-metrics")
-        # Now, while there are threads to be had.
+        # Started now, while the system still allows threads.
         self._renderer.submit(lambda: None).result()
         self._loop = asyncio.new_event_loop()
         self._ended = asyncio.Event()
@@ -103,7 +103,7 @@ class HttpPage:
         started.wait()
 
     def close(self) -> None:
-        """End all connections and free the port."""
+        """Close all connections and free the port."""
         self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
         self._renderer.shutdown()
@@ -132,7 +132,7 @@ class HttpPage:
             next(iter(self._connections)).cancel()
         self._connections[task] = None
         try:
-            # A peer that is gone, one that is too slow, and the end of the page.
+            # The peer has left, the peer is too slow, or the page is closing.
             with suppress(OSError, TimeoutError, asyncio.CancelledError):
                 async with asyncio.timeout(SECONDS):
                     writer.write(await self._reply(reader))
@@ -175,7 +175,7 @@ class HttpPage:
         return await self._loop.run_in_executor(self._renderer, self._render, query, headers)
 
     def _render(self, query: str, headers: dict[str, str]) -> _Answer:
-        """Return the metrics in the format and encoding that the request accepts."""
+        """Return the metrics in a format and encoding that the request accepts."""
         told: list[Any] = []
         environ = {
             "REQUEST_METHOD": "GET",

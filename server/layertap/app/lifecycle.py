@@ -47,10 +47,10 @@ _END = b"\0"
 class _Signals:
     """SIGTERM and SIGINT: the first asks to stop, the second ends the process. SIGHUP: reload.
 
-    Python runs a signal's handler in the main thread, once that executes Python code. While it
-    waits for a lock it does not, unless the signal interrupts the waiting, and one that arrives a
-    moment before doesn't. So a thread listens to the pipe into which the interpreter writes each
-    signal's number as it arrives, and the handlers themselves do nothing.
+    Python runs signal handlers in the main thread, and only while that executes Python code. While
+    it waits for a lock, it may miss a signal that arrives just before the wait. So another thread
+    reads the pipe into which the interpreter writes the number of each signal as it arrives, and
+    the handlers themselves do nothing.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class _Signals:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals; put the former handlers back afterwards. For the main thread."""
+        """Handle the signals; restore the former handlers afterwards. For the main thread."""
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         listener = threading.Thread(
@@ -81,11 +81,11 @@ class _Signals:
             os.close(writing)
 
     def ready(self) -> None:
-        """From now on there are calls to finish before the end."""
+        """Record that from now on there may be calls to finish before the end."""
         self._ready = True
 
     def wait(self, reload: Callable[[], None]) -> None:
-        """Block until the process is asked to stop; call ``reload`` when it is asked to."""
+        """Block until the process is asked to stop; call ``reload`` for each SIGHUP."""
         while self._arrived.get() == signal.SIGHUP:
             reload()
 
@@ -101,8 +101,8 @@ class _Signals:
         if self._asked:
             os._exit(128 + number)
         if not self._ready:
-            # Nothing was admitted, and a model that is being fetched can't be interrupted. Neither
-            # print nor the console: anyone who is at it may hold their locks for as long.
+            # No call was admitted yet, and a model that is being downloaded can't be interrupted.
+            # This avoids print and the console, because another thread may hold their locks.
             os.write(sys.stderr.fileno(), b"layertap: stopped before it was ready\n")
             os._exit(0)
         self._asked = True
@@ -110,7 +110,7 @@ class _Signals:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing, where the default would end the process."""
+    """Do nothing, instead of the default action, which ends the process."""
 
 
 def run_server(
@@ -121,17 +121,18 @@ def run_server(
 ) -> int:
     """Serve until SIGTERM or SIGINT. For the main thread of a process.
 
-    The server answers from the start, its health NOT_SERVING until every model that can be loaded
-    is, with its declared layers warm. On SIGHUP it reloads (docs/lifecycle.md). When asked to stop
-    it refuses new calls, gives admitted ones their grace and ends; asked again it ends at once,
-    with code 128 + the signal's number. Asked before it is ready it ends at once, with code 0.
+    The server answers from the start. Its health is NOT_SERVING until every model that can be
+    loaded is loaded and its declared layers are warm. On SIGHUP it reloads (docs/lifecycle.md).
+    When asked to stop, it refuses new calls, gives admitted calls their grace period and ends. When
+    asked again, it ends at once with code 128 + the signal's number. When asked before it is ready,
+    it ends at once with code 0.
 
     Args:
         config: What to serve, and how.
         narrator: Reports progress and errors.
         read: Reads the configuration again for a reload; if not given, a reload loads changed
             weights only.
-        config_file: The configuration file, which is watched where that is configured.
+        config_file: The configuration file, which is watched if the configuration says so.
 
     Returns:
         The exit code: 0 after a requested stop, 1 after an error.
@@ -166,7 +167,7 @@ def run_server(
 
 
 class RunningServer:
-    """A server with everything around it: models, health, reloads, metrics and traces.
+    """A server with its models, health, reloads, metrics and traces.
 
     Once it is constructed, its models are loaded and it serves.
 
@@ -174,16 +175,16 @@ class RunningServer:
         config: What to serve, and how.
         narrator: Reports progress and errors.
         read: Reads the configuration again for a reload.
-        config_file: The configuration file, which is watched where that is configured.
-        closing: Stops the server, and closes what belongs to it, when it is closed.
+        config_file: The configuration file, which is watched if the configuration says so.
+        closing: When it is closed, it stops the server and closes everything of the server.
 
     Attributes:
         server: The gRPC server.
         reloader: Runs the reloads.
 
     Raises:
-        LayertapError: The configuration is wrong, no model could be loaded, or an address can't be
-            bound.
+        LayertapError: If the configuration is wrong, no model could be loaded, or an address can't
+            be bound.
     """
 
     def __init__(
@@ -196,7 +197,7 @@ class RunningServer:
     ) -> None:
         config.check()
         self._narrator = narrator
-        # First, because it is quick, and a missing file is a common mistake.
+        # Done first, because it is quick, and a missing file is a common mistake.
         security = open_security(config.server.secrets, trusted=config.trusts_local_callers)
         self._engine = _engine(config, narrator)
         closing.callback(self._engine.close)
@@ -245,13 +246,13 @@ class RunningServer:
             narrator.say(too_much, logging.WARNING)
 
     def names(self) -> str:
-        """Name the models that serve."""
+        """Return the names of the served models as text."""
         return ", ".join(host.model.name for host in self._engine.hosts())
 
     def reload(self) -> None:
-        """Read certificates and tokens again, and have the models reloaded."""
+        """Read certificates and tokens again, and request a reload of the models."""
         try:
-            # At once: a token that leaked can't wait for a model that is being loaded.
+            # At once: revoking a leaked token must not wait for a model that is being loaded.
             self.server.security.reload()
         except LayertapError as error:
             self._narrator.say(str(error), logging.ERROR)
@@ -263,11 +264,11 @@ class RunningServer:
         return self.reloader.reload()
 
     def stop(self) -> None:
-        """Refuse new calls and answer those that were admitted, within the grace."""
+        """Refuse new calls, and answer admitted calls within the grace period."""
         self.reloader.stop()
         self.server.stop(self.reloader.config.server.grace_seconds)
         if self.reloader.busy:
-            # A model that hangs while it loads can't be interrupted, and nobody waits for it.
+            # A model that hangs while loading can't be interrupted, so we don't wait for it.
             self._narrator.say("stopped serving")
             os._exit(0)
 
@@ -279,10 +280,10 @@ class RunningServer:
 
 
 def compute_threads(options: ServerOptions, device: str) -> tuple[int, int | None]:
-    """Return (forward passes at once, CPUs of one; None for all that the process may use).
+    """Return (concurrent forward passes, CPUs per pass); None for all CPUs that may be used.
 
     Raises:
-        ConfigError: For throughput mode on CUDA.
+        ConfigError: If the mode is throughput and the device is CUDA.
     """
     if options.mode == "latency":
         return 1, options.threads

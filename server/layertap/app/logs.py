@@ -1,4 +1,4 @@
-"""Log records as text or as JSON, each with the id of its request."""
+"""Log records as text or JSON, each with the id of its request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def configure_logs(form: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:
-    """Send this process's log records to a stream, in place of what was configured before.
+    """Send this process's log records to a stream; this replaces the former configuration.
 
     Args:
         form: ``human`` or ``json``.
@@ -40,7 +40,7 @@ def configure_logs(form: LogFormat, level: LogLevel, stream: TextIO | None = Non
     handler.addFilter(_add_request_id)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     set_log_level(level)
-    # Whether and where it serves is logged at any level, as the console shows it in human form.
+    # Where the server listens is logged at any level, just as the console shows it otherwise.
     logging.getLogger(NARRATION).setLevel(logging.INFO)
 
 
@@ -52,11 +52,11 @@ def set_log_level(level: LogLevel) -> None:
 def log_everything_as_json(level: LogLevel) -> None:
     """Make every line that this process writes a JSON object, for the rest of its life.
 
-    Log records, Python's warnings, exceptions that nobody caught, and what native code and models
-    print to stderr and stdout (``layertap.app.json_lines``).
+    This includes log records, Python's warnings, uncaught exceptions, and what native code and
+    models print to stderr and stdout (``layertap.app.json_lines``).
 
     Args:
-        level: As for ``configure_logs``.
+        level: See ``configure_logs``.
     """
     try:
         stream = capture_output()
@@ -97,7 +97,7 @@ def _log_unraisable(args: sys.UnraisableHookArgs) -> None:
 
 
 class LogNarrator:
-    """Logs how serving goes; a ``layertap.app.narrator.Narrator`` for where machines read."""
+    """Logs the progress of serving; a ``layertap.app.narrator.Narrator`` for output to machines."""
 
     def __init__(self) -> None:
         self._log = logging.getLogger(NARRATION)
@@ -107,7 +107,7 @@ class LogNarrator:
         self._log.log(level, "%s", text)
 
     def busy(self, text: str) -> AbstractContextManager[None]:
-        """Log what has begun."""
+        """Log the beginning of something that may take long."""
         self._log.info("%s", text)
         return nullcontext()
 
@@ -120,20 +120,20 @@ def _add_request_id(record: logging.LogRecord) -> bool:
 
 
 class _Human(logging.Formatter):
-    """A line of text; more where there is a traceback."""
+    """One line of text per record, plus the traceback if there is one."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Return the line, its control characters escaped: they could forge another line."""
+        """Return the line with control characters escaped, as these could fake another line."""
         record.message = _CONTROL.sub(lambda match: ascii(match[0])[1:-1], record.message)
         request_id = getattr(record, "request_id", "")
         return super().formatMessage(record) + (f" [request {request_id}]" if request_id else "")
 
 
 class _Json(logging.Formatter):
-    """One JSON object a line, in ASCII."""
+    """One JSON object per line, in ASCII."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the object."""

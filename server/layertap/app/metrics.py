@@ -1,6 +1,6 @@
 """The Prometheus metrics: counts, durations, the queue and memory.
 
-The names follow Triton's ``nv_inference_*`` where they mean the same, with ``layertap_`` in front
+The names follow Triton's ``nv_inference_*`` if they mean the same, with the prefix ``layertap_``
 and Prometheus' own units (seconds, bytes).
 """
 
@@ -36,7 +36,7 @@ _NS = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class _ModelCounts:
-    """What a model's answers count in. Looking its label up again each time costs microseconds."""
+    """One model's counters. Looking them up by label for each request would cost microseconds."""
 
     success: Counter
     passes: Counter
@@ -48,12 +48,12 @@ class _ModelCounts:
 
 
 class Metrics:
-    """Counts what the servicers tell it (a ``layertap.services.observer.Observer``).
+    """Counts extractions (a ``layertap.services.observer.Observer``).
 
-    Keeps its own registry, so that two servers in one process count apart.
+    It has its own registry, so that two servers in one process are counted separately.
 
     Args:
-        engine: The engine whose queue and models are shown; None for no such gauges.
+        engine: The engine whose queue and models are shown; if None, these gauges are left out.
 
     Attributes:
         registry: The registry.
@@ -94,7 +94,7 @@ class Metrics:
         self._show_memory()
 
     def show_waiting(self, waiting: Callable[[], int]) -> None:
-        """Show the calls that wait for a thread which would parse them."""
+        """Show the number of calls that wait for a thread to parse them."""
         Gauge(
             "layertap_grpc_waiting_call_count",
             "Calls that have arrived and wait for a worker thread.",
@@ -102,14 +102,14 @@ class Metrics:
         ).set_function(waiting)
 
     def show_shared_memory(self, memory: SharedMemory) -> None:
-        """Show what is shared with clients of this machine."""
+        """Show the memory that is shared with clients on this machine."""
         self.registry.register(SharedMemoryCollector(memory))
 
     def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
-        """Count an answer, its bytes and where its time went."""
+        """Count a successful extraction, its bytes and its timings."""
         counts = self._of_model.get(model) or self._add_model(model)
         counts.success.inc()
-        counts.passes.inc(1 / extraction.together)  # So that a shared pass counts once.
+        counts.passes.inc(1 / extraction.together)  # A shared pass then counts once in all.
         counts.reply_bytes.inc(len(extraction.payload) + extraction.shared_bytes)
         timings = extraction.timings
         counts.total.observe(timings.total_ns * _NS)
@@ -118,11 +118,11 @@ class Metrics:
         counts.compute.observe(timings.compute_ns * _NS)
 
     def failed(self, model: str, code: ErrorCode) -> None:
-        """Count a failure under the name of its status."""
+        """Count a failed extraction by its status."""
         self._failure.labels(model, code.name).inc()
 
     def _show_memory(self) -> None:
-        """Show the process's memory, and what of it malloc holds free where it tells."""
+        """Show the process's memory and, if malloc reports it, how much of it is free."""
         ProcessCollector(registry=self.registry)
         if retained_bytes() is not None:
             Gauge(

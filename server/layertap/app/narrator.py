@@ -10,15 +10,15 @@ __all__ = ["Narrator"]
 
 
 class Narrator(Protocol):
-    """Reports how serving goes. Called from several threads."""
+    """Reports the progress of serving. Called from several threads."""
 
     def say(self, text: str, level: int = logging.INFO) -> None:
         """Report something that happened.
 
         Args:
-            text: One line, without a word for the level.
+            text: One line; it doesn't name the level.
             level: ``logging.INFO``, ``WARNING`` or ``ERROR``.
         """
 
     def busy(self, text: str) -> AbstractContextManager[None]:
-        """Show that something is going on that may take long."""
+        """Show that something is in progress that may take long."""

@@ -12,11 +12,11 @@ _log = logging.getLogger(__name__)
 
 
 def notify(state: str) -> None:
-    """Send a state such as ``READY=1`` to the service manager; nothing where none listens.
+    """Send a state such as ``READY=1`` to the service manager; do nothing if there is none.
 
-    The protocol is one datagram to the socket that ``$NOTIFY_SOCKET`` names; a leading ``@`` stands
-    for the NUL of an abstract address. A manager that can't be told is logged, not an error: the
-    server itself is fine.
+    The protocol is one datagram to the socket named by ``$NOTIFY_SOCKET``; a leading ``@`` means
+    the NUL of an abstract address. If sending fails, that is only logged, as the server itself
+    works.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:

@@ -1,4 +1,4 @@
-"""Where a server keeps compiled plans."""
+"""The folder in which a server stores compiled plans."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _log = logging.getLogger(__name__)
 
 
 def open_plan_cache(options: ServerOptions) -> PlanCache | None:
-    """Open the folder that keeps compiled plans, and make it where there is none.
+    """Open the folder for compiled plans; create it if it doesn't exist.
 
-    Without a folder of the user's own, as in some containers, ``auto`` keeps none.
+    If the user has no cache folder, as in some containers, ``auto`` stores no plans.
 
     Returns:
-        The cache; None if none is to be kept.
+        The cache; None if no plans are to be stored.
 
     Raises:
-        ConfigError: For a folder that was named and can't be used.
+        ConfigError: If the configuration names a folder that can't be used.
     """
     if options.plan_cache == "off":
         return None
@@ -38,6 +38,6 @@ def open_plan_cache(options: ServerOptions) -> PlanCache | None:
 
 
 def _user_cache() -> Path:
-    """Return the folder of the XDG base directory specification."""
+    """Return the user's cache folder, by the XDG base directory specification."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if base else Path.home() / ".cache") / "layertap" / "plans"

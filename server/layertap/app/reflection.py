@@ -17,7 +17,7 @@ from layertap.services.bounded_calls import BoundedCalls, aborting
 __all__ = ["REFLECTIONS", "Reflection"]
 
 REFLECTIONS = 16
-"""Calls that may be open at once. One is over in milliseconds, unless its caller leaves it open."""
+"""Maximum number of open calls. A call takes milliseconds, unless its caller leaves it open."""
 
 _SERVICES = tuple(
     module.DESCRIPTOR.services_by_name["ServerReflection"].full_name
@@ -26,9 +26,9 @@ _SERVICES = tuple(
 
 
 class Reflection:
-    """Serves ``grpc.reflection.v1`` and ``v1alpha``, whose messages are the same bytes.
+    """Serves ``grpc.reflection.v1`` and ``v1alpha``, whose messages have the same encoding.
 
-    The number of open calls is bounded, as each keeps one of the server's threads.
+    The number of open calls is bounded, because each keeps one of the server's threads.
 
     Args:
         service_names: The full names of the server's other services.
@@ -39,7 +39,7 @@ class Reflection:
         self._open = BoundedCalls(REFLECTIONS, "calls ask for reflection")
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        """Return what a ``grpc.Server`` needs to serve both."""
+        """Return the handlers of both services."""
         method = grpc.stream_stream_rpc_method_handler(
             self.describe, response_serializer=pb.ServerReflectionResponse.SerializeToString
         )
@@ -87,7 +87,7 @@ def _by_symbol(name: str) -> dict[str, Any]:
     try:
         return _files(POOL.FindFileContainingSymbol(name))
     except KeyError:
-        # The pool knows services but not their methods, by which tools such as ghz ask.
+        # The pool finds services but not their methods, which tools such as ghz ask for.
         return _files(POOL.FindMethodByName(name).containing_service.file)
 
 
@@ -112,7 +112,7 @@ _FINDERS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 
 def _files(file: FileDescriptor) -> dict[str, Any]:
-    """Answer with a file and everything that it imports, each once."""
+    """Return the answer with a file and everything that it imports, each once."""
     needed: dict[str, bytes] = {}
 
     def add(each: FileDescriptor) -> None:

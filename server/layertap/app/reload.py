@@ -25,9 +25,9 @@ class Reloader:
     """Runs one reload at a time.
 
     Args:
-        read: Reads the configuration, flags included.
-        config: What the server was started with.
-        models: The models, which are kept in step with it.
+        read: Reads the configuration, with flags.
+        config: The configuration at the start.
+        models: The models, which are kept in step with the configuration.
         narrator: Reports the outcome of reloads that no caller waits for.
     """
 
@@ -47,12 +47,12 @@ class Reloader:
         self._turn = threading.Lock()
         self._call = Call()
         self._ready = False
-        # A daemon: a model that hangs while it loads must not keep the process from ending.
+        # A daemon thread, because a model that hangs while loading must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="layertap-reload", daemon=True)
 
     @property
     def config(self) -> ServerConfig:
-        """The last valid configuration that was read."""
+        """The configuration that was last read and valid."""
         return self._config
 
     @property
@@ -61,7 +61,7 @@ class Reloader:
         return self._turn.locked()
 
     def start(self) -> None:
-        """Take requests for reloads, once the server is ready."""
+        """Accept requests for reloads; call this once the server is ready."""
         self._ready = True
         self._thread.start()
 
@@ -69,20 +69,20 @@ class Reloader:
         """Reload now, in the caller's thread.
 
         Raises:
-            UnavailableError: While another reload is in progress, before ``start`` and after
+            UnavailableError: If another reload is in progress, before ``start``, and after
                 ``stop``.
-            LayertapError: If the configuration is wrong; nothing has changed then.
+            LayertapError: If the configuration is wrong; then nothing has changed.
         """
         with self._in_turn():
             return self._reload()
 
     def load_model(self, name: str) -> None:
-        """Load one model of the configuration as it is now, in the caller's thread.
+        """Load one model of the current configuration, in the caller's thread.
 
         Raises:
             ModelNotFoundError: If the configuration has no such model.
             ModelLoadError: If it can't be loaded.
-            UnavailableError, LayertapError: As ``reload`` does.
+            UnavailableError, LayertapError: See ``reload``.
         """
         with self._in_turn():
             config = self._read_checked()
@@ -92,28 +92,28 @@ class Reloader:
                 raise ModelLoadError(f"failed to load {name!r}: {done.reason}")
 
     def unload_model(self, name: str) -> None:
-        """Let one model go, until it or all are loaded again.
+        """Unload one model, until it or all models are loaded again.
 
         Raises:
             ModelNotFoundError: If no such model is served.
-            UnavailableError: As ``reload`` does.
+            UnavailableError: See ``reload``.
         """
         with self._in_turn():
             self._models.unload_one(self._config, name)
 
     def request(self) -> None:
-        """Have it reloaded soon, in a thread of the reloader, after one that is in progress."""
+        """Request a reload soon, on the reloader's thread, after any reload that is in progress."""
         self._asked.put(True)
 
     def stop(self) -> None:
-        """Refuse reloads, and give up the one in progress at its next step."""
+        """Refuse reloads, and cancel the one in progress at its next step."""
         self._ready = False
         self._call.cancel()
         self._asked.put(False)
 
     def _work(self) -> None:
         while self._asked.get():
-            # Whatever was requested until now is answered by the one that begins now.
+            # The reload that begins now serves all requests made so far.
             if not self._drain():
                 return
             with self._turn:
@@ -122,11 +122,11 @@ class Reloader:
                 except LayertapError as error:
                     if self._ready:
                         self._narrator.say(f"not reloaded: {error}", logging.ERROR)
-                except Exception:  # noqa: BLE001 - the next reload may do; it is logged in full
+                except Exception:  # noqa: BLE001 - the next reload may work; it is logged in full
                     _log.exception("reload failed")
 
     def _drain(self) -> bool:
-        """Drop requests that wait; return False if the last word was to stop."""
+        """Drop waiting requests; return False if the last one was to stop."""
         go_on = True
         while go_on:
             try:
@@ -137,7 +137,7 @@ class Reloader:
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:
-        """Let nothing else reload meanwhile; raise UnavailableError where something does."""
+        """Exclude other reloads; raise UnavailableError if one is in progress."""
         if not self._ready:
             raise UnavailableError("the server is starting or stopping, so it can't reload now")
         if not self._turn.acquire(blocking=False):
@@ -149,11 +149,11 @@ class Reloader:
 
     @contextmanager
     def _cancellable(self) -> Iterator[Call]:
-        """Yield what ``stop`` cancels; raise UnavailableError where it did."""
-        # One for each reload: a call keeps what was computed for it.
+        """Yield a call that ``stop`` cancels; raise UnavailableError if it was cancelled."""
+        # A new call for each reload, because a call keeps what was computed for it.
         call = self._call = Call()
         try:
-            if not self._ready:  # Stopped in between, when there was no such call to cancel.
+            if not self._ready:  # Stopped just now, before there was a call to cancel.
                 call.cancel()
             yield call
         except CancelledError:
@@ -185,7 +185,7 @@ class Reloader:
 
 
 def waiting_for_restart(started_with: ServerConfig, config: ServerConfig) -> tuple[str, ...]:
-    """Name the settings that can't change while the server runs, and have."""
+    """Return the settings that have changed but can't change while the server runs."""
     return (
         *_changed("server", definitions(ServerOptions), started_with.server, config.server),
         *_changed("limits", definitions(Limits), started_with.limits, config.limits),

@@ -1,4 +1,4 @@
-"""TLS, tokens, and warnings about what a server leaves unprotected."""
+"""TLS, tokens, and warnings about what a server doesn't protect."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class ServerTls:
     """The server's side of TLS, 1.2 or later.
 
     Args:
-        certificate: PEM: the server's certificate, then those between it and its authority.
-        private_key: PEM: its key, not encrypted.
-        client_ca: PEM: the authorities that sign clients' certificates; None requests none.
+        certificate: PEM file with the server's certificate, then any intermediate certificates.
+        private_key: PEM file with its private key, not encrypted.
+        client_ca: PEM file with the CA certificates for clients; None to require no certificate.
 
     Raises:
-        ConfigError: A file can't be read, or the key is not that of the certificate.
+        ConfigError: If a file can't be read, or the key doesn't belong to the certificate.
     """
 
     def __init__(self, certificate: Path, private_key: Path, client_ca: Path | None = None) -> None:
@@ -38,23 +38,23 @@ class ServerTls:
 
     @property
     def mutual(self) -> bool:
-        """Whether clients must show a certificate."""
+        """Whether clients must present a certificate."""
         return self._client_ca is not None
 
     def reload(self) -> None:
-        """Read the files again, for the handshakes to come.
+        """Read the files again, for later handshakes.
 
         Raises:
-            ConfigError: As above; the former certificates stay in use then.
+            ConfigError: As for the constructor. Then the former certificates stay in use.
         """
         self._current = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return what a ``grpc.Server`` needs for a port."""
+        """Return the credentials for a port of a ``grpc.Server``."""
         given = self._current
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            """Return what changed since gRPC asked last; it asks at every handshake."""
+            """Return the new certificates if they changed; gRPC asks at every handshake."""
             nonlocal given
             if given is self._current:
                 return None
@@ -73,11 +73,11 @@ class ServerTls:
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """A server's encryption and authentication; by default neither.
+    """A server's encryption and authentication; the default is neither.
 
     Attributes:
         tls: TLS, or None for plain text.
-        tokens: Which token may call what.
+        tokens: The tokens and their rights.
         exposed: Files with secrets that every user of this machine can read.
     """
 
@@ -89,8 +89,8 @@ class Security:
         """Read certificates and tokens again, for new connections and calls.
 
         Raises:
-            ConfigError: A file can't be used. If it is one of the certificates, these stay as they
-                were; likewise for the tokens.
+            ConfigError: If a file can't be used. Certificates stay as they were if one of their
+                files can't be used, and so do tokens.
         """
         try:
             if self.tls:
@@ -100,11 +100,11 @@ class Security:
             self.tokens.reload()
 
     def warnings(self, host: str, *, metrics: bool) -> Iterator[str]:
-        """Return warnings about what a server that listens on ``host`` leaves unprotected.
+        """Return warnings about what a server that listens on ``host`` doesn't protect.
 
         Args:
             host: The address that the server listens on.
-            metrics: Whether the metrics page is served there as well.
+            metrics: Whether the metrics page is served on the same address.
         """
         for file in self.exposed:
             yield f"{file} holds a secret, and every user of this machine can read it; chmod 600"
@@ -132,11 +132,11 @@ def open_security(files: SecretFiles, *, trusted: bool = False) -> Security:
     """Read the files of certificates and tokens.
 
     Args:
-        files: Their paths.
-        trusted: As for ``Tokens``.
+        files: The paths of the files.
+        trusted: See ``Tokens``.
 
     Raises:
-        ConfigError: A file can't be used, or it has no effect without another one.
+        ConfigError: If a file can't be used, or has no effect without another one.
     """
     tls = None
     if files.tls_cert and files.tls_key:

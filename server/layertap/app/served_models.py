@@ -31,26 +31,26 @@ _log = logging.getLogger(__name__)
 class ServedModels:
     """Keeps an engine's models and their health in step with a configuration.
 
-    Not safe to share between threads: one loads or reloads at a time.
+    Not safe to share between threads: only one thread may load or reload at a time.
 
     Args:
         engine: The engine; nothing else may change its models.
-        health: Where a warm model is reported as SERVING, and any other as NOT_SERVING.
-        narrator: Reports what was loaded and what was not.
+        health: A warm model is reported here as SERVING, any other as NOT_SERVING.
+        narrator: Reports which models were loaded and which were not.
     """
 
     def __init__(self, engine: Engine, health: ModelHealth, narrator: Narrator) -> None:
         self._engine = engine
         self._health = health
         self._narrator = narrator
-        # None: in the configuration, but not served.
+        # None if the model is in the configuration but not served.
         self._served: dict[str, Fingerprint | None] = {}
 
     def load(self, config: ServerConfig, *, strict: bool) -> None:
         """Load all models at the start; one that fails doesn't stop the others.
 
         Raises:
-            LayertapError: If one of them fails and ``strict`` is set, or where all do.
+            LayertapError: If a model fails and ``strict`` is set, or if all models fail.
         """
         self._expect(config)
         failures = []
@@ -66,10 +66,10 @@ class ServedModels:
             raise ModelLoadError("none of the models could be loaded")
 
     def reload(self, config: ServerConfig, call: Call) -> tuple[ModelReload, ...]:
-        """Load what is new or changed, then unload what is gone; report on each model.
+        """Load new and changed models, then unload removed ones; return a report on each model.
 
         Raises:
-            CancelledError: If the call was cancelled; what was done stays done.
+            CancelledError: If the call was cancelled; finished steps are not undone.
         """
         self._expect(config)
         names = [model.name for model in config.models]
@@ -79,7 +79,7 @@ class ServedModels:
         return tuple(done)
 
     def load_one(self, config: ServerConfig, name: str, call: Call) -> ModelReload:
-        """Load a model of the configuration, or replace it where it is new or changed.
+        """Load a model of the configuration if it is new or has changed.
 
         Raises:
             ModelNotFoundError: If the configuration has no such model.
@@ -102,7 +102,7 @@ class ServedModels:
         if self._served.get(name) is None:
             raise ModelNotFoundError(f"model: got {name!r}, which is not served")
         self._unload(name)
-        # It is still in the configuration; a reload of one without it forgets it.
+        # It is still in the configuration; only a reload without it removes this entry.
         self._served[name] = None
         self._engine.expect([model.name for model in config.models])
         self._engine.explain(name, "it was unloaded")
@@ -128,7 +128,7 @@ class ServedModels:
             self._load(model, replace)
         except CancelledError:
             raise
-        except Exception as error:  # noqa: BLE001 - reported, and logged where it is unexpected
+        except Exception as error:  # noqa: BLE001 - reported, and logged if it is unexpected
             self._fail(model, error)
             reason = _text(error)
             return ModelReload(name, ReloadAction.FAILED, reason, serving=served is not None)
@@ -183,7 +183,7 @@ def _text(error: Exception) -> str:
 
 
 def _public(error: Exception) -> str:
-    """Return what any caller may read: no paths, and nothing that the model's own code says."""
+    """Return a text that any caller may read: without paths and without the model's own errors."""
     if isinstance(error, (InvalidInputError, NotFoundError, ExtractorUnsupportedError)):
-        return str(error)  # About declared layers: the same text as for a request for them.
+        return str(error)  # An error about declared layers, the same as for a request for them.
     return "it could not be loaded; the server's log says why"

@@ -40,14 +40,14 @@ __all__ = ["FeatureServer", "ServerOptions"]
 _log = logging.getLogger(__name__)
 
 SPARE_WORKERS = 16
-"""Threads besides one for each request that may be pending, for calls that are short or refused."""
+"""Threads for short or refused calls, in addition to one for each request that may be pending."""
 
 _JOIN_SECONDS = 2.0
-"""How long threads may take to end once the server has stopped; those that hang are left behind."""
+"""How long to wait for threads to end after the server has stopped; threads that hang are left."""
 
 
 def _workers(limits: Limits) -> int:
-    """Return how many threads serve RPCs. A stream keeps one for as long as it is open."""
+    """Return the number of threads that serve RPCs. Each open stream keeps one."""
     return limits.pending + limits.streams + REFLECTIONS + SPARE_WORKERS
 
 
@@ -59,26 +59,26 @@ class FeatureServer:
     models later reports their status through ``health``.
 
     Args:
-        engine: The engine; it stays the caller's to close.
-        options: How to listen.
+        engine: The engine; the caller must close it.
+        options: The addresses and other options of the server.
         observer: Notified of the outcome of each extraction.
-        interceptors: gRPC's own kind, the first one outermost.
-        health: What to tell of models; one of its own if not given.
+        interceptors: gRPC interceptors, the outermost first.
+        health: Reports the health of models; if not given, the server makes one.
         admin: The administrative operations; none if not given.
-        repository: Loads and unloads models for the owner; nothing does if not given.
-        security: TLS and tokens; opened from the files that the options name if not given.
+        repository: Loads and unloads models for the operator; if not given, that is not possible.
+        security: TLS and tokens; if not given, they are read from the files that the options name.
         client_regions: Shared memory that clients of the Open Inference Protocol name; if not
-            given, what the options allow.
+            given, the options decide.
 
     Attributes:
-        addresses: Where it listens: ``host:port``, ``unix:/path``.
-        address: The first of them.
+        addresses: The addresses at which it listens: ``host:port``, ``unix:/path``.
+        address: The first of these addresses.
         security: TLS and tokens; its ``reload`` reads their files again.
-        shared_memory: What is shared with clients of this machine; None for nothing.
+        shared_memory: The memory shared with clients on this machine; None if there is none.
 
     Raises:
         UnavailableError: If the address can't be bound.
-        ConfigError: For files of certificates and tokens that can't be used.
+        ConfigError: If files of certificates or tokens can't be used.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class FeatureServer:
                 ThreadLimit(self._workers, observer),
                 *interceptors,
                 Authorization(self.security.tokens),
-                # Behind the authorization: a caller without a token takes no place.
+                # Inside the authorization, so that a caller without a token takes no place.
                 self._overload,
             ),
             options=channel_options(
@@ -117,8 +117,8 @@ class FeatureServer:
                 max(STREAMS, 2 * _workers(engine.limits)),
                 options.max_connection_age_seconds,
                 options.max_connection_age_grace_seconds,
-                # The other half is for probes, shared memory, and files of models: where strangers'
-                # connections took all, nobody could be accepted, and no probe would be answered.
+                # The other half is for probes, shared memory and model files. If connections could
+                # use all files, no new connection and no probe would be answered.
                 connections=max(1, file_limit() // 2),
             ),
         )
@@ -157,19 +157,19 @@ class FeatureServer:
 
     @property
     def address(self) -> str:
-        """The first address at which it listens."""
+        """The first address at which the server listens."""
         return self.addresses[0]
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a worker thread; the queue before the engine's own."""
+        """Calls that wait for a worker thread, before they reach the engine's own queue."""
         return self._workers.waiting
 
     def start(self) -> None:
-        """Begin to answer; health stays NOT_SERVING until ``ready``.
+        """Begin to answer calls; health stays NOT_SERVING until ``ready``.
 
         Raises:
-            UnavailableError: If the system does not allow the threads that this takes.
+            UnavailableError: If the system does not allow enough threads.
         """
         missing = start_threads(self._pools)
         if missing:
@@ -190,17 +190,17 @@ class FeatureServer:
         self._set_health(serving=True)
 
     def stop(self, grace: float) -> None:
-        """Report NOT_SERVING, refuse new calls, give admitted ones ``grace`` seconds to finish."""
+        """Report NOT_SERVING, refuse new calls, and give admitted calls ``grace`` seconds."""
         self._health.enter_graceful_shutdown()
         self._streams.drain()
         self._overload.refusals.drain()
-        # No lock can be waited for any longer, nor for ever where that was said in seconds.
+        # Python's locks can't wait longer than this.
         grace = min(grace, threading.TIMEOUT_MAX)
         try:
             self._server.stop(grace).wait()
         except RuntimeError:
-            # gRPC begins to refuse calls, then starts a thread that waits for the end of the grace.
-            # Where the system allows no thread any more this one waits instead.
+            # gRPC begins to refuse calls, then starts a thread that waits for the grace period. If
+            # the system allows no more threads, this thread waits instead.
             self._server.wait_for_termination(grace)
             self._server.stop(None)
         self._close()
@@ -226,7 +226,7 @@ class FeatureServer:
             self._health.show(host.model.name, serving=serving)
 
     def _bind_all(self, options: ServerOptions) -> tuple[str, ...]:
-        """Listen everywhere; return the addresses."""
+        """Listen on all addresses, and return them."""
         path = unix_path(options.host)
         if path:
             addresses = [self._bind_unix(Path(path), options)]
@@ -257,7 +257,7 @@ class FeatureServer:
             ) from None
 
     def _add(self, address: str, options: ServerOptions) -> int:
-        """Have gRPC listen; return the port. Raises RuntimeError where it can't."""
+        """Make gRPC listen on an address; return the port. Raise RuntimeError if it can't."""
         tls = self.security.tls
         if tls:
             return int(self._server.add_secure_port(address, tls.credentials()))

@@ -1,4 +1,4 @@
-"""What the metrics page shows of the server's shared memory."""
+"""The metrics of the server's shared memory."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SharedMemoryCollector(Collector):
         self._memory = memory
 
     def describe(self) -> list[Metric]:
-        """Return nothing, so that it is not read when it is registered."""
+        """Return nothing, so that registering this doesn't read the state."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Read it."""
+        """Read the state and return it as metrics."""
         state = self._memory.state()
         yield _by_state("bytes", "Bytes of regions", state.bytes)
         yield _by_state("regions", "Regions", state.regions)

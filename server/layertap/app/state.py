@@ -1,4 +1,4 @@
-"""What the metrics page shows of a server's state, read when the page is requested."""
+"""The metrics of a server's state, which is read each time the page is requested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VERSIONS = ("layertap", "torch", "grpcio")
 
 
 class StateCollector(Collector):
-    """Reads an engine. Nothing is counted on the way of a request, so nothing is paid there.
+    """Reads the state of an engine. It counts nothing, so it adds no cost to requests.
 
     Args:
         engine: The engine.
@@ -31,11 +31,11 @@ class StateCollector(Collector):
         }
 
     def describe(self) -> list[Metric]:
-        """Return nothing: the names of models are not known beforehand."""
+        """Return nothing, because the names of models are not known beforehand."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Read the state."""
+        """Read the state and return it as metrics."""
         build = GaugeMetricFamily(
             "layertap_build_info",
             "Always 1; the labels have the versions.",

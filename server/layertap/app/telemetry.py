@@ -1,4 +1,4 @@
-"""The observers of a server: metrics always, the access log and traces if they are enabled."""
+"""The observers of a server: metrics always; the access log and traces if they are enabled."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """What watches a server.
+    """The observers and interceptors of a server.
 
     Attributes:
-        metrics: What the page shows.
-        observer: Is to be told how each extraction ended.
-        interceptors: Are to see every call.
+        metrics: The metrics that the page shows.
+        observer: Must be notified how each extraction ended.
+        interceptors: Must see every call.
     """
 
     metrics: Metrics
@@ -44,10 +44,10 @@ class Telemetry:
 
 
 def open_telemetry(engine: Engine, config: ServerConfig, closing: ExitStack) -> Telemetry:
-    """Open what the configuration and the environment request; ``closing`` will close it.
+    """Open what the configuration and the environment request; ``closing`` closes it.
 
     Raises:
-        ConfigError: As ``open_tracing``.
+        ConfigError: See ``open_tracing``.
     """
     metrics = Metrics(engine)
     observers: list[Observer] = [metrics]
@@ -65,21 +65,21 @@ def _is_address(text: str) -> bool:
     try:
         address = urlsplit(text)
         return address.scheme in ("http", "https") and bool(address.hostname)
-    except ValueError:  # Brackets that don't close.
+    except ValueError:  # The brackets of an IPv6 address don't match.
         return False
 
 
 def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | None:
-    """Return what sends traces to an endpoint; None if none is named.
+    """Return the tracing to an endpoint; None if no endpoint is named.
 
     Args:
         endpoint: An ``http://`` or ``https://`` address; if empty, OpenTelemetry's own environment
-            variables are asked.
+            variables are read.
         environment: The process's environment.
 
     Raises:
-        ConfigError: For a malformed endpoint, another protocol than gRPC, or where traces are asked
-            for and the packages are not there.
+        ConfigError: If the endpoint is malformed, the protocol is not gRPC, or traces are requested
+            but the packages are not installed.
     """
     named = endpoint or next(filter(None, map(environment.get, _ENDPOINTS)), "")
     disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
@@ -93,7 +93,7 @@ def open_tracing(endpoint: str, environment: Mapping[str, str]) -> Tracing | Non
     if not endpoint and protocol != "grpc":
         raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL: got {protocol!r}, expected 'grpc'")
     try:
-        # Only here: the packages are an optional extra, and take their time to import.
+        # Imported only here, because the packages are optional and slow to import.
         tracing = importlib.import_module("layertap.app.tracing")
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("opentelemetry"):

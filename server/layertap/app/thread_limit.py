@@ -1,4 +1,4 @@
-"""Rejects calls that would wait long for a thread, instead of leaving them in gRPC's queue."""
+"""Refuses calls that would wait long for a thread, instead of leaving them in gRPC's queue."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _HAS_OWN_THREADS = f"/{HEALTH}/"
 
 
 class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
-    """Refuses a call at once where as many calls wait for a thread as there are threads.
+    """Refuses a call at once if as many calls wait for a thread as there are threads.
 
     gRPC puts calls that find no free thread into an unbounded queue, where their deadlines pass
-    unnoticed. A burst of short calls may wait there. Further calls are rejected before their
-    message is read, in gRPC's thread that reports the call, so that rejecting needs no other
+    unnoticed. A burst of short calls may wait there. Further calls are refused before their
+    message is read, in gRPC's thread that reports the call, so that refusing needs no other
     thread.
 
     Args:
-        workers: The threads.
-        observer: Notified of each rejection.
+        workers: The pool of threads.
+        observer: Notified of each refusal.
     """
 
     def __init__(self, workers: WorkerThreads, observer: Observer) -> None:
@@ -43,7 +43,7 @@ class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no t
             raise error
 
         refusing = run_in(CallersThread(), guarded(refuse))
-        # A stream's behaviour is called before any message is read, a unary call's after.
+        # gRPC calls a stream's handler before it reads any message, but a unary handler after that.
         self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
 
     def intercept_service(
@@ -51,7 +51,7 @@ class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no t
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Pass a call on, or return what refuses it."""
+        """Pass a call on, or refuse it."""
         full = self._workers.waiting >= self._workers.count
         if full and not handler_call_details.method.startswith(_HAS_OWN_THREADS):
             return self._refusal

@@ -1,7 +1,7 @@
 """OpenTelemetry traces: a span for each call, with child spans for the phases of an extraction.
 
-Imported only where traces are requested: it needs the packages of ``layertap[otel]``. Names of
-attributes are those of OpenTelemetry's semantic conventions for RPC.
+This is imported only if traces are requested, because it needs the packages of ``layertap[otel]``.
+The names of attributes are those of OpenTelemetry's semantic conventions for RPC.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from layertap.timings import Timings
 __all__ = ["FLUSH_SECONDS", "Tracing", "otlp_provider"]
 
 FLUSH_SECONDS = 5.0
-"""What the last spans get to reach the collector when the server stops.
+"""Time for the last spans to reach the collector when the server stops.
 
-The exporter's own limit is ten seconds and more, and a stop would take them wherever the collector
-is gone.
+The exporter's own limit is ten seconds or more, and stopping would take that long whenever the
+collector is gone.
 """
 
 _log = logging.getLogger(__name__)
@@ -40,15 +40,15 @@ def otlp_provider(endpoint: str) -> TracerProvider:
     """Return a provider that sends spans by OTLP over gRPC, in batches and on its own thread.
 
     Args:
-        endpoint: An ``http://`` or ``https://`` address; if empty, ``OTEL_*`` says it. Those
-            variables also say the sampler, headers, certificates, and the resource's attributes.
+        endpoint: An ``http://`` or ``https://`` address; if empty, ``OTEL_*`` variables define it.
+            These also define the sampler, headers, certificates and the resource's attributes.
     """
     resource = Resource.create()
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "layertap"}))
     provider = TracerProvider(
         resource=resource.merge(Resource({SERVICE_VERSION: __version__})),
-        shutdown_on_exit=False,  # Tracing.close does it, and waits for less long.
+        shutdown_on_exit=False,  # Tracing.close does this, with a shorter limit.
     )
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint or None)))
     return provider
@@ -58,10 +58,10 @@ class Tracing:
     """Makes spans (a ``layertap.services.observer.Observer``).
 
     Args:
-        provider: Where spans go; closed with this.
+        provider: Where spans go; ``close`` closes it too.
 
     Attributes:
-        interceptor: Makes the span of a call; what the observer is told goes into it.
+        interceptor: Makes the span of each call; the observer's reports are added to that span.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -70,9 +70,9 @@ class Tracing:
         self.interceptor = TracingInterceptor(self._tracer)
 
     def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
-        """Say what was extracted, and add a span for each part of the reply's timings.
+        """Record what was extracted, and add a span for each part of the reply's timings.
 
-        In a stream each item has its own span, within the stream's.
+        In a stream, each item has its own span inside the stream's span.
         """
         span, item = trace.get_current_span(), None
         if not isinstance(span, ReadableSpan) or span.start_time is None:
@@ -89,7 +89,7 @@ class Tracing:
             item.end()
 
     def failed(self, model: str, code: ErrorCode) -> None:
-        """Say whose extraction failed; the interceptor says how, and here a stream's item does."""
+        """Record which model's extraction failed, and for an item of a stream also the error."""
         named = {"layertap.model": model} if model else {}
         if not in_stream():
             trace.get_current_span().set_attributes(named)
@@ -114,7 +114,7 @@ class Tracing:
             part.end(begun_ns)
 
     def close(self) -> None:
-        """Send what has not been sent yet, for at most FLUSH_SECONDS."""
+        """Send the remaining spans, for at most FLUSH_SECONDS."""
         flushing = Thread(target=self._provider.shutdown, name="layertap-flush", daemon=True)
         flushing.start()
         flushing.join(FLUSH_SECONDS)

@@ -1,4 +1,4 @@
-"""The spans of calls: one for each unary call and each stream, in the caller's trace."""
+"""The spans of calls: one for each unary call and each stream, as part of the caller's trace."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["TracingInterceptor", "in_stream"]
 
 _W3C = TraceContextTextMapPropagator()
 _CONTEXT_KEYS = ("traceparent", "tracestate")
-# Health checks and reflection come every few seconds and tell nobody anything.
+# Health checks and reflection come every few seconds and are of no interest.
 _TRACED = ("/layertap.", "/inference.")
 
 Code = grpc.StatusCode
-# The conventions' list for servers: what went wrong on the caller's side is not an error of the
-# span.
+# From the conventions for servers: only these statuses make a span an error, as others are the
+# caller's fault.
 SERVER_ERRORS = frozenset(
     {
         *(Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.UNIMPLEMENTED),
@@ -36,7 +36,7 @@ _in_stream: ContextVar[bool] = ContextVar("layertap_traced_stream", default=Fals
 
 
 def in_stream() -> bool:
-    """Return whether this thread works for a stream, whose span is that of many extractions."""
+    """Return whether this thread works for a stream, whose span covers many extractions."""
     return _in_stream.get()
 
 
@@ -86,7 +86,7 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
                 _in_stream.set(True)
                 yield from behaviour(messages, context)
 
-        # A behaviour may bring its own threads, for which gRPC looks at this attribute.
+        # A behaviour may bring its own threads; gRPC looks at this attribute for them.
         threads = getattr(behaviour, "experimental_thread_pool", None)
         if threads is not None:
             traced.experimental_thread_pool = threads  # type: ignore[attr-defined]
@@ -94,12 +94,12 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
 
     @contextmanager
     def _span(self, path: str, context: grpc.ServicerContext) -> Iterator[None]:
-        """Make a call's span and the current one.
+        """Make the span of a call, and make it the current span.
 
-        It stays the current one: gRPC runs each call in a ``contextvars.Context`` of its own, and
-        a stream that is abandoned may be closed in another.
+        It stays the current span after the block: gRPC runs each call in its own
+        ``contextvars.Context``, and an abandoned stream may be closed in another context.
         """
-        # A stranger's path may be anything, and gets as far as the refusal of its call.
+        # An unauthenticated caller may send any path; the path then reaches the refusal.
         service, _, method = path.strip("/").partition("/")
         span = self._tracer.start_span(
             f"{service}/{method}",
@@ -115,7 +115,7 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
             _tell(span, context, Code.CANCELLED)
             raise
         except Exception as error:
-            # gRPC's abort raises a bare Exception while the handler's own error is handled.
+            # gRPC's abort raises a bare Exception; its context is the handler's own error.
             span.record_exception(error.__context__ or error)
             _tell(span, context, context.code() or Code.UNKNOWN)
             raise
@@ -129,7 +129,7 @@ def _carrier(context: grpc.ServicerContext) -> dict[str, str]:
 
 
 def _outcome(context: grpc.ServicerContext) -> grpc.StatusCode:
-    """Return how a call ended whose handler is content: its caller may be gone."""
+    """Return how a call ended whose handler succeeded; its caller may have left."""
     if context.is_active():
         return Code.OK
     remaining = context.time_remaining()

@@ -26,21 +26,21 @@ __all__ = ["UnixSocket"]
 _log = logging.getLogger(__name__)
 
 _PATH_BYTES = 107
-"""What a Unix socket's address holds (``sun_path`` of unix(7), less the zero at its end)."""
+"""Maximum length of a Unix socket's address (``sun_path`` of unix(7), minus its final zero)."""
 
 
 class UnixSocket:
-    """A socket file, from when it is bound until it is closed.
+    """A socket file that the server listens on.
 
     Args:
-        path: Where it is. A socket that nobody listens on any more is replaced.
-        mode: Who may connect: the file's permissions, such as ``0o600`` for this user alone.
-        bind: Binds and listens on an address such as ``unix:/path``; raises RuntimeError where
-            that can't be done.
+        path: The path of the file. A socket without a listener is replaced.
+        mode: The file's permissions, which decide who may connect: ``0o600`` for this user only.
+        bind: Binds and listens on an address such as ``unix:/path``; raises RuntimeError if it
+            can't.
 
     Raises:
-        UnavailableError: If another server listens there, something else is there, or the
-            system refuses.
+        UnavailableError: If another server listens there, another file is there, or the system
+            refuses.
     """
 
     def __init__(self, path: Path, mode: int, bind: Callable[[str], object]) -> None:
@@ -50,11 +50,11 @@ class UnixSocket:
             self._identity = _bind(self.path, mode, bind)
         except OSError as error:
             raise _refused(self.path, error.strerror or str(error)) from error
-        except RuntimeError as error:  # gRPC's; the reason is in its own log.
+        except RuntimeError as error:  # Raised by gRPC, which logs the reason itself.
             raise _refused(self.path, "see the log") from error
 
     def close(self) -> None:
-        """Remove the file, unless another one is there by now."""
+        """Remove the file, unless it has been replaced by another one."""
         try:
             found = self.path.lstat()
             if (found.st_dev, found.st_ino) == self._identity:
@@ -66,7 +66,7 @@ class UnixSocket:
 
 
 def _bind(path: Path, mode: int, bind: Callable[[str], object]) -> tuple[int, int]:
-    """Bind a socket file, give it its mode and then its path; return its device and inode."""
+    """Bind a socket file, set its mode and move it to its path; return its device and inode."""
     folder = Path(tempfile.mkdtemp(prefix=".", dir=path.parent))
     try:
         made = folder / "s"
@@ -83,7 +83,7 @@ def _bind(path: Path, mode: int, bind: Callable[[str], object]) -> tuple[int, in
 
 
 def _check_free(path: Path) -> None:
-    """Raise UnavailableError unless there is nothing at a path, or a socket without a listener."""
+    """Raise UnavailableError unless a path is free or has a socket without a listener."""
     try:
         found = path.lstat()
     except FileNotFoundError:
@@ -99,7 +99,7 @@ def _check_free(path: Path) -> None:
         except ConnectionRefusedError:
             _log.info("replacing the stale socket %s", path)
             return
-        except FileNotFoundError:  # It is gone in this moment.
+        except FileNotFoundError:  # The file was removed just now.
             return
         except OSError as error:
             raise _refused(path, error.strerror or str(error)) from error

@@ -21,7 +21,7 @@ class Watcher:
     watcher waits until it is stable.
 
     Args:
-        files: Returns the files to check; called each time.
+        files: Returns the files to check; called for each check.
         changed: Called in the watcher's thread.
     """
 

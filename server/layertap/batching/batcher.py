@@ -1,14 +1,14 @@
-"""Decides which waiting items run next, and together. No threads or clock: time is an argument.
+"""Decides which waiting items run next, and which run together. Has no threads and no clock.
 
 Note [When a batch is held back]
-    Items with one key may run together. A batch goes as soon as it is full, or its oldest item has
-    waited for ``max_delay``. It also goes as soon as as many callers are in it as were in the last
-    one of its key: then nobody is left to wait for. So a lone caller never waits, while eight that
-    ask again and again are served eight at a time, and only where fewer come than last time does
-    one batch wait in vain. What the last batch was like is forgotten after MEMORY_SECONDS, so the
-    first item after a quiet while goes at once as well.
+    Items with one key may run together. A batch is ready once it is full, or once its oldest item
+    has waited for ``max_delay``. It is also ready once it has as many callers as the last batch
+    with its key, because then probably no other caller is coming. So a lone caller never waits, and
+    eight callers that repeat their requests are served eight at a time. A batch waits in vain only
+    when fewer callers come than last time. The last batch is forgotten after MEMORY_SECONDS, so
+    the first item after a quiet time doesn't wait either.
 
-    With ``max_delay`` 0 a batch is whatever is waiting already when a thread becomes free.
+    With ``max_delay`` 0, a batch is whatever is already waiting when a thread becomes free.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ class _Waiting(Generic[T]):
 
 
 class Batcher(Generic[T]):
-    """Items that wait, in the order in which they came.
+    """The waiting items, in the order of arrival.
 
-    Not safe to share between threads; ``layertap.batching.queue`` makes it so.
+    Not safe to share between threads; ``layertap.batching.queue`` adds that.
     """
 
     def __init__(self) -> None:
         self._waiting: list[_Waiting[T]] = []
-        # How many callers the last batch of a key had, and when it went.
+        # For each key, the number of callers in its last batch and the time when that was taken.
         self._last: OrderedDict[Hashable, tuple[int, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, item: T, key: Hashable, size: int, policy: BatchPolicy, now: float) -> None:
-        """Let an item wait.
+        """Add an item to the waiting items.
 
         Args:
-            item: Anything; told from others by identity.
-            key: Items with equal keys may run together; None runs alone.
-            size: What it adds to a batch, from 1.
-            policy: That of its key.
+            item: Anything; items are distinguished by identity.
+            key: Items with equal keys may run together; an item with None runs alone.
+            size: How much it adds to a batch, at least 1.
+            policy: The policy for its key.
             now: Seconds on a clock that never goes back.
         """
         self._waiting.append(_Waiting(item, key, size, policy, now))
 
     def discard(self, item: T) -> bool:
-        """Let an item go that nobody wants any more; determine whether it was still waiting."""
+        """Remove an item that is no longer needed; return whether it was still waiting."""
         for index, waiting in enumerate(self._waiting):
             if waiting.item is item:
                 del self._waiting[index]
@@ -72,11 +72,11 @@ class Batcher(Generic[T]):
         return False
 
     def take(self, now: float, *, at_once: bool = False) -> list[T]:
-        """Take the oldest batch that is ready out of the queue; an empty list where none is.
+        """Remove and return the oldest batch that is ready; an empty list if none is.
 
         Args:
             now: Seconds on the clock of ``add``.
-            at_once: Whether to hold nothing back.
+            at_once: Whether every batch counts as ready.
         """
         for batch, full in self._batches():
             if full or at_once or self._due(batch, now) <= now:
@@ -89,7 +89,7 @@ class Batcher(Generic[T]):
         return min((self._due(batch, now) for batch, _ in self._batches()), default=None)
 
     def _batches(self) -> Iterator[tuple[list[_Waiting[T]], bool]]:
-        """Yield the batches that the waiting items make, the oldest first, and which are full."""
+        """Yield (batch, whether it is full) for the waiting items, the oldest batch first."""
         seen: set[Hashable] = set()
         for index, first in enumerate(self._waiting):
             if first.key is None:
@@ -105,7 +105,7 @@ class Batcher(Generic[T]):
             if other.key != first.key:
                 continue
             if size + other.size > first.policy.max_size:
-                # Anyone who came later doesn't overtake it, or it might wait for ever.
+                # Later items must not overtake this one, or it might wait forever.
                 return batch, True
             batch.append(other)
             size += other.size

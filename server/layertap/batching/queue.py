@@ -1,4 +1,4 @@
-"""A queue between the threads that add items and those that run batches of them."""
+"""A queue between threads that add items and threads that run batches of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ T = TypeVar("T")
 
 
 class ClosedError(Exception):
-    """The queue takes nothing any more."""
+    """The queue is closed and accepts no more items."""
 
 
 class BatchQueue(Generic[T]):
     """A ``Batcher`` whose ``take`` blocks until a batch is ready.
 
-    It bounds nothing by itself: anyone who puts something in has been admitted before.
+    The queue has no limit of its own: only admitted items are added to it.
 
     Args:
-        clock: Returns seconds and never goes back.
+        clock: Returns seconds, and never goes back.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,7 +37,7 @@ class BatchQueue(Generic[T]):
     def put(
         self, item: T, key: Hashable = None, size: int = 1, policy: BatchPolicy = ALONE
     ) -> None:
-        """Let an item wait; see ``Batcher.add``. Raises ClosedError after ``close``."""
+        """Add an item; see ``Batcher.add``. Raises ClosedError after ``close``."""
         with self._news:
             if self._closed:
                 raise ClosedError
@@ -45,20 +45,20 @@ class BatchQueue(Generic[T]):
             self._news.notify()
 
     def discard(self, item: T) -> bool:
-        """Let an item go; determine whether it was still waiting."""
+        """Remove an item; return whether it was still waiting."""
         with self._news:
             return self._batcher.discard(item)
 
     def take(self) -> list[T]:
-        """Wait for a batch and return its items; an empty list once it is closed and drained."""
+        """Wait for a batch and return its items; an empty list once closed and empty."""
         with self._news:
             while True:
                 now = self._clock()
                 batch = self._batcher.take(now, at_once=self._closed)
                 if batch:
                     if len(self._batcher):
-                        # One notification is sent for each item, and may have woken a thread that
-                        # is holding a batch back. Anyone who takes passes the rest on.
+                        # Each new item sends one notification. It may have woken a thread that is
+                        # holding a batch back, so each ``take`` passes it on if items remain.
                         self._news.notify()
                     return batch
                 if self._closed:
@@ -67,7 +67,7 @@ class BatchQueue(Generic[T]):
                 self._news.wait(None if due is None else max(0.0, due - now))
 
     def close(self) -> None:
-        """Take nothing any more, and hold nothing back any more."""
+        """Accept no more items, and hold no more batches back."""
         with self._news:
             self._closed = True
             self._news.notify_all()

@@ -21,7 +21,7 @@ _FILE = click.Path()
 
 @dataclass(frozen=True, slots=True)
 class ServerAddress:
-    """The server that the command line names, and how to connect to it.
+    """The server named on the command line, and how to connect to it.
 
     Attributes:
         target: Its address.
@@ -44,13 +44,13 @@ class ServerAddress:
     allow_plaintext_token: bool = False
 
     def client(self, timeout: float = 60.0) -> Client:
-        """Return a client; the caller closes it.
+        """Return a client; the caller must close it.
 
         Args:
             timeout: Seconds that a call may take.
 
         Raises:
-            ConfigError: A file can't be used, or the token would be sent without TLS.
+            ConfigError: If a file can't be used, or the token would be sent without TLS.
         """
         from layertap.client import Client, Tls, read_token
 
@@ -65,13 +65,13 @@ class ServerAddress:
 
 
 def connection_options(default: str | None = None) -> Callable[[F], F]:
-    """Return a decorator that adds ``--server`` and its related options to a verb.
+    """Return a decorator that adds ``--server`` and its related options to a command.
 
     Args:
-        default: The server to call if none is named; None for verbs that also work without one.
+        default: The server to call if none is named; None if the command also works without one.
 
     Returns:
-        A decorator; the verb gets ``server``, a ServerAddress, or None without a default.
+        A decorator. The command gets ``server``: a ServerAddress, or None without a default.
     """
 
     def decorate(function: F) -> F:

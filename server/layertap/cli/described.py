@@ -1,4 +1,4 @@
-"""What a server says of a model, in the words that the command line shows."""
+"""Converts a server's description of a model to the form that the command line shows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STATES = {
 
 
 def described(response: feature_service_pb2.DescribeModelResponse) -> ModelDescription:
-    """Return a server's description of a model."""
+    """Convert a server's description of a model."""
     model = response.model
     return ModelDescription(
         name=model.name,
@@ -55,6 +55,9 @@ def _input(given: catalogue_pb2.InputSpec) -> InputDescription:
         shape=tuple(Dimension(dim.size, dim.batch, dim.free) for dim in given.shape),
         images=given.images,
         preprocessing=given.preprocessing,
+        optional=given.optional,
+        texts=given.texts,
+        tokenization=given.tokenization,
     )
 
 

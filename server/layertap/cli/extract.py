@@ -135,7 +135,7 @@ def extract(
 
 
 class _Taken(NamedTuple):
-    """The layers of a batch by name, and the extractor that took them."""
+    """The layers of a batch by name, and the extractor that captured them."""
 
     arrays: Mapping[str, np.ndarray]
     extractor: Extractor
@@ -154,8 +154,8 @@ def batch_axes(
 ) -> dict[str, int | None]:
     """Return the batch dimension of each output.
 
-    It is None for an output without a usable one: no dimension grows with the batch, several do, or
-    the items are interleaved along it.
+    It is None if there is no such dimension: none grows with the batch, several do, or the items
+    are interleaved along it.
     """
     axes: dict[str, int | None] = {}
     for selection in selections:
@@ -176,7 +176,7 @@ def _batch_axis(value: ValueDescription | None) -> int | None:
 
 
 def _check_files(images: Sequence[str], output: Path) -> None:
-    """Check before loading a model what would otherwise fail after it."""
+    """Check what would otherwise fail only after loading the model."""
     for image in images:
         if not Path(image).is_file():
             raise InvalidInputError(f"image {image}: no such file")
@@ -196,7 +196,7 @@ def _read(image: str) -> bytes:
 
 @contextmanager
 def _naming(images: Sequence[str]) -> Iterator[None]:
-    """Make errors about one image of a batch name its file. The batch begins the list."""
+    """Name the file in errors about one image of the batch; ``images`` begins with the batch."""
     try:
         yield
     except InvalidInputError as error:

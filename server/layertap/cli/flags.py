@@ -1,4 +1,4 @@
-"""Flags for settings, made from their declarations (``layertap.settings``)."""
+"""Command-line flags for settings, made from the declarations in ``layertap.settings``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def setting_flags(settings: Iterable[Definition]) -> Callable[[F], F]:
-    """Return a decorator that gives a verb a flag for each setting that has one.
+    """Return a decorator that gives a command one flag for each setting that has a flag.
 
-    The verb gets the raw value by the setting's key, or None for a flag that was not given.
+    The command gets the raw value by the setting's key; None if the flag was not given.
     """
     options = [_option(each) for each in settings if each.flag]
 
@@ -52,14 +52,14 @@ def _type(kind: ValueKind) -> click.ParamType[Any]:
 
 
 class _Value(click.ParamType[Any]):
-    """A value of a kind, checked by the same rules as in a configuration file."""
+    """A value of one kind, checked by the same rules as in a configuration file."""
 
     def __init__(self, kind: ValueKind) -> None:
         self.name = kind.metavar.lower()
         self._kind = kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the raw value of a text; refuse one that is not valid."""
+        """Return the raw value of a text; refuse an invalid text."""
         if not isinstance(value, str):
             return value
         try:

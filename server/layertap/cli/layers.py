@@ -97,7 +97,7 @@ def _measured(model: str, flags: dict[str, Any]) -> ModelDescription:
 
 
 def _response(model: str, flags: dict[str, Any]) -> feature_service_pb2.DescribeModelResponse:
-    """Measure a model, and return what a server would say of it."""
+    """Measure a model, and return the same description that a server would send."""
     from layertap.services.convert import description_to_proto
 
     with local_model(model, flags) as local:

@@ -18,14 +18,14 @@ __all__ = ["main"]
 
 
 _SERVER_PARTS = ("PIL", "prometheus_client", "safetensors", "torch", "torchvision")
-"""The modules of the extra ``server``; without it the package is a client."""
+"""Modules of the extra ``server``; without that extra, the package is only a client."""
 
 
 class _Verbs(click.Group):
-    """Turns layertap's own errors into a message and exit code 1, without a traceback."""
+    """Shows layertap's own errors as a message with exit code 1, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except LayertapError as error:

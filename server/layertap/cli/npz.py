@@ -1,4 +1,4 @@
-"""Joins the replies to several batches and writes them to one .npz file."""
+"""Joins the replies of several batches and writes them to one .npz file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Columns"]
 
 
 class Columns:
-    """One array for each output, joined from batches along the measured batch dimension.
+    """One array per output, joined from batches along the measured batch dimension.
 
     Args:
-        axes: Returns, by the output's name, the dimension that grows with the batch, or None if
-            batches can't be joined. Called before the second batch is joined.
+        axes: Returns, by output name, the dimension that grows with the batch; None if batches
+            can't be joined. Called before the second batch is joined.
     """
 
     def __init__(self, axes: Callable[[], Mapping[str, int | None]]) -> None:
@@ -32,10 +32,10 @@ class Columns:
         self._extractor = ""
 
     def add(self, arrays: Mapping[str, np.ndarray], extractor: Extractor, items: int) -> None:
-        """Take the outputs of a batch of that many items, by name.
+        """Add the outputs of a batch of this many items, by name.
 
         Raises:
-            InvalidInputError: If there are several batches, and they can't be joined.
+            InvalidInputError: If there are several batches and they can't be joined.
         """
         if self._parts and not self._known:
             self._known = self._axes()
@@ -57,12 +57,13 @@ class Columns:
             yield name, array, self._extractor
 
     def save(self, path: Path) -> None:
-        """Write the file, complete or not at all.
+        """Write the file, completely or not at all.
 
-        Not ``np.savez``: it takes the names as keyword arguments and has one called ``file``.
+        It doesn't use ``np.savez``, which takes names as keyword arguments and has one of its own,
+        called ``file``.
 
         Raises:
-            InvalidInputError: If it can't be written.
+            InvalidInputError: If the file can't be written.
         """
         beside = path.with_name(f"{path.name}.part")
         try:
@@ -72,28 +73,28 @@ class Columns:
                         with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                             np.lib.format.write_array(member, array, allow_pickle=False)
                 file.flush()
-                # A disk may notice only now that it has no room.
+                # A disk may report only now that it is full.
                 os.fsync(file.fileno())
             beside.replace(path)
         except OSError as error:
             raise InvalidInputError(f"output {path}: {error.strerror}") from error
         finally:
-            # Whatever ended it, Ctrl-C too. Where nothing could be written, as on a read-only disk,
-            # nothing can be removed either.
+            # After any exception, including Ctrl-C. If the disk is read-only, for example, nothing
+            # was written and nothing can be removed.
             with suppress(OSError):
                 beside.unlink()
 
     def _arrays(self) -> dict[str, np.ndarray]:
         for name in self._parts.keys() - self._joined.keys():
             parts = self._parts[name]
-            # One batch is stored as it is, whatever its axes mean.
+            # A single batch is stored unchanged, whatever its axes mean.
             axis = self._known.get(name) or 0
             self._joined[name] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
         return {name: self._joined[name] for name in self._parts}
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """Return the array; bfloat16, which .npz lacks, as float32, which holds every value of it."""
+    """Return the array; bfloat16, which .npz lacks, as float32, which can hold all its values."""
     return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 

@@ -1,4 +1,4 @@
-"""Options and helpers of the commands that run a model, in this process or on a server."""
+"""Options and helpers of commands that run a model, in this process or on a server."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _DEVICE = next(each for each in definitions(ServerOptions) if each.key == "devic
 
 
 def local_model_options(function: F) -> F:
-    """Add the flags of a model that is loaded into this process, and ``--server`` instead."""
+    """Add the flags for loading a model into this process, and ``--server`` as the alternative."""
     with_server = connection_options()(function)
     return setting_flags((*definitions(ModelSpec), _DEVICE))(with_server)
 
 
 def refuse_with_server(server: ServerAddress | None, flags: Mapping[str, object]) -> None:
-    """Raise UsageError for flags that say how to load a model, together with ``--server``."""
+    """Raise UsageError if flags for loading a model are given together with ``--server``."""
     given = ", ".join(f"--{name.replace('_', '-')}" for name, v in flags.items() if v is not None)
     if server and given:
         raise click.UsageError(
@@ -52,10 +52,10 @@ def local_model(model: str, flags: Mapping[str, Any]) -> LocalModel:
         flags: The values of ``local_model_options``, by key; None for those that were not given.
 
     Returns:
-        The model, which the caller closes.
+        The model; the caller must close it.
 
     Raises:
-        ConfigError, ModelLoadError: As ``layertap.load`` does.
+        ConfigError, ModelLoadError: See ``layertap.load``.
     """
     from layertap.local import load
 
@@ -65,9 +65,9 @@ def local_model(model: str, flags: Mapping[str, Any]) -> LocalModel:
 
 
 def find_local_modules() -> None:
-    """Let factories ``module:function`` be found in the current folder, as ``python -m`` would.
+    """Let factories ``module:function`` be found in the current folder, like ``python -m``.
 
-    Last, so that no file there takes the place of an installed module.
+    The folder is searched last, so that no file in it replaces an installed module.
     """
     here = str(Path.cwd())
     if here not in sys.path:

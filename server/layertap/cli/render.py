@@ -1,6 +1,6 @@
 """The output of the commands: tables on stdout, messages and progress on stderr.
 
-rich leaves colours out where the stream is not a terminal and where NO_COLOR is set.
+rich omits colours if the stream is not a terminal or NO_COLOR is set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from layertap.selection import Capture, Extractor
 __all__ = ["Stderr", "console", "show_features", "show_layers"]
 
 LETTERS = {each: each.letter for each in reversed(Extractor) if each.letter}
-"""What tables call the extractors; the ones that AUTO prefers stand last."""
+"""The letters of the extractors in tables; those that AUTO prefers come last."""
 
 UNBOUNDED = 10_000
 _MARKS = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
@@ -31,9 +31,9 @@ _BY = ("by", "in by")
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """Return a console that prints text as it is: ``[B, 64]`` is not a markup.
+    """Return a console that prints text unchanged: ``[B, 64]`` is not read as markup.
 
-    What goes into a pipe or a file is never cut to the width of a terminal.
+    Output to a pipe or a file is never cut to the width of a terminal.
     """
     made = Console(file=stream, markup=False, highlight=False)
     if not made.is_terminal:
@@ -48,17 +48,17 @@ class Stderr:
         self._console = Console(stderr=True, markup=False, highlight=False)
 
     def say(self, text: str, level: int = logging.INFO) -> None:
-        """Print a line, and mark errors and warnings as such.
+        """Print a line, and mark errors and warnings.
 
-        Where stderr can't be written to, as a file on a full disk, the line is lost: that must not
-        end the server, as logging's own errors don't.
+        If stderr can't be written to, for example because it is a file on a full disk, the line is
+        lost. Like an error inside logging, that must not end the server.
         """
         with suppress(OSError):
             self._console.print(f"layertap: {_MARKS.get(level, '')}{text}", soft_wrap=True)
 
     @contextmanager
     def busy(self, text: str) -> Iterator[None]:
-        """Show a spinner, on a terminal only."""
+        """Show a spinner, if stderr is a terminal."""
         if not self._console.is_terminal:
             yield
             return
@@ -67,7 +67,7 @@ class Stderr:
 
     @contextmanager
     def counting(self, text: str, total: int) -> Iterator[Progress]:
-        """Show a bar, on a terminal only; its one task is number 0."""
+        """Show a progress bar, if stderr is a terminal; its only task has the number 0."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         bar = Progress(
             *columns,
@@ -116,7 +116,7 @@ def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, 
 
 
 def _passes(passes: PassDescription | None) -> str:
-    """Return how a model's passes are run, in words; empty where nothing is held back."""
+    """Describe how a model's passes run; empty if there are no restrictions."""
     if passes is None:
         return ""
     states = {"reset": "the loaded state is put back after each", "kept": "the model is stateful"}
@@ -138,7 +138,7 @@ def show_features(rows: Iterable[tuple[str, np.ndarray, str]]) -> None:
 
 
 def _flat(layers: Sequence[LayerDescription]) -> Table:
-    """Return everything in full, a layer a line."""
+    """Return a table with all details, one layer per line."""
     table = _table(
         "layer", "type", "calls>", "output", "dtype", "bytes>", "stride>", *_BY, "why none"
     )
@@ -151,9 +151,9 @@ def _flat(layers: Sequence[LayerDescription]) -> Table:
 
 
 def _tree(layers: Sequence[LayerDescription]) -> Table:
-    """Return the modules as a tree, rounded so that common models fit into 80 columns."""
+    """Return a tree of modules, with rounded numbers so that common models fit into 80 columns."""
     table = _table("layer", "type", "output", "bytes>", "stride>", *_BY)
-    # Where the terminal is narrow the types give way, as their beginning tells enough.
+    # On a narrow terminal the types are cut, as their beginning is enough to recognise them.
     table.columns[1].no_wrap = False
     table.columns[1].overflow = "ellipsis"
     for label, layer in _branches(layers):
@@ -163,7 +163,7 @@ def _tree(layers: Sequence[LayerDescription]) -> Table:
         times = f"×{layer.calls}" if layer.calls > 1 else ""
         size = _short(layer.output.bytes_per_item) if layer.output else ""
         shape, dtype, *rest = _output(layer, size)
-        # Unlike float32 in every line, another type is worth its place.
+        # float32 is the usual dtype and is not shown; any other dtype is.
         value = shape if dtype == "float32" else f"{shape} {dtype}"
         table.add_row(label, f"{layer.type}{times}", value, *rest)
     return table
@@ -179,7 +179,7 @@ def _table(*headings: str) -> Table:
 
 
 def _output(layer: LayerDescription, size: str) -> tuple[str, ...]:
-    """Return the cells about a layer's values and who serves them."""
+    """Return the cells about a layer's values and the extractors that serve it."""
     outputs, inputs = (_letters(layer, side) for side in (Capture.OUTPUT, Capture.INPUT))
     value = layer.output
     if value is None:
@@ -190,7 +190,7 @@ def _output(layer: LayerDescription, size: str) -> tuple[str, ...]:
 
 
 def _reason(layer: LayerDescription) -> str:
-    """Return why no extractor serves a layer's output; empty where one does."""
+    """Return why no extractor serves a layer's output; empty if one does."""
     if layer.extractors(Capture.OUTPUT):
         return ""
     reasons = (by.get(Capture.OUTPUT, "") for by in layer.refusals.values())
@@ -207,7 +207,7 @@ def _unserved(layers: Iterable[LayerDescription]) -> dict[str, list[str]]:
 
 
 def _short(size: int) -> str:
-    """Return bytes in the unit that keeps the number short: ``784 KiB``."""
+    """Return a size in the unit that gives the shortest number: ``784 KiB``."""
     for unit in ("B", "KiB", "MiB"):
         if size < 10_000:
             return f"{size} {unit}"
@@ -216,7 +216,7 @@ def _short(size: int) -> str:
 
 
 def _letters(layer: LayerDescription, side: Capture) -> str:
-    """Return a letter or a dash for each extractor, in one order, so that columns line up."""
+    """Return a letter or a dash for each extractor, in a fixed order so that columns line up."""
     able = set(layer.extractors(side))
     if not able:
         return ""
@@ -224,7 +224,7 @@ def _letters(layer: LayerDescription, side: Capture) -> str:
 
 
 class _Branch:
-    """A component of a dotted name, and what is below it."""
+    """A component of a dotted name, and the components below it."""
 
     def __init__(self) -> None:
         self.layer: LayerDescription | None = None
@@ -234,7 +234,7 @@ class _Branch:
 def _branches(
     layers: Sequence[LayerDescription],
 ) -> Iterator[tuple[str, LayerDescription | None]]:
-    """Yield every component of the names with lines in front that draw the tree."""
+    """Yield every component of the names, prefixed by the lines that draw the tree."""
     root = _Branch()
     for layer in layers:
         branch = root

@@ -56,8 +56,8 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     """
     if not models and config_file is None:
         raise click.UsageError("nothing to serve: name a MODEL, or a file with --config")
-    # Everything that can be wrong with a command line or a file is reported before PyTorch is
-    # imported, which takes seconds. A test looks at what this verb imports until then.
+    # All errors in a command line or a file are reported before PyTorch is imported, which takes
+    # seconds. A test checks what this command imports before that.
     from layertap.app.logs import (
         LogNarrator,
         configure_logs,
@@ -67,7 +67,7 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
     from layertap.app.security import open_security
 
     as_json = flags["log_format"] == "json"
-    if as_json:  # Before torch is imported, which may have something to say.
+    if as_json:  # Before importing torch, which may print something.
         log_everything_as_json(flags["log_level"] or "warning")
     find_local_modules()
     read = partial(read_config, models, config_file, flags)
@@ -102,15 +102,15 @@ def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> Non
 def read_config(
     models: Sequence[str], config_file: str | None, flags: Mapping[str, Any]
 ) -> ServerConfig:
-    """Return the configuration that the arguments of ``layertap serve`` stand for.
+    """Return the configuration for the arguments of ``layertap serve``.
 
     Args:
         models: The MODEL arguments.
-        config_file: The path of a layertap.toml, which is read; None for none.
+        config_file: The path of a layertap.toml to read; None for none.
         flags: The values of all other options, by name.
 
     Raises:
-        LayertapError: The file can't be read, or a value in it or in ``models`` is not valid.
+        LayertapError: If the file can't be read, or a value in it or in ``models`` is invalid.
     """
     from layertap.app.config import default_config, with_flags
     from layertap.app.config_file import load_config

@@ -50,7 +50,7 @@ _CLOSE_SECONDS = 1.0
 
 
 class _Transport:
-    """A channel, its methods and its shared memory: what belongs to one event loop."""
+    """A channel, its methods and its shared memory, for one event loop."""
 
     def __init__(self, client: BaseClient, settings: ChannelSettings) -> None:
         self.loop = asyncio.get_running_loop()
@@ -68,7 +68,7 @@ class _Transport:
         )
 
     def _ask_for_memory(self, message: bytes, timeout: float) -> bytes:
-        """Call OpenSharedMemory from a thread that is not the loop's, and wait for the reply."""
+        """Call OpenSharedMemory from a thread other than the loop's, and wait for the reply."""
 
         async def ask() -> bytes:
             return await self._open_memory(message, timeout=timeout, metadata=self.bearer)  # type: ignore[no-any-return]
@@ -81,10 +81,11 @@ class AsyncClient(BaseClient):
 
     The methods are those of ``Client``, as coroutines. Cancelling a task cancels its call, and the
     server stops computing for it. Use the client as an asynchronous context manager, or ``close``
-    it. One client serves all tasks of an event loop; in another loop (a second ``asyncio.run``) it
-    opens another connection. It reads files and writes large inputs to shared memory in threads.
+    it. One client can serve all tasks of an event loop; in another loop (a second ``asyncio.run``)
+    it opens another connection. It uses threads to read files and to write large inputs to shared
+    memory.
 
-    Arguments and errors are those of ``BaseClient``.
+    See ``BaseClient`` for arguments and errors.
 
     Example:
         >>> async with AsyncClient("127.0.0.1:8001") as client:
@@ -102,7 +103,7 @@ class AsyncClient(BaseClient):
         extractor: Extractor | str = Extractor.AUTO,
         timeout: float | None = None,
     ) -> Features:
-        """Run a model on a batch and return layers of it; see ``Client.extract``."""
+        """Run a model on a batch and return the selected layers; see ``Client.extract``."""
         transport = self._opened()
         fields, inputs = await _request_fields(model, given, layers, extractor)
         memory = await self._session(transport, timeout)
@@ -174,8 +175,8 @@ class AsyncClient(BaseClient):
     ) -> AsyncIterator[Outcome]:
         """Yield the layers of many inputs; see ``Client.extract_many``.
 
-        ``inputs`` may be asynchronous. Leaving the iterator early, by ``break`` for one, leaves the
-        stream open until the iterator is closed: use ``contextlib.aclosing``.
+        ``inputs`` may be asynchronous. If you leave the iterator early, for example by ``break``,
+        the stream stays open until the iterator is closed; ``contextlib.aclosing`` closes it.
         """
         opening = self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout)
         async with await opening as stream:
@@ -188,7 +189,7 @@ class AsyncClient(BaseClient):
                 yield outcome
 
     async def list_models(self, *, timeout: float | None = None) -> list[catalogue_pb2.Model]:
-        """Return the models that the server holds."""
+        """Return the models that the server serves."""
         transport = self._opened()
         reply = await self._call(transport, transport.list, b"", timeout)
         return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
@@ -203,7 +204,7 @@ class AsyncClient(BaseClient):
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 
     async def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
-        """Have the server read its configuration and changed weights again; see ``Client``."""
+        """Make the server read its configuration and changed weights again; see ``Client``."""
         transport = self._opened()
         reply = await self._call(transport, transport.reload, b"", timeout)
         return admin_service_pb2.ReloadResponse.FromString(reply)
@@ -234,7 +235,7 @@ class AsyncClient(BaseClient):
         raise wait.over()
 
     async def close(self) -> None:
-        """Close the channel, to every call's UnavailableError. Features that came stay valid."""
+        """Close the channel; open calls raise UnavailableError. Received features stay valid."""
         self._closed = True
         transport, self._transport = self._transport, None
         if transport is not None:
@@ -260,13 +261,13 @@ class AsyncClient(BaseClient):
         self._check_open()
         if self._transport is None or self._transport.loop is not asyncio.get_running_loop():
             if self._transport is not None:
-                # Its loop has ended, or continues elsewhere; the channel is closed with it.
+                # Its loop has ended, or continues elsewhere; the channel ends with the loop.
                 self._transport.memory.close()
             self._transport = _Transport(self, self._settings())
         return self._transport
 
     async def _session(self, transport: _Transport, timeout: float | None) -> ClientSession | None:
-        """Return the session of shared memory; None for the wire."""
+        """Return the session of shared memory; None to use the network."""
         seconds = self._timeout if timeout is None else timeout
         if transport.memory.is_settled:
             return transport.memory.session(seconds)
@@ -317,7 +318,7 @@ class AsyncClient(BaseClient):
             await asyncio.sleep(allowed.pause(failure))
 
     async def _answer(self, call: Awaitable[bytes]) -> bytes:
-        """Await a call; raise UnavailableError where it was the client that was closed."""
+        """Await a call; raise UnavailableError if it was cancelled by closing the client."""
         try:
             return await call
         except asyncio.CancelledError:
@@ -331,14 +332,14 @@ class AsyncFeatureStream:
 
     Args:
         method: The channel's ``ExtractStream``.
-        max_in_flight: Items that are sent and not yet yielded.
+        max_in_flight: Maximum number of items that are sent and not yet yielded.
         timeout: Seconds that the stream may take; None for no limit.
-        item_timeout: Seconds for an item that does not say so itself; None for no limit.
+        item_timeout: Seconds for an item without its own timeout; None for no limit.
         memory: The session of shared memory; None for none.
-        metadata: What the call carries.
+        metadata: The metadata of the call.
 
     Raises:
-        InvalidInputError: For a ``max_in_flight`` below 1.
+        InvalidInputError: If ``max_in_flight`` is below 1.
 
     Example:
         >>> asks = [StreamRequest("resnet18", path, "avgpool", key=path) for path in paths]
@@ -363,8 +364,8 @@ class AsyncFeatureStream:
             memory.begin_call()
         self._closed = False
         self._call = method(timeout=bounded(timeout), metadata=metadata)
-        # A task of its own sends, or a server that waits to be read and a client that waits to
-        # send would wait for each other. None is the half close.
+        # A separate task sends. Otherwise a server that waits for its replies to be read, and a
+        # client that waits to send, would wait for each other. None means the half close.
         self._outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._sending = asyncio.create_task(self._send())
 
@@ -376,8 +377,7 @@ class AsyncFeatureStream:
     ) -> AsyncIterator[tuple[Any, Outcome]]:
         """Yield each item's key and its outcome; see ``FeatureStream.extract``.
 
-        ``requests`` may be asynchronous. An iterator that is closed before its end closes the
-        stream.
+        ``requests`` may be asynchronous. Closing the iterator before its end closes the stream.
         """
         if self._closed:
             raise UnavailableError("the stream is closed")
@@ -406,14 +406,14 @@ class AsyncFeatureStream:
                 await self.close()
 
     async def close(self) -> None:
-        """End the stream: what is in flight is abandoned. Features that came stay valid."""
+        """End the stream and abandon the items in flight. Received features stay valid."""
         if self._closed:
             return
         self._closed = True
         self._outgoing.put_nowait(None)
         try:
-            # With nothing in flight the server ends it at once with OK, which is what its operators
-            # want to read; where it doesn't, nobody waits for long.
+            # With nothing in flight, the server ends the stream at once with OK, which looks better
+            # in its logs than a cancellation. If it doesn't, we don't wait long.
             if not self._items.unanswered:
                 ended = asyncio.ensure_future(self._call.code())
                 await asyncio.wait([ended], timeout=_CLOSE_SECONDS)
@@ -446,16 +446,16 @@ class AsyncFeatureStream:
             self._outgoing.put_nowait(message)
 
     async def _send(self) -> None:
-        """Send what is encoded, until the half close or the end of the call."""
+        """Send the encoded items, until the half close or the end of the call."""
         try:
             while (message := await self._outgoing.get()) is not None:
                 await self._call.write(message)
             await self._call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
-            pass  # The call has ended, which who receives is told.
+            pass  # The call has ended; ``_receive`` reports why.
 
     async def _receive(self) -> None:
-        """Receive an outcome; one that belongs to another iterator is kept for it."""
+        """Receive an outcome, and keep it until the iterator that it belongs to takes it."""
         try:
             message = await self._call.read()
         except grpc.RpcError as error:
@@ -478,14 +478,14 @@ async def _request_fields(
 
 
 def _is_in_memory(given: Any) -> bool:
-    """Return whether an input takes no time to encode: arrays, tensors or a file's bytes."""
+    """Return whether an input can be encoded quickly: arrays, tensors or the bytes of a file."""
     if isinstance(given, Mapping):
         return all(map(_is_in_memory, given.values()))
     return isinstance(given, bytes) or hasattr(given, "dtype")
 
 
 async def _in_thread(work: Callable[[], T]) -> T:
-    """Run work in a thread to its end, even where the task is cancelled meanwhile."""
+    """Run work in a thread to its end, even if the task is cancelled meanwhile."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -495,7 +495,7 @@ async def _in_thread(work: Callable[[], T]) -> T:
 
 
 def _task_is_cancelled() -> bool:
-    """Return whether a CancelledError is the task's own, not that of a call that was cancelled."""
+    """Return whether this task was cancelled; otherwise a CancelledError is from a call."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

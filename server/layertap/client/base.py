@@ -1,4 +1,4 @@
-"""The common base of both clients: arguments, messages and replies. Does no input or output."""
+"""The common base of both clients: arguments, messages and replies, without input and output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 class Method:
-    """Full names of the RPCs that a client calls."""
+    """The full names of the RPCs that a client calls."""
 
     EXTRACT = "/layertap.v1.FeatureService/Extract"
     EXTRACT_STREAM = "/layertap.v1.FeatureService/ExtractStream"
@@ -46,7 +46,7 @@ class BaseClient:
 
     Args:
         target: The server's address: ``host:port``, or ``unix:/path`` for a Unix socket.
-        timeout: Seconds that a call may take, unless the call says otherwise; None for no limit.
+        timeout: Default limit for each call, in seconds; None for no limit.
         tls: ``True`` for a server whose certificate is from a public CA; a ``Tls`` for another CA
             or for a client certificate; False for no TLS.
         token: The bearer token to send with every call.
@@ -62,16 +62,16 @@ class BaseClient:
         reply_compression: How the server compresses replies that go over the network: ``"none"``,
             ``"gzip"`` or ``"deflate"``. Useful only on slow networks; docs/performance.md has the
             costs.
-        retries: How many times to retry a call that the server rejects because it is full, within
+        retries: How many times to retry a call that the server refuses because it is full, within
             the call's timeout. Streams are not retried. The client waits for the time that the
             server specifies, and a random time in addition. With 0 the call raises
             OverloadedError at once; its ``retry_after`` has the time to wait.
 
     Raises:
-        InvalidInputError: For a ``shared_memory`` or ``reply_compression`` that is none of these,
-            or negative retries.
-        ConfigError: For invalid TLS files or tokens, for a token that would be sent as plain text
-            to another machine, and under gevent without gRPC's ``init_gevent``.
+        InvalidInputError: If ``shared_memory`` or ``reply_compression`` has another value, or
+            ``retries`` is negative.
+        ConfigError: If TLS files or tokens are invalid, if a token would be sent as plain text to
+            another machine, or under gevent without gRPC's ``init_gevent``.
     """
 
     def __init__(
@@ -117,17 +117,17 @@ class BaseClient:
         self._own_metadata: Metadata = ()
         if reply_compression != "none":
             self._own_metadata = ((REPLY_COMPRESSION_KEY, reply_compression),)
-        # Now, so that files that can't be used are reported here and not by the first call.
+        # Read now, so that unusable files are reported here and not by the first call.
         self._start(self._settings())
 
     def _start(self, settings: ChannelSettings) -> None:
-        """Begin with input and output, or leave it to the first call."""
+        """Begin input and output, or leave that to the first call."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the arguments.
 
         Raises:
-            TypeError: If they hold a token.
+            TypeError: If the arguments contain a token.
         """
         if self._arguments["token"] is not None:
             raise TypeError(
@@ -137,7 +137,7 @@ class BaseClient:
         return _made_again, (type(self), self._target, self._arguments)
 
     def _settings(self) -> ChannelSettings:
-        """Return how to open a channel; the token file is read again each time."""
+        """Return the settings for a channel; the token file is read again each time."""
         given = self._arguments
         token, file = given["token"], given["token_file"]
         return channel_settings(
@@ -152,22 +152,22 @@ class BaseClient:
             raise UnavailableError("the client is closed")
 
     def _metadata(self) -> Metadata:
-        """Return what a call carries: the client's own metadata and the caller's trace."""
+        """Return the metadata of a call: the client's own, and the caller's trace."""
         return (*self._own_metadata, *(trace_metadata() or ()))
 
 
 class ReadyWait:
-    """What to do between two questions of ``wait_ready``, which asks ever less often.
+    """The state of ``wait_ready`` between health checks, which become less and less frequent.
 
     Args:
         target: The server's address, for the error.
         timeout: Seconds to wait in all.
-        now: The present time in seconds, by the clock that ``left`` is given.
+        now: The current time in seconds, on the same clock as the argument of ``left``.
     """
 
     _FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.05, 0.5, 1.5
 
-    # The time is up, or the server is stopping or away: another may soon take its place.
+    # The time is up, or the server is stopping or away; another one may soon take its place.
     _AWAY = (
         grpc.StatusCode.CANCELLED,
         grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -186,16 +186,16 @@ class ReadyWait:
         return self._end - now
 
     def serves(self, reply: bytes) -> bool:
-        """Return whether a reply says that the server serves."""
+        """Return whether a reply reports that the server is serving."""
         status = health_in(reply)
         self._heard = f"it reports {status}"
         return status == "SERVING"
 
     def failed(self, error: grpc.RpcError) -> None:
-        """Take note of a failed question.
+        """Record a failed health check.
 
         Raises:
-            LayertapError: If asking again is of no use.
+            LayertapError: If retrying is of no use.
         """
         if error.code() not in self._AWAY:
             raise error_from_rpc(error) from None
@@ -203,12 +203,12 @@ class ReadyWait:
             self._heard = str(error_from_rpc(error))
 
     def pause(self, now: float) -> float:
-        """Return the seconds to sleep before the next question."""
+        """Return the seconds to sleep before the next health check."""
         pause, self._pause = self._pause, min(self._LONGEST_PAUSE, self._pause * self._GROWTH)
         return max(0.0, min(pause, self.left(now)))
 
     def over(self) -> LayertapError:
-        """Return the error of a server that did not become ready in time."""
+        """Return the error for a server that did not become ready in time."""
         return UnavailableError(
             f"the server at {self._target} was not ready within {self._timeout:g} seconds: "
             f"{self._heard}"
@@ -233,5 +233,5 @@ def health_in(reply: bytes) -> str:
 
 
 def _made_again(kind: type[BaseClient], target: str, arguments: dict[str, Any]) -> BaseClient:
-    """Return what was pickled."""
+    """Create a client from its pickled arguments."""
     return kind(target, **arguments)

@@ -1,4 +1,4 @@
-"""The client's channel: TLS, the token and when it may be sent, reconnecting, and gevent."""
+"""The client's channel: TLS, when the token may be sent, reconnecting, and gevent."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _OPTIONS = (
     # Features are large: gRPC's default of 4 MB would refuse most replies.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # By default gRPC waits up to two minutes before it tries again to reach a server that was away,
-    # and fails every call until then. Its jitter adds a fifth to these.
+    # By default, if a server was away, gRPC waits up to two minutes before it connects again, and
+    # fails every call until then. gRPC's jitter adds up to a fifth to these times.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # One attempt may take so long: lost packets are sent again by a new attempt, not by TCP, whose
-    # pauses grow like the back-off does.
+    # Time limit of one attempt. After lost packets a new attempt is faster than TCP, whose pauses
+    # grow exponentially.
     ("grpc.min_reconnect_backoff_ms", 10_000),
-    # A name that a cluster gave to another machine is looked up again within the same time; by
-    # default only every 30 seconds.
+    # Look a name up again just as soon, as a cluster may have given it to another machine. The
+    # default is 30 seconds.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 )
 
@@ -56,10 +56,10 @@ class Tls:
     server_name: str = ""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Return what a channel needs.
+        """Return the credentials for a channel.
 
         Raises:
-            ConfigError: For a file that can't be read, and for a key that is not the certificate's.
+            ConfigError: If a file can't be read, or the key doesn't belong to the certificate.
         """
         if (self.certificate is None) is not (self.key is None):
             raise ConfigError("tls: got one of certificate and key, expected both or neither")
@@ -73,10 +73,10 @@ class Tls:
 
 
 def read_token(file: PathLike) -> str:
-    """Return the first token of a file: one a line, ``#`` begins a comment.
+    """Return the first token in a file, which has one token per line; ``#`` starts a comment.
 
     Raises:
-        ConfigError: If it can't be read or holds no token.
+        ConfigError: If the file can't be read or has no token.
     """
     return read_tokens(Path(file), "token file")[0]
 
@@ -88,8 +88,8 @@ class ChannelSettings:
     Attributes:
         target: The server's address.
         options: gRPC's channel arguments.
-        credentials: TLS; None for none.
-        token: The bearer token to send with every call; None for none.
+        credentials: The TLS credentials; None for no TLS.
+        token: The bearer token to send with every call; None for no token.
     """
 
     target: str
@@ -108,14 +108,14 @@ class ChannelSettings:
         )
 
     def open_async(self) -> grpc.aio.Channel:
-        """Open a channel of the running event loop, whose calls add ``bearer`` themselves."""
+        """Open a channel on the running event loop; its calls must add ``bearer`` themselves."""
         if self.credentials is None:
             return grpc.aio.insecure_channel(self.target, options=self.options)
         return grpc.aio.secure_channel(self.target, self.credentials, options=self.options)
 
     @property
     def bearer(self) -> tuple[tuple[str, str], ...]:
-        """The metadata with the token; empty for none."""
+        """The metadata with the token; empty if there is no token."""
         return () if self.token is None else (_bearer(self.token),)
 
 
@@ -126,20 +126,20 @@ def channel_settings(
     token: str | None,
     allow_plaintext_token: bool,
 ) -> ChannelSettings:
-    """Return how to reach a server, checked.
+    """Check how to reach a server, and return the settings.
 
     Raises:
-        ConfigError: For TLS files that can't be used, a malformed token, a token that would cross
-            the network as plain text without ``allow_plaintext_token``, and where gevent has
-            patched the process and gRPC does not know of it.
+        ConfigError: If TLS files can't be used, the token is malformed or would be sent as plain
+            text over the network without ``allow_plaintext_token``, or gevent has patched the
+            process without gRPC's support for it.
     """
     _check_gevent()
-    # Channels with equal options share a connection. A forked child must not share its parent's.
+    # Channels with equal options share a connection; a forked child must not share its parent's.
     options: list[tuple[str, int | str]] = [*_OPTIONS, ("layertap.process", os.getpid())]
     local = target_is_loopback(target)
     if local:
-        # No proxy reaches this machine, whatever the environment's http_proxy and no_proxy say;
-        # and it would read what is sent without TLS.
+        # No proxy, whatever http_proxy and no_proxy say: it could not reach this machine's own
+        # addresses, and it would see what is sent without TLS.
         options.append(("grpc.enable_http_proxy", 0))
     how = Tls() if tls is True else tls
     if token is not None:
@@ -160,12 +160,12 @@ def _check_gevent() -> None:
     """Raise ConfigError if gRPC would block gevent's only thread.
 
     gevent turns all threads into greenlets. gRPC then waits in native code for a greenlet that
-    can't run meanwhile: every call blocks the whole program, and streams hang.
+    can't run in the meantime: every call blocks the whole program, and streams hang.
     """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return
-    # gRPC has no other way to ask; the client's tests notice where it goes away.
+    # gRPC offers no public way to ask; the client's tests fail if this attribute disappears.
     if getattr(sys.modules.get("grpc._cython.cygrpc"), "g_gevent_activated", True):
         return
     raise ConfigError(
@@ -198,7 +198,7 @@ class _Bearer(
 ):
     """Adds the token to each call's metadata.
 
-    Not gRPC's own call credentials, which it refuses to send over an unencrypted loopback.
+    It replaces gRPC's own call credentials, which gRPC refuses to send without encryption.
     """
 
     def __init__(self, token: str) -> None:

@@ -1,4 +1,4 @@
-"""The client: one channel, one method for each RPC."""
+"""The client: one channel, and a method for each RPC."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Transport:
-    """A channel, its methods and its shared memory: what belongs to one process."""
+    """A channel, its methods and its shared memory, for one process."""
 
     def __init__(self, target: str, channel: grpc.Channel, shared_memory: SharedMemoryWish) -> None:
         self.channel = channel
@@ -73,7 +73,7 @@ class Client(BaseClient):
     pickled, because the pickle would contain the secret; use ``token_file`` instead.
     ``AsyncClient`` has the same methods for asyncio.
 
-    Arguments and errors are those of ``BaseClient``.
+    See ``BaseClient`` for arguments and errors.
 
     Example:
         >>> with Client("127.0.0.1:8001") as client:
@@ -96,24 +96,24 @@ class Client(BaseClient):
         extractor: Extractor | str = Extractor.AUTO,
         timeout: float | None = None,
     ) -> Features:
-        """Run a model on a batch and return layers of it.
+        """Run a model on a batch and return the selected layers.
 
         Args:
-            model: A served model's name.
-            given: An array ``[B, ...]`` as the model takes it, or a mapping of input names to such
-                arrays; or an image, or a list of images: a path, the bytes of a JPEG, PNG or WebP
-                file, or a PIL image.
-            layers: What to return: a name or glob, ``"avgpool:input"`` for an input,
-                ``"layer4=deep"`` to rename, a LayerSelection; a list of those; or a mapping of
+            model: The name of a served model.
+            given: An array ``[B, ...]`` for the model, or a mapping of input names to such arrays;
+                or an image, or a list of images. An image is a path, the bytes of a JPEG, PNG or
+                WebP file, or a PIL image.
+            layers: The layers to return: a name or glob, ``"avgpool:input"`` for an input,
+                ``"layer4=deep"`` to rename, or a LayerSelection; a list of these; or a mapping of
                 names to aliases.
-            extractor: How to capture them.
-            timeout: Seconds that this call may take; None for the client's own.
+            extractor: The extractor to use.
+            timeout: Seconds that this call may take; None for the client's default.
 
         Returns:
             The layers by name: read-only numpy views of the received message or of shared memory.
 
         Raises:
-            LayertapError: Whatever the server refuses, as the exception that it names.
+            LayertapError: The server's error, as an exception of the same class.
         """
         fields, inputs = request_fields(model, given, layers, extractor)
         transport = self._opened()
@@ -136,10 +136,10 @@ class Client(BaseClient):
         """Open a stream for many items; close it, or use it as a context manager.
 
         Args:
-            max_in_flight: The most items that are sent and not yet yielded.
+            max_in_flight: Maximum number of items that are sent and not yet yielded.
             timeout: Seconds that the whole stream may take; None for no limit.
-            item_timeout: Seconds that the server may take for one item, unless the item sets its
-                own; None for the client's own.
+            item_timeout: Seconds that the server may take for one item, unless the item has its
+                own; None for the client's default.
         """
         transport = self._opened()
         return FeatureStream(
@@ -196,18 +196,19 @@ class Client(BaseClient):
         The stream ends when the iterator is exhausted, closed or garbage-collected.
 
         Args:
-            model: A served model's name.
+            model: The name of a served model.
             inputs: The inputs, each as for ``extract``; read at most ``max_in_flight`` ahead.
             layers: The layers to return.
-            extractor: How to capture them.
+            extractor: The extractor to use.
             ordered: Whether to yield in the order of the inputs, or as they finish.
             return_errors: Whether the error of an item is yielded in its place; otherwise it is
                 raised, which ends the iteration.
-            max_in_flight: The most items that are sent and not yet yielded.
-            item_timeout: Seconds that the server may take for one item; None for the client's own.
+            max_in_flight: Maximum number of items that are sent and not yet yielded.
+            item_timeout: Seconds that the server may take for one item; None for the client's
+                default.
 
         Raises:
-            LayertapError: If the stream fails, or, without ``return_errors``, an item.
+            LayertapError: If the stream fails, or if an item fails without ``return_errors``.
         """
         with self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout) as stream:
             requests = (StreamRequest(model, given, layers, extractor) for given in inputs)
@@ -217,7 +218,7 @@ class Client(BaseClient):
                 yield outcome
 
     def list_models(self, *, timeout: float | None = None) -> list[catalogue_pb2.Model]:
-        """Return the models that the server holds."""
+        """Return the models that the server serves."""
         reply = self._call(self._opened().list, b"", timeout)
         return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
 
@@ -229,10 +230,10 @@ class Client(BaseClient):
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 
     def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
-        """Have the server read its configuration and changed weights again.
+        """Make the server read its configuration and changed weights again.
 
         Returns:
-            What became of each model, once everything new is warm.
+            The result for each model, after everything new is warm.
 
         Raises:
             LayertapError: If the configuration is wrong, another reload is in progress, or the
@@ -247,18 +248,18 @@ class Client(BaseClient):
         Args:
             service: A model's name, or ``layertap.v1.FeatureService``; the server as a whole if
                 empty.
-            timeout: Seconds that this call may take; None for the client's own.
+            timeout: Seconds that this call may take; None for the client's default.
 
         Raises:
-            NotFoundError: For a name that the server does not know.
-            UnavailableError: If it can't be reached.
+            NotFoundError: If the server does not know the name.
+            UnavailableError: If the server can't be reached.
         """
         return health_in(self._call(self._opened().health, health_message(service), timeout))
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         """Wait until the server reports SERVING; it may start, stop and restart meanwhile.
 
-        This client's connection is established then, so its calls reach the server.
+        This client is then connected to the server.
 
         Raises:
             UnavailableError: After ``timeout`` seconds; the message has the last status.
@@ -272,7 +273,7 @@ class Client(BaseClient):
                 )
             except grpc.RpcError as error:
                 wait.failed(error)
-            except ValueError:  # The channel was closed in this moment.
+            except ValueError:  # The channel was closed just now.
                 self._check_open()
                 raise
             else:
@@ -282,7 +283,7 @@ class Client(BaseClient):
         raise wait.over()
 
     def close(self) -> None:
-        """Close the channel, to every call's UnavailableError. Features that came stay valid."""
+        """Close the channel; open calls raise UnavailableError. Received features stay valid."""
         self._closed = True
         transport = self._transport
         if transport is not None:
@@ -323,7 +324,7 @@ class Client(BaseClient):
         return _Transport(self._target, settings.open(), self._shared_memory)
 
     def _opened(self) -> _Transport:
-        """Return the transport; one of its own in a forked process."""
+        """Return the transport; a forked process opens its own."""
         self._check_open()
         transport = self._transport
         if transport is None:
@@ -334,7 +335,7 @@ class Client(BaseClient):
     def _after_fork(self) -> None:
         """Leave the connection to the parent process, in a child that was forked from it."""
         if self._transport is not None:
-            # Never released: closing it would speak on the parent's sockets.
+            # Never released, because closing it would write to the parent's sockets.
             _PARENTS.append(self._transport)
         self._transport = None
         self._opening = threading.Lock()
@@ -357,7 +358,7 @@ class Client(BaseClient):
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error) from None
-        except ValueError:  # gRPC's word for a channel that was closed in this moment.
+        except ValueError:  # gRPC raises this if the channel was closed just now.
             self._check_open()
             raise
 

@@ -30,30 +30,30 @@ _BY_CODE: dict[grpc.StatusCode, type[errors.LayertapError]] = {
     Code.UNIMPLEMENTED: errors.UnavailableError,
 }
 
-# gRPC has no field that says what the following texts say. tests/client/test_failures.py provokes
-# each of them, and fails where a release of gRPC words it differently.
+# gRPC has no field for what these texts say. tests/client/test_failures.py provokes each of them,
+# and fails if a release of gRPC words it differently.
 
-# The status CANCELLED, for a call that this process ended itself, by its cancel() or by closing the
-# channel. Without one of these texts the server, or something between, ended it.
+# With the status CANCELLED: this process ended the call itself, by cancel() or by closing the
+# channel. If the text is another one, the server or a machine in between ended the call.
 _OWN_DOING = ("Locally cancelled by application!", "Channel closed!")
 
-# The status RESOURCE_EXHAUSTED, for a message over the limit. Without it a queue is full.
+# With the status RESOURCE_EXHAUSTED: the message is over the limit. Otherwise a queue is full.
 _TOO_LARGE = "larger than max"
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
 
 
 def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
-    """Return the exception that the server named, else the one that its status stands for."""
+    """Return the exception that the server named, or else the one for the gRPC status."""
     metadata = dict(error.trailing_metadata() or ())
     name = str(metadata.get(ERROR_METADATA_KEY, ""))
     code, text = error.code(), error.details() or ""
     if code is Code.CANCELLED and not name and text not in _OWN_DOING:
-        # A call that reaches gRPC as it stops is reset, before any handler sees it; so is one that
-        # outlasts the grace.
+        # gRPC resets a call that reaches a stopping server before its handler, or that takes longer
+        # than the grace period.
         return errors.UnavailableError(f"the server ended the call: {text}")
     if code is Code.RESOURCE_EXHAUSTED and not name and _TOO_LARGE in text:
-        # An OverloadedError would have the caller try again, in vain.
+        # With an OverloadedError, the caller would retry in vain.
         return errors.InvalidInputError(f"the request is larger than the server accepts: {text}")
     failure = _error(code, name, text)
     if isinstance(failure, errors.OverloadedError):
@@ -64,7 +64,7 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
 
 
 def error_from_item(error: ExtractStreamError) -> errors.LayertapError:
-    """Return the exception that an item of a stream failed with, by the same rules."""
+    """Return the exception for a failed item of a stream, by the same rules."""
     failure = _error(_CODES.get(error.code, Code.UNKNOWN), error.kind, error.message)
     if isinstance(failure, errors.InvalidInputError) and error.HasField("image"):
         failure.image = error.image
@@ -76,7 +76,7 @@ def _index(text: str) -> int | None:
 
 
 def _pushback(text: str) -> float | None:
-    """Return the seconds to wait; -1 for never, which gRFC A6 defines for any other value."""
+    """Return the seconds to wait; -1 for no retry, which is how gRFC A6 reads other values."""
     if not text:
         return None
     return int(text) / 1000 if text.isdecimal() and len(text) < 10 else -1.0

@@ -27,7 +27,7 @@ class Features(Mapping[str, np.ndarray]):
     """The layers of one reply, by name, in the order of the request.
 
     The arrays are read-only views of the message, or of memory shared with a server on this machine
-    (docs/shared_memory.md); ``array.copy()`` makes a writable copy. bfloat16 arrays have the type
+    (docs/shared_memory.md); ``array.copy()`` makes a writable copy. bfloat16 arrays have the dtype
     of the ``ml_dtypes`` package.
 
     Pickling copies the values, including those in shared memory. With protocol 5 and a
@@ -35,7 +35,7 @@ class Features(Mapping[str, np.ndarray]):
 
     Attributes:
         extractor: The extractor that served the request.
-        timings: How long the phases took on the server, in nanoseconds.
+        timings: How long each phase took on the server, in nanoseconds.
     """
 
     def __init__(self, message: bytes, find: Find | None = None) -> None:
@@ -43,7 +43,7 @@ class Features(Mapping[str, np.ndarray]):
 
     @classmethod
     def of_stream(cls, reply: ExtractStreamResponse, tensors: Sequence[TensorView]) -> Self:
-        """Return the layers of one reply of a stream, parsed already."""
+        """Return the layers of a parsed reply of a stream."""
         features = cls.__new__(cls)
         features._take(reply, tensors)
         return features
@@ -63,7 +63,7 @@ class Features(Mapping[str, np.ndarray]):
         self._views: dict[str, TensorView] = {view.name: view for view in tensors}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Return a layer's array, a read-only view."""
+        """Return a layer as a read-only array."""
         return self._views[name].array()
 
     def __iter__(self) -> Iterator[str]:
@@ -71,7 +71,7 @@ class Features(Mapping[str, np.ndarray]):
         return iter(self._views)
 
     def __len__(self) -> int:
-        """Return how many layers there are."""
+        """Return the number of layers."""
         return len(self._views)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The items of one stream: which are in flight, and how each ended. Does no input or output."""
+"""The items of one stream: which are in flight, and how each ended. No input and output here."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ MAX_IN_FLIGHT = 16
 Outcome = Features | LayertapError
 
 Keys = dict[int, Any]
-"""The keys of items that one iterator has sent and not yet yielded, by the item's number."""
+"""For one iterator: the keys of the items sent and not yet yielded, by the item's number."""
 
 
 class StreamItems:
-    """Numbers items, encodes them, and keeps outcomes until the iterator they belong to asks.
+    """Numbers and encodes items, and keeps each outcome until its iterator takes it.
 
     Args:
-        max_in_flight: Items of one iterator that are sent and not yet yielded.
-        item_timeout: Seconds for an item that does not say so itself; None for no limit.
+        max_in_flight: Maximum number of items that one iterator has sent and not yet yielded.
+        item_timeout: Seconds for an item without its own timeout; None for no limit.
         memory: The session of shared memory; None for none.
 
     Attributes:
-        unanswered: Items that were sent and have no outcome yet.
+        unanswered: The number of items that were sent and have no outcome yet.
 
     Raises:
-        InvalidInputError: For a ``max_in_flight`` below 1.
+        InvalidInputError: If ``max_in_flight`` is below 1.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class StreamItems:
         return len(keys) < self._max_in_flight
 
     def encode(self, position: int, request: StreamRequest, keys: Keys) -> bytes | None:
-        """Number an item and return its message; None if it can't be sent, which is its outcome.
+        """Number an item and return its message; None if encoding failed, which is its outcome.
 
         Args:
-            position: Where the item stands among those of its iterator, from 0.
+            position: The position of the item among those of its iterator, from 0.
             request: The item.
-            keys: The iterator's keys, to which the item's is added.
+            keys: The iterator's keys, to which the item's key is added.
         """
         number, self._next_number = self._next_number, self._next_number + 1
         keys[number] = position if request.key is None else request.key
@@ -76,7 +76,7 @@ class StreamItems:
         return message
 
     def receive(self, message: bytes) -> None:
-        """Keep the outcome that a reply holds."""
+        """Keep the outcome in a reply."""
         self.unanswered -= 1
         find = self._memory.finder() if self._memory else None
         try:
@@ -90,11 +90,11 @@ class StreamItems:
             self._done[reply.id] = Features.of_stream(reply, tensors)
 
     def take(self, keys: Keys, *, ordered: bool) -> tuple[Any, Outcome] | None:
-        """Return the key and the outcome of an iterator's next item; None to receive first.
+        """Return (key, outcome) of an iterator's next item; None if a reply must be received first.
 
         Args:
-            keys: The iterator's keys, from which the item's is removed.
-            ordered: Whether the next item is the one sent first, or any that has its outcome.
+            keys: The iterator's keys, from which the item's key is removed.
+            ordered: Whether the next item is the one sent first, or any item with an outcome.
         """
         candidates = [next(iter(keys))] if ordered else list(keys)
         number = next((each for each in candidates if each in self._done), None)

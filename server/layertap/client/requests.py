@@ -21,6 +21,7 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.texts import Texts
     from layertap.wire.tensors import Arrays
 
 __all__ = ["StreamRequest", "request_fields"]
@@ -28,16 +29,16 @@ __all__ = ["StreamRequest", "request_fields"]
 
 @dataclass(frozen=True, slots=True)
 class StreamRequest:
-    """One item of a stream; the arguments of ``Client.extract``, and a key.
+    """One item of a stream: the arguments of ``Client.extract``, and a key.
 
     Attributes:
-        model: A served model's name.
-        given: An array ``[B, ...]`` as the model takes it, or a mapping of input names to such
-            arrays; or an image, or a list of images.
-        layers: What to return.
-        extractor: How to capture them.
-        timeout: Seconds that the server may take for it; None for the stream's own.
-        key: What its outcome is yielded with; None for its position, from 0.
+        model: The name of a served model.
+        given: An array ``[B, ...]`` for the model; an image, or a list of images; or a mapping of
+            input names to such arrays or images.
+        layers: The layers to return.
+        extractor: The extractor to use.
+        timeout: Seconds that the server may take for this item; None for the stream's default.
+        key: Identifies the item's outcome; if None, its position from 0 is used.
     """
 
     model: str
@@ -51,15 +52,15 @@ class StreamRequest:
         """Return the item's message.
 
         Args:
-            number: Its id.
-            timeout: Seconds that it may take if it does not say so itself; None for no limit.
+            number: The item's id.
+            timeout: Seconds for an item without its own timeout; None for no limit.
             session: The session of shared memory; empty for none.
 
         Raises:
-            InvalidInputError: For an input, a selection or an extractor that can't be sent.
+            InvalidInputError: If the input, a selection or the extractor can't be sent.
         """
         seconds = bounded(timeout if self.timeout is None else self.timeout)
-        # At least 1: 0 would mean no end.
+        # At least 1, because 0 would mean no limit.
         timeout_ns = 0 if seconds is None else max(1, int(seconds * 1e9))
         fields, inputs = request_fields(self.model, self.given, self.layers, self.extractor)
         request = feature_service_pb2.ExtractStreamRequest(
@@ -71,19 +72,33 @@ class StreamRequest:
 def request_fields(
     model: str, given: InputLike, layers: SelectionLike, extractor: Extractor | str
 ) -> tuple[dict[str, Any], Arrays]:
-    """Return the fields that a request is made of, and its arrays, which are not for protobuf.
+    """Return the protobuf fields of a request, and its arrays, which protobuf doesn't encode.
 
-    Arguments and errors are those of ``StreamRequest``.
+    See ``StreamRequest`` for arguments and errors.
     """
     fields: dict[str, Any] = {
         "model": model,
         "layers": [_selection(selection) for selection in parse_selections(layers)],
         "extractor": to_proto(as_extractor(extractor), "EXTRACTOR"),
     }
-    images, arrays = encode_input(given)
-    if images:
-        fields["images"] = feature_service_pb2.ImageBatch(images=images)
-    return fields, arrays
+    encoded = encode_input(given)
+    fields["images"] = [
+        feature_service_pb2.ImageBatch(images=files, input=name) for name, files in encoded.images
+    ]
+    fields["texts"] = [_texts(name, texts) for name, texts in encoded.texts]
+    return fields, encoded.arrays
+
+
+def _texts(name: str, given: Texts) -> feature_service_pb2.TextBatch:
+    options = given.options
+    return feature_service_pb2.TextBatch(
+        texts=given.texts,
+        input=name,
+        truncation=to_proto(options.truncation, "TRUNCATION"),
+        max_tokens=options.max_tokens,
+        omit_special_tokens=not options.special_tokens,
+        return_tokens=options.return_tokens,
+    )
 
 
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:

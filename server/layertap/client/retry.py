@@ -1,4 +1,4 @@
-"""Retries calls that a server rejected because it is full."""
+"""Retries calls that a server refused because it is full."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def check_retries(retries: int) -> None:
 class Retries:
     """Decides how often and when to retry; makes no calls and does not sleep.
 
-    The wait is the one that the server specifies. If it specifies none, the wait is 0.5 seconds and
-    doubles with each retry, up to 8 seconds. A random time of up to half of that is added, so that
-    callers who were rejected together don't retry together.
+    It waits for the time that the server specifies. If the server specifies none, it waits 0.5
+    seconds, and twice as long before each further retry, up to 8 seconds. A random time of up to
+    half of that is added, so that callers who were refused together don't retry together.
 
     Args:
-        retries: How many times to call again at most.
+        retries: Maximum number of retries.
         timeout: Seconds for all calls and waits together; None for no limit.
     """
 
@@ -41,15 +41,15 @@ class Retries:
         self._backoff = _FIRST_SECONDS
 
     def remaining(self) -> float | None:
-        """Return the seconds that are left for the next call; None for no limit."""
+        """Return the seconds left for the next call; None for no limit."""
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def pause(self, error: OverloadedError) -> float:
         """Return the seconds to wait before the next call.
 
         Raises:
-            OverloadedError: The error itself, after the last retry, where the server says not to
-                call again, and where the wait would outlast the timeout.
+            OverloadedError: ``error`` itself, after the last retry, if the server forbids a retry,
+                or if the wait would exceed the timeout.
         """
         wanted = self._backoff if error.retry_after is None else error.retry_after
         self._backoff = min(2 * self._backoff, _MOST_SECONDS)
@@ -67,17 +67,17 @@ def retrying(
     timeout: float | None,
     sleep: Callable[[float], object] = time.sleep,
 ) -> R:
-    """Make a call, and again while the server refuses it because it is full; see ``Retries``.
+    """Make a call, and retry it while the server is full; see ``Retries``.
 
     Args:
-        call: Makes the call; gets the seconds that are left for it, None for no limit.
-        retries: How many times to call again at most.
+        call: Makes the call, given the seconds that are left for it; None for no limit.
+        retries: Maximum number of retries.
         timeout: Seconds for all calls and waits together; None for no limit.
-        sleep: Waits that many seconds.
+        sleep: Waits for a number of seconds.
 
     Raises:
-        OverloadedError: As ``Retries.pause`` does.
-        LayertapError: Whatever else the call raises, at once.
+        OverloadedError: See ``Retries.pause``.
+        LayertapError: Any other error of the call, without a retry.
     """
     allowed = Retries(retries, timeout)
     while True:

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 SharedMemoryWish = bool | Literal["auto"]
 
 _OPEN_SECONDS = 1.0
-# A server that is being restarted is back soon; one without shared memory stays so.
+# A server that restarts is back soon; a server without shared memory will not get it soon.
 _AWAY_SECONDS, _RETRY_SECONDS = 1.0, 30.0
 
 
@@ -34,8 +34,8 @@ class SharedMemoryClient:
 
     Args:
         target: The server's address.
-        wish: ``"auto"`` tries where the address is this machine's, True everywhere, False never.
-        open_: Calls OpenSharedMemory: takes the message and a ``timeout`` in seconds.
+        wish: ``"auto"`` tries this if the address is on this machine, True always, False never.
+        open_: Calls OpenSharedMemory, given the message and a ``timeout`` in seconds.
     """
 
     def __init__(self, target: str, wish: SharedMemoryWish, open_: Callable[..., bytes]) -> None:
@@ -48,14 +48,14 @@ class SharedMemoryClient:
 
     @property
     def is_settled(self) -> bool:
-        """Whether ``session`` returns at once, without asking the server."""
+        """Whether ``session`` returns at once, without calling the server."""
         current = self._current
         if current is not None and not current.lost:
             return True
         return self._open is None or time.monotonic() < self._retry_at
 
     def session(self, timeout: float | None) -> ClientSession | None:
-        """Return a session that is open, opened now if need be; None for the wire."""
+        """Return an open session, opening it if necessary; None to use the network."""
         current = self._current
         if current is not None and not current.lost:
             return current
@@ -67,12 +67,12 @@ class SharedMemoryClient:
             self._current = self._connect(self._open, timeout)
         finally:
             self._opening.release()
-        if self._open is None:  # It was closed meanwhile.
+        if self._open is None:  # The client was closed meanwhile.
             self.close()
         return self._current
 
     def close(self) -> None:
-        """End the session, once nobody views what was lent; no other is opened."""
+        """End the session once nothing views lent memory; don't open another session."""
         self._open = None
         current, self._current = self._current, None
         if current is not None:
@@ -85,14 +85,14 @@ class SharedMemoryClient:
             session = ClientSession(reply.socket, reply.ticket)
         except (
             *(grpc.RpcError, ProtobufDecodeError, OSError, ValueError, struct.error),
-            RuntimeError,  # Python's word for a thread that the system did not allow.
+            RuntimeError,  # Python raises this if the system doesn't allow another thread.
         ) as error:
             _log.debug("no shared memory, using the network: %s", error)
             away = isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
             self._retry_at = time.monotonic() + (_AWAY_SECONDS if away else _RETRY_SECONDS)
             return None
-        # Where nobody closes the client, its end does. A session that was lost is not to be kept
-        # open by that until then.
+        # If nobody closes the client, this closes the session when the client is freed. A lost
+        # session must not be kept open that long, so its finalizer is removed.
         if self._at_end is not None:
             self._at_end.detach()
         self._at_end = weakref.finalize(self, session.close)

@@ -1,4 +1,4 @@
-"""Many items over one stream: a bounded number in flight, outcomes as they finish."""
+"""Many items over one stream: a limited number in flight, outcomes as they finish."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class FeatureStream:
 
     Args:
         method: The channel's ``ExtractStream``.
-        max_in_flight: Items that are sent and not yet yielded.
+        max_in_flight: Maximum number of items that are sent and not yet yielded.
         timeout: Seconds that the stream may take; None for no limit.
-        item_timeout: Seconds for an item that does not say so itself; None for no limit.
+        item_timeout: Seconds for an item without its own timeout; None for no limit.
         memory: The session of shared memory; None for none.
-        metadata: What the call carries besides the caller's trace.
+        metadata: The metadata of the call, besides the caller's trace.
 
     Raises:
-        InvalidInputError: For a ``max_in_flight`` below 1.
+        InvalidInputError: If ``max_in_flight`` is below 1.
 
     Example:
         >>> asks = [StreamRequest("resnet18", path, "avgpool", key=path) for path in paths]
@@ -61,8 +61,8 @@ class FeatureStream:
             memory.begin_call()
         self._closed = False
         self._process = os.getpid()
-        # gRPC sends from its own thread, which waits here; None is the half close. It holds
-        # as much as is in flight, at most.
+        # gRPC's own thread takes messages from here and sends them; None means the half close. The
+        # queue never holds more than the items in flight.
         self._outgoing: SimpleQueue[bytes | None] = SimpleQueue()
         self._call = method(
             iter(self._outgoing.get, None),
@@ -73,20 +73,19 @@ class FeatureStream:
     def extract(
         self, requests: Iterable[StreamRequest], *, ordered: bool = False
     ) -> Iterator[tuple[Any, Outcome]]:
-        """Yield each item's key and its outcome: its features, or the error that it ended with.
+        """Yield each item's key and outcome: its features, or its error.
 
-        ``requests`` is read in the caller's thread, and no further than ``max_in_flight`` ahead of
-        what was yielded. Several iterators may take turns. An iterator that is left before its end
+        ``requests`` is read in the caller's thread, at most ``max_in_flight`` items ahead of what
+        was yielded. Several iterators may be used in turn. Leaving an iterator before its end
         closes the stream.
 
         Args:
             requests: The items.
-            ordered: Whether to yield in their order, or as they finish.
+            ordered: Whether to yield in the order of the items, or as they finish.
 
         Raises:
             UnavailableError: If the stream is closed, or another process opened it.
-            LayertapError: What the stream itself ended with; the items that were not yielded have
-                no answer.
+            LayertapError: If the stream itself fails; the remaining items then have no outcome.
         """
         if self._closed:
             raise UnavailableError("the stream is closed")
@@ -105,7 +104,7 @@ class FeatureStream:
                 self.close()
 
     def close(self) -> None:
-        """End the stream: what is in flight is abandoned. Features that came stay valid."""
+        """End the stream and abandon the items in flight. Received features stay valid."""
         if self._closed:
             return
         self._closed = True
@@ -113,8 +112,8 @@ class FeatureStream:
             return  # A forked child's copy: the stream is the parent's.
         self._outgoing.put(None)
         ended = threading.Event()
-        # With nothing in flight the server ends it at once with OK, which is what its operators
-        # want to read; where it doesn't, nobody waits for long.
+        # With nothing in flight, the server ends the stream at once with OK, which looks better in
+        # its logs than a cancellation. If it doesn't, we don't wait long.
         if not self._items.unanswered and self._call.add_callback(ended.set):
             ended.wait(1.0)
         self._call.cancel()
@@ -141,7 +140,7 @@ class FeatureStream:
             )
 
     def _fill(self, requests: Iterator[tuple[int, StreamRequest]], keys: dict[int, Any]) -> bool:
-        """Send items while there is room; return whether any is left to be yielded."""
+        """Send items while there is room; return whether any items are left to yield."""
         while self._items.has_room(keys):
             position, request = next(requests, (0, None))
             if request is None:
@@ -152,7 +151,7 @@ class FeatureStream:
         return bool(keys)
 
     def _receive(self) -> None:
-        """Receive an outcome; one that belongs to another iterator is kept for it."""
+        """Receive an outcome, and keep it until the iterator that it belongs to takes it."""
         self._check_process()
         try:
             self._items.receive(next(self._call))

@@ -1,4 +1,4 @@
-"""Views as torch tensors. The only module of the client that imports torch."""
+"""Converts views to torch tensors. Of the client's modules, only this one imports torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ with warnings_ignored():
 
 
 def to_torch(view: TensorView) -> torch.Tensor:
-    """Return a tensor ``view.shape`` of ``view.dtype`` that shares the view's memory."""
+    """Return a torch tensor with the view's shape and dtype that shares its memory."""
     dtype = getattr(torch, view.dtype.name)
     if not len(view.data):
         return torch.empty(view.shape, dtype=dtype)
-    # torch knows no read-only memory, and a write to what is mapped for reading ends the process.
+    # torch has no read-only tensors, and writing to memory mapped for reading ends the process.
     data = view.data if view.remap is None else view.remap()
     return torch.frombuffer(data, dtype=dtype).reshape(view.shape)

@@ -8,10 +8,10 @@ __all__ = ["trace_metadata"]
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...] | None:
-    """Return the current span as W3C metadata, ``traceparent`` and ``tracestate``; None for none.
+    """Return the current span as W3C metadata (``traceparent``, ``tracestate``); None if none.
 
-    Imports nothing: where OpenTelemetry was never imported no span can be active, so callers
-    without it pay a look into a dict.
+    This imports nothing: if OpenTelemetry was never imported, no span can be active. So callers
+    without it pay only for a look into a dict.
     """
     current = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
     if current is None:

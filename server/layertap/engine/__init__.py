@@ -1,7 +1,7 @@
 """The engine: models, plans and compute threads, independent of any transport."""
 
 from layertap.engine.admission import Reservation
-from layertap.engine.batch import ImagesInput, TensorsInput
+from layertap.engine.batch import ImageFiles, Inputs, TextBatch
 from layertap.engine.call import Call
 from layertap.engine.describe import describe
 from layertap.engine.device import choose_device
@@ -18,12 +18,13 @@ __all__ = [
     "Extraction",
     "ExtractionRequest",
     "HostOptions",
-    "ImagesInput",
+    "ImageFiles",
+    "Inputs",
     "Limits",
     "ModelHost",
     "Reservation",
     "TensorForm",
-    "TensorsInput",
+    "TextBatch",
     "allow_tf32",
     "choose_device",
     "describe",

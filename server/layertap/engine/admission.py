@@ -1,17 +1,17 @@
-"""Admission: how much the engine takes on at once, in requests and in bytes.
+"""Admission: limits the requests and bytes that the engine handles at once.
 
-A request that would be too much is refused at once: it can then be sent to another server, while a
-queue that only grows would make every caller wait.
+A request over a limit is refused at once. It can then be sent to another server, whereas in a queue
+without a limit every caller would wait longer and longer.
 
 Note [Who releases the bytes]
-    A request owns its reservations: one for what was received (the message, and what is decoded
-    from it), one for its reply. The owner of the request releases them: the first once the answer
-    is there, the second once the transport has sent the reply. A job on a compute thread may run on
-    after its caller has left, and still needs the memory, so it pins the reservations that it uses:
-    bytes go back when they were released and no job pins them.
+    A request owns two reservations: one for what was received (the message, and what is decoded
+    from it) and one for its reply. The owner of the request releases the first once the answer is
+    ready, and the second once the transport has sent the reply. A job on a compute thread may
+    continue after its caller has left, and still needs the memory. So it pins the reservations that
+    it uses: bytes are given back once they are released and no job pins them.
 
-    Nothing here waits for the garbage collector. The finalizer is a safety net for an owner that
-    forgot to release: then the bytes go back when nothing refers to the reservation any more.
+    Nothing here waits for the garbage collector. The finalizer is only a safety net: if an owner
+    forgets to release, the bytes are given back once nothing refers to the reservation any more.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["Admission", "Reservation"]
 
 
 class Admission:
-    """Counts requests that wait or run, and the bytes of requests and replies in memory.
+    """Counts the requests that wait or run, and the bytes of requests and replies in memory.
 
     Args:
-        max_requests: Requests that may wait or run.
-        max_bytes: Bytes of requests and replies that may be in memory.
+        max_requests: Maximum number of requests that wait or run.
+        max_bytes: Maximum bytes of requests and replies in memory.
     """
 
     def __init__(self, max_requests: int, max_bytes: int) -> None:
@@ -41,7 +41,7 @@ class Admission:
         self._requests = 0
         self._bytes = 0
         self._lock = threading.Lock()
-        # What finalizers give back. They may run anywhere, also in a thread that holds the lock.
+        # Bytes that finalizers give back. These may run anywhere, even while the lock is held.
         self._forgotten: deque[int] = deque()
 
     @property
@@ -58,7 +58,7 @@ class Admission:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Admit one request for as long as the block lasts; raise OverloadedError if it is full."""
+        """Count one request inside the block; raise OverloadedError if the limit is reached."""
         with self._lock:
             if self._requests >= self._max_requests:
                 raise OverloadedError(
@@ -72,14 +72,14 @@ class Admission:
                 self._requests -= 1
 
     def reserve(self, what: str, nbytes: int = 0) -> Reservation:
-        """Return a reservation of that many bytes, which the caller has to release.
+        """Return a reservation of this many bytes, which the caller must release.
 
         Args:
-            what: What the bytes are for, as an error begins: ``"the reply would take"``.
-            nbytes: How many to begin with.
+            what: What the bytes are for, as the beginning of an error: ``"the reply would take"``.
+            nbytes: The bytes to begin with.
 
         Raises:
-            OverloadedError: If they would be over the limit.
+            OverloadedError: If they would exceed the limit.
         """
         reservation = Reservation(self, what)
         reservation.take(nbytes)
@@ -107,8 +107,8 @@ class Admission:
 class Reservation:
     """Bytes of the engine's budget that one request owns; see Note [Who releases the bytes].
 
-    Safe to share between threads. As a context manager it is released at the end of the block.
-    Made by ``Admission.reserve``.
+    Safe to share between threads. As a context manager, it is released at the end of the block.
+    ``Admission.reserve`` makes it.
     """
 
     __slots__ = ("_admission", "_lock", "_nbytes", "_pins", "_released", "_what")
@@ -123,11 +123,11 @@ class Reservation:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it holds."""
+        """The bytes that are reserved."""
         return self._nbytes
 
     def take(self, nbytes: int) -> None:
-        """Reserve more bytes; raise OverloadedError where they would be over the limit."""
+        """Reserve more bytes; raise OverloadedError if they would exceed the limit."""
         with self._lock:
             if self._released and not self._pins:
                 raise ValueError("the reservation was released")
@@ -135,14 +135,14 @@ class Reservation:
             self._nbytes += nbytes
 
     def shrink(self, nbytes: int) -> None:
-        """Give back all bytes but that many."""
+        """Keep only this many bytes, and give back the others."""
         with self._lock:
             surplus = max(0, self._nbytes - nbytes)
             self._nbytes -= surplus
         self._admission._subtract(surplus)
 
     def pin(self) -> None:
-        """Keep the bytes, even once they are released, until ``unpin``."""
+        """Keep the bytes until ``unpin``, even if they are released."""
         with self._lock:
             self._pins += 1
 
@@ -151,7 +151,7 @@ class Reservation:
         self._end(pins=-1)
 
     def release(self) -> None:
-        """Give the bytes back, once no job pins them; again and again if one likes."""
+        """Give the bytes back once no job pins them. Calling this again has no effect."""
         self._end(released=True)
 
     def __enter__(self) -> Reservation:
@@ -168,7 +168,7 @@ class Reservation:
         self.release()
 
     def __del__(self) -> None:
-        """Give back what the owner has not released."""
+        """Give back bytes that the owner forgot to release."""
         if self._nbytes:
             self._admission._forgotten.append(self._nbytes)
 

@@ -1,9 +1,9 @@
-"""Converts a request's input to a batch on the model's device."""
+"""Converts a request's inputs to a batch: checks tensors, decodes and preprocesses images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,15 +11,19 @@ import torch
 from PIL import Image
 
 from layertap.errors import InvalidInputError
-from layertap.models import Batch, ImageLimits, LoadedModel
+from layertap.models import Batch, ImageLimits, LoadedModel, Preprocess
+from layertap.models.text import DEFAULT_OPTIONS
 from layertap.settings import Limits
 from layertap.silence import warnings_ignored
+from layertap.texts import TextOptions
 from layertap.wire.tensors import TensorView
 
 __all__ = [
-    "ImagesInput",
-    "TensorsInput",
+    "ImageFiles",
+    "Inputs",
+    "TextBatch",
     "batch_bytes",
+    "check_images",
     "check_tensors",
     "decode_images",
     "preprocess_images",
@@ -33,52 +37,144 @@ with warnings_ignored():
 
 
 @dataclass(frozen=True, slots=True)
-class TensorsInput:
-    """A batch as the model takes it.
+class ImageFiles:
+    """Encoded images, one for each item of a batch.
 
     Attributes:
-        tensors: One for each input, by name; the name may be empty for a model's only input.
+        images: The files.
+        name: The input that they are for; empty where the model takes images for one input only.
     """
 
-    tensors: tuple[TensorView, ...]
+    images: Sequence[bytes]
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class ImagesInput:
-    """Encoded images, one an item."""
+class TextBatch:
+    """Texts, one for each item of a batch.
 
-    images: Sequence[bytes]
+    Attributes:
+        texts: The texts.
+        options: How they are tokenised.
+        name: The input that they are for; empty where the model takes texts for one input only.
+    """
+
+    texts: Sequence[str]
+    options: TextOptions = DEFAULT_OPTIONS
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a request gives the model: for each of its inputs a tensor or images.
+
+    Attributes:
+        tensors: Tensors as the model takes them, by name; the name may be empty for the only input
+            that the model needs.
+        images: Images, for inputs without a tensor.
+        texts: Texts, for inputs of token ids without a tensor.
+    """
+
+    tensors: tuple[TensorView, ...] = ()
+    images: tuple[ImageFiles, ...] = ()
+    texts: tuple[TextBatch, ...] = ()
 
 
 _PIXEL_BYTES = 4
-"""Pillow keeps a pixel of an RGB image in four bytes."""
+"""Bytes per pixel: Pillow stores a pixel of an RGB image in four bytes."""
 
 KEPT_IMAGES = 4
-"""The total size of a request's resized images, in images of the largest allowed size.
+"""Limit on a request's resized images in total, as a multiple of the largest allowed image.
 
-A file of a few kilobytes can have as many pixels as one image may have. Without this limit, a
-request with a thousand such files would have no bound on the total.
+A file of a few kilobytes can have as many pixels as one image may have. Without this limit, nothing
+would bound the total of a request with a thousand such files.
 """
 
 
-def check_tensors(model: LoadedModel, views: Sequence[TensorView], limits: Limits) -> Batch:
-    """Return the batch of a request's tensors on the CPU, without a copy.
+def check_tensors(
+    model: LoadedModel,
+    views: Sequence[TensorView],
+    limits: Limits,
+    made: Mapping[str, torch.Tensor] | None = None,
+) -> Batch:
+    """Check a request's tensors; return them as a batch on the CPU, without a copy.
+
+    Args:
+        model: The model that takes them.
+        views: The tensors that were sent.
+        limits: What requests may contain.
+        made: Tensors by name that were made of what was sent for other inputs.
 
     Raises:
-        InvalidInputError: The names, a rank, a size, a dtype or the batch are not what the model
-            takes.
+        InvalidInputError: A name, rank, size, dtype or the batch size is not what the model takes.
     """
-    signature = model.signature
+    signature, made = model.signature, made or {}
+    given = _by_name(views)
+    facts = {name: (view.shape, view.dtype.name) for name, view in given.items()}
+    for name, tensor in made.items():
+        # The dtype is not checked: images are float32, and are converted to the model's dtype.
+        facts[name] = (tuple(tensor.shape), signature.spec(name).dtype_name)
+    _check_size(signature.check(facts), limits)
+    if "" in given:
+        given = {signature.main.name: given[""]}
+    return Batch(
+        {
+            spec.name: made[spec.name] if spec.name in made else _tensor(given[spec.name])
+            for spec in signature.inputs
+            if spec.name in facts or spec.name in given
+        }
+    )
+
+
+def check_images(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, ImageFiles]:
+    """Return a request's images by the name of the input that they are for.
+
+    Before they are decoded, which takes long.
+
+    Raises:
+        InvalidInputError: The names are not those of inputs that take images, there are no images
+            or too many, or they are not as many as the tensors have items.
+    """
+    found: dict[str, ImageFiles] = {}
+    items = {repr(name): view.shape[0] for name, view in _by_name(given.tensors).items()
+             if view.shape}  # fmt: skip
+    for each in given.images:
+        name = _image_input(model, each.name)
+        if name in found or any(view.name == name for view in given.tensors):
+            raise InvalidInputError(f"images: got input {name!r} twice, expected each name once")
+        if not each.images:
+            raise InvalidInputError("images: got none, expected at least one")
+        _check_size(len(each.images), limits)
+        found[name] = each
+        items[f"the images of {name!r}"] = len(each.images)
+    if len(set(items.values())) > 1:
+        words = ", ".join(f"{size} of {name}" for name, size in items.items())
+        raise InvalidInputError(f"inputs: got batches of {words}, expected one size for all")
+    return found
+
+
+def _by_name(views: Sequence[TensorView]) -> dict[str, TensorView]:
     given = {view.name: view for view in views}
     if len(given) != len(views):
         names = ", ".join(repr(view.name) for view in views)
         raise InvalidInputError(f"inputs: got {names}, expected each name once")
-    _check_size(
-        signature.check({name: (view.shape, view.dtype.name) for name, view in given.items()}),
-        limits,
-    )
-    unnamed = given.get("")
-    return Batch({spec.name: _tensor(unnamed or given[spec.name]) for spec in signature.inputs})
+    return given
+
+
+def _image_input(model: LoadedModel, name: str) -> str:
+    """Return the input that images are for."""
+    taken = model.image_inputs if model.preprocess else ()
+    if not taken:
+        raise InvalidInputError(
+            f"images: model {model.name!r} takes none, expected {model.signature.pattern}"
+        )
+    if not name and len(taken) == 1:
+        return taken[0]
+    if name not in taken:
+        raise InvalidInputError(
+            f"images: got them for input {name!r}, expected {' or '.join(map(repr, taken))}"
+        )
+    return name
 
 
 def _tensor(view: TensorView) -> torch.Tensor:
@@ -93,34 +189,27 @@ def decode_images(
     limits: Limits,
     admit: Callable[[int], object] = lambda nbytes: None,
 ) -> list[Image.Image]:
-    """Decode a batch of image files and shrink them as far as PIL can.
+    """Decode a batch of image files; resize and crop them with PIL.
 
-    Runs no torch code, so any thread may call it; the compute threads have better things to do.
+    This runs no torch code, so any thread may call it. That leaves the compute threads free.
 
     Args:
         model: The model that takes them.
         images: Encoded files.
-        limits: What requests may contain.
+        limits: The limits of requests.
         admit: Called with the bytes of each decoded image; may raise OverloadedError.
 
     Raises:
         OverloadedError: If ``admit`` does.
-        InvalidInputError: For no images, too many, a file that can't be decoded, one that can't be
-            resized, more pixels than are kept at once, or a model that takes no images.
+        InvalidInputError: For a file that can't be decoded, one that can't be resized, or more
+            pixels than are kept at once.
     """
-    if model.preprocess is None:
-        raise InvalidInputError(
-            f"images: model {model.name!r} takes none, expected "
-            f"{', '.join(f'{spec.name} {spec.pattern}' for spec in model.signature.inputs)}"
-        )
-    if not images:
-        raise InvalidInputError("images: got none, expected at least one")
-    _check_size(len(images), limits)
+    preprocess = _preprocess(model)
     image_limits = ImageLimits(max_pixels=limits.pixels)
     kept: list[Image.Image] = []
     room = limits.pixels * KEPT_IMAGES
     for index, data in enumerate(images):
-        kept.append(model.preprocess.decode(data, index, image_limits))
+        kept.append(preprocess.decode(data, index, image_limits))
         admit(kept[-1].width * kept[-1].height * _PIXEL_BYTES)
         room -= kept[-1].width * kept[-1].height
         if room < 0:
@@ -133,33 +222,37 @@ def decode_images(
     return kept
 
 
-def batch_bytes(model: LoadedModel, images: Sequence[Image.Image]) -> int:
-    """Return the bytes of the batch that ``preprocess_images`` will make of decoded images."""
-    main = model.signature.main
-    return len(images) * math.prod(main.shape) * main.dtype.itemsize
+def batch_bytes(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> int:
+    """Return the bytes of the tensor that ``preprocess_images`` will make of decoded images."""
+    spec = model.signature.spec(name)
+    return len(images) * math.prod(spec.shape) * spec.dtype.itemsize
 
 
-def preprocess_images(model: LoadedModel, images: Sequence[Image.Image]) -> Batch:
-    """Return the batch of decoded images: ``[B, C, H, W]`` for the model's first input.
+def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Return decoded images as a tensor ``[B, C, H, W]`` for one of the model's inputs.
 
-    For a compute thread only.
+    Call this on a compute thread only.
 
     Raises:
-        InvalidInputError: If the images come out in different sizes, or in one that the model
+        InvalidInputError: If the preprocessed images differ in size, or have a size that the model
             doesn't take.
     """
-    if model.preprocess is None:
-        raise ValueError("decode_images refuses models that take no images")
-    x, main = model.preprocess.batch(images), model.signature.main
+    x, spec = _preprocess(model).batch(images), model.signature.spec(name)
     try:
-        # The model takes other types of floating-point values as well as float32.
-        main.check(x.shape, main.dtype_name)
+        # The dtype is not checked: the batch is float32, and is converted to the model's dtype.
+        spec.check(x.shape, spec.dtype_name)
     except InvalidInputError as error:
         raise InvalidInputError(
-            f"images: got {list(x.shape)} after preprocessing, expected {main.pattern} as "
-            f"model {model.name!r} takes, such as {list(main.batch_shape(1))}"
+            f"images: got {list(x.shape)} after preprocessing, expected {spec.pattern} as "
+            f"model {model.name!r} takes, such as {list(spec.batch_shape(1))}"
         ) from error
-    return Batch({main.name: x})
+    return x
+
+
+def _preprocess(model: LoadedModel) -> Preprocess:
+    if model.preprocess is None:
+        raise ValueError("check_images refuses images for models that take none")
+    return model.preprocess
 
 
 def _check_size(size: int, limits: Limits) -> None:

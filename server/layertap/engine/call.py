@@ -13,11 +13,11 @@ __all__ = ["AbandonedError", "Call", "abandoning"]
 
 
 class Call:
-    """How long one request may take, and whether its caller still waits. Safe between threads.
+    """The deadline and cancellation state of one request. Safe between threads.
 
     Args:
-        timeout: Seconds until the caller stops waiting; None for no limit. So is anything over
-            ``threading.TIMEOUT_MAX``, such as what gRPC says of a call without a deadline.
+        timeout: Seconds until the caller stops waiting; None for no limit. Values over
+            ``threading.TIMEOUT_MAX`` mean no limit too; gRPC gives one for calls without deadline.
     """
 
     def __init__(self, timeout: float | None = None) -> None:
@@ -33,14 +33,14 @@ class Call:
         return None if self._expires is None else max(0.0, self._expires - time.monotonic())
 
     def limit(self, timeout: float) -> None:
-        """End the call in that many seconds at the latest."""
+        """Move the deadline to at most this many seconds from now."""
         if timeout <= threading.TIMEOUT_MAX:
             expires = time.monotonic() + timeout
             with self._lock:
                 self._expires = expires if self._expires is None else min(self._expires, expires)
 
     def cancel(self) -> None:
-        """Record that the caller has left, and run what ``cancelling`` was given."""
+        """Record that the caller has left, and run the actions given to ``cancelling``."""
         with self._lock:
             self._cancelled = True
             blocks, self._on_cancel = self._on_cancel, []
@@ -50,13 +50,13 @@ class Call:
     def cancelling(self, action: Callable[[], object]) -> _Cancelling:
         """Return a block during which ``action`` is called if the caller leaves.
 
-        It is called at once if the caller has left already. After the block the call does not refer
-        to the action any more, nor to what the action needs.
+        If the caller has left already, it is called at once. After the block, the call refers to
+        neither the action nor what the action refers to.
         """
         return _Cancelling(self, action)
 
     def check(self) -> None:
-        """Raise CancelledError or DeadlineExceededError where nobody waits for an answer."""
+        """Raise CancelledError or DeadlineExceededError if the caller no longer waits."""
         if self._cancelled:
             raise CancelledError("the caller went away")
         if self.remaining() == 0.0:
@@ -64,9 +64,10 @@ class Call:
 
 
 class _Cancelling:
-    """A class, not a generator: a generator's frame would be in the traceback of an error.
+    """The block of ``Call.cancelling``.
 
-    The error would then refer to the action, which may well refer to the error.
+    It is a class, not a generator, because a generator's frame would be in the traceback of an
+    error. The error would then refer to the action, which may in turn refer to the error.
     """
 
     __slots__ = ("_call", "action")
@@ -94,12 +95,13 @@ class _Cancelling:
 
 
 class AbandonedError(BaseException):
-    """Ends a forward pass that nobody waits for.
+    """Ends a forward pass for which no caller waits any more.
 
-    A BaseException, since it crosses the model's own forward, which may catch Exception.
+    It is a BaseException because it passes through the model's own forward, which may catch
+    Exception.
 
     Attributes:
-        reason: Why the last caller does not wait any more.
+        reason: Why the last caller stopped waiting.
     """
 
     def __init__(self, reason: LayertapError) -> None:
@@ -108,14 +110,14 @@ class AbandonedError(BaseException):
 
 
 def abandoning(calls: Sequence[Call]) -> Callable[[], None]:
-    """Return what raises AbandonedError, when it is called between layers, once nobody waits."""
+    """Return a function that raises AbandonedError once no call waits; for use between layers."""
 
     def check() -> None:
         for call in calls:
             try:
                 call.check()
             except LayertapError as error:
-                # Without its traceback, which refers to this frame and so to the error itself.
+                # Without the traceback, which refers to this frame and so to the error itself.
                 reason = error.with_traceback(None)
             else:
                 return

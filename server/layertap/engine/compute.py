@@ -1,14 +1,15 @@
 """The compute threads: the only threads that build, trace, warm and run models.
 
 Note [One compute thread]
-    OpenMP keeps a team of worker threads for every thread that enters it. Measured on 2 cores,
-    resnet18 `avgpool`, p50: 26.2 ms on the only thread of a process that ever ran torch, 36.8 to
-    44.7 ms on a second one, 39 to 45 ms in a pool of ten. So models run on one long-lived thread,
-    and the threads that talk to callers wait for it.
+    OpenMP keeps a team of worker threads for every thread that uses it. On 2 cores, the median
+    time of resnet18 `avgpool` was 26.2 ms if only one thread of the process ever ran torch, 36.8 to
+    44.7 ms on a second such thread, and 39 to 45 ms in a pool of ten. So models run on one
+    long-lived thread, and the threads that communicate with callers wait for it.
 
-    That is best for the latency of one request. For the throughput of many, one thread for each
-    core, each computing alone (intra-op 1), needs no team at all and leaves no core idle between
-    the parallel parts of an operation: docs/performance.md has both measured.
+    That is best for the latency of one request. For the throughput of many requests it is better to
+    have one thread per core, each with a single core (intra-op 1). Then no teams are needed, and no
+    core is idle between the parallel parts of an operation. docs/performance.md has measurements
+    of both.
 """
 
 from __future__ import annotations
@@ -42,34 +43,34 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Runner = Callable[[Sequence[T]], Sequence[R]]
-"""Computes a batch of items together: as many results, in their order."""
+"""Computes a batch of items; returns one result per item, in the same order."""
 
 
 class _Job(Generic[T, R]):
-    """An item, how it is computed, and who waits for the result."""
+    """An item, the function that computes it, and the future on which the caller waits."""
 
     def __init__(self, item: T, runner: Runner[T, R], call: Call) -> None:
         self.item = item
         self.runner = runner
         self.future: Future[R] = Future()
-        # What is logged while it runs tells its caller's request.
+        # Log records of the job then have the id of its caller's request.
         self.context = copy_context()
         self._call = call
 
     def pin(self, reservations: Sequence[Reservation]) -> None:
-        """Keep reservations until the job is done or was abandoned."""
+        """Keep reservations until the job is done or abandoned."""
         for reservation in reservations:
             reservation.pin()
         self.future.add_done_callback(partial(_unpin, reservations))
 
     def begin(self) -> bool:
-        """Return whether somebody still waits for it."""
+        """Mark the job as running; return False if no caller waits for it any more."""
         if not self.future.set_running_or_notify_cancel():
             return False
         try:
             self._call.check()
         except LayertapError as error:
-            # Without its traceback, which refers to this job, which refers to the error.
+            # Without the traceback, which refers to this job, which in turn refers to the error.
             self.future.set_exception(error.with_traceback(None))
             return False
         return True
@@ -81,15 +82,15 @@ def _unpin(reservations: Sequence[Reservation], done: Future[Any]) -> None:
 
 
 class ComputeThreads:
-    """Runs jobs in the order in which they came, each on the first thread that is free.
+    """Runs jobs in order of arrival, each on the first free thread.
 
     Args:
-        instances: Threads.
-        intra_op: Cores that one of them computes with; None leaves it to PyTorch, which takes
-            those of the machine, but no more than the process may use.
+        instances: The number of threads.
+        intra_op: Cores that each thread computes with. None leaves this to PyTorch, which uses all
+            cores of the machine, but no more than the process may use.
 
     Raises:
-        UnavailableError: If the system does not allow that many threads.
+        UnavailableError: If the system does not allow this many threads.
     """
 
     def __init__(self, instances: int = 1, intra_op: int | None = None) -> None:
@@ -100,7 +101,7 @@ class ComputeThreads:
             threading.Thread(target=self._work, name=f"layertap-compute-{index}")
             for index in range(instances)
         ]
-        # With those of the OpenMP teams, whose library ends the process where it can't start one.
+        # Counts the OpenMP teams too: OpenMP's library ends the process if it can't start a thread.
         require_threads(instances * intra_op_cores(intra_op))
         for thread in self._threads:
             thread.start()
@@ -111,18 +112,18 @@ class ComputeThreads:
         return all(thread.is_alive() for thread in self._threads)
 
     def run(self, job: Callable[[], R], call: Call, pins: Sequence[Reservation] = ()) -> R:
-        """Run a job under ``torch.inference_mode`` and return what it returns.
+        """Run a job under ``torch.inference_mode`` and return its result.
 
-        A job whose caller went away or whose deadline passed before its turn is not run.
+        The job is not run if its caller leaves or its deadline passes before its turn.
 
         Args:
-            job: What to run.
+            job: The job.
             call: The deadline and cancellation state of its request.
             pins: See ``run_batched``.
 
         Raises:
             UnavailableError: After ``close``.
-            DeadlineExceededError, CancelledError: If the caller is not waiting any more.
+            DeadlineExceededError, CancelledError: If the caller no longer waits.
         """
         return self.run_batched(None, lambda _: [job()], call, pins=pins)
 
@@ -137,19 +138,19 @@ class ComputeThreads:
         policy: BatchPolicy = ALONE,
         pins: Sequence[Reservation] = (),
     ) -> R:
-        """Run an item as ``run`` does a job, together with others of its key that wait as well.
+        """Run an item like a job in ``run``, in a batch with waiting items that have its key.
 
         If a batch of several items fails, each item is run alone, so that one caller's input does
         not affect another's request.
 
         Args:
             item: The item to compute.
-            runner: Computes items of one key; that of the oldest is called.
+            runner: Computes items of one key. For a batch, the oldest item's runner is called.
             call: The deadline and cancellation state of its request.
             key: Items with the same key may share a batch; None to run the item alone.
             size: What the item adds to a batch.
-            policy: How large a batch may get and how long it is waited for.
-            pins: Bytes that the job uses; they stay reserved until it is done, even if its caller
+            policy: How large a batch may get, and how long it may wait for more items.
+            pins: Bytes that the job uses. They stay reserved until it is done, even if its caller
                 disconnects earlier.
         """
         job = _Job(item, runner, call)
@@ -166,12 +167,12 @@ class ComputeThreads:
             self._forget(job)
             raise DeadlineExceededError("the deadline passed before the answer was ready") from None
         finally:
-            # An error that the job raised refers to this frame: it must not refer to the job, which
-            # refers to the error.
+            # An error of the job refers to this frame, and the job refers to the error. Deleting
+            # ``job`` breaks this cycle.
             del job
 
     def close(self) -> None:
-        """Finish what was admitted, refuse anything new, end the threads."""
+        """Finish the admitted jobs, refuse new ones, and end the threads."""
         self._queue.close()
         for thread in self._threads:
             thread.join()
@@ -184,7 +185,7 @@ class ComputeThreads:
             raise UnavailableError("the server is shutting down") from None
 
     def _forget(self, job: _Job[Any, Any]) -> None:
-        """Remove a job that nobody waits for from the queue; a running job continues."""
+        """Remove a job that no caller waits for from the queue; a running job continues."""
         if job.future.cancel():
             self._queue.discard(job)
 
@@ -196,18 +197,18 @@ class ComputeThreads:
             if wanted:
                 with forward_passes(), torch.inference_mode():
                     _settle(wanted)
-            # Or the last batch's tensors would live until the next one comes.
+            # Otherwise the last batch's tensors would live until the next batch comes.
             del jobs, wanted
 
 
 def _settle(jobs: Sequence[_Job[Any, Any]]) -> None:
-    """Run jobs of one key together, each alone where that fails."""
+    """Run jobs of one key together, or one by one if that fails."""
     try:
         results = jobs[0].context.run(jobs[0].runner, [job.item for job in jobs])
-    except BaseException as error:  # noqa: BLE001 - it is the callers', whatever it is
+    except BaseException as error:  # noqa: BLE001 - any exception is passed on to the caller
         if len(jobs) == 1:
             jobs[0].future.set_exception(error)
-            # The error refers to this frame, and through it to the job and to itself.
+            # Break the cycle from the error through this frame to the job and the error.
             del jobs
             return
     else:

@@ -20,16 +20,17 @@ from layertap.extraction.catalogue import LayerEntry, side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.points import PointKind, ValueSpec
 from layertap.models import InputSpec, Preprocess
+from layertap.models.text import TextTokenizer
 from layertap.selection import Capture, Extractor
 
 __all__ = ["RefusedAlone", "describe", "refusal", "refused_alone", "stride"]
 
 RefusedAlone = Mapping[tuple[Extractor, str], str]
-"""Why an extractor could not serve one side of a layer alone, by extractor and ``side_name``."""
+"""Why an extractor could not serve one side of a layer by itself, by extractor and side name."""
 
 
 def describe(host: ModelHost) -> ModelDescription:
-    """Describe a loaded model and its layers, with what was refused up to now."""
+    """Describe a loaded model and its layers, including plans that were refused so far."""
     model, rules = host.model, host.catalogue.guard.rules
     refused = refused_alone(host)
     return ModelDescription(
@@ -38,7 +39,11 @@ def describe(host: ModelHost) -> ModelDescription:
         weights=model.weights,
         device=str(model.device),
         inputs=tuple(
-            _input(spec, model.preprocess if spec is model.signature.main else None)
+            _input(
+                spec,
+                model.preprocess if spec.name in model.image_inputs else None,
+                model.tokenizer if spec.name in model.text_inputs else None,
+            )
             for spec in model.signature.inputs
         ),
         layers=tuple(_layer(entry, host, refused) for entry in host.catalogue),
@@ -58,7 +63,7 @@ def describe(host: ModelHost) -> ModelDescription:
 
 
 def refused_alone(host: ModelHost) -> RefusedAlone:
-    """Return what extractors were found not to serve of single layers of default items."""
+    """Return the refusals so far that concern one layer by itself, for default items."""
     return {
         (plan.extractor, plan.layers[0]): plan.reason
         for plan in host.refused_plans()
@@ -67,19 +72,21 @@ def refused_alone(host: ModelHost) -> RefusedAlone:
 
 
 def refusal(entry: LayerEntry, extractor: Extractor, side: Capture, refused: RefusedAlone) -> str:
-    """Return why an extractor can't take one side of a layer; empty where it can."""
+    """Return why an extractor can't capture one side of a layer; empty if it can."""
     found = refused.get((extractor, side_name(entry.name, side)), "")
     return found or entry.refusal(extractor, side)
 
 
 def stride(entry: LayerEntry, host: ModelHost) -> float:
-    """Return the height of the first input over that of a layer's grid; 0 where it has none."""
+    """Return the height of the first input divided by that of a layer's grid; 0 without a grid."""
     if entry.geometry.layout is Layout.UNKNOWN:
         return 0.0
     return host.model.signature.main.shape[-2] / entry.geometry.height
 
 
-def _input(spec: InputSpec, preprocess: Preprocess | None) -> InputDescription:
+def _input(
+    spec: InputSpec, preprocess: Preprocess | None, tokenizer: TextTokenizer | None
+) -> InputDescription:
     dimensions = (Dimension(size, free=name) for size, name in spec.dimensions)
     return InputDescription(
         name=spec.name,
@@ -87,6 +94,9 @@ def _input(spec: InputSpec, preprocess: Preprocess | None) -> InputDescription:
         shape=(Dimension(1, batch=True), *dimensions),
         images=preprocess is not None,
         preprocessing=preprocess.describe() if preprocess else "",
+        optional=spec.optional,
+        texts=tokenizer is not None,
+        tokenization=tokenizer.describe() if tokenizer else "",
     )
 
 

@@ -13,13 +13,13 @@ __all__ = ["choose_device"]
 
 
 def choose_device(wanted: str) -> str:
-    """Return ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` and so on; the first of them for ``"auto"``.
+    """Return the device to use: ``"cpu"``, ``"cuda"`` or, for example, ``"cuda:1"``.
 
     Args:
-        wanted: One of these, or ``"auto"`` for CUDA where there is a device, else the CPU.
+        wanted: One of these, or ``"auto"`` for CUDA if there is such a device, else the CPU.
 
     Raises:
-        ConfigError: The machine has no such device, or ``wanted`` names none.
+        ConfigError: If there is no such device, or ``wanted`` is something else.
     """
     if not re.fullmatch(DEVICE_PATTERN, wanted):
         raise ConfigError(f"device: got {wanted!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:1'")

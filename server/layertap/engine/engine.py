@@ -32,12 +32,12 @@ class Engine:
     """Serves layers of several models.
 
     Args:
-        limits: What requests may contain.
-        device: Where models run that don't say otherwise, such as ``"cpu"`` or ``"cuda"``.
-        threads: Cores that one forward pass computes with there; None leaves it to PyTorch.
-        instances: Forward passes that may run there at once. Each other device has compute threads
-            of its own: as many if it is of the same kind, else one.
-        plan_cache: Where the compiled plans of declared layers are stored.
+        limits: The limits of requests.
+        device: The default device of models, such as ``"cpu"`` or ``"cuda"``.
+        threads: Cores for one forward pass on that device; None leaves it to PyTorch.
+        instances: Forward passes that may run at once on that device. Every other device has its
+            own compute threads: the same number if it is of the same kind, else one.
+        plan_cache: Stores the compiled plans of declared layers.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Engine:
         self._device = torch.device(device)
         self._plan_cache = plan_cache
         self._instances = instances, threads
-        # Read before threads with one core each are started: PyTorch gives new threads the number
-        # that was set last, in whichever thread.
+        # Read this before starting threads with one core each: PyTorch gives new threads the number
+        # that any thread set last.
         self._cores = min(torch.get_num_threads(), available_cpus())
         self._compute: dict[torch.device, ComputeThreads] = {}
         self._image_threads: ComputeThreads | None = None
@@ -70,13 +70,13 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether every compute thread runs; one that ended would leave requests unanswered."""
+        """Whether all compute threads run; if one has ended, requests would get no answer."""
         with self._lock:
             return all(threads.alive for threads in self._compute.values())
 
     @property
     def pending_bytes(self) -> int:
-        """Bytes of the requests and replies that are in memory."""
+        """Bytes of the requests and replies in memory."""
         return self._admission.bytes
 
     def load(
@@ -90,15 +90,15 @@ class Engine:
         """Load a model, measure its catalogue and warm the plans of its declared layers.
 
         Args:
-            spec: What to load.
+            spec: The model to load.
             declared: Layers that will be requested.
-            options: How it is served; the defaults if not given.
-            device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
+            options: How to serve it; default options if not given.
+            device: The device to run it on, such as ``"cuda:1"``; the engine's own if empty.
 
         Raises:
             ConfigError: If the name is taken.
             ModelLoadError: If the model can't be loaded or can't run.
-            LayertapError: Whatever a request for the declared layers would raise.
+            LayertapError: Any error that a request for the declared layers would raise.
         """
         if spec.name in self._versions:
             raise ConfigError(f"two models are called {spec.name!r}; give one another name")
@@ -116,7 +116,7 @@ class Engine:
         device: str = "",
         call: Call | None = None,
     ) -> ModelHost:
-        """Load a model as ``load`` does, while the version that has its name keeps serving.
+        """Load a model as ``load`` does, while the current version with its name keeps serving.
 
         Weights are read while requests run; steps that run the model alternate with requests. Once
         everything is warm, new requests go to the new version. The former version answers its
@@ -124,16 +124,16 @@ class Engine:
         as ``load``. Both versions are in memory for some time.
 
         Args:
-            spec: What to load.
+            spec: The model to load.
             declared: Layers that will be requested.
-            options: How it is served; the defaults if not given.
-            device: Where it runs, such as ``"cuda:1"``; the engine's own device if empty.
+            options: How to serve it; default options if not given.
+            device: The device to run it on, such as ``"cuda:1"``; the engine's own if empty.
             call: Cancels the load.
 
         Raises:
-            ModelLoadError: If the model can't be loaded or can't run; the former version keeps
-                serving, as after any other error.
-            LayertapError: Whatever a request for the declared layers would raise.
+            ModelLoadError: If the model can't be loaded or can't run. The former version keeps
+                serving after this or any other error.
+            LayertapError: Any error that a request for the declared layers would raise.
             CancelledError: If the call was cancelled.
         """
         call = call or Call()
@@ -143,11 +143,11 @@ class Engine:
         return self._publish(model, declared, options, where=where, call=call, again=again)
 
     def unload(self, name: str, *, wait: bool = True) -> None:
-        """Unload a model; requests that were admitted are still answered.
+        """Unload a model. Requests that were admitted are still answered.
 
         Args:
-            name: The model, or one that was expected and never loaded.
-            wait: Whether to return only once its memory is free.
+            name: The model. It may be an expected model that was never loaded.
+            wait: Whether to return only after its memory was freed.
 
         Raises:
             ModelNotFoundError: If no model has that name.
@@ -159,39 +159,39 @@ class Engine:
             self._unloading.start(former)
 
     def expect(self, names: Sequence[str]) -> None:
-        """Name the models that are to be served, in the order in which ``hosts`` lists them.
+        """Register the models that will be served, in the order in which ``hosts`` lists them.
 
-        A request for one that is not loaded yet is UNAVAILABLE instead of not found.
+        A request for a model that is not loaded yet is then UNAVAILABLE instead of not found.
         """
         self._versions.expect(names)
 
     def explain(self, name: str, reason: str) -> None:
-        """Say why a model is not served, for those who request it; nothing changes where it is."""
+        """Set the reason that requests for an unloaded model get; no effect on a served model."""
         self._versions.explain(name, reason)
 
     def hosts(self) -> list[ModelHost]:
-        """Return the served models in the order of ``expect``, then in that of their loading."""
+        """Return the served models in the order of ``expect``, then in the order of loading."""
         return self._versions.hosts()
 
     def states(self) -> list[tuple[str, str]]:
-        """Return the models that were expected, and why each doesn't serve; empty if it does."""
+        """Return (name, reason) for each expected model; the reason is empty if it is served."""
         return self._versions.states()
 
     def host(self, name: str) -> ModelHost:
         """Return a served model.
 
         Raises:
-            ModelNotFoundError: If there is none of that name; the message has the served names.
+            ModelNotFoundError: If there is no such model; the message lists the served models.
             UnavailableError: If it is being loaded or could not be loaded.
         """
         return self._versions.host(name)
 
     def lease(self, name: str) -> AbstractContextManager[ModelHost]:
-        """Return a block in which one version of a model is used; it stays until the block ends.
+        """Return a block in which one version of a model can be used; it stays until the end.
 
-        A request takes one lease for all that it does with the model, so that no answer mixes two
-        versions: Note [A version is unloaded when nobody uses it]. The block must be entered at
-        once.
+        A request takes one lease for everything that it does with the model, so that no answer
+        mixes two versions; see Note [A version is unloaded when nobody uses it]. The block must be
+        entered at once.
 
         Raises:
             ModelNotFoundError, UnavailableError: As ``host`` does.
@@ -199,10 +199,10 @@ class Engine:
         return self._versions.lease(name)
 
     def reserve(self, nbytes: int) -> Reservation:
-        """Count the bytes of a request that was received; the caller has to release them.
+        """Count the bytes of a received request; the caller must release them.
 
         Raises:
-            OverloadedError: If they would be over ``pending_bytes`` of the limits.
+            OverloadedError: If they would exceed ``pending_bytes`` of the limits.
         """
         return self._admission.reserve("the request takes", nbytes)
 
@@ -218,18 +218,18 @@ class Engine:
         Args:
             request: The request.
             call: The deadline and cancellation state of the request.
-            host: The version to run, of which the caller has a lease; the one that serves the
-                request's model now if None.
-            received: What ``reserve`` gave for the request. Bytes that are decoded from it are
-                added; the caller has to release it afterwards. None if nothing is to be counted
-                but what is decoded.
+            host: The version to run, on which the caller has a lease. If None, the version that
+                serves the request's model now.
+            received: The result of ``reserve`` for the request. Bytes that are decoded from the
+                request are added to it. The caller must release it afterwards. If None, only the
+                decoded bytes are counted.
 
         Returns:
-            The reply. The caller has to call ``release`` of it once it is not needed any more;
-            until then its bytes count as pending.
+            The reply. The caller must call its ``release`` once it is no longer needed; until then
+            its bytes count as pending.
 
         Raises:
-            LayertapError: See the tree; nothing is computed for a request that is refused.
+            LayertapError: See the tree of errors. A refused request computes nothing.
         """
         if host is None:
             with self.lease(request.model) as leased:
@@ -241,7 +241,7 @@ class Engine:
             return self._pipeline.extract(host, request, call, received)
 
     def close(self) -> None:
-        """Finish the requests that were admitted, then unload the models."""
+        """Finish the admitted requests, then unload the models."""
         if self._image_threads is not None:
             self._image_threads.close()
         for threads in self._compute.values():
@@ -250,11 +250,11 @@ class Engine:
 
     def _where(self, device: str) -> torch.device:
         where = torch.device(device) if device else self._device
-        # "cuda" is the first of them, and has the same threads as "cuda:0".
+        # "cuda" is the first CUDA device, so it has the same threads as "cuda:0".
         return torch.device("cuda", where.index or 0) if where.type == "cuda" else where
 
     def _threads(self, device: torch.device) -> ComputeThreads:
-        """Return the compute threads of a device, started when they are needed first."""
+        """Return the compute threads of a device; they are started when first needed."""
         with self._lock:
             if device not in self._compute:
                 alike = device.type == self._device.type
@@ -266,7 +266,7 @@ class Engine:
     def _preparing(self, device: torch.device) -> ComputeThreads | None:
         """Return threads that prepare images alongside the passes of a GPU; None for a CPU.
 
-        On a CPU the compute threads prepare them, since the cores are theirs.
+        On a CPU the compute threads prepare them, because they use all its cores.
         """
         if device.type != "cuda":
             return None

@@ -44,16 +44,16 @@ Refusal = InvalidInputError | ExtractorUnsupportedError
 V = TypeVar("V")
 
 MAX_PROMOTED = 24
-"""Layers of a set that is compiled alongside requests.
+"""Maximum number of layers in a set that is compiled while requests are served.
 
-What torch does in a program's first run can't be cut into steps, and takes minutes for the hundreds
-of layers of a large transformer, in which nothing else would be served.
+A program's first run in torch can't be divided into steps. For the hundreds of layers of a large
+transformer it takes minutes, in which no other request would be served.
 """
 
 MAX_SIZES_PROVEN = 8
-"""Every batch size up to it is proven before a model is ready; above it 16, 32 and so on.
+"""Every batch size up to this is proven before a model is ready; above it only 16, 32 and so on.
 
-The others are proven at their first use.
+Other sizes are proven when they are first used.
 """
 
 MAX_REFUSALS = 256
@@ -66,9 +66,9 @@ class RefusedPlan:
 
     Attributes:
         extractor: The extractor.
-        layers: Catalogue names, with the suffix ``:input`` for inputs.
+        layers: The layers' names in the catalogue, with the suffix ``:input`` for inputs.
         batch_key: The key of the batches that it would have served.
-        reason: The reason, as in the error of a request for it.
+        reason: The reason, as in the error of a request for these layers.
     """
 
     extractor: Extractor
@@ -82,24 +82,24 @@ class ModelHost:
 
     Args:
         model: The model.
-        compute: The threads that run it; measuring runs there, so construction takes a while.
-        limits: What requests may contain.
-        cache: Where the compiled plans of declared layers are stored.
-        options: How it is served.
+        compute: The threads that run it. The model is measured there, so construction takes time.
+        limits: The limits of requests.
+        cache: Stores the compiled plans of declared layers.
+        options: How to serve the model.
         call: Cancels the measuring.
         preparing: The threads that make batches of decoded images; the compute threads if not
             given.
-        again: Loads the model once more. A stateful model is served by a module that never ran, not
-            by the one that was measured.
+        again: Loads the model once more. If the model is stateful, it is served by a module that
+            never ran, instead of the one that was measured.
 
     Attributes:
         compute: The compute threads of its device.
         preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
-        staging: Copies what a GPU computed to the host; None if values are written at once.
+        staging: Copies values from a GPU to the host; None if values are written at once.
 
     Raises:
-        ModelLoadError: If the model can't run on its own input shape.
+        ModelLoadError: If the model can't run on sample input of its own signature.
         CancelledError: If the call was cancelled.
     """
 
@@ -149,7 +149,7 @@ class ModelHost:
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
         self._max_plans = limits.plans
-        # A compiled program has its own weights, up to all of the model's.
+        # A compiled program has its own weights, at most as large as the model's.
         self._fits = self.weight_bytes <= limits.plan_bytes
         self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
         self._promoter: Promoter[PlanKey] = Promoter(self._compile)
@@ -162,14 +162,14 @@ class ModelHost:
         return self._resolve(selections, extractor)
 
     def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
-        """Build and keep the plans of layers that will be requested, together and each alone.
+        """Build and keep the plans of layers that will be requested: all together and each alone.
 
-        AUTO then serves them by a compiled plan at the model's default items. If the model can't
-        be compiled, the log says so and AUTO serves them by the next best extractor. Requests take
-        their turn between the steps; the call cancels the rest of them.
+        AUTO then serves them with a compiled plan, for the model's default items. If the model
+        can't be compiled, the log says so and AUTO serves them with the next best extractor. Other
+        requests run between the steps. The call cancels the remaining steps.
 
         Raises:
-            LayertapError: Whatever a request for them would raise.
+            LayertapError: Any error that a request for these layers would raise.
         """
         self.declared = list(selections)
         sets = [tuple(selections), *((selection,) for selection in selections)]
@@ -183,14 +183,14 @@ class ModelHost:
                 self._declared_plans[key] = plan
 
     def plan(self, resolved: Resolved, batch_key: BatchKey, size: int, call: Call) -> Plan:
-        """Return the plan that serves a request of that many items of that key.
+        """Return the plan for a request of this many items with this key.
 
-        It is built on a compute thread where it is new, and proven there for a new batch size.
+        A new plan is built on a compute thread, and is proven there for each new batch size.
 
         Raises:
             InvalidInputError: If the model can't run on such items.
-            ExtractorUnsupportedError: If the extractor that was requested can't serve them, or
-                that many of them.
+            ExtractorUnsupportedError: If the requested extractor can't serve the layers, or can't
+                serve this batch size.
         """
         extractor = self._choose(resolved, batch_key, size)
         key = PlanKey(extractor, resolved.pass_spec, batch_key)
@@ -208,9 +208,9 @@ class ModelHost:
         )
 
     def prove_shared(self, plan: Plan, items: int) -> bool:
-        """Return whether requests may share a pass of that many items. For a compute thread."""
+        """Return whether requests may share a pass of this many items. For a compute thread."""
         prover = self._builder.prover
-        # A plan may fit each of two requests, and not both together.
+        # A plan may serve each of two requests, but not the batch size of both together.
         prover.prove_size(plan, items)
         return not plan.refusal(items) and prover.prove_shared(plan, items)
 
@@ -218,7 +218,7 @@ class ModelHost:
         """Stop using a plan whose program failed although the model did not.
 
         Returns:
-            The refusal that requests for it get from now on.
+            The error that requests for it get from now on.
         """
         refusal = ExtractorUnsupportedError(
             f"{plan.extractor.name} can't serve {quoted(plan.points)} of model "
@@ -233,7 +233,7 @@ class ModelHost:
         return refusal
 
     def refused_plans(self) -> list[RefusedPlan]:
-        """Return the layer sets that an extractor was tried on and could not serve."""
+        """Return the layer sets that an extractor was tested with and could not serve."""
         names = self.catalogue.names
         with self._lock:
             refused = list(self._refusals.items())
@@ -249,14 +249,15 @@ class ModelHost:
         ]
 
     def stop_promoting(self) -> None:
-        """Give up what is being compiled alongside requests.
+        """Stop compiling layer sets in the background.
 
-        Before a compute thread closes the host, which would wait for a step that waits for it.
+        Call this before a compute thread closes the host. Otherwise closing would wait for a
+        compiling step that waits for this compute thread.
         """
         self._promoter.close()
 
     def close(self) -> None:
-        """Take the hooks off the model and forget its plans."""
+        """Remove the hooks from the model, and drop its plans."""
         self._promoter.close()
         self._taps.close()
         self._checkpoints.close()
@@ -265,9 +266,9 @@ class ModelHost:
             self._declared_plans.clear()
 
     def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
-        """Return a model's catalogue, with all of its claims tested.
+        """Return a model's catalogue, with all its claims tested.
 
-        In steps, between which the requests of other models alternate.
+        This is done in steps, and requests for other models run between them.
         """
         measured = self.compute.run(lambda: measure_with_graph(model, guard), call)
         steps = kept_claims(model, *measured)
@@ -277,7 +278,7 @@ class ModelHost:
         return catalogue
 
     def _log_uncompiled(self, resolved: Resolved) -> None:
-        """Log why no compiled plan can be made of declared layers, by the catalogue."""
+        """Log why declared layers can't be compiled, according to the catalogue."""
         for extractor, kind in KINDS.items():
             if not kind.compiled or extractor in resolved.candidates:
                 continue
@@ -291,7 +292,7 @@ class ModelHost:
                     )  # fmt: skip
 
     def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
-        """Build the plan of the first candidate that can be built."""
+        """Build the plan of the first candidate extractor that can be built."""
         for extractor in resolved.candidates:
             key = PlanKey(extractor, resolved.pass_spec, self.model.signature.key)
             try:
@@ -300,7 +301,7 @@ class ModelHost:
                     pass
                 return key, plan
             except (ExtractorUnsupportedError, OverloadedError) as refusal:
-                # Memory that is missing now may be there later: that is not remembered.
+                # Lack of memory is not recorded as a refusal, as memory may be free later.
                 if isinstance(refusal, ExtractorUnsupportedError):
                     self._refuse(key, refusal)
                 if extractor is resolved.candidates[-1]:
@@ -322,11 +323,11 @@ class ModelHost:
         doubling = {*(1 << bit for bit in range(1, (most - 1).bit_length())), most}
         for size in sorted(doubling | set(range(2, min(most, MAX_SIZES_PROVEN) + 1))):
             self.compute.run(partial(self.prove_shared, plan, size), Call())
-            if size in doubling:  # The others have run twice by now.
+            if size in doubling:  # The other sizes have run twice by now.
                 self.compute.run(partial(prover.warm, plan, size), Call())
 
     def _record(self, plan: Plan) -> Plan:
-        """Return a declared plan that replays the batch sizes for which that was asked."""
+        """Return a declared plan that replays the batch sizes of the option ``cuda_graphs``."""
         sizes = self.options.cuda_graphs
         if not sizes or self.model.device.type != "cuda":
             return plan
@@ -353,7 +354,7 @@ class ModelHost:
                 return extractor
             if compiles and plan is None and not refused:
                 self._promoter.note(key)
-                compiles = False  # The next kind is compiled only where this one is refused.
+                compiles = False  # The next kind is compiled only if this one is refused.
         return resolved.candidates[0]
 
     def _known(self, key: PlanKey) -> Plan | None:
@@ -377,7 +378,7 @@ class ModelHost:
         return plan
 
     def _compile(self, key: PlanKey) -> Iterator[None]:
-        """Compile a layer set in steps that alternate among the requests."""
+        """Compile a layer set in steps; requests run between them."""
         if self._known(key) is not None:
             return
         steps = self._builder.steps(*key)
@@ -390,7 +391,7 @@ class ModelHost:
         self._keep(key, plan)
 
     def _keep(self, key: PlanKey, plan: Plan) -> None:
-        """Keep a plan, and release those that were not used for longest."""
+        """Keep a plan, and drop the least recently used ones if there are too many."""
         self._remember(self._plans, key, plan, self._max_plans)
         with self._lock:
             compiled = [key for key in self._plans if kind_of(key.extractor).compiled]
@@ -398,7 +399,7 @@ class ModelHost:
                 del self._plans[oldest]
 
     def _refuse(self, key: PlanKey, refusal: Refusal) -> None:
-        """Remember a refusal. A copy: its traceback refers to the batches that were tried."""
+        """Record a copy of a refusal, as its traceback refers to the tested batches."""
         self._remember(self._refusals, key, type(refusal)(str(refusal)), MAX_REFUSALS)
 
     def _remember(self, cache: OrderedDict[PlanKey, V], key: PlanKey, value: V, most: int) -> None:
@@ -409,7 +410,7 @@ class ModelHost:
 
 
 def _fresh(model: LoadedModel, again: Callable[[], LoadedModel]) -> LoadedModel | None:
-    """Return a model with another module, one that never ran; None if there is none."""
+    """Return the model with a module that never ran; None if no such module can be loaded."""
     try:
         module = again().module
         reason = "its factory returns the same module each time" if module is model.module else ""

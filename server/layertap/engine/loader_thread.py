@@ -24,14 +24,14 @@ T = TypeVar("T")
 def run_in_loader_thread(job: Callable[[], T], call: Call) -> T:
     """Run a job under ``torch.inference_mode`` in its own thread, and return its result.
 
-    For building modules and reading weights while requests are served. Code that runs models
-    belongs on a compute thread (Note [One compute thread]); the OpenMP team that a job may start
-    here ends with its thread. ``forward_passes`` is not held: symbolic tracing, and all requests
-    after it, would wait for the end of the job.
+    This is for building modules and reading weights while requests are served. Code that runs
+    models belongs on a compute thread (Note [One compute thread]). If the job starts an OpenMP
+    team here, the team ends with this thread. ``forward_passes`` is not held, as symbolic tracing,
+    and then all requests, would wait for the end of the job.
 
     Raises:
         CancelledError: If the call was cancelled; the job continues and its result is dropped.
-        UnavailableError: If the system does not allow the threads that this takes.
+        UnavailableError: If the system does not allow enough threads.
     """
     done: Future[T] = Future()
 
@@ -40,16 +40,16 @@ def run_in_loader_thread(job: Callable[[], T], call: Call) -> T:
             set_intra_op(None)
             with torch.inference_mode():
                 result = job()
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+        except BaseException as error:  # noqa: BLE001 - ``done.result()`` raises it again
             with suppress(InvalidStateError):
                 done.set_exception(error)
         else:
             with suppress(InvalidStateError):
                 done.set_result(result)
 
-    # Includes those of the OpenMP team, whose library ends the process if it can't start one.
+    # This counts the OpenMP team too: OpenMP's library ends the process if it can't start a thread.
     require_threads(intra_op_cores(None))
-    # A daemon: a job that hangs must not keep the process from ending.
+    # A daemon thread, as a job that hangs must not keep the process from ending.
     start_thread(threading.Thread(target=work, name="layertap-loader", daemon=True))
     try:
         with call.cancelling(done.cancel):

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic
 
+import torch
+
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
-    ImagesInput,
-    TensorsInput,
+    ImageFiles,
+    Inputs,
     batch_bytes,
+    check_images,
     check_tensors,
     decode_images,
     preprocess_images,
@@ -23,13 +26,21 @@ from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ReplyWriter
 from layertap.engine.reply_form import P, ReplyForm
-from layertap.engine.reply_layout import Envelope, reply_collector, reply_writer
+from layertap.engine.reply_layout import Beside, Envelope, reply_collector, reply_writer
 from layertap.engine.resolve import Resolved
+from layertap.engine.text_batch import (
+    TextBatch,
+    beside_batch,
+    check_texts,
+    tensors_of_texts,
+    tokenize,
+)
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.plan import Plan
 from layertap.models import Batch
+from layertap.models.text import TokenizedTexts
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import Limits
@@ -40,18 +51,18 @@ __all__ = ["Extraction", "ExtractionRequest", "Pipeline", "publish"]
 
 @dataclass(frozen=True, slots=True)
 class ExtractionRequest(Generic[P]):
-    """What a caller wants.
+    """What a caller requests.
 
     Attributes:
-        model: A served model's name.
-        input: The batch.
+        model: The name of a served model.
+        inputs: The batch: tensors and images by the names of the model's inputs.
         selections: The layers to return.
-        extractor: How to take them.
-        form: Makes the form of the reply for the extractor that was chosen.
+        extractor: The extractor to use.
+        form: Returns the form of the reply, given the chosen extractor.
     """
 
     model: str
-    input: TensorsInput | ImagesInput
+    inputs: Inputs
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
     form: Callable[[Extractor], ReplyForm[P]] = field(kw_only=True)
@@ -62,13 +73,13 @@ class Extraction(Generic[P]):
     """The reply to one request.
 
     Attributes:
-        payload: What the request's form made of the reply: the bytes of a message, or tensors.
-        extractor: Which extractor served it; never AUTO.
-        timings: Where the time went.
-        together: Requests that shared the forward pass, this one included.
-        shared_bytes: Bytes of tensors that stand in shared memory instead of in the payload.
-        items: Items of the request.
-        reservation: The bytes of the payload; to be released once it was sent or is not needed.
+        payload: The reply in the request's form: the bytes of a message, or tensors.
+        extractor: The extractor that served it; never AUTO.
+        timings: How long each part took.
+        together: The number of requests that shared the forward pass, including this one.
+        shared_bytes: Bytes of tensors in shared memory instead of in the payload.
+        items: The number of items in the request.
+        reservation: The bytes of the payload. Release it once the payload was sent or dropped.
     """
 
     payload: P
@@ -87,7 +98,7 @@ class Extraction(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class _Admitted(Generic[P]):
-    """One request on its way through the pipeline, and what it has reserved."""
+    """One request in the pipeline, with its reservations."""
 
     host: ModelHost
     request: ExtractionRequest[P]
@@ -97,11 +108,11 @@ class _Admitted(Generic[P]):
 
 
 class Pipeline:
-    """Takes requests through their models' compute threads.
+    """Runs requests on their models' compute threads.
 
     Args:
         admission: Counts the bytes of replies.
-        limits: What requests may contain.
+        limits: The limits of requests.
     """
 
     def __init__(self, admission: Admission, limits: Limits) -> None:
@@ -123,40 +134,40 @@ class Pipeline:
     def _extract(self, admitted: _Admitted[P]) -> Extraction[P]:
         host, request, call = admitted.host, admitted.request, admitted.call
         resolved = host.resolve(request.selections, request.extractor)
-        x = self._batch(admitted)
+        x, beside = self._batch(admitted)
         plan = host.plan(resolved, host.model.signature.key_of(x), x.size, call)
         if plan.kind.finite_only and not _is_finite(request, x):
             resolved = host.resolve(request.selections, _for_any_number(request, plan, host))
             plan = host.plan(resolved, host.model.signature.key_of(x), x.size, call)
         try:
-            return self._run(admitted, x, resolved, plan)
+            return self._run(admitted, x, beside, resolved, plan)
         except ModelRunError as error:
             if not plan.kind.compiled:
                 raise
             reason = str(error)
-        # Behind the handler, as the error refers to the former reply and its memory.
+        # Outside the handler, because the error refers to the former reply and its memory.
         admitted.reply.shrink(0)
-        return self._run_model(admitted, x, plan, reason)
+        return self._run_model(admitted, x, beside, plan, reason)
 
     def _run_model(
-        self, admitted: _Admitted[P], x: Batch, failed: Plan, reason: str
+        self, admitted: _Admitted[P], x: Batch, beside: Beside, failed: Plan, reason: str
     ) -> Extraction[P]:
-        """Run the model itself where its compiled program failed.
+        """Run the model itself after a compiled program failed.
 
-        If the model fails on this input too, its own error is raised. Else the program is at fault,
-        and no longer serves.
+        If the model fails on this input too, its own error is raised. Otherwise the program is at
+        fault, and its plan is no longer used.
         """
         host, request = admitted.host, admitted.request
         resolved = host.resolve(request.selections, REFERENCE.id)
         plan = host.plan(resolved, host.model.signature.key_of(x), x.size, admitted.call)
-        extraction = self._run(admitted, x, resolved, plan)
+        extraction = self._run(admitted, x, beside, resolved, plan)
         refusal = host.refuse(failed, reason)
         if request.extractor is Extractor.AUTO:
             return extraction
         raise refusal
 
     def _run(
-        self, admitted: _Admitted[P], x: Batch, resolved: Resolved, plan: Plan
+        self, admitted: _Admitted[P], x: Batch, beside: Beside, resolved: Resolved, plan: Plan
     ) -> Extraction[P]:
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
@@ -164,13 +175,13 @@ class Pipeline:
         parts = (resolved.outputs, plan, x.size, envelope, host.staging)
 
         def collect() -> Reply[P]:
-            # The reply before was given up, and its memory with it.
+            # The former reply was dropped, and its memory with it.
             reserved.shrink(0)
-            return reply_collector(*parts)
+            return reply_collector(*parts, beside=beside)
 
         lay_out = reply_collector if plan.dynamic else reply_writer
-        # Nothing here refers to the reply, so that its memory goes if ``collect`` replaces it.
-        work = Work(host, plan, resolved, x, lay_out(*parts), collect, call)
+        # No variable here refers to the reply, so its memory is freed if ``collect`` replaces it.
+        work = Work(host, plan, resolved, x, lay_out(*parts, beside=beside), collect, call)
         items = x.size
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
@@ -192,39 +203,49 @@ class Pipeline:
             total_ns=time.perf_counter_ns() - call.started_ns,
         )
         payload = publish(done.reply, form, timings)
-        # What was copied to the host or cast on the way has gone; the payload is left.
+        # Copies on the host and casts have been freed by now; only the payload is left.
         reserved.shrink(form.nbytes(payload))
         return Extraction(
             payload, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
         )
 
-    def _batch(self, admitted: _Admitted[Any]) -> Batch:
-        host, given = admitted.host, admitted.request.input
-        if isinstance(given, TensorsInput):
-            x = check_tensors(host.model, given.tensors, self._limits)
-        else:
-            x = self._images(admitted, given)
+    def _batch(self, admitted: _Admitted[Any]) -> tuple[Batch, Beside]:
+        host, given = admitted.host, admitted.request.inputs
+        texts = check_texts(host.model, given, self._limits)
+        images = check_images(host.model, given, self._limits)
+        tokenized = {name: self._texts(admitted, batch) for name, batch in texts.items()}
+        made = tensors_of_texts(host.model, given, tokenized)
+        for name, files in images.items():
+            made[name] = self._images(admitted, name, files)
+        x = check_tensors(host.model, given.tensors, self._limits, made)
+        beside = beside_batch(host.model, x, texts, tokenized)
         if host.staging is None:
-            return x
+            return x, beside
         admitted.received.take(x.nbytes)
-        return x.map(host.staging.upload)
+        return x.map(host.staging.upload), beside
 
-    def _images(self, admitted: _Admitted[Any], given: ImagesInput) -> Batch:
+    def _texts(self, admitted: _Admitted[Any], given: TextBatch) -> TokenizedTexts:
+        with self._decoding(admitted.call):
+            tokenized = tokenize(admitted.host.model, given, self._limits, admitted.call)
+        admitted.received.take(sum(array.nbytes for array in tokenized))
+        return tokenized
+
+    def _images(self, admitted: _Admitted[Any], name: str, given: ImageFiles) -> torch.Tensor:
         host, call, received = admitted.host, admitted.call, admitted.received
-        # The files are copies of what the message holds.
+        # The files are copies of parts of the message.
         received.take(sum(map(len, given.images)))
         with self._admission.reserve("the request's decoded images take") as pixels:
             with self._decoding(call):
                 images = decode_images(host.model, given.images, self._limits, pixels.take)
-            received.take(batch_bytes(host.model, images))
-            preprocess = partial(preprocess_images, host.model, images)
+            received.take(batch_bytes(host.model, name, images))
+            preprocess = partial(preprocess_images, host.model, name, images)
             return host.preparing.run(preprocess, call, pins=(received, pixels))
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
-        """Decode no more images at once than there are CPUs: more would only slow each other."""
+        """Wait until fewer inputs are being decoded than there are CPUs; more would be slower."""
         if not self._decoders.acquire(timeout=call.remaining()):
-            raise DeadlineExceededError("the deadline passed before the images were decoded")
+            raise DeadlineExceededError("the deadline passed before the input was decoded")
         try:
             yield
         finally:
@@ -232,21 +253,21 @@ class Pipeline:
 
 
 def publish(reply: Reply[P], form: ReplyForm[P], timings: Timings) -> P:
-    """Return the payload of a reply whose values were all captured."""
+    """Return the payload of a reply for which all values were captured."""
     if isinstance(reply, ReplyWriter) and reply.staging is None:
-        builder = reply.builder  # Complete already: each value was written when it was captured.
+        builder = reply.builder  # Already complete: each value was written at its capture.
     else:
         builder = reply.complete()
     return builder.finish(form.head(timings))
 
 
 def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
-    """Tell whether a request's input has neither NaN nor infinity; images never do."""
-    return isinstance(request.input, ImagesInput) or x.is_finite
+    """Return whether a request's inputs have no NaN or infinity; images never have."""
+    return not request.inputs.tensors or x.is_finite
 
 
 def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost) -> Extractor:
-    """Return the extractor for input with NaN or infinity, which the plan's kind must not get."""
+    """Return the extractor for input with NaN or infinity, which the plan's kind can't take."""
     if request.extractor is Extractor.AUTO:
         return REFERENCE.id
     raise ExtractorUnsupportedError(
@@ -256,9 +277,9 @@ def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost
 
 
 def _key(work: Work[Any]) -> Hashable:
-    """Return what requests that may share a forward pass have in common; None for those that can't.
+    """Return a key that is equal for requests that may share a pass; None for all others.
 
-    The plan is one per model, extractor, pass spec and item shape.
+    A plan is identified by its model, extractor, pass spec and batch key.
     """
     plan = work.plan
     if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:

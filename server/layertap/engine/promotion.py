@@ -1,7 +1,7 @@
 """Promotion: compiles sets of layers that are requested often, while requests are served.
 
 Compiling must happen on a compute thread, where the program will run, and takes as long as a few
-forward passes. So it is cut into steps, each of which waits its turn among the requests.
+forward passes. So it is divided into steps, and other requests run between them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PROMOTE_AFTER", "Promoter"]
 K = TypeVar("K")
 
 PROMOTE_AFTER = 4
-"""Requests that a layer set is served by HOOK before it is worth compiling."""
+"""A layer set is compiled when it has been requested this many times without a compiled plan."""
 
 MAX_COUNTED = 256
 
@@ -29,11 +29,11 @@ _log = logging.getLogger(__name__)
 
 
 class Promoter(Generic[K]):
-    """Counts requests for each layer set, and has a set compiled once it is requested often enough.
+    """Counts the requests for each layer set, and compiles a set once it is requested often.
 
     Args:
-        compile_steps: Yields between the steps of compiling; called on the promoter's own thread,
-            so each step has to go to a compute thread by itself.
+        compile_steps: Compiles a set and yields between the steps. It runs on the promoter's own
+            thread, so it must send each step to a compute thread itself.
     """
 
     def __init__(self, compile_steps: Callable[[K], Iterator[None]]) -> None:
@@ -46,7 +46,7 @@ class Promoter(Generic[K]):
         start_thread(self._thread)
 
     def note(self, key: K) -> None:
-        """Count one request; the one that makes it PROMOTE_AFTER requests the compilation."""
+        """Count one request; the one that reaches PROMOTE_AFTER starts the compilation."""
         with self._lock:
             count = self._counts.pop(key, 0) + 1
             self._counts[key] = count
@@ -56,7 +56,7 @@ class Promoter(Generic[K]):
             self._wanted.put(key)
 
     def close(self) -> None:
-        """Give up what is being compiled, and end the thread."""
+        """Stop compiling and end the thread."""
         self._closed.set()
         self._wanted.put(None)
         self._thread.join()
@@ -69,5 +69,5 @@ class Promoter(Generic[K]):
                         return
             except LayertapError as error:
                 _log.info("not promoted: %s", error)
-            except Exception:  # noqa: BLE001 - one that fails must not end the others; it is logged
+            except Exception:  # noqa: BLE001 - one failure must not end the thread; it is logged
                 _log.exception("promotion failed")

@@ -1,4 +1,4 @@
-"""Takes captured values straight into the reply that the caller will get."""
+"""Writes captured values directly into the reply that the caller will get."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ __all__ = [
 ]
 
 ROWS = {getattr(torch, row.name): row for row in DTYPES}
-"""The row of the dtype table for each torch dtype that can be sent."""
+"""The row of the dtype table for each torch dtype that the protocol has."""
 
 TensorType = tuple[tuple[int, ...], torch.dtype]
 """The shape and dtype of a value."""
 
 
 class ShapeChangedError(BaseException):
-    """A value has not the shape that its plan predicts, so its model is a dynamic one.
+    """A value's shape or dtype is not the one that the plan predicts, so the plan is dynamic.
 
-    A BaseException, since it crosses the model's own forward, which may catch Exception.
+    It is a BaseException because it passes through the model's own forward, which may catch
+    Exception.
     """
 
 
@@ -45,15 +46,15 @@ class ShapeChangedError(BaseException):
 class ReplyWriter(Generic[P]):
     """A sink that writes each value into its place in an unfinished reply.
 
-    On the CPU the copy out of the activation, the cast and the serialization are one pass; no clone
-    is made. Values of a GPU are written by ``complete``, see Note [Staging].
+    On the CPU, copying out of the activation, casting and serializing happen in one pass, without a
+    clone. Values on a GPU are written by ``complete``; see Note [Staging].
 
     Attributes:
         builder: The reply.
         expected: The shape and dtype of each captured point.
         slots: For each point, the tensors of the reply that are made from it: their index in the
             reply and their reduction.
-        staging: Copies values of a GPU to the host; None writes each value at once, wherever it is.
+        staging: Copies values from a GPU to the host; if None, each value is written at once.
     """
 
     builder: ReplyBuilder[P]
@@ -63,7 +64,7 @@ class ReplyWriter(Generic[P]):
     _staged: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
-        """Write every output that is made of a point's value, or begin to copy it to the host."""
+        """Write the outputs that are made from a point's value, or begin to copy it to the host."""
         if (tuple(value.shape), value.dtype) != self.expected[point]:
             raise ShapeChangedError
         for slot, reduction in self.slots[point]:
@@ -74,7 +75,7 @@ class ReplyWriter(Generic[P]):
                 self._staged[slot] = self.staging.take(made)
 
     def complete(self) -> ReplyBuilder[P]:
-        """Write what a GPU computed, which must be on the host by now; return the reply."""
+        """Write the values from a GPU, which must be on the host by now; return the reply."""
         for slot, value in self._staged.items():
             _write(self.builder, slot, value)
         return self.builder
@@ -84,15 +85,15 @@ class ReplyWriter(Generic[P]):
 class ReplyCollector(Generic[P]):
     """A sink for values whose shapes are known only after the pass: it keeps clones.
 
-    It serves models such as detectors, whose output shapes depend on the image. The limit can be
-    checked only after the forward pass.
+    It serves models such as detectors, whose output shapes depend on the image. The limit of a
+    reply can be checked only after the forward pass.
 
     Attributes:
         outputs: The tensors of the reply.
         reductions: The reduction of each output.
         expected: The predicted shape of each captured point.
-        lay_out: Returns the reply for the types of all outputs.
-        staging: Copies values of a GPU to the host; None clones each value where it is.
+        lay_out: Returns the builder of the reply, given the shapes and dtypes of all outputs.
+        staging: Copies values from a GPU to the host; if None, each value is cloned where it is.
     """
 
     outputs: Sequence[Output]
@@ -103,7 +104,7 @@ class ReplyCollector(Generic[P]):
     _values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, point: int, value: torch.Tensor) -> None:
-        """Keep a clone of every output that is made of a point's value."""
+        """Keep a clone of each output that is made from a point's value."""
         for slot, output in enumerate(self.outputs):
             if output.point != point:
                 continue
@@ -116,7 +117,7 @@ class ReplyCollector(Generic[P]):
             self._values[slot] = made.clone() if self.staging is None else self.staging.take(made)
 
     def complete(self) -> ReplyBuilder[P]:
-        """Lay the reply out for the captured values and write them; return the reply."""
+        """Lay out the reply for the captured values and write them; return the reply."""
         values = [self._values[slot] for slot in range(len(self.outputs))]
         builder = self.lay_out([(tuple(value.shape), value.dtype) for value in values])
         for slot, value in enumerate(values):
@@ -132,7 +133,7 @@ def _write(builder: ReplyBuilder[Any], slot: int, value: torch.Tensor) -> None:
 
 
 def host_array(value: torch.Tensor) -> np.ndarray:
-    """Return a numpy view of a tensor's memory; bfloat16, which numpy lacks, as its bits."""
+    """Return a numpy view of a tensor's memory; bfloat16 as uint16, because numpy lacks it."""
     value = value.detach()
     if value.device.type != "cpu":
         value = value.cpu()

@@ -1,7 +1,7 @@
-"""The form of a reply: what its tensors are written into, and what becomes of that.
+"""The form of a reply: how its tensors are written, and what the caller gets.
 
-The engine writes each captured value once, into a builder that the form made. A transport has the
-form of its messages; ``tensor_form.py`` has the form for callers in the same process.
+The engine writes each captured value once, into a builder that the form made. Each transport has
+its own form for its messages; ``tensor_form.py`` has the form for callers in the same process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from layertap.timings import Timings
 __all__ = ["NamedTensor", "P", "ReplyBuilder", "ReplyForm"]
 
 P = TypeVar("P")
-"""The payload: what a form makes of a reply, such as the bytes of a message."""
+"""The payload: what the caller gets as the reply, such as the bytes of a message."""
 
 P_co = TypeVar("P_co", covariant=True)
 
@@ -23,13 +23,13 @@ NamedTensor = tuple[str, int, tuple[int, ...]]
 
 
 class ReplyBuilder(Protocol[P_co]):
-    """Takes a reply's tensors; see ``layertap._core.ReplyBuilder``."""
+    """Receives the tensors of a reply; see ``layertap._core.ReplyBuilder``."""
 
     def write(self, index: int, array: Any, dtype: int) -> None:
-        """Put a tensor in its place, cast to the type that was laid out.
+        """Write a tensor to its place, cast to the dtype that was laid out.
 
         Args:
-            index: Which of the tensors that were laid out.
+            index: The index of the tensor in the layout.
             array: A numpy array with any strides; bfloat16 as uint16.
             dtype: The number of the array's own dtype.
         """
@@ -39,32 +39,33 @@ class ReplyBuilder(Protocol[P_co]):
 
 
 class ReplyForm(Protocol[P]):
-    """Lays one reply out, before there are values."""
+    """Lays out one reply before its values are computed."""
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of the tensors that stand in shared memory, once there is a builder."""
+        """Bytes of the tensors in shared memory; valid once there is a builder."""
 
     def lay_out(self, tensors: Sequence[NamedTensor]) -> int:
-        """Lay the reply out; may be called again where the shapes turn out to be others.
+        """Lay the reply out. May be called again if the shapes turn out to be different.
 
         Returns:
-            The bytes that count against the limit of a reply.
+            The bytes that count towards the limit of a reply.
 
         Raises:
-            ValueError: For a message over 2 GiB.
-            InvalidInputError: Where the tensors don't fit where the request wants them.
+            ValueError: If the message would exceed 2 GiB.
+            InvalidInputError: If the tensors don't fit into the places that the request names.
         """
 
     def builder(self, admit: Callable[[int], object]) -> ReplyBuilder[P]:
-        """Allocate the reply that was laid out last.
+        """Allocate the reply with the last layout.
 
         Args:
-            admit: Is told first how many bytes of memory that takes; what it raises goes through.
+            admit: Called first with the bytes of memory that this takes. Its exceptions are passed
+                on.
         """
 
     def head(self, timings: Timings) -> bytes:
-        """Return what ``ReplyBuilder.finish`` takes, of the size that was laid out."""
+        """Return the argument of ``ReplyBuilder.finish``, of the size that was laid out."""
 
     def nbytes(self, payload: P) -> int:
-        """Return the bytes of memory that a payload keeps, without those in shared memory."""
+        """Return the bytes of memory that a payload keeps alive, except shared memory."""

@@ -1,4 +1,4 @@
-"""Resolves selections to outputs: the values to capture, and their names in the reply."""
+"""Resolves selections to outputs: which values to capture, and their names in the reply."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Output:
     """One tensor of the reply.
 
     Attributes:
-        name: Its name there.
-        layer: The catalogue name of its layer.
-        point: The value that it is made of, as an index into the points.
-        reduction: What is done to the value first.
-        dtype: The floating-point type to send it in; None for the model's own.
+        name: Its name in the reply.
+        layer: The layer's name in the catalogue.
+        point: The index of the capture point whose value it is made from.
+        reduction: The reduction that is applied to the value.
+        dtype: The floating-point dtype to send it in; None for the model's own dtype.
     """
 
     name: str
@@ -37,12 +37,12 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A request, converted.
+    """A request in terms of the catalogue.
 
     Attributes:
-        outputs: The tensors of the reply, in its order.
+        outputs: The tensors of the reply, in order.
         pass_spec: What the forward pass must do: capture each distinct value.
-        candidates: The extractors that can do it, in the order in which AUTO prefers them.
+        candidates: The extractors that can serve it, in the order in which AUTO prefers them.
     """
 
     outputs: tuple[Output, ...]
@@ -64,11 +64,11 @@ def resolve(
     """Match selections against a catalogue.
 
     Raises:
-        InvalidInputError: For no selections, too many, two outputs with one name, an alias on a
-            glob, or a dtype that values can't be sent in.
-        LayerNotFoundError: For a name or glob that matches nothing.
-        ExtractorUnsupportedError: For a layer that the extractor, or for AUTO every extractor,
-            can't serve.
+        InvalidInputError: If there are no selections, too many of them, two outputs with one name,
+            an alias for a glob, or a dtype in which values can't be sent.
+        LayerNotFoundError: If a name or glob matches nothing.
+        ExtractorUnsupportedError: If the extractor, or in case of AUTO every extractor, can't
+            serve a layer.
     """
     if not selections:
         raise InvalidInputError("layers: got none, expected at least one layer")
@@ -97,7 +97,7 @@ def resolve(
 def _matches(
     catalogue: Catalogue, selection: LayerSelection, extractor: Extractor
 ) -> Iterator[LayerEntry]:
-    # A module's name may have a star or a question mark in it.
+    # A module's own name may contain a star or question mark.
     if selection.layer in catalogue.entries or not is_glob(selection.layer):
         entry = catalogue.entry(selection.layer)
         _check_served(entry, selection.capture, extractor)

@@ -1,27 +1,28 @@
 """Copies between the host and a GPU through page-locked memory, overlapping with passes.
 
 Note [Staging]
-    A blocking copy in the middle of a forward pass makes the host wait for every kernel launched so
-    far and the device for every kernel launched after, once for each captured layer. So a value is
-    cloned on the device, in the pass's own stream, where no later in-place operation can show in
-    it; a second stream copies the clone to page-locked memory, without which such a copy blocks;
-    and the caller's thread waits once, for the last copy, and writes the reply from there.
+    A blocking copy in the middle of a forward pass makes the host wait for all kernels launched so
+    far, and the device wait for the kernels launched next, once per captured layer. So a value is
+    first cloned on the device, in the stream of the pass, so that later in-place operations don't
+    change it. A second stream copies the clone to page-locked memory; without page-locked memory
+    the copy would block. The caller's thread waits once, for the last copy, and then writes the
+    reply.
 
     Meanwhile the compute thread launches the next pass, so that the device does not wait for the
-    host between two passes. It goes no further than one pass ahead: requests that come later can
-    still join the pass after that, and the memory of what was launched stays bounded.
+    host between two passes. It launches at most one pass ahead. Later requests can then still join
+    the pass after that, and the memory of launched passes stays bounded.
 
-    An input goes the other way. A copy from ordinary memory makes CUDA copy it to page-locked
-    memory first, piece by piece, and the compute thread would wait for that. So the caller's thread
-    copies the input to page-locked memory, while the compute thread runs other requests, and the
-    compute thread only launches the copy to the device.
+    An input is copied in the other direction. If it is in ordinary memory, CUDA first copies it to
+    page-locked memory piece by piece, and the compute thread would wait for that. So the caller's
+    thread copies the input to page-locked memory, while the compute thread runs other requests.
+    The compute thread then only launches the copy to the device.
 
-    PyTorch's own allocator of page-locked memory reuses a block once the copies into it are
-    over. It never returns memory: it holds as much as was ever in use at one time.
+    PyTorch's own allocator of page-locked memory reuses a block once the copies into it are done.
+    It never returns memory to the system: it holds as much as was ever in use at one time.
 
-    A wrong order between streams shows only as occasional wrong values. So this method is compared
-    with blocking copies on the device before it is used; if it differs or fails, blocking copies
-    are used instead.
+    A wrong order between streams would show only as occasional wrong values. So before this method
+    is used, it is compared with blocking copies on the device; if it differs or fails, blocking
+    copies are used instead.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _ELEMENTS = 1 << 22
 class Staging:
     """Copies tensors between one device and the host.
 
-    ``take`` and ``launched`` belong to the device's compute thread; any thread may call ``upload``.
+    Only the device's compute thread may call ``take`` and ``launched``; any may call ``upload``.
 
     Args:
         device: A CUDA device.
@@ -56,21 +57,21 @@ class Staging:
         self._last: torch.cuda.Event | None = None
 
     def upload(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return a copy of a batch in page-locked memory, which the device can read by itself.
+        """Return a copy of a batch in page-locked memory, which the device can read directly.
 
         Args:
             batch: A contiguous tensor on the CPU, ``[B, ...]`` of any dtype.
         """
         page_locked = torch.empty(batch.shape, dtype=batch.dtype, pin_memory=True)
-        # numpy copies on this thread alone and without the GIL; torch would start a team of OpenMP
-        # threads for each thread that calls it (Note [One compute thread]).
+        # numpy copies on this thread only and without the GIL. torch would start an OpenMP team for
+        # each thread that calls it (Note [One compute thread]).
         np.copyto(_bytes_of(page_locked), _bytes_of(batch))
         return page_locked
 
     def take(self, value: torch.Tensor) -> torch.Tensor:
-        """Return where a value will be on the host once its pass is over; see ``launched``.
+        """Return a host tensor that will hold the value; see ``launched`` for when.
 
-        The value may be overwritten or freed as soon as this returns. Strides are kept where the
+        The value may be overwritten or freed as soon as this returns. The strides are kept if the
         value is dense.
         """
         clone = value.detach().resolve_conj().resolve_neg().clone()
@@ -80,15 +81,15 @@ class Staging:
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             host.copy_(clone, non_blocking=True)
-        # Or the clone's memory might be given out again before it was read.
+        # Keep the clone's memory from being reused before it was read.
         clone.record_stream(self._copies)
         return host
 
     def launched(self) -> torch.cuda.Event:
         """Return an event that completes once all captured values have been copied to the host.
 
-        To be called after each pass. It returns once the pass before is over, so that no more than
-        two are under way.
+        Call this after each pass. It returns once the previous pass has ended, so that at most two
+        passes are in progress.
         """
         before, self._last = self._last, torch.cuda.Event()
         self._last.record(self._copies)
@@ -98,15 +99,15 @@ class Staging:
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    """Return a contiguous tensor's memory; numpy has no bfloat16, so bytes serve every dtype."""
+    """Return a contiguous tensor's memory as bytes, because numpy has no bfloat16."""
     flat: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
     return flat
 
 
 def proven_staging(device: torch.device) -> Staging | None:
-    """Return a device's staging; None if it has none or its copies are not to be trusted.
+    """Return a device's staging; None if it is not a GPU or its copies gave wrong values.
 
-    To be called on the device's compute thread.
+    Call this on the device's compute thread.
     """
     if device.type != "cuda":
         return None
@@ -130,8 +131,8 @@ def proven_staging(device: torch.device) -> Staging | None:
 def _proves(staging: Staging, device: torch.device) -> bool:
     """Return whether values that change right after their capture are still copied correctly.
 
-    The device has other work queued before each round, so a copy that does not wait comes too
-    early. Each round reuses the blocks of the round before, and the expected values are known
+    Before each round the device gets other work, so that a copy that doesn't wait would come too
+    early. Each round reuses the memory blocks of the previous round. The expected values are known
     without a copy.
     """
     busy = torch.ones(_BUSY, _BUSY, device=device)

@@ -22,11 +22,11 @@ __all__ = ["TensorForm"]
 class TensorForm:
     """Writes each value into a new torch tensor, a ``layertap.engine.reply_form.ReplyForm``.
 
-    The tensors are contiguous, on the CPU, and share memory with nothing. Values are cast as in the
-    replies of a server, by the same code, so both have the same bits.
+    The tensors are contiguous, on the CPU, and share no memory. Values are cast by the same code
+    as in a server's replies, so both have the same bits.
 
     Args:
-        extractor: The extractor that serves the request; the same form for each of them.
+        extractor: The extractor that serves the request; it doesn't affect this form.
     """
 
     shared_bytes = 0
@@ -47,7 +47,7 @@ class TensorForm:
         return _TensorBuilder(self._tensors)
 
     def head(self, timings: Timings) -> bytes:
-        """Return nothing: the `Extraction` has the timings."""
+        """Return no bytes: the `Extraction` has the timings."""
         return b""
 
     def nbytes(self, payload: dict[str, torch.Tensor]) -> int:
@@ -56,17 +56,17 @@ class TensorForm:
 
 
 class _TensorBuilder:
-    """Takes a reply's values into tensors; see ``ReplyBuilder``.
+    """Writes a reply's values into tensors; see ``ReplyBuilder``.
 
-    The extension copies, casts and makes contiguous in one pass without the GIL, as it does for
-    messages: each tensor's memory is lent to it as the memory of a message's only tensor.
+    The codec copies and casts each value in one pass without the GIL, as it does for messages. It
+    writes to a tensor's memory as if this were the payload of a message's only tensor.
     """
 
     def __init__(self, tensors: Sequence[NamedTensor]) -> None:
         self._made: dict[str, torch.Tensor] = {}
         self._writers: list[codec.ReplyBuilder | None] = []
         for name, number, shape in tensors:
-            # Not as an inference tensor, whatever mode the caller is in: autograd refuses those.
+            # Not an inference tensor, whatever mode the caller is in, as autograd can't use those.
             with torch.inference_mode(False):
                 made = torch.empty(shape, dtype=getattr(torch, by_number(number).name))
             self._made[name] = made
@@ -82,7 +82,7 @@ class _TensorBuilder:
         """See ``ReplyBuilder``."""
         for writer in self._writers:
             if writer is not None:
-                writer.finish(head)  # Raises ValueError where the tensor was never written.
+                writer.finish(head)  # Raises ValueError if the tensor was never written.
         return self._made
 
 

@@ -1,4 +1,4 @@
-"""Unloads a version that no longer serves: its requests, hooks, plans and memory."""
+"""Unloads versions that no longer serve: waits for their requests and frees their memory."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ PAUSE_SECONDS = 0.05
 
 
 class Unloading:
-    """Ends versions that ``Versions`` has replaced or withdrawn.
+    """Unloads the versions that ``Versions`` has replaced or withdrawn.
 
-    Not safe to share between threads: one thread changes the models.
+    Not safe to share between threads: only the thread that changes the models may use it.
     """
 
     def __init__(self) -> None:
         self._threads: list[threading.Thread] = []
 
     def run(self, former: Version[ModelHost]) -> None:
-        """End a version now; returns once its requests are answered and its memory is free."""
+        """Unload a version; return once its requests are answered and its memory is free."""
         _unload(former)
 
     def start(self, former: Version[ModelHost]) -> None:
-        """End a version in the background."""
+        """Unload a version in the background."""
         thread = threading.Thread(
             target=_unload, args=(former,), name="layertap-unload", daemon=True
         )
         self._threads = [each for each in self._threads if each.is_alive()]
         try:
-            # Started before it is kept: only then is it alive.
+            # Start it before adding it, because threads that are not alive are removed above.
             thread.start()
         except RuntimeError:
-            # The system allows no more threads. The next version serves already, so this only takes
-            # the time of the caller who replaced the model.
+            # The system allows no more threads. The next version already serves, so this only makes
+            # the caller who replaced the model wait.
             _unload(former)
         else:
             self._threads.append(thread)
 
     def end_all(self, versions: Versions[ModelHost]) -> None:
-        """End what still serves, and wait for the versions that ``start`` was given.
+        """Unload all serving versions, and wait for those that are being unloaded.
 
-        Call it once the compute threads have ended, and with them all forward passes.
+        Call this after the compute threads, and so all forward passes, have ended.
         """
         for host in versions.hosts():
             versions.withdraw(host.model.name)
@@ -63,20 +63,20 @@ class Unloading:
 
 def _unload(former: Version[ModelHost]) -> None:
     """Wait until no request uses a version, then remove its hooks and free its memory."""
-    # In a list: a thread pool keeps a reference to its last argument, and would keep the model.
+    # In a list, because a thread pool keeps a reference to its last argument, here the model.
     box = [former.take()]
     compute = box[0].compute
     box[0].stop_promoting()
     module = weakref.ref(box[0].model.module)
     try:
         compute.run(lambda: _close_alone(box), Call())
-    except UnavailableError:  # The compute threads have ended, and with them all forward passes.
+    except UnavailableError:  # The compute threads, and so all forward passes, have ended.
         box.pop().close()
     _collect(module)
 
 
 def _close_alone(box: list[ModelHost]) -> None:
-    """Close a host while no forward pass runs: an abandoned one may still use the hooks."""
+    """Close a host while no forward pass runs, as an abandoned pass may still use the hooks."""
     with no_forward_pass():
         box.pop().close()
 
@@ -85,7 +85,8 @@ def _collect(module: weakref.ref[nn.Module]) -> None:
     """Free the memory of a model that was closed.
 
     Modules, hooks and plans refer to each other in cycles, and are too large to wait for the next
-    automatic collection. A caller's last frame may outlive its lease by a moment, so try again.
+    automatic collection. The last frame of a caller may live slightly longer than its lease, so
+    this tries several times.
     """
     for _ in range(TRIES):
         gc.collect()

@@ -1,11 +1,11 @@
 """The versions of the served models, and the requests that use each version.
 
 Note [A version is unloaded when nobody uses it]
-    A request takes one lease of its model's version (``Engine.lease``), in every protocol, and does
+    In every protocol, a request takes one lease of its model's version (``Engine.lease``) and does
     everything with that version: it reads the declared layers and their aliases, resolves names,
-    finds plans and computes there. So no answer mixes two versions. Until the lease ends the
-    version counts the request, and its hooks stay. The count alone is not enough: a caller whose
-    deadline passed leaves while its forward pass continues. So a compute thread removes the hooks,
+    finds plans and computes. So no answer mixes two versions. Until the lease ends, the version
+    counts the request, and its hooks stay. That count is not enough: a caller whose deadline has
+    passed ends its lease while its forward pass continues. So a compute thread removes the hooks,
     while no forward pass runs (``layertap.engine.unloading``).
 """
 
@@ -21,18 +21,18 @@ from layertap.errors import ModelNotFoundError, UnavailableError
 __all__ = ["LOADING", "Version", "Versions"]
 
 LOADING = "it is being loaded"
-"""Why a model doesn't serve that is expected and was neither loaded nor given up."""
+"""The reason for an expected model that was neither loaded nor failed to load yet."""
 
 
 class _Host(Protocol):
-    """What a version keeps; a ``layertap.engine.host.ModelHost``."""
+    """What serves a version: a ``layertap.engine.host.ModelHost``."""
 
 
 H = TypeVar("H", bound=_Host)
 
 
 class Version(Generic[H]):
-    """One version of a model. ``Versions.lease`` counts a user in, the end of its block out."""
+    """One version of a model. ``Versions.lease`` adds a user; leaving the block removes it."""
 
     __slots__ = ("_host", "_news", "users")
 
@@ -43,20 +43,20 @@ class Version(Generic[H]):
 
     @property
     def host(self) -> H:
-        """What serves this version."""
+        """The host that serves this version."""
         if self._host is None:
             raise AssertionError("a version that was unloaded has no users")
         return self._host
 
     def take(self) -> H:
-        """Wait until nobody uses the version, and return its host; the version forgets it."""
+        """Wait until the version has no users, and return its host; the version drops it."""
         with self._news:
             self._news.wait_for(lambda: not self.users)
             host, self._host = self.host, None
             return host
 
     def __enter__(self) -> H:
-        """Return what serves this version."""
+        """Return the host that serves this version."""
         return self.host
 
     def __exit__(
@@ -65,7 +65,7 @@ class Version(Generic[H]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Count the user out."""
+        """Remove the user."""
         with self._news:
             self.users -= 1
             if not self.users:
@@ -80,7 +80,7 @@ class Versions(Generic[H]):
         self._slots: dict[str, Version[H] | str] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Return whether a version of the model serves."""
+        """Return whether a version of the model is serving."""
         return isinstance(self._slots.get(name), Version)
 
     def expect(self, names: Sequence[str]) -> None:
@@ -94,23 +94,23 @@ class Versions(Generic[H]):
             self._slots = {**slots, **{name: kept[name] for name in kept if name not in slots}}
 
     def explain(self, name: str, reason: str) -> None:
-        """Say why a model doesn't serve; what serves continues."""
+        """Set why a model is not served; no effect on a served model."""
         with self._news:
             if not isinstance(self._slots.get(name), Version):
                 self._slots[name] = reason
 
     def publish(self, name: str, host: H) -> Version[H] | None:
-        """Let a host serve from now on; return the version before, whose requests continue."""
+        """Serve a model with a host from now on; return the previous version, if any."""
         with self._news:
             former = self._slots.get(name)
             self._slots[name] = Version(host, self._news)
         return former if isinstance(former, Version) else None
 
     def withdraw(self, name: str) -> Version[H] | None:
-        """Forget a model; return the version that served it, whose requests continue.
+        """Remove a model; return the version that served it, if any. Its requests continue.
 
         Raises:
-            ModelNotFoundError: If there is none of that name.
+            ModelNotFoundError: If there is no such model.
         """
         with self._news:
             former = self._slots.pop(name, None)
@@ -119,7 +119,7 @@ class Versions(Generic[H]):
         return former if isinstance(former, Version) else None
 
     def lease(self, name: str) -> Version[H]:
-        """Count a user in and return the version, whose block must be entered at once.
+        """Add a user to a version and return it; its block must be entered at once.
 
         Raises:
             ModelNotFoundError, UnavailableError: As ``host`` does.
@@ -132,7 +132,7 @@ class Versions(Generic[H]):
         raise self._absent(name, slot)
 
     def host(self, name: str) -> H:
-        """Return what serves a model.
+        """Return the host that serves a model.
 
         Raises:
             ModelNotFoundError: If no model has that name; the message lists those that serve.
@@ -145,14 +145,14 @@ class Versions(Generic[H]):
         raise self._absent(name, slot)
 
     def hosts(self) -> list[H]:
-        """Return what serves, in the order of ``expect``."""
+        """Return the hosts of all served models, in the order of ``expect``."""
         with self._news:
             return [slot.host for slot in self._slots.values() if isinstance(slot, Version)]
 
     def states(self) -> list[tuple[str, str]]:
-        """Return each model's name and why it doesn't serve, in the order of ``expect``.
+        """Return each model's name and why it is not served, in the order of ``expect``.
 
-        The reason is empty for one that serves, ``LOADING`` for one that was not tried yet.
+        The reason is empty for a served model, and ``LOADING`` for one that was not tried yet.
         """
         with self._news:
             slots = list(self._slots.items())

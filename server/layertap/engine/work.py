@@ -34,13 +34,13 @@ class Work(Generic[P]):
     """One request, checked and planned.
 
     Attributes:
-        host: Its model.
-        plan: How its layers are captured.
-        resolved: Its layers.
+        host: The request's model.
+        plan: The plan that captures its layers.
+        resolved: Its resolved layers.
         x: Its input, on the CPU.
-        reply: Where its outputs go.
-        collect: Makes a reply for values whose shapes are not those that the plan predicts, and
-            gives back what was reserved for the one before.
+        reply: The reply for its outputs.
+        collect: Makes a new reply if the values' shapes are not those that the plan predicts, and
+            gives back what was reserved for the former reply.
         call: The deadline and cancellation state of the request.
     """
 
@@ -54,7 +54,7 @@ class Work(Generic[P]):
 
     @property
     def items(self) -> int:
-        """The items of its batch."""
+        """The number of items in its batch."""
         return self.x.size
 
 
@@ -65,9 +65,9 @@ class Computed(Generic[P]):
     Attributes:
         reply: Its outputs, ready to be published.
         begun_ns: When its forward pass began, by ``time.perf_counter_ns``.
-        together: Requests that the pass was run for.
+        together: The number of requests in the pass.
         model: The model's name.
-        arrival: Over once a GPU's values are on the host; None if they are already.
+        arrival: Completes once a GPU's values are on the host; None if they already are.
     """
 
     reply: Reply[P]
@@ -77,7 +77,7 @@ class Computed(Generic[P]):
     arrival: torch.cuda.Event | None = None
 
     def arrive(self) -> None:
-        """Wait until every value is on the host. For the caller's thread; see Note [Staging].
+        """Wait until all values are on the host. For the caller's thread; see Note [Staging].
 
         Raises:
             ModelRunError: If the device failed meanwhile.
@@ -88,14 +88,14 @@ class Computed(Generic[P]):
 
 
 def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
-    """Run requests of one plan and batch key in one forward pass. For a compute thread.
+    """Run requests with one plan and batch key in one forward pass. For a compute thread.
 
-    Their payloads may be of different types.
+    Their payloads may have different types.
 
     Raises:
         ModelRunError: If the model fails.
         OverloadedError: If there is not enough memory to run it.
-        CancelledError, DeadlineExceededError: If nobody waits any more; noticed between layers.
+        CancelledError, DeadlineExceededError: If no caller waits any more; noticed between layers.
     """
     begun_ns = time.perf_counter_ns()
     host = works[0].host
@@ -108,14 +108,14 @@ def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
                 _run_together(works)
             arrival = host.staging.launched() if host.staging else None
     except AbandonedError as abandoned:
-        # A new one: that one belongs to the frames that this error's context refers to.
+        # Raise a new error, because the stored one refers to frames that refer to it.
         raise type(abandoned.reason)(str(abandoned.reason)) from None
     return [Computed(work.reply, begun_ns, len(works), name, arrival) for work in works]
 
 
 @contextmanager
 def _model_errors(name: str) -> Iterator[None]:
-    """Convert errors of a model's code or its device to our own errors."""
+    """Convert errors of a model's code or its device to layertap's errors."""
     try:
         yield
     except LayertapError:
@@ -138,16 +138,16 @@ def _run_alone(work: Work[Any]) -> None:
         work.plan.findings.found_dynamic()
     else:
         return
-    # Behind the handler: the error refers to the former reply and its memory.
+    # Outside the handler, because the error refers to the former reply and its memory.
     work.reply = work.collect()
     _capture(work, x.clone() if host.catalogue.mutates_input else x)
 
 
 def _on_device(work: Work[Any]) -> Batch:
-    """Return the input on the model's device, in the model's element types.
+    """Return the input on the model's device, in the model's dtypes.
 
-    A copy from page-locked memory is only launched here; PyTorch's allocator keeps that memory
-    until the copy is over.
+    A copy from page-locked memory is only launched here. PyTorch's allocator keeps that memory
+    until the copy is done.
     """
     model = work.host.model
     return model.signature.converted(
@@ -161,7 +161,7 @@ def _capture(work: Work[Any], x: Batch) -> None:
 
 
 def _run_together(works: Sequence[Work[Any]]) -> None:
-    """Run one pass and give each request its items of every value."""
+    """Run one pass, and give each request its items of every value."""
     host, plan = works[0].host, works[0].plan
     if not host.prove_shared(plan, sum(work.items for work in works)):
         raise _alone("items of its batches are not independent")
@@ -186,12 +186,12 @@ def _run_together(works: Sequence[Work[Any]]) -> None:
 
 
 def _alone(why: str) -> ModelRunError:
-    """Return what makes the compute thread run each request of a batch alone. Nobody is told it."""
+    """Return the error that makes the compute thread run each request alone; no caller gets it."""
     return ModelRunError(f"each request must run alone: {why}")
 
 
 def _abandonable(host: ModelHost, calls: Sequence[Call]) -> AbstractContextManager[object]:
-    """Return a block whose passes are abandoned once nobody waits, if they may end early at all."""
+    """Return a block whose passes are abandoned once no call waits, if they may end early."""
     return checked(abandoning(calls)) if host.catalogue.guard.rules.early_stop else nullcontext()
 
 
@@ -200,7 +200,7 @@ def _sink(work: Work[Any]) -> Sink:
 
 
 def _finite_only(work: Work[Any]) -> Sink:
-    """Wrap a request's sink so that it takes finite values only."""
+    """Wrap a request's sink to raise ModelRunError for values that are not finite."""
 
     def take(index: int, value: torch.Tensor) -> None:
         finite = value.isfinite()

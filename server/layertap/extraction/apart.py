@@ -1,13 +1,14 @@
-"""The first run of a program whose native code could end the process: in its own process.
+"""Runs a compiled program in a child process first, if its native code could end the process.
 
 Note [Unchecked operations]
-    Most of torch's operations check their arguments and raise. Recurrent ones don't: the sizes of
-    a hidden state are checked in the Python of ``nn.LSTM``, which a compiled program no longer has.
-    A trace holds a state made for a batch of one as a constant; run on a batch of two, the native
-    code writes past its end and aborts, sooner or later. No exception tells. So a program with such
-    operations, or with operations that torch knows nothing of, is optimised and run for the first
-    time by a child process, at several batch sizes, and its values come back to be compared with
-    the oracle's. Only a program that was right there runs in the server.
+    Most of torch's operations check their arguments and raise. Recurrent operations don't: the
+    sizes of a hidden state are checked in the Python code of ``nn.LSTM``, which a compiled program
+    no longer contains. A trace keeps a state that was made for a batch of one as a constant. When
+    the program runs on a batch of two, the native code writes past the end of that state and
+    sooner or later aborts the process, without an exception. So a program that has such
+    operations, or operations of libraries other than torch and torchvision, is optimised and run
+    for the first time in a child process, at several batch sizes. The child returns the values,
+    which are compared with the reference. Only a program that passes this runs in the server.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ _UNCHECKED = frozenset(
 _CHECKED_NAMESPACES = ("aten", "prim", "torchvision", "inductor")
 
 _SECONDS = 120
-"""How long the child may take, most of which is importing torch."""
+"""Time limit of the child process. Importing torch takes most of the time."""
 
 _POLL_SECONDS = 0.002
-"""How long a step waits for the child: other requests alternate between the steps."""
+"""Seconds that each step waits for the child. Other requests run between the steps."""
 
 _CHILD = """
 import io, sys
@@ -93,13 +94,13 @@ def run_apart(
     device: torch.device,
     runs: int,
 ) -> Generator[None, None, list[Values]]:
-    """Run a program in its own process, in steps; return its values for each batch.
+    """Run a program in a child process and return its values for each batch; yield while it runs.
 
     Args:
-        program: Traced and frozen; it is left as it is.
-        batches: What it is run on, on any device.
-        device: Where it runs.
-        runs: How often it runs on each batch, as the first runs only profile it.
+        program: The traced and frozen program; it is not changed.
+        batches: The batches to run it on, which may be on any device.
+        device: The device to run it on.
+        runs: How often it runs on each batch. The first runs only profile it.
 
     Raises:
         ProgramEndedError: The program raised, ended the process or took too long.
@@ -153,7 +154,7 @@ def _packed(
 
 
 def _memory() -> IO[bytes]:
-    """Return a file in memory, which no full disk concerns; a temporary one where there is none."""
+    """Return a file in memory, which a full disk doesn't affect; else a temporary file."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("layertap-program"), "w+b")
     return tempfile.TemporaryFile()

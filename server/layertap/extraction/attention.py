@@ -1,12 +1,12 @@
 """Attention weights that a module computes but does not return.
 
-``nn.MultiheadAttention`` returns its weights where it is asked to, and most models don't ask:
-``need_weights=False`` lets it attend in one fused operation. The weights are then had by calling
-the module's forward once more, with the arguments that it was just given and ``need_weights=True``.
-The pass itself is left alone: its own values stay those of the fused operation, to the last bit.
+``nn.MultiheadAttention`` returns its weights on request, and most models don't request them: with
+``need_weights=False`` it can attend in one fused operation. To get the weights, we call the
+module's forward once more, with the arguments that it was just given and ``need_weights=True``.
+The pass itself does not change: its values are still those of the fused operation, bit for bit.
 
-Other modules that call ``scaled_dot_product_attention`` have no such switch. Their weights never
-exist, and the catalogue says so.
+Other modules that call ``scaled_dot_product_attention`` have no such switch. Their weights are
+never computed, and the catalogue says so.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 MOST_BYTES = 256 << 20
-"""Bytes of one item's attention weights above which they are not offered."""
+"""Bytes of one item's attention weights above which they are not offered to clients."""
 
 FUSED = (
     "it attends in one fused operation (scaled_dot_product_attention), which has no weights to "
@@ -39,17 +39,17 @@ FUSED = (
 TOO_LARGE = f"its attention weights are over {MOST_BYTES >> 20} MiB an item at this size of input"
 
 WEIGHTS = "attention_weights"
-"""The member of a layer's name that stands for its attention weights, ``[B, heads, L, S]``."""
+"""The last part of the name under which a layer offers its attention weights."""
 
 
 class Attended:
-    """What an attention module returned, and its weights on demand.
+    """The output of an attention module. Computes the attention weights when they are requested.
 
     Args:
         module: The module, which has just run.
         args: Its positional arguments.
         kwargs: Its named arguments.
-        output: What it returned: its output, and None for the weights.
+        output: What it returned: its output, and None in place of the weights.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class Attended:
 
     @property
     def withheld(self) -> bool:
-        """Whether there are no weights because they would be more than MOST_BYTES for an item."""
+        """Whether the weights are left out because an item's would exceed MOST_BYTES."""
         query, key = self._given["query"], self._given["key"]
         elements = self._module.num_heads * self._length(query) * self._length(key)
         return bool(elements * query.element_size() > MOST_BYTES)
 
     def _length(self, tokens: torch.Tensor) -> int:
-        if tokens.is_nested:  # So torch packs padded tokens: the longest item counts.
+        if tokens.is_nested:  # torch packs padded tokens like this; the longest item counts.
             return max(len(item) for item in tokens.unbind())
         # [B, L, E] or [L, B, E]; without a batch [L, E].
         return tokens.shape[1 if self._module.batch_first and tokens.dim() == 3 else 0]
@@ -80,8 +80,8 @@ class Attended:
     def weights(self) -> torch.Tensor:
         """Compute the weights ``[B, heads, L, S]``; without a batch ``[heads, L, S]``.
 
-        Of packed tokens, L and S are those of the longest item, and what is after an item's end
-        is 0.
+        For packed tokens, L and S are the lengths of the longest item, and positions after an
+        item's end are 0.
         """
         asked = {**self._given, "need_weights": True, "average_attn_weights": False}
         _, weights = self._module.forward(**asked)
@@ -99,7 +99,7 @@ _PARAMETERS = (
 def attended(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
 ) -> Any:
-    """Return a module's output; an `Attended` for an attention module that returned no weights."""
+    """Return a module's output, as an `Attended` if an attention module returned no weights."""
     silent = isinstance(output, tuple) and len(output) == 2 and output[1] is None
     if isinstance(module, nn.MultiheadAttention) and silent and returns_weights(module):
         return Attended(module, args, kwargs, output)
@@ -107,12 +107,12 @@ def attended(
 
 
 def returns_weights(module: nn.Module) -> bool:
-    """Return whether a module returns its attention weights where it is asked to."""
+    """Return whether a module can return its attention weights on request."""
     return type(module).forward is nn.MultiheadAttention.forward
 
 
 class FusedAttention(TorchFunctionMode):
-    """Calls a function at each fused attention in the block, in this thread."""
+    """Calls a function for each fused attention that this thread runs inside the block."""
 
     def __init__(self, seen: Callable[[], None]) -> None:
         super().__init__()

@@ -12,17 +12,17 @@ from layertap.models import Batch
 __all__ = ["BuiltExtractor", "Values"]
 
 Values = list[torch.Tensor]
-"""A value for each point, in the order of the points."""
+"""One value per capture point, in the order of the points."""
 
 
 class BuiltExtractor(Protocol):
-    """One way to capture a fixed list of points, ready to run."""
+    """An extractor for a fixed list of capture points, ready to run."""
 
     def run(self, x: Batch, sink: Sink) -> None:
-        """Run the model on a batch and hand every point's value to ``sink``, each once.
+        """Run the model on a batch and pass the value of each point to ``sink``, once.
 
         Args:
-            x: On the model's device, of its inputs' element types.
-            sink: Called with (index of the point, its tensor) while the tensor is live.
+            x: The batch, on the model's device and with the dtypes of the model's inputs.
+            sink: Called with (index of the point, its tensor) before the tensor can be overwritten.
         """
         ...

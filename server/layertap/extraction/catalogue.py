@@ -21,21 +21,21 @@ __all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """What an extractor serves of a layer.
+    """Which sides of a layer an extractor can capture.
 
     Attributes:
-        by: The verdict on each side of the layer.
+        by: The verdict for each side of the layer.
     """
 
     by: Mapping[Capture, Verdict]
 
     @classmethod
     def refused(cls, reason: str) -> Support:
-        """Return the support of an extractor that serves no side of a layer, for one reason."""
+        """Return the support of an extractor that can capture neither side, for one reason."""
         return cls(dict.fromkeys(Capture, Verdict(reason)))
 
     def without(self, reasons: Mapping[Capture, str]) -> Support:
-        """Return it without the sides for which there is a reason, where they are served."""
+        """Return a copy that refuses the sides in ``reasons`` too; earlier reasons stay."""
         return Support(
             {
                 side: verdict if verdict.reason else Verdict(reasons.get(side, ""))
@@ -45,7 +45,7 @@ class Support:
 
 
 def side_name(layer: str, side: Capture) -> str:
-    """Return what one side of a layer is called: its name, ``:input`` after it for its input."""
+    """Return the name of one side of a layer: for its input, the layer's name and ``:input``."""
     return layer if side is Capture.OUTPUT else f"{layer}:{side}"
 
 
@@ -54,17 +54,17 @@ class LayerEntry:
     """One layer.
 
     Attributes:
-        name: What to request; see Note [Names].
-        kind: A module's call, or a node of the symbolic graph.
+        name: The name that a client requests; see Note [Names].
+        kind: Whether it is a call of a module or a node of the symbolic graph.
         type: The module's class or the node's operation.
         calls: How often the module runs in one forward pass; 0 if never.
         points: The capture point of each side that is a tensor.
-        specs: The shape and type of each of those.
-        support: What each extractor serves of it.
-        geometry: How the output is laid out.
-        same_as: The name of the same layer by the first path of its module, where ``name`` is by
-            another path to that module; else empty.
-        is_result: Whether it is what the model itself returns, or a member of that.
+        specs: The shape and dtype at each of these points.
+        support: Which sides each extractor can capture.
+        geometry: The layout of the output.
+        same_as: If the module has several paths and ``name`` is not from the first of them: the
+            layer's name from the first path. Else empty.
+        is_result: Whether it is the model's own result, or a member of it.
     """
 
     name: str
@@ -79,31 +79,31 @@ class LayerEntry:
     is_result: bool = False
 
     def refusal(self, extractor: Extractor, capture: Capture = Capture.OUTPUT) -> str:
-        """Return why an extractor can't take that side of the layer; empty if it can."""
+        """Return why an extractor can't capture this side of the layer; empty if it can."""
         return self.support[extractor].by[capture].reason
 
     def serves(self, extractor: Extractor, capture: Capture) -> bool:
-        """Return whether an extractor can take that side of the layer."""
+        """Return whether an extractor can capture this side of the layer."""
         return not self.refusal(extractor, capture)
 
     def served_by(self, capture: Capture) -> list[Extractor]:
-        """Return the extractors that can take that side, those that AUTO prefers first."""
+        """Return the extractors that can capture this side, those that AUTO prefers first."""
         return [extractor for extractor in self.support if self.serves(extractor, capture)]
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The layers of a model, in execution order, those that never run last.
+    """The layers of a model, in execution order; layers that never run come last.
 
     Attributes:
-        entries: By name.
-        graph: The names of the symbolic graph, where the model can be traced symbolically.
+        entries: The layers by name.
+        graph: The node names of the symbolic graph; None if the model can't be traced symbolically.
         mutates_input: Whether the model writes into the batch that it is given.
-        guard: Held in each pass of the model; has the rules for them.
+        guard: Has the rules for passes of the model; every pass must hold it.
         non_finite: The first layer that returned NaN or infinity when it was measured; empty if
             none did.
-        notes: What a caller should know about the model that no layer's entry says, in sentences:
-            arguments that are never given, random numbers, layers that run for some inputs only.
+        notes: Facts about the model that no single layer's entry states, as sentences: arguments
+            that are never given, random numbers, layers that run for some inputs only.
     """
 
     entries: Mapping[str, LayerEntry]
@@ -115,14 +115,14 @@ class Catalogue:
 
     @cached_property
     def specs(self) -> Mapping[CapturePoint, ValueSpec]:
-        """The type and shape of every point, at the item shape that was measured."""
+        """The dtype and shape at every point, for the item shape that was measured."""
         return {
             point: entry.specs[capture] for entry in self for capture, point in entry.points.items()
         }
 
     @cached_property
     def names(self) -> Mapping[CapturePoint, str]:
-        """What to request to get a point; see ``side_name``."""
+        """The name to request for each point; see ``side_name``."""
         return {
             point: side_name(entry.name, side)
             for entry in self
@@ -134,7 +134,7 @@ class Catalogue:
         return iter(self.entries.values())
 
     def entry(self, name: str) -> LayerEntry:
-        """Return the entry of a name; raise LayerNotFoundError with close matches for another."""
+        """Return the layer of a name; raise LayerNotFoundError, with close matches, if none."""
         entry = self.entries.get(name)
         if entry is None:
             raise LayerNotFoundError(f"no layer {name!r}{_hint(name, self.entries)}")
@@ -145,7 +145,7 @@ class Catalogue:
 
         ``*`` and ``?`` stay within one component of a path, ``**`` crosses components. A layer
         that matches by several of its names is returned once. The model's own result is returned
-        only for a glob that begins with its name, since it is mostly the last layer's output.
+        only if the glob begins with its name, as it is usually the last layer's output too.
         """
         glob = Glob(pattern)
         found = {entry.name: entry for entry in self if glob.matches(entry.name)}

@@ -1,8 +1,8 @@
 """Detects that a forward pass draws random numbers.
 
-Two passes of such a model on one input differ, so no extractor can be compared with the model, and
-no two requests get the same values. What gives it away is the state of the random number
-generators that a model's code can reach without owning one: torch's (of the CPU and of the model's
+Two passes of such a model on one input give different values. So no extractor can be compared with
+the model, and two requests get different values. We detect this by the state of the random number
+generators that a model's code can use without creating one: torch's (of the CPU and of the model's
 device), Python's and numpy's.
 """
 
@@ -47,7 +47,7 @@ class Generators:
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Draw in the block the numbers that were drawn since this object was made once more."""
+        """Repeat inside the block the random numbers drawn since this object was made."""
         after = Generators(self._device)
         self._set()
         try:
@@ -72,6 +72,6 @@ class Generators:
 
 
 def _numpy_state() -> tuple[Any, ...]:
-    # The legacy generator after np.random.rand(); the others belong to anyone who made them.
+    # Only numpy's global (legacy) generator: other generators belong to the code that made them.
     name, keys, *rest = np.random.get_state(legacy=True)
     return (name, keys.tobytes(), *rest)  # type: ignore[union-attr]

@@ -1,9 +1,9 @@
-"""Checkpoints: places in a forward pass at which it may be abandoned.
+"""Checkpoints: places in a forward pass where it may be abandoned.
 
-Anyone who waited for a pass may go away while it runs, and a large model's pass takes long. Some of
-its modules therefore carry a pre-hook that asks whether anybody still waits. They hold for whatever
-calls the modules: HOOK, FX, CHILDREN and LAYER_GETTER. A compiled program has no modules left, and
-runs to its end.
+A client may leave while its pass runs, and a pass of a large model takes long. So some of the
+model's modules have a pre-hook that asks whether any client still waits. This works with every
+extractor that calls the modules: HOOK, FX, CHILDREN and LAYER_GETTER. A compiled program has no
+modules, so its passes always run to the end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from layertap.selection import Capture
 
 __all__ = ["Checkpoints", "checked"]
 
-MOST = 16
-"""Checkpoints of a model; each costs about a microsecond in every pass."""
+MAX_CHECKPOINTS = 16
+"""Maximum number of checkpoints per model. Each costs about a microsecond in every pass."""
 
 _check: ContextVar[Callable[[], None] | None] = ContextVar("layertap_check", default=None)
 
@@ -53,7 +53,7 @@ class Checkpoints:
 
 @contextmanager
 def checked(check: Callable[[], None]) -> Iterator[None]:
-    """Call ``check`` at each checkpoint of the passes in the block; it may raise to end one."""
+    """Call ``check`` at each checkpoint of the passes in the block; it may raise to end a pass."""
     token = _check.set(check)
     try:
         yield
@@ -68,7 +68,7 @@ def _spread(catalogue: Catalogue) -> Sequence[str]:
         if entry.kind is PointKind.MODULE and Capture.OUTPUT in entry.points
     )
     paths = list(dict.fromkeys(point.path for point in points if not point.call))
-    return paths[:: -(-len(paths) // MOST)] if paths else []
+    return paths[:: -(-len(paths) // MAX_CHECKPOINTS)] if paths else []
 
 
 def _ask(_: nn.Module, __: tuple[Any, ...]) -> None:

@@ -1,14 +1,15 @@
 """Tests the catalogue's claims before the first request.
 
 Note [Tried before the first request]
-    Measuring a model shows which layers there are, and what speaks against serving one of them by
-    some extractor. Whether the others really can is found out here, so that a client that names an
-    extractor is not refused what the catalogue promised: the model runs on a few batches of several
-    sizes and ranges, and its symbolic graph and its compiled programs run on the same ones. What
-    fails or differs is refused in the catalogue, with the reason.
+    Measuring a model finds its layers, and reasons why some extractors can't serve some of them.
+    Whether the extractors really can serve the others is tested here, so that a client that names
+    an extractor gets what the catalogue promised. The model runs on a few batches of several sizes
+    and ranges of values. Its symbolic graph and its compiled programs run on the same batches. If
+    one fails or differs, the catalogue refuses the layers that it concerns, with the reason.
 
-    What no such batch shows is refused by the plan of the first request for it: a branch on batch
-    sizes beyond three, say, or code that does something else for items of another shape.
+    Some faults show on none of these batches: a branch on batch sizes above three, say, or code
+    that treats items of another shape differently. Then the proof of the first such request's plan
+    finds the fault, and that request is refused.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ _DEAD = "dead-code elimination removes statements that it depends on"
 
 @dataclass(frozen=True)
 class _Found:
-    """What was found out about one extractor.
+    """What the trial found about one extractor.
 
     Attributes:
-        faults: Why it can't serve a point, for points of modules.
+        faults: Why it can't serve a point, for the points of modules that it can't serve.
         nodes: Why it can't serve the nodes of the symbolic graph; empty if it can.
     """
 
@@ -63,18 +64,18 @@ class _Found:
 def kept_claims(
     model: LoadedModel, catalogue: Catalogue, trace: Trace | None = None
 ) -> Iterator[Catalogue | None]:
-    """Try what the catalogue claims in steps; the last yields what is left of it.
+    """Test the catalogue's claims in steps; yield the catalogue of those that are true at the end.
 
-    See Note [Tried before the first request]. For a compute thread. Each step takes about as long
-    as a pass of a few items; compiling can't be divided.
+    See Note [Tried before the first request]. Call this from a compute thread. Each step takes
+    about as long as a pass of a few items, except that compiling is one long step.
 
     Args:
-        model: The model that was measured.
-        catalogue: What measuring it gave.
-        trace: Its symbolic graph, where it has one that may be claimed to serve layers.
+        model: The measured model.
+        catalogue: The catalogue that measuring it gave.
+        trace: Its symbolic graph; None if it has none, or none that claims to serve layers.
 
     Yields:
-        None for each step, then the catalogue without the claims that were not kept.
+        None for each step, then the catalogue without the claims that failed.
     """
     try:
         found = yield from _Trial(model, catalogue).run(trace)
@@ -91,7 +92,7 @@ def kept_claims(
 
 
 class _Trial:
-    """One model's trial.
+    """The test of one model's claims.
 
     Args:
         model: The model.
@@ -104,7 +105,7 @@ class _Trial:
         self._guard: PassGuard = catalogue.guard
 
     def run(self, trace: Trace | None) -> Generator[None, None, dict[Extractor, _Found]]:
-        """Try every claim in steps; return what was found out about each extractor."""
+        """Test every claim in steps; return what was found about each extractor."""
         claims = {
             extractor: self._claimed(extractor)
             for extractor, kind in KINDS.items()
@@ -125,7 +126,7 @@ class _Trial:
         return found
 
     def _claimed(self, extractor: Extractor) -> list[CapturePoint]:
-        """Return the points of modules that an extractor would serve, in execution order."""
+        """Return the points of modules that an extractor claims to serve, in execution order."""
         return list(
             dict.fromkeys(
                 entry.points[side]
@@ -139,7 +140,7 @@ class _Trial:
         )
 
     def _cases(self, steps: Mapping[CapturePoint, int]) -> Generator[None, None, list[Case]]:
-        """Run the model on each batch. What a model need not be able to take is left out."""
+        """Run the model on each batch, and leave out batches that it can't take."""
         model = self._model
         cases: list[Case] = []
 
@@ -169,9 +170,9 @@ class _Trial:
     def _graph(
         self, trace: Trace, points: Sequence[CapturePoint], cases: Sequence[Case]
     ) -> Generator[None, None, _Found]:
-        """Compare the values of the symbolic graph with the model's, on all batches but the first.
+        """Compare the values of the symbolic graph with the model's on all batches but the first.
 
-        That has ordinary numbers, on which the graph was run when the model was measured.
+        The first batch has ordinary numbers; the graph already ran on them at measuring.
         """
         nodes: dict[str, list[CapturePoint]] = {}
         for point in points:
@@ -220,7 +221,7 @@ class _Trial:
         steps: Mapping[CapturePoint, int],
         cases: Sequence[Case],
     ) -> Generator[None, None, Faults]:
-        # Not the taps of requests, whose passes would find all of these hooks in their way.
+        # Not the taps for requests: the hooks of this trial would slow down their passes.
         taps = Taps(self._model.module)
         context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
         try:
@@ -232,10 +233,10 @@ class _Trial:
 def _found_of_graph(
     trace: Trace, nodes: Mapping[str, Sequence[CapturePoint]], differ: Faults, dead: Faults
 ) -> _Found:
-    """Return what is refused where some values of the graph, or of its useful part, differ."""
+    """Return what to refuse if values of the graph, or of its pruned version, differ."""
     lost = [point for point in dead if point not in differ]
     if lost:
-        # What hangs on such a statement may be gone from any extractor of a few layers.
+        # A graph that is cut for a few layers may lack these nodes, too.
         useless = set(trace.names.eval) - set(trace.useful)
         lost += [point for node in useless for point in nodes.get(node, ())]
     faults = {**dict.fromkeys(lost, _DEAD), **differ}

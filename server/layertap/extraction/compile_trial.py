@@ -1,19 +1,19 @@
-"""Trial compilation: which layers a compiled program can serve.
+"""Trial compilation: finds the layers that a compiled program can serve.
 
 Note [One program for all]
-    Whether a program can be made of the model's code, whether it runs on batches of other sizes,
-    and whether its values are the model's, only trying shows. So one program is compiled of all
-    layers that are claimed, and run on every batch of the trial. If it can't be compiled, or fails,
-    programs of fewer layers are tried: a program ends at its last layer, so layers before a fault
-    are served, and one odd layer does not cost the others. Where single values differ, only those
-    layers are refused.
+    Only a trial shows whether a model can be compiled, whether the program runs at other batch
+    sizes, and whether its values are the model's. So one program is compiled for all layers that
+    the kind claims to serve, and run on every batch of the trial. If it can't be compiled or fails,
+    programs for fewer layers are tried. A program ends at its last layer, so the layers before a
+    fault are still served, and one odd layer does not cost the others. If only some values differ,
+    only their layers are refused.
 
-    That costs one compilation and, for each item of the batches, one pass. To take little memory,
-    the program returns not the values but what is compared of them (see Note [Digests]), and each
-    program is dropped once it was compared. Layers whose input is the very tensor that another
-    module returned are served if that one is. Finishing a program can fail as well, so finished
-    programs are run; but finishing copies the weights, as does a run in another process, so neither
-    is tried where the weights are large.
+    That costs one compilation, and one pass for each item of the batches. To save memory, the
+    program returns a sample of each value instead of the value (see Note [Digests]), and each
+    program is dropped after it was compared. If a layer's input is the very tensor that another
+    module returned, that input is served if that output is. Finishing a program can fail, too, so
+    finished programs are run. But finishing copies the weights, and so does running in another
+    process, so neither is tried if the weights are large.
 """
 
 from __future__ import annotations
@@ -44,24 +44,27 @@ __all__ = ["Case", "CompileTrial", "Faults", "run_case"]
 _log = logging.getLogger(__name__)
 
 MAX_PROGRAMS = 24
-"""Programs that are compiled of one model to find out which of its layers are at fault."""
+"""Maximum number of programs compiled per model while looking for the layers that fail."""
 
 MAX_TOGETHER = 10
-"""How many more are compiled at least to find out whether the layers that are left go together."""
+"""Programs that may be compiled in any case to test the remaining layers together."""
 
 MAX_APART = 4
-"""How many of them run in their own process, which takes seconds."""
+"""Maximum number of these programs that run in a child process, which takes seconds."""
 
 MAX_COPIED_BYTES = 256 << 20
-"""Bytes of weights up to which a program is finished, or run apart, which copies them."""
+"""Bytes of weights above which a program is neither finished nor run in a child process.
+
+Both copy the weights.
+"""
 
 LARGER = 7
-"""A batch size at which a program that may end its process is tried besides."""
+"""An additional batch size for programs that could end the process."""
 
 Run = Callable[[Batch], Values]
 
 Faults = dict[CapturePoint, str]
-"""Why an extractor can't serve a point, for those that it can't."""
+"""Why an extractor can't serve a point, for the points that it can't serve."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,10 @@ class Case:
 
     Attributes:
         x: The batch.
-        digests: By point; without those that are not there on this input.
-        twins: For inputs that are the very tensor that another module returned, that output.
-        ordinary: Whether values that are not finite count as well: the last bits decide where a
-            root of some noise is NaN.
+        digests: The digest of each point that exists for this input.
+        twins: For each input that is the very tensor that another module returned: that output.
+        ordinary: Whether the batch has ordinary numbers. Only then are values that are not finite
+            compared: for extreme numbers, rounding may decide whether a square root is NaN.
     """
 
     x: Batch
@@ -94,9 +97,9 @@ def run_case(
 
     Args:
         model: The model.
-        guard: Its guard.
-        x: The batch; it stays as it is.
-        steps: For each point the distance between the elements that are compared.
+        guard: The model's guard.
+        x: The batch; it is not changed.
+        steps: The distance between the elements that are compared, for each point.
         ordinary: See Case.
     """
     try:
@@ -106,7 +109,7 @@ def run_case(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        # A model need not take such input; what it raises is its own business.
+        # A model may refuse such input; its error does not matter here.
         return None
     return Case(x, digested.digests, digested.twins, ordinary)
 
@@ -117,19 +120,19 @@ class _FailedError(Exception):
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a program of some points could not be made or run."""
+    """Why a program for some points could not be made or run."""
 
     reason: str
 
 
 class CompileTrial:
-    """Tries programs of one model.
+    """Compiles programs of one model and compares them with it.
 
     Args:
-        context: The model, and taps of it for this trial only.
-        kind: What compiles.
-        steps: For each point the distance between the elements that are compared.
-        cases: What the programs are compared with.
+        context: The model, with taps that only this trial uses.
+        kind: The kind that compiles.
+        steps: The distance between the elements that are compared, for each point.
+        cases: The batches, with the values that the programs must compute.
     """
 
     def __init__(
@@ -169,7 +172,7 @@ class CompileTrial:
         return faults
 
     def _twins(self, points: Sequence[CapturePoint]) -> dict[CapturePoint, CapturePoint]:
-        """Return the inputs that are always the tensor that one of the points returned."""
+        """Map each input that is the output of another of the points in every case to it."""
         first, *others = self._cases
         return {
             point: twin
@@ -180,7 +183,7 @@ class CompileTrial:
         }
 
     def _tried(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
-        """Return the faults of some points, by one program or several."""
+        """Return the faults of some points, found with one program or several."""
         found = yield from self._attempt(points)
         if isinstance(found, dict):
             return found
@@ -189,17 +192,17 @@ class CompileTrial:
     def _parts(
         self, points: Sequence[CapturePoint], failure: _Failure
     ) -> Generator[None, None, Faults]:
-        """Return the faults of points of which one program fails, by programs of parts of them.
+        """Return the faults of points for which one program fails, found with smaller programs.
 
-        A program ends at its last layer. So the longest row of layers, from the first one on, is
-        found of which a program works; then the layers after the one that broke it are tried.
+        A program ends at its last layer. So we search for the longest run of layers, from the first
+        one on, that one program can serve. Then we try the layers after the one that broke it.
         """
         if len(points) == 1:
             return {points[0]: failure.reason}
         works, faults, breaks = yield from self._longest_row(points, failure)
         faults = {**faults, points[works]: breaks.reason}
         rest = points[works + 1 :]
-        # Either one layer is odd by itself, or whatever follows from it fails as well.
+        # Either only that one layer fails, or everything that depends on it fails as well.
         fails = 0
         singles = list(dict.fromkeys((rest[0], rest[len(rest) // 2], rest[-1]))) if rest else []
         for single in singles:
@@ -215,7 +218,7 @@ class CompileTrial:
         return faults
 
     def _together(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
-        """Return the faults that points have together, of which each is served in some program."""
+        """Return the faults that points have only when one program serves all of them."""
         if not points:
             return {}
         self._left = max(self._left, MAX_TOGETHER)
@@ -230,17 +233,17 @@ class CompileTrial:
     def _longest_row(
         self, points: Sequence[CapturePoint], failure: _Failure
     ) -> Generator[None, None, tuple[int, Faults, _Failure]]:
-        """Find how many points, from the first one on, one program serves.
+        """Find how many points, counted from the first, one program can serve.
 
         Args:
-            points: Two or more.
-            failure: Why a program of them all fails.
+            points: Two points or more.
+            failure: Why a program for all of them fails.
 
         Returns:
-            How many, their faults, and why a program of one more fails.
+            Their number, their faults, and why a program for one more point fails.
         """
         works, fails, faults = 0, len(points), Faults()
-        size = 1  # Where the model can't be traced at all, that shows at once.
+        size = 1  # If the model can't be traced at all, one layer is enough to show it.
         while works + 1 < fails:
             found = yield from self._attempt(points[:size])
             if isinstance(found, dict):
@@ -251,7 +254,7 @@ class CompileTrial:
         return works, faults, failure
 
     def _attempt(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults | _Failure]:
-        """Return the faults of some points by one program, or why that fails."""
+        """Return the faults of some points in one program, or why that program fails."""
         if self._left < 1:
             return self._last
         self._left -= 1
@@ -263,7 +266,7 @@ class CompileTrial:
             return self._last
 
     def _compared(self, points: Sequence[CapturePoint]) -> Generator[None, None, Faults]:
-        """Compare one program of some points with the model; raise _FailedError if it fails."""
+        """Compare one program for some points with the model; raise _FailedError if it fails."""
         program = self._compiled(points)
         yield
         if self._kind.may_end_the_process(program):
@@ -280,9 +283,9 @@ class CompileTrial:
     def _compared_apart(
         self, points: Sequence[CapturePoint], program: Any
     ) -> Generator[None, None, Faults]:
-        """Compare a program that runs in its own process; see ``apart``."""
+        """Compare a program by running it in a child process; see ``apart``."""
         if not self._small:
-            return {}  # The first request will show.
+            return {}  # The proof of the first request's plan compares it.
         if self._left_apart < 1:
             raise _FailedError(self._last.reason)
         self._left_apart -= 1
@@ -308,12 +311,12 @@ class CompileTrial:
         def compared(index: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if steps[index] == 1:
                 return (value.clone(),)
-            # The second one has the value's shape, and the memory of one element.
+            # The second tensor has the value's shape but takes the memory of one element.
             return value.reshape(-1)[:: steps[index]].clone(), value.new_zeros(()).expand_as(value)
 
         model = self._context.model
         example = ordinary_batch(model, 1)
-        # As where requests have been served before: a compiler may stumble over the hooks.
+        # Earlier requests leave hooks like these on the model; a compiler may fail because of them.
         for point in points:
             self._context.taps.install(point.path, point.capture)
         try:
@@ -342,7 +345,7 @@ class CompileTrial:
     def _values(self, run: Run, x: Batch) -> Values:
         try:
             with self._kind.running_once():
-                # The program may write into its batch, and other programs run on it again.
+                # The program may write into its batch, which other programs use again.
                 return run(x.clone())
         except Exception as error:
             raise _failed(f"a compiled program fails at batch size {x.size}", error) from error
@@ -350,7 +353,7 @@ class CompileTrial:
     def _differences(
         self, case: Case, points: Sequence[CapturePoint], values: Sequence[torch.Tensor]
     ) -> Faults:
-        """Return how a program's values differ from the model's, for those that do."""
+        """Return how a program's values differ from the model's, for the points that do."""
         faults: Faults = {}
         parts = iter(values)
         for point in points:
@@ -370,5 +373,5 @@ class CompileTrial:
 
 
 def _failed(what: str, error: Exception) -> Exception:
-    """Return the failure to raise for what a program raised."""
+    """Return the exception to raise after a program raised ``error``."""
     return error if is_out_of_memory(error) else _FailedError(f"{what} ({own_words(error)})")

@@ -1,7 +1,7 @@
 """Containers of tensors as named tensors: tuples by index, mappings and dataclasses by key.
 
-Some tensors can't be sent as they are. ``plain`` makes what is sent of a value; ``unsendable`` says
-of which values nothing is made.
+Some tensors can't be sent as they are. ``plain`` returns the tensor to send in place of a value,
+and ``unsendable`` says why a value can't be sent at all.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ __all__ = ["flatten", "pick", "plain", "unsendable"]
 
 _SENT = {getattr(torch, row.name) for row in DTYPES}
 
-MAX_DEPTH = 8
+MAX_CONTAINER_DEPTH = 8
 
 
 def flatten(value: Any, depth: int = 0) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """Yield (way into the container, tensor) for every tensor in ``value``, in order.
+    """Yield (keys that lead to the tensor, tensor) for every tensor in ``value``, in order.
 
-    A plain tensor yields itself with the empty way. Values that hold no tensor yield nothing.
-    Nesting deeper than MAX_DEPTH is not followed.
+    A plain tensor yields itself without keys. Values that hold no tensor yield nothing.
+    Containers nested more than MAX_CONTAINER_DEPTH levels deep are ignored.
     """
     if isinstance(value, torch.Tensor):
         yield (), value
-    elif depth < MAX_DEPTH:
+    elif depth < MAX_CONTAINER_DEPTH:
         for key, member in _members(value):
             for way, tensor in flatten(member, depth + 1):
                 yield (key, *way), tensor
 
 
 def pick(value: Any, way: tuple[str, ...]) -> torch.Tensor | None:
-    """Return the tensor at the end of ``way``, or None if there is none."""
+    """Return the tensor that the keys in ``way`` lead to, or None if there is none."""
     for step in way:
         if isinstance(value, Attended) and step != WEIGHTS:
-            value = value.output  # Its weights are computed for those who want them only.
+            value = value.output  # The weights are computed only if they are requested.
         value = dict(_members(value)).get(step)
     return value if isinstance(value, torch.Tensor) else None
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what is sent of a tensor: without its gradient's graph, dequantised if quantised."""
+    """Return the tensor to send for a value: detached, and dequantised if it is quantised."""
     if tensor.requires_grad:
         tensor = tensor.detach()
     return tensor.dequantize() if tensor.is_quantized else tensor
 
 
 def unsendable(tensor: torch.Tensor) -> str:
-    """Return why a tensor can't be sent; empty if what ``plain`` makes of it can be."""
+    """Return why a tensor can't be sent; empty if what ``plain`` returns for it can be sent."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "its value is a tensor of torch.vmap or torch.func.grad, which means nothing outside"
     if tensor.device.type == "meta":

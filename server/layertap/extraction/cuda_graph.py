@@ -1,15 +1,16 @@
-"""CUDA graphs: a pass's kernels, recorded once at a batch size and launched as one.
+"""CUDA graphs: the kernels of a pass at one batch size, recorded once and launched together.
 
-At batch 1 a GPU is often done with a kernel before the host has launched the next. A graph has the
-launches after it: replaying one costs the host microseconds, whatever extractor was recorded.
+At batch size 1 a GPU often finishes a kernel before the host has launched the next one. A graph
+avoids these gaps: replaying it costs the host microseconds, whichever extractor was recorded.
 
 Note [What a graph holds]
-    The addresses of its input and of its values, which are its own: an input is copied in before a
-    replay, and a sink copies the values out, on the same stream, before the next replay overwrites
-    them. The kernels that this input's values led to: so a model that looks at values can't be
-    recorded (to look is to wait for the device, which a recording refuses), and one that keeps
-    state in Python would keep none. What the host does between layers, such as noticing that
-    nobody waits any more, it does not do in a replay.
+    A graph holds the addresses of its own input and values. An input is copied in before a replay,
+    and a sink copies the values out, on the same stream, before the next replay overwrites them.
+
+    A graph also holds the kernels that ran for the recorded input. So a model whose control flow
+    depends on values can't be recorded (reading a value waits for the device, which a recording
+    forbids), and a model that keeps state in Python would not update it. A replay also skips what
+    the host does between layers, such as noticing that no client waits any more.
 
 Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs".
 """
@@ -29,21 +30,21 @@ from layertap.models import Batch
 __all__ = ["GraphedExtractor"]
 
 Shapes = tuple[tuple[int, ...], ...]
-"""Those of a batch's tensors."""
+"""The shapes of a batch's tensors."""
 
 _recording = threading.Lock()
-"""PyTorch records one graph at a time in a process; each device has a compute thread of its own."""
+"""PyTorch records one graph at a time per process, but each device has its own compute thread."""
 
 _WARM_UP_RUNS = 3
-"""Runs before a recording, in which libraries make what they keep; PyTorch's own number."""
+"""Runs before a recording, in which libraries allocate what they keep. PyTorch uses the same."""
 
 
 class GraphedExtractor:
-    """Replays an extractor's passes at recorded shapes, and runs it at any other.
+    """Replays the recorded passes of an extractor; runs the extractor at shapes not recorded.
 
     Args:
         built: The extractor.
-        points: What it captures.
+        points: The points that it captures.
     """
 
     def __init__(self, built: BuiltExtractor, points: Sequence[CapturePoint]) -> None:
@@ -61,16 +62,16 @@ class GraphedExtractor:
             sink(index, value)
 
     def record(self, x: Batch) -> None:
-        """Record a pass at the shapes of a batch; raise RuntimeError where it can't be recorded."""
+        """Record a pass at the shapes of a batch; raise RuntimeError if it can't be recorded."""
         self._recorded[x.shapes] = _Recording(self._built, self._points, x)
 
     def forget(self, shapes: Shapes) -> None:
-        """Run the extractor itself at these shapes again."""
+        """Drop the recording at these shapes, so that the extractor itself runs again."""
         self._recorded.pop(shapes, None)
 
 
 class _Recording:
-    """One graph, with its input and its values."""
+    """One graph with its input and its values."""
 
     def __init__(self, built: BuiltExtractor, points: Sequence[CapturePoint], x: Batch) -> None:
         self._x = x.clone()
@@ -78,11 +79,11 @@ class _Recording:
         with _recording, torch.cuda.device(next(iter(x.values())).device):
             before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
             stream.wait_stream(before)
-            # Around the recording too: one that fails leaves its stream as the current one.
+            # This block encloses the recording: if it fails, it leaves its stream as the current.
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP_RUNS):
                     collect(built, points, self._x)
-                # Other threads may call CUDA meanwhile, as those do that wait for a copy.
+                # Other threads may call CUDA meanwhile, such as those that wait for a copy.
                 mode = "thread_local"
                 with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode):
                     self._values = collect(built, points, self._x)

@@ -1,12 +1,12 @@
 """A summary of a pass's values, for comparing other passes with it.
 
 Note [Digests]
-    To keep the values of all layers takes many times the memory of a pass, which frees each value
-    after its last use. So a later pass is not compared in every element: of a large value the
-    digest keeps the shape, the type, the largest magnitude, and elements spread evenly over it. If
-    a module's input is the tensor that another module returned, it is kept once. That suffices
-    here, because a wrong program is wrong in more than a few elements; and when a plan is proven,
-    its values are compared in full.
+    Keeping the values of all layers would take many times the memory of a pass, which frees each
+    value after its last use. So later passes are not compared in every element. For a large value
+    the digest keeps the shape, the dtype, the largest magnitude, and elements spread evenly over
+    it. If a module's input is the tensor that another module returned, both share one digest. That
+    is enough here, because a wrong program is wrong in more than a few elements, and because the
+    proof of a plan compares its values in full.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from layertap.selection import Capture
 
 __all__ = ["Digest", "DigestedPass", "digest_pass", "sample_step"]
 
-MOST = 4096
-"""Elements that are compared of one item's value."""
+MAX_SAMPLED = 4096
+"""Maximum number of elements that are compared in one item's value."""
 
 
 def sample_step(spec: ValueSpec) -> int:
-    """Return the distance between the elements that are compared of a value; 1 for all of them.
+    """Return the distance between the elements of a value that are compared; 1 for all of them.
 
-    It has no divisor in common with the sizes of the value, so that the elements lie in all rows
-    and columns.
+    The distance and the sizes of the value have no common divisor, so that the elements lie in
+    all rows and columns.
     """
     elements = math.prod(dim.size for dim in spec.dims)
-    step = max(1, elements // MOST)
+    step = max(1, elements // MAX_SAMPLED)
     while math.gcd(step, elements) > 1:
         step += 1
     return step
@@ -47,13 +47,13 @@ def sample_step(spec: ValueSpec) -> int:
 
 @dataclass(frozen=True)
 class Digest:
-    """What is kept of one value.
+    """What is kept of one value for comparison.
 
     Attributes:
         shape: Its shape.
-        elements: Every ``step``-th element, ``[n]``; all of them, in the value's shape, for 1.
-        step: The distance between them.
-        largest: The largest finite magnitude of the whole value, ``[1]``, of its type.
+        elements: Every ``step``-th element, ``[n]``; with step 1 the whole value in its shape.
+        step: The distance between these elements in the flattened value.
+        largest: The largest finite magnitude in the whole value, ``[1]``, of the value's dtype.
         finite: Whether the whole value is finite.
     """
 
@@ -65,7 +65,7 @@ class Digest:
 
     @classmethod
     def of(cls, value: torch.Tensor, step: int) -> Digest:
-        """Return the digest of a value, which may be overwritten afterwards."""
+        """Return the digest of a value; it copies what it keeps."""
         elements = value.clone() if step == 1 else value.reshape(-1)[::step].clone()
         largest = _largest(value)
         finite = bool(largest.isfinite())
@@ -74,7 +74,7 @@ class Digest:
         return cls(tuple(value.shape), elements, step, largest, finite)
 
     def fault(self, value: torch.Tensor, tolerance: float) -> str:
-        """Return in words how a value differs from this one; empty if it is close enough."""
+        """Return how a value differs from the digested one; empty if it is close enough."""
         return self.fault_of_sample(
             tuple(value.shape), value if self.step == 1 else value.reshape(-1)[:: self.step],
             tolerance,
@@ -83,12 +83,12 @@ class Digest:
     def fault_of_sample(
         self, shape: tuple[int, ...], elements: torch.Tensor, tolerance: float
     ) -> str:
-        """Return as ``fault`` does what differs, given a value's shape and its elements only."""
+        """Do the same as ``fault``, given only a value's shape and its sampled elements."""
         if shape != self.shape:
             return f"its shape is {list(shape)}, the model's is {list(self.shape)}"
         if self.step == 1 or elements.dtype != self.elements.dtype:
             return mismatch(elements, self.elements, tolerance)
-        # Errors are a share of the largest magnitude, which may stand between the elements.
+        # The tolerance is a share of the largest magnitude, which may be outside the sample.
         return mismatch(
             torch.cat([elements, self.largest]), torch.cat([self.elements, self.largest]), tolerance
         )
@@ -96,11 +96,11 @@ class Digest:
 
 @dataclass
 class DigestedPass:
-    """What is kept of one pass of a model.
+    """The digests of one pass of a model.
 
     Attributes:
-        digests: By point; without the points that are not there on this input.
-        twins: For inputs that are the very tensor that another module returned, that output.
+        digests: The digest of each point that exists for this input.
+        twins: For each input that is the very tensor that another module returned: that output.
     """
 
     digests: dict[CapturePoint, Digest] = field(default_factory=dict)
@@ -111,9 +111,9 @@ def digest_pass(model: LoadedModel, x: Batch, steps: Mapping[CapturePoint, int])
     """Run a model on a batch, to its end, and return the digest of each point.
 
     Args:
-        model: The model; whatever it raises passes through.
-        x: The batch; it stays as it is.
-        steps: The points, all of modules, and the distance between the elements of each to compare.
+        model: The model; its exceptions are passed on.
+        x: The batch; it is not changed.
+        steps: The points, all of modules, and the distance between the sampled elements of each.
     """
     wanted: dict[tuple[str, Capture, int], list[CapturePoint]] = {}
     for point in steps:
@@ -148,9 +148,9 @@ def digest_pass(model: LoadedModel, x: Batch, steps: Mapping[CapturePoint, int])
 
 
 def _largest(value: torch.Tensor) -> torch.Tensor:
-    """Return the largest magnitude of a floating-point value, ``[1]`` of its type, else 0.
+    """Return the largest magnitude of a floating-point value, ``[1]`` of its dtype, else 0.
 
-    Types of one byte have none: torch computes nothing with them.
+    It is 0 for dtypes of one byte, too, as torch can't compute with them.
     """
     if not value.is_floating_point() or value.dtype.itemsize == 1 or not value.numel():
         return value.new_zeros(1)

@@ -1,8 +1,8 @@
 """Keeps forward passes and symbolic tracing from overlapping, in the whole process.
 
-torch.fx patches ``Module.__call__`` and ``Module.__getattr__`` for everybody while it traces, so a
-forward pass of any model in any thread would go through the tracer. Passes hold this gate together,
-tracing holds it alone.
+torch.fx patches ``Module.__call__`` and ``Module.__getattr__`` for the whole process while it
+traces, so a forward pass of any model in any thread would go through the tracer. Passes share this
+gate with each other; tracing holds it exclusively.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class _Gate:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        # Who traces in the middle of its own turn lets the others pass first: of two that wait for
-        # each other's end neither would ever begin.
+        # A thread inside ``together`` leaves it first: two threads that wait here for each other's
+        # pass to end would wait forever.
         held = getattr(self._mine, "passing", False)
         if held:
             self._leave()
@@ -55,7 +55,7 @@ class _Gate:
 
     def _enter(self) -> None:
         with self._free:
-            # Behind one that waits, or a busy server would never let it trace.
+            # Wait behind a waiting tracer, or it would never get its turn on a busy server.
             self._free.wait_for(lambda: not self._tracing and not self._waiting)
             self._passing += 1
 
@@ -69,7 +69,7 @@ class _Gate:
 _gate = _Gate()
 
 forward_passes = _gate.together
-"""Hold off symbolic tracing in every thread for as long as the block runs models. Not nested."""
+"""Keep symbolic tracing in every thread from starting while the block runs. Not reentrant."""
 
 no_forward_pass = _gate.alone
-"""Do what no forward pass may see. Within ``forward_passes`` others may pass before the block."""
+"""Keep forward passes out of the block. Inside ``forward_passes``, others may run before it."""

@@ -2,18 +2,20 @@
 
 Note [Two experiments]
     *Another size.* The model runs once more with another height and width, in another ratio. A
-    dimension that grew as the height did is the height; one that grew as their product, but for
-    some tokens in front, holds the grid row by row; one that stayed is channels, or heads.
+    dimension that grew as the height did is the height. One that grew as the product of height and
+    width, apart from some tokens in front, holds the grid row by row. One that stayed the same is
+    channels, or heads.
 
     *Another place.* Many transformers take one size only, and adaptive pooling gives one size for
-    all. There a small block of the input is changed, in three places, and the activation's largest
-    change is looked for. Where it is where the block is, in each of the three, that dimension is
-    the grid's. Behind an attention or a mixing layer without a residual connection every element
-    changes, and this shows nothing; but where a size has been found to be a grid's and never
-    channels, it is the grid's in the model's other layers too.
+    every input. For these, a small block of the input is changed, in each of three places, and we
+    look where the activation changes most. If that position along a dimension matches the block's
+    for all three places, the dimension belongs to the grid. After attention, or a mixing layer
+    without a residual connection, every element changes and this shows nothing. But if some layers
+    showed that a size is a grid's, and none showed that it is channels, it is taken as the grid's
+    in the model's other layers too.
 
-    What neither experiment shows stays unknown. Sizes alone prove nothing: 256 channels are no 16 ×
-    16 grid.
+    What neither experiment shows stays unknown. Sizes alone prove nothing: 256 channels need not
+    be a 16 × 16 grid.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.taps import observe
-from layertap.models import Batch, LoadedModel
+from layertap.models import Batch, IdRange, LoadedModel
 from layertap.selection import Capture
 
 __all__ = ["Grids", "other_items", "survey_grids"]
@@ -41,35 +43,35 @@ __all__ = ["Grids", "other_items", "survey_grids"]
 _log = logging.getLogger(__name__)
 
 MAX_TOKENS_IN_FRONT = 8
-"""Class, distillation and register tokens; DINOv2 has the most, one and four."""
+"""Class, distillation and register tokens. DINOv2 has most: one class token, four registers."""
 
 _STEPS = (32, 28, 48)
-"""Pixels by which an image is made lower and wider: multiples of the usual strides and patches."""
+"""Pixels by which an image is made lower and wider: multiples of usual strides and patch sizes."""
 
 _PLACES = ((0.15, 0.6), (0.5, 0.2), (0.85, 0.9))
-"""Where a block is changed, as shares of height and width."""
+"""Where a block is changed, as shares of the image's height and width."""
 
 _BLOCK = 112
-"""A block is one in so many of height and of width, and at least two by two pixels.
+"""A block's height and width are the image's divided by this, and at least two pixels.
 
-A patch is larger; a model that skips every other pixel must not miss it.
+That is smaller than a patch. With two pixels, a model that skips every other pixel sees the change.
 """
 
 Shapes = Mapping[CapturePoint, tuple[int, ...]]
 Moves = Mapping[CapturePoint, Sequence[Sequence[int]]]
-"""For each place of a block: where along each dimension of one item the largest change is."""
+"""For each place of a block: the position of the largest change along each dimension of an item."""
 
 
 @dataclass
 class Grids:
-    """What the experiments showed of one model.
+    """What the experiments showed about one model.
 
     Attributes:
-        specs: The type and shape of each point.
-        item: The sizes of the first input's item at which they were measured.
-        other: Those of the other item; equal to ``item`` where none could be tried.
+        specs: The dtype and shape of each point.
+        item: The shape of the first input's item at which these were measured.
+        other: The other item shape that was tried; equal to ``item`` if none could be tried.
         shapes: The shape of each point for a batch of one such item, as far as the model ran.
-        moves: For each point whose shape told nothing, see ``Moves``.
+        moves: ``Moves`` of each point whose shape showed nothing.
     """
 
     specs: Mapping[CapturePoint, ValueSpec]
@@ -79,7 +81,7 @@ class Grids:
     moves: Moves = field(default_factory=dict)
 
     def geometries(self) -> dict[CapturePoint, Geometry]:
-        """Return the geometry of each point of which something is known."""
+        """Return the geometry of each point for which anything is known."""
         found = {point: self._of(point) for point in self.specs}
         known = {point: geometry for point, geometry in found.items() if geometry}
         rows = {
@@ -97,7 +99,7 @@ class Grids:
         return self.by_size(point) or self.by_place(point) or self._pooled(point)
 
     def _pooled(self, point: CapturePoint) -> Geometry | None:
-        """Return the geometry of what was pooled to one position: the mean of one is itself."""
+        """Return the geometry of a feature map pooled to one position; None if it isn't one."""
         sizes = _item_sizes(self.specs[point])
         if len(sizes) == len(self.item) == 3 and 1 < max(sizes) == math.prod(sizes):
             if sizes[0] > 1:
@@ -107,7 +109,7 @@ class Grids:
         return None
 
     def by_size(self, point: CapturePoint) -> Geometry | None:
-        """Return what another size of the input shows of a point."""
+        """Return the geometry that another size of the input shows; None if it shows none."""
         sizes, others = _item_sizes(self.specs[point]), self._others(point)
         if others is None or len(others) != len(sizes):
             return None
@@ -116,7 +118,7 @@ class Grids:
             return None
         if len(self.item) < 3:
             changed = sum(map(int.__ne__, self.item, self.other))
-            more = len(follows) > changed  # Such as an attention's map of every two positions.
+            more = len(follows) > changed  # Such as an attention map, with two axes of positions.
             return None if more else Geometry(positions=tuple(axis + 1 for axis in follows))
         if len(sizes) == len(self.item):
             for layout, height, width in ((Layout.CHANNELS_FIRST, -2, -1),
@@ -129,7 +131,7 @@ class Grids:
         return None
 
     def by_place(self, point: CapturePoint) -> Geometry | None:
-        """Return what the places of the largest changes show of a point."""
+        """Return the geometry that the places of the largest changes show; None if none."""
         moves, sizes = self.moves.get(point), _item_sizes(self.specs[point])
         if moves is None:
             return None
@@ -155,14 +157,14 @@ class Grids:
         return shape[: axis[0]] + shape[axis[0] + 1 :]
 
     def _scales(self, sizes: Sequence[int], others: Sequence[int], axes: Sequence[int]) -> bool:
-        """Return whether height and width of an activation grew as the input's did."""
+        """Return whether an activation's height and width grew in proportion to the input's."""
         return all(
             abs(sizes[axis] * self.other[side] / self.item[side] - others[axis]) < 1.5
             for axis, side in zip(axes, (-2, -1), strict=True)
         )
 
     def _tokens(self, sizes: Sequence[int], others: Sequence[int], axis: int) -> Geometry:
-        # A video's tokens are those of its frames, one after the other.
+        # Images only: a video's tokens are those of all its frames, one frame after the other.
         image = self.item[-2:] if len(self.item) == 3 else ()
         for front, height, width in _grids(sizes[axis], image):
             for other in _grids(others[axis], self.other[-2:], [front]):
@@ -191,15 +193,15 @@ def survey_grids(
 
     Args:
         model: The model; no other forward pass of it may run meanwhile.
-        specs: The type and shape of each point, for the model's default items.
-        turn: Held in each pass.
-        others: Returns the shapes of the points that are no module's, for a batch.
+        specs: The dtype and shape of each point, for the model's default items.
+        turn: The context to hold during each pass.
+        others: Returns the shapes, for a batch, of the points that belong to no module.
     """
-    key, item = model.signature.key, model.signature.main.shape
+    item = model.signature.main.shape
     specs = {p: spec for p, spec in specs.items() if _is_plain(spec)}
     best: tuple[tuple[int, ...], Shapes] = (item, {})
     for other in other_items(item, model.signature.main.free):
-        x = ordinary_batch(model, 1, key.with_main(other))
+        x = ordinary_batch(model, 1, model.signature.resized(other))
         shapes, ended = _shapes(model, x, turn)
         if ended:
             best = other, {**shapes, **_of_nodes(others, x)}
@@ -207,7 +209,7 @@ def survey_grids(
         if len(shapes) > len(best[1]):
             best = other, shapes
     grids = Grids(specs, item, *best)
-    # Not what follows another size, and has but one dimension with several elements.
+    # Skip points that the other size explained, and those with only one dimension above 1.
     open_points = {p for p in specs if _is_open(specs[p]) and not grids.by_size(p)}
     if open_points:
         grids.moves = _survey_moves(model, {p: specs[p] for p in open_points}, turn)
@@ -215,10 +217,10 @@ def survey_grids(
 
 
 def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yield item shapes at which a model may show which dimensions follow which.
+    """Yield item shapes to try, to see which dimensions follow which.
 
-    An image's height and width change in different ratios, so that they can be told apart. A model
-    that is said to take one size is tried too: it may run far enough.
+    An image's height and width change in different ratios, so that they can be told apart. This is
+    tried even if a model is said to take one size only, as it may run far enough.
     """
     if len(item) >= 3:
         *rest, height, width = item
@@ -227,6 +229,8 @@ def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[in
                 yield (*rest, height - step, width + step)
         else:
             yield (*rest, 2 * height, 3 * width)
+        return
+    if not item:
         return
     axes = free or [len(item) - 1]
     for twice, half in ((2, 1), (1, 2)):
@@ -240,7 +244,7 @@ def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[in
 def _shapes(
     model: LoadedModel, x: Batch, turn: AbstractContextManager[object]
 ) -> tuple[dict[CapturePoint, tuple[int, ...]], bool]:
-    """Return the shapes of a pass, and whether it ran to its end."""
+    """Return the shapes that a pass showed, and whether the pass ran to its end."""
     shapes: dict[CapturePoint, tuple[int, ...]] = {}
 
     def see(point: CapturePoint, tensor: torch.Tensor) -> None:
@@ -248,7 +252,7 @@ def _shapes(
 
     try:
         _watch(model, x, turn, see)
-    except Exception as error:  # noqa: BLE001 - a model need not take another size
+    except Exception as error:  # noqa: BLE001 - a model may refuse another size
         _log.debug("model %s does not run on %s: %s", model.name, x.key, error)
         return shapes, False
     return shapes, True
@@ -267,10 +271,10 @@ def _survey_moves(
     specs: Mapping[CapturePoint, ValueSpec],
     turn: AbstractContextManager[object],
 ) -> dict[CapturePoint, list[list[int]]]:
-    """Return for each point where it changes most when the input changes at each place."""
+    """Return for each point where it changes most when each place of the input changes."""
     moves: dict[CapturePoint, list[list[int]]] = {point: [] for point in specs}
     if len(model.signature.main.shape) == 2:
-        return {}  # Which of the two is the time can't be told.
+        return {}  # Nothing tells which of the two dimensions is time.
 
     def see(point: CapturePoint, tensor: torch.Tensor) -> None:
         if point in specs and (where := _largest_change(tensor, specs[point])):
@@ -279,7 +283,7 @@ def _survey_moves(
     for place in _PLACES:
         try:
             _watch(model, _changed_at(model, place), turn, see)
-        except Exception as error:  # noqa: BLE001 - the block may be what the model can't take
+        except Exception as error:  # noqa: BLE001 - a model may refuse the changed block
             _log.debug("model %s does not run on a changed input: %s", model.name, error)
     return {point: seen for point, seen in moves.items() if len(seen) == len(_PLACES)}
 
@@ -297,13 +301,13 @@ def _changed_at(model: LoadedModel, place: tuple[float, float]) -> Batch:
     if main.dtype.is_floating_point:
         block.add_(3)
     else:
-        rows = main.ids.rows if main.ids else 2
+        rows = main.values.rows if isinstance(main.values, IdRange) else 2
         block.add_(max(1, rows // 2)).remainder_(rows)
     return batch
 
 
 def _largest_change(tensor: torch.Tensor, spec: ValueSpec) -> list[int]:
-    """Return where along each dimension of an item two items differ most; empty for nowhere."""
+    """Return where two items differ most along each dimension; empty if nothing can be said."""
     axis = spec.batch_axis
     if axis is None or tensor.ndim != len(spec.dims) or tensor.shape[axis[0]] != 2:
         return []
@@ -340,7 +344,7 @@ def _watch(
 
 
 def _is_plain(spec: ValueSpec) -> bool:
-    """Return whether a value has a batch dimension of one element for each item, and two others."""
+    """Return whether a value has one element of its batch axis per item, and two more axes."""
     axis = spec.batch_axis
     return not spec.dynamic and axis is not None and axis[1] == 1 and len(spec.dims) > 2
 
@@ -360,7 +364,7 @@ def _map(layout: Layout, sizes: Sequence[int]) -> Geometry:
 
 
 def _row(axis: int, sizes: Sequence[int], front: int, height: int, width: int) -> Geometry:
-    """Return the geometry of a grid in one row: tokens, or channels of a row of numbers each."""
+    """Return the geometry of a grid flattened into one axis: ``[tokens, C]`` or ``[C, tokens]``."""
     if axis == 0:
         return Geometry(Layout.TOKENS, sizes[1], height, width, front)
     return Geometry(positions=(2,))
@@ -371,12 +375,12 @@ def _alike(
     rows: Mapping[tuple[int, int], Geometry],
     maps: set[tuple[int, int]],
 ) -> Geometry | None:
-    """Return the geometry of sizes that the model's other layers were found to have.
+    """Return the geometry of other layers of the model with the same sizes; None if none is known.
 
     Args:
-        sizes: Those of one item.
-        rows: What is known of a layer of so many tokens and channels.
-        maps: The heights and widths that are known.
+        sizes: The sizes of one item.
+        rows: The known geometries of tokens, by (number of tokens, channels).
+        maps: The known pairs of height and width.
     """
     if len(sizes) == 2:
         tokens, turned = rows.get((sizes[0], sizes[1])), rows.get((sizes[1], sizes[0]))
@@ -410,9 +414,9 @@ def _moves_along(
 def _grids(
     tokens: int, image: Sequence[int], fronts: Sequence[int] | None = None
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield (tokens in front, height, width) of the grids that so many tokens may be.
+    """Yield (tokens in front, height, width) of every grid that this number of tokens may be.
 
-    Their cells are as high as they are wide, up to rounding.
+    The grid's cells are square in the image, up to rounding.
     """
     if not image:
         return

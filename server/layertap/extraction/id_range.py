@@ -1,10 +1,10 @@
 """Finds the range of a model's token ids from the embedding table that they index.
 
 Note [Which table]
-    One pass is watched. Ids that follow the input are looked up in a table of so many rows:
-    ``nn.Embedding``, ``functional.embedding``, plain indexing. A model has several such tables
-    (words, positions, columns of a table row), so the largest range with which the model runs at
-    every batch size of a proof is taken.
+    One pass is watched for lookups whose ids follow from the input: ``nn.Embedding``,
+    ``functional.embedding`` or plain indexing. The number of the table's rows limits the ids. A
+    model may have several such tables (words, positions, columns of tabular data), so the largest
+    range is taken with which the model runs at every batch size of a proof.
 """
 
 from __future__ import annotations
@@ -17,39 +17,44 @@ from torch import nn
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.samples import ordinary_batch
-from layertap.models import IdRange, LoadedModel
+from layertap.models import IdRange, InputSpec, LoadedModel
 
-__all__ = ["with_id_range"]
+__all__ = ["with_id_ranges"]
 
 _BYTES = 256
-"""Values of integers that are looked up in no table: a byte's."""
+"""The range of integers that index no table: that of a byte."""
 
 
-def with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
-    """Return the model with the range of its ids, where its input is integers and none is known.
+def with_id_ranges(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+    """Return the model with the range of the ids of each input that is integers of unknown range.
 
-    The model runs, each pass inside its guard. Where it runs on no larger range than 0 and 1, its
+    The model runs, each pass inside its guard. Where it runs on no larger range than 0 and 1, the
     input stays as it is.
     """
-    main = model.signature.main
-    dtype = main.dtype
-    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool or main.ids:
-        return model
-    for rows in (*sorted(_tables(model, guard), reverse=True), min(_BYTES, torch.iinfo(dtype).max)):
-        known = IdRange(rows, _padding(model.module, rows))
-        found = replace(model, signature=model.signature.with_main(replace(main, ids=known)))
+    for spec in model.signature.inputs:
+        dtype = spec.dtype
+        if not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool or spec.values):
+            model = _with_id_range(model, spec, guard)
+    return model
+
+
+def _with_id_range(model: LoadedModel, spec: InputSpec, guard: PassGuard) -> LoadedModel:
+    tables = sorted(_tables(model, spec.name, guard), reverse=True)
+    for rows in (*tables, min(_BYTES, torch.iinfo(spec.dtype).max)):
+        known = replace(spec, values=IdRange(rows, _padding(model.module, rows)))
+        found = replace(model, signature=model.signature.with_input(known))
         if rows > 2 and _runs(found, guard):
             return found
     return model
 
 
-def _tables(model: LoadedModel, guard: PassGuard) -> set[int]:
-    """Return the rows of the tables in which ids that follow the input are looked up."""
-    x = ordinary_batch(model, 1)
-    with guard, watch_looks(model.module, x.tensors) as looks:
+def _tables(model: LoadedModel, name: str, guard: PassGuard) -> set[int]:
+    """Return the rows of the tables in which ids that follow an input are looked up."""
+    x = ordinary_batch(model, 1, model.signature.whole_key)
+    with guard, watch_looks(model.module, {name: x[name]}) as looks:
         try:
             model.forward(x)
-        except Exception:  # noqa: BLE001 - measuring the model will say what it fails on
+        except Exception:  # noqa: BLE001 - measuring the model will report the failure
             return set()
     return looks.tables
 
@@ -66,7 +71,7 @@ def _runs(model: LoadedModel, guard: PassGuard) -> bool:
     try:
         for batch in (1, 2, 3):
             with guard:
-                model.forward(ordinary_batch(model, batch))
+                model.forward(ordinary_batch(model, batch, model.signature.whole_key))
     except Exception:  # noqa: BLE001 - a model may raise anything at ids that it can't look up
         return False
     return True

@@ -1,7 +1,7 @@
 """The layout of an activation: which dimensions follow the input's, and which are channels.
 
-A tensor doesn't say so, and its sizes mislead: 256 channels are no 16 × 16 grid. What is known was
-found by experiment, see ``layertap.extraction.grid``.
+A tensor doesn't say so, and its sizes mislead: 256 channels need not be a 16 × 16 grid. So layouts
+are found by experiment; see ``layertap.extraction.grid``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Geometry", "Layout"]
 
 
 class Layout(StrEnum):
-    """Which dimensions are the image's; ``layertap.v1.Layout`` has the same names."""
+    """How height, width and channels are arranged; ``layertap.v1.Layout`` has the same names."""
 
     UNKNOWN = "unknown"
     CHANNELS_FIRST = "channels_first"
@@ -24,17 +24,17 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What is known of the layout of an activation whose batch is in front.
+    """What is known about the layout of an activation whose batch dimension comes first.
 
     Attributes:
         layout: CHANNELS_FIRST is ``[B, C, (T,) H, W]``, CHANNELS_LAST ``[B, (T,) H, W, C]``, TOKENS
             ``[B, front + H * W, C]``, row by row. UNKNOWN for anything else.
-        channels: C; 0 if the layout is UNKNOWN, as the sizes that follow.
+        channels: C. This and the sizes below are 0 if the layout is UNKNOWN.
         height: H.
         width: W.
         front: Tokens in front of the patch tokens.
-        positions: Where the layout is UNKNOWN: the dimensions that were seen to follow the
-            input's, ascending, such as that of the time of a series ``[B, T, C]``.
+        positions: If the layout is UNKNOWN: the dimensions that were seen to follow the input's,
+            ascending, such as time in a series ``[B, T, C]``.
     """
 
     layout: Layout = Layout.UNKNOWN
@@ -48,9 +48,9 @@ class Geometry:
         """Return the geometry of the same layer for items of another shape.
 
         Args:
-            shape: The activation's sizes for one such item, the batch's 1 in front.
-            item: The sizes of such an item's first input.
-            measured: Those of the item at which this geometry was found.
+            shape: The activation's shape for a batch of one such item.
+            item: The shape of such an item's first input.
+            measured: The shape of the item at which this geometry was found.
         """
         if not self.height or tuple(item) == tuple(measured):
             return self
@@ -73,6 +73,6 @@ class Geometry:
 
 
 def _around(size: float) -> list[int]:
-    """Return whole numbers near a size, the nearest first: patches are cut off or padded."""
+    """Return the whole numbers near a size, nearest first, as patches may be cut off or padded."""
     nearest = round(size)
     return [nearest, nearest - 1, nearest + 1]

@@ -1,26 +1,25 @@
 """Detects how a model's code uses values that depend on its input, for example in branches.
 
 Note [Looks]
-    ``if x.max() > 1:`` asks a tensor for a Python number. A trace keeps the way that the example
-    took, for every input to come, and says so in a warning that it also gives for harmless things.
-    So the model is run once with every operation watched: what is computed of the input is marked,
-    by its memory, and a number that is taken out of marked memory is a look. Shapes are numbers
-    without any tensor in an eager pass, and parameters are not marked, so neither counts.
+    ``if x.max() > 1:`` asks a tensor for a Python number. A trace keeps the branch that the example
+    took for every later input. torch only warns of this, and it gives the same warning for harmless
+    code. So the model runs once with every operation watched. Whatever is computed from the input
+    is marked by its memory, and taking a number out of marked memory is a look. In an eager pass
+    shapes are plain numbers, not tensors, and parameters are not marked, so neither counts.
 
-    A size that follows the content (``len(boxes)``) is such a number too, though no operation tells
-    it: a trace keeps it right until the code branches on it or counts to it. What has such a size
-    is marked as well, and asking it for its size is a look.
+    A size that depends on the content (``len(boxes)``) is such a number too, though no operation
+    shows it. A trace handles it correctly until the code branches on it or loops over it. So values
+    with such a size are marked as well, and asking them for their size is a look.
 
 Note [Python functions]
-    A ``torch.autograd.Function`` is Python code that a compiled program can't hold. Its ``apply``
-    is seen by the interpreter's profiling hook, which belongs to this thread alone; patching
-    ``apply`` itself would change it for every other thread's pass.
+    A ``torch.autograd.Function`` is Python code that a compiled program can't contain. We see the
+    calls of its ``apply`` with the interpreter's profiling hook, which applies to this thread only.
+    Patching ``apply`` would change it for the passes of all other threads.
 
 Note [Freed memory]
-    Marks are weak references to the memory of tensors. One to memory that was freed keeps its small
-    head allocated, between the buffers that were freed: the allocator can then neither join those
-    nor return them, and a pass takes many times its own memory. So marks of freed memory are
-    dropped soon.
+    Marks are weak references to the memory of tensors. A mark of freed memory keeps a small header
+    allocated between the freed buffers. The allocator can then neither join nor return the buffers,
+    and a pass takes many times its own memory. So marks of freed memory are dropped soon.
 """
 
 from __future__ import annotations
@@ -43,10 +42,11 @@ from layertap.extraction.steps import discrete_results, is_new, keeps_exact
 
 __all__ = ["Looks", "unwatched", "watch_looks"]
 
-# torch tags what takes values of a tensor to Python, item() and comparisons of whole tensors, but
-# for this one. In inference mode composite operations are seen as a whole, else their last part.
+# torch tags the operations that take values of a tensor to Python (item() and comparisons of whole
+# tensors), except this one. Inference mode shows composite operations as a whole; otherwise we see
+# their last part.
 _LOOKS = {torch.ops.aten.is_nonzero.default}
-# These do so without an operation that is dispatched.
+# These take values to Python without a dispatched operation.
 _EXPORTS = {
     torch.Tensor.tolist,
     torch.Tensor.numpy,
@@ -54,13 +54,13 @@ _EXPORTS = {
     # Decides in ``nn.TransformerEncoder`` whether padded tokens are packed into a nested tensor.
     torch._nested_tensor_from_mask_left_aligned,
 }
-# Composite operations whose results' sizes follow the content; torch tags their parts.
+# Composite operations whose results' sizes depend on the content; torch tags only their parts.
 _SIZED = {
     torch.ops.aten.where.default,
     torch.ops.aten.nonzero_numpy.default,
     torch.ops.aten.repeat_interleave.self_Tensor,
 }
-# Their first argument is a table, by whose rows the ids of the second are bounded.
+# Their first argument is a table whose number of rows limits the ids in the second.
 _LOOK_UPS = {
     torch.ops.aten.embedding.default,
     torch.ops.aten.embedding_bag.default,
@@ -79,7 +79,7 @@ _ASKS_SIZE = {
 
 
 SLACK = 32
-"""Marks of freed memory that may stay for a while: dropping them goes through all marks."""
+"""Marks of freed memory that are tolerated, since dropping them means checking every mark."""
 
 
 class _Eyes(threading.local):
@@ -90,13 +90,13 @@ _eyes = _Eyes()
 
 
 class Looks:
-    """What has been seen so far.
+    """What the watched passes have done so far.
 
     Attributes:
-        count: How often the model looked.
-        operations: How many operations took values that follow the input.
-        functions: The names of the Python functions of autograd that it called.
-        tables: The rows of the tables in which it looked up ids that follow the input.
+        count: How often the model looked at values; see Note [Looks].
+        operations: How many operations had arguments that depend on the input.
+        functions: The names of the ``torch.autograd.Function`` classes that it called.
+        tables: The numbers of rows of the tables that it indexed by ids from the input.
     """
 
     def __init__(self, given: Any) -> None:
@@ -116,22 +116,22 @@ class Looks:
         return not self._marked.isdisjoint(_memory(values))
 
     def mark(self, values: Any) -> None:
-        """Note that the tensors among the values follow the input."""
+        """Record that the tensors among the values depend on the input."""
         self._marked.update(_memory(values))
 
     def sized(self, values: Any) -> bool:
-        """Return whether the size of some tensor among the values follows the content."""
+        """Return whether the size of any tensor among the values depends on the content."""
         return not self._sized.isdisjoint(_memory(values))
 
     def step(self, values: Any) -> str:
-        """Return the discontinuous operation that some tensor among the values follows from.
+        """Return a discontinuous operation that a tensor among the values depends on.
 
         See Note [Discontinuous steps]; empty if there is none.
         """
         return next((self._steps[m] for m in _memory(values) if m in self._steps), "")
 
     def note_steps(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note which results of an operation are inexact, and which follow from a step."""
+        """Record which results of an operation are inexact, and which depend on a step."""
         before = self.step((args, kwargs))
         if before:
             self._steps.update(dict.fromkeys(_memory(result), before))
@@ -144,7 +144,7 @@ class Looks:
             self._inexact.update(_memory(floats))
 
     def note_tables(self, func: Any, args: tuple[Any, ...]) -> None:
-        """Note the table of an operation that looks up what follows the input in a constant."""
+        """Record the table if an operation looks up ids from the input in a constant table."""
         if func in _LOOK_UPS and not self.marked(args[0]):
             self.tables.add(len(args[0]))
         elif func is torch.ops.aten.index.Tensor and not self.marked(args[0]):
@@ -164,22 +164,22 @@ class Looks:
         self._limit = len(self._marked) + SLACK
 
     def makes_sizes(self, func: Any, args: tuple[Any, ...]) -> bool:
-        """Return whether the size of an operation's result follows the content of its arguments."""
-        if func is torch.ops.aten.index.Tensor:  # By a mask, not by numbers.
+        """Return whether the size of an operation's result depends on its arguments' content."""
+        if func is torch.ops.aten.index.Tensor:  # Only indexing by a mask, not by numbers.
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             return self.marked(masks)
         return func in _SIZED or torch.Tag.dynamic_output_shape in func.tags
 
     def mark_sized(self, values: Any) -> None:
-        """Note that the sizes of the tensors among the values follow the content."""
+        """Record that the sizes of the tensors among the values depend on the content."""
         self._sized.update(_memory(values))
 
 
 def _memory(values: Any) -> Iterator[StorageWeakRef]:
     for leaf in tree_leaves(values):
         while isinstance(leaf, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(leaf):
-            leaf = _functorch.get_unwrapped(leaf)  # noqa: PLW2901 - what vmap computes with
-        # Sparse tensors have none to tell; what is computed of them with the input is marked.
+            leaf = _functorch.get_unwrapped(leaf)  # noqa: PLW2901 - the tensor inside vmap
+        # Sparse tensors have no such memory; what is computed from them and the input is marked.
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             yield StorageWeakRef(leaf.untyped_storage())
 
@@ -224,7 +224,7 @@ class _Operations(TorchDispatchMode):
                 self._looks.mark_sized(result)
             self._looks.note_tables(func, args)
             self._looks.note_steps(func, args, kwargs, result)
-            # In-place operations return what they wrote to; so do those with an out argument.
+            # In-place operations return what they wrote to; so do operations with an out argument.
             self._looks.mark(result)
             self._looks.forget_freed()
         return result
@@ -253,7 +253,7 @@ class _Exports(TorchFunctionMode):
 
 @contextmanager
 def unwatched() -> Iterator[None]:
-    """Leave out what runs in the block, in this thread: it is not the model's own code."""
+    """Don't count what this thread runs inside the block: it is not the model's own code."""
     before, _eyes.closed = _eyes.closed, True
     try:
         yield
@@ -263,11 +263,11 @@ def unwatched() -> Iterator[None]:
 
 @contextmanager
 def watch_looks(module: nn.Module, given: Any) -> Iterator[Looks]:
-    """Watch the forward passes of a model in the block, in this thread.
+    """Watch the forward passes that this thread runs inside the block.
 
     Args:
         module: The model.
-        given: The tensors that it is given, in any nesting of containers.
+        given: The tensors that the model is given, in any nesting of containers.
     """
     looks = Looks(given)
     with _Exports(looks), _Operations(looks), _watch_functions(looks):
@@ -276,7 +276,7 @@ def watch_looks(module: nn.Module, given: Any) -> Iterator[Looks]:
 
 @contextmanager
 def _watch_functions(looks: Looks) -> Iterator[None]:
-    """See Note [Python functions]."""
+    """Record the autograd functions that are called; see Note [Python functions]."""
     before = sys.getprofile()
 
     def see(frame: Any, event: str, called: Any) -> None:

@@ -1,8 +1,7 @@
-"""Measuring a catalogue: a few forward passes, watched, and a symbolic trace."""
+"""Measures a model's catalogue with a few watched forward passes and a symbolic trace."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections import Counter
@@ -10,7 +9,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +18,7 @@ from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_wei
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.kinds.base import Verdict
-from layertap.extraction.kinds.registry import KINDS, Kind
+from layertap.extraction.kinds.registry import KINDS, AnyKind
 from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
@@ -59,49 +57,54 @@ _UNORDERED = (
 _log = logging.getLogger(__name__)
 
 _MAX_NAMED = 5
-"""Layers that a note names."""
+"""Layers that a note lists by name."""
 
 
 def measure(model: LoadedModel, guard: PassGuard | None = None) -> Catalogue:
-    """Return the catalogue that ``measure_with_graph`` does."""
+    """Return the catalogue from ``measure_with_graph``."""
     return measure_with_graph(model, guard)[0]
 
 
 def measure_with_graph(
     model: LoadedModel, guard: PassGuard | None = None
 ) -> tuple[Catalogue, Trace | None]:
-    """Run a model, as it was loaded, and write down its layers and the rules for its passes.
+    """Run a freshly loaded model, and record its layers and the rules for its passes.
 
-    No other forward pass of it may run meanwhile.
+    No other forward pass of the model may run meanwhile.
 
     Args:
         model: The model.
-        guard: What kept it as it was loaded, where it has run before; a new one if not given.
+        guard: The guard that has kept the loaded state, if the model has run before; else a new
+            guard is made.
 
     Returns:
-        The catalogue, whose claims are not tried yet (see ``claims``), and the symbolic graph if
-        there is one.
+        The catalogue, whose claims are not tested yet (see ``claims``), and the symbolic graph;
+        None if there is none.
 
     Raises:
-        ModelLoadError: If the model can't run on the input that it claims to take.
+        ModelLoadError: If the model can't run on sample input of its own signature.
     """
     guard = guard or PassGuard(model.module)
     one, two = _run_twice(model, guard)
-    oracle = one.values
+    reference = one.values
     x = ordinary_batch(model, 1)
     with guard:
         looks = survey_looks(model, x)
-    others = _survey_others(model, guard) if looks.looked else []
-    straight = straight_children(model.module, looks)
-    with guard:
-        walk = survey_walk(model, x, oracle, straight)
-    graph = _survey_graph(model, oracle, guard)
+    others = _survey_with_optional(model, guard)
+    if looks.looked:
+        others += _survey_others(model, guard)
+    walk: dict[str, str] = {}
+    if len(model.signature.inputs) == 1:
+        straight = straight_children(model.module, looks)
+        with guard:
+            walk = survey_walk(model, x, reference, straight)
+    graph = _survey_graph(model, reference, guard)
     specs = {**_sometimes(model, one, others), **_specs(one, two.shapes)}
     with guard:
-        specs = _in_order(model, specs, oracle, x)
+        specs = _in_order(model, specs, reference, x)
     specs, graph = _placed(model, specs, graph, guard)
     with guard:
-        # Other input and other sizes may have led to code that writes state.
+        # The passes on other input and other sizes may have reached code that writes state.
         guard.learn(model.name)
     findings = Measurement(
         model=model,
@@ -130,35 +133,44 @@ def measure_with_graph(
         findings.graph.names,
         mutates_input=one.mutated_input,
         guard=guard,
-        non_finite=_first_non_finite(entries, oracle),
+        non_finite=_first_non_finite(entries, reference),
         notes=tuple(_notes(findings, entries)),
     )
     return catalogue, findings.graph.trace
 
 
+def _survey_with_optional(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
+    """Run a model with its optional inputs too, for which other modules may run."""
+    signature = model.signature
+    if signature.whole_key == signature.key:
+        return []
+    with guard:
+        return [survey_hooks(model, ordinary_batch(model, 1, signature.whole_key))]
+
+
 def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
-    """Run a model that looks at values on other input, for which other modules may run."""
+    """Run a model that looks at values on other input too, which may run other modules."""
     surveys = []
     for x in (wide_batch(model, 1), bytes_batch(model), *reaching_batches(model)):
         if x is not None:
-            # A model need not take such input; what it raises is its own business.
+            # A model may refuse such input; its error does not matter here.
             with suppress(Exception), guard:
                 surveys.append(survey_hooks(model, x))
     return surveys
 
 
 def _order(surveys: Sequence[HookSurvey]) -> list[tuple[str, int]]:
-    """Return the calls of every survey, those of the first one first."""
+    """Return the calls of all surveys without duplicates, those of the first survey first."""
     return list(dict.fromkeys(call for survey in surveys for call in survey.order))
 
 
 def _sometimes(
     model: LoadedModel, one: HookSurvey, others: Sequence[HookSurvey]
 ) -> dict[CapturePoint, ValueSpec]:
-    """Return what was captured on other input only; its shape can't be promised.
+    """Return the specs of values that only other input showed; their shapes can't be promised.
 
-    A model that takes a list of images passes on lists with a member for each image. The members
-    that a larger batch has besides are left out, as other batches don't have them.
+    A model that takes a list of images passes on lists with one member per image. The additional
+    members of a larger batch are left out, as other batches don't have them.
     """
     measured = {(p.path, p.capture, p.call) for p in one.shapes} if model.takes_list else set()
     return {
@@ -170,19 +182,19 @@ def _sometimes(
 
 
 def _unsendable(surveys: Sequence[HookSurvey]) -> dict[CapturePoint, str]:
-    """Return why nothing can be sent of some values, for each such value of some survey."""
+    """Return, for each value that can't be sent in some survey, why."""
     return {point: reason for survey in surveys for point, reason in survey.unsendable.items()}
 
 
 def _varying(surveys: Sequence[HookSurvey]) -> set[str]:
-    """Return the modules that ran in some of the surveys only."""
+    """Return the modules that ran in some surveys but not in all."""
     ran = [{path for path, _ in survey.order} for survey in surveys]
     always = set(ran[0]).intersection(*ran[1:])
     return set(ran[0]).union(*ran[1:]) - always
 
 
 def _not_always(surveys: Sequence[HookSurvey]) -> set[CapturePoint]:
-    """Return the points that were there in some of the surveys only."""
+    """Return the points that had a value in some surveys but not in all."""
     always = set(surveys[0].shapes).intersection(*(survey.shapes for survey in surveys[1:]))
     return set(surveys[0].shapes).union(*(survey.shapes for survey in surveys[1:])) - always
 
@@ -190,9 +202,10 @@ def _not_always(surveys: Sequence[HookSurvey]) -> set[CapturePoint]:
 def _random(
     model: LoadedModel, surveys: Sequence[HookSurvey], x: Batch, guard: PassGuard
 ) -> set[CapturePoint]:
-    """Return the points whose values depend on chance, for some input at least.
+    """Return the points whose values depend on random numbers, for some input at least.
 
-    The first survey is that of ``x``. A stateful model gives other values too, without any chance.
+    ``surveys[0]`` is the survey of ``x``. A stateful model gives different values without any
+    random numbers, so its pass is not repeated.
     """
     found: set[CapturePoint] = set().union(*(survey.random for survey in surveys))
     if guard.rules.state is not KeptState.KEPT:
@@ -202,10 +215,10 @@ def _random(
 
 
 def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator[str]:
-    ungiven = _ungiven_arguments(findings.model.module)
+    ungiven = _ungiven_arguments(findings.model)
     if ungiven:
         yield (
-            f"only the first argument of its forward is given; these keep their defaults: "
+            f"these arguments of its forward are never given and keep their defaults: "
             f"{', '.join(ungiven)}"
         )
     looked = _first(entries, findings.looks.looked)
@@ -235,19 +248,15 @@ def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) 
     return next(names, "")
 
 
-def _ungiven_arguments(module: nn.Module) -> list[str]:
-    """Return the names of the arguments that a call with one tensor leaves out."""
-    if isinstance(module, torch.jit.ScriptModule):
-        method: Any = module.forward
-        return [argument.name for argument in method.schema.arguments[2:]]
-    try:
-        parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # Some callables have no signature.
+def _ungiven_arguments(model: LoadedModel) -> list[str]:
+    """Return the names of the arguments of ``forward`` that no input of the model is for."""
+    if model.arguments.adapter is not None:
         return []
-    _, *others = [
-        p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ] or [""]
-    return others
+    given = {spec.name.split(".")[0] for spec in model.signature.inputs}
+    ungiven = [p.name for p in model.arguments.parameters if p.name not in given and not p.rest]
+    # A lone input may be called otherwise than the parameter that it is for.
+    unnamed = len(given) == 1 and len(ungiven) == len(model.arguments.parameters)
+    return ungiven[1:] if unnamed else ungiven
 
 
 def _first_non_finite(
@@ -255,7 +264,7 @@ def _first_non_finite(
 ) -> str:
     """Return the first layer whose output has NaN or infinity; empty if there is none.
 
-    Values are kept in the order in which the calls ended, so it is the innermost one.
+    Values are in the order in which the calls ended, so this is the innermost such layer.
     """
     names = {entry.points.get(Capture.OUTPUT): name for name, entry in entries.items()}
     bad = (point for point, value in values.items() if not value.isfinite().all())
@@ -283,7 +292,7 @@ def _specs(one: HookSurvey, two: Mapping[CapturePoint, Shape]) -> dict[CapturePo
 
 
 def _survey_graph(
-    model: LoadedModel, oracle: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
+    model: LoadedModel, reference: Mapping[CapturePoint, torch.Tensor], guard: PassGuard
 ) -> MeasuredGraph:
     if isinstance(model.module, torch.jit.ScriptModule):
         return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
@@ -292,11 +301,16 @@ def _survey_graph(
             reason=f"symbolic tracing calls train() and eval(), of which {own} has its own, which "
             "may change the model"
         )
+    if model.signature.whole_key != model.signature.key:
+        return MeasuredGraph(
+            reason="the model has optional inputs, and symbolic tracing can't distinguish one that "
+            "is left out from one that is given"
+        )
     if reason := _beside_forward(model.module):
         return MeasuredGraph(reason=reason)
     try:
         graph = trace(model)
-        one = survey_fx(graph, ordinary_batch(model, 1), oracle, guard)
+        one = survey_fx(graph, ordinary_batch(model, 1), reference, guard)
         two = survey_fx(graph, ordinary_batch(model, 2), {}, guard).shapes
     except Exception as error:  # noqa: BLE001 - tracing runs model code, which may raise anything
         _log.info("model %s can't be traced symbolically", model.name, exc_info=True)
@@ -315,11 +329,11 @@ def _in_order(
     values: Mapping[CapturePoint, torch.Tensor],
     x: Batch,
 ) -> dict[CapturePoint, ValueSpec]:
-    """Return the specs with those marked whose items are interleaved along the batch dimension.
+    """Return the specs, with a mark on points whose items are interleaved along the batch axis.
 
     Args:
         model: The model.
-        specs: The type and shape of each point.
+        specs: The dtype and shape of each point.
         values: The outputs for a batch of one item.
         x: That batch.
     """
@@ -341,7 +355,7 @@ def _node(name: str) -> CapturePoint:
 def _placed(
     model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, guard: PassGuard
 ) -> tuple[dict[CapturePoint, ValueSpec], MeasuredGraph]:
-    """Return the specs of modules and nodes with what is known of their layouts."""
+    """Return the specs of modules and of nodes, with what is known about their layouts."""
     nodes = {_node(name): spec for name, spec in graph.specs.items()}
     found = survey_grids(model, {**specs, **nodes}, guard, partial(graph.shapes, guard))
 
@@ -355,9 +369,9 @@ def _placed(
 
 
 def _own_modes(module: nn.Module) -> str:
-    """Return the class of a submodule that has a train() or eval() of its own; else nothing.
+    """Return the class of a submodule that overrides train() or eval(); empty if there is none.
 
-    LoRA layers merge their weights there, say. torch's own classes are known to do no such thing.
+    LoRA layers merge their weights there, for example. torch's own classes are known to be safe.
     """
     for part in module.modules():
         kind = type(part)
@@ -369,7 +383,7 @@ def _own_modes(module: nn.Module) -> str:
 
 
 def _beside_forward(module: nn.Module) -> str:
-    """Return what a call of the model does besides its forward, which alone can be traced."""
+    """Return why a call of the model is more than its forward, which alone can be traced."""
     if type(module).__call__ is not nn.Module.__call__:
         return "the model has its own __call__, and symbolic tracing sees its forward only"
     if module._forward_pre_hooks or module._forward_hooks:
@@ -383,7 +397,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
     by_call: dict[tuple[str, int], list[CapturePoint]] = {}
     for point in findings.specs:
         by_call.setdefault((point.path, point.call), []).append(point)
-    # The model's own call began first, and its result comes last. Of one that calls itself, the
+    # The model's own call began first, but its result comes last. If the model calls itself, its
     # outermost call ends last.
     order = [(path, call) for path, call in findings.order if path]
     entries: list[LayerEntry] = []
@@ -401,7 +415,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
             if path or point.capture is Capture.OUTPUT:
                 members.setdefault(point.member, {})[point.capture] = point
         members.setdefault((), {})
-        # What can be requested comes first: members of the output, then the container.
+        # What a client can request comes first: members of the output, then the container.
         for way, points in sorted(members.items(), key=lambda each: Capture.OUTPUT not in each[1]):
             entries.extend(_named(replace(bare, points=points), path, call, way, findings))
     return entries
@@ -410,7 +424,7 @@ def _module_entries(findings: Measurement) -> list[LayerEntry]:
 def _named(
     entry: LayerEntry, path: str, call: int, way: tuple[str, ...], findings: Measurement
 ) -> Iterator[LayerEntry]:
-    """Yield a layer by each of its names; see Note [Names]."""
+    """Yield a layer under each of its names; see Note [Names]."""
     calls = findings.names.of_call(path, call)
     own, *others = (findings.names.of_member(each, way) for each in calls)
     described = _describe(replace(entry, name=own), findings)
@@ -432,7 +446,7 @@ def _describe(entry: LayerEntry, findings: Measurement) -> LayerEntry:
     )
 
 
-def _verdict(kind: Kind, entry: LayerEntry, side: Capture, findings: Measurement) -> Verdict:
+def _verdict(kind: AnyKind, entry: LayerEntry, side: Capture, findings: Measurement) -> Verdict:
     """Decide whether a kind serves one side of a layer that ran."""
     point = entry.points.get(side)
     if reason := kind.refuses(findings):
@@ -451,7 +465,7 @@ def _verdict(kind: Kind, entry: LayerEntry, side: Capture, findings: Measurement
 
 
 def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
-    """Return why a value that is not a tensor can't be captured."""
+    """Return why a value can't be captured that is not a tensor."""
     if side is not Capture.OUTPUT:
         return f"the layer's {side} is not a single tensor"
     what = "layer" if path else "model"
@@ -472,7 +486,7 @@ def _supported(entry: LayerEntry, findings: Measurement) -> dict[Extractor, Supp
 
 
 def _first_member(path: str, call: int, findings: Measurement) -> str:
-    """Return the name of the first tensor in a container that a call returned; empty for none."""
+    """Return the name of the first tensor in the container that a call returned; else empty."""
     base = findings.names.of_call(path, call)[0]
     return next(
         (
@@ -486,9 +500,9 @@ def _first_member(path: str, call: int, findings: Measurement) -> str:
 
 
 def _weightless_entries(findings: Measurement, x: Batch, guard: PassGuard) -> Iterator[LayerEntry]:
-    """Yield a layer for the attention weights of each module that can't be made to return them."""
+    """Yield a layer for the attention weights of each module that can't return them."""
     modules = dict(findings.model.module.named_modules())
-    # Not worth a pass where nothing is called so.
+    # A pass is not worth it if no name suggests attention.
     if not any("att" in f"{path}.{_class_name(each)}".lower() for path, each in modules.items()):
         return
     calls = Counter(path for path, _ in findings.order)
@@ -543,5 +557,5 @@ def _silent_entries(findings: Measurement) -> Iterator[LayerEntry]:
 
 
 def _class_name(module: nn.Module) -> str:
-    # A TorchScript module is a RecursiveScriptModule that remembers what it was made from.
+    # A TorchScript module is a RecursiveScriptModule; this is the class that it was made from.
     return str(getattr(module, "original_name", type(module).__name__))

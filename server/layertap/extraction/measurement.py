@@ -1,4 +1,4 @@
-"""What was measured of a model, from which the kinds of extractors decide what they serve."""
+"""What was measured of a model. The extractor kinds use it to decide which layers they serve."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class MeasuredGraph:
     """What was measured of a model's symbolic graph.
 
     Attributes:
-        names: Its node names; None if there is no graph.
+        names: The graph's node names; None if there is no graph.
         reason: Why there is no graph; empty if there is one.
         equal: For each point that has a node, whether the node has the model's own value.
-        specs: The type and shape of each node that calls no module, by its name.
-        lost: Nodes whose value is another one once dead-code elimination has been at the graph.
-        astray: A module's call whose value in the graph is not what the module returned; empty
-            where there is none. The graph then computes something else than the model.
-        trace: The graph, ready to be run; None if there is no graph.
+        specs: The dtype and shape of each node that calls no module, by node name.
+        lost: The nodes whose value changes when dead-code elimination is applied to the graph.
+        astray: The path of a module whose value in the graph differs from what it returned; empty
+            if there is none. With such a module, the graph computes something else than the model.
+        trace: The graph, ready to run; None if there is no graph.
     """
 
     names: GraphNames | None = None
@@ -39,7 +39,7 @@ class MeasuredGraph:
     trace: Trace | None = None
 
     def shapes(self, guard: PassGuard, x: Batch) -> dict[CapturePoint, tuple[int, ...]]:
-        """Return the shape of every node that calls no module, for a batch."""
+        """Return, for a batch, the shape of every node that calls no module."""
         if self.trace is None:
             return {}
         shapes = survey_fx(self.trace, x, {}, guard).shapes
@@ -56,19 +56,19 @@ class Measurement:
 
     Attributes:
         model: The model.
-        specs: The type and shape of each value of a module.
+        specs: The dtype and shape of each value of a module.
         walk: For each top-level child, why calling the children one after the other does not give
             its value; empty if it does.
-        graph: Its symbolic graph.
-        looks: What a pass does with its input's values.
-        random: The points whose values depend on chance.
+        graph: The model's symbolic graph.
+        looks: What a pass does with the values of its input.
+        random: The points whose values depend on random numbers.
         order: (module path, call) in the order in which the calls began.
         varying: The modules that run for some inputs only.
-        sometimes: The points at which there is a value for some inputs only.
+        sometimes: The points that have a value for some inputs only.
         names: The names of its layers.
-        unsendable: Why nothing can be sent of a value, for those of which that is so.
-        threaded: The modules that ran in a thread of the model's own.
-        rules: What is allowed of its passes.
+        unsendable: For each value that can't be sent, why.
+        threaded: The modules that ran in one of the model's own threads.
+        rules: How the model's passes may run.
     """
 
     model: LoadedModel

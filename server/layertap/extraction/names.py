@@ -1,14 +1,13 @@
-"""What layers are called: paths of modules, further calls, members of containers, the result.
+"""The names of layers: module paths, repeated calls, members of containers, the model's result.
 
 Note [Names]
-    - A module's call is named by the module's path: ``layer1.0.conv1``. Its further calls are
-      ``path_1``, ``path_2`` and so on; ``path@1`` where a module has the name ``path_1``.
-    - A module that can be reached by several paths has a name for each. The first one, in the order
-      of ``named_modules``, is its own; the others are aliases of it.
-    - A member of a tuple, a dict or a dataclass is ``path.0`` or ``path.key``. Where a module has
-      that name, as in a ``Sequential`` that returns a tuple, it is ``path[0]`` or ``path[key]``.
-    - What the model itself returns is ``output``; ``model_output`` where a module of the model has
-      that name.
+    - A module's first call is named by the module's path: ``layer1.0.conv1``. Its further calls are
+      ``path_1``, ``path_2`` and so on; ``path@1`` if a module has the name ``path_1``.
+    - A module that can be reached by several paths has a name for each. The first path, in the
+      order of ``named_modules``, gives its own name; the other names are aliases.
+    - A member of a tuple, a dict or a dataclass is ``path.0`` or ``path.key``. If a module has that
+      name, as in a ``Sequential`` that returns a tuple, it is ``path[0]`` or ``path[key]``.
+    - The model's own result is ``output``; ``model_output`` if a module of the model has that name.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from torch import nn
 __all__ = ["RESULT", "LayerNames", "aliases"]
 
 RESULT = "output"
-"""What the model's own result is called, where no module has that name."""
+"""The name of the model's own result, unless a module has that name."""
 
 MAX_ALIASES = 10_000
-"""Further paths of a model's modules that are named; modules that share parts have many."""
+"""Limit on aliases per model. Models whose modules share parts can have very many paths."""
 
 
 def aliases(module: nn.Module) -> dict[str, str]:
-    """Return the further paths of a model's modules, each with the path of ``named_modules``.
+    """Return the further paths of a model's modules, each with the path from ``named_modules``.
 
-    A path leads to no module twice, so that modules which hold one another end it. The parts of
-    a TorchScript program have one path each.
+    A path never visits a module twice, so modules that contain each other cause no endless path.
+    The parts of a TorchScript program have one path each.
     """
     first = {id(submodule): path for path, submodule in module.named_modules()}
     found: dict[str, str] = {}
@@ -73,17 +72,17 @@ class LayerNames:
             self.result = f"model_{self.result}"
 
     def of_call(self, path: str, call: int) -> list[str]:
-        """Return the names of a module's call, that of its own path first."""
+        """Return the names of a module's call; the one with the module's first path comes first."""
         if not path:
             return [self.result]
         return [self._numbered(each, call) for each in (path, *self._aliases.get(path, ()))]
 
     def of_member(self, call: str, way: tuple[str, ...]) -> str:
-        """Return the name of a member of what a call returned or was given.
+        """Return the name of a member of the container that a call returned or was given.
 
         Args:
-            call: One of the call's names.
-            way: The way into the container; empty for a plain tensor.
+            call: One of the names of the call.
+            way: The keys that lead to the member; empty for a plain tensor.
         """
         name = ".".join((call, *way))
         if not way or name not in self._paths:
@@ -95,5 +94,5 @@ class LayerNames:
         return f"{path}@{call}" if call and name in self._paths else name
 
     def aliases_of(self, path: str) -> list[str]:
-        """Return the further paths of a module."""
+        """Return the further paths of the module with this path."""
         return self._aliases.get(path, [])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["LOOKS", "RANDOM", "SOMETIMES", "calls_function", "takes_step"]
+__all__ = ["DRAWS_NUMBERS", "LOOKS", "SOMETIMES", "calls_function", "takes_step"]
 
 LOOKS = (
     "before it the model's code branches on tensor values (bool, int or item): a trace would take "
     "the example's branch for every input"
 )
 
-RANDOM = (
+DRAWS_NUMBERS = (
     "before it the model draws random numbers: two passes on the same input differ, so the "
     "extractor can't be compared with the model"
 )
@@ -19,7 +19,7 @@ SOMETIMES = "the layer has that value only for some inputs"
 
 
 def calls_function(name: str) -> str:
-    """Return the reason for a layer after a Python ``autograd.Function``."""
+    """Return why a layer after a call of a Python ``autograd.Function`` can't be compiled."""
     return (
         f"before it the model calls {name}, a Python autograd.Function, which a compiled program "
         f"can't contain"
@@ -27,7 +27,7 @@ def calls_function(name: str) -> str:
 
 
 def takes_step(operation: str) -> str:
-    """Return the reason for a layer after a discontinuous operation, see ``steps``."""
+    """Return why a layer after a discontinuous operation can't be compiled; see ``steps``."""
     return (
         f"its value depends on {operation} of computed numbers, which is discontinuous: a "
         f"compiled program rounds differently, and near a tie that gives another result"

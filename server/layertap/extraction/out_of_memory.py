@@ -6,10 +6,10 @@ import torch
 
 __all__ = ["is_out_of_memory"]
 
-# What PyTorch's allocator for the CPU raises is a plain RuntimeError.
+# PyTorch's CPU allocator raises a plain RuntimeError with this message.
 _OF_THE_CPU = "DefaultCPUAllocator: can't allocate memory"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error is one that may be gone when less is going on."""
+    """Return whether memory ran out, so that the same work may succeed when less is running."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _OF_THE_CPU in str(error)

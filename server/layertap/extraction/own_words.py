@@ -1,18 +1,18 @@
-"""Extracts the model's own error message for an input that it rejects."""
+"""Shortens the errors of models and compilers for messages to clients."""
 
 from __future__ import annotations
 
 __all__ = ["compiler_words", "own_words"]
 
-MOST = 300
-"""Characters of a model's message that are passed on."""
+MAX_CHARACTERS = 300
+"""Maximum length of a message in characters."""
 
 
 def own_words(error: BaseException) -> str:
-    """Return an exception's class and message in one line, without any trace.
+    """Return an exception's class and message in one line, without a traceback.
 
-    A TorchScript program's message has the trace of its code in front; the last line is what was
-    raised there.
+    The message of a TorchScript program begins with the traceback of its code; the last line is
+    the error that was raised there.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if any(line.startswith("Traceback") for line in lines):
@@ -22,9 +22,9 @@ def own_words(error: BaseException) -> str:
 
 
 def compiler_words(error: BaseException) -> str:
-    """Return the class and the first line of what a compiler raised.
+    """Return the class and the first line of a compiler's error.
 
-    Behind it stand code, values and the names of files, which are nobody else's business.
+    The rest has code, values and file names, which other people should not see.
     """
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     line = line.split(' File "')[0].rstrip(" :=")
@@ -33,4 +33,4 @@ def compiler_words(error: BaseException) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= MOST else f"{text[: MOST - 1]}…"
+    return text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…"

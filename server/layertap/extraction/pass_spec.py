@@ -14,7 +14,7 @@ class PassSpec:
     """Everything that one forward pass must do, apart from its input.
 
     Two requests may use one plan, one stored program or one shared pass only if their specs are
-    equal. So whatever identifies one of those uses the whole spec, never a part of it.
+    equal. So the identity of a plan, program or shared pass always includes the whole spec.
 
     Attributes:
         points: The distinct values to capture, in execution order.
@@ -24,7 +24,7 @@ class PassSpec:
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Each request looks up its plan several times, and there may be hundreds of points.
+        # Computed once: each request looks up plans several times, and there can be many points.
         compared = tuple(getattr(self, each.name) for each in fields(self) if each.compare)
         object.__setattr__(self, "_hash", hash(compared))
 

@@ -1,15 +1,16 @@
-"""How the passes of a model may be run, given what they do to the state that it keeps in Python.
+"""How a model's passes may run, given what they do to the state that it keeps in Python.
 
 Note [Each pass begins with the loaded state]
     A model may fill a list in ``forward`` and empty it at the end, keep a recurrent state between
-    calls, or leave activations in helper objects. A pass that ends early, two passes at once, or
-    merely the pass before would then change an answer. So the model is watched while it is
-    measured. One that writes no state is run freely. One that does runs one pass at a time, and
-    after each everything is restored as it was when the model was loaded: every answer is that of
-    the first call of a fresh module. Where something can't be restored, nothing is: passes run one
-    at a time and to their end, by HOOK only, as the calls of a plain module would, and the
-    catalogue says that the model is stateful. What was measured has run by then, so another module,
-    built again, serves the requests.
+    calls, or leave activations in helper objects. Then a pass that ends early, a concurrent pass,
+    or just the pass before could change an answer. So the model is watched while it is measured.
+
+    - A model that writes no state runs freely.
+    - A model that does runs one pass at a time, and after each pass everything is restored to what
+      it was when the model was loaded. So every answer is that of a fresh module's first call.
+    - If something can't be restored, nothing is. Passes run one at a time, to their end and by HOOK
+      only, as calls of a plain module would, and the catalogue says that the model is stateful.
+      Measuring has already changed that module, so the model is built again to serve requests.
 """
 
 from __future__ import annotations
@@ -46,43 +47,43 @@ __all__ = ["GuardedExtractor", "KeptState", "PassGuard", "PassRules", "survey_pa
 
 _log = logging.getLogger(__name__)
 
-MAX_NAMED = 5
-"""Places that a sentence about state names."""
+MAX_LISTED_PATHS = 5
+"""Changed objects that a sentence about state lists by name."""
 
 SAME = 1e-4
-"""Two passes agree up to this difference: some kernels add in an order that changes."""
+"""Two passes agree up to this relative difference, as some kernels add in a varying order."""
 
 _process_wide = threading.Lock()
-"""Held by passes that write to a class or to globals: other models may use the same code."""
+"""Held by passes that write to a class or to globals, as other models may use the same code."""
 
 
 class KeptState(StrEnum):
     """What happens to the state that a model's passes write."""
 
     NONE = "none"
-    """Its passes write none."""
+    """Its passes write no state."""
     RESET = "reset"
-    """It is restored after each pass, to what it was when the model was loaded."""
+    """The state is restored after each pass to what it was when the model was loaded."""
     KEPT = "kept"
-    """It can't be restored, so an answer may depend on the requests before: a stateful model."""
+    """The state can't be restored, so answers may depend on earlier requests: a stateful model."""
 
 
 @dataclass(frozen=True, slots=True)
 class PassRules:
-    """What is allowed of a model's passes.
+    """How a model's passes may run.
 
     Attributes:
-        early_stop: Whether a pass may end after the last layer that is wanted.
+        early_stop: Whether a pass may end after the last requested layer.
         concurrent: Whether several passes may run at once.
         shared: Whether requests may share a pass, if their items prove to be independent.
         state: What happens to the state that passes write.
-        uncompiled: Why no compiled program may take the model's place; empty if one may.
-        everywhere: Whether the state belongs to a class or a file, so that passes of all such
+        uncompiled: Why no compiled program may replace the model; empty if one may.
+        everywhere: Whether the state belongs to a class or a file, so that the passes of all such
             models take turns.
         exclusive: Whether passes change something of torch, so that no pass of any model may run
             at the same time.
         own_threads: Whether the model runs modules in its own threads.
-        notes: What was seen, in words.
+        notes: What watching the model showed, as clauses.
     """
 
     early_stop: bool = True
@@ -97,21 +98,21 @@ class PassRules:
 
 
 _UNKNOWN = PassRules(early_stop=False, concurrent=False, shared=False, state=KeptState.RESET)
-"""What holds until a model has been watched."""
+"""The rules until a model has been watched."""
 
 
 class PassGuard:
-    """Held around each forward pass of a model; keeps its rules.
+    """A context that every forward pass of a model runs in. It enforces the model's rules.
 
-    Entering waits for the passes that may not run at the same time; leaving puts the state back. A
-    block inside another one of the same thread belongs to the same pass.
+    Entering it waits for passes that may not run at the same time. Leaving it restores the state.
+    A nested block in the same thread belongs to the same pass.
 
     Args:
         module: The model, as it was loaded: no pass of it has run yet.
 
     Attributes:
-        rules: What is allowed. Stricter once a pass is seen to write state that no pass before it
-            wrote.
+        rules: How passes may run. The rules become stricter if a pass writes state for the first
+            time.
         snapshot: The loaded state.
     """
 
@@ -128,7 +129,7 @@ class PassGuard:
         depth = self._mine.depth = getattr(self._mine, "depth", 0) + 1
         if depth > 1:
             return self
-        # Before the turn: who waits for other passes must not be what those wait for.
+        # Before taking a turn, so that this pass does not wait for passes that wait for it.
         others: AbstractContextManager[object] = (
             no_forward_pass() if self.rules.exclusive else nullcontext()
         )
@@ -150,7 +151,7 @@ class PassGuard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Put the state back where passes write some, and let the next pass begin."""
+        """Restore the state if passes write any, and let the next pass begin."""
         self._mine.depth -= 1
         if self._mine.depth:
             return
@@ -179,12 +180,12 @@ class PassGuard:
         return self.rules.concurrent or not self._running
 
     def settle(self, rules: PassRules, changes: Sequence[Change]) -> None:
-        """Take the rules that watching the model led to, and free the copies that it needs not."""
+        """Set the rules that watching the model led to, and free copies that aren't needed."""
         self.rules = rules
         self.snapshot.settle(change.path for change in changes)
 
     def learn(self, name: str) -> None:
-        """Look whether a pass wrote state though none did before; to be called inside the block.
+        """Check whether a pass was the first to write state; call this inside the block.
 
         Args:
             name: The model's name, for the log.
@@ -192,7 +193,7 @@ class PassGuard:
         if self.rules.state is not KeptState.NONE:
             return
         with unwatched():
-            # Hooks may have come from outside, since the model was measured.
+            # Ignore hooks: other code may have added them since the model was measured.
             changes = self.snapshot.changes(hooks=False)
         if not changes:
             return
@@ -224,17 +225,18 @@ class GuardedExtractor:
 
 @dataclass
 class _Seen:
-    """What watched passes showed.
+    """What watching the passes showed.
 
     Attributes:
-        changes: Everything that some pass wrote, by path.
+        changes: Everything that any of the passes wrote, by path.
         lasting: Whether some of it was still there after a whole pass.
-        carried: Whether a pass on what another left behind gives other values.
-        by_batch: What one pass made, later passes keep, and another batch size makes otherwise.
-        threads: Whether modules ran on other threads than the pass's own.
-        stopped: What a pass that ends early leaves changed, and one that ends does not.
+        carried: Whether a pass gives other values if it begins with what another pass left behind.
+        by_batch: What one pass creates, later passes keep, and another batch size would create
+            differently.
+        threads: Whether modules ran on threads other than the pass's own.
+        stopped: What a pass changes only if it ends early.
         seeds: Whether passes seed the global random number generators and then draw from them.
-        unexplained: Whether two passes that both began with the loaded state differ.
+        unexplained: Whether two passes differ that both began with the loaded state.
     """
 
     changes: dict[str, Change] = field(default_factory=dict)
@@ -252,12 +254,13 @@ class _Seen:
 
 
 def survey_passes(model: LoadedModel, guard: PassGuard) -> tuple[HookSurvey, HookSurvey]:
-    """Run a model on batches of one and two, watch what it does to its state, settle its rules.
+    """Run a model on batches of one and two, watch what it does to its state, and set its rules.
 
-    No other pass of the model may run meanwhile. Whatever the model raises passes through.
+    No other pass of the model may run meanwhile. The model's exceptions are passed on.
 
     Returns:
-        What hooks saw at batch 1, values included, and at batch 2; both from the loaded state.
+        What hooks saw at batch 1, with the values, and at batch 2. Both passes began with the
+        loaded state.
     """
     seen = _Seen()
     x, snapshot, chance = ordinary_batch(model, 1), guard.snapshot, Generators(model.device)
@@ -314,7 +317,7 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
                         "compiled program would hold as a constant")  # fmt: skip
     written = [change.path for change in seen.changes.values() if change.in_place]
     if written and not rules.uncompiled:
-        # The memory of such a tensor is a constant of the program, which other sizes overrun.
+        # The memory of such a tensor is a constant of the program; a larger batch overruns it.
         rules = replace(
             rules,
             uncompiled=f"its passes write tensors in place ({_named(written)}), which a compiled "
@@ -402,12 +405,14 @@ def _stateful(rules: PassRules) -> PassRules:
 
 
 def _named(paths: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, paths[:MAX_NAMED]))
-    return shown + (f" and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else "")
+    shown = ", ".join(map(repr, paths[:MAX_LISTED_PATHS]))
+    return shown + (
+        f" and {len(paths) - MAX_LISTED_PATHS} more" if len(paths) > MAX_LISTED_PATHS else ""
+    )
 
 
 def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]) -> bool:
-    """Run a pass and determine whether each output is what it was before."""
+    """Run a pass and return whether each output has the same values as before."""
     calls: dict[str, int] = {}
     agrees = True
 
@@ -424,7 +429,7 @@ def _agrees(model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Te
     try:
         with observe(model.module, see):
             model.forward(x.clone())
-    except Exception:  # noqa: BLE001 - a state that another pass left may make it fail anyhow
+    except Exception:  # noqa: BLE001 - with state from another pass, the model may fail in any way
         _log.info("model %s fails on its second pass", model.name, exc_info=True)
         return False
     return agrees
@@ -435,7 +440,7 @@ def _left_by_stops(
 ) -> tuple[str, ...]:
     """End passes early at a few places, and return what only such passes leave changed.
 
-    A model whose code catches the stop may take it for its own failure, permanently.
+    If the model's own code catches our exception, it may handle it as its own permanent failure.
     """
     left: dict[str, None] = {}
     for quarter in (1, 2, 3):
@@ -446,7 +451,7 @@ def _left_by_stops(
 
 
 def _stop_early(model: LoadedModel, x: Batch, after: int) -> None:
-    """Run a pass that ends after so many calls, as where the last wanted layer comes early."""
+    """Run a pass that ends after this many calls, as a request for an early layer would."""
     left = after
 
     def see(path: str, side: Capture, value: Any) -> None:
@@ -460,5 +465,5 @@ def _stop_early(model: LoadedModel, x: Batch, after: int) -> None:
             model.forward(x.clone())
     except StopForward:
         pass
-    except Exception:  # noqa: BLE001 - code that catches our stop may raise what it likes instead
+    except Exception:  # noqa: BLE001 - code that catches our exception may raise another one
         _log.info("model %s fails when a pass ends early", model.name, exc_info=True)

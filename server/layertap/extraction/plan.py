@@ -34,11 +34,11 @@ class PlanKey(NamedTuple):
 class Findings:
     """What is learnt about one plan after it was built. Safe to share between threads.
 
-    Several compute threads may find out the same thing at once. A finding against the plan stands:
-    a later one in its favour does not replace it.
+    Several compute threads may test the same thing at once. A finding against the plan is final:
+    a later finding in its favour does not replace it.
 
     Args:
-        proven: Batch sizes at which the plan was compared with the oracle and was right.
+        proven: Batch sizes at which the plan's values were compared with the reference and right.
         dynamic: Whether some value's shape is known to depend on more than the batch size.
     """
 
@@ -56,7 +56,7 @@ class Findings:
             return self._dynamic
 
     def found_dynamic(self) -> None:
-        """Record that a forward pass gave a value of another shape than the specs predict."""
+        """Record that a forward pass gave a value whose shape is not the predicted one."""
         with self._lock:
             self._dynamic = True
 
@@ -66,19 +66,19 @@ class Findings:
             return self._sizes.get(size)
 
     def found_size(self, size: int, reason: str) -> str:
-        """Record why the plan can't serve a batch size, empty if it can; return what now stands."""
+        """Record why the plan can't serve a batch size, empty if it can; return the result."""
         with self._lock:
             self._sizes[size] = self._sizes.get(size) or reason
             return self._sizes[size]
 
     @property
     def alone(self) -> bool | None:
-        """Whether each request needs its own forward pass; None until this was tested."""
+        """Whether each request needs its own forward pass; None if this was not tested yet."""
         with self._lock:
             return self._alone
 
     def found_alone(self, *, alone: bool) -> None:
-        """Record whether each request needs a forward pass of its own."""
+        """Record whether each request needs its own forward pass."""
         with self._lock:
             self._alone = bool(self._alone) or alone
 
@@ -95,14 +95,14 @@ class Findings:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A proven way to do what a pass spec asks, for batches of one key.
+    """A proven way to run a pass spec, for all batches of one key.
 
     Attributes:
-        kind: Which kind of extractor it is.
+        kind: The extractor kind that runs it.
         pass_spec: What its pass does.
         batch_key: What its batches have in common.
-        specs: The type and shape of each point's value, in the order of the points.
-        built: The extractor itself; it runs on a compute thread only.
+        specs: The dtype and shape of each point's value, in the order of the points.
+        built: The extractor itself, which may run on compute threads only.
         findings: What was learnt about the plan since it was built.
     """
 
@@ -120,27 +120,27 @@ class Plan:
 
     @property
     def extractor(self) -> Extractor:
-        """Which extractor it is; never AUTO."""
+        """The extractor that runs it; never AUTO."""
         return self.kind.id
 
     @property
     def points(self) -> tuple[CapturePoint, ...]:
-        """What it captures."""
+        """The points that it captures."""
         return self.pass_spec.points
 
     @property
     def dynamic(self) -> bool:
         """Whether some value's shape depends on more than the batch size.
 
-        Then the specs predict nothing.
+        If so, the specs predict no shapes.
         """
         return self.findings.dynamic or any(spec.dynamic for spec in self.specs)
 
     def refusal(self, size: int) -> str | None:
-        """Return why it can't serve a batch size; empty if it can, None if not known yet."""
+        """Return why the plan can't serve a batch size; empty if it can, None if not known yet."""
         return "" if self.kind.reference else self.findings.refusal(size)
 
 
 def quoted(points: Sequence[CapturePoint]) -> str:
-    """Return the paths of points as an error quotes them."""
+    """Return the paths of points, quoted for an error message."""
     return ", ".join(repr(point.path) for point in points)

@@ -40,12 +40,12 @@ __all__ = ["PlanBuilder"]
 _log = logging.getLogger(__name__)
 
 _LARGER = 7
-"""A batch size beyond those of a proof, at which a program that may end its process is tried."""
+"""A batch size above those of a proof, to test programs that could end their process."""
 
 
 @dataclass
 class _Proof:
-    """What an extractor is compared with: batches, and the oracle's values for each."""
+    """What an extractor is compared with: batches, and the reference values for each."""
 
     kind: ExtractorKind
     pass_spec: PassSpec
@@ -68,14 +68,14 @@ class PlanBuilder:
 
     Args:
         model: The model.
-        taps: Its taps.
-        catalogue: Its catalogue.
-        cache: Where the compiled plans that are to be kept are stored.
-        proving: A module of its own for what is only measured, and its taps, where a pass of the
-            model itself would change later answers.
+        taps: The model's taps.
+        catalogue: The model's catalogue.
+        cache: Stores the compiled plans that are kept; None if plans are not stored.
+        proving: Another instance of the model for measuring, with its taps, if a pass of the model
+            itself would change later answers.
 
     Attributes:
-        prover: Holds the plans against the model, now and later.
+        prover: Compares plans with the model, during building and later.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class PlanBuilder:
         self._model = model
         self._taps = taps
         self._catalogue = catalogue
-        # Never held while the model is traced symbolically. Tracing waits until all passes of other
-        # threads have ended, and those may wait for this guard.
+        # Never held while the model is traced symbolically: tracing waits for the passes of other
+        # threads to end, and those may be waiting for this guard.
         self._guard = catalogue.guard
         self._context = BuildContext(model, taps, catalogue.guard, catalogue.graph)
         self._cache = cache
@@ -106,17 +106,16 @@ class PlanBuilder:
         *,
         keep: bool = False,
     ) -> Plan:
-        """Build an extractor and compare it with the oracle at three batch sizes.
+        """Build an extractor and compare it with the reference at three batch sizes.
 
-        The oracle is the reference kind, HOOK, which itself is only measured. The values of the
-        others must be equal to its values within their tolerance: bit for bit, unless they are
-        compiled.
+        The reference is the kind HOOK, which itself is only measured. The values of other kinds
+        must equal its values: bit for bit, or within the tolerance if the kind is compiled.
 
         Args:
             extractor: Any but AUTO.
-            pass_spec: What to do: points of the catalogue that the extractor claims to serve.
+            pass_spec: What to capture: points that the catalogue says the extractor serves.
             batch_key: What the batches to serve have in common.
-            keep: Whether to store a compiled plan on disk, or use the one stored there.
+            keep: Whether to use a compiled plan stored on disk, or else to store the new one.
 
         Raises:
             InvalidInputError: If the model itself can't run on such items.
@@ -135,24 +134,24 @@ class PlanBuilder:
         *,
         keep: bool = False,
     ) -> Iterator[Plan | None]:
-        """Build as ``build`` does, in steps of about one forward pass; the last yields the plan."""
+        """Do what ``build`` does in steps of about one forward pass; yield the plan at the end."""
         kind, points = kind_of(extractor), pass_spec.points
         if isinstance(kind, ReferenceKind) and batch_key == self._model.signature.key:
-            # The oracle at the size at which the catalogue was measured: nothing is left to learn.
+            # Measuring has already run this kind at this size, so nothing needs to be learnt.
             specs = tuple(self._catalogue.specs[point] for point in points)
             built: BuiltExtractor = kind.build(self._context, pass_spec)
             yield Plan(kind, pass_spec, batch_key, specs, built, Findings())
             return
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
-        oracle = []
+        reference = []
         for x in batches:
-            oracle.append(self.prover.truth(pass_spec, x))
+            reference.append(self.prover.truth(pass_spec, x))
             yield None
         specs = tuple(
             self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), batch_key)
-            for point, one, two in zip(points, *oracle, strict=True)
+            for point, one, two in zip(points, *reference, strict=True)
         )
-        proof = _Proof(kind, pass_spec, list(zip(batches, oracle, strict=True)))
+        proof = _Proof(kind, pass_spec, list(zip(batches, reference, strict=True)))
         if not kind.reference:
             proof.cases.extend(self.prover.reaching_cases(kind, pass_spec, batch_key))
             yield None
@@ -167,7 +166,7 @@ class PlanBuilder:
         yield Plan(kind, pass_spec, batch_key, specs, built, findings)
 
     def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
-        """Return a spec with what the catalogue has found out about the point."""
+        """Return a spec with what the catalogue knows about the layout of the point."""
         measured = self._catalogue.specs.get(point)
         if measured is None or len(measured.dims) != len(spec.dims):
             return spec
@@ -183,7 +182,7 @@ class PlanBuilder:
     def _compiled(
         self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool
     ) -> Generator[None, None, BuiltExtractor]:
-        """Return a compiled, proven and warm plan: the stored one, or else a new one."""
+        """Return a compiled, proven and warm extractor: the stored one, or else a new one."""
         stored = self._stored(kind, proof) if keep else None
         program = stored.load(kind, self._model.device) if stored else None
         if stored and program is not None:
@@ -200,7 +199,7 @@ class PlanBuilder:
     def _warm(
         self, kind: CompiledKind[Any], program: Any, proof: _Proof
     ) -> Generator[None, None, BuiltExtractor]:
-        """Finish, prove and warm a program. Whatever it raises costs this plan only."""
+        """Finish, prove and warm a program. Any exception means that this plan can't be built."""
         try:
             if kind.may_end_the_process(program):
                 yield from self._tried_apart(kind, program, proof)
@@ -221,7 +220,7 @@ class PlanBuilder:
         return built
 
     def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
-        """Compare a program with the oracle in its own process; see ``apart``."""
+        """Compare a program with the reference in a child process; see ``apart``."""
         larger = ordinary_batch(self._model, _LARGER, proof.example.key)
         cases = [*proof.cases, (larger, self.prover.truth(proof.pass_spec, larger))]
         yield None
@@ -257,8 +256,8 @@ class PlanBuilder:
 
         Args:
             extractor: Any but AUTO.
-            pass_spec: What to do: points that it claims to serve.
-            example: On the model's device; compiled programs hold for its key.
+            pass_spec: What to capture: points that the extractor claims to serve.
+            example: A batch on the model's device. Compiled programs serve batches with its key.
 
         Raises:
             ExtractorUnsupportedError: It can't be built.
@@ -286,10 +285,10 @@ class PlanBuilder:
     def _refuse_obstacles(
         self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch
     ) -> None:
-        """Refuse to compile what a program would get wrong for inputs unlike the example.
+        """Refuse to compile if the program would be wrong for inputs unlike the example.
 
-        The catalogue says so too, of the item shape at which it was measured; at others the model's
-        code may do something else.
+        The catalogue says so too, but only for the item shape at which it was measured. At other
+        shapes the model's code may do something else.
         """
         x = example.clone()
         steps: list[str] = []

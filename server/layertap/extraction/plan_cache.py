@@ -1,12 +1,12 @@
 """Compiled plans on disk, so that a restart need not compile again.
 
 Note [What is stored]
-    A program is stored before its last optimisation, which is done again after it was loaded: an
-    optimised TorchScript program, for one, loses its weights when it is saved. Its file is named by
-    a digest of everything that it was made from, the extractor's kind included, and it is proven
-    again after loading. So a file that doesn't fit can cost time, never a wrong answer.
+    A program is stored before its last optimisation, which is repeated after loading: an optimised
+    TorchScript program, for one, would lose its weights when saved. The name of its file is a
+    digest of everything that it was made from, including the extractor kind, and a loaded program
+    is proven again. So a file that doesn't fit costs time, but never gives a wrong answer.
 
-Loading a program may run what is in its file. So the folder belongs to this user alone.
+Loading a program may run code in its file. So only this user may be able to write to the folder.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _log = logging.getLogger(__name__)
 FORMAT = "3"
 SUFFIX = ".plan.pt"
 PART = ".part"
-"""Ends the name of a file that is being written."""
+"""The suffix of a file that is being written."""
 
-# What the disk is to blame for, not the configuration.
+# Errors that are the disk's fault, not the configuration's.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 _STALE_SECONDS = 3600.0
 
@@ -49,16 +49,16 @@ class PlanCache:
     """A folder of compiled programs, bounded in bytes; the least recently used are removed first.
 
     A full, read-only or broken disk is not an error: the log says so, nothing is stored, and the
-    server works without stored plans. Each program is a new attempt, so space that is freed later
+    server works without stored plans. Each program is tried again, so space that becomes free later
     is used.
 
     Args:
-        folder: Made with mode 0700 where it is missing.
-        max_bytes: Of all files together.
+        folder: The folder, created with mode 0700 if it doesn't exist.
+        max_bytes: Maximum total size of its files.
 
     Raises:
-        ConfigError: If the folder can't be made for a reason other than the disk, belongs to
-            another user or is writable by one.
+        ConfigError: If the folder belongs to another user, if another user can write to it, or if
+            it can't be created for a reason other than the disk.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -73,18 +73,18 @@ class PlanCache:
         self._sweep()
 
     def file(self, digest: str) -> PlanFile:
-        """Return the place of one program."""
+        """Return the file of one program, which may not exist yet."""
         return PlanFile(self, self._folder / f"{digest}{SUFFIX}")
 
     def write(self, data: memoryview) -> Path:
-        """Write a program to its own file, under a name that no reader looks for.
+        """Write a program to a new file, under a temporary name that no reader looks for.
 
         Args:
-            data: What to write; all of it is on the disk when this returns.
+            data: The bytes to write. They are all on the disk when this returns.
 
         Raises:
-            OSError: If it can't be written; no file is left.
-            ConfigError: If others can write to the folder by now.
+            OSError: If they can't be written; then no file is left.
+            ConfigError: If other users can write to the folder.
         """
         self._prepare()  # The folder may have been removed meanwhile.
         handle, name = tempfile.mkstemp(dir=self._folder, suffix=PART)
@@ -93,7 +93,7 @@ class PlanCache:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                # A disk may notice only now that it has no room.
+                # A disk may report only now that it is full.
                 os.fsync(handle)
         except BaseException:
             remove(written)
@@ -101,7 +101,7 @@ class PlanCache:
         return written
 
     def trim(self) -> None:
-        """Remove the longest unused files until the rest fits."""
+        """Remove the least recently used files until the others fit."""
         found = []
         for path in self._files(SUFFIX):
             with suppress(OSError):  # Another process may be trimming too.
@@ -115,7 +115,7 @@ class PlanCache:
             total -= size
 
     def _prepare(self) -> None:
-        """Make the folder where it is missing; raise ConfigError where others can write to it."""
+        """Create the folder if needed; raise ConfigError if other users can write to it."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = self._folder.stat()
         if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -132,7 +132,7 @@ class PlanCache:
             return []
 
     def _sweep(self) -> None:
-        """Remove partly written files that killed processes have left."""
+        """Remove partly written files that killed processes left behind."""
         for path in self._files(PART):
             with suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -140,7 +140,7 @@ class PlanCache:
 
 
 def remove(path: Path) -> None:
-    """Remove a file if it is there and can be removed; the log says why where it can't."""
+    """Remove a file if it exists; log why if it can't be removed."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -161,16 +161,16 @@ class PlanFile:
         except FileNotFoundError:
             return None
         except OSError as error:
-            # It may be whole: the disk could not be read now.
+            # The file may be intact: the disk could not be read now.
             _log.warning("stored plan %s can't be read: %s", self._path.name, error.strerror)
             return None
         try:
             program = kind.load(data, device)
-        except Exception as error:  # noqa: BLE001 - whatever a loader makes of damaged bytes
+        except Exception as error:  # noqa: BLE001 - a loader may raise anything for damaged bytes
             _log.warning("stored plan %s is damaged: %s", self._path.name, type(error).__name__)
             self.forget()
             return None
-        with suppress(OSError):  # A disk may be read-only; then nothing is trimmed there either.
+        with suppress(OSError):  # On a read-only disk, nothing is trimmed either.
             os.utime(self._path)
         return program
 
@@ -180,10 +180,10 @@ class PlanFile:
 
     @contextmanager
     def storing(self, kind: CompiledKind[Any], program: Any) -> Iterator[None]:
-        """Write a kind's program, and keep the file only if the block ends well.
+        """Write a program, and keep the file only if the block raises nothing.
 
-        The block may finish the program, after which it can't be saved any more. Where it can't
-        be written, the log says why, and nothing else happens.
+        The block may finish the program, which then can't be saved any more. If the program can't
+        be written, the log says why, and the block runs all the same.
         """
         written = self._write(kind, program)
         try:
@@ -211,9 +211,9 @@ class PlanFile:
 
 
 def fingerprint(model: LoadedModel) -> str:
-    """Return a digest of what a model computes: its structure, its weights, and by which torch.
+    """Return a digest of what a model computes: its structure, its weights and torch's version.
 
-    Reads all the weights: some 50 ms for resnet18, a second for vgg16.
+    This reads all weights, which takes about 50 ms for resnet18 and a second for vgg16.
     """
     digest = hashlib.blake2b(digest_size=16)
     for fact in (FORMAT, torch.__version__, torchvision.__version__, model.device.type):
@@ -234,6 +234,6 @@ def plan_digest(
     pass_spec: PassSpec,
     batch_key: BatchKey,
 ) -> str:
-    """Return the name under which a plan is stored."""
+    """Return the name of the file in which a plan is stored."""
     text = repr((model_digest, kind.name, pass_spec, batch_key))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

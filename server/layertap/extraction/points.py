@@ -15,10 +15,13 @@ from layertap.selection import Capture
 __all__ = ["CapturePoint", "Dim", "PointKind", "Sink", "ValueObserver", "ValueSpec"]
 
 ValueObserver = Callable[[str, Capture, Any], None]
-"""Takes (module path, side, the value that the module returned or was given)."""
+"""Takes (module path, side, the value that the module returned or was given); see ``observe``."""
 
 Sink = Callable[[int, torch.Tensor], None]
-"""Takes (index of a capture point, its live tensor); must copy what it needs before returning."""
+"""Takes (index of a capture point, its tensor). It must copy the tensor before it returns.
+
+Later code of the model may overwrite the tensor.
+"""
 
 
 class PointKind(StrEnum):
@@ -34,10 +37,10 @@ class CapturePoint:
 
     Attributes:
         kind: MODULE for a module's call, NODE for a node of the symbolic graph.
-        path: The module's path, or the node's torchvision name.
-        capture: The call's output or its input.
-        call: Which call of the module, from 0.
-        member: The way into a container value: indices and keys as text; empty for a plain tensor.
+        path: The module's path, or the node's name in torchvision's naming.
+        capture: Whether it is the call's output or its input.
+        call: Which call of the module it is, counted from 0.
+        member: The indices and keys that lead to it in a container; empty for a plain tensor.
     """
 
     kind: PointKind
@@ -49,30 +52,30 @@ class CapturePoint:
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """One dimension: ``size`` elements, or ``size`` for each item of the batch."""
+    """One dimension: ``size`` elements, or ``size`` elements per item of the batch."""
 
     size: int
     batch: bool = False
 
     def at(self, batch: int) -> int:
-        """Return the elements along it for a batch of that many items."""
+        """Return the size of the dimension for a batch of that many items."""
         return self.size * batch if self.batch else self.size
 
 
 @dataclass(frozen=True, slots=True)
 class ValueSpec:
-    """A value's type and shape, as measured at two batch sizes.
+    """A value's dtype and shape, as measured at two batch sizes.
 
     Attributes:
-        dtype: The element type.
-        dims: Outermost first.
-        dynamic: Whether the shape follows something other than the batch size; ``dims`` is then
-            the shape of a batch of one.
-        geometry: What is known of its layout, once the batch is in front.
-        interleaved: Whether the elements that each item has along the batch dimension are not next
-            to each other, as where ``[L, B, D]`` was made into ``[L * B, D]``.
-        quantized: The quantised type of the model's own value, such as ``"quint8"``, of which
-            ``dtype`` is the dequantised one; empty for a value that is not quantised.
+        dtype: The dtype.
+        dims: The dimensions, outermost first.
+        dynamic: Whether the shape depends on more than the batch size. If so, ``dims`` is the shape
+            for a batch of one.
+        geometry: What is known about its layout once the batch dimension is first.
+        interleaved: Whether the elements of each item are not adjacent along the batch dimension,
+            for example because ``[L, B, D]`` was reshaped to ``[L * B, D]``.
+        quantized: The model's own quantised dtype, such as ``"quint8"``; ``dtype`` is then that of
+            the dequantised value. Empty if the value is not quantised.
     """
 
     dtype: torch.dtype
@@ -86,7 +89,7 @@ class ValueSpec:
     def from_batches(
         cls, dtype: torch.dtype, one: Sequence[int], two: Sequence[int] | None
     ) -> ValueSpec:
-        """Tell batch dimensions from fixed ones by the shapes at batch 1 and batch 2."""
+        """Find the batch dimensions by comparing the shapes at batch 1 and batch 2."""
         if two is None or len(one) != len(two):
             return cls(dtype, tuple(Dim(size) for size in one), dynamic=True)
         dims = tuple(Dim(a, batch=a != b) for a, b in zip(one, two, strict=True))
@@ -99,10 +102,9 @@ class ValueSpec:
 
     @property
     def batch_axis(self) -> tuple[int, int] | None:
-        """Return (the one dimension that grows with the batch, its elements for each item).
+        """Return (the only dimension that grows with the batch, its elements per item).
 
-        None if there is no such dimension, or more than one, or where the elements of an item
-        along it are interleaved with those of others.
+        None if no dimension or more than one grows, or if the items are interleaved along it.
         """
         if self.interleaved:
             return None
@@ -111,7 +113,7 @@ class ValueSpec:
 
     @property
     def bytes_per_item(self) -> int:
-        """Bytes of a batch of one."""
+        """Size of the value for a batch of one, in bytes."""
         elements = 1
         for dim in self.dims:
             elements *= dim.size

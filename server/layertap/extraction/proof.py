@@ -1,4 +1,4 @@
-"""The proof of an extractor: its values are compared with the oracle's."""
+"""The proof of an extractor: its values are compared with the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["collect", "items_of", "prove", "shares_passes"]
 
 
 def collect(built: BuiltExtractor, points: Sequence[CapturePoint], x: Batch) -> Values:
-    """Run an extractor and return a clone of every point's value, in the order of the points."""
+    """Run an extractor and return a copy of each point's value, in the order of the points."""
     values: dict[int, torch.Tensor] = {}
 
     def clone(index: int, value: torch.Tensor) -> None:
@@ -33,9 +33,9 @@ def prove(
     built: BuiltExtractor,
     points: Sequence[CapturePoint],
     x: Batch,
-    oracle: Values,
+    reference: Values,
 ) -> None:
-    """Run an extractor on a batch and compare its values with the oracle's, within its tolerance.
+    """Run an extractor on a batch and compare its values with the reference, within tolerance.
 
     Raises:
         ExtractorUnsupportedError: If a value differs.
@@ -43,7 +43,7 @@ def prove(
     faults: dict[int, str] = {}
 
     def compare(index: int, value: torch.Tensor) -> None:
-        expected = oracle[index]
+        expected = reference[index]
         faults[index] = mismatch(value, expected, kind.tolerance(expected))
 
     # The model may write into its batch, and the caller uses the batch again.
@@ -57,13 +57,13 @@ def prove(
 
 
 def items_of(value: torch.Tensor, spec: ValueSpec, begin: int, items: int) -> torch.Tensor:
-    """Return the part of a value that belongs to some items of the batch, a view.
+    """Return a view of the part of a value that belongs to some items of the batch.
 
     Args:
-        value: A value of a whole batch.
-        spec: Its type and shape; it must have a batch axis.
-        begin: The first of the items.
-        items: How many.
+        value: The value for a whole batch.
+        spec: The value's dtype and shape; it must have a batch axis.
+        begin: The index of the first of these items.
+        items: Their number.
     """
     if spec.batch_axis is None:
         raise ValueError("a value without a batch axis has no items")
@@ -77,17 +77,17 @@ def shares_passes(
     specs: Sequence[ValueSpec],
     x: Batch,
 ) -> bool:
-    """Return whether requests may share a forward pass: whether each item's values are its own.
+    """Return whether requests may share a forward pass, because items don't affect each other.
 
-    A batch is run as a whole and in two parts. Where the values of the whole are those of the parts
-    put together, within ``compiled_tolerance`` (kernels for other batch sizes may add in another
-    order), nothing passes from one item to another. A model that normalises over the batch, or
-    lays the items' windows out side by side, fails.
+    A batch is run as a whole and in two parts. If the parts give the same values as the whole,
+    within ``compiled_tolerance`` (kernels for other batch sizes may add in another order), no item
+    affects another. A model that normalises over the batch, or arranges the windows of all items
+    side by side, fails this test.
 
     Args:
         built: The extractor.
-        points: Its points.
-        specs: Their types and shapes.
+        points: The points that it captures.
+        specs: The dtype and shape of each point.
         x: A batch of at least two items.
     """
     if any(spec.batch_axis is None or spec.dynamic for spec in specs):

@@ -2,10 +2,10 @@
 
 Note [Each batch size is proven]
     A model's code may depend on the batch size: ``if len(x) > 4``, or a loop over parts of the
-    batch, whose number a trace records as a constant. No example at one size shows that. So a plan
-    is compared with the oracle at the first use of each batch size, which costs that request two
-    more passes. Passes that several requests share are tried at each total size. The reference
-    kind, HOOK, runs the model itself and needs no proof.
+    batch, whose number a trace records as a constant. An example at one size doesn't show that. So
+    a plan is compared with the reference when a batch size is first used, which costs that request
+    two more passes. Passes that several requests share are tested at each total size. The
+    reference kind, HOOK, runs the model itself and needs no proof.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = ["Prover"]
 _log = logging.getLogger(__name__)
 
 _SHARED = 3
-"""The items of the first shared pass that is tried: the fewest that two unlike parts make."""
+"""Items of the first shared pass that is tested: the smallest number with two unequal parts."""
 
 
 class Prover:
@@ -55,7 +55,7 @@ class Prover:
     Every method runs the model, so each must be called on a compute thread.
 
     Args:
-        context: The model and what belongs to it.
+        context: The model, its taps, guard and graph.
     """
 
     def __init__(self, context: BuildContext) -> None:
@@ -64,17 +64,17 @@ class Prover:
         self._guard = context.guard
 
     def truth(self, pass_spec: PassSpec, x: Batch) -> Values:
-        """Return what the oracle captures from a batch, in the order of the points.
+        """Return the reference values for a batch, in the order of the points.
 
         Raises:
-            InvalidInputError: If the model can't run on it.
+            InvalidInputError: If the model can't run on the batch.
             ExtractorUnsupportedError: If some of the layers don't run on it.
-            OverloadedError: If there is not the memory to run it.
+            OverloadedError: If there is not enough memory to run it.
         """
         try:
-            return collect(self._oracle(pass_spec), pass_spec.points, x)
+            return collect(self._reference(pass_spec), pass_spec.points, x)
         except ModelRunError as error:
-            # The model runs; a layer does not, or returns no tensor, for some inputs.
+            # The model runs, but for some inputs a layer does not run or returns no tensor.
             raise ExtractorUnsupportedError(
                 f"what {quoted(pass_spec.points)} give can't be proven: {error}; "
                 f"{REFERENCE.name} serves them where they run"
@@ -90,7 +90,7 @@ class Prover:
             ) from error
 
     def out_of_memory(self, x: Batch) -> OverloadedError:
-        """Return the error for a batch that there was not the memory to run."""
+        """Return the error for a batch for which there was not enough memory."""
         return OverloadedError(
             f"out of memory while running model {self._model.name!r} on a batch of {x.size}"
         )
@@ -98,11 +98,11 @@ class Prover:
     def reaching_cases(
         self, kind: ExtractorKind, pass_spec: PassSpec, batch_key: BatchKey
     ) -> list[tuple[Batch, Values]]:
-        """Return batches of unusual input, each with the oracle's values, where the model takes it.
+        """Return batches of unusual input that the model takes, each with its reference values.
 
-        See Note [Samples that reach]. For a kind that takes finite input only, the batches hold no
-        NaN or infinity, which it is never given (see ``engine.pipeline``), and no items of several
-        magnitudes, as its tolerance would hide the small ones.
+        See Note [Samples that reach]. A kind that takes only finite input is never given NaN or
+        infinity (see ``engine.pipeline``), so its batches hold none. They also hold no items of
+        several magnitudes, as its tolerance would hide errors in the small ones.
         """
         batches = [wide_batch(self._model, 3, batch_key), bytes_batch(self._model, batch_key)]
         if not kind.finite_only or not self._model.signature.has_floats:
@@ -114,17 +114,17 @@ class Prover:
             try:
                 values = self.truth(pass_spec, x)
             except (InvalidInputError, ExtractorUnsupportedError):
-                continue  # Not every model takes such input, and not every layer runs on it.
-            # The last bits decide where a root of some noise is NaN.
+                continue  # A model may refuse such input, or not run every layer on it.
+            # Rounding may decide where the square root of noise is NaN.
             if not kind.finite_only or all(v.isfinite().all() for v in values):
                 cases.append((x, values))
         return cases
 
     def prove_size(self, plan: Plan, size: int) -> None:
-        """Find out whether a plan serves a batch size, and keep the answer in it.
+        """Test whether a plan serves a batch size, and record the result in its findings.
 
         Raises:
-            OverloadedError: If there is not the memory to find out.
+            OverloadedError: If there is not enough memory for the test.
         """
         if plan.refusal(size) is not None:
             return
@@ -141,7 +141,7 @@ class Prover:
         except Exception as error:
             if is_out_of_memory(error):
                 raise self.out_of_memory(x) from error
-            # Whatever a program runs into that has learnt another size.
+            # A program that was compiled for another size may raise anything.
             reason = f"it failed there ({own_words(error)}){_advice(plan.pass_spec)}"
         else:
             reason = ""
@@ -153,11 +153,11 @@ class Prover:
             )  # fmt: skip
 
     def prove_shared(self, plan: Plan, items: int = _SHARED) -> bool:
-        """Find out whether requests may share a plan's passes of that many items; keep the answer.
+        """Test whether requests may share passes of that many items; record and return the result.
 
-        A model that keeps state after a pass may remember what it saw, and one whose code looks at
-        values goes one way for the whole batch. A layer that does not run on some input would fail
-        every request of the pass.
+        The answer is no in three more cases. A model that keeps state after a pass may remember
+        other requests. Code that branches on values takes one branch for the whole batch. A layer
+        that does not run for some input would fail every request of the pass.
         """
         findings = plan.findings
         if findings.alone is None:
@@ -173,29 +173,29 @@ class Prover:
         return bool(findings.shares(items))
 
     def warm(self, plan: Plan, size: int) -> None:
-        """Run a plan on a batch of that many items, as the first such batch takes longer."""
+        """Run a plan on a batch of that many items, as the first runs of a size are slow."""
         x = ordinary_batch(self._model, size, plan.batch_key)
         for _ in range(plan.kind.warm_up_runs):
             plan.built.run(x.clone(), lambda index, value: None)
 
     def record(self, plan: Plan, sizes: Sequence[int]) -> tuple[Plan, list[int]]:
-        """Record a plan's passes as CUDA graphs at some batch sizes.
+        """Record a plan's passes as CUDA graphs at some batch sizes; for models on a CUDA device.
 
-        Returns the plan that replays them, and the sizes that work; the given plan for none.
+        Return the plan that replays them, and the sizes that work. If none works, return the plan
+        unchanged.
 
-        Each graph is compared with the oracle on inputs other than the recorded one, and forgotten
-        where it differs. Sizes whose pass can't be recorded are logged, and run as before. For a
-        model on a CUDA device.
+        Each graph is compared with the reference on inputs other than the recorded one, and is
+        dropped if it differs. Sizes whose pass can't be recorded are logged, and run without graph.
         """
         graphed = GraphedExtractor(plan.built, plan.points)
         recorded = [size for size in sizes if self._records(plan, graphed, size)]
         return (replace(plan, built=graphed) if recorded else plan), recorded
 
-    def _oracle(self, pass_spec: PassSpec) -> BuiltExtractor:
+    def _reference(self, pass_spec: PassSpec) -> BuiltExtractor:
         if pass_spec.modules_only:
-            return REFERENCE.oracle(self._context, pass_spec)
-        # Hooks can't see nodes. The whole graph is run instead, in which no node is dead; the
-        # catalogue has compared it with the modules.
+            return REFERENCE.build_reference(self._context, pass_spec)
+        # Hooks can't see nodes. So the whole graph runs instead, without dead-code elimination;
+        # the catalogue has compared it with the modules.
         names = self._context.traced()
         whole = WholeGraphExtractor(self._model, names, names.nodes_of(pass_spec.points))
         return self._context.guarded(whole)
@@ -208,7 +208,7 @@ class Prover:
             self._shares_on(plan, items)
             for batch in (wide_batch(self._model, _SHARED, plan.batch_key),
                           *reaching_batches(self._model, plan.batch_key))
-            # As whole and parts are compared, each kind of item is once the first and alone.
+            # As batches are split after the first item, each kind of item comes first once.
             if batch is not None and not (plan.kind.finite_only and not batch.is_finite)
             for items in (batch, batch.map(lambda tensor: tensor.flip(0)))
         )  # fmt: skip
@@ -216,24 +216,24 @@ class Prover:
     def _shares_on(self, plan: Plan, x: Batch) -> bool:
         try:
             return shares_passes(plan.built, plan.points, plan.specs, x)
-        except Exception as error:  # noqa: BLE001 - a model need not take such input; a batch fails
+        except Exception as error:  # noqa: BLE001 - a model may refuse such input
             _log.info("model %s fails on unusual input: %s", self._model.name, own_words(error))
             return True
 
     def _shares_at(self, plan: Plan, items: int) -> bool:
-        """See Note [Each batch size is proven]."""
+        """Test one total size; see Note [Each batch size is proven]."""
         ordinary = ordinary_batch(self._model, items, plan.batch_key)
         try:
             shares = shares_passes(plan.built, plan.points, plan.specs, ordinary)
-        except Exception:  # noqa: BLE001 - then each request runs alone, and says why it fails
+        except Exception:  # noqa: BLE001 - each request then runs alone, and reports its failure
             _log.info("model %s fails on %d items", self._model.name, items, exc_info=True)
             return False
         return shares and self._shares_on(plan, unlike_batch(self._model, items, plan.batch_key))
 
     def _looks(self, plan: Plan, x: Batch) -> bool:
         if plan.kind.compiled:
-            return False  # Or it would not have been compiled.
-        # What follows from a discontinuous step is another value in a pass of another size.
+            return False  # A kind does not compile code that branches on values.
+        # A value that depends on a discontinuous step may change with the batch size.
         x = x.clone()
         steps: list[str] = []
         with watch_looks(self._model.module, x.tensors) as looks:
@@ -245,11 +245,11 @@ class Prover:
         try:
             self._refuse_replays(plan, x)
             graphed.record(x)
-            # The second replay would show what the first one left behind.
+            # Replay twice: the second replay shows whether the first one left something behind.
             for other in (x.map(lambda tensor: tensor.flip(-1)), x):
                 expected = self.truth(plan.pass_spec, other)
                 prove(plan.kind, graphed, plan.points, other, expected)
-        except Exception as error:  # noqa: BLE001 - whatever a model's code makes of the refusal
+        except Exception as error:  # noqa: BLE001 - a model may raise anything when recording fails
             graphed.forget(x.shapes)
             _log.warning(
                 "model %s: no CUDA graph of %s at batch size %d: %s",
@@ -259,7 +259,7 @@ class Prover:
         return True
 
     def _refuse_replays(self, plan: Plan, x: Batch) -> None:
-        """Refuse what would not be the same pass again; see Note [What a graph holds]."""
+        """Raise if a replay would not repeat the pass; see Note [What a graph holds]."""
         if self._guard.rules.state is not KeptState.NONE:
             raise ExtractorUnsupportedError("its modules write state while they run")
         if plan.dynamic:

@@ -1,15 +1,15 @@
-"""Batches for testing a model: ordinary ones, and ones that expose faults that those hide.
+"""Batches for testing a model: ordinary ones, and unusual ones that expose hidden faults.
 
-Every batch is seeded: the same call gives the same numbers. They are on the model's device and of
-its inputs' element types.
+Every batch is seeded, so the same call gives the same numbers. Batches are on the model's device
+and have the dtypes of its inputs. If the model's factory makes example batches, these are used.
 
 Note [Samples that reach]
-    A proof sees only what its inputs show. Random numbers in [0, 1) never reach ``clamp(-10, 10)``,
-    ``nan_to_num`` or a division by the batch's maximum, and ids of 0 and 1 never reach a branch on
-    a special id. So floating-point input is tried at several magnitudes, as bytes from 0 to 255,
-    and with NaN and infinity in it; token ids over the whole table that they are looked up in (see
-    ``id_range``), with repeats and padding. Where requests are to share a pass, the items of one
-    batch differ as much as requests may.
+    A proof sees only the code that its inputs reach. Random numbers in [0, 1) never reach
+    ``clamp(-10, 10)``, ``nan_to_num`` or a division by the batch's maximum, and ids of 0 and 1
+    never reach a branch on a special id. So floating-point input is tested at several magnitudes,
+    as bytes from 0 to 255, and with NaN and infinity in it. Token ids are tested over the whole
+    table that they index (see ``id_range``), with repeats and padding. To test whether requests may
+    share a pass, the items of one batch differ as much as requests may.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from layertap.models import Batch, BatchKey, InputSpec, LoadedModel
+from layertap.errors import ModelLoadError
+from layertap.models import Batch, BatchKey, IdRange, InputSpec, ItemTensor, LoadedModel, Mask
+from layertap.models.loaded import Example
+from layertap.models.seeding import seeded
 
 __all__ = ["bytes_batch", "ordinary_batch", "reaching_batches", "unlike_batch", "wide_batch"]
 
 Shape = tuple[int, ...]
 Fill = Callable[[Shape, torch.Generator], torch.Tensor]
-"""Makes the numbers of a floating-point input of a shape, batch included."""
+"""Fills a floating-point input of a shape, which includes the batch dimension."""
 
 _MAGNITUDES: tuple[Fill, ...] = (
     lambda shape, generator: torch.randn(shape, generator=generator) * 1e-3,
@@ -34,24 +37,24 @@ _MAGNITUDES: tuple[Fill, ...] = (
 )
 
 _EVERY = 61
-"""One number in so many is NaN or infinite: few enough that layers have finite numbers left."""
+"""Every 61st number is NaN or infinite: few enough to leave finite numbers in every layer."""
 
 
 def ordinary_batch(model: LoadedModel, size: int, key: BatchKey | None = None) -> Batch:
-    """Return a batch of numbers in [0, 1), or of ids over the whole range that is known.
+    """Return a batch of numbers in [0, 1), or of ids over the whole known range.
 
     Args:
         model: The model.
-        size: Items.
-        key: The shapes of an item; the model's default ones if not given.
+        size: The number of items.
+        key: The shapes of an item; the model's default shapes if not given.
     """
     return _batch(model, size, key, seed=0, fill=_uniform, ids=_uniform_ids)
 
 
 def wide_batch(model: LoadedModel, size: int, key: BatchKey | None = None) -> Batch | None:
-    """Return a batch of numbers on both sides of [0, 1), twice as wide as normalised images.
+    """Return a batch of normally distributed numbers, with a standard deviation of 2.
 
-    None for a model without floating-point inputs.
+    That is twice as wide as normalised images. None for a model without floating-point inputs.
     """
     if not model.signature.has_floats:
         return None
@@ -66,9 +69,9 @@ def bytes_batch(model: LoadedModel, key: BatchKey | None = None) -> Batch | None
 
 
 def reaching_batches(model: LoadedModel, key: BatchKey | None = None) -> Iterator[Batch]:
-    """Yield batches of three items that show what an ordinary one may hide.
+    """Yield batches of three items that reach code which an ordinary batch may not reach.
 
-    See Note [Samples that reach]. A model need not be able to take them.
+    See Note [Samples that reach]. A model may refuse them.
     """
     if model.signature.has_floats:
         yield unlike_batch(model, 3, key)
@@ -93,12 +96,17 @@ def _batch(
     fill: Fill,
     ids: Callable[[InputSpec, Shape, torch.Generator], torch.Tensor],
 ) -> Batch:
+    key = key or model.signature.key
+    if model.example is not None and key in (model.signature.key, model.signature.whole_key):
+        return _made(model.example, model, size, key, seed)
     tensors = {}
-    items = (key or model.signature.key).items
-    for index, (spec, item) in enumerate(zip(model.signature.inputs, items, strict=True)):
+    for index, item in enumerate(key.items):
+        spec = model.signature.spec(item.name)
         generator = torch.Generator().manual_seed(seed + 100 * index)
         shape = (size, *item.shape)
-        if spec.dtype.is_floating_point:
+        if isinstance(spec.values, Mask):
+            values = _mask(shape, spec.values.padding, varied=ids is _unlike_ids)
+        elif spec.dtype.is_floating_point:
             values = fill(shape, generator)
         else:
             values = ids(spec, shape, generator)
@@ -106,23 +114,65 @@ def _batch(
     return Batch(tensors)
 
 
+def _made(example: Example, model: LoadedModel, size: int, key: BatchKey, seed: int) -> Batch:
+    """Return a batch that the model's own function makes, whose numbers only it knows to be valid.
+
+    Raises:
+        ModelLoadError: It returns other tensors than the inputs say.
+    """
+    with seeded(seed):
+        made = example(size)
+    wrong = [item for item in key.items if not _is_item(made.get(item.name), item, size)]
+    if wrong:
+        raise ModelLoadError(
+            f"model {model.name!r}: its example gave no {wrong[0]} with a batch of {size}"
+        )
+    return Batch({item.name: made[item.name].to(model.device) for item in key.items})
+
+
+def _is_item(made: torch.Tensor | None, item: ItemTensor, size: int) -> bool:
+    return made is not None and tuple(made.shape) == (size, *item.shape)
+
+
+def _mask(shape: Shape, padding: int, *, varied: bool) -> torch.Tensor:
+    """Return a mask: of an even item all elements count; of an odd one those of one half.
+
+    Args:
+        shape: With the batch.
+        padding: What stands for padding, 0 or 1.
+        varied: Whether the halves take turns: the second one of the first odd item, as where text
+            is padded on its left, the first one of the next; else it is the first one.
+    """
+    mask = torch.full(shape, 1.0 - padding)
+    size, *item = shape
+    if not item:
+        return mask
+    for index in range(1, size, 2):
+        last = item[-1]
+        left = varied and index % 4 == 1
+        where = slice(0, last // 2) if left else slice(last - last // 2, last)
+        mask[index, ..., where] = padding
+    return mask
+
+
 def _uniform(shape: Shape, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def _uniform_ids(spec: InputSpec, shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, spec.ids.rows if spec.ids else 2, shape, generator=generator)
+    rows = spec.values.rows if isinstance(spec.values, IdRange) else 2
+    return torch.randint(0, rows, shape, generator=generator)
 
 
 def _unlike(shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    """Return items of very unlike magnitudes."""
+    """Return items of very different magnitudes."""
     size, *item = shape
     fills = [_MAGNITUDES[index % len(_MAGNITUDES)] for index in range(size)]
     return torch.stack([fill(tuple(item), generator) for fill in fills])
 
 
 def _not_finite(shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    """Return an ordinary item, one with NaN in it and one with infinities."""
+    """Return one ordinary item, one with NaN and one with infinities."""
     values = torch.randn(shape, generator=generator)
     values[1].view(-1)[::_EVERY] = float("nan")
     values[2].view(-1)[::_EVERY] = float("inf")
@@ -131,9 +181,9 @@ def _not_finite(shape: Shape, generator: torch.Generator) -> torch.Tensor:
 
 
 def _unlike_ids(spec: InputSpec, shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    """Return ids of the whole range: low ones in one item, high ones in the next, then padding."""
-    known = spec.ids
-    if known is None:
+    """Return ids over the whole range: low ids, then an item of high ids, then one with padding."""
+    known = spec.values
+    if not isinstance(known, IdRange):
         return _uniform_ids(spec, shape, torch.Generator().manual_seed(0))
     values = torch.randint(0, known.rows, shape, generator=generator)
     for index, item in enumerate(values):

@@ -1,20 +1,20 @@
-"""The tap for TorchScript programs: operators in the program, since forward hooks don't fire there.
+"""The taps in TorchScript programs: operators in the graph, as forward hooks don't run there.
 
 Note [Hooks in a program]
     A program calls its submodules by ``prim::CallMethod`` nodes, which the interpreter runs without
-    Python. Around each of them operators are put into the graph: ``given`` for each tensor
-    argument, ``enter`` with the submodule's path, and then ``leave`` with the result, or ``exit``
-    where the result is not a tensor. They keep a stack of paths, since submodules of one class
-    share one graph, and tell the current watcher. They count as having side effects, which keeps
-    dead-code elimination from removing them.
+    Python. We insert operators around each such node: ``given`` for each tensor argument, ``enter``
+    with the submodule's path, and afterwards ``leave`` with the result, or ``exit`` if the result
+    is not a tensor. The operators report to the current watcher, which keeps a stack of paths, as
+    submodules of one class share one graph. The operators count as having side effects, so
+    dead-code elimination does not remove them.
 
 A frozen program has no submodules left, and so no layers.
 
 Note [Programs inside a model]
-    An eager model may have programs among its submodules. The call of such a program comes from
-    Python, and ordinary hooks see it; they say at which path of the model it is, so that the
-    operators inside know where they are. What happens in a program that was entered in another way,
-    by a method other than ``forward`` say, has no path and is not reported.
+    An eager model may have programs among its submodules. Python calls such a program, so ordinary
+    hooks see the call. They tell the watcher the program's path in the model, so that the operators
+    inside can be located. If a program is entered in another way, such as by a method other than
+    ``forward``, its path is unknown and nothing is reported.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Watcher:
 
     def __init__(self, observer: ValueObserver) -> None:
         self._observer = observer
-        # None for the calls of a program whose own path is not known.
+        # A path is None if the path of its program is not known.
         self._paths: list[str | None] = []
         self._outside: list[list[str | None]] = []
         self._arguments: list[torch.Tensor] = []
@@ -61,7 +61,7 @@ class _Watcher:
             self._paths = self._outside.pop()
 
     def report(self, method: str, *values: Any) -> None:
-        """Take an operator's report, and remember what the observer raises."""
+        """Handle an operator's report, and remember an exception of the observer."""
         try:
             getattr(self, method)(*values)
         except BaseException as error:
@@ -69,7 +69,7 @@ class _Watcher:
             raise
 
     def given(self, value: torch.Tensor) -> None:
-        """Take an argument of the call that is about to begin."""
+        """Record an argument of the call that is about to begin."""
         self._arguments.append(value)
 
     def enter(self, name: str) -> None:
@@ -97,7 +97,7 @@ def watch(observer: ValueObserver) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # The interpreter turns whatever an operator raises into its own error.
+        # The interpreter replaces an operator's exception with its own error.
         if watcher.raised is None:
             raise
         raise watcher.raised from error
@@ -106,23 +106,24 @@ def watch(observer: ValueObserver) -> Iterator[None]:
 
 
 def begin_program(path: str) -> None:
-    """Tell the current watcher that the program at a path of the model begins."""
+    """Tell the current watcher that the program at this path of the model begins."""
     watcher = _watcher.get()
     if watcher is not None:
         watcher.begin(path)
 
 
 def end_program() -> None:
-    """Tell the current watcher that the program that began last ends."""
+    """Tell the current watcher that the program that began most recently ends."""
     watcher = _watcher.get()
     if watcher is not None:
         watcher.end()
 
 
 def programs(module: nn.Module) -> dict[str, ScriptModule]:
-    """Return the TorchScript programs of a model by their paths, outermost ones only.
+    """Return the outermost TorchScript programs of a model by path.
 
-    A model that is a program itself has the empty path. Each is returned once, by its first path.
+    A model that is itself a program has the empty path. Each program is returned once, by its first
+    path.
     """
     found: dict[str, ScriptModule] = {}
     for path, submodule in module.named_modules():
@@ -133,7 +134,7 @@ def programs(module: nn.Module) -> dict[str, ScriptModule]:
 
 
 def instrument(module: ScriptModule) -> None:
-    """Put the operators around every call of a submodule, once; the module stays changed."""
+    """Insert the operators around every call of a submodule, once. The module stays changed."""
     if module in _instrumented:
         return
     _define_operators()
@@ -150,7 +151,7 @@ def instrument(module: ScriptModule) -> None:
 
 
 def writes_attributes(module: ScriptModule) -> bool:
-    """Return whether some method of a program writes attributes of its modules."""
+    """Return whether any method of a program writes attributes of its modules."""
     compiled: Any = [submodule._c for submodule in module.modules()]
     return any(
         part._get_method(name).graph.findAllNodes("prim::SetAttr")
@@ -161,12 +162,12 @@ def writes_attributes(module: ScriptModule) -> bool:
 
 def _instrument_graph(graph: Any) -> None:
     if graph.findAllNodes("layertap::enter"):
-        return  # Programs that are scripted from one class share their graphs.
+        return  # Instrumented already: programs that are scripted from one class share graphs.
     self_value = next(iter(graph.inputs()))
     for node in _calls(graph):
         called, *arguments = node.inputs()
         name = _attribute_path(called, self_value)
-        if not name:  # Another method of the module itself: its own graph is instrumented.
+        if not name:  # Another method of the module itself, whose own graph is instrumented.
             continue
         text = graph.insertConstant(name)
         text.node().moveBefore(node)
@@ -184,7 +185,7 @@ def _instrument_graph(graph: Any) -> None:
 
 
 def _calls(block: Any) -> list[Any]:
-    """Return the nodes that call a method, those in branches and loops included."""
+    """Return the nodes that call a method, including those in branches and loops."""
     found = []
     for node in block.nodes():
         for inner in node.blocks():
@@ -195,7 +196,7 @@ def _calls(block: Any) -> list[Any]:
 
 
 def _attribute_path(value: Any, self_value: Any) -> str:
-    """Return the path of a submodule as seen from ``self``; empty for ``self`` or a stranger."""
+    """Return a submodule's path relative to ``self``; empty for ``self`` or another object."""
     names: list[str] = []
     while value.debugName() != self_value.debugName():
         if value.node().kind() != "prim::GetAttr":

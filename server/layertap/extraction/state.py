@@ -4,17 +4,18 @@ Note [What a snapshot sees]
     Everything that a forward pass can reach from the module: attributes, lists, dictionaries, sets,
     plain objects inside them (with or without ``__slots__``), tensors and arrays that are written
     in place, the closures and default arguments of functions, random generators, locks, and what
-    the model's classes and their files hold. Cycles and shared objects are met once. Objects of
-    torch, of the standard library's threads and of logging are left alone.
+    the model's classes and their files hold. Each object is visited once, so cycles are no problem.
+    Objects of torch, and the standard library's threads and loggers, are ignored.
 
 Note [Equal, not identical]
     A pass that stores an equal value again (``self.size = (7, 7)``, or a weight computed again from
-    the same parameters) has changed nothing that another pass could see. So values are compared by
-    content wherever they are not the same object.
+    the same parameters) has changed nothing that another pass could see. So if the objects are not
+    the same, their content is compared.
 
 Note [What can't be restored]
-    A generator or another iterator can't be rewound, a file's content is not ours, and of a very
-    large parameter no copy is kept. A change of these is reported as one that can't be restored.
+    A generator or another iterator can't be rewound, we don't rewrite the content of files, and
+    very large parameters are not copied. A change of any of these is reported as one that can't be
+    restored.
 """
 
 from __future__ import annotations
@@ -49,24 +50,24 @@ from torch import fx, nn
 __all__ = ["Change", "Snapshot", "Watch"]
 
 PARAMETER_BYTES = 512 << 20
-"""Parameters of more bytes are not copied. A change of one is noticed, but can't be restored."""
+"""Above this total size parameters are not copied: changes are noticed, but can't be restored."""
 
 OTHER_BYTES = 16 << 20
-"""Copies of other tensors up to that many bytes are kept for a model that changed none of them."""
+"""Copies of other tensors are kept up to this total size even if no pass changed any of them."""
 
 LARGE_BYTES = 1 << 20
-"""Arrays of more bytes are read by ``deep_changes`` only, unless a pass was seen to write them."""
+"""Larger arrays are read only by ``deep_changes``, unless a pass was seen to write to them."""
 
 MAX_NODES = 200_000
-"""Objects that a snapshot follows; what lies beyond is not watched."""
+"""Maximum number of objects that a snapshot follows; further objects are not watched."""
 
 WATCH_SECONDS = 3.0
-"""How long a watched pass may be held up by looking; what it does later is seen at its end."""
+"""Time for comparing during a watched pass. Later changes are seen only when the pass has ended."""
 
 SMALL_NODES = 1000
-"""Objects that are compared so quickly that a watched pass stops at each module for it."""
+"""Up to this number of objects, comparing is so fast that it is done at every module."""
 
-MAX_DEPTH = 8
+MAX_COMPARED_DEPTH = 8
 """Levels of nested containers that are compared by content."""
 
 _INERT = (
@@ -78,12 +79,12 @@ _INERT = (
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, np.dtype, np.generic,
     fx.Graph, fx.Node, property, functools.cached_property,
 )  # fmt: skip
-"""Types whose objects never change, or whose changes are not business of a forward pass."""
+"""Types whose objects never change, or whose changes don't matter to a forward pass."""
 
 _SCALARS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 
 _SKIPPED_PACKAGES = ("torch._", "torch.fx", "torch.jit", "torch.utils.", "layertap.")
-"""Where the types of objects are defined that are left alone, unless they are modules."""
+"""Packages whose objects are ignored, unless they are modules."""
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
@@ -102,15 +103,15 @@ _MISSING: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something that is not as it was.
+    """A difference from a snapshot.
 
     Attributes:
         path: Where it is, such as ``encoder.features``.
         reason: Why it can't be restored; empty if it can.
-        everywhere: Whether it belongs to a class or to a module's globals, so that all models of
-            the process that use that code share it.
+        everywhere: Whether it belongs to a class or to a module's globals, so that all models in
+            the process that use this code share it.
         in_place: Whether it is a tensor that was written in place.
-        of_torch: Whether it belongs to torch, so that every pass in the process runs under it.
+        of_torch: Whether it belongs to torch, so that it affects every pass in the process.
     """
 
     path: str
@@ -127,8 +128,8 @@ class Snapshot:
 
     Args:
         module: The module. No pass of it may run meanwhile.
-        copies: Whether the content of tensors is copied. Without copies, writes in place are
-            noticed where torch counts them, and can't be undone.
+        copies: Whether to copy the content of tensors. Without copies, in-place writes are noticed
+            only if torch counts them, and can't be undone.
     """
 
     @torch.inference_mode(mode=False)
@@ -138,26 +139,26 @@ class Snapshot:
         self._nodes = walk.nodes
         self._modules = {path: id(part) for path, part in module.named_modules()}
         self.outside = tuple(walk.outside)
-        """Modules that the model keeps where ``named_modules`` doesn't see them, by path."""
+        """Paths of the modules that ``named_modules`` doesn't see, as they are not registered."""
 
     def changes(self, *, hooks: bool = True) -> list[Change]:
-        """Return what differs now, each path once, with or without hooks on modules."""
+        """Return what differs now, each path once; ``hooks`` includes the hooks of modules."""
         return self._differing(
             lambda node: (hooks or not isinstance(node, _Hooks)) and node.suspect()
         )
 
     def deep_changes(self) -> list[Change]:
-        """Return what differs now, after reading all that there is a copy of.
+        """Return what differs now, after reading the whole content that was copied.
 
-        Slower than ``changes``, which relies on torch's count of writes; ``x.data.add_(1)`` is not
-        counted.
+        This is slower than ``changes``, which relies on torch's count of in-place writes; torch
+        does not count ``x.data.add_(1)``.
         """
         return self._differing(lambda node: node.suspect() or node.written_unseen())
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def restore(self) -> None:
-        """Put everything back that can be and that ``changes`` sees."""
+        """Restore everything that can be restored and that ``changes`` sees."""
         for node in self._nodes:
             if node.suspect():
                 node.restore()
@@ -165,17 +166,17 @@ class Snapshot:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def deep_restore(self) -> None:
-        """Put everything back that can be and that ``deep_changes`` sees."""
+        """Restore everything that can be restored and that ``deep_changes`` sees."""
         for node in self._nodes:
             if node.suspect() or node.written_unseen():
                 node.restore()
 
     def settle(self, written: Iterable[str] = ()) -> None:
-        """Free the copies of tensors that no pass was seen to write.
+        """Free the copies of tensors that no pass was seen to write to.
 
         Args:
-            written: Paths that passes changed. What is written there without a count keeps its copy
-                and is read by ``changes`` and ``restore`` as well.
+            written: Paths that passes changed. Their copies are kept, and ``changes`` and
+                ``restore`` read their whole content too.
         """
         written = set(written)
         tensors = [node for node in self._nodes if isinstance(node, _Tensor)]
@@ -188,7 +189,7 @@ class Snapshot:
                 tensor.forget()
 
     def by_owner(self) -> dict[int, list[_Node]]:
-        """Return what belongs to each module, by the module's id; shared things to every one."""
+        """Map the id of each module to its nodes; nodes of classes belong to every module."""
         owned: dict[int, list[_Node]] = {part: [] for part in self._modules.values()}
         shared = [node for node in self._nodes if node.everywhere]
         for node in self._nodes:
@@ -202,7 +203,7 @@ class Snapshot:
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def rewritten(self) -> set[str]:
-        """Return the paths at which something was stored, be it the same value again."""
+        """Return the paths at which something was stored, even if the value is the same."""
         return {
             node.change(key).path for node in self._nodes if node.suspect() for key in node.stored()
         }
@@ -219,14 +220,14 @@ class Snapshot:
 
 
 class Watch:
-    """Notes what differs from a snapshot while passes run, however briefly.
+    """Records what differs from a snapshot while passes run, even if only briefly.
 
     Args:
-        snapshot: What the model held before.
+        snapshot: The state before the passes.
 
     Attributes:
-        changes: What was seen, by path.
-        threads: The threads that asked to look.
+        changes: The differences seen so far, by path.
+        threads: The ids of the threads on which modules ran.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -239,8 +240,8 @@ class Watch:
         self._next = 0.0
 
     def look(self) -> None:
-        """Compare now; later calls do nothing once all the time for it is spent."""
-        # Not to be waited for: comparing runs code that may be followed line by line itself.
+        """Compare now, unless the time for comparing is used up."""
+        # Don't wait for the lock: comparing may itself run code that is followed line by line.
         if not self._lock.acquire(blocking=False):
             return
         try:
@@ -254,9 +255,9 @@ class Watch:
             self._lock.release()
 
     def look_at(self, owner: object) -> None:
-        """Compare what belongs to a module, and all of it in a small model or now and then.
+        """Compare one module's state; in a small model, or now and then, compare all of it.
 
-        Where the code of one module writes to another one of a large model, that may be seen late.
+        In a large model, a write by one module's code to another module may be noticed late.
         """
         if len(self._nodes) <= SMALL_NODES or time.perf_counter() >= self._next:
             self.look()
@@ -267,13 +268,13 @@ class Watch:
                 self._lock.release()
 
     def look_now_and_then(self) -> None:
-        """Compare where that takes a third of the time at most, and always in a small model."""
+        """Compare, in a small model always, else for at most a third of the time."""
         if torch.compiler.is_compiling():
-            return  # torch.compile would take looking for a part of the model.
+            return  # torch.compile would trace the comparison as part of the model.
         self.threads.add(threading.get_ident())
         if len(self._nodes) > SMALL_NODES and time.perf_counter() < self._next:
             return
-        # Our own code is not followed line by line, which would take most of the time.
+        # Don't trace our own code line by line, which would take most of the time.
         tracing = sys.gettrace()
         sys.settrace(None)
         try:
@@ -292,7 +293,7 @@ class Watch:
                 self.changes.setdefault(change.path, change)
             if keys:
                 differing.append(node)
-        # Seen once is enough; what grows in every line need not be compared in every line.
+        # Once is enough: an object that changes on every line need not be compared every time.
         for node in differing:
             for known in (self._nodes, *self._by_owner.values()):
                 if node in known:
@@ -300,7 +301,7 @@ class Watch:
 
 
 class _Node(ABC):
-    """One object whose content may change."""
+    """One object whose content may change, as it was when the snapshot was taken."""
 
     reason = ""
     in_place = False
@@ -310,42 +311,42 @@ class _Node(ABC):
         self.path = path
         self.everywhere = everywhere
         self.always = False
-        """Whether it is read in full each time, since a pass was seen to write it."""
+        """Whether its whole content is read each time, because a pass was seen to write to it."""
 
     @abstractmethod
     def suspect(self) -> bool:
-        """Tell cheaply whether it may differ; False for what only ``written_unseen`` sees."""
+        """Return quickly whether it may differ; this may miss what ``written_unseen`` finds."""
 
     def written_unseen(self) -> bool:
-        """Tell, by reading all of it, whether it differs in a way that leaves no mark."""
+        """Return whether it differs in a way that only reading its whole content shows."""
         return False
 
     def change(self, key: str) -> Change:
-        """Return the change of one part of it, which ``differing`` named."""
+        """Return the change of one of its parts, as named by ``differing``."""
         path = (self.path + key).removeprefix(".")
         return Change(path, self.reason, self.everywhere, self.in_place, self.of_torch)
 
     @abstractmethod
     def differing(self) -> list[str]:
-        """Return what to append to the path of each part that differs; empty if none does."""
+        """Return, for each part that differs, what to append to the path; empty if none does."""
 
     def stored(self) -> list[str]:
-        """Return as ``differing`` does each part that is another object, be it an equal one."""
+        """Do the same as ``differing``, but include parts that were replaced by an equal object."""
         return self.differing() or [""]
 
     @abstractmethod
     def restore(self) -> None:
-        """Put it back."""
+        """Restore it."""
 
 
 class _Table(_Node):
-    """Values by key: those of a dictionary, or the attributes of an object."""
+    """Values by key: the entries of a dictionary, or the attributes of an object."""
 
     def __init__(
         self, path: str, values: dict[Any, Any], *, everywhere: bool, attributes: bool
     ) -> None:
         super().__init__(path, everywhere=everywhere)
-        # The base class's methods: a subclass may forbid writing, as read-only dictionaries do.
+        # Use the base class's methods: a subclass may forbid writing, as a read-only dict does.
         self._base: Any = OrderedDict if isinstance(values, OrderedDict) else dict
         self._values = values
         self._attributes = attributes
@@ -365,7 +366,7 @@ class _Table(_Node):
         keys = [key for key in former if key not in now or not _equal(former[key], now[key])]
         keys += [key for key in now if key not in former]
         if not keys and not self._attributes and list(now) != self._keys:
-            return [""]  # The same entries in another order.
+            return [""]  # The order of the entries differs.
         return [_key_text(key, attribute=self._attributes) for key in keys]
 
     def stored(self) -> list[str]:
@@ -389,7 +390,7 @@ class _Table(_Node):
 
 
 class _ThreadLocal(_Table):
-    """The attributes that a ``threading.local`` has in the thread that asks."""
+    """The attributes that a ``threading.local`` has in the calling thread."""
 
     def __init__(self, path: str, local: threading.local, *, everywhere: bool) -> None:
         super().__init__(path, vars(local), everywhere=everywhere, attributes=True)
@@ -447,7 +448,7 @@ class _Set(_Node):
 
 
 class _Hooks(_Node):
-    """The hooks on a module that are not this package's own."""
+    """The hooks on a module, except this package's own."""
 
     def __init__(self, path: str, module: nn.Module) -> None:
         super().__init__(path, everywhere=False)
@@ -474,7 +475,7 @@ class _Hooks(_Node):
 
 
 class _Cells(_Node):
-    """Single places that hold a value each: slots, cells of closures, attributes of a class."""
+    """Places that hold one value each: slots, cells of closures, attributes of a class."""
 
     def __init__(
         self,
@@ -489,7 +490,7 @@ class _Cells(_Node):
 
     @property
     def held(self) -> Mapping[str, Any]:
-        """The values, those of empty places left out."""
+        """The values; empty places are left out."""
         return {name: value for name, value in self._held.items() if value is not _MISSING}
 
     def suspect(self) -> bool:
@@ -509,7 +510,7 @@ class _Cells(_Node):
 
 
 class _Probe(_Node):
-    """Something that tells its state as a value, such as a random generator or a lock."""
+    """An object whose state can be read as a value, such as a random generator or a lock."""
 
     def __init__(
         self,
@@ -542,7 +543,7 @@ class _Probe(_Node):
 
 
 class _Script(_Node):
-    """The attributes of a TorchScript module, which only its program reaches."""
+    """The attributes of a TorchScript module, which only its program can reach."""
 
     def __init__(self, path: str, module: torch.jit.ScriptModule, names: Iterable[str]) -> None:
         super().__init__(path, everywhere=False)
@@ -554,7 +555,7 @@ class _Script(_Node):
         for name in names:
             try:
                 value = self._program.getattr(name)
-            except (AttributeError, RuntimeError):  # It has none such, or one Python can't hold.
+            except (AttributeError, RuntimeError):  # No such attribute, or no Python object.
                 continue
             if not isinstance(value, (nn.Module, torch._C.ScriptModule, torch._C.ScriptObject)):
                 read[name] = value
@@ -573,7 +574,7 @@ class _Script(_Node):
 
 
 class _Tensor(_Node):
-    """A tensor: the memory it stands for, and what is written there."""
+    """A tensor: the memory that it uses, and the content of that memory."""
 
     in_place = True
 
@@ -589,7 +590,7 @@ class _Tensor(_Node):
         super().__init__(path, everywhere=everywhere)
         self.is_parameter = is_parameter
         self._tensor = tensor
-        # An alias of the memory, kept for a model that assigns other memory to ``tensor.data``.
+        # An alias of the memory, in case the model assigns other memory to ``tensor.data``.
         self._alias = tensor.data
         self._copy = copy
         self._mark = self._now()
@@ -622,7 +623,7 @@ class _Tensor(_Node):
         return [""] if differs else []
 
     def _original(self) -> torch.Tensor:
-        """Return a separate tensor with the former values."""
+        """Return a separate tensor with the values at the time of the snapshot."""
         copy = cast(torch.Tensor, self._copy).clone().view(self._alias.dtype)
         return copy.as_strided(
             self._alias.shape, self._alias.stride(), self._alias.storage_offset()
@@ -630,7 +631,7 @@ class _Tensor(_Node):
 
     def restore(self) -> None:
         if self._copy is None:
-            self._mark = self._now()  # Reported once; there is no way back.
+            self._mark = self._now()  # Report the change only once; it can't be undone.
             return
         if self._now()[:3] != self._mark[:3]:
             self._tensor.data = self._alias
@@ -646,7 +647,7 @@ class _Tensor(_Node):
 class _Functions(_Node):
     """The functions of torch, which a model may replace while it runs.
 
-    Like settings they are put back only if a pass was seen to replace them.
+    They are restored only if a pass was seen to replace them.
     """
 
     of_torch = True
@@ -677,10 +678,10 @@ class _Functions(_Node):
 
 
 class _Settings(_Node):
-    """Settings of torch that hold for the whole process, which other passes run under as well.
+    """The process-wide settings of torch, which affect other passes too.
 
-    Anyone who changes one while it runs is expected to restore it: only where a pass was seen to
-    change them are they restored.
+    Code that changes a setting is expected to restore it, so settings are restored here only if a
+    pass was seen to change them.
     """
 
     of_torch = True
@@ -712,7 +713,7 @@ class _Settings(_Node):
 
 
 class _Walk:
-    """Finds every object that a snapshot has to see, starting at a module."""
+    """Finds every object that a snapshot must follow, starting at a module."""
 
     def __init__(self, root: nn.Module, *, copies: bool) -> None:
         self.nodes: list[_Node] = [_Settings(), _Functions()]
@@ -741,7 +742,7 @@ class _Walk:
         while self._todo and len(self.nodes) < MAX_NODES:
             path, value, everywhere = self._todo.popleft()
             self._visit(path, value, everywhere)
-        # Ids stay unique only as long as the objects live.
+        # The objects were kept alive until here, as an id is unique only while its object lives.
         self._kept_alive.clear()
 
     def _visit(self, path: str, value: Any, everywhere: bool) -> None:
@@ -771,7 +772,7 @@ class _Walk:
         if plain and self._copies is not None and id(value) not in self._uncopied:
             try:
                 copy = self._copy_of(value, self._copies)
-            except (RuntimeError, NotImplementedError):  # A subclass that hides its memory.
+            except (RuntimeError, NotImplementedError):  # A tensor subclass without storage.
                 copy = None
         self.nodes.append(
             _Tensor(
@@ -781,7 +782,7 @@ class _Walk:
 
     @staticmethod
     def _copy_of(value: torch.Tensor, copies: dict[int, torch.Tensor]) -> torch.Tensor:
-        # By memory: views of one memory, and expanded tensors, take it once.
+        # One copy per memory: views and expanded tensors share it.
         memory = value.untyped_storage()._cdata
         if memory not in copies:
             copies[memory] = _bytes_of(value).clone()
@@ -821,7 +822,7 @@ class _Walk:
         if names:
             self.nodes.append(_Script(path, value, names))
         for name, tensor in tensors.items():
-            # Each access makes another Python object of one tensor, which nothing else holds.
+            # Each access makes a new Python object for the tensor, which nothing else holds.
             self._tensor(_join(path, name), tensor, everywhere)
         self._each(path, dict(value.named_children()), everywhere)
 
@@ -881,7 +882,7 @@ class _Walk:
         self._globals(value)
 
     def _globals(self, function: types.FunctionType) -> None:
-        """Follow what a function's code names in its file: containers, objects and functions."""
+        """Follow the globals that a function uses: containers, objects and functions."""
         held = function.__globals__
         file = str(held.get("__name__", ""))
         places: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {}
@@ -890,7 +891,7 @@ class _Walk:
             if value is _MISSING or isinstance(value, type | types.ModuleType):
                 continue
             if isinstance(value, types.FunctionType) and value.__module__ != file:
-                continue  # What another file's functions use is not followed.
+                continue  # Don't follow the globals that another file's functions use.
             if (id(held), name) not in self._places:
                 self._places.add((id(held), name))
                 if not callable(value) or isinstance(value, nn.Module):
@@ -905,7 +906,7 @@ class _Walk:
             self._classes(type(value))
 
     def _instance(self, path: str, value: Any, everywhere: bool) -> None:
-        """Follow the attributes of an object, in its dictionary and in its slots."""
+        """Follow the attributes of an object, both in its dictionary and in its slots."""
         if isinstance(value, threading.local):
             self.nodes.append(_ThreadLocal(path, value, everywhere=everywhere))
             return
@@ -935,7 +936,7 @@ class _Walk:
             self._each(path, node.held, everywhere)
 
     def _classes(self, kind: type) -> None:
-        """Follow what the author's own classes hold: values, and the functions of their methods."""
+        """Follow what the author's own classes hold: values, and their methods' functions."""
         for part in kind.__mro__:
             if _is_foreign(part.__module__) or id(part) in self._seen:
                 continue
@@ -962,12 +963,12 @@ def _place(tensor: torch.Tensor) -> int | None:
         return None
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # A subclass that has no memory of its own.
+    except RuntimeError:  # A subclass without memory of its own.
         return None
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all the memory that a tensor is a view of, as bytes; it shares no count of writes."""
+    """Return all memory that a tensor is a view of, as bytes; writes to it are not counted."""
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return flat.set_(tensor.untyped_storage())
 
@@ -975,7 +976,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     if len(one) != len(other):
         return False
-    words = len(one) & ~7  # Eight at a time: torch compares bytes five times slower.
+    words = len(one) & ~7  # Eight bytes at a time: torch compares single bytes five times slower.
     return torch.equal(one[:words].view(torch.int64), other[:words].view(torch.int64)) and (
         torch.equal(one[words:], other[words:])
     )
@@ -995,7 +996,7 @@ def _cell(cell: types.CellType) -> tuple[Callable[[], Any], Callable[[Any], None
     def read() -> Any:
         try:
             return cell.cell_contents
-        except ValueError:  # It is empty.
+        except ValueError:  # The cell is empty.
             return _MISSING
 
     def write(value: Any) -> None:
@@ -1047,7 +1048,7 @@ _Made = tuple[Callable[[], Any], Callable[[Any], None] | None, str]
 
 
 def _probe_of(value: Any) -> _Made | None:
-    """Return how to read and write an object's state, and why it can't be written; else None."""
+    """Return (read, write, why it can't be written) for an object's state; None if it has none."""
     for kinds, make in _PROBES:
         if isinstance(value, kinds):
             return make(value)
@@ -1057,7 +1058,7 @@ def _probe_of(value: Any) -> _Made | None:
 
 
 def _progress(value: Any) -> Callable[[], Any]:
-    """Return what tells how far an iterator has come, as far as that can be told."""
+    """Return a function that shows how far an iterator has come, as far as that can be known."""
     if isinstance(value, types.GeneratorType):
         return lambda: (value.gi_frame and value.gi_frame.f_lasti, value.gi_running)
     if isinstance(value, itertools.count):
@@ -1087,7 +1088,7 @@ def _torch_random(value: torch.Generator) -> _Made:
 
 def _lock(value: Any) -> _Made:
     def read() -> bool:
-        # A lock that its own thread may take again tells nobody whether it is taken, before 3.14.
+        # Before Python 3.14, only its repr shows whether an RLock is taken.
         text = repr(value)
         return not text.startswith("<unlocked")
 
@@ -1138,7 +1139,7 @@ _PROBES: tuple[tuple[Any, Callable[[Any], _Made]], ...] = (
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
-    """Yield the global names that code uses, functions defined inside it included."""
+    """Yield the global names that code uses, including code of functions defined inside it."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -1146,7 +1147,7 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 
 
 def _script_names(root: nn.Module) -> dict[str, bool]:
-    """Return the attributes that programs inside the model use, and whether they assign them."""
+    """Return the attributes that a model's programs use, and whether they assign to them."""
     names: dict[str, bool] = {}
     for module in root.modules():
         if not isinstance(module, torch.jit.ScriptModule):
@@ -1182,10 +1183,10 @@ def _key_text(key: Any, *, attribute: bool) -> str:
 
 
 def _equal(one: Any, other: Any, depth: int = 0) -> bool:
-    """Return whether two values hold the same; False if that can't be told."""
+    """Return whether two values have equal content; False if that can't be determined."""
     if one is other:
         return True
-    if type(one) is not type(other) or depth > MAX_DEPTH:
+    if type(one) is not type(other) or depth > MAX_COMPARED_DEPTH:
         return False
     for kinds, equal in _EQUAL:
         if isinstance(one, kinds):
@@ -1228,7 +1229,7 @@ _EQUAL: tuple[tuple[Any, Callable[[Any, Any, int], bool]], ...] = (
     ),
     ((nn.Module, types.FunctionType, type), lambda one, other, _: False),
 )
-"""How values of a type are compared whose objects differ."""
+"""How to compare two different objects of the same type, by type."""
 
 
 def _same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -1238,5 +1239,5 @@ def _same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
         return torch.equal(one, other) or (
             one.is_floating_point() and bool(((one == other) | (one.isnan() & other.isnan())).all())
         )
-    except (RuntimeError, NotImplementedError):  # Sparse tensors, say, can't be compared.
+    except (RuntimeError, NotImplementedError):  # For example, sparse tensors can't be compared.
         return False

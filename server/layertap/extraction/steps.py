@@ -2,16 +2,18 @@
 
 Note [Discontinuous steps]
     A compiled program folds batch norms into convolutions, and a shared pass runs kernels for
-    another batch size: both add in another order, so that values differ in their last bits. Behind
-    ``topk``, ``argmax``, a comparison or a rounding that is not a small difference: near a tie
-    another element is picked, and every value that follows from it is another one. No sample shows
-    that reliably, since ties are rare on random input. So one pass is watched (see ``looks``), and
-    what follows from such a step is left to extractors that run the model's own arithmetic.
+    another batch size. Both add in another order, so the last bits of values differ. After
+    ``topk``, ``argmax``, a comparison or a rounding, that is no longer a small difference: near a
+    tie another element is picked, and every value that depends on it is a different one. No sample
+    shows this reliably, since ties are rare in random input. So one pass is watched (see
+    ``looks``), and values that depend on such a step are left to extractors that run the model's
+    own arithmetic.
 
-    Numbers of the input itself are exact: comparing them, or picking by token ids, is not a step.
-    Neither is picking the largest value (``max``, ``topk``'s values): it moves as little as its
-    argument does. What is discrete, and so jumps, is told by its type: integers and booleans that
-    are computed from inexact floating-point numbers, and a few operations that return floats.
+    Numbers of the input itself are exact, so comparing them, or picking by token ids, is not a
+    step. Neither is picking the largest value (``max``, ``topk``'s values), which moves as little
+    as its argument does. The dtype shows which results are discrete and can jump: integers and
+    booleans that are computed from inexact floating-point numbers. A few operations that return
+    floats can jump too.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ _ROUND = _words(
     "floor floor_divide fmod frac hardshrink heaviside linear_dynamic linear_relu_dynamic mode "
     "quantized_gru quantized_lstm remainder round sgn sign trunc"
 )
-"""Operations on floating-point numbers whose floating-point results jump."""
+"""Operations on floating-point numbers whose floating-point results can jump."""
 
 _NO_STEPS = _words("isfinite isinf isnan isneginf isposinf isreal is_floating_point")
-"""These tell infinity and NaN from numbers, which rounding does not turn into one another."""
+"""These tell infinity and NaN from other numbers, which rounding can't change."""
 
 _NEW = _words(
     "empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros ones_like "
     "rand_like randint_like randn_like zeros_like"
 )
-"""Operations that take shape and type from their argument, and nothing of its values."""
+"""Operations that use the shape and dtype of their argument, but none of its values."""
 
 _EXACT = _words(
     "_reshape_alias _to_copy _unsafe_view abs alias as_strided cat chunk clamp clamp_max "
@@ -54,7 +56,7 @@ _EXACT = _words(
     "split_with_sizes squeeze stack swapaxes t tile to topk transpose tril triu unbind unfold "
     "unsqueeze unsqueeze_ view where"
 )
-"""Operations that move numbers, or pick among them, and compute no new ones."""
+"""Operations that move numbers or pick some of them, but compute no new ones."""
 
 
 def _name(func: Any) -> str:
@@ -68,19 +70,19 @@ def is_new(func: Any) -> bool:
 
 
 def keeps_exact(func: Any) -> bool:
-    """Return whether an operation's result is exact where its arguments are."""
+    """Return whether an operation's result is exact if its arguments are."""
     name = _name(func)
     # In-place operations end in an underscore; `copy_` is one of its own.
     return name in _EXACT or name.removesuffix("_") in _EXACT
 
 
 def discrete_results(func: Any, args: Any, result: Any) -> Iterator[torch.Tensor]:
-    """Yield those results of an operation that jump where an inexact argument moves.
+    """Yield the results of an operation that can jump when an inexact argument changes slightly.
 
     Args:
         func: The operation.
         args: Its arguments, at least one of them inexact.
-        result: What it returned.
+        result: Its result.
     """
     name = _name(func)
     if name in _NO_STEPS or _compares_with_itself(name, args):
@@ -96,7 +98,7 @@ def _is_discrete(value: torch.Tensor) -> bool:
 
 
 def _compares_with_itself(name: str, args: Any) -> bool:
-    """Return whether a comparison looks for NaN (``x == x``) or infinity, as ``isfinite`` does."""
+    """Return whether a comparison tests for NaN (``x == x``) or infinity, as ``isfinite`` does."""
     if name not in ("eq", "ne") or len(args) != 2:
         return False
     first, second = args

@@ -2,14 +2,17 @@
 
 Note [Two witnesses]
     A walk over the children skips whatever ``forward`` does around them: remapping of ids,
-    ``nan_to_num``, a clamp that no sample reaches. So a child is walked to only where the symbolic
-    graph of ``forward``, in which each child is one node, begins with the calls of the children in
-    order, each fed with the one before. Symbolic tracing can be misled (``isinstance(x, Tensor)``
-    is false for a symbol), so a real pass must agree: no operation on values that follow the input
-    may run between two children (see ``survey_looks``). And the values must be equal
-    (``survey_walk``).
+    ``nan_to_num``, a clamp that no sample reaches. So a walk is allowed up to a child only if three
+    tests agree:
 
-    A TorchScript program's graph is the code that runs, so it needs no second witness.
+    - The symbolic graph of ``forward``, in which each child is one node, begins with the calls of
+      the children in order, each with the output of the one before.
+    - A real pass runs no operation between two children on values that depend on the input (see
+      ``survey_looks``). It is needed because symbolic tracing can be misled:
+      ``isinstance(x, Tensor)`` is false for a symbol.
+    - The values are equal (``survey_walk``).
+
+    A TorchScript program's graph is the code that runs, so the second test is not needed for it.
 """
 
 from __future__ import annotations
@@ -33,13 +36,13 @@ _OWN_OPERATORS = "layertap::"
 
 
 def straight_children(module: nn.Module, seen: LooksSurvey) -> set[str]:
-    """Return the children up to which ``forward`` does nothing but call them in order.
+    """Return the children up to which ``forward`` only calls the children in order.
 
-    See Note [Two witnesses]. The model is traced, so no forward pass may run in this thread.
+    See Note [Two witnesses]. This traces the model, so it must not be called inside a forward pass.
 
     Args:
         module: The model.
-        seen: What a real pass showed.
+        seen: What a real pass showed; see ``survey_looks``.
     """
     children = [name for name, _ in module.named_children()]
     if isinstance(module, torch.jit.ScriptModule):
@@ -50,12 +53,12 @@ def straight_children(module: nn.Module, seen: LooksSurvey) -> set[str]:
 
 
 def _program_calls(module: torch.jit.ScriptModule) -> list[str]:
-    """Return the children that a program calls in a row, each fed with the one before."""
+    """Return the first children that a program calls in order, each on the output before."""
     this, *given = module.graph.inputs()
     if len(given) != 1:
         return []
     before = given[0].debugName()
-    children: dict[str, str] = {}  # By the value that holds the child.
+    children: dict[str, str] = {}  # Keyed by the graph value that holds the child.
     calls: list[str] = []
     for node in module.graph.nodes():
         inputs = [value.debugName() for value in node.inputs()]
@@ -75,7 +78,7 @@ def _program_calls(module: torch.jit.ScriptModule) -> list[str]:
 
 
 class _ForwardOnly(nn.Module):
-    """Calls a model's forward with one argument, as symbolic tracing gives it all of them."""
+    """Calls a model's forward with one argument; symbolic tracing would give it all arguments."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -87,14 +90,14 @@ class _ForwardOnly(nn.Module):
 
 class _EachChildIsALeaf(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Trace no module but the root."""
+        """Keep the tracer from tracing into any module but the root."""
         return True
 
 
 def _traced_calls(module: nn.Module) -> list[str]:
-    """Return the children that ``forward`` calls in a row, each fed with the one before."""
+    """Return the first children that ``forward`` calls in order, each on the output before."""
     tracer = _EachChildIsALeaf()
-    # Model code may raise anything on symbols; what was traced until then is what runs first.
+    # Model code may raise anything on symbols; then what was traced before that is used.
     with no_forward_pass(), as_it_was(module), suppress(Exception):
         tracer.trace(_ForwardOnly(module))
     calls: list[str] = []

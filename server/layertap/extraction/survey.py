@@ -1,8 +1,8 @@
 """Surveys: runs a model and records the calls of its modules.
 
-Nothing here is declared by the model's author or guessed from its class: a layer is in the
-catalogue because it ran, with the shapes that it had, and an extractor serves it because its
-value equalled the oracle's.
+Nothing here relies on a declaration of the model's author or on the model's class. A layer is in
+the catalogue because it ran, with the shapes that it had, and an extractor serves it because its
+value equalled the reference.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ __all__ = [
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 _NEAR = 1e-2
-"""Kernels for another batch size may add in another order; another item differs by far more."""
+"""Limit of the difference between kernels for other batch sizes, far below that between items."""
 
 
 @dataclass
 class HookSurvey:
-    """One forward pass, as hooks on every module saw it.
+    """What hooks on every module saw in one forward pass.
 
     Attributes:
         order: (module path, call) in the order in which the calls began.
-        shapes: Every captured tensor's type and shape.
-        values: A clone of every captured output, where they were requested.
-        unsendable: Why nothing can be sent of a value, for those of which that is so.
-        quantized: The quantised type of each value that is quantised.
-        threaded: The paths of the modules that ran in a thread of the model's own.
-        mutated_input: Whether the batch was another one afterwards.
+        shapes: The dtype and shape of every captured tensor.
+        values: A copy of every captured output, if these were requested.
+        unsendable: For each value that can't be sent, why.
+        quantized: The quantised dtype of each quantised value.
+        threaded: The paths of the modules that ran in one of the model's own threads.
+        mutated_input: Whether the pass changed the batch.
         random: The points that come after the model drew random numbers.
     """
 
@@ -80,13 +80,13 @@ def survey_hooks(
     keep_values: bool = False,
     look: Callable[[], None] | None = None,
 ) -> HookSurvey:
-    """Run a model with hooks on every module; raise whatever the model raises.
+    """Run a model with hooks on every module; pass on the model's exceptions.
 
     Args:
         model: The model.
-        x: The batch; it stays as it is.
-        keep_values: Whether to keep a clone of every output.
-        look: Called when a module begins and when it ends.
+        x: The batch; it is not changed.
+        keep_values: Whether to keep a copy of every output.
+        look: Called when a module's call begins and when it ends.
     """
     survey = HookSurvey()
     calls: Counter[tuple[str, Capture]] = Counter()
@@ -124,7 +124,7 @@ def survey_hooks(
                 survey.quantized[point] = str(tensor.dtype).removeprefix("torch.")
             sent = plain(tensor)
             survey.shapes[point] = (sent.dtype, tuple(sent.shape))
-            # Attention weights are large, and nothing is compared with them.
+            # Attention weights are large, and no other value is compared with them.
             if keep_values and side is Capture.OUTPUT and WEIGHTS not in way:
                 survey.values[point] = sent.clone()
 
@@ -134,7 +134,7 @@ def survey_hooks(
         model.forward(given)
     survey.mutated_input = not all(same(given[name], x[name]) for name in x)
     _refuse_recursive(survey, recursive - survey.threaded - {""})
-    # Of a module that runs several times in such threads, each pass numbers the calls again.
+    # If a module runs several times in such threads, the numbers of its calls vary by pass.
     for point in list(survey.values):
         if point.path in survey.threaded and calls[point.path, Capture.OUTPUT] > 1:
             del survey.values[point]
@@ -142,7 +142,7 @@ def survey_hooks(
 
 
 def _refuse_recursive(survey: HookSurvey, paths: Collection[str]) -> None:
-    """Refuse the results of modules that call themselves, which end in another order than begun."""
+    """Mark results of modules that call themselves as unsendable: inner calls end first."""
     for point in survey.shapes:
         if point.path in paths and point.capture is Capture.OUTPUT:
             survey.unsendable[point] = "the module calls itself, so its calls can't be told apart"
@@ -155,13 +155,13 @@ def survey_first_item(
     specs: Mapping[CapturePoint, ValueSpec],
     values: Mapping[CapturePoint, torch.Tensor],
 ) -> set[CapturePoint]:
-    """Return the points whose first elements along the batch dimension are the first item's.
+    """Return the points at which the first item comes first along the batch dimension.
 
     Args:
         model: The model.
         x: A batch of two items.
-        specs: The type and shape of each point to look at.
-        values: What the first item alone gives.
+        specs: The dtype and shape of each point to check.
+        values: The outputs for the first item alone.
     """
     first: set[CapturePoint] = set()
     calls: Counter[str] = Counter()
@@ -188,7 +188,7 @@ def survey_first_item(
 def survey_repeat(
     model: LoadedModel, x: Batch, values: Mapping[CapturePoint, torch.Tensor]
 ) -> set[CapturePoint]:
-    """Run a model on the same batch again; return the points whose value is another one now."""
+    """Run a model on the same batch again; return the points whose values have changed."""
     changed: set[CapturePoint] = set()
     calls: Counter[str] = Counter()
 
@@ -209,14 +209,14 @@ def survey_repeat(
 
 @dataclass
 class LooksSurvey:
-    """What one forward pass did with its input's values, as far as it matters to what follows.
+    """How one forward pass used the values of its input.
 
     Attributes:
         looked: The points that come after the model's code has looked at values.
-        functions: The points that come after a Python function of autograd, and its name.
-        steps: The points whose value follows from a discontinuous operation, and its name; see
-            Note [Discontinuous steps].
-        straight: The children that ran one after the other from the beginning, without any
+        functions: For each point after a call of a custom autograd function: the function's name.
+        steps: For each point whose value depends on a discontinuous operation: the operation's
+            name; see Note [Discontinuous steps].
+        straight: The children that ran one after the other from the beginning of the pass, with no
             operation between them.
     """
 
@@ -229,13 +229,13 @@ class LooksSurvey:
 def survey_looks(model: LoadedModel, x: Batch) -> LooksSurvey:
     """Run a model and watch every operation.
 
-    A pass of its own: while operations are watched torch takes other ways through some of them, so
-    that values differ in their last bits.
+    This needs its own pass: while operations are watched, torch runs some of them by other code, so
+    the last bits of values differ.
     """
     survey = LooksSurvey()
     calls: Counter[tuple[str, Capture]] = Counter()
     children = dict(model.module.named_children())
-    ended_at: int | None = 0  # Operations when the last child ended; None once the row is broken.
+    ended_at: int | None = 0  # Operations when the last child ended; None after an interruption.
 
     def follow(path: str, side: Capture) -> None:
         nonlocal ended_at
@@ -267,9 +267,9 @@ def survey_looks(model: LoadedModel, x: Batch) -> LooksSurvey:
 
 
 def survey_fused(model: LoadedModel, x: Batch) -> set[str]:
-    """Return the paths of the modules that attend in one fused operation, and so have no weights.
+    """Return the paths of the modules that use fused attention, and so compute no weights.
 
-    A pass of its own, as ``survey_looks`` is.
+    This needs its own pass, like ``survey_looks``.
     """
     fused: set[str] = set()
     running: list[str] = []
@@ -292,26 +292,26 @@ def survey_fused(model: LoadedModel, x: Batch) -> set[str]:
 def survey_walk(
     model: LoadedModel,
     x: Batch,
-    oracle: Mapping[CapturePoint, torch.Tensor],
+    reference: Mapping[CapturePoint, torch.Tensor],
     straight: Collection[str],
 ) -> dict[str, str]:
-    """Walk the top-level children as long as each one's output equals the oracle's.
+    """Call the top-level children in order as long as each one's output equals the reference.
 
     Args:
         model: The model.
-        x: The batch of one item for which the oracle gave its values.
-        oracle: Those values.
-        straight: The children up to which ``forward`` does nothing but call them in order.
+        x: The batch of one item for which the reference values were computed.
+        reference: The reference values.
+        straight: The children up to which ``forward`` only calls the children in order.
 
     Returns:
-        For each child, why the walk can't serve it; empty for those that it serves.
+        For each child, why a walk over the children can't serve it; empty if it can.
     """
     reasons: dict[str, str] = {}
     broken = ""
     value = x.only.clone()
     for name, child in model.module.named_children():
         if not broken:
-            value, broken = _step(name, child, value, oracle)
+            value, broken = _step(name, child, value, reference)
         if not broken and name not in straight:
             broken = f"the forward pass does more than call the children in order up to {name!r}"
         reasons[name] = broken
@@ -320,14 +320,14 @@ def survey_walk(
 
 @dataclass
 class FxSurvey:
-    """What the symbolic graph's nodes held.
+    """What running the symbolic graph showed.
 
     Attributes:
-        equal: For each point that has a node, whether a request gets the oracle's value.
-        shapes: The type and shape of every node whose value is a tensor.
-        lost: Nodes whose value is another one once dead-code elimination has been at the graph.
-        astray: A module's call whose value in the graph is not what the module returned; empty
-            where there is none. The graph then computes something else than the model.
+        equal: For each point that has a node, whether a request gets the reference value.
+        shapes: The dtype and shape of every node whose value is a tensor.
+        lost: The nodes whose value changes when dead-code elimination is applied to the graph.
+        astray: The path of a module whose value in the graph differs from what it returned; empty
+            if there is none. With such a module, the graph computes something else than the model.
     """
 
     equal: dict[CapturePoint, bool] = field(default_factory=dict)
@@ -339,17 +339,18 @@ class FxSurvey:
 def survey_fx(
     trace: Trace,
     x: Batch,
-    oracle: Mapping[CapturePoint, torch.Tensor],
+    reference: Mapping[CapturePoint, torch.Tensor],
     turn: AbstractContextManager[object],
 ) -> FxSurvey:
-    """Run the symbolic graph and hold each module's node against the oracle.
+    """Run the symbolic graph and compare each module's node with the reference.
 
-    Where some nodes look useless, the graph is run once more without them: what is right only as
-    long as they are there is lost in an extractor of a few layers. If anything is, so are the
-    useless nodes themselves, whose ancestors may look useless too. ``turn`` is held in each pass.
+    If some nodes look useless, the graph runs again without them. A node whose value then changes
+    is ``lost``, because an extractor of a few layers would compute the changed value. If any node
+    is lost, the useless nodes are lost too, as nodes before them may also look useless. ``turn`` is
+    held in each pass.
     """
     points: dict[str, list[CapturePoint]] = {}
-    for point in oracle:
+    for point in reference:
         node = trace.names.node_of(point) if not point.member else None
         if node is not None:
             points.setdefault(node, []).append(point)
@@ -361,7 +362,7 @@ def survey_fx(
         node = trace.names.eval[index]
         survey.shapes[node] = (value.dtype, tuple(value.shape))
         for point in points.get(node, ()):
-            survey.equal[point] = same(value, oracle[point])
+            survey.equal[point] = same(value, reference[point])
             if not survey.equal[point] and node not in operations:
                 survey.astray = survey.astray or point.path
         if trace.pruned is not None:
@@ -385,9 +386,9 @@ def survey_fx(
 
 
 def _step(
-    name: str, child: nn.Module, x: torch.Tensor, oracle: Mapping[CapturePoint, torch.Tensor]
+    name: str, child: nn.Module, x: torch.Tensor, reference: Mapping[CapturePoint, torch.Tensor]
 ) -> tuple[torch.Tensor, str]:
-    expected = oracle.get(CapturePoint(PointKind.MODULE, name))
+    expected = reference.get(CapturePoint(PointKind.MODULE, name))
     if expected is None:
         return x, f"child {name!r} does not run in the forward pass, or returns no tensor"
     try:

@@ -1,4 +1,4 @@
-"""A model's symbolic graph: its nodes, and their values taken the moment they are computed.
+"""A model's symbolic graph: its nodes, and their values captured when they are computed.
 
 Note [FX done right]
     - torchvision returns the values at the end, by when later in-place operations may have
@@ -13,7 +13,7 @@ Note [FX done right]
       on: for the first layer of a ViT, torchvision's extractor runs all layers. Here the graph ends
       after the last capture.
     - Dead-code elimination deletes in-place statements whose result is not assigned
-      (``y.relu_()``). The plan builder compares each extractor with the oracle and finds this out.
+      (``y.relu_()``). The plan builder finds this by comparing each extractor with the reference.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class GraphNames:
     Args:
         train: Names in training mode.
         targets: Names in evaluation mode, in execution order, each with the path of the module that
-            the node calls; empty for a node that calls none.
+            the node calls; the path is empty if it calls none.
 
     Attributes:
-        train: One name of the training graph, which torchvision wants as well.
+        train: One name in training mode, which torchvision requires.
         eval: Names in evaluation mode, in execution order.
-        operations: Those that call no module.
+        operations: The names of nodes that call no module.
     """
 
     def __init__(self, train: Sequence[str], targets: Mapping[str, str]) -> None:
@@ -61,16 +61,16 @@ class GraphNames:
         self._targets = targets
 
     def node_of(self, point: CapturePoint) -> str | None:
-        """Return the node whose value a point is; None if the graph has none.
+        """Return the node that has the value of a point; None if the graph has none.
 
-        A module that is traced through has the value of the last node inside it. One that is a node
-        itself is found by what the node calls, since its name may mislead: torchvision cuts a
-        number off the end, so that ViT's `ln_2` is called `ln_1`, and its `ln_1` is called `ln`.
+        If a module is traced through, its value is that of the last node inside it. If a module is
+        itself a node, it is found by what the node calls, since its name may mislead: torchvision
+        cuts numbers off the end, so that ViT's `ln_2` is called `ln_1`, and `ln_1` is called `ln`.
         """
         if point.kind is PointKind.NODE:
             return point.path if point.path in self._targets else None
         if not point.path:
-            return None  # The model's own result: no node says which one it is.
+            return None  # The model's own result: nothing says which node it is.
         own = [name for name, target in self._targets.items() if target == point.path]
         if own:
             return own[point.call] if point.call < len(own) else None
@@ -87,15 +87,15 @@ class GraphNames:
 
 @dataclass(frozen=True)
 class Trace:
-    """A model's symbolic graph, ready to be run.
+    """A model's symbolic graph, ready to run.
 
     Attributes:
-        names: Its node names.
-        whole: An extractor of every node in ``names.eval``, in that order.
-        useful: The last node, and those that its value is computed from.
-        pruned: An extractor of the useful nodes only; None if all are. What dead-code
-            elimination takes for dead, an unassigned in-place statement say, is missing in it,
-            as it is in every extractor of a few layers.
+        names: The graph's node names.
+        whole: An extractor for every node in ``names.eval``, in that order.
+        useful: The last node, and the nodes that its value is computed from.
+        pruned: An extractor for the useful nodes only; None if all nodes are useful. It lacks what
+            dead-code elimination takes for dead, such as an in-place statement without assignment;
+            so does every extractor for a few layers.
     """
 
     names: GraphNames
@@ -105,7 +105,7 @@ class Trace:
 
 
 def trace(model: LoadedModel) -> Trace:
-    """Trace a model symbolically; raise whatever tracing raises."""
+    """Trace a model symbolically; pass on any exception of the tracer."""
     with no_forward_pass(), as_it_was(model.module):
         train, evaluation = get_graph_node_names(model.module, suppress_diff_warning=True)
     every = [name for name in evaluation if name != "output"]
@@ -122,8 +122,8 @@ class FxExtractor:
 
     Args:
         model: The model.
-        names: Its graphs' names.
-        nodes: The node of each point, in the order of the points; several may name one node.
+        names: The node names of the model's graphs.
+        nodes: The node of each point, in the order of the points; a node may occur several times.
     """
 
     def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
@@ -139,16 +139,16 @@ class FxExtractor:
         self._model = model
 
     def targets(self) -> dict[str, str]:
-        """Return each node's name with the path of the module that it calls, else empty."""
+        """Return, for each node's name, the path of the module that it calls; empty for none."""
         return {
             name: str(node.target) if node.op == "call_module" else ""
             for name, node in self._returned.items()
         }
 
     def used_by(self, last: str) -> set[str]:
-        """Return a node and all those that its value is computed from.
+        """Return a node and all nodes that its value is computed from.
 
-        Nodes that dead-code elimination keeps anyhow, an assertion say, count like it.
+        Nodes that dead-code elimination never removes, such as an assertion, count as used too.
         """
         names = {node: name for name, node in self._returned.items()}
         used: set[fx.Node] = set()
@@ -165,15 +165,16 @@ class FxExtractor:
         """See BuiltExtractor."""
         token = _sink.set(sink)
         try:
-            self._graph_module(*self._model.arguments(x))
+            self._model.call(self._graph_module, x)
         finally:
             _sink.reset(token)
 
 
 class WholeGraphExtractor:
-    """Runs the symbolic graph with every node alive, and passes on the values of some.
+    """Runs the symbolic graph with every node, and passes on the values of some.
 
-    Slow, but nothing in it can be lost to dead-code elimination: the oracle for graph nodes.
+    It is slow, but dead-code elimination can't remove anything from it, so its values are the
+    reference for graph nodes.
     """
 
     def __init__(self, model: LoadedModel, names: GraphNames, nodes: Sequence[str]) -> None:
@@ -194,10 +195,10 @@ class WholeGraphExtractor:
 
 @contextmanager
 def as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back every submodule's training mode and all that its code wrote, whatever happens.
+    """Restore every submodule's training mode and whatever its code wrote when the block ends.
 
-    Meanwhile ``train()`` and ``eval()`` set flags only: a model's own version may do more, such as
-    merge low-rank weights into others, which does not undo itself exactly.
+    Inside the block, ``train()`` and ``eval()`` only set flags. A model's own version may do more,
+    such as merging low-rank weights into others, which can't be undone exactly.
     """
     snapshot = Snapshot(module, copies=False)
     for submodule in module.modules():
@@ -215,14 +216,14 @@ def _set_mode(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dict[str, fx.Node]:
-    """Put a capture after each node; return the nodes by name."""
+    """Insert a capture after each node; return the nodes by name."""
     graph = graph_module.graph
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     returned: dict[str, fx.Node] = output.args[0]
     for index, name in enumerate(nodes):
         with graph.inserting_after(returned[name]):
             graph.call_function(_capture, (returned[name], index))
-    # Nothing is returned: each activation is freed as soon as the graph no longer needs it.
+    # The graph returns nothing, so each activation is freed as soon as it is no longer needed.
     output.args = ((),)
     _end_behind_captures(graph)
     graph_module.recompile()
@@ -230,7 +231,7 @@ def _capture_in_graph(graph_module: fx.GraphModule, nodes: Sequence[str]) -> dic
 
 
 def _end_behind_captures(graph: fx.Graph) -> None:
-    """Erase what runs after the last capture: nothing that it does can be seen any more."""
+    """Erase the nodes after the last capture, which no longer have any visible effect."""
     for node in reversed(list(graph.nodes)):
         if node.target is _capture:
             return

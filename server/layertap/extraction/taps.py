@@ -1,18 +1,18 @@
-"""The tap: forward hooks that stay on a model and pass captures to the pass that is running.
+"""Taps: forward hooks that stay on a model and pass captures to the pass that is running.
 
 Hooks that are registered per request on a shared model race: each request's hooks see the other
-requests' activations. So a hook is installed once, stays, and asks a ContextVar which session, if
+requests' activations. So a hook is installed once and stays. It asks a ContextVar which session, if
 any, the current forward pass belongs to. Model code is never changed.
 
 Note [What the value is]
     The captured value is what the module returned, or was given, at that moment. The sink copies
-    it before the hook returns, so that a later in-place operation can't show in it. Inputs are
-    read in a pre-hook, since a forward hook sees them after the module may have changed them.
+    it before the hook returns, so a later in-place operation doesn't change it. Inputs are read in
+    a pre-hook, because a forward hook runs after the module may have changed them.
 
 Note [A model's own threads]
-    A model may run its modules in a thread pool of its own, where no ContextVar says to which pass
-    a call belongs. It belongs to the one pass that runs: the passes of such a model run one at a
-    time and to their end, so that none of its threads still runs modules of the pass before.
+    A model may run its modules in its own thread pool, where no ContextVar says which pass a call
+    belongs to. It belongs to the only pass that is running: the passes of such a model run one at a
+    time and to their end, so that none of its threads still runs modules of an earlier pass.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ __all__ = ["StopForward", "Taps", "call_input", "observe"]
 _session: ContextVar[_Session | None] = ContextVar("layertap_session", default=None)
 
 X = TypeVar("X")
-"""What a forward pass is given: a batch."""
+"""The type of a forward pass's argument: a batch."""
 
 
 class StopForward(BaseException):
-    """Ends a forward pass once everything wanted is captured.
+    """Ends a forward pass once every requested value is captured.
 
     A BaseException, so that a model's own ``except Exception`` doesn't swallow it.
     """
 
 
 class _Session:
-    """The captures of one forward pass, which its own taps report."""
+    """The captures of one forward pass; receives the reports of its own taps only."""
 
     def __init__(
         self, owner: Taps, points: Sequence[CapturePoint], sink: Sink, *, to_end: bool
@@ -76,7 +76,7 @@ class _Session:
         self.refused: BaseException | None = None
 
     def see(self, path: str, side: Capture, value: Any) -> None:
-        """Pass on what is wanted of a call; end the forward pass after the last, if it may end."""
+        """Capture what is requested of a call; end the pass after the last capture if allowed."""
         with self._lock:
             self._see(path, side, value)
 
@@ -85,7 +85,7 @@ class _Session:
         self._calls[path, side] = call + 1
         for index in self._wanted.pop((path, side, call), ()):
             if self.refused is not None:
-                continue  # The pass continues only because it may not end here.
+                continue  # After an error the pass only continues because it must run to its end.
             try:
                 self._take(index, value)
             except BaseException as error:
@@ -103,9 +103,9 @@ class _Session:
         self._sink(index, plain(tensor))
 
     def returned(self, value: Any) -> None:
-        """Pass on what is wanted of the model's own result.
+        """Capture what is requested of the model's own result.
 
-        Hooks on the model would see the calls of one that calls itself, the outermost one last.
+        Hooks on the model don't suit this: if the model calls itself, they see the inner calls too.
         """
         for key in [key for key in self._wanted if key[:2] == ("", Capture.OUTPUT)]:
             for index in self._wanted.pop(key):
@@ -113,7 +113,7 @@ class _Session:
                     self._take(index, value)
 
     def end(self) -> None:
-        """Raise our own error that the model caught, or ModelRunError if a capture is missing."""
+        """Raise our own error if the model caught it, or ModelRunError if a capture is missing."""
         refused, self.refused = self.refused, None
         try:
             if refused is not None:
@@ -124,7 +124,7 @@ class _Session:
             raise ModelRunError(f"layers {self.missed()} did not run on this input")
 
     def missed(self) -> list[str]:
-        """Return the paths of wanted calls that did not happen."""
+        """Return the paths of the requested calls that did not happen."""
         return sorted({path for path, _, _ in self._wanted})
 
 
@@ -132,7 +132,7 @@ class Taps:
     """The hooks of one model.
 
     Args:
-        module: The model. Its submodules are found by their first path.
+        module: The model. A submodule is found by its first path only.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -147,17 +147,17 @@ class Taps:
             self._in_programs.update(_join(path, name) for name in inside)
             for side, handle in _hook_program(path, program, partial(self._route, path)):
                 self._handles[path, side] = handle
-        # torch runs these layers by a fused path that calls no submodule, unless one has a hook.
-        # A hook from the start keeps answers from depending on what was requested before.
+        # torch runs these layers in a fused path that calls no submodule, unless one has a hook.
+        # With a hook from the start, answers don't depend on what was requested before.
         for path, submodule in self._modules.items():
             if isinstance(submodule, nn.TransformerEncoderLayer):
                 self.install(path, Capture.OUTPUT)
 
     def install(self, path: str, side: Capture) -> None:
-        """Put a hook on a module once; further calls do nothing."""
+        """Put a hook on a module, unless it has one already."""
         if not path or path in self._in_programs:
-            # The result is taken where the pass returns it; programs report their calls
-            # themselves, see Note [Programs inside a model].
+            # The model's result is captured where the pass returns it, and programs report their
+            # own calls; see Note [Programs inside a model].
             return
         with self._lock:
             if (path, side) not in self._handles:
@@ -175,19 +175,19 @@ class Taps:
         to_end: bool = False,
         own_threads: bool = False,
     ) -> None:
-        """Run a forward pass until every point was captured.
+        """Run a forward pass until every point is captured.
 
         Args:
             forward: Runs the model.
             x: The batch.
-            points: What to capture; hooks are installed where they are missing.
+            points: What to capture; missing hooks are installed.
             sink: Called at the moment of each capture.
-            to_end: Whether the pass continues to its end; what the sink raises is raised there.
+            to_end: Whether the pass must run to its end. Exceptions of the sink are raised then.
             own_threads: Whether the model runs modules in its own threads. No other pass of it
                 may run meanwhile; see Note [A model's own threads].
 
         Raises:
-            ModelRunError: If the pass ended without some capture.
+            ModelRunError: If the pass ended without one of the captures.
         """
         for point in points:
             self.install(point.path, point.capture)
@@ -200,12 +200,12 @@ class Taps:
         except StopForward:
             pass
         except Exception:
-            # Behind the last capture it concerns nobody, as where the pass may end there.
+            # After the last capture an exception doesn't matter: the pass could have ended there.
             if session.missed() or not to_end:
-                session.refused = None  # Or it would refer to itself, and keep what was captured.
+                session.refused = None  # It would refer to itself and keep the captures alive.
                 raise
         except BaseException:
-            session.refused = None  # Or it would refer to itself, and keep what was captured.
+            session.refused = None  # It would refer to itself and keep the captures alive.
             raise
         finally:
             _session.reset(token)
@@ -213,14 +213,14 @@ class Taps:
         session.end()
 
     def _route(self, path: str, side: Capture, value: Any) -> None:
-        # In a thread of the model's own there is no session; see Note [A model's own threads].
+        # On one of the model's own threads there is no session; see Note [A model's own threads].
         session = _session.get() or self._running
-        # Other taps may be on the same model, and see the same calls.
+        # The model may also have other taps, which see the same calls.
         if session is not None and session.owner is self:
             session.see(path, side, value)
 
     def close(self) -> None:
-        """Take every hook off the model."""
+        """Remove every hook from the model."""
         with self._lock:
             for handle in self._handles.values():
                 handle.remove()
@@ -229,7 +229,7 @@ class Taps:
 
 @contextmanager
 def observe(module: nn.Module, observer: ValueObserver) -> Iterator[None]:
-    """Call ``observer`` at every call of every submodule; the hooks go when the block ends."""
+    """Call ``observer`` at every call of every submodule; remove the hooks after the block."""
     found = programs(module)
     handles: list[RemovableHandle] = []
     for path, submodule in module.named_modules():
@@ -248,14 +248,14 @@ def observe(module: nn.Module, observer: ValueObserver) -> Iterator[None]:
 
 
 def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return a call's input: its one positional argument, else all arguments by index and name."""
+    """Return a call's input: its only argument, or else all arguments by index and name."""
     if len(args) == 1 and not kwargs:
         return args[0]
     return {**{str(index): arg for index, arg in enumerate(args)}, **kwargs}
 
 
 def _hook(module: nn.Module, side: Capture, see: Callable[[Capture, Any], None]) -> RemovableHandle:
-    # Neither hook returns anything: a value returned would replace the input or the output.
+    # The hooks return nothing, as a returned value would replace the input or the output.
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         see(Capture.INPUT, call_input(args, kwargs))
 
@@ -280,8 +280,8 @@ def _hook_program(
         end_program()
         see(Capture.OUTPUT, output)
 
-    # torch refuses hooks on programs, for those inside of one would never run. The outermost one is
-    # called as any module is.
+    # torch forbids hooks on programs, because hooks inside a program would never run. But the
+    # outermost program is called like any module.
     first = nn.Module.register_forward_pre_hook(program, before, with_kwargs=True)
     last = nn.Module.register_forward_hook(program, after)
     return [(Capture.INPUT, first), (Capture.OUTPUT, last)]

@@ -5,9 +5,12 @@ Note [TF32]
     products to TF32, which has the mantissa of float16 and the range of float32. PyTorch allows it
     for convolutions by default. Then a layer declared float32 carries errors of float16's size: on
     an H100, folding batch norms into convolutions moved resnet50's values by up to 1e-3 of the
+    products to TF32, which has the mantissa of float16 and the range of float32. PyTorch allows it
+    for convolutions by default. Then a layer declared float32 carries errors of float16's size: on
+    an H100, folding batch norms into convolutions moved resnet50's values by up to 1e-3 of the
     largest magnitude, ten times what a compiled plan may differ in float32.
 
-    So the server turns TF32 off unless it is requested. Where it is on, a compiled plan is compared
+    So the server turns TF32 off unless it is requested. If it is on, compiled plans are compared
     with the eager model within the tolerance of TF32 instead of float32's.
 
     PyTorch keeps the setting for the whole process, so all models of a server share it.
@@ -32,8 +35,8 @@ def allow_tf32(allowed: bool) -> None:
         allowed: True for TF32 in float32 convolutions, recurrent layers and matrix products; False
             for IEEE float32.
     """
-    # PyTorch's former setters, since they keep both of its interfaces consistent: after the present
-    # ones, a model that reads the former raises RuntimeError.
+    # PyTorch's older setters keep both of its interfaces consistent. After the newer ones, a model
+    # that reads the older setting raises RuntimeError.
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed
 

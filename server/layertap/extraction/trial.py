@@ -1,23 +1,25 @@
-"""Detects the element type and the free dimensions of a model's input by running the model.
+"""Finds the dtype and the free dimensions of a model's input by running the model.
 
 Note [Found by trying]
-    A factory's module or a TorchScript file says nothing of its input, and the class of its first
-    layer says little: a text tower may begin with its own parameter, a tabular model with an
-    embedding of one column. So the model is run on random input: of one element type after the
-    other until it runs, then with each dimension at half and at twice its size. What runs is taken.
-    An input that was declared is not tried.
+    A factory's module or a TorchScript file says nothing about its input, and the class of its
+    first layer says little: a text tower may begin with its own parameter, a tabular model with an
+    embedding of one column. So the model runs on random input, first with one dtype after the other
+    until one works, then with each dimension at half and at twice its size. What works is used. A
+    declared input is not tested.
 
 Note [Differentiation inside forward]
-    A force field differentiates its own energy in ``forward``. Inference mode, in which passes run,
-    forbids that for every tensor that was made in it; ``torch.no_grad`` allows it. So models are
-    loaded under ``no_grad``, and the passes of a model that turns gradients on run under it too.
+    A force field differentiates its own energy in ``forward``. Passes run in inference mode, which
+    forbids that for every tensor made in it; ``torch.no_grad`` allows it. So models are loaded
+    under ``no_grad``, and the passes of a model that turns gradients on run under it, too.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -25,14 +27,21 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from layertap.errors import ModelLoadError
-from layertap.extraction.id_range import with_id_range
+from layertap.extraction.free_dimensions import free_dimensions
+from layertap.extraction.id_range import with_id_ranges
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.script_taps import instrument, programs
-from layertap.models import BatchKey, InputGuess, LoadedModel
+from layertap.models import BatchKey, InputGuess, InputSpec, LoadedModel, Signature
+from layertap.models.companions import needs_declaring
 
 __all__ = ["tried"]
+
+_log = logging.getLogger(__name__)
+
+MAX_TRIED = 200
+"""Combinations of types and shapes that are tried for a model of several inputs."""
 
 _LOOK_UP = {
     nn.functional.embedding,
@@ -42,42 +51,48 @@ _LOOK_UP = {
 
 
 def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
-    """Return a model with what its source did not know of it, found by running it.
+    """Return a model with the facts about its input that its source did not know.
 
     See Note [Found by trying] and Note [Differentiation inside forward]. No other forward pass may
     run meanwhile.
 
     Args:
         model: The model.
-        guard: Its guard, held in each pass, so that the model is left as it was; one of its own if
+        guard: The model's guard, which is held in each pass and restores the model; a new guard if
             not given.
 
     Raises:
         ConfigError: Preprocessed images don't fit the input that was found.
-        ModelLoadError: The model runs on no element type that was tried.
+        ModelLoadError: The model runs on no element types and shapes that were tried.
     """
-    guess = model.signature.main.guess
-    if guess is None and model.signature.main.dtype.is_floating_point:
+    inputs = model.signature.inputs
+    guessed = any(each.guess for each in inputs)
+    optional = any(each.optional for each in inputs)
+    if not guessed and not optional and all(each.dtype.is_floating_point for each in inputs):
         return model
     for program in programs(model.module).values():
-        # The first run decides permanently what a program's calls are compiled to.
+        # The first run decides permanently how a program's calls are compiled.
         instrument(program)
     guard = guard or PassGuard(model.module)
-    if guess:
-        model = _that_runs(model, guess, guard)
-    free = _free_dims(model, guard) if guess and guess.free else model.signature.main.free
-    model = _with_id_range(model, guard)
+    if guessed:
+        model = _that_runs(model, guard)
+    if optional:
+        model = _with_optional(model, guard)
+    free = free_dimensions(model, partial(_runs, model, guard))
+    with torch.inference_mode():
+        model = with_id_ranges(replace(model, signature=free), guard)
     guard.snapshot.deep_restore()
-    return model.with_input(replace(model.signature.main, free=free, guess=None))
+    found = (replace(each, guess=None) for each in model.signature.inputs)
+    return model.with_signature(Signature(tuple(found)))
 
 
 @dataclass
 class _Run:
-    """How a pass on random input went.
+    """The result of a pass on random input.
 
     Attributes:
-        error: What the model raised; None if it ran to its end.
-        ids: Whether all of the input was looked up in a table of embeddings.
+        error: The model's exception; None if it ran to its end.
+        ids: Whether the whole input was looked up in a table of embeddings.
         differentiates: Whether gradients were turned on.
     """
 
@@ -86,55 +101,105 @@ class _Run:
     differentiates: bool = False
 
 
-def _that_runs(model: LoadedModel, guess: InputGuess, guard: PassGuard) -> LoadedModel:
-    """Return the model with an element type and a mode of passes in which it runs.
+def _that_runs(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+    """Return the model with types and shapes of its required inputs, and a mode, in which it runs.
 
-    Floating-point types come first. Where one runs, and the model rounds all of it to look it up in
-    a table, the input is token ids nevertheless.
-
-    A half-precision type is taken from the weights of one layer, and the model may convert its
-    input to it itself. Then it takes float32 as well, which is tried first.
+    Of the types of the first input floating-point ones come first. Where one runs, and the model
+    rounds all of it to look it up in a table, the input is token ids nevertheless.
     """
-    own = model.signature.main.dtype
-    halves = (
-        _is_float(own) and own.itemsize < torch.float32.itemsize and not model.signature.main.also
-    )
-    types = sorted(
-        dict.fromkeys((own, *guess.dtypes)),
-        key=lambda dtype: (not _is_float(dtype), halves and dtype is not torch.float32),
-    )
+    signature = model.signature
+    main = signature.main
+    first = [replace(main, dtype=dtype) for dtype in _types(main)]
+    others = [_forms(each) for each in signature.required[1:]]
     failed: dict[torch.dtype, Exception] = {}
-    for dtype in types:
-        candidate, run = _in_its_mode(_of_type(model, dtype), guard)
+    for form, *rest in islice(product(first, *others), MAX_TRIED):
+        candidate, run = _in_its_mode(_taking(model, form, *rest), guard)
         if run.error is not None:
-            failed[dtype] = run.error
+            failed.setdefault(form.dtype, run.error)
             continue
-        if run.ids and _is_float(dtype) and torch.int64 in types:
-            ids, second = _in_its_mode(_of_type(model, torch.int64), guard)
+        if run.ids and _is_float(form.dtype) and torch.int64 in _types(main):
+            ids = _taking(model, replace(form, dtype=torch.int64, also=()), *rest)
+            ids, second = _in_its_mode(ids, guard)
             return candidate if second.error else ids
         return candidate
     causes = "; ".join(f"{_name(dtype)}: {own_words(error)}" for dtype, error in failed.items())
+    if len(signature.required) > 1:
+        names = [each.name for each in signature.required]
+        raise needs_declaring(model.name, names, causes) from failed[main.dtype]
     raise ModelLoadError(
-        f"model {model.name!r} fails on random input of item shape "
-        f"{list(model.signature.main.shape)}: {causes}"
-    ) from failed[own]
+        f"model {model.name!r} fails on random input of item shape {list(main.shape)}: {causes}"
+    ) from failed[main.dtype]
 
 
-def _with_id_range(model: LoadedModel, guard: PassGuard) -> LoadedModel:
-    with torch.inference_mode():
-        return with_id_range(model, guard)
+def _with_optional(model: LoadedModel, guard: PassGuard) -> LoadedModel:
+    """Return the model with those of its uncertain inputs that it runs with, alone and together."""
+    found = [each for each in model.signature.inputs if not each.optional]
+    for each in model.signature.inputs:
+        if not each.optional:
+            continue
+        forms = _forms(each) if each.guess else [each]
+        candidates = (replace(model, signature=Signature((*found, form))) for form in forms)
+        runs = (one for one in candidates if _runs_whole(one, guard))
+        if (taken := next(runs, None)) is not None:
+            found = list(taken.signature.inputs)
+        elif each.guess is None or not each.guess.uncertain:
+            raise ModelLoadError(
+                f"model {model.name!r} fails on random tensors with its optional input "
+                f"{each.name!r} {each.pattern} {each.dtype_name}; see the log for its own message"
+            )
+    return replace(model, signature=Signature(tuple(found)))
 
 
-def _of_type(model: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    main = model.signature.main
-    if dtype is main.dtype:
-        return model
-    found = replace(main, dtype=dtype, also=())
-    return replace(model, signature=model.signature.with_main(found))
+def _runs_whole(model: LoadedModel, guard: PassGuard) -> bool:
+    """Return whether a model runs with all of its inputs, alone and in a batch of three."""
+    for size in (1, 3):
+        run = _run(model, model.signature.whole_key, guard, size)
+        if run.error is not None:
+            last = model.signature.inputs[-1]
+            _log.info(
+                "model %s fails with input %s: %s", model.name, last.name, own_words(run.error)
+            )
+            return False
+    return True
+
+
+def _types(main: InputSpec) -> list[torch.dtype]:
+    """Return the element types to try for the first input.
+
+    A half-precision type is only taken from the weights of one layer, and the model may convert its
+    input to that type itself. Then it accepts float32 too, so float32 is tried first.
+    """
+    own, guess = main.dtype, main.guess or InputGuess()
+    halves = _is_float(own) and own.itemsize < torch.float32.itemsize and not main.also
+    return sorted(
+        dict.fromkeys((own, *guess.dtypes)),
+        key=lambda dtype: (not _is_float(dtype), halves and dtype is not torch.float32),
+    )
+
+
+def _forms(spec: InputSpec) -> list[InputSpec]:
+    """Return the types and shapes to try for an input beside the first one."""
+    guess = spec.guess or InputGuess()
+    return [
+        replace(spec, shape=shape, dtype=dtype, free=(), symbols=())
+        if guess.shapes or guess.dtypes
+        else spec
+        for shape in (spec.shape, *guess.shapes)
+        for dtype in (spec.dtype, *guess.dtypes)
+    ]
+
+
+def _taking(model: LoadedModel, *specs: InputSpec) -> LoadedModel:
+    """Return a model with other inputs in place of those of the same names."""
+    signature = model.signature
+    for spec in specs:
+        own = signature.spec(spec.name).dtype
+        signature = signature.with_input(spec if spec.dtype is own else replace(spec, also=()))
+    return replace(model, signature=signature)
 
 
 def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Run]:
-    """Run a model, under ``no_grad`` where it turns gradients on or fails in inference mode."""
+    """Run a model; under ``no_grad`` if it turns gradients on or fails in inference mode."""
     run = _run(model, model.signature.key, guard)
     if run.error is None and not run.differentiates:
         return model, run
@@ -143,8 +208,12 @@ def _in_its_mode(model: LoadedModel, guard: PassGuard) -> tuple[LoadedModel, _Ru
     return (model, run) if second.error else (plain, second)
 
 
-def _run(model: LoadedModel, key: BatchKey, guard: PassGuard) -> _Run:
-    x = ordinary_batch(model, 1, key)
+def _runs(model: LoadedModel, guard: PassGuard, key: BatchKey) -> bool:
+    return _run(model, key, guard).error is None
+
+
+def _run(model: LoadedModel, key: BatchKey, guard: PassGuard, size: int = 1) -> _Run:
+    x = ordinary_batch(model, size, key)
     watcher = _Watcher(x[model.signature.main.name].numel())
     try:
         with torch.inference_mode(), guard, watcher:
@@ -155,7 +224,7 @@ def _run(model: LoadedModel, key: BatchKey, guard: PassGuard) -> _Run:
 
 
 class _Watcher(TorchFunctionMode):
-    """Sees what a model calls: whether it looks its input up, and whether it differentiates."""
+    """Sees whether a model looks its input up in a table, and whether it differentiates."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
@@ -174,42 +243,6 @@ class _Watcher(TorchFunctionMode):
             self.run.ids |= isinstance(given, torch.Tensor) and given.numel() == self._elements
         self.run.differentiates |= torch.is_grad_enabled()
         return func(*args, **(kwargs or {}))
-
-
-def _free_dims(model: LoadedModel, guard: PassGuard) -> tuple[int, ...]:
-    """Return the dimensions of the item with which the model runs at another size too.
-
-    Dimensions of one size that may not differ alone are tried together: height and width of a model
-    that takes squares only.
-    """
-    shape = model.signature.main.shape
-    alone = [index for index in range(len(shape)) if _runs_at_other_sizes(model, (index,), guard)]
-    alike: dict[int, list[int]] = defaultdict(list)
-    for index, size in enumerate(shape):
-        if index not in alone:
-            alike[size].append(index)
-    tied = [group for group in alike.values() if len(group) > 1]
-    together = [
-        i for group in tied if _runs_at_other_sizes(model, tuple(group), guard) for i in group
-    ]
-    return tuple(sorted(alone + together))
-
-
-def _runs_at_other_sizes(model: LoadedModel, dims: tuple[int, ...], guard: PassGuard) -> bool:
-    """Return whether a model runs with the dimensions at half or at twice their size."""
-    key, own = model.signature.key, model.signature.main.shape
-    size = own[dims[0]]
-    # Not at 1, which may pass for the right size where a tensor is broadcast.
-    others = [other for other in (size // 2, 2 * size) if other > 1]
-    return any(
-        _run(
-            model,
-            key.with_main([other if axis in dims else size for axis, size in enumerate(own)]),
-            guard,
-        ).error
-        is None
-        for other in others
-    )
 
 
 def _is_float(dtype: torch.dtype) -> bool:

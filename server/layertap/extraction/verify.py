@@ -1,4 +1,4 @@
-"""Compares an extractor's values with the oracle's."""
+"""Compares an extractor's values with the reference."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 from layertap.extraction.tf32 import tf32_allowed
 
-__all__ = ["TORCHSCRIPT_TOLERANCE", "compiled_tolerance", "difference", "mismatch", "same"]
+__all__ = ["COMPILED_TOLERANCE", "compiled_tolerance", "difference", "mismatch", "same"]
 
-TORCHSCRIPT_TOLERANCE = {
+COMPILED_TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
     torch.bfloat16: 2e-2,
@@ -16,44 +16,45 @@ TORCHSCRIPT_TOLERANCE = {
 }
 """Largest error of a compiled plan as a share of the layer's largest magnitude, by dtype.
 
-Folding batch norms into convolutions reorders arithmetic; measured on resnet18 in float32 the error
-is 1e-6, on very deep models some 1e-5. A wrong plan is off by 1e-1 and more.
+Folding batch norms into convolutions reorders arithmetic. In float32 the measured error is 1e-6 on
+resnet18 and about 1e-5 on very deep models. A wrong plan is off by 1e-1 or more.
 """
 
 TF32_TOLERANCE = 5e-3
-"""The same for float32 on a CUDA device where TF32 is allowed; see Note [TF32]."""
+"""The same for float32 on a CUDA device if TF32 is allowed; see Note [TF32]."""
 
 _PIECE = 1 << 22
 
 
-def compiled_tolerance(oracle: torch.Tensor) -> float:
+def compiled_tolerance(reference: torch.Tensor) -> float:
     """Return how far a compiled plan's value may be from the eager model's.
 
     Args:
-        oracle: The eager model's value, on the device that computed it.
+        reference: The eager model's value, on the device that computed it.
 
     Returns:
         The largest allowed error as a share of the value's largest magnitude; 0.0 for types that
         are not floating point, which must be equal.
     """
-    if oracle.is_cuda and oracle.dtype == torch.float32 and tf32_allowed():
+    if reference.is_cuda and reference.dtype == torch.float32 and tf32_allowed():
         return TF32_TOLERANCE
-    return TORCHSCRIPT_TOLERANCE.get(oracle.dtype, 0.0)
+    return COMPILED_TOLERANCE.get(reference.dtype, 0.0)
 
 
-def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:
-    """Return the largest error as a share of the oracle's largest magnitude.
+def difference(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest error as a share of the reference's largest magnitude.
 
-    Infinite where shape, dtype or the places of non-finite values differ; 0.0 if all is equal.
+    It is infinite if shape, dtype or the positions of non-finite values differ; 0.0 if all is
+    equal.
     """
-    if value.shape != oracle.shape or value.dtype != oracle.dtype:
+    if value.shape != reference.shape or value.dtype != reference.dtype:
         return float("inf")
-    if same(value, oracle):
+    if same(value, reference):
         return 0.0
-    if not oracle.is_floating_point():
+    if not reference.is_floating_point():
         return float("inf")
     error = scale = 0.0
-    for mine, true in zip(_pieces(value), _pieces(oracle), strict=True):
+    for mine, true in zip(_pieces(value), _pieces(reference), strict=True):
         finite = torch.isfinite(true)
         if not torch.equal(finite, torch.isfinite(mine)) or not same(mine[~finite], true[~finite]):
             return float("inf")
@@ -64,47 +65,47 @@ def difference(value: torch.Tensor, oracle: torch.Tensor) -> float:
     return error / scale if scale else float("inf")
 
 
-def mismatch(value: torch.Tensor, oracle: torch.Tensor, tolerance: float) -> str:
-    """Return in words how a value differs from the oracle's; empty if it is close enough.
+def mismatch(value: torch.Tensor, reference: torch.Tensor, tolerance: float) -> str:
+    """Return how a value differs from the reference, in words; empty if it is close enough.
 
     Args:
-        value: The value to judge.
-        oracle: What it should be.
-        tolerance: The largest error allowed, as a share of the oracle's largest magnitude.
+        value: The value to check.
+        reference: The reference value.
+        tolerance: The largest allowed error, as a share of the reference's largest magnitude.
     """
-    if value.shape != oracle.shape:
-        return f"its shape is {list(value.shape)}, the model's is {list(oracle.shape)}"
-    if value.dtype != oracle.dtype:
-        return f"its type is {value.dtype}, the model's is {oracle.dtype}"
-    error = difference(value, oracle)
+    if value.shape != reference.shape:
+        return f"its shape is {list(value.shape)}, the model's is {list(reference.shape)}"
+    if value.dtype != reference.dtype:
+        return f"its type is {value.dtype}, the model's is {reference.dtype}"
+    error = difference(value, reference)
     if error <= tolerance:
         return ""
-    return f"its value differs from the model's {_how(value, oracle, error, tolerance)}"
+    return f"its value differs from the model's {_how(value, reference, error, tolerance)}"
 
 
-def _how(value: torch.Tensor, oracle: torch.Tensor, error: float, tolerance: float) -> str:
+def _how(value: torch.Tensor, reference: torch.Tensor, error: float, tolerance: float) -> str:
     if error < float("inf"):
         return f"by {error:.1e} of the largest magnitude (allowed: {tolerance:.0e})"
-    if not oracle.is_floating_point():
-        return f"in {int((value != oracle).sum())} of {oracle.numel()} elements"
-    if torch.equal(value.isfinite(), oracle.isfinite()):
+    if not reference.is_floating_point():
+        return f"in {int((value != reference).sum())} of {reference.numel()} elements"
+    if torch.equal(value.isfinite(), reference.isfinite()):
         return "where the model's is zero everywhere"
     return "in which elements are NaN or infinite"
 
 
 def _pieces(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Divide a large tensor along its first dimension, so that copies of it take little memory."""
+    """Split a large tensor along its first dimension, so that copying it takes little memory."""
     if value.numel() <= _PIECE:
         return (value,)
     return tuple(value.split(max(1, _PIECE * len(value) // value.numel())))
 
 
-def same(value: torch.Tensor, oracle: torch.Tensor) -> bool:
+def same(value: torch.Tensor, reference: torch.Tensor) -> bool:
     """Return whether two tensors are equal in shape, dtype and every element, NaN equal to NaN."""
-    if value.shape != oracle.shape or value.dtype != oracle.dtype:
+    if value.shape != reference.shape or value.dtype != reference.dtype:
         return False
-    if torch.equal(value, oracle):
+    if torch.equal(value, reference):
         return True
     return value.is_floating_point() and bool(
-        ((value == oracle) | (value.isnan() & oracle.isnan())).all()
+        ((value == reference) | (value.isnan() & reference.isnan())).all()
     )

@@ -1,10 +1,10 @@
-"""Watches a model's Python code run, line by line where it may write state.
+"""Follows a model's Python code line by line, in functions that may write state.
 
 Note [Between two modules]
-    Hooks see the moments at which modules are called. State that is written and taken back between
-    two calls (``self.scale = x.max()`` … ``self.scale = None``) is there at none of them, and still
-    another thread's pass may read it. So the model's own functions are followed line by line, those
-    only that have statements by which state can be written.
+    Hooks run only when modules are called. State that is written and removed again between two
+    calls (``self.scale = x.max()`` … ``self.scale = None``) exists at none of these moments, but a
+    pass in another thread may still read it. So those of the model's own functions that have
+    statements which can write state are followed line by line.
 """
 
 from __future__ import annotations
@@ -39,25 +39,26 @@ _WRITERS = {
     "register_forward_hook", "register_forward_pre_hook", "register_buffer", "set_state", "data",
     "setstate", "shuffle", "fill", "set_default_dtype", "use_deterministic_algorithms",
 }  # fmt: skip
-"""Names of what changes an object that it is called on, or given."""
+"""Names of functions and attributes that change an object."""
 
 _TORCH = f"{Path(torch.__file__).parent}/"
 _OURS = f"{Path(__file__).parent.parent}/"
 _LIBRARY = f"{sysconfig.get_path('stdlib')}/"
 _PACKAGES = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
-"""Folders of installed packages, which may lie inside the standard library's."""
+"""Folders of installed packages, which may be inside the standard library's folder."""
 
 
 @contextmanager
 def each_line(look: Callable[[object], None]) -> Iterator[None]:
-    """Call ``look`` at the lines of this thread's code that may write state, in the block.
+    """Call ``look`` inside the block, at the lines of this thread's code that may write state.
 
-    Code of torch, of the standard library and of this package is left out.
+    Code of torch, of the standard library and of this package is ignored.
 
     Args:
-        look: Given what the running code calls ``self``, None if it has none. It must not raise.
+        look: Called with the running function's ``self``, or None if it has none. It must not
+            raise.
     """
-    # By address, with the code kept alive: hashing code reads all of it.
+    # Keyed by id, with the code kept alive: hashing a code object would read all of it.
     may_write: dict[int, tuple[bool, CodeType]] = {}
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:
@@ -80,7 +81,7 @@ def each_line(look: Callable[[object], None]) -> Iterator[None]:
 
 
 def _made_for_us(frame: FrameType) -> bool:
-    """Return whether it is generated code, such as that of a dataclass, that our own code calls."""
+    """Return whether this is generated code, such as a dataclass's, that our own code calls."""
     caller = frame.f_back
     generated = frame.f_code.co_filename.startswith("<")
     return generated and caller is not None and caller.f_code.co_filename.startswith(_OURS)

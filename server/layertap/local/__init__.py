@@ -1,6 +1,6 @@
-"""Models in this process: the engine of the server without a server, tensors instead of messages.
+"""Models in this process: the server's engine, used directly, with tensors instead of messages.
 
-``load`` gives a `LocalModel`, whose ``extract`` gives `LocalFeatures`.
+``load`` returns a `LocalModel`, whose ``extract`` returns `LocalFeatures`.
 """
 
 from layertap.local.features import LocalFeatures

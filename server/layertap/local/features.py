@@ -1,4 +1,4 @@
-"""What an extraction in this process gives: named tensors."""
+"""The result of an extraction in this process: named tensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["LocalFeatures"]
 
 
 class LocalFeatures(Mapping[str, torch.Tensor]):
-    """The layers of one extraction by name, in the order asked for.
+    """The layers of one extraction by name, in the order of the request.
 
-    Each is a contiguous tensor on the CPU, of the layer's own dtype unless the selection names
-    another. The tensors are the caller's own: nothing else refers to their memory, and they may be
-    written to. They can be pickled.
+    Each is a contiguous tensor on the CPU, in the layer's own dtype unless the selection names
+    another one. The tensors belong to the caller: nothing else refers to their memory, and they may
+    be written to. They can be pickled.
 
     Attributes:
-        extractor: Which extractor served them; never AUTO.
-        timings: Where the time went, in nanoseconds.
+        extractor: The extractor that served the request; never AUTO.
+        timings: How long each part took, in nanoseconds.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class LocalFeatures(Mapping[str, torch.Tensor]):
         self.timings = timings
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return a layer's tensor."""
+        """Return the tensor of a layer."""
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -43,7 +43,7 @@ class LocalFeatures(Mapping[str, torch.Tensor]):
         return iter(self._tensors)
 
     def __len__(self) -> int:
-        """Return how many layers there are."""
+        """Return the number of layers."""
         return len(self._tensors)
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class LocalFeatures(Mapping[str, torch.Tensor]):
     def numpy(self) -> dict[str, np.ndarray]:
         """Return the layers as numpy arrays that share the tensors' memory.
 
-        bfloat16 arrays have the type of the ``ml_dtypes`` package, as those of `Features` have.
+        bfloat16 arrays have the dtype of the ``ml_dtypes`` package, as in `Features`.
         """
         return {name: _array(tensor) for name, tensor in self.items()}
 

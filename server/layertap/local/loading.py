@@ -39,19 +39,20 @@ def load(
             (``"package.module:function"``); ``"NAME=SOURCE"`` gives it a name.
         weights: ``"DEFAULT"``, the name of torchvision weights, a checkpoint or ``"random"``.
         seed: Seeds the values of random weights.
-        device: What it runs on, such as ``"cpu"`` or ``"cuda:1"``; ``"auto"`` takes a GPU if there
-            is one.
-        item_shape: Sizes of one input item without the batch; None for the model's own.
-        input_dtype: The element type of the input, such as ``"int64"``, for factories and
-            TorchScript files; found by trying if empty.
-        free_dims: Dimensions of an item that may have another size, as indices into the item
-            shape, for factories and TorchScript files; found by trying if None.
+        device: The device to run it on, such as ``"cpu"`` or ``"cuda:1"``; ``"auto"`` takes a GPU
+            if there is one.
+        item_shape: The shape of one input item, without the batch; None for the model's own.
+        input_dtype: The dtype of the input, such as ``"int64"``, for factories and TorchScript
+            files; if empty, it is found by running the model.
+        free_dims: The dimensions of an item that may have another size, as indices into the item
+            shape, for factories and TorchScript files; if None, they are found by running the
+            model.
         precision: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to compute in; the weights' own if
             empty.
-        layers: Layers that will be asked for. They are compiled and warm when this returns; any
-            other layer may be asked for as well.
-        limits: What extractions may ask for; the defaults of a server if None.
-        threads: Cores of one forward pass on a CPU; None leaves it to PyTorch.
+        layers: Layers that will be requested. They are compiled and warm when this returns; any
+            other layer may be requested as well.
+        limits: The limits of extractions; the defaults of a server if None.
+        threads: Cores for one forward pass on a CPU; None leaves it to PyTorch.
         tf32: Whether CUDA may round the operands of float32 convolutions and matrix products to
             TF32. PyTorch has one such setting for the whole process, and this sets it.
         settings: Other settings of ``[[models]]`` in a configuration file, by their keys
@@ -61,9 +62,9 @@ def load(
         The model. Close it, or use it in a ``with`` block, to free its memory and its threads.
 
     Raises:
-        ConfigError: For an argument that is not valid; the message names it.
-        ModelLoadError: Where the model can't be had or can't run.
-        LayertapError: Whatever a request for ``layers`` would raise.
+        ConfigError: If an argument is invalid; the message names it.
+        ModelLoadError: If the model can't be loaded or can't run.
+        LayertapError: Any error that a request for ``layers`` would raise.
     """
     optional = {
         "input_dtype": input_dtype or None,
@@ -87,7 +88,7 @@ def load(
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings as raw values of their own kinds, or raise ConfigError."""
+    """Return settings as raw values of their own kinds; raise ConfigError if one is invalid."""
     known = {each.key: each for each in definitions(ServedModel)}
     if unknown := values.keys() - known.keys():
         raise ConfigError(

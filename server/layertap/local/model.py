@@ -13,10 +13,11 @@ from layertap.engine import (
     Call,
     Engine,
     ExtractionRequest,
-    ImagesInput,
+    ImageFiles,
+    Inputs,
     ModelHost,
     TensorForm,
-    TensorsInput,
+    TextBatch,
     describe,
 )
 from layertap.errors import UnavailableError
@@ -30,15 +31,15 @@ from layertap.wire.tensors import TensorView
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
-__all__ = ["LocalModel", "input_of"]
+__all__ = ["LocalModel", "inputs_of"]
 
 
 class LocalModel:
-    """A model in this process, whose layers are taken as a server takes them.
+    """A model in this process, whose layers are captured exactly as a server does it.
 
-    Names, selections, extractors, limits and errors are those of a server; so is the proof of each
-    way to take a layer before it serves. Safe to share between threads. As a context manager it is
-    closed at the end of the block. Made by ``layertap.load``.
+    Names, selections, extractors, limits and errors are the same as on a server, and each plan is
+    proven before it serves. Safe to share between threads. As a context manager it is closed at the
+    end of the block. ``layertap.load`` makes it.
 
     Attributes:
         name: The model's name.
@@ -52,10 +53,10 @@ class LocalModel:
 
     @property
     def signature(self) -> Signature:
-        """What the model takes: the name, shape and dtype of each input, and what may vary.
+        """The model's inputs: the name, shape and dtype of each, and which dimensions may vary.
 
         Raises:
-            UnavailableError: Where the model is closed.
+            UnavailableError: If the model is closed.
         """
         return self.host.model.signature
 
@@ -64,15 +65,15 @@ class LocalModel:
         """The layers by name, in execution order: shapes, dtypes and which extractors serve them.
 
         Raises:
-            UnavailableError: Where the model is closed.
+            UnavailableError: If the model is closed.
         """
         return {layer.name: layer for layer in self.describe().layers}
 
     def describe(self) -> ModelDescription:
-        """Return what is known of the model: its source, inputs, layers and how its passes run.
+        """Return a description of the model: its source, inputs, layers and how its passes run.
 
         Raises:
-            UnavailableError: Where the model is closed.
+            UnavailableError: If the model is closed.
         """
         return describe(self.host)
 
@@ -84,31 +85,31 @@ class LocalModel:
         extractor: Extractor | str = Extractor.AUTO,
         timeout: float | None = None,
     ) -> LocalFeatures:
-        """Return layers of a batch from one forward pass, which stops as early as it can.
+        """Return layers of a batch from one forward pass, which stops as early as possible.
 
         Args:
-            batch: A torch tensor or numpy array ``[B, ...]`` as the model takes it
-                (``signature``), or a mapping of input names to such; or an image, or a list of
-                images: a path, the bytes of a JPEG, PNG or WebP file, or a PIL image. A tensor on
-                another device is copied to the CPU first. The model runs on a CPU tensor's own
-                memory, without a copy, so don't write to it meanwhile.
-            layers: What to return: ``"layer4"``, ``"layer*.0"``, ``"avgpool:input=before"``, a
-                LayerSelection, a list of these, or a mapping of names to aliases.
-            extractor: How to take them; AUTO chooses for each request.
-            timeout: Seconds that it may take; None for no end.
+            batch: A torch tensor or numpy array ``[B, ...]`` for the model (see ``signature``), or
+                a mapping of input names to these; or an image, or a list of images. An image is a
+                path, the bytes of a JPEG, PNG or WebP file, or a PIL image. A tensor on another
+                device is copied to the CPU first. The model runs on a CPU tensor's own memory,
+                without a copy, so don't write to it meanwhile.
+            layers: The layers to return: ``"layer4"``, ``"layer*.0"``, ``"avgpool:input=before"``,
+                a LayerSelection, a list of these, or a mapping of names to aliases.
+            extractor: The extractor to use; AUTO chooses one for each request.
+            timeout: Seconds that the extraction may take; None for no limit.
 
         Returns:
-            The layers by name, as tensors of the caller's own.
+            The layers by name, as tensors that belong to the caller.
 
         Raises:
-            InvalidInputError: For a batch or a selection that the model does not take.
-            LayerNotFoundError: For a name or glob that matches no layer.
-            ExtractorUnsupportedError: For a layer that the extractor can't serve.
-            ReplyTooLargeError: Where the tensors would be larger than the limit.
-            OverloadedError: Where too many requests wait, or there is not the memory.
-            DeadlineExceededError: Where the time ran out.
-            ModelRunError: Where the model itself fails on this batch.
-            UnavailableError: Where the model is closed.
+            InvalidInputError: If the model doesn't take such a batch or selection.
+            LayerNotFoundError: If a name or glob matches no layer.
+            ExtractorUnsupportedError: If the extractor can't serve a layer.
+            ReplyTooLargeError: If the tensors would be larger than the limit.
+            OverloadedError: If too many requests wait, or there is not enough memory.
+            DeadlineExceededError: If the time is over.
+            ModelRunError: If the model itself fails on this batch.
+            UnavailableError: If the model is closed.
         """
         call = Call(timeout)
         selections = tuple(parse_selections(layers))
@@ -116,17 +117,17 @@ class LocalModel:
             if selection.dtype:
                 by_name(selection.dtype)
         chosen = as_extractor(extractor)
-        given = input_of(batch)
+        given = inputs_of(batch)
         host = self.host
         extraction = self._engine.extract(
             ExtractionRequest(self.name, given, selections, chosen, form=TensorForm), call, host
         )
-        # The limit of bytes is for what is on its way; the tensors are the caller's from now on.
+        # Release the bytes now: the limit is for replies in transit, and the caller has this one.
         extraction.release()
         return LocalFeatures(extraction.payload, extraction.extractor, extraction.timings)
 
     def close(self) -> None:
-        """Finish what runs, then free the model. More calls of it do nothing."""
+        """Finish running extractions, then free the model. Calling it again has no effect."""
         with self._closing:
             if not self._closed:
                 self._closed = True
@@ -146,7 +147,7 @@ class LocalModel:
         self.close()
 
     def __repr__(self) -> str:
-        """Show the name, and what the model takes."""
+        """Show the model's name and inputs."""
         if self._closed:
             return f"LocalModel({self.name!r}, closed)"
         taken = ", ".join(f"{each.name} {each.pattern}" for each in self.signature.inputs)
@@ -154,28 +155,30 @@ class LocalModel:
 
     @property
     def host(self) -> ModelHost:
-        """The engine's own side of the model, for tools of layertap's.
+        """The engine's host of the model, for layertap's own tools.
 
         Raises:
-            UnavailableError: Where the model is closed.
+            UnavailableError: If the model is closed.
         """
         if self._closed:
             raise UnavailableError(f"model {self.name!r} is closed")
         return self._engine.host(self.name)
 
 
-def input_of(batch: InputLike) -> TensorsInput | ImagesInput:
+def inputs_of(batch: InputLike) -> Inputs:
     """Return what the engine takes for what a caller gave; errors as ``encode_input``."""
-    images, arrays = encode_input(batch)
-    if images:
-        return ImagesInput(images)
-    return TensorsInput(tuple(_view(name, array) for name, array in arrays))
+    given = encode_input(batch)
+    return Inputs(
+        tuple(_view(name, array) for name, array in given.arrays),
+        tuple(ImageFiles(files, name) for name, files in given.images),
+        tuple(TextBatch(tuple(texts.texts), texts.options, name) for name, texts in given.texts),
+    )
 
 
 def _view(name: str, array: np.ndarray) -> TensorView:
     dtype = of_array(array)
-    # Read-only memory may not be writable at all, such as a mapped file's, and a model that writes
-    # into its input would end the process.
+    # Read-only memory, such as a mapped file's, may really not be writable. A model that writes to
+    # its input would then end the process.
     dense = np.require(array, requirements=["C", "W"])
     data = memoryview(dense.reshape(-1).view(np.uint8)) if dense.size else memoryview(b"")
     return TensorView(name, dtype, array.shape, data)

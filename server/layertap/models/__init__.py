@@ -1,4 +1,4 @@
-"""Model sources: from a spec to an eval-mode module on a device, and what it takes."""
+"""Model sources: build a module from a spec, in evaluation mode on a device, with its inputs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from layertap.models.images import ImageLimits, decode_image
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
 from layertap.models.preprocess import Preprocess
-from layertap.models.signature import IdRange, InputGuess, InputSpec, Signature
+from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask, Signature
 from layertap.models.steps import Steps
 from layertap.settings import INPUT_DTYPES, ImageSettings, ModelSpec, SourceKind
 
@@ -22,6 +22,7 @@ __all__ = [
     "InputSpec",
     "ItemTensor",
     "LoadedModel",
+    "Mask",
     "ModelSpec",
     "Preprocess",
     "Signature",

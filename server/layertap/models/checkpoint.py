@@ -1,18 +1,18 @@
 """Finds the state dict in a checkpoint that belongs to a module, and maps its names.
 
 Note [Which weights a file stands for]
-    A training script saves more than a state dict: several of them, nested in dicts, under names
-    that wrappers put a prefix to. Which one is meant is decided by the module's own names:
+    A training script saves more than a state dict: several of them, nested in dicts, with names to
+    which wrappers added a prefix. The module's own names decide which one to load:
 
-    * A state dict is taken as it is if its names are those of the module. So a model whose own
+    * A state dict is used as it is if its names are those of the module. So a model whose own
       names begin with ``module.`` or ``model.`` is not harmed.
-    * Otherwise the names are tried without what wrappers add: ``module.`` (DataParallel,
+    * Otherwise the names are tried without the prefixes of wrappers: ``module.`` (DataParallel,
       DistributedDataParallel), ``module.`` alongside ``n_averaged`` (AveragedModel), ``_orig_mod``
-      (torch.compile), and the module's attribute in a checkpoint of PyTorch Lightning. A module
-      that is itself wrapped by DataParallel or compiled takes the names of what it wraps.
+      (torch.compile), and the module's attribute in a checkpoint of PyTorch Lightning. If the
+      module itself is wrapped by DataParallel or compiled, it accepts the names inside the wrapper.
     * If a file has both raw and EMA weights, the EMA weights are loaded, as timm's loader does. The
       description that clients read says so.
-    * Anything else is refused, with what the file holds and the ``weights_key`` that would take it.
+    * Anything else is refused. The error says what the file holds and which ``weights_key`` fits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from layertap.models.stand_ins import StandIn
 
 __all__ = [
     "Part",
+    "StateDict",
     "choose_part",
     "held_in",
     "likely_part",
@@ -41,7 +42,7 @@ __all__ = [
 _DEPTH = 4
 _NAMED = 12
 _EMA = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
-# The attributes by which these wrappers hold the module; no model's own names have them.
+# The attributes in which these wrappers keep the module; no model's own names contain them.
 _TRANSPARENT = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _AVERAGED = "n_averaged"
 _DATA_PARALLEL = "module."
@@ -49,9 +50,11 @@ _OWN_WRAPPERS = (_DATA_PARALLEL, "_orig_mod.")
 # Every checkpoint of PyTorch Lightning has these.
 _LIGHTNING = ("pytorch-lightning_version", "state_dict", "epoch", "global_step")
 
-State = Mapping[str, Any]
-Fits = Callable[[State], bool]
-"""Whether a state dict has the module's names."""
+StateDict = Mapping[str, Any]
+"""A state dict, whose values may include other things than tensors."""
+
+Fits = Callable[[StateDict], bool]
+"""Returns whether a state dict has the module's names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +62,28 @@ class Part:
     """One state dict of a checkpoint.
 
     Attributes:
-        path: The keys that lead to it; empty for a file that is a state dict.
-        state: Tensors, and whatever else stands next to them, by name.
+        path: The keys that lead to it; empty if the file itself is the state dict.
+        state: Its entries by name: tensors, and whatever else was saved with them.
     """
 
     path: tuple[str, ...]
-    state: State
+    state: StateDict
 
     @property
     def key(self) -> str:
-        """The ``weights_key`` that takes it."""
+        """The ``weights_key`` that selects it."""
         return ".".join(self.path)
 
 
 def choose_part(checkpoint: Checkpoint, fits: Fits, key: str) -> Part:
-    """Return the state dict that belongs to a module, under the module's names where it fits.
+    """Return the state dict that belongs to a module, with the module's names if it fits.
 
-    See Note [Which weights a file stands for]. Where nothing fits and there is one state dict only,
-    that is returned for the caller to say what differs.
+    See Note [Which weights a file stands for]. If nothing fits and there is only one state dict, it
+    is returned, so that the caller can say what differs.
 
     Args:
-        checkpoint: What the files hold.
-        fits: Tells whether a state dict has the module's names.
+        checkpoint: The content of the checkpoint.
+        fits: Returns whether a state dict has the module's names.
         key: The ``weights_key``; empty to choose by the names.
 
     Raises:
@@ -112,7 +115,7 @@ def choose_part(checkpoint: Checkpoint, fits: Fits, key: str) -> Part:
 
 
 def likely_part(checkpoint: Checkpoint, key: str) -> Part:
-    """Return the state dict that is most likely meant, where the module is not built yet.
+    """Return the state dict that is most likely meant, when the module is not built yet.
 
     Raises:
         WeightsUnavailableError: There is none.
@@ -127,7 +130,7 @@ def likely_part(checkpoint: Checkpoint, key: str) -> Part:
 
 
 def suggestions(checkpoint: Checkpoint, fits: Fits) -> list[str]:
-    """Return the values of ``weights_key`` that would lead to exactly the module's names."""
+    """Return the values of ``weights_key`` that would give exactly the module's names."""
     found = []
     for part in _all_parts(checkpoint.contents):
         for prefix in _prefixes(part.state):
@@ -138,7 +141,7 @@ def suggestions(checkpoint: Checkpoint, fits: Fits) -> list[str]:
 
 
 def held_in(contents: Any) -> str:
-    """Return in words what a checkpoint holds, such as ``"state_dict (102 tensors), epoch"``."""
+    """Describe what a checkpoint holds, such as ``"state_dict (102 tensors), epoch"``."""
     if not isinstance(contents, Mapping):
         return _kind(contents)
     entries = [f"{key} ({_kind(value)})" for key, value in list(contents.items())[:_NAMED]]
@@ -170,7 +173,7 @@ def _class_of(value: Any) -> str:
 
 
 def _parts_of(checkpoint: Checkpoint) -> list[Part]:
-    """Return the state dicts of a checkpoint, of which there is at least one."""
+    """Return the state dicts of a checkpoint; raise if there is none."""
     parts = list(_all_parts(checkpoint.contents))
     if not parts:
         empty = isinstance(checkpoint.contents, Mapping) and not checkpoint.contents
@@ -193,17 +196,17 @@ def _all_parts(contents: Any, path: tuple[str, ...] = ()) -> Iterator[Part]:
 
 
 def _fitting(part: Part, fits: Fits, *, lightning: bool) -> Part | None:
-    """Return the part under the first of its possible names that are the module's."""
+    """Return the part with the first variant of its names that the module has; None if none."""
     for state in _variants(part, lightning=lightning):
         if fits(state):
             return Part(part.path, state)
     return None
 
 
-def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
+def _variants(part: Part, *, lightning: bool) -> Iterator[StateDict]:
     bare = _without_transparent(part.state)
-    # The module itself may be compiled, so its own names may have what torch.compile adds. Numbers
-    # and texts among the tensors, as an epoch, are not weights.
+    # If the module itself is compiled, its own names have torch.compile's prefix. Numbers and texts
+    # among the tensors, such as an epoch, are not weights.
     for state in _distinct(part.state, bare, _tensors_of(bare)):
         yield state
         inner = state
@@ -216,28 +219,28 @@ def _variants(part: Part, *, lightning: bool) -> Iterator[State]:
             for prefix in _prefixes(inner):
                 if all(key.startswith(prefix) for key in inner):
                     yield _below(inner, prefix)
-    # The module itself may be wrapped, and the file be of what it wraps.
+    # The module itself may be wrapped, while the file has the names inside the wrapper.
     for prefix in _OWN_WRAPPERS:
         yield _renamed(part.state, prefix.__add__)
 
 
-def _distinct(*states: State) -> Iterator[State]:
-    seen: list[State] = []
+def _distinct(*states: StateDict) -> Iterator[StateDict]:
+    seen: list[StateDict] = []
     for state in states:
         if not any(state is other for other in seen):
             seen.append(state)
             yield state
 
 
-def _tensors_of(state: State) -> State:
+def _tensors_of(state: StateDict) -> StateDict:
     if all(isinstance(value, torch.Tensor) for value in state.values()):
         return state
     others = {key for key, value in state.items() if not isinstance(value, torch.Tensor)}
     return _renamed(state, lambda key: None if key in others else key)
 
 
-def _unwrapped(state: State) -> State:
-    """Return the state without all that wrappers may have added to its names."""
+def _unwrapped(state: StateDict) -> StateDict:
+    """Return the state without anything that wrappers may have added to its names."""
     bare = _without_transparent(state)
     if _AVERAGED in bare:
         bare = _renamed(bare, lambda key: None if key == _AVERAGED else key)
@@ -246,7 +249,7 @@ def _unwrapped(state: State) -> State:
     return bare
 
 
-def _without_transparent(state: State) -> State:
+def _without_transparent(state: StateDict) -> StateDict:
     if not any(_TRANSPARENT & set(key.split(".")) for key in state):
         return state
     return _renamed(
@@ -254,15 +257,15 @@ def _without_transparent(state: State) -> State:
     )
 
 
-def _below(state: State, prefix: str) -> State:
-    """Return what stands below a prefix, without it."""
+def _below(state: StateDict, prefix: str) -> StateDict:
+    """Return the entries whose names begin with a prefix, without the prefix."""
     return _renamed(state, lambda key: key[len(prefix) :] if key.startswith(prefix) else None)
 
 
-def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
-    """Return the state under other names, with the versions that torch.save keeps next to it.
+def _renamed(state: StateDict, rename: Callable[[str], str | None]) -> StateDict:
+    """Return the state with other names, and with the module versions that torch.save stores.
 
-    Modules read these to convert what older versions of them saved.
+    Modules read these versions to convert what older releases of them saved.
     """
     renamed: OrderedDict[str, Any] = OrderedDict()
     for key, value in state.items():
@@ -270,7 +273,7 @@ def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
             renamed[new] = value
     versions = getattr(state, "_metadata", None)
     if isinstance(versions, Mapping):
-        # Names of modules: the outermost one is empty, and there is no dot at the end.
+        # Module paths: the outermost module's is empty, and there is no dot at the end.
         kept = {}
         for path, version in versions.items():
             new = rename(f"{path}." if path else "")
@@ -280,8 +283,8 @@ def _renamed(state: State, rename: Callable[[str], str | None]) -> State:
     return renamed
 
 
-def _prefixes(state: State) -> list[str]:
-    """Return every beginning of names up to a dot, shortest first."""
+def _prefixes(state: StateDict) -> list[str]:
+    """Return every prefix of the names that ends with a dot, shortest first."""
     found: dict[str, None] = {}
     for key in state:
         parts = key.split(".")[:-1]
@@ -291,14 +294,14 @@ def _prefixes(state: State) -> list[str]:
 
 
 def _at(checkpoint: Checkpoint, key: str) -> Part:
-    """Return the part that a ``weights_key`` leads to: keys of dicts, then beginnings of names."""
+    """Return the part that a ``weights_key`` selects: keys of dicts, then a prefix of names."""
     parts = list(_all_parts(checkpoint.contents))
     for part in parts:
         if part.key == key:
             return part
     for part in parts:
         begin = f"{part.key}." if part.path else ""
-        # In a file of one state dict its own key may be left out.
+        # If the file has only one state dict, its own key may be left out.
         for start in {begin, ""} if len(parts) == 1 else {begin}:
             if key.startswith(start):
                 inner = _below(part.state, f"{key[len(start) :]}.")
@@ -315,7 +318,7 @@ def _is_lightning(contents: Any) -> bool:
 
 
 def _is_plain(part: Part) -> bool:
-    """Return whether a part's key is a usual one of raw weights."""
+    """Return whether a part's key is a common one for raw weights."""
     return not part.path or part.path[-1] in (
         *("state_dict", "model", "model_state_dict", "net", "network", "params", "weights"),
     )

@@ -1,4 +1,4 @@
-"""Finds and reads the files that a path given as ``weights`` refers to."""
+"""Finds and reads the files of a path that is given as ``weights``."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ __all__ = [
 ]
 
 CONFIG_FILES = ("preprocessor_config.json", "config.json", "open_clip_config.json")
-"""What the libraries of Hugging Face, timm and open_clip call their configuration."""
+"""The names of the configuration files of Hugging Face's, timm's and open_clip's libraries."""
 
 NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_dict(), PATH)"
 
 _NAMED = 12
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.[a-z]+$")
-# Files of these names stand in folders that Hugging Face, timm or open_clip saved, alongside the
-# configuration. Beside other names a config.json may be anybody's.
+# In folders that Hugging Face, timm or open_clip saved, the weights have these names, and the
+# configuration beside them is theirs. Next to other weights, config.json may be anything.
 _PUBLISHED = ("model.", "pytorch_model.", "open_clip_", "diffusion_pytorch_model.")
-# The files looked for in a folder, in the order in which Hugging Face's own loader looks.
+# The files to look for in a folder, in the order of Hugging Face's own loader.
 _PREFERRED = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
@@ -44,14 +44,14 @@ _PREFERRED = (
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What the files of a checkpoint hold.
+    """The content of a checkpoint's files.
 
     Attributes:
-        path: The path as it was given, for messages to the server's owner.
-        name: Its last component, for clients.
+        path: The given path, for messages to the operator.
+        name: The last component of the path, for messages to clients.
         contents: Tensors, numbers, texts and containers of them; ``StandIn`` for other objects.
-        aliases: Names that safetensors left out, since they are of the same tensor, with the names
-            that it kept.
+        aliases: Names that safetensors did not store because another name has the same tensor, each
+            with the name that it stored.
     """
 
     path: str
@@ -61,11 +61,11 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-    """Read a checkpoint onto the CPU, without running any code in it.
+    """Read a checkpoint onto the CPU, without running code that it contains.
 
     Args:
-        path: A file of safetensors or torch.save, an index file (``*.index.json``) with the shards
-            next to it, or a folder that holds one of these.
+        path: A file of safetensors or torch.save, an index file (``*.index.json``) next to its
+            shards, or a folder that holds one of these.
 
     Raises:
         WeightsUnavailableError: There is no such file, it can't be read, or a shard is missing.
@@ -86,9 +86,9 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 
 def files_of_weights(path: str) -> tuple[Path, ...]:
-    """Return the files that a path given as weights is read from, as far as they can be told.
+    """Return the files from which weights are read, as far as that can be determined.
 
-    They are the weights file, or the index and its shards, and the configuration next to them.
+    These are the weights file, or the index and its shards, and the configuration next to them.
     """
     folder = config_folder(path)
     config = () if folder is None else tuple(folder / name for name in CONFIG_FILES)
@@ -147,7 +147,7 @@ def _file_in(folder: Path) -> Path:
 
 
 def _index_beside(shard: Path) -> str:
-    """Return the name of the index file that a shard is listed in, as far as can be told."""
+    """Return the name of the index file for a shard; a pattern if it can't be determined."""
     beside = sorted(entry.name for entry in shard.parent.glob(f"*{INDEX_SUFFIX}"))
     return beside[0] if len(beside) == 1 else f"*{INDEX_SUFFIX}"
 
@@ -175,7 +175,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return each tensor's shard. The shards are files next to the index, never elsewhere."""
+    """Return each tensor's shard. Shards must be files next to the index."""
     try:
         content = json.loads(index.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -201,7 +201,7 @@ def _read(file: Path) -> tuple[Any, dict[str, str]]:
     read = _read_safetensors if file.suffix == ".safetensors" else _read_pickled
     try:
         return read(file)
-    # A file of another kind reaches torch's unpickler, which raises what it happens to trip over.
+    # Files of other kinds reach torch's unpickler, which may raise any of these.
     except (
         AttributeError,
         EOFError,
@@ -224,7 +224,7 @@ def _read_safetensors(file: Path) -> tuple[Any, dict[str, str]]:
     with safetensors.safe_open(file, framework="pt", device="cpu") as opened:
         names = opened.keys()
         state: dict[str, torch.Tensor] = {name: opened.get_tensor(name) for name in names}
-        # save_model writes a tensor of several names once, and notes the other names here.
+        # save_model stores a tensor with several names once, and lists the other names here.
         noted: Mapping[str, str] = opened.metadata() or {}
     return state, {name: kept for name, kept in noted.items() if kept in state}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -13,7 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from layertap.errors import ConfigError, LayertapError, ModelLoadError, WeightsUnavailableError
-from layertap.models.guessed_input import guess_input
+from layertap.models.factory_attributes import attribute, own_adapter, own_example, own_inputs
+from layertap.models.guessed_input import guess_input, taken_by
 from layertap.models.image_config import config_of_module
 from layertap.models.loaded import Built
 from layertap.models.preprocess import Preprocess, choose_preprocess
@@ -35,9 +35,9 @@ def build_factory(spec: ModelSpec) -> Built:
     """Import the factory, call it without arguments, and load the spec's weights into its module.
 
     Raises:
-        ModelLoadError: it can't be imported, it raises, it returns no ``nn.Module`` or one with
-            lazy parameters, or the module's input shape can't be told.
-        WeightsUnavailableError: the weights can't be had.
+        ModelLoadError: It can't be imported, raises, returns no ``nn.Module``, or returns one with
+            lazy parameters or one whose input shape can't be determined.
+        WeightsUnavailableError: The weights can't be found or read.
     """
     factory = _find(spec.target)
     if spec.weights == RANDOM:
@@ -61,38 +61,46 @@ def build_factory(spec: ModelSpec) -> Built:
 def _described(
     spec: ModelSpec, factory: Callable[[], Any], module: nn.Module, weights: str
 ) -> Built:
-    """Return the module with its input, and the preprocessing that it or its factory describes."""
+    """Return the module with its input, and with the preprocessing of the module or its factory."""
     given = _own_preprocess(factory, spec.target)
     own = None if given is None or isinstance(given, Mapping) else Preprocess.of(given)
     config = None if given is not None else config_of_module(module)
     described = own or config
     shape = None if described is None else described.shape
-    takes = guess_input(
-        module, replace(spec, item_shape=_declared_or_described(spec, module, shape))
-    )
+    inputs = taken_by(module, spec) if spec.inputs else own_inputs(factory, spec.target)
+    declared = bool(inputs)
+    if not inputs:
+        shaped = replace(spec, item_shape=_declared_or_described(spec, module, shape))
+        inputs = (guess_input(module, shaped),)
+    # Images have three dimensions; without any such input the first one is told to be no image.
+    images = [each for each in inputs if len(each.shape) == 3] or list(inputs[:1])
     if isinstance(given, Mapping):
-        own = choose_preprocess(None, _settings(given, spec.target), takes, spec.name)
+        own = choose_preprocess(None, _settings(given, spec.target), images[0], spec.name)
     if own is not None:
         own = replace(own, origin=f"the preprocess of {spec.target}")
     elif config is not None:
-        own = config.preprocess(takes.shape)
+        own = config.preprocess(images[0].shape)
     return Built(
         module=module,
         source=spec.target,
         weights=weights,
-        input=takes,
+        inputs=inputs,
         preprocess=own,
+        image_inputs=tuple(each.name for each in images) if declared else (),
+        example=own_example(factory, spec.target),
+        adapter=own_adapter(factory, spec.target),
         preprocess_is_code=given is not None,
+        more=not declared,
     )
 
 
 def _declared_or_described(
     spec: ModelSpec, module: nn.Module, described: tuple[int, ...] | None
 ) -> tuple[int, ...] | None:
-    """Return the spec's item shape, else that of the described images, else None.
+    """Return the spec's item shape, or else the shape of the described images, or else None.
 
-    The channels are those of the module's first layer where it has any: a configuration made for
-    colours often goes with a module that was built for another number of channels.
+    The number of channels is that of the module's first layer, if it has one: a configuration for
+    colour images is often combined with a module built for another number of channels.
     """
     if spec.item_shape is not None or described is None:
         return spec.item_shape
@@ -104,15 +112,8 @@ def _declared_or_described(
 
 
 def _own_preprocess(factory: Any, target: str) -> Any:
-    """Return the factory's attribute ``preprocess``, None if it has none.
-
-    Of a class, a method of that name is another thing: it takes the instance first.
-    """
-    found = getattr(factory, "preprocess", None)
-    if inspect.isclass(factory) and inspect.isfunction(
-        inspect.getattr_static(factory, "preprocess", None)
-    ):
-        return None
+    """Return the factory's attribute ``preprocess``, None if it has none."""
+    found = attribute(factory, "preprocess")
     if found is not None and not callable(found) and not isinstance(found, Mapping):
         raise ModelLoadError(
             f"factory {target}: its preprocess is a {type(found).__name__}, expected a function "
@@ -149,7 +150,7 @@ def _find(target: str) -> Callable[[], Any]:
         raise ModelLoadError(
             f"factory {target}: {error}; is its folder on PYTHONPATH, and all it needs installed?"
         ) from error
-    # The user's own code runs on import, and may raise anything.
+    # Importing runs the user's own code, which may raise anything.
     except Exception as error:
         raise ModelLoadError(
             f"factory {target}: importing it raised {type(error).__name__}: {error}"
@@ -166,7 +167,7 @@ def _call(factory: Callable[[], Any], target: str) -> nn.Module:
         module = factory()
     except LayertapError:
         raise
-    # The user's own code, which may raise anything.
+    # The factory is the user's own code, which may raise anything.
     except Exception as error:
         raise ModelLoadError(
             f"factory {target}: it raised {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The input of a module that has no description of its input."""
+"""The inputs of a module that has no description of them: what is declared, else a guess."""
 
 from __future__ import annotations
 
@@ -8,27 +8,48 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
-from layertap.models.signature import InputGuess, InputSpec
-from layertap.settings import ModelSpec
+from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask
+from layertap.settings import DeclaredInput, ModelSpec
 
-__all__ = ["guess_input"]
+__all__ = ["declared_input", "guess_input", "taken_by"]
 
 _IMAGE = (224, 224)
 
 _TRIED = (torch.int64, torch.float32, torch.float64, torch.uint8, torch.bool)
-"""Element types that a model is tried with where its own floating-point type fails."""
+"""The dtypes to try if the model fails with its own floating-point dtype."""
+
+
+def taken_by(module: nn.Module, spec: ModelSpec) -> tuple[InputSpec, ...]:
+    """Return the inputs that a spec declares, or a guess at the first one; see ``guess_input``."""
+    if spec.inputs:
+        return tuple(map(declared_input, spec.inputs))
+    return (guess_input(module, spec),)
+
+
+def declared_input(declared: DeclaredInput) -> InputSpec:
+    """Return an input as it was declared."""
+    values: IdRange | Mask | None = IdRange(declared.ids) if declared.ids else None
+    return InputSpec(
+        declared.shape,
+        tuple(index for index, _ in declared.symbols),
+        getattr(torch, declared.dtype),
+        values=Mask() if declared.mask else values,
+        name=declared.name,
+        optional=declared.optional,
+        symbols=tuple(symbol for _, symbol in declared.symbols),
+    )
 
 
 def guess_input(module: nn.Module, spec: ModelSpec) -> InputSpec:
-    """Return what the spec declares of the input, and a guess at the rest.
+    """Return what the spec declares about the input, and a guess of the rest.
 
     The item shape is the declared one, or else an image with the channels of the module's first
-    layer. The element type is guessed to be int64 where an embedding comes first, else the type of
-    the first floating-point parameter or buffer; the sizes after the first (channels, features) are
-    guessed to be free. The guesses are marked as such: ``layertap.extraction.trial`` tries them.
+    layer. If an embedding comes first, the dtype is guessed to be int64; otherwise it is that of
+    the first floating-point parameter or buffer. All sizes after the first one (channels, features)
+    are guessed to be free. Guesses are marked as such: ``layertap.extraction.trial`` tests them.
 
     Raises:
-        ModelLoadError: The spec declares no item shape and the module's first layer is no 2-D
+        ModelLoadError: The spec declares no item shape and the module's first layer is not a 2-D
             convolution, or the spec's free dimensions are not dimensions of the item.
     """
     first = _first_layer(module)
@@ -72,13 +93,13 @@ def _first_layer(module: nn.Module) -> nn.Module | None:
 
 
 def _kind(module: nn.Module) -> str:
-    # A scripted module's Python type is RecursiveScriptModule; this is what it was scripted from.
+    # A scripted module's Python type is RecursiveScriptModule; this is the class it was made from.
     return str(getattr(module, "original_name", type(module).__name__))
 
 
 def _in_channels(convolution: Any) -> int:
-    # The weight is [out channels, in channels a group, kernel H, kernel W]; in a traced file it is
-    # all that tells the channels.
+    # The weight is [out channels, in channels per group, kernel H, kernel W]. In a traced file
+    # nothing else shows the number of channels.
     return int(convolution.weight.shape[1]) * int(getattr(convolution, "groups", 1))
 
 

@@ -29,16 +29,21 @@ import torch
 from torch import nn
 
 from layertap.errors import LayertapError, ModelLoadError, WeightsUnavailableError
+from layertap.models.arguments import parameters_of
 from layertap.models.hf_folder import folder_of, not_installed, public_name
-from layertap.models.hf_inputs import input_of, preprocess_of
+from layertap.models.hf_inputs import inputs_of, preprocess_of
+from layertap.models.hf_tokenizer import tokenizer_of_folder
 from layertap.models.loaded import Built
 from layertap.models.seeding import seeded
 from layertap.models.sentence_encoder import (
+    SENTENCE_INPUTS,
     SentenceEncoder,
     has_modules,
+    longest_text,
     parts_of,
     transformer_folder,
 )
+from layertap.models.text import IDS
 from layertap.models.weights import DEFAULT, RANDOM, load_checkpoint, random_text, read_checkpoint
 from layertap.settings import ModelSpec, SourceKind
 from layertap.settings.paths import is_path
@@ -48,6 +53,7 @@ __all__ = ["build_hugging_face"]
 _log = logging.getLogger(__name__)
 
 _NAMED = 5
+_TEXT_INPUTS = (IDS, "decoder_input_ids")
 _AUTO = "AutoModel"
 _POOLER = "pooler"
 
@@ -68,20 +74,37 @@ def build_hugging_face(spec: ModelSpec) -> Built:
     place = transformer_folder(folder) if has_modules(folder) else folder
     with _quiet() as transformers:
         module = _built(transformers, spec, place, sentences=sentences)
-    takes = input_of(module, spec, place)
+        tokenizer = _tokenizer(transformers, spec, folder, module)
+    inputs = inputs_of(module, spec, place)
     own = _has_own_weights(spec)
     if sentences:
         with seeded(spec.seed):
             parts = parts_of(folder, weights=own)
         module = SentenceEncoder(module, parts).to(module.dtype)
+        inputs = tuple(each for each in inputs if each.name in SENTENCE_INPUTS)
     return Built(
         module=module,
         source=f"{spec.kind}:{public_name(spec.target)}",
         weights=_weights_text(spec, folder, module),
-        input=takes,
-        preprocess=preprocess_of(folder, takes),
+        inputs=inputs,
+        preprocess=preprocess_of(place, inputs),
+        image_inputs=tuple(each.name for each in inputs if each.name == "pixel_values"),
+        tokenizer=tokenizer,
+        text_inputs=tuple(each.name for each in inputs if each.name in _TEXT_INPUTS),
         in_precision=True,
     )
+
+
+def _tokenizer(transformers: Any, spec: ModelSpec, folder: Path, model: Any) -> Any:
+    """Return the folder's tokenizer; None if the spec names another or the model takes no ids."""
+    takes_ids = {parameter.name for parameter in parameters_of(model)} & set(_TEXT_INPUTS)
+    if spec.tokenizer or not takes_ids:
+        return None
+    most = longest_text(folder) if has_modules(folder) else 0
+    place = transformer_folder(folder) if has_modules(folder) else folder
+    return tokenizer_of_folder(
+        transformers, place, model, most, code=spec.trust_remote_code
+    ) or tokenizer_of_folder(transformers, folder, model, most, code=spec.trust_remote_code)
 
 
 def _has_own_weights(spec: ModelSpec) -> bool:

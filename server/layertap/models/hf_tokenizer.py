@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from layertap.models.text import TextTokenizer, bare
+from layertap.models.text import TYPES, TextTokenizer, bare
 
 __all__ = ["longest_text_of", "tokenizer_of_folder"]
 
@@ -53,7 +53,13 @@ def tokenizer_of_folder(
         return None
     limits = (most, own.model_max_length, longest_text_of(model))
     known = [limit for limit in limits if 0 < limit < _UNSET]
-    return bare(backend, min(known, default=0), _padding(own, model), "the folder's own tokenizer")
+    return bare(
+        backend,
+        min(known, default=0),
+        _padding(own, model),
+        "the folder's own tokenizer",
+        types=TYPES in own.model_input_names,
+    )
 
 
 def longest_text_of(model: Any) -> int:

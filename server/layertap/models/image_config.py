@@ -24,13 +24,13 @@ _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """What a configuration says of a model's images.
+    """What a configuration says about a model's images.
 
     Attributes:
-        shape: ``(C, H, W)`` that the model was made for; None if it isn't said.
-        steps: Returns the steps for items of a height and a width.
-        origin: Where the configuration stands, for clients.
-        assumed: Steps that it says nothing of, by their names in ``[[models]]``.
+        shape: The ``(C, H, W)`` that the model was made for; None if not stated.
+        steps: Returns the steps for items of a given height and width.
+        origin: Where the configuration was found, for clients.
+        assumed: The steps that it does not state, by their names in ``[[models]]``.
     """
 
     shape: tuple[int, ...] | None
@@ -39,23 +39,23 @@ class ImageConfig:
     assumed: tuple[str, ...] = ()
 
     def preprocess(self, item: tuple[int, ...]) -> Preprocess | None:
-        """Return the preprocessing for items of such sizes; None if they are not images."""
+        """Return the preprocessing for items of this shape; None if they are not images."""
         if len(item) != 3:
             return None
         steps = self.steps(*item[1:])
         assumed = self.assumed
         if len(steps.mean) not in (0, 1, item[0]):
-            # The statistics of colours say nothing of a model that was built for one channel.
+            # Statistics of colour channels do not fit a model that was built for one channel.
             steps = replace(steps, mean=(), std=(), fill=())
             assumed = ("image_mean", "image_std", *assumed)
         return Preprocess(steps, item[0], origin=self.origin, assumed=assumed)
 
 
 def config_of_module(module: Any) -> ImageConfig | None:
-    """Return what a module's attributes say, in the ways of timm and open_clip; None if nothing.
+    """Return what a module's attributes say, as timm and open_clip set them; None if nothing.
 
-    Read are ``pretrained_cfg`` or ``default_cfg`` (timm), ``preprocess_cfg`` (open_clip), then
-    ``image_mean`` and ``image_std`` (open_clip), which leave the other steps to be assumed.
+    This reads ``pretrained_cfg`` or ``default_cfg`` (timm), then ``preprocess_cfg`` (open_clip),
+    then ``image_mean`` and ``image_std`` (open_clip). With the last two, other steps are assumed.
     """
     for name in ("pretrained_cfg", "default_cfg"):
         config = _mapping(getattr(module, name, None))
@@ -74,8 +74,8 @@ def config_of_timm(config: Mapping[str, Any], origin: str) -> ImageConfig:
     """Return what a timm configuration says, by the rules of timm's evaluation transform.
 
     Args:
-        config: As ``timm.data.resolve_data_config`` returns it; missing keys get its defaults.
-        origin: Where it stands, for clients.
+        config: As ``timm.data.resolve_data_config`` returns it. Missing keys have timm's defaults.
+        origin: Where it was found, for clients.
     """
     share = float(config.get("crop_pct") or 0.875)
     mean = _numbers(config.get("mean")) or IMAGENET_MEAN
@@ -103,11 +103,11 @@ def config_of_timm(config: Mapping[str, Any], origin: str) -> ImageConfig:
 
 
 def config_of_folder(folder: Path) -> ImageConfig | None:
-    """Return what the files of a checkpoint's folder say of images; None if nothing.
+    """Return what the files in a checkpoint's folder say about images; None if nothing.
 
-    Read are ``preprocessor_config.json`` (Hugging Face), ``config.json`` with timm's
+    This reads ``preprocessor_config.json`` (Hugging Face), ``config.json`` with timm's
     ``pretrained_cfg``, and ``open_clip_config.json``. A file that can't be read, or that needs
-    steps which layertap doesn't do, is logged and left out.
+    steps which layertap doesn't support, is logged and ignored.
     """
     readers = (_of_hugging_face, _of_timm_hub, _of_open_clip_hub)
     for name, read in zip(CONFIG_FILES, readers, strict=True):
@@ -137,7 +137,7 @@ def _of_open_clip_hub(config: Mapping[str, Any], origin: str) -> ImageConfig | N
 
 
 def _of_open_clip(config: Mapping[str, Any], origin: str) -> ImageConfig:
-    """Return what open_clip's ``image_transform`` makes of its PreprocessCfg."""
+    """Return the steps that open_clip's ``image_transform`` derives from its PreprocessCfg."""
     mode = str(config.get("resize_mode") or "shortest")
     if mode not in ("shortest", "longest", "squash"):
         raise ValueError(f"resize_mode {mode!r} is not known")
@@ -166,7 +166,7 @@ def _of_hugging_face(config: Mapping[str, Any], origin: str) -> ImageConfig | No
     """Return what a Hugging Face image processor does; None if it is not an image processor.
 
     Raises:
-        ValueError: For a step that layertap doesn't do.
+        ValueError: For a step that layertap doesn't support.
     """
     if "image_mean" not in config and "do_normalize" not in config:
         return None
@@ -187,7 +187,7 @@ def _of_hugging_face(config: Mapping[str, Any], origin: str) -> ImageConfig | No
     whole = crop or (resize if len(resize) == 2 else ())
 
     def steps(height: int, width: int) -> Steps:
-        # At another size than the configuration's, the same part of the picture is shown.
+        # At another size than the configuration's, show the same part of the picture.
         scale = max(height, width) / max(whole) if whole else 1.0
         own = (height, width) == whole
         sizes = resize if own else tuple(round(size * scale) for size in resize)
@@ -217,12 +217,12 @@ def _mapping_or_size(size: Any) -> tuple[int, ...]:
         if "longest_edge" in size:
             raise ValueError("a longest_edge is not supported; set the steps by image_* instead")
         return (int(size["shortest_edge"]),)
-    # A single number is the short side's, two are exact.
+    # A single number is the size of the short side; two numbers are height and width.
     return (size,) if isinstance(size, int) else _size(size)
 
 
 def _size(size: Any) -> tuple[int, ...]:
-    """Return height and width of what a configuration calls a size; empty if it says none."""
+    """Return the height and width of a configuration's size entry; empty if it is None."""
     if size is None:
         return ()
     if isinstance(size, Mapping):
@@ -238,7 +238,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _numbers(values: Any) -> tuple[float, ...]:
-    """Return a configuration's numbers; empty if they are none."""
+    """Return a configuration's numbers; empty if they are not one or three numbers."""
     try:
         numbers = tuple(map(float, values))
     except (TypeError, ValueError):

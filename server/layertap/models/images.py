@@ -1,4 +1,4 @@
-"""Decode image files to pixels, and reject a file by its header before decoding it."""
+"""Decodes image files to pixels; refuses files that are too large by their header."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["ImageLimits", "Reading", "decode_image"]
 
 _EXPECTED = "a JPEG, PNG or WebP image"
 
-# How to turn the stored pixels so that they stand upright; the values of EXIF 2.32, section 4.6.4.
+# How to turn the stored pixels upright, by EXIF orientation (EXIF 2.32, section 4.6.4).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -40,8 +40,8 @@ class Reading:
         color: The channels of the decoded image. Colour becomes gray by Pillow's luma formula
             (ITU-R 601-2).
         exif_orientation: Whether the picture is turned as its EXIF orientation says.
-        keep_16_bit: Whether a grayscale PNG of 16 bits a pixel keeps them: the decoded image then
-            has the mode ``I;16``, whatever ``color`` says. Otherwise the high byte is taken.
+        keep_16_bit: Whether a grayscale PNG with 16 bits per pixel keeps them. Then the decoded
+            image has the mode ``I;16``, whatever ``color`` says. Otherwise the high byte is used.
     """
 
     color: Color = Color.RGB
@@ -51,10 +51,10 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What decoding one image may cost.
+    """Limits for decoding one image.
 
     Attributes:
-        max_pixels: Most pixels (width times height) that an image's header may announce.
+        max_pixels: Maximum number of pixels (width times height) in an image's header.
     """
 
     max_pixels: int = 64 * 2**20
@@ -72,24 +72,24 @@ def decode_image(
 ) -> Image.Image:
     """Decode one JPEG, PNG or WebP image. May be called from any thread.
 
-    Pixels are those of torchvision's default loader, with two differences: the EXIF orientation is
-    applied (on request it isn't), and 16-bit grayscale keeps its brightness instead of being
-    clipped at 255. So alpha is dropped (transparent pixels show the colour stored under them), CMYK
-    is converted by Pillow's formula without colour profiles, and the first frame of an animation is
-    taken.
+    The pixels are those of torchvision's default loader, with two differences: the EXIF orientation
+    is applied (unless ``reading`` says otherwise), and 16-bit grayscale keeps its brightness
+    instead of being clipped at 255. As in that loader, alpha is dropped (transparent pixels show
+    the colour stored under them), CMYK is converted by Pillow's formula without colour profiles,
+    and only the first frame of an animation is used.
 
     Args:
         data: The encoded file.
         index: The image's place in the request, for messages.
-        limits: What it may cost.
-        reading: The wanted channels, and whether the EXIF orientation is applied.
+        limits: The limits for decoding.
+        reading: The channels to decode to, and whether to apply the EXIF orientation.
 
     Returns:
         An image of mode ``RGB``, ``L`` or ``I;16``.
 
     Raises:
-        InvalidInputError: the bytes are no such image, are damaged or cut short, or announce more
-            pixels than allowed.
+        InvalidInputError: The bytes are not such an image, are damaged or incomplete, or announce
+            more pixels than allowed.
     """
     if not data:
         raise InvalidInputError(f"got no bytes, expected {_EXPECTED}", image=index)
@@ -99,7 +99,7 @@ def decode_image(
             f"got {len(data)} bytes of something else, expected {_EXPECTED}", image=index
         )
     if open_file is WebPImageFile:
-        # Its decoder allocates the whole canvas before it tells the size.
+        # The WebP decoder allocates the whole canvas before it reports the size.
         _check_size(_webp_size(bytes(data[:30])), index, limits)
     try:
         with open_file(io.BytesIO(data)) as image:
@@ -107,14 +107,14 @@ def decode_image(
             image.load()
             # PNG may have its EXIF after the pixels, so it is read once they are loaded.
             turn = _UPRIGHT.get(_orientation(image)) if reading.exif_orientation else None
-            # Its values are dropped on conversion anyway, and Pillow warns about some of them.
+            # The conversion drops transparency anyway, and Pillow warns about some of its values.
             image.info.pop("transparency", None)
             converted = _converted(image, reading)
             return converted if turn is None else converted.transpose(turn)
     except (InvalidInputError, MemoryError):
         raise
-    # Pillow raises what its parsers trip over: OSError, SyntaxError, ValueError, struct.error, ...
-    # The text of these stays in the server: it is about Pillow, not about the request.
+    # Pillow's parsers may raise anything: OSError, SyntaxError, ValueError, struct.error, ...
+    # Their message is about Pillow, not about the request, so the client does not get it.
     except Exception as error:
         raise InvalidInputError(
             f"got {len(data)} bytes that are damaged or cut short, expected {_EXPECTED}, complete",
@@ -123,7 +123,7 @@ def decode_image(
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 (upright) where there is none or it can't be read.
+    """Return the EXIF orientation; 1 (upright) if there is none or it can't be read.
 
     Image viewers ignore damaged EXIF data as well: the pixels are not affected.
     """
@@ -131,14 +131,14 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - Pillow's parser raises what it trips over
+    except Exception:  # noqa: BLE001 - Pillow's parser may raise anything
         return 1
     return value if isinstance(value, int) else 1
 
 
 def _converted(image: Image.Image, reading: Reading) -> Image.Image:
     if image.mode.startswith("I"):
-        # A grayscale PNG of 16 bits: Pillow's own conversion would clip all above 255 to white.
+        # A 16-bit grayscale PNG: Pillow's own conversion would clip values above 255 to white.
         if reading.keep_16_bit and image.mode == "I;16":
             return image.copy()
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -147,10 +147,10 @@ def _converted(image: Image.Image, reading: Reading) -> Image.Image:
 
 
 def _opener(head: bytes) -> Callable[[io.BytesIO], ImageFile] | None:
-    """Return the format's own reader, told by the first bytes.
+    """Return the reader for the format that the first bytes show; None if they show none.
 
-    ``PIL.Image.open`` isn't used: it takes dozens of formats, and its check of the size warns
-    through the process's warning filters, which no thread may change safely.
+    ``PIL.Image.open`` isn't used: it accepts dozens of formats, and its size check uses the
+    process's warning filters, which no thread can change safely.
     """
     if head.startswith(b"\xff\xd8\xff"):
         return JpegImageFile
@@ -171,9 +171,9 @@ def _check_size(size: tuple[int, int], index: int, limits: ImageLimits) -> None:
 
 
 def _webp_size(head: bytes) -> tuple[int, int]:
-    """Return width and height from a WebP file's first 30 bytes; (0, 0) if they aren't there.
+    """Return width and height from a WebP file's first 30 bytes; (0, 0) if they are missing.
 
-    The three layouts are those of RFC 9649, sections 2.5 to 2.7.
+    RFC 9649, sections 2.5 to 2.7, defines the three layouts.
     """
     if head[12:16] == b"VP8X":
         return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
 
-from layertap.errors import ModelLoadError
+from layertap.errors import ConfigError, ModelLoadError
+from layertap.models.arguments import Arguments, Kind, parameters_of
 from layertap.models.checkpoint_files import config_folder
+from layertap.models.companions import companions
 from layertap.models.factory_source import build_factory
 from layertap.models.hf_source import build_hugging_face
 from layertap.models.image_config import ImageConfig, config_of_folder
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import choose_preprocess
 from layertap.models.signature import DEFAULT_NAME, InputSpec, Signature
+from layertap.models.text import TextTokenizer, tokenizer_of_file
 from layertap.models.timm_source import build_timm
 from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
 from layertap.settings import ModelSpec, SourceKind
+from layertap.settings.paths import expanded
 
 __all__ = ["load_model"]
 
 _log = logging.getLogger(__name__)
 
-MAX_NAMED = 5
-"""Modules that a warning names."""
+MAX_LISTED_MODULES = 5
+"""Modules that a warning lists by name."""
 
 _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
     SourceKind.TORCHVISION: build_torchvision,
@@ -42,17 +44,18 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
 
 
 def load_model(spec: ModelSpec, device: torch.device | str = "cpu") -> LoadedModel:
-    """Build the spec's model, put it into eval mode, drop gradients and move it to the device.
+    """Build the spec's model, put it into evaluation mode, turn gradients off, move it to a device.
 
-    What of its input is a guess is marked as such in its ``guess``.
+    What is only guessed about its input is marked in the input's ``guess``.
 
     Raises:
         ConfigError: The spec's image settings don't fit the model.
-        ModelLoadError: it can't be built, needs several inputs, or can't be put on the device.
+        ModelLoadError: it can't be built, needs an argument that is no tensor, or can't be put on
+            the device.
         WeightsUnavailableError: its weights can't be had; other weights never take their place.
     """
-    # Tensors that are made in inference mode can't be differentiated with ever after, and some
-    # models differentiate inside their forward.
+    # Tensors made in inference mode can never take part in differentiation, and some models
+    # differentiate inside their forward.
     with torch.inference_mode(False), torch.no_grad():
         return _load(spec, device)
 
@@ -63,15 +66,17 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         spec = replace(spec, item_shape=config.shape)
     built = _with_images(_BUILD[spec.kind](spec), spec, config)
     module = built.module
-    takes = replace(_takes(built.input, spec), name=_input_name(spec, module))
+    arguments = Arguments(tuple(parameters_of(module)), built.adapter)
+    signature = _signature(built, spec, arguments)
+    tokenizer = tokenizer_of_file(expanded(spec.tokenizer)) if spec.tokenizer else built.tokenizer
     _into_evaluation_mode(module, spec.name)
-    # Not module.requires_grad_(): TorchScript modules refuse it.
+    # Not module.requires_grad_(), which TorchScript modules don't support.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     try:
         place = torch.empty(0, device=device).device
         module = _formed(module.to(place), spec, converted=built.in_precision)
-    # Without CUDA torch asserts, or raises at its first use; a wrong name is a RuntimeError.
+    # Without CUDA, torch fails an assertion or raises; for a wrong name it raises RuntimeError.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelLoadError(f"device {device} for model {spec.name}: {reason}") from error
@@ -81,17 +86,22 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         weights=built.weights,
         module=module,
         device=place,
-        signature=Signature((takes,)),
+        signature=signature,
         preprocess=built.preprocess,
+        image_inputs=built.image_inputs or _image_inputs(built, signature),
+        tokenizer=tokenizer,
+        text_inputs=_text_inputs(built, signature, tokenizer, spec),
         takes_list=built.takes_list,
+        arguments=arguments,
+        example=built.example,
     )
 
 
 def _into_evaluation_mode(module: nn.Module, name: str) -> None:
-    """Put every submodule into evaluation mode, also where a model's own ``train`` leaves some out.
+    """Put every submodule into evaluation mode, even if the model's own ``train`` skips some.
 
-    A dropout that stays on would make answers random, and a batch norm that does would make them
-    depend on the other items of the batch.
+    Otherwise a dropout layer would make answers random, and a batch norm would make them depend on
+    the other items of the batch.
     """
     module.eval()
     left = [
@@ -104,7 +114,7 @@ def _into_evaluation_mode(module: nn.Module, name: str) -> None:
     if left:
         _log.warning(
             "model %s: its own eval() left %s in training mode; layertap serves every module in "
-            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_NAMED]),
+            "evaluation mode", name, ", ".join(path for path, _ in left[:MAX_LISTED_MODULES]),
         )  # fmt: skip
 
 
@@ -112,13 +122,13 @@ def _formed(module: nn.Module, spec: ModelSpec, *, converted: bool) -> nn.Module
     if spec.precision and not converted:
         module = module.to(getattr(torch, spec.precision))
     if spec.channels_last:
-        # The weights' layout is enough: a convolution's output takes it, and so on to the end.
+        # Only the weights need this layout: each convolution's output takes it from its weight.
         module = module.to(memory_format=torch.channels_last)
     return module
 
 
 def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
-    """Return what the model takes in its precision; float32 is converted, as numpy lacks others."""
+    """Return the input in the model's precision; float32, which numpy knows, is also accepted."""
     if not spec.precision or not takes.dtype.is_floating_point:
         return takes
     own: torch.dtype = getattr(torch, spec.precision)
@@ -126,31 +136,53 @@ def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
     return replace(takes, dtype=own, also=also)
 
 
-def _input_name(spec: ModelSpec, module: nn.Module) -> str:
-    """Return the name of the only argument that a module's ``forward`` needs, or of its first one.
+def _signature(built: Built, spec: ModelSpec, arguments: Arguments) -> Signature:
+    """Return what a module takes, with names from its ``forward`` where the source has none.
 
     Raises:
-        ModelLoadError: If it needs several.
+        ModelLoadError: ``forward`` needs an argument that is no tensor.
     """
-    if isinstance(module, torch.jit.ScriptModule):
-        method: Any = module.forward
-        arguments = method.schema.arguments[1:]
-        names = [a.name for a in arguments if not a.kwarg_only]
-        needed = [a.name for a in arguments if not a.has_default_value() and not a.kwarg_only]
-    else:
-        taken = [
-            parameter
-            for parameter in inspect.signature(module.forward).parameters.values()
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-        ]
-        names = [parameter.name for parameter in taken]
-        needed = [parameter.name for parameter in taken if parameter.default is parameter.empty]
-    if len(needed) > 1:
-        raise ModelLoadError(
-            f"model {spec.name!r} needs {len(needed)} inputs ({', '.join(needed)}), expected one "
-            f"tensor; wrap it in a module whose forward takes one"
+    first, *others = built.inputs
+    named = [p for p in arguments.parameters if p.kind is not Kind.REST]
+    if first.name == DEFAULT_NAME and named and not built.adapter:
+        first = replace(first, name=named[0].name)
+    if built.more:
+        rest = [parameter for parameter in named if parameter.name != first.name]
+        others += companions(spec.name, rest, first)
+    return Signature(tuple(_takes(each, spec) for each in (first, *others)))
+
+
+def _image_inputs(built: Built, signature: Signature) -> tuple[str, ...]:
+    """Return the inputs that may be images: where the source says nothing, those like the first."""
+    if built.preprocess is None:
+        return ()
+    rank = len(signature.main.shape)
+    return tuple(
+        spec.name
+        for spec in signature.inputs
+        if len(spec.shape) == rank and spec.dtype == signature.main.dtype
+    )
+
+
+def _text_inputs(
+    built: Built, signature: Signature, tokenizer: TextTokenizer | None, spec: ModelSpec
+) -> tuple[str, ...]:
+    """Return the inputs that texts become: those that the source names, else the first one.
+
+    Raises:
+        ConfigError: There is a tokenizer, and the first input is no token ids ``[B, L]``.
+    """
+    if tokenizer is None:
+        return ()
+    if built.text_inputs:
+        return built.text_inputs
+    main = signature.main
+    if len(main.shape) != 1:
+        raise ConfigError(
+            f"tokenizer of {spec.name}: its first input is {main.name} {main.pattern}, expected "
+            f"token ids [B, L]"
         )
-    return names[0] if names else DEFAULT_NAME
+    return (main.name,)
 
 
 def _beside_weights(weights: str) -> ImageConfig | None:
@@ -160,18 +192,27 @@ def _beside_weights(weights: str) -> ImageConfig | None:
 
 
 def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> Built:
-    """Return the built model with its image preprocessing, and the item that this makes.
+    """Return the built model with its image preprocessing, and with the resulting item shape.
 
-    What the spec says wins over the model's code, that over the configuration next to the weights,
-    and that over what the source knows of the model.
+    In order of priority, the preprocessing comes from the spec, the model's own code, the
+    configuration next to the weights, and the source's knowledge of the model.
     """
-    takes, known = built.input, built.preprocess
+    index = _image_index(built)
+    takes, known = built.inputs[index], built.preprocess
     if config is not None and not built.preprocess_is_code:
         known = config.preprocess(takes.shape) or known
     crop = spec.images.crop
     if crop and spec.item_shape is None and takes.free == (1, 2) and len(takes.shape) == 3:
-        # The layers are measured at the size that images have.
+        # Layers are measured at the size that preprocessed images have.
         takes = replace(takes, shape=(takes.shape[0], crop[0], crop[-1]))
     return replace(
-        built, input=takes, preprocess=choose_preprocess(known, spec.images, takes, spec.name)
+        built,
+        inputs=(*built.inputs[:index], takes, *built.inputs[index + 1 :]),
+        preprocess=choose_preprocess(known, spec.images, takes, spec.name),
     )
+
+
+def _image_index(built: Built) -> int:
+    """Return which input images become: the first that the source names, else the first of all."""
+    names = [each.name for each in built.inputs]
+    return names.index(built.image_inputs[0]) if built.image_inputs else 0

@@ -2,40 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from layertap.models.arguments import Adapter, Arguments
 from layertap.models.batch import Batch
 from layertap.models.preprocess import Preprocess, fitted
 from layertap.models.signature import InputSpec, Signature
+from layertap.models.text import TextTokenizer
 
-__all__ = ["Built", "LoadedModel"]
+__all__ = ["Built", "Example", "LoadedModel"]
+
+Example = Callable[[int], Mapping[str, torch.Tensor]]
+"""Makes the inputs of a batch of so many items, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a source hands to ``load_model``: the module on the CPU, and the facts about it.
+    """What a source passes to ``load_model``: the module on the CPU, and facts about it.
 
     The fields are those of `LoadedModel`, and:
 
     Attributes:
+        inputs: What the module takes, the first one required. One that is called `DEFAULT_NAME`
+            gets the name of the first parameter of the module's ``forward``.
+        adapter: Makes the arguments of ``forward``; None to pass the inputs as they are.
         preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
             over a configuration alongside its weights.
+        text_inputs: The inputs that texts may be sent for, if there is a tokenizer.
         in_precision: Whether the module has the spec's precision already.
+        more: Whether ``forward`` may take more inputs than those, which are to be found by trying.
     """
 
     module: nn.Module
     source: str
     weights: str
-    input: InputSpec
+    inputs: tuple[InputSpec, ...]
     preprocess: Preprocess | None = None
+    image_inputs: tuple[str, ...] = ()
     takes_list: bool = False
+    example: Example | None = None
+    adapter: Adapter | None = None
     preprocess_is_code: bool = False
+    text_inputs: tuple[str, ...] = ()
+    tokenizer: TextTokenizer | None = None
     in_precision: bool = False
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +60,25 @@ class LoadedModel:
     """A model ready to run.
 
     Attributes:
-        name: What requests call it.
-        source: Where it comes from, such as ``"torchvision:resnet18"``; shown to clients, so never
-            a directory.
+        name: The name that requests use.
+        source: Where it comes from, such as ``"torchvision:resnet18"``. Clients see it, so it never
+            contains a directory.
         weights: Which weights it has, such as ``"ResNet18_Weights.IMAGENET1K_V1"``,
-            ``"random (seed 0)"`` or a file's base name; shown to clients.
-        module: In eval mode, without gradients, on ``device``.
+            ``"random (seed 0)"`` or a file's base name. Clients see it.
+        module: The module on ``device``, in evaluation mode and without gradients.
         device: Where the module is and its input must be.
         signature: The tensors it takes.
-        preprocess: Makes an item of the first input of an image; None if the model takes no
-            images.
+        preprocess: Makes an item of an input of an image; None if the model takes no images.
+        image_inputs: The inputs that images may be sent for.
+        tokenizer: Makes token ids of texts; None if the model takes no texts.
+        text_inputs: The inputs that texts may be sent for, the first of which is meant where a
+            request names none; empty without a tokenizer.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
         differentiates: Whether the module differentiates inside its forward, which inference mode
             forbids: its passes run under ``torch.no_grad`` instead.
+        arguments: Makes the arguments of the module's ``forward`` of a batch.
+        example: Makes example batches; None where random ones of the inputs' types will do.
     """
 
     name: str
@@ -66,43 +88,52 @@ class LoadedModel:
     device: torch.device
     signature: Signature
     preprocess: Preprocess | None = None
+    image_inputs: tuple[str, ...] = ()
     takes_list: bool = False
     differentiates: bool = False
+    tokenizer: TextTokenizer | None = None
+    text_inputs: tuple[str, ...] = ()
+    arguments: Arguments = field(default_factory=Arguments)
+    example: Example | None = None
 
     def forward(self, batch: Batch) -> Any:
         """Call the module on a batch that is on ``device``, and return its result.
 
-        Gradient mode is the caller's business, except for a module that differentiates; whatever
-        the module raises passes through. What the module sets of context variables ends with the
-        call, as a pass that ends early would leave it set for the next one.
+        The caller sets the gradient mode, except for a module that differentiates. The module's
+        exceptions are passed on. Context variables that the module sets are dropped after the call,
+        because a pass that ends early would leave them set for the next pass.
         """
         return copy_context().run(self._call, batch)
 
     def _call(self, batch: Batch) -> Any:
         if not self.differentiates:
-            return self.module(*self.arguments(batch))
+            return self.call(self.module, batch)
         with torch.inference_mode(False), torch.no_grad():
             # A tensor that was made in inference mode can't require a gradient; its copy can.
             plain = batch.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
-            return self.module(*self.arguments(plain))
+            return self.call(self.module, plain)
 
-    def arguments(self, batch: Batch) -> tuple[Any, ...]:
-        """Return what the module's ``forward`` is called with for a batch."""
+    def call(self, function: Callable[..., Any], batch: Batch) -> Any:
+        """Call a function that takes the arguments of the module's ``forward``."""
         if self.takes_list:
-            return (list(batch.only.unbind(0)),)
-        return tuple(batch[spec.name] for spec in self.signature.inputs)
+            return function(list(batch.only.unbind(0)))
+        args, kwargs = self.arguments.of(batch)
+        return function(*args, **kwargs)
 
-    def with_input(self, found: InputSpec) -> LoadedModel:
-        """Return the model with the first input that running it showed.
+    def with_signature(self, found: Signature) -> LoadedModel:
+        """Return the model with the inputs that running it showed.
 
         Raises:
-            ConfigError: Preprocessed images don't fit that input.
+            ConfigError: Preprocessed images don't fit their inputs.
         """
-        preprocess = self.preprocess and fitted(self.preprocess, found, self.name)
-        return replace(self, signature=self.signature.with_main(found), preprocess=preprocess)
+        preprocess = self.preprocess
+        images = tuple(spec.name for spec in found.inputs if spec.name in self.image_inputs)
+        for name in images:
+            preprocess = preprocess and fitted(preprocess, found.spec(name), self.name)
+        return replace(self, signature=found, preprocess=preprocess, image_inputs=images)
 
     def assumptions(self) -> str:
-        """Return a warning about image preprocessing that nothing says; empty if all is known."""
+        """Return a warning about assumed image preprocessing; empty if nothing was assumed."""
         if self.preprocess is None or not self.preprocess.assumed:
             return ""
         return (
@@ -113,6 +144,6 @@ class LoadedModel:
         )
 
     def weight_bytes(self) -> int:
-        """Return the bytes of the parameters and buffers; what is shared counts once."""
+        """Return the bytes of all parameters and buffers; shared tensors count once."""
         tensors = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -28,16 +28,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True, slots=True)
 class Preprocess:
-    """How an image file becomes an input item of a model.
+    """How to convert an image file to an input item of a model.
 
     Attributes:
-        steps: What is done with the decoded image.
+        steps: The steps that are applied to the decoded image.
         channels: Channels of the item; a gray image is repeated for each of several.
         color: The channels that a file is decoded to.
         exif_orientation: Whether the picture is turned as its EXIF orientation says.
         origin: Where the steps come from, such as ``"timm's configuration"``; shown to clients.
-        assumed: The steps that nothing says and that were assumed, by their names in ``[[models]]``
-            (``"image_mean"``); empty if all are known.
+        assumed: The steps that were assumed because nothing states them, by their names in
+            ``[[models]]`` (``"image_mean"``); empty if all are known.
     """
 
     steps: Steps | CustomTransform
@@ -49,12 +49,12 @@ class Preprocess:
 
     @classmethod
     def of(cls, transform: Callable[[Image.Image], Any], origin: str = "") -> Preprocess:
-        """Return the preprocessing that a function from a PIL image to ``[C, H, W]`` does."""
+        """Return the preprocessing for a function that converts a PIL image to ``[C, H, W]``."""
         return cls(steps_of(transform), origin=origin)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """``(C, H, W)`` of what it makes of any image; None if that depends on the image."""
+        """The ``(C, H, W)`` of every converted image; None if that depends on the image."""
         if not isinstance(self.steps, Steps):
             return None
         exact = self.steps.resize if self.steps.resize_mode is ResizeMode.EXACT else ()
@@ -62,28 +62,28 @@ class Preprocess:
         return (self.channels, *size) if size else None
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return a decoded image as ``[C, H, W] float32``, on the CPU.
+        """Convert a decoded image to ``[C, H, W] float32``, on the CPU.
 
         Raises:
-            InvalidInputError: the image is so narrow that resizing it would make a huge one.
+            InvalidInputError: The image is so narrow that resizing would make it huge.
         """
         return self.batch([self.steps.shrink(image)])[0]
 
     def decode(
         self, data: bytes | memoryview, index: int, limits: ImageLimits = DEFAULT_LIMITS
     ) -> Image.Image:
-        """Decode an image file and do what PIL alone does: resize and crop.
+        """Decode an image file, resize and crop it.
 
-        This is most of the work. No PyTorch runs here, so any thread may call it.
+        This is most of the work. It uses PIL but not PyTorch, so any thread may call it.
 
         Args:
             data: The encoded file.
             index: The image's place in the request, for messages.
-            limits: What decoding may cost.
+            limits: The limits for decoding.
 
         Raises:
-            InvalidInputError: the file can't be decoded, or the image is so narrow that resizing it
-                would make a huge one.
+            InvalidInputError: The file can't be decoded, or the image is so narrow that resizing
+                would make it huge.
         """
         reading = Reading(
             self.color, self.exif_orientation, keep_16_bit=isinstance(self.steps, Steps)
@@ -91,11 +91,11 @@ class Preprocess:
         return self.steps.shrink(decode_image(data, index, limits, reading), index)
 
     def batch(self, decoded: Sequence[Image.Image]) -> torch.Tensor:
-        """Return images that ``decode`` returned as one batch ``[B, C, H, W] float32``, on the CPU.
+        """Convert images from ``decode`` to one batch ``[B, C, H, W] float32``, on the CPU.
 
         Raises:
-            InvalidInputError: there is no image, or their sizes differ after preprocessing, as
-                happens where the model's preprocessing doesn't crop.
+            InvalidInputError: There is no image, or their sizes differ after preprocessing, which
+                can happen if the model's preprocessing doesn't crop.
         """
         if not decoded:
             raise InvalidInputError("images: got none, expected at least one")
@@ -128,15 +128,15 @@ def choose_preprocess(
 ) -> Preprocess | None:
     """Return a model's preprocessing: what the user set, else what is known, else assumptions.
 
-    What nothing says is assumed as torchvision evaluates ResNet, and named in ``assumed``: the
-    short side resized to 256/224 of the item's size, the centre cropped, and ImageNet's mean and
-    standard deviation for three channels, none for one.
+    Steps that nothing states are assumed as torchvision evaluates ResNet, and listed in
+    ``assumed``: the short side resized to 256/224 of the item's size, a centre crop, and
+    ImageNet's mean and standard deviation for three channels, none for one.
 
     Args:
-        known: What the model's own configuration says; None if there is none.
-        settings: What the user set.
+        known: The preprocessing in the model's own configuration; None if there is none.
+        settings: The user's settings.
         takes: The model's input.
-        model: Its name, for messages.
+        model: The model's name, for messages.
 
     Returns:
         None if the model's input is not an image of one or three channels, and nothing is set.
@@ -182,13 +182,13 @@ def _with_steps(
 
 
 def fitted(preprocess: Preprocess, takes: InputSpec, model: str) -> Preprocess | None:
-    """Return a preprocessing that fits an input which was found by running the model.
+    """Return a preprocessing if it fits an input that was found by running the model.
 
     Returns:
-        None if it was assumed and the input turned out to be no image.
+        None if it was only assumed and the input turned out not to be an image.
 
     Raises:
-        ConfigError: What is set or known doesn't fit the input.
+        ConfigError: It was set or known, and doesn't fit the input.
     """
     if isinstance(preprocess.steps, Steps) and not _is_image(takes):
         if not preprocess.origin:
@@ -208,7 +208,7 @@ def _color(channels: int) -> Color:
 def _assumed_steps(channels: int, size: tuple[int, ...], settings: ImageSettings) -> Steps:
     crop = settings.crop if settings.crop is not None else size
     if settings.resize is not None and len(settings.resize) == 2 and settings.crop is None:
-        crop = ()  # Both sizes are said already.
+        crop = ()  # The resize already fixes both sizes.
     short = round(max(crop or size) * 256 / 224)
     return Steps(
         resize=(short,),
@@ -219,7 +219,7 @@ def _assumed_steps(channels: int, size: tuple[int, ...], settings: ImageSettings
 
 
 def _merged(base: Steps, settings: ImageSettings) -> Steps:
-    """Return the steps with those that are set in their places."""
+    """Return the steps, with those that the user set replaced."""
     changes: dict[str, Any] = {}
     if settings.mean is not None:
         changes["mean"] = settings.mean
@@ -235,17 +235,17 @@ def _merged(base: Steps, settings: ImageSettings) -> Steps:
         changes["resize_mode"] = ResizeMode.EXACT if exact else ResizeMode.SHORT_SIDE
         changes["fill"] = ()
         if exact and settings.crop is None:
-            changes["crop"] = ()  # Both sizes are said already.
+            changes["crop"] = ()  # The resize already fixes both sizes.
     return replace(base, **changes)
 
 
 def _still_assumed(known: Preprocess | None, settings: ImageSettings) -> tuple[str, ...]:
-    """Return the steps that neither the model's configuration nor the settings say."""
+    """Return the steps that neither the model's configuration nor the settings state."""
     names = ("mean", "std", "resize", "crop", "interpolation")
     assumed = known.assumed if known is not None else [f"image_{name}" for name in names]
     said = set(settings.given)
     if settings.resize is not None and len(settings.resize) == 2:
-        said.add("image_crop")  # Both sizes are said already.
+        said.add("image_crop")  # The resize already fixes both sizes.
     if settings.resize == ():
         said.add("image_interpolation")
     return tuple(name for name in assumed if name not in said)
@@ -296,11 +296,11 @@ def _with_custom(
     takes: InputSpec,
     model: str,
 ) -> Preprocess:
-    """Return a custom preprocessing, tried once, with the settings that concern reading the file.
+    """Return a custom preprocessing after a test run, with the settings for reading the file.
 
     Raises:
-        ConfigError: Other steps are set, which can't be exchanged within the function.
-        ModelLoadError: It doesn't make the model's input of a picture.
+        ConfigError: Other steps are set, which can't be replaced inside the function.
+        ModelLoadError: It raises, or its result does not fit the model's input.
     """
     fixed = [name for name in settings.given if name not in ("exif_orientation", "image_color")]
     if fixed:
@@ -321,7 +321,7 @@ def _with_custom(
     wanted = f"a function that makes a tensor {takes.pattern.replace('B, ', '')} of a PIL image"
     try:
         made = chosen(probe)
-    # The user's own code, which may raise anything.
+    # The function is the user's own code, which may raise anything.
     except Exception as error:
         raise ModelLoadError(
             f"preprocess of {model} ({custom.name}): it raised {type(error).__name__}: {error}; "

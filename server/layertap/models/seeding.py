@@ -10,14 +10,14 @@ import torch
 
 __all__ = ["seeded"]
 
-# torch's CPU generator is one for the whole process: two models built at once would take numbers
-# from each other's sequence.
+# torch has one CPU generator per process: two models built at once would take numbers from each
+# other's sequence.
 _LOCK = threading.Lock()
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator for the block, and put its state back afterwards.
+    """Seed torch's CPU generator for the block, and restore its state afterwards.
 
     Modules are built on the CPU and moved later, so the same seed gives the same weights on every
     device. ``torch.manual_seed`` isn't used because it seeds the GPUs' generators too.

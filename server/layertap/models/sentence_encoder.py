@@ -15,11 +15,22 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
+from layertap.models.text import IDS, MASK, TYPES
 from layertap.models.weights import load_checkpoint, read_checkpoint
 
-__all__ = ["SentenceEncoder", "has_modules", "longest_text", "parts_of", "transformer_folder"]
+__all__ = [
+    "SENTENCE_INPUTS",
+    "SentenceEncoder",
+    "has_modules",
+    "longest_text",
+    "parts_of",
+    "transformer_folder",
+]
 
 MODULES = "modules.json"
+
+SENTENCE_INPUTS = (IDS, MASK, TYPES)
+"""The arguments of a SentenceEncoder's ``forward``."""
 
 _TRANSFORMER = "Transformer"
 _TINY = 1e-9

@@ -1,11 +1,12 @@
-"""What a model takes, checked before anything runs: inside the model a wrong shape fails late.
+"""The inputs of a model. They are checked before it runs, as a wrong shape fails late inside it.
 
 Only this file, `Batch`, the model itself and the decoders know what is in a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,36 +14,40 @@ import torch
 from layertap.errors import InvalidInputError
 from layertap.models.batch import Batch, BatchKey, ItemTensor
 
-__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Signature"]
+__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Mask", "Signature"]
 
 DEFAULT_NAME = "input"
-"""What an input is called where the module's ``forward`` does not say it."""
+"""The name of an input if the module's ``forward`` doesn't give one."""
 
-# The names of so many free dimensions: a video's are T, H and W, an image's H and W.
+# Names by the number of free dimensions: T, H and W for a video, H and W for an image.
 _NAMES = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}
 
 
 @dataclass(frozen=True, slots=True)
 class InputGuess:
-    """What a source does not know of its module, and only running it shows.
+    """What a source does not know about its module's input, so that running it must show it.
 
     Attributes:
-        dtypes: Element types that the model may take instead of the one in the `InputSpec`; none
-            where that one was declared.
+        dtypes: Dtypes that the model may take instead of the one in the `InputSpec`; none if the
+            dtype was declared.
         free: Whether the free dimensions are a guess.
+        shapes: Item shapes that the model may take instead of the one in the `InputSpec`.
+        uncertain: Whether the model may turn out not to take the input at all.
     """
 
     dtypes: tuple[torch.dtype, ...] = ()
     free: bool = False
+    shapes: tuple[tuple[int, ...], ...] = ()
+    uncertain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class IdRange:
-    """The token ids that a model takes.
+    """The token ids that a model accepts.
 
     Attributes:
-        rows: Ids are from 0 up to, but not including, this number.
-        padding: The id that stands for nothing.
+        rows: Ids run from 0 to ``rows - 1``.
+        padding: The id for padding.
     """
 
     rows: int
@@ -50,20 +55,36 @@ class IdRange:
 
 
 @dataclass(frozen=True, slots=True)
-class InputSpec:
-    """One tensor that a model takes: ``[B, *shape]``, the batch first.
+class Mask:
+    """A mask says which elements of an item count and which are padding.
 
     Attributes:
-        shape: Sizes of the default item without the batch, such as ``(3, 224, 224)``.
+        padding: The number that stands for padding, 0 or 1; the other one is for what counts.
+    """
+
+    padding: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """One tensor that a model takes: ``[B, *shape]``, with the batch dimension first.
+
+    Attributes:
+        shape: The shape of the default item, without the batch, such as ``(3, 224, 224)``.
         free: The dimensions that may have another size, as indices into ``shape``, ascending:
             ``(1, 2)`` for images of any height and width. The others are fixed.
         dtype: The element type that the model computes with.
         also: Element types that are converted to it.
         guess: What of all that is to be found by running the module; None if the source knows
             the module well.
-        ids: The range of integers with which the module was found to run; None if the input is
-            no integers, or only 0 and 1 are known to be taken.
-        name: What requests call it: the name of the argument of the module's ``forward``.
+        values: What the elements stand for, which example batches must follow; None for any
+            numbers, or for integers of which only 0 and 1 are known to be taken.
+        name: What requests call it: the name of the argument of the module's ``forward``; with
+            dots where the argument is a dict or a tuple of tensors, as in ``features.input_ids``
+            and ``pair.0`` (see ``layertap.models.arguments``).
+        optional: Whether a request may leave it out. The module is then called without it.
+        symbols: The names of the free dimensions, one for each member of ``free``. Dimensions of
+            one name have one size in all inputs of a request. Conventional names if empty.
     """
 
     shape: tuple[int, ...]
@@ -71,30 +92,39 @@ class InputSpec:
     dtype: torch.dtype = torch.float32
     also: tuple[torch.dtype, ...] = ()
     guess: InputGuess | None = None
-    ids: IdRange | None = None
+    values: IdRange | Mask | None = None
     name: str = DEFAULT_NAME
+    optional: bool = False
+    symbols: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         allowed = range(len(self.shape))
         if list(self.free) != sorted(set(self.free)) or not set(self.free) <= set(allowed):
             raise ValueError(f"free: got {self.free} for an item of {self.shape}")
+        if self.symbols and len(self.symbols) != len(self.free):
+            raise ValueError(f"symbols: got {self.symbols} for free dimensions {self.free}")
 
     @property
     def dtype_name(self) -> str:
-        """The element type's name in the protocol, such as ``"float32"``."""
+        """The dtype's name in the protocol, such as ``"float32"``."""
         return _name(self.dtype)
 
     @property
     def dimensions(self) -> list[tuple[int, str]]:
         """The default size of each dimension of an item, and the name of those that are free."""
-        count = len(self.free)
-        names = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
-        named = dict(zip(self.free, names, strict=True))
+        named = dict(zip(self.free, self.free_names, strict=True))
         return [(size, named.get(index, "")) for index, size in enumerate(self.shape)]
 
     @property
+    def free_names(self) -> tuple[str, ...]:
+        """The names of the free dimensions, in the order of ``free``."""
+        count = len(self.free)
+        conventional = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
+        return self.symbols or conventional
+
+    @property
     def pattern(self) -> str:
-        """The shape in words, such as ``"[B, 3, H, W]"``."""
+        """The shape as text, such as ``"[B, 3, H, W]"``."""
         return f"[{', '.join(['B', *(name or str(size) for size, name in self.dimensions)])}]"
 
     def batch_shape(self, batch: int) -> tuple[int, ...]:
@@ -102,10 +132,11 @@ class InputSpec:
         return (batch, *self.shape)
 
     def check(self, shape: Sequence[int], dtype_name: str) -> None:
-        """Accept a batch's shape and dtype name, or say what was expected instead.
+        """Check a batch's shape and dtype name.
 
         Raises:
-            InvalidInputError: the dtype, the rank or a fixed size is wrong, or a size is zero.
+            InvalidInputError: The dtype, the rank or a fixed size is wrong, or a size is zero. The
+                message says what was expected.
         """
         if dtype_name not in map(_name, (self.dtype, *self.also)):
             others = "".join(f", or {_name(dtype)}" for dtype in self.also)
@@ -130,71 +161,166 @@ class Signature:
     """The tensors that a model takes.
 
     Attributes:
-        inputs: At least one; no two of one name.
+        inputs: At least one, the first of which is not optional; no two of one name.
     """
 
     inputs: tuple[InputSpec, ...]
 
+    def __post_init__(self) -> None:
+        names = [spec.name for spec in self.inputs]
+        if not names or self.inputs[0].optional or len(set(names)) != len(names):
+            raise ValueError(f"inputs: got {names}, expected distinct names, the first required")
+
     @property
     def main(self) -> InputSpec:
-        """The first input: images become it, and activations' grids are compared with its sizes."""
+        """The first input, with whose sizes the grids of activations are compared."""
         return self.inputs[0]
 
     @property
+    def required(self) -> tuple[InputSpec, ...]:
+        """The inputs that every request must have."""
+        return tuple(spec for spec in self.inputs if not spec.optional)
+
+    @property
     def key(self) -> BatchKey:
-        """The key of a batch of items of the default shape."""
-        return BatchKey(tuple(ItemTensor(s.name, s.shape, s.dtype) for s in self.inputs))
+        """The key of a batch of items of the default shape, without the optional inputs."""
+        return _key(self.required)
+
+    @property
+    def whole_key(self) -> BatchKey:
+        """The key of a batch of items of the default shape that has every optional input too."""
+        return _key(self.inputs)
 
     @property
     def has_floats(self) -> bool:
-        """Whether some input is floating-point."""
+        """Whether any input is floating-point."""
         return any(spec.dtype.is_floating_point for spec in self.inputs)
 
+    def spec(self, name: str) -> InputSpec:
+        """Return the input of a name; raise KeyError where there is none."""
+        for spec in self.inputs:
+            if spec.name == name:
+                return spec
+        raise KeyError(name)
+
     def key_of(self, batch: Batch) -> BatchKey:
-        """Return the key of a batch once its tensors are of the model's own element types."""
+        """Return the key of a batch after its tensors are converted to the model's own dtypes."""
         return BatchKey(
             tuple(
                 ItemTensor(spec.name, tuple(batch[spec.name].shape[1:]), spec.dtype)
-                for spec in self.inputs
+                for spec in self._given(batch)
             )
         )
 
     def converted(self, batch: Batch) -> Batch:
         """Return a batch with its tensors of the model's own element types."""
-        return Batch({spec.name: batch[spec.name].to(spec.dtype) for spec in self.inputs})
+        return Batch({spec.name: batch[spec.name].to(spec.dtype) for spec in self._given(batch)})
 
-    def with_main(self, spec: InputSpec) -> Signature:
-        """Return the signature with another first input."""
-        return Signature((spec, *self.inputs[1:]))
+    def resized(self, shape: Sequence[int]) -> BatchKey:
+        """Return the key of a batch whose items of the first input have another shape.
+
+        Dimensions of the other required inputs that have names of its free dimensions follow.
+        """
+        main = self.main
+        sizes = {name: shape[axis] for axis, name in zip(main.free, main.symbols, strict=False)}
+        key = self.key.with_shape(main.name, shape)
+        for spec in self.required[1:]:
+            named = dict(zip(spec.free, spec.symbols, strict=False))
+            other = [sizes.get(named.get(axis, ""), size) for axis, size in enumerate(spec.shape)]
+            key = key.with_shape(spec.name, other)
+        return key
+
+    def with_input(self, spec: InputSpec) -> Signature:
+        """Return the signature with another input in the place of the one of the same name."""
+        return Signature(tuple(spec if each.name == spec.name else each for each in self.inputs))
 
     def check(self, given: Mapping[str, tuple[Sequence[int], str]]) -> int:
-        """Accept the tensors of a batch, or say what was expected instead.
+        """Check the tensors of a batch.
 
         Args:
             given: The shape and dtype name of each tensor, by the input's name; the name may be
-                empty if the model has one input and one tensor is given.
+                empty if the model needs one input and one tensor is given.
 
         Returns:
             The size of the batch.
 
         Raises:
-            InvalidInputError: A name, dtype, rank or fixed size is wrong, a size is zero, or the
-                tensors have different batch sizes.
+            InvalidInputError: A name, dtype, rank or fixed size is wrong, an input is missing, a
+                size is zero, or two tensors differ in the size of the batch or of a free dimension
+                that they have in common.
         """
-        if len(self.inputs) == 1 and list(given) == [""]:
-            given = {self.main.name: given[""]}
-        if given.keys() != {spec.name for spec in self.inputs}:
-            raise InvalidInputError(
-                f"inputs: got {', '.join(map(repr, given))}, expected "
-                f"{', '.join(repr(spec.name) for spec in self.inputs)}"
-            )
+        if list(given) == [""]:
+            given = {self.only_required: given[""]}
+        self._check_names(list(given))
         for spec in self.inputs:
-            spec.check(*given[spec.name])
-        sizes = {name: shape[0] for name, (shape, _) in given.items()}
+            if spec.name in given:
+                spec.check(*given[spec.name])
+        shapes = {name: shape for name, (shape, _) in given.items()}
+        self._check_common_sizes(shapes)
+        sizes = {name: shape[0] for name, shape in shapes.items()}
         if len(set(sizes.values())) > 1:
             each = ", ".join(f"{size} of {name!r}" for name, size in sizes.items())
             raise InvalidInputError(f"inputs: got batches of {each}, expected one size for all")
         return next(iter(sizes.values()))
+
+    @property
+    def only_required(self) -> str:
+        """The name of the input that a tensor without a name is for.
+
+        Raises:
+            InvalidInputError: The model needs several inputs.
+        """
+        if len(self.required) > 1:
+            raise InvalidInputError(
+                f"inputs: got a tensor without a name, expected a name for each: {self.pattern}"
+            )
+        return self.main.name
+
+    @property
+    def pattern(self) -> str:
+        """The inputs in words, such as ``"input_ids [B, L], attention_mask [B, L] (optional)"``."""
+        return ", ".join(
+            f"{spec.name} {spec.pattern}{' (optional)' if spec.optional else ''}"
+            for spec in self.inputs
+        )
+
+    def _given(self, batch: Batch) -> list[InputSpec]:
+        """Return the inputs for which a batch has a tensor."""
+        return [spec for spec in self.inputs if spec.name in batch]
+
+    def _check_names(self, given: Sequence[str]) -> None:
+        known = [spec.name for spec in self.inputs]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise InvalidInputError(f"inputs: got {name!r}{hint}, expected {self.pattern}")
+        missing = [spec.name for spec in self.required if spec.name not in given]
+        if missing:
+            raise InvalidInputError(
+                f"inputs: got {', '.join(map(repr, given)) or 'none'} without "
+                f"{', '.join(map(repr, missing))}, expected {self.pattern}"
+            )
+
+    def _check_common_sizes(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse tensors whose free dimensions of one name have different sizes."""
+        seen: dict[str, tuple[str, int]] = {}
+        for spec in self.inputs:
+            # Conventional names say nothing of the dimensions of another input.
+            if spec.name not in shapes or not spec.symbols:
+                continue
+            for axis, symbol in zip(spec.free, spec.symbols, strict=True):
+                size = shapes[spec.name][axis + 1]
+                other, expected = seen.setdefault(symbol, (spec.name, size))
+                if size != expected:
+                    raise InvalidInputError(
+                        f"input {spec.name!r}: got shape {list(shapes[spec.name])} with {symbol} "
+                        f"{size}, expected {expected}, as {other!r} has"
+                    )
+
+
+def _key(specs: Iterable[InputSpec]) -> BatchKey:
+    return BatchKey(tuple(ItemTensor(spec.name, spec.shape, spec.dtype) for spec in specs))
 
 
 def _name(dtype: torch.dtype) -> str:

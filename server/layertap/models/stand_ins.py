@@ -1,4 +1,4 @@
-"""Placeholders for other objects in a checkpoint, read without importing or running their code."""
+"""Reads checkpoints without importing or running code of the classes in them."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ import torch
 
 __all__ = ["StandIn", "load_pickled"]
 
-# torch keeps the classes that a weights-only load may build in one set for the process.
+# torch keeps the classes that a weights-only load may build in one set for the whole process.
 _LOCK = threading.Lock()
 
 
 class StandIn:
-    """Takes the place of an object of any class but tensors, numbers, texts and containers.
+    """A placeholder for an object that is not a tensor, number, text or container.
 
     Attributes:
         origin: The class's full name, such as ``"argparse.Namespace"``.
-        content: What the object was saved with: mostly its attributes by name.
+        content: The pickled state of the object: usually its attributes by name.
     """
 
     origin = ""
     content: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Ignore the arguments that the class's own code would take."""
+        """Ignore the arguments, which are for the class's own code."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Ignore the arguments."""
 
     def __setstate__(self, state: Any) -> None:
-        """Keep what the object was saved with."""
+        """Keep the pickled state."""
         self.content = state
 
 
 class _DictStandIn(StandIn):
-    """The same for a class derived from dict, into which the unpickler puts items."""
+    """A placeholder for an object of a dict subclass, into which the unpickler puts items."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return {}
 
 
 def load_pickled(file: Path) -> Any:
-    """Load a ``torch.save`` file onto the CPU, by torch's weights-only unpickler.
+    """Load a ``torch.save`` file onto the CPU with torch's weights-only unpickler.
 
-    That unpickler builds tensors and plain containers only and refuses a file with any other class.
-    Training scripts save settings and counters next to the weights, as objects of such classes.
-    Each of these classes is stood in for by one that does nothing, so the weights can be read: no
-    code that the file names is imported or run.
+    That unpickler builds only tensors and plain containers, and refuses files with other classes.
+    But training scripts save settings and counters next to the weights, as objects of such classes.
+    So each of these classes is replaced by a placeholder that does nothing. The weights can then be
+    read, and no code that the file names is imported or run.
 
     Raises:
-        Exception: whatever torch's unpickler trips over.
+        Exception: Any exception of torch's unpickler.
     """
     stand_ins = {name: _stand_in(name, StandIn) for name in _foreign_classes(file)}
     with _LOCK:
-        # A class that items are put into is known to be a dict by the unpickler's refusal only.
+        # Only the unpickler's refusal shows that a class is a dict, into which items are put.
         for _ in stand_ins:
             try:
                 return _load(file, stand_ins)
@@ -81,10 +81,10 @@ def _load(file: Path, stand_ins: dict[str, type]) -> Any:
 
 
 def _foreign_classes(file: Path) -> list[str]:
-    """Return the names in the file that the weights-only unpickler would refuse."""
+    """Return the names of the classes in the file that the weights-only unpickler would refuse."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
-    # Files of torch's old format, of other kinds, and damaged ones; loading says what is wrong.
+    # Files of torch's old format, of other kinds, and damaged ones; loading them gives the error.
     except Exception:  # noqa: BLE001
         return []
 

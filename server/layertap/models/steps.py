@@ -1,4 +1,4 @@
-"""The steps from a decoded image to a model's input tensor, done by torchvision's functions."""
+"""The steps from a decoded image to a model's input tensor, using torchvision's functions."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from layertap.errors import InvalidInputError
 __all__ = ["MAX_RESIZED_PIXELS", "CustomTransform", "ResizeMode", "Steps", "steps_of"]
 
 MAX_RESIZED_PIXELS = 16 * 2**20
-"""An image of 1 x 10,000 pixels whose short side becomes 256 would have 655 million of them."""
+"""Limit on a resized image: 1 x 10,000 pixels with the short side made 256 would be 655 million."""
 
 
 class ResizeMode(StrEnum):
-    """What the sizes of a resize mean.
+    """How to read the sizes of a resize.
 
     SHORT_SIDE has one size, the others a height and a width. COVER keeps the proportions and makes
-    the image no smaller than both, CONTAIN no larger than both; EXACT doesn't keep proportions.
+    the image at least as large as both sizes, CONTAIN at most as large; EXACT ignores proportions.
     """
 
     SHORT_SIDE = "short side"
@@ -62,12 +62,12 @@ class Steps:
 
     Attributes:
         resize: One size for the short side, or a height and a width; empty for no resizing.
-        resize_mode: What two sizes mean.
-        interpolation: How it is resized, a value of torchvision's ``InterpolationMode``.
+        resize_mode: How to read the sizes.
+        interpolation: The filter, a value of torchvision's ``InterpolationMode``.
         crop: Height and width, or empty for no cropping. A smaller image is padded.
-        fill: The value, 0 to 255, of padded pixels, one for each channel; black if empty.
-        mean: One number for each channel or one for all; empty for no normalisation.
-        std: The same for the division.
+        fill: The value (0 to 255) of padded pixels, one per channel; black if empty.
+        mean: The mean to subtract, one number per channel or one for all; empty for none.
+        std: The standard deviation to divide by, in the same form.
     """
 
     resize: tuple[int, ...] = ()
@@ -79,14 +79,14 @@ class Steps:
     std: tuple[float, ...] = ()
 
     def shrink(self, image: Image.Image, index: int | None = None) -> Image.Image:
-        """Resize and crop. No PyTorch runs here, so any thread may call it.
+        """Resize and crop. This doesn't use PyTorch, so any thread may call it.
 
         Args:
             image: The decoded image.
-            index: The image's place in the request, for errors; None for our own image.
+            index: The image's place in the request, for errors; None for an image of our own.
 
         Raises:
-            InvalidInputError: the image is so narrow that resizing it would make a huge one.
+            InvalidInputError: The image is so narrow that resizing would make it huge.
         """
         if self.resize:
             size = self._resized(image.width, image.height, index)
@@ -98,11 +98,11 @@ class Steps:
         return image
 
     def finish(self, shrunk: Image.Image, channels: int) -> torch.Tensor:
-        """Return the resized image as ``[channels, H, W] float32``, on the CPU.
+        """Convert the resized image to ``[channels, H, W] float32``, on the CPU.
 
-        A gray image of a model of several channels is repeated for each.
+        If the model has several channels, a gray image is repeated for each of them.
         """
-        # 16-bit pixels are divided by 65535, others by 255.
+        # 16-bit pixels are divided by 65535, 8-bit pixels by 255.
         values: torch.Tensor = convert_image_dtype(pil_to_tensor(shrunk), torch.float32)
         if values.shape[0] == 1 and channels > 1:
             values = values.repeat(channels, 1, 1)
@@ -113,11 +113,10 @@ class Steps:
         return normal
 
     def describe(self) -> list[str]:
-        """Return the steps in words, such as ``["resize 256 (bilinear)", ...]``."""
+        """Return the steps as text, such as ``["resize 256 (bilinear)", ...]``."""
         words = []
         if self.resize:
-            # One size is the short side's, which is what most models have.
-            # Pillow smooths what it makes smaller, with every filter but the nearest pixel's.
+            # Pillow smooths when it makes an image smaller, with every filter except "nearest".
             how = [self.interpolation, *(["antialias"] if self.interpolation != "nearest" else [])]
             if self.resize_mode in (ResizeMode.COVER, ResizeMode.CONTAIN):
                 how.insert(0, f"{self.resize_mode}, proportions kept")
@@ -134,20 +133,20 @@ class Steps:
         return words
 
     def _resized(self, width: int, height: int, index: int | None) -> tuple[int, ...]:
-        """Return the sizes to resize to: one for the short side, else height and width."""
+        """Return the sizes to resize to: one size for the short side, or height and width."""
         size: tuple[int, ...] = self.resize
         result = size
         if self.resize_mode in (ResizeMode.COVER, ResizeMode.CONTAIN):
-            # As timm's ResizeKeepRatio computes them.
+            # The same formula as timm's ResizeKeepRatio.
             ratios = height / size[0], width / size[1]
             ratio = max(ratios) if self.resize_mode is ResizeMode.CONTAIN else min(ratios)
             size = result = (round(height / ratio), round(width / ratio))
         elif len(size) == 1:
-            # torchvision's rule: the long side keeps the proportion.
+            # torchvision's rule: the long side keeps the proportions.
             short, long = sorted((width, height))
             result = (size[0], size[0] * long // short)
         elif self.resize_mode is ResizeMode.EXACT:
-            return size  # Of a size that the server's owner chose, whatever the image's.
+            return size  # The operator chose this size, whatever the image's.
         if math.prod(result) > MAX_RESIZED_PIXELS:
             raise InvalidInputError(
                 f"got {width} x {height} pixels, expected an image whose short side can become "
@@ -159,37 +158,37 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class CustomTransform:
-    """A function whose steps are not known: a factory's own preprocessing.
+    """A factory's own preprocessing function, whose steps are not known.
 
     Attributes:
-        transform: Takes a PIL image, gives a tensor or array ``[C, H, W]``, or a mapping whose
+        transform: Takes a PIL image and returns a tensor or array ``[C, H, W]``, or a mapping whose
             ``pixel_values`` is a batch of one.
-        name: What clients read.
+        name: The name that clients read.
     """
 
     transform: Callable[[Image.Image], Any]
     name: str
 
     def shrink(self, image: Image.Image, index: int | None = None) -> Image.Image:
-        """Return the image as it is: the function must not run outside of a compute thread."""
+        """Return the image unchanged: the function may only run on a compute thread."""
         return image
 
     def finish(self, shrunk: Image.Image, channels: int) -> torch.Tensor:
-        """Return what the function makes of the image, as float32 on the CPU."""
+        """Return the function's result for the image, as float32 on the CPU."""
         made = self.transform(shrunk)
         if isinstance(made, Mapping) and "pixel_values" in made:
-            # An image processor of Hugging Face returns a batch of one, as arrays or tensors.
+            # A Hugging Face image processor returns a batch of one, as arrays or tensors.
             made = made["pixel_values"][0]
         return torch.as_tensor(made).to("cpu", torch.float32)
 
     def describe(self) -> list[str]:
-        """Return the function's name or, of a chain of transforms, each of them."""
+        """Return the name of the function, or the names of the transforms in a chain."""
         return [self.name]
 
 
 def steps_of(transform: Callable[..., Any]) -> Steps | CustomTransform:
-    """Return the steps of torchvision's presets and common chains; else the function itself."""
-    # Compared exactly, as a subclass may do anything.
+    """Return the steps of torchvision's presets and of common chains; else the function itself."""
+    # Compare the exact class, as a subclass may do anything.
     kind = type(transform)
     if kind is ImageClassification:
         return _preset(transform, crop=True)
@@ -245,7 +244,7 @@ def _take(rest: list[Any], kind: type) -> Any | None:
 
 def _numbers(values: Any) -> tuple[float, ...]:
     if isinstance(values, torch.Tensor):
-        # The shortest decimal of each float32, such as 0.485: the same number, read more easily.
+        # The shortest decimal of each float32, such as 0.485: the same number, but readable.
         return tuple(float(str(value)) for value in values.float().reshape(-1).numpy())
     return tuple(map(float, values))
 
@@ -276,7 +275,7 @@ def _name(transform: Any) -> str:
     if name is not None:
         return f"{transform.__module__}.{name}"
     words = repr(transform)
-    # Python's own repr names an address only.
+    # Python's default repr shows only an address.
     return type(transform).__name__ if " at 0x" in words else " ".join(words.split())
 
 

@@ -18,57 +18,29 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from layertap.errors import InvalidInputError, ModelLoadError
+from layertap.texts import TextOptions, Truncation
 
 __all__ = [
+    "DEFAULT_OPTIONS",
     "IDS",
     "MASK",
     "TYPES",
-    "TextOptions",
     "TextTokenizer",
     "TokenizedTexts",
-    "Truncation",
     "bare",
+    "tokenizer_file",
     "tokenizer_of_file",
 ]
 
 IDS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 
 TOKENIZER_FILE = "tokenizer.json"
-
-
-class Truncation(StrEnum):
-    """Where a text with too many tokens is cut."""
-
-    NONE = "none"
-    """Nowhere: such a text is refused."""
-    END = "end"
-    """At its end: its first tokens stay."""
-    START = "start"
-    """At its start: its last tokens stay."""
-
-
-@dataclass(frozen=True, slots=True)
-class TextOptions:
-    """How the texts of a request are tokenised.
-
-    Attributes:
-        truncation: Where a text is cut that has more tokens than ``max_tokens``.
-        max_tokens: The most tokens of a text, special ones included; 0 for as many as the model
-            takes.
-        special_tokens: Whether the special tokens that the tokenizer puts around a text are added,
-            such as ``[CLS]`` and ``[SEP]``.
-    """
-
-    truncation: Truncation = Truncation.NONE
-    max_tokens: int = 0
-    special_tokens: bool = True
 
 
 DEFAULT_OPTIONS = TextOptions()
@@ -107,12 +79,14 @@ class TextTokenizer:
         backend: The ``tokenizers.Tokenizer``, without truncation and padding of its own.
         max_tokens: The most tokens that the model takes; 0 where nothing says it.
         padding: The id of padding.
+        types: Whether the model is given token types where it takes them.
         origin: Where it comes from, such as ``"the folder's tokenizer"``; shown to clients.
     """
 
     backend: Any
     max_tokens: int = 0
     padding: int = 0
+    types: bool = True
     origin: str = ""
 
     def tokenize(
@@ -241,6 +215,11 @@ def _padded(texts: Sequence[_Tokens], padding: int) -> TokenizedTexts:
     return TokenizedTexts(ids, mask, types, offsets, words)
 
 
+def tokenizer_file(path: Path) -> Path:
+    """Return the file that a path given as tokenizer names: itself, or the one in the folder."""
+    return path / TOKENIZER_FILE if path.is_dir() else path
+
+
 def tokenizer_of_file(path: Path, max_tokens: int = 0) -> TextTokenizer:
     """Read a ``tokenizer.json``, or the one in a folder.
 
@@ -250,7 +229,7 @@ def tokenizer_of_file(path: Path, max_tokens: int = 0) -> TextTokenizer:
     Raises:
         ModelLoadError: The package ``tokenizers`` is not installed, or the file can't be read.
     """
-    file = path / TOKENIZER_FILE if path.is_dir() else path
+    file = tokenizer_file(path)
     try:
         # Optional: only models that take texts need it.
         from tokenizers import Tokenizer  # noqa: PLC0415
@@ -269,11 +248,13 @@ def tokenizer_of_file(path: Path, max_tokens: int = 0) -> TextTokenizer:
     return bare(backend, limit, padding, TOKENIZER_FILE)
 
 
-def bare(backend: Any, max_tokens: int, padding: int, origin: str) -> TextTokenizer:
+def bare(
+    backend: Any, max_tokens: int, padding: int, origin: str, *, types: bool = True
+) -> TextTokenizer:
     """Return the tokenizer of a backend, which loses its own truncation and padding."""
     backend.no_truncation()
     backend.no_padding()
-    return TextTokenizer(backend, max_tokens, padding, origin)
+    return TextTokenizer(backend, max_tokens, padding, types, origin)
 
 
 def _padding_of(backend: Any) -> int:

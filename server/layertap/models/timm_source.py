@@ -1,4 +1,4 @@
-"""Models of timm: ``timm:NAME``, with timm's own transforms. Needs the extra ``layertap[timm]``."""
+"""Models of timm (``timm:NAME``) with timm's own transforms; needs the extra ``layertap[timm]``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from layertap.settings.paths import is_path
 
 __all__ = ["build_timm"]
 
-# Those of timm's training script that its resolve_data_config reads.
+# The arguments of timm's training script that timm.data.resolve_data_config reads.
 _IMAGE_ARGUMENTS = (
     *("input_size", "img_size", "in_chans", "mean", "std"),
     *("interpolation", "crop_pct", "crop_mode"),
@@ -37,13 +37,14 @@ _IMAGE_ARGUMENTS = (
 def build_timm(spec: ModelSpec) -> Built:
     """Create a timm model by its name, such as ``timm:convnext_tiny`` or ``timm:vit_base.augreg``.
 
-    An item shape of one channel builds it for one, to which timm converts weights of three.
+    With an item shape of one channel, the model is built for one channel, and timm converts weights
+    for three channels to it.
 
-    Weights: DEFAULT for those that timm's name stands for, the path of a state dict, or random.
+    Weights: DEFAULT for timm's own weights of that name, the path of a state dict, or random.
 
     Raises:
         ModelLoadError: timm is not installed, or has no such model.
-        WeightsUnavailableError: the weights can't be had.
+        WeightsUnavailableError: The weights can't be found or read.
     """
     timm = _timm()
     name = spec.target
@@ -64,14 +65,14 @@ def build_timm(spec: ModelSpec) -> Built:
         module=module,
         source=f"timm:{name}",
         weights=weights,
-        input=InputSpec(shape, free=() if fixed else (1, 2)),
+        inputs=(InputSpec(shape, free=() if fixed else (1, 2)),),
         preprocess=config_of_timm(config, "timm's configuration").preprocess(shape),
     )
 
 
 def _timm() -> Any:
     try:
-        # Optional, and slow to import: only its own model pays for it.
+        # timm is optional and slow to import, so only its own models import it.
         import timm  # noqa: PLC0415
         import timm.data  # noqa: PLC0415
     except ImportError as error:
@@ -82,10 +83,10 @@ def _timm() -> Any:
 
 
 def _weighted(timm: Any, spec: ModelSpec) -> tuple[nn.Module, str, dict[str, Any]]:
-    """Return the module, what clients read of its weights, and settings of its images next to them.
+    """Return the module, a description of its weights for clients, and image settings.
 
-    A checkpoint of timm's training script holds the script's arguments, by which it resolved the
-    preprocessing of its own evaluation.
+    A checkpoint of timm's training script holds the script's arguments, from which timm derived the
+    image preprocessing of its own evaluation.
     """
     size: dict[str, Any] = {}
     channels = spec.item_shape[0] if spec.item_shape and len(spec.item_shape) == 3 else 3

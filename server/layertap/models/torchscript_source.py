@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from layertap.errors import ModelLoadError, WeightsUnavailableError
-from layertap.models.guessed_input import guess_input
+from layertap.models.guessed_input import taken_by
 from layertap.models.loaded import Built
 from layertap.models.weights import DEFAULT, RANDOM
 from layertap.settings import ModelSpec
@@ -21,9 +21,9 @@ def build_torchscript(spec: ModelSpec) -> Built:
     """Load a TorchScript file onto the CPU.
 
     Raises:
-        ModelLoadError: there is no such file, it is no TorchScript archive, or its input shape
-            can't be told.
-        WeightsUnavailableError: the spec requests other weights than the file's.
+        ModelLoadError: There is no such file, it is not a TorchScript archive, or its input shape
+            can't be determined.
+        WeightsUnavailableError: The spec requests other weights than the file's.
     """
     path = Path(spec.target)
     _refuse_weights(path.name, spec.weights)
@@ -32,7 +32,8 @@ def build_torchscript(spec: ModelSpec) -> Built:
         module=module,
         source=f"torchscript:{path.name}",
         weights=path.name,
-        input=guess_input(module, spec),
+        inputs=taken_by(module, spec),
+        more=not spec.inputs,
     )
 
 

@@ -1,4 +1,4 @@
-"""Torchvision's builders and weights by name, with close matches for misspelt ones."""
+"""Torchvision's builders and weights by name; errors suggest close matches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Builder", "Family", "find_builder"]
 
 
 class Family(StrEnum):
-    """A task of torchvision's; the value is its subpackage of ``torchvision.models``."""
+    """A task of torchvision; the value is the name of its subpackage of ``torchvision.models``."""
 
     CLASSIFICATION = "classification"
     SEGMENTATION = "segmentation"
@@ -43,8 +43,8 @@ class Builder:
     Attributes:
         name: Its registered name, such as ``"resnet18"``.
         build: The builder itself.
-        family: Its task, which decides the input and the preprocessing.
-        members: Its weights, members of a ``torchvision.models.WeightsEnum``, with their names.
+        family: Its task, which determines the input and the preprocessing.
+        members: Its weights by name, as members of a ``torchvision.models.WeightsEnum``.
     """
 
     name: str
@@ -54,14 +54,14 @@ class Builder:
 
     @property
     def parameters(self) -> frozenset[str]:
-        """The names of the arguments that the builder lists."""
+        """The names of the builder's arguments."""
         return frozenset(inspect.signature(self.build).parameters)
 
     def member(self, weights: str) -> Any:
-        """Return a weights member by name, with or without its class's name before a dot.
+        """Return a weights member by name, with or without the name of its class and a dot.
 
         Raises:
-            WeightsUnavailableError: there is none; the message lists those there are.
+            WeightsUnavailableError: There is no such member; the message lists all members.
         """
         members = self.members
         full = {str(member): member for member in members.values()}
@@ -83,10 +83,10 @@ class Builder:
         return None
 
     def reference(self) -> Any:
-        """Return the member whose transforms stand for weights that name none.
+        """Return the member whose transforms are used for weights of unknown origin.
 
-        That is the original ImageNet recipe where there is one, else the member for the smallest
-        images, which is the size that torchvision builds the untrained model for.
+        That is the original ImageNet recipe if there is one. Otherwise it is the member for the
+        smallest images, the size for which torchvision builds the untrained model.
         """
         if self.family is not Family.CLASSIFICATION:
             return self.members[DEFAULT]
@@ -95,10 +95,10 @@ class Builder:
 
 
 def find_builder(name: str) -> Builder:
-    """Return torchvision's builder of that name.
+    """Return torchvision's builder with this name.
 
     Raises:
-        ModelLoadError: torchvision has none, or layertap can't serve what it builds.
+        ModelLoadError: torchvision has no such builder, or layertap can't serve its models.
     """
     names = models.list_models()
     if name not in names:
@@ -110,13 +110,13 @@ def find_builder(name: str) -> Builder:
     family = _family(name)
     if family in _REFUSED:
         raise ModelLoadError(f"model {name!r} can't be served: {_REFUSED[family]}")
-    # ``__members__`` has the alias DEFAULT, which iteration leaves out.
+    # ``__members__`` includes the alias DEFAULT, which iteration skips.
     members = dict(models.get_model_weights(name).__members__)
     return Builder(name, models.get_model_builder(name), family, members)
 
 
 def _family(name: str) -> Family:
-    # torchvision.models.resnet is a plain module, torchvision.models.video.resnet a family's.
+    # torchvision.models.resnet is a module, while torchvision.models.video.resnet is in a family.
     parts = models.get_model_builder(name).__module__.split(".")
     return Family(parts[2]) if len(parts) > 3 else Family.CLASSIFICATION
 

@@ -15,10 +15,10 @@ from layertap.models.torchvision_catalogue import Builder, Family
 
 __all__ = ["input_spec", "preprocess"]
 
-# Their position encodings are made for one size of image.
+# The position encodings of these models are made for one image size.
 _FIXED_SIZE = (VisionTransformer, MaxVit, MViT)
 
-# Families whose transforms don't crop: sizes that are cheap enough for warming up.
+# Families whose transforms don't crop, with sizes that are cheap enough for warming up.
 _UNCROPPED = {Family.DETECTION: (256, 256), Family.SEGMENTATION: (224, 224)}
 _FRAMES = 16
 
@@ -26,10 +26,10 @@ _FRAMES = 16
 def input_spec(
     builder: Builder, member: Any, module: nn.Module, item: tuple[int, ...] | None
 ) -> InputSpec:
-    """Return what the module takes; ``item``, if not None, is its default item.
+    """Return the module's input. If ``item`` is not None, it is the default item.
 
     Raises:
-        ModelLoadError: the model can't take such an item.
+        ModelLoadError: The model can't take such an item.
     """
     natural = _natural_shape(builder, member, module)
     free = () if isinstance(module, _FIXED_SIZE) else tuple(range(1, len(natural)))
@@ -47,9 +47,9 @@ def input_spec(
 
 
 def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | None:
-    """Return the preprocessing of the member's transforms, cropping to the default item.
+    """Return the preprocessing of the member's transforms, cropped to the default item.
 
-    None for video models: an image is not a clip.
+    None for video models, as an image is not a clip.
     """
     if family is Family.VIDEO:
         return None
@@ -57,7 +57,7 @@ def preprocess(family: Family, member: Any, takes: InputSpec) -> Preprocess | No
     height, width = takes.shape[-2:]
     crop = getattr(transform, "crop_size", None)
     if crop and (crop[0], crop[-1]) != (height, width):
-        # The same field of view at another size.
+        # Keep the same field of view at another size.
         scale = max(height, width) / crop[0]
         transform.resize_size = [round(size * scale) for size in transform.resize_size]
         transform.crop_size = [height] if height == width else [height, width]
@@ -72,7 +72,7 @@ def _natural_shape(builder: Builder, member: Any, module: nn.Module) -> tuple[in
     crop = list(member.transforms().crop_size)
     if builder.family is Family.VIDEO:
         if builder.name.startswith("swin3d"):
-            # Any size will do, and 224 x 224 takes seconds a clip on a CPU.
+            # This model takes any size, and 224 x 224 takes seconds per clip on a CPU.
             crop = [112, 112]
         return (3, _FRAMES, *crop)
     return (3, crop[0], crop[-1])

@@ -30,7 +30,8 @@ from layertap.settings.paths import is_path
 
 __all__ = ["build_torchvision"]
 
-# Torchvision sets the batch norms' epsilon to 0 for these files only, made before it had one.
+# These files were made before torchvision's batch norms had an epsilon, so torchvision sets it to 0
+# for them.
 _ZERO_EPSILON = frozenset(
     {
         "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
@@ -46,7 +47,7 @@ def build_torchvision(spec: ModelSpec) -> Built:
 
     Raises:
         ModelLoadError: torchvision has no such model, or layertap can't serve it.
-        WeightsUnavailableError: the weights can't be had.
+        WeightsUnavailableError: The weights can't be found or read.
     """
     builder = find_builder(spec.target)
     if spec.weights == RANDOM:
@@ -63,7 +64,7 @@ def build_torchvision(spec: ModelSpec) -> Built:
         module=module,
         source=f"torchvision:{builder.name}",
         weights=text,
-        input=takes,
+        inputs=(takes,),
         preprocess=preprocess(builder.family, member, takes),
         takes_list=builder.family is Family.DETECTION,
     )
@@ -98,14 +99,14 @@ def _with_file(builder: Builder, path: str, key: str) -> tuple[nn.Module, str]:
 
 
 def _with_member(builder: Builder, member: Any) -> nn.Module:
-    """Let torchvision itself build and load: some weights need more than their state dict."""
+    """Let torchvision build and load the model: some weights need more than their state dict."""
     cached = Path(torch.hub.get_dir(), "checkpoints", PurePath(member.url).name)
     was_cached = cached.exists()
     try:
         with seeded(0):
             return builder.build(weights=member, progress=sys.stderr.isatty())
-    # HTTPError, URLError and socket errors are OSErrors; a wrong hash and a broken or foreign file
-    # are RuntimeErrors or what torch's unpickler trips over.
+    # HTTPError, URLError and socket errors are OSErrors. A wrong hash and a damaged or foreign file
+    # are RuntimeErrors or other exceptions of torch's unpickler.
     except (
         OSError,
         http.client.HTTPException,
@@ -134,21 +135,21 @@ def _unavailable(
 
 
 def _options(builder: Builder) -> dict[str, Any]:
-    """Return arguments that build, without weights, the modules that torchvision's weights have."""
+    """Return arguments for building the modules of torchvision's weights, without the weights."""
     options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in builder.parameters:
         options["weights_backbone"] = None
     if "aux_loss" in builder.parameters:
         options["aux_loss"] = True
     if builder.name in {"googlenet", "inception_v3"}:
-        # Left out, init_weights raises a FutureWarning.
+        # Without init_weights, torchvision gives a FutureWarning.
         options["init_weights"] = False
         options["aux_logits"] = builder.name == "inception_v3"
     return options
 
 
 def _options_of(builder: Builder, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return arguments that a state dict tells by its keys and shapes."""
+    """Return the arguments that a state dict's keys and shapes determine."""
     options: dict[str, Any] = {}
     if "aux_loss" in builder.parameters:
         options["aux_loss"] = any(key.startswith("aux_classifier.") for key in state)
@@ -157,7 +158,7 @@ def _options_of(builder: Builder, state: Mapping[str, torch.Tensor]) -> dict[str
     if builder.name.startswith("vit_") and {"encoder.pos_embedding", "conv_proj.weight"} <= set(
         state
     ):
-        # [1, 1 + patches a side squared, D]: one class token, then the patches.
+        # [1, 1 + (patches per side) ** 2, D]: one class token, then the patches.
         patches = math.isqrt(max(0, state["encoder.pos_embedding"].shape[1] - 1))
         options["image_size"] = patches * state["conv_proj.weight"].shape[-1]
     return options
@@ -173,7 +174,7 @@ def _build(builder: Builder, options: dict[str, Any]) -> nn.Module:
 
 
 def _drop_auxiliary_heads(module: Any) -> None:
-    """Leave out googlenet's training heads, as torchvision does with its own weights."""
+    """Remove googlenet's training heads, as torchvision does with its own weights."""
     module.aux_logits = False
     module.aux1 = None
     module.aux2 = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from layertap.errors import WeightsUnavailableError
 from layertap.models.checkpoint import (
     Part,
+    StateDict,
     choose_part,
     held_in,
     likely_part,
@@ -33,13 +33,11 @@ __all__ = [
 DEFAULT = "DEFAULT"
 RANDOM = "random"
 
-State = Mapping[str, Any]
-
 _NAMED = 5
 
 
 def random_text(seed: int) -> str:
-    """Return what clients read for seeded weights."""
+    """Return the description of seeded weights that clients read."""
     return f"random (seed {seed})"
 
 
@@ -49,12 +47,12 @@ def load_checkpoint(module: nn.Module, checkpoint: Checkpoint, key: str = "") ->
     See Note [Which weights a file stands for] in ``layertap.models.checkpoint``.
 
     Args:
-        module: On the CPU.
-        checkpoint: What ``read_checkpoint`` returned.
-        key: Which state dict is meant; empty to choose by the module's names.
+        module: The module, on the CPU.
+        checkpoint: The result of ``read_checkpoint``.
+        key: The ``weights_key`` of a state dict; empty to choose by the module's names.
 
     Returns:
-        What clients read: the file's name, and the state dict's where there are several.
+        The text that clients read: the file's name, and the state dict's if there are several.
 
     Raises:
         WeightsUnavailableError: No state dict fits, or several do.
@@ -62,7 +60,7 @@ def load_checkpoint(module: nn.Module, checkpoint: Checkpoint, key: str = "") ->
     own = module.state_dict()
     tied = _tied(own)
 
-    def fits(state: State) -> bool:
+    def fits(state: StateDict) -> bool:
         whole = _aliased(state, own, checkpoint.aliases)
         missed = (name for name in own if name not in whole and _is_missed(name, whole, tied))
         return whole.keys() <= own.keys() and next(missed, None) is None
@@ -77,8 +75,8 @@ def load_checkpoint(module: nn.Module, checkpoint: Checkpoint, key: str = "") ->
     return text
 
 
-def likely_state(checkpoint: Checkpoint, key: str = "") -> State:
-    """Return the state dict that is most likely meant, for what its names tell of the module.
+def likely_state(checkpoint: Checkpoint, key: str = "") -> StateDict:
+    """Return the state dict that is most likely meant, to learn from its names about the module.
 
     Raises:
         WeightsUnavailableError: There is none.
@@ -86,26 +84,26 @@ def likely_state(checkpoint: Checkpoint, key: str = "") -> State:
     return likely_part(checkpoint, key).state
 
 
-def load_into(module: nn.Module, state: State, origin: str) -> None:
-    """Load a state dict whose every key and shape, and kind of numbers, must match the module's.
+def load_into(module: nn.Module, state: StateDict, origin: str) -> None:
+    """Load a state dict. Its keys, shapes and kinds of numbers must match the module's.
 
-    A tensor that the module has under several names (tied weights) needs one of them only.
+    If a tensor has several names in the module (tied weights), one of them is enough.
 
     Raises:
-        WeightsUnavailableError: they don't; the message names the first few of each kind.
+        WeightsUnavailableError: They don't match. The message names the first few differences.
     """
     own = module.state_dict()
     tied = _tied(own)
     _check_values(own, state, tied, origin)
     if not hasattr(state, "_metadata"):
-        # Without the versions that torch.save keeps, some modules (MNASNet) refuse to load.
+        # Without the module versions that torch.save stores, some modules (MNASNet) fail to load.
         state = OrderedDict(state)
         state._metadata = own._metadata  # type: ignore[attr-defined]
     try:
-        # Not strict: modules may rename the keys of old files while loading; what is left is
-        # judged.
+        # Not strict, because modules may rename keys of old files while loading. The remaining
+        # differences are checked below.
         outcome = module.load_state_dict(state, strict=False)
-    # Modules may convert what they load, and refuse it, by code of their own.
+    # A module's own loading code may convert or refuse its entries, and raise anything.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise WeightsUnavailableError(f"weights {origin} don't fit the model: {reason}") from error
@@ -119,13 +117,13 @@ def load_into(module: nn.Module, state: State, origin: str) -> None:
 
 
 def _check_values(
-    own: State, state: State, tied: Mapping[str, frozenset[str]], origin: str
+    own: StateDict, state: StateDict, tied: Mapping[str, frozenset[str]], origin: str
 ) -> None:
-    """Compare what a file and a module have under one name, before anything is loaded."""
+    """Compare the entries that a file and a module share, before anything is loaded."""
     pairs = [
         (key, state[key], value)
         for key, value in own.items()
-        # What quantised modules keep besides tensors is theirs to read.
+        # Quantised modules also keep entries that are not tensors, and read these themselves.
         if key in state and isinstance(value, torch.Tensor)
     ]
     wrong = [
@@ -142,7 +140,7 @@ def _check_values(
     ]
     if wrong:
         raise _mismatch(origin, [("shapes differ", wrong)])
-    # Loading would convert them, and quantised weights are not numbers until they are scaled.
+    # Loading would convert them. But quantised weights are no usable numbers until scaled.
     wrong = [
         f"{key} is {given.dtype}, the model has {value.dtype}"
         for key, given, value in pairs
@@ -162,8 +160,8 @@ def _check_values(
         raise _mismatch(origin, [("tied weights differ", wrong)])
 
 
-def _tied(own: State) -> dict[str, frozenset[str]]:
-    """Return each name of a tensor that has several, with all of them."""
+def _tied(own: StateDict) -> dict[str, frozenset[str]]:
+    """Return all names of each tensor that has several names, by each of its names."""
     names: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for key, value in own.items():
         if isinstance(value, torch.Tensor) and value.numel() and value.data_ptr():
@@ -172,16 +170,16 @@ def _tied(own: State) -> dict[str, frozenset[str]]:
     return {key: frozenset(keys) for keys in names.values() if len(keys) > 1 for key in keys}
 
 
-def _is_missed(name: str, state: State, tied: Mapping[str, frozenset[str]]) -> bool:
-    """Return whether a name that a file lacks leaves a tensor of the module without its value."""
-    # The counter steers training only, and files from before torch 0.4.1 lack it.
+def _is_missed(name: str, state: StateDict, tied: Mapping[str, frozenset[str]]) -> bool:
+    """Return whether a tensor of the module gets no value, as a file lacks this name."""
+    # num_batches_tracked matters only in training, and files from before torch 0.4.1 lack it.
     return not name.endswith("num_batches_tracked") and not any(
         other in state for other in tied.get(name, ())
     )
 
 
-def _aliased(state: State, own: State, aliases: Mapping[str, str]) -> State:
-    """Return the state with the names that safetensors left out, where the module has them."""
+def _aliased(state: StateDict, own: StateDict, aliases: Mapping[str, str]) -> StateDict:
+    """Return the state with the names that safetensors did not store, if the module has them."""
     left_out = {
         name: state[kept]
         for name, kept in aliases.items()
@@ -191,7 +189,7 @@ def _aliased(state: State, own: State, aliases: Mapping[str, str]) -> State:
 
 
 def _is_one_of_several(checkpoint: Checkpoint, part: Part) -> bool:
-    """Return whether a file holds other weights, or what may be such, alongside the chosen ones."""
+    """Return whether a file holds other weights, or what may be weights, beside the chosen ones."""
     contents = checkpoint.contents
     for key in part.path:
         if any(other != key and may_be_weights(other, contents[other]) for other in contents):
@@ -200,8 +198,8 @@ def _is_one_of_several(checkpoint: Checkpoint, part: Part) -> bool:
     return False
 
 
-def _ways_out(checkpoint: Checkpoint, fits: Callable[[State], bool]) -> str:
-    """Return what the file holds, and which option would take the weights out of it."""
+def _ways_out(checkpoint: Checkpoint, fits: Callable[[StateDict], bool]) -> str:
+    """Return what the file holds, and which option would select fitting weights."""
     keys = suggestions(checkpoint, fits)
     hint = f". weights_key (--weights-key) {' or '.join(map(repr, keys))} would fit" if keys else ""
     return f". The file holds {held_in(checkpoint.contents)}{hint}"

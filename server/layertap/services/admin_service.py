@@ -19,7 +19,7 @@ class AdminService:
     """Administrative operations over gRPC.
 
     Args:
-        reload: Reads the configuration and weights again; raises LayertapError if it can't.
+        reload: Reads the configuration and weights again; raises LayertapError on failure.
     """
 
     NAME = admin_service_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -28,12 +28,12 @@ class AdminService:
         self._reload = reload
 
     def reload(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        """Reload, and report what happened to each model."""
+        """Reload the models and report the result for each of them."""
         parse(admin_service_pb2.ReloadRequest, message)
         return _to_proto(self._reload()).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this."""
+        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
         method = grpc.unary_unary_rpc_method_handler(guarded(self.reload, to_owner=True))
         return grpc.method_handlers_generic_handler(self.NAME, {"Reload": method})
 

@@ -26,7 +26,7 @@ _ADMIN = (
 
 
 def needed_right(method: str) -> Right:
-    """Return what a caller needs for a method, given as ``/package.Service/Method``."""
+    """Return the right that a method needs; the method is given as ``/package.Service/Method``."""
     if method.startswith(_OPEN):
         return Right.NONE
     return Right.ADMIN if method.startswith(_ADMIN) else Right.EXTRACT
@@ -35,11 +35,12 @@ def needed_right(method: str) -> Right:
 class Authorization(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
     """Refuses calls whose metadata ``authorization: Bearer TOKEN`` lacks the right they need.
 
-    UNAUTHENTICATED without a valid token where one could help, else PERMISSION_DENIED. Methods that
-    don't exist are refused in the same way, so that a caller can't probe which ones do.
+    The status is UNAUTHENTICATED if the call has no valid token but one could help, else
+    PERMISSION_DENIED. Methods that don't exist are refused in the same way, so that a caller can't
+    probe which methods exist.
 
     Args:
-        tokens: Which token has which right.
+        tokens: The tokens and their rights.
     """
 
     def __init__(self, tokens: Tokens) -> None:
@@ -48,7 +49,7 @@ class Authorization(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler | None:
-        """Pass a call on, or answer it with its refusal."""
+        """Pass a call on, or refuse it."""
         needed = needed_right(handler_call_details.method)
         if needed <= self._tokens.right_without:
             return continuation(handler_call_details)
@@ -73,8 +74,8 @@ def _bearer(metadata: Any) -> str:
 def _refusing(kind: type[errors.LayertapError], text: str) -> grpc.RpcMethodHandler:
     """Return a handler that refuses calls of any kind.
 
-    A streaming one, because gRPC calls that at once: it would read a unary one's request first, up
-    to hundreds of MiB from an unauthenticated caller.
+    It is a streaming handler, because gRPC calls those at once. For a unary handler gRPC would
+    first read the request, up to hundreds of MiB from an unauthenticated caller.
     """
 
     def refuse(message: object, context: grpc.ServicerContext) -> bytes:

@@ -19,21 +19,21 @@ def _overloaded(text: str) -> NoReturn:
 
 
 def aborting(context: grpc.ServicerContext) -> Callable[[str], object]:
-    """Return what ends an RPC by RESOURCE_EXHAUSTED, for a handler that maps no errors itself."""
+    """Return a function that ends an RPC with RESOURCE_EXHAUSTED; for handlers without a guard."""
     return lambda text: context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
 
 class BoundedCalls:
-    """Counts calls that last as long as their callers like, each of which keeps a thread.
+    """Limits the calls that last as long as their callers like and each occupy a thread.
 
     Safe to share between threads.
 
     Args:
-        most: How many may be open at once.
-        what: What they do, for the error's text, such as ``"calls watch health"``.
+        most: How many such calls may be open at once.
+        what: What the calls do, for the error message, such as ``"calls watch health"``.
 
     Attributes:
-        most: As above.
+        most: How many such calls may be open at once.
         open: How many are open now.
     """
 
@@ -41,18 +41,18 @@ class BoundedCalls:
         self.most = most
         self.open = 0
         self._what = what
-        # Reentrant: the garbage collector may end a call anywhere.
+        # Reentrant, because the garbage collector may end a call at any point.
         self._lock = threading.RLock()
 
     @contextmanager
     def opened(self, refuse: Callable[[str], object] = _overloaded) -> Iterator[None]:
-        """Count a call for as long as the block lasts.
+        """Count a call as open inside the block.
 
         Args:
-            refuse: Called with the reason if as many as allowed are open already; has to raise.
+            refuse: Called with the reason if the limit is reached; it must raise.
 
         Raises:
-            OverloadedError: In that case, unless ``refuse`` raises something else.
+            OverloadedError: If the limit is reached, unless ``refuse`` raises something else.
         """
         with self._lock:
             free = self.open < self.most

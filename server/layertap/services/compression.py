@@ -19,10 +19,10 @@ _ALGORITHMS = dict(
 
 
 def compress_replies(context: grpc.ServicerContext) -> None:
-    """Have gRPC compress the replies of a call if its metadata requests it.
+    """Have gRPC compress the replies of a call if the call's metadata requests it.
 
-    All gRPC clients report that they can decompress, so that alone is no reason to spend the time.
-    Call this before anything is sent.
+    Every gRPC client reports that it can decompress, so that alone is no reason to compress. Call
+    this before anything is sent.
 
     Raises:
         InvalidInputError: For an unknown algorithm.

@@ -8,16 +8,25 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from layertap.engine import ExtractionRequest, ImagesInput, ModelHost, Reservation, TensorsInput
+from layertap.engine import (
+    ExtractionRequest,
+    ImageFiles,
+    Inputs,
+    ModelHost,
+    Reservation,
+    TextBatch,
+)
 from layertap.engine.describe import RefusedAlone, refusal, refused_alone, stride
 from layertap.errors import InvalidInputError
 from layertap.extraction import LayerEntry, PointKind, ValueSpec
 from layertap.extraction.layout import Layout
 from layertap.extraction.passes import KeptState, PassRules
 from layertap.models import InputSpec, Preprocess, Steps
+from layertap.models.text import TextTokenizer
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
+from layertap.texts import TextOptions, Truncation
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto, to_proto
@@ -35,7 +44,7 @@ __all__ = [
 
 DecodedRequest = tuple[feature_service_pb2.ExtractRequest, Sequence[TensorView | SharedTensor]]
 DecodedItem = tuple[feature_service_pb2.ExtractStreamRequest, Sequence[TensorView | SharedTensor]]
-"""A request's small fields and its input tensors, as ``layertap.wire`` decodes them."""
+"""A request's small fields and its input tensors, as decoded by ``layertap.wire``."""
 
 _KINDS = {
     PointKind.MODULE: catalogue_pb2.LAYER_KIND_MODULE,
@@ -57,11 +66,11 @@ _KEPT = {
 
 @dataclass(frozen=True, slots=True)
 class Converter:
-    """Turns requests into the engine's own form.
+    """Converts requests to the engine's own form.
 
     Attributes:
-        input_bytes: Bytes that the inputs of a request may have in shared memory.
-        memory: What is shared with clients of this machine; None for none.
+        input_bytes: Maximum bytes of a request's inputs in shared memory.
+        memory: The memory shared with clients on this machine; None if there is none.
     """
 
     input_bytes: int
@@ -70,14 +79,14 @@ class Converter:
     def convert_unary(
         self, decoded: DecodedRequest, received: Reservation
     ) -> tuple[str, ExtractionRequest[bytes]]:
-        """Convert an ExtractRequest; return its model's name as well. Errors as ``convert``."""
+        """Convert an ExtractRequest; return (model name, request). See ``convert`` for errors."""
         request = self.convert(*decoded, received)
         return request.model, request
 
     def convert_item(
         self, decoded: DecodedItem, received: Reservation
     ) -> tuple[str, ExtractionRequest[bytes]]:
-        """Convert an ExtractStreamRequest in the same way; the reply bears its id."""
+        """Convert an ExtractStreamRequest in the same way; its id is added to the reply."""
         item, tensors = decoded
         request = self.convert(item, tensors, received, id_field(item.id))
         return request.model, request
@@ -89,18 +98,18 @@ class Converter:
         received: Reservation,
         reply_fields: bytes = b"",
     ) -> ExtractionRequest[bytes]:
-        """Return what a parsed request asks for, with its input out of shared memory.
+        """Convert a parsed request, and copy its input out of shared memory.
 
         Args:
-            request: Its small fields.
-            tensors: Its input tensors.
-            received: Where the bytes are counted that are copied out of shared memory.
-            reply_fields: What the reply bears besides its own fields.
+            request: The request's small fields.
+            tensors: The request's input tensors.
+            received: Counts the bytes that are copied out of shared memory.
+            reply_fields: Serialized fields to add to the reply.
 
         Raises:
-            InvalidInputError: As ``request_from_proto``, and for bytes outside of shared memory.
-            OverloadedError: If the copy would be over the limit.
-            SharedMemoryLostError: If the shared memory that it names is not lent to it.
+            InvalidInputError: See ``request_from_proto``; also if bytes are outside of the region.
+            OverloadedError: If the copy would exceed the limit.
+            SharedMemoryLostError: If the request names shared memory that is not lent to it.
         """
         memory = SessionMemory.find(self.memory, request.shared_memory_session)
         views: list[TensorView] = []
@@ -120,28 +129,24 @@ def request_from_proto(
     reply_fields: bytes = b"",
     memory: SessionMemory | None = None,
 ) -> ExtractionRequest[bytes]:
-    """Return what a parsed request asks for.
+    """Convert a parsed request.
 
     Args:
-        request: Its small fields.
-        tensors: Its input tensors.
-        reply_fields: What the reply bears besides its own fields.
-        memory: The shared memory that the reply's tensors may be written into.
+        request: The request's small fields.
+        tensors: The request's input tensors.
+        reply_fields: Serialized fields to add to the reply.
+        memory: The shared memory into which the reply's tensors may be written; None if none.
 
     Raises:
         InvalidInputError: For a missing input or an unknown enum value.
     """
-    if tensors and request.HasField("images"):
-        raise InvalidInputError("input: got inputs and images, expected one of them")
-    if tensors:
-        given: TensorsInput | ImagesInput = TensorsInput(tuple(tensors))
-    elif request.HasField("images"):
-        given = ImagesInput(request.images.images)
-    else:
-        raise InvalidInputError("input: got none, expected inputs or images")
+    images = tuple(ImageFiles(each.images, each.input) for each in request.images)
+    texts = tuple(map(_texts, request.texts))
+    if not tensors and not images and not texts:
+        raise InvalidInputError("inputs: got none, expected tensors, images or texts")
     return ExtractionRequest(
         model=request.model,
-        input=given,
+        inputs=Inputs(tuple(tensors), images, texts),
         selections=tuple(_selection(layer) for layer in request.layers),
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
@@ -159,7 +164,11 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
         weights=model.weights,
         device=str(model.device),
         inputs=[
-            _input(spec, model.preprocess if spec is model.signature.main else None)
+            _input(
+                spec,
+                model.preprocess if spec.name in model.image_inputs else None,
+                model.tokenizer if spec.name in model.text_inputs else None,
+            )
             for spec in model.signature.inputs
         ],
         declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
@@ -168,7 +177,9 @@ def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
     )
 
 
-def _input(spec: InputSpec, preprocess: Preprocess | None) -> catalogue_pb2.InputSpec:
+def _input(
+    spec: InputSpec, preprocess: Preprocess | None, tokenizer: TextTokenizer | None
+) -> catalogue_pb2.InputSpec:
     dimension = catalogue_pb2.Dimension
     return catalogue_pb2.InputSpec(
         name=spec.name,
@@ -180,6 +191,9 @@ def _input(spec: InputSpec, preprocess: Preprocess | None) -> catalogue_pb2.Inpu
         images=preprocess is not None,
         preprocessing=preprocess.describe() if preprocess else "",
         image_preprocessing=_preprocessing(preprocess),
+        optional=spec.optional,
+        texts=tokenizer is not None,
+        tokenization=tokenizer.describe() if tokenizer else "",
     )
 
 
@@ -209,7 +223,7 @@ def _preprocessing(preprocess: Preprocess | None) -> catalogue_pb2.ImagePreproce
 def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelResponse:
     """Describe a served model and its layers.
 
-    What was refused for a layer alone is told at the layer, else among the refused plans only.
+    If a plan was refused for one layer alone, the reason is listed at that layer, too.
     """
     refused = refused_alone(host)
     return feature_service_pb2.DescribeModelResponse(
@@ -265,6 +279,16 @@ def _pass_rules(rules: PassRules) -> catalogue_pb2.PassRules:
     )
 
 
+def _texts(batch: feature_service_pb2.TextBatch) -> TextBatch:
+    truncation = from_proto(
+        batch.truncation, feature_service_pb2.Truncation, "TRUNCATION", Truncation.NONE
+    )
+    options = TextOptions(
+        truncation, batch.max_tokens, not batch.omit_special_tokens, batch.return_tokens
+    )
+    return TextBatch(tuple(batch.texts), options, batch.input)
+
+
 def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
     return LayerSelection(
         layer=layer.layer,
@@ -306,7 +330,7 @@ def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
 
 
 def _dtype_name(dtype: object) -> Any:
-    """Return the protocol's name; UNSPECIFIED for a type that it does not carry."""
+    """Return the dtype's name in the protocol, or UNSPECIFIED if the protocol has no such dtype."""
     name = str(dtype).removeprefix("torch.")
     row = next((row for row in dtypes.DTYPES if row.name == name), None)
     return row.proto_name if row else "DATA_TYPE_UNSPECIFIED"

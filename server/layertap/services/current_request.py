@@ -1,7 +1,7 @@
 """The request that a thread works for, and its id in log records.
 
-The id travels in a context variable, which the engine carries over to its compute threads, so that
-code that logs there needs to know nothing about requests.
+The id is kept in a context variable, which the engine copies to its compute threads. So code that
+logs there needs to know nothing about requests.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import grpc
 __all__ = ["REQUEST_ID_KEY", "Request", "current_request", "open_request"]
 
 REQUEST_ID_KEY = "x-request-id"
-"""The metadata that takes an id in, and the trailing metadata that hands it back."""
+"""The key of the metadata with the caller's id, and of the trailing metadata with the id used."""
 
-# It goes into logs, traces and error texts, and any caller may have written it: no space, no quote,
-# nothing that a terminal or a page would act on. UUIDs, ULIDs and the ids of load balancers pass.
+# Any caller may write the id, and it goes into logs, traces and error messages. So it may have no
+# spaces, quotes, or characters that a terminal or a web page interprets. UUIDs, ULIDs and the ids
+# of load balancers match.
 _SANE = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,64}")
 
-# Unique among processes and restarts, but easy to guess: it protects nothing.
+# Unique among processes and restarts, but easy to guess: nothing may rely on its secrecy.
 _OURS = secrets.token_hex(4)
 _numbers = itertools.count(secrets.randbits(24))
 
@@ -36,8 +37,8 @@ class Request:
     """One call of an RPC.
 
     Attributes:
-        id: The caller's ``x-request-id`` if it is sane, else one of our own.
-        started_ns: When it reached its handler, by ``time.perf_counter_ns``.
+        id: The caller's ``x-request-id`` if it is well-formed, else a new id.
+        started_ns: When the call reached its handler, by ``time.perf_counter_ns``.
     """
 
     id: str
@@ -45,14 +46,14 @@ class Request:
 
 
 def current_request() -> Request | None:
-    """Return the request that this thread works for; None if it works for none."""
+    """Return the request that this thread works for; None if there is none."""
     return _current.get()
 
 
 def open_request(context: grpc.ServicerContext) -> Request:
-    """Give a call its id, and return the id in the trailing metadata.
+    """Give a call its id, and put the id into the trailing metadata.
 
-    There is nothing to close: gRPC runs each call in a ``contextvars.Context`` of its own.
+    This needs no closing: gRPC runs each call in its own ``contextvars.Context``.
     """
     request = Request(_id_of(context), time.perf_counter_ns())
     context.set_trailing_metadata(((REQUEST_ID_KEY, request.id),))

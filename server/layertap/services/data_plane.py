@@ -1,4 +1,4 @@
-"""The one use case of every protocol: run one request on one version of its model."""
+"""The use case that all protocols share: run one request on one version of its model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ D = TypeVar("D")
 Converted = tuple[str, ExtractionRequest[bytes] | Callable[[ModelHost], ExtractionRequest[bytes]]]
 """The name of a request's model, and the engine's form of the request.
 
-A function of the model's version in a protocol where the version has a say, by its default outputs
-for instance.
+The second member may instead be a function of the model's version that returns the form, for a
+protocol in which the form depends on the version, such as on its default outputs.
 """
 
 
 class DataPlane:
-    """Runs requests, whichever protocol they came by. Safe to share between threads.
+    """Runs requests of every protocol. Safe to share between threads.
 
-    A unary call is one ``extract``. A stream does the same in steps, as it decodes an item and
-    counts its bytes before it has a thread for it: ``receive``, ``decode`` and ``run``.
+    A unary call is one ``extract``. A stream does the same in the steps ``receive``, ``decode`` and
+    ``run``, because it decodes an item and counts its bytes before a thread is free to run it.
 
     Args:
-        engine: Runs them.
-        observer: Told how each extraction ended.
+        engine: Runs the requests.
+        observer: Notified how each extraction ended.
     """
 
     def __init__(self, engine: Engine, observer: Observer) -> None:
@@ -48,25 +48,25 @@ class DataPlane:
         Args:
             message: The request.
             decode: Decodes the message.
-            convert: Converts what ``decode`` returned. Bytes that this takes besides the message
-                are counted by the reservation.
+            convert: Converts the result of ``decode``. It must count further bytes that it
+                allocates with the reservation.
             call: The deadline and cancellation state of the request.
 
         Returns:
-            The reply. Its owner has to release it once it was sent.
+            The reply. The caller must release it once it was sent.
 
         Raises:
-            Exception: What ``decode``, ``convert`` and ``Engine.extract`` raise; the observer is
-                told first.
+            Exception: Any exception of ``decode``, ``convert`` or ``Engine.extract``, after the
+                observer was notified.
         """
         received = self.receive(len(message))
         return self.run(received, call, lambda: convert(decode(message), received))
 
     def receive(self, nbytes: int) -> Reservation:
-        """Count the bytes of a request that was received.
+        """Count the bytes of a received request.
 
         Raises:
-            OverloadedError: If they would be over the limit; the observer is told first.
+            OverloadedError: If they would exceed the limit. The observer is notified first.
         """
         try:
             return self._engine.reserve(nbytes)
@@ -75,12 +75,12 @@ class DataPlane:
             raise
 
     def decode(self, received: Reservation, call: Call, decode: Callable[[], D]) -> D:
-        """Return what ``decode`` does; if it raises, release the bytes and tell the observer.
+        """Return the result of ``decode``; if it raises, release the bytes and notify the observer.
 
         Args:
             received: The bytes of the request.
             call: The deadline and cancellation state of the request.
-            decode: Decodes the request. Not called for a request that nobody waits for.
+            decode: Decodes the request. Not called if the request was cancelled or has expired.
         """
         try:
             call.check()
@@ -98,7 +98,7 @@ class DataPlane:
         Args:
             received: The bytes of the request; released when this returns or raises.
             call: The deadline and cancellation state of the request.
-            convert: Converts the request. Not called for a request that nobody waits for.
+            convert: Converts the request. Not called if the request was cancelled or has expired.
         """
         model = ""
         try:

@@ -1,6 +1,6 @@
 """Maps each error to a code that is independent of the protocol.
 
-Each transport has one map from these codes to its own: ``layertap.services.status`` for gRPC.
+Each transport maps these codes to its own: ``layertap.services.status`` does so for gRPC.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["CODES", "ErrorCode", "code_of"]
 
 
 class ErrorCode(Enum):
-    """The codes of ``google.rpc.Code`` that layertap uses; metrics and logs show their names."""
+    """The codes of ``google.rpc.Code`` that layertap uses. Metrics and logs show their names."""
 
     INVALID_ARGUMENT = auto()
     NOT_FOUND = auto()
@@ -45,14 +45,14 @@ CODES: dict[type[errors.LayertapError], ErrorCode] = {
     errors.ConfigError: ErrorCode.FAILED_PRECONDITION,
     errors.InternalError: ErrorCode.INTERNAL,
 }
-"""The code of each error class; a subclass without a row has its nearest base's."""
+"""The code of each error class. A subclass without an entry has its nearest base class's code."""
 
 
 def code_of(error: Exception) -> ErrorCode:
-    """Return the code with which an error is reported; INTERNAL for one that is not layertap's.
+    """Return the code for reporting an error; INTERNAL for an error that is not layertap's.
 
     Raises:
-        KeyError: If neither the error's class nor a base of it has a code.
+        KeyError: If neither the error's class nor any base class has a code.
     """
     if isinstance(error, MemoryError):
         return ErrorCode.RESOURCE_EXHAUSTED

@@ -29,10 +29,10 @@ class ExtractStream:
     """Serves the streams.
 
     Args:
-        engine: The engine; its limits say how much a stream may have in flight.
+        engine: The engine, whose limits bound the items that a stream may have in flight.
         observer: Notified how each item ended.
-        converter: Turns requests into the engine's own form.
-        threads: Serve the streams.
+        converter: Converts requests to the engine's own form.
+        threads: Serves the streams.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ def _failure(number: int, error: Exception) -> Answer:
 
 
 def _least(timeout_ns: int, remaining: float | None) -> float | None:
-    """Return the seconds that an item may take; gRPC's remaining time may be None or huge."""
+    """Return the seconds that an item may take; None or a huge number if there is no deadline."""
     if not timeout_ns:
         return remaining
     return timeout_ns * 1e-9 if remaining is None else min(timeout_ns * 1e-9, remaining)

@@ -1,7 +1,7 @@
 """The servicer of ``layertap.v1.FeatureService``.
 
-The handlers take and return raw bytes: gRPC turns whatever a deserializer raises into UNKNOWN or
-INTERNAL, while a malformed request should be an INVALID_ARGUMENT, and the reply of Extract is
+The handlers take and return raw bytes. gRPC would turn an exception of a deserializer into UNKNOWN
+or INTERNAL, while a malformed request should give INVALID_ARGUMENT. And the reply of Extract is
 serialized already.
 """
 
@@ -68,7 +68,7 @@ class FeatureService:
         return description_to_proto(self._engine.host(request.model)).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this."""
+        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
         methods = {
             "Extract": self.extract,
             "ListModels": self.list_models,

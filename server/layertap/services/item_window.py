@@ -1,4 +1,4 @@
-"""The items that a stream has in flight: a bounded number, from being read to being sent."""
+"""The items of a stream that are in flight: from being read until their reply was sent."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ class Answer:
 
     Attributes:
         message: The serialized reply.
-        reservation: Its bytes of the engine's budget; None for a reply that counts for nothing.
+        reservation: The reply's bytes in the engine's budget; None if they are not counted.
     """
 
     message: bytes
     reservation: Reservation | None = None
 
     def release(self) -> None:
-        """Give the bytes back."""
+        """Release the reply's bytes."""
         if self.reservation is not None:
             self.reservation.release()
 
 
 def _again(error: LayertapError) -> LayertapError:
-    """Return an error to raise in place of one that is kept.
+    """Return a copy of a stored error, to be raised in its place.
 
-    A kept error that is raised refers, by its traceback, to the frame that keeps it: a circle that
-    only the garbage collector would find.
+    The traceback of a stored error that is raised would refer to the frame that stores it. Only the
+    garbage collector could free such a cycle.
     """
     return type(error)(str(error))
 
@@ -44,12 +44,12 @@ def _again(error: LayertapError) -> LayertapError:
 class ItemWindow(ABC):
     """The items of one stream. Safe between threads: one reads, many answer, one sends.
 
-    An item takes a place when it is read and keeps it until gRPC has taken its reply. So the server
-    stops reading from a client that does not read its replies, and what it holds for that client is
-    bounded. The bytes of a reply are released at the same moment, or when the stream ends.
+    An item takes a place when it is read, and keeps it until gRPC has taken its reply. So the
+    server stops reading from a client that doesn't read its replies, which bounds the memory for
+    that client. The bytes of a reply are released at the same moment, or when the stream ends.
 
     Args:
-        places: Items that may be in flight.
+        places: Maximum number of items in flight.
     """
 
     def __init__(self, places: int) -> None:
@@ -59,7 +59,7 @@ class ItemWindow(ABC):
         self._ended = False
         self._closed = False
         self._fault: LayertapError | None = None
-        # The reservation only: the message itself belongs to gRPC by now.
+        # Only the reservation, as gRPC owns the message by now.
         self._sending: Reservation | None = None
 
     def wait_for_room(self) -> bool:
@@ -69,14 +69,14 @@ class ItemWindow(ABC):
             return not self._ended
 
     def end(self, fault: LayertapError | None = None) -> None:
-        """Take no more items; once those in flight are answered, ``replies`` raises ``fault``."""
+        """Accept no more items; after the last reply to those in flight, raise ``fault``."""
         with self._changed:
             if not self._ended:
                 self._ended, self._fault = True, fault
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Cancel the items in flight, as nobody waits for replies any more."""
+        """Cancel the items in flight, because no one waits for their replies any more."""
         with self._changed:
             self._ended = self._closed = True
             calls, answers = self._clear()
@@ -90,26 +90,26 @@ class ItemWindow(ABC):
             sending.release()
 
     def replies(self) -> Iterator[bytes]:
-        """Yield replies until there are no more; a resumed yield means that gRPC has sent it."""
+        """Yield replies until there are no more; resuming a yield means that gRPC has taken it."""
         while (message := self._next()) is not None:
             try:
                 yield message
             finally:
-                del message  # It may be large, and the next one may take long.
+                del message  # It may be large, and the next reply may take long.
                 self._sent()
         if self._fault is not None and not self._closed:
             raise _again(self._fault)
 
     @abstractmethod
     def _pop(self) -> Answer | None:
-        """Take the next answer that may be sent out of the window; None if there is none yet.
+        """Remove and return the next answer that may be sent; None if there is none yet.
 
-        Called with the lock held, as ``_clear`` is.
+        Called with the lock held, like ``_clear``.
         """
 
     @abstractmethod
     def _clear(self) -> tuple[list[Call], list[Answer]]:
-        """Empty the window; return the calls to cancel and the answers that are not sent."""
+        """Empty the window; return the calls to cancel and the answers that won't be sent."""
 
     def _next(self) -> bytes | None:
         with self._changed:
@@ -135,7 +135,7 @@ class UnorderedWindow(ItemWindow):
     """The items of one ``ExtractStream``, which have ids and are answered as they finish.
 
     Args:
-        places: Items that may be in flight.
+        places: Maximum number of items in flight.
     """
 
     def __init__(self, places: int) -> None:
@@ -147,8 +147,8 @@ class UnorderedWindow(ItemWindow):
         """Take a place for an item.
 
         Raises:
-            InvalidInputError: If an item with that id is in flight.
-            LayertapError: If no more items are taken.
+            InvalidInputError: If another item in flight has this id.
+            LayertapError: If the stream accepts no more items.
         """
         with self._changed:
             if self._ended:
@@ -159,14 +159,14 @@ class UnorderedWindow(ItemWindow):
             self._taken += 1
 
     def refuse(self, reply: bytes) -> None:
-        """Take a place for an item that was not admitted and is answered already."""
+        """Take a place for an item that is answered with a refusal already."""
         with self._changed:
             if not self._ended:
                 self._taken += 1
                 self._put(None, Answer(reply))
 
     def answer(self, number: int, answer: Answer) -> None:
-        """Hand in the reply of an item that was admitted; it is released with the window."""
+        """Hand in the reply of an admitted item; if the window is closed, it is released."""
         with self._changed:
             if not self._closed:
                 self._put(number, answer)
@@ -182,7 +182,7 @@ class UnorderedWindow(ItemWindow):
             return None
         number, answer = self._answers.popleft()
         if number is not None:
-            # Before it is sent: who has the reply may use its id again.
+            # Before the reply is sent, as a client that has it may use the id again.
             del self._calls[number]
         return answer
 
@@ -194,7 +194,7 @@ class UnorderedWindow(ItemWindow):
 
 
 class Place:
-    """The place of one item, from when it was read until gRPC has taken its reply.
+    """The place of one item in a window, from when it was read until gRPC has taken its reply.
 
     Attributes:
         call: The deadline and cancellation state of the item.
@@ -208,18 +208,18 @@ class Place:
         self.given: Answer | None = None
 
     def answer(self, answer: Answer) -> None:
-        """Hand in the reply, which is sent after those of the items before."""
+        """Hand in the reply. It is sent after the replies of earlier items."""
         self._window.take_answer(self, answer)
 
 
 class OrderedWindow(ItemWindow):
-    """The items of one ``ModelStreamInfer``, which are answered in their order.
+    """The items of one ``ModelStreamInfer``, which are answered in the order of arrival.
 
-    Triton answers the requests of a stream in their order, and its clients rely on that: they need
-    not give their requests ids.
+    Triton answers the requests of a stream in order. Its clients rely on that, and so need not give
+    their requests ids.
 
     Args:
-        places: Items that may be in flight.
+        places: Maximum number of items in flight.
     """
 
     def __init__(self, places: int) -> None:
@@ -227,7 +227,7 @@ class OrderedWindow(ItemWindow):
         self._items: deque[Place] = deque()
 
     def admit(self, timeout: float | None = None) -> Place | None:
-        """Take a place for an item with a timeout; return None if no more items are taken."""
+        """Take a place for an item with a timeout; return None if the stream accepts no more."""
         with self._changed:
             if self._ended:
                 return None
@@ -236,7 +236,7 @@ class OrderedWindow(ItemWindow):
             return self._items[-1]
 
     def take_answer(self, place: Place, answer: Answer) -> None:
-        """Keep the reply of an item until it is its turn; it is released with the window."""
+        """Keep the reply of an item until its turn; if the window is closed, it is released."""
         with self._changed:
             if not self._closed:
                 place.given = answer

@@ -1,4 +1,4 @@
-"""The native form of a reply: an ExtractResponse with its tensors in it."""
+"""The native form of a reply: an ExtractResponse that contains its tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["REPLY_HEAD_SIZE", "NativeForm", "encode_reply_head"]
 
 
 def encode_reply_head(extractor: Extractor, timings: Timings) -> bytes:
-    """Return an ExtractResponse without tensors; always of REPLY_HEAD_SIZE bytes."""
+    """Return an ExtractResponse without tensors; its size is always REPLY_HEAD_SIZE bytes."""
     response = feature_service_pb2.ExtractResponse(
         extractor=to_proto(extractor, "EXTRACTOR"),
         timings=feature_service_pb2.Timings(
@@ -37,7 +37,7 @@ class NativeForm:
 
     Args:
         extractor: The extractor that serves the request.
-        fields: Serialized fields that the message has besides its own, such as an item's id.
+        fields: Serialized fields to add to the message, such as the id of an item.
     """
 
     def __init__(self, extractor: Extractor, fields: bytes = b"") -> None:
@@ -67,7 +67,7 @@ class NativeForm:
         return len(payload)
 
     def _layout(self, *, apart: bool) -> codec.ReplyLayout:
-        """Lay the message out, with its tensors or with references to shared memory (``apart``)."""
+        """Compute the message's layout, with its tensors or (``apart``) references to them."""
         size = REPLY_HEAD_SIZE + len(self._fields)
         return codec.ReplyLayout(
             self._tensors, field=REPLY_TENSOR_FIELD, head_size=size, apart=apart

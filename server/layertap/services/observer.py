@@ -14,18 +14,18 @@ class Observer(Protocol):
     """Is notified how each extraction ended, from many threads and before each reply is sent."""
 
     def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
-        """An extraction is ready to be sent."""
+        """An extraction has succeeded, and its reply is ready to be sent."""
 
     def failed(self, model: str, code: ErrorCode) -> None:
         """A request was refused or failed.
 
-        ``model`` is the name of a served model, or empty if the request named no such model: text
-        that any caller can write must not become a label.
+        ``model`` is the name of a served model. It is empty if the request named no such model,
+        since text from a caller must not become a label of a metric.
         """
 
 
 class Observers:
-    """Notifies several observers in their order."""
+    """Notifies several observers in order."""
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers

@@ -18,13 +18,13 @@ W = TypeVar("W", bound=ItemWindow)
 
 
 class OpenStreams:
-    """Safe to share between threads.
+    """Counts the open streams. Safe to share between threads.
 
     Args:
-        most: Streams that may be open at once.
+        most: How many streams may be open at once.
 
     Attributes:
-        most: The same.
+        most: How many streams may be open at once.
     """
 
     def __init__(self, most: int) -> None:
@@ -36,11 +36,11 @@ class OpenStreams:
 
     @contextmanager
     def opened(self, window: W) -> Iterator[W]:
-        """Count a stream for as long as the block lasts, and close its window then.
+        """Count a stream as open inside the block, and close its window afterwards.
 
         Raises:
-            OverloadedError: If there are too many.
-            UnavailableError: If the server drains.
+            OverloadedError: If too many streams are open.
+            UnavailableError: If the server is draining.
         """
         self._check_draining()
         with self._bounded.opened():
@@ -55,7 +55,7 @@ class OpenStreams:
                 window.close()
 
     def drain(self) -> None:
-        """Take no more items and no more streams; those in flight are answered."""
+        """Accept no more items and streams. Items in flight are still answered."""
         with self._lock:
             self._draining = True
             windows = list(self._windows)

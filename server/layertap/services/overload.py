@@ -1,19 +1,19 @@
-"""Rejects extractions when the server is full, cheaply and at a limited rate.
+"""Refuses extractions when the server is full, cheaply and at a limited rate.
 
 Note [A retry storm]
-    A rejected call costs the server about as much as an admitted one, except for the forward pass:
-    gRPC reads its message, and a thread parses it. 256 callers that retried at once were rejected
+    A refused call costs the server about as much as an admitted one, except for the forward pass:
+    gRPC reads its message, and a thread parses it. 256 callers that retried at once were refused
     1,300 times per second. This took CPU time from the forward passes: they got 11 answers per
     second, while 8 callers got 40. Three measures protect the admitted calls:
 
-    - A call is rejected before its message is read if as many as allowed are already being
-      received, waiting or running. The data that the client has sent stays unread.
-    - A few rejections per second are sent at once, so that an occasional rejected caller can try
-      another server. Further rejections are delayed. A caller can't retry while it waits for its
-      rejection, so the server controls the rate of retries. A delayed call has no thread and does
-      not count as pending. Once the queue is half empty, each call that ends releases two delayed
-      rejections, so that no caller waits for an idle server.
-    - A rejection says when to retry (``grpc-retry-pushback-ms``, gRFC A6), with a random time for
+    - A call is refused before its message is read if as many as allowed are already being received,
+      waiting or running. The data that the client has sent stays unread.
+    - A few refusals per second are sent at once, so that an occasional refused caller can try
+      another server. Further refusals are delayed. A caller can't retry while it waits for its
+      refusal, so the server controls the rate of retries. A delayed call has no thread and does not
+      count as pending. Once the queue is half empty, each call that ends releases two delayed
+      refusals, so that no caller waits for an idle server.
+    - A refusal says when to retry (``grpc-retry-pushback-ms``, gRFC A6), with a random time for
       each call, so that callers that respect it don't retry together.
 """
 
@@ -42,29 +42,29 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 AT_ONCE = 20
-"""Refusals a second that are sent at once."""
+"""Refusals per second that are sent at once."""
 
 HELD_SECONDS = 1.0
-"""How long the others are held back."""
+"""How long each further refusal is delayed."""
 
 RELEASED = 2
-"""Held refusals that are sent for each call that ends while the queue is less than half full."""
+"""Delayed refusals that are sent for each call that ends while the queue is less than half full."""
 
 HELD = 1024
-"""Refusals that may be held at once; one more is sent at once. Each may keep what the client has
-sent of its message, 64 KiB unless the connection is fast and far."""
+"""Maximum number of delayed refusals; further ones are sent at once. Each may keep the part of its
+message that the client has sent: 64 KiB, or more on fast connections over long distances."""
 
 RECEIVE_SECONDS = 1.0
-"""How long a call whose message has not arrived yet takes a place. A client that sends nothing, or
-very slowly, must not keep others out; its call is still served once its message is there."""
+"""How long a call whose message has not arrived yet takes a place. A client that sends slowly must
+not keep others out. Its call is still served once its message has arrived."""
 
 _METHODS = ("/layertap.v1.FeatureService/Extract", "/inference.GRPCInferenceService/ModelInfer")
 
 
 class HeldRefusals(ThreadPoolExecutor):
-    """Runs refusals, each at once or a while later; one thread for all of them.
+    """Runs refusals at once or after a delay, all on one thread.
 
-    It is a ThreadPoolExecutor because gRPC lets a handler bring its own threads only as one
+    It is a ThreadPoolExecutor because gRPC accepts nothing else as a handler's own threads
     (``layertap.threads.run_in``).
 
     Args:
@@ -75,7 +75,7 @@ class HeldRefusals(ThreadPoolExecutor):
         super().__init__(1)
         self._clock = clock
         self._changed = threading.Condition()
-        # Those to be sent now; and those that are held, with the time of each, which only grows.
+        # The refusals to send now, and the delayed ones with their times, in ascending order.
         self._due: deque[Callable[[], object]] = deque()
         self._held: deque[tuple[float, Callable[[], object]]] = deque()
         self._allowed = float(AT_ONCE)
@@ -84,11 +84,11 @@ class HeldRefusals(ThreadPoolExecutor):
         self._thread = threading.Thread(target=self._run, name="layertap-refusals", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Until then refusals wait."""
+        """Start the thread. Refusals wait until then."""
         self._thread.start()
 
     def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Run a refusal at once, if there were few in the last second; else in a while."""
+        """Run a refusal at once if there were few in the last second, else after a delay."""
         future: Future[R] = Future()
 
         def refuse() -> None:
@@ -106,24 +106,24 @@ class HeldRefusals(ThreadPoolExecutor):
         return future
 
     def release(self, count: int) -> None:
-        """Send some of the refusals that are held at once, the oldest first."""
+        """Send some of the delayed refusals now, the oldest first."""
         with self._changed:
             for _ in range(min(count, len(self._held))):
                 self._due.append(self._held.popleft()[1])
             self._changed.notify()
 
     def drain(self) -> None:
-        """Send at once what is held, and hold nothing any more: the server stops."""
+        """Send all delayed refusals now, and delay no more: the server is stopping."""
         with self._changed:
             self._draining = True
             self.release(len(self._held))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Send at once what is held, and end the thread.
+        """Send all delayed refusals now, and end the thread.
 
         Args:
-            wait: Whether to wait for that.
-            cancel_futures: Without effect: each refusal is sent.
+            wait: Whether to wait until they are sent.
+            cancel_futures: Has no effect: every refusal is sent.
         """
         self.drain()
         with self._changed:
@@ -133,7 +133,7 @@ class HeldRefusals(ThreadPoolExecutor):
             self._thread.join()
 
     def _at_once(self) -> bool:
-        """Return whether the next refusal is to be sent at once, and count it."""
+        """Return whether to send the next refusal at once, and count it."""
         now = self._clock()
         self._allowed = min(float(AT_ONCE), self._allowed + (now - self._counted) * AT_ONCE)
         self._counted = now
@@ -150,7 +150,7 @@ class HeldRefusals(ThreadPoolExecutor):
             del refuse
 
     def _next(self) -> Callable[[], object] | None:
-        """Wait for the next refusal that is due; None once there are none and never will be."""
+        """Wait for the next refusal to send; return None after the last one, once closed."""
         with self._changed:
             while not self._due:
                 if self._held and (seconds := self._held[0][0] - self._clock()) <= 0:
@@ -162,7 +162,7 @@ class HeldRefusals(ThreadPoolExecutor):
 
 
 class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types
-    """Refuses extractions before their message is read, where the engine's queue is full.
+    """Refuses extractions before their message is read if the engine's queue is full.
 
     This check is an estimate, as it also counts calls whose message is still being received. It may
     let a few calls too many through; the engine's admission makes the final decision.
@@ -173,7 +173,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         clock: Returns seconds.
 
     Attributes:
-        refusals: Sends the refusals; to be started with the server and shut down after it.
+        refusals: Sends the refusals. Start it with the server, and shut it down after the server.
     """
 
     def __init__(
@@ -187,8 +187,8 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         self._clock = clock
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        # Calls whose message is awaited, in the order in which they came, and when each gives up
-        # its place; and calls whose handler runs.
+        # Calls whose message has not arrived, in order of arrival, each with the time at which it
+        # gives up its place; and the number of calls whose handler runs.
         self._awaited: dict[int, float] = {}
         self._running = 0
 
@@ -200,7 +200,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
             raise error
 
         refusing = run_in(self.refusals, guarded(refuse))
-        # A stream's behaviour is called before any message is read, a unary call's after.
+        # gRPC calls a stream's handler before it reads any message, but a unary handler after that.
         self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
 
     def intercept_service(
@@ -208,7 +208,7 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
-        """Pass a call on and count it, or return what refuses it."""
+        """Pass a call on and count it, or refuse it."""
         handler = continuation(handler_call_details)
         if handler is None or handler_call_details.method not in _METHODS:
             return handler
@@ -222,11 +222,11 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         )
 
     def _begin(self) -> int | None:
-        """Take a place for a call that is to be received; return None if there is none."""
+        """Take a place for a call whose message will be received; None if there is no place."""
         now = self._clock()
         with self._lock:
             while self._awaited and next(iter(self._awaited.values())) < now:
-                # Its client has left, or is slow.
+                # The call's client has left, or is slow.
                 del self._awaited[next(iter(self._awaited))]
             if self._under_way() >= self._engine.limits.pending:
                 return None
@@ -235,8 +235,8 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
             return number
 
     def _under_way(self) -> int:
-        """Return how many calls are being received, wait or run. For holders of the lock."""
-        # The engine counts items of streams as well, but no call before it is parsed.
+        """Return how many calls are being received, wait or run. The caller must hold the lock."""
+        # The engine also counts items of streams, but counts a call only after it was parsed.
         return max(self._running, self._engine.pending) + len(self._awaited)
 
     def _counted(self, number: int, behaviour: Callable[..., Any]) -> Callable[..., Any]:

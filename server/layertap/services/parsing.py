@@ -15,14 +15,14 @@ M = TypeVar("M", bound=Message)
 
 
 def parse(kind: type[M], message: bytes) -> M:
-    """Return the message that bytes are.
+    """Parse bytes as a message.
 
     Args:
         kind: The class of the message.
         message: The bytes.
 
     Raises:
-        DecodeError: If they are no such message.
+        DecodeError: If they are not such a message.
     """
     request = kind()
     try:

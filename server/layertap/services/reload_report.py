@@ -26,7 +26,7 @@ class ModelReload:
         name: The model's name.
         action: What was done.
         reason: Why it failed; empty if it didn't.
-        serving: Whether it is served now, by this version or the one before it.
+        serving: Whether the model is served now, in this version or an earlier one.
     """
 
     name: str
@@ -37,11 +37,11 @@ class ModelReload:
 
 @dataclass(frozen=True, slots=True)
 class ReloadReport:
-    """What a reload did.
+    """The result of a reload.
 
     Attributes:
-        models: Those of the configuration in its order, then those that were unloaded.
-        not_applied: Settings that changed and take effect after a restart.
+        models: The configured models in their order, then the models that were unloaded.
+        not_applied: Changed settings that take effect only after a restart.
     """
 
     models: tuple[ModelReload, ...]

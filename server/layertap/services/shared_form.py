@@ -16,11 +16,11 @@ __all__ = ["SharedForm"]
 
 
 class SharedForm(NativeForm):
-    """Writes the tensors of a large reply into the memory that it is lent, if it is lent any.
+    """Writes the tensors of a large reply into shared memory, if a region can be lent for it.
 
     Args:
         extractor: The extractor that serves the request.
-        fields: Serialized fields that the message has besides its own, such as an item's id.
+        fields: Serialized fields to add to the message, such as the id of an item.
         memory: The shared memory of the request's session; None if it has none.
     """
 
@@ -44,10 +44,10 @@ class SharedForm(NativeForm):
 
 
 class _LentBuilder:
-    """Writes tensors into a region that is lent to the client, and refers to them."""
+    """Writes tensors into a region that is lent to the client; the message refers to them."""
 
     def __init__(self, layout: codec.ReplyLayout, loan: Loan) -> None:
-        # Kept until the end: without it the region would be lent to another client.
+        # Keep the loan until the end, or the region could be lent to another client.
         self._loan = loan
         self._builder = codec.ReplyBuilder(
             layout, loan.buffer, region=loan.region, generation=loan.generation

@@ -16,7 +16,7 @@ class SharedMemoryService:
     """Tells clients on this machine how to open a session of shared memory.
 
     Args:
-        broker: What they connect to.
+        broker: The broker to which they connect.
     """
 
     NAME = shared_memory_service_pb2.DESCRIPTOR.services_by_name["SharedMemoryService"].full_name
@@ -32,6 +32,6 @@ class SharedMemoryService:
         ).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this."""
+        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
         method = grpc.unary_unary_rpc_method_handler(guarded(self.open_shared_memory))
         return grpc.method_handlers_generic_handler(self.NAME, {"OpenSharedMemory": method})

@@ -1,4 +1,4 @@
-"""How gRPC handlers report errors: the map to gRPC's statuses, and what may leave the server."""
+"""How gRPC handlers report errors: as which gRPC status, and with which text."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ _log = logging.getLogger(__name__)
 STATUS: dict[ErrorCode, grpc.StatusCode] = {code: grpc.StatusCode[code.name] for code in ErrorCode}
 """gRPC's status for each code."""
 
-# Of the operator's side, whose texts name files and hold what a model's own code says.
+# Their texts name the operator's files and quote the model's own code.
 _PRIVATE = (errors.ConfigError, errors.ModelLoadError)
 
-# A text travels in a header, each byte of it as up to three, and a client's gRPC takes 8 KiB of
-# headers by default: a longer one would replace the error by another. Requests are quoted in it.
+# The text is sent in a header, where each byte may take three, and a gRPC client accepts 8 KiB of
+# headers by default. If the text were longer, the client would see another error instead. Texts
+# quote requests, so they can be long.
 _TEXT_BYTES = 2048
 
-# Each refusal names a random time, so that clients that obey don't come back together.
+# Each refusal gives a random time, so that clients that respect it don't retry together.
 _PUSHBACK_MS = (500, 1500)
 
 Handler = Callable[[bytes, grpc.ServicerContext], bytes]
@@ -46,15 +47,14 @@ StreamHandler = Callable[[Iterator[bytes], grpc.ServicerContext], Iterator[bytes
 
 
 def public_error(error: Exception, *, to_owner: bool = False) -> errors.LayertapError:
-    """Return the error as it may leave the server.
+    """Return the error as it may leave the server. Call this while the error is being handled.
 
-    Domain errors carry their own text, except for those that speak of the operator's files.
-    Anything else is an InternalError. What the text leaves out is in the log, and in the operator's
-    traces where there are any, under the request's id, which it names. Call it where the error is
-    being handled.
+    Domain errors keep their text, except for those about the operator's files. Any other error
+    becomes an InternalError. The new text names the request's id, under which the log (and the
+    operator's traces, if there are any) has the original error.
 
     Args:
-        error: What was raised.
+        error: The error that was raised.
         to_owner: Whether the caller may read about the operator's files.
     """
     request = current_request()
@@ -68,7 +68,7 @@ def public_error(error: Exception, *, to_owner: bool = False) -> errors.Layertap
         text = str(error)
         short = _short(text)
         return error if short == text else _with_text(error, short)
-    if isinstance(error, MemoryError):  # It may be gone when less is going on.
+    if isinstance(error, MemoryError):  # A retry may succeed once less memory is in use.
         _log.warning("request %s failed: out of memory", request_id)
         text = "the server is out of memory; try again later, or request less"
         return errors.OverloadedError(text)
@@ -77,7 +77,7 @@ def public_error(error: Exception, *, to_owner: bool = False) -> errors.Layertap
 
 
 def guarded(handler: Handler, *, to_owner: bool = False) -> Handler:
-    """Wrap a handler so that whatever it raises becomes a status, as ``public_error`` says."""
+    """Wrap a handler so that each of its exceptions becomes a status; see ``public_error``."""
 
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
         request = open_request(context)
@@ -118,7 +118,7 @@ def _abort(
 
 
 def _with_text(error: errors.LayertapError, text: str) -> errors.LayertapError:
-    """Return an error of the same class and with the same fields that says something else."""
+    """Return an error of the same class, with the same fields and another text."""
     changed = type(error)(text)
     changed.__dict__.update(error.__dict__)
     return changed

@@ -1,10 +1,11 @@
 """Serves streams of items, in every protocol.
 
 Note [Threads of a stream]
-    In synchronous gRPC the thread of a stream's RPC sends; a second thread reads, as both block.
-    The items of all streams share one pool, whose threads parse, wait for a compute thread and
-    encode, as those of unary calls do. Nothing polls. All threads finish with a stream when its RPC
-    ends: gRPC's callback cancels the items in flight, and gRPC wakes the reader.
+    In synchronous gRPC, the thread of a stream's RPC sends, and a second thread reads, as both
+    block. The items of all streams share one pool of threads, which parse, wait for a compute
+    thread and encode, as the threads of unary calls do. Nothing polls. When the RPC of a stream
+    ends, gRPC's callback cancels the items in flight and gRPC wakes the reader, so that all threads
+    are done with the stream.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from layertap.threads import WorkerThreads
 __all__ = ["StreamThreads", "Take"]
 
 ITEM_THREADS = 32
-"""Items of all streams that are parsed or wait for a compute thread at once."""
+"""Maximum number of items, of all streams, that are parsed or wait for a compute thread at once."""
 
 Take = Callable[[bytes, float | None], Callable[[], object] | None]
-"""Takes an item's message, and the seconds that its stream has left, into the stream's window.
+"""Takes (an item's message, its stream's remaining seconds) and puts the item into the window.
 
-Called in the order of the messages; returns what answers the item, in any thread, or None if
-there is nothing more to do.
+It is called in the order of the messages. It returns a function that answers the item, which may
+run in any thread; None if the item is answered already.
 """
 
 
@@ -40,11 +41,11 @@ class StreamThreads:
     """Serves streams of items. Safe to share between services.
 
     Args:
-        streams: Counts the streams.
+        streams: Counts the open streams.
         observer: Notified of streams that could not be read.
 
     Attributes:
-        pools: The threads that it needs; its owner has to start them and shut them down.
+        pools: The pools of threads that it needs. The caller must start them and shut them down.
     """
 
     def __init__(self, streams: OpenStreams, observer: Observer) -> None:
@@ -64,20 +65,20 @@ class StreamThreads:
         """Yield the replies of one stream.
 
         Args:
-            window: What the stream has in flight.
-            take: Takes an item.
+            window: The items of the stream that are in flight.
+            take: Puts an item into the window.
             messages: The stream's items.
-            context: Its RPC.
+            context: The stream's RPC.
 
         Raises:
             LayertapError: If the stream may not begin, or can't continue.
         """
         with self._streams.opened(window):
-            # False: the stream has ended already, and gRPC will not call back any more.
+            # If this is False, the stream has already ended, and gRPC will not call the callback.
             if not context.add_callback(window.close):
                 window.close()
-            # In this call's context, and so are the items: log records name its request. gRPC wakes
-            # the reader when the stream ends.
+            # The reader and the items run in this call's context, so that log records have the
+            # request's id. gRPC wakes the reader when the stream ends.
             read = partial(copy_context().run, self._read, window, take, messages, context)
             if self._readers.submit_if_free(read) is None:
                 raise OverloadedError("no thread is free to read another stream; try again later")
@@ -95,11 +96,11 @@ class StreamThreads:
                 answer = take(message, context.time_remaining())
                 if answer is not None:
                     self._items.submit(copy_context().run, answer)
-                # They may be large, and the next ones may take long.
+                # Both may be large, and the next message may take long to arrive.
                 del message, answer
             window.end()
         except grpc.RpcError:
-            window.close()  # The stream was cancelled, or its client went away.
+            window.close()  # The stream was cancelled, or its client disconnected.
         except Exception as error:  # noqa: BLE001 - it ends the stream, and is logged
             self._observer.failed("", code_of(error))
             window.end(public_error(error))

@@ -18,7 +18,7 @@ ADMIN_KEY = "admin_tokens_file"
 
 
 class Right(IntEnum):
-    """What a caller may do; a higher one includes those below."""
+    """What a caller may do. A higher right includes the lower ones."""
 
     NONE = 0
     EXTRACT = 1
@@ -27,7 +27,7 @@ class Right(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What the files say: each token's digest and right."""
+    """The content of the files: each token's digest and right."""
 
     rights: tuple[tuple[bytes, Right], ...]
 
@@ -35,18 +35,17 @@ class _Known:
 class Tokens:
     """The tokens of a server, read from files. Safe to share between threads.
 
-    Several tokens are valid at once, so that one can be replaced without a refused call: add the
-    new one, ``reload``, let the clients change over, remove the old one, ``reload``.
+    Several tokens are valid at once, so a token can be replaced without refusing any call: add the
+    new token, ``reload``, let the clients change to it, remove the old token, ``reload``.
 
     Args:
-        extract_file: Tokens that may extract and describe; with None every caller may.
-        admin_file: Tokens that may also administrate; with None no caller may.
-        trusted: Whether every caller may administrate if neither file is given. For servers that
-            were started so, and that only this machine can reach.
+        extract_file: Tokens that may extract and describe. If None, every caller may.
+        admin_file: Tokens that may also administrate. If None, no caller may.
+        trusted: Whether every caller may administrate if neither file is given. Only for servers
+            that were started with this option and that only this machine can reach.
 
     Raises:
-        ConfigError: For a file that can't be read or holds something else, or a token that is in
-            both files.
+        ConfigError: If a file can't be read or is malformed, or if a token is in both files.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Tokens:
 
     @property
     def configured(self) -> bool:
-        """Whether there are tokens at all."""
+        """Whether any tokens are configured."""
         return self._extract_file is not None or self._admin_file is not None
 
     @property
@@ -74,10 +73,10 @@ class Tokens:
         return Right.ADMIN if self._trusted and self._admin_file is None else Right.EXTRACT
 
     def right_of(self, token: str) -> Right:
-        """Return a token's right; NONE for one that is not known.
+        """Return a token's right; NONE for an unknown token.
 
-        Takes the same time whatever the token is: it is compared with all of them, by digest, so
-        that neither a common beginning nor a length can be measured.
+        This takes the same time for every token: it is compared with all known tokens, by digest,
+        so that a caller can measure neither a common prefix nor a length.
         """
         digest = _digest(token)
         found = Right.NONE
@@ -90,7 +89,7 @@ class Tokens:
         """Read the files again.
 
         Raises:
-            ConfigError: As above; the former tokens stay valid then.
+            ConfigError: As for the constructor. Then the former tokens stay valid.
         """
         self._known = self._read()
 

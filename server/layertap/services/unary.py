@@ -14,18 +14,18 @@ __all__ = ["answer"]
 def answer(context: grpc.ServicerContext, extract: Callable[[Call], Extraction[bytes]]) -> bytes:
     """Run an extraction for a unary RPC and return the reply's message.
 
-    The extraction is cancelled when the RPC ends, and its bytes count until the reply was sent.
+    The extraction is cancelled when the RPC ends. Its bytes are counted until the reply was sent.
 
     Args:
         context: The RPC.
         extract: Runs the extraction.
     """
     call = Call(context.time_remaining())
-    # False: the RPC has ended already, and gRPC will not call back any more.
+    # If this is False, the RPC has already ended, and gRPC will not call the callback.
     if not context.add_callback(call.cancel):
         call.cancel()
     extraction = extract(call)
-    # gRPC calls back when it is done with the RPC, however slowly the client reads.
+    # gRPC calls this when it is done with the RPC, however slowly the client reads.
     if not context.add_callback(extraction.release):
         extraction.release()
     return extraction.payload

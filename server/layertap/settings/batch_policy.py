@@ -13,7 +13,7 @@ __all__ = ["ALONE", "BatchPolicy"]
 
 @dataclass(frozen=True, slots=True)
 class BatchPolicy:
-    """How large a batch may get, and how many seconds it may be held back."""
+    """How many items a batch may have, and how many seconds it may wait for more."""
 
     max_size: Annotated[
         int,

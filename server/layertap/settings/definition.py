@@ -1,11 +1,12 @@
 """Declarations of settings, and the checks and texts derived from them.
 
-A setting is a field of a frozen dataclass whose annotation says everything else about it:
+A setting is a field of a frozen dataclass. Its annotation has everything else about it:
 
     port: Annotated[int, Setting("The port to listen on.", kinds.PORT)] = 8001
 
-From it come the key of the configuration file (``layertap.app.config_file``), the flag
-(``layertap.cli.flags``), and its row in docs/settings.md (``tools/gen_settings.py``).
+The key in the configuration file (``layertap.app.config_file``), the command-line flag
+(``layertap.cli.flags``) and the row in docs/settings.md (``tools/gen_settings.py``) are made from
+it.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ NO_FLAG = "-"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a field's annotation says about a setting; its name, type and default are the field's.
+    """The annotation of a setting. Its name, type and default are the field's own.
 
     Attributes:
-        help: What it is for, in a sentence.
+        help: What it is for, in one sentence.
         kind: The kind of its values.
         key: Its key in the configuration file; the field's name if empty.
-        flag: Its flag; the key with hyphens if empty, ``NO_FLAG`` for none.
-        default: The default in words, where the field's own says too little.
-        memory_share: If above 0, the default in the configuration is at most this part of the
+        flag: Its flag; if empty, the key with hyphens; ``NO_FLAG`` for none.
+        default: The default in words, if the field's own default needs explaining.
+        memory_share: If above 0, the default in the configuration is at most this fraction of the
             memory that the process may use: 8 for an eighth.
-        live: Whether a reload applies it; else it waits for the next start.
+        live: Whether a reload applies it; otherwise it takes effect at the next start.
     """
 
     help: str
@@ -51,14 +52,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """A setting of a dataclass, everything filled in.
+    """A setting of a dataclass, with everything filled in.
 
     Attributes:
-        path: The field, after the fields of the dataclasses that it is nested in.
+        path: The names of the fields that lead to it, through nested dataclasses.
         key: Its key in the configuration file.
         flag: Its flag, such as ``--port``; empty for none.
-        setting: What was declared.
-        default: The value if it is not given; MISSING where it must be given.
+        setting: Its annotation.
+        default: The value if it is not given; MISSING if it must be given.
     """
 
     path: tuple[str, ...]
@@ -79,7 +80,7 @@ class Definition:
 
     @property
     def default_text(self) -> str:
-        """The default as documentation shows it; empty if there is none to show."""
+        """The default as documentation shows it; empty if there is nothing to show."""
         if self.setting.default:
             return self.setting.default
         if self.required or self.default is None or self.default in ("", ()):
@@ -91,13 +92,13 @@ class Definition:
         return f"{text}, or less where memory is short" if self.setting.memory_share else text
 
     def value_in(self, owner: object) -> Any:
-        """Return the raw value that an object has for it; None if it has none."""
+        """Return an object's raw value for this setting; None if it has none."""
         value = functools.reduce(getattr, self.path, owner)
         return None if value is None else self.kind.to_raw(value)
 
 
 def definitions(owner: type) -> tuple[Definition, ...]:
-    """Return the settings of a dataclass in their order, those of nested dataclasses included."""
+    """Return the settings of a dataclass in order, including those of nested dataclasses."""
     if owner not in _known:
         _known[owner] = tuple(_definitions(owner))
     return _known[owner]
@@ -125,14 +126,14 @@ def _definition(name: str, default: Any, setting: Setting) -> Definition:
 
 
 def build(owner: type[T], values: Mapping[str, Any]) -> T:
-    """Return an object with these settings and the defaults of the others.
+    """Return an object with these settings, and defaults for the others.
 
     Args:
         owner: The dataclass.
         values: Raw values by key.
 
     Raises:
-        LayertapError: For values that the dataclass refuses.
+        LayertapError: If the dataclass refuses a value.
     """
     given = _by_path(owner, values)
     hints = get_type_hints(owner)
@@ -145,23 +146,23 @@ def replaced(instance: T, values: Mapping[str, Any]) -> T:
     """Return a copy of an object with other values for these settings.
 
     Args:
-        instance: The object, of a dataclass with settings.
+        instance: The object, whose dataclass has settings.
         values: Raw values by key.
 
     Raises:
-        LayertapError: For values that the dataclass refuses.
+        LayertapError: If the dataclass refuses a value.
     """
     given = _by_path(type(instance), values)
     changes = {
         name: replaced(getattr(instance, name), inner) for name, inner in given.nested.items()
     }
-    # mypy can't tell that an object with settings is a dataclass.
+    # mypy doesn't know that an object with settings is a dataclass.
     return replace(instance, **given.own, **changes)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """Values for one dataclass: of its own fields, and raw ones by key for nested dataclasses."""
+    """Values for one dataclass: its own fields, and raw values by key for nested dataclasses."""
 
     own: dict[str, Any] = field(default_factory=dict)
     nested: dict[str, dict[str, Any]] = field(default_factory=dict)

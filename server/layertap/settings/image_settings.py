@@ -23,20 +23,20 @@ class Color(StrEnum):
 
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""Pillow's filters, by the names that torchvision gives them."""
+"""Pillow's filters, by their names in torchvision."""
 
 _MODELS_OWN = "the model's own"
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """Steps of the image preprocessing that take the place of the model's own.
+    """Steps of the image preprocessing that replace the model's own.
 
-    A field that is None leaves the step as the model's configuration says. An empty tuple leaves
-    the step out.
+    If a field is None, the step stays as in the model's configuration. An empty tuple removes the
+    step.
 
     Raises:
-        ConfigError: A value is out of range; the message names it.
+        ConfigError: If a value is out of range; the message names it.
     """
 
     mean: Annotated[

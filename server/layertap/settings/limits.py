@@ -17,7 +17,7 @@ _MEMORY = kinds.mib(1)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``[limits]``: limits that hold before any compute. Sizes are in bytes."""
+    """``[limits]``: limits that are checked before any compute. Sizes are in bytes."""
 
     request_bytes: Annotated[
         int,
@@ -49,6 +49,10 @@ class Limits:
             flag=NO_FLAG,
         ),
     ] = 64 * MIB
+    text_bytes: Annotated[
+        int,
+        Setting("Bytes of all texts of one request, in UTF-8.", kinds.COUNT, flag=NO_FLAG),
+    ] = 4 * MIB
     layers: Annotated[
         int,
         Setting(
@@ -58,7 +62,7 @@ class Limits:
     pending: Annotated[
         int,
         Setting(
-            "Requests that wait for a compute thread or run on one; one more is rejected.",
+            "Requests that wait for a compute thread or run on one; one more is refused.",
             kinds.COUNT,
             flag=NO_FLAG,
         ),

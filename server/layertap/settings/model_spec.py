@@ -11,17 +11,18 @@ from typing import Annotated, Any
 
 from layertap.errors import ConfigError
 from layertap.settings import value_kinds as kinds
+from layertap.settings.declared_input import INPUT_DTYPES, INPUTS, DeclaredInput
 from layertap.settings.definition import NO_FLAG, Setting
 from layertap.settings.image_settings import NOTHING_SET, ImageSettings
 
-__all__ = ["INPUT_DTYPES", "PRECISIONS", "ModelSpec", "SourceKind"]
+__all__ = ["PRECISIONS", "ModelSpec", "SourceKind"]
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
 
 
 class SourceKind(StrEnum):
-    """Where a module comes from; each kind has a file ``models/<kind>_source.py``.
+    """The source of a module; each kind has a file ``models/<kind>_source.py``.
 
     ``HF_CONFIG`` is in ``hf_source.py`` too.
     """
@@ -42,20 +43,16 @@ class SourceKind(StrEnum):
 PRECISIONS = ("float32", "float16", "bfloat16")
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 """The implementations of attention in transformers that run no downloaded code."""
-INPUT_DTYPES = (
-    *("float32", "float64", "float16", "bfloat16"),
-    *("int64", "int32", "int16", "int8", "uint8", "bool"),
-)
 _ANY_TEXT = kinds.ValueKind(str, "a text", "NAME")
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What to load: a source, its weights, its input and a name.
+    """A model to load: its source, weights, input and name.
 
     Raises:
-        ConfigError: A field is malformed; the message names it.
+        ConfigError: If a field is malformed; the message names it.
     """
 
     source: Annotated[
@@ -129,6 +126,15 @@ class ModelSpec:
             default="found by trying",
         ),
     ] = None
+    inputs: Annotated[
+        tuple[DeclaredInput, ...],
+        Setting(
+            "The inputs of a model that takes several, or whose only one can't be found by trying; "
+            "for factories and TorchScript files. docs/inputs.md has the form.",
+            INPUTS,
+            default="read from the model's forward and found by trying",
+        ),
+    ] = ()
     images: ImageSettings = NOTHING_SET
     weights_key: Annotated[
         str,
@@ -155,6 +161,15 @@ class ModelSpec:
             "weights.",
             kinds.choice(*ATTENTION),
             default="chosen by transformers",
+        ),
+    ] = ""
+    tokenizer: Annotated[
+        str,
+        Setting(
+            "A tokenizer.json, or a folder with one, by which the server turns texts into the "
+            "token ids that the model's first input takes.",
+            kinds.FILE_NAME,
+            default="the one in a Hugging Face folder",
         ),
     ] = ""
     trust_remote_code: Annotated[
@@ -208,11 +223,11 @@ class ModelSpec:
             options: The other fields, by name.
 
         Raises:
-            ConfigError: the text, or a name in it, is malformed.
+            ConfigError: If the text, or a name in it, is malformed.
         """
         name, equals, source = text.strip().partition("=")
         if not equals or "/" in name or ":" in name:
-            # An equals sign after a slash or colon belongs to a path, not to a name.
+            # An equals sign after a slash or colon is part of a path.
             return cls(text.strip(), **options)
         if not name:
             raise ConfigError(f"model name: got nothing before '=' in {text!r}, expected a name")
@@ -230,11 +245,21 @@ class ModelSpec:
                 f"free dimensions of {self.name}: got {list(dims)}, expected ascending indices "
                 "into the item shape, such as 1,2 for the height and width of images"
             )
-        declared = bool(self.input_dtype) or dims is not None
-        if declared and self.kind not in (SourceKind.FACTORY, SourceKind.TORCHSCRIPT):
+        one = bool(self.input_dtype) or dims is not None
+        if (one or self.inputs) and self.kind not in (SourceKind.FACTORY, SourceKind.TORCHSCRIPT):
             raise ConfigError(
-                f"input of {self.name}: input_dtype and free_dims can be declared for factories "
-                f"and TorchScript files; the input of a {self.kind} model is known"
+                f"input of {self.name}: inputs, input_dtype and free_dims can be declared for "
+                f"factories and TorchScript files; the input of a {self.kind} model is known"
+            )
+        if self.inputs and (one or self.item_shape is not None):
+            raise ConfigError(
+                f"input of {self.name}: got inputs and also item_shape, input_dtype or free_dims, "
+                f"expected inputs alone, which says all of that"
+            )
+        if self.inputs and self.inputs[0].optional:
+            raise ConfigError(
+                f"inputs of {self.name}: got the first one, {self.inputs[0].name!r}, as optional; "
+                f"expected a required one first"
             )
 
     def _check_hugging_face(self) -> None:
@@ -257,7 +282,7 @@ class ModelSpec:
 
     @property
     def kind(self) -> SourceKind:
-        """Where the module comes from, told by a prefix or by how the source is written."""
+        """Where the module comes from, according to the source's prefix or form."""
         return _split(self.source)[0]
 
     @property

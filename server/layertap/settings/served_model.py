@@ -1,4 +1,4 @@
-"""One model of a server: what to load, and how to serve it."""
+"""One model of a server: what to load and how to serve it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class HostOptions:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """``[[models]]``: a model, the layers that are compiled at the start, and how it is served.
+    """``[[models]]``: a model, the layers to compile at the start, and how it is served.
 
     Attributes:
-        spec: What to load.
+        spec: The model to load.
     """
 
     spec: ModelSpec
@@ -70,11 +70,11 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """What requests call it."""
+        """The name that requests use."""
         return self.spec.name
 
     def check(self) -> None:
-        """Raise ConfigError where settings contradict each other."""
+        """Raise ConfigError if settings contradict each other."""
         graphs = self.options.cuda_graphs
         if graphs and not self.layers:
             raise ConfigError(

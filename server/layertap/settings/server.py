@@ -23,9 +23,10 @@ METRICS_OFF = -1
 
 @dataclass(frozen=True, slots=True)
 class SecretFiles:
-    """The files of certificates and tokens; None for those that are not used.
+    """The files of certificates and tokens; None for files that are not used.
 
-    Files only: every user of a machine can read the command line of its processes.
+    Secrets are given only as files, because every user of a machine can read the command lines of
+    its processes.
     """
 
     tls_cert: Annotated[
@@ -62,9 +63,9 @@ class SecretFiles:
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """``[server]``: one process that serves. Sizes are in bytes.
+    """``[server]``: the settings of one server process. Sizes are in bytes.
 
-    These are values only: what they name is opened by the server.
+    These are only values: the server opens the files and addresses that they name.
     """
 
     host: Annotated[

@@ -1,9 +1,8 @@
 """The kinds of values that settings have: what is valid, how it is written, how it is described.
 
-A value is written in one of two ways, as TOML in ``layertap.toml`` and as text on the command line.
-Both become the same *raw* value (``[3, 224, 224]`` and ``3,224,224`` become ``(3, 224, 224)``),
-which is checked once and then turned into what the code works with: MiB into bytes, a text into a
-path.
+A value is written as TOML in ``layertap.toml``, or as text on the command line. Both become the
+same *raw* value (``[3, 224, 224]`` and ``3,224,224`` become ``(3, 224, 224)``), which is checked
+once. Then it is converted to what the code works with: MiB to bytes, a text to a path.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ __all__ = [
 ]
 
 MIB = 1 << 20
-"""Bytes of one MiB."""
+"""Bytes in one MiB."""
 
 DEVICE_PATTERN = r"auto|cpu|cuda(:[0-9]{1,3})?"
-"""The devices that models run on."""
+"""Valid names of devices for models."""
 
 
 def _same(value: Any) -> Any:
@@ -49,16 +48,15 @@ class ValueKind:
     Attributes:
         raw: The type of a valid raw value, with its range, for msgspec to check.
         expected: What is expected, in the words of an error message: "a number from 1".
-        metavar: What stands for the value in the help of the command line.
-        from_raw: Turns a valid raw value into the one that the code works with.
+        metavar: The placeholder for the value in the help of the command line.
+        from_raw: Converts a valid raw value to the one that the code works with.
         to_raw: The reverse.
-        from_text: Turns the text of a flag into a raw value, which is checked afterwards. Raises
-            ValueError for a text that is no such thing.
-        expected_text: What is expected on the command line, where that is written differently.
-        choices: The valid values, where there are only a few.
-        is_path: Whether the value names a file or folder, which a configuration file names relative
-            to itself.
-        words: Values that are not paths although the others are, such as ``"off"``.
+        from_text: Converts the text of a flag to a raw value, which is checked afterwards. Raises
+            ValueError if it can't.
+        expected_text: What is expected on the command line, if it is written differently there.
+        choices: The valid values, if there are only a few.
+        is_path: Whether the value is a path, which is relative to the configuration file's folder.
+        words: Values that are not paths although ``is_path`` is set, such as ``"off"``.
     """
 
     raw: Any
@@ -73,10 +71,10 @@ class ValueKind:
     words: tuple[str, ...] = ()
 
     def check(self, raw: object) -> Any:
-        """Return a raw value as its own type, a list as a tuple for instance.
+        """Return a raw value converted to its own type, for instance a list to a tuple.
 
         Raises:
-            ValueError: For one that is not valid; the message says what is expected.
+            ValueError: If it is invalid; the message says what is expected.
         """
         try:
             return msgspec.convert(raw, self.raw)
@@ -84,10 +82,10 @@ class ValueKind:
             raise ValueError(f"got {raw!r}, expected {self.expected}") from None
 
     def parse(self, text: str) -> Any:
-        """Return the raw value that a text on the command line stands for.
+        """Return the raw value for a text on the command line.
 
         Raises:
-            ValueError: For one that is not valid; the message says what is expected.
+            ValueError: If it is invalid; the message says what is expected.
         """
         try:
             if self.from_text is None:
@@ -119,7 +117,7 @@ def mib(least: int, most: int | None = None, expected: str = "") -> ValueKind:
 
 
 def choice(*values: str) -> ValueKind:
-    """Return the kind of texts of which there are only these."""
+    """Return the kind of texts that must be one of these."""
     quoted = [repr(value) for value in values]
     expected = f"{', '.join(quoted[:-1])} or {quoted[-1]}"
     # mypy can't know the values of this Literal, and nothing here needs it to.
@@ -130,7 +128,7 @@ def choice(*values: str) -> ValueKind:
 def some_text(
     expected: str = "a text", metavar: str = "TEXT", pattern: str | None = None
 ) -> ValueKind:
-    """Return the kind of texts that are not empty, and of one form where a pattern is given."""
+    """Return the kind of texts that are not empty and, if given, match a pattern."""
     return ValueKind(Annotated[str, Meta(min_length=1, pattern=pattern)], expected, metavar)
 
 
@@ -157,17 +155,17 @@ def many(
     least: int = 0,
     most: int | None = None,
 ) -> ValueKind:
-    """Return the kind of lists: with commas on the command line.
+    """Return the kind of lists, which are written with commas on the command line.
 
     Args:
         item: The type of one item, for msgspec.
-        expected: As for ValueKind.
-        expected_text: As for ValueKind.
-        metavar: As for ValueKind.
-        parse: Turns the text of one item into it; raises ValueError.
-        none: Whether the word "none" on the command line stands for an empty list.
-        least: How many items there must be.
-        most: How many there may be; None for any number.
+        expected: See ValueKind.
+        expected_text: See ValueKind.
+        metavar: See ValueKind.
+        parse: Converts the text of one item; raises ValueError if it can't.
+        none: Whether the word "none" on the command line means an empty list.
+        least: Minimum number of items.
+        most: Maximum number of items; None for no limit.
     """
 
     def from_text(value: str) -> tuple[Any, ...]:
@@ -206,6 +204,7 @@ MICROSECONDS = ValueKind(
     to_raw=lambda seconds: round(seconds * 1e6),
 )
 FILE = path("a file", "FILE")
+FILE_NAME = ValueKind(Annotated[str, Meta(min_length=1)], "a file", "FILE", is_path=True)
 PEM = path("a file", "PEM")
 PLAN_CACHE = ValueKind(
     Annotated[str, Meta(min_length=1)],
@@ -285,7 +284,7 @@ def _names(layers: tuple[LayerSelection, ...]) -> tuple[str, ...]:
 
 
 def _name(selection: LayerSelection) -> str:
-    """Return what LayerSelection.parse reads as this selection."""
+    """Return the text that LayerSelection.parse reads as this selection."""
     layer = re.sub(r"([:=\\])", r"\\\1", selection.layer)
     side = ":input" if selection.capture is Capture.INPUT else ""
     return f"{layer}{side}{'=' if selection.alias else ''}{selection.alias}"

@@ -3,14 +3,14 @@
 Note [Who may connect]
     The socket is an abstract one with a random name: it leaves no file and exists only in the
     server's network namespace, so every peer is on the same machine. The kernel reports the peer's
-    user, and any user but the server's own is rejected. The first packet presents a ticket, which
+    user, and any user but the server's own is refused. The first packet presents a ticket, which
     OpenSharedMemory gives to authorized callers; it is valid once and for a few seconds.
 
 Note [One thread]
     One thread reads all sockets. It never waits for a client: a client that can't take a packet at
-    once loses its session. Other threads send, under the lock of SharedMemory. Before a thread
-    lends a region it reads what the client returned just before its request, which is mostly the
-    very region to use.
+    once loses its session. Other threads send, under the lock of SharedMemory. Before such a thread
+    lends a region, it reads the packets that the client sent before its request, because these
+    usually return the very region that suits best.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Broker:
         memory: The shared memory to lend.
 
     Attributes:
-        memory: The same.
+        memory: The shared memory to lend.
         name: The abstract socket's name, without the zero byte in front.
     """
 
@@ -97,7 +97,7 @@ class Broker:
         return ticket
 
     def close(self) -> None:
-        """End all sessions; clients may continue reading what they were lent."""
+        """End all sessions; clients may continue to read regions that were lent to them."""
         if self._closed:
             return
         self._closed = True
@@ -118,7 +118,7 @@ class Broker:
                     self._tick()
                     due = time.monotonic() + tick
         finally:
-            # Also after an unexpected error here: clients then use the network.
+            # Also after an unexpected error in this thread: clients then use the network.
             self._closed = True
             self._end_all()
 
@@ -164,13 +164,13 @@ class Broker:
         except OSError:
             data = b""
         if not data:
-            self._end(connection, End.RETIRE if connection.rejected else End.REUSE)
+            self._end(connection, End.RETIRE if connection.refused else End.REUSE)
             return
         if not self._take(connection, data):
             self._end(connection, End.RETIRE)
 
     def _take(self, connection: _Connection, data: bytes) -> bool:
-        """Do what a packet requests; return False for a packet that is not allowed."""
+        """Handle a packet; return False if it is not allowed."""
         try:
             packet = Packet.unpack(data)
             if connection.session is None:
@@ -178,7 +178,7 @@ class Broker:
             else:
                 self._obey(connection, connection.session, packet)
         except ValueError as error:
-            _log.debug("shared memory: rejected a client: %s", error)
+            _log.debug("shared memory: refused a client: %s", error)
             return False
         return True
 
@@ -223,10 +223,10 @@ class _Connection:
         self._take = take
         self.session: Session | None = None
         self.since = time.monotonic()
-        self.rejected = False
+        self.refused = False
 
     def poll(self) -> None:
-        # The reading thread will notice the end of the connection.
+        # The reading thread will notice if the connection has ended.
         for _ in range(_POLLED):
             try:
                 data = self.socket.recv(PACKET_BYTES + 1)
@@ -241,7 +241,7 @@ class _Connection:
         packet = Packet(PacketKind.REGION, region.number, region.size, region.kind)
         try:
             socket.send_fds(self.socket, [packet.pack()], [region.fileno()])
-        except OSError:  # Its buffer is full, or the client has left.
+        except OSError:  # The socket's buffer is full, or the client has left.
             return False
         return True
 
@@ -253,13 +253,13 @@ class _Connection:
             self.socket.send(packet.pack())
         except BlockingIOError:
             self.close()
-        except OSError:  # The client has left, as the reading thread will notice.
+        except OSError:  # The client has left; the reading thread will notice.
             pass
 
     def close(self) -> None:
-        # The reading thread notices the end and closes the socket. If it finds that the client left
-        # by itself first, the client's regions may be reused.
-        self.rejected = True
+        # The reading thread notices the end and closes the socket. If it finds that the client had
+        # already left by itself, the client's regions may be reused.
+        self.refused = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
@@ -268,7 +268,7 @@ def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
     """Return a broker; None if the limit is 0 or the system has no such shared memory.
 
     Args:
-        limit_bytes: The most bytes that all regions may have together.
+        limit_bytes: Maximum bytes of all regions together.
         lease_seconds: How long a client may keep a region.
     """
     if not limit_bytes or not supported():

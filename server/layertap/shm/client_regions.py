@@ -1,16 +1,16 @@
 """Shared memory that clients register by name: read and written by its descriptor, never mapped.
 
 Note [Never mapped]
-    If a client shortens a file that the server has mapped, the server dies by SIGBUS. So nothing is
-    mapped: a region is a descriptor, ``pread`` and ``pwrite``, and a file that has become too short
-    is a short read, an error of that request alone. It takes no additional copy.
+    If a client shortens a file that the server has mapped, SIGBUS ends the server. So nothing is
+    mapped: a region is a descriptor, read with ``pread`` and written with ``pwrite``. If a file has
+    become too short, the read is short, and only that request fails. This needs no additional copy.
 
 Note [Whose memory]
     The server opens files with its own rights, for any caller. So it opens only regular files
-    directly in ``/dev/shm`` with one link, no symbolic links, and only those of the user that it
-    runs as or of the users that it was configured with; none of layertap's own, and no semaphores.
-    Every refusal has the same message, so a caller can't probe which objects exist. Each owner has
-    names of their own: another owner can neither see, use nor remove them.
+    directly in ``/dev/shm`` with one link and no symbolic links. They must belong to the server's
+    own user or to a user that the configuration lists, and must be neither layertap's own files nor
+    semaphores. Every refusal has the same message, so a caller can't probe which objects exist.
+    Each owner has a separate set of names: no owner can see, use or remove another's regions.
 
 Note [In flight]
     A request that uses a region refers to its file, and the descriptor is closed with the last
@@ -32,7 +32,7 @@ from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
 __all__ = ["MAX_REGIONS", "ClientRegion", "ClientRegions", "RegionSlice"]
 
 MAX_REGIONS = 256
-"""The most regions of all owners; each takes a descriptor of the process."""
+"""Maximum number of regions of all owners; each takes a file descriptor of the process."""
 
 MAX_NAME_BYTES = 255
 
@@ -41,7 +41,7 @@ _RESERVED = ("layertap", "sem.")
 
 
 class _File:
-    """A descriptor that is closed with the last reference to this."""
+    """A file descriptor that is closed when this object is freed."""
 
     __slots__ = ("__weakref__", "fd")
 
@@ -57,7 +57,7 @@ class ClientRegion:
     Attributes:
         name: The name that its owner gave it.
         offset: Where it begins in its file, in bytes.
-        byte_size: Its bytes.
+        byte_size: Its size in bytes.
     """
 
     name: str
@@ -66,7 +66,7 @@ class ClientRegion:
     _file: _File = field(repr=False)
 
     def slice(self, offset: int, byte_size: int) -> RegionSlice:
-        """Return a part of it; raise InvalidInputError if it has no such part."""
+        """Return a part of the region; raise InvalidInputError if it has no such part."""
         if not 0 <= offset < self.byte_size:
             raise InvalidInputError(
                 f"Invalid offset for shared memory region: {self.name!r}: got {offset}, expected 0 "
@@ -86,7 +86,7 @@ class RegionSlice:
 
     Attributes:
         region: The region's name.
-        byte_size: Its bytes.
+        byte_size: Its size in bytes.
     """
 
     region: str
@@ -95,7 +95,7 @@ class RegionSlice:
     byte_size: int
 
     def read(self) -> bytes:
-        """Return its bytes; raise InvalidInputError if the file has become too short."""
+        """Return the bytes; raise InvalidInputError if the file has become too short."""
         try:
             data = os.pread(self._file.fd, self.byte_size, self._begin)
         except OSError as error:
@@ -105,10 +105,10 @@ class RegionSlice:
         return data
 
     def write(self, data: memoryview) -> None:
-        """Write bytes at its beginning.
+        """Write bytes at the beginning of the part.
 
         Raises:
-            InvalidInputError: If there are more than it has, or its file has become too short.
+            InvalidInputError: If there are too many bytes, or the file has become too short.
         """
         if data.nbytes > self.byte_size:
             raise InvalidInputError(
@@ -116,7 +116,7 @@ class RegionSlice:
                 f"{self.byte_size}"
             )
         try:
-            # pwrite would make the file longer again, with memory that its owner has given back.
+            # pwrite would extend the file again, with memory that its owner has given up.
             if os.fstat(self._file.fd).st_size < self._begin + data.nbytes:
                 raise self._truncated()
             done = 0
@@ -139,7 +139,7 @@ class ClientRegions:
     """The regions of all owners. Safe to share between threads.
 
     Args:
-        uids: Users whose memory is accepted besides that of the server's own user.
+        uids: Users whose memory is accepted besides the server's own user's.
         folder: The folder of the objects.
     """
 
@@ -153,19 +153,19 @@ class ClientRegions:
         """Register a region of an owner.
 
         Args:
-            owner: Identifies the owner, the only one who may use it.
-            name: The name for it.
+            owner: Identifies the owner; only the owner may use the region.
+            name: The name of the region.
             key: The memory object, as for ``shm_open``.
-            offset: Where it begins there, in bytes.
-            byte_size: Its bytes.
+            offset: Where the region begins in the object, in bytes.
+            byte_size: The region's size in bytes.
 
         Raises:
-            InvalidInputError: For a name that is taken, a key that can't be opened, or a part that
-                the object does not have.
-            OverloadedError: If there are too many.
+            InvalidInputError: If the name is taken, the key can't be opened, or the object has no
+                such part.
+            OverloadedError: If there are too many regions.
         """
         _check_name(name)
-        # Before the file is opened, so that a refusal is cheap.
+        # Checked before the file is opened, so that a refusal is cheap.
         with self._lock:
             self._check_room(owner, name)
         file = self._open(key)
@@ -176,7 +176,7 @@ class ClientRegions:
             regions[name] = ClientRegion(name, offset, byte_size, file)
 
     def unregister(self, owner: Hashable, name: str) -> None:
-        """Forget a region, if there is one, or with an empty name all regions of the owner."""
+        """Unregister a region if it exists; with an empty name, all regions of the owner."""
         with self._lock:
             regions = self._regions.get(owner, {})
             gone = [regions.pop(name, None)] if name else list(regions.values())
@@ -185,10 +185,10 @@ class ClientRegions:
         del gone  # Closes the descriptors, without the lock.
 
     def status(self, owner: Hashable, name: str) -> list[ClientRegion]:
-        """Return a region, or with an empty name all regions of the owner.
+        """Return a region; with an empty name, all regions of the owner.
 
         Raises:
-            NotFoundError: If the owner has none of that name.
+            NotFoundError: If the owner has no region with that name.
         """
         with self._lock:
             regions = dict(self._regions.get(owner, {}))
@@ -202,8 +202,8 @@ class ClientRegions:
         """Return a part of an owner's region.
 
         Raises:
-            NotFoundError: If the owner has none of that name.
-            InvalidInputError: If it has no such part.
+            NotFoundError: If the owner has no region with that name.
+            InvalidInputError: If the region has no such part.
         """
         (region,) = self.status(owner, name) if name else [None]
         if region is None:
@@ -249,7 +249,7 @@ def _is_file_name(base: str) -> bool:
 
 def _check_part(file: _File, name: str, offset: int, byte_size: int) -> None:
     size = os.fstat(file.fd).st_size
-    # Python's integers don't overflow, so the sum is what it is.
+    # Python's integers don't overflow, so the sum is safe.
     if byte_size < 1 or offset < 0 or offset + byte_size > size:
         raise InvalidInputError(
             f"Invalid offset + byte size for shared memory region: {name!r}: got {offset} + "

@@ -2,20 +2,22 @@
 
 Note [Views keep the lease]
     All views of a reply are views of one array over the region's mapping. When the last view is
-    gone so is that array, and its finalizer returns the lease. The finalizer may run in any thread,
-    under any lock, so it takes none: sets and dicts change by single operations, and the packet is
-    sent without waiting. The socket stays open as long as there are views, even after the client is
-    closed, because its end would tell the server that the regions may be reused. It also stays open
-    while a call is in progress, as its reply may have arrived without anything viewing it yet.
+    freed, so is that array, and its finalizer returns the lease. The finalizer may run in any
+    thread, while any lock is held, so it takes no lock: sets and dicts change by single operations,
+    and the packet is sent without waiting.
+
+    The socket stays open as long as there are views, even after the client is closed, because its
+    end would tell the server that the regions may be reused. It also stays open while a call is in
+    progress, as its reply may have arrived although nothing views it yet.
 
 Note [Replies that nobody has read yet]
-    A lease may expire while its reply waits to be read, in a stream with a slow consumer. So a
-    region that the server has closed is kept while calls are in progress, unless its last lease was
-    seen here. Once no call is in progress such a reply will never be read.
+    A lease may expire while its reply waits to be read, in a stream with a slow consumer. So while
+    calls are in progress, a region that the server has closed is kept unless its last lease was
+    seen here. Once no call is in progress, such a reply will never be read.
 
 Note [Forks]
-    A forked child shares its parent's socket: if it returned a lease, or kept the socket open, it
-    would do so for its parent. So it closes its copy.
+    A forked child shares its parent's socket. If it returned a lease, or kept the socket open, that
+    would affect the parent. So the child closes its copy.
 """
 
 from __future__ import annotations
@@ -55,11 +57,11 @@ _CLOEXEC = 0x40000000  # MSG_CMSG_CLOEXEC, for which Python has no name.
 
 
 class _Mapped:
-    """A region that is mapped, and what is known about its leases.
+    """A mapped region, and what is known about its leases.
 
     Attributes:
         leases: The generations of the leases that are in use here.
-        seen: The last of them.
+        seen: The largest generation seen so far.
         forgotten: The generation after which the server won't use the region again; 0 for none.
     """
 
@@ -76,13 +78,13 @@ class _Mapped:
 
 
 class _PrivateMap(mmap.mmap):
-    """A private mapping of a lent region, for writing; keeps the lease."""
+    """A private, writable mapping of a lent region; it keeps the lease."""
 
     lease: np.ndarray
 
 
 class _Lease:
-    """One lease of a reply region: the array after all views of it."""
+    """One lease of a reply region, with the array that all its views are based on."""
 
     def __init__(self, mapped: _Mapped, released: Callable[[], None]) -> None:
         self._mapped = mapped
@@ -112,7 +114,7 @@ class _Lease:
 
 
 class Borrowed:
-    """An input region, for one request at a time.
+    """An input region that is lent to this client, for one request at a time.
 
     Attributes:
         number: The region's number.
@@ -142,8 +144,8 @@ class ClientSession:
         lost: Whether the server has left or has ended the session.
 
     Raises:
-        OSError: If nothing listens there, or the server rejects us.
-        ValueError: If the server answers with anything but a WELCOME of our version.
+        OSError: If nothing listens there, or the server refuses the session.
+        ValueError: If the server doesn't answer with a WELCOME of our version.
     """
 
     def __init__(self, name: str, ticket: bytes) -> None:
@@ -163,7 +165,7 @@ class ClientSession:
         except BaseException:
             self._socket.close()
             raise
-        # After the last finalizer that may send.
+        # Registered first, so that it runs after the finalizers that may send.
         weakref.finalize(self, self._socket.close).atexit = False
         _OPEN.add(self)
         threading.Thread(target=self._run, name="layertap-shared-client", daemon=True).start()
@@ -201,7 +203,7 @@ class ClientSession:
         return find
 
     def borrow(self, nbytes: int) -> Borrowed | None:
-        """Return an input region for ``nbytes``; None if the server lends none."""
+        """Return an input region for ``nbytes``; None if the server lends no region."""
         with self._changed:
             kept = [each for each in self._idle if each.mapped.size >= nbytes]
             if kept:
@@ -225,19 +227,19 @@ class ClientSession:
 
     @contextmanager
     def written(self, inputs: Arrays) -> Iterator[list[SharedSlice | None]]:
-        """Write the large inputs of a request into shared memory while the block lasts.
+        """Write the large inputs of a request into shared memory for the duration of the block.
 
         Yields:
-            For each input where it is; None for one that has to be sent.
+            The place of each input; None for an input that must be sent.
 
         Raises:
-            InvalidInputError: For an array without a row in the dtype table.
+            InvalidInputError: If an array's dtype has no row in the dtype table.
         """
         with ExitStack() as stack:
             yield [stack.enter_context(self._written(array)) for _, array in inputs]
 
     def close(self) -> None:
-        """End the session, once no lent region is viewed and no call is in progress."""
+        """End the session once no lent region is viewed and no call is in progress."""
         self._closing = True
         self._end_if_unused()
 
@@ -246,7 +248,7 @@ class ClientSession:
         if array.nbytes < LEAST_BYTES:
             yield None
             return
-        of_array(array)  # Raises for an array of objects, for one, which can't be written anywhere.
+        of_array(array)  # Raises for a dtype that can't be written, such as object.
         borrowed = self.borrow(array.nbytes)
         if borrowed is None:
             yield None
@@ -269,7 +271,7 @@ class ClientSession:
 
     def _lease(self, number: int, generation: int) -> _Lease:
         with self._changed:
-            # It was sent before the reply, but another thread reads it.
+            # The region was announced before the reply, but another thread reads that packet.
             self._changed.wait_for(lambda: number in self._regions or self.lost, _WAIT_SECONDS)
             mapped = self._regions.get(number)
             if mapped is None or mapped.kind is not RegionKind.REPLY:
@@ -298,11 +300,11 @@ class ClientSession:
         while self._unsent and not self.lost:
             try:
                 first = self._unsent.popleft()
-            except IndexError:  # Another thread was quicker.
+            except IndexError:  # Another thread has taken it.
                 return
             try:
                 self._socket.send(first.pack(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            except BlockingIOError:  # It is sent with the next one.
+            except BlockingIOError:  # It will be sent with the next packet.
                 self._unsent.appendleft(first)
                 return
             except OSError:
@@ -315,7 +317,7 @@ class ClientSession:
             self._changed.wait_for(lambda: self._lent or self.lost, _WAIT_SECONDS)
             lent = self._lent
             mapped = self._regions.get(lent.first) if lent else None
-            # An answer that arrives too late for one request may be read by the next.
+            # A late answer to one request may be read by the next request.
             if lent is None or mapped is None or mapped.size < nbytes:
                 return None
             mapped.leases.add(lent.second)
@@ -365,7 +367,7 @@ class ClientSession:
             mapped = self._regions.get(packet.first)
             if mapped is None:
                 return
-            # In this order: a thread that returns the last lease meanwhile sees it.
+            # In this order, so that a thread that returns the last lease meanwhile sees it.
             mapped.forgotten = packet.second
             unread = mapped.kind is RegionKind.REPLY and self._calls and packet.second > mapped.seen
             if not mapped.leases and not unread:

@@ -13,10 +13,10 @@ __all__ = ["Channel", "End", "Lease", "Loan", "Session"]
 
 
 class Channel(Protocol):
-    """The server's end of one client's socket. None of its methods wait."""
+    """The server's end of one client's socket. None of its methods block."""
 
     def poll(self) -> None:
-        """Handle the packets that the client has sent already, such as returned regions."""
+        """Handle packets that the client has already sent, such as returned regions."""
 
     def announce(self, region: Region) -> bool:
         """Send a region's file descriptor; return False if the client can't take it now."""
@@ -29,7 +29,7 @@ class Channel(Protocol):
 
 
 class End(Enum):
-    """What happens to the region when its lease ends."""
+    """What happens to a region when its lease ends."""
 
     REUSE = auto()
     """The client has left or has returned the region: it may be lent again."""
@@ -45,9 +45,8 @@ class Lease:
         generation: The region's generation when it was lent.
         session: The session that has it.
         since: When it was lent or last used.
-        users: How many of the server's threads are copying bytes in or out.
-        ended: What happens to the region once no bytes are copied any more; None while it is
-            lent.
+        users: The number of server threads that are copying bytes in or out.
+        ended: What happens to the region after these threads have finished; None while it is lent.
         retired: Whether the server has closed the region and only counts its bytes.
     """
 
@@ -68,12 +67,12 @@ class Session:
     """One client.
 
     Attributes:
-        id: 16 secret bytes that the client knows from its socket only.
+        id: 16 secret bytes that only the client at the other end of the socket knows.
         channel: The server's end of its socket.
         leases: Its leases, by the region's number.
-        known: The numbers of the regions whose descriptors it has, each with the generation of its
-            last lease of it.
-        held: The bytes that are lent to it, or were retired and not returned.
+        known: The numbers of the regions whose descriptors it has, each with the generation of the
+            region's last lease to it.
+        held: The bytes of regions that are lent to it, or are retired and not yet returned.
         closed: Whether it has ended.
     """
 
@@ -87,9 +86,9 @@ class Session:
 
 
 class Loan:
-    """A reply region to write into. If it is dropped without ``publish`` it returns to the pool.
+    """A reply region to write to. Dropped without ``publish``, it goes back to the pool.
 
-    Code that writes to ``buffer`` has to keep the loan, so that the region is not lent meanwhile.
+    Code that writes to ``buffer`` must keep the loan, so that the region is not lent meanwhile.
 
     Attributes:
         buffer: The region's memory, writable.
@@ -111,12 +110,12 @@ class Loan:
         self.generation = lease.generation
         self._lease = lease
         self._publish = publish
-        # The garbage collector may call it in any thread, under any lock.
+        # The garbage collector may call this in any thread, while any lock is held.
         self._dropped = weakref.finalize(self, dropped, lease)
         self._dropped.atexit = False
 
     def publish(self) -> None:
-        """Hand the region to the client, once all is written and before the reply is sent."""
+        """Hand the region to the client, after writing everything and before sending the reply."""
         if self._dropped.detach() is not None:
             self._publish(self._lease, self.nbytes)
             self.buffer = memoryview(b"")

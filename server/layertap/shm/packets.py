@@ -4,15 +4,15 @@
 | --- | --- | --- | --- | --- | --- | --- |
 | 1 HELLO | version, 1 | 0 | ticket | ticket | client | the first packet: opens a session |
 | 2 WELCOME | version, 1 | 0 | session | session | server | the session's id, for requests |
-| 3 REGION | 1 reply, 2 input | 0 | number | bytes | server | a new one, with its descriptor |
+| 3 REGION | 1 reply, 2 input | 0 | number | bytes | server | a new region and its descriptor |
 | 4 RETURN | 0 | 0 | number | generation | client | ends a lease |
 | 5 BORROW | 0 | 0 | bytes | 0 | client | requests an input region of that size |
 | 6 LENT | 0 | 0 | number | generation | server | the input region that is lent; 0, 0 for none |
 | 7 FORGET | 0 | 0 | number | generation | server | not used again: unmap it and RETURN it |
 
-A REGION precedes everything that refers to it, in the socket's order, and is sent once per region
-and client. The socket (SOCK_SEQPACKET) keeps packets apart; a packet of another size ends the
-connection.
+A REGION packet precedes every packet and message that refers to the region, and is sent once per
+region and client. The socket (SOCK_SEQPACKET) preserves the boundaries of packets; a packet of
+another size ends the connection.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKET_BYTES = _LAYOUT.size
 
 
 class PacketKind(IntEnum):
-    """The first byte."""
+    """The first byte of a packet."""
 
     HELLO = 1
     WELCOME = 2
@@ -55,7 +55,7 @@ class Packet(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> Packet:
-        """Return the packet that bytes are; raise ValueError if they are none."""
+        """Parse a packet; raise ValueError if the bytes are not a packet."""
         if len(data) != PACKET_BYTES:
             raise ValueError(f"packet: got {len(data)} bytes, expected {PACKET_BYTES}")
         kind, flag, first, second = _LAYOUT.unpack(data)

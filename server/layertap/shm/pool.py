@@ -15,7 +15,7 @@ __all__ = ["Pool", "size_class"]
 
 _LEAST_STEP = 64 * 1024
 _WASTE = 2
-# Each takes two of the 1024 open files that a process may have by default.
+# Each region takes two of the 1024 open files that a process may have by default.
 _REGIONS = 192
 
 
@@ -29,7 +29,7 @@ class Pool:
     """The regions that are lent and those that wait for reuse. Not safe to share between threads.
 
     Args:
-        limit: The most bytes of all regions together, including those that clients still hold.
+        limit: Maximum bytes of all regions together, including those that clients still hold.
         dropped: Called with each region that won't be used again, just before it is closed.
         make: Makes a region, or raises OSError.
 
@@ -49,7 +49,7 @@ class Pool:
         self._dropped = dropped
         self._make = make
         self._numbers = count(1)
-        # In the order in which they were returned.
+        # In the order of their return.
         self._free: dict[int, tuple[Region, float]] = {}
 
     @property
@@ -63,19 +63,19 @@ class Pool:
         return len(self._free)
 
     def take(self, kind: RegionKind, nbytes: int, known: Collection[int] = ()) -> Region | None:
-        """Return a region for ``nbytes``; None if the limit leaves no room for one.
+        """Return a region for ``nbytes``; None if the limit leaves no room for it.
 
         Args:
             kind: The direction of the data. An input region is always a new one, as the client
                 that had an old one may still write to it.
-            nbytes: The bytes that have to fit.
-            known: Numbers of the regions that the client has mapped already, which are preferred.
+            nbytes: The bytes that must fit.
+            known: The numbers of the regions that the client has already mapped; preferred.
 
         Raises:
-            OSError: If the system refuses to make one.
+            OSError: If the system can't make a region.
         """
         size = size_class(nbytes)
-        # Among equals the one used last, which is most likely still in the caches.
+        # Among equals prefer the one used last, which is most likely still in the CPU caches.
         fitting = [
             region
             for region, _ in reversed(self._free.values())
@@ -106,7 +106,7 @@ class Pool:
         self.settle(region.size)
 
     def retire(self, region: Region) -> None:
-        """Close a region that a client still holds: its bytes count until ``settle``."""
+        """Close a region that a client still holds; its bytes count until ``settle``."""
         self._dropped(region)
         region.close()
         self._made -= 1
@@ -123,7 +123,7 @@ class Pool:
                 self.drop(region)
 
     def _make_room(self, size: int) -> bool:
-        """Close free regions, the longest unused first, until ``size`` bytes fit."""
+        """Close free regions, the least recently used first, until ``size`` bytes fit."""
         if self.total - self.free_bytes + size > self._limit:
             return False
         if self._made - len(self._free) >= _REGIONS:

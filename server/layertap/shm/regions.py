@@ -4,8 +4,8 @@ Note [Seals]
     A region can neither shrink nor grow, so no access to its mapping ever raises SIGBUS. Once the
     server has mapped a reply region, only that mapping can write to it (F_SEAL_FUTURE_WRITE, Linux
     5.1). If the kernel has no such seal, clients get a file descriptor that was opened for reading.
-    Clients write to input regions, which the server maps for reading. Seals can be neither removed
-    nor added, see fcntl(2) and memfd_create(2).
+    Clients write to input regions, which the server maps for reading. Once set, the seals can be
+    neither removed nor extended; see fcntl(2) and memfd_create(2).
 
 Note [Nothing is left behind]
     The files have no name in any file system. Linux frees a file when the last process that has a
@@ -27,7 +27,7 @@ if sys.platform == "linux":
 
 __all__ = ["Region", "RegionKind", "make_region", "map_region", "supported"]
 
-# <linux/fcntl.h>; Python has no name for the last one.
+# From <linux/fcntl.h>; Python has no name for the last one.
 _F_SEAL_SEAL, _F_SEAL_SHRINK, _F_SEAL_GROW, _F_SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
 _FIXED_SIZE = _F_SEAL_SHRINK | _F_SEAL_GROW
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
@@ -44,9 +44,9 @@ class Region:
     """A region in the server.
 
     Attributes:
-        number: Unique among all regions that the server ever made.
+        number: Unique among all regions that the server has made.
         kind: The direction of the data.
-        size: Bytes.
+        size: The size in bytes.
         generation: The number of its current or last lease, from 1.
         memory: The server's mapping, read-only for inputs; views keep it alive.
     """
@@ -64,7 +64,7 @@ class Region:
         return self._fd
 
     def close(self) -> None:
-        """Close it; the mapping ends with the last view of it."""
+        """Close the descriptor; the mapping ends with the last view of it."""
         os.close(self._fd)
         self.memory = memoryview(b"")
 
@@ -75,7 +75,7 @@ def supported() -> bool:
 
 
 def make_region(number: int, kind: RegionKind, size: int) -> Region:
-    """Make a region of zeros; raise OSError if the system refuses."""
+    """Make a region of zeros; raise OSError if the system can't."""
     fd = os.memfd_create("layertap", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(fd, 0o600)
@@ -92,7 +92,7 @@ def make_region(number: int, kind: RegionKind, size: int) -> Region:
 
 
 def _sealed_for_reading(fd: int) -> int:
-    """Seal a file that is mapped, and return the descriptor for clients."""
+    """Seal a mapped file, and return the descriptor for clients."""
     try:
         fcntl.fcntl(fd, _F_ADD_SEALS, _FIXED_SIZE | _F_SEAL_FUTURE_WRITE | _F_SEAL_SEAL)
     except OSError as error:
@@ -107,18 +107,18 @@ def _sealed_for_reading(fd: int) -> int:
 
 
 def map_region(fd: int, kind: RegionKind, size: int, *, private: bool = False) -> mmap.mmap:
-    """Map a region that a client has received.
+    """Map a region in the client.
 
     Args:
         fd: The region's descriptor.
         kind: Inputs are mapped for writing, replies for reading.
-        size: The bytes that the server says it has.
-        private: Map a reply for writing instead: a page is copied when it is first written to, so
-            nobody else sees what is written.
+        size: The size that the server reports, in bytes.
+        private: Whether to map a reply for writing instead: a page is copied when it is first
+            written to, so no other process sees what is written.
 
     Raises:
-        SharedMemoryLostError: If the file has another size, or may still get one.
-        OSError: If the system refuses.
+        SharedMemoryLostError: If the file has another size, or its size is not sealed.
+        OSError: If the system can't map it.
     """
     if os.fstat(fd).st_size != size or fcntl.fcntl(fd, _F_GET_SEALS) & _FIXED_SIZE != _FIXED_SIZE:
         raise SharedMemoryLostError("shared memory: got a region whose size is not sealed")

@@ -1,11 +1,11 @@
-"""The server's shared memory: sessions, the regions lent to them, and how those come back.
+"""The server's shared memory: sessions, the regions lent to them, and how regions come back.
 
 Note [Nobody's arrays change]
     Nothing writes to a region while it is lent. It is reused once its client has returned it or has
-    left. If the lease time passes, or the server ends the session itself, the client may
-    still read the region, so the server closes it and never reuses it; its bytes count against the
-    limit and the client's share until the client returns it or leaves. While one of the server's
-    threads copies bytes, the end of that lease waits for it.
+    left. If the lease time passes, or the server ends the session itself, the client may still read
+    the region, so the server closes it and never reuses it. Its bytes count towards the limit and
+    the client's share until the client returns it or leaves. A lease doesn't end while a server
+    thread copies bytes of its region.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ DEFAULT_SHARED_MIB = 1024
 DEFAULT_LEASE_SECONDS = 60.0
 
 FALLBACK_REASONS = ("session", "share", "limit", "socket", "system")
-"""Why a reply was sent through the network instead: its session is unknown, the client's share or
-the total limit is reached, the client takes no descriptors, the system makes no region."""
+"""Why a reply is sent through the network instead: its session is unknown, the client's share or
+the total limit is reached, the client accepts no descriptor, the system can't make a region."""
 
 LEAST_BYTES = 256 * 1024
-"""Smaller tensors are at least as fast in the message; docs/decisions/0008-shared-memory.md."""
+"""Smaller tensors are at least as fast in the message; see docs/decisions/0008-shared-memory.md."""
 
 _SESSIONS = 64
-# A region takes two files at each end; a process may have 1024 open by default.
+# A region takes two files at each end, and a process may have 1024 files open by default.
 _REGIONS_OF_A_SESSION = 96
 
 
@@ -56,10 +56,10 @@ class SharedMemoryState:
     """The state of shared memory at one moment.
 
     Attributes:
-        limit: The most bytes that all regions may have.
+        limit: Maximum bytes of all regions together.
         sessions: The number of clients.
         bytes: The bytes of regions by state: ``leased``, ``input``, ``retired`` and ``free``.
-        regions: The number of regions by state, likewise.
+        regions: The number of regions by state.
         fallbacks: The number of replies that were sent through the network instead, by reason.
         reply_bytes: The bytes of all replies through shared memory, since the start.
     """
@@ -79,7 +79,7 @@ class SessionMemory:
     Attributes:
         memory: The server's shared memory.
         session: The client's session.
-        least: Bytes of the smallest reply that is faster through shared memory.
+        least: Size in bytes from which a reply is faster through shared memory.
     """
 
     memory: SharedMemory
@@ -100,7 +100,7 @@ class SessionMemory:
         return cls(memory, session) if session else None
 
     def lend(self, nbytes: int) -> Loan | None:
-        """Return where to write a reply of ``nbytes`` bytes; None if it has to be sent."""
+        """Lend a region for a reply of ``nbytes`` bytes; return None if the reply must be sent."""
         return self.memory.lend(self.session, nbytes) if nbytes >= self.least else None
 
 
@@ -110,12 +110,12 @@ def read_input(
     most: int,
     admit: Callable[[int], object],
 ) -> TensorView:
-    """Return a request's tensor that is in shared memory, as a private copy.
+    """Return a private copy of a request's tensor in shared memory.
 
     Args:
-        tensor: What the request says about it.
-        memory: The memory of the request's session; None if it has none.
-        most: The largest number of bytes that an input may have.
+        tensor: The request's description of the tensor.
+        memory: The memory of the request's session; None if it has no session.
+        most: Maximum bytes of an input.
         admit: Called with the bytes of the copy before it is made.
 
     Raises:
@@ -133,10 +133,10 @@ def read_input(
 
 
 class SharedMemory:
-    """Lends regions to clients. Safe to share between threads; its locks are short.
+    """Lends regions to clients. Safe to share between threads; its locks are held briefly.
 
     Args:
-        limit: The most bytes that all regions may have; one client may have half of them.
+        limit: Maximum bytes of all regions together; one client may have half of them.
         lease_seconds: How long a client may keep a region, and how long an unused one is kept.
         clock: Returns seconds.
         make: Makes a region, or raises OSError.
@@ -161,7 +161,7 @@ class SharedMemory:
         self._reply_bytes = 0
 
     def open(self, channel: Channel) -> Session | None:
-        """Begin a session; return None if there are as many as allowed."""
+        """Begin a session; return None if the limit of sessions is reached."""
         session = Session(secrets.token_bytes(16), channel)
         with self._lock:
             if len(self._sessions) >= _SESSIONS:
@@ -175,7 +175,7 @@ class SharedMemory:
             self._close(session, end)
 
     def session(self, identifier: bytes) -> Session | None:
-        """Return the session with an id; None if there is none, which counts as a fallback."""
+        """Return the session with this id; if there is none, return None and count a fallback."""
         with self._lock:
             session = self._sessions.get(identifier)
             if session is None:
@@ -183,7 +183,7 @@ class SharedMemory:
         return session
 
     def lend(self, session: Session, nbytes: int) -> Loan | None:
-        """Lend a region for a reply of ``nbytes``; return None if the reply has to be sent."""
+        """Lend a region for a reply of ``nbytes``; return None if the reply must be sent."""
         session.channel.poll()
         with self._lock:
             lease = self._lend(session, RegionKind.REPLY, nbytes)
@@ -193,22 +193,22 @@ class SharedMemory:
         return Loan(lease, nbytes, self._publish, self._dropped.append)
 
     def borrow(self, session: Session, nbytes: int) -> Lease | None:
-        """Lend a client a region for an input; return None if the client has to send it."""
+        """Lend a client a region for an input; return None if the client must send the input."""
         with self._lock:
             return self._lend(session, RegionKind.INPUT, nbytes)
 
     def give_back(self, session: Session, number: int, generation: int) -> None:
-        """End a lease that its client returns; ignored for one that isn't its own or is in use."""
+        """End a lease that its client returns; ignore leases that aren't its own or are in use."""
         with self._lock:
             lease = session.leases.get(number)
             if lease is not None and lease.generation == generation and not lease.users:
                 self._settle(lease, End.REUSE)
 
     def read(self, session: Session | None, at: SharedSlice) -> memoryview:
-        """Return a private copy of what a client wrote, as the client may change it meanwhile.
+        """Return a private copy of what a client wrote, as the client may change it at any time.
 
         Raises:
-            SharedMemoryLostError: If the region is not lent to it, or by another generation.
+            SharedMemoryLostError: If the region is not lent to the client in this generation.
             InvalidInputError: If the bytes are not all within the region.
         """
         with self._lock:
@@ -217,7 +217,7 @@ class SharedMemory:
             memory = lease.region.memory
         try:
             copy = np.empty(at.size, np.uint8)
-            # Without the GIL, unlike a slice assignment.
+            # numpy copies without the GIL, unlike a slice assignment.
             np.copyto(
                 copy, np.frombuffer(memory, np.uint8, at.size, at.offset) if at.size else copy
             )
@@ -227,7 +227,7 @@ class SharedMemory:
         return copy.data
 
     def tick(self) -> None:
-        """Retire leases whose time is over, and close regions that were unused for as long."""
+        """Retire expired leases, and close regions that were unused for as long."""
         with self._lock:
             self._collect()
             before = self._clock() - self.lease_seconds
@@ -289,7 +289,7 @@ class SharedMemory:
 
     @staticmethod
     def _has_enough(session: Session, region: Region) -> bool:
-        """Return whether a client has as many regions mapped as allowed."""
+        """Return whether a client has mapped the maximum number of regions."""
         retired = sum(lease.retired for lease in session.leases.values())
         new = region.number not in session.known
         return new and len(session.known) + retired >= _REGIONS_OF_A_SESSION
@@ -341,7 +341,7 @@ class SharedMemory:
             self._settle(lease, lease.ended)
 
     def _collect(self) -> None:
-        """Take back the loans that were dropped; no client knows of them."""
+        """Take back loans that were dropped; no client has seen them."""
         while self._dropped:
             self._settle(self._dropped.popleft(), End.REUSE)
 

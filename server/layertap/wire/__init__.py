@@ -1,1 +1,1 @@
-"""The wire format: the dtype table, and messages with tensors, read and written in place."""
+"""The wire format: the dtype table, and messages whose tensors are read and written in place."""

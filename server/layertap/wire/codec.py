@@ -1,4 +1,4 @@
-"""The codec and malloc: the C++ extension, or plain Python if the extension was not built."""
+"""The codec and malloc control: the C++ extension, or plain Python if it was not built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError as error:
     from layertap import _pure as _codec  # type: ignore[no-redef]
 
     ACCELERATED: bool = False
-    """Whether the C++ extension does the work."""
+    """Whether the C++ extension is used."""
 
     warnings.warn(
         f"the C++ extension is missing ({error}); "

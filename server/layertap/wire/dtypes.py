@@ -15,15 +15,15 @@ __all__ = ["DTYPES", "DType", "by_datatype", "by_name", "by_number", "of_array"]
 
 @dataclass(frozen=True, slots=True)
 class DType:
-    """One element type.
+    """One dtype.
 
     Attributes:
         number: Its value in the ``layertap.v1.DataType`` enum.
         name: Its name, the same in torch, numpy and the protocol.
-        itemsize: Bytes an element.
-        numpy: The little-endian numpy type; numpy has bfloat16 from ml_dtypes.
+        itemsize: Bytes per element.
+        numpy: The little-endian numpy dtype; bfloat16 comes from ml_dtypes.
         datatype: Its name in the Open Inference Protocol.
-        is_float: Whether values may be cast to another floating-point type on the way out.
+        is_float: Whether values in replies may be cast to another floating-point dtype.
     """
 
     number: int
@@ -35,7 +35,7 @@ class DType:
 
     @property
     def proto_name(self) -> Any:
-        """Its name in ``layertap.v1.DataType``, which message constructors take for the number."""
+        """Its name in ``layertap.v1.DataType``, which message constructors accept."""
         return f"DATA_TYPE_{self.name.upper()}"
 
 
@@ -59,7 +59,7 @@ _BY_NUMPY = {row.numpy: row for row in DTYPES}
 
 
 def by_number(number: int) -> DType:
-    """Return the row of an enum value; raise InvalidInputError for any other number."""
+    """Return the row for an enum value; raise InvalidInputError for an unknown value."""
     row = _BY_NUMBER.get(number)
     if row is None:
         raise InvalidInputError(f"dtype: got enum value {number}, expected one of {_choices()}")
@@ -67,7 +67,7 @@ def by_number(number: int) -> DType:
 
 
 def by_name(name: str) -> DType:
-    """Return the row of a name such as ``"float16"``; raise InvalidInputError for another."""
+    """Return the row for a name such as ``"float16"``; raise InvalidInputError if unknown."""
     row = _BY_NAME.get(name)
     if row is None:
         raise InvalidInputError(f"dtype: got {name!r}, expected one of {_choices()}")
@@ -75,7 +75,7 @@ def by_name(name: str) -> DType:
 
 
 def by_datatype(name: str) -> DType:
-    """Return the row of the Open Inference Protocol's name; raise InvalidInputError for another."""
+    """Return the row for an Open Inference Protocol name; raise InvalidInputError if unknown."""
     row = _BY_DATATYPE.get(name)
     if row is None:
         choices = ", ".join(_BY_DATATYPE)
@@ -84,7 +84,7 @@ def by_datatype(name: str) -> DType:
 
 
 def of_array(array: np.ndarray) -> DType:
-    """Return the row of a numpy array's type; raise InvalidInputError for one without a row."""
+    """Return the row for a numpy array's dtype; raise InvalidInputError if it has no row."""
     row = _BY_NUMPY.get(array.dtype)
     if row is None:
         raise InvalidInputError(f"dtype: got numpy {array.dtype}, expected one of {_choices()}")

@@ -17,15 +17,15 @@ class _EnumType(Protocol):
 
 
 def to_proto(member: StrEnum, prefix: str) -> Any:
-    """Return ``PREFIX_MEMBER``, the name that message constructors take for an enum's number."""
+    """Return ``PREFIX_MEMBER``, the enum value's name, which message constructors accept."""
     return f"{prefix}_{member.name}"
 
 
 def from_proto(number: int, enum: _EnumType, prefix: str, default: E) -> E:
-    """Return the Python twin of a number; ``default`` for 0, which is UNSPECIFIED everywhere.
+    """Return the Python member for a number; ``default`` for 0, which always means UNSPECIFIED.
 
     Raises:
-        InvalidInputError: For a number that the enum does not have.
+        InvalidInputError: If the enum doesn't have the number.
     """
     if number == 0:
         return default

@@ -1,7 +1,7 @@
 """The messages of the Open Inference Protocol that carry tensors.
 
-Their payloads are repeated bytes of the message itself, which the extension reads and writes in
-place; all else goes through the ordinary protobuf code.
+Their payloads are repeated bytes fields of the message, which the codec reads and writes in place.
+Everything else goes through the ordinary protobuf code.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from layertap.errors import DecodeError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.wire import codec
 
-__all__ = ["decode_infer_request", "encode_infer_error"]
+__all__ = ["MAX_INPUTS", "decode_infer_request", "encode_infer_error"]
 
-MAX_RAW_INPUTS = 64
-"""No model takes more than one; more than a few are somebody's mistake or worse."""
+MAX_INPUTS = 64
+"""Inputs of one request. No model takes as many; more are somebody's mistake or worse."""
 
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _MOST_FIELDS = 1 << 16
-# Ways to the fields that occur any number of times.
+# The paths of fields that a message may repeat without limit.
 _INPUT_PATH = (
     pb.ModelInferRequest.INPUTS_FIELD_NUMBER,
     pb.ModelInferRequest.InferInputTensor.CONTENTS_FIELD_NUMBER,
@@ -35,11 +35,11 @@ def decode_infer_request(message: bytes) -> tuple[pb.ModelInferRequest, list[mem
     """Split a ModelInferRequest into its small fields and views of its raw inputs.
 
     Raises:
-        DecodeError: If the bytes are no well-formed request.
+        DecodeError: If the bytes are not a well-formed request.
     """
     request = pb.ModelInferRequest()
     try:
-        rest, raw = codec.split(message, field=_RAW_INPUT, most=MAX_RAW_INPUTS)
+        rest, raw = codec.split(message, field=_RAW_INPUT, most=MAX_INPUTS)
         _check_inner_fields(rest)
         request.ParseFromString(rest)
     except ValueError as error:
@@ -50,12 +50,12 @@ def decode_infer_request(message: bytes) -> tuple[pb.ModelInferRequest, list[mem
 
 
 def _check_inner_fields(rest: bytes) -> None:
-    """Raise ValueError for more fields within inputs or outputs than there may be around them.
+    """Raise ValueError if inputs or outputs contain more fields than a message may have.
 
-    Each takes two bytes of the message, and a hundred of the parser's memory. Several submessages
-    are counted as one, since the fields of one after those of another are a message as well.
+    Each field takes two bytes of the message but a hundred bytes in the parser. Submessages of one
+    kind are joined and counted as one, because joined messages are a valid message.
     """
-    if len(rest) <= 2 * _MOST_FIELDS:  # As for all requests but hostile and typed ones.
+    if len(rest) <= 2 * _MOST_FIELDS:  # The case for all but hostile requests and typed inputs.
         return
     for path in (_INPUT_PATH, _OUTPUT_PATH):
         inner = rest
@@ -65,7 +65,7 @@ def _check_inner_fields(rest: bytes) -> None:
 
 
 def encode_infer_error(request_id: str, text: str) -> bytes:
-    """Return the reply to an item of a stream that failed."""
+    """Return the reply to a failed item of a stream."""
     return pb.ModelStreamInferResponse(
         error_message=text, infer_response=pb.ModelInferResponse(id=request_id)
     ).SerializeToString()

@@ -1,7 +1,7 @@
-"""The messages of ``layertap.v1`` that carry tensors: read and written without a copy of them.
+"""The messages of ``layertap.v1`` that contain tensors, read and written without copying these.
 
-Everything small goes through the ordinary protobuf parser; only the tensors' payloads are kept out
-of it.
+Only the payloads of tensors get special treatment; everything else goes through the ordinary
+protobuf parser.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 ERROR_METADATA_KEY = "layertap-error"
-"""Trailing metadata with the name of an error's class, so that clients can raise the same."""
+"""Trailing metadata with the class name of an error, so that clients can raise the same class."""
 
 ERROR_IMAGE_METADATA_KEY = "layertap-error-image"
 """Trailing metadata with the index of the image that an error is about."""
@@ -48,28 +48,28 @@ REPLY_COMPRESSION_KEY = "layertap-reply-compression"
 """Metadata of a call that requests a compressed reply."""
 
 REPLY_COMPRESSIONS = ("none", "gzip", "deflate")
-"""What it may say."""
+"""The values that it may have."""
 
 PUSHBACK_METADATA_KEY = "grpc-retry-pushback-ms"
-"""Trailing metadata that says after how many milliseconds to call again (gRFC A6)."""
+"""Trailing metadata with the number of milliseconds to wait before a retry (gRFC A6)."""
 
 REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
-# Those of ExtractStreamRequest are the same.
+# ExtractStreamRequest uses the same field numbers.
 _INPUTS_FIELD = feature_service_pb2.ExtractRequest.INPUTS_FIELD_NUMBER
 _IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
 
 MAX_INPUTS = 256
-"""Tensors that a request may have. Each costs hundreds of bytes of memory, however small it is."""
+"""Maximum number of tensors in a request. Even a tiny one costs hundreds of bytes of memory."""
 
 Find = Callable[[SharedTensor], TensorView]
-"""Finds the elements of a tensor in shared memory; raises LayertapError where it can't."""
+"""Finds the elements of a tensor in shared memory; raises LayertapError if it can't."""
 
 
 def split_request(message: bytes) -> tuple[bytes, list[TensorView | SharedTensor]]:
-    """Split an ExtractRequest or ExtractStreamRequest into its small rest and its input tensors.
+    """Split an ExtractRequest or ExtractStreamRequest into its small fields and input tensors.
 
     Raises:
-        DecodeError: For a malformed message, or one with more tensors or fields than allowed.
+        DecodeError: If it is malformed, or has more tensors or fields than allowed.
     """
     return decode_message(message, field=_INPUTS_FIELD, most=MAX_INPUTS, counted=(_IMAGES_FIELD,))
 
@@ -80,7 +80,7 @@ def decode_request(
     """Split an ExtractRequest into its small fields and its input tensors.
 
     Raises:
-        DecodeError: For bytes that are no well-formed request.
+        DecodeError: If the bytes are not a well-formed request.
     """
     rest, tensors = split_request(message)
     request = feature_service_pb2.ExtractRequest()
@@ -96,17 +96,17 @@ def encode_request(
     inputs: Arrays,
     places: Sequence[SharedSlice | None] = (),
 ) -> bytes:
-    """Return a request with its input tensors.
+    """Encode a request with its input tensors.
 
     Args:
-        request: The request without them; changed by this.
+        request: The request without the tensors. This function changes it.
         inputs: The input tensors.
-        places: For each of them, where its elements stand in shared memory; None if they are
-            sent in the message. Empty if all of them are sent.
+        places: For each tensor its place in shared memory, or None if it is sent in the message.
+            Empty if all tensors are sent in the message.
 
     Raises:
-        InvalidInputError: For an array without a row in the dtype table, a rank over 32, or a
-            message over 2**31 - 1 bytes.
+        InvalidInputError: If an array's dtype has no row in the dtype table, its rank is over 32,
+            or the message would exceed 2**31 - 1 bytes.
     """
     sent = []
     for (name, array), place in zip(inputs, places or (None,) * len(inputs), strict=True):
@@ -130,10 +130,10 @@ def decode_reply(
 
     Args:
         message: The whole message.
-        find: Finds tensors in shared memory; None if none was requested.
+        find: Finds tensors in shared memory; None if no shared memory was requested.
 
     Raises:
-        DecodeError: For bytes that are no well-formed response.
+        DecodeError: If the bytes are not a well-formed response.
     """
     rest, tensors = decode_message(message, field=REPLY_TENSOR_FIELD)
     response = feature_service_pb2.ExtractResponse()
@@ -145,7 +145,7 @@ def decode_reply(
 
 
 def found(tensors: Sequence[TensorView | SharedTensor], find: Find | None) -> list[TensorView]:
-    """Return tensors with their elements; raise DecodeError for shared memory without ``find``."""
+    """Return tensors with their elements; raise DecodeError if ``find`` is needed but None."""
     views = []
     for tensor in tensors:
         if isinstance(tensor, TensorView):

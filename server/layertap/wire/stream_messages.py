@@ -1,6 +1,6 @@
-"""The messages of ``ExtractStream``: those of ``Extract`` with an id, read and written likewise.
+"""The messages of ``ExtractStream``: those of ``Extract`` with an id.
 
-Their fields have Extract's numbers, so the tensors go through the same code, without a copy.
+Their fields have the same numbers as Extract's, so the same code reads and writes their tensors.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ def decode_stream_request(
     """Split an ExtractStreamRequest into its small fields and its input tensors.
 
     Raises:
-        DecodeError: For bytes that are no well-formed request.
+        DecodeError: If the bytes are not a well-formed request.
     """
     rest, tensors = split_request(message)
     return _parse_request(rest), tensors
 
 
 def id_of(message: bytes) -> int:
-    """Return the id of an ExtractStreamRequest one of whose tensors contradicts itself.
+    """Return the id of an ExtractStreamRequest that was refused as malformed.
 
-    Only what is not an input is parsed: a request that was refused because its parts would cost the
-    parser dearly is not to cost it now.
+    This parses only fields that are not inputs, because the request may have been refused for
+    inputs that would be expensive to parse.
 
     Raises:
-        DecodeError: For bytes that are no protobuf message, so that they have no id, and for more
-            fields than are looked at.
+        DecodeError: If the bytes are not a protobuf message, so that there is no id, or have too
+            many fields.
     """
     try:
         for field in (_INPUTS, _IMAGES):
@@ -64,21 +64,21 @@ def id_of(message: bytes) -> int:
 
 
 def id_field(number: int) -> bytes:
-    """Return an ExtractStreamResponse with nothing but its id; of one size for all ids."""
+    """Return an ExtractStreamResponse with only an id; its size is the same for every id."""
     return ExtractStreamResponse(id=number).SerializeToString()
 
 
 def encode_stream_error(
     number: int, code: int, kind: str, message: str, image: int | None = None
 ) -> bytes:
-    """Return the reply to an item that failed.
+    """Return the reply to a failed item.
 
     Args:
         number: The item's id.
-        code: The number of a gRPC status.
-        kind: The name of the error's class.
-        message: Its text.
-        image: The index of the image that it is about; None for none.
+        code: The number of the gRPC status.
+        kind: The class name of the error.
+        message: The error's text.
+        image: The index of the image that the error is about; None if it is about none.
     """
     error = ExtractStreamError(code=code, kind=kind, message=message, image=image)
     return ExtractStreamResponse(id=number, error=error).SerializeToString()
@@ -89,10 +89,10 @@ def decode_stream_reply(
 ) -> tuple[ExtractStreamResponse, Sequence[TensorView]]:
     """Split an ExtractStreamResponse into its small fields and views of its tensors.
 
-    ``find`` is that of ``decode_reply``.
+    See ``decode_reply`` for ``find``.
 
     Raises:
-        DecodeError: For bytes that are no well-formed response.
+        DecodeError: If the bytes are not a well-formed response.
     """
     rest, tensors = decode_message(message, field=_REPLY_TENSORS)
     try:

@@ -1,7 +1,7 @@
-"""Tensors in messages: numpy arrays in, read-only views of the received bytes out.
+"""Tensors in messages: encodes numpy arrays, and decodes to read-only views of received bytes.
 
-Where a tensor's elements stand in shared memory the message has a SharedSlice in their place, and
-anyone who knows the memory makes a view of it.
+If a tensor's elements are in shared memory, the message has a SharedSlice instead of them. Code
+that has access to the memory can make a view of it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ __all__ = [
 ]
 
 Arrays = Sequence[tuple[str, np.ndarray[Any, np.dtype[Any]]]]
-"""Arrays with the names of the inputs that they are for; the name of an only input may be empty."""
+"""(input name, array) pairs; the name may be empty if there is only one input."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorView:
-    """A tensor that stands in a received message.
+    """A tensor in a received message.
 
     Attributes:
         name: Its name in the message.
-        dtype: The row of its element type.
-        shape: Sizes, outermost first.
-        data: The elements, little-endian in C order: a read-only view that keeps the message.
-        remap: Returns them in memory that may be written to, where that of ``data`` may not.
+        dtype: The row of its dtype.
+        shape: Its shape.
+        data: The elements, little-endian in C order. A read-only view that keeps the message alive.
+        remap: Returns the elements in writable memory, if ``data`` is not writable.
     """
 
     name: str
@@ -48,10 +48,10 @@ class TensorView:
     remap: Callable[[], memoryview] | None = None
 
     def array(self) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return the elements as a read-only array of ``shape``, bfloat16 as ml_dtypes' type.
+        """Return the elements as a read-only array of ``shape``, bfloat16 with ml_dtypes' dtype.
 
-        The array shares the message's memory. Only where the elements don't stand on a multiple of
-        their size, which layertap's own encoder never does to them, are they copied.
+        The array shares the message's memory. The elements are copied only if they are not aligned
+        to their size, which never happens in messages from layertap's own encoder.
         """
         flat = np.frombuffer(self.data, dtype=self.dtype.numpy)
         if not flat.flags.aligned:
@@ -61,7 +61,7 @@ class TensorView:
 
 
 class SharedSlice(NamedTuple):
-    """Bytes in a region of shared memory, as a message has them: any four numbers of 64 bits."""
+    """Bytes in a region of shared memory, as a message gives them: unchecked 64-bit numbers."""
 
     region: int
     generation: int
@@ -71,13 +71,13 @@ class SharedSlice(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SharedTensor:
-    """A tensor whose elements stand in shared memory.
+    """A tensor whose elements are in shared memory.
 
     Attributes:
         name: Its name in the message.
-        dtype: The row of its element type.
-        shape: Sizes, outermost first.
-        at: Where the elements are said to stand; of the size that dtype and shape have.
+        dtype: The row of its dtype.
+        shape: Its shape.
+        at: Where the message says that the elements are; its size fits the dtype and shape.
     """
 
     name: str
@@ -86,10 +86,10 @@ class SharedTensor:
     at: SharedSlice
 
     def view(self, data: memoryview, remap: Callable[[], memoryview] | None = None) -> TensorView:
-        """Return the tensor with its elements, which were found at ``at``.
+        """Return the tensor with the elements that were found at ``at``.
 
         Raises:
-            DecodeError: For a byte of a bool tensor that is neither 0 nor 1.
+            DecodeError: If a byte of a bool tensor is neither 0 nor 1.
         """
         if self.dtype.name == "bool" and len(data):
             most = int(np.frombuffer(data, np.uint8).max())
@@ -101,19 +101,19 @@ class SharedTensor:
 def decode_message(
     message: bytes, field: int, most: int = codec.MAX_MESSAGE_BYTES, counted: Sequence[int] = ()
 ) -> tuple[bytes, list[TensorView | SharedTensor]]:
-    """Split a message into its small rest and views of its tensors; see ``layertap._core.decode``.
+    """Split a message into its small fields and views of its tensors; see ``_core.decode``.
 
     Args:
         message: The whole message.
         field: The number of the repeated field that holds tensors.
-        most: Tensors that it may have.
-        counted: The numbers of fields that hold a list, whose members count as fields.
+        most: Maximum number of tensors.
+        counted: The numbers of fields that hold lists; their members count as fields.
 
     Returns:
         The bytes for the ordinary parser, and the tensors in the message's order.
 
     Raises:
-        DecodeError: For a malformed message or a tensor that contradicts itself.
+        DecodeError: If the message is malformed or a tensor contradicts itself.
     """
     try:
         rest, found = codec.decode(message, field=field, most=most, counted=counted)
@@ -130,21 +130,21 @@ def decode_message(
 def encode_message(
     arrays: Sequence[tuple[str, np.ndarray[Any, np.dtype[Any]]]], field: int, head: bytes
 ) -> bytes:
-    """Return ``head`` followed by named tensors as submessages ``field``.
+    """Return ``head`` followed by named tensors in the field ``field``.
 
     Args:
-        arrays: (name, array) pairs; an array may have any strides and is read in one pass.
+        arrays: (name, array) pairs. An array may have any strides and is read in one pass.
         field: The number of the field that holds tensors.
-        head: The ordinary protobuf bytes of every other field.
+        head: The serialized protobuf bytes of all other fields.
 
     Raises:
-        InvalidInputError: For an array without a row in the dtype table, a rank over 32, or a
-            message over 2**31 - 1 bytes.
+        InvalidInputError: If an array's dtype has no row in the dtype table, its rank is over 32,
+            or the message would exceed 2**31 - 1 bytes.
     """
     tensors = []
     for name, array in arrays:
         row = of_array(array)
-        # numpy exports no buffer of ml_dtypes' types, so floats travel as the integers they are.
+        # numpy exports no buffer for ml_dtypes' dtypes, so floats are passed as integers.
         bits = array.view(f"<u{row.itemsize}") if row.is_float else array
         tensors.append((name, row.number, bits.data))
     try:

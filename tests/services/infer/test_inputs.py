@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from infering import batch, bytes_tensor, given, parameters
-from layertap.engine import ImagesInput, Limits, TensorsInput
+from layertap.engine import Inputs, Limits
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.infer.inputs import infer_input
+from layertap.services.infer.inputs import infer_inputs
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
 
 NO_MEMORY = CallerMemory(None, None, local=True)
 Contents = pb.InferTensorContents
 
 
-def read(tensor: object, *raw: bytes) -> TensorsInput | ImagesInput:
+def read(tensor: object, *raw: bytes) -> Inputs:
     request = pb.ModelInferRequest(model_name="net", inputs=[tensor])
-    return infer_input(request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4))
+    return infer_inputs(request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4))
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,63 @@ def test_contradictions_are_refused(tensor: object, raw: list, text: str) -> Non
     assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_there_is_one_input(count: int) -> None:
-    """None and two are refused, with what the one may be called."""
-    request = pb.ModelInferRequest(inputs=[given("input", "FP32", [1])] * count)
-    with pytest.raises(InvalidInputError, match=f"inputs: got {count}, expected 1: 'input' or"):
-        infer_input(request, [b"1234"] * count, NO_MEMORY, Limits())
+def several(*tensors: object, raw: list[bytes], names: tuple[str, ...] = ("ids", "mask")) -> Inputs:
+    request = pb.ModelInferRequest(model_name="net", inputs=tensors)
+    return infer_inputs(
+        request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4), names=names
+    )
+
+
+def test_several_inputs_take_their_raw_contents_in_order() -> None:
+    """Each input has the model's own name, and the bytes at its own place in the list."""
+    found = several(
+        given("mask", "BOOL", [1, 2]), given("ids", "INT8", [1, 3]), raw=[b"\1\0", b"\7\x08\x09"]
+    )
+    values = {view.name: view.array().tolist() for view in found.tensors}
+    assert values == {"mask": [[True, False]], "ids": [[7, 8, 9]]}
+
+
+def test_tensors_and_images_stand_side_by_side() -> None:
+    """Encoded images for one input, numbers for another."""
+    found = several(
+        given("ids", "INT8", [1, 1]),
+        given("pixel_values", "BYTES", [1]),
+        raw=[b"\1", bytes_tensor(b"photo")],
+        names=("ids", "pixel_values"),
+    )
+    assert [view.name for view in found.tensors] == ["ids"]
+    assert [(each.name, list(each.images)) for each in found.images] == [
+        ("pixel_values", [b"photo"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "raw", "text"),
+    [
+        ([], [], "inputs: got none, expected at least one"),
+        ([given("ids", "INT8", [1])] * 65, [b"1"] * 64, "inputs: got 65, expected at most 64"),
+        (
+            [given("ids", "INT8", [1]), given("mask", "INT8", [1])],
+            [b"1"],
+            "input 'mask': got no data, expected raw_input_contents",
+        ),
+        (
+            [given("ids", "INT8", [1]), given("mask", "INT8", [1])],
+            [b"1"] * 3,
+            "raw_input_contents: got 3, expected 2 for 2 inputs",
+        ),
+        (
+            [given("msk", "INT8", [1])],
+            [b"1"],
+            "unexpected inference input 'msk' for model 'net', expected 'ids', 'mask', 'input'",
+        ),
+    ],
+)
+def test_inputs_that_do_not_add_up_are_refused(tensors: list, raw: list, text: str) -> None:
+    """None, too many, too few or too many contents, and a name that the model does not have."""
+    with pytest.raises(InvalidInputError) as caught:
+        several(*tensors, raw=raw)
+    assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("typed", [False, True])
@@ -148,9 +199,10 @@ def test_images_are_taken_apart(typed: bool) -> None:
     photos = [b"first", b"", b"third"]
     if typed:
         tensor = given("images", "BYTES", [3], contents=Contents(bytes_contents=photos))
-        assert list(read(tensor).images) == photos
+        assert list(read(tensor).images[0].images) == photos
     else:
-        assert list(read(given("images", "BYTES", [3]), bytes_tensor(*photos)).images) == photos
+        raw = bytes_tensor(*photos)
+        assert list(read(given("images", "BYTES", [3]), raw).images[0].images) == photos
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The extractor kinds, a file each: ``kinds/x.py`` defines ``KIND`` for ``Extractor.X``.
+"""The extractor kinds, one file each: ``kinds/x.py`` defines ``KIND`` for ``Extractor.X``.
 
-``base`` says what a kind is, and ``registry`` finds them.
+``base`` defines the interface of a kind, and ``registry`` finds the kinds.
 """

@@ -1,7 +1,7 @@
-"""What an extractor kind is: one way to take layers' values out of a model.
+"""The interface of an extractor kind: one way to take layers' values out of a model.
 
-Everything that depends on the kind is asked of its object, so that a new kind is one file here and
-one value of ``Extractor``. See ``registry`` for how it is found.
+Everything that depends on the kind is a method or attribute of its object, so a new kind is one
+file here and one value of ``Extractor``. ``registry`` explains how it is found.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import torch
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.measurement import Measurement
-from layertap.extraction.obstacles import LOOKS, RANDOM, SOMETIMES, calls_function, takes_step
+from layertap.extraction.obstacles import (
+    DRAWS_NUMBERS,
+    LOOKS,
+    SOMETIMES,
+    calls_function,
+    takes_step,
+)
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import GuardedExtractor, KeptState, PassGuard
 from layertap.extraction.points import CapturePoint, PointKind
@@ -40,17 +46,17 @@ __all__ = [
 ]
 
 P = TypeVar("P")
-"""A compiled kind's program: compiled, and still in a form that can be saved."""
+"""The program of a compiled kind: compiled, but not yet finished, so that it can be saved."""
 
 Take = Callable[[int, torch.Tensor], tuple[torch.Tensor, ...]]
-"""Takes (index of a capture point, its live tensor); gives what a program returns of it.
+"""Takes (index of a capture point, its tensor); returns the tensors that a program returns for it.
 
-It is compiled as part of the program, and must copy: the tensor may be overwritten later.
+It is compiled into the program. It must copy, because the tensor may be overwritten later.
 """
 
 
 def cloned(_: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Have a program return the value itself."""
+    """Return a copy of the whole value; the usual ``Take``."""
     return (value.clone(),)
 
 
@@ -59,7 +65,7 @@ class Verdict:
     """Whether a kind serves a value.
 
     Attributes:
-        reason: Why not, as a clause after "X can't serve the layer: "; empty if it serves it.
+        reason: Why it doesn't, as a clause after "X can't serve the layer: "; empty if it does.
     """
 
     reason: str = ""
@@ -67,12 +73,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What the extractors of one model are built from.
+    """What is needed to build extractors of one model.
 
     Attributes:
         model: The model.
-        taps: Its taps.
-        guard: Its guard, to be held in each pass of the model.
+        taps: The model's taps.
+        guard: The model's guard, which every pass of the model must hold.
         graph: The node names of its symbolic graph; None if it has none.
     """
 
@@ -82,7 +88,7 @@ class BuildContext:
     graph: GraphNames | None
 
     def traced(self) -> GraphNames:
-        """Return the names of the graph; raise ExtractorUnsupportedError where there is none."""
+        """Return the names of the graph; raise ExtractorUnsupportedError if there is no graph."""
         if self.graph is None:
             raise ExtractorUnsupportedError(
                 f"model {self.model.name!r} can't be traced symbolically"
@@ -98,20 +104,21 @@ class ExtractorKind(ABC):
     """One way to take layers' values out of a model. Kinds have no state.
 
     Attributes:
-        id: What requests call it.
-        compiled: Whether it is a ``CompiledKind`` and runs compiled programs; else it is a
-            ``DirectKind``. Compiling takes long. So AUTO uses such a plan only once it is ready:
-            it is made when layers are declared, or in the background for layers that are asked
-            for often. It is warmed before it serves, and that of declared layers stored on disk.
+        id: The value of ``Extractor`` by which requests name it.
+        compiled: Whether it is a ``CompiledKind``, which runs compiled programs, or else a
+            ``DirectKind``. Compiling takes long, so AUTO uses a compiled plan only once it is
+            ready. Plans are compiled for declared layers, or in the background for layers that are
+            requested often. They are warmed before they serve, and the plans of declared layers
+            are stored on disk.
         reference: Whether it runs the model itself, so that its values are right by definition and
-            need no proof. Exactly one kind is; see ``ReferenceKind``.
-        captures: The sides of a layer that it can take.
+            need no proof. Exactly one kind does; see ``ReferenceKind``.
+        captures: The sides of a layer that it can capture.
         nodes: Whether it serves nodes of the symbolic graph.
         members: Whether it serves members of containers, such as one tensor of a tuple.
-        finite_only: Whether its values for NaN and infinity are not the model's, so that it must
-            not be given any.
-        warm_up_runs: Runs after which a pass at a new batch size is as fast as it gets, on the
-            thread that will run it.
+        finite_only: Whether its values for NaN and infinity differ from the model's, so that its
+            input must be finite.
+        warm_up_runs: Runs after which a pass at a new batch size has reached its full speed, on
+            the thread that will run it.
     """
 
     id: ClassVar[Extractor]
@@ -125,44 +132,44 @@ class ExtractorKind(ABC):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name that messages use."""
         return self.id.name
 
     @property
     def letter(self) -> str:
-        """What ``layertap layers`` calls it.
+        """The letter that ``layertap layers`` shows.
 
-        The value of ``Extractor`` has it, as the command line shows it without importing torch.
+        ``Extractor`` defines it, so that the command line can show it without importing torch.
         """
         return self.id.letter
 
-    def tolerance(self, oracle: torch.Tensor) -> float:
+    def tolerance(self, reference: torch.Tensor) -> float:
         """Return how far a value may be from the model's own.
 
         Args:
-            oracle: The model's own value, on the device that computed it.
+            reference: The model's own value, on the device that computed it.
 
         Returns:
             The largest allowed error as a share of the value's largest magnitude; 0.0 if every bit
             must be equal.
         """
-        del oracle
+        del reference
         return 0.0
 
     def refuses(self, found: Measurement) -> str:
-        """Return why the kind serves nothing of a model; empty if it may serve some of it."""
+        """Return why the kind serves no layer of a model; empty if it may serve some."""
         del found
         return ""
 
     def claims(self, point: CapturePoint, found: Measurement) -> Verdict:
         """Decide whether the kind serves a value.
 
-        A claim need not be certain, as each plan is proven before it serves. But what a proof's
-        input can't show must be refused here: code that other input would lead elsewhere.
+        A claim may be wrong, because each plan is proven before it serves. But faults that the
+        input of a proof can't show must be refused here, such as a branch for other input.
 
         Args:
             point: Where the value is captured: a side in ``captures`` of a call that was measured.
-            found: What was measured of the model. The kind does not refuse the whole model.
+            found: The measurement of the model, of which ``refuses`` doesn't refuse every layer.
         """
         if point.kind is PointKind.NODE and not self.nodes:
             return Verdict("it is a node of the symbolic graph, not a module")
@@ -171,25 +178,25 @@ class ExtractorKind(ABC):
         if self.reference:
             return Verdict()
         if point in found.random:
-            return Verdict(RANDOM)
+            return Verdict(DRAWS_NUMBERS)
         if point.kind is PointKind.MODULE and point.path in found.varying:
             return Verdict("the module runs only for some inputs")
         return Verdict(SOMETIMES if point in found.sometimes else self.obstacle(point, found))
 
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
-        """Return why the kind's own way to a value would be wrong; empty if nothing is in its way.
+        """Return why this kind would compute a wrong value; empty if nothing indicates that.
 
-        The second half of ``claims``, for kinds to replace.
+        ``claims`` asks this last. Kinds override it.
         """
         del point, found
         return ""
 
 
 class DirectKind(ExtractorKind):
-    """A kind that runs the model's own modules, so that it is built in no time."""
+    """A kind that runs the model's own modules, so building one takes no time."""
 
     def refuses(self, found: Measurement) -> str:
-        """See ExtractorKind; such a kind runs the modules by code other than their ``forward``."""
+        """See ExtractorKind; most direct kinds don't run the modules through ``forward``."""
         if found.rules.state is KeptState.KEPT:
             return "the model is stateful, so its own forward pass must run to its end"
         if not found.rules.early_stop:
@@ -198,11 +205,11 @@ class DirectKind(ExtractorKind):
 
     @abstractmethod
     def build(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
-        """Build an extractor. It is not proven yet.
+        """Build an extractor, which is not proven yet.
 
         Args:
-            context: The model and what belongs to it. The caller does not hold its guard.
-            pass_spec: What to do: points that the kind claims to serve.
+            context: The model, its taps, guard and graph. The caller must not hold the guard.
+            pass_spec: What to capture: points that the kind claims to serve.
 
         Raises:
             ExtractorUnsupportedError: It can't be built.
@@ -210,7 +217,7 @@ class DirectKind(ExtractorKind):
 
 
 class ReferenceKind(DirectKind):
-    """The kind that runs the model itself under its taps, and proves the others."""
+    """The kind that runs the model itself under its taps. Its values prove the others."""
 
     reference = True
 
@@ -220,24 +227,24 @@ class ReferenceKind(DirectKind):
         return ""
 
     @abstractmethod
-    def oracle(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
-        """Build the extractor whose values prove those of other kinds.
+    def build_reference(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
+        """Build the extractor whose values those of other kinds are compared with.
 
-        Its passes run to their end and are watched for state that no pass wrote before.
+        Its passes run to their end, and are watched for state that no earlier pass wrote.
         """
 
 
 class CompiledKind(ExtractorKind, Generic[P]):
     """A kind that compiles a program for each pass spec and batch key.
 
-    The program is saved before it is finished, as the last optimisation may lose what saving needs.
+    The program is saved before it is finished, as finishing it may lose what saving needs.
     """
 
     compiled = True
 
-    def tolerance(self, oracle: torch.Tensor) -> float:
+    def tolerance(self, reference: torch.Tensor) -> float:
         """See ExtractorKind; compilers reorder arithmetic."""
-        return compiled_tolerance(oracle)
+        return compiled_tolerance(reference)
 
     def refuses(self, found: Measurement) -> str:
         """See ExtractorKind; a program is recorded from a pass of the model on one tensor."""
@@ -265,9 +272,9 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """Return why a program recorded from one pass would be wrong for other input.
 
         Args:
-            looked: Whether the model's code looked at values on the way.
-            function: A Python function of autograd on the way; empty for none.
-            step: A discontinuous operation that the value follows from; empty for none.
+            looked: Whether the model's code read tensor values before this one was computed.
+            function: A custom autograd function that this value depends on; empty for none.
+            step: A discontinuous operation that this value depends on; empty for none.
         """
         if looked:
             return LOOKS
@@ -283,53 +290,54 @@ class CompiledKind(ExtractorKind, Generic[P]):
         example: Batch,
         take: Take = cloned,
     ) -> P:
-        """Compile a program. It is not proven yet, and whatever is raised refuses it.
+        """Compile a program, which is not proven yet. Any exception refuses the points.
 
         Args:
-            context: The model and what belongs to it. The caller holds its guard.
-            pass_spec: What to do: points that the kind claims to serve.
-            example: On the model's device. The program must serve batches of its key, at every
-                batch size.
-            take: What the program returns of each point, in the order of the points.
+            context: The model, its taps, guard and graph. The caller holds the guard.
+            pass_spec: What to capture: points that the kind claims to serve.
+            example: A batch on the model's device. The program must serve every batch with its
+                key, at every batch size.
+            take: Decides what the program returns for each point, in the order of the points.
         """
 
     @abstractmethod
     def run(self, program: P, x: Batch) -> Values:
-        """Run a program that is not finished; return what ``take`` gave for each point, in a row.
+        """Run an unfinished program; return what ``take`` gave for each point, as one flat list.
 
-        Whatever is raised refuses the program.
+        Any exception refuses the program.
 
         Args:
-            program: The program; it stays as it is.
-            x: A batch of the example's key; the program may write into it.
+            program: The program; it is not changed.
+            x: A batch with the example's key; the program may write into it.
         """
 
     def running_once(self) -> AbstractContextManager[object]:
-        """Return a context in which nothing is recorded or compiled for runs to come."""
+        """Return a context in which nothing is recorded or compiled for later runs."""
         return nullcontext()
 
     @abstractmethod
     def finish(self, program: P) -> BuiltExtractor:
-        """Make a program ready to run. It can't be saved any more."""
+        """Make a program ready to run. It can't be saved afterwards."""
 
     @abstractmethod
     def save(self, program: P) -> bytes | memoryview:
-        """Return a program that is not finished as the bytes of a file.
+        """Return an unfinished program as the bytes of a file.
 
-        It can still be finished. Whatever is raised means that it can't be saved.
+        The program can still be finished. Any exception means that it can't be saved.
         """
 
     @abstractmethod
     def load(self, data: bytes, device: torch.device) -> P:
-        """Return the program that ``save`` gave. Whatever is raised means that the file is damaged.
+        """Return the program that ``save`` gave. Any exception means that the file is damaged.
 
-        Loading may run code from the file, so a file that somebody else can write is never loaded.
+        Loading may run code from the file, so a file that other users can write is never loaded.
         """
 
     def may_end_the_process(self, program: P) -> bool:
-        """Return whether a program has native code that could end the process; ``run_apart`` if so.
+        """Return whether a program's native code could end the process.
 
-        See Note [Unchecked operations] in ``apart``.
+        If so, ``run_apart`` runs it before this process does. See Note [Unchecked operations] in
+        ``apart``.
         """
         del program
         return False
@@ -337,7 +345,10 @@ class CompiledKind(ExtractorKind, Generic[P]):
     def run_apart(
         self, program: P, batches: Sequence[Batch], device: torch.device
     ) -> Generator[None, None, list[Values]]:
-        """Run a program in its own process, in steps; return its values for each batch.
+        """Run a program in a child process and return its values for each batch; yield meanwhile.
+
+        This is called only for programs for which ``may_end_the_process`` returns True, so a kind
+        that has no such programs doesn't define it.
 
         Raises:
             ProgramEndedError: The program raised, ended the process or took too long.

@@ -1,7 +1,7 @@
-"""CHILDREN: top-level children called one after the other.
+"""CHILDREN: calls the model's top-level children one after the other.
 
-It serves the children of models whose forward calls them once each, in registration order, with
-nothing in between, and so does LAYER_GETTER. Whether a child is one of them is measured: see
+CHILDREN and LAYER_GETTER serve the children of models whose forward calls each of them once, in
+registration order, with nothing in between. Measuring finds out which children these are: see
 ``straight`` and ``survey_walk``.
 """
 
@@ -24,11 +24,11 @@ __all__ = ["KIND", "ChildrenKind", "WalkExtractor", "WalkKind", "indices_of"]
 
 
 class WalkExtractor:
-    """Feeds each child the output of the one before.
+    """Calls each child with the output of the one before it.
 
     Args:
         children: The children in order, each with its name.
-        indices: The point that each wanted child's output is for, by the child's name.
+        indices: The index of the point that each wanted child's output is for, by child's name.
     """
 
     def __init__(
@@ -49,6 +49,12 @@ class WalkExtractor:
 class WalkKind(DirectKind):
     """A kind that walks the top-level children."""
 
+    def refuses(self, found: Measurement) -> str:
+        """See ExtractorKind; each child is given one tensor."""
+        if len(found.model.signature.inputs) > 1:
+            return "the model takes several inputs, and a child is called with one tensor"
+        return super().refuses(found)
+
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
         """See ExtractorKind."""
         if not point.path:
@@ -68,7 +74,7 @@ class WalkKind(DirectKind):
 
 
 class ChildrenKind(WalkKind):
-    """Walks ``named_children``, calls each, stops at the last layer wanted."""
+    """Calls each of ``named_children`` in turn, and stops after the last requested one."""
 
     id = Extractor.CHILDREN
 
@@ -83,7 +89,7 @@ KIND = ChildrenKind()
 
 
 def indices_of(pass_spec: PassSpec) -> dict[str, int]:
-    """Return the index of each point by the name of its child."""
+    """Return the index of each point, by the name of its child."""
     return {point.path: index for index, point in enumerate(pass_spec.points)}
 
 

@@ -1,4 +1,4 @@
-"""FX: the symbolic graph, cut after the last value that is wanted.
+"""FX: runs the symbolic graph, cut after the last requested value.
 
 See Note [FX done right] in ``symbolic``.
 """

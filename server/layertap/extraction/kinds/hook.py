@@ -13,36 +13,38 @@ __all__ = ["KIND", "HookExtractor", "HookKind"]
 
 
 class HookExtractor:
-    """Runs the model under its taps.
+    """Runs the model with its taps.
 
     Args:
-        context: The model and what belongs to it.
+        context: The model, its taps, guard and graph.
         pass_spec: What to capture.
-        oracle: Whether what it captures proves other extractors: its passes then run to their end,
-            and are looked at for state that no pass wrote before.
+        reference: Whether its values prove other extractors. Then its passes run to their end, and
+            are watched for state that no earlier pass wrote.
     """
 
-    def __init__(self, context: BuildContext, pass_spec: PassSpec, *, oracle: bool = False) -> None:
+    def __init__(
+        self, context: BuildContext, pass_spec: PassSpec, *, reference: bool = False
+    ) -> None:
         self._model = context.model
         self._taps = context.taps
         self._points = pass_spec.points
         self._guard = context.guard
-        self._oracle = oracle
+        self._reference = reference
 
     def run(self, x: Batch, sink: Sink) -> None:
         """See BuiltExtractor."""
         with self._guard as guard:
-            to_end = self._oracle or not guard.rules.early_stop
+            to_end = self._reference or not guard.rules.early_stop
             threads = guard.rules.own_threads
             self._taps.run(
                 self._model.forward, x, self._points, sink, to_end=to_end, own_threads=threads
             )
-            if self._oracle:
+            if self._reference:
                 guard.learn(self._model.name)
 
 
 class HookKind(ReferenceKind):
-    """Serves every module that runs, outputs and inputs, of any eager model."""
+    """Serves the outputs and inputs of every module that runs, in any eager model."""
 
     id = Extractor.HOOK
     captures = frozenset({Capture.OUTPUT, Capture.INPUT})
@@ -52,9 +54,9 @@ class HookKind(ReferenceKind):
         """See DirectKind."""
         return HookExtractor(context, pass_spec)
 
-    def oracle(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
+    def build_reference(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
         """See ReferenceKind."""
-        return HookExtractor(context, pass_spec, oracle=True)
+        return HookExtractor(context, pass_spec, reference=True)
 
 
 KIND = HookKind()

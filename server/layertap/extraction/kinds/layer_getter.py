@@ -1,4 +1,4 @@
-"""LAYER_GETTER: torchvision's IntermediateLayerGetter, with each value taken live."""
+"""LAYER_GETTER: torchvision's IntermediateLayerGetter, with each value captured as it appears."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["KIND", "LayerGetterKind"]
 
 
 class LayerGetterKind(WalkKind):
-    """Walks the children that torchvision's IntermediateLayerGetter, which truncates, has kept.
+    """Calls the children that torchvision's IntermediateLayerGetter keeps after truncating a model.
 
-    The getter's own ``forward`` returns the children's outputs only after the last child ran, by
-    when an in-place operation of a later child may have overwritten them; so its children are
-    called here.
+    The getter's own ``forward`` returns the children's outputs only after the last child has run.
+    By then an in-place operation of a later child may have overwritten them. So this class calls
+    the getter's children itself.
     """
 
     id = Extractor.LAYER_GETTER

@@ -1,21 +1,21 @@
-"""TORCHSCRIPT: the tapped model traced, truncated, frozen and optimised.
+"""TORCHSCRIPT: traces the model under its taps, then truncates, freezes and optimises the trace.
 
 Note [Trace the taps]
     ``torch.jit.trace`` records the model while it runs under its taps. The pass ends at the last
     capture, so nothing after it is in the program. Each value is cloned at its capture, so later
     in-place operations do not change it. Freezing removes the names of modules, so the taps come
-    first and optimisation last. This also works for models that symbolic tracing refuses.
+    first and optimisation last. This also works for models that can't be traced symbolically.
 
 Note [A compilation unit of its own]
     torch keeps the types and functions of everything that it traces in one compilation unit, which
     lives as long as the process. Freezing turns the weights into constants of a function in that
     unit, so each dropped program would leak a copy of its weights: 12 MiB for a program of 12 MiB,
-    24 MiB once it is optimised (torch 2.14). A program that is loaded from a file has a unit of its
-    own, which is freed with it. So the traced program is saved to memory and loaded again before it
-    is frozen. Its weights are taken out meanwhile.
+    24 MiB once it is optimised (torch 2.14). A program that is loaded from a file has its own
+    compilation unit, which is freed with the program. So the traced program is saved to memory
+    without its weights, loaded again, given its weights back, and then frozen.
 
-torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with it; another
-compiler is another kind.
+torch.jit is deprecated upstream in favour of torch.export. Only this file compiles with torch.jit;
+another compiler would be another kind.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ __all__ = ["KIND", "TorchScriptExtractor", "TorchScriptKind", "trace_taps"]
 _tracing = threading.Lock()
 """Held while a model is traced.
 
-torch.jit keeps the modules of the trace in a global: of two traces at once, one puts the other's
-modules back, which keeps that model alive.
+torch.jit keeps the modules of a trace in a global variable. If two traces overlap, one restores the
+modules of the other, which keeps that model alive.
 """
 
 
@@ -57,23 +57,23 @@ def trace_taps(
     *,
     to_end: bool = False,
 ) -> torch.jit.ScriptModule:
-    """Return the truncated program of a layer set, traced and frozen but not yet optimised.
+    """Return the truncated program for some points, traced and frozen but not yet optimised.
 
     Args:
         model: The model.
         taps: Its taps.
         points: What to capture.
-        example: On the model's device: the program holds for batches of its key.
-        take: What the program returns of each point.
-        to_end: Whether the pass must run to its end while it is traced; what comes after the last
-            capture is dropped from the program all the same.
+        example: A batch on the model's device. The program serves batches with its key.
+        take: Decides what the program returns for each point.
+        to_end: Whether the traced pass must run to its end. What comes after the last capture is
+            dropped from the program in any case.
 
-    Raises whatever tracing raises.
+    Passes on any exception of the tracer.
     """
     tapped = _Tapped(model, taps, points, list(example), take, to_end=to_end)
-    # Not eval(): the model is in evaluation mode, and a train() of its own might do more than that.
+    # Not eval(): the model is in evaluation mode already, and its own train() may have effects.
     tapped.training = False
-    # TracerWarning, too, for shapes that become constants: a plan serves one item shape only.
+    # Also ignores TracerWarning for shapes that become constants: a plan serves one item shape.
     with _tracing, _deprecated():
         traced = torch.jit.trace(tapped, tuple(example.values()), check_trace=False)
         own = _in_unit_of_its_own(traced.eval(), model.device)
@@ -84,14 +84,17 @@ def trace_taps(
 def _in_unit_of_its_own(
     traced: torch.jit.ScriptModule, device: torch.device
 ) -> torch.jit.ScriptModule:
-    """See Note [A compilation unit of its own]; the weights' memory stays shared with the model."""
+    """Return the program in a new unit; see Note [A compilation unit of its own].
+
+    It shares the weights' memory with the model.
+    """
     weights = [
         (path, name, value)
         for path, module in traced.named_modules(remove_duplicate=False)
         for values in (module.named_parameters, module.named_buffers)
         for name, value in values(recurse=False, remove_duplicate=False)
     ]
-    # The traced program has its own slots: the model's modules are not touched.
+    # The traced program has its own slots for weights, so the model's modules are not changed.
     _set(traced, ((path, name, torch.empty(0)) for path, name, _ in weights))
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
@@ -108,15 +111,15 @@ def _set(program: torch.jit.ScriptModule, values: Iterable[tuple[str, str, torch
 
 
 def _deprecated() -> AbstractContextManager[None]:
-    """Ignore torch's warnings that torch.jit is deprecated; the module's docstring says so too."""
+    """Ignore torch's warnings that torch.jit is deprecated; see this module's docstring."""
     return warnings_ignored()
 
 
 class TorchScriptExtractor:
-    """Serves a layer set by a compiled program of its own.
+    """Serves a set of layers with a compiled program of its own.
 
     Args:
-        frozen: What ``trace_taps`` returned; it is optimised in place, and can't be saved any more.
+        frozen: The result of ``trace_taps``. It is optimised in place, and can't be saved any more.
     """
 
     def __init__(self, frozen: torch.jit.ScriptModule) -> None:
@@ -130,12 +133,12 @@ class TorchScriptExtractor:
 
 
 class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
-    """Serves a layer set by a traced, frozen and optimised program of its own."""
+    """Serves a set of layers with a traced, frozen and optimised program of its own."""
 
     id = Extractor.TORCHSCRIPT
     captures = frozenset({Capture.OUTPUT, Capture.INPUT})
     members = True
-    # Fused kernels make zeros of NaN (``relu``), and spread it over other elements.
+    # Fused kernels turn NaN into 0 (``relu``), or spread it to other elements.
     finite_only = True
     # The profiling executor specialises on the second call of a shape and settles on the third.
     warm_up_runs = 3
@@ -170,9 +173,8 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
     def save(self, program: torch.jit.ScriptModule) -> memoryview:
         """See CompiledKind.
 
-        In memory, never straight to a file: torch's own writer ends the process
-        (``std::terminate``) where it meets a full disk, as its destructor throws
-        (pytorch/pytorch#156955).
+        It writes to memory, never directly to a file: on a full disk, the destructor of torch's
+        own writer throws, which ends the process (``std::terminate``; pytorch/pytorch#156955).
         """
         buffer = io.BytesIO()
         with _deprecated():
@@ -200,7 +202,7 @@ KIND = TorchScriptKind()
 
 
 class _Tapped(nn.Module):
-    """A model whose ``forward`` takes a batch's tensors and returns what is taken of its values."""
+    """A module that takes a batch's tensors, runs the model and returns the captured values."""
 
     def __init__(
         self,

@@ -1,1 +1,1 @@
-"""The Open Inference Protocol: the same engine for clients of Triton, KServe and MLServer."""
+"""The Open Inference Protocol: the same engine, for clients of Triton, KServe and MLServer."""

@@ -10,9 +10,9 @@ from layertap.engine import ModelHost
 from layertap.extraction import ValueSpec
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.inference import model_config_pb2
+from layertap.models import InputSpec
 from layertap.selection import Capture, Extractor
 from layertap.services.infer.infer_form import MODEL_VERSION
-from layertap.services.infer.inputs import TENSOR_NAME
 from layertap.services.infer.outputs import default_selections
 from layertap.wire import dtypes
 
@@ -23,19 +23,22 @@ BACKEND = "layertap"
 
 
 def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
-    """Describe a model: its tensor input, and the outputs of a request that names none."""
+    """Describe a model: its inputs, and the outputs of a request that names none.
+
+    Sizes that may be others are -1.
+    """
     kind = pb.ModelMetadataResponse.TensorMetadata
-    given = host.model.signature.main
     return pb.ModelMetadataResponse(
         name=host.model.name,
         versions=[MODEL_VERSION],
         platform=PLATFORM,
         inputs=[
             kind(
-                name=TENSOR_NAME,
-                datatype=dtypes.by_name(given.dtype_name).datatype,
-                shape=[-1, *given.shape],
+                name=spec.name,
+                datatype=dtypes.by_name(spec.dtype_name).datatype,
+                shape=[-1, *_sizes(spec)],
             )
+            for spec in host.model.signature.inputs
         ],
         outputs=[
             kind(name=name, datatype=_datatype(spec), shape=_shape(spec))
@@ -49,10 +52,10 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
 
     Args:
         host: The model.
-        max_batch: Items of one request.
-        instances: Forward passes that run at once.
+        max_batch: Maximum number of items in a request.
+        instances: Forward passes that may run at once.
     """
-    given, device, batching = host.model.signature.main, host.model.device, host.options.batching
+    device, batching = host.model.device, host.options.batching
     cuda = device.type == "cuda"
     config = model_config_pb2.ModelConfig(
         name=host.model.name,
@@ -61,11 +64,13 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
         max_batch_size=max_batch,
         input=[
             model_config_pb2.ModelInput(
-                name=TENSOR_NAME,
-                data_type=_type(dtypes.by_name(given.dtype_name).datatype),
-                format="FORMAT_NCHW" if len(given.shape) == 3 else "FORMAT_NONE",
-                dims=given.shape,
+                name=spec.name,
+                data_type=_type(dtypes.by_name(spec.dtype_name).datatype),
+                format="FORMAT_NCHW" if len(spec.shape) == 3 else "FORMAT_NONE",
+                dims=_sizes(spec),
+                optional=spec.optional,
             )
+            for spec in host.model.signature.inputs
         ],
         output=[
             model_config_pb2.ModelOutput(
@@ -91,12 +96,16 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
     return config
 
 
+def _sizes(spec: InputSpec) -> list[int]:
+    return [-1 if free else size for size, free in spec.dimensions]
+
+
 def _facts(host: ModelHost) -> dict[str, str]:
     model = host.model
     return {
         "source": model.source,
         "weights": model.weights,
-        "input_shape": model.signature.main.pattern,
+        "input_shape": model.signature.pattern,
         "images": "true" if model.preprocess else "false",
         "preprocessing": model.preprocess.describe() if model.preprocess else "",
         "layers": json.dumps(_catalogue(host), separators=(",", ":")),
@@ -130,11 +139,11 @@ def _shape(spec: ValueSpec) -> list[int]:
 
 
 def _datatype(spec: ValueSpec) -> str:
-    """Return the protocol's name of a type; empty for one that it does not carry."""
+    """Return a dtype's name in the protocol; empty if the protocol has no such dtype."""
     name = str(spec.dtype).removeprefix("torch.")
     return next((row.datatype for row in dtypes.DTYPES if row.name == name), "")
 
 
 def _type(datatype: str) -> Any:
-    """Return the name in the config's enum, which message constructors take for the number."""
+    """Return the name in the config's enum, which message constructors accept."""
     return f"TYPE_{datatype or 'INVALID'}"

@@ -19,7 +19,7 @@ from layertap.wire.dtypes import by_number
 __all__ = ["MODEL_VERSION", "InferForm", "ReplyOptions"]
 
 MODEL_VERSION = "1"
-"""The version that every model has in this protocol."""
+"""The version of every model in this protocol."""
 
 _RAW_OUTPUT = pb.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER
 # The tag of ModelStreamInferResponse.infer_response.
@@ -31,12 +31,12 @@ _NS_PER_MS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class ReplyOptions:
-    """What the reply to one request has to say and do.
+    """What a request determines about its reply.
 
     Attributes:
         model: The model's name.
         request_id: The request's id.
-        regions: The regions that outputs are written to instead of the message, by the output's
+        regions: The shared-memory regions for outputs that are not sent in the message, by output
             name.
         streamed: Whether the request is an item of a stream.
     """
@@ -52,7 +52,7 @@ class InferForm:
 
     Args:
         extractor: The extractor that serves the request.
-        options: What the reply has to say and do.
+        options: What the request determines about the reply.
     """
 
     def __init__(self, extractor: Extractor, options: ReplyOptions) -> None:
@@ -90,7 +90,7 @@ class InferForm:
 
     def builder(self, admit: Callable[[int], object]) -> ReplyBuilder[bytes]:
         """See ``ReplyForm``."""
-        # What goes to shared memory may have to be cast first, beside the message.
+        # Values for shared memory may first be cast into a buffer besides the message.
         admit(self._laid_out.nbytes + self.shared_bytes)
         builder = codec.ReplyBuilder(self._laid_out)
         if not self._options.regions:
@@ -106,7 +106,7 @@ class InferForm:
         return len(payload)
 
     def _response(self, timings: Timings) -> bytes:
-        """Return the response without payloads; of one size, as its numbers are doubles."""
+        """Return the response without payloads. Its size is fixed, as its numbers are doubles."""
         milliseconds = {
             "prepare_ms": timings.prepare_ns,
             "queue_ms": timings.queue_ns,
@@ -127,7 +127,7 @@ class InferForm:
 
 
 class _Scattered:
-    """Takes tensors, some of which go to shared memory and leave an empty payload."""
+    """Writes tensors to the message, or to shared memory with an empty payload in the message."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _Scattered:
     ) -> None:
         self._builder = builder
         self._targets = [(dtype, regions.get(name)) for name, dtype, _ in tensors]
-        # A text, not the error, whose traceback would refer to this object.
+        # The text instead of the error, whose traceback would refer to this object.
         self._failure = ""
 
     def write(self, index: int, array: np.ndarray, dtype: int) -> None:
@@ -150,7 +150,7 @@ class _Scattered:
         try:
             place.write(_dense(array, dtype, target))
         except InvalidInputError as error:
-            # Raised at the end: here it would cross the model's own code.
+            # Raised in ``finish``: raised here, it would pass through the model's own code.
             self._failure = str(error)
 
     def finish(self, head: bytes) -> bytes:
@@ -161,7 +161,7 @@ class _Scattered:
 
 
 def _dense(array: np.ndarray, dtype: int, target: int) -> memoryview:
-    """Return an array's bytes in C order, cast; a view of its memory if that has them."""
+    """Return an array's bytes in C order and cast; a view of its memory if no copy is needed."""
     if dtype == target and array.flags.c_contiguous:
         return memoryview(array.reshape(-1).view(np.uint8))
     layout = codec.raw_layout([(target, array.shape)], field=1, head_size=0)

@@ -9,7 +9,7 @@ from layertap.engine import Engine, ExtractionRequest, ModelHost
 from layertap.errors import InvalidInputError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.infer_form import MODEL_VERSION, InferForm, ReplyOptions
-from layertap.services.infer.inputs import infer_input
+from layertap.services.infer.inputs import infer_inputs
 from layertap.services.infer.outputs import extractor_of, selections_of
 from layertap.services.infer.parameters import check_known, number
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
@@ -24,8 +24,8 @@ def find_host(engine: Engine, name: str, version: str) -> ModelHost:
     """Return a served model.
 
     Raises:
-        ModelNotFoundError: If there is none of that name and version.
-        UnavailableError: If it is being loaded or could not be loaded.
+        ModelNotFoundError: If there is no model with that name and version.
+        UnavailableError: If the model is being loaded or could not be loaded.
     """
     try:
         check_version(version)
@@ -41,15 +41,15 @@ def check_version(version: str) -> None:
 
 
 def unknown_model(name: str, error: ModelNotFoundError) -> ModelNotFoundError:
-    """Return the error as Triton words it; its clients look for the first words."""
+    """Return the error in Triton's words; Triton's clients look for the first words."""
     return ModelNotFoundError(f"Request for unknown model: {name!r} is not found; {error}")
 
 
 def timeout_of(request: pb.ModelInferRequest) -> float | None:
-    """Return the seconds that a request may take, as the request says; None if it does not say.
+    """Return the timeout in seconds that a request gives; None if it gives none.
 
     Raises:
-        InvalidInputError: For a ``timeout`` that is not a number of microseconds.
+        InvalidInputError: If ``timeout`` is not a number of microseconds.
     """
     microseconds = number(request.parameters, "timeout", "request")
     if microseconds < 0:
@@ -67,24 +67,25 @@ def extraction_request(
     admit: Callable[[int], object] = lambda nbytes: None,
     streamed: bool = False,
 ) -> ExtractionRequest[bytes]:
-    """Return what a request asks of a model.
+    """Convert a request for a model.
 
     Args:
-        request: Its small fields.
-        raw: Its raw inputs.
-        host: Its model.
-        engine: Its limits are what may be requested.
+        request: The request's small fields.
+        raw: The request's raw inputs.
+        host: The model.
+        engine: The engine, whose limits apply.
         memory: The caller's shared memory.
-        admit: Called with the bytes that the input needs besides the message, before allocating.
-        streamed: Whether it is an item of a stream.
+        admit: Called before allocating, with the bytes that the input needs besides the message.
+        streamed: Whether the request is an item of a stream.
 
     Raises:
-        InvalidInputError: If it is wrong.
-        NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
+        InvalidInputError: If the request is wrong.
+        NotFoundError, PermissionDeniedError: If it names shared memory that the caller doesn't
+            have.
     """
     given = request.parameters
     check_known(given, _KNOWN, "request")
-    # 0 is not a sequence; Triton's clients send flags of it even so.
+    # A sequence_id of 0 means no sequence, but Triton's clients send it together with its flags.
     if "sequence_id" in given and given["sequence_id"] != pb.InferParameter(int64_param=0):
         raise InvalidInputError("sequence_id: sequences are not supported, expected none")
     selections = selections_of(request, host, engine.limits.layers)
@@ -96,7 +97,14 @@ def extraction_request(
     options = ReplyOptions(host.model.name, request.id, regions, streamed)
     return ExtractionRequest(
         model=host.model.name,
-        input=infer_input(request, raw, memory, engine.limits, admit=admit),
+        inputs=infer_inputs(
+            request,
+            raw,
+            memory,
+            engine.limits,
+            names=[spec.name for spec in host.model.signature.inputs],
+            admit=admit,
+        ),
         selections=selections,
         extractor=extractor_of(request),
         form=partial(InferForm, options=options),

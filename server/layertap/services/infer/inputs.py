@@ -1,30 +1,35 @@
-"""The one input of a request: raw, typed or in shared memory; a tensor or encoded images."""
+"""The inputs of a request: raw, typed or in shared memory; tensors or encoded images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from layertap.engine import ImagesInput, Limits, TensorsInput
+from layertap.engine import ImageFiles, Inputs, Limits
 from layertap.errors import InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.parameters import check_known
 from layertap.services.infer.shared_memory_rpcs import PARAMETERS, CallerMemory
 from layertap.wire.codec import MAX_MESSAGE_BYTES, MAX_RANK
 from layertap.wire.dtypes import DType, by_datatype
+from layertap.wire.infer_messages import MAX_INPUTS
 from layertap.wire.tensors import TensorView
 
-__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "infer_input"]
+__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "infer_inputs"]
 
 TENSOR_NAME = "input"
+"""What a request may call the only input that a model needs, whatever the model calls it."""
+
 IMAGES_NAME = "images"
+"""What a request may call images where the model takes them for one input only."""
+
 BYTES = "BYTES"
 
 InputTensor = pb.ModelInferRequest.InferInputTensor
 
-# The field of InferTensorContents for each datatype that has one.
+# The field of InferTensorContents for each datatype that has a typed field.
 _TYPED = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -38,50 +43,66 @@ _TYPED = {
 }
 
 
-def infer_input(
+def infer_inputs(
     request: pb.ModelInferRequest,
     raw: Sequence[memoryview],
     memory: CallerMemory,
     limits: Limits,
     *,
+    names: Sequence[str] = (),
     admit: Callable[[int], object] = lambda nbytes: None,
-) -> TensorsInput | ImagesInput:
+) -> Inputs:
     """Return what a request gives the model.
 
     Args:
         request: Its small fields.
-        raw: Its raw contents.
+        raw: Its raw contents: one for each input that is neither typed nor in shared memory.
         memory: The caller's shared memory.
         limits: What requests may contain.
-        admit: Called with bytes that the input takes besides the message, before they are taken;
+        names: The model's own names of its inputs.
+        admit: Called with bytes that the inputs take besides the message, before they are taken;
             raises OverloadedError to refuse them.
 
     Raises:
-        InvalidInputError: If the input contradicts itself, or there is not exactly one.
+        InvalidInputError: If an input contradicts itself, or there is none.
         NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
     """
-    if len(request.inputs) != 1:
-        raise InvalidInputError(
-            f"inputs: got {len(request.inputs)}, expected 1: {TENSOR_NAME!r} or {IMAGES_NAME!r}"
-        )
-    tensor = request.inputs[0]
-    where = f"input {tensor.name!r}"
-    expected = IMAGES_NAME if tensor.datatype == BYTES else TENSOR_NAME
-    if tensor.name != expected:
-        raise InvalidInputError(
-            f"unexpected inference input {tensor.name!r} for model {request.model_name!r}, "
-            f"expected {expected!r} for datatype {tensor.datatype!r}"
-        )
-    check_known(tensor.parameters, PARAMETERS, where)
-    shape = _shape(tensor, where)
-    data = _data(tensor, raw, memory, limits, admit=admit)
-    if tensor.datatype == BYTES:
-        return ImagesInput(_images(tensor, shape, data, limits.batch, where))
-    row = by_datatype(tensor.datatype)
-    if data is None:
-        data = _typed(tensor, row, math.prod(shape), where, admit)
-    # This protocol's name of the input is its own; the engine knows an only input by an empty one.
-    return TensorsInput((TensorView("", row, shape, _checked(data, row, shape, where)),))
+    if not request.inputs:
+        raise InvalidInputError("inputs: got none, expected at least one")
+    if len(request.inputs) > MAX_INPUTS:
+        raise InvalidInputError(f"inputs: got {len(request.inputs)}, expected at most {MAX_INPUTS}")
+    contents = _Contents(request, raw, memory, limits, admit)
+    tensors: list[TensorView] = []
+    images: list[ImageFiles] = []
+    for tensor in request.inputs:
+        where = f"input {tensor.name!r}"
+        name = _own_name(request.model_name, tensor, names)
+        check_known(tensor.parameters, PARAMETERS, where)
+        shape = _shape(tensor, where)
+        data = contents.of(tensor)
+        if tensor.datatype == BYTES:
+            images.append(ImageFiles(_images(tensor, shape, data, limits.batch, where), name))
+            continue
+        row = by_datatype(tensor.datatype)
+        if data is None:
+            data = _typed(tensor, row, math.prod(shape), where, admit)
+        tensors.append(TensorView(name, row, shape, _checked(data, row, shape, where)))
+    contents.check_all_taken()
+    return Inputs(tuple(tensors), tuple(images))
+
+
+def _own_name(model: str, tensor: InputTensor, names: Sequence[str]) -> str:
+    """Return the model's name of an input; empty for the one that needs no name."""
+    if tensor.name in names:
+        return tensor.name
+    common = IMAGES_NAME if tensor.datatype == BYTES else TENSOR_NAME
+    if tensor.name == common:
+        return ""
+    expected = ", ".join(map(repr, dict.fromkeys((*names, common))))
+    raise InvalidInputError(
+        f"unexpected inference input {tensor.name!r} for model {model!r}, expected {expected} for "
+        f"datatype {tensor.datatype!r}"
+    )
 
 
 def _shape(tensor: InputTensor, where: str) -> tuple[int, ...]:
@@ -98,40 +119,64 @@ def _shape(tensor: InputTensor, where: str) -> tuple[int, ...]:
     return shape
 
 
-def _data(
-    tensor: InputTensor,
-    raw: Sequence[memoryview],
-    memory: CallerMemory,
-    limits: Limits,
-    *,
-    admit: Callable[[int], object],
-) -> memoryview | None:
-    """Return the input's bytes; None if they are typed."""
-    where = f"input {tensor.name!r}"
-    place = memory.slice(tensor.parameters, where)
-    typed = tensor.HasField("contents")
-    if typed and raw:
-        raise InvalidInputError(
-            f"contents field must not be specified when using raw_input_contents for {where}"
-        )
-    if place is not None and (typed or raw):
-        raise InvalidInputError(f"{where}: got contents and shared memory, expected one of them")
-    if place is not None:
-        # Before it is read: a region may be far larger than any message.
-        if place.byte_size > limits.request_bytes:
+class _Contents:
+    """Finds the bytes of each input of a request; the arguments are those of ``infer_inputs``."""
+
+    def __init__(
+        self,
+        request: pb.ModelInferRequest,
+        raw: Sequence[memoryview],
+        memory: CallerMemory,
+        limits: Limits,
+        admit: Callable[[int], object],
+    ) -> None:
+        self._inputs = len(request.inputs)
+        self._raw: Iterator[memoryview] = iter(raw)
+        self._count = len(raw)
+        self._memory = memory
+        self._limits = limits
+        self._admit = admit
+
+    def of(self, tensor: InputTensor) -> memoryview | None:
+        """Return the bytes of the next input; None if they are typed."""
+        where = f"input {tensor.name!r}"
+        place = self._memory.slice(tensor.parameters, where)
+        typed = tensor.HasField("contents")
+        if typed and self._count:
             raise InvalidInputError(
-                f"{where}: got {place.byte_size} bytes of shared memory, expected at most "
-                f"{limits.request_bytes}"
+                f"contents field must not be specified when using raw_input_contents for {where}"
             )
-        admit(place.byte_size)
-        return memoryview(place.read())
-    if len(raw) > 1:
-        raise InvalidInputError(f"raw_input_contents: got {len(raw)}, expected 1 for 1 input")
-    if not typed and not raw:
-        raise InvalidInputError(
-            f"{where}: got no data, expected raw_input_contents, contents or shared memory"
-        )
-    return raw[0] if raw else None
+        if place is not None and (typed or (self._count and self._inputs == 1)):
+            raise InvalidInputError(
+                f"{where}: got contents and shared memory, expected one of them"
+            )
+        if place is not None:
+            # Before it is read: a region may be far larger than any message.
+            if place.byte_size > self._limits.request_bytes:
+                raise InvalidInputError(
+                    f"{where}: got {place.byte_size} bytes of shared memory, expected at most "
+                    f"{self._limits.request_bytes}"
+                )
+            self._admit(place.byte_size)
+            return memoryview(place.read())
+        if typed:
+            return None
+        data = next(self._raw, None)
+        if data is None:
+            raise InvalidInputError(
+                f"{where}: got no data, expected raw_input_contents, contents or shared memory"
+            )
+        return data
+
+    def check_all_taken(self) -> None:
+        """Raise InvalidInputError where there are more raw contents than inputs that need them."""
+        left = len(list(self._raw))
+        if left:
+            taken = self._count - left
+            raise InvalidInputError(
+                f"raw_input_contents: got {self._count}, expected {taken} for {self._inputs} "
+                f"input{'s' * (self._inputs > 1)}"
+            )
 
 
 def _typed(
@@ -152,7 +197,7 @@ def _typed(
 
 
 def _contents(tensor: InputTensor, count: int, where: str) -> Sequence[object]:
-    """Return the typed contents, which are as many as they should be and of the right type."""
+    """Return the typed contents after checking their number and type."""
     name = _TYPED.get(tensor.datatype)
     if name is None:
         raise InvalidInputError(
@@ -179,7 +224,7 @@ def _checked(data: memoryview, row: DType, shape: tuple[int, ...], where: str) -
             f"unexpected total byte size {data.nbytes} for {where}, expecting {expected} for shape "
             f"{list(shape)} of {row.datatype}"
         )
-    # numpy and torch leave undefined what another byte means.
+    # In numpy and torch, the meaning of any other byte is undefined.
     if row.name == "bool" and expected and np.frombuffer(data, np.uint8).max() > 1:
         raise InvalidInputError(f"{where}: got a byte above 1 in BOOL, expected 0 or 1")
     return data
@@ -196,7 +241,7 @@ def _images(
         raise InvalidInputError(
             f"{where}: shape: got {list(shape)}, expected [N]: N encoded images, at least one"
         )
-    # Before they are taken apart, which takes a step for each.
+    # Checked before splitting, as each image takes a step.
     if shape[0] > max_batch:
         raise InvalidInputError(f"{where}: got {shape[0]} images, expected at most {max_batch}")
     if data is None:
@@ -205,7 +250,7 @@ def _images(
 
 
 def _split(data: memoryview, count: int, where: str) -> tuple[bytes, ...]:
-    """Take byte strings apart, each with its length in front: 4 bytes, little-endian."""
+    """Split byte strings, each of which follows its length (4 bytes, little-endian)."""
     found, at = [], 0
     for index in range(count):
         if data.nbytes - at < 4:

@@ -26,9 +26,9 @@ _DTYPE_NAMES = {row.datatype: row.name for row in DTYPES}
 
 
 def default_selections(host: ModelHost) -> tuple[LayerSelection, ...]:
-    """Return the outputs of a request that names none.
+    """Return the outputs of a request that lists no outputs.
 
-    The declared layers; where none are declared the output of the last module that runs.
+    These are the declared layers, or if there are none, the output of the last module that runs.
     """
     if host.declared:
         return tuple(host.declared)
@@ -44,16 +44,15 @@ def default_selections(host: ModelHost) -> tuple[LayerSelection, ...]:
 def selections_of(
     request: pb.ModelInferRequest, host: ModelHost, most: int
 ) -> tuple[LayerSelection, ...]:
-    """Return what the outputs of a request select; the default outputs for none.
+    """Return the layers that a request's outputs select; the default outputs if it lists none.
 
     Args:
-        request: The request; where its own parameters say how to take a layer, they hold for all
-            outputs that don't say it themselves.
+        request: The request. Its own parameters apply to all outputs that don't override them.
         host: The model.
-        most: How many outputs there may be.
+        most: Maximum number of outputs.
 
     Raises:
-        InvalidInputError: For too many, a glob or a parameter that does not say anything.
+        InvalidInputError: If there are too many outputs, or for a glob or an invalid parameter.
     """
     if len(request.outputs) > most:
         raise InvalidInputError(f"outputs: got {len(request.outputs)}, expected at most {most}")
@@ -68,10 +67,10 @@ def selections_of(
 
 
 def extractor_of(request: pb.ModelInferRequest) -> Extractor:
-    """Return the extractor that a request and its outputs name; AUTO where none of them does.
+    """Return the extractor that a request or its outputs name; AUTO if none is named.
 
     Raises:
-        InvalidInputError: For an unknown extractor, or several.
+        InvalidInputError: If an unknown extractor or several extractors are named.
     """
     named = {
         _member(text(parameters, "extractor", "extractor"), Extractor.AUTO, "extractor")
@@ -86,7 +85,7 @@ def extractor_of(request: pb.ModelInferRequest) -> Extractor:
 
 
 def _named(output: OutputTensor, aliases: dict[str, LayerSelection]) -> LayerSelection:
-    """Return what an output's name selects."""
+    """Return the layer that an output's name selects."""
     where = f"output {output.name!r}"
     given = output.parameters
     _check(given, where)
@@ -99,7 +98,7 @@ def _named(output: OutputTensor, aliases: dict[str, LayerSelection]) -> LayerSel
 
 
 def _adjusted(selection: LayerSelection, given: Parameters, where: str) -> LayerSelection:
-    """Return a selection as parameters change it."""
+    """Return a selection with the changes that parameters make."""
     return replace(
         selection,
         capture=_member(text(given, "capture", where), selection.capture, "capture"),
@@ -125,5 +124,5 @@ def _member(name: str, default: E, key: str) -> E:
 
 
 def _dtype(name: str) -> str:
-    """Return layertap's name of a type; both protocols' names are taken."""
+    """Return layertap's name of a dtype, from the name in either protocol."""
     return _DTYPE_NAMES.get(name.upper(), name)

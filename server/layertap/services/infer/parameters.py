@@ -11,12 +11,12 @@ __all__ = ["Parameters", "check_known", "number", "text"]
 
 Parameters = Mapping[str, pb.InferParameter]
 
-# Of Triton, of its clients and of HTTP; they mean nothing here, and clients send them unasked.
+# Parameters of Triton, its clients or HTTP. Clients send them anyway, so they are ignored here.
 _RESERVED = ("triton_", "headers", "binary_data", "sequence_", "priority")
 
 
 def text(parameters: Parameters, key: str, where: str) -> str:
-    """Return a text, empty if there is none; raise InvalidInputError for another type."""
+    """Return a string parameter, empty if missing; raise InvalidInputError for another type."""
     if key not in parameters:
         return ""
     kind = parameters[key].WhichOneof("parameter_choice")
@@ -26,7 +26,7 @@ def text(parameters: Parameters, key: str, where: str) -> str:
 
 
 def number(parameters: Parameters, key: str, where: str) -> int:
-    """Return a number, 0 if there is none; raise InvalidInputError for another type."""
+    """Return an integer parameter, 0 if missing; raise InvalidInputError for another type."""
     if key not in parameters:
         return 0
     kind = parameters[key].WhichOneof("parameter_choice")
@@ -36,7 +36,7 @@ def number(parameters: Parameters, key: str, where: str) -> int:
 
 
 def check_known(parameters: Parameters, known: Iterable[str], where: str) -> None:
-    """Raise InvalidInputError for a parameter that nobody would look at."""
+    """Raise InvalidInputError for a parameter that would be ignored."""
     known = tuple(known)
     for key in parameters:
         if key not in known and not key.startswith(_RESERVED):

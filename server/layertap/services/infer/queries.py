@@ -28,7 +28,7 @@ class Queries:
     Args:
         engine: The engine.
         ready: Returns whether the server is ready.
-        statistics: Counts what each model did.
+        statistics: Counts what each model has done.
         shared_memory: Whether clients may share memory.
     """
 
@@ -55,7 +55,7 @@ class Queries:
     def server_ready(
         self, request: pb.ServerReadyRequest, context: grpc.ServicerContext
     ) -> pb.ServerReadyResponse:
-        """Report whether the server is ready, as health does."""
+        """Report whether the server is ready, as the health service does."""
         return pb.ServerReadyResponse(ready=self._ready())
 
     def server_metadata(
@@ -93,7 +93,7 @@ class Queries:
     def model_statistics(
         self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext
     ) -> pb.ModelStatisticsResponse:
-        """Report the statistics of one model, or of each."""
+        """Report the statistics of one model, or of all models."""
         if not request.name:
             return self._statistics.of(self._engine.hosts())
         return self._statistics.of([find_host(self._engine, request.name, request.version)])
@@ -102,7 +102,7 @@ class Queries:
 def trace_settings(
     request: pb.TraceSettingRequest, context: grpc.ServicerContext
 ) -> pb.TraceSettingResponse:
-    """Report that this protocol's traces are off; layertap's go to OpenTelemetry."""
+    """Report that tracing is off in this protocol; layertap uses OpenTelemetry instead."""
     _refuse(request.settings.keys(), "trace")
     response = pb.TraceSettingResponse()
     response.settings["trace_level"].value.append("OFF")
@@ -112,7 +112,7 @@ def trace_settings(
 def log_settings(
     request: pb.LogSettingsRequest, context: grpc.ServicerContext
 ) -> pb.LogSettingsResponse:
-    """Report what is logged."""
+    """Report which log levels are on."""
     _refuse(request.settings.keys(), "log")
     response = pb.LogSettingsResponse()
     for name, level in (

@@ -1,4 +1,4 @@
-"""The models of the configuration: any caller may list them, the owner may load and unload them."""
+"""The models of the configuration: any caller may list them, the operator may load and unload."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ __all__ = ["Repository", "RepositoryControl"]
 
 
 class RepositoryControl(Protocol):
-    """Loads and unloads models, on servers whose owner allows it."""
+    """Loads and unloads models, if the operator allows it."""
 
     def load_model(self, name: str) -> None:
         """Load a model of the configuration, or replace it.
 
         Raises:
             ModelNotFoundError: If the configuration has no such model.
-            LayertapError: If it can't be loaded, or not now.
+            LayertapError: If it can't be loaded, or can't be loaded now.
         """
 
     def unload_model(self, name: str) -> None:
-        """Unload a model, until it or the configuration is loaded again.
+        """Unload a model, until the model or the configuration is loaded again.
 
         Raises:
             ModelNotFoundError: If there is no such model.
@@ -40,7 +40,7 @@ class Repository:
 
     Args:
         engine: The engine.
-        control: Loads and unloads; None if not allowed.
+        control: Loads and unloads models; None if that is not allowed.
     """
 
     def __init__(self, engine: Engine, control: RepositoryControl | None) -> None:

@@ -1,6 +1,6 @@
 """The servicer of ``inference.GRPCInferenceService``.
 
-As in ``layertap.services.feature_service`` the handlers take and return raw bytes.
+As in ``layertap.services.feature_service``, the handlers take and return raw bytes.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ _OWNERS = ("RepositoryModelLoad", "RepositoryModelUnload")
 
 @dataclass(frozen=True, slots=True)
 class InferenceSettings:
-    """What the service may do besides inference.
+    """What the service needs besides the engine.
 
     Attributes:
         ready: Returns whether the server is ready.
-        statistics: Counts what each model did; has to observe all extractions.
+        statistics: Counts what each model has done; it must observe all extractions.
         regions: The clients' shared memory; None if clients may not register any.
         control: Loads and unloads models; None if that is not allowed.
     """
@@ -75,9 +75,9 @@ class InferenceService:
 
     Args:
         engine: The engine.
-        settings: What it may do besides inference.
+        settings: What the service needs besides the engine.
         observer: Notified how each inference ended.
-        threads: Serve the streams.
+        threads: Serves the streams.
     """
 
     NAME = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -108,8 +108,8 @@ class InferenceService:
     def answer_item(
         self, message: bytes, call: Call, received: Reservation, context: grpc.ServicerContext
     ) -> Answer:
-        """Answer an item of a stream; with the reason if it fails."""
-        request_id = ""  # A message that can't be decoded has none; replies are in order anyway.
+        """Answer an item of a stream, with the reason if it fails."""
+        request_id = ""  # Stays empty if the message can't be decoded; replies are in order anyway.
         try:
             decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
             request_id = decoded[0].id
@@ -119,14 +119,14 @@ class InferenceService:
         return Answer(extraction.payload, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
-        """Answer an item of a stream that is not run with the reason."""
+        """Answer an item of a stream that is not run, with the reason."""
         request_id = ""
         with suppress(DecodeError):
             request_id = decode_infer_request(message)[0].id
         return Answer(encode_infer_error(request_id, str(public_error(error))))
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return what a ``grpc.Server`` needs to serve this."""
+        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
         handlers = {
             name: _unary(kind, method, to_owner=name in _OWNERS)
             for name, (kind, method) in self._methods().items()
@@ -153,7 +153,7 @@ class InferenceService:
         *,
         streamed: bool = False,
     ) -> Extraction[bytes]:
-        """Run a request that was decoded."""
+        """Run a decoded request."""
         request, raw = decoded
 
         def convert() -> Converted:
@@ -180,7 +180,7 @@ class InferenceService:
             raise unknown_model(request.model_name, error) from None
 
     def _methods(self) -> dict[str, tuple[type[Message], Callable[..., Message]]]:
-        """Return the other methods: the request of each and its handler."""
+        """Return the request class and the handler of every other method, by name."""
         queries, memory, repository = self._queries, self._memory, self._repository
         return {
             "ServerLive": (pb.ServerLiveRequest, queries.server_live),
@@ -217,8 +217,8 @@ def _unary(
     to_owner: bool,
 ) -> grpc.RpcMethodHandler:
     def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
-        # Names and parameters only: a larger message is refused before the parser makes objects of
-        # it, each of which takes far more memory than its bytes.
+        # Only names and parameters are expected. A larger message is refused before it is parsed,
+        # as the parsed objects take far more memory than its bytes.
         if len(message) > _QUERY_BYTES:
             raise InvalidInputError(
                 f"request: got {len(message)} bytes, expected a {kind.__name__} of at most "

@@ -1,4 +1,4 @@
-"""The RPCs about shared memory that clients register, and which callers may use it."""
+"""The RPCs for clients' shared memory, and the rules for which callers may use it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CallerMemory:
 
     Attributes:
         regions: All regions; None if clients may not share memory.
-        owner: Identifies the caller as an owner of regions.
+        owner: Identifies the caller; regions belong to an owner.
         local: Whether the caller is on this machine.
     """
 
@@ -39,7 +39,7 @@ class CallerMemory:
     local: bool
 
     def allowed(self) -> ClientRegions:
-        """Return the regions; raise PermissionDeniedError if the caller may not have any."""
+        """Return the regions; raise PermissionDeniedError if the caller may not share memory."""
         if self.regions is None:
             raise PermissionDeniedError(
                 "Client shared memory is disabled: the server was started without "
@@ -56,8 +56,8 @@ class CallerMemory:
 
         Raises:
             PermissionDeniedError: If the caller may not share memory.
-            NotFoundError: If they have no such region.
-            InvalidInputError: If it has no such part.
+            NotFoundError: If the caller has no such region.
+            InvalidInputError: If the region has no such part.
         """
         name = text(parameters, _REGION, where)
         if not name:
@@ -87,8 +87,8 @@ class SharedMemoryRpcs:
     def of(self, context: grpc.ServicerContext) -> CallerMemory:
         """Return the memory of a call's caller.
 
-        Regions belong to the token, if there is one, and the certificate, if there is one. Callers
-        on this machine that have neither share their regions.
+        Regions belong to the caller's token and certificate, if it has these. Callers on this
+        machine that have neither share their regions.
         """
         if self._regions is None:
             return CallerMemory(None, None, local=False)
@@ -101,7 +101,7 @@ class SharedMemoryRpcs:
     def status(
         self, request: pb.SystemSharedMemoryStatusRequest, context: grpc.ServicerContext
     ) -> pb.SystemSharedMemoryStatusResponse:
-        """List the caller's regions, without their keys, which the caller knows."""
+        """List the caller's regions; the keys are left out, as the caller knows them."""
         memory = self.of(context)
         response = pb.SystemSharedMemoryStatusResponse()
         for region in memory.allowed().status(memory.owner, request.name):
@@ -122,7 +122,7 @@ class SharedMemoryRpcs:
     def unregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest, context: grpc.ServicerContext
     ) -> pb.SystemSharedMemoryUnregisterResponse:
-        """Forget one of the caller's regions, or all of them."""
+        """Unregister one of the caller's regions, or all of them."""
         memory = self.of(context)
         memory.allowed().unregister(memory.owner, request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
@@ -130,13 +130,13 @@ class SharedMemoryRpcs:
     def cuda_status(
         self, request: pb.CudaSharedMemoryStatusRequest, context: grpc.ServicerContext
     ) -> pb.CudaSharedMemoryStatusResponse:
-        """List none."""
+        """List no regions: there are none in CUDA memory."""
         return pb.CudaSharedMemoryStatusResponse()
 
     def cuda_register(
         self, request: pb.CudaSharedMemoryRegisterRequest, context: grpc.ServicerContext
     ) -> pb.CudaSharedMemoryRegisterResponse:
-        """Refuse."""
+        """Refuse, as CUDA shared memory is not supported."""
         raise InvalidInputError("CUDA shared memory is not supported; use system shared memory")
 
     def cuda_unregister(

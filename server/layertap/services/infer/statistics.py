@@ -17,7 +17,7 @@ from layertap.services.infer.infer_form import MODEL_VERSION
 __all__ = ["Statistics"]
 
 MAX_SIZES = 64
-"""Batch sizes of a model that are told apart; those that come later are not told."""
+"""Maximum number of batch sizes with their own statistics; later sizes get none."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class _Sum:
 
 @dataclass(slots=True)
 class _Parts:
-    """Where the time of requests went."""
+    """How the time of requests is divided."""
 
     prepare: _Sum = field(default_factory=_Sum)
     queue: _Sum = field(default_factory=_Sum)
@@ -55,21 +55,21 @@ class _Model:
 
 
 class Statistics:
-    """Counts extractions of any protocol (a ``layertap.services.observer.Observer``)."""
+    """Counts extractions of all protocols (a ``layertap.services.observer.Observer``)."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._models: defaultdict[str, _Model] = defaultdict(_Model)
 
     def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
-        """Count an answer."""
+        """Count an extraction that succeeded."""
         times = extraction.timings
         rest = times.total_ns - times.prepare_ns - times.queue_ns - times.compute_ns
         with self._lock:
             counts = self._models[model]
             counts.success.add(times.total_ns)
             counts.items += extraction.items
-            counts.passes += 1 / extraction.together  # So that a shared pass counts once.
+            counts.passes += 1 / extraction.together  # A shared pass then counts once in all.
             counts.last_ms = time.time_ns() // 1_000_000
             told = [counts.parts]
             if extraction.items in counts.sizes or len(counts.sizes) < MAX_SIZES:
@@ -81,7 +81,7 @@ class Statistics:
                 parts.rest.add(rest)
 
     def failed(self, model: str, code: ErrorCode) -> None:
-        """Count a failure of a model that is served."""
+        """Count a failed request for a served model."""
         request = current_request()
         if model:
             with self._lock:
@@ -89,7 +89,7 @@ class Statistics:
                 self._models[model].fail.add(ns)
 
     def of(self, hosts: Iterable[ModelHost]) -> pb.ModelStatisticsResponse:
-        """Return the statistics of models."""
+        """Return the statistics of these models."""
         with self._lock:
             return pb.ModelStatisticsResponse(
                 model_stats=[_told(host, self._models[host.model.name]) for host in hosts]

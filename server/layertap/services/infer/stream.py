@@ -1,4 +1,4 @@
-"""``ModelStreamInfer``: many requests over one stream, answered in their order."""
+"""``ModelStreamInfer``: many requests over one stream, answered in order."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from layertap.services.stream_threads import StreamThreads
 __all__ = ["AnswerItem", "InferStream", "RefuseItem"]
 
 AnswerItem = Callable[[bytes, Call, Reservation, grpc.ServicerContext], Answer]
-"""Answers one item, failures included; called from many threads."""
+"""Answers one item, with the reason if it fails; called from many threads."""
 
 RefuseItem = Callable[[bytes, LayertapError], Answer]
-"""Answers one item that is not run."""
+"""Answers one item that is not run, with the reason."""
 
 
 class InferStream:
@@ -26,10 +26,10 @@ class InferStream:
 
     Args:
         plane: Counts the bytes of the items.
-        places: Items of one stream that may be in flight.
-        threads: Serve the streams.
+        places: Maximum number of items of one stream in flight.
+        threads: Serves the streams.
         answer: Answers an item.
-        refuse: Answers an item that does not fit into memory.
+        refuse: Answers an item whose bytes would exceed the limit.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ public final class Client {
     var ofPhoto =
         ExtractRequest.newBuilder()
             .setModel(model)
-            .setImages(images)
+            .addImages(images)
             .addLayers(layer("layer1"))
             .addLayers(inputOf("avgpool"))
             .build();
@@ -96,7 +96,7 @@ public final class Client {
     var ofNothing =
         ExtractRequest.newBuilder()
             .setModel(model)
-            .setImages(images)
+            .addImages(images)
             .addLayers(layer("no.such.layer"))
             .build();
     try {

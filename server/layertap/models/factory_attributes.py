@@ -1,0 +1,136 @@
+"""What a factory says of the model that it makes, in attributes of the function.
+
+===========  ======================================================================================
+attribute    what it holds
+===========  ======================================================================================
+inputs       a dict of texts by name, as ``inputs`` of ``[[models]]``: ``{"ids": "int64 [L=16]"}``
+example      a function that makes the inputs of a batch of so many items: a dict of tensors by name
+arguments    a function from a dict of tensors by name to the arguments of ``forward``: a tuple of
+             positional ones and a dict of others
+preprocess   a function from a PIL image to a tensor, or a dict of settings
+===========  ======================================================================================
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from layertap.errors import ConfigError, ModelLoadError
+from layertap.models.arguments import Adapter
+from layertap.models.guessed_input import declared_input
+from layertap.models.loaded import Example
+from layertap.models.signature import InputGuess, InputSpec
+from layertap.settings import DeclaredInput
+
+__all__ = ["attribute", "own_adapter", "own_example", "own_inputs"]
+
+_ITEMS = 2
+"""Items of the example batch that shows what the inputs are."""
+
+
+def attribute(factory: Any, name: str) -> Any:
+    """Return an attribute of a factory, None if it has none.
+
+    Of a class, a method of that name is another thing: it takes the instance first.
+    """
+    found = getattr(factory, name, None)
+    if inspect.isclass(factory) and inspect.isfunction(inspect.getattr_static(factory, name, None)):
+        return None
+    return found
+
+
+def own_adapter(factory: Any, target: str) -> Adapter | None:
+    """Return what makes the arguments of ``forward``; None if the factory doesn't say.
+
+    Raises:
+        ModelLoadError: It is no function.
+    """
+    found: Adapter | None = _function(factory, "arguments", target)
+    return found
+
+
+def own_example(factory: Any, target: str) -> Example | None:
+    """Return what makes example batches; None if the factory doesn't say.
+
+    Raises:
+        ModelLoadError: It is no function.
+    """
+    found: Example | None = _function(factory, "example", target)
+    return found
+
+
+def own_inputs(factory: Any, target: str) -> tuple[InputSpec, ...]:
+    """Return the inputs that a factory declares or has an example of; none if it doesn't say.
+
+    Raises:
+        ModelLoadError: The declaration is malformed, or the example is no batch.
+    """
+    declared = attribute(factory, "inputs")
+    if declared is not None:
+        return _declared(declared, target)
+    example = own_example(factory, target)
+    return () if example is None else _of_example(example, target)
+
+
+def _declared(given: Any, target: str) -> tuple[InputSpec, ...]:
+    if not isinstance(given, Mapping) or not given:
+        raise ModelLoadError(
+            f"factory {target}: its inputs is {type(given).__name__}, expected a dict of texts by "
+            f"name, such as {{'input_ids': 'int64 [sequence=16]'}}"
+        )
+    try:
+        return tuple(
+            declared_input(DeclaredInput.parse(str(name), str(text)))
+            for name, text in given.items()
+        )
+    except ConfigError as error:
+        raise ModelLoadError(f"factory {target}: its {error}") from error
+
+
+def _of_example(example: Example, target: str) -> tuple[InputSpec, ...]:
+    try:
+        batch = example(_ITEMS)
+    except Exception as error:  # The user's own code, which may raise anything.
+        raise ModelLoadError(
+            f"factory {target}: its example raised {type(error).__name__}: {error}"
+        ) from error
+    tensors = dict(batch) if isinstance(batch, Mapping) else {}
+    if not tensors or not all(
+        isinstance(each, torch.Tensor) and each.ndim and len(each) == _ITEMS
+        for each in tensors.values()
+    ):
+        raise ModelLoadError(
+            f"factory {target}: its example({_ITEMS}) gave {_words(batch)}, expected a dict of "
+            f"tensors with a first dimension of {_ITEMS}"
+        )
+    return tuple(
+        InputSpec(
+            tuple(tensor.shape[1:]),
+            dtype=tensor.dtype,
+            name=str(name),
+            guess=InputGuess(free=True),
+        )
+        for name, tensor in tensors.items()
+    )
+
+
+def _words(given: Any) -> str:
+    if not isinstance(given, Mapping):
+        return f"a {type(given).__name__}"
+    return ", ".join(
+        f"{name} {list(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__}"
+        for name, each in given.items()
+    )
+
+
+def _function(factory: Any, name: str, target: str) -> Callable[..., Any] | None:
+    found = attribute(factory, name)
+    if found is not None and not callable(found):
+        raise ModelLoadError(
+            f"factory {target}: its {name} is a {type(found).__name__}, expected a function"
+        )
+    return found  # type: ignore[no-any-return]
