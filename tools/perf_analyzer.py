@@ -82,6 +82,8 @@ def measure(address: str, options: list[str], window_ms: int) -> str:
     command = [
         *(str(_found("perf_analyzer")), "-m", MODEL, "-i", "grpc", "-u", address),
         # On a machine that others share as well, latencies seldom settle to the default 10 %.
+        # The metadata have -1 for height and width, which are free.
+        *("--shape", "x:3,224,224"),
         *("--measurement-interval", str(window_ms), "--stability-percentage", "50"),
         *options,
     ]

@@ -48,9 +48,8 @@ def encode_input(given: Any) -> EncodedInput:
     Args:
         given: An array or tensor ``[B, ...]`` for the model; an image, or a list of images;
             ``Texts``; or a mapping of input names to these. An image is a path, the bytes of a
-            JPEG, PNG or WebP file, or a PIL image. A PIL image is sent as PNG, without loss and with
-            its EXIF
-            orientation; CMYK is sent as the RGB to which the server would convert it.
+            JPEG, PNG or WebP file, or a PIL image. A PIL image is sent as PNG, without loss and
+            with its EXIF orientation; CMYK is sent as the RGB to which the server would convert it.
 
     Returns:
         The arrays and the images. What was given without a name has an empty one.

@@ -62,7 +62,7 @@ def test_metadata_lists_the_input_and_the_declared_layers(stub) -> None:
     assert (list(metadata.versions), metadata.platform) == (["1"], "layertap_pytorch")
     tensors = [*metadata.inputs, *metadata.outputs]
     assert [(t.name, t.datatype, list(t.shape)) for t in tensors] == [
-        ("input", "FP32", [-1, 3, 16, 16]),
+        ("x", "FP32", [-1, 3, -1, -1]),
         ("layer1", "FP32", [-1, 8, 8, 8]),
         ("before", "FP32", [-1, 16, 4, 4]),
     ]
@@ -80,7 +80,7 @@ def test_config_tells_how_a_model_is_served(stub, engine) -> None:
     assert (config.name, config.backend, config.max_batch_size) == ("residual", "layertap", 64)
     assert config.input[0].data_type == model_config_pb2.TYPE_FP32
     assert config.input[0].format == model_config_pb2.ModelInput.FORMAT_NCHW
-    assert list(config.input[0].dims) == [3, 16, 16]
+    assert list(config.input[0].dims) == [3, -1, -1]
     assert [(o.name, list(o.dims)) for o in config.output] == [
         ("layer1", [8, 8, 8]),
         ("before", [16, 4, 4]),
@@ -91,7 +91,7 @@ def test_config_tells_how_a_model_is_served(stub, engine) -> None:
     assert not config.HasField("dynamic_batching")
     facts = {name: value.string_value for name, value in config.parameters.items()}
     assert facts["source"] == "tinynets:residual"
-    assert facts["input_shape"] == engine.host("residual").model.signature.main.pattern
+    assert facts["input_shape"] == engine.host("residual").model.signature.pattern
     assert facts["images"] == "true"
     assert facts["preprocessing"] == engine.host("residual").model.preprocess.describe()
 
