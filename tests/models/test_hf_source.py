@@ -235,7 +235,9 @@ def test_images_are_preprocessed_as_the_folder_says(tmp_path: Path, photo_bytes:
     (tmp_path / "photo.jpg").write_bytes(photo_bytes)
     with layertap.load(f"hf:{folder}") as model:
         assert model.signature.main.pattern == "[B, 3, 32, 32]"
-        features = model.extract(tmp_path / "photo.jpg", ["output.logits", "vit.embeddings.patch_embeddings:input=x"])
+        features = model.extract(
+            tmp_path / "photo.jpg", ["output.logits", "vit.embeddings.patch_embeddings:input=x"]
+        )
         description = model.describe().inputs[0].preprocessing
     assert "mean [0.4, 0.4, 0.4]" in description
     assert "defaults" not in description
@@ -288,6 +290,75 @@ def test_the_settings_are_for_hugging_face_models_only() -> None:
         ModelSpec("resnet18", architecture="AutoModel")
     with pytest.raises(ConfigError, match="attn_implementation.*eager, sdpa"):
         ModelSpec("hf:bert", attn_implementation="fast")
+
+
+CLIP: dict[str, Any] = {
+    "text_config": {**hfnets.TEXT, "eos_token_id": 3, "bos_token_id": 2},
+    "vision_config": hfnets.VISION,
+    "projection_dim": 16,
+}
+
+
+def test_an_image_and_text_model_takes_both(tmp_path: Path, photo_bytes: bytes) -> None:
+    """CLIP takes texts and images in one request, with the values of transformers."""
+    folder = hfnets.wordpiece(hfnets.saved(tmp_path / "clip", "CLIPModel", **CLIP))
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    hfnets.write(folder / "preprocessor_config.json", processor.to_dict())
+    with layertap.load(f"hf:{folder}") as model:
+        given = {"input_ids": layertap.Texts("the cat", return_tokens=True),
+                 "pixel_values": [photo_bytes]}  # fmt: skip
+        names = ["output.text_embeds", "output.image_embeds",
+                 "vision_model.embeddings.patch_embedding:input=x"]  # fmt: skip
+        features = model.extract(given, names)
+        named = [each.name for each in model.signature.inputs]
+    assert named[:2] == ["input_ids", "attention_mask"]
+    expected = transformers.CLIPModel.from_pretrained(folder)(
+        features["tokens.ids"], features["x"], features["tokens.mask"]
+    )
+    assert torch.allclose(features["output.text_embeds"], expected.text_embeds, atol=1e-5)
+    assert torch.allclose(features["output.image_embeds"], expected.image_embeds, atol=1e-5)
+
+
+def test_a_tower_is_a_model_of_its_own(tmp_path: Path) -> None:
+    """The class of a tower loads its part of the folder, and takes that tower's input alone."""
+    folder = hfnets.saved(tmp_path / "clip", "CLIPModel", **CLIP)
+    whole = transformers.CLIPModel.from_pretrained(folder)
+    text = loaded(folder, architecture="CLIPTextModelWithProjection")
+    pixels = torch.rand(1, 3, 32, 32)
+    vision = loaded(folder, architecture="CLIPVisionModelWithProjection")
+    both = whole(IDS, pixels)
+    assert torch.allclose(
+        torch.nn.functional.normalize(text.module(IDS).text_embeds), both.text_embeds, atol=1e-6
+    )
+    assert torch.allclose(
+        torch.nn.functional.normalize(vision.module(pixels).image_embeds),
+        both.image_embeds,
+        atol=1e-6,
+    )
+    assert [each.name for each in vision.signature.inputs] == ["pixel_values"]
+
+
+def test_an_encoder_and_decoder_takes_two_lengths(tmp_path: Path) -> None:
+    """T5 takes ids for both, of different lengths, with the values of transformers."""
+    sizes = {
+        "vocab_size": 64,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 37,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    folder = hfnets.saved(tmp_path / "t5", "T5Model", decoder_start_token_id=0, **sizes)
+    given = {"input_ids": IDS, "decoder_input_ids": IDS[:, :3]}
+    with layertap.load(f"hf:{folder}") as model:
+        features = model.extract(given, ["encoder.block.1.0", "output.last_hidden_state"])
+        assert "(optional)" in model.signature.pattern
+    expected = transformers.T5Model.from_pretrained(folder)(**given)
+    assert torch.allclose(
+        features["output.last_hidden_state"], expected.last_hidden_state, atol=1e-5
+    )
 
 
 def test_a_reload_sees_that_a_file_changed(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def check_texts(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, 
     found: dict[str, TextBatch] = {}
     for each in given.texts:
         name = _text_input(model, each.name)
-        others = (*given.tensors, *given.images)
-        if name in found or any(other.name == name for other in others):
+        others = {tensor.name for tensor in given.tensors} | {each.name for each in given.images}
+        if name in found or name in others:
             raise InvalidInputError(f"texts: got input {name!r} twice, expected each name once")
         if len(each.texts) > limits.batch:
             raise InvalidInputError(

@@ -179,6 +179,7 @@ def _words(tokens: Tokens, spec: ValueSpec, layer: str) -> tuple[Sequence[Dim], 
         taken = value[of_words.to(value.device)].to(wide)
         total = torch.zeros(len(found), value.shape[2], dtype=wide, device=value.device)
         total.index_add_(0, rows.to(value.device), taken)
-        return (total / counts.to(value.device)[:, None]).to(value.dtype)
+        means: torch.Tensor = total / counts.to(value.device)[:, None]
+        return means.to(value.dtype)
 
     return [Dim(len(found)), spec.dims[2]], mean

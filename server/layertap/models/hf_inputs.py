@@ -152,7 +152,8 @@ def _ids(module: Any, spec: ModelSpec) -> InputSpec:
     shape = spec.item_shape or (min(TOKENS, longest),)
     padding = getattr(config, "pad_token_id", None)
     rows = _rows(module, config)
-    ids = None if rows is None else IdRange(rows, padding if _is_id(padding, rows) else 0)
+    known = isinstance(padding, int) and rows is not None and 0 <= padding < rows
+    ids = None if rows is None else IdRange(rows, int(padding or 0) if known else 0)
     return InputSpec(
         shape, (0,), torch.int64, (torch.int32,), values=ids, name=IDS, symbols=(_LENGTH,)
     )
@@ -163,10 +164,6 @@ def _rows(module: Any, config: Any) -> int | None:
     table = module.get_input_embeddings()
     rows = getattr(table, "num_embeddings", None) if isinstance(table, nn.Module) else None
     return rows if isinstance(rows, int) else getattr(config, "vocab_size", None)
-
-
-def _is_id(value: Any, rows: int) -> bool:
-    return isinstance(value, int) and 0 <= value < rows
 
 
 def _image_shape(config: Any, images: ImageConfig | None) -> tuple[int, ...] | None:

@@ -115,6 +115,7 @@ def _built(transformers: Any, spec: ModelSpec, folder: Path, *, sentences: bool)
     """Return the model of transformers, with the folder's weights or random ones."""
     config = _config(transformers, spec, folder)
     found = _class_of(transformers, config, spec, sentences=sentences)
+    config = _config_for(found, config, spec, folder)
     if _has_own_weights(spec):
         return _with_weights(found, config, spec, folder)
     return _random(found, config, spec)
@@ -140,6 +141,19 @@ def _config(transformers: Any, spec: ModelSpec, folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
         )
+    return _with_constants(config)
+
+
+def _config_for(found: Any, config: Any, spec: ModelSpec, folder: Path) -> Any:
+    """Return the configuration of a part of a model, such as a tower, where the class is of one."""
+    kind = getattr(found, "config_class", None)
+    if kind is None or isinstance(config, kind):
+        return config
+    with _explained(spec):
+        return _with_constants(kind.from_pretrained(folder, local_files_only=True))
+
+
+def _with_constants(config: Any) -> Any:
     config.return_dict = True
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if hasattr(part, "use_cache"):

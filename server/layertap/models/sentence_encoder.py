@@ -107,7 +107,7 @@ class SentenceEncoder(nn.Module):
             input_ids=input_ids, **{name: x for name, x in given.items() if x is not None}
         )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        vector: torch.Tensor = self.pooling(result.last_hidden_state, mask)
+        vector: torch.Tensor = self.get_submodule("pooling")(result.last_hidden_state, mask)
         for name in self._after:
             vector = self.get_submodule(name)(vector)
         return vector

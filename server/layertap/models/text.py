@@ -68,7 +68,8 @@ class TokenizedTexts(NamedTuple):
     @property
     def lengths(self) -> np.ndarray:
         """The tokens of each text, int64 ``[B]``."""
-        return self.mask.sum(1)
+        lengths: np.ndarray = self.mask.sum(1)
+        return lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +170,16 @@ class _Tokens(NamedTuple):
 
     def at(self, kept: slice) -> _Tokens:
         """Return the tokens at some places."""
-        return _Tokens(*(column[kept] for column in self))
+        return _Tokens(self.ids[kept], self.types[kept], self.offsets[kept], self.words[kept])
 
-    def __add__(self, other: Any) -> Any:
+    def then(self, other: _Tokens) -> _Tokens:
         """Return these tokens and others behind them."""
-        return _Tokens(*(one + two for one, two in zip(self, other, strict=True)))
+        return _Tokens(
+            self.ids + other.ids,
+            self.types + other.types,
+            self.offsets + other.offsets,
+            self.words + other.words,
+        )
 
 
 def _cut(
@@ -190,8 +196,7 @@ def _cut(
             f"got max_tokens {most}, expected more than the {most - room} special tokens",
         )
     kept = slice(begin, begin + room) if side is Truncation.END else slice(end - room, end)
-    cut: _Tokens = tokens.at(slice(0, begin)) + tokens.at(kept) + tokens.at(slice(end, whole))
-    return cut
+    return tokens.at(slice(0, begin)).then(tokens.at(kept)).then(tokens.at(slice(end, whole)))
 
 
 def _wrong(index: int, message: str) -> InvalidInputError:
@@ -245,7 +250,8 @@ def tokenizer_of_file(path: Path, max_tokens: int = 0) -> TextTokenizer:
     own = json.loads(file.read_text("utf-8"))
     limit = max_tokens or int((own.get("truncation") or {}).get("max_length") or 0)
     padding = int((own.get("padding") or {}).get("pad_id") or _padding_of(backend))
-    return bare(backend, limit, padding, TOKENIZER_FILE)
+    # A file does not say whether the model is given token types, and zeros may differ from none.
+    return bare(backend, limit, padding, TOKENIZER_FILE, types=False)
 
 
 def bare(
