@@ -161,7 +161,10 @@ def _ids(module: Any, spec: ModelSpec) -> InputSpec:
 
 def _rows(module: Any, config: Any) -> int | None:
     """Return the rows of the table of words; the configuration may name fewer or more."""
-    table = module.get_input_embeddings()
+    try:
+        table = module.get_input_embeddings()
+    except NotImplementedError:  # Models of two towers have no one table.
+        table = None
     rows = getattr(table, "num_embeddings", None) if isinstance(table, nn.Module) else None
     return rows if isinstance(rows, int) else getattr(config, "vocab_size", None)
 
