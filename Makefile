@@ -81,7 +81,7 @@ check: setup ## formatting, lint, types, layers, generated code, errors
 	$(BIN)/lint-imports
 	$(GEN) --check
 	$(BIN)/python tools/gen_settings.py --check
-	$(BIN)/python -m pytest -q tests/services/test_status.py
+	$(BIN)/python -m pytest -q tests/services/test_error_codes.py
 
 fmt: setup ## format and sort imports
 	$(BIN)/ruff check --select I --fix .

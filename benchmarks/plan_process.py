@@ -83,7 +83,7 @@ class _Plans:
         # Here, so that the parent measures as a client does, without PyTorch.
         import torch
 
-        from layertap.engine.call import Call
+        from layertap.engine import Call
         from layertap.engine.compute import ComputeThreads
         from layertap.models import Batch, ModelSpec, load_model
 

@@ -79,7 +79,7 @@ def natives() -> dict[str, dict[str, Any]]:
         "compiled": {**x, "extractor": TORCHSCRIPT, "layers": layers("pool")},
         "seven": {**x, "inputs": [tensor(pixels(7))], "layers": layers("fc")},
         "images": {
-            "model": "image", "extractor": HOOK, "images": {"images": [png()] * 2},
+            "model": "image", "extractor": HOOK, "images": [{"images": [png()] * 2}],
             "layers": layers("conv1", **given),
         },
         "ids": {

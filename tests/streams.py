@@ -14,6 +14,7 @@ import numpy as np
 
 from gatednets import HELD
 from layertap.engine import Extraction
+from layertap.services.caller import Caller
 from layertap.services.error_codes import ErrorCode
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from tinynets import ITEM
@@ -81,25 +82,32 @@ class RawStream:
 
 
 class Counting:
-    """An observer that tests may wait for."""
+    """An observer that tests may wait for.
+
+    Attributes:
+        ends: How many extractions ended in each way, such as ``"residual OK"``.
+        callers: Who sent them.
+    """
 
     def __init__(self) -> None:
         self.ends: Counter[str] = Counter()
+        self.callers: list[Caller] = []
         self._changed = threading.Condition()
 
-    def succeeded(self, model: str, extraction: Extraction) -> None:
-        self._count(f"{model} OK")
+    def succeeded(self, model: str, extraction: Extraction, caller: Caller) -> None:
+        self._count(f"{model} OK", caller)
 
-    def failed(self, model: str, code: ErrorCode) -> None:
-        self._count(f"{model} {code.name}")
+    def failed(self, model: str, code: ErrorCode, caller: Caller) -> None:
+        self._count(f"{model} {code.name}", caller)
 
     def wait(self, end: str, count: int) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: self.ends[end] >= count, 60), self.ends
 
-    def _count(self, end: str) -> None:
+    def _count(self, end: str, caller: Caller) -> None:
         with self._changed:
             self.ends[end] += 1
+            self.callers.append(caller)
             self._changed.notify_all()
 
 

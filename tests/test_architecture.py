@@ -140,7 +140,7 @@ def test_unmapped_error_is_named(tree: Path) -> None:
     text = planted.read_text("utf-8")
     planted.write_text(f"{text}\n\nclass PlantedError(LayertapError):\n    pass\n", "utf-8")
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "services" / "test_status.py"],
+        [sys.executable, "-m", "pytest", "-q", ROOT / "tests" / "services" / "test_error_codes.py"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(tree / "server")},
         capture_output=True,

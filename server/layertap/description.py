@@ -9,11 +9,13 @@ from layertap.selection import Capture, Extractor
 
 __all__ = [
     "Dimension",
+    "ImageDescription",
     "InputDescription",
+    "ItemDescription",
     "LayerDescription",
     "ModelDescription",
     "PassDescription",
-    "RefusedPlan",
+    "RefusedPlanDescription",
     "ValueDescription",
 ]
 
@@ -34,6 +36,39 @@ class Dimension:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageDescription:
+    """The steps that convert an encoded image to an item of an input, in this order.
+
+    Attributes:
+        color: The channels that images are decoded to: ``"rgb"`` or ``"gray"``.
+        exif_orientation: Whether the EXIF orientation is applied.
+        resize: The size of the short side, or height and width; empty if images aren't resized.
+        resize_mode: What ``resize`` means: ``"short side"``, ``"exact"``, ``"cover"`` or
+            ``"contain"``.
+        interpolation: How images are resized, such as ``"bilinear"``.
+        crop: Height and width of the centre crop; empty for none.
+        mean: What is subtracted, one number for each channel or one for all; empty for nothing.
+        std: What the difference is divided by; empty for nothing.
+        origin: Where the steps come from.
+        assumed: The steps that nothing specifies, so that a default is used.
+        custom: The name of the model's own function, which does everything after decoding in place
+            of the steps; empty for none.
+    """
+
+    color: str
+    exif_orientation: bool
+    resize: tuple[int, ...] = ()
+    resize_mode: str = ""
+    interpolation: str = ""
+    crop: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    origin: str = ""
+    assumed: tuple[str, ...] = ()
+    custom: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class InputDescription:
     """One tensor that a model takes, with the batch dimension first.
 
@@ -41,8 +76,8 @@ class InputDescription:
         name: The name that requests use.
         dtype: Its dtype, such as ``"float32"``.
         shape: Its dimensions.
-        images: Whether encoded images are accepted instead.
-        preprocessing: The preprocessing of these images, in words.
+        images: How encoded images are preprocessed; None if the input takes none.
+        preprocessing: The same in words; empty if the input takes no images.
         optional: Whether a request may leave it out.
         texts: Whether texts are accepted instead.
         tokenization: How these texts become token ids, in words.
@@ -51,7 +86,7 @@ class InputDescription:
     name: str
     dtype: str
     shape: tuple[Dimension, ...]
-    images: bool = False
+    images: ImageDescription | None = None
     preprocessing: str = ""
     optional: bool = False
     texts: bool = False
@@ -117,6 +152,10 @@ class LayerDescription:
         stride: The height of the first input divided by that of the output; 0 if the output is not
             a grid.
         channels: Channels of the output, or the width of its tokens; 0 if unknown.
+        layout: Which dimensions of the output are the grid's: ``"channels_first"``,
+            ``"channels_last"`` or ``"tokens"``; empty if the output is not a grid.
+        grid: Height and width of the grid; empty if the output is not a grid.
+        front_tokens: Tokens before those of the grid, such as a class token.
         same_as: The name of the same layer by another path to its module; else empty.
         is_result: Whether it is the model's own result, or a member of it.
     """
@@ -129,6 +168,9 @@ class LayerDescription:
     refusals: Mapping[Extractor, Mapping[Capture, str]] = field(default_factory=dict)
     stride: float = 0.0
     channels: int = 0
+    layout: str = ""
+    grid: tuple[int, ...] = ()
+    front_tokens: int = 0
     same_as: str = ""
     is_result: bool = False
 
@@ -165,17 +207,38 @@ class PassDescription:
 
 
 @dataclass(frozen=True, slots=True)
-class RefusedPlan:
+class ItemDescription:
+    """One item of a batch, for one input.
+
+    Attributes:
+        name: The input's name.
+        dtype: The element type, such as ``"float32"``.
+        shape: The sizes, without the batch.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Return a text such as ``x [B, 3, 224, 224]``."""
+        return f"{self.name} [{', '.join(['B', *map(str, self.shape)])}]"
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedPlanDescription:
     """A set of layers that an extractor was tested with and could not serve.
 
     Attributes:
-        layers: The layers' names, with the suffix ``:input`` for inputs.
-        inputs: The name and the item shape of each input, for the items that were tested.
+        extractor: The extractor.
+        layers: The names of the layers, with the suffix ``:input`` for inputs.
+        inputs: The items that were tested.
         reason: Why it could not serve them.
     """
 
+    extractor: Extractor
     layers: tuple[str, ...]
-    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    inputs: tuple[ItemDescription, ...]
     reason: str
 
 
@@ -192,6 +255,7 @@ class ModelDescription:
         layers: Its layers in execution order.
         passes: How its passes run; None if unknown.
         notes: What is unusual about it, in words.
+        declared_layers: The layers that were declared, which are compiled and warm.
         refused_plans: The layer sets that extractors could not serve.
     """
 
@@ -203,7 +267,8 @@ class ModelDescription:
     layers: tuple[LayerDescription, ...]
     passes: PassDescription | None = None
     notes: tuple[str, ...] = ()
-    refused_plans: tuple[RefusedPlan, ...] = ()
+    declared_layers: tuple[str, ...] = ()
+    refused_plans: tuple[RefusedPlanDescription, ...] = ()
 
     def __str__(self) -> str:
         """Return one line about the model, then one line per layer that is a module."""

@@ -53,7 +53,7 @@ def keep_memory(mib: int = DEFAULT_KEPT_MIB) -> bool:
 def retained_bytes() -> int | None:
     """Return the bytes of free memory that malloc has not returned; None if it doesn't report it.
 
-    This is an estimate. malloc also counts free blocks that no memory stands behind. So the result
+    This is an estimate. malloc also counts free blocks without memory behind them. So the result
     is at most the process's anonymous memory (``/proc/self/statm``, see proc(5)) minus malloc's
     blocks in use and minus other anonymous memory, such as stacks and Python's small objects. The
     latter is measured whenever all free memory is returned; before the first time it counts as

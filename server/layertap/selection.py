@@ -135,7 +135,7 @@ class LayerSelection:
         return cls(_ESCAPED.sub(r"\1", layer), Capture(side) if colon else Capture.OUTPUT, alias)
 
     def name_for(self, layer: str) -> str:
-        """Return the name in the reply for ``layer``, one of the layers that this matches."""
+        """Return the name in the reply for ``layer``, one of the layers that match this."""
         if self.alias:
             return self.alias
         return layer if self.capture is Capture.OUTPUT else f"{layer}:input"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def test_access_log_of_an_answer(engine: Engine) -> None:
     assert record["request_id"] == "req-1"
     assert record["level"] == "info"
     assert (record["model"], record["extractor"], record["status"]) == ("residual", "hook", "OK")
+    assert record["peer"].startswith("ipv4:127.0.0.1:")
     assert record["bytes"] > 2 * 8 * 8 * 8 * 4
     parts = record["prepare_ms"] + record["queue_ms"] + record["compute_ms"]
     assert 0 < parts <= record["total_ms"] + 0.002
@@ -127,7 +129,7 @@ def test_access_log_of_a_refusal(engine: Engine) -> None:
     configure_logs("human", "info", stream)
     assert extract(engine, "req-2", "no\nsuch", "layer1", BATCH) == "NOT_FOUND"
     (line,) = [line for line in stream.getvalue().splitlines() if "layertap.access" in line]
-    assert "model= status=NOT_FOUND total_ms=" in line
+    assert re.search(r"model= status=NOT_FOUND peer=ipv4:127\.0\.0\.1:\d+ total_ms=", line)
     assert line.endswith("[request req-2]")
     assert "such" not in line
 

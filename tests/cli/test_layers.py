@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,12 +17,14 @@ from layertap.cli.main import main
 from layertap.cli.render import _tree, console
 from layertap.engine import Engine, describe
 from layertap.models import ModelSpec
-from layertap.services.convert import description_to_proto
 from layertap.v1 import feature_service_pb2
+from layertap.wire.descriptions import description_to_proto
+from processes import ENVIRONMENT
 from serving import running_server
 from tinynets import ITEM
 
 SHAPE = ("--item-shape", "3,16,16")
+NETS = ("residual", "silent", "dynamic", "keeps_state")
 
 
 def layers(*args: str) -> Result:
@@ -30,7 +34,7 @@ def layers(*args: str) -> Result:
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     engine = Engine()
-    for net in ("residual", "silent", "dynamic", "keeps_state"):
+    for net in NETS:
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
     yield engine
     engine.close()
@@ -77,7 +81,7 @@ def test_the_image_preprocessing_is_shown(address: str) -> None:
 def test_the_rules_of_passes_are_shown(address: str) -> None:
     """Where something is held back, and what the passes write; nothing for any other model."""
     output = layers("keeps_state", "--server", address).output
-    assert "passes: one at a time, not shared by requests, the loaded state is put back" in output
+    assert "passes: one at a time, not shared by requests, the loaded state is restored" in output
     assert "note: its passes leave 'keeper.seen' changed" in output
     assert "passes:" not in layers("residual", "--server", address).output
 
@@ -141,14 +145,34 @@ def test_glob(address: str) -> None:
     assert "matches no layer" in missing.output
 
 
-def test_json_is_the_same_here_and_from_a_server(engine: Engine, address: str) -> None:
+@pytest.mark.parametrize("net", NETS)
+def test_json_is_the_same_here_and_from_a_server(engine: Engine, address: str, net: str) -> None:
     """``--json`` is the whole DescribeModelResponse, whoever measured it."""
-    remote = layers("residual", "--json", "--server", address).output
-    local = layers("tinynets:residual", "--json", *SHAPE).output
+    remote = layers(net, "--json", "--server", address).output
+    local = layers(f"tinynets:{net}", "--json", *SHAPE).output
     assert local == remote
     parsed = Parse(remote, feature_service_pb2.DescribeModelResponse())
-    assert parsed == description_to_proto(engine.host("residual"))
+    assert parsed == description_to_proto(describe(engine.host(net)))
     assert "bytes_per_item" in remote
+
+
+def test_json_of_a_model_here_needs_no_messages() -> None:
+    """A model that is measured in this process is described without protobuf and gRPC."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('google.protobuf', 'grpc', 'layertap.v1')))\n"
+        "from layertap.cli.main import main\n"
+        f"main(['layers', 'tinynets:residual', '--json', *{SHAPE!r}])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model"]["name"] == "residual"
 
 
 def test_pipes_get_no_escapes(address: str) -> None:

@@ -16,7 +16,7 @@ from tinynets import ITEM
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with a net whose layers are large for a large batch, and two odd ones."""
+    """An engine with a net whose layers are large for a large batch, and two unusual nets."""
     engine = Engine(Limits(request_bytes=8 * MIB))
     for name in ("residual", "raises", "dynamic"):
         engine.load(ModelSpec(f"tinynets:{name}", item_shape=ITEM))
@@ -26,7 +26,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture
 def served(engine: Engine) -> Iterator[Served]:
-    """A server that shares 64 MiB for a minute."""
+    """A server that shares up to 64 MiB, with leases of a minute."""
     served = Served(engine, 64, 60.0)
     yield served
     served.server.stop(0)
@@ -40,7 +40,7 @@ def client(served: Served) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def expected(engine: Engine) -> dict[str, np.ndarray]:
-    """What comes through the network."""
+    """Return the values that arrive through the network."""
     served = Served(engine, 0, 60.0)
     with Client(served.address) as client:
         features = ask(client, LARGE)

@@ -1,4 +1,4 @@
-"""The asyncio client: the methods of Client, awaited; a cancelled task frees the server."""
+"""The asyncio client: the methods of Client as coroutines; cancelling a task frees the server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LARGE = 128
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with two compute threads, so that a held request does not hold up others."""
+    """An engine with two compute threads, so that a blocked request does not block others."""
     engine = Engine(Limits(streams=2), instances=2)
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
@@ -39,7 +39,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture
 def server(engine: Engine) -> Iterator[FeatureServer]:
-    """A real server."""
+    """The address of a real server."""
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     server.ready()
@@ -60,7 +60,7 @@ def batch(seed: int = 0, items: int = 1) -> np.ndarray:
 
 
 def _memory_of(array: np.ndarray) -> object:
-    """Return the object whose memory an array views."""
+    """Return the object whose memory an array is a view of."""
     base: object = array
     while isinstance(base, np.ndarray) and base.base is not None:
         base = base.base
@@ -71,7 +71,7 @@ HELD_INPUT = np.full((1, *GATED_ITEM), HELD, np.float32)
 
 
 def test_values_are_those_of_the_other_client(server) -> None:
-    """Many tasks at once get the values that the blocking client gets, each of its own input."""
+    """Many concurrent tasks each get the same values as from the blocking client."""
     inputs = [batch(seed) for seed in range(20)]
     with Client(server.address) as blocking:
         expected = [
@@ -94,7 +94,7 @@ def test_values_are_those_of_the_other_client(server) -> None:
 
 
 def test_large_tensors_go_through_shared_memory(server) -> None:
-    """Where the server is on this machine, the reply's arrays are views of shared memory."""
+    """If the server is on this machine, the reply's arrays are views of shared memory."""
     x = batch(items=LARGE)
 
     async def ask(**arguments: object) -> Features:
@@ -109,7 +109,7 @@ def test_large_tensors_go_through_shared_memory(server) -> None:
 
 
 def test_a_client_serves_one_loop_after_the_other(server) -> None:
-    """A client that outlives its loop connects again in the next one."""
+    """A client that is used in a second event loop connects again."""
     client = AsyncClient(server.address)
 
     async def ask() -> tuple[int, ...]:
@@ -120,7 +120,7 @@ def test_a_client_serves_one_loop_after_the_other(server) -> None:
 
 
 def test_a_cancelled_task_frees_the_server(engine, server) -> None:
-    """A request whose task is cancelled leaves the server's queue while it waits for its turn."""
+    """A request whose task is cancelled while it waits is removed from the server's queue."""
 
     async def ask(closed) -> None:
         async with AsyncClient(server.address) as client:
@@ -147,7 +147,7 @@ def test_a_cancelled_task_frees_the_server(engine, server) -> None:
 
 
 def test_a_call_that_takes_too_long(server) -> None:
-    """The time of a call, its own or the client's, is a DeadlineExceededError."""
+    """If the timeout of the call or of the client passes, DeadlineExceededError is raised."""
 
     async def ask() -> None:
         async with AsyncClient(server.address, timeout=0.5) as client:
@@ -166,7 +166,7 @@ def test_a_call_that_takes_too_long(server) -> None:
 
 
 def test_closing_ends_what_is_under_way(server) -> None:
-    """Calls and streams of a client that is closed raise UnavailableError, not CancelledError."""
+    """Calls and streams of a closed client raise UnavailableError, not CancelledError."""
 
     async def ask(closed) -> None:
         client = AsyncClient(server.address)
@@ -190,7 +190,7 @@ def test_closing_ends_what_is_under_way(server) -> None:
 
 
 def test_errors_are_the_servers_own(server) -> None:
-    """What the server refuses is raised as the exception that it names."""
+    """An error of the server is raised as the exception that the server names."""
 
     async def ask() -> None:
         async with AsyncClient(server.address) as client:
@@ -208,7 +208,7 @@ def test_errors_are_the_servers_own(server) -> None:
 
 
 def test_the_server_describes_itself(server) -> None:
-    """Models, their catalogues and the server's health are those of the blocking client."""
+    """Models, their catalogues and the server's health are the same as from the blocking client."""
 
     async def ask() -> tuple[object, ...]:
         async with AsyncClient(server.address) as client:
@@ -225,7 +225,7 @@ def test_the_server_describes_itself(server) -> None:
 
 
 def test_a_server_that_is_not_there_is_waited_for(server) -> None:
-    """``wait_ready`` gives up after its time, and says what it heard."""
+    """``wait_ready`` raises after its timeout, with the last status that it received."""
 
     async def ask() -> float:
         begun = time.monotonic()
@@ -239,7 +239,7 @@ def test_a_server_that_is_not_there_is_waited_for(server) -> None:
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_many_inputs(server, ordered) -> None:
-    """Inputs of an ordinary or asynchronous iterable each get their features, none twice."""
+    """Each input of an ordinary or asynchronous iterable gets its features exactly once."""
     given = [np.full((1, *ITEM), value, np.float32) for value in range(40)]
 
     async def produced() -> AsyncIterator[np.ndarray]:
@@ -258,7 +258,7 @@ def test_many_inputs(server, ordered) -> None:
 
 
 def test_a_bad_item_is_an_outcome(server) -> None:
-    """In a stream it is yielded with its key; ``extract_many`` raises it unless told otherwise."""
+    """A stream yields the error with the item's key; ``extract_many`` raises it by default."""
     x = batch()
     asked = [
         StreamRequest("residual", x, "layer1", key="good"),
@@ -284,7 +284,7 @@ def test_a_bad_item_is_an_outcome(server) -> None:
 
 
 def test_inputs_are_read_no_further_than_allowed(server) -> None:
-    """What was taken and not yet handed out is bounded, as in the blocking client."""
+    """Only a limited number of inputs are read and not yet yielded, as in the blocking client."""
     taken = 0
 
     def inputs() -> Iterator[np.ndarray]:
@@ -305,7 +305,7 @@ def test_inputs_are_read_no_further_than_allowed(server) -> None:
 
 
 def test_an_iterator_that_is_left_closes_its_stream(engine, server) -> None:
-    """Leaving early gives up what is in flight; so does the end of the task."""
+    """Leaving the iterator early abandons the items in flight; so does the end of the task."""
 
     async def ask(closed) -> None:
         async with AsyncClient(server.address) as client:
@@ -332,7 +332,7 @@ def test_an_iterator_that_is_left_closes_its_stream(engine, server) -> None:
 
 
 def test_large_items_both_ways_do_not_block_each_other(server) -> None:
-    """A stream whose requests and replies are both large goes on, in memory and over the wire."""
+    """A stream with large requests and large replies works, through memory and network."""
     x = batch(items=LARGE)
 
     async def ask(**arguments: object) -> int:
@@ -344,7 +344,7 @@ def test_large_items_both_ways_do_not_block_each_other(server) -> None:
 
 
 def test_tls_and_tokens(engine, tmp_path: Path) -> None:
-    """A server with TLS and tokens is asked with both; without the token it refuses."""
+    """A client with TLS and a token may call the server; without the token the call is refused."""
     authority = Authority(tmp_path / "ca")
     pair = authority.issue("localhost", "127.0.0.1")
     tokens = token_file(tmp_path / "tokens", EXTRACT)
@@ -370,7 +370,7 @@ def test_tls_and_tokens(engine, tmp_path: Path) -> None:
 
 
 def test_a_full_server_is_asked_again() -> None:
-    """With ``retries`` a call that a full server refuses is made again, as often as is allowed."""
+    """With ``retries``, a call that a full server refuses is repeated as often as allowed."""
     engine = Engine(Limits(pending=1))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
     free = np.zeros((1, *GATED_ITEM), np.float32)
@@ -395,7 +395,7 @@ def test_a_full_server_is_asked_again() -> None:
 
 
 def test_a_pickled_client_asks_too(server) -> None:
-    """It is made again from its arguments; a token is never in the pickle."""
+    """An unpickled client is created from its arguments; the pickle never contains a token."""
     again = pickle.loads(pickle.dumps(AsyncClient(server.address, timeout=30)))
 
     async def ask() -> list[str]:
@@ -408,7 +408,7 @@ def test_a_pickled_client_asks_too(server) -> None:
 
 
 def test_wrong_arguments_are_refused_at_once() -> None:
-    """No loop and no server is needed to hear of a mistake."""
+    """Wrong arguments raise without an event loop and without a server."""
     with pytest.raises(errors.InvalidInputError, match="shared_memory"):
         AsyncClient(shared_memory="maybe")
     with pytest.raises(errors.ConfigError, match="plain text"):

@@ -1,4 +1,4 @@
-"""Where a token may be sent, and what is wrong with a client's own files."""
+"""Where a token may be sent, and errors in the client's own files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ELSEWHERE = "features.example.org:8001"
 
 @pytest.mark.parametrize("target", [ELSEWHERE, "10.0.0.1:8001", "dns:///example.org", "0.0.0.0:1"])
 def test_a_token_is_not_sent_as_plain_text(target: str) -> None:
-    """A client that would send it to another machine without TLS is not made."""
+    """A client that would send a token to another machine without TLS can't be created."""
     with pytest.raises(errors.ConfigError, match="as plain text") as caught:
         Client(target, token=EXTRACT)
     assert EXTRACT not in str(caught.value)
 
 
 def test_a_token_may_go_over_tls_the_loopback_or_on_demand() -> None:
-    """TLS, this machine and an explicit word are the three ways."""
+    """A token may be sent over TLS, to this machine, or if ``allow_plaintext_token`` is set."""
     Client(ELSEWHERE, token=EXTRACT, tls=True).close()
     Client("localhost:8001", token=EXTRACT).close()
     Client("[::1]:8001", token=EXTRACT).close()
@@ -34,21 +34,21 @@ def test_a_token_may_go_over_tls_the_loopback_or_on_demand() -> None:
 
 @pytest.mark.parametrize("token", ["", "short", "with space 0123456789", "line\nbreak-0123456789"])
 def test_what_is_no_token_is_not_sent(token: str) -> None:
-    """A text that no server would take is told before a connection is made, and not shown."""
+    """A malformed token raises before a connection is made; the message does not contain it."""
     with pytest.raises(errors.ConfigError, match="token") as caught:
         Client(token=token)
     assert not token or token not in str(caught.value)
 
 
 def test_the_first_token_of_a_file_is_read(tmp_path: Path) -> None:
-    """A client's file has the form of the server's."""
+    """A client's token file has the same format as a server's."""
     assert read_token(token_file(tmp_path / "t", EXTRACT, "other-0123456789abcdef")) == EXTRACT
     with pytest.raises(errors.ConfigError, match="token file: .*gone: No such file"):
         read_token(tmp_path / "gone")
 
 
 def test_files_that_will_not_do_are_told(tmp_path: Path) -> None:
-    """A client's error names what is wrong with which file, before a connection is made."""
+    """The client's error names the file and the fault before a connection is made."""
     authority = Authority(tmp_path / "ca")
     mine, other = authority.issue("client"), authority.issue("client")
     with pytest.raises(errors.ConfigError, match="ca: .*gone: No such file"):
@@ -66,7 +66,7 @@ KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 @pytest.fixture
 def mirror() -> Iterator[str]:
-    """The address of a server that answers calls of every kind with their authorization."""
+    """The address of a server that answers each call with the authorization it received."""
 
     def shown(message: object, context: grpc.ServicerContext) -> bytes:
         metadata = context.invocation_metadata()
@@ -100,14 +100,14 @@ def ask(address: str, kind: str, token: str | None) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_call_has_the_token(mirror: str, kind: str) -> None:
-    """Unary calls and streams alike carry the token, and carry nothing without one."""
+    """Unary calls and streams send the token if there is one, and no authorization otherwise."""
     assert ask(mirror, kind, EXTRACT) == f"Bearer {EXTRACT}".encode()
     assert ask(mirror, kind, None) == b""
 
 
 @pytest.mark.parametrize("token", [EXTRACT, None])
 def test_calls_to_this_machine_pass_no_proxy(mirror: str, token: str | None, monkeypatch) -> None:
-    """A proxy of the environment, which is elsewhere, is not asked to reach a loopback address."""
+    """A proxy from the environment is not used for a loopback address."""
     for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "grpc_proxy", "https_proxy"):

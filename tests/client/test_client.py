@@ -1,4 +1,4 @@
-"""The client asks, unpacks without copying, and raises what the server refused."""
+"""The client sends requests, unpacks replies without copying, and raises the server's errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with one net that takes images as well, and a slow one."""
+    """An engine with a net that also takes images, and a slow net."""
     engine = Engine()
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("slownets:sleepy", item_shape=(3, 4, 4)))
@@ -64,7 +64,7 @@ def test_arrays_are_views_of_one_message(client) -> None:
 
 
 def test_torch_tensors_share_the_message(client) -> None:
-    """The same memory serves as torch tensors, without a copy."""
+    """Torch tensors share the same memory, without a copy."""
     features = client.extract("residual", batch(2), ["bn1", "layer1"])
     tensors = features.torch()
     assert tensors["layer1"].data_ptr() == features["layer1"].ctypes.data
@@ -82,12 +82,12 @@ def test_torch_tensors_share_the_message(client) -> None:
     ],
 )
 def test_layers_may_be_written_in_several_ways(client, layers) -> None:
-    """A text, a selection, a list of either and a mapping to aliases mean the same."""
+    """A text, a selection, a list of either and a mapping to aliases select the same layer."""
     assert list(client.extract("residual", batch(), layers)) == ["deep"]
 
 
 def test_every_kind_of_image_is_the_same_image(client) -> None:
-    """A path, its text, its bytes, and the decoded image give the same layers."""
+    """A path, its text, the file's bytes and the decoded image give the same layers."""
     with Image.open(PHOTO) as image:
         decoded = image.convert("RGB")
     values = [
@@ -98,7 +98,7 @@ def test_every_kind_of_image_is_the_same_image(client) -> None:
 
 
 def test_decoded_images_are_sent_as_what_the_server_makes_of_their_files(client) -> None:
-    """PNG has no CMYK, which many photos are: the client makes the same RGB of it."""
+    """PNG has no CMYK, which many photos use, so the client converts them to the server's RGB."""
     encoded = io.BytesIO()
     with Image.open(PHOTO) as image:
         image.convert("CMYK").save(encoded, "JPEG")
@@ -113,7 +113,7 @@ def test_decoded_images_are_sent_as_what_the_server_makes_of_their_files(client)
 
 @pytest.mark.parametrize("size", [400, 20_000])
 def test_an_image_that_cannot_be_encoded_is_refused(client, size) -> None:
-    """A mode that PNG lacks, and a file that was cut short, are the caller's mistake."""
+    """A PIL mode that PNG lacks, or a truncated file, raises InvalidInputError."""
     with pytest.raises(errors.InvalidInputError, match="input: can't send"):
         client.extract("residual", Image.new("F", (16, 16)), "layer1")
     with pytest.raises(errors.InvalidInputError, match="mode I, whose 32-bit numbers have no"):
@@ -127,7 +127,7 @@ def test_an_image_that_cannot_be_encoded_is_refused(client, size) -> None:
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_picture_and_its_file_are_the_same(client, orientation: int, tmp_path: Path) -> None:
-    """A PIL image keeps the EXIF orientation that its file has, so both are served upright."""
+    """A PIL image keeps the EXIF orientation of its file, so the server turns both upright."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "phone.png"
@@ -142,13 +142,13 @@ def test_a_picture_and_its_file_are_the_same(client, orientation: int, tmp_path:
 
 
 def test_an_extractor_that_there_is_not_is_refused(client) -> None:
-    """A name that is no extractor's is one of our errors, with the names that are."""
+    """An unknown extractor name raises layertap's error, which lists the known names."""
     with pytest.raises(errors.InvalidInputError, match="extractor: got 'hok', expected one of"):
         client.extract("residual", batch(), "layer1", extractor="hok")
 
 
 def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
-    """Strided and big-endian arrays and torch tensors are sent as what they mean."""
+    """Strided and big-endian arrays and torch tensors are sent with the right values."""
     x = batch(2)
     expected = client.extract("residual", x, "layer1", extractor="hook")["layer1"]
     channels_last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, 3)), 3, 1)
@@ -158,7 +158,7 @@ def test_arrays_of_any_layout_and_tensors_are_taken(client) -> None:
 
 
 def test_tensors_that_torch_changes_late_are_sent_as_they_are_seen(client) -> None:
-    """The imaginary part of a conjugate is a view that torch negates only when it is read."""
+    """Torch negates the imaginary part of a conjugate lazily, only when it is read."""
     x = torch.from_numpy(batch())
     lazy = torch.complex(x, -x).conj().imag
     assert lazy.is_neg()
@@ -171,7 +171,7 @@ def test_tensors_that_torch_changes_late_are_sent_as_they_are_seen(client) -> No
 
 @pytest.mark.parametrize("kind", ["sparse", "float8", "meta"])
 def test_tensors_that_no_array_can_be_made_of_are_refused(client, kind) -> None:
-    """What numpy has no word for is the caller's mistake, said by one of our errors."""
+    """A tensor that numpy can't represent raises InvalidInputError."""
     x = torch.zeros(1, *ITEM)
     given = {"sparse": x.to_sparse(), "float8": x.to(torch.float8_e5m2), "meta": x.to("meta")}
     with pytest.raises(errors.InvalidInputError, match="input: can't send a Tensor"):
@@ -180,13 +180,13 @@ def test_tensors_that_no_array_can_be_made_of_are_refused(client, kind) -> None:
 
 @pytest.mark.parametrize("given", [3, [], [3], ["/no/such/file.jpg"], object()])
 def test_what_is_no_input_is_refused_before_it_is_sent(client, given) -> None:
-    """Something that is neither image nor array is the caller's mistake, said at once."""
+    """What is neither an image nor an array raises InvalidInputError before it is sent."""
     with pytest.raises(errors.InvalidInputError, match="input"):
         client.extract("residual", given, "layer1")
 
 
 def test_the_servers_exception_comes_back(client) -> None:
-    """Each refusal is raised as the class that the server named."""
+    """Each error is raised as the class that the server names."""
     with pytest.raises(errors.ModelNotFoundError, match="'residual'"):
         client.extract("nobody", batch(), "layer1")
     with pytest.raises(errors.LayerNotFoundError, match="layer1"):
@@ -196,7 +196,7 @@ def test_the_servers_exception_comes_back(client) -> None:
 
 
 def test_a_deadline_ends_the_call(client) -> None:
-    """A call that takes longer than its timeout raises, and the server serves on."""
+    """A call that takes longer than its timeout raises, and the server continues to serve."""
     begun = time.monotonic()
     with pytest.raises(errors.DeadlineExceededError):
         client.extract("sleepy", ONE_SECOND, "conv", timeout=0.2)
@@ -206,7 +206,7 @@ def test_a_deadline_ends_the_call(client) -> None:
 
 @pytest.mark.parametrize("seconds", [1e9, 1e12, float("inf")])
 def test_a_timeout_without_an_end_is_none(client, seconds) -> None:
-    """However long a caller would wait, calls, streams and their items are answered."""
+    """Calls, streams and their items with an endless timeout are answered."""
     assert client.extract("residual", batch(), "layer1", timeout=seconds)
     assert list(client.extract_many("residual", [batch()], "layer1", item_timeout=seconds))
     with client.stream(timeout=seconds) as stream:
@@ -217,13 +217,13 @@ def test_a_timeout_without_an_end_is_none(client, seconds) -> None:
 
 
 def test_nobody_at_the_address_is_unavailable() -> None:
-    """A server that is not there is an error of its own, not a gRPC exception."""
+    """If no server runs at the address, UnavailableError is raised, not a gRPC exception."""
     with Client("127.0.0.1:1", timeout=5) as client, pytest.raises(errors.UnavailableError):
         client.list_models()
 
 
 def test_wait_ready_waits_for_health(engine) -> None:
-    """Waiting ends when the server reports itself ready, and not before."""
+    """Waiting ends when the server reports that it is ready, and not earlier."""
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     try:
@@ -237,7 +237,7 @@ def test_wait_ready_waits_for_health(engine) -> None:
 
 
 def test_wait_ready_waits_for_a_server_that_restarts(engine) -> None:
-    """A server that goes away while it is waited for may come back: the time is not up yet."""
+    """If the server stops during ``wait_ready`` and starts again in time, the wait succeeds."""
     old = FeatureServer(engine, ServerOptions(port=0))
     old.start()
     port = int(old.address.rpartition(":")[2])
@@ -257,7 +257,7 @@ def test_wait_ready_waits_for_a_server_that_restarts(engine) -> None:
 
 
 def test_a_server_that_was_away_is_found_soon(engine) -> None:
-    """After an outage calls succeed within a second or so, and a wait for the server is right."""
+    """After an outage, calls succeed within about a second, and ``wait_ready`` is right."""
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     port = int(server.address.rpartition(":")[2])
@@ -284,7 +284,7 @@ def test_a_server_that_was_away_is_found_soon(engine) -> None:
 
 
 def test_a_closed_client_is_unavailable(engine) -> None:
-    """Every call of a client that was closed raises an error of ours."""
+    """Every call of a closed client raises a layertap error."""
     with running_server(engine) as address:
         client = Client(address)
         client.close()
@@ -301,7 +301,7 @@ def test_a_closed_client_is_unavailable(engine) -> None:
 
 
 def test_waiting_ends_when_the_client_is_closed(engine) -> None:
-    """A thread that waits for a server hears that another one has closed the client."""
+    """If another thread closes the client, ``wait_ready`` raises."""
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     client = Client(server.address)
@@ -317,7 +317,7 @@ def test_waiting_ends_when_the_client_is_closed(engine) -> None:
 
 
 def test_large_replies_pass(client) -> None:
-    """A reply over gRPC's default of 4 MB arrives."""
+    """A reply over gRPC's default limit of 4 MB arrives."""
     features = client.extract("residual", np.zeros((600, *ITEM), np.float32), ["conv1", "layer1"])
     assert sum(value.nbytes for value in features.values()) > 2_400_000
     big = np.zeros((16, 3, 256, 256), np.float32)
@@ -325,14 +325,14 @@ def test_large_replies_pass(client) -> None:
 
 
 def test_the_client_does_not_import_torch() -> None:
-    """Importing the client, and the package, leaves torch alone."""
+    """Importing the client or the package does not import torch."""
     code = "import layertap, layertap.client, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert layertap.__version__
 
 
 def test_clients_are_shared_between_threads(client) -> None:
-    """Eight threads on one client each get the answer to their own question."""
+    """Eight threads that share a client each get the answer to their own request."""
     wrong: list[int] = []
 
     def ask(seed: int) -> None:
@@ -351,7 +351,7 @@ def test_clients_are_shared_between_threads(client) -> None:
 
 
 def test_a_channel_error_without_our_metadata_is_still_ours(engine) -> None:
-    """A status from gRPC itself, such as a request over the receive limit, is one of our errors."""
+    """A status from gRPC itself, such as for a too large request, is raised as a layertap error."""
     with (
         running_server(engine) as address,
         Client(address) as client,
@@ -361,7 +361,7 @@ def test_a_channel_error_without_our_metadata_is_still_ours(engine) -> None:
 
 
 def test_a_call_that_the_other_side_ends_is_unavailable() -> None:
-    """gRPC resets calls that reach a stopping server: CANCELLED, though nobody here cancelled."""
+    """gRPC resets calls to a stopping server with CANCELLED, although nobody cancelled them."""
 
     def end(message: bytes, context: grpc.ServicerContext) -> bytes:
         context.abort(grpc.StatusCode.CANCELLED, "RST_STREAM with error code 8")

@@ -1,4 +1,4 @@
-"""A client's installation has none of what runs models: no PyTorch, no Pillow, no Prometheus."""
+"""A client-only installation lacks what runs models: no PyTorch, Pillow or Prometheus."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ main(sys.argv[1:])
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script where the modules of the extra can't be found."""
+    """Run a script that can't import the modules of the extra."""
     code = HIDE.format(hidden=_SERVER_PARTS) + script
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -71,14 +71,14 @@ def address() -> Iterator[str]:
 
 
 def test_a_client_asks_without_the_server_s_parts(address: str) -> None:
-    """Arrays and image files are sent, and values come back."""
+    """Arrays and image files can be sent, and values arrive."""
     done = run(ASK, address, str(PHOTO))
     assert done.stderr == ""
     assert done.stdout.split("\n") == ["(2, 8, 8, 8)", "(1, 16, 1, 1)", "x", ""]
 
 
 def test_commands_ask_a_server_without_the_server_s_parts(address: str, tmp_path: Path) -> None:
-    """``layers`` and ``extract`` with --server need none of them."""
+    """``layers`` and ``extract`` with --server need none of these modules."""
     shown = run(COMMAND, "layers", "residual", "--server", address)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "layer1" in shown.stdout
@@ -101,7 +101,7 @@ def test_commands_ask_a_server_without_the_server_s_parts(address: str, tmp_path
     ids=lambda command: command[0],
 )
 def test_commands_that_run_models_name_the_extra(command: list[str], tmp_path: Path) -> None:
-    """Without the extra they end with what to install, and without a traceback."""
+    """Without the extra these commands say what to install, without a traceback."""
     done = run(f"import os\nos.chdir({str(tmp_path)!r})\n{COMMAND}", *command)
     assert done.returncode == 1
     assert "pip install 'layertap[server]'" in done.stderr
@@ -109,7 +109,7 @@ def test_commands_that_run_models_name_the_extra(command: list[str], tmp_path: P
 
 
 def test_the_extra_installs_what_is_hidden_here() -> None:
-    """The list of modules and the extra's packages are the same."""
+    """The list of hidden modules and the extra's packages agree."""
     project = tomllib.loads((HOME / "pyproject.toml").read_text("utf-8"))["project"]
     extra = project["optional-dependencies"]["server"]
     packages = {requirement.partition(">")[0] for requirement in extra}

@@ -1,4 +1,4 @@
-"""Statuses become the exceptions that the server raised, with their fields."""
+"""gRPC statuses are converted back to the exceptions that the server raised, with their fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 
 from layertap import errors
 from layertap.client.failures import error_from_item, error_from_rpc
-from layertap.services.status import guarded, public_error
+from layertap.services.caller import Caller
+from layertap.services.grpc_handlers import unary
+from layertap.services.public_errors import public_error
 from layertap.v1.feature_service_pb2 import ExtractStreamError
 from layertap.wire.messages import ERROR_IMAGE_METADATA_KEY, ERROR_METADATA_KEY
 
@@ -19,16 +21,16 @@ REWORDED = "this release of gRPC words it differently: change layertap/client/fa
 
 
 class Waiting(grpc.GenericRpcHandler):
-    """Answers nothing until it is released, apart from one method that fails."""
+    """Doesn't answer until it is released, apart from one method that fails."""
 
     def __init__(self) -> None:
         self.begun = threading.Semaphore(0)
         self.released = threading.Event()
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        """Return a handler for whatever was called."""
+        """Return a handler for the method that was called."""
         if details.method == "/a/Fails":
-            return grpc.unary_unary_rpc_method_handler(guarded(self._fail))
+            return unary(self._fail)
         return grpc.unary_unary_rpc_method_handler(self._wait)
 
     def _wait(self, message: bytes, context: grpc.ServicerContext) -> bytes:
@@ -36,19 +38,19 @@ class Waiting(grpc.GenericRpcHandler):
         self.released.wait(30)
         return b""
 
-    def _fail(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+    def _fail(self, message: bytes, caller: Caller) -> bytes:
         raise errors.InvalidInputError("got nothing", image=7)
 
 
 @pytest.fixture
 def waiting() -> Waiting:
-    """What a server does with calls."""
+    """How the server treats calls."""
     return Waiting()
 
 
 @pytest.fixture
 def address(waiting: Waiting) -> Iterator[str]:
-    """A server that takes messages of 100 bytes."""
+    """A server that accepts messages of up to 100 bytes."""
     options = [("grpc.max_receive_message_length", 100)]
     server = grpc.server(ThreadPoolExecutor(4), handlers=[waiting], options=options)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -59,7 +61,7 @@ def address(waiting: Waiting) -> Iterator[str]:
 
 
 def test_a_call_that_this_process_cancels_is_its_own_doing(waiting: Waiting, address: str) -> None:
-    """cancel() is a CancelledError, told from the server's by the one sign that gRPC gives."""
+    """cancel() raises CancelledError, distinguished from the server's by gRPC's own sign."""
     with grpc.insecure_channel(address) as channel:
         call = channel.unary_unary("/a/B").future(b"", timeout=30)
         assert waiting.begun.acquire(timeout=30)
@@ -71,7 +73,7 @@ def test_a_call_that_this_process_cancels_is_its_own_doing(waiting: Waiting, add
 def test_a_channel_that_this_process_closes_is_its_own_doing(
     waiting: Waiting, address: str
 ) -> None:
-    """close() ends a call in another thread with a CancelledError."""
+    """close() ends a call in another thread with CancelledError."""
     channel = grpc.insecure_channel(address)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(channel.unary_unary("/a/B"), b"", timeout=30)
@@ -84,7 +86,7 @@ def test_a_channel_that_this_process_closes_is_its_own_doing(
 
 
 def test_a_message_that_is_too_large_is_no_overload(address: str) -> None:
-    """A message over gRPC's limit is an InvalidInputError: to try again would be in vain."""
+    """A message over gRPC's limit raises InvalidInputError, because a retry could not succeed."""
     with (
         grpc.insecure_channel(address) as channel,
         pytest.raises(grpc.RpcError) as caught,
@@ -96,7 +98,7 @@ def test_a_message_that_is_too_large_is_no_overload(address: str) -> None:
 
 
 def test_the_image_that_is_wrong_is_a_field(address: str) -> None:
-    """An error about one image of a request has its index, and a text that can do without it."""
+    """An error about one image has the image's index, and a text without it."""
     with (
         grpc.insecure_channel(address) as channel,
         pytest.raises(grpc.RpcError) as caught,
@@ -108,7 +110,7 @@ def test_the_image_that_is_wrong_is_a_field(address: str) -> None:
 
 
 class Failed(grpc.RpcError):
-    """An error with any metadata, as a stranger's server may send it."""
+    """An error with any metadata, such as another kind of server may send."""
 
     def __init__(self, image: str) -> None:
         self._image = image
@@ -129,14 +131,14 @@ class Failed(grpc.RpcError):
 
 @pytest.mark.parametrize("image", ["", "x", "-1", "9" * 5000])
 def test_an_index_that_is_none_is_left_out(image: str) -> None:
-    """Metadata that is no index leaves an error without one, and never replaces the error."""
+    """Metadata that is not an index gives an error without index, and never hides the error."""
     error = error_from_rpc(Failed(image))
     assert isinstance(error, errors.InvalidInputError)
     assert (str(error), error.image) == ("wrong", None)
 
 
 def test_an_item_has_the_field_too() -> None:
-    """The error of a stream's item has the index, 0 included; absent it is None."""
+    """The error of a stream's item has the index, including 0; if absent it is None."""
     wrong = {"code": 3, "kind": "InvalidInputError", "message": "images[0]: got nothing"}
     error = error_from_item(ExtractStreamError(image=0, **wrong))
     assert isinstance(error, errors.InvalidInputError)
@@ -147,7 +149,7 @@ def test_an_item_has_the_field_too() -> None:
 
 
 def test_a_text_that_is_cut_keeps_its_fields() -> None:
-    """What is left out of a long text takes no field with it."""
+    """Shortening a long text does not remove any field."""
     error = public_error(errors.InvalidInputError("x" * 9000, image=3))
     assert isinstance(error, errors.InvalidInputError)
     assert len(str(error)) < 3000

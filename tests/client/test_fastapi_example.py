@@ -1,4 +1,4 @@
-"""The FastAPI example is a web service that works."""
+"""The FastAPI example works as a web service."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def example(address: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The example's module, told where the server is."""
+    """The example's module, configured with the server's address."""
     monkeypatch.setenv("LAYERTAP_TARGET", address)
     spec = importlib.util.spec_from_file_location(
         "fastapi_app", EXAMPLES / "python" / "fastapi_app.py"
@@ -46,7 +46,7 @@ def example(address: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def post(
     example: ModuleType, *paths: str, body: bytes = PHOTO.read_bytes()
 ) -> list[httpx.Response]:
-    """POST a body to several addresses at once."""
+    """POST a body to several URLs at the same time."""
 
     async def ask() -> list[httpx.Response]:
         app = example.app
@@ -60,7 +60,7 @@ def post(
 
 
 def test_photographs_are_answered(example, address) -> None:
-    """Each request gets the values that the client gets, averaged over the positions."""
+    """Each request gets the client's values, averaged over the positions."""
     for response in post(example, *["/features/residual/layer1.0.conv1"] * 5):
         assert response.status_code == 200, response.text
         found = response.json()
@@ -72,7 +72,7 @@ def test_photographs_are_answered(example, address) -> None:
 
 
 def test_mistakes_are_told_in_the_servers_words(example) -> None:
-    """An unknown model or layer is 404, and a body that is no image is 400."""
+    """An unknown model or layer gives 404, and a body that is not an image gives 400."""
     unknown, layer = post(example, "/features/nobody/layer1", "/features/residual/layer9")
     (body,) = post(example, "/features/residual/layer1", body=b"no image")
     assert (unknown.status_code, layer.status_code, body.status_code) == (404, 404, 400)

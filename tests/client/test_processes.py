@@ -1,4 +1,4 @@
-"""A client that is pickled, forked, or used under gevent; features that are pickled."""
+"""Clients that are pickled, forked or used under gevent; features that are pickled."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ print("done")
 
 
 def forks(address: str, what: str, *, shared_memory: bool) -> None:
-    """Run FORKS to its end."""
+    """Run the script FORKS to its end."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKS, address, what, str(shared_memory)],
         env=ENVIRONMENT,
@@ -134,7 +134,7 @@ def forks(address: str, what: str, *, shared_memory: bool) -> None:
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_a_pickled_client_is_made_again(address: str, shared_memory: bool) -> None:
-    """It has the target and the options of the first, and a connection of its own."""
+    """An unpickled client has the same target and options, and its own connection."""
     with Client(
         address, timeout=40, shared_memory=shared_memory, reply_compression="gzip"
     ) as client:
@@ -147,7 +147,7 @@ def test_a_pickled_client_is_made_again(address: str, shared_memory: bool) -> No
 
 
 def test_a_secret_is_neither_pickled_nor_lost(tmp_path: Path) -> None:
-    """A client with a token can't be pickled, and says how; with a file of tokens it can."""
+    """A client with a token can't be pickled, and the error says how; with a token file it can."""
     with Client(token=EXTRACT) as client:
         with pytest.raises(TypeError, match="token_file") as caught:
             pickle.dumps(client)
@@ -170,7 +170,7 @@ def test_a_secret_is_neither_pickled_nor_lost(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_features_are_pickled(address: str, shared_memory: bool, protocol: int) -> None:
-    """Values, names, types and timings survive, and do without the server's memory."""
+    """Values, names, types and timings survive pickling, without the server's memory."""
     layers = ["layer1", "conv1:input", "layer1=half"]
     with Client(address, shared_memory=shared_memory) as client:
         features = client.extract("residual", BATCH, layers, extractor="hook")
@@ -190,7 +190,7 @@ def test_features_are_pickled(address: str, shared_memory: bool, protocol: int) 
 
 
 def test_features_go_without_a_copy(address: str) -> None:
-    """Protocol 5 hands the values out as buffers, and views them again."""
+    """With protocol 5, values are passed as buffers, and unpickled features are views of them."""
     with Client(address, shared_memory=False) as client:
         features = client.extract("residual", BATCH, "layer1", extractor="hook")
     buffers: list[pickle.PickleBuffer] = []
@@ -203,7 +203,7 @@ def test_features_go_without_a_copy(address: str) -> None:
 
 @pytest.mark.parametrize("shared_memory", [True, False])
 def test_a_forked_child_has_a_connection_of_its_own(address: str, shared_memory: bool) -> None:
-    """It may use and close its parent's client, which goes on in the parent."""
+    """A child may use and close its parent's client; the parent's own keeps working."""
     forks(address, "client", shared_memory=shared_memory)
 
 
@@ -213,7 +213,7 @@ def test_a_stream_stays_with_its_process(address: str) -> None:
 
 
 def test_gevent_without_grpcs_consent_is_an_error(address: str) -> None:
-    """Instead of a program that stands still, the client says what to call."""
+    """Instead of letting the program hang, the client raises and says what to call."""
     pytest.importorskip("gevent")
     for told, want in (("told", "5\n"), ("not told", "ConfigError gevent has patched")):
         done = subprocess.run(
@@ -229,7 +229,7 @@ def test_gevent_without_grpcs_consent_is_an_error(address: str) -> None:
 
 
 def test_grpc_still_tells_whether_gevent_is_on() -> None:
-    """The name of gRPC's that the check reads is there, and false without gevent."""
+    """The attribute of gRPC that the check reads exists, and is false without gevent."""
     from grpc._cython import cygrpc
 
     assert cygrpc.g_gevent_activated is False

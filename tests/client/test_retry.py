@@ -1,4 +1,4 @@
-"""A client that is told to retry waits as the server says, and no longer than its timeout."""
+"""A client with retries waits as long as the server says, but no longer than its timeout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PUSHBACK = "grpc-retry-pushback-ms"
 
 
 class Full:
-    """A call that is refused some times before it succeeds."""
+    """A call that is refused several times before it succeeds."""
 
     def __init__(self, refusals: int, after: float | None = None) -> None:
         self.refusals = refusals
@@ -35,7 +35,7 @@ class Full:
 
 
 def test_it_waits_as_long_as_the_server_says_and_some_more() -> None:
-    """Each wait is the server's, and up to half as long again at random."""
+    """Each wait is the server's, plus a random part of up to half of it."""
     call = Full(5, after=2.0)
     assert retrying(call, 5, None, call.waits.append) == "answer"
     assert call.timeouts == [None] * 6
@@ -44,7 +44,7 @@ def test_it_waits_as_long_as_the_server_says_and_some_more() -> None:
 
 
 def test_without_a_word_from_the_server_waits_double() -> None:
-    """The waits grow from half a second to eight."""
+    """Without the server's wait, the waits grow from half a second to eight."""
     call = Full(6)
     retrying(call, 6, None, call.waits.append)
     for wait, least in zip(call.waits, (0.5, 1, 2, 4, 8, 8), strict=True):
@@ -53,7 +53,7 @@ def test_without_a_word_from_the_server_waits_double() -> None:
 
 @pytest.mark.parametrize(("retries", "calls"), [(0, 1), (2, 3)])
 def test_it_gives_up_after_the_last_retry(retries: int, calls: int) -> None:
-    """The error of the last call is raised, after as many retries as were allowed."""
+    """After the allowed number of retries, the last error is raised."""
     call = Full(99, after=0.0)
     with pytest.raises(OverloadedError, match="full"):
         retrying(call, retries, None, call.waits.append)
@@ -62,7 +62,7 @@ def test_it_gives_up_after_the_last_retry(retries: int, calls: int) -> None:
 
 
 def test_a_wait_beyond_the_timeout_is_not_begun() -> None:
-    """Where the server's wait would outlast the timeout the refusal is raised at once."""
+    """If the server's wait would exceed the timeout, the error is raised at once."""
     call = Full(1, after=60.0)
     with pytest.raises(OverloadedError):
         retrying(call, 3, 5.0, call.waits.append)
@@ -78,7 +78,7 @@ def test_a_server_that_asks_not_to_be_called_again_is_not() -> None:
 
 
 def test_other_errors_are_raised_at_once() -> None:
-    """Only a full server is asked again."""
+    """Only errors of a full server are retried."""
 
     def call(timeout: float | None) -> str:
         raise NotFoundError("no such model")
@@ -88,13 +88,13 @@ def test_other_errors_are_raised_at_once() -> None:
 
 
 def test_retries_below_zero_are_refused() -> None:
-    """A negative number of retries is an error of the caller's."""
+    """A negative number of retries raises InvalidInputError."""
     with pytest.raises(InvalidInputError, match="retries: got -1"):
         Client(retries=-1)
 
 
 class Stub:
-    """A server whose every call is refused, for a given number of times."""
+    """A server that refuses a given number of calls."""
 
     def __init__(self, refusals: int, pushback: str) -> None:
         self.calls: list[float] = []
@@ -131,7 +131,7 @@ def stub(request: pytest.FixtureRequest) -> Iterator[Stub]:
 
 @pytest.mark.parametrize("stub", [(2, "200")], indirect=True)
 def test_a_client_obeys_a_real_servers_pushback(stub: Stub) -> None:
-    """The metadata of a refusal decides when the client calls again."""
+    """The refusal's metadata determines when the client calls again."""
     with Client(stub.address, retries=2) as client:
         assert client.list_models() == []
     first, second, third = stub.calls
@@ -145,7 +145,7 @@ def test_a_client_obeys_a_real_servers_pushback(stub: Stub) -> None:
     indirect=["stub"],
 )
 def test_a_client_without_retries_says_how_long_to_wait(stub: Stub, after: float) -> None:
-    """The error carries the server's wait; what is no number means never, as gRPC has it."""
+    """The error has the server's wait; a value that is not a number means never, as in gRPC."""
     with Client(stub.address) as client, pytest.raises(OverloadedError) as caught:
         client.list_models()
     assert caught.value.retry_after == after

@@ -1,4 +1,4 @@
-"""Client and server of one machine share memory, and nobody notices where they can't."""
+"""Client and server on one machine share memory; if they can't, everything works as without it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux'
 def test_large_replies_come_through_shared_memory(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """The values are those of the network, read-only and aligned; their lease ends with them."""
+    """The values are those of the network, read-only and aligned; then the lease ends."""
     features = ask(client, LARGE)
     assert same(features, expected)
     for array in features.values():
@@ -41,7 +41,7 @@ def test_large_replies_come_through_shared_memory(
 def test_regions_are_used_again_and_arrays_stay(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """A second reply takes another region while the first is looked at, and its own afterwards."""
+    """A second reply uses another region while the first is in use, and the same one afterwards."""
     first = ask(client, LARGE)
     second = ask(client, LARGE[::-1])
     assert same(first, expected)
@@ -54,7 +54,7 @@ def test_regions_are_used_again_and_arrays_stay(
 
 
 def test_small_replies_and_inputs_stay_on_the_wire(served: Served, client: Client) -> None:
-    """What is quicker through the network goes there, and counts as no fallback."""
+    """What is faster through the network is sent there, and doesn't count as a fallback."""
     client.extract("residual", LARGE[:1], LAYERS)
     state = served.memory.state()
     assert (state.sessions, state.reply_bytes, state.fallbacks) == (1, 0, {})
@@ -64,7 +64,7 @@ def test_small_replies_and_inputs_stay_on_the_wire(served: Served, client: Clien
 def test_torch_tensors_may_be_written_to(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """Writing to the tensors changes neither the arrays nor what the next reply holds."""
+    """Writing to the tensors changes neither the arrays nor the next reply."""
     features = ask(client, LARGE)
     tensors = features.torch()
     assert torch.equal(tensors["layer1"], torch.from_numpy(expected["layer1"]))
@@ -84,7 +84,7 @@ def test_torch_tensors_may_be_written_to(
 def test_inputs_of_any_layout_are_written_as_they_are_meant(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """Strided, big-endian and torch inputs arrive as their values, through an input region."""
+    """Strided, big-endian and torch inputs arrive with the right values through an input region."""
     channels_last = np.moveaxis(np.ascontiguousarray(np.moveaxis(LARGE, 1, 3)), 3, 1)
     for given in (channels_last, LARGE.astype(">f4"), torch.from_numpy(LARGE)):
         assert same(ask(client, given), expected)
@@ -94,7 +94,7 @@ def test_inputs_of_any_layout_are_written_as_they_are_meant(
 def test_streams_share_memory_too(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """Each item's reply has a lease of its own; errors and small replies come as ever."""
+    """Each item's reply has its own lease; errors and small replies are sent as usual."""
     items = [StreamRequest("residual", LARGE, LAYERS, "hook", key=n) for n in range(4)]
     items.append(StreamRequest("residual", LARGE[:1], "conv1", key="small"))
     items.append(StreamRequest("residual", LARGE, "no_such_layer", key="bad"))
@@ -109,7 +109,7 @@ def test_streams_share_memory_too(
 def test_slow_readers_of_streams_find_what_was_lent(
     engine: Engine, expected: dict[str, np.ndarray]
 ) -> None:
-    """A reply whose lease ran out before anybody read it is there, right, and then given back."""
+    """A reply whose lease expired before it was read is intact, and is returned afterwards."""
     served = Served(engine, 64, 0.2)
     items = [StreamRequest("residual", LARGE, LAYERS, "hook") for _ in range(4)]
     with Client(served.address) as client:
@@ -131,7 +131,7 @@ def test_slow_readers_of_streams_find_what_was_lent(
 
 
 def test_values_of_unpredictable_shape_are_shared(served: Served, client: Client) -> None:
-    """A reply that is laid out after the pass goes through shared memory as well."""
+    """A reply that is laid out after the pass goes through shared memory too."""
     with Client(served.address, shared_memory=False) as plain:
         wanted = plain.extract("dynamic", LARGE, "**")
     got = client.extract("dynamic", LARGE, "**")
@@ -142,7 +142,7 @@ def test_values_of_unpredictable_shape_are_shared(served: Served, client: Client
 def test_without_shared_memory_all_is_as_ever(
     engine: Engine, expected: dict[str, np.ndarray], how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where either end does without, or there is no such socket here, replies are sent."""
+    """If either end has shared memory disabled, or there is no such socket, replies are sent."""
     served = Served(engine, 0 if how == "turned off there" else 64, 60.0)
     if how == "another machine":
         monkeypatch.setattr(served.server._broker, "name", "layertap-elsewhere")
@@ -157,13 +157,13 @@ def test_without_shared_memory_all_is_as_ever(
 
 
 def test_wishes_are_checked() -> None:
-    """A wish that is none is said at once."""
+    """An invalid value of ``shared_memory`` raises at once."""
     with pytest.raises(errors.InvalidInputError, match="shared_memory: got 'yes'"):
         Client("127.0.0.1:1", shared_memory="yes")  # type: ignore[arg-type]
 
 
 def test_auto_asks_servers_of_this_machine_only(served: Served) -> None:
-    """Nothing is asked of a server elsewhere, unless it is wished for."""
+    """A server on another machine is asked for shared memory only if this is requested."""
     assert Client("[::1]:1")._opened().memory._open is not None
     assert Client("unix:/run/layertap")._opened().memory._open is not None
     assert Client("features.example:8001")._opened().memory._open is None
@@ -173,7 +173,7 @@ def test_auto_asks_servers_of_this_machine_only(served: Served) -> None:
 def test_full_memory_sends_replies_through_the_network(
     engine: Engine, expected: dict[str, np.ndarray]
 ) -> None:
-    """A hoarder gets all it asks for, right, whichever way; it counts why."""
+    """A client that holds all memory still gets correct replies, and counts the fallbacks."""
     served = Served(engine, 12, 60.0)
     with Client(served.address) as client:
         kept = [ask(client, LARGE) for _ in range(6)]
@@ -190,7 +190,7 @@ def test_full_memory_sends_replies_through_the_network(
 def test_lease_that_runs_out_leaves_the_arrays_right(
     engine: Engine, expected: dict[str, np.ndarray]
 ) -> None:
-    """What the client still looks at is not written to again; it gets new regions meanwhile."""
+    """A region that the client still reads is not reused; the client gets new ones meanwhile."""
     served = Served(engine, 64, 0.2)
     with Client(served.address) as client:
         first = ask(client, LARGE)
@@ -208,7 +208,7 @@ def test_lease_that_runs_out_leaves_the_arrays_right(
 
 
 def test_features_outlive_their_client(served: Served, expected: dict[str, np.ndarray]) -> None:
-    """After close the arrays stay right while others use the server; the lease ends with them."""
+    """After close the arrays stay intact while others use the server; the lease ends with them."""
     client = Client(served.address)
     features = ask(client, LARGE)
     client.close()
@@ -223,7 +223,7 @@ def test_features_outlive_their_client(served: Served, expected: dict[str, np.nd
 
 
 def test_client_that_is_forgotten_ends_its_session(served: Served) -> None:
-    """A client that nobody closed ends its session when it is collected."""
+    """A client that was never closed ends its session when it is garbage-collected."""
     client = Client(served.address)
     client.extract("residual", LARGE, "conv1")
     assert served.memory.state().sessions == 1

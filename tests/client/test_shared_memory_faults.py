@@ -1,4 +1,4 @@
-"""What goes wrong around shared memory leaks nothing, and lets nobody read what is not theirs."""
+"""Faults around shared memory leak nothing, and give nobody access to another client's data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not supported(), reason="shared memory is Linux'
 def test_failed_requests_hold_nothing(
     served: Served, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A model that fails after its region was lent leaves the region free."""
+    """If the model fails after a region was lent, the region is free again."""
     # pytest would keep the records, and with them the frames of what failed.
     caplog.set_level(logging.CRITICAL, "layertap.engine.work")
     for _ in range(5):
@@ -42,7 +42,7 @@ def test_failed_requests_hold_nothing(
 def test_session_that_the_server_ended_is_opened_again(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """No request fails because of it, and the next ones share memory again."""
+    """No request fails when the server ends a session, and the next requests share memory again."""
     first = ask(client, LARGE)
     [session] = served.memory._sessions.values()
     served.memory.close(session, End.RETIRE)
@@ -56,7 +56,7 @@ def test_session_that_the_server_ended_is_opened_again(
 def test_lost_input_is_sent_again(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """Where the server has let go of the input region the request goes through the network."""
+    """If the server has taken back the input region, the request goes through the network."""
     ask(client, LARGE)
     [session] = served.memory._sessions.values()
     [lease] = [lease for lease in session.leases.values() if lease.region.kind.name == "INPUT"]
@@ -67,7 +67,7 @@ def test_lost_input_is_sent_again(
 def test_threads_share_one_session(
     served: Served, client: Client, expected: dict[str, np.ndarray]
 ) -> None:
-    """Six threads get the answers to their own questions, through one session."""
+    """Six threads that share one session get the answers to their own requests."""
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -89,10 +89,10 @@ def test_threads_share_one_session(
 
 
 def test_a_thousand_calls_leak_nothing(served: Served, client: Client) -> None:
-    """However many calls, the files open are those of the few regions that take turns."""
+    """However many calls are made, only the files of a few alternating regions are open."""
 
     def others() -> int:
-        """Count the files besides each region's: two at either end, Python's mmap has its own."""
+        """Count the files besides those of regions: two per end, of which one is mmap's."""
         gc.collect()
         open_files = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         return open_files - 4 * sum(served.memory.state().regions.values())
@@ -108,7 +108,7 @@ def test_a_thousand_calls_leak_nothing(served: Served, client: Client) -> None:
 
 
 def test_sessions_that_ended_leave_no_file(served: Served, client: Client) -> None:
-    """A client that lives for long finds its session ended many times, and keeps one socket."""
+    """A long-lived client whose session ends many times keeps only one socket."""
 
     def end_one() -> int:
         client.extract("residual", LARGE[:1], LAYERS)
@@ -126,7 +126,7 @@ def test_sessions_that_ended_leave_no_file(served: Served, client: Client) -> No
 
 
 def test_arrays_without_a_dtype_are_refused_as_on_the_wire(served: Served, client: Client) -> None:
-    """An array that no message can hold is the caller's mistake, however it would have gone."""
+    """An array that no message can hold raises InvalidInputError in either case."""
     for size in (1, 100_000):
         with pytest.raises(errors.InvalidInputError, match="dtype: got numpy object"):
             client.extract("residual", np.full((size, 1), None), LAYERS)
@@ -163,7 +163,7 @@ def hostile(
 def test_references_that_are_wrong_are_refused(
     served: Served, client: Client, session: bytes | None, place: dict[str, int], refusal: str
 ) -> None:
-    """No number in a request reaches memory that is not the sender's, and the status says so."""
+    """No reference in a request reaches memory of another client, and the status says so."""
     client.extract("residual", LARGE, "conv1")
     [own] = served.memory._sessions.values()
     [lease] = [lease for lease in own.leases.values() if lease.region.kind.name == "INPUT"]
@@ -179,13 +179,13 @@ def test_references_that_are_wrong_are_refused(
 
 
 def test_inputs_have_the_limit_of_requests(served: Served, client: Client) -> None:
-    """An input over the server's request limit is refused, though it was not sent."""
+    """An input over the server's request limit is refused, although it was not sent."""
     with pytest.raises(errors.InvalidInputError, match="expected at most 8388608"):
         client.extract("residual", np.zeros((2740, *ITEM), np.float32), "avgpool")
 
 
 def test_stock_clients_see_no_slices(served: Served) -> None:
-    """Who names no session gets every byte in the message."""
+    """A client that names no session gets all bytes in the message."""
     request = feature_service_pb2.ExtractRequest(
         model="residual", layers=[feature_service_pb2.LayerSelection(layer="conv1")]
     )
@@ -202,7 +202,7 @@ def test_stock_clients_see_no_slices(served: Served) -> None:
 
 
 def test_forked_children_leave_their_parents_session_alone(served: Served) -> None:
-    """A child that drops its copies of the arrays and exits gives nothing of its parent's back."""
+    """A child that drops its copies of the arrays and exits returns none of its parent's leases."""
     code = textwrap.dedent(f"""
         import gc, os, sys, numpy as np
         from layertap import Client

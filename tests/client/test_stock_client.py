@@ -1,4 +1,4 @@
-"""A client made of nothing but the published .proto files gets the same arrays."""
+"""A client made only from the published .proto files gets the same arrays."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ print(json.dumps({
 
 
 def test_stock_stubs_get_the_same_arrays(tmp_path: Path) -> None:
-    """Stubs that grpc_tools makes now, in a process without layertap, read every reply."""
+    """Stubs that grpc_tools generates, in a process without layertap, read every reply."""
     protos = sorted((ROOT / "proto").glob("layertap/v1/*.proto"))
     subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""The client's streams keep a bounded number in flight and hand out each item's outcome."""
+"""The client's streams keep a limited number of items in flight and yield each item's outcome."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IN_FLIGHT = 4
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with a compute thread for every item, so that a held one keeps none from others."""
+    """An engine with a compute thread for every item, so that a blocked item blocks no other."""
     engine = Engine(Limits(streams=2), instances=IN_FLIGHT + 1)
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
@@ -32,7 +32,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture
 def server(engine: Engine) -> Iterator[FeatureServer]:
-    """A real server."""
+    """The address of a real server."""
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     server.ready()
@@ -42,7 +42,7 @@ def server(engine: Engine) -> Iterator[FeatureServer]:
 
 @pytest.fixture
 def client(server: FeatureServer) -> Iterator[Client]:
-    """A client of it."""
+    """A client of that server."""
     with Client(server.address) as client:
         yield client
 
@@ -67,7 +67,7 @@ def held(**fields: object) -> StreamRequest:
 
 
 class Counted:
-    """Inputs that count how many of them were taken."""
+    """Inputs that count how many were read."""
 
     def __init__(self, inputs: list[object]) -> None:
         self._inputs = inputs
@@ -80,7 +80,7 @@ class Counted:
 
 
 def test_many_come_in_order(client) -> None:
-    """Each input's features come in its place, the same as those of a call of its own."""
+    """Features are yielded in the order of the inputs, and are equal to those of separate calls."""
     given = batches(50)
     many = list(client.extract_many("residual", given, ["bn1", "layer1=deep"], extractor="hook"))
     assert len(many) == 50
@@ -92,14 +92,14 @@ def test_many_come_in_order(client) -> None:
 
 
 def test_many_as_they_finish(client) -> None:
-    """Without an order nothing is lost or doubled."""
+    """Without an order, every item is yielded exactly once."""
     given = [np.full((1, *ITEM), value, np.float32) for value in range(20)]
     got = client.extract_many("residual", given, "conv1:input", ordered=False)
     assert sorted(float(features["conv1:input"].max()) for features in got) == list(range(20))
 
 
 def test_keys_tell_items_apart(client) -> None:
-    """Outcomes bear the item's key, else its position; quick ones overtake slow ones."""
+    """An outcome has the item's key, or its position; quick items overtake slow ones."""
     (x,) = batches(1)
     with gate() as closed, client.stream() as stream:
         asked = [held(key="slow"), StreamRequest("residual", x, "layer1")]
@@ -116,7 +116,7 @@ def test_keys_tell_items_apart(client) -> None:
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_two_iterators_of_a_stream_take_their_own(client, ordered) -> None:
-    """An outcome that the other one receives is kept for the one that asked for it."""
+    """An outcome that another iterator receives is kept for the iterator that it belongs to."""
     given = [np.full((1, *ITEM), value, np.float32) for value in range(20)]
     with client.stream(max_in_flight=3) as stream:
         halves = [
@@ -133,7 +133,7 @@ def test_two_iterators_of_a_stream_take_their_own(client, ordered) -> None:
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_inputs_are_read_no_further_than_allowed(client, ordered) -> None:
-    """What was taken and not yet handed out is bounded, whatever finishes first."""
+    """Only a limited number of inputs are read and not yet yielded, in any order of finishing."""
     (x,) = batches(1)
     given = Counted([held(), *[StreamRequest("residual", x, "layer1")] * 20])
     with gate() as closed, client.stream(max_in_flight=IN_FLIGHT) as stream:
@@ -148,7 +148,7 @@ def test_inputs_are_read_no_further_than_allowed(client, ordered) -> None:
 
 
 def test_a_bad_item_is_an_outcome(client) -> None:
-    """Its error, the server's or our own, is yielded in its place as the class that names it."""
+    """The item's error is yielded in its place, as the class that the server or client names."""
     (x,) = batches(1)
     asked = [
         StreamRequest("residual", x, "layer1"),
@@ -177,7 +177,7 @@ def test_a_bad_item_is_an_outcome(client) -> None:
 
 
 def test_errors_are_raised_or_yielded(client) -> None:
-    """By default the first error ends the iteration; by choice it takes the item's place."""
+    """By default the first error ends the iteration; with ``return_errors`` it is yielded."""
     good, bad = batches(1)[0], np.zeros((1, 4, 16, 16), np.float32)
     many = client.extract_many("residual", [good, bad, good], "layer1")
     assert isinstance(next(many), Features)
@@ -189,7 +189,7 @@ def test_errors_are_raised_or_yielded(client) -> None:
 
 
 def test_stopping_early_closes_the_stream(engine, client) -> None:
-    """A consumer that has enough leaves nothing running, and the stream takes no more."""
+    """If the consumer stops early, nothing keeps running, and the stream accepts no more items."""
     (x,) = batches(1)
     with gate() as closed:
         with client.stream() as stream:
@@ -207,7 +207,7 @@ def test_stopping_early_closes_the_stream(engine, client) -> None:
 
 
 def test_an_items_time(client) -> None:
-    """An item that takes too long is an outcome; so is one that takes longer than the stream's."""
+    """An item over its own time limit is an outcome; so is one over the stream's item limit."""
     with gate() as closed, client.stream(item_timeout=60) as stream:
         outcomes = stream.extract([held(), held(timeout=0.001)])
         key, outcome = next(outcomes)
@@ -217,7 +217,7 @@ def test_an_items_time(client) -> None:
 
 
 def test_a_streams_time(client) -> None:
-    """A stream whose time is up raises, whatever is in flight."""
+    """A stream over its time limit raises, even with items in flight."""
     with gate(), client.stream(timeout=1) as stream:
         outcomes = stream.extract([held()])
         with pytest.raises(errors.DeadlineExceededError):
@@ -227,7 +227,7 @@ def test_a_streams_time(client) -> None:
 
 
 def test_a_server_that_stops_is_unavailable(server, client) -> None:
-    """What is in flight is answered, then the stream raises; items that were not stay unknown."""
+    """Items in flight are answered, then the stream raises; unanswered items have no outcome."""
     (x,) = batches(1)
     stopping = threading.Thread(target=server.stop, args=(60,))
 
@@ -248,13 +248,13 @@ def test_a_server_that_stops_is_unavailable(server, client) -> None:
 
 
 def test_nobody_at_the_address_is_unavailable() -> None:
-    """A server that is not there is an error of its own, not a gRPC exception."""
+    """If no server runs at the address, UnavailableError is raised, not a gRPC exception."""
     with Client("127.0.0.1:1", timeout=5) as client, pytest.raises(errors.UnavailableError):
         list(client.extract_many("residual", batches(1), "layer1"))
 
 
 def test_nothing_in_flight_is_refused(client) -> None:
-    """A stream that could send nothing is a mistake that is told."""
+    """A stream with no items allowed in flight raises InvalidInputError."""
     with pytest.raises(errors.InvalidInputError, match="max_in_flight"):
         client.stream(max_in_flight=0)
     assert list(client.extract_many("residual", [], "layer1")) == []

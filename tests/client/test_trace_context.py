@@ -1,4 +1,4 @@
-"""The client hands on its caller's trace, and needs no OpenTelemetry for it."""
+"""The client passes its caller's trace on, and does not need OpenTelemetry for that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layertap.client.trace_context import trace_metadata
 
 
 def test_importing_the_client_imports_no_opentelemetry() -> None:
-    """A process without OpenTelemetry stays so, and sends nothing."""
+    """Using the client without OpenTelemetry neither imports it nor sends a trace."""
     code = (
         "import sys, layertap; from layertap.client.trace_context import trace_metadata\n"
         "assert trace_metadata() is None\n"
@@ -22,12 +22,12 @@ def test_importing_the_client_imports_no_opentelemetry() -> None:
 
 
 def test_no_span_sends_nothing() -> None:
-    """Where no span is active there is no metadata."""
+    """If no span is active, there is no metadata."""
     assert trace_metadata() is None
 
 
 def test_the_current_span_is_written_as_w3c_says() -> None:
-    """The metadata are version, trace, span and flags in hexadecimal, and the state as it is."""
+    """The metadata are version, trace, span and flags in hexadecimal, and the unchanged state."""
     context = SpanContext(
         0xABC,
         0xDEF,

@@ -102,7 +102,7 @@ def test_replies_count_until_they_are_released(engine, no_gc) -> None:
     replies = [engine.extract(REQUEST, Call()) for _ in range(2)]
     size = len(replies[0].payload)
     assert engine.pending_bytes == 2 * size
-    with pytest.raises(errors.OverloadedError, match=f"{size} bytes beside {2 * size}.*limit is 5"):
+    with pytest.raises(errors.OverloadedError, match=f"{size} bytes, and {2 * size}.*limit is 5"):
         engine.extract(REQUEST, Call())
     for _ in range(2):  # Again and again if one likes.
         replies[0].release()
@@ -136,9 +136,9 @@ def test_received_bytes_count_as_replies_do(engine) -> None:
     """A request that leaves no room for its reply is refused, and what it took is given back."""
     with engine.reserve(4000) as received:
         assert engine.pending_bytes == 4000
-        with pytest.raises(errors.OverloadedError, match=r"reply would take \d+ bytes beside 40"):
+        with pytest.raises(errors.OverloadedError, match=r"reply would take \d+ bytes, and 40"):
             engine.extract(REQUEST, Call(), received=received)
-        with pytest.raises(errors.OverloadedError, match="request takes 2000 bytes beside 4000"):
+        with pytest.raises(errors.OverloadedError, match="request takes 2000 bytes, and 4000"):
             engine.reserve(2000)
         assert engine.pending_bytes == 4000
     assert engine.pending_bytes == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layertap import errors
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
 
 

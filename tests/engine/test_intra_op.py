@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from layertap.call import Call
 from layertap.engine import intra_op
-from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.loader_thread import run_in_loader_thread
 

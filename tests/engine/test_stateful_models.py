@@ -125,7 +125,7 @@ def test_what_can_not_be_put_back_is_reported(engine: Engine) -> None:
     rules = catalogue.guard.rules
     assert rules.state is KeptState.KEPT
     assert not any((rules.early_stop, rules.concurrent, rules.shared))
-    assert any("answers may depend on the requests before" in note for note in rules.notes)
+    assert any("answers may depend on earlier requests" in note for note in rules.notes)
     assert catalogue.entry("first").served_by(Capture.OUTPUT) == [Extractor.HOOK]
 
 

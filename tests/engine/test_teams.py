@@ -10,7 +10,7 @@ from processes import ENVIRONMENT
 
 TEAM = """
 import json, os
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
 import torch
 threads = ComputeThreads(1, 3)
@@ -26,7 +26,7 @@ threads.close()
 REFUSED = """
 import json, resource, sys, threading
 from layertap.engine.loader_thread import run_in_loader_thread
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.errors import UnavailableError
 threading.stack_size(64 << 20)

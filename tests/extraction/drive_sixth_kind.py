@@ -19,13 +19,13 @@ import tinynets
 from asking import ask
 from layertap import Extractor
 from layertap.cli.render import LETTERS
-from layertap.engine import Engine
+from layertap.engine import Engine, describe
 from layertap.errors import ExtractorUnsupportedError
 from layertap.extraction.plan_cache import PlanCache
 from layertap.models import ModelSpec
 from layertap.selection import Capture, LayerSelection
-from layertap.services.convert import description_to_proto
 from layertap.v1 import catalogue_pb2
+from layertap.wire.descriptions import description_to_proto
 from oracle import outputs_of
 from tinynets import ITEM
 
@@ -65,7 +65,7 @@ def asked_for(folder: Path) -> dict[str, Any]:
         entry = engine.host("residual").catalogue.entry("layer2")
         [layer] = (
             layer
-            for layer in description_to_proto(engine.host("residual")).layers
+            for layer in description_to_proto(describe(engine.host("residual"))).layers
             if layer.name == "layer2"
         )
         return {

@@ -30,7 +30,7 @@ from layertap import (
     errors,
 )
 from layertap.engine import Engine
-from layertap.local.model import input_of
+from layertap.local import model as local_model
 from layertap.models import ModelSpec
 from oracle import inputs_of, outputs_of
 from serving import running_server
@@ -171,7 +171,7 @@ def test_read_only_memory_is_copied(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mapped, x)
     np.testing.assert_array_equal(mine.numpy(), x)
     # Nor would a model that was never seen to write.
-    (view,) = input_of(mapped).tensors
+    (view,) = local_model.inputs_of(mapped).tensors
     assert not view.data.readonly
     assert not np.shares_memory(view.array(), mapped)
 

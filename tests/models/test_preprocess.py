@@ -341,7 +341,7 @@ def test_an_input_that_was_found_decides_about_images() -> None:
     assert fitted(assumed, replace(fixed, dtype=torch.uint8), "net") is None
     with pytest.raises(ConfigError, match="image_crop of net: got 32 x 32"):
         fitted(given, fixed, "net")
-    with pytest.raises(ConfigError, match="images of net: .* takes .* int64, which is no image"):
+    with pytest.raises(ConfigError, match="images of net: .* int64, which is not an image"):
         fitted(given, replace(fixed, dtype=torch.int64), "net")
 
 
@@ -438,7 +438,7 @@ def test_steps_of_a_function_can_not_be_replaced() -> None:
     [
         (lambda image: image.no_such_method(), "it raised AttributeError"),
         (lambda image: image, "it raised RuntimeError"),
-        (transforms.Compose([transforms.PILToTensor()]), r"it made \[3, 240, 320\] of a picture"),
+        (transforms.Compose([transforms.PILToTensor()]), r"of shape \[3, 240, 320\]"),
     ],
 )
 def test_a_function_that_does_not_fit_is_a_load_error(

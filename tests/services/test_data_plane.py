@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,18 +11,19 @@ import pytest
 from asking import request_for
 from layertap import errors
 from layertap.engine import (
-    Call,
     Engine,
-    Extraction,
     ExtractionRequest,
     Limits,
     ModelHost,
     Reservation,
 )
 from layertap.models import ModelSpec
+from layertap.services.answer import Answer
+from layertap.services.caller import Caller
 from layertap.services.data_plane import Converted, DataPlane
-from layertap.services.unary import answer
-from streams import Counting
+from layertap.services.grpc_handlers import unary
+from serving import FakeContext, serving_method
+from streams import Counting, eventually
 from tinynets import ITEM
 
 WANTED = request_for("residual", "layer1", np.zeros((1, *ITEM), np.float32))
@@ -48,22 +50,6 @@ def plane(engine: Engine, seen: Counting) -> DataPlane:
     return DataPlane(engine, seen)
 
 
-class Context:
-    """An RPC as far as ``answer`` knows it: one that goes on, or has ended already."""
-
-    def __init__(self, *, ended: bool) -> None:
-        self.callbacks: list[Callable[[], None]] = []
-        self._ended = ended
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        if not self._ended:
-            self.callbacks.append(callback)
-        return not self._ended
-
-    def time_remaining(self) -> float | None:
-        return None
-
-
 def test_the_request_is_released_and_the_reply_is_its_owners(engine, plane, seen) -> None:
     """Once there is a reply the request counts no more; the reply does until it was sent."""
     counted: list[int] = []
@@ -73,7 +59,7 @@ def test_the_request_is_released_and_the_reply_is_its_owners(engine, plane, seen
         return "residual", WANTED
 
     message = bytes(3000)
-    extraction = plane.extract(message, lambda same: same, convert, Call())
+    extraction = plane.extract(message, lambda same: same, convert, Caller())
     assert counted == [3000]
     assert engine.pending_bytes == len(extraction.payload)
     assert seen.ends == {"residual OK": 1}
@@ -89,59 +75,64 @@ def test_a_version_may_have_a_say_in_the_request(engine, plane) -> None:
         asked.append(host.model.name)
         return WANTED
 
-    plane.run(plane.receive(3000), Call(), lambda: ("residual", request_for)).release()
+    caller = Caller()
+    plane.run(plane.receive(3000, caller), caller, lambda: ("residual", request_for)).release()
     assert asked == ["residual"]
 
 
-def test_a_unary_reply_is_released_when_its_rpc_ends(engine, plane) -> None:
-    """gRPC's callbacks cancel the call and release the reply, which counts until then."""
-    calls: list[Call] = []
+def test_a_unary_reply_counts_until_its_rpc_ends(engine, plane) -> None:
+    """The bytes of a reply are released when gRPC is done with the RPC, and not before."""
+    counted: list[int] = []
 
-    def extract(call: Call) -> Extraction:
-        calls.append(call)
-        return plane.run(plane.receive(3000), call, lambda: ("residual", WANTED))
+    def handle(message: bytes, caller: Caller) -> Answer:
+        received = plane.receive(3000, caller)
+        extraction = plane.run(received, caller, lambda: ("residual", WANTED))
+        caller.call.cancelling(lambda: counted.append(engine.pending_bytes)).__enter__()
+        return Answer(extraction.payload, extraction.reservation)
 
-    going_on = Context(ended=False)
-    message = answer(going_on, extract)
-    assert engine.pending_bytes == len(message)
-    for callback in going_on.callbacks:
-        callback()
-    assert engine.pending_bytes == 0
-    with pytest.raises(errors.CancelledError):
-        calls[0].check()
+    with serving_method(unary(handle)) as channel:
+        message = channel.unary_unary("/test.Service/Call")(b"")
+        eventually(lambda: engine.pending_bytes == 0)
+    # The call is cancelled first, at the same end of the RPC.
+    assert counted == [len(message)]
 
 
-def test_an_rpc_that_has_ended_is_cancelled_and_released_at_once(engine, plane) -> None:
-    """gRPC does not call back for it, neither before the extraction nor after it."""
-    with pytest.raises(errors.CancelledError):
-        answer(
-            Context(ended=True),
-            lambda call: plane.run(plane.receive(3000), call, lambda: ("residual", WANTED)),
-        )
-    assert engine.pending_bytes == 0
-    ends_meanwhile = Context(ended=False)
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_an_rpc_that_has_ended_is_cancelled_and_released_at_once(engine, plane, when) -> None:
+    """gRPC does not call back for it: its caller is cancelled, and its reply is released."""
+    context = FakeContext(ended=when == "before")
 
-    def extract(call: Call) -> Extraction:
-        ends_meanwhile._ended = True
-        return plane.run(plane.receive(3000), call, lambda: ("residual", WANTED))
+    def handle(message: bytes, caller: Caller) -> Answer:
+        received = plane.receive(3000, caller)
+        extraction = plane.run(received, caller, lambda: ("residual", WANTED))
+        context.ended = True
+        assert engine.pending_bytes == len(extraction.payload)
+        return Answer(extraction.payload, extraction.reservation)
 
-    answer(ends_meanwhile, extract)
+    behaviour = unary(handle).unary_unary
+    with ThreadPoolExecutor(1) as pool:  # In a thread that serves nobody yet.
+        served = pool.submit(behaviour, b"", context)
+    if when == "before":
+        with pytest.raises(RuntimeError, match="CANCELLED"):
+            served.result()
+    else:
+        served.result()
     assert engine.pending_bytes == 0
 
 
 def test_a_request_that_fails_is_released_and_reported(engine, plane, seen) -> None:
     """Wherever it fails: before it is parsed, at the look-up of its model, or in the engine."""
     layer = request_for("residual", "nothing", np.zeros((1, *ITEM), np.float32))
-    gone = Call()
-    gone.cancel()
-    for call, name, wanted, error in (
+    gone = Caller()
+    gone.call.cancel()
+    for caller, name, wanted, error in (
         (gone, "residual", WANTED, errors.CancelledError),
-        (Call(), "nobody", WANTED, errors.ModelNotFoundError),
-        (Call(), "residual", layer, errors.LayerNotFoundError),
+        (Caller(), "nobody", WANTED, errors.ModelNotFoundError),
+        (Caller(), "residual", layer, errors.LayerNotFoundError),
     ):
-        received = plane.receive(3000)
+        received = plane.receive(3000, caller)
         with pytest.raises(error):
-            plane.run(received, call, lambda n=name, w=wanted: (n, w))
+            plane.run(received, caller, lambda n=name, w=wanted: (n, w))
         assert (received.nbytes, engine.pending_bytes) == (0, 0)
     assert seen.ends == {" CANCELLED": 1, " NOT_FOUND": 1, "residual NOT_FOUND": 1}
 
@@ -149,6 +140,6 @@ def test_a_request_that_fails_is_released_and_reported(engine, plane, seen) -> N
 def test_a_request_that_does_not_fit_is_reported(engine, plane, seen) -> None:
     """It is refused before anything is made of it, and nothing of it stays counted."""
     with pytest.raises(errors.OverloadedError, match="the request takes 20000 bytes"):
-        plane.receive(20_000)
+        plane.receive(20_000, Caller())
     assert engine.pending_bytes == 0
     assert seen.ends == {" RESOURCE_EXHAUSTED": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -129,6 +130,21 @@ def test_every_item_gets_its_own_answer(engine, channel, seen) -> None:
         assert reply.timings.total_ns > 0
         assert np.array_equal(array(reply), eager(engine, given[reply.id]))
     assert seen.ends == {"residual OK": 60}
+
+
+def test_the_time_of_an_item_begins_with_the_item(channel, seen) -> None:
+    """An item that fails is reported with a caller of its own, whose time is not the stream's."""
+    stream = RawStream(channel)
+    stream.send(item(1, model="nobody"))
+    assert stream.read().error.code == Code.NOT_FOUND.value[0]
+    later_ns = time.perf_counter_ns()
+    stream.send(item(2, model="nobody"), item(3))
+    assert {reply.id for reply in stream.rest()} == {2, 3}
+    begun = [caller.call.started_ns for caller in seen.callers]
+    assert begun[0] < later_ns
+    assert min(begun[1:]) > later_ns
+    assert {caller.in_stream for caller in seen.callers} == {True}
+    assert len({caller.request_id for caller in seen.callers}) == 1
 
 
 def test_a_quick_item_overtakes_a_slow_one(channel) -> None:

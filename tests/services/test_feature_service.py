@@ -127,11 +127,11 @@ BAD = {
         Code.INVALID_ARGUMENT, "input: got none, expected inputs or images",
     ),
     "inputs and images": (
-        request(images=images(png(8, 8))), Code.INVALID_ARGUMENT, "got inputs and images",
+        request(images=images(png(8, 8))), Code.INVALID_ARGUMENT, "input 'x': got a tensor and ima",
     ),
     "an input of another name": (
         request(inputs=[tensor_pb2.Tensor(name="y", dtype=1, shape=[0])]),
-        Code.INVALID_ARGUMENT, "inputs: got 'y', expected 'x'",
+        Code.INVALID_ARGUMENT, "inputs: got 'y', expected x [B, 3, H, W]",
     ),
     "several inputs": (
         request(inputs=[tensor((1, *ITEM))] * 2),

@@ -11,7 +11,8 @@ import pytest
 from layertap.engine import Call, Reservation
 from layertap.engine.admission import Admission
 from layertap.errors import UnavailableError
-from layertap.services.item_window import Answer, ItemWindow, OrderedWindow, UnorderedWindow
+from layertap.services.answer import Answer
+from layertap.services.item_window import ItemWindow, OrderedWindow, UnorderedWindow
 
 Give = Callable[[bytes], object]
 
@@ -45,7 +46,7 @@ def give(window: ItemWindow, budget: Admission) -> Give:
             window.admit(number, Call())
             window.answer(number, reply)
         else:
-            place = window.admit()
+            place = window.admit(Call())
             assert place is not None
             place.answer(reply)
 
@@ -92,7 +93,7 @@ def test_a_late_answer_is_released_at_once(budget) -> None:
     """An item that is answered after the end of its stream keeps nothing."""
     stream, ordered = UnorderedWindow(1), OrderedWindow(1)
     stream.admit(1, Call())
-    place = ordered.admit()
+    place = ordered.admit(Call())
     assert place is not None
     stream.close()
     ordered.close()

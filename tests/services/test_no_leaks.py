@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from layertap import errors
 from layertap.app.security import open_security
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
-from layertap.services.status import guarded
+from layertap.services.caller import Caller
+from layertap.services.grpc_handlers import unary
 from layertap.settings import SecretFiles
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request
 from leakynets import SECRET
-from serving import running_server
+from serving import running_server, serving_method
 
 Code = grpc.StatusCode
 SERVICE = "/layertap.v1.FeatureService/"
@@ -165,22 +165,12 @@ def test_a_long_quotation_is_cut_not_lost(channel: grpc.Channel) -> None:
 def answering(work: Callable[[], object]) -> Iterator[grpc.Channel]:
     """Serve one method that does something in the server's own name."""
 
-    def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+    def handle(message: bytes, caller: Caller) -> bytes:
         work()
         return b""
 
-    server = grpc.server(ThreadPoolExecutor(1))
-    handler = grpc.unary_unary_rpc_method_handler(guarded(handle))
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("test.Service", {"Do": handler}),)
-    )
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield channel
-    finally:
-        server.stop(0)
+    with serving_method(unary(handle)) as channel:
+        yield channel
 
 
 def load(source: str) -> None:
@@ -207,7 +197,7 @@ def test_what_the_operator_must_know_is_in_the_log_only(
 ) -> None:
     """Errors of the server's files keep their class, and their text goes to the log under an id."""
     with caplog.at_level(logging.ERROR), answering(work) as channel:
-        error = failure(channel, "/test.Service/Do", b"")
+        error = failure(channel, "/test.Service/Call", b"")
     text = check(error)
     assert dict(error.trailing_metadata())["layertap-error"] == kind.__name__
     assert text.rsplit(" ", 1)[-1] in caplog.text

@@ -6,14 +6,16 @@ import threading
 
 import pytest
 
+from layertap.engine import Call
 from layertap.errors import UnavailableError
-from layertap.services.item_window import Answer, OrderedWindow
+from layertap.services.answer import Answer
+from layertap.services.item_window import OrderedWindow
 
 
 def test_replies_leave_in_the_order_of_the_places() -> None:
     """The second's reply waits for the first's."""
     window = OrderedWindow(3)
-    first, second = window.admit(), window.admit()
+    first, second = window.admit(Call()), window.admit(Call())
     second.answer(Answer(b"2"))
     replies = window.replies()
     got: list[bytes] = []
@@ -29,7 +31,7 @@ def test_a_place_is_free_once_its_reply_was_taken() -> None:
     """There is no room while a reply is being sent, and room when the next is asked for."""
     window = OrderedWindow(1)
     assert window.wait_for_room()
-    window.admit().answer(Answer(b"1"))
+    window.admit(Call()).answer(Answer(b"1"))
     replies = window.replies()
     assert next(replies) == b"1"
     room = threading.Thread(target=window.wait_for_room)
@@ -45,9 +47,9 @@ def test_a_place_is_free_once_its_reply_was_taken() -> None:
 def test_the_end_answers_what_is_in_flight_and_raises_its_reason() -> None:
     """Nothing is admitted after it, and the reason comes last."""
     window = OrderedWindow(2)
-    place = window.admit()
+    place = window.admit(Call())
     window.end(UnavailableError("over"))
-    assert window.admit() is None
+    assert window.admit(Call()) is None
     assert not window.wait_for_room()
     place.answer(Answer(b"1"))
     replies = window.replies()
@@ -59,7 +61,7 @@ def test_the_end_answers_what_is_in_flight_and_raises_its_reason() -> None:
 def test_closing_cancels_and_ends() -> None:
     """Items are cancelled, late answers are dropped, and there are no more replies."""
     window = OrderedWindow(2)
-    place = window.admit()
+    place = window.admit(Call())
     cancelled = []
     with place.call.cancelling(lambda: cancelled.append(True)):
         window.close()

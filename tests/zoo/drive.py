@@ -157,8 +157,8 @@ class Report:
 
     @property
     def stateful(self) -> bool:
-        """Whether the catalogue says that an answer may depend on the requests before it."""
-        return any("may depend on the requests before" in note for note in self.notes)
+        """Whether the catalogue says that an answer may depend on earlier requests."""
+        return any("may depend on earlier requests" in note for note in self.notes)
 
     def cell(self, extractor: Extractor, layer: str) -> Cell:
         """Return the cell, a new one where there is none."""

@@ -201,7 +201,7 @@ def remarks(row: Row) -> str:
         said.append(f"refused: {row.unloadable}")
     if row.chance:
         said.append(f"{', '.join(row.chance)} follow chance, as the catalogue says")
-    said += [note for note in row.notes if "may depend on the requests before" in note]
+    said += [note for note in row.notes if "may depend on earlier requests" in note]
     for kind in ("failed", "late"):
         if lines := getattr(row, kind):
             said.append(f"{len(lines)} {kind}, such as {lines[0][:160]}")

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from layertap.engine import Extraction
-from layertap.services.current_request import current_request
+from layertap.services.caller import Caller
 from layertap.services.error_codes import ErrorCode
 
 __all__ = ["AccessLog"]
@@ -18,9 +18,9 @@ _log = logging.getLogger("layertap.access")
 class AccessLog:
     """Logs how each extraction ended, at INFO (a ``layertap.services.observer.Observer``).
 
-    The fields are model, status and total_ms. A successful extraction also has extractor, bytes
-    (including bytes in shared memory), prepare_ms, queue_ms and compute_ms. The record has the id
-    of the request.
+    The fields are model, status, peer (the caller's address) and total_ms. A successful extraction
+    also has extractor, bytes (including bytes in shared memory), prepare_ms, queue_ms and
+    compute_ms. The record has the id of the request.
     """
 
     @staticmethod
@@ -28,13 +28,14 @@ class AccessLog:
         """Return whether records are logged at this level; if not, the observer can be omitted."""
         return _log.isEnabledFor(logging.INFO)
 
-    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes], caller: Caller) -> None:
         """Log a successful extraction."""
         timings = extraction.timings
         _write(
             model=model,
             extractor=str(extraction.extractor),
             status="OK",
+            peer=caller.peer,
             bytes=len(extraction.payload) + extraction.shared_bytes,
             prepare_ms=_ms(timings.prepare_ns),
             queue_ms=_ms(timings.queue_ns),
@@ -42,11 +43,10 @@ class AccessLog:
             total_ms=_ms(timings.total_ns),
         )
 
-    def failed(self, model: str, code: ErrorCode) -> None:
+    def failed(self, model: str, code: ErrorCode, caller: Caller) -> None:
         """Log a failed extraction. The reason is not logged here: the caller gets it."""
-        request = current_request()
-        total_ns = time.perf_counter_ns() - request.started_ns if request else 0
-        _write(model=model, status=code.name, total_ms=_ms(total_ns))
+        total_ns = time.perf_counter_ns() - caller.call.started_ns
+        _write(model=model, status=code.name, peer=caller.peer, total_ms=_ms(total_ns))
 
 
 def _write(**fields: Any) -> None:

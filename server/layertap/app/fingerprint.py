@@ -46,7 +46,7 @@ def files_of(model: ServedModel) -> tuple[Path, ...]:
 
 
 def fingerprint_of(model: ServedModel) -> Fingerprint:
-    """Return a model's fingerprint. Take it before loading, so that later changes are detected."""
+    """Return a model's fingerprint; call this before loading, so that later changes are seen."""
     return Fingerprint(model, tuple(file_states(files_of(model)).values()))
 
 

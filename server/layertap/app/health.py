@@ -9,8 +9,9 @@ import grpc
 from google.protobuf.message import DecodeError as ProtobufDecodeError
 
 from layertap.grpc_health import health_pb2
-from layertap.services.bounded_calls import BoundedCalls, aborting
+from layertap.services.bounded_calls import BoundedCalls
 from layertap.services.feature_service import FeatureService
+from layertap.services.grpc_handlers import aborting
 from layertap.services.infer.service import InferenceService
 from layertap.threads import WorkerThreads, run_in
 
@@ -163,6 +164,6 @@ def _name_in(message: bytes, context: grpc.ServicerContext) -> str:
     try:
         return health_pb2.HealthCheckRequest.FromString(message).service
     except ProtobufDecodeError:
-        text = "request: got bytes that are no HealthCheckRequest"
+        text = "request: got bytes that are not a valid HealthCheckRequest"
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         raise

@@ -289,7 +289,7 @@ def compute_threads(options: ServerOptions, device: str) -> tuple[int, int | Non
         return 1, options.threads
     if device != "cpu":
         raise ConfigError(
-            f"mode: got 'throughput' on {device}, where one pass fills the device; "
+            f"mode: got 'throughput' on {device}, where one pass uses the whole device; "
             f"expected 'latency'"
         )
     return options.threads or available_cpus(), 1

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from layertap.app.json_lines import capture_output, json_line
-from layertap.services.current_request import current_request
+from layertap.services.caller import current_caller
 from layertap.settings import LogFormat, LogLevel
 
 __all__ = [
@@ -114,8 +114,8 @@ class LogNarrator:
 
 def _add_request_id(record: logging.LogRecord) -> bool:
     """Add the id of the request that this thread works for; keep every record."""
-    request = current_request()
-    record.request_id = request.id if request else ""
+    caller = current_caller()
+    record.request_id = caller.request_id if caller else ""
     return True
 
 

@@ -21,6 +21,7 @@ from layertap.app.shared_memory_metrics import SharedMemoryCollector
 from layertap.app.state import StateCollector
 from layertap.engine import Engine, Extraction
 from layertap.malloc import retained_bytes
+from layertap.services.caller import Caller
 from layertap.services.error_codes import ErrorCode
 from layertap.shm.shared_memory import SharedMemory
 
@@ -105,7 +106,7 @@ class Metrics:
         """Show the memory that is shared with clients on this machine."""
         self.registry.register(SharedMemoryCollector(memory))
 
-    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes], caller: Caller) -> None:
         """Count a successful extraction, its bytes and its timings."""
         counts = self._of_model.get(model) or self._add_model(model)
         counts.success.inc()
@@ -117,7 +118,7 @@ class Metrics:
         counts.queue.observe(timings.queue_ns * _NS)
         counts.compute.observe(timings.compute_ns * _NS)
 
-    def failed(self, model: str, code: ErrorCode) -> None:
+    def failed(self, model: str, code: ErrorCode, caller: Caller) -> None:
         """Count a failed extraction by its status."""
         self._failure.labels(model, code.name).inc()
 

@@ -12,7 +12,8 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 from layertap.descriptors import POOL
 from layertap.grpc_reflection import reflection_pb2 as pb
 from layertap.grpc_reflection import reflection_v1alpha_pb2
-from layertap.services.bounded_calls import BoundedCalls, aborting
+from layertap.services.bounded_calls import BoundedCalls
+from layertap.services.grpc_handlers import aborting
 
 __all__ = ["REFLECTIONS", "Reflection"]
 
@@ -57,7 +58,7 @@ class Reflection:
                 try:
                     request = pb.ServerReflectionRequest.FromString(message)
                 except ProtobufDecodeError:
-                    text = "request: got bytes that are no ServerReflectionRequest"
+                    text = "request: got bytes that are not a valid ServerReflectionRequest"
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
                 yield pb.ServerReflectionResponse(
                     valid_host=request.host, original_request=request, **self._answer(request)

@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 from layertap.app.config import ServerConfig
 from layertap.app.narrator import Narrator
 from layertap.app.served_models import ServedModels
-from layertap.engine import Call
+from layertap.call import Call
 from layertap.errors import CancelledError, LayertapError, ModelLoadError, UnavailableError
 from layertap.services.reload_report import ReloadAction, ReloadReport
 from layertap.settings import Definition, Limits, ServerOptions, definitions

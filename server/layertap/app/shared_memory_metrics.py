@@ -32,7 +32,9 @@ class SharedMemoryCollector(Collector):
         yield _by_state("bytes", "Bytes of regions", state.bytes)
         yield _by_state("regions", "Regions", state.regions)
         yield GaugeMetricFamily(
-            "layertap_shared_memory_limit_bytes", "The limit for these bytes.", value=state.limit
+            "layertap_shared_memory_limit_bytes",
+            "The limit for the bytes of all regions.",
+            value=state.limit,
         )
         yield GaugeMetricFamily(
             "layertap_shared_memory_sessions",
@@ -58,7 +60,7 @@ class SharedMemoryCollector(Collector):
 def _by_state(name: str, text: str, values: Mapping[str, int]) -> Metric:
     family = GaugeMetricFamily(
         f"layertap_shared_memory_{name}",
-        f"{text}: leased to clients, for their inputs, retired and not given back, free.",
+        f"{text} by state: leased to clients, for inputs, retired but not yet given back, or free.",
         labels=("state",),
     )
     for state, value in values.items():

@@ -38,7 +38,7 @@ class StateCollector(Collector):
         """Read the state and return it as metrics."""
         build = GaugeMetricFamily(
             "layertap_build_info",
-            "Always 1; the labels have the versions.",
+            "Always 1; the labels hold the versions.",
             labels=tuple(self._build),
         )
         build.add_metric(tuple(self._build.values()), 1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import grpc
 
 from layertap.app.health import HEALTH
 from layertap.errors import OverloadedError
+from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
+from layertap.services.grpc_handlers import refusing
 from layertap.services.observer import Observer
-from layertap.services.status import guarded
 from layertap.threads import CallersThread, WorkerThreads, run_in
 
 __all__ = ["ThreadLimit"]
@@ -34,17 +36,17 @@ class ThreadLimit(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no t
     def __init__(self, workers: WorkerThreads, observer: Observer) -> None:
         self._workers = workers
 
-        def refuse(message: object, context: grpc.ServicerContext) -> bytes:
+        def refuse(caller: Caller) -> NoReturn:
             error = OverloadedError(
-                f"{workers.count} calls wait for one of the {workers.count} threads that serve "
-                f"them, the most allowed; try again later"
+                f"all {workers.count} threads that serve calls are in use, and {workers.count} "
+                f"calls wait for one, the most allowed; try again later"
             )
-            observer.failed("", code_of(error))
+            observer.failed("", code_of(error), caller)
             raise error
 
-        refusing = run_in(CallersThread(), guarded(refuse))
-        # gRPC calls a stream's handler before it reads any message, but a unary handler after that.
-        self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
+        self._refusal = grpc.stream_stream_rpc_method_handler(
+            run_in(CallersThread(), refusing(refuse))
+        )
 
     def intercept_service(
         self,

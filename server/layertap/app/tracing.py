@@ -18,10 +18,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import StatusCode
 
 from layertap import __version__
-from layertap.app.tracing_interceptor import SERVER_ERRORS, TracingInterceptor, in_stream
+from layertap.app.tracing_interceptor import SERVER_ERRORS, TracingInterceptor
 from layertap.engine import Extraction
+from layertap.services.caller import Caller
 from layertap.services.error_codes import ErrorCode
-from layertap.services.status import STATUS
+from layertap.services.grpc_handlers import STATUS
 from layertap.timings import Timings
 
 __all__ = ["FLUSH_SECONDS", "Tracing", "otlp_provider"]
@@ -69,7 +70,7 @@ class Tracing:
         self._tracer = provider.get_tracer("layertap", __version__)
         self.interceptor = TracingInterceptor(self._tracer)
 
-    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes], caller: Caller) -> None:
         """Record what was extracted, and add a span for each part of the reply's timings.
 
         In a stream, each item has its own span inside the stream's span.
@@ -78,7 +79,7 @@ class Tracing:
         if not isinstance(span, ReadableSpan) or span.start_time is None:
             return  # Not sampled.
         begun_ns = span.start_time
-        if in_stream():
+        if caller.in_stream:
             begun_ns = time.time_ns() - extraction.timings.total_ns
             span = item = self._tracer.start_span("item", start_time=begun_ns)
         span.set_attributes(
@@ -88,10 +89,10 @@ class Tracing:
         if item is not None:
             item.end()
 
-    def failed(self, model: str, code: ErrorCode) -> None:
+    def failed(self, model: str, code: ErrorCode, caller: Caller) -> None:
         """Record which model's extraction failed, and for an item of a stream also the error."""
         named = {"layertap.model": model} if model else {}
-        if not in_stream():
+        if not caller.in_stream:
             trace.get_current_span().set_attributes(named)
             return
         item = self._tracer.start_span("item", attributes=named)

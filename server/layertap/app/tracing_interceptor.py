@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -13,12 +12,12 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from layertap.services.current_request import REQUEST_ID_KEY
+from layertap.services.caller import Caller
+from layertap.services.grpc_caller import caller_of
 
-__all__ = ["TracingInterceptor", "in_stream"]
+__all__ = ["TracingInterceptor"]
 
 _W3C = TraceContextTextMapPropagator()
-_CONTEXT_KEYS = ("traceparent", "tracestate")
 # Health checks and reflection come every few seconds and are of no interest.
 _TRACED = ("/layertap.", "/inference.")
 
@@ -31,13 +30,6 @@ SERVER_ERRORS = frozenset(
         *(Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS),
     }
 )
-
-_in_stream: ContextVar[bool] = ContextVar("layertap_traced_stream", default=False)
-
-
-def in_stream() -> bool:
-    """Return whether this thread works for a stream, whose span covers many extractions."""
-    return _in_stream.get()
 
 
 class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -83,7 +75,6 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
     def _stream(self, path: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
         def traced(messages: Any, context: grpc.ServicerContext) -> Iterator[Any]:
             with self._span(path, context):
-                _in_stream.set(True)
                 yield from behaviour(messages, context)
 
         # A behaviour may bring its own threads; gRPC looks at this attribute for them.
@@ -101,35 +92,35 @@ class TracingInterceptor(grpc.ServerInterceptor):  # type: ignore[misc]
         """
         # An unauthenticated caller may send any path; the path then reaches the refusal.
         service, _, method = path.strip("/").partition("/")
+        caller = caller_of(context)
         span = self._tracer.start_span(
             f"{service}/{method}",
-            context=_W3C.extract(_carrier(context)),
+            context=_W3C.extract(caller.trace_context),
             kind=SpanKind.SERVER,
-            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
+            attributes={
+                "rpc.system": caller.transport,
+                "rpc.service": service,
+                "rpc.method": method,
+            },
         )
         current.attach(trace.set_span_in_context(span))
         try:
             yield
-            _tell(span, context, _outcome(context))
+            _tell(span, caller, context, _outcome(context))
         except GeneratorExit:
-            _tell(span, context, Code.CANCELLED)
+            _tell(span, caller, context, Code.CANCELLED)
             raise
         except Exception as error:
             # gRPC's abort raises a bare Exception; its context is the handler's own error.
             span.record_exception(error.__context__ or error)
-            _tell(span, context, context.code() or Code.UNKNOWN)
+            _tell(span, caller, context, context.code() or Code.UNKNOWN)
             raise
         finally:
             span.end()
 
 
-def _carrier(context: grpc.ServicerContext) -> dict[str, str]:
-    metadata = context.invocation_metadata() or ()
-    return {key: value for key, value in metadata if key in _CONTEXT_KEYS}
-
-
 def _outcome(context: grpc.ServicerContext) -> grpc.StatusCode:
-    """Return how a call ended whose handler succeeded; its caller may have left."""
+    """Return the status of a call whose handler succeeded; its caller may have disconnected."""
     if context.is_active():
         return Code.OK
     remaining = context.time_remaining()
@@ -137,9 +128,10 @@ def _outcome(context: grpc.ServicerContext) -> grpc.StatusCode:
     return Code.DEADLINE_EXCEEDED if over else Code.CANCELLED
 
 
-def _tell(span: trace.Span, context: grpc.ServicerContext, code: grpc.StatusCode) -> None:
+def _tell(
+    span: trace.Span, caller: Caller, context: grpc.ServicerContext, code: grpc.StatusCode
+) -> None:
     span.set_attribute("rpc.grpc.status_code", code.value[0])
-    if request_id := dict(context.trailing_metadata() or ()).get(REQUEST_ID_KEY):
-        span.set_attribute("layertap.request_id", request_id)
+    span.set_attribute("layertap.request_id", caller.request_id)
     if code in SERVER_ERRORS:
         span.set_status(StatusCode.ERROR, (context.details() or b"").decode("utf-8", "replace"))

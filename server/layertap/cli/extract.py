@@ -252,7 +252,7 @@ def _naming(images: Sequence[str]) -> Iterator[None]:
 def _remote(
     server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
 ) -> Iterator[_Source]:
-    from layertap.cli.described import described
+    from layertap.wire.descriptions import description_from_proto
 
     with server.client() as client:
 
@@ -260,7 +260,7 @@ def _remote(
             features = client.extract(model, given, selections, extractor=extractor)
             return _Taken(features, features.extractor)
 
-        yield _Source(ask, lambda: described(client.describe_model(model)))
+        yield _Source(ask, lambda: description_from_proto(client.describe_model(model)))
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,8 +13,7 @@ from layertap.cli.options import local_model, local_model_options, refuse_with_s
 
 if TYPE_CHECKING:
     from layertap.cli.connection import ServerAddress
-    from layertap.description import ModelDescription
-    from layertap.v1 import feature_service_pb2
+    from layertap.description import LayerDescription, ModelDescription
 
 __all__ = ["layers"]
 
@@ -36,7 +37,7 @@ __all__ = ["layers"]
     "--json",
     "as_json",
     is_flag=True,
-    help="Print the DescribeModelResponse as JSON, graph nodes included.",
+    help="Print the DescribeModelResponse as JSON, including graph nodes.",
 )
 @local_model_options
 def layers(
@@ -65,26 +66,25 @@ def layers(
     divided by the output's. Each letter stands for an extractor that can serve the layer.
     """
     refuse_with_server(server, flags)
+    description = _described(server, model) if server else _measured(model, flags)
     if as_json:
-        response = _ask(server, model) if server else _response(model, flags)
-        click.echo(_json(response, glob))
+        from layertap.wire.description_json import description_to_json
+
+        chosen = _chosen(description.layers, glob)
+        click.echo(json.dumps(description_to_json(replace(description, layers=chosen)), indent=2))
         return
     from layertap.cli.render import show_layers
 
-    description = _described(server, model) if server else _measured(model, flags)
-    chosen = _chosen([each for each in description.layers if everything or not each.is_node], glob)
+    shown = tuple(each for each in description.layers if everything or not each.is_node)
+    chosen = _chosen(shown, glob)
     show_layers(description, chosen, tree=sys.stdout.isatty() if tree is None else tree)
 
 
-def _ask(server: ServerAddress, model: str) -> feature_service_pb2.DescribeModelResponse:
-    with server.client() as client:
-        return client.describe_model(model)
-
-
 def _described(server: ServerAddress, model: str) -> ModelDescription:
-    from layertap.cli.described import described
+    from layertap.wire.descriptions import description_from_proto
 
-    return described(_ask(server, model))
+    with server.client() as client:
+        return description_from_proto(client.describe_model(model))
 
 
 def _measured(model: str, flags: dict[str, Any]) -> ModelDescription:
@@ -96,32 +96,7 @@ def _measured(model: str, flags: dict[str, Any]) -> ModelDescription:
         return local.describe()
 
 
-def _response(model: str, flags: dict[str, Any]) -> feature_service_pb2.DescribeModelResponse:
-    """Measure a model, and return the same description that a server would send."""
-    from layertap.services.convert import description_to_proto
-
-    with local_model(model, flags) as local:
-        return description_to_proto(local.host)
-
-
-def _json(response: feature_service_pb2.DescribeModelResponse, glob: str | None) -> str:
-    from google.protobuf.json_format import MessageToJson
-
-    chosen = _chosen(list(response.layers), glob)
-    del response.layers[:]
-    response.layers.extend(chosen)
-    return MessageToJson(response, preserving_proto_field_name=True)
-
-
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-N = TypeVar("N", bound=_Named)
-
-
-def _chosen(layers: list[N], glob: str | None) -> list[N]:
+def _chosen(layers: tuple[LayerDescription, ...], glob: str | None) -> tuple[LayerDescription, ...]:
     """Return the layers whose names match."""
     from layertap.errors import LayerNotFoundError
     from layertap.selection import Glob
@@ -129,7 +104,7 @@ def _chosen(layers: list[N], glob: str | None) -> list[N]:
     if glob is None:
         return layers
     pattern = Glob(glob)
-    chosen = [layer for layer in layers if pattern.matches(layer.name)]
+    chosen = tuple(layer for layer in layers if pattern.matches(layer.name))
     if not chosen:
         raise LayerNotFoundError(
             f"glob {glob!r} matches no layer; `*` stays within a path's component, `**` crosses "

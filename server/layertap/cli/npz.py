@@ -46,9 +46,9 @@ class Columns:
             if len(parts) > 1 and not _fits(parts, self._known.get(name), items):
                 raise InvalidInputError(
                     f"output {name!r}: batches of shapes {list(parts[-2].shape)} and "
-                    f"{list(parts[-1].shape)} can't be joined, as no dimension holds the images "
-                    f"one after the other; raise --batch-size to the number of images, or take "
-                    f"them one by one"
+                    f"{list(parts[-1].shape)} can't be joined, as no dimension is the number of "
+                    f"images; raise --batch-size to the number of images, or extract them one by "
+                    f"one"
                 )
 
     def rows(self) -> Iterator[tuple[str, np.ndarray, str]]:

@@ -103,9 +103,7 @@ def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, 
         for reason, names in _unserved(layers).items():
             out.print(f"none: {', '.join(names)}: {reason}", soft_wrap=True)
     for plan in model.refused_plans:
-        at = ", ".join(
-            f"{name} [{', '.join(['B', *map(str, shape)])}]" for name, shape in plan.inputs
-        )
+        at = ", ".join(map(str, plan.inputs))
         out.print(f"refused: {', '.join(plan.layers)} at {at}: {plan.reason}", soft_wrap=True)
     legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
     out.print(
@@ -119,7 +117,7 @@ def _passes(passes: PassDescription | None) -> str:
     """Describe how a model's passes run; empty if there are no restrictions."""
     if passes is None:
         return ""
-    states = {"reset": "the loaded state is put back after each", "kept": "the model is stateful"}
+    states = {"reset": "the loaded state is restored after each", "kept": "the model is stateful"}
     words = [
         "" if passes.early_stop else "to their end",
         "" if passes.concurrent else "one at a time",

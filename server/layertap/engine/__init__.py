@@ -1,9 +1,9 @@
 """The engine: models, plans and compute threads, independent of any transport."""
 
+from layertap.call import Call
 from layertap.engine.admission import Reservation
 from layertap.engine.batch import ImageFiles, Inputs, TextBatch
-from layertap.engine.call import Call
-from layertap.engine.describe import describe
+from layertap.engine.describe import describe, summarize
 from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
 from layertap.engine.host import ModelHost
@@ -28,4 +28,5 @@ __all__ = [
     "allow_tf32",
     "choose_device",
     "describe",
+    "summarize",
 ]

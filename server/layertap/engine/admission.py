@@ -90,8 +90,8 @@ class Admission:
             self._collect()
             if self._bytes + nbytes > self._max_bytes:
                 raise OverloadedError(
-                    f"memory: {what} {nbytes} bytes beside {self._bytes} of requests and replies "
-                    f"that are in memory; the limit is {self._max_bytes}"
+                    f"memory: {what} {nbytes} bytes, and {self._bytes} bytes of requests and "
+                    f"replies are already in memory; the limit is {self._max_bytes}"
                 )
             self._bytes += nbytes
 

@@ -140,8 +140,12 @@ def check_images(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str,
              if view.shape}  # fmt: skip
     for each in given.images:
         name = _image_input(model, each.name)
-        if name in found or any(view.name == name for view in given.tensors):
+        if name in found:
             raise InvalidInputError(f"images: got input {name!r} twice, expected each name once")
+        if any((view.name or model.signature.main.name) == name for view in given.tensors):
+            raise InvalidInputError(
+                f"input {name!r}: got a tensor and images, expected one of them"
+            )
         if not each.images:
             raise InvalidInputError("images: got none, expected at least one")
         _check_size(len(each.images), limits)
@@ -214,9 +218,9 @@ def decode_images(
         room -= kept[-1].width * kept[-1].height
         if room < 0:
             raise InvalidInputError(
-                f"with this one, the request has more than {limits.pixels * KEPT_IMAGES} pixels in "
-                f"the sizes in which model {model.name!r} takes images, the most allowed in all; "
-                f"send fewer images at once",
+                f"with this one, the request's images have more than "
+                f"{limits.pixels * KEPT_IMAGES} pixels in total, the most allowed, counted at the "
+                f"size in which model {model.name!r} takes them; send fewer images at once",
                 image=index,
             )
     return kept

@@ -25,8 +25,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from layertap.batching import ALONE, BatchPolicy, BatchQueue, ClosedError
+from layertap.call import Call
 from layertap.engine.admission import Reservation
-from layertap.engine.call import Call
 from layertap.engine.intra_op import intra_op_cores, set_intra_op, start_team
 from layertap.errors import (
     CancelledError,
@@ -160,7 +160,7 @@ class ComputeThreads:
             with call.cancelling(partial(self._forget, job)):
                 return job.future.result(timeout=call.remaining())
         except FutureCancelledError:
-            raise CancelledError("the caller went away") from None
+            raise CancelledError("the client cancelled the call or disconnected") from None
         except TimeoutError:
             if job.future.done() and not job.future.cancelled():
                 raise

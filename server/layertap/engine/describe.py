@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from layertap.description import (
     Dimension,
+    ImageDescription,
     InputDescription,
+    ItemDescription,
     LayerDescription,
     ModelDescription,
     PassDescription,
-    RefusedPlan,
+    RefusedPlanDescription,
     ValueDescription,
 )
-from layertap.engine.host import ModelHost
+from layertap.engine.host import ModelHost, RefusedPlan
 from layertap.extraction.catalogue import LayerEntry, side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.points import PointKind, ValueSpec
-from layertap.models import InputSpec, Preprocess
+from layertap.models import InputSpec, Preprocess, Steps
 from layertap.models.text import TextTokenizer
 from layertap.selection import Capture, Extractor
 
-__all__ = ["RefusedAlone", "describe", "refusal", "refused_alone", "stride"]
+__all__ = ["describe", "summarize"]
 
-RefusedAlone = Mapping[tuple[Extractor, str], str]
+_RefusedAlone = Mapping[tuple[Extractor, str], str]
 """Why an extractor could not serve one side of a layer by itself, by extractor and side name."""
 
 
 def describe(host: ModelHost) -> ModelDescription:
-    """Describe a loaded model and its layers, including plans that were refused so far."""
+    """Describe a loaded model and its layers, including plans that were refused so far.
+
+    If a plan was refused for one layer by itself, the reason is listed at that layer, too.
+    """
+    refused = _refused_alone(host)
+    return replace(
+        summarize(host),
+        layers=tuple(_layer(entry, host, refused) for entry in host.catalogue),
+        refused_plans=tuple(map(_refused_plan, host.refused_plans())),
+    )
+
+
+def summarize(host: ModelHost) -> ModelDescription:
+    """Describe a loaded model without its layers."""
     model, rules = host.model, host.catalogue.guard.rules
-    refused = refused_alone(host)
     return ModelDescription(
         name=model.name,
         source=model.source,
@@ -46,23 +61,28 @@ def describe(host: ModelHost) -> ModelDescription:
             )
             for spec in model.signature.inputs
         ),
-        layers=tuple(_layer(entry, host, refused) for entry in host.catalogue),
+        layers=(),
         passes=PassDescription(
             rules.early_stop, rules.concurrent, rules.shared, rules.state.name.lower()
         ),
         notes=(*host.catalogue.notes, *rules.notes),
-        refused_plans=tuple(
-            RefusedPlan(
-                plan.layers,
-                tuple((item.name, item.shape) for item in plan.batch_key.items),
-                plan.reason,
-            )
-            for plan in host.refused_plans()
-        ),
+        declared_layers=tuple(each.name_for(each.layer) for each in host.declared),
     )
 
 
-def refused_alone(host: ModelHost) -> RefusedAlone:
+def _refused_plan(plan: RefusedPlan) -> RefusedPlanDescription:
+    return RefusedPlanDescription(
+        extractor=plan.extractor,
+        layers=plan.layers,
+        inputs=tuple(
+            ItemDescription(item.name, _name(item.dtype), item.shape)
+            for item in plan.batch_key.items
+        ),
+        reason=plan.reason,
+    )
+
+
+def _refused_alone(host: ModelHost) -> _RefusedAlone:
     """Return the refusals so far that concern one layer by itself, for default items."""
     return {
         (plan.extractor, plan.layers[0]): plan.reason
@@ -71,13 +91,13 @@ def refused_alone(host: ModelHost) -> RefusedAlone:
     }
 
 
-def refusal(entry: LayerEntry, extractor: Extractor, side: Capture, refused: RefusedAlone) -> str:
+def _refusal(entry: LayerEntry, extractor: Extractor, side: Capture, refused: _RefusedAlone) -> str:
     """Return why an extractor can't capture one side of a layer; empty if it can."""
     found = refused.get((extractor, side_name(entry.name, side)), "")
     return found or entry.refusal(extractor, side)
 
 
-def stride(entry: LayerEntry, host: ModelHost) -> float:
+def _stride(entry: LayerEntry, host: ModelHost) -> float:
     """Return the height of the first input divided by that of a layer's grid; 0 without a grid."""
     if entry.geometry.layout is Layout.UNKNOWN:
         return 0.0
@@ -92,7 +112,7 @@ def _input(
         name=spec.name,
         dtype=spec.dtype_name,
         shape=(Dimension(1, batch=True), *dimensions),
-        images=preprocess is not None,
+        images=_images(preprocess) if preprocess else None,
         preprocessing=preprocess.describe() if preprocess else "",
         optional=spec.optional,
         texts=tokenizer is not None,
@@ -100,7 +120,29 @@ def _input(
     )
 
 
-def _layer(entry: LayerEntry, host: ModelHost, refused: RefusedAlone) -> LayerDescription:
+def _images(preprocess: Preprocess) -> ImageDescription:
+    described = ImageDescription(
+        color=preprocess.color.value,
+        exif_orientation=preprocess.exif_orientation,
+        origin=preprocess.origin,
+        assumed=tuple(preprocess.assumed),
+    )
+    steps = preprocess.steps
+    if not isinstance(steps, Steps):
+        return replace(described, custom=steps.name)
+    if steps.resize:
+        described = replace(
+            described,
+            resize=tuple(steps.resize),
+            resize_mode=steps.resize_mode.value,
+            interpolation=steps.interpolation,
+        )
+    return replace(described, crop=tuple(steps.crop), mean=tuple(steps.mean), std=tuple(steps.std))
+
+
+def _layer(entry: LayerEntry, host: ModelHost, refused: _RefusedAlone) -> LayerDescription:
+    shape = entry.geometry
+    known = shape.layout is not Layout.UNKNOWN
     return LayerDescription(
         name=entry.name,
         type=entry.type,
@@ -108,11 +150,14 @@ def _layer(entry: LayerEntry, host: ModelHost, refused: RefusedAlone) -> LayerDe
         calls=entry.calls,
         values={side: _value(spec) for side, spec in entry.specs.items()},
         refusals={
-            extractor: {side: refusal(entry, extractor, side, refused) for side in Capture}
+            extractor: {side: _refusal(entry, extractor, side, refused) for side in Capture}
             for extractor in entry.support
         },
-        stride=stride(entry, host),
-        channels=entry.geometry.channels,
+        stride=_stride(entry, host),
+        channels=shape.channels,
+        layout=shape.layout.value if known else "",
+        grid=(shape.height, shape.width) if known else (),
+        front_tokens=shape.front,
         same_as=entry.same_as,
         is_result=entry.is_result,
     )

@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
+from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
-from layertap.engine.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.host import ModelHost
 from layertap.engine.loader_thread import run_in_loader_thread

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
@@ -222,7 +222,7 @@ class ModelHost:
         """
         refusal = ExtractorUnsupportedError(
             f"{plan.extractor.name} can't serve {quoted(plan.points)} of model "
-            f"{self.model.name!r}: its program failed where the model itself did not ({reason}); "
+            f"{self.model.name!r}: its program failed but the model itself did not ({reason}); "
             f"{REFERENCE.name} can"
         )
         with self._lock:
@@ -399,7 +399,7 @@ class ModelHost:
                 del self._plans[oldest]
 
     def _refuse(self, key: PlanKey, refusal: Refusal) -> None:
-        """Record a copy of a refusal, as its traceback refers to the tested batches."""
+        """Record a copy of a refusal, because the original's traceback keeps the batches alive."""
         self._remember(self._refusals, key, type(refusal)(str(refusal)), MAX_REFUSALS)
 
     def _remember(self, cache: OrderedDict[PlanKey, V], key: PlanKey, value: V, most: int) -> None:
@@ -418,7 +418,9 @@ def _fresh(model: LoadedModel, again: Callable[[], LoadedModel]) -> LoadedModel 
         reason = f"it can't be loaded a second time ({error})"
     if reason:
         _log.warning(
-            "model %s: %s, so its first answer is not that of a first call", model.name, reason
+            "model %s: %s, so it may not be in its initial state for the first request",
+            model.name,
+            reason,
         )
         return None
     return replace(model, module=module)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.engine.intra_op import intra_op_cores, set_intra_op
 from layertap.errors import CancelledError
 from layertap.threads import require_threads, start_thread
@@ -55,4 +55,4 @@ def run_in_loader_thread(job: Callable[[], T], call: Call) -> T:
         with call.cancelling(done.cancel):
             return done.result()
     except FutureCancelledError:
-        raise CancelledError("the load was given up") from None
+        raise CancelledError("the load was cancelled") from None

@@ -12,6 +12,7 @@ from typing import Any, Generic
 
 import torch
 
+from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.batch import (
     ImageFiles,
@@ -22,7 +23,6 @@ from layertap.engine.batch import (
     decode_images,
     preprocess_images,
 )
-from layertap.engine.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ReplyWriter
 from layertap.engine.reply_form import P, ReplyForm

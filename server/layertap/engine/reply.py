@@ -110,8 +110,8 @@ class ReplyCollector(Generic[P]):
                 continue
             if output.reduction is not Reduction.NONE and value.shape != self.expected[point]:
                 raise InvalidInputError(
-                    f"reduction: the size of layer {output.layer!r} depends on the content, "
-                    f"{output.reduction.name} needs one to rely on"
+                    f"reduction: the size of layer {output.layer!r} depends on the content, but "
+                    f"{output.reduction.name} needs a fixed size"
                 )
             made = self.reductions[slot].apply(value)
             self._values[slot] = made.clone() if self.staging is None else self.staging.take(made)

@@ -8,7 +8,7 @@ import weakref
 
 from torch import nn
 
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.engine.host import ModelHost
 from layertap.engine.versions import Version, Versions
 from layertap.errors import UnavailableError

@@ -11,7 +11,7 @@ from typing import Any, Generic
 
 import torch
 
-from layertap.engine.call import AbandonedError, Call, abandoning
+from layertap.call import AbandonedError, Call, abandoning
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ShapeChangedError
 from layertap.engine.reply_form import P

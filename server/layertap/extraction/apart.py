@@ -3,7 +3,7 @@
 Note [Unchecked operations]
     Most of torch's operations check their arguments and raise. Recurrent operations don't: the
     sizes of a hidden state are checked in the Python code of ``nn.LSTM``, which a compiled program
-    no longer contains. A trace keeps a state that was made for a batch of one as a constant. When
+    no longer contains. In a trace, a state that was made for a batch of one is a constant. When
     the program runs on a batch of two, the native code writes past the end of that state and
     sooner or later aborts the process, without an exception. So a program that has such
     operations, or operations of libraries other than torch and torchvision, is optimised and run
@@ -154,7 +154,7 @@ def _packed(
 
 
 def _memory() -> IO[bytes]:
-    """Return a file in memory, which a full disk doesn't affect; else a temporary file."""
+    """Return a file in memory if possible, as a disk may be full; else a temporary file."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("layertap-program"), "w+b")
     return tempfile.TemporaryFile()
@@ -162,7 +162,7 @@ def _memory() -> IO[bytes]:
 
 def _how_it_ended(code: int, said: IO[bytes]) -> str:
     if code < 0:
-        return f"its process was ended by {signal.Signals(-code).name}"
+        return f"its process was killed by {signal.Signals(-code).name}"
     said.seek(0)
     lines = said.read().decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"its process ended with code {code}"

@@ -32,11 +32,11 @@ MOST_BYTES = 256 << 20
 """Bytes of one item's attention weights above which they are not offered to clients."""
 
 FUSED = (
-    "it attends in one fused operation (scaled_dot_product_attention), which has no weights to "
-    "return; where the model can attend step by step, as with timm's fused_attn=False or "
-    "transformers' attn_implementation='eager', build it so and ask for the layer that has them"
+    "it uses fused attention (scaled_dot_product_attention), which returns no weights; if the "
+    "model can compute attention step by step (timm: fused_attn=False, transformers: "
+    "attn_implementation='eager'), build it that way and request the layer that returns the weights"
 )
-TOO_LARGE = f"its attention weights are over {MOST_BYTES >> 20} MiB an item at this size of input"
+TOO_LARGE = f"its attention weights are over {MOST_BYTES >> 20} MiB per item at this input size"
 
 WEIGHTS = "attention_weights"
 """The last part of the name under which a layer offers its attention weights."""
@@ -66,7 +66,7 @@ class Attended:
 
     @property
     def withheld(self) -> bool:
-        """Whether the weights are left out because an item's would exceed MOST_BYTES."""
+        """Whether the weights are left out because those of one item would exceed MOST_BYTES."""
         query, key = self._given["query"], self._given["key"]
         elements = self._module.num_heads * self._length(query) * self._length(key)
         return bool(elements * query.element_size() > MOST_BYTES)

@@ -45,7 +45,7 @@ __all__ = ["kept_claims"]
 
 _log = logging.getLogger(__name__)
 
-_DEAD = "dead-code elimination removes statements that it depends on"
+_DEAD = "it depends on statements that dead-code elimination removes"
 
 
 @dataclass(frozen=True)

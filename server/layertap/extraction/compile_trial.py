@@ -11,8 +11,8 @@ Note [One program for all]
     That costs one compilation, and one pass for each item of the batches. To save memory, the
     program returns a sample of each value instead of the value (see Note [Digests]), and each
     program is dropped after it was compared. If a layer's input is the very tensor that another
-    module returned, that input is served if that output is. Finishing a program can fail, too, so
-    finished programs are run. But finishing copies the weights, and so does running in another
+    module returned, the input is served whenever that output is. Finishing a program can fail, too,
+    so finished programs are run. But finishing copies the weights, and so does running in another
     process, so neither is tried if the weights are large.
 """
 
@@ -172,7 +172,7 @@ class CompileTrial:
         return faults
 
     def _twins(self, points: Sequence[CapturePoint]) -> dict[CapturePoint, CapturePoint]:
-        """Map each input that is the output of another of the points in every case to it."""
+        """Map each input to the point whose output it is in every case, if there is one."""
         first, *others = self._cases
         return {
             point: twin

@@ -55,9 +55,12 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 def unsendable(tensor: torch.Tensor) -> str:
     """Return why a tensor can't be sent; empty if what ``plain`` returns for it can be sent."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "its value is a tensor of torch.vmap or torch.func.grad, which means nothing outside"
+        return (
+            "its value is a tensor of torch.vmap or torch.func.grad, which has no meaning outside "
+            "the function"
+        )
     if tensor.device.type == "meta":
-        return "its value is a tensor on the meta device, which has a shape and no elements"
+        return "its value is a tensor on the meta device, which has a shape but no elements"
     if tensor.is_nested:
         return "its value is a nested tensor, whose items differ in size"
     if tensor.layout is not torch.strided:

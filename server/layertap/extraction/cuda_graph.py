@@ -36,7 +36,7 @@ _recording = threading.Lock()
 """PyTorch records one graph at a time per process, but each device has its own compute thread."""
 
 _WARM_UP_RUNS = 3
-"""Runs before a recording, in which libraries allocate what they keep. PyTorch uses the same."""
+"""Number of runs before a recording, in which libraries allocate memory. PyTorch uses the same."""
 
 
 class GraphedExtractor:

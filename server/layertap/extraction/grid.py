@@ -2,9 +2,9 @@
 
 Note [Two experiments]
     *Another size.* The model runs once more with another height and width, in another ratio. A
-    dimension that grew as the height did is the height. One that grew as the product of height and
-    width, apart from some tokens in front, holds the grid row by row. One that stayed the same is
-    channels, or heads.
+    dimension that grew by the same factor as the height is the height. One that grew by the factor
+    of height times width, apart from some tokens in front, holds the grid row by row. One that
+    stayed the same is channels, or heads.
 
     *Another place.* Many transformers take one size only, and adaptive pooling gives one size for
     every input. For these, a small block of the input is changed, in each of three places, and we
@@ -217,7 +217,7 @@ def survey_grids(
 
 
 def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yield item shapes to try, to see which dimensions follow which.
+    """Yield item shapes to try, to see which dimensions of a value follow the height or width.
 
     An image's height and width change in different ratios, so that they can be told apart. This is
     tried even if a model is said to take one size only, as it may run far enough.

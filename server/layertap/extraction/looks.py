@@ -79,7 +79,7 @@ _ASKS_SIZE = {
 
 
 SLACK = 32
-"""Marks of freed memory that are tolerated, since dropping them means checking every mark."""
+"""Marks of freed memory that may accumulate; dropping them is slow, as it checks every mark."""
 
 
 class _Eyes(threading.local):

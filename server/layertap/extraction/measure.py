@@ -167,7 +167,7 @@ def _order(surveys: Sequence[HookSurvey]) -> list[tuple[str, int]]:
 def _sometimes(
     model: LoadedModel, one: HookSurvey, others: Sequence[HookSurvey]
 ) -> dict[CapturePoint, ValueSpec]:
-    """Return the specs of values that only other input showed; their shapes can't be promised.
+    """Return the specs of values that exist only for other input; their shapes may vary.
 
     A model that takes a list of images passes on lists with one member per image. The additional
     members of a larger batch are left out, as other batches don't have them.
@@ -237,8 +237,8 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
     random = _first(entries, findings.random)
     if random:
         yield (
-            f"its forward draws random numbers, so two requests with the same input differ, from "
-            f"layer {random!r} on"
+            f"its forward draws random numbers, so from layer {random!r} on, two requests with the "
+            f"same input give different values"
         )
 
 
@@ -298,7 +298,7 @@ def _survey_graph(
         return MeasuredGraph(reason="a TorchScript program can't be traced symbolically")
     if own := _own_modes(model.module):
         return MeasuredGraph(
-            reason=f"symbolic tracing calls train() and eval(), of which {own} has its own, which "
+            reason=f"symbolic tracing calls train() and eval(), but {own} overrides them, which "
             "may change the model"
         )
     if model.signature.whole_key != model.signature.key:
@@ -385,9 +385,9 @@ def _own_modes(module: nn.Module) -> str:
 def _beside_forward(module: nn.Module) -> str:
     """Return why a call of the model is more than its forward, which alone can be traced."""
     if type(module).__call__ is not nn.Module.__call__:
-        return "the model has its own __call__, and symbolic tracing sees its forward only"
+        return "the model has its own __call__, but symbolic tracing sees only its forward"
     if module._forward_pre_hooks or module._forward_hooks:
-        return "the model has hooks of its own, and symbolic tracing sees its forward only"
+        return "the model has hooks of its own, but symbolic tracing sees only its forward"
     return ""
 
 
@@ -465,7 +465,7 @@ def _verdict(kind: AnyKind, entry: LayerEntry, side: Capture, findings: Measurem
 
 
 def _no_tensor(path: str, call: int, side: Capture, findings: Measurement) -> str:
-    """Return why a value can't be captured that is not a tensor."""
+    """Return why a value that is not a tensor can't be captured."""
     if side is not Capture.OUTPUT:
         return f"the layer's {side} is not a single tensor"
     what = "layer" if path else "model"

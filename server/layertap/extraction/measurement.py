@@ -26,7 +26,7 @@ class MeasuredGraph:
         specs: The dtype and shape of each node that calls no module, by node name.
         lost: The nodes whose value changes when dead-code elimination is applied to the graph.
         astray: The path of a module whose value in the graph differs from what it returned; empty
-            if there is none. With such a module, the graph computes something else than the model.
+            if there is none. Then the graph and the model compute different values.
         trace: The graph, ready to run; None if there is no graph.
     """
 

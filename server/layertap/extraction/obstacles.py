@@ -6,7 +6,7 @@ __all__ = ["DRAWS_NUMBERS", "LOOKS", "SOMETIMES", "calls_function", "takes_step"
 
 LOOKS = (
     "before it the model's code branches on tensor values (bool, int or item): a trace would take "
-    "the example's branch for every input"
+    "the branch of the example input for every input"
 )
 
 DRAWS_NUMBERS = (
@@ -15,7 +15,7 @@ DRAWS_NUMBERS = (
 )
 
 
-SOMETIMES = "the layer has that value only for some inputs"
+SOMETIMES = "the layer returns this value only for some inputs"
 
 
 def calls_function(name: str) -> str:
@@ -30,5 +30,5 @@ def takes_step(operation: str) -> str:
     """Return why a layer after a discontinuous operation can't be compiled; see ``steps``."""
     return (
         f"its value depends on {operation} of computed numbers, which is discontinuous: a "
-        f"compiled program rounds differently, and near a tie that gives another result"
+        f"compiled program rounds differently, which can give a very different result"
     )

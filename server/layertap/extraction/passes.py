@@ -6,8 +6,9 @@ Note [Each pass begins with the loaded state]
     or just the pass before could change an answer. So the model is watched while it is measured.
 
     - A model that writes no state runs freely.
-    - A model that does runs one pass at a time, and after each pass everything is restored to what
-      it was when the model was loaded. So every answer is that of a fresh module's first call.
+    - If a model writes state, its passes run one at a time, and after each pass everything is
+      restored to what it was when the model was loaded. So every answer is that of a fresh module's
+      first call.
     - If something can't be restored, nothing is. Passes run one at a time, to their end and by HOOK
       only, as calls of a plain module would, and the catalogue says that the model is stateful.
       Measuring has already changed that module, so the model is built again to serve requests.
@@ -231,8 +232,8 @@ class _Seen:
         changes: Everything that any of the passes wrote, by path.
         lasting: Whether some of it was still there after a whole pass.
         carried: Whether a pass gives other values if it begins with what another pass left behind.
-        by_batch: What one pass creates, later passes keep, and another batch size would create
-            differently.
+        by_batch: State that one pass creates and later passes keep, although a pass at another
+            batch size would have created other state.
         threads: Whether modules ran on threads other than the pass's own.
         stopped: What a pass changes only if it ends early.
         seeds: Whether passes seed the global random number generators and then draw from them.
@@ -348,8 +349,8 @@ def _rules(model: LoadedModel, guard: PassGuard, seen: _Seen) -> PassRules:
         )
     if seen.unexplained:
         notes.append(
-            "two passes from the loaded state differ, though neither state nor random numbers that "
-            "can be seen explain it; answers may depend on the requests before"
+            "two passes from the loaded state differ, and no state or random numbers that "
+            "layertap can see explain this; answers may depend on earlier requests"
         )
         rules = _stateful(rules)
     if guard.snapshot.outside:
@@ -369,17 +370,17 @@ def _for_changes(changes: Sequence[Change], *, persistent: bool) -> PassRules:
     if lost:
         reasons = ", ".join(dict.fromkeys(change.reason for change in lost))
         note = (
-            f"stateful: its passes write {_named([c.path for c in lost])}, which can't be put back "
+            f"stateful: its passes write {_named([c.path for c in lost])}, which can't be restored "
             f"({reasons}); passes run one at a time and to their end, and an answer may depend on "
-            f"the requests before it"
+            f"earlier requests"
         )
         return _stateful(PassRules(everywhere=everywhere, exclusive=exclusive, notes=(note,)))
     note = (
-        f"its passes {when} {names}: they run one at a time, and after each the loaded state is "
-        f"put back"
+        f"its passes {when} {names}: they run one at a time, and the loaded state is restored "
+        f"after each"
     ) if not persistent else (
-        f"its passes leave {names} changed: they run one at a time, and after each the loaded "
-        f"state is put back, so every answer is that of a first call"
+        f"its passes leave {names} changed: they run one at a time, and the loaded state is "
+        f"restored after each, so every answer is that of a first call"
     )  # fmt: skip
     if exclusive:
         note += "; no pass of any model runs at the same time"
@@ -440,7 +441,7 @@ def _left_by_stops(
 ) -> tuple[str, ...]:
     """End passes early at a few places, and return what only such passes leave changed.
 
-    If the model's own code catches our exception, it may handle it as its own permanent failure.
+    Model code that catches our exception may treat it as a permanent failure of its own.
     """
     left: dict[str, None] = {}
     for quarter in (1, 2, 3):

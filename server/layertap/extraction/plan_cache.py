@@ -120,8 +120,8 @@ class PlanCache:
         state = self._folder.stat()
         if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise ConfigError(
-                f"plan cache {self._folder}: other users can write there, and programs in it are "
-                f"run; expected a folder of this user with mode 0700"
+                f"plan cache {self._folder}: other users can write there, but the server runs "
+                f"programs from it; expected a folder of this user with mode 0700"
             )
 
     def _files(self, suffix: str) -> list[Path]:

@@ -77,7 +77,7 @@ def shares_passes(
     specs: Sequence[ValueSpec],
     x: Batch,
 ) -> bool:
-    """Return whether requests may share a forward pass, because items don't affect each other.
+    """Return whether items don't affect each other, so that requests may share a forward pass.
 
     A batch is run as a whole and in two parts. If the parts give the same values as the whole,
     within ``compiled_tolerance`` (kernels for other batch sizes may add in another order), no item

@@ -76,8 +76,8 @@ class Prover:
         except ModelRunError as error:
             # The model runs, but for some inputs a layer does not run or returns no tensor.
             raise ExtractorUnsupportedError(
-                f"what {quoted(pass_spec.points)} give can't be proven: {error}; "
-                f"{REFERENCE.name} serves them where they run"
+                f"the values of {quoted(pass_spec.points)} can't be proven: {error}; "
+                f"{REFERENCE.name} serves them for inputs for which they run"
             ) from error
         except Exception as error:
             words = own_words(error)

@@ -63,7 +63,7 @@ def reduced(
             made = masked(reduction, front, tokens, layer)
     if front is None or made is None:
         shape = [f"{dim.size}B" if dim.batch else dim.size for dim in spec.dims]
-        known = "" if spec.geometry != Geometry() else ", of which the layout is not known,"
+        known = "" if spec.geometry != Geometry() else " (of unknown layout)"
         raise InvalidInputError(
             f"reduction: {reduction.name} takes {takes}, but layer {layer!r} is "
             f"{spec.dtype} {shape}{known} for items of {key}"

@@ -11,7 +11,7 @@ Note [Hooks in a program]
 A frozen program has no submodules left, and so no layers.
 
 Note [Programs inside a model]
-    An eager model may have programs among its submodules. Python calls such a program, so ordinary
+    An eager model may have TorchScript programs as submodules. Python calls a program, so ordinary
     hooks see the call. They tell the watcher the program's path in the model, so that the operators
     inside can be located. If a program is entered in another way, such as by a method other than
     ``forward``, its path is unknown and nothing is reported.

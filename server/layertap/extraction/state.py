@@ -3,9 +3,10 @@
 Note [What a snapshot sees]
     Everything that a forward pass can reach from the module: attributes, lists, dictionaries, sets,
     plain objects inside them (with or without ``__slots__``), tensors and arrays that are written
-    in place, the closures and default arguments of functions, random generators, locks, and what
-    the model's classes and their files hold. Each object is visited once, so cycles are no problem.
-    Objects of torch, and the standard library's threads and loggers, are ignored.
+    in place, the closures and default arguments of functions, random generators, locks, and the
+    content of the model's classes and of the files that define them. Each object is visited once,
+    so cycles are no problem. Objects of torch, and the standard library's threads and loggers, are
+    ignored.
 
 Note [Equal, not identical]
     A pass that stores an equal value again (``self.size = (7, 7)``, or a weight computed again from
@@ -268,7 +269,7 @@ class Watch:
                 self._lock.release()
 
     def look_now_and_then(self) -> None:
-        """Compare, in a small model always, else for at most a third of the time."""
+        """Compare: always in a small model, in others for at most a third of the time."""
         if torch.compiler.is_compiling():
             return  # torch.compile would trace the comparison as part of the model.
         self.threads.add(threading.get_ident())
@@ -936,7 +937,7 @@ class _Walk:
             self._each(path, node.held, everywhere)
 
     def _classes(self, kind: type) -> None:
-        """Follow what the author's own classes hold: values, and their methods' functions."""
+        """Follow the content of the author's own classes: values, and the functions of methods."""
         for part in kind.__mro__:
             if _is_foreign(part.__module__) or id(part) in self._seen:
                 continue

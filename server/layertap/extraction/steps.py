@@ -10,9 +10,9 @@ Note [Discontinuous steps]
     own arithmetic.
 
     Numbers of the input itself are exact, so comparing them, or picking by token ids, is not a
-    step. Neither is picking the largest value (``max``, ``topk``'s values), which moves as little
-    as its argument does. The dtype shows which results are discrete and can jump: integers and
-    booleans that are computed from inexact floating-point numbers. A few operations that return
+    step. Neither is picking the largest value (``max``, ``topk``'s values), which changes no
+    more than its argument does. The dtype shows which results are discrete and can jump: integers
+    and booleans that are computed from inexact floating-point numbers. A few operations that return
     floats can jump too.
 """
 

@@ -45,7 +45,7 @@ __all__ = [
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 _NEAR = 1e-2
-"""Limit of the difference between kernels for other batch sizes, far below that between items."""
+"""Kernels for other batch sizes may differ by this much; different items differ by far more."""
 
 
 @dataclass
@@ -327,7 +327,7 @@ class FxSurvey:
         shapes: The dtype and shape of every node whose value is a tensor.
         lost: The nodes whose value changes when dead-code elimination is applied to the graph.
         astray: The path of a module whose value in the graph differs from what it returned; empty
-            if there is none. With such a module, the graph computes something else than the model.
+            if there is none. Then the graph and the model compute different values.
     """
 
     equal: dict[CapturePoint, bool] = field(default_factory=dict)

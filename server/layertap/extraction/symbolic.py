@@ -6,7 +6,7 @@ Note [FX done right]
     - A module and its last child are one node. If both are requested, torchvision silently drops
       one. Here every point is resolved to a node first, and each node is captured once.
     - Tracing calls ``train()`` on the model and patches ``Module.__call__`` in the whole process.
-      So it runs only while no forward pass does. If it fails half way, the model is left in
+      So it runs only while no forward pass runs. If it fails half way, the model is left in
       training mode, and attributes that its code wrote meanwhile hold symbols instead of values.
       Both are restored here.
     - Dead-code elimination keeps every ``torch._assert`` and whatever the asserted value depends
@@ -49,7 +49,7 @@ class GraphNames:
             the node calls; the path is empty if it calls none.
 
     Attributes:
-        train: One name in training mode, which torchvision requires.
+        train: The name of one node in training mode; torchvision's tracer requires one.
         eval: Names in evaluation mode, in execution order.
         operations: The names of nodes that call no module.
     """
@@ -93,9 +93,9 @@ class Trace:
         names: The graph's node names.
         whole: An extractor for every node in ``names.eval``, in that order.
         useful: The last node, and the nodes that its value is computed from.
-        pruned: An extractor for the useful nodes only; None if all nodes are useful. It lacks what
-            dead-code elimination takes for dead, such as an in-place statement without assignment;
-            so does every extractor for a few layers.
+        pruned: An extractor for the useful nodes only; None if all nodes are useful. It lacks
+            statements that dead-code elimination removes by mistake, such as an in-place statement
+            without assignment. So does every extractor for a few layers.
     """
 
     names: GraphNames

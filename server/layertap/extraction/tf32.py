@@ -5,9 +5,6 @@ Note [TF32]
     products to TF32, which has the mantissa of float16 and the range of float32. PyTorch allows it
     for convolutions by default. Then a layer declared float32 carries errors of float16's size: on
     an H100, folding batch norms into convolutions moved resnet50's values by up to 1e-3 of the
-    products to TF32, which has the mantissa of float16 and the range of float32. PyTorch allows it
-    for convolutions by default. Then a layer declared float32 carries errors of float16's size: on
-    an H100, folding batch norms into convolutions moved resnet50's values by up to 1e-3 of the
     largest magnitude, ten times what a compiled plan may differ in float32.
 
     So the server turns TF32 off unless it is requested. If it is on, compiled plans are compared

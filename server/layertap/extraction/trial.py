@@ -93,7 +93,7 @@ class _Run:
     Attributes:
         error: The model's exception; None if it ran to its end.
         ids: Whether the whole input was looked up in a table of embeddings.
-        differentiates: Whether gradients were turned on.
+        differentiates: Whether the model turned gradients on.
     """
 
     error: Exception | None = None

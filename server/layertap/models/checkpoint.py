@@ -108,8 +108,8 @@ def choose_part(checkpoint: Checkpoint, fits: Fits, key: str) -> Part:
         return averaged[0]
     choices = ", ".join(repr(part.key) for part in fitting)
     raise WeightsUnavailableError(
-        f"weights {checkpoint.path}: {len(fitting)} state dicts in it fit the model; select one "
-        f"meant by weights_key (--weights-key), one of {choices}. The file holds "
+        f"weights {checkpoint.path}: {len(fitting)} state dicts in it fit the model; choose one "
+        f"with weights_key (--weights-key): {choices}. The file holds "
         f"{held_in(checkpoint.contents)}"
     )
 
@@ -341,7 +341,7 @@ def _refusal(checkpoint: Checkpoint, fits: Fits, reason: str) -> WeightsUnavaila
     hint = (
         f"give weights_key (--weights-key), one of {', '.join(map(repr, keys[:_NAMED]))}"
         if keys
-        else "name the one that is meant by weights_key (--weights-key) to see what differs"
+        else "choose one with weights_key (--weights-key) to see what differs"
     )
     return WeightsUnavailableError(
         f"weights {checkpoint.path}: {reason}; {hint}. The file holds "

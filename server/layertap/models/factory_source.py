@@ -148,7 +148,8 @@ def _find(target: str) -> Callable[[], Any]:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ModelLoadError(
-            f"factory {target}: {error}; is its folder on PYTHONPATH, and all it needs installed?"
+            f"factory {target}: {error}; is its folder on PYTHONPATH, and is everything that it "
+            f"imports installed?"
         ) from error
     # Importing runs the user's own code, which may raise anything.
     except Exception as error:

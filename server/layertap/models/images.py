@@ -1,4 +1,4 @@
-"""Decodes image files to pixels; refuses files that are too large by their header."""
+"""Decodes image files to pixels; refuses files whose header announces too many pixels."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Preprocess:
 
     Attributes:
         steps: The steps that are applied to the decoded image.
-        channels: Channels of the item; a gray image is repeated for each of several.
+        channels: Channels of the item; if several, a gray image is repeated for each.
         color: The channels that a file is decoded to.
         exif_orientation: Whether the picture is turned as its EXIF orientation says.
         origin: Where the steps come from, such as ``"timm's configuration"``; shown to clients.
@@ -150,7 +150,7 @@ def choose_preprocess(
         if known is None and settings.given:
             raise ConfigError(
                 f"{settings.given[0]} of {model}: its input is {takes.pattern} {takes.dtype_name}, "
-                f"which is no image of one or three channels"
+                f"which is not an image of one or three channels"
             )
         return known
     return _with_steps(known, settings, takes, model)
@@ -195,7 +195,8 @@ def fitted(preprocess: Preprocess, takes: InputSpec, model: str) -> Preprocess |
             return None
         raise ConfigError(
             f"images of {model}: their preprocessing is known ({preprocess.origin}), but the model "
-            f"takes {takes.pattern} {takes.dtype_name}, which is no image of one or three channels"
+            f"takes {takes.pattern} {takes.dtype_name}, which is not an image of one or three "
+            f"channels"
         )
     _check_size(preprocess, takes, model)
     return preprocess
@@ -318,7 +319,8 @@ def _with_custom(
         origin=_origin(known, settings),
     )
     probe = Image.effect_noise((320, 240), 64).convert("RGB" if color is Color.RGB else "L")
-    wanted = f"a function that makes a tensor {takes.pattern.replace('B, ', '')} of a PIL image"
+    shape = takes.pattern.replace("B, ", "")
+    wanted = f"a function that turns a PIL image into a tensor {shape}"
     try:
         made = chosen(probe)
     # The function is the user's own code, which may raise anything.
@@ -331,8 +333,8 @@ def _with_custom(
         takes.check((1, *made.shape), takes.dtype_name)
     except InvalidInputError as error:
         raise ModelLoadError(
-            f"preprocess of {model} ({custom.name}): it made {list(made.shape)} of a picture, "
-            f"expected {wanted}"
+            f"preprocess of {model} ({custom.name}): it returned a tensor of shape "
+            f"{list(made.shape)}, expected {wanted}"
         ) from error
     return chosen
 

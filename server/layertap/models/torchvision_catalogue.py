@@ -32,7 +32,9 @@ class Family(StrEnum):
 
 _REFUSED = {
     Family.OPTICAL_FLOW: "it compares two images, and layertap gives a model one input",
-    Family.QUANTIZATION: "layertap serves no quantized models; use its float namesake",
+    Family.QUANTIZATION: (
+        "layertap serves no quantized models; use the float model of the same name"
+    ),
 }
 
 

@@ -128,7 +128,7 @@ def _unavailable(
             "it is downloaded again, or use --weights PATH or --weights random"
         )
     return WeightsUnavailableError(
-        f"weights {member} can't be downloaded ({reason}). Where there is a network: "
+        f"weights {member} can't be downloaded ({reason}). On a machine with a network: "
         f"curl -o {cached} --create-dirs {member.url} (TORCH_HOME moves that folder). Or use "
         "--weights PATH for a state dict of your own, or --weights random"
     )

@@ -149,7 +149,7 @@ def _check_values(
     if wrong:
         raise _mismatch(origin, [("types differ", wrong)])
     wrong = [
-        f"{key} and {other} are one tensor of the model, and two in the file"
+        f"{key} and {other} are one tensor in the model, but two different ones in the file"
         for key, given, _ in pairs
         for other in tied.get(key, ())
         if other > key
@@ -189,7 +189,7 @@ def _aliased(state: StateDict, own: StateDict, aliases: Mapping[str, str]) -> St
 
 
 def _is_one_of_several(checkpoint: Checkpoint, part: Part) -> bool:
-    """Return whether a file holds other weights, or what may be weights, beside the chosen ones."""
+    """Return whether a file holds, or may hold, other weights than the chosen ones."""
     contents = checkpoint.contents
     for key in part.path:
         if any(other != key and may_be_weights(other, contents[other]) for other in contents):
@@ -212,6 +212,6 @@ def _mismatch(origin: str, groups: Iterable[tuple[str, list[str]]]) -> WeightsUn
             more = f" and {len(entries) - _NAMED} more" if len(entries) > _NAMED else ""
             parts.append(f"{title}: {', '.join(entries[:_NAMED])}{more}")
     return WeightsUnavailableError(
-        f"weights {origin} don't fit the model: {'; '.join(parts)}. Use weights of this very "
+        f"weights {origin} don't fit the model: {'; '.join(parts)}. Use weights of exactly this "
         "architecture, or build yours in a factory 'package.module:function'"
     )

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import grpc
 
+from layertap.services.caller import Caller
+from layertap.services.grpc_handlers import unary
 from layertap.services.parsing import parse
 from layertap.services.reload_report import ReloadReport
-from layertap.services.status import guarded
 from layertap.v1 import admin_service_pb2
 from layertap.wire.enums import to_proto
 
@@ -27,14 +28,14 @@ class AdminService:
     def __init__(self, reload: Callable[[], ReloadReport]) -> None:
         self._reload = reload
 
-    def reload(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+    def reload(self, message: bytes, caller: Caller) -> bytes:
         """Reload the models and report the result for each of them."""
         parse(admin_service_pb2.ReloadRequest, message)
         return _to_proto(self._reload()).SerializeToString()
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
-        method = grpc.unary_unary_rpc_method_handler(guarded(self.reload, to_owner=True))
+        method = unary(self.reload, to_owner=True)
         return grpc.method_handlers_generic_handler(self.NAME, {"Reload": method})
 
 

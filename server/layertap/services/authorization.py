@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
 from layertap import errors
-from layertap.services.status import guarded
+from layertap.services.caller import Caller
+from layertap.services.grpc_handlers import refusing
 from layertap.services.tokens import Right, Tokens
 
 __all__ = ["Authorization", "needed_right"]
@@ -72,16 +73,12 @@ def _bearer(metadata: Any) -> str:
 
 
 def _refusing(kind: type[errors.LayertapError], text: str) -> grpc.RpcMethodHandler:
-    """Return a handler that refuses calls of any kind.
+    """Return a handler that refuses calls of any kind."""
 
-    It is a streaming handler, because gRPC calls those at once. For a unary handler gRPC would
-    first read the request, up to hundreds of MiB from an unauthenticated caller.
-    """
-
-    def refuse(message: object, context: grpc.ServicerContext) -> bytes:
+    def refuse(caller: Caller) -> NoReturn:
         raise kind(text)
 
-    return grpc.stream_stream_rpc_method_handler(guarded(refuse))
+    return grpc.stream_stream_rpc_method_handler(refusing(refuse))
 
 
 # Neither text depends on the call, so neither reveals anything to an unauthenticated caller.

@@ -7,20 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-import grpc
-
 from layertap.errors import OverloadedError
 
-__all__ = ["BoundedCalls", "aborting"]
+__all__ = ["BoundedCalls"]
 
 
 def _overloaded(text: str) -> NoReturn:
     raise OverloadedError(text)
-
-
-def aborting(context: grpc.ServicerContext) -> Callable[[str], object]:
-    """Return a function that ends an RPC with RESOURCE_EXHAUSTED; for handlers without a guard."""
-    return lambda text: context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
 
 class BoundedCalls:

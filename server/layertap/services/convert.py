@@ -1,67 +1,32 @@
-"""Converts between protobuf messages and the engine's own types."""
+"""Converts requests of ``layertap.v1`` to the engine's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Any
 
-from layertap.engine import (
-    ExtractionRequest,
-    ImageFiles,
-    Inputs,
-    ModelHost,
-    Reservation,
-    TextBatch,
-)
-from layertap.engine.describe import RefusedAlone, refusal, refused_alone, stride
+from layertap.engine import ExtractionRequest, ImageFiles, Inputs, Reservation, TextBatch
 from layertap.errors import InvalidInputError
-from layertap.extraction import LayerEntry, PointKind, ValueSpec
-from layertap.extraction.layout import Layout
-from layertap.extraction.passes import KeptState, PassRules
-from layertap.models import InputSpec, Preprocess, Steps
-from layertap.models.text import TextTokenizer
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
 from layertap.texts import TextOptions, Truncation
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
-from layertap.wire.enums import from_proto, to_proto
+from layertap.wire.enums import from_proto
 from layertap.wire.stream_messages import id_field
 from layertap.wire.tensors import SharedTensor, TensorView
 
 __all__ = [
     "Converter",
     "DecodedItem",
-    "description_to_proto",
-    "layer_to_proto",
-    "model_to_proto",
     "request_from_proto",
 ]
 
 DecodedRequest = tuple[feature_service_pb2.ExtractRequest, Sequence[TensorView | SharedTensor]]
 DecodedItem = tuple[feature_service_pb2.ExtractStreamRequest, Sequence[TensorView | SharedTensor]]
 """A request's small fields and its input tensors, as decoded by ``layertap.wire``."""
-
-_KINDS = {
-    PointKind.MODULE: catalogue_pb2.LAYER_KIND_MODULE,
-    PointKind.NODE: catalogue_pb2.LAYER_KIND_NODE,
-}
-
-_LAYOUTS = {
-    Layout.UNKNOWN: catalogue_pb2.LAYOUT_UNSPECIFIED,
-    Layout.CHANNELS_FIRST: catalogue_pb2.LAYOUT_CHANNELS_FIRST,
-    Layout.CHANNELS_LAST: catalogue_pb2.LAYOUT_CHANNELS_LAST,
-    Layout.TOKENS: catalogue_pb2.LAYOUT_TOKENS,
-}
-_KEPT = {
-    KeptState.NONE: catalogue_pb2.KEPT_STATE_NONE,
-    KeptState.RESET: catalogue_pb2.KEPT_STATE_RESET,
-    KeptState.KEPT: catalogue_pb2.KEPT_STATE_KEPT,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,130 +120,6 @@ def request_from_proto(
     )
 
 
-def model_to_proto(host: ModelHost) -> catalogue_pb2.Model:
-    """Describe a served model."""
-    model = host.model
-    return catalogue_pb2.Model(
-        name=model.name,
-        source=model.source,
-        weights=model.weights,
-        device=str(model.device),
-        inputs=[
-            _input(
-                spec,
-                model.preprocess if spec.name in model.image_inputs else None,
-                model.tokenizer if spec.name in model.text_inputs else None,
-            )
-            for spec in model.signature.inputs
-        ],
-        declared_layers=[selection.name_for(selection.layer) for selection in host.declared],
-        notes=[*host.catalogue.notes, *host.catalogue.guard.rules.notes],
-        pass_rules=_pass_rules(host.catalogue.guard.rules),
-    )
-
-
-def _input(
-    spec: InputSpec, preprocess: Preprocess | None, tokenizer: TextTokenizer | None
-) -> catalogue_pb2.InputSpec:
-    dimension = catalogue_pb2.Dimension
-    return catalogue_pb2.InputSpec(
-        name=spec.name,
-        dtype=_dtype_name(spec.dtype),
-        shape=[
-            dimension(size=1, batch=True),
-            *(dimension(size=size, free=name) for size, name in spec.dimensions),
-        ],
-        images=preprocess is not None,
-        preprocessing=preprocess.describe() if preprocess else "",
-        image_preprocessing=_preprocessing(preprocess),
-        optional=spec.optional,
-        texts=tokenizer is not None,
-        tokenization=tokenizer.describe() if tokenizer else "",
-    )
-
-
-def _preprocessing(preprocess: Preprocess | None) -> catalogue_pb2.ImagePreprocessing | None:
-    if preprocess is None:
-        return None
-    described = catalogue_pb2.ImagePreprocessing(
-        color=preprocess.color,
-        exif_orientation=preprocess.exif_orientation,
-        origin=preprocess.origin,
-        assumed=preprocess.assumed,
-    )
-    steps = preprocess.steps
-    if not isinstance(steps, Steps):
-        described.custom = steps.name
-        return described
-    if steps.resize:
-        described.resize.extend(steps.resize)
-        described.resize_mode = steps.resize_mode
-        described.interpolation = steps.interpolation
-    described.crop.extend(steps.crop)
-    described.mean.extend(steps.mean)
-    described.std.extend(steps.std)
-    return described
-
-
-def description_to_proto(host: ModelHost) -> feature_service_pb2.DescribeModelResponse:
-    """Describe a served model and its layers.
-
-    If a plan was refused for one layer alone, the reason is listed at that layer, too.
-    """
-    refused = refused_alone(host)
-    return feature_service_pb2.DescribeModelResponse(
-        model=model_to_proto(host),
-        layers=[layer_to_proto(entry, host, refused) for entry in host.catalogue],
-        refused_plans=[
-            catalogue_pb2.RefusedPlan(
-                extractor=to_proto(plan.extractor, "EXTRACTOR"),
-                layers=plan.layers,
-                inputs=[
-                    catalogue_pb2.ItemTensor(
-                        name=item.name, dtype=_dtype_name(item.dtype), shape=item.shape
-                    )
-                    for item in plan.batch_key.items
-                ],
-                reason=plan.reason,
-            )
-            for plan in host.refused_plans()
-        ],
-    )
-
-
-def layer_to_proto(
-    entry: LayerEntry, host: ModelHost, refused: RefusedAlone = MappingProxyType({})
-) -> catalogue_pb2.Layer:
-    """Describe a layer of a served model."""
-    shape = entry.geometry
-    known = shape.layout is not Layout.UNKNOWN
-    return catalogue_pb2.Layer(
-        name=entry.name,
-        kind=_KINDS[entry.kind],
-        type=entry.type,
-        calls=entry.calls,
-        output=_spec(entry.specs.get(Capture.OUTPUT)),
-        input=_spec(entry.specs.get(Capture.INPUT)),
-        channels=shape.channels,
-        reduction=stride(entry, host),
-        extractors=[_support(entry, extractor, refused) for extractor in entry.support],
-        layout=_LAYOUTS[shape.layout],
-        grid=[shape.height, shape.width] if known else [],
-        front_tokens=shape.front,
-        same_as=entry.same_as,
-        is_result=entry.is_result,
-    )
-
-
-def _pass_rules(rules: PassRules) -> catalogue_pb2.PassRules:
-    return catalogue_pb2.PassRules(
-        early_stop=rules.early_stop,
-        concurrent=rules.concurrent,
-        shared=rules.shared,
-        state=_KEPT[rules.state],
-    )
-
-
 def _texts(batch: feature_service_pb2.TextBatch) -> TextBatch:
     truncation = from_proto(
         batch.truncation, feature_service_pb2.Truncation, "TRUNCATION", Truncation.NONE
@@ -299,38 +140,3 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
         ),
         dtype=dtypes.by_number(layer.dtype).name if layer.dtype else "",
     )
-
-
-def _support(
-    entry: LayerEntry, extractor: Extractor, refused: RefusedAlone
-) -> catalogue_pb2.ExtractorSupport:
-    reasons = {side: refusal(entry, extractor, side, refused) for side in Capture}
-    return catalogue_pb2.ExtractorSupport(
-        extractor=to_proto(extractor, "EXTRACTOR"),
-        captures=[
-            catalogue_pb2.CaptureSupport(
-                capture=to_proto(side, "CAPTURE"), served=not reason, reason=reason
-            )
-            for side, reason in reasons.items()
-        ],
-    )
-
-
-def _spec(spec: ValueSpec | None) -> catalogue_pb2.TensorSpec | None:
-    if spec is None:
-        return None
-    return catalogue_pb2.TensorSpec(
-        dtype=_dtype_name(spec.dtype),
-        shape=[catalogue_pb2.Dimension(size=dim.size, batch=dim.batch) for dim in spec.dims],
-        bytes_per_item=spec.bytes_per_item,
-        dynamic=spec.dynamic,
-        interleaved=spec.interleaved,
-        quantized=spec.quantized,
-    )
-
-
-def _dtype_name(dtype: object) -> Any:
-    """Return the dtype's name in the protocol, or UNSPECIFIED if the protocol has no such dtype."""
-    name = str(dtype).removeprefix("torch.")
-    row = next((row for row in dtypes.DTYPES if row.name == name), None)
-    return row.proto_name if row else "DATA_TYPE_UNSPECIFIED"

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from layertap.engine import Call, Engine, Extraction, ExtractionRequest, ModelHost, Reservation
+from layertap.description import ModelDescription
+from layertap.engine import (
+    Engine,
+    Extraction,
+    ExtractionRequest,
+    ModelHost,
+    Reservation,
+    describe,
+    summarize,
+)
+from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
 from layertap.services.observer import Observer
 
@@ -41,7 +51,7 @@ class DataPlane:
         message: bytes,
         decode: Callable[[bytes], D],
         convert: Callable[[D, Reservation], Converted],
-        call: Call,
+        caller: Caller,
     ) -> Extraction[bytes]:
         """Decode a request, convert it, and run it on one version of its model.
 
@@ -50,7 +60,7 @@ class DataPlane:
             decode: Decodes the message.
             convert: Converts the result of ``decode``. It must count further bytes that it
                 allocates with the reservation.
-            call: The deadline and cancellation state of the request.
+            caller: Who sent the request.
 
         Returns:
             The reply. The caller must release it once it was sent.
@@ -59,10 +69,23 @@ class DataPlane:
             Exception: Any exception of ``decode``, ``convert`` or ``Engine.extract``, after the
                 observer was notified.
         """
-        received = self.receive(len(message))
-        return self.run(received, call, lambda: convert(decode(message), received))
+        received = self.receive(len(message), caller)
+        return self.run(received, caller, lambda: convert(decode(message), received))
 
-    def receive(self, nbytes: int) -> Reservation:
+    def models(self) -> list[ModelDescription]:
+        """Describe the models that are ready, without their layers."""
+        return [summarize(host) for host in self._engine.hosts()]
+
+    def describe(self, model: str) -> ModelDescription:
+        """Describe a model and its layers.
+
+        Raises:
+            ModelNotFoundError: If there is no such model.
+            UnavailableError: If it is being loaded or could not be loaded.
+        """
+        return describe(self._engine.host(model))
+
+    def receive(self, nbytes: int, caller: Caller) -> Reservation:
         """Count the bytes of a received request.
 
         Raises:
@@ -71,48 +94,48 @@ class DataPlane:
         try:
             return self._engine.reserve(nbytes)
         except Exception as error:
-            self._observer.failed("", code_of(error))
+            self._observer.failed("", code_of(error), caller)
             raise
 
-    def decode(self, received: Reservation, call: Call, decode: Callable[[], D]) -> D:
+    def decode(self, received: Reservation, caller: Caller, decode: Callable[[], D]) -> D:
         """Return the result of ``decode``; if it raises, release the bytes and notify the observer.
 
         Args:
             received: The bytes of the request.
-            call: The deadline and cancellation state of the request.
+            caller: Who sent the request.
             decode: Decodes the request. Not called if the request was cancelled or has expired.
         """
         try:
-            call.check()
+            caller.call.check()
             return decode()
         except Exception as error:
             received.release()
-            self._observer.failed("", code_of(error))
+            self._observer.failed("", code_of(error), caller)
             raise
 
     def run(
-        self, received: Reservation, call: Call, convert: Callable[[], Converted]
+        self, received: Reservation, caller: Caller, convert: Callable[[], Converted]
     ) -> Extraction[bytes]:
         """Convert a request and run it; see ``extract``.
 
         Args:
             received: The bytes of the request; released when this returns or raises.
-            call: The deadline and cancellation state of the request.
+            caller: Who sent the request.
             convert: Converts the request. Not called if the request was cancelled or has expired.
         """
         model = ""
         try:
-            call.check()
+            caller.call.check()
             name, request = convert()
             with self._engine.lease(name) as host:
                 model = host.model.name
                 if not isinstance(request, ExtractionRequest):
                     request = request(host)
-                extraction = self._engine.extract(request, call, host, received)
+                extraction = self._engine.extract(request, caller.call, host, received)
         except Exception as error:
-            self._observer.failed(model, code_of(error))
+            self._observer.failed(model, code_of(error), caller)
             raise
         finally:
             received.release()
-        self._observer.succeeded(model, extraction)
+        self._observer.succeeded(model, extraction, caller)
         return extraction

@@ -1,11 +1,11 @@
 """Maps each error to a code that is independent of the protocol.
 
-Each transport maps these codes to its own: ``layertap.services.status`` does so for gRPC.
+Each transport maps these codes to its own: ``layertap.services.grpc_handlers`` does so for gRPC.
 """
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from enum import Enum
 
 from layertap import errors
 
@@ -13,19 +13,22 @@ __all__ = ["CODES", "ErrorCode", "code_of"]
 
 
 class ErrorCode(Enum):
-    """The codes of ``google.rpc.Code`` that layertap uses. Metrics and logs show their names."""
+    """The codes of ``google.rpc.Code`` that layertap uses, with their numbers.
 
-    INVALID_ARGUMENT = auto()
-    NOT_FOUND = auto()
-    FAILED_PRECONDITION = auto()
-    OUT_OF_RANGE = auto()
-    RESOURCE_EXHAUSTED = auto()
-    UNAUTHENTICATED = auto()
-    PERMISSION_DENIED = auto()
-    UNAVAILABLE = auto()
-    DEADLINE_EXCEEDED = auto()
-    CANCELLED = auto()
-    INTERNAL = auto()
+    Metrics and logs show the names; the error of a stream's item has the number.
+    """
+
+    INVALID_ARGUMENT = 3
+    NOT_FOUND = 5
+    FAILED_PRECONDITION = 9
+    OUT_OF_RANGE = 11
+    RESOURCE_EXHAUSTED = 8
+    UNAUTHENTICATED = 16
+    PERMISSION_DENIED = 7
+    UNAVAILABLE = 14
+    DEADLINE_EXCEEDED = 4
+    CANCELLED = 1
+    INTERNAL = 13
 
 
 CODES: dict[type[errors.LayertapError], ErrorCode] = {

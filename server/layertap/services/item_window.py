@@ -6,30 +6,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from layertap.engine import Call, Reservation
 from layertap.errors import CancelledError, InvalidInputError, LayertapError
+from layertap.services.answer import Answer
 
-__all__ = ["Answer", "ItemWindow", "OrderedWindow", "Place", "UnorderedWindow"]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The reply to one item of a stream.
-
-    Attributes:
-        message: The serialized reply.
-        reservation: The reply's bytes in the engine's budget; None if they are not counted.
-    """
-
-    message: bytes
-    reservation: Reservation | None = None
-
-    def release(self) -> None:
-        """Release the reply's bytes."""
-        if self.reservation is not None:
-            self.reservation.release()
+__all__ = ["ItemWindow", "OrderedWindow", "Place", "UnorderedWindow"]
 
 
 def _again(error: LayertapError) -> LayertapError:
@@ -202,9 +184,9 @@ class Place:
 
     __slots__ = ("_window", "call", "given")
 
-    def __init__(self, window: OrderedWindow, timeout: float | None) -> None:
+    def __init__(self, window: OrderedWindow, call: Call) -> None:
         self._window = window
-        self.call = Call(timeout)
+        self.call = call
         self.given: Answer | None = None
 
     def answer(self, answer: Answer) -> None:
@@ -226,13 +208,13 @@ class OrderedWindow(ItemWindow):
         super().__init__(places)
         self._items: deque[Place] = deque()
 
-    def admit(self, timeout: float | None = None) -> Place | None:
-        """Take a place for an item with a timeout; return None if the stream accepts no more."""
+    def admit(self, call: Call) -> Place | None:
+        """Take a place for an item; return None if the stream accepts no more."""
         with self._changed:
             if self._ended:
                 return None
             self._taken += 1
-            self._items.append(Place(self, timeout))
+            self._items.append(Place(self, call))
             return self._items[-1]
 
     def take_answer(self, place: Place, answer: Answer) -> None:

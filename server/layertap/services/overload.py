@@ -6,8 +6,8 @@ Note [A retry storm]
     1,300 times per second. This took CPU time from the forward passes: they got 11 answers per
     second, while 8 callers got 40. Three measures protect the admitted calls:
 
-    - A call is refused before its message is read if as many as allowed are already being received,
-      waiting or running. The data that the client has sent stays unread.
+    - If the allowed number of calls is already being received, waiting or running, a call is
+      refused before its message is read. The data that the client has sent stays unread.
     - A few refusals per second are sent at once, so that an occasional refused caller can try
       another server. Further refusals are delayed. A caller can't retry while it waits for its
       refusal, so the server controls the rate of retries. A delayed call has no thread and does not
@@ -25,15 +25,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
 
 from layertap.engine import Engine
 from layertap.errors import OverloadedError
+from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
+from layertap.services.grpc_handlers import refusing
 from layertap.services.observer import Observer
-from layertap.services.status import guarded
 from layertap.threads import run_in
 
 __all__ = ["HeldRefusals", "Overload"]
@@ -192,16 +193,16 @@ class Overload(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no type
         self._awaited: dict[int, float] = {}
         self._running = 0
 
-        def refuse(message: object, context: grpc.ServicerContext) -> bytes:
+        def refuse(caller: Caller) -> NoReturn:
             error = OverloadedError(
                 f"queue full: {engine.limits.pending} requests are waiting, the most allowed"
             )
-            observer.failed("", code_of(error))
+            observer.failed("", code_of(error), caller)
             raise error
 
-        refusing = run_in(self.refusals, guarded(refuse))
-        # gRPC calls a stream's handler before it reads any message, but a unary handler after that.
-        self._refusal = grpc.stream_stream_rpc_method_handler(refusing)
+        self._refusal = grpc.stream_stream_rpc_method_handler(
+            run_in(self.refusals, refusing(refuse))
+        )
 
     def intercept_service(
         self,

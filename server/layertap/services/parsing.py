@@ -28,5 +28,5 @@ def parse(kind: type[M], message: bytes) -> M:
     try:
         request.ParseFromString(message)
     except ProtobufDecodeError:
-        raise DecodeError(f"request: got bytes that are no {kind.__name__}") from None
+        raise DecodeError(f"request: got bytes that are not a valid {kind.__name__}") from None
     return request

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import grpc
 
+from layertap.services.caller import Caller
+from layertap.services.grpc_handlers import unary
 from layertap.services.parsing import parse
-from layertap.services.status import guarded
 from layertap.shm.broker import Broker
 from layertap.v1 import shared_memory_service_pb2
 
@@ -24,7 +25,7 @@ class SharedMemoryService:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
 
-    def open_shared_memory(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+    def open_shared_memory(self, message: bytes, caller: Caller) -> bytes:
         """Return the socket to connect to and the ticket to present there."""
         parse(shared_memory_service_pb2.OpenSharedMemoryRequest, message)
         return shared_memory_service_pb2.OpenSharedMemoryResponse(
@@ -33,5 +34,5 @@ class SharedMemoryService:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
-        method = grpc.unary_unary_rpc_method_handler(guarded(self.open_shared_memory))
+        method = unary(self.open_shared_memory)
         return grpc.method_handlers_generic_handler(self.NAME, {"OpenSharedMemory": method})

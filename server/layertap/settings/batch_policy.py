@@ -18,8 +18,8 @@ class BatchPolicy:
     max_size: Annotated[
         int,
         Setting(
-            "Items of several requests that may share a forward pass; 1 runs each request alone, "
-            "and so does a request that is larger by itself.",
+            "Most items, of several requests together, in one forward pass; 1 runs each request "
+            "alone. A larger request runs alone too.",
             kinds.COUNT,
             key="max_batch_size",
         ),
@@ -27,8 +27,8 @@ class BatchPolicy:
     max_delay: Annotated[
         float,
         Setting(
-            "Microseconds that a request may be held back for others to join it, where the last "
-            "pass had several callers; 0 joins only those that are waiting already.",
+            "Most microseconds that a request waits for others to join its pass, if the last pass "
+            "served several requests; 0 joins only requests that are waiting already.",
             kinds.MICROSECONDS,
             key="max_queue_delay_us",
         ),

@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
-
-from msgspec import Meta
 
 from layertap.errors import ConfigError
 from layertap.settings.value_kinds import ValueKind
@@ -122,7 +119,7 @@ def _from_text(value: str) -> dict[str, str]:
 
 
 INPUTS = ValueKind(
-    Annotated[dict[str, str], Meta(min_length=1)],
+    dict[str, str],
     'a table of texts by name, such as {input_ids = "int64 [sequence=16]"}',
     "NAME=TYPE[SIZES];...",
     from_raw=_parsed,

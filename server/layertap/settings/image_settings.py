@@ -43,7 +43,7 @@ class ImageSettings:
         tuple[float, ...] | None,
         Setting(
             "Subtract this from pixels in [0, 1]: one number for each channel or one for all; none "
-            "for no normalisation.",
+            "turns normalisation off.",
             kinds.CHANNELS,
             key="image_mean",
             default=_MODELS_OWN,
@@ -52,8 +52,8 @@ class ImageSettings:
     std: Annotated[
         tuple[float, ...] | None,
         Setting(
-            "Divide the pixels by this afterwards: one number above 0 for each channel or one for "
-            "all; none for no division.",
+            "Then divide by this: one number above 0 for each channel or one for all; none turns "
+            "the division off.",
             kinds.CHANNELS,
             key="image_std",
             default=_MODELS_OWN,
@@ -62,8 +62,8 @@ class ImageSettings:
     resize: Annotated[
         tuple[int, ...] | None,
         Setting(
-            "Resize the short side of images to one size, or images to a height and a width; none "
-            "leaves the size.",
+            "Resize images: one size is that of the short side, two are height and width; none "
+            "turns resizing off.",
             kinds.IMAGE_SIZE,
             key="image_resize",
             default=_MODELS_OWN,
@@ -72,7 +72,8 @@ class ImageSettings:
     crop: Annotated[
         tuple[int, ...] | None,
         Setting(
-            "Cut one size, or a height and a width, out of the centre; none leaves images whole.",
+            "Crop the centre: one size for both sides, or height and width; none turns cropping "
+            "off.",
             kinds.IMAGE_SIZE,
             key="image_crop",
             default=_MODELS_OWN,
@@ -98,7 +99,9 @@ class ImageSettings:
     ] = None
     exif_orientation: Annotated[
         bool | None,
-        Setting("Turn pictures as their EXIF orientation says.", kinds.TRUTH, default="true"),
+        Setting(
+            "Rotate and flip images as their EXIF orientation says.", kinds.TRUTH, default="true"
+        ),
     ] = None
 
     def __post_init__(self) -> None:

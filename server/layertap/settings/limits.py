@@ -32,7 +32,7 @@ class Limits:
     reply_bytes: Annotated[
         int,
         Setting(
-            "MiB of one reply message; protobuf itself ends below 2048.",
+            "MiB of one reply message; protobuf messages can't have 2048 or more.",
             _MESSAGE,
             key="reply_mib",
             flag=NO_FLAG,
@@ -44,7 +44,7 @@ class Limits:
         int,
         Setting(
             "Pixels of one encoded image. All images of a request together may have four times as "
-            "many, counted in the size in which the model takes them.",
+            "many, counted at the size in which the model takes them.",
             kinds.COUNT,
             flag=NO_FLAG,
         ),
@@ -62,7 +62,7 @@ class Limits:
     pending: Annotated[
         int,
         Setting(
-            "Requests that wait for a compute thread or run on one; one more is refused.",
+            "Requests that wait for a compute thread or run on one; any more are refused.",
             kinds.COUNT,
             flag=NO_FLAG,
         ),
@@ -91,8 +91,8 @@ class Limits:
         Setting(
             "MiB that the weights in one model's compiled plans may take, besides the declared "
             "layers' plans; each plan counts as all of the model's weights. A model that is larger "
-            "than this is compiled only for its declared layers, and one plan at a time where a "
-            "request insists.",
+            "than this is compiled only for its declared layers, or if a request names a compiling "
+            "extractor, and then only one such plan is kept.",
             _MEMORY,
             key="plan_mib",
             flag=NO_FLAG,
@@ -103,7 +103,7 @@ class Limits:
     stream_in_flight: Annotated[
         int,
         Setting(
-            "Items of one stream that were read and whose replies are not sent yet.",
+            "Items of one stream that the server has read but not answered yet.",
             kinds.COUNT,
             flag=NO_FLAG,
         ),

@@ -139,7 +139,7 @@ class ModelSpec:
     weights_key: Annotated[
         str,
         Setting(
-            "Which state dict of a checkpoint is meant: the keys that lead to it, then the prefix "
+            "Which state dict of a checkpoint to load: the keys that lead to it, then the prefix "
             "of its tensors' names, joined by dots, such as teacher.backbone.",
             kinds.ValueKind(str, "a text", "KEY"),
             default="the one with the model's names",

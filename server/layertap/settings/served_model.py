@@ -32,7 +32,7 @@ class HostOptions:
     cuda_graphs: Annotated[
         tuple[int, ...],
         Setting(
-            "Batch sizes at which a CUDA graph serves the declared layers, where their pass can be "
+            "Batch sizes at which a CUDA graph serves the declared layers, if their pass can be "
             "recorded; no effect on a CPU.",
             kinds.BATCH_SIZES,
             flag=NO_FLAG,
@@ -52,7 +52,7 @@ class ServedModel:
     layers: Annotated[
         tuple[LayerSelection, ...],
         Setting(
-            "Layers to compile and warm before the server is ready; clients may ask for any other "
+            "Layers to compile and warm before the server is ready; clients may request any other "
             "layer as well.",
             kinds.LAYERS,
         ),

@@ -32,7 +32,7 @@ class SecretFiles:
     tls_cert: Annotated[
         Path | None,
         Setting(
-            "The server's certificate, then those up to its authority; turns TLS on.", kinds.PEM
+            "The server's certificate, then any intermediate certificates; enables TLS.", kinds.PEM
         ),
     ] = None
     tls_key: Annotated[
@@ -41,22 +41,25 @@ class SecretFiles:
     ] = None
     tls_client_ca: Annotated[
         Path | None,
-        Setting("Clients must show a certificate that one of these authorities signed.", kinds.PEM),
+        Setting(
+            "CA certificates; clients must present a certificate that one of them signed.",
+            kinds.PEM,
+        ),
     ] = None
     extract_tokens_file: Annotated[
         Path | None,
         Setting(
-            "Bearer tokens that may extract and describe, one a line.",
+            "Bearer tokens that may extract and describe, one per line.",
             kinds.FILE,
-            default="everybody may",
+            default="no token is needed",
         ),
     ] = None
     admin_tokens_file: Annotated[
         Path | None,
         Setting(
-            "Bearer tokens that may also administrate, one a line.",
+            "Bearer tokens that may also administrate, one per line.",
             kinds.FILE,
-            default="nobody may, apart from local callers of a server without any tokens",
+            default="only local callers may administrate, and only if there are no tokens at all",
         ),
     ] = None
 
@@ -71,8 +74,8 @@ class ServerOptions:
     host: Annotated[
         str,
         Setting(
-            "The address to listen on, for calls and for metrics; unix:/path or unix-abstract:name "
-            "is a Unix socket instead of a port.",
+            "The address to listen on, for calls and for metrics; unix:/path and "
+            "unix-abstract:name mean a Unix socket instead of a port.",
             kinds.some_text("an address", "ADDRESS"),
         ),
     ] = "127.0.0.1"
@@ -82,13 +85,15 @@ class ServerOptions:
     ] = None
     unix_socket_mode: Annotated[
         int,
-        Setting("The permissions of the socket's file: 0600 is this user only.", kinds.PERMISSIONS),
+        Setting(
+            "The permissions of the socket's file: 0600 allows only this user.", kinds.PERMISSIONS
+        ),
     ] = 0o600
     max_connection_age_seconds: Annotated[
         float,
         Setting(
             "Seconds, give or take a tenth, after which a client has to connect again, so that a "
-            "load balancer can spread connections; 0 is never.",
+            "load balancer can spread connections; 0 means never.",
             kinds.DURATION,
             flag="--max-connection-age",
         ),
@@ -96,7 +101,8 @@ class ServerOptions:
     max_connection_age_grace_seconds: Annotated[
         float,
         Setting(
-            "Seconds that the calls and streams of such a connection have to finish; 0 is no end.",
+            "Seconds that the calls and streams of such a connection have to finish; 0 means no "
+            "limit.",
             kinds.DURATION,
             flag="--max-connection-age-grace",
         ),
@@ -104,7 +110,7 @@ class ServerOptions:
     metrics_port: Annotated[
         int,
         Setting(
-            "The HTTP port of the Prometheus page and the probes; 0 takes a free one, -1 shows "
+            "The HTTP port of the Prometheus page and the probes; 0 takes a free one, -1 opens "
             "none.",
             kinds.whole(-1, 65535, "-1 for no metrics, 0 for a free port, or a port to 65535"),
         ),
@@ -112,7 +118,7 @@ class ServerOptions:
     device: Annotated[
         str,
         Setting(
-            "What models run on: cpu, cuda, or one of several GPUs as cuda:1; auto is CUDA where "
+            "What models run on: cpu, cuda, or one of several GPUs as cuda:1; auto is CUDA if "
             "there is a device, else the CPU.",
             kinds.DEVICE,
         ),
@@ -145,13 +151,13 @@ class ServerOptions:
         str,
         Setting(
             "The folder that keeps compiled plans of declared layers for the next start; auto is "
-            "the user's cache folder, off keeps none.",
+            "the user's cache folder, off stores nothing.",
             kinds.PLAN_CACHE,
         ),
     ] = "auto"
     plan_cache_bytes: Annotated[
         int,
-        Setting("MiB that this folder may grow to.", kinds.mib(1), key="plan_cache_mib"),
+        Setting("MiB that the plan cache may grow to.", kinds.mib(1), key="plan_cache_mib"),
     ] = 2048 * MIB
     grace_seconds: Annotated[
         float,
@@ -165,7 +171,7 @@ class ServerOptions:
     keep_memory: Annotated[
         bool,
         Setting(
-            "Keep memory that one reply freed for the next one; large replies gain most.",
+            "Keep freed memory for the next reply; this speeds up large replies most.",
             kinds.TRUTH,
         ),
     ] = True
@@ -181,7 +187,7 @@ class ServerOptions:
     shared_memory_bytes: Annotated[
         int,
         Setting(
-            "MiB that may be shared with clients on this machine; 0 shares none.",
+            "MiB of memory that may be shared with clients on this machine; 0 disables it.",
             kinds.mib(0, expected="a number of MiB, 0 for none"),
             key="shared_memory_mib",
             memory_share=8,
@@ -190,7 +196,7 @@ class ServerOptions:
     shared_memory_lease_seconds: Annotated[
         float,
         Setting(
-            "Seconds that such a client may keep shared memory that it was lent.",
+            "Seconds that a client may keep shared memory that was lent to it.",
             kinds.DURATION_ABOVE_0,
             flag="--shared-memory-lease",
         ),
@@ -210,7 +216,7 @@ class ServerOptions:
     otel_endpoint: Annotated[
         str,
         Setting(
-            "Send OpenTelemetry traces there (OTLP over gRPC), for example http://127.0.0.1:4317; "
+            "Where to send OpenTelemetry traces (OTLP over gRPC), such as http://127.0.0.1:4317; "
             "needs layertap[otel].",
             kinds.ValueKind(str, "an address such as http://host:4317", "URL"),
             default="as the OTEL_* environment variables say, else none",

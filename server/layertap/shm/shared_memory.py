@@ -315,7 +315,7 @@ class SharedMemory:
             or lease.region.kind is not RegionKind.INPUT
         ):
             raise SharedMemoryLostError(
-                f"shared: got region {at.region}, which is no input region of this session"
+                f"shared: got region {at.region}, which is not an input region of this session"
             )
         if at.generation != lease.generation:
             raise SharedMemoryLostError(

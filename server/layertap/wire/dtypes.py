@@ -10,7 +10,16 @@ import numpy as np
 
 from layertap.errors import InvalidInputError
 
-__all__ = ["DTYPES", "DType", "by_datatype", "by_name", "by_number", "of_array"]
+__all__ = [
+    "DTYPES",
+    "DType",
+    "by_datatype",
+    "by_name",
+    "by_number",
+    "is_known",
+    "of_array",
+    "proto_name",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,20 @@ def by_datatype(name: str) -> DType:
         choices = ", ".join(_BY_DATATYPE)
         raise InvalidInputError(f"datatype: got {name!r}, expected one of {choices}")
     return row
+
+
+def is_known(name: str) -> bool:
+    """Return whether the protocol carries a type, given by its name in torch."""
+    return name in _BY_NAME
+
+
+def proto_name(name: str) -> Any:
+    """Return a type's name in ``layertap.v1.DataType``, which message constructors take.
+
+    UNSPECIFIED for a type that the protocol does not carry.
+    """
+    row = _BY_NAME.get(name)
+    return row.proto_name if row else "DATA_TYPE_UNSPECIFIED"
 
 
 def of_array(array: np.ndarray) -> DType:

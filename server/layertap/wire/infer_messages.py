@@ -45,7 +45,7 @@ def decode_infer_request(message: bytes) -> tuple[pb.ModelInferRequest, list[mem
     except ValueError as error:
         raise DecodeError(str(error)) from None
     except ProtobufDecodeError:
-        raise DecodeError("request: got bytes that are no ModelInferRequest") from None
+        raise DecodeError("request: got bytes that are not a valid ModelInferRequest") from None
     return request, raw
 
 

@@ -87,7 +87,7 @@ def decode_request(
     try:
         request.ParseFromString(rest)
     except ProtobufDecodeError:
-        raise DecodeError("request: got bytes that are no ExtractRequest") from None
+        raise DecodeError("request: got bytes that are not a valid ExtractRequest") from None
     return request, tensors
 
 
@@ -140,7 +140,7 @@ def decode_reply(
     try:
         response.ParseFromString(rest)
     except ProtobufDecodeError:
-        raise DecodeError("reply: got bytes that are no ExtractResponse") from None
+        raise DecodeError("reply: got bytes that are not a valid ExtractResponse") from None
     return response, found(tensors, find)
 
 

@@ -98,11 +98,11 @@ def decode_stream_reply(
     try:
         return ExtractStreamResponse.FromString(rest), found(tensors, find)
     except ProtobufDecodeError:
-        raise DecodeError("reply: got bytes that are no ExtractStreamResponse") from None
+        raise DecodeError("reply: got bytes that are not a valid ExtractStreamResponse") from None
 
 
 def _parse_request(message: bytes) -> ExtractStreamRequest:
     try:
         return ExtractStreamRequest.FromString(message)
     except ProtobufDecodeError:
-        raise DecodeError("request: got bytes that are no ExtractStreamRequest") from None
+        raise DecodeError("request: got bytes that are not a valid ExtractStreamRequest") from None

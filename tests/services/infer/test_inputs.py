@@ -9,10 +9,11 @@ from infering import batch, bytes_tensor, given, parameters
 from layertap.engine import Inputs, Limits
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.caller import Caller
 from layertap.services.infer.inputs import infer_inputs
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
 
-NO_MEMORY = CallerMemory(None, None, local=True)
+NO_MEMORY = CallerMemory(None, Caller(local=True))
 Contents = pb.InferTensorContents
 
 

@@ -16,6 +16,7 @@ from infering import arrays, batch, given, output, parameters, raw_request
 from layertap.app.security import Security
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.caller import Caller
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
 from layertap.services.tokens import Tokens
 from layertap.shm.client_regions import ClientRegions
@@ -223,7 +224,7 @@ def test_registering_over_and_over_leaks_nothing(stub, region: str, path: Path) 
 
 def test_callers_from_elsewhere_share_no_memory() -> None:
     """A server that other machines reach opens no file for them."""
-    memory = CallerMemory(ClientRegions(), None, local=False)
+    memory = CallerMemory(ClientRegions(), Caller(local=False))
     with pytest.raises(Exception, match="Client shared memory is disabled for callers from other"):
         memory.allowed()
 

@@ -13,9 +13,10 @@ import pytest
 from gatednets import HELD, gate
 from infering import arrays, batch, given, output, parameters, raw_request
 from layertap.app.server import FeatureServer, ServerOptions
-from layertap.engine import Call, Engine, Limits
+from layertap.engine import Engine, Limits
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.models import ModelSpec
+from layertap.services.caller import Caller
 from layertap.services.infer.service import InferenceService, InferenceSettings
 from layertap.services.infer.statistics import Statistics
 from layertap.services.open_streams import OpenStreams
@@ -235,9 +236,9 @@ def test_an_item_that_nobody_waits_for_is_counted(narrow) -> None:
     threads = StreamThreads(OpenStreams(1), seen)
     settings = InferenceSettings(lambda: True, Statistics())
     service = InferenceService(narrow, settings, seen, threads)
-    call = Call()
-    call.cancel()
-    answer = service.answer_item(b"", call, narrow.reserve(0), None)
+    caller = Caller()
+    caller.call.cancel()
+    answer = service.answer_item(b"", caller, narrow.reserve(0))
     reply = pb.ModelStreamInferResponse.FromString(answer.message)
-    assert reply.error_message == "the caller went away"
+    assert reply.error_message == "the client cancelled the call or disconnected"
     assert seen.ends == {" CANCELLED": 1}

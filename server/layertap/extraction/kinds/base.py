@@ -169,7 +169,7 @@ class ExtractorKind(ABC):
 
         Args:
             point: Where the value is captured: a side in ``captures`` of a call that was measured.
-            found: The measurement of the model, of which ``refuses`` doesn't refuse every layer.
+            found: The measurement of the model, which ``refuses`` did not refuse as a whole.
         """
         if point.kind is PointKind.NODE and not self.nodes:
             return Verdict("it is a node of the symbolic graph, not a module")
@@ -217,7 +217,7 @@ class DirectKind(ExtractorKind):
 
 
 class ReferenceKind(DirectKind):
-    """The kind that runs the model itself under its taps. Its values prove the others."""
+    """The kind that runs the model itself under its taps. Other kinds are compared with it."""
 
     reference = True
 

@@ -28,7 +28,7 @@ class WalkExtractor:
 
     Args:
         children: The children in order, each with its name.
-        indices: The index of the point that each wanted child's output is for, by child's name.
+        indices: For each wanted child, by name: the index of the point that its output is for.
     """
 
     def __init__(

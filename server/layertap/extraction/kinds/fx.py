@@ -31,7 +31,7 @@ class FxKind(DirectKind):
         graph = found.graph
         if point.kind is PointKind.NODE:
             if point.path in graph.lost:
-                return "dead-code elimination removes statements that it depends on"
+                return "it depends on statements that dead-code elimination removes"
             if graph.astray:
                 return (
                     f"the symbolic graph and the model compute different values of {graph.astray!r}"

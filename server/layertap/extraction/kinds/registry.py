@@ -32,7 +32,7 @@ AUTO considers a compiled kind only once its plan is ready.
 """
 
 (REFERENCE,) = (kind for kind in KINDS.values() if isinstance(kind, ReferenceKind))
-"""The kind that runs the model itself. It needs no proof, and its values prove the others'."""
+"""The kind that runs the model itself. It needs no proof; other kinds are compared with it."""
 
 
 def kind_of(extractor: Extractor) -> AnyKind:

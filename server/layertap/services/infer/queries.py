@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
-import grpc
-
 from layertap.engine import Engine
 from layertap.errors import InvalidInputError, LayertapError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.caller import Caller
 from layertap.services.infer.describe import BACKEND, config_of, metadata_of
 from layertap.services.infer.infer_request import find_host
 from layertap.services.infer.statistics import Statistics
@@ -46,29 +45,25 @@ class Queries:
         shared = ("system_shared_memory",) if shared_memory else ()
         self._extensions = sorted((*_EXTENSIONS, *shared))
 
-    def server_live(
-        self, request: pb.ServerLiveRequest, context: grpc.ServicerContext
-    ) -> pb.ServerLiveResponse:
+    def server_live(self, request: pb.ServerLiveRequest, caller: Caller) -> pb.ServerLiveResponse:
         """Report that the server process is up."""
         return pb.ServerLiveResponse(live=True)
 
     def server_ready(
-        self, request: pb.ServerReadyRequest, context: grpc.ServicerContext
+        self, request: pb.ServerReadyRequest, caller: Caller
     ) -> pb.ServerReadyResponse:
         """Report whether the server is ready, as the health service does."""
         return pb.ServerReadyResponse(ready=self._ready())
 
     def server_metadata(
-        self, request: pb.ServerMetadataRequest, context: grpc.ServicerContext
+        self, request: pb.ServerMetadataRequest, caller: Caller
     ) -> pb.ServerMetadataResponse:
         """Report the name, version and extensions of the server."""
         return pb.ServerMetadataResponse(
             name=BACKEND, version=version("layertap"), extensions=self._extensions
         )
 
-    def model_ready(
-        self, request: pb.ModelReadyRequest, context: grpc.ServicerContext
-    ) -> pb.ModelReadyResponse:
+    def model_ready(self, request: pb.ModelReadyRequest, caller: Caller) -> pb.ModelReadyResponse:
         """Report whether a model serves; false for an unknown one."""
         try:
             find_host(self._engine, request.name, request.version)
@@ -77,13 +72,13 @@ class Queries:
         return pb.ModelReadyResponse(ready=True)
 
     def model_metadata(
-        self, request: pb.ModelMetadataRequest, context: grpc.ServicerContext
+        self, request: pb.ModelMetadataRequest, caller: Caller
     ) -> pb.ModelMetadataResponse:
         """Describe a model."""
         return metadata_of(find_host(self._engine, request.name, request.version))
 
     def model_config(
-        self, request: pb.ModelConfigRequest, context: grpc.ServicerContext
+        self, request: pb.ModelConfigRequest, caller: Caller
     ) -> pb.ModelConfigResponse:
         """Describe how a model is served."""
         host = find_host(self._engine, request.name, request.version)
@@ -91,7 +86,7 @@ class Queries:
         return pb.ModelConfigResponse(config=config)
 
     def model_statistics(
-        self, request: pb.ModelStatisticsRequest, context: grpc.ServicerContext
+        self, request: pb.ModelStatisticsRequest, caller: Caller
     ) -> pb.ModelStatisticsResponse:
         """Report the statistics of one model, or of all models."""
         if not request.name:
@@ -99,9 +94,7 @@ class Queries:
         return self._statistics.of([find_host(self._engine, request.name, request.version)])
 
 
-def trace_settings(
-    request: pb.TraceSettingRequest, context: grpc.ServicerContext
-) -> pb.TraceSettingResponse:
+def trace_settings(request: pb.TraceSettingRequest, caller: Caller) -> pb.TraceSettingResponse:
     """Report that tracing is off in this protocol; layertap uses OpenTelemetry instead."""
     _refuse(request.settings.keys(), "trace")
     response = pb.TraceSettingResponse()
@@ -109,9 +102,7 @@ def trace_settings(
     return response
 
 
-def log_settings(
-    request: pb.LogSettingsRequest, context: grpc.ServicerContext
-) -> pb.LogSettingsResponse:
+def log_settings(request: pb.LogSettingsRequest, caller: Caller) -> pb.LogSettingsResponse:
     """Report which log levels are on."""
     _refuse(request.settings.keys(), "log")
     response = pb.LogSettingsResponse()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import grpc
-
 from layertap.engine import Engine
 from layertap.engine.versions import LOADING
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.caller import Caller
 from layertap.services.infer.infer_form import MODEL_VERSION
 
 __all__ = ["Repository", "RepositoryControl"]
@@ -48,7 +47,7 @@ class Repository:
         self._control = control
 
     def index(
-        self, request: pb.RepositoryIndexRequest, context: grpc.ServicerContext
+        self, request: pb.RepositoryIndexRequest, caller: Caller
     ) -> pb.RepositoryIndexResponse:
         """List the models, in the configuration's order."""
         _check_repository(request.repository_name)
@@ -63,7 +62,7 @@ class Repository:
         )
 
     def load(
-        self, request: pb.RepositoryModelLoadRequest, context: grpc.ServicerContext
+        self, request: pb.RepositoryModelLoadRequest, caller: Caller
     ) -> pb.RepositoryModelLoadResponse:
         """Load a model."""
         _check_repository(request.repository_name)
@@ -76,7 +75,7 @@ class Repository:
         return pb.RepositoryModelLoadResponse()
 
     def unload(
-        self, request: pb.RepositoryModelUnloadRequest, context: grpc.ServicerContext
+        self, request: pb.RepositoryModelUnloadRequest, caller: Caller
     ) -> pb.RepositoryModelUnloadResponse:
         """Unload a model."""
         _check_repository(request.repository_name)

@@ -14,17 +14,13 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from layertap.engine import (
-    Call,
-    Engine,
-    Extraction,
-    ExtractionRequest,
-    ModelHost,
-    Reservation,
-)
+from layertap.engine import Engine, Extraction, ExtractionRequest, ModelHost, Reservation
 from layertap.errors import DecodeError, InvalidInputError, LayertapError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.answer import Answer
+from layertap.services.caller import Caller
 from layertap.services.data_plane import Converted, DataPlane
+from layertap.services.grpc_handlers import stream, unary
 from layertap.services.infer.infer_request import (
     check_version,
     extraction_request,
@@ -36,12 +32,10 @@ from layertap.services.infer.repository import Repository, RepositoryControl
 from layertap.services.infer.shared_memory_rpcs import SharedMemoryRpcs
 from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
-from layertap.services.item_window import Answer
 from layertap.services.observer import Observer
 from layertap.services.parsing import parse
-from layertap.services.status import guarded, guarded_stream, public_error
+from layertap.services.public_errors import public_error
 from layertap.services.stream_threads import StreamThreads
-from layertap.services.unary import answer
 from layertap.shm.client_regions import ClientRegions
 from layertap.wire.infer_messages import decode_infer_request, encode_infer_error
 
@@ -101,25 +95,26 @@ class InferenceService:
             self._plane, places, threads, self.answer_item, self.refuse_item
         )
 
-    def infer(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+    def infer(self, message: bytes, caller: Caller) -> Answer:
         """Run a model and return the layers that were requested."""
-        return answer(context, partial(self._extract, message, context))
+        received = self._plane.receive(len(message), caller)
+        decoded = self._plane.decode(received, caller, partial(decode_infer_request, message))
+        extraction = self._run(decoded, caller, received)
+        return Answer(extraction.payload, extraction.reservation)
 
-    def answer_item(
-        self, message: bytes, call: Call, received: Reservation, context: grpc.ServicerContext
-    ) -> Answer:
-        """Answer an item of a stream, with the reason if it fails."""
+    def answer_item(self, message: bytes, caller: Caller, received: Reservation) -> Answer:
+        """Run and answer an item of a stream, with an error if it fails."""
         request_id = ""  # Stays empty if the message can't be decoded; replies are in order anyway.
         try:
-            decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
+            decoded = self._plane.decode(received, caller, partial(decode_infer_request, message))
             request_id = decoded[0].id
-            extraction = self._run(decoded, context, call, received, streamed=True)
+            extraction = self._run(decoded, caller, received)
         except Exception as error:  # noqa: BLE001 - it is the reply, and is logged
             return Answer(encode_infer_error(request_id, str(public_error(error))))
         return Answer(extraction.payload, extraction.reservation)
 
     def refuse_item(self, message: bytes, error: LayertapError) -> Answer:
-        """Answer an item of a stream that is not run, with the reason."""
+        """Answer an item of a stream with an error, without running it."""
         request_id = ""
         with suppress(DecodeError):
             request_id = decode_infer_request(message)[0].id
@@ -128,30 +123,15 @@ class InferenceService:
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
         handlers = {
-            name: _unary(kind, method, to_owner=name in _OWNERS)
+            name: unary(_parsed(kind, method), to_owner=name in _OWNERS)
             for name, (kind, method) in self._methods().items()
         }
-        handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(guarded(self.infer))
-        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-            guarded_stream(self._streams.serve)
-        )
+        handlers["ModelInfer"] = unary(self.infer)
+        handlers["ModelStreamInfer"] = stream(self._streams.serve)
         return grpc.method_handlers_generic_handler(self.NAME, handlers)
 
-    def _extract(
-        self, message: bytes, context: grpc.ServicerContext, call: Call
-    ) -> Extraction[bytes]:
-        received = self._plane.receive(len(message))
-        decoded = self._plane.decode(received, call, partial(decode_infer_request, message))
-        return self._run(decoded, context, call, received)
-
     def _run(
-        self,
-        decoded: DecodedInfer,
-        context: grpc.ServicerContext,
-        call: Call,
-        received: Reservation,
-        *,
-        streamed: bool = False,
+        self, decoded: DecodedInfer, caller: Caller, received: Reservation
     ) -> Extraction[bytes]:
         """Run a decoded request."""
         request, raw = decoded
@@ -163,19 +143,19 @@ class InferenceService:
         def request_for(host: ModelHost) -> ExtractionRequest[bytes]:
             timeout = timeout_of(request)
             if timeout is not None:
-                call.limit(timeout)
+                caller.call.limit(timeout)
             return extraction_request(
                 request,
                 raw,
                 host,
                 self._engine,
-                self._memory.of(context),
+                self._memory.of(caller),
                 admit=received.take,
-                streamed=streamed,
+                streamed=caller.in_stream,
             )
 
         try:
-            return self._plane.run(received, call, convert)
+            return self._plane.run(received, caller, convert)
         except ModelNotFoundError as error:
             raise unknown_model(request.model_name, error) from None
 
@@ -210,13 +190,12 @@ class InferenceService:
         }
 
 
-def _unary(
-    kind: type[Q],
-    method: Callable[[Q, grpc.ServicerContext], Message],
-    *,
-    to_owner: bool,
-) -> grpc.RpcMethodHandler:
-    def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+def _parsed(
+    kind: type[Q], method: Callable[[Q, Caller], Message]
+) -> Callable[[bytes, Caller], bytes]:
+    """Return a handler that parses a small request and passes it to a method."""
+
+    def handle(message: bytes, caller: Caller) -> bytes:
         # Only names and parameters are expected. A larger message is refused before it is parsed,
         # as the parsed objects take far more memory than its bytes.
         if len(message) > _QUERY_BYTES:
@@ -224,6 +203,6 @@ def _unary(
                 f"request: got {len(message)} bytes, expected a {kind.__name__} of at most "
                 f"{_QUERY_BYTES}"
             )
-        return method(parse(kind, message), context).SerializeToString()
+        return method(parse(kind, message), caller).SerializeToString()
 
-    return grpc.unary_unary_rpc_method_handler(guarded(handle, to_owner=to_owner))
+    return handle

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable
 from dataclasses import dataclass
-
-import grpc
 
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.services.caller import Caller
 from layertap.services.infer.parameters import Parameters, number, text
 from layertap.shm.client_regions import ClientRegions, RegionSlice
 
@@ -21,8 +18,6 @@ _REGION, _SIZE, _OFFSET = PARAMETERS = (
     "shared_memory_offset",
 )
 
-_LOCAL_PEERS = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "unix:")
-
 
 @dataclass(frozen=True, slots=True)
 class CallerMemory:
@@ -30,13 +25,12 @@ class CallerMemory:
 
     Attributes:
         regions: All regions; None if clients may not share memory.
-        owner: Identifies the caller; regions belong to an owner.
-        local: Whether the caller is on this machine.
+        caller: The caller. Regions belong to its token and certificate, if it has these. Callers
+            on this machine that have neither share their regions.
     """
 
     regions: ClientRegions | None
-    owner: Hashable
-    local: bool
+    caller: Caller
 
     def allowed(self) -> ClientRegions:
         """Return the regions; raise PermissionDeniedError if the caller may not share memory."""
@@ -45,7 +39,7 @@ class CallerMemory:
                 "Client shared memory is disabled: the server was started without "
                 "--allow-client-shm"
             )
-        if not self.local:
+        if not self.caller.local:
             raise PermissionDeniedError(
                 "Client shared memory is disabled for callers from other machines"
             )
@@ -66,7 +60,7 @@ class CallerMemory:
             return None
         regions = self.allowed()
         size = number(parameters, _SIZE, where)
-        return regions.slice(self.owner, name, number(parameters, _OFFSET, where), size)
+        return regions.slice(self.caller.identity, name, number(parameters, _OFFSET, where), size)
 
 
 class SharedMemoryRpcs:
@@ -84,63 +78,53 @@ class SharedMemoryRpcs:
         """Whether clients may share memory."""
         return self._regions is not None
 
-    def of(self, context: grpc.ServicerContext) -> CallerMemory:
-        """Return the memory of a call's caller.
-
-        Regions belong to the caller's token and certificate, if it has these. Callers on this
-        machine that have neither share their regions.
-        """
-        if self._regions is None:
-            return CallerMemory(None, None, local=False)
-        metadata = context.invocation_metadata() or ()
-        tokens = [str(value) for key, value in metadata if key == "authorization"]
-        secret = hashlib.sha256("\0".join(tokens).encode("utf-8", "surrogateescape")).digest()
-        owner = (secret, tuple(context.peer_identities() or ()))
-        return CallerMemory(self._regions, owner, context.peer().startswith(_LOCAL_PEERS))
+    def of(self, caller: Caller) -> CallerMemory:
+        """Return the memory of a caller."""
+        return CallerMemory(self._regions, caller)
 
     def status(
-        self, request: pb.SystemSharedMemoryStatusRequest, context: grpc.ServicerContext
+        self, request: pb.SystemSharedMemoryStatusRequest, caller: Caller
     ) -> pb.SystemSharedMemoryStatusResponse:
         """List the caller's regions; the keys are left out, as the caller knows them."""
-        memory = self.of(context)
+        memory = self.of(caller)
         response = pb.SystemSharedMemoryStatusResponse()
-        for region in memory.allowed().status(memory.owner, request.name):
+        for region in memory.allowed().status(caller.identity, request.name):
             entry = response.regions[region.name]
             entry.name, entry.offset, entry.byte_size = region.name, region.offset, region.byte_size
         return response
 
     def register(
-        self, request: pb.SystemSharedMemoryRegisterRequest, context: grpc.ServicerContext
+        self, request: pb.SystemSharedMemoryRegisterRequest, caller: Caller
     ) -> pb.SystemSharedMemoryRegisterResponse:
         """Register a region of the caller."""
-        memory = self.of(context)
+        memory = self.of(caller)
         memory.allowed().register(
-            memory.owner, request.name, request.key, request.offset, request.byte_size
+            caller.identity, request.name, request.key, request.offset, request.byte_size
         )
         return pb.SystemSharedMemoryRegisterResponse()
 
     def unregister(
-        self, request: pb.SystemSharedMemoryUnregisterRequest, context: grpc.ServicerContext
+        self, request: pb.SystemSharedMemoryUnregisterRequest, caller: Caller
     ) -> pb.SystemSharedMemoryUnregisterResponse:
         """Unregister one of the caller's regions, or all of them."""
-        memory = self.of(context)
-        memory.allowed().unregister(memory.owner, request.name)
+        memory = self.of(caller)
+        memory.allowed().unregister(caller.identity, request.name)
         return pb.SystemSharedMemoryUnregisterResponse()
 
     def cuda_status(
-        self, request: pb.CudaSharedMemoryStatusRequest, context: grpc.ServicerContext
+        self, request: pb.CudaSharedMemoryStatusRequest, caller: Caller
     ) -> pb.CudaSharedMemoryStatusResponse:
         """List no regions: there are none in CUDA memory."""
         return pb.CudaSharedMemoryStatusResponse()
 
     def cuda_register(
-        self, request: pb.CudaSharedMemoryRegisterRequest, context: grpc.ServicerContext
+        self, request: pb.CudaSharedMemoryRegisterRequest, caller: Caller
     ) -> pb.CudaSharedMemoryRegisterResponse:
         """Refuse, as CUDA shared memory is not supported."""
         raise InvalidInputError("CUDA shared memory is not supported; use system shared memory")
 
     def cuda_unregister(
-        self, request: pb.CudaSharedMemoryUnregisterRequest, context: grpc.ServicerContext
+        self, request: pb.CudaSharedMemoryUnregisterRequest, caller: Caller
     ) -> pb.CudaSharedMemoryUnregisterResponse:
         """Do nothing: no CUDA memory is ever registered, but NVIDIA's clients call this anyway."""
         return pb.CudaSharedMemoryUnregisterResponse()

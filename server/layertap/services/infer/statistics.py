@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from layertap.engine import Extraction, ModelHost
 from layertap.inference import grpc_service_pb2 as pb
-from layertap.services.current_request import current_request
+from layertap.services.caller import Caller
 from layertap.services.error_codes import ErrorCode
 from layertap.services.infer.infer_form import MODEL_VERSION
 
@@ -61,7 +61,7 @@ class Statistics:
         self._lock = threading.Lock()
         self._models: defaultdict[str, _Model] = defaultdict(_Model)
 
-    def succeeded(self, model: str, extraction: Extraction[bytes]) -> None:
+    def succeeded(self, model: str, extraction: Extraction[bytes], caller: Caller) -> None:
         """Count an extraction that succeeded."""
         times = extraction.timings
         rest = times.total_ns - times.prepare_ns - times.queue_ns - times.compute_ns
@@ -80,12 +80,11 @@ class Statistics:
                 parts.compute.add(times.compute_ns)
                 parts.rest.add(rest)
 
-    def failed(self, model: str, code: ErrorCode) -> None:
+    def failed(self, model: str, code: ErrorCode, caller: Caller) -> None:
         """Count a failed request for a served model."""
-        request = current_request()
         if model:
             with self._lock:
-                ns = time.perf_counter_ns() - request.started_ns if request else 0
+                ns = time.perf_counter_ns() - caller.call.started_ns
                 self._models[model].fail.add(ns)
 
     def of(self, hosts: Iterable[ModelHost]) -> pb.ModelStatisticsResponse:

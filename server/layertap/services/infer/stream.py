@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import grpc
-
-from layertap.engine import Call, Reservation
+from layertap.engine import Reservation
 from layertap.errors import LayertapError
+from layertap.services.answer import Answer
+from layertap.services.caller import Caller
 from layertap.services.data_plane import DataPlane
-from layertap.services.item_window import Answer, OrderedWindow
+from layertap.services.item_window import OrderedWindow
 from layertap.services.stream_threads import StreamThreads
 
 __all__ = ["AnswerItem", "InferStream", "RefuseItem"]
 
-AnswerItem = Callable[[bytes, Call, Reservation, grpc.ServicerContext], Answer]
-"""Answers one item, with the reason if it fails; called from many threads."""
+AnswerItem = Callable[[bytes, Caller, Reservation], Answer]
+"""Runs and answers one item, with an error if it fails; called from many threads."""
 
 RefuseItem = Callable[[bytes, LayertapError], Answer]
-"""Answers one item that is not run, with the reason."""
+"""Answers one item with an error, without running it."""
 
 
 class InferStream:
@@ -46,19 +46,20 @@ class InferStream:
         self._answer = answer
         self._refuse = refuse
 
-    def serve(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def serve(self, messages: Iterator[bytes], caller: Caller) -> Iterator[bytes]:
         """Answer the items of one stream."""
         window = OrderedWindow(self._places)
 
-        def take(message: bytes, remaining: float | None) -> Callable[[], None] | None:
-            place = window.admit(remaining)
+        def take(message: bytes) -> Callable[[], None] | None:
+            item = caller.of_item()
+            place = window.admit(item.call)
             if place is None:
                 return None
             try:
-                received = self._plane.receive(len(message))
+                received = self._plane.receive(len(message), item)
             except LayertapError as error:
                 place.answer(self._refuse(message, error))
                 return None
-            return lambda: place.answer(self._answer(message, place.call, received, context))
+            return lambda: place.answer(self._answer(message, item, received))
 
-        yield from self._threads.serve(window, take, messages, context)
+        yield from self._threads.serve(window, take, messages, caller)

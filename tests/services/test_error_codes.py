@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import grpc
 import pytest
 
 from layertap import errors
+from layertap.services.caller import Caller
 from layertap.services.error_codes import CODES, ErrorCode, code_of
-from layertap.services.status import STATUS, guarded, public_error
+from layertap.services.grpc_handlers import STATUS, unary
+from layertap.services.public_errors import public_error
+from serving import serving_method
 
 
 def subclasses(kind: type) -> list[type]:
@@ -20,6 +21,13 @@ def subclasses(kind: type) -> list[type]:
 def test_every_error_is_mapped(kind) -> None:
     """An error class without a code of its own or of a base below the root is a mistake."""
     assert isinstance(STATUS[code_of(kind("why"))], grpc.StatusCode)
+
+
+@pytest.mark.parametrize("code", ErrorCode)
+def test_a_code_has_the_name_and_number_of_grpcs(code) -> None:
+    """A code has one name and one number, whether a call or a stream's item reports it."""
+    assert STATUS[code].name == code.name
+    assert STATUS[code].value[0] == code.value
 
 
 def test_an_unmapped_error_is_found() -> None:
@@ -41,24 +49,11 @@ def test_every_error_is_public_and_drawn() -> None:
 def test_the_unexpected_is_internal_and_keeps_its_text(caplog) -> None:
     """An unexpected exception becomes INTERNAL with a request id; its text stays in the log."""
 
-    def explode(message: bytes, context: grpc.ServicerContext) -> bytes:
+    def explode(message: bytes, caller: Caller) -> bytes:
         raise RuntimeError("secret path /etc/shadow")
 
-    handler = grpc.unary_unary_rpc_method_handler(guarded(explode))
-    server = grpc.server(ThreadPoolExecutor(1))
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("test.Service", {"Call": handler}),)
-    )
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        with (
-            grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
-            pytest.raises(grpc.RpcError) as failure,
-        ):
-            channel.unary_unary("/test.Service/Call")(b"")
-    finally:
-        server.stop(0)
+    with serving_method(unary(explode)) as channel, pytest.raises(grpc.RpcError) as failure:
+        channel.unary_unary("/test.Service/Call")(b"")
     assert failure.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in failure.value.details()
     request_id = failure.value.details().rsplit(" ", 1)[-1]

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from layertap import LayerSelection
-from layertap.engine import Engine
+from layertap.engine import Engine, describe
 from layertap.extraction import CapturePoint, Taps
 from layertap.extraction.kinds import torchscript
 from layertap.models import LoadedModel, ModelSpec
 from layertap.selection import Capture
-from layertap.services.convert import description_to_proto
 from layertap.v1 import catalogue_pb2
+from layertap.wire.descriptions import description_to_proto
 from processes import layertap
 from serving import running_server
 from tinynets import ITEM
@@ -78,7 +78,7 @@ def refuse(engine, monkeypatch) -> Refuse:
 def test_plans_that_were_refused_are_described(engine, refuse) -> None:
     """A declared layer that can't be compiled says so, and so does each set that it was in."""
     refuse("layer2", Capture.OUTPUT, "layer2", "conv1:input")
-    description = description_to_proto(engine.host("residual"))
+    description = description_to_proto(describe(engine.host("residual")))
     refused = {tuple(plan.layers): plan for plan in description.refused_plans}
     assert set(refused) == {("conv1:input", "layer2"), ("layer2",)}
     plan = refused["layer2",]
@@ -93,7 +93,7 @@ def test_plans_that_were_refused_are_described(engine, refuse) -> None:
 def test_a_refusal_on_an_input_leaves_the_output(engine, refuse) -> None:
     """What is refused for one side of a layer is not refused for the other."""
     refuse("layer2", Capture.INPUT, "layer2:input")
-    description = description_to_proto(engine.host("residual"))
+    description = description_to_proto(describe(engine.host("residual")))
     layer = next(layer for layer in description.layers if layer.name == "layer2")
     [plan] = description.refused_plans
     assert verdicts(layer) == {OUTPUT: (True, ""), INPUT: (False, plan.reason)}
@@ -111,12 +111,12 @@ def test_the_rules_of_a_models_passes_are_described(engine) -> None:
     """Whether they may end early, run at once and be shared, and what happens to their state."""
     load(engine, "keeps_state")
     load(engine, "residual")
-    model = description_to_proto(engine.host("keeps_state")).model
+    model = description_to_proto(describe(engine.host("keeps_state"))).model
     assert model.pass_rules == catalogue_pb2.PassRules(
         early_stop=True, state=catalogue_pb2.KEPT_STATE_RESET
     )
     assert any("'keeper.seen'" in note for note in model.notes)
-    plain = description_to_proto(engine.host("residual")).model
+    plain = description_to_proto(describe(engine.host("residual"))).model
     assert plain.pass_rules == catalogue_pb2.PassRules(
         early_stop=True, concurrent=True, shared=True, state=catalogue_pb2.KEPT_STATE_NONE
     )
@@ -127,7 +127,7 @@ def test_layouts_are_described(engine) -> None:
     """Channels last and tokens are told apart from channels first, at a size that is no square."""
     load(engine, "patches", item=(3, 16, 24))
     layers = {
-        layer.name: layer for layer in description_to_proto(engine.host("patches")).layers
+        layer.name: layer for layer in description_to_proto(describe(engine.host("patches"))).layers
     }  # fmt: skip
     expected = {
         "patch": (catalogue_pb2.LAYOUT_CHANNELS_FIRST, 0),

@@ -58,7 +58,7 @@ class Call:
     def check(self) -> None:
         """Raise CancelledError or DeadlineExceededError if the caller no longer waits."""
         if self._cancelled:
-            raise CancelledError("the caller went away")
+            raise CancelledError("the client cancelled the call or disconnected")
         if self.remaining() == 0.0:
             raise DeadlineExceededError("the deadline passed while the request was queued")
 

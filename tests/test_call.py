@@ -9,7 +9,7 @@ from threading import Event
 
 import pytest
 
-from layertap.engine.call import Call
+from layertap.call import Call
 from layertap.errors import CancelledError, DeadlineExceededError
 
 
