@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from layertap.engine.batch import Inputs, TextBatch
 from layertap.call import Call
+from layertap.engine.batch import Inputs, TextBatch
 from layertap.engine.reply_layout import Beside
 from layertap.errors import InvalidInputError
 from layertap.extraction.masked import Tokens
