@@ -224,7 +224,7 @@ def _with_weights(found: Any, config: Any, spec: ModelSpec, folder: Path) -> nn.
             **{"dtype": "auto", **_options(spec)},
         )
     _check(module, outcome, spec)
-    own_memory(module)
+    _own_memory(module)
     return module  # type: ignore[no-any-return]
 
 
@@ -272,7 +272,7 @@ def _without_pooler(module: nn.Module, missing: list[str], spec: ModelSpec) -> l
     return [name for name in missing if name not in of_pooler]
 
 
-def own_memory(module: nn.Module) -> None:
+def _own_memory(module: nn.Module) -> None:
     """Copy each tensor of a module that is a part of a mapped file; see Note [Hugging Face models].
 
     Tensors that share their memory go on sharing it.

@@ -20,6 +20,9 @@ from layertap.models.weights import load_checkpoint, read_checkpoint
 
 __all__ = [
     "SENTENCE_INPUTS",
+    "Dense",
+    "Normalize",
+    "Pooling",
     "SentenceEncoder",
     "has_modules",
     "longest_text",
@@ -27,7 +30,7 @@ __all__ = [
     "transformer_folder",
 ]
 
-MODULES = "modules.json"
+_MODULES = "modules.json"
 
 SENTENCE_INPUTS = (IDS, MASK, TYPES)
 """The arguments of a SentenceEncoder's ``forward``."""
@@ -40,7 +43,7 @@ class Pooling(nn.Module):
     """Makes one vector of the states of a text's tokens; padding does not count.
 
     Args:
-        modes: What is computed, one after the other into one vector; keys of ``MODES``.
+        modes: What is computed, one after the other into one vector; such as ``("mean_tokens",)``.
     """
 
     def __init__(self, modes: tuple[str, ...]) -> None:
@@ -49,7 +52,7 @@ class Pooling(nn.Module):
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return ``[B, C * len(modes)]`` for states ``[B, L, C]`` and a mask ``[B, L]``."""
-        return torch.cat([MODES[mode](states, mask) for mode in self.modes], 1)
+        return torch.cat([_MODES[mode](states, mask) for mode in self.modes], 1)
 
     def extra_repr(self) -> str:
         """Show the modes."""
@@ -113,7 +116,7 @@ class SentenceEncoder(nn.Module):
         return vector
 
 
-Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+_Pool = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _weights(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -151,7 +154,7 @@ def _weighted_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 # The keys of its configuration, in the order in which sentence-transformers puts the vectors.
-MODES: dict[str, Pool] = {
+_MODES: dict[str, _Pool] = {
     "cls_token": _first,
     "max_tokens": _max,
     "mean_tokens": _mean,
@@ -172,7 +175,7 @@ _SHORT = {
 
 def has_modules(folder: Path) -> bool:
     """Return whether a folder is one of sentence-transformers."""
-    return (folder / MODULES).is_file()
+    return (folder / _MODULES).is_file()
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -217,7 +220,7 @@ def parts_of(folder: Path, *, weights: bool) -> dict[str, nn.Module]:
         parts[f"{name}_{len(parts)}" if name in parts else name] = part
     if not parts:
         raise ModelLoadError(
-            f"{folder.name}: {MODULES} has no Pooling, expected one after the first"
+            f"{folder.name}: {_MODULES} has no Pooling, expected one after the first"
         )
     return parts
 
@@ -234,13 +237,13 @@ def _pooling(place: Path) -> nn.Module:
             for key, value in config.items()
             if key.startswith("pooling_mode_") and value
         ]
-    unknown = [mode for mode in modes if mode not in MODES]
+    unknown = [mode for mode in modes if mode not in _MODES]
     if unknown or not modes:
         raise ModelLoadError(
             f"{place.name}: got pooling by {', '.join(unknown) or 'nothing'}, expected some of "
-            f"{', '.join(MODES)}"
+            f"{', '.join(_MODES)}"
         )
-    return Pooling(tuple(mode for mode in MODES if mode in modes))
+    return Pooling(tuple(mode for mode in _MODES if mode in modes))
 
 
 def _dense(place: Path) -> nn.Module:
@@ -264,15 +267,15 @@ _MAKE: dict[str, Callable[[Path], nn.Module]] = {
 
 def _listed(folder: Path) -> list[tuple[str, Path]]:
     """Return the kind and the folder of each module."""
-    listed = sorted(json.loads((folder / MODULES).read_text("utf-8")), key=lambda row: row["idx"])
+    listed = sorted(json.loads((folder / _MODULES).read_text("utf-8")), key=lambda row: row["idx"])
     found = []
     for row in listed:
         path = PurePath(row["path"])
         if path.is_absolute() or ".." in path.parts:
-            raise ModelLoadError(f"{folder.name}: {MODULES} names {row['path']!r}, outside of it")
+            raise ModelLoadError(f"{folder.name}: {_MODULES} names {row['path']!r}, outside of it")
         found.append((str(row["type"]).rpartition(".")[2], folder / path))
     if not found:
-        raise ModelLoadError(f"{folder.name}: {MODULES} is empty")
+        raise ModelLoadError(f"{folder.name}: {_MODULES} is empty")
     return found
 
 
