@@ -1,4 +1,4 @@
-"""Asking an engine in the same process."""
+"""Sends requests to an engine in the same process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def request_for(
     x: np.ndarray | torch.Tensor,
     extractor: Extractor = Extractor.AUTO,
 ) -> ExtractionRequest:
-    """Return the request for layers, selections or texts as on the command line, of a batch."""
+    """Return the request for layers of a batch, given as selections or command-line texts."""
     array = x.numpy() if isinstance(x, torch.Tensor) else x
     view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
     texts = [layers] if isinstance(layers, str) else layers
@@ -37,5 +37,5 @@ def ask(
     x: np.ndarray | torch.Tensor,
     extractor: Extractor = Extractor.AUTO,
 ) -> Features:
-    """Extract, and read the message as a client does."""
+    """Extract, and read the message like a client."""
     return Features(engine.extract(request_for(net, layers, x, extractor), Call()).payload)

@@ -1,4 +1,4 @@
-"""What docs/security.md shows works as it stands there, from nothing to layers."""
+"""The examples of docs/security.md work as they are, from nothing to layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the page makes its files by openssl")
 def test_a_newcomer_gets_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each command and the client's code, with a free port of this machine and the photograph."""
+    """Each command and the client's code run, with a free port of this machine and the photo."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     make_secrets, serve, layers, make_clients = (text.replace("\\\n", "") for text in blocks("sh"))
@@ -33,7 +33,7 @@ def test_a_newcomer_gets_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         subprocess.run(["/bin/sh", "-euc", script], check=True, env=os.environ, capture_output=True)
     assert Path("server.key").stat().st_mode & 0o077 == 0
     args = [arg for arg in shlex.split(serve)[2:] if arg not in {"--host", "0.0.0.0"}]  # noqa: S104
-    with serving(*args) as server:
+    with serving(*args, fresh=True) as server:
         address = server.address.replace("127.0.0.1", "localhost")
         names: dict[str, object] = {}
         (code,) = blocks("python")
