@@ -18,7 +18,7 @@ from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_wei
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.kinds.base import Verdict
-from layertap.extraction.kinds.registry import KINDS, AnyKind
+from layertap.extraction.kinds.registry import KINDS, REFERENCE, AnyKind
 from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
@@ -135,6 +135,7 @@ def measure_with_graph(
         guard=guard,
         non_finite=_first_non_finite(entries, reference),
         notes=tuple(_notes(findings, entries)),
+        looks=looks,
     )
     return catalogue, findings.graph.trace
 
@@ -225,7 +226,7 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
     if looked:
         yield (
             f"its forward branches on values of its input before layer {looked!r}, so other input "
-            f"may take another branch there"
+            f"may take another branch there; {_branches(findings)}"
         )
     varying = sorted(findings.varying)
     if varying:
@@ -240,6 +241,17 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
             f"its forward draws random numbers, so from layer {random!r} on, two requests with the "
             f"same input give different values"
         )
+
+
+def _branches(findings: Measurement) -> str:
+    """Say how layers after a branch are served."""
+    compiled = " and ".join(kind.name for kind in KINDS.values() if kind.compiled)
+    if findings.looks.looked.keys() <= findings.looks.unguarded.keys():
+        return f"{compiled} serves no layer from there on"
+    return (
+        f"{compiled} serves layers from there on by one compiled plan for each way that the code "
+        f"can go, and {REFERENCE.name} serves the ways that have no plan"
+    )
 
 
 def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) -> str:
