@@ -108,6 +108,8 @@ class InputDescription:
         images: How encoded images are preprocessed; None if the input takes none.
         preprocessing: The same in words; empty if the input takes no images.
         optional: Whether a request may leave it out.
+        texts: Whether texts are accepted instead.
+        tokenization: How these texts become token ids, in words.
     """
 
     name: str
@@ -116,10 +118,12 @@ class InputDescription:
     images: ImageDescription | None = None
     preprocessing: str = ""
     optional: bool = False
+    texts: bool = False
+    tokenization: str = ""
 
     def __str__(self) -> str:
         """Return such as ``x [B, 3, H=224, W=224] float32 or images``, where H, W may differ."""
-        images = " or images" if self.images else ""
+        images = " or images" if self.images else " or texts" if self.texts else ""
         optional = " (optional)" if self.optional else ""
         return f"{self.name} [{', '.join(map(str, self.shape))}] {self.dtype}{images}{optional}"
 

@@ -82,21 +82,24 @@ def test_a_naive_trace_is_wrong_without_a_word() -> None:
         assert difference(naive(x), module(x)) > 1e-2
 
 
-def test_a_size_at_which_the_code_looks_at_values_is_not_served_by_a_program(engine) -> None:
-    """The program for short waves would be right on every sample, and wrong for large values."""
+@pytest.mark.parametrize("extractor", [Extractor.AUTO, Extractor.TORCHSCRIPT])
+def test_a_size_at_which_the_code_looks_at_values(engine, extractor) -> None:
+    """The program for short waves would be right on most samples, and wrong for large values."""
     host = engine.load(
         ModelSpec("sizenets:looks_when_long", item_shape=(40,)), [LayerSelection("out")]
     )
     fresh = sizenets.looks_when_long()
-    x = 1e7 * torch.ones(2, 120)
-    with pytest.raises(errors.ExtractorUnsupportedError, match="value"):
-        ask(engine, "looks_when_long", "out", x, Extractor.TORCHSCRIPT)
-    for _ in range(6):
-        features = ask(engine, "looks_when_long", "out", x)
-        assert torch.equal(features.torch()["out"], fresh(x))
-    short = sample(host, (60,), 2)
-    features = ask(engine, "looks_when_long", "out", short, Extractor.TORCHSCRIPT)
-    assert torch.equal(features.torch()["out"], fresh(short))
+    for length in (60, 120, 60, 120):
+        for scale in (1, 1e6, 1, 1e6):
+            for batch in (2, 1):
+                x = scale * sample(host, (length,), batch)
+                try:
+                    features = ask(engine, "looks_when_long", "out", x, extractor)
+                except errors.ExtractorUnsupportedError:
+                    assert extractor is Extractor.TORCHSCRIPT, (length, scale, batch)
+                    assert length == 120
+                    continue
+                assert torch.equal(features.torch()["out"], fresh(x)), (length, scale, batch)
 
 
 def test_programs_for_sizes_stay_few(engine) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face architectures, from small configurations: no hub is asked for anything."""
+"""Hugging Face architectures, from small configurations, without access to a hub."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from layertap.selection import (
     LayerSelection,
     Reduction,
 )
+from layertap.texts import Texts, Truncation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,13 +33,33 @@ if TYPE_CHECKING:
 __all__ = ["batch_axes", "extract"]
 
 
-@click.command(short_help="Write layers of images into an .npz file.")
+@click.command(short_help="Write layers of images or texts into an .npz file.")
 @click.argument("model", metavar="MODEL")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path())
+@click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path())
+@click.option(
+    "--text",
+    "given_texts",
+    multiple=True,
+    metavar="TEXT",
+    help="A text, in place of images. May be given several times.",
+)
+@click.option(
+    "--texts",
+    "texts_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A file of texts in UTF-8, one on each line; empty lines are left out.",
+)
+@click.option(
+    "--truncation",
+    type=click.Choice([truncation.value for truncation in Truncation]),
+    default=Truncation.NONE.value,
+    help="Where a text with too many tokens is cut. Default: none, which refuses it.",
+)
 @click.option(
     "-l",
     "--layer",
-    "texts",
+    "layers",
     multiple=True,
     required=True,
     metavar="LAYER[:input][=NAME]",
@@ -75,13 +96,16 @@ __all__ = ["batch_axes", "extract"]
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Images in one forward pass.",
+    help="Images or texts in one forward pass.",
 )
 @local_model_options
 def extract(
     model: str,
     images: tuple[str, ...],
-    texts: tuple[str, ...],
+    given_texts: tuple[str, ...],
+    texts_file: Path | None,
+    truncation: str,
+    layers: tuple[str, ...],
     output: Path,
     extractor: str,
     dtype: str | None,
@@ -90,28 +114,32 @@ def extract(
     server: ServerAddress | None,
     **flags: Any,
 ) -> None:
-    """Write layers of IMAGEs to an .npz file: one array per layer, with all images in it.
+    """Write layers of images or texts to an .npz file: one array per layer, with all of them in it.
 
     Batches are joined along each layer's batch dimension, which was measured when the model was
     loaded. For most layers it is the first, so there is one row per image; for layers such as
     [L, N, D] it is the second.
 
-    MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
-    (package.module:function). With --server it is the name of a model on that server. Images are
-    JPEG, PNG or WebP files.
+    MODEL is a torchvision model (resnet18), a Hugging Face model (hf:FOLDER), a TorchScript file
+    (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
+    server. Images are JPEG, PNG or WebP files.
 
     \b
     Examples:
       layertap extract resnet18 *.jpg -l layer4 --reduce global_average_pool -o features.npz
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
+      layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
       python -c "import numpy; print(numpy.load('cat.npz')['layer1'].shape)"
     """
     refuse_with_server(server, flags)
     selections = [
         replace(LayerSelection.parse(text), reduction=Reduction(reduction), dtype=dtype or "")
-        for text in texts
+        for text in layers
     ]
+    texts = [*given_texts, *_lines(texts_file)]
+    if bool(images) == bool(texts):
+        raise click.UsageError("give IMAGEs, or texts by --text and --texts")
     _check_files(images, output)
     from layertap.cli.npz import Columns
     from layertap.cli.render import Stderr, show_features
@@ -123,13 +151,16 @@ def extract(
         if server
         else _local(terminal, model, selections, how, flags)
     )
-    with opened as source, terminal.counting("images", len(images)) as bar:
+    items = texts or images
+    ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
+    with opened as source, terminal.counting("texts" if texts else "images", len(items)) as bar:
         columns = Columns(lambda: batch_axes(source.describe(), selections))
-        for begin in range(0, len(images), batch_size):
-            batch = [_read(image) for image in images[begin : begin + batch_size]]
+        for begin in range(0, len(items), batch_size):
+            some = items[begin : begin + batch_size]
             with _naming(images[begin:]):
-                columns.add(*source.ask(batch), len(batch))
-            bar.advance(bar.task_ids[0], len(batch))
+                batch = Texts(some, truncation) if texts else [_read(image) for image in some]
+                columns.add(*source.ask(batch), 1 if ragged else len(some))
+            bar.advance(bar.task_ids[0], len(some))
     columns.save(output)
     show_features(columns.rows())
 
@@ -143,9 +174,9 @@ class _Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """A model: `ask` extracts layers from encoded images, `describe` describes the model."""
+    """A model: `ask` extracts layers from images or texts, `describe` describes the model."""
 
-    ask: Callable[[list[bytes]], _Taken]
+    ask: Callable[[list[bytes] | Texts], _Taken]
     describe: Callable[[], ModelDescription]
 
 
@@ -187,6 +218,18 @@ def _check_files(images: Sequence[str], output: Path) -> None:
         raise InvalidInputError(f"output {output}: the folder {output.parent} can't be written to")
 
 
+def _lines(file: Path | None) -> list[str]:
+    """Return the texts of a file, one on each line that is not empty."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidInputError(f"texts {file}: {reason}") from error
+    return [line for line in lines if line.strip()]
+
+
 def _read(image: str) -> bytes:
     try:
         return Path(image).read_bytes()
@@ -213,8 +256,8 @@ def _remote(
 
     with server.client() as client:
 
-        def ask(images: list[bytes]) -> _Taken:
-            features = client.extract(model, images, selections, extractor=extractor)
+        def ask(given: list[bytes] | Texts) -> _Taken:
+            features = client.extract(model, given, selections, extractor=extractor)
             return _Taken(features, features.extractor)
 
         yield _Source(ask, lambda: description_from_proto(client.describe_model(model)))
@@ -234,8 +277,8 @@ def _local(
         if assumed := model.host.model.assumptions():
             terminal.say(assumed, logging.WARNING)
 
-        def ask(images: list[bytes]) -> _Taken:
-            features = model.extract(images, selections, extractor=extractor)
+        def ask(given: list[bytes] | Texts) -> _Taken:
+            features = model.extract(given, selections, extractor=extractor)
             return _Taken(features.numpy(), features.extractor)
 
         yield _Source(ask, model.describe)
