@@ -7,9 +7,10 @@ CSRC := setup.py $(wildcard csrc/*.*)
 soak: SECONDS ?= 300
 chaos: SECONDS ?= 10
 fuzz: SECONDS ?= 60
+mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-zoo test-packages soak chaos storm fuzz bench bench-cuda perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -22,8 +23,10 @@ demo: .venv/.built ## start a server, ask it for layers, show what comes back
 serve: .venv/.built ## serve a model: make serve ARGS="--help"
 	$(BIN)/layertap serve $(ARGS)
 
+# Without ARGS all tests, in two processes: most of them wait for another process or a timer now and
+# then. Those of one file stay together, as they share servers.
 test: setup ## run the tests: make test ARGS="tests/wire -k varint"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
 
 test-clients: setup ## the clients in other languages against a real server
 	$(BIN)/python -m pytest tests/languages/check_*.py $(ARGS)
@@ -50,6 +53,9 @@ storm: .venv/.built build/storm ## 256 callers that ask again at once, a minute 
 
 fuzz: .venv/.built build/fuzz/.installed ## fuzz the decoder against upb: make fuzz SECONDS=600
 	$(BIN)/python tools/fuzz.py --seconds $(SECONDS) $(ARGS)
+
+mutants: setup ## change the core in small ways and see whether the tests notice: make mutants COUNT=20
+	$(BIN)/python tools/mutants.py --count $(COUNT) $(ARGS)
 
 bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmarks/README.md
 	$(BIN)/python -W ignore benchmarks/bench_extractors.py --rounds 10 $(ARGS)

@@ -18,7 +18,8 @@ def batch_for(of: LoadedModel | Plan, x: torch.Tensor) -> Batch:
 
 def key_for(model: LoadedModel, shape: Sequence[int]) -> BatchKey:
     """Return the key of batches whose items have a shape."""
-    return model.signature.key.with_main(shape)
+    key = model.signature.key
+    return key.with_shape(key.main.name, shape)
 
 
 def key_of_shape(shape: Sequence[int]) -> BatchKey:

@@ -18,6 +18,20 @@ from tinynets import ITEM
 
 LoadNet = Callable[[str], LoadedModel]
 
+LONGEST = (
+    *("zoo/test_zoo.py", "soak/test_soak.py", "services/test_mission.py", "app/test_reload.py"),
+    *("chaos/test_chaos.py", "app/test_lifecycle.py", "app/test_shared_memory.py"),
+    *("extraction/test_claims.py", "extraction/test_hazards.py", "coverage/test_prove.py"),
+)
+"""Files that take longest. One of them begun last would keep one process busy alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, where several processes share the files."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        ranks = {f"tests/{file}": rank for rank, file in enumerate(LONGEST)}
+        items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
+
 
 @pytest.fixture
 def load_net() -> LoadNet:

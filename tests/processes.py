@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from warm import Forked
+
 TESTS = Path(__file__).resolve().parent
 COMMAND = (sys.executable, "-m", "layertap")
 # Without the terminal's own wishes, and with the tests' factories.
@@ -18,6 +20,8 @@ ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")},
     "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")])),
 }
+
+UNCHANGED = dict(ENVIRONMENT)
 
 
 def layertap(*args: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +44,8 @@ class Serving:
         prefix: A command that runs the one that follows it, such as one that sets limits first.
         environment: Variables besides those of ENVIRONMENT.
         cwd: The folder to run in; this process's if not given.
+        fresh: Whether it starts from nothing; else it is forked where PyTorch is imported already,
+            see ``warm``.
     """
 
     def __init__(
@@ -48,14 +54,22 @@ class Serving:
         prefix: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        *,
+        fresh: bool = True,
     ) -> None:
-        self.process = subprocess.Popen(
-            [*prefix, *COMMAND, "serve", *args],
-            env={**ENVIRONMENT, **(environment or {})},
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=cwd,
-        )
+        self.process: subprocess.Popen[str] | Forked
+        if fresh:
+            self.process = subprocess.Popen(
+                [*prefix, *COMMAND, "serve", *args],
+                env={**ENVIRONMENT, **(environment or {})},
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=cwd,
+            )
+        else:
+            assert not prefix
+            assert not environment
+            self.process = Forked(["serve", *args], ENVIRONMENT, cwd or Path.cwd())
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False
@@ -103,9 +117,14 @@ class Serving:
 
 
 @contextmanager
-def serving(*args: str) -> Iterator[Serving]:
-    """Run ``layertap serve``: a free port, no metrics, no plan cache unless told otherwise."""
-    server = Serving(["--port", "0", "--metrics-port", "-1", "--plan-cache", "off", *args])
+def serving(*args: str, fresh: bool = False) -> Iterator[Serving]:
+    """Run ``layertap serve``: a free port, no metrics, no plan cache unless told otherwise.
+
+    It is forked where PyTorch is imported already, unless it is to be fresh; see ``warm``.
+    """
+    common = ["--port", "0", "--metrics-port", "-1", "--plan-cache", "off"]
+    # Libraries read their variables when they are imported.
+    server = Serving([*common, *args], fresh=fresh or ENVIRONMENT != UNCHANGED)
     try:
         yield server
     finally:

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +34,21 @@ def command(verb: str) -> list[str]:
     return shlex.split(line)[1:]
 
 
-def test_the_example_answers_with_the_shapes_that_it_claims() -> None:
-    """The server's command and the client's code, with a free port and the real photograph."""
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """The address of a server that the README's command has started, on a free port."""
+    _, *args = command("serve")
+    with serving(*args, "--port", "0", "--metrics-port", "-1", fresh=True) as server:
+        yield server.address
+
+
+def test_the_example_answers_with_the_shapes_that_it_claims(address: str) -> None:
+    """The client's code gets what it says from the README's server, for the real photograph."""
     code, *_ = blocks("python")
     photo = ROOT / "examples" / "images" / "grace_hopper.jpg"
-    _, *args = command("serve")
-    with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
-        address = server.line(r"serving .* on (\S+)").group(1)
-        names: dict[str, object] = {}
-        code = code.replace("127.0.0.1:8001", address).replace("photo.jpg", str(photo))
-        exec(code, names)  # noqa: S102 - the README is ours
+    names: dict[str, object] = {}
+    code = code.replace("127.0.0.1:8001", address).replace("photo.jpg", str(photo))
+    exec(code, names)  # noqa: S102 - the README is ours
     features = names["features"]
     for name, shape in re.findall(r'features\["([^"]+)"\].*?(\(\d[\d, ]*\))', code):
         assert str(features[name].shape) == shape
@@ -72,29 +78,27 @@ def test_the_examples_without_a_server_run(
 
 
 def test_the_examples_with_nvidias_client_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README's and docs/protocol.md's code, in its environment, has the shapes it claims."""
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     *_, short = blocks("python")
     (long,) = blocks("python", (ROOT / "docs" / "protocol.md").read_text("utf-8"))
-    _, *args = command("serve")
-    with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
-        for code in (short, long):
-            claims = re.findall(
-                r"^(\w+\.as_numpy\(.+?\))  # .*?(\(\d[\d, ]*\))", code, re.MULTILINE
-            )
-            assert claims
-            for value, shape in claims:
-                code = code.replace(value, f"assert {value}.shape == {shape}")  # noqa: PLW2901
-            script = tmp_path / "example.py"
-            script.write_text(code.replace("127.0.0.1:8001", server.address), "utf-8")
-            done = subprocess.run([TRITON, script], capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
+    for code in (short, long):
+        claims = re.findall(r"^(\w+\.as_numpy\(.+?\))  # .*?(\(\d[\d, ]*\))", code, re.MULTILINE)
+        assert claims
+        for value, shape in claims:
+            code = code.replace(value, f"assert {value}.shape == {shape}")  # noqa: PLW2901
+        script = tmp_path / "example.py"
+        script.write_text(code.replace("127.0.0.1:8001", address), "utf-8")
+        done = subprocess.run([TRITON, script], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
 
 
-def test_the_streaming_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_streaming_examples_run(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What docs/streaming.md shows answers for a folder of photographs, good asks and bad."""
     page = (ROOT / "docs" / "streaming.md").read_text("utf-8")
     (tmp_path / "photos").mkdir()
@@ -102,11 +106,8 @@ def test_the_streaming_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photos" / name)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    _, *args = command("serve")
-    with serving(*args, "--port", "0", "--metrics-port", "-1") as server:
-        address = server.line(r"serving .* on (\S+)").group(1)
-        for code in blocks("python", page):
-            exec(code.replace("127.0.0.1:8001", address), names)  # noqa: S102 - the page is ours
+    for code in blocks("python", page):
+        exec(code.replace("127.0.0.1:8001", address), names)  # noqa: S102 - the page is ours
     assert {name: value.shape for name, value in names["vectors"].items()} == {
         "a.jpg": (1, 512, 1, 1),
         "b.jpg": (1, 512, 1, 1),

@@ -1,4 +1,4 @@
-"""layertap.toml is read right, and its mistakes are told with file, line, key and a way out."""
+"""layertap.toml is read correctly; errors in it name the file, the line, the key and a remedy."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def read(tmp_path: Path):
 
 
 def test_every_key_is_read(read, tmp_path: Path) -> None:
-    """Each section arrives in the objects that the server is built from."""
+    """Each section's values arrive in the objects from which the server is built."""
     config = read(WHOLE)
     server = config.server
     assert (server.host, server.port, server.metrics_port) == ("0.0.0.0", 9001, -1)  # noqa: S104
@@ -127,7 +127,7 @@ def test_every_key_is_read(read, tmp_path: Path) -> None:
 
 
 def test_empty_file_is_the_defaults(read) -> None:
-    """An empty file says the same as none; the defaults are the engine's where memory is ample."""
+    """An empty file is the same as no file; with enough memory the defaults are the engine's."""
     assert read("") == default_config()
     for declared, here in ((Limits(), read("").limits), (ServerOptions(), read("").server)):
         for setting in definitions(type(declared)):
@@ -138,7 +138,7 @@ def test_empty_file_is_the_defaults(read) -> None:
 
 
 def test_default_limits_fit_into_a_small_container() -> None:
-    """In 2 GiB all that replies, caches and shared memory may take leaves a third to the models."""
+    """With 2 GiB, the limits of replies and caches leave a third of the memory to the models."""
     memory = 2 << 30
     names = ("pending_mib", "plan_mib", "keep_memory_mib", "shared_memory_mib")
     defaults = {name: default_mib(name, memory) for name in names}
@@ -151,7 +151,7 @@ def test_default_limits_fit_into_a_small_container() -> None:
 
 
 def test_a_small_container_gets_small_limits(read, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a file leaves out fits the memory; what it says is taken as it is."""
+    """Settings that the file omits suit the memory; settings in the file are used unchanged."""
     monkeypatch.setattr(budget, "memory_limit", lambda: 2 << 30)
     config = read("[limits]\nplan_mib = 4096")
     assert config.limits.pending_bytes == 512 * MIB
@@ -161,7 +161,7 @@ def test_a_small_container_gets_small_limits(read, monkeypatch: pytest.MonkeyPat
 
 
 def test_limits_beyond_the_memory_are_warned_of() -> None:
-    """Settings that promise more than the process may use are named; those that fit are not."""
+    """Limits that allow more memory than the process may use are named; limits that fit are not."""
     assert excess(1024 * MIB, 2 << 30) == ""
     warning = excess(4096 * MIB, 2 << 30)
     assert "4096 MiB" in warning
@@ -170,7 +170,7 @@ def test_limits_beyond_the_memory_are_warned_of() -> None:
 
 
 def test_plans_are_kept_in_the_users_cache_folder(tmp_path: Path, monkeypatch) -> None:
-    """The folder is that of the XDG specification, or the one named; both are made."""
+    """It is the folder of the XDG specification, or the configured one; both are created."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert open_plan_cache(ServerOptions()) is not None
     assert (tmp_path / "cache/layertap/plans").stat().st_mode & 0o777 == 0o700
@@ -179,7 +179,7 @@ def test_plans_are_kept_in_the_users_cache_folder(tmp_path: Path, monkeypatch) -
 
 
 def test_a_plan_cache_is_beside_the_file_that_names_it(read, tmp_path: Path, monkeypatch) -> None:
-    """A relative folder is one of the file's own; ``~``, ``auto`` and ``off`` mean what they do."""
+    """A relative folder is relative to the file; ``~``, ``auto`` and ``off`` work too."""
     monkeypatch.setenv("HOME", "/home/someone")
     assert read('[server]\nplan_cache = "plans"').server.plan_cache == str(tmp_path / "plans")
     assert read('[server]\nplan_cache = "~/plans"').server.plan_cache == "/home/someone/plans"
@@ -188,7 +188,7 @@ def test_a_plan_cache_is_beside_the_file_that_names_it(read, tmp_path: Path, mon
 
 
 def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, caplog) -> None:
-    """A home that can't be written stops no server; a folder that was named and fails does."""
+    """A home without write access is no error; a configured folder without write access is one."""
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert open_plan_cache(ServerOptions()) is None
@@ -198,7 +198,7 @@ def test_without_a_cache_folder_plans_are_not_kept(tmp_path: Path, monkeypatch, 
 
 
 def test_modes_never_ask_for_more_than_the_cores() -> None:
-    """Latency is one pass on all CPUs, throughput one pass a CPU; ``threads`` sets how many."""
+    """Latency is one pass on all CPUs, throughput one pass per CPU; ``threads`` is the number."""
     cores = available_cpus()
     assert compute_threads(ServerOptions(), "cpu") == (1, None)
     assert compute_threads(ServerOptions(threads=3), "cpu") == (1, 3)
@@ -210,7 +210,7 @@ def test_modes_never_ask_for_more_than_the_cores() -> None:
 
 @pytest.mark.parametrize("owner", [ServerOptions, Limits, ServedModel])
 def test_every_setting_accepts_its_own_default(owner: type) -> None:
-    """A default written out in the file is valid, and means what leaving the setting out means."""
+    """A default that is written in the file is valid, and has the same effect as omitting it."""
     settings = definitions(owner)
     assert len({each.key for each in settings}) == len(settings)
     for each in settings:
@@ -222,7 +222,7 @@ def test_every_setting_accepts_its_own_default(owner: type) -> None:
 
 
 def test_layers_are_written_as_they_are_read() -> None:
-    """Layers become selections and back, with colons and equals signs in a layer's own name."""
+    """Layers are converted to selections and back, with colons and equals signs in names."""
     (layers,) = (each for each in definitions(ServedModel) if each.key == "layers")
     names = ("layer1", "avgpool:input", r"heads.a\=b\:c=alias")
     model = build(ServedModel, {"source": "resnet18", "layers": names})
@@ -296,7 +296,7 @@ def test_layers_are_written_as_they_are_read() -> None:
     ],
 )
 def test_mistake_is_told_with_its_place(read, tmp_path: Path, text: str, message: str) -> None:
-    """A mistake's message has the file, the line, the key, the value and what was expected."""
+    """The message has the file, the line, the key, the value and what was expected."""
     with pytest.raises(ConfigError) as caught:
         read(text)
     assert str(tmp_path / "layertap.toml") in str(caught.value)
@@ -304,7 +304,7 @@ def test_mistake_is_told_with_its_place(read, tmp_path: Path, text: str, message
 
 
 def test_unreadable_file_is_told(tmp_path: Path) -> None:
-    """A file that is not there, or not text, is a ConfigError with its name."""
+    """A missing file, or one that is not text, is a ConfigError that names it."""
     with pytest.raises(ConfigError, match=r"gone\.toml: No such file"):
         load_config(tmp_path / "gone.toml")
     (tmp_path / "raw.toml").write_bytes(b"\xff\xfe")
@@ -313,7 +313,7 @@ def test_unreadable_file_is_told(tmp_path: Path) -> None:
 
 
 def test_relative_paths_are_relative_to_the_file(read, tmp_path: Path) -> None:
-    """Paths of sources and weights are found from the file's folder; names are left alone."""
+    """Paths of sources and weights are relative to the file's folder; names are left unchanged."""
     text = "\n".join(
         f"[[models]]\nname = '{name}'\nsource = '{source}'\nweights = '{weights}'"
         for name, source, weights in (
@@ -334,7 +334,7 @@ def test_relative_paths_are_relative_to_the_file(read, tmp_path: Path) -> None:
 
 
 def test_a_tilde_is_the_home_folder(read, monkeypatch) -> None:
-    """``~`` in the paths of weights and sources is the user's home, as it is in other paths."""
+    """``~`` in the paths of weights and sources is the user's home, as in other paths."""
     monkeypatch.setenv("HOME", "/home/someone")
     text = "[[models]]\nname = 'a'\nsource = '{}'\nweights = '{}'"
 
@@ -351,14 +351,14 @@ def test_a_tilde_is_the_home_folder(read, monkeypatch) -> None:
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
 def test_the_server_takes_the_devices_that_models_take(read, device: str) -> None:
-    """One of several GPUs may be named in [server] as it may in [[models]]."""
+    """One of several GPUs may be named in [server], as in [[models]]."""
     config = read(f"[server]\ndevice = '{device}'\n[[models]]\nsource = 'a'\ndevice = '{device}'")
 
     assert (config.server.device, config.models[0].device) == (device, device)
 
 
 def test_clients_memory_is_configured(read) -> None:
-    """Off by default; on with a list of users; a list alone is a mistake."""
+    """It is off by default, and on with a list of users; a list without the option is an error."""
     assert not read("").server.allow_client_shm
     allowed = read("[server]\nallow_client_shm = true\nclient_shm_uids = [1000]\n").server
     assert (allowed.allow_client_shm, allowed.client_shm_uids) == (True, (1000,))
@@ -371,7 +371,7 @@ def test_clients_memory_is_configured(read) -> None:
 
 
 def test_flags_win(read) -> None:
-    """What the command line says takes the place of what the file says, and nothing else does."""
+    """Values on the command line replace those in the file, and no others."""
     config = read(WHOLE)
     merged = with_flags(
         config, model_flags={"seed": 9, "weights": None}, server_flags={"port": 0, "host": None}
@@ -383,7 +383,7 @@ def test_flags_win(read) -> None:
 
 
 def test_models_of_the_command_line_replace_the_files(read) -> None:
-    """MODEL arguments are served instead of the file's models, with the flags for each."""
+    """MODEL arguments replace the file's models, and the flags apply to each of them."""
     merged = with_flags(read(WHOLE), ["vgg16", "mine=m:f"], {"layers": ("conv1",)})
     assert [(m.name, m.spec.source, m.layers) for m in merged.models] == [
         ("vgg16", "vgg16", (LayerSelection("conv1"),)),
@@ -392,20 +392,20 @@ def test_models_of_the_command_line_replace_the_files(read) -> None:
 
 
 def test_graphs_of_no_layers_are_refused() -> None:
-    """There would be nothing to record, which whoever asks for it does not expect."""
+    """Without layers there would be nothing to record, which the user hardly intends."""
     nothing = ServedModel(ModelSpec("resnet18"), options=HostOptions(cuda_graphs=(1, 8)))
     with pytest.raises(ConfigError, match=r"cuda_graphs of resnet18: got \[1, 8\] without layers"):
         ServerConfig(models=(nothing,)).check()
 
 
 def test_two_models_of_one_name_are_refused() -> None:
-    """A name that two models would answer to is told before any is loaded."""
+    """Two models with one name are an error before any is loaded."""
     with pytest.raises(ConfigError, match="two models are called 'resnet18'"):
         with_flags(ServerConfig(), ["resnet18", "resnet18=vgg16"]).check()
 
 
 def test_the_example_is_a_valid_configuration() -> None:
-    """The file that the documentation shows is read without a complaint, and serves two models."""
+    """The example in the documentation is read without an error, and configures two models."""
     example = Path(__file__).parents[2] / "examples" / "layertap.toml"
     config = load_config(example)
     assert [model.name for model in config.models] == ["resnet18", "pools"]

@@ -1,4 +1,4 @@
-"""A real ``layertap serve`` serves whatever happens to the disks that it writes to."""
+"""A real ``layertap serve`` keeps serving when the disks that it writes to are full."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_plan_cache_that_is_full_or_fills_up_is_survived(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", ["human", "json"])
 def test_messages_that_can_not_be_written_are_survived(form: str) -> None:
-    """Its log is a file on a full disk: it becomes ready, answers and ends with code 0."""
+    """If its log is on a full disk, the server still becomes ready, answers and exits with 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Metadata has a limit, idle clients live, and floods of pings end their connection."""
+"""Metadata is limited, idle clients stay connected, and floods of pings end their connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ENHANCE_YOUR_CALM = 11
 
 @contextmanager
 def echo(**changed: int) -> Iterator[int]:
-    """Serve an echo with the server's options, some changed, and yield its port."""
+    """Serve an echo with the server's options, some of them changed, and yield its port."""
     options = {**dict(channel_options(1 << 20)), **changed}
     server = grpc.server(ThreadPoolExecutor(2), options=list(options.items()))
     handler = grpc.unary_unary_rpc_method_handler(lambda message, context: message)
@@ -39,7 +39,7 @@ def echo(**changed: int) -> Iterator[int]:
 
 @pytest.mark.parametrize("attempt", range(3))
 def test_metadata_over_the_limit_is_always_refused(attempt: int) -> None:
-    """A call with too much metadata is RESOURCE_EXHAUSTED, one below is answered, never by luck."""
+    """Too much metadata always gives RESOURCE_EXHAUSTED; less is always answered."""
     with echo() as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         call = channel.unary_unary("/test.Echo/Call")
         fits = (("padding", "x" * (METADATA_BYTES - 1024)),)
@@ -51,7 +51,7 @@ def test_metadata_over_the_limit_is_always_refused(attempt: int) -> None:
 
 
 class Http2:
-    """An HTTP/2 connection without a call, frame by frame."""
+    """An HTTP/2 connection without a call, which sends and receives single frames."""
 
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=30)
@@ -107,7 +107,7 @@ def connected(port: int) -> Iterator[Http2]:
 
 
 def test_a_flood_of_pings_ends_the_connection() -> None:
-    """Pings without a pause are answered with GOAWAY, and other connections are served on."""
+    """Continuous pings are answered with GOAWAY, and other connections keep working."""
     with echo() as port:
         with connected(port) as client:
             # One after the other: what is still on its way when the server closes is answered with
@@ -140,7 +140,7 @@ def test_an_idle_client_may_ping() -> None:
 
 
 def test_clients_may_ping_as_often_as_the_documentation_says() -> None:
-    """The pace that docs/security.md promises to clients is the server's."""
+    """The interval that docs/security.md promises to clients is the server's."""
     from pathlib import Path
 
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text("utf-8")
@@ -150,7 +150,7 @@ def test_clients_may_ping_as_often_as_the_documentation_says() -> None:
 
 
 def test_one_connection_too_many_is_closed() -> None:
-    """Above the limit a connection is closed at once, and one that ended makes room."""
+    """Above the limit a connection is closed at once; a connection that ends makes room."""
     with echo(**{"grpc.max_allowed_incoming_connections": 3}) as port:
         peers = [Http2(port) for _ in range(3)]
         for peer in peers:

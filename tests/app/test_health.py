@@ -1,4 +1,4 @@
-"""Whoever watches health, and however, holds up nobody else."""
+"""A client that watches health, in whatever way, blocks nobody else."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def header(name: bytes, value: bytes) -> bytes:
-    """Return a header that is neither indexed nor compressed."""
+    """Return an HTTP/2 header that is neither indexed nor compressed."""
     return b"\0" + bytes([len(name)]) + name + bytes([len(value)]) + value
 
 
 def connected(address: str, window: int) -> socket.socket:
-    """Return a connection on which each call may be sent so many bytes."""
+    """Return a connection on which each call may receive this many bytes."""
     host, port = address.rsplit(":", 1)
     connection = socket.create_connection((host, int(port)))
     connection.sendall(
@@ -69,7 +69,7 @@ def connected(address: str, window: int) -> socket.socket:
 
 
 def begun(method: bytes, stream: int) -> bytes:
-    """Return the frame that begins a call of health."""
+    """Return the frame that begins a health call."""
     headers = {
         b":method": b"POST",
         b":scheme": b"http",
@@ -82,7 +82,7 @@ def begun(method: bytes, stream: int) -> bytes:
 
 
 def deaf_watcher(address: str) -> socket.socket:
-    """Watch the server's health over a connection on which it may not send a byte of it."""
+    """Watch the server's health over a connection on which it may not send a byte."""
     connection = connected(address, window=0)
     empty_message = bytes(5)
     connection.sendall(begun(b"Watch", 1) + frame(DATA, END_STREAM, 1, empty_message))
@@ -101,7 +101,7 @@ def wait_until_taken(server: FeatureServer, places: int) -> None:
 
 
 def test_a_watcher_that_takes_nothing_holds_up_nobody(server, stub) -> None:
-    """Checks are answered and the server stops while a message to a watcher can't be sent."""
+    """Checks are answered and the server stops although a message to a watcher can't be sent."""
     with closing(deaf_watcher(server.address)):
         wait_until_taken(server, 1)
         for _ in range(20):
@@ -114,7 +114,7 @@ def test_a_watcher_that_takes_nothing_holds_up_nobody(server, stub) -> None:
 
 
 def test_a_watcher_hears_of_the_end_and_does_not_delay_it(server, stub) -> None:
-    """NOT_SERVING is the last that is told, and the grace is not waited for on its account."""
+    """NOT_SERVING is the last status sent, and the server does not wait the grace period for it."""
     told = stub.Watch(Request(), timeout=60)
     assert next(told).status == SERVING
     begun = time.monotonic()
@@ -124,7 +124,7 @@ def test_a_watcher_hears_of_the_end_and_does_not_delay_it(server, stub) -> None:
 
 
 def test_watchers_are_bounded_and_make_room(server, stub) -> None:
-    """One too many is refused, threads for requests are left, and who is gone makes room."""
+    """One watcher too many is refused, requests keep their threads, and leaving makes room."""
     watching = [stub.Watch(Request(service=f"model {n}")) for n in range(WATCHES)]
     for each in watching:
         assert next(each).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -142,7 +142,7 @@ def test_watchers_are_bounded_and_make_room(server, stub) -> None:
 
 
 def test_long_names_are_refused(server, stub) -> None:
-    """A watcher can't have the server keep what it likes."""
+    """A watcher can't make the server store a name of any length."""
     with pytest.raises(grpc.RpcError) as refused:
         next(stub.Watch(Request(service="x" * (NAME_CHARACTERS + 1))))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -151,7 +151,7 @@ def test_long_names_are_refused(server, stub) -> None:
 
 @pytest.mark.parametrize("method", [b"Check", b"Watch"])
 def test_calls_without_a_request_take_no_thread_of_others(server, method: bytes) -> None:
-    """However many calls of health are begun and never sent, others are served."""
+    """Health calls that are begun and never send a request don't keep others from being served."""
     with closing(connected(server.address, window=65_535)) as connection:
         calls = 2 * server._workers.count
         connection.sendall(b"".join(begun(method, 2 * n + 1) for n in range(calls)))

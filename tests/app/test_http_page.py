@@ -1,4 +1,4 @@
-"""The HTTP port answers probes and Prometheus, and nobody can keep it from that."""
+"""The HTTP port answers probes and Prometheus, whatever other clients do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from processes import Serving
 
 
 class Probed:
-    """A page and the server whose state it tells."""
+    """A page, and the server whose state it shows."""
 
     def __init__(self) -> None:
         self.alive = self.ready = True
@@ -45,7 +45,7 @@ class Probed:
             connection.close()
 
     def say(self, request: bytes) -> bytes:
-        """Send bytes and return all that comes back."""
+        """Send bytes and return everything that is received."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as peer:
             peer.sendall(request)
             peer.shutdown(socket.SHUT_WR)
@@ -60,7 +60,7 @@ def probed() -> Iterator[Probed]:
 
 
 def test_probes_tell_the_state(probed: Probed) -> None:
-    """/healthz follows whether the server works, /readyz whether it serves; both say 200 or 503."""
+    """/healthz says whether the server works, /readyz whether it serves; each is 200 or 503."""
     assert probed.ask("/healthz")[:2] == (200, b"ok\n")
     assert probed.ask("/readyz?verbose")[:2] == (200, b"ok\n")
     probed.ready = False
@@ -70,7 +70,7 @@ def test_probes_tell_the_state(probed: Probed) -> None:
 
 
 def test_metrics_come_as_they_are_asked_for(probed: Probed) -> None:
-    """The text format, OpenMetrics, compressed, and single metrics by name."""
+    """The page comes as text or OpenMetrics, compressed or not, and with selected metrics only."""
     status, body, headers = probed.ask("/metrics")
     assert (status, b"asked_total 3.0\n" in body) == (200, True)
     assert headers["Content-Type"].startswith("text/plain")
@@ -90,7 +90,7 @@ def test_other_paths_are_not_found(probed: Probed, path: str) -> None:
 
 
 def test_only_reading_is_allowed(probed: Probed) -> None:
-    """HEAD gets the headers without a body; whatever would write gets 405 and the methods."""
+    """HEAD returns the headers without a body; writing methods get 405 and the allowed methods."""
     status, body, headers = probed.ask("/metrics", "HEAD")
     assert (status, body) == (200, b"")
     assert int(headers["Content-Length"]) > 0
@@ -111,13 +111,13 @@ def test_only_reading_is_allowed(probed: Probed) -> None:
 def test_malformed_requests_end_themselves_only(
     probed: Probed, request_: bytes, begins: bytes
 ) -> None:
-    """Bytes that are no request are refused, and the next request is answered."""
+    """Bytes that are not a request are refused, and the next request is answered."""
     assert probed.say(request_).startswith(begins)
     assert probed.ask("/healthz")[0] == 200
 
 
 def test_silent_connections_hold_nobody_up(probed: Probed) -> None:
-    """With every place taken by connections that say nothing, a probe is answered at once."""
+    """With all places taken by silent connections, a probe is answered at once."""
     with ExitStack() as closing:
         for _ in range(CONNECTIONS + 20):
             peer = socket.create_connection(("127.0.0.1", probed.port), timeout=10)
@@ -128,7 +128,7 @@ def test_silent_connections_hold_nobody_up(probed: Probed) -> None:
 
 
 def test_a_slow_connection_is_ended(monkeypatch: pytest.MonkeyPatch, probed: Probed) -> None:
-    """A connection that doesn't finish its request is closed after a while."""
+    """A connection that doesn't finish its request is closed after some seconds."""
     monkeypatch.setattr(http_page, "SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", probed.port), timeout=10) as peer:
         peer.sendall(b"GET /healthz HTTP/1.1\r\n")
@@ -160,7 +160,7 @@ def test_a_metric_that_waits_holds_no_probe_up(probed: Probed) -> None:
 
 
 def test_a_taken_port_is_told_and_freed(probed: Probed) -> None:
-    """A port in use is an error that names the flag; a closed page frees its port."""
+    """A port in use is an error that names the flag; closing the page frees its port."""
     with pytest.raises(UnavailableError, match="--metrics-port"):
         HttpPage(probed.registry, "127.0.0.1", probed.port, alive=bool, ready=bool)
     other = HttpPage(probed.registry, "localhost", 0, alive=bool, ready=bool)

@@ -1,4 +1,4 @@
-"""A real ``layertap serve`` starts, serves, drains and ends as its signals say."""
+"""A real ``layertap serve`` starts, serves, drains and ends as signals request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def batch(milliseconds: float = 0.0) -> np.ndarray:
-    """Return an input over which Sleepy sleeps that long."""
+    """Return an input that makes the model Sleepy sleep this long."""
     return np.full((1, 3, 4, 4), milliseconds, np.float32)
 
 
@@ -42,7 +42,7 @@ def health(address: str) -> int:
 
 
 def wait_until_running(server: Serving, at_least: int = 1) -> None:
-    """Wait until as many requests wait for the compute thread or run on it."""
+    """Wait until this many requests wait for the compute thread or run on it."""
     url = server.line(r"metrics on (\S+)$")[1]
     for _ in range(100):
         with urllib.request.urlopen(url) as reply:  # noqa: S310 - our own page
@@ -54,9 +54,9 @@ def wait_until_running(server: Serving, at_least: int = 1) -> None:
 
 
 def test_serves_then_drains_on_sigterm() -> None:
-    """SIGTERM lets an admitted call finish, refuses new ones by health, and ends with code 0."""
+    """SIGTERM lets an admitted call finish, reports NOT_SERVING to others, and ends with code 0."""
     with (
-        serving(*SLEEPY, "--layers", "conv", "--metrics-port", "0") as server,
+        serving(*SLEEPY, "--layers", "conv", "--metrics-port", "0", fresh=True) as server,
         ThreadPoolExecutor(1) as pool,
         Client(server.address) as client,
     ):
@@ -76,7 +76,7 @@ def test_serves_then_drains_on_sigterm() -> None:
 
 
 def test_an_endless_grace_is_one() -> None:
-    """``--grace inf`` waits for what was admitted, and ends then as with any other."""
+    """``--grace inf`` waits for the admitted calls, and then ends as with any other value."""
     with (
         serving(*SLEEPY, "--grace", "inf", "--metrics-port", "0") as server,
         ThreadPoolExecutor(1) as pool,
@@ -91,7 +91,7 @@ def test_an_endless_grace_is_one() -> None:
 
 
 def test_second_signal_ends_at_once() -> None:
-    """A second signal ends the process without waiting for the call that is running."""
+    """A second signal ends the process without waiting for the running call."""
     with (
         serving(*SLEEPY, "--grace", "100", "--metrics-port", "0", "--host", "0.0.0.0") as server,  # noqa: S104 - the warning is what is tested
         ThreadPoolExecutor(1) as pool,
@@ -114,7 +114,9 @@ def test_answers_not_serving_while_it_loads() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with serving("slownets:never", "--port", str(port), "--metrics-port", "0") as server:
+    with serving(
+        "slownets:never", "--port", str(port), "--metrics-port", "0", fresh=True
+    ) as server:
         server.line("metrics on")  # Printed after the server has started.
         assert health(f"127.0.0.1:{port}") == NOT_SERVING
         server.process.send_signal(signal.SIGTERM)
@@ -123,7 +125,7 @@ def test_answers_not_serving_while_it_loads() -> None:
 
 
 class Listener:
-    """Hears what the server has to tell."""
+    """Records what the server reports."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -146,7 +148,7 @@ class Listener:
 def test_memory_is_kept_unless_turned_off(
     monkeypatch, section: dict, asked: list[int], note: bool
 ) -> None:
-    """The server has memory kept as configured, and tells where the C library can't do it."""
+    """The server keeps memory as configured, and says so if the C library can't."""
     bounds: list[int] = []
     monkeypatch.setattr(lifecycle, "keep_memory", bounds.append)
     config = ServerConfig(
@@ -160,7 +162,7 @@ def test_memory_is_kept_unless_turned_off(
 
 
 def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:
-    """A model that can't be loaded ends the server with code 1 and the reason, without a trace."""
+    """If no model can be loaded, the server ends with code 1 and the reason, no traceback."""
     config = tmp_path / "layertap.toml"
     config.write_text(
         "[server]\nport = 0\nmetrics_port = -1\n[[models]]\nsource = 'slownets:gone'\n"
@@ -173,7 +175,7 @@ def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:
 
 
 def test_a_restart_uses_the_plans_that_were_kept(tmp_path: Path) -> None:
-    """A server that is killed and started again serves its declared layers from the disk."""
+    """A server that is killed and started again uses the stored plans for its declared layers."""
     args = ("tinynets:residual", "--item-shape", "3,16,16", "--layers", "layer1,fc")
     kept: list[dict[str, int]] = []
     for _ in range(2):
@@ -192,7 +194,7 @@ def test_a_restart_uses_the_plans_that_were_kept(tmp_path: Path) -> None:
 
 
 def test_drains_under_load() -> None:
-    """Of many callers at SIGTERM the admitted are all answered, later ones told UNAVAILABLE."""
+    """At SIGTERM all admitted calls are answered, and later ones get UNAVAILABLE."""
     ended = threading.Event()
 
     def hammer(address: str) -> int:

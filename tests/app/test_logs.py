@@ -1,4 +1,4 @@
-"""Log records are lines for people or JSON for machines, and tell the request they are about."""
+"""Log records are text or JSON, and contain the id of their request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BATCH = np.zeros((2, *ITEM), np.float32)
 
 @pytest.fixture(autouse=True)
 def _own_logging() -> Iterator[None]:
-    """Leave the process's logging as pytest set it up."""
+    """Restore the process's logging after the test."""
     root, loggers = logging.getLogger(), ("layertap", "layertap.serve")
     handlers, level = root.handlers[:], root.level
     levels = {name: logging.getLogger(name).level for name in loggers}
@@ -73,7 +73,7 @@ def records(stream: io.StringIO) -> list[dict[str, Any]]:
 
 
 def test_json_records_are_objects() -> None:
-    """A record is one line of JSON, its traceback included."""
+    """A record is one line of JSON, including its traceback."""
     stream = io.StringIO()
     configure_logs("json", "warning", stream)
     try:
@@ -91,7 +91,7 @@ def test_json_records_are_objects() -> None:
 
 
 def test_human_records_stay_on_their_line() -> None:
-    """A message can neither begin a line of its own nor reach the terminal's controls."""
+    """A message can neither start a new line nor send control characters to the terminal."""
     stream = io.StringIO()
     configure_logs("human", "warning", stream)
     logging.getLogger("layertap.test").warning("a\n2026 ERROR forged \x1b[31m\u2028 é")
@@ -100,7 +100,7 @@ def test_human_records_stay_on_their_line() -> None:
 
 
 def test_the_level_is_for_layertap_alone() -> None:
-    """INFO shows layertap's records and leaves other libraries at WARNING."""
+    """INFO applies to layertap's loggers, and leaves other libraries at WARNING."""
     stream = io.StringIO()
     configure_logs("json", "info", stream)
     logging.getLogger("layertap.test").info("ours")
@@ -124,7 +124,7 @@ def test_access_log_of_an_answer(engine: Engine) -> None:
 
 
 def test_access_log_of_a_refusal(engine: Engine) -> None:
-    """A refused extraction is one record with its status, and nothing that a stranger wrote."""
+    """A refused extraction is one record with its status, without any text from the caller."""
     stream = io.StringIO()
     configure_logs("human", "info", stream)
     assert extract(engine, "req-2", "no\nsuch", "layer1", BATCH) == "NOT_FOUND"
@@ -135,7 +135,7 @@ def test_access_log_of_a_refusal(engine: Engine) -> None:
 
 
 def test_compute_thread_tells_the_request(engine: Engine) -> None:
-    """What the compute thread logs about a model that broke carries the request's id."""
+    """What the compute thread logs about a failed model has the request's id."""
     stream = io.StringIO()
     configure_logs("json", "warning", stream)
     assert extract(engine, "req-3", "raises", "head", BATCH + 1e6) == "INTERNAL"
@@ -146,7 +146,7 @@ def test_compute_thread_tells_the_request(engine: Engine) -> None:
 
 
 def test_nothing_is_logged_of_answers_by_default(engine: Engine) -> None:
-    """At WARNING an answered extraction logs nothing, and nobody wants an access log."""
+    """At WARNING an answered extraction logs nothing, and the access log is omitted."""
     stream = io.StringIO()
     configure_logs("json", "warning", stream)
     assert not AccessLog.wanted()
@@ -155,7 +155,7 @@ def test_nothing_is_logged_of_answers_by_default(engine: Engine) -> None:
 
 
 def test_narration_has_levels() -> None:
-    """What is told of serving is logged whatever the level, errors and warnings as such."""
+    """Progress is logged at any level, errors and warnings with their own level."""
     stream = io.StringIO()
     configure_logs("json", "error", stream)
     LogNarrator().say("serving a on b")
@@ -172,8 +172,10 @@ def test_narration_has_levels() -> None:
 
 
 def test_serve_logs_json_only() -> None:
-    """``layertap serve --log-format json`` writes nothing but JSON lines to stderr."""
-    with serving("tinynets:residual", "--item-shape", "3,8,8", "--log-format", "json") as server:
+    """``layertap serve --log-format json`` writes only JSON lines to stderr."""
+    with serving(
+        "tinynets:residual", "--item-shape", "3,8,8", "--log-format", "json", fresh=True
+    ) as server:
         server.line(r'"message": "serving residual on ')
         server.process.terminate()
         assert server.ended() == 0
@@ -182,11 +184,11 @@ def test_serve_logs_json_only() -> None:
 
 
 def test_everything_that_a_server_writes_is_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lines of gRPC's core and of a model's code, warnings and uncaught exceptions are records."""
+    """Output of gRPC's core and of models, warnings and uncaught exceptions become records."""
     monkeypatch.setitem(ENVIRONMENT, "GRPC_VERBOSITY", "INFO")
     monkeypatch.setitem(ENVIRONMENT, "GRPC_TRACE", "server_channel")
     args = ("noisynets:noisy", "--item-shape", "3,8,8", "--log-format", "json")
-    with serving(*args) as server:
+    with serving(*args, fresh=True) as server:
         server.line(r'"message": "serving noisy on ')
         server.process.terminate()
         assert server.ended() == 0
@@ -205,7 +207,7 @@ def test_everything_that_a_server_writes_is_json(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_last_words_of_a_crash_are_json() -> None:
-    """What native code writes just before it aborts the process is still a record."""
+    """What native code writes just before it aborts the process still becomes a record."""
     args = ["noisynets:aborts", "--item-shape", "3,8,8", "--log-format", "json"]
     server = Serving([*args, "--port", "0", "--metrics-port", "-1", "--plan-cache", "off"])
     assert server.ended() < 0
@@ -215,7 +217,7 @@ def test_the_last_words_of_a_crash_are_json() -> None:
 
 
 def test_a_wrong_configuration_is_told_as_json(tmp_path: Path) -> None:
-    """With --log-format json, what keeps a server from starting is a record as well."""
+    """With --log-format json, an error that prevents the start is a record too."""
     config = tmp_path / "layertap.toml"
     config.write_text("[server]\nport = 'x'\n", "utf-8")
     done = layertap("serve", "--config", str(config), "--log-format", "json")
@@ -226,7 +228,7 @@ def test_a_wrong_configuration_is_told_as_json(tmp_path: Path) -> None:
 
 
 def test_logged_bytes_include_shared_memory() -> None:
-    """A reply whose tensors travel in shared memory is logged with all of its bytes."""
+    """A reply through shared memory is logged with all of its bytes."""
     args = ("tinynets:residual", "--item-shape", "3,64,64", "--log-format", "json")
     with serving(*args, "--log-level", "info") as server:
         address = server.line(r'"message": "serving residual on ([^"]+)"')[1]

@@ -1,4 +1,4 @@
-"""The counters move with the calls, over a real channel and on the page."""
+"""The counters change with the calls, over a real channel and on the page."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Served:
         }
 
     def value(self, name: str, **labels: str) -> float:
-        """Read one number; 0 where it has not been counted yet."""
+        """Read one number; 0 if it has not been counted yet."""
         key = (f"layertap_inference_{name}", tuple(sorted(labels.items())))
         return self.samples().get(key, 0.0)
 
@@ -75,7 +75,7 @@ def served(engine: Engine) -> Iterator[Served]:
 
 
 def test_success_is_counted(served: Served) -> None:
-    """An answer counts once, with its bytes and its four durations, under its model's name."""
+    """An answer counts once, with its bytes and four durations, under its model's name."""
     for _ in range(3):
         served.client.extract("residual", BATCH, "layer1")
     assert served.value("request_success_total", model="residual") == 3
@@ -92,7 +92,7 @@ def test_success_is_counted(served: Served) -> None:
 
 
 def test_failure_is_counted_by_status(served: Served) -> None:
-    """A refused request counts under its model and its gRPC status, and is no success."""
+    """A refused request counts under its model and its gRPC status, and not as a success."""
     with pytest.raises(LayertapError):
         served.client.extract("residual", BATCH, "layer9")
     with pytest.raises(LayertapError):
@@ -110,7 +110,7 @@ def test_model_that_breaks_is_an_internal_failure(served: Served) -> None:
 
 
 def test_hostile_names_make_no_labels(served: Served) -> None:
-    """Names of models that are not served, and bytes that are no request, count without a model."""
+    """Models that are not served, and malformed requests, count without a model."""
     with pytest.raises(LayertapError):
         served.client.extract(HOSTILE, BATCH, "layer1")
     with pytest.raises(grpc.RpcError):
@@ -127,14 +127,14 @@ def test_pending_is_shown(served: Served) -> None:
 
 @pytest.mark.skipif(retained_bytes() is None, reason="needs glibc's malloc")
 def test_memory_is_shown(served: Served) -> None:
-    """The page shows what malloc holds free, a part of what the process has."""
+    """The page shows malloc's free memory, which is a part of the process's memory."""
     samples = served.samples()
     retained = samples["layertap_memory_retained_bytes", ()]
     assert 0 <= retained < samples["process_resident_memory_bytes", ()]
 
 
 def test_two_servers_count_apart(served: Served) -> None:
-    """Metrics keep a registry of their own: another server's begin at nothing."""
+    """Metrics have their own registry: another server's begin at zero."""
     served.client.extract("residual", BATCH, "layer1")
     other = http_page(Metrics())
     with urllib.request.urlopen(other.url) as reply:  # noqa: S310 - our own page
@@ -143,7 +143,7 @@ def test_two_servers_count_apart(served: Served) -> None:
 
 
 def test_closed_page_frees_its_port(served: Served) -> None:
-    """A port in use is told with a remedy, and can be had again once the page is closed."""
+    """A port in use is an error with a remedy, and closing the page frees it."""
     page = http_page(Metrics())
     port = int(page.url.split(":")[2].split("/")[0])
     with pytest.raises(UnavailableError, match="--metrics-port"):

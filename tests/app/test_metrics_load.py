@@ -1,4 +1,4 @@
-"""The page agrees with what clients saw, tells the server's state, and parses."""
+"""The page agrees with what clients observed, shows the server's state, and can be parsed."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def labelled(found: Samples, name: str) -> dict[frozenset[tuple[str, str]], floa
 
 
 def load(address: str, seed: int) -> tuple[Counter[tuple[str, str]], Counter[str]]:
-    """Send every kind of call in an order of one's own; count outcomes and bytes of replies."""
+    """Make every kind of call in random order; count the outcomes and the bytes of replies."""
     outcomes: Counter[tuple[str, str]] = Counter()
     sizes: Counter[str] = Counter()
     order = np.random.default_rng(seed).permutation(len(CALLS) * ROUNDS) % len(CALLS)
@@ -91,7 +91,7 @@ def load(address: str, seed: int) -> tuple[Counter[tuple[str, str]], Counter[str
 
 
 def test_counters_agree_with_the_clients(engine: Engine) -> None:
-    """After mixed calls of several clients at once, every counter is the sum of what they saw."""
+    """After mixed calls of several clients, every counter is the sum of what they observed."""
     metrics = Metrics(engine)
     server = FeatureServer(engine, ServerOptions(port=0), metrics)
     server.start()
@@ -123,7 +123,7 @@ def test_counters_agree_with_the_clients(engine: Engine) -> None:
 
 
 def test_the_page_parses_in_both_formats(engine: Engine) -> None:
-    """Prometheus' text format and OpenMetrics are both valid, and tell the same names."""
+    """Prometheus' text format and OpenMetrics are both valid, and contain the same names."""
     metrics = Metrics(engine)
     metrics.show_waiting(lambda: 0)
     page = http_page(metrics)
@@ -136,7 +136,7 @@ def test_the_page_parses_in_both_formats(engine: Engine) -> None:
 
 
 def test_versions_are_shown(engine: Engine) -> None:
-    """The page tells the versions that are running."""
+    """The page shows the versions of the running packages."""
     page = http_page(Metrics(engine))
     ((labels, value),) = labelled(samples(page), "layertap_build_info").items()
     page.close()
@@ -146,7 +146,7 @@ def test_versions_are_shown(engine: Engine) -> None:
 
 
 def test_models_are_ready_once_loaded() -> None:
-    """A model is shown as 0 from when it is expected, as 1 once loaded, and not once it is gone."""
+    """A model is 0 once it is expected and 1 once it is loaded; when unloaded it is not shown."""
     engine = Engine()
     page = http_page(Metrics(engine))
     ready = frozenset({("model", "residual")})
@@ -163,7 +163,7 @@ def test_models_are_ready_once_loaded() -> None:
 
 
 def test_calls_beyond_the_workers_are_shown(engine: Engine) -> None:
-    """Calls that have come and wait for a worker thread are counted apart."""
+    """Calls that have arrived and wait for a worker thread are counted separately."""
     metrics = Metrics(engine)
     server = FeatureServer(engine, ServerOptions(port=0), metrics)
     server.start()

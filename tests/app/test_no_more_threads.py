@@ -1,4 +1,4 @@
-"""A server that the system allows no more threads refuses some calls, and then goes on."""
+"""A server that can get no more threads refuses some calls, and later serves again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARGS = ("--port", "0", "--metrics-port", "-1", "--plan-cache", "off", "--item-sh
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A control group of processes, which a test limits."""
+    """A control group that limits the number of processes, for a test."""
     group = PIDS / f"layertap-test-{os.getpid()}"
     try:
         group.mkdir()
@@ -44,7 +44,7 @@ def threads_of(server: Serving) -> int:
 
 
 def test_a_burst_at_the_limit_is_survived(group: Path) -> None:
-    """With no thread more to be had every call ends, health answers, and later calls are served."""
+    """Without new threads every call ends, health answers, and later calls are served."""
     server = Serving(["tinynets:residual", *ARGS])
     x = np.random.default_rng(0).random((1, *ITEM), np.float32)
     outcomes: list[str] = []
@@ -84,7 +84,7 @@ def test_a_burst_at_the_limit_is_survived(group: Path) -> None:
 
 
 def test_a_tight_limit_leaves_a_smaller_server(group: Path) -> None:
-    """Started under a limit it says that it serves fewer calls at once, and serves."""
+    """A server that starts under a limit says that it serves fewer calls at once, and serves."""
     (group / "pids.max").write_text("100")
     # A shell joins the group and becomes the server: this process has more threads than that, and
     # gRPC ends a process that can't have another.

@@ -1,4 +1,4 @@
-"""systemd is told when the server is ready and when it stops, over a real socket."""
+"""systemd is notified when the server is ready and when it stops, over a real socket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from processes import serving
 
 @pytest.fixture
 def manager(tmp_path: Path) -> socket.socket:
-    """Listen as a service manager would."""
+    """Listen as a service manager does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.settimeout(60)
         listening.bind(str(tmp_path / "notify"))
@@ -22,14 +22,14 @@ def manager(tmp_path: Path) -> socket.socket:
 
 
 def test_state_is_one_datagram(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state arrives as it is, in one datagram."""
+    """A state is sent unchanged, in one datagram."""
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
     notify("READY=1")
     assert manager.recv(100) == b"READY=1"
 
 
 def test_abstract_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An address that begins with @ is one in the abstract namespace."""
+    """An address that begins with @ is in the abstract namespace."""
     name = f"layertap-test-{tmp_path.name}-{id(tmp_path)}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.settimeout(60)
@@ -42,7 +42,7 @@ def test_abstract_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_nobody_listens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without a manager nothing happens, and one that is gone is logged, not an error."""
+    """Without a manager nothing happens; a manager that is gone is logged, and no error."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     notify("READY=1")
     assert caplog.text == ""
@@ -54,7 +54,7 @@ def test_nobody_listens(
 def test_serve_tells_ready_and_stopping(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``layertap serve`` says READY=1 once its models are loaded, STOPPING=1 at SIGTERM."""
+    """``layertap serve`` sends READY=1 once its models are loaded, and STOPPING=1 at SIGTERM."""
     monkeypatch.setitem(processes.ENVIRONMENT, "NOTIFY_SOCKET", manager.getsockname())
     with serving("tinynets:residual", "--item-shape", "3,8,8") as server:
         assert manager.recv(100) == b"READY=1"

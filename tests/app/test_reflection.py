@@ -1,4 +1,4 @@
-"""Reflection that is left open takes no thread from those who extract."""
+"""Open reflection calls take no thread from extractions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server() -> Iterator[FeatureServer]:
 
 
 def test_calls_that_stay_open_are_bounded(server) -> None:
-    """However many ask and leave their calls open, some are served, the rest refused at once."""
+    """With any number of open calls, some are served and the others are refused at once."""
     left = threading.Event()
 
     def asking() -> Iterator[reflection_pb2.ServerReflectionRequest]:
@@ -63,7 +63,7 @@ def outcome(call: grpc.Call) -> str:
 
 
 def ask(address: str, request: reflection_pb2.ServerReflectionRequest, version: str = "v1alpha"):
-    """Ask one question, by gRPC's own messages."""
+    """Send one request with gRPC's own messages."""
     with grpc.insecure_channel(address) as channel:
         method = channel.stream_stream(
             f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
@@ -93,14 +93,14 @@ def names(reply: reflection_pb2.ServerReflectionResponse) -> set[str]:
     ],
 )
 def test_symbols_are_found(server, version: str, symbol: str, file: str) -> None:
-    """Services, their methods and messages are found, each with all that their file imports."""
+    """Services, methods and messages are found, each with everything that its file imports."""
     found = names(ask(server.address, Request(file_containing_symbol=symbol), version))
     assert file in found
     assert ("layertap/v1/tensor.proto" in found) == file.startswith("layertap/v1/feature")
 
 
 def test_all_services_are_listed(server) -> None:
-    """Both names of reflection are among them."""
+    """Both names of the reflection service are among them."""
     reply = ask(server.address, Request(list_services=""))
     listed = [each.name for each in reply.list_services_response.service]
     assert {"grpc.reflection.v1.ServerReflection", "grpc.health.v1.Health"} <= set(listed)
@@ -126,12 +126,12 @@ def test_all_services_are_listed(server) -> None:
     ],
 )
 def test_what_does_not_exist_is_an_error(server, request_, code: int) -> None:
-    """NOT_FOUND for a name that is not here, INVALID_ARGUMENT for no question."""
+    """NOT_FOUND for an unknown name, INVALID_ARGUMENT for an empty request."""
     assert ask(server.address, request_).error_response.error_code == code
 
 
 def test_a_type_without_extensions_has_none(server) -> None:
-    """An empty list, not an error."""
+    """The result is an empty list, not an error."""
     request = Request(all_extension_numbers_of_type="layertap.v1.ExtractRequest")
     reply = ask(server.address, request)
     assert reply.WhichOneof("message_response") == "all_extension_numbers_response"
@@ -139,6 +139,6 @@ def test_a_type_without_extensions_has_none(server) -> None:
 
 
 def test_a_file_is_found_by_its_name(server) -> None:
-    """Together with what it imports."""
+    """The answer includes everything that the file imports."""
     reply = ask(server.address, Request(file_by_filename="layertap/v1/catalogue.proto"))
     assert names(reply) == {"layertap/v1/catalogue.proto", "layertap/v1/tensor.proto"}

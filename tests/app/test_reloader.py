@@ -1,4 +1,4 @@
-"""Reloads come one at a time, and the server's health is that of its models."""
+"""Reloads run one at a time, and the server's health follows its models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Scene:
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Scene]:
-    """A server whose reloader takes no requests yet."""
+    """A server whose reloader does not accept requests yet."""
     engine = Engine()
     scene = Scene(tmp_path, engine)
     yield scene
@@ -66,7 +66,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 def test_a_second_reload_is_refused_and_requests_are_served_meanwhile(scene: Scene) -> None:
-    """While a reload waits for a slow model another one is told so, and callers notice nothing."""
+    """While a reload waits for a slow model another is refused, and callers are not affected."""
     slownets.GATE.clear()
     scene.reloader.start()
     gated = ServedModel(ModelSpec("slownets:gated", item_shape=ITEM))
@@ -85,7 +85,7 @@ def test_a_second_reload_is_refused_and_requests_are_served_meanwhile(scene: Sce
 
 
 def test_no_reload_before_the_start_nor_after_the_end(scene: Scene) -> None:
-    """A server that starts or stops refuses reloads instead of loading models for nobody."""
+    """A server that is starting or stopping refuses reloads."""
     with Client(scene.server.address) as client:
         with pytest.raises(errors.UnavailableError, match="starting or stopping"):
             client.reload()
@@ -97,7 +97,7 @@ def test_no_reload_before_the_start_nor_after_the_end(scene: Scene) -> None:
 
 
 def test_a_reload_asked_for_while_another_runs_is_not_lost(scene: Scene, tmp_path: Path) -> None:
-    """A file that changes during a reload is taken up by the one that was asked for after it."""
+    """If a file changes during a reload, the reload requested afterwards applies the change."""
     slownets.GATE.clear()
     scene.reloader.start()
     gated = ServedModel(ModelSpec("slownets:gated", item_shape=ITEM))
@@ -121,7 +121,7 @@ def _refusal(client: Client) -> errors.LayertapError:
 
 
 def test_factories_are_not_imported_again(scene: Scene, tmp_path: Path, monkeypatch) -> None:
-    """A changed section builds the model anew by the code that is imported already."""
+    """A changed section builds the model again with the code that is already imported."""
     monkeypatch.syspath_prepend(tmp_path)
     code = "from versioned import Versioned\ndef build():\n    return Versioned({})\n"
     (tmp_path / "mycode.py").write_text(code.format(5), encoding="utf-8")
@@ -138,7 +138,7 @@ def test_factories_are_not_imported_again(scene: Scene, tmp_path: Path, monkeypa
 
 
 def test_the_services_are_as_healthy_as_the_server(scene: Scene) -> None:
-    """Where no model is left the server and both services are NOT_SERVING, until one is back."""
+    """Without any model the server and both services are NOT_SERVING, until one is back."""
     scene.reloader.start()
     names = ("", "layertap.v1.FeatureService", "inference.GRPCInferenceService")
     with Client(scene.server.address) as client:

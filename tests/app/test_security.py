@@ -1,4 +1,4 @@
-"""Files of certificates and tokens are checked at the start, and open doors are told of."""
+"""Files of certificates and tokens are checked at the start; missing protection is reported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pair(authority: Authority) -> Pair:
 
 
 def test_a_key_of_another_certificate_is_told(authority: Authority, pair: Pair) -> None:
-    """A mismatch is found at the start, with the setting and both files."""
+    """A mismatch is found at the start; the error names the setting and both files."""
     other = authority.issue("localhost")
     with pytest.raises(ConfigError) as caught:
         open_security(SecretFiles(tls_cert=pair.certificate, tls_key=other.key))
@@ -50,7 +50,7 @@ def test_a_key_of_another_certificate_is_told(authority: Authority, pair: Pair) 
 def test_a_file_that_will_not_do_is_told(
     tmp_path: Path, authority: Authority, pair: Pair, wrong: str, message: str
 ) -> None:
-    """Each setting's error names it and its file, for a missing file and for a wrong content."""
+    """The error names the setting and the file, whether the file is missing or malformed."""
     good = {
         "tls_cert": pair.certificate,
         "tls_key": pair.key,
@@ -70,7 +70,7 @@ def test_a_file_that_will_not_do_is_told(
 
 
 def test_an_encrypted_key_is_told_and_never_asked_about(pair: Pair) -> None:
-    """A key with a passphrase is an error, not a question at the terminal."""
+    """A key with a passphrase is an error; the terminal is not asked for the passphrase."""
     from cryptography.hazmat.primitives import serialization as pem
 
     key = pem.load_pem_private_key(pair.key.read_bytes(), None)
@@ -83,7 +83,7 @@ def test_an_encrypted_key_is_told_and_never_asked_about(pair: Pair) -> None:
 
 
 def test_half_of_a_setting_is_told(authority: Authority, pair: Pair) -> None:
-    """A certificate without a key, or clients' authorities without TLS, protect nobody."""
+    """A certificate without a key, or a client CA without TLS, is an error."""
     with pytest.raises(ConfigError, match=r"tls_cert: .*got no tls_key"):
         open_security(SecretFiles(tls_cert=pair.certificate))
     with pytest.raises(ConfigError, match=r"tls_key: .*got no tls_cert"):
@@ -93,7 +93,7 @@ def test_half_of_a_setting_is_told(authority: Authority, pair: Pair) -> None:
 
 
 def test_the_files_are_those_of_the_configuration(tmp_path: Path, authority: Authority) -> None:
-    """[server] names them, relative to its file, and they make the server's security."""
+    """[server] names the files, relative to its own, and they become the server's security."""
     pair = authority.issue("localhost")
     token_file(tmp_path / "extract.tokens", EXTRACT)
     token_file(tmp_path / "admin.tokens", ADMIN)
@@ -114,7 +114,7 @@ def test_the_files_are_those_of_the_configuration(tmp_path: Path, authority: Aut
 def test_a_leaked_token_goes_even_where_the_certificates_are_broken(
     tmp_path: Path, authority: Authority, pair: Pair
 ) -> None:
-    """A reload that fails for TLS reads the tokens all the same, and still reports the failure."""
+    """A reload that fails for TLS still reads the tokens, and reports the failure."""
     tokens = token_file(tmp_path / "extract.tokens", EXTRACT, UNKNOWN)
     files = SecretFiles(tls_cert=pair.certificate, tls_key=pair.key, extract_tokens_file=tokens)
     security = open_security(files)
@@ -153,7 +153,7 @@ METRICS = "the metrics page there has neither"
 def test_open_doors_are_told(
     tmp_path: Path, authority: Authority, pair: Pair, given: str, expected: list[str]
 ) -> None:
-    """An address that others reach is warned of with what it lacks, and with nothing else."""
+    """If other machines can reach the address, the warning names exactly what is missing."""
     files = {
         "tls": {"tls_cert": pair.certificate, "tls_key": pair.key},
         "mutual": {"tls_client_ca": authority.file},
@@ -175,13 +175,13 @@ def test_open_doors_are_told(
 
 @pytest.mark.parametrize("host", ["::", "[::]", "10.0.0.1", "example.org"])
 def test_every_other_address_is_warned_of(host: str) -> None:
-    """Whatever is not the loopback can be reached from other machines."""
+    """Other machines can reach every address except the loopback."""
     (warning,) = Security().warnings(host, metrics=False)
     assert warning.startswith(f"{host} can be reached")
 
 
 def test_secrets_that_all_can_read_are_told(tmp_path: Path) -> None:
-    """A file of tokens that every user of the machine can read is named, on any address."""
+    """A token file that every user of the machine can read is reported, for any address."""
     file = token_file(tmp_path / "e", EXTRACT)
     file.chmod(0o644)
     security = open_security(SecretFiles(extract_tokens_file=file))

@@ -1,4 +1,4 @@
-"""The server answers health and reflection from the first moment, and stops in order."""
+"""The server answers health and reflection from its start, and stops in order."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ONE_SECOND = np.full((1, 3, 4, 4), 1000, np.float32)
 
 @pytest.fixture
 def engine() -> Iterator[Engine]:
-    """An engine with a quick and a slow net, and room for few requests."""
+    """An engine with a fast and a slow net, and room for few requests."""
     engine = Engine(Limits(request_bytes=100_000, pending=2))
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("slownets:sleepy", item_shape=(3, 4, 4)))
@@ -62,7 +62,7 @@ def test_health_follows_the_life_cycle(server) -> None:
 
 
 def test_health_does_not_know_other_models(server) -> None:
-    """Asking for the health of a model that is not served is NOT_FOUND."""
+    """The health of a model that is not served is NOT_FOUND."""
     with pytest.raises(grpc.RpcError) as refusal:
         health(server.address, "nobody")
     assert refusal.value.code() is grpc.StatusCode.NOT_FOUND
@@ -79,7 +79,7 @@ def test_reflection_describes_the_service(server) -> None:
 
 
 def test_a_request_over_the_receive_limit_is_refused(server) -> None:
-    """A message larger than the limit never reaches the engine, and the server serves on."""
+    """A message over the limit never reaches the engine, and the server keeps serving."""
     server.ready()
     with Client(server.address) as client:
         with pytest.raises(errors.InvalidInputError, match="larger than the server accepts"):
@@ -88,7 +88,7 @@ def test_a_request_over_the_receive_limit_is_refused(server) -> None:
 
 
 def test_one_request_more_than_fit_the_queue_is_refused_at_once(server) -> None:
-    """A full queue refuses with the limit in its text; the admitted ones are answered."""
+    """A full queue refuses with the limit in the text; admitted requests are answered."""
     server.ready()
     outcomes: list[str] = []
 
@@ -110,7 +110,7 @@ def test_one_request_more_than_fit_the_queue_is_refused_at_once(server) -> None:
 
 
 def test_stopping_answers_what_was_admitted(server, engine) -> None:
-    """A request in flight when the server stops is answered within the grace; later ones aren't."""
+    """When the server stops, a running request is answered within the grace; later ones are not."""
     server.ready()
     replies: list[object] = []
     with Client(server.address) as client:
@@ -131,7 +131,7 @@ def test_stopping_answers_what_was_admitted(server, engine) -> None:
 
 
 def test_a_taken_port_is_an_error(server, engine) -> None:
-    """A second server on one port is refused instead of getting half of the calls."""
+    """A second server on the same port is refused, instead of getting half of the calls."""
     port = int(server.address.rsplit(":", 1)[1])
     with pytest.raises(errors.UnavailableError, match=str(port)):
         FeatureServer(engine, ServerOptions(port=port))

@@ -1,4 +1,4 @@
-"""Shared memory of real processes: whoever is killed leaves nothing; the page, the settings."""
+"""Shared memory between real processes: killed processes leave nothing; metrics; settings."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def running(
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Wait until another thread or process has seen to it."""
+    """Wait until another thread or process has made something true."""
     end = time.monotonic() + 20
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
@@ -84,7 +84,7 @@ HOARD = textwrap.dedent("""
 
 
 def test_killed_client_leaves_its_regions_in_the_pool(engine: Engine) -> None:
-    """kill -9 of a client with 50 leases: all are free long before the lease ends, and reused."""
+    """After kill -9 of a client with 50 leases, all are free before the lease ends, and reused."""
     with running(engine, shared_memory_lease_seconds=60.0) as server:
         memory = server.shared_memory
         client = subprocess.Popen(
@@ -111,17 +111,17 @@ def test_killed_client_leaves_its_regions_in_the_pool(engine: Engine) -> None:
 
 
 def shared_files() -> list[str]:
-    """Name what processes have left in the places where shared memory can leave something."""
+    """List what processes have left where shared memory can leave something."""
     return sorted(path.name for path in Path("/dev/shm").iterdir())  # noqa: S108
 
 
 def listens(name: str) -> bool:
-    """Tell whether there is an abstract socket of that name."""
+    """Return whether there is an abstract socket with that name."""
     return f"@{name}" in Path("/proc/net/unix").read_text("utf-8")
 
 
 def socket_of(address: str) -> str:
-    """Ask a server for its abstract socket's name."""
+    """Request a server's abstract socket name."""
     with grpc.insecure_channel(address) as channel:
         reply = channel.unary_unary(Method.OPEN_SHARED_MEMORY)(b"", timeout=20)
     return OpenSharedMemoryResponse.FromString(reply).socket
@@ -134,7 +134,7 @@ def free_port() -> str:
 
 
 def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
-    """kill -9 of the server: no file and no socket stays, arrays stay right, the next is shared."""
+    """After kill -9 of the server no file or socket remains, arrays stay, and sharing resumes."""
     before = shared_files()
     port = free_port()
     flags = ("tinynets:residual", "--item-shape", "3,16,16", "--port", port)
@@ -178,7 +178,7 @@ def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
 
 
 def test_restart_between_two_calls_costs_none_of_them() -> None:
-    """Where the server was restarted on its port, the next call is answered and shared."""
+    """After the server restarts on its port, the next call is answered through shared memory."""
     port = free_port()
     flags = ("tinynets:residual", "--item-shape", "3,16,16", "--port", port)
     with Client(f"127.0.0.1:{port}") as client:
@@ -197,7 +197,7 @@ def test_restart_between_two_calls_costs_none_of_them() -> None:
 
 
 def test_page_shows_regions_and_fallbacks(engine: Engine) -> None:
-    """The metrics tell bytes and regions by state, sessions, what was shared, and what was not."""
+    """The metrics show bytes and regions by state, sessions, shared bytes and fallbacks."""
     metrics = Metrics(engine)
     server = FeatureServer(
         engine, ServerOptions(port=0, shared_memory_bytes=5 * MIB), observer=metrics
@@ -231,7 +231,7 @@ def test_page_shows_regions_and_fallbacks(engine: Engine) -> None:
 
 
 def test_settings_reach_the_server() -> None:
-    """MiB and seconds of the file are the server's; 0 MiB is no shared memory."""
+    """The server uses the file's MiB and seconds; 0 MiB disables shared memory."""
     section = {"shared_memory_mib": 3, "shared_memory_lease_seconds": 0.5}
     options = build(ServerOptions, section)
     assert options.shared_memory_bytes == 3 * MIB
@@ -242,7 +242,7 @@ def test_settings_reach_the_server() -> None:
 
 
 def test_flags_turn_it_off(engine: Engine) -> None:
-    """`--shared-memory-mib 0` serves as ever, without the service and without a socket."""
+    """With `--shared-memory-mib 0` the server works without the service and without a socket."""
     config, _, _ = configured("residual", "--shared-memory-mib", "0")
     none = config.server.shared_memory_bytes
     with (
@@ -259,7 +259,7 @@ def test_flags_turn_it_off(engine: Engine) -> None:
 def test_where_sockets_are_forbidden_replies_are_sent(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A system that refuses sockets or files is told once, and the server serves."""
+    """If the system forbids sockets or files, this is logged once, and the server serves."""
 
     def refuse(*args: object) -> None:
         raise PermissionError(1, "Operation not permitted")

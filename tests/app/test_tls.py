@@ -1,4 +1,4 @@
-"""Real servers and clients: the right certificates and tokens pass, each wrong one does not."""
+"""Real servers and clients: the right certificates and tokens are accepted, wrong ones refused."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """The authority that everybody trusts."""
+    """The certificate authority that everyone trusts."""
     return Authority(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    """An authority that nobody trusts."""
+    """A certificate authority that nobody trusts."""
     return Authority(tmp_path_factory.mktemp("stranger"))
 
 
@@ -62,7 +62,7 @@ def secured(engine: Engine, host: str = "127.0.0.1", **files: Path) -> Iterator[
 
 @pytest.fixture(scope="module")
 def tls_server(engine: Engine, authority: Authority) -> Iterator[str]:
-    """The address of a server with TLS that asks clients for nothing."""
+    """The address of a server with TLS that requires no client certificate."""
     pair = authority.issue(*HOSTS)
     with secured(engine, tls_cert=pair.certificate, tls_key=pair.key) as server:
         yield server.address
@@ -70,7 +70,7 @@ def tls_server(engine: Engine, authority: Authority) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def mutual_server(engine: Engine, authority: Authority) -> Iterator[str]:
-    """The address of a server that asks clients for a certificate."""
+    """The address of a server that requires a client certificate."""
     pair = authority.issue(*HOSTS)
     with secured(
         engine, tls_cert=pair.certificate, tls_key=pair.key, tls_client_ca=authority.file
@@ -79,39 +79,39 @@ def mutual_server(engine: Engine, authority: Authority) -> Iterator[str]:
 
 
 def refused(client: Client) -> str:
-    """Check that a call fails as unavailable, and return why."""
+    """Check that a call fails with UNAVAILABLE, and return the text."""
     with client, pytest.raises(errors.UnavailableError) as caught:
         client.list_models(timeout=20)
     return str(caught.value)
 
 
 def test_the_right_authority_passes(tls_server: str, authority: Authority) -> None:
-    """A client that knows the server's authority waits, asks and gets layers."""
+    """A client that trusts the server's CA connects and gets layers."""
     with Client(tls_server, tls=Tls(ca=authority.file)) as client:
         client.wait_ready(30)
         assert client.extract("residual", ONE, "layer1")["layer1"].shape == (1, 8, 8, 8)
 
 
 def test_another_authority_is_refused(tls_server: str, stranger: Authority) -> None:
-    """A server that an unknown authority vouches for is not asked anything."""
+    """A server whose CA the client doesn't trust gets no request."""
     text = refused(Client(tls_server, tls=Tls(ca=stranger.file)))
     assert "CERTIFICATE_VERIFY_FAILED" in text
     assert "CERTIFICATE_VERIFY_FAILED" in refused(Client(tls_server, tls=True))
 
 
 def test_plain_text_is_no_way_in(tls_server: str) -> None:
-    """A client without TLS gets nothing from a server with it."""
+    """A client without TLS gets nothing from a server with TLS."""
     refused(Client(tls_server))
 
 
 def test_tls_to_a_plain_server_fails(engine: Engine, authority: Authority) -> None:
-    """A client that asks for TLS never falls back to plain text."""
+    """A client with TLS never falls back to plain text."""
     with secured(engine) as server:
         refused(Client(server.address, tls=Tls(ca=authority.file)))
 
 
 def test_an_expired_certificate_is_refused(engine: Engine, authority: Authority) -> None:
-    """A certificate whose time is over is as good as none."""
+    """An expired certificate is refused."""
     pair = authority.issue(*HOSTS, expired=True)
     with secured(engine, tls_cert=pair.certificate, tls_key=pair.key) as server:
         text = refused(Client(server.address, tls=Tls(ca=authority.file)))
@@ -119,7 +119,7 @@ def test_an_expired_certificate_is_refused(engine: Engine, authority: Authority)
 
 
 def test_a_certificate_for_another_host_is_refused(engine: Engine, authority: Authority) -> None:
-    """The certificate must be for the host that was asked, or for the name that was expected."""
+    """The certificate must be for the requested host, or for the expected name."""
     pair = authority.issue("features.example.org")
     with secured(engine, tls_cert=pair.certificate, tls_key=pair.key) as server:
         refused(Client(server.address, tls=Tls(ca=authority.file)))
@@ -130,7 +130,7 @@ def test_a_certificate_for_another_host_is_refused(engine: Engine, authority: Au
 
 
 def test_a_clients_certificate_passes(mutual_server: str, authority: Authority) -> None:
-    """With mutual TLS a client that shows a certificate of the right authority is served."""
+    """With mutual TLS, a client with a certificate of the right CA is served."""
     mine = authority.issue("client")
     tls = Tls(ca=authority.file, certificate=mine.certificate, key=mine.key)
     with Client(mutual_server, tls=tls) as client:
@@ -138,7 +138,7 @@ def test_a_clients_certificate_passes(mutual_server: str, authority: Authority) 
 
 
 def test_no_certificate_of_the_client_is_refused(mutual_server: str, authority: Authority) -> None:
-    """With mutual TLS a client that shows none is not served, not even its health."""
+    """With mutual TLS, a client without a certificate gets nothing, not even health."""
     refused(Client(mutual_server, tls=Tls(ca=authority.file)))
     credentials = grpc.ssl_channel_credentials(authority.file.read_bytes())
     with grpc.secure_channel(mutual_server, credentials) as channel:
@@ -151,7 +151,7 @@ def test_no_certificate_of_the_client_is_refused(mutual_server: str, authority: 
 def test_a_wrong_certificate_of_the_client_is_refused(
     mutual_server: str, authority: Authority, stranger: Authority, expired: bool
 ) -> None:
-    """A client's certificate that has expired, or is of another authority, is as good as none."""
+    """A client certificate that has expired, or is from another CA, is refused."""
     mine = (authority if expired else stranger).issue("client", expired=expired)
     tls = Tls(ca=authority.file, certificate=mine.certificate, key=mine.key)
     refused(Client(mutual_server, tls=tls))
@@ -160,7 +160,7 @@ def test_a_wrong_certificate_of_the_client_is_refused(
 def test_renewed_certificates_serve_the_next_connection(
     engine: Engine, authority: Authority, stranger: Authority, tmp_path: Path
 ) -> None:
-    """A reload takes new files without a restart, and keeps the old ones if the new won't do."""
+    """A reload uses new files without a restart, and keeps the old ones if they are invalid."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
 
     def install(issuer: Authority) -> None:
@@ -186,7 +186,7 @@ def test_renewed_certificates_serve_the_next_connection(
 
 
 def administer(address: str, authority: Authority, token: str) -> tuple[grpc.StatusCode, str]:
-    """Call a method of the administration and return how it ended."""
+    """Call a method of AdminService and return how it ended."""
     credentials = grpc.ssl_channel_credentials(authority.file.read_bytes())
     with grpc.secure_channel(address, credentials) as channel:
         with pytest.raises(grpc.RpcError) as caught:
@@ -200,7 +200,7 @@ def administer(address: str, authority: Authority, token: str) -> tuple[grpc.Sta
 def test_tokens_decide_what_a_client_may_do(
     engine: Engine, authority: Authority, tmp_path: Path
 ) -> None:
-    """Missing and wrong tokens are told apart from rights that a token lacks; both are raised."""
+    """Missing and wrong tokens have another status than insufficient rights; both are raised."""
     pair = authority.issue(*HOSTS)
     tls = Tls(ca=authority.file)
     with secured(
@@ -234,7 +234,7 @@ def test_tokens_decide_what_a_client_may_do(
 
 
 def test_reflection_needs_a_token_as_well(engine: Engine, tmp_path: Path) -> None:
-    """Streams are held to the rules of unary calls: reflection is closed to strangers."""
+    """Streams need a token like unary calls: reflection is refused without one."""
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
     ask = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -252,7 +252,7 @@ def test_reflection_needs_a_token_as_well(engine: Engine, tmp_path: Path) -> Non
 
 
 def test_ipv6_is_served_with_and_without_brackets(engine: Engine, authority: Authority) -> None:
-    """The IPv6 loopback is bound however it is written, and its address can be asked as it is."""
+    """The IPv6 loopback can be written with or without brackets, and called as reported."""
     pair = authority.issue(*HOSTS)
     for host in ("::1", "[::1]"):
         with secured(engine, host) as server, Client(server.address) as client:

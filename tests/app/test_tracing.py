@@ -1,4 +1,4 @@
-"""Traces continue the caller's, tell where the time went, and reach a collector."""
+"""Traces continue the caller's, show where the time went, and reach a collector."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STREAM = "layertap.v1.FeatureService/ExtractStream"
 
 
 class Traced:
-    """A server that makes spans, a client, and what came of them."""
+    """A server that makes spans, a client, and the finished spans."""
 
     def __init__(self, client: Client, channel: grpc.Channel, spans: InMemorySpanExporter) -> None:
         self.client = client
@@ -48,11 +48,11 @@ class Traced:
         self._spans = spans
 
     def spans(self) -> dict[str, ReadableSpan]:
-        """Return the spans by name, once the call's own has ended."""
+        """Return the spans by name, once the call's own span has ended."""
         return {span.name: span for span in self._spans.get_finished_spans()}
 
     def named(self, name: str) -> list[ReadableSpan]:
-        """Return all the spans of a name."""
+        """Return all spans with a name."""
         return [span for span in self._spans.get_finished_spans() if span.name == name]
 
 
@@ -117,7 +117,7 @@ def test_an_extraction_is_a_span_with_its_parts(traced: Traced) -> None:
 
 
 def test_the_callers_trace_is_continued(traced: Traced) -> None:
-    """The Python client hands on its current span, which becomes the parent of the server's."""
+    """The Python client sends its current span, which becomes the parent of the server's."""
     callers = TracerProvider(shutdown_on_exit=False).get_tracer("test")
     with callers.start_as_current_span("caller") as caller:
         traced.client.extract("residual", BATCH, "layer1")
@@ -135,7 +135,7 @@ def test_without_a_callers_span_a_trace_begins(traced: Traced) -> None:
 
 
 def test_a_stream_is_a_span_and_so_is_each_item(traced: Traced) -> None:
-    """Items are spans within the stream's, with their parts; one that failed says how."""
+    """Items are spans inside the stream's span, with their phases; a failed item says why."""
     callers = TracerProvider(shutdown_on_exit=False).get_tracer("test")
     with callers.start_as_current_span("caller") as caller:
         answers = list(
@@ -164,7 +164,7 @@ def test_a_stream_is_a_span_and_so_is_each_item(traced: Traced) -> None:
 
 
 def test_a_stream_that_is_left_ends_its_span(traced: Traced) -> None:
-    """A client that goes away leaves a span with CANCELLED, not one without an end."""
+    """A client that disconnects leaves an ended span with CANCELLED."""
     stream = RawStream(traced.channel)
     # Replies that can't all be under way: with none left gRPC may tell of the cancellation as of a
     # half close first, after which the stream ends well.
@@ -182,14 +182,14 @@ def test_a_stream_that_is_left_ends_its_span(traced: Traced) -> None:
     [("00-zz", ""), ("x" * 2000, "a=b"), (f"00-{'0' * 32}-{'0' * 16}-01", ""), ("", "=" * 600)],
 )
 def test_hostile_contexts_are_ignored(traced: Traced, parent: str, state: str) -> None:
-    """A traceparent that is none is as good as absent; the call is answered."""
+    """A malformed traceparent is ignored; the call is answered."""
     method = traced.channel.unary_unary("/layertap.v1.FeatureService/ListModels")
     assert method(b"", metadata=(("traceparent", parent), ("tracestate", state)))
     assert traced.spans()["layertap.v1.FeatureService/ListModels"].parent is None
 
 
 def test_a_context_that_is_not_sampled_makes_no_spans(traced: Traced) -> None:
-    """What the caller decided not to sample leaves no span here."""
+    """If the caller decided not to sample, the server records no span."""
     method = traced.channel.unary_unary("/layertap.v1.FeatureService/ListModels")
     assert method(b"", metadata=(("traceparent", f"00-{'a' * 32}-{'b' * 16}-00"),))
     assert traced.spans() == {}
@@ -209,7 +209,7 @@ def test_a_broken_model_is_an_error_of_the_span(traced: Traced) -> None:
 
 
 def test_a_callers_mistake_is_no_error_of_the_span(traced: Traced) -> None:
-    """A refusal tells its status and its exception, and leaves the span's own status alone."""
+    """A refusal records its status and its exception, without making the span an error."""
     with pytest.raises(LayertapError):
         traced.client.extract("residual", BATCH, "layer9")
     call = traced.spans()[EXTRACT]
@@ -219,14 +219,14 @@ def test_a_callers_mistake_is_no_error_of_the_span(traced: Traced) -> None:
 
 
 def test_health_is_not_traced(traced: Traced) -> None:
-    """Probes leave no spans."""
+    """Probes make no spans."""
     traced.client.wait_ready()
     traced.channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
     assert traced.spans() == {}
 
 
 def test_a_strangers_path_is_refused_as_any_other(engine: Engine, tmp_path: Path) -> None:
-    """A path that is no service and method is UNAUTHENTICATED, and its text tells nothing."""
+    """A path that names no service and method is UNAUTHENTICATED, and its text reveals nothing."""
     tracing = Tracing(TracerProvider(shutdown_on_exit=False))
     tokens = Tokens(token_file(tmp_path / "tokens", EXTRACT_TOKEN))
     server = FeatureServer(
@@ -247,7 +247,7 @@ def test_a_strangers_path_is_refused_as_any_other(engine: Engine, tmp_path: Path
 
 
 def test_off_unless_asked_for() -> None:
-    """Without an endpoint, or with OpenTelemetry turned off, there is no tracing."""
+    """Without an endpoint, or with OpenTelemetry disabled, there is no tracing."""
     where = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"}
     assert open_tracing("", {}) is None
     assert open_tracing("", {**where, "OTEL_SDK_DISABLED": "true"}) is None
@@ -255,7 +255,7 @@ def test_off_unless_asked_for() -> None:
 
 
 def test_wrong_settings_are_told() -> None:
-    """An endpoint without a scheme, and a protocol that is not gRPC, are errors that say so."""
+    """An endpoint without a scheme, or a protocol other than gRPC, is an error that says so."""
     for endpoint in ("collector:4317", "http://", "http://[::1"):
         with pytest.raises(ConfigError, match=f"otel_endpoint: got {re.escape(repr(endpoint))}"):
             open_tracing(endpoint, {})
@@ -270,7 +270,7 @@ def test_wrong_settings_are_told() -> None:
 
 
 def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where traces are asked for without the extra, the error says what to install."""
+    """If traces are requested without the extra, the error says what to install."""
 
     def missing(name: str) -> None:
         raise ModuleNotFoundError("No module named 'opentelemetry'", name="opentelemetry")
@@ -281,7 +281,7 @@ def test_missing_packages_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Collector(collector_grpc.TraceServiceServicer):
-    """Takes spans as an OpenTelemetry collector does."""
+    """Receives spans as an OpenTelemetry collector does."""
 
     def __init__(self) -> None:
         self.got: SimpleQueue[collector.ExportTraceServiceRequest] = SimpleQueue()
@@ -321,7 +321,7 @@ def test_spans_reach_a_collector() -> None:
 
 
 def test_a_collector_that_is_gone_holds_nothing_up() -> None:
-    """Calls are answered and the server stops with code 0 where no collector listens."""
+    """Without a collector calls are answered, and the server stops with code 0."""
     with (
         serving(
             *("tinynets:residual", "--item-shape", "3,8,8"),

@@ -1,4 +1,4 @@
-"""Listening on Unix sockets, and connections that end of age."""
+"""Listening on Unix sockets, and the maximum age of connections."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def ask(target: str, **options: object) -> np.ndarray:
     ],
 )
 def test_addresses_of_unix_sockets(address: str, unix: bool, path: str) -> None:
-    """A scheme tells them from hosts, and no other machine reaches them."""
+    """They are recognised by their scheme, and no other machine can reach them."""
     assert (is_unix(address), unix_path(address)) == (unix, path)
     assert is_loopback(address) or not unix
 
 
 @pytest.mark.parametrize("form", ["unix:{}", "unix://{}"])
 def test_only_a_unix_socket(engine: Engine, tmp_path: Path, form: str) -> None:
-    """As the host it takes the place of the port; for this user alone, and gone at the end."""
+    """It replaces the port; only this user may connect; the file is removed at the end."""
     path = tmp_path / "s"
     server = serve(engine, host=form.format(path))
     try:
@@ -88,7 +88,7 @@ def test_only_a_unix_socket(engine: Engine, tmp_path: Path, form: str) -> None:
 
 
 def test_a_unix_socket_besides_the_port(engine: Engine, tmp_path: Path) -> None:
-    """Both answer alike; the file has the mode that was asked for."""
+    """Both give the same answers; the file has the requested mode."""
     path = tmp_path / "s"
     server = serve(engine, unix_socket=path, unix_socket_mode=0o660)
     try:
@@ -113,7 +113,7 @@ def test_an_abstract_socket(engine: Engine) -> None:
 
 
 def test_tls_holds_on_a_unix_socket(engine: Engine, tmp_path: Path) -> None:
-    """A server with TLS speaks it there too."""
+    """A server with TLS uses TLS there too."""
     authority = Authority(tmp_path / "ca")
     issued = authority.issue("localhost")
     options = ServerOptions(
@@ -135,7 +135,7 @@ def test_tls_holds_on_a_unix_socket(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_a_stale_socket_is_replaced(engine: Engine, tmp_path: Path) -> None:
-    """A file that a server left behind when it was killed is in nobody's way."""
+    """A file that a killed server left behind is replaced."""
     path = tmp_path / "s"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
@@ -147,7 +147,7 @@ def test_a_stale_socket_is_replaced(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_a_socket_in_use_is_left_alone(engine: Engine, tmp_path: Path) -> None:
-    """A second server is refused and the first goes on."""
+    """A second server is refused, and the first keeps serving."""
     path = tmp_path / "s"
     server = serve(engine, host=f"unix:{path}")
     try:
@@ -159,7 +159,7 @@ def test_a_socket_in_use_is_left_alone(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_another_servers_socket_is_not_removed(engine: Engine, tmp_path: Path) -> None:
-    """What is at the path by the end, but is not this server's, stays."""
+    """If another file is at the path at the end, it is not removed."""
     path = tmp_path / "s"
     first = serve(engine, host=f"unix:{path}")
     path.unlink()
@@ -173,7 +173,7 @@ def test_another_servers_socket_is_not_removed(engine: Engine, tmp_path: Path) -
 
 
 def test_what_will_not_do_is_refused(engine: Engine, tmp_path: Path) -> None:
-    """The error names the address and the reason, and nothing is left or harmed."""
+    """The error names the address and the reason; nothing is left behind or changed."""
     file = tmp_path / "file"
     file.write_text("precious")
     long = tmp_path / ("x" * 120)
@@ -189,7 +189,7 @@ def test_what_will_not_do_is_refused(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_the_file_says_where(tmp_path: Path) -> None:
-    """A relative path is relative to the file; a mode that is none is an error."""
+    """A relative path is relative to the file; an invalid mode is an error."""
     config = tmp_path / "layertap.toml"
     config.write_text('[server]\nunix_socket = "run/s"\nunix_socket_mode = "0660"\n')
     options = load_config(config).server
@@ -201,7 +201,7 @@ def test_the_file_says_where(tmp_path: Path) -> None:
 
 
 def test_serve_on_a_unix_socket(tmp_path: Path) -> None:
-    """The command line's server answers there, health included, and ends cleanly."""
+    """The server of the command line answers there, also for health, and ends cleanly."""
     path = tmp_path / "s"
     args = ("tinynets:residual", "--item-shape", "3,32,32", "--metrics-port", "0")
     server = Serving([*args, "--host", f"unix:{path}", "--plan-cache", "off"])
@@ -224,7 +224,7 @@ def test_serve_on_a_unix_socket(tmp_path: Path) -> None:
 
 
 def test_no_age_is_set_by_default() -> None:
-    """Connections last; a number turns the age on, in milliseconds."""
+    """Connections have no maximum age; a number sets one, in milliseconds."""
     assert not any("connection_age" in name for name, _ in channel_options(1))
     options = dict(channel_options(1, 1, 60.0, 2.5))
     assert options["grpc.max_connection_age_ms"] == 60_000
@@ -233,7 +233,7 @@ def test_no_age_is_set_by_default() -> None:
 
 
 def test_connections_end_of_age_without_a_failed_call(engine: Engine) -> None:
-    """A client asks on, by one connection after the other, and no call fails."""
+    """A client continues over one connection after the other, and no call fails."""
     peers: set[str] = set()
 
     class Peers(grpc.ServerInterceptor):  # type: ignore[misc] # gRPC has no types

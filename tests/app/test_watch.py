@@ -1,4 +1,4 @@
-"""The watcher tells a change once, and only when it has settled."""
+"""The watcher reports a change once, and only when the file is stable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from layertap.app.watch import Watcher
 
 
 def test_a_change_is_told_once_it_has_settled(tmp_path: Path) -> None:
-    """A file that differs from look to look is waited for; a settled change is told once."""
+    """A file that changes between checks is waited for; a stable change is reported once."""
     file = tmp_path / "net.pt"
     file.write_bytes(b"1")
     told: list[bytes] = []
@@ -27,7 +27,7 @@ def test_a_change_is_told_once_it_has_settled(tmp_path: Path) -> None:
 
 
 def test_what_changed_before_the_first_look_is_told(tmp_path: Path) -> None:
-    """A change between construction and the first look is no different from a later one."""
+    """A change between construction and the first check is reported like any other."""
     file = tmp_path / "net.pt"
     told: list[bool] = []
     watcher = Watcher(lambda: [file], lambda: told.append(file.exists()))
@@ -41,7 +41,7 @@ def test_what_changed_before_the_first_look_is_told(tmp_path: Path) -> None:
 
 
 def test_a_renamed_file_and_a_moved_link_are_changes(tmp_path: Path) -> None:
-    """Another file of the same time and size in its place is seen, through a link as well."""
+    """A replacement with the same time and size is detected, also through a link."""
     first, second, link = tmp_path / "1", tmp_path / "2", tmp_path / "net.pt"
     first.write_bytes(b"1")
     second.write_bytes(b"2")

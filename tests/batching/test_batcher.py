@@ -1,4 +1,4 @@
-"""Who runs together, and who waits for whom; time is a number here."""
+"""Which items run together, and which wait; time is just a number here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PATIENT = BatchPolicy(max_size=8, max_delay=5.0)
 
 
 def waiting(items: str, policy: BatchPolicy = EIGHT, key: object = "k") -> Batcher[str]:
-    """Return a batcher with an item of size 1 for each letter, which came at 0, 1, 2 and so on."""
+    """Return a batcher with an item of size 1 for each letter, arriving at 0, 1, 2 and so on."""
     batcher: Batcher[str] = Batcher()
     for now, item in enumerate(items):
         batcher.add(item, key, 1, policy, now)
@@ -17,14 +17,14 @@ def waiting(items: str, policy: BatchPolicy = EIGHT, key: object = "k") -> Batch
 
 
 def served(batcher: Batcher[str], items: str, policy: BatchPolicy, now: float) -> None:
-    """Let items of one key come and go at one time."""
+    """Let items of one key arrive and leave at one time."""
     for item in items:
         batcher.add(item, "k", 1, policy, now)
     assert batcher.take(now, at_once=True) == list(items)
 
 
 def test_items_of_one_key_run_together_in_order() -> None:
-    """What waits is taken at once, oldest first, and nothing is left."""
+    """Waiting items are taken at once, the oldest first, and none is left."""
     batcher = waiting("abc")
     assert batcher.take(now=2) == ["a", "b", "c"]
     assert batcher.take(now=2) == []
@@ -32,19 +32,19 @@ def test_items_of_one_key_run_together_in_order() -> None:
 
 
 def test_items_without_a_key_run_alone() -> None:
-    """None is no key that two items could have in common."""
+    """None is not a key that two items could share."""
     batcher = waiting("ab", key=None)
     assert [batcher.take(2), batcher.take(2)] == [["a"], ["b"]]
 
 
 def test_a_policy_of_one_runs_each_alone() -> None:
-    """The default joins nothing."""
+    """The default policy joins nothing."""
     batcher = waiting("ab", ALONE)
     assert [batcher.take(2), batcher.take(2)] == [["a"], ["b"]]
 
 
 def test_keys_do_not_mix_and_the_oldest_goes_first() -> None:
-    """Batches go in the order of their oldest items."""
+    """Batches are taken in the order of their oldest items."""
     batcher: Batcher[str] = Batcher()
     for now, (item, key) in enumerate(["ax", "by", "cx", "dy"]):
         batcher.add(item, key, 1, EIGHT, now)
@@ -52,7 +52,7 @@ def test_keys_do_not_mix_and_the_oldest_goes_first() -> None:
 
 
 def test_a_batch_is_no_larger_than_its_limit() -> None:
-    """The sum of the sizes counts; what does not fit begins the next batch."""
+    """The sum of the sizes counts; an item that does not fit begins the next batch."""
     batcher: Batcher[str] = Batcher()
     for item, size in [("a", 3), ("b", 4), ("c", 2), ("d", 1)]:
         batcher.add(item, "k", size, EIGHT, 0)
@@ -60,7 +60,7 @@ def test_a_batch_is_no_larger_than_its_limit() -> None:
 
 
 def test_an_item_over_the_limit_runs_alone() -> None:
-    """It is the callers' limit that refuses a request, not the batcher's."""
+    """The engine's limits refuse a request; the batcher does not."""
     batcher: Batcher[str] = Batcher()
     batcher.add("large", "k", 9, EIGHT, 0)
     batcher.add("small", "k", 1, EIGHT, 0)
@@ -68,7 +68,7 @@ def test_an_item_over_the_limit_runs_alone() -> None:
 
 
 def test_a_lone_item_waits_for_nobody() -> None:
-    """Nobody was there last time, so nobody is waited for, whatever the delay."""
+    """The last batch had no other item, so nothing is waited for, whatever the delay."""
     batcher = waiting("a", PATIENT)
     assert batcher.take(now=0) == ["a"]
     batcher.add("b", "k", 1, PATIENT, 0.1)
@@ -76,7 +76,7 @@ def test_a_lone_item_waits_for_nobody() -> None:
 
 
 def test_where_three_were_served_three_are_waited_for() -> None:
-    """A batch is held back until as many callers are there as last time, and no longer."""
+    """A batch is held back until it has as many items as the last one, and no longer."""
     batcher: Batcher[str] = Batcher()
     served(batcher, "abc", PATIENT, now=0)
     for item in "de":
@@ -88,7 +88,7 @@ def test_where_three_were_served_three_are_waited_for() -> None:
 
 
 def test_a_full_batch_waits_for_nobody() -> None:
-    """It goes at once, though more callers were served last time."""
+    """It runs at once, even if the last batch had more items."""
     batcher: Batcher[str] = Batcher()
     served(batcher, "abcdefgh", PATIENT, now=0)
     small = BatchPolicy(max_size=2, max_delay=5.0)
@@ -98,7 +98,7 @@ def test_a_full_batch_waits_for_nobody() -> None:
 
 
 def test_the_delay_is_counted_from_the_oldest_item() -> None:
-    """When the time is up it goes with those that are there, and they alone are expected next."""
+    """After the delay the items that are there run, and only as many are expected next time."""
     batcher: Batcher[str] = Batcher()
     quick = BatchPolicy(max_size=8, max_delay=0.25)
     served(batcher, "abc", quick, now=0)
@@ -112,7 +112,7 @@ def test_the_delay_is_counted_from_the_oldest_item() -> None:
 
 
 def test_after_a_quiet_second_nobody_is_expected() -> None:
-    """The first item after a while goes at once."""
+    """The first item after a quiet time runs at once."""
     batcher: Batcher[str] = Batcher()
     served(batcher, "abc", PATIENT, now=0)
     batcher.add("d", "k", 1, PATIENT, 1.5)
@@ -120,7 +120,7 @@ def test_after_a_quiet_second_nobody_is_expected() -> None:
 
 
 def test_another_key_is_not_held_back() -> None:
-    """A batch that waits for others lets those behind it pass."""
+    """While one batch waits for more items, batches behind it run."""
     batcher: Batcher[str] = Batcher()
     served(batcher, "abc", PATIENT, now=0)
     batcher.add("d", "k", 1, PATIENT, 0.1)
@@ -130,7 +130,7 @@ def test_another_key_is_not_held_back() -> None:
 
 
 def test_discarded_items_are_gone() -> None:
-    """An item is told by identity, and only once."""
+    """An item is found by identity, and removed only once."""
     batcher: Batcher[list[int]] = Batcher()
     mine, equal = [1], [1]
     for item in (mine, equal):
@@ -142,5 +142,5 @@ def test_discarded_items_are_gone() -> None:
 
 
 def test_nothing_is_due_where_nothing_waits() -> None:
-    """There is no time to wake up for."""
+    """There is no time at which to wake up."""
     assert Batcher[str]().due(now=0) is None

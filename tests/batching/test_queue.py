@@ -1,4 +1,4 @@
-"""Threads take batches from the queue, and none is forgotten."""
+"""Threads take batches from the queue, and no item is lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOREVER = BatchPolicy(max_size=8, max_delay=3600.0)
 
 
 def test_what_is_put_is_taken_once() -> None:
-    """Four threads take a thousand items of five keys: each comes out once."""
+    """Four threads take a thousand items of five keys: each item is taken once."""
     queue: BatchQueue[int] = BatchQueue()
     policy = BatchPolicy(max_size=4, max_delay=0.001)
 
@@ -35,7 +35,7 @@ def test_what_is_put_is_taken_once() -> None:
 
 
 def test_a_batch_that_is_held_back_goes_when_the_last_one_joins() -> None:
-    """A thread waits for as many as last time, and is woken by the one that completes them."""
+    """A thread waits for as many items as last time, and the one that completes them wakes it."""
     queue: BatchQueue[str] = BatchQueue()
     queue.put("warm", key="k", size=8, policy=FOREVER)
     assert queue.take() == ["warm"]
@@ -51,7 +51,7 @@ def test_a_batch_that_is_held_back_goes_when_the_last_one_joins() -> None:
 
 
 def test_a_thread_that_holds_back_leaves_others_to_the_next() -> None:
-    """While one thread waits for a batch to fill, others serve what comes meanwhile."""
+    """While one thread waits for a batch to fill, other threads serve newer items."""
     queue: BatchQueue[str] = BatchQueue()
     for item in "ab":
         queue.put(item, key="k", policy=FOREVER)
@@ -86,7 +86,7 @@ def test_one_item_that_makes_two_batches_ready_wakes_two_threads() -> None:
 
 
 def until_they_wait(queue: BatchQueue[str], threads: int) -> None:
-    """Return once so many threads sleep in ``take``, with nothing that they could take."""
+    """Return once this many threads sleep in ``take``, with nothing that they could take."""
     for _ in range(1000):
         with queue._news:
             # Each of them has looked at what is there: none was notified and has not run yet.
@@ -97,7 +97,7 @@ def until_they_wait(queue: BatchQueue[str], threads: int) -> None:
 
 
 def test_closing_holds_nothing_back_and_loses_nothing() -> None:
-    """What waits is still handed out, then empty lists; nothing new is taken."""
+    """Waiting items are still returned, then empty lists; no new item is accepted."""
     queue: BatchQueue[str] = BatchQueue()
     for item in "ab":
         queue.put(item, key="k", policy=FOREVER)
@@ -111,7 +111,7 @@ def test_closing_holds_nothing_back_and_loses_nothing() -> None:
 
 
 def test_discarded_items_are_not_taken() -> None:
-    """An item that nobody wants any more leaves the queue; one that was taken has left already."""
+    """A discarded item leaves the queue, unless a thread has already taken it."""
     queue: BatchQueue[str] = BatchQueue()
     queue.put("a", key="k")
     queue.put("b", key="k")

@@ -1,4 +1,4 @@
-"""Clients share memory only with a server that was told to let them."""
+"""Clients may share memory only with a server that allows it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARED = "system_shared_memory"
 
 @contextmanager
 def asking(*flags: str) -> Iterator[Any]:
-    """Serve with the flags of `layertap serve`, without a model, and yield a stub."""
+    """Serve without a model, with the flags of `layertap serve`, and yield a stub."""
     config, _, _ = configured("a", "--port", "0", *flags)
     engine = Engine()
     server = FeatureServer(engine, config.server)
@@ -38,7 +38,7 @@ def asking(*flags: str) -> Iterator[Any]:
 
 
 def test_shared_memory_is_off_until_it_is_allowed() -> None:
-    """The extension is listed with the flag, and without it the register call is refused."""
+    """The extension is listed only with the flag; without it, registering is refused."""
     request = pb.SystemSharedMemoryRegisterRequest(name="r", key="absent", byte_size=1)
     for flags, code in (
         ((), grpc.StatusCode.PERMISSION_DENIED),
@@ -54,7 +54,7 @@ def test_shared_memory_is_off_until_it_is_allowed() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user")
 def test_other_users_are_named() -> None:
-    """Memory of a user of the list is taken, and that of another one is not."""
+    """Memory of a listed user is accepted, memory of another user is refused."""
     path = Path("/dev/shm") / f"test-{secrets.token_hex(8)}"  # noqa: S108 - where they are
     path.write_bytes(b"1234")
     os.chown(path, 12346, -1)
@@ -83,6 +83,6 @@ def test_other_users_are_named() -> None:
     ],
 )
 def test_users_that_are_none_are_refused(flags: tuple[str, ...], code: int, text: str) -> None:
-    """A list that says nothing, or is of no use, ends the start."""
+    """An empty or useless list ends the start with an error."""
     done = layertap("serve", "resnet18", *flags)
     assert (done.returncode, text in done.stderr) == (code, True), done.stderr

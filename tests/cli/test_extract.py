@@ -1,4 +1,4 @@
-"""``layertap extract`` writes rows of images, the same here and from a server."""
+"""``layertap extract`` writes rows of images, the same from a local model and a server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def extract(*args: str) -> Result:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Five pictures that differ."""
+    """Five different pictures."""
     folder = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     paths = [folder / f"{i}.png" for i in range(5)]
@@ -63,7 +63,7 @@ def remote(address: str, images: list[str], tmp_path: Path):
 
 
 def test_rows_in_the_order_of_the_images(remote, address: str, images: list[str]) -> None:
-    """Each image's row is what a request for it alone returns, whatever the batches."""
+    """Each image's row equals the reply to a request for that image alone, for any batch size."""
     result, stored = remote(*LAYERS, "--batch-size", "2")
     assert list(stored) == ["features.3", "pixels"]
     assert stored["pixels"].shape == (5, 3, 224, 224)
@@ -79,7 +79,7 @@ def test_rows_in_the_order_of_the_images(remote, address: str, images: list[str]
 
 
 def test_same_here_and_from_a_server(remote, images: list[str], tmp_path: Path) -> None:
-    """A model that is loaded into the process gives what a server gives."""
+    """A model in this process gives the same values as a server."""
     _, stored = remote(*LAYERS)
     out = tmp_path / "local.npz"
     result = extract(MODEL, *images, *LAYERS, "-o", str(out), "--weights", "random")
@@ -92,7 +92,7 @@ def test_same_here_and_from_a_server(remote, images: list[str], tmp_path: Path) 
 
 
 def test_reduction_dtype_and_extractor(remote) -> None:
-    """``--reduce``, ``--dtype`` and ``--extractor`` hold for every layer."""
+    """``--reduce``, ``--dtype`` and ``--extractor`` apply to every layer."""
     options = ("--reduce", "global_average_pool", "--dtype", "float16", "--extractor", "fx")
     result, stored = remote("-l", "features.3", *options)
     assert stored["features.3"].shape == (5, 128)
@@ -101,7 +101,7 @@ def test_reduction_dtype_and_extractor(remote) -> None:
 
 
 def test_bfloat16_is_stored_as_float32(remote) -> None:
-    """bfloat16, which .npz lacks, is stored as float32 that bfloat16 can hold."""
+    """bfloat16, which .npz lacks, is stored as float32, which holds all its values."""
     _, stored = remote("-l", "features.3", "--dtype", "bfloat16")
     values = stored["features.3"]
     assert values.dtype == np.float32
@@ -110,7 +110,7 @@ def test_bfloat16_is_stored_as_float32(remote) -> None:
 
 
 def test_image_options_change_what_the_model_sees(images: list[str], tmp_path: Path) -> None:
-    """The pixels are those of the options, the reference torchvision's own transform of them."""
+    """The options determine the pixels; the reference is torchvision's own transform."""
     out = tmp_path / "out.npz"
     options = ("--image-mean", "0.5", "--image-std", "0.25,0.5,1", "--image-resize", "48")
     options += ("--image-crop", "40,44", "--image-interpolation", "bicubic")
@@ -134,7 +134,7 @@ def test_image_options_change_what_the_model_sees(images: list[str], tmp_path: P
 
 
 def test_assumed_preprocessing_is_warned_of(images: list[str], tmp_path: Path) -> None:
-    """A factory that says nothing of images is served by assumptions, which a warning names."""
+    """A factory that says nothing about images is served by assumptions, with a warning."""
     out = tmp_path / "out.npz"
 
     result = extract(
@@ -147,7 +147,7 @@ def test_assumed_preprocessing_is_warned_of(images: list[str], tmp_path: Path) -
 
 
 def test_refusal_leaves_the_old_file(address: str, images: list[str], tmp_path: Path) -> None:
-    """A layer that isn't there is code 1 with close matches, and a file from before stays."""
+    """An unknown layer gives exit code 1 with close matches; the old file stays."""
     out = tmp_path / "out.npz"
     out.write_text("old")
     result = extract(MODEL, images[0], "-l", "featres.3", "-o", str(out), "--server", address)
@@ -158,7 +158,7 @@ def test_refusal_leaves_the_old_file(address: str, images: list[str], tmp_path: 
 
 
 def test_missing_files_are_told_first(images: list[str], tmp_path: Path) -> None:
-    """An image or folder that isn't there is told before any model is loaded."""
+    """A missing image or folder is reported before any model is loaded."""
     out = str(tmp_path / "a.npz")
     result = extract("no_model", images[0], "gone.jpg", "-l", "a", "-o", out)
     assert (result.exit_code, "gone.jpg: no such file" in result.output) == (1, True)
@@ -167,7 +167,7 @@ def test_missing_files_are_told_first(images: list[str], tmp_path: Path) -> None
 
 
 def test_a_broken_image_is_named(address: str, images: list[str], tmp_path: Path) -> None:
-    """Among many images, in whichever batch, the file that is none is told by its name."""
+    """The one broken file among many images is named, whatever batch it is in."""
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     for order in ([*images[:4], str(broken)], [str(broken), *images[:2]]):
@@ -180,7 +180,7 @@ def test_a_broken_image_is_named(address: str, images: list[str], tmp_path: Path
 
 
 def test_batches_are_joined_along_the_measured_dimension() -> None:
-    """Along the second where that is the batch; rows of the first dimension would be no images."""
+    """That is the second dimension here; rows along the first would not be images."""
     columns = Columns(lambda: {"a": 1})
     parts = [np.random.default_rng(seed).random((5, 2, 3)) for seed in range(2)]
     for part in parts:
@@ -190,7 +190,7 @@ def test_batches_are_joined_along_the_measured_dimension() -> None:
 
 
 def test_rows_that_cannot_be_told_apart_are_refused() -> None:
-    """Batches are joined only where each item has elements of its own along one dimension."""
+    """Batches are joined only if each item has its own elements along one dimension."""
     columns = Columns(lambda: {"a": None})
     columns.add({"a": np.zeros((2, 4))}, Extractor.HOOK, 2)
     with pytest.raises(InvalidInputError, match="one by one"):
@@ -206,7 +206,7 @@ def test_rows_that_cannot_be_told_apart_are_refused() -> None:
 
 
 def test_any_name_can_be_a_key(tmp_path: Path) -> None:
-    """A layer called ``file``, which ``np.savez`` could not store, is a key like any other."""
+    """A layer called ``file``, which ``np.savez`` can't store, is a key like any other."""
     columns = Columns(dict)
     columns.add({"file": np.arange(3)}, Extractor.HOOK, 3)
     columns.save(tmp_path / "a.npz")
@@ -215,7 +215,7 @@ def test_any_name_can_be_a_key(tmp_path: Path) -> None:
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up is told, and the file from before is still there, whole and alone."""
+    """If the disk fills up, an error is reported, and only the old file is left, unchanged."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -232,7 +232,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_place_that_takes_no_file_is_told(tmp_path: Path) -> None:
-    """Where a file can be neither made nor removed, that is an error without a traceback."""
+    """If a file can be neither created nor removed, the error has no traceback."""
     columns = Columns(dict)
     columns.add({"a": np.arange(3)}, Extractor.HOOK, 3)
     with pytest.raises(InvalidInputError, match="File name too long"):
@@ -242,7 +242,7 @@ def test_a_place_that_takes_no_file_is_told(tmp_path: Path) -> None:
 def test_an_interrupted_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while the file is written leaves no part of it."""
+    """Ctrl-C during the write leaves no partial file."""
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -256,7 +256,7 @@ def test_an_interrupted_write_leaves_nothing(
 
 
 def test_a_disk_that_has_no_room_leaves_no_part_of_a_file(tmp_path) -> None:
-    """The error names the output and the reason, and a file that was there before stays whole."""
+    """The error names the output and the reason, and the old file is unchanged."""
     columns = Columns(dict)
     columns._joined = {"big": np.zeros((64, 1024), np.float32)}
     columns._parts = {"big": [columns._joined["big"]]}
@@ -269,7 +269,7 @@ def test_a_disk_that_has_no_room_leaves_no_part_of_a_file(tmp_path) -> None:
 
 
 def test_a_folder_that_can_not_be_written_to_is_found_out_first(images, tmp_path) -> None:
-    """A read-only disk is refused before a model is loaded: this one does not even exist."""
+    """A read-only disk is refused before the model is loaded: this model does not even exist."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         disk.forbid_writing()
         result = extract("no_model", images[0], "-l", "a", "-o", str(disk.folder / "a.npz"))

@@ -1,4 +1,4 @@
-"""``layertap health`` asks a real server and says it with its exit code."""
+"""``layertap health`` calls a real server, and its exit code is the answer."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def health(*args: str) -> Result:
 
 
 def test_not_serving_is_code_1(server: FeatureServer) -> None:
-    """A server that is not ready yet is NOT_SERVING, code 1."""
+    """A server that is not ready yet is NOT_SERVING: code 1."""
     result = health("--server", server.address)
     assert (result.exit_code, result.output) == (1, "NOT_SERVING\n")
 
 
 def test_serving_is_code_0(server: FeatureServer) -> None:
-    """A server that is ready is SERVING, code 0; so is its service by name."""
+    """A ready server is SERVING: code 0; so is its service by name."""
     server.ready()
     for args in ((), ("--service", "layertap.v1.FeatureService")):
         result = health("--server", server.address, *args)
@@ -45,7 +45,7 @@ def test_serving_is_code_0(server: FeatureServer) -> None:
 
 
 def test_unknown_service_is_code_1(server: FeatureServer) -> None:
-    """A service that the server does not know is told, code 1."""
+    """An unknown service is reported: code 1."""
     server.ready()
     result = health("--server", server.address, "--service", "resnet99")
     assert result.exit_code == 1
@@ -53,7 +53,7 @@ def test_unknown_service_is_code_1(server: FeatureServer) -> None:
 
 
 def test_no_server_is_code_1(server: FeatureServer) -> None:
-    """Where nobody listens the verb says so within its time, code 1."""
+    """If no server listens, the command says so within its timeout: code 1."""
     server.stop(0)
     result = health("--server", server.address, "--timeout", "2")
     assert result.exit_code == 1
@@ -61,7 +61,7 @@ def test_no_server_is_code_1(server: FeatureServer) -> None:
 
 
 def test_needs_no_torch() -> None:
-    """The verb runs without importing torch, so that a probe costs little."""
+    """The command does not import torch, so that a probe is cheap."""
     code = (
         "import sys; from layertap.cli.main import main\n"
         "try: main(['health', '--server', '127.0.0.1:1', '--timeout', '1'])\n"
@@ -72,7 +72,7 @@ def test_needs_no_torch() -> None:
 
 
 def test_a_page_is_asked_by_http(monkeypatch: pytest.MonkeyPatch) -> None:
-    """--url prints what the page says; the code is 0 for status 200 only, whatever proxy is set."""
+    """--url prints the page; the code is 0 for status 200 only, even if a proxy is set."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     page = http_page(Metrics())
     ready = page.url.replace("/metrics", "/readyz")
@@ -88,7 +88,7 @@ def test_a_page_is_asked_by_http(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "127.0.0.1:8002", "http://", "https://a/"])
 def test_a_url_that_is_none_is_code_2(url: str) -> None:
-    """Anything but an http:// address is refused before anything is opened."""
+    """Any address other than http:// is refused before anything is opened."""
     result = health("--url", url)
     assert result.exit_code == 2
     assert "expected http://" in result.output

@@ -1,4 +1,4 @@
-"""``layertap layers`` shows what was measured, the same here and from a server."""
+"""``layertap layers`` shows what was measured, the same from a local model and a server."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_flat_table(address: str) -> None:
 
 
 def test_the_image_preprocessing_is_shown(address: str) -> None:
-    """A line has the steps from a file to the input, and which of them were assumed."""
+    """A line has the steps from a file to the input, and which of them are assumptions."""
     output = layers("residual", "--server", address).output
     line = next(line for line in output.splitlines() if line.startswith("images: "))
     assert "EXIF orientation applied, RGB (alpha dropped), resize 18 (bilinear" in line
@@ -79,7 +79,7 @@ def test_the_image_preprocessing_is_shown(address: str) -> None:
 
 
 def test_the_rules_of_passes_are_shown(address: str) -> None:
-    """Where something is held back, and what the passes write; nothing for any other model."""
+    """It is shown if passes are restricted or write state; other models have no such line."""
     output = layers("keeps_state", "--server", address).output
     assert "passes: one at a time, not shared by requests, the loaded state is restored" in output
     assert "note: its passes leave 'keeper.seen' changed" in output
@@ -87,7 +87,7 @@ def test_the_rules_of_passes_are_shown(address: str) -> None:
 
 
 def test_unserved_layer_has_its_reason(address: str) -> None:
-    """A layer that no extractor serves says why, in the table and under the tree."""
+    """A layer that no extractor serves has a reason, in the table and under the tree."""
     flat = layers("silent", "--server", address).output
     assert "none" in row(flat, "aux")
     assert "never runs" in " ".join(row(flat, "aux"))
@@ -109,7 +109,7 @@ def test_tree(address: str) -> None:
 
 
 def test_only_types_give_way_to_a_narrow_terminal(engine: Engine) -> None:
-    """Where the terminal is too narrow, types are cut short; lines and shapes stay whole."""
+    """On a narrow terminal types are cut short; lines and shapes stay complete."""
     tree = _tree(describe(engine.host("residual")).layers)
     natural = max(len(line.rstrip()) for line in drawn(tree, 500))
     assert natural < 80
@@ -121,19 +121,19 @@ def test_only_types_give_way_to_a_narrow_terminal(engine: Engine) -> None:
 
 
 def test_dynamic_shape_is_marked(address: str) -> None:
-    """A shape that follows the content is an example, and says so."""
+    """A shape that depends on the content is an example, and marked as such."""
     assert "varies" in " ".join(row(layers("dynamic", "--server", address).output, "pick"))
 
 
 def test_graph_nodes_only_with_all(address: str) -> None:
-    """Graph nodes are shown with ``--all``, and in JSON, and nowhere else."""
+    """Graph nodes are shown with ``--all`` and in JSON only."""
     assert "layer1.0.add" not in layers("residual", "--server", address).output
     assert "layer1.0.add" in layers("residual", "--all", "--server", address).output
     assert "layer1.0.add" in layers("residual", "--json", "--server", address).output
 
 
 def test_glob(address: str) -> None:
-    """A glob narrows the table and the JSON; one without a match is an error."""
+    """A glob filters the table and the JSON; a glob without a match is an error."""
     flat = layers("residual", "--glob", "layer?.0", "--server", address).output
     assert row(flat, "layer1.0")
     assert row(flat, "layer2.0")
@@ -147,7 +147,7 @@ def test_glob(address: str) -> None:
 
 @pytest.mark.parametrize("net", NETS)
 def test_json_is_the_same_here_and_from_a_server(engine: Engine, address: str, net: str) -> None:
-    """``--json`` is the whole DescribeModelResponse, whoever measured it."""
+    """``--json`` prints the complete DescribeModelResponse, from a local model or a server."""
     remote = layers(net, "--json", "--server", address).output
     local = layers(f"tinynets:{net}", "--json", *SHAPE).output
     assert local == remote
@@ -176,7 +176,7 @@ def test_json_of_a_model_here_needs_no_messages() -> None:
 
 
 def test_pipes_get_no_escapes(address: str) -> None:
-    """What goes into a pipe has no colours, and a line is as long as it must be."""
+    """Output to a pipe has no colours, and lines are never cut."""
     output = layers("residual", "--server", address).output
     assert "\x1b" not in output
     assert "…" not in output

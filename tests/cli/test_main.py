@@ -1,4 +1,4 @@
-"""The command line teaches, refuses and starts fast."""
+"""The command line has helpful messages and starts fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from processes import layertap
 
 @pytest.fixture
 def run():
-    """Run a verb in this process."""
+    """Run a command in this process."""
     return lambda *args: CliRunner().invoke(main, args)
 
 
@@ -29,7 +29,7 @@ def test_version(run) -> None:
 
 @pytest.mark.parametrize("verb", ["serve", "layers", "extract", "health"])
 def test_help_teaches(run, verb: str) -> None:
-    """Each verb's help has examples that begin with the command, and describes every option."""
+    """Each command's help has examples that begin with the command, and describes every option."""
     result = run(verb, "--help")
     assert result.exit_code == 0
     assert "Examples:\n" in result.output
@@ -61,14 +61,14 @@ def test_help_teaches(run, verb: str) -> None:
     ],
 )
 def test_wrong_usage_is_code_2(run, args: list[str], message: str) -> None:
-    """A wrong command line is code 2 with what was expected, before anything is loaded."""
+    """A wrong command line gives code 2 and says what was expected, before anything is loaded."""
     result = run(*args)
     assert result.exit_code == 2
     assert message in result.output
 
 
 def test_server_that_is_not_there_is_code_1(run, tmp_path: Path) -> None:
-    """A failure is code 1 and one message."""
+    """A failure gives code 1 and one message."""
     result = run("layers", "a", "--server", "127.0.0.1:1")
     assert result.exit_code == 1
     assert result.output.startswith("Error: ")
@@ -77,7 +77,7 @@ def test_server_that_is_not_there_is_code_1(run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["layers", "serve"])
 def test_config_errors_have_no_traceback(run, tmp_path: Path, verb: str) -> None:
-    """What layertap refuses on purpose is told without a traceback."""
+    """Errors that layertap raises on purpose are shown without a traceback."""
     wrong = {"layers": ["a b"], "serve": ["--config", str(tmp_path / "gone.toml")]}
     result = run(verb, *wrong[verb])
     assert result.exit_code == 1
@@ -104,7 +104,7 @@ def test_config_errors_have_no_traceback(run, tmp_path: Path, verb: str) -> None
 def test_help_remote_verbs_and_mistakes_import_no_torch(
     tmp_path: Path, args: list[str], code: int, text: str
 ) -> None:
-    """Help, verbs that ask a server, and the refusal of a mistake don't wait for torch."""
+    """Help, commands that call a server, and usage errors don't import torch."""
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "typo.toml").write_text("[server]\nprot = 1\n")
     program = """if True:
@@ -128,7 +128,7 @@ def test_help_remote_verbs_and_mistakes_import_no_torch(
 
 
 def test_runs_as_a_module() -> None:
-    """``python -m layertap`` is the command too."""
+    """``python -m layertap`` is the same command."""
     assert layertap("--help").stdout.startswith("Usage: layertap [OPTIONS] COMMAND")
 
 

@@ -1,4 +1,4 @@
-"""The command line: a server with TLS and tokens, and the verbs that ask it."""
+"""A server with TLS and tokens, and commands that call it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(*args: str | Path) -> Result:
 
 
 def test_a_session_with_tls_and_tokens(tmp_path: Path) -> None:
-    """`layertap serve` with certificates and tokens answers verbs and clients that have them."""
+    """`layertap serve` with certificates and tokens answers commands and clients that have them."""
     authority = Authority(tmp_path / "ca")
     pair, mine = authority.issue("localhost", "127.0.0.1"), authority.issue("me")
     extract = token_file(tmp_path / "extract.tokens", EXTRACT)
@@ -84,14 +84,14 @@ def test_a_missing_file_ends_the_start(flags: tuple[str, ...]) -> None:
 
 
 def test_flags_of_a_connection_need_a_server() -> None:
-    """What belongs to a server is a usage error without one, and nothing is loaded for it."""
+    """Without a server these flags are usage errors, and nothing is loaded."""
     result = run("layers", "resnet18", "--ca", "ca.pem", "--token-file", "t")
     assert result.exit_code == 2
     assert "--ca, --token-file: only together with --server" in result.output
 
 
 def test_a_token_is_refused_over_plain_text(tmp_path: Path) -> None:
-    """The verbs keep the client's rule, and have its way out."""
+    """The commands have the client's rule, and the option that overrides it."""
     token = token_file(tmp_path / "t", EXTRACT)
     result = run("layers", "net", "--server", "features.example.org:1", "--token-file", token)
     assert result.exit_code == 1

@@ -1,4 +1,4 @@
-"""The engine takes on what it can serve, and refuses the rest at once."""
+"""The engine admits what it can serve, and refuses everything else at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUEST = request_for("residual", "layer1", X)
 
 
 class Gate:
-    """Holds every forward pass of a model until it is opened."""
+    """Blocks every forward pass of a model until it is opened."""
 
     def __init__(self, engine: Engine, net: str) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
@@ -39,7 +39,7 @@ class Gate:
 
 
 class Kept(np.ndarray):
-    """An array that weak references can refer to."""
+    """An array that supports weak references."""
 
 
 def encoded(width: int, height: int) -> bytes:
@@ -52,7 +52,7 @@ def encoded(width: int, height: int) -> bytes:
 
 @pytest.fixture
 def no_gc() -> Iterator[None]:
-    """Nothing that the test does may wait for the garbage collector."""
+    """Turn the garbage collector off during each test."""
     gc.collect()
     gc.disable()
     yield
@@ -69,7 +69,7 @@ def engine() -> Iterator[Engine]:
 
 
 def test_one_request_too_many_is_refused_at_once() -> None:
-    """Those that were admitted are answered; once they are, the next is admitted."""
+    """Admitted requests are answered; after that the next one is admitted."""
     engine = Engine(Limits(pending=3))
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     gate = Gate(engine, "residual")
@@ -87,7 +87,7 @@ def test_one_request_too_many_is_refused_at_once() -> None:
 
 
 def test_a_refused_request_gives_its_place_back(engine) -> None:
-    """Bad input, unknown layers and dead calls are no longer pending once they are refused."""
+    """Requests with bad input, unknown layers or ended calls are not pending after a refusal."""
     for _ in range(4):
         with pytest.raises(errors.LayerNotFoundError):
             engine.extract(request_for("residual", "nothing", X), Call())
@@ -113,7 +113,7 @@ def test_replies_count_until_they_are_released(engine, no_gc) -> None:
 
 
 def test_a_reply_that_nobody_released_counts_until_it_is_dropped(engine, no_gc) -> None:
-    """The safety net needs no garbage collector: nothing refers to the reply in a circle."""
+    """The finalizer needs no garbage collector: the reply is in no reference cycle."""
     reply = engine.extract(REQUEST, Call())
     assert engine.pending_bytes == len(reply.payload)
     del reply
@@ -133,7 +133,7 @@ def test_a_request_is_let_go_when_it_is_answered(engine, no_gc) -> None:
 
 
 def test_received_bytes_count_as_replies_do(engine) -> None:
-    """A request that leaves no room for its reply is refused, and what it took is given back."""
+    """A request that leaves no room for its reply is refused, and its bytes are given back."""
     with engine.reserve(4000) as received:
         assert engine.pending_bytes == 4000
         with pytest.raises(errors.OverloadedError, match=r"reply would take \d+ bytes, and 40"):
@@ -147,7 +147,7 @@ def test_received_bytes_count_as_replies_do(engine) -> None:
 
 
 def test_what_images_are_decoded_to_counts() -> None:
-    """The files, their pixels and the batch; what is over the limit is refused and given back."""
+    """The files, their pixels and the batch count; above the limit all of it is given back."""
     with closing(Engine(Limits(pending_bytes=1 << 20))) as engine:
         engine.load(ModelSpec("squeezenet1_1", weights="random"))
         files = [encoded(64, 64) for _ in range(2)]
@@ -168,7 +168,7 @@ def test_what_images_are_decoded_to_counts() -> None:
 
 
 def test_a_pass_that_runs_on_keeps_its_bytes(engine, no_gc) -> None:
-    """A caller whose deadline passed has left; its bytes count until the pass is over."""
+    """If a caller's deadline passes during a pass, its bytes count until the pass ends."""
     gate = Gate(engine, "residual")
     with engine.reserve(100) as received, pytest.raises(errors.DeadlineExceededError):
         engine.extract(REQUEST, Call(timeout=1.0), received=received)
@@ -183,7 +183,7 @@ def test_a_pass_that_runs_on_keeps_its_bytes(engine, no_gc) -> None:
 
 
 def test_a_pass_that_finds_its_shapes_dynamic_reserves_once(engine, no_gc) -> None:
-    """The bytes of the reply that was predicted are given back before those of the real one."""
+    """The bytes of the predicted reply are given back before those of the real one are reserved."""
     engine.load(ModelSpec("oddnets:marked", item_shape=ITEM))
     predicted = engine.extract(request_for("marked", "stretch", X), Call())
     size = len(predicted.payload)
@@ -199,7 +199,7 @@ def test_a_pass_that_finds_its_shapes_dynamic_reserves_once(engine, no_gc) -> No
 
 @pytest.mark.parametrize("outcome", ["answered", "unknown layer", "late", "failed", "expired"])
 def test_a_request_leaves_no_garbage(engine, no_gc, outcome) -> None:
-    """Whatever becomes of it, nothing is left that only the garbage collector could free."""
+    """However a request ends, it leaves nothing for the garbage collector."""
     engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
     # HOOK: AUTO would compile beside the requests, and torch's tracing does leave garbage.
     request = request_for("residual", "layer1", X, Extractor.HOOK)
@@ -229,7 +229,7 @@ def test_a_request_leaves_no_garbage(engine, no_gc, outcome) -> None:
 
 
 def test_a_request_that_nobody_waits_for_leaves_the_queue(engine) -> None:
-    """Its deadline passes behind a long pass: it is dropped, and its place is free at once."""
+    """If its deadline passes behind a long pass, it is dropped, and its place is free at once."""
     gate = Gate(engine, "residual")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(engine.extract, REQUEST, Call())
@@ -245,7 +245,7 @@ def test_a_request_that_nobody_waits_for_leaves_the_queue(engine) -> None:
     "extractor", [Extractor.HOOK, Extractor.FX, Extractor.CHILDREN, Extractor.LAYER_GETTER]
 )
 def test_a_pass_is_given_up_between_layers(engine, extractor) -> None:
-    """A caller that goes away while its pass runs ends the pass: the deep layers never run."""
+    """If the caller leaves during its pass, the pass ends, and the deep layers never run."""
     module = engine.host("residual").model.module
     call, ran = Call(), []
     module.avgpool.register_forward_hook(lambda *_: ran.append("avgpool"))

@@ -1,4 +1,4 @@
-"""Models that do what a server can't use are told apart, in words of ours."""
+"""Models that a server can't use are reported in layertap's own words."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def spec(net: str) -> ModelSpec:
 
 
 def test_a_model_that_needs_two_inputs(engine) -> None:
-    """It is refused when it is loaded, with the names of what it needs."""
+    """It is refused when it is loaded, with the names of its inputs."""
     with pytest.raises(errors.ModelLoadError, match=r"needs 2 inputs \(x, mask\), expected one"):
         engine.load(spec("two_inputs"))
     assert engine.hosts() == []
 
 
 def test_a_model_that_returns_no_tensor(engine) -> None:
-    """Its layers are served; the one that returns a text says that it has no tensor."""
+    """Its layers are served; a layer that returns a text is reported as having no tensor."""
     engine.load(spec("returns_text"))
     assert ask(engine, "returns_text", "conv")["conv"].shape == (2, 4, 16, 16)
     with pytest.raises(errors.ExtractorUnsupportedError, match="does not return a plain tensor"):
@@ -50,7 +50,7 @@ def test_a_model_that_returns_no_tensor(engine) -> None:
 
 
 def test_nan_is_told_when_a_model_is_loaded(engine, caplog) -> None:
-    """The log names the innermost layer that NaN came from."""
+    """The log names the innermost layer that returned NaN."""
     host = engine.load(spec("not_finite"))
     assert host.catalogue.non_finite == "inner.0"
     assert "layer 'inner.0' returns NaN or infinity" in caplog.text
@@ -58,7 +58,7 @@ def test_nan_is_told_when_a_model_is_loaded(engine, caplog) -> None:
 
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.FX, Extractor.TORCHSCRIPT])
 def test_nan_is_a_value_and_is_sent_as_it_is(engine, extractor) -> None:
-    """What the module returned is what arrives, NaN included; it never makes a plan fail."""
+    """The module's values arrive unchanged, including NaN, and never make a plan fail."""
     engine.load(spec("not_finite"))
     values = ask(engine, "not_finite", "tail", extractor)["tail"]
     assert np.isnan(values).all()
@@ -66,7 +66,7 @@ def test_nan_is_a_value_and_is_sent_as_it_is(engine, extractor) -> None:
 
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.FX, Extractor.TORCHSCRIPT])
 def test_nan_is_an_error_where_finite_values_are_required(engine, extractor) -> None:
-    """The message has the layer and how much of it is not finite; finite layers are served."""
+    """The message names the layer and how much of it is not finite; finite layers are served."""
     engine.load(spec("not_finite"), options=HostOptions(require_finite=True))
     elements = 2 * 4 * math.prod(ITEM[1:])
     with pytest.raises(
@@ -78,7 +78,7 @@ def test_nan_is_an_error_where_finite_values_are_required(engine, extractor) -> 
 
 
 def test_a_model_that_raises(engine) -> None:
-    """The caller learns the kind of the failure, never the model's own words; others go on."""
+    """The caller learns the class of the failure, never the model's text; others are served."""
     engine.load(spec("raises"))
     x = np.full((1, *ITEM), 1e6, np.float32)
     with pytest.raises(errors.ModelRunError, match=r"failed on this input \(RuntimeError\)$"):
@@ -87,7 +87,7 @@ def test_a_model_that_raises(engine) -> None:
 
 
 def test_a_declared_layer_that_runs_for_some_inputs_only(engine) -> None:
-    """The model is served, and requests do not share its passes: one would fail the others."""
+    """The model is served, and requests do not share passes, because one would fail the others."""
     item = (3, 8, 8)
     source = ModelSpec("zoo.results:SometimesTuple.build", name="net", item_shape=item)
     options = HostOptions(batching=BatchPolicy(max_size=8, max_delay=0.02))

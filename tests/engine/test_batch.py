@@ -1,4 +1,4 @@
-"""A request's images cost no more memory than was allowed, however small their files are."""
+"""A request's images take no more memory than allowed, however small their files are."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def ask(engine: Engine, *images: bytes) -> int:
 
 
 def test_an_image_of_too_many_pixels_is_refused(engine) -> None:
-    """It is told by its header, before anything is decoded."""
+    """Its header shows this, before anything is decoded."""
     assert ask(engine, png(40, 25)) == 1
     with pytest.raises(errors.InvalidInputError, match=r"images\[1\]: got 40 x 26 pixels"):
         ask(engine, png(40, 25), png(40, 26))
 
 
 def test_images_of_too_many_pixels_together_are_refused(engine) -> None:
-    """What counts is the size in which they are kept, and the last that fits is told."""
+    """The sizes at which images are kept count; the error names the first that doesn't fit."""
     assert ask(engine, *[png(20, 20)] * MOST) == MOST
     with pytest.raises(errors.InvalidInputError, match=rf"images\[{MOST}\]: .* 4000 pixels"):
         ask(engine, *[png(20, 20)] * (MOST + 2))
 
 
 def test_images_of_a_size_that_the_model_lacks_are_refused() -> None:
-    """Where the preprocessing doesn't crop, the size is checked before the model runs."""
+    """If the preprocessing doesn't crop, the size is checked before the model runs."""
     engine = Engine()
     images = ImageSettings(resize=(), crop=(), mean=(), std=())
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM, free_dims=(), images=images))

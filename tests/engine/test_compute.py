@@ -1,4 +1,4 @@
-"""One thread runs every job, in order, and nobody waits for a job that nobody wants."""
+"""One thread runs every job, in order; jobs that no caller waits for are dropped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compute() -> Iterator[ComputeThreads]:
 
 
 class Blocked:
-    """A job that holds the compute thread until it is let go."""
+    """A job that blocks the compute thread until it is released."""
 
     def __init__(self, compute: ComputeThreads) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
@@ -36,13 +36,13 @@ class Blocked:
         assert self.go.wait(30)
 
     def release(self) -> None:
-        """Let the thread go on."""
+        """Release the thread."""
         self.go.set()
         self._thread.join()
 
 
 def test_jobs_share_one_thread_and_run_without_gradients(compute) -> None:
-    """Every job sees the same thread, in inference mode."""
+    """Every job runs on the same thread, in inference mode."""
     seen = [
         compute.run(lambda: (threading.get_ident(), torch.is_inference_mode_enabled()), Call())
         for _ in range(3)
@@ -53,7 +53,7 @@ def test_jobs_share_one_thread_and_run_without_gradients(compute) -> None:
 
 
 def test_what_a_job_raises_reaches_its_caller(compute) -> None:
-    """An exception passes through, a TimeoutError of the job's own included."""
+    """An exception reaches the caller, even a TimeoutError of the job itself."""
     for error in (KeyError("x"), TimeoutError("the job's own")):
 
         def fail(error: Exception = error) -> None:
@@ -64,7 +64,7 @@ def test_what_a_job_raises_reaches_its_caller(compute) -> None:
 
 
 def test_a_deadline_that_passes_in_the_queue_drops_the_job(compute) -> None:
-    """The caller is told at its deadline, and the work is never run."""
+    """The caller gets the error at its deadline, and the job never runs."""
     blocked = Blocked(compute)
     ran: list[str] = []
     with pytest.raises(errors.DeadlineExceededError):
@@ -75,7 +75,7 @@ def test_a_deadline_that_passes_in_the_queue_drops_the_job(compute) -> None:
 
 
 def test_a_cancelled_caller_is_dropped(compute) -> None:
-    """A job whose caller goes away before its turn is never run."""
+    """A job whose caller leaves before its turn never runs."""
     blocked = Blocked(compute)
     ran: list[str] = []
     call = Call()
@@ -88,7 +88,7 @@ def test_a_cancelled_caller_is_dropped(compute) -> None:
 
 
 def test_a_call_that_is_over_already_runs_nothing(compute) -> None:
-    """Cancelled or expired before it comes to the thread: refused without running."""
+    """A call that is cancelled or expired before submission is refused without running."""
     cancelled, ran = Call(), []
     cancelled.cancel()
     with pytest.raises(errors.CancelledError):
@@ -99,14 +99,14 @@ def test_a_call_that_is_over_already_runs_nothing(compute) -> None:
 
 
 def test_after_close_nothing_is_admitted(compute) -> None:
-    """A closed thread refuses."""
+    """A closed thread refuses jobs."""
     compute.close()
     with pytest.raises(errors.UnavailableError):
         compute.run(lambda: None, Call())
 
 
 def test_instances_run_at_once_each_on_its_cores() -> None:
-    """Two instances run two jobs at one time, on threads of their own with one core each."""
+    """Two instances run two jobs at the same time, on their own threads with one core each."""
     compute = ComputeThreads(instances=2, intra_op=1)
     both = threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""On a GPU the values are those of the model there, and they are whole when they are sent."""
+"""On a GPU the values are those of the model there, and copies are complete when sent."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def truth(engine: Engine, x: torch.Tensor, layer: str) -> torch.Tensor:
 @pytest.mark.parametrize("batch", [1, 32])
 @pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
 def test_every_extractor_equals_the_reference(engine, extractor, batch) -> None:
-    """What arrives is what the modules returned on the GPU, TORCHSCRIPT within its tolerance."""
+    """The values are those of the modules on the GPU, for TORCHSCRIPT within its tolerance."""
     x = torch.rand(batch, *ITEM)
     tolerance = COMPILED_TOLERANCE[torch.float32] if extractor is Extractor.TORCHSCRIPT else 0.0
     for layer, value in ask(engine, x, extractor).items():
@@ -66,7 +66,7 @@ def test_every_extractor_equals_the_reference(engine, extractor, batch) -> None:
 
 
 def test_values_of_many_callers_are_whole(engine) -> None:
-    """No reply holds bytes of a copy that was not finished, or of another caller's."""
+    """No reply holds bytes of an unfinished copy, or of another caller's."""
     inputs = [torch.full((8, *ITEM), i / 16) for i in range(16)]
     expected = [truth(engine, x, "layer1") for x in inputs]
     with ThreadPoolExecutor(8) as pool:
@@ -76,7 +76,7 @@ def test_values_of_many_callers_are_whole(engine) -> None:
 
 
 def test_float32_is_as_exact_as_on_the_cpu(engine) -> None:
-    """Without TF32 a GPU's values are the CPU's up to float32's own rounding."""
+    """Without TF32 a GPU's values equal the CPU's up to float32's rounding."""
     x = torch.rand(4, *ITEM)
     module = copy.deepcopy(engine.host("residual").model.module).cpu()
     for layer, value in ask(engine, x, Extractor.HOOK).items():
@@ -84,7 +84,7 @@ def test_float32_is_as_exact_as_on_the_cpu(engine) -> None:
 
 
 def test_tf32_is_served_compiled_too(engine) -> None:
-    """With TF32 compiled plans are proven within its own tolerance, and serve."""
+    """With TF32, compiled plans are proven within its tolerance, and serve."""
     allow_tf32(True)
     engine.load(ModelSpec("resnet18", "tf32", weights="random"), [LayerSelection("avgpool")])
     x = torch.rand(2, 3, 224, 224)
@@ -96,7 +96,7 @@ def test_tf32_is_served_compiled_too(engine) -> None:
 
 
 def test_a_declared_layer_is_compiled(engine) -> None:
-    """AUTO serves it by TORCHSCRIPT on the GPU too."""
+    """AUTO serves it with TORCHSCRIPT on the GPU too."""
     array = np.zeros((1, *ITEM), np.float32)
     served = asking.ask(engine, "residual", "layer1", array)
     assert served.extractor is Extractor.TORCHSCRIPT
@@ -117,7 +117,7 @@ def test_a_photograph_reaches_the_gpu(engine) -> None:
 
 
 def test_a_value_is_sent_as_it_was_when_it_was_captured(engine) -> None:
-    """What comes after it on a busy device, in place, does not show in it."""
+    """A later in-place operation on a busy device does not change the value."""
     engine.load(ModelSpec("tinynets:residual", "busy", item_shape=ITEM))
     x = torch.rand(64, *ITEM)
     expected = {layer: truth(engine, x, layer) for layer in LAYERS}
@@ -129,7 +129,7 @@ def test_a_value_is_sent_as_it_was_when_it_was_captured(engine) -> None:
 
 
 def graphed(engine: Engine, net: str, layer: str, *sizes: int) -> None:
-    """Load a net whose layer is served by CUDA graphs at some batch sizes."""
+    """Load a net with a layer that CUDA graphs serve at some batch sizes."""
     spec = ModelSpec(f"tinynets:{net}", "graphed", item_shape=ITEM)
     engine.load(spec, [LayerSelection(layer)], options=HostOptions(cuda_graphs=sizes))
 
@@ -150,7 +150,7 @@ def test_graphs_serve_their_batch_sizes_and_no_other(engine, caplog) -> None:
 
 
 def test_a_model_that_looks_at_values_is_served_without_a_graph(engine, caplog) -> None:
-    """A recording would go one way for every input; it is refused and said so."""
+    """A recording would take one branch for every input, so it is refused and logged."""
     graphed(engine, "branching", "second", 1)
     assert "no CUDA graph of 'second' at batch size 1" in caplog.text
     module = engine.host("graphed").model.module

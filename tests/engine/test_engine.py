@@ -1,4 +1,4 @@
-"""The engine plans once, serves declared layers compiled, and forgets nothing it promised."""
+"""The engine builds each plan once, and serves declared layers with compiled plans."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def ask(
 
 
 def graph_node(engine: Engine) -> str:
-    """Return a node of the residual net's graph that is no module: the sum in a block."""
+    """Return a node of the residual net's graph that is not a module: the sum in a block."""
     catalogue = engine.host("residual").catalogue
     return next(e.name for e in catalogue if e.kind is PointKind.NODE and "add" in e.type)
 
 
 def passes(engine: Engine, net: str) -> list[int]:
-    """Count the model's forward passes from now on, in the list's length."""
+    """Count the model's forward passes from now on, as the length of the list."""
     counted: list[int] = []
     module = engine.host(net).model.module
     module.register_forward_pre_hook(lambda m, a: counted.append(1))
@@ -60,7 +60,7 @@ def passes(engine: Engine, net: str) -> list[int]:
 
 
 def test_auto_serves_declared_layers_compiled_together_and_alone(engine) -> None:
-    """The declared set and each of its members are TORCHSCRIPT, anything else is HOOK."""
+    """The declared set and each of its members use TORCHSCRIPT, anything else uses HOOK."""
     load(engine, "residual", "layer1", "avgpool:input")
     assert ask(engine, "residual", "avgpool:input", "layer1").extractor is Extractor.TORCHSCRIPT
     assert ask(engine, "residual", "layer1").extractor is Extractor.TORCHSCRIPT
@@ -69,7 +69,7 @@ def test_auto_serves_declared_layers_compiled_together_and_alone(engine) -> None
 
 
 def test_a_compiled_plan_serves_its_own_item_shape_only(engine) -> None:
-    """Items of another size are served by HOOK, with that size's values."""
+    """Items of another size are served by HOOK, with the values for that size."""
     load(engine, "residual", "layer1")
     features = ask(engine, "residual", "layer1", side=24)
     assert features.extractor is Extractor.HOOK
@@ -77,7 +77,7 @@ def test_a_compiled_plan_serves_its_own_item_shape_only(engine) -> None:
 
 
 def test_auto_falls_back_to_fx_for_graph_nodes(engine) -> None:
-    """A layer that only the graph has is served by FX without being asked to."""
+    """A layer that only the graph has is served by FX, even if FX is not requested."""
     load(engine, "residual")
     node = next(
         e.name for e in engine.host("residual").catalogue if e.kind == "node" and "add" in e.type
@@ -86,7 +86,7 @@ def test_auto_falls_back_to_fx_for_graph_nodes(engine) -> None:
 
 
 def test_layers_that_no_extractor_serves_together_are_refused(engine) -> None:
-    """A graph node and an input have no extractor in common."""
+    """No extractor serves both a graph node and an input."""
     load(engine, "residual")
     node = next(
         e.name for e in engine.host("residual").catalogue if e.kind == "node" and "add" in e.type
@@ -96,7 +96,7 @@ def test_layers_that_no_extractor_serves_together_are_refused(engine) -> None:
 
 
 def test_a_declared_layer_of_a_torchscript_file_is_served_by_hook(engine, tmp_path: Path) -> None:
-    """A model that is compiled already is declared and warmed all the same."""
+    """A model that is compiled already can be declared, and is warmed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated upstream, its files are not.
         torch.jit.trace(residual(), torch.rand(1, *ITEM)).save(str(tmp_path / "net.pt"))
@@ -106,7 +106,7 @@ def test_a_declared_layer_of_a_torchscript_file_is_served_by_hook(engine, tmp_pa
 
 
 def test_cuda_graphs_change_nothing_on_a_cpu(engine, caplog) -> None:
-    """One configuration fits machines with a GPU and without."""
+    """The same configuration works on machines with and without a GPU."""
     load(engine, "residual", "layer1")
     spec = ModelSpec("tinynets:residual", "again", item_shape=ITEM)
     options = HostOptions(cuda_graphs=(1, 2))
@@ -120,13 +120,13 @@ def test_cuda_graphs_change_nothing_on_a_cpu(engine, caplog) -> None:
 
 
 def test_a_declared_layer_that_does_not_exist_fails_the_load(engine) -> None:
-    """A typo in a declaration is an error at start, not at the first request."""
+    """A typo in a declared layer is an error at the start, not at the first request."""
     with pytest.raises(errors.LayerNotFoundError, match="layer1"):
         load(engine, "residual", "layr1")
 
 
 def test_a_load_that_fails_leaves_nothing_running(engine) -> None:
-    """A model whose declaration is wrong is let go of, with its thread, and its name is free."""
+    """If the declaration is wrong, the model and its thread are freed, and the name is free."""
     before = set(threading.enumerate())
     with pytest.raises(errors.LayerNotFoundError):
         load(engine, "residual", "layr1")
@@ -135,7 +135,7 @@ def test_a_load_that_fails_leaves_nothing_running(engine) -> None:
 
 
 def test_one_pass_serves_a_request_whose_plan_is_known(engine) -> None:
-    """A plan is proven once; after that each request is one forward pass."""
+    """A plan is proven once; after that each request takes one forward pass."""
     load(engine, "residual")
     ask(engine, "residual", "layer1", side=20, extractor=Extractor.HOOK)
     counted = passes(engine, "residual")
@@ -145,7 +145,7 @@ def test_one_pass_serves_a_request_whose_plan_is_known(engine) -> None:
 
 
 def test_plans_are_kept_by_last_use_and_declared_ones_for_good(engine) -> None:
-    """With room for two, the plan used longest ago goes; a declared one never does."""
+    """With room for two plans the least recently used is dropped; declared plans never are."""
     load(engine, "residual", "layer1")
     for side in (20, 24, 28):
         ask(engine, "residual", "layer2", side=side)
@@ -158,7 +158,7 @@ def test_plans_are_kept_by_last_use_and_declared_ones_for_good(engine) -> None:
 
 
 def test_a_refused_plan_is_remembered(engine) -> None:
-    """The second request for what can't be is refused without running the model again."""
+    """The second such request is refused without running the model again."""
     load(engine, "tokens")
     first_texts = []
     counted = passes(engine, "tokens")
@@ -170,14 +170,14 @@ def test_a_refused_plan_is_remembered(engine) -> None:
 
 
 def test_two_models_of_one_name_are_refused(engine) -> None:
-    """A name that is taken is an error that says what to do."""
+    """A name that is already used is an error that says what to do."""
     load(engine, "residual")
     with pytest.raises(errors.ConfigError, match="'residual'"):
         load(engine, "residual")
 
 
 def test_close_lets_go_of_the_model(engine) -> None:
-    """After close nothing refers to the module any more, and its hooks are gone."""
+    """After close nothing refers to the module any more, and its hooks are removed."""
     load(engine, "residual", "layer1")
     module = engine.host("residual").model.module
     ask(engine, "residual", "layer2")
@@ -189,7 +189,7 @@ def test_close_lets_go_of_the_model(engine) -> None:
 
 
 def test_captured_tensors_do_not_outlive_the_request(engine) -> None:
-    """What a reply was made of is freed with it: no tensor is left from fifty requests."""
+    """The tensors of a reply are freed with it: after fifty requests none is left."""
     load(engine, "residual", "layer1")
 
     def tensors() -> int:
@@ -205,14 +205,14 @@ def test_captured_tensors_do_not_outlive_the_request(engine) -> None:
 
 
 def test_inputs_by_an_extractor_that_takes_outputs_are_refused(engine) -> None:
-    """FX has no inputs, and says who has."""
+    """FX does not serve inputs; the error says which extractors do."""
     load(engine, "residual")
     with pytest.raises(errors.ExtractorUnsupportedError, match="TORCHSCRIPT, HOOK"):
         ask(engine, "residual", "layer1:input", extractor=Extractor.FX)
 
 
 def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
-    """Two passes of a module that writes attributes would see each other's; ours take turns."""
+    """Passes of a module that writes attributes could affect each other, so they take turns."""
     engine = Engine(threads=1, instances=2)
     load(engine, "keeps_state")
     host = engine.host("keeps_state")
@@ -235,7 +235,7 @@ def test_a_model_that_keeps_state_runs_one_pass_at_a_time() -> None:
 
 
 def test_each_device_has_compute_threads_of_its_own(engine) -> None:
-    """A model on another device runs beside those of the first, and answers the same."""
+    """A model on another device runs concurrently, and gives the same answers."""
     load(engine, "residual")
     engine.load(ModelSpec("tinynets:residual", "other", item_shape=ITEM), device="cpu:0")
     hosts = engine.hosts()
@@ -257,7 +257,7 @@ def test_each_device_has_compute_threads_of_its_own(engine) -> None:
 
 
 def test_compiled_plans_are_bounded_by_the_memory_of_their_weights() -> None:
-    """Each has the model's weights again: where two fit, the third takes the oldest's place."""
+    """Each holds the model's weights again: with room for two, the third replaces the oldest."""
     weights = sum(p.nbytes for p in residual().state_dict().values())
     engine = Engine(Limits(plan_bytes=int(2.5 * weights)))
     load(engine, "residual")
@@ -269,7 +269,7 @@ def test_compiled_plans_are_bounded_by_the_memory_of_their_weights() -> None:
 
 
 def test_a_model_over_the_budget_is_not_compiled_beside_requests() -> None:
-    """A copy of its weights would not fit: AUTO stays with HOOK; one who insists gets one plan."""
+    """There is no memory for a copy of its weights: AUTO uses HOOK; a named TORCHSCRIPT works."""
     engine = Engine(Limits(plan_bytes=1))
     load(engine, "residual")
     for _ in range(2 * PROMOTE_AFTER):
@@ -281,13 +281,13 @@ def test_a_model_over_the_budget_is_not_compiled_beside_requests() -> None:
 
 
 def test_most_models_keep_no_state(engine) -> None:
-    """Nothing is held back without a reason."""
+    """Models without state are not restricted."""
     load(engine, "residual")
     assert engine.host("residual").catalogue.guard.rules == PassRules()
 
 
 def test_plans_of_a_model_that_keeps_state_are_built_in_its_turn() -> None:
-    """The passes that a new plan is proven by would be seen by those of requests."""
+    """The passes that prove a new plan would affect those of requests, so they take turns."""
     engine = Engine(threads=1, instances=2)
     load(engine, "keeps_state")
     module = tinynets.keeps_state()

@@ -40,7 +40,7 @@ def inputs(kind: str, length: int) -> torch.Tensor:
 )
 @pytest.mark.parametrize("extractor", [Extractor.AUTO, Extractor.HOOK, Extractor.TORCHSCRIPT])
 def test_any_length_is_served(engine, net, item_shape, layer, extractor) -> None:
-    """Each length gives what a fresh model returns for it, and the plans stay few."""
+    """Each length gives the values of a fresh model, and only few plans are kept."""
     host = engine.load(ModelSpec(f"inputnets:{net}", item_shape=item_shape))
     fresh = getattr(inputnets, net)()
     for length in (16, 13, 15, 12, 16, 14, 13):
@@ -52,7 +52,7 @@ def test_any_length_is_served(engine, net, item_shape, layer, extractor) -> None
 
 
 def test_a_length_that_the_model_refuses_gets_the_models_own_words(engine, caplog) -> None:
-    """The caller is told what the model said, as an error of its input; nothing logs a trace."""
+    """The caller gets the model's message as an input error; no traceback is logged."""
     engine.load(ModelSpec("inputnets:divisible", item_shape=(3, 16, 16)))
     with pytest.raises(
         errors.InvalidInputError,
@@ -64,7 +64,7 @@ def test_a_length_that_the_model_refuses_gets_the_models_own_words(engine, caplo
 
 
 def test_layers_of_a_model_that_differentiates(engine) -> None:
-    """What is captured in the midst of a differentiated part is served without its graph."""
+    """Values from inside a differentiated part are served without their autograd graph."""
     engine.load(ModelSpec("inputnets:force", item_shape=(5, 3)))
     x = torch.rand(2, 7, 3)
     for layer in ("energy.1", "out"):

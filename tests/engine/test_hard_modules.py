@@ -1,4 +1,4 @@
-"""Scripted parts, quantised ones, complex values and a model's own threads."""
+"""Models with scripted parts, quantised parts, complex values or their own threads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture
 def busy() -> Iterator[Engine]:
-    """An engine that runs several passes at once."""
+    """An engine that runs several passes at the same time."""
     engine = Engine(instances=2, threads=1)
     yield engine
     engine.close()
@@ -55,7 +55,7 @@ def check(engine: Engine, net: str, layer: str, right: torch.Tensor, seed: int =
 
 @pytest.mark.parametrize("layer", ["conv", "first", "second", "last", "output"])
 def test_a_model_with_scripted_parts(engine, layer) -> None:
-    """Its eager modules and the calls of its programs are served as hooks give them."""
+    """Eager modules and calls of programs have the values that hooks see."""
     fresh = load(engine, "scripted")
     seen: list[torch.Tensor] = []
     module = fresh if layer == "output" else fresh.get_submodule(layer)
@@ -66,7 +66,7 @@ def test_a_model_with_scripted_parts(engine, layer) -> None:
 
 @pytest.mark.parametrize("program", ["first", "second"])
 def test_layers_inside_scripted_parts(engine, program) -> None:
-    """Each program's inner layers have their own values, though both share one graph."""
+    """Inner layers of each program have their own values, although both share one graph."""
     fresh = load(engine, "scripted")
     (y,) = outputs_of(fresh, images(), "conv")
     inner = fresh.get_submodule(program).inner(torch.relu(y))
@@ -78,7 +78,7 @@ def test_layers_inside_scripted_parts(engine, program) -> None:
 
 
 def test_the_result_of_a_program(engine, tmp_path) -> None:
-    """What a TorchScript file returns has the reserved name too."""
+    """The result of a TorchScript file has the reserved name too."""
     net = hardnets.Head().eval()
     file = tmp_path / "head.pt"
     with warnings.catch_warnings():
@@ -94,7 +94,7 @@ def test_the_result_of_a_program(engine, tmp_path) -> None:
 
 @pytest.mark.parametrize("layer", ["quant", "conv", "relu", "dequant", "head"])
 def test_quantised_layers_are_sent_dequantised(engine, layer) -> None:
-    """The values are those of dequantize(), and the catalogue says what they were."""
+    """The values are those of dequantize(), and the catalogue has the quantised type."""
     fresh = load(engine, "quantized")
     (value,) = outputs_of(fresh, images(), layer)
     spec = engine.host("quantized").catalogue.entry(layer).specs[Capture.OUTPUT]
@@ -129,7 +129,7 @@ def test_declared_quantised_layers_are_kept(tmp_path) -> None:
 
 
 def test_dynamic_quantisation(engine) -> None:
-    """Layers that are quantised while they run give what they give in a fresh model."""
+    """Layers that are quantised while they run give the values of a fresh model."""
     fresh = load(engine, "dynamic")
     for layer in ("first", "second"):
         (right,) = outputs_of(fresh, images(), layer)
@@ -137,14 +137,14 @@ def test_dynamic_quantisation(engine) -> None:
 
 
 def test_complex_values_are_refused_in_the_catalogue(engine) -> None:
-    """No extractor claims them, the reason names the type, and layers behind them are served."""
+    """No extractor claims them, the reason names the type, and later layers are served."""
     fresh = load(engine, "spectrum")
     catalogue = engine.host("spectrum").catalogue
     assert catalogue.entry("fourier").served_by(Capture.OUTPUT) == []
     assert catalogue.entry("back").served_by(Capture.INPUT) == []
-    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a type that the proto"):
+    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a dtype that layertap"):
         asking.ask(engine, "spectrum", "fourier", images())
-    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a type that the proto"):
+    with pytest.raises(errors.ExtractorUnsupportedError, match="complex64, a dtype that layertap"):
         asking.ask(engine, "spectrum", "back:input", images())
     for layer in ("back", "out"):
         (right,) = outputs_of(fresh, images(), layer)
@@ -153,7 +153,7 @@ def test_complex_values_are_refused_in_the_catalogue(engine) -> None:
 
 @pytest.mark.parametrize("layer", ["stem", "a", "a.0", "b", "head", "output"])
 def test_modules_in_a_thread_pool_of_the_models_own(busy, layer) -> None:
-    """Many callers at once get their own values, of modules in the pool's threads as well."""
+    """Many concurrent callers get their own values, even of modules in the pool's threads."""
     fresh = load(busy, "threads")
     module = fresh if layer == "output" else fresh.get_submodule(layer)
     right = []
@@ -171,7 +171,7 @@ def test_modules_in_a_thread_pool_of_the_models_own(busy, layer) -> None:
 
 
 def test_calls_in_threads_have_no_order(engine) -> None:
-    """A module that runs twice in the pool is refused, and no trace takes the model's place."""
+    """A module that runs twice in the pool is refused, and the model is not compiled."""
     load(engine, "threads")
     catalogue = engine.host("threads").catalogue
     for name in ("twice", "twice_1"):

@@ -1,4 +1,4 @@
-"""Threads that run models compute with no more cores than the process may use."""
+"""Threads that run models use no more cores than the process may use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layertap.engine.loader_thread import run_in_loader_thread
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A process that sees 8 cores and may use as many."""
+    """A process that sees 8 cores and has a CPU quota."""
     former = torch.get_num_threads()
     torch.set_num_threads(8)
     monkeypatch.setattr(intra_op, "available_cpus", lambda: 8)
@@ -37,6 +37,6 @@ def test_a_quota_limits_the_cores_of_a_pass(
 
 
 def test_a_quota_limits_the_cores_of_a_load(machine: pytest.MonkeyPatch) -> None:
-    """A model that is loaded beside the requests keeps to the quota as well."""
+    """A model that is loaded while requests run respects the quota too."""
     machine.setattr(intra_op, "available_cpus", lambda: 3)
     assert run_in_loader_thread(torch.get_num_threads, Call()) == 3

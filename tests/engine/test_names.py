@@ -1,4 +1,4 @@
-"""Every name of a layer gives what hooks on a fresh model give."""
+"""Every name of a layer gives the value that hooks on a fresh model see."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(engine: Engine, net: str, layer: str, extractor: Extractor, right: tor
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 @pytest.mark.parametrize("layer", ["layer0", "layer1", "layer0.0", "base.2"])
 def test_every_name_of_a_module(engine, layer, extractor) -> None:
-    """A module that is reached by two paths is served by both."""
+    """A module that can be reached by two paths is served under both."""
     fresh = load(engine, "two_names")
     module = dict(fresh.named_modules(remove_duplicate=False))[layer]
     seen: list[torch.Tensor] = []
@@ -58,7 +58,7 @@ def test_every_name_of_a_module(engine, layer, extractor) -> None:
 
 
 def test_two_names_at_once(engine) -> None:
-    """Both names of one layer can stand in one request."""
+    """A request may contain both names of one layer."""
     load(engine, "two_names")
     got = asking.ask(engine, "two_names", ["layer1", "base.2"], images())
     np.testing.assert_array_equal(got["layer1"], got["base.2"])
@@ -66,12 +66,12 @@ def test_two_names_at_once(engine) -> None:
 
 @pytest.mark.parametrize("net", ["functions", "recursive", "two_names"])
 def test_the_models_own_result(engine, net) -> None:
-    """The reserved name gives what the model returns."""
+    """The reserved name gives the model's result."""
     check(engine, net, "output", Extractor.HOOK, load(engine, net)(images()))
 
 
 def test_the_result_under_another_name(engine) -> None:
-    """Where a child has the reserved name, it is that child's, and the result has another."""
+    """If a child has the reserved name, the name is the child's, and the result has another."""
     fresh = load(engine, "taken")
     right = fresh(images())["logits"]
     check(engine, "taken", "model_output.logits", Extractor.AUTO, right)
@@ -82,7 +82,7 @@ def test_the_result_under_another_name(engine) -> None:
 
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_members_that_are_called_like_children(engine, extractor) -> None:
-    """The member and the child of one name have their own values."""
+    """A member and a child with the same name have their own values."""
     fresh = load(engine, "joined")
     ((first, second),) = outputs_of(fresh, images(), "encoder")
     check(engine, "joined", "encoder[0]", extractor, first)
@@ -92,7 +92,7 @@ def test_members_that_are_called_like_children(engine, extractor) -> None:
 
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_attention_weights(engine, extractor) -> None:
-    """They are what the module returns where it is asked, and the pass is not changed by it."""
+    """They equal what the module returns on request, and the pass is not changed."""
     fresh = load(engine, "attends", (5, 8))
     x = torch.rand((2, 5, 8), generator=torch.Generator().manual_seed(0))
     right: list[torch.Tensor] = []
@@ -111,7 +111,7 @@ def test_attention_weights(engine, extractor) -> None:
 
 
 def test_weights_that_do_not_exist_are_refused_with_the_reason(engine) -> None:
-    """The error says why a fused attention has none, and what to do."""
+    """The error says why fused attention has none, and what to do."""
     load(engine, "attends", (5, 8))
     x = torch.rand(2, 5, 8)
     with pytest.raises(errors.ExtractorUnsupportedError, match="one fused operation.*build it so"):
@@ -120,7 +120,7 @@ def test_weights_that_do_not_exist_are_refused_with_the_reason(engine) -> None:
 
 @pytest.mark.parametrize("key", namednets.OddKeys.KEYS)
 def test_odd_names_of_modules(engine, key) -> None:
-    """A selection of a name in the catalogue means that layer, whatever signs are in it."""
+    """A name from the catalogue selects that layer, whatever characters it contains."""
     fresh = load(engine, "odd_keys")
     x = images().numpy()
     view = TensorView("", of_array(x), x.shape, memoryview(x.tobytes()))

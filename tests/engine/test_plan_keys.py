@@ -1,4 +1,4 @@
-"""A plan serves the item shape, type and batch sizes that it was proven for, and nothing else."""
+"""A plan serves only the item shape, dtype and batch sizes for which it was proven."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; the trace is the naive way.
 def test_swin_at_another_size_gets_a_plan_of_its_own(engine) -> None:
-    """A trace of Swin is silently wrong at another height and width; ours is right at both."""
+    """A trace of Swin is silently wrong at another height and width; layertap is right at both."""
     layer = "features.3"
     engine.load(ModelSpec("swin_t", weights="random", item_shape=(3, 64, 64)), [
         LayerSelection(layer),
@@ -48,7 +48,7 @@ def test_swin_at_another_size_gets_a_plan_of_its_own(engine) -> None:
 
 
 def test_a_dtype_has_plans_of_its_own(engine) -> None:
-    """One net in float32 and in float64: each is served in its own type and refuses the other's."""
+    """One net in float32 and in float64: each is served in its own dtype and refuses the other."""
     for net in ("residual", "double"):
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM), [LayerSelection("layer1")])
     x = torch.rand(2, *ITEM, dtype=torch.float64)
@@ -62,7 +62,7 @@ def test_a_dtype_has_plans_of_its_own(engine) -> None:
 
 
 def test_a_set_has_a_plan_of_its_own(engine) -> None:
-    """One layer alone and beside another, output and input, are four plans and no mixture."""
+    """One layer alone and with another, output and input, use four plans, which don't mix."""
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     module = engine.host("residual").model.module
     x = torch.rand(2, *ITEM)
@@ -78,7 +78,7 @@ def test_a_set_has_a_plan_of_its_own(engine) -> None:
 
 @pytest.mark.parametrize("net", ["in_pieces", "large_batches"])
 def test_a_batch_size_that_a_program_has_not_learnt_is_served_by_hook(engine, net) -> None:
-    """Code that goes by the batch size is right at each: AUTO chooses by size, and stays so."""
+    """Code that depends on the batch size is right at each size, as AUTO chooses by size."""
     engine.load(ModelSpec(f"oddnets:{net}", item_shape=ITEM), [LayerSelection("tail")])
     module = engine.host(net).model.module
     hook, compiled = Extractor.HOOK, Extractor.TORCHSCRIPT
@@ -91,7 +91,7 @@ def test_a_batch_size_that_a_program_has_not_learnt_is_served_by_hook(engine, ne
 
 
 def test_a_batch_size_that_the_chosen_extractor_can_not_serve_is_refused(engine) -> None:
-    """Whoever names an extractor is told, and gets no other; other sizes are served."""
+    """A request that names the extractor is refused at that size; other sizes are served."""
     engine.load(ModelSpec("oddnets:large_batches", item_shape=ITEM))
     for _ in range(2):
         with pytest.raises(errors.ExtractorUnsupportedError, match="at batch size 6: .*HOOK can"):
@@ -101,7 +101,7 @@ def test_a_batch_size_that_the_chosen_extractor_can_not_serve_is_refused(engine)
 
 
 def test_a_batch_that_the_model_itself_fails_on_is_the_models_error(engine) -> None:
-    """AUTO leaves the word to the model, even where its program has lost the model's check."""
+    """AUTO runs the model itself, even if its program has lost the model's check."""
     engine.load(ModelSpec("oddnets:few_items", item_shape=ITEM), [LayerSelection("tail")])
     assert ask(engine, "few_items", "tail", torch.rand(4, *ITEM)).extractor is Extractor.TORCHSCRIPT
     with pytest.raises(errors.ModelRunError, match="ValueError"):
@@ -110,7 +110,7 @@ def test_a_batch_that_the_model_itself_fails_on_is_the_models_error(engine) -> N
 
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
 def test_want_of_memory_is_no_property_of_a_plan(engine, monkeypatch, extractor) -> None:
-    """Whoever meets it may try again later, at a new shape or batch size as at a known one."""
+    """Out of memory is temporary, at a new shape or batch size as at a known one."""
     engine.load(ModelSpec("oddnets:hungry", item_shape=ITEM))
     known, larger, wider = (2, *ITEM), (6, *ITEM), (2, 3, 24, 24)
     ask(engine, "hungry", "tail", torch.rand(known), Extractor.HOOK)

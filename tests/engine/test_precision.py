@@ -1,4 +1,4 @@
-"""A model may compute in another precision or layout; the values are then those of that model."""
+"""With another precision or memory layout, the values are those of the converted model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def ask(engine: Engine, x: torch.Tensor, extractor: Extractor) -> dict[str, torc
 def test_values_are_those_of_the_model_in_its_form(
     engine, precision, channels_last, extractor
 ) -> None:
-    """A float32 batch is converted once, and every extractor gives what the modules returned."""
+    """A float32 batch is converted once, and every extractor gives the modules' values."""
     module = load(engine, precision=precision, channels_last=channels_last)
     dtype = getattr(torch, precision or "float32")
     x = torch.rand(2, *ITEM)
@@ -57,7 +57,7 @@ def test_values_are_those_of_the_model_in_its_form(
 
 
 def test_weights_have_channels_last(engine) -> None:
-    """The setting reaches the weights, and the shape of the values is as before."""
+    """The setting changes the layout of the weights, and no shape."""
     module = load(engine, channels_last=True)
     weight = module.conv1.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -65,7 +65,7 @@ def test_weights_have_channels_last(engine) -> None:
 
 
 def test_other_types_are_still_refused(engine) -> None:
-    """A half-precision model takes its own type and float32, and says so."""
+    """A half-precision model accepts its own dtype and float32; the error says so."""
     load(engine, precision="bfloat16")
     with pytest.raises(
         errors.InvalidInputError,
@@ -90,7 +90,7 @@ def test_photographs_are_converted(engine) -> None:
 
 
 def test_an_unknown_precision_is_refused() -> None:
-    """The message has the ones that there are."""
+    """The message lists the known precisions."""
     with pytest.raises(errors.ConfigError, match="got 'float8', expected float32, float16"):
         ModelSpec("resnet18", precision="float8")
 

@@ -1,4 +1,4 @@
-"""A compiled program that fails costs that plan only: the model itself goes on serving."""
+"""If a compiled program fails, only its plan is dropped: the model itself still serves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_declared_layers_whose_program_raises_are_served_by_hook(engine, caplog)
 
 @pytest.mark.parametrize("extractor", [Extractor.AUTO, Extractor.TORCHSCRIPT])
 def test_a_program_that_fails_where_the_model_does_not_gives_way(engine, extractor) -> None:
-    """AUTO answers with the model's own value, TORCHSCRIPT is refused, and so from then on."""
+    """AUTO returns the model's own value; TORCHSCRIPT is refused, and stays refused."""
     engine.load(ModelSpec("proofnets:catches", item_shape=(4,)))
     engine.host("catches").declare([LayerSelection("head")])
     good, bad = np.array([[0, 1, 2, 8]]), np.array([[0, 1, 2, 9]])
@@ -61,7 +61,7 @@ def test_a_program_that_fails_where_the_model_does_not_gives_way(engine, extract
 
 
 def test_what_the_model_itself_fails_on_costs_no_program(engine) -> None:
-    """An id that no embedding has is the caller's fault; the plan stays."""
+    """An id outside the embedding is the caller's error; the plan stays."""
     engine.load(ModelSpec("proofnets:catches", item_shape=(4,)))
     engine.host("catches").declare([LayerSelection("head")])
     with pytest.raises(errors.ModelRunError):
@@ -72,7 +72,7 @@ def test_what_the_model_itself_fails_on_costs_no_program(engine) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_input_that_is_not_finite_never_meets_a_program(engine, bad) -> None:
-    """Fused kernels make zeros of NaN; AUTO lets the model itself answer, TORCHSCRIPT refuses."""
+    """Fused kernels turn NaN into zeros, so AUTO uses the model itself, and TORCHSCRIPT refuses."""
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.host("residual").declare([LayerSelection("layer1")])
     x = np.random.default_rng(0).random((1, *ITEM), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""What is asked for again and again is compiled, and every answer on the way is right."""
+"""Layer sets that are requested often are compiled, and every answer meanwhile is right."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATIENCE = 60
 
 @pytest.fixture(params=[1, 2])
 def engine(request) -> Iterator[Engine]:
-    """An engine with room for few plans, so that promoted ones are evicted and made anew."""
+    """An engine with room for few plans, so that promoted ones are evicted and built again."""
     engine = Engine(Limits(plans=3), threads=1, instances=request.param)
     for net in ("residual", "dynamic", "branching", "tokens"):
         engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
@@ -40,7 +40,7 @@ def batch(seed: int = 0) -> np.ndarray:
 
 
 def until(true: Callable[[], bool]) -> bool:
-    """Ask again and again for as long as anybody would wait."""
+    """Repeat a request until it gives a result, up to a time limit."""
     ends = time.monotonic() + PATIENCE
     while time.monotonic() < ends:
         if true():
@@ -49,7 +49,7 @@ def until(true: Callable[[], bool]) -> bool:
 
 
 def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> None:
-    """The first answers are HOOK's, the later ones TORCHSCRIPT's, and all of them are right."""
+    """HOOK gives the first answers and TORCHSCRIPT the later ones, and all of them are right."""
     x = batch()
     net = engine.host("residual").model.module
     expected = outputs_of(net, torch.from_numpy(x), "layer2")[0]
@@ -67,7 +67,7 @@ def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> N
 
 
 def test_very_many_layers_are_not_compiled_beside_requests(engine) -> None:
-    """A set of more layers than can be compiled in passing stays with HOOK."""
+    """A set with too many layers for background compilation stays with HOOK."""
     x = batch()
     for _ in range(PROMOTE_AFTER * 3):
         features = ask(engine, "residual", "**", x)
@@ -79,7 +79,7 @@ def test_very_many_layers_are_not_compiled_beside_requests(engine) -> None:
 
 
 def test_code_that_looks_at_values_is_not_compiled(engine) -> None:
-    """A trace goes the example's way for every input: a model that refuses some would answer."""
+    """A trace takes the example's branch for every input, so it would not refuse any."""
     engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
     large = np.full((2, *ITEM), 1e6, np.float32)
     for _ in range(PROMOTE_AFTER * 2):
@@ -93,7 +93,7 @@ def test_code_that_looks_at_values_is_not_compiled(engine) -> None:
 
 
 def test_content_dependent_sizes_survive_promotion(engine) -> None:
-    """An output whose size follows the content is right before, during and after compiling."""
+    """An output whose size depends on the content is right before, during and after compiling."""
     # A net of its own: a naive hook on the served one would see the promoter's passes as well.
     net = tinynets.dynamic()
     for seed in range(40):
@@ -144,7 +144,7 @@ def test_no_answer_is_wrong_while_plans_come_and_go(engine) -> None:
 
 
 def test_a_promoter_asks_once_and_survives_errors() -> None:
-    """The request that makes it enough asks for the compilation; a failing one stops nothing."""
+    """The request that reaches the count starts the compilation; a failing one has no effect."""
     compiled: list[str] = []
     done = threading.Event()
 
@@ -168,7 +168,7 @@ def test_a_promoter_asks_once_and_survives_errors() -> None:
 
 
 def test_closing_gives_up_what_is_being_compiled() -> None:
-    """A promoter that is closed in the middle of an endless compilation ends."""
+    """A promoter that is closed during an endless compilation ends."""
     begun = threading.Event()
 
     def endless(key: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What passes leave behind changes no answer: each is that of the first call on a fresh module."""
+"""State that passes leave behind changes no answer: each is a fresh module's first answer."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fresh(name: str, layer: str, x: np.ndarray) -> torch.Tensor:
 @pytest.mark.usefixtures("factories")
 @pytest.mark.parametrize("name", EQUAL)
 def test_each_answer_is_that_of_a_fresh_module(engine: Engine, name: str) -> None:
-    """For an early and a declared layer, by each extractor, callers in a row and at once."""
+    """For an early and a declared layer, by each extractor, with callers in turn and at once."""
     layers = ["out", "rnn.0" if name == "BatchStart" else "first"]
     truth = {
         (layer, index): fresh(name, layer, x)
@@ -97,7 +97,7 @@ def test_each_answer_is_that_of_a_fresh_module(engine: Engine, name: str) -> Non
 
 @pytest.mark.usefixtures("factories")
 def test_a_pass_that_ended_early_leaves_no_activations(engine: Engine) -> None:
-    """Nor does one whose model runs to its end and keeps what it saw."""
+    """The same holds for a model that runs to its end and keeps activations."""
     for name in ("Skips", "Fills", "KeptByHooks"):
         load(engine, name)
         asking.ask(engine, name, "second", inputs()[0], Extractor.HOOK)
@@ -110,7 +110,7 @@ def test_a_pass_that_ended_early_leaves_no_activations(engine: Engine) -> None:
 @pytest.mark.usefixtures("factories")
 @pytest.mark.parametrize("name", ["BatchStart", "Recurrent"])
 def test_a_model_that_carries_state_is_never_compiled(engine: Engine, name: str) -> None:
-    """A program would hold the state of its example, and native code would trust its size."""
+    """A program would hold the example's state, and native code would rely on its size."""
     load(engine, name, "out")
     with pytest.raises(errors.ExtractorUnsupportedError, match="keeps state between calls"):
         asking.ask(engine, name, "out", inputs()[1], Extractor.TORCHSCRIPT)
@@ -119,7 +119,7 @@ def test_a_model_that_carries_state_is_never_compiled(engine: Engine, name: str)
 
 @pytest.mark.usefixtures("factories")
 def test_what_can_not_be_put_back_is_reported(engine: Engine) -> None:
-    """The model is served to the end of each pass, by HOOK only, and called stateful."""
+    """The model's passes run to their end, by HOOK only, and the catalogue says stateful."""
     load(engine, "Cycles")
     catalogue = engine.host("Cycles").catalogue
     rules = catalogue.guard.rules
@@ -131,7 +131,7 @@ def test_what_can_not_be_put_back_is_reported(engine: Engine) -> None:
 
 @pytest.mark.usefixtures("factories")
 def test_a_stateful_model_answers_as_the_calls_of_a_plain_module_do(engine: Engine) -> None:
-    """From its first call on: what measured it, and what learns of other sizes, is another one."""
+    """From its first call on: another instance was measured, and learns of other sizes."""
     net, other = statefulnets.build("Cycles"), np.ones((1, 3, 24, 24), np.float32)
     load(engine, "Cycles", "out")
     for x in (inputs()[0], other, inputs()[1], other, inputs()[0]):
@@ -143,7 +143,7 @@ def test_a_stateful_model_answers_as_the_calls_of_a_plain_module_do(engine: Engi
 
 @pytest.mark.usefixtures("factories")
 def test_state_that_only_other_sizes_show_is_put_back_too(engine: Engine) -> None:
-    """The rules tighten when a pass of another size is seen to write some."""
+    """The rules become stricter when a pass of another size is seen to write state."""
     load(engine, "Grows")
     guard = engine.host("Grows").catalogue.guard
     x = np.ones((1, 3, 24, 24), np.float32)
@@ -156,7 +156,7 @@ def test_state_that_only_other_sizes_show_is_put_back_too(engine: Engine) -> Non
 
 @pytest.mark.usefixtures("factories")
 def test_a_sink_that_refuses_does_not_end_a_pass_that_must_run_to_its_end() -> None:
-    """A model that is stateful is not left half-way, whatever becomes of its request."""
+    """A stateful model's pass always runs to its end, whatever happens to its request."""
     engine = Engine(threads=1)
     load(engine, "Cycles")
     host = engine.host("Cycles")

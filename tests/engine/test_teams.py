@@ -1,4 +1,4 @@
-"""PyTorch's threads exist before the first request, or are refused in words."""
+"""PyTorch's threads exist before the first request, or an error says why not."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_team_exists_before_the_first_large_tensor() -> None:
 
 
 def test_teams_that_cannot_be_had_are_refused() -> None:
-    """Instead of OpenMP's library ending the process, an error names the limit."""
+    """An error names the limit, before OpenMP's library would end the process."""
     told = run(REFUSED)
     assert isinstance(told, list)
     assert len(told) == 2

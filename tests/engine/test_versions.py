@@ -1,4 +1,4 @@
-"""A model's versions follow each other without a request that fails, and leave nothing behind."""
+"""Versions of a model replace each other without a failed request, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SLEEPY = ModelSpec("slownets:sleepy", name="net", item_shape=ITEM)
 
 @pytest.fixture(params=[1, 2])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """An engine that computes one pass at once, or two."""
+    """An engine that runs one pass at a time, or two."""
     engine = Engine(Limits(pending=8), threads=1, instances=request.param)
     yield engine
     engine.close()
@@ -65,7 +65,7 @@ def spec(folder: Path, version: int) -> ModelSpec:
 # pytest's log keeps the model.
 @pytest.mark.filterwarnings("ignore")
 def test_former_versions_leave_nothing_behind(engine: Engine, tmp_path: Path) -> None:
-    """Module, hooks and plans of a version go once the next one serves, compiled plans or not."""
+    """Module, hooks and plans of a version are freed once the next one serves, compiled or not."""
     declared = [LayerSelection(layer) for layer in LAYERS]
     before = set(threading.enumerate())  # Of engines that other tests have left.
     former: list[weakref.ref[torch.nn.Module]] = []
@@ -88,7 +88,7 @@ def test_former_versions_leave_nothing_behind(engine: Engine, tmp_path: Path) ->
 def test_a_request_ends_in_the_version_where_it_began(
     engine: Engine, tmp_path: Path, leave: str
 ) -> None:
-    """A model that is replaced or unloaded while it computes still answers, and goes then."""
+    """A model that is replaced or unloaded during a request still answers it, and then leaves."""
     module = weakref.ref(engine.load(SLEEPY).model.module)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(ask, engine, 1500.0, ("conv",), Extractor.HOOK)
@@ -106,7 +106,7 @@ def test_a_request_ends_in_the_version_where_it_began(
 
 
 def test_a_former_version_waits_for_its_last_request(engine: Engine, tmp_path: Path) -> None:
-    """Between two jobs of one request its version keeps its hooks, whatever else has ended."""
+    """Between two jobs of a request its version keeps its hooks, whatever else has ended."""
     host = engine.load(spec(tmp_path, 1))
     between, go_on = threading.Event(), threading.Event()
     resolve = host.resolve
@@ -132,7 +132,7 @@ def test_a_former_version_waits_for_its_last_request(engine: Engine, tmp_path: P
 def test_a_version_that_fails_changes_nothing(
     engine: Engine, tmp_path: Path, declared: tuple[str, ...]
 ) -> None:
-    """Where the new version can't be loaded or lacks a layer, the former one serves on."""
+    """If the new version can't be loaded or lacks a layer, the old version keeps serving."""
     engine.load(spec(tmp_path, 1))
     broken = spec(tmp_path, 2)
     if not declared:
@@ -144,7 +144,7 @@ def test_a_version_that_fails_changes_nothing(
 
 
 def test_a_full_queue_does_not_refuse_a_new_version(tmp_path: Path) -> None:
-    """The server's own work is not refused where requests are, so a busy server reloads as well."""
+    """The server's own work is not refused when requests are, so a busy server can reload."""
     engine = Engine(Limits(pending=2), threads=1)
     engine.load(SLEEPY)
     with ThreadPoolExecutor(2) as pool:
@@ -159,7 +159,7 @@ def test_a_full_queue_does_not_refuse_a_new_version(tmp_path: Path) -> None:
 
 
 def test_a_load_that_hangs_can_be_given_up(engine: Engine, tmp_path: Path) -> None:
-    """A cancelled call ends a load at once, requests are served meanwhile, and the name is kept."""
+    """A cancelled call ends a load at once, requests are served meanwhile, the name stays free."""
     engine.load(spec(tmp_path, 1))
     call = Call()
     with ThreadPoolExecutor(1) as pool:
@@ -174,7 +174,7 @@ def test_a_load_that_hangs_can_be_given_up(engine: Engine, tmp_path: Path) -> No
 
 
 def test_expected_models_are_unavailable_until_they_serve(engine: Engine, tmp_path: Path) -> None:
-    """A request for a model that is to come is told so, and the list keeps the expected order."""
+    """Requests for a model that is not loaded yet say so, and lists keep the expected order."""
     engine.expect(["net", "other"])
     with pytest.raises(errors.UnavailableError, match="'net' is not ready: it is being loaded"):
         ask(engine)
@@ -190,7 +190,7 @@ def test_expected_models_are_unavailable_until_they_serve(engine: Engine, tmp_pa
 
 
 def test_a_version_is_taken_away_after_its_last_user() -> None:
-    """Whoever lets go of a version waits for those who use it; later users get the next one."""
+    """A version waits for its users before it is removed; later users get the next version."""
     versions: Versions[str] = Versions()
     versions.publish("net", "old")
     with ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""Requests that share a forward pass get what each would have got alone.
+"""Requests that share a forward pass get the same values as alone.
 
 What is right is computed by nets of the tests' own: a hook on a served one would see the passes of
 the promoter as well.
@@ -41,7 +41,7 @@ def engine() -> Iterator[Engine]:
 
 
 def load(engine: Engine, source: str, *declared: str, **options: bool) -> list[int]:
-    """Load a net that serves up to eight items a pass; return the sizes of its passes from now."""
+    """Load a net that serves up to eight items per pass; return the sizes of its later passes."""
     name = source.rpartition(":")[2]
     layers = [LayerSelection.parse(layer) for layer in declared]
     spec = ModelSpec(source, name, item_shape=ITEM)
@@ -63,7 +63,7 @@ def inputs(*sizes: int) -> list[np.ndarray]:
 
 
 class Together:
-    """Extractions that all wait while the compute thread is held, and then go."""
+    """Extractions that all wait while the compute thread is blocked, and then run."""
 
     def __init__(self, engine: Engine, asked: Sequence[Callable[[], Extraction]]) -> None:
         begun, go = threading.Event(), threading.Event()
@@ -84,12 +84,12 @@ class Together:
             held.result(60)
 
     def values(self) -> list[dict[str, torch.Tensor]]:
-        """Return what each got."""
+        """Return the result of each extraction."""
         return [Features(done.result().payload).torch() for done in self.done]
 
     @property
     def shared(self) -> list[int]:
-        """How many requests shared each one's pass."""
+        """How many requests shared the pass of each."""
         return [done.result().together for done in self.done]
 
 
@@ -110,7 +110,7 @@ def asking(
 
 @pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
 def test_each_gets_what_it_would_have_got_alone(engine, extractor) -> None:
-    """Four requests of different sizes share one pass; every value is that of its own items."""
+    """Four requests of different sizes share one pass; each gets the values of its own items."""
     sizes = load(engine, "tinynets:residual")
     layers, batches = ["conv1", "layer1", "avgpool"], inputs(1, 2, 1, 3)
     asked = asking(engine, "residual", layers, batches, extractor)
@@ -128,7 +128,7 @@ def test_each_gets_what_it_would_have_got_alone(engine, extractor) -> None:
 
 
 def test_declared_layers_share_compiled_passes(engine) -> None:
-    """Their plans are proven when the model is loaded, and serve batches by TORCHSCRIPT."""
+    """Their plans are proven when the model is loaded, and serve batches with TORCHSCRIPT."""
     load(engine, "tinynets:residual", "layer1")
     together = Together(engine, asking(engine, "residual", "layer1", inputs(1, 1, 1)))
     assert together.shared == [3, 3, 3]
@@ -137,7 +137,7 @@ def test_declared_layers_share_compiled_passes(engine) -> None:
 
 @pytest.mark.parametrize("net", ["mixes", "interleaved"])
 def test_a_net_whose_items_depend_on_each_other_is_never_shared(engine, net) -> None:
-    """A batch would give wrong values, silently; each request has a pass of its own."""
+    """A shared batch would silently give wrong values; each request gets its own pass."""
     load(engine, f"batchnets:{net}")
     layer = "tail" if net == "mixes" else "windows"
     batches = inputs(1, 1, 1)
@@ -154,7 +154,7 @@ def test_a_net_whose_items_depend_on_each_other_is_never_shared(engine, net) -> 
 
 
 def test_a_net_that_looks_at_values_is_never_shared(engine) -> None:
-    """What random items don't show, one large item would: it would turn the others' values."""
+    """Random items don't show it, but one large item would change the others' values."""
     load(engine, "batchnets:turns")
     batches = inputs(1, 1)
     batches[1] += 3
@@ -167,7 +167,7 @@ def test_a_net_that_looks_at_values_is_never_shared(engine) -> None:
 
 
 def test_the_batch_need_not_be_the_first_dimension(engine) -> None:
-    """Values are divided along whichever dimension grows with the batch, by items of any size."""
+    """Values are split along whichever dimension grows with the batch, for items of any size."""
     load(engine, "batchnets:axes")
     batches = inputs(1, 3, 2)
     asked = asking(engine, "axes", ["sequence", "windows"], batches)
@@ -184,7 +184,7 @@ def test_the_batch_need_not_be_the_first_dimension(engine) -> None:
 
 
 def test_different_questions_do_not_share(engine) -> None:
-    """Another layer set and another item shape are passes of their own."""
+    """Other layer sets and other item shapes have their own passes."""
     load(engine, "tinynets:residual")
     x, larger = inputs(1)[0], np.zeros((1, 3, 24, 24), np.float32)
     asked = [
@@ -197,7 +197,7 @@ def test_different_questions_do_not_share(engine) -> None:
 
 
 def test_no_batch_is_larger_than_allowed(engine) -> None:
-    """What does not fit any more waits for the next pass."""
+    """An item that does not fit waits for the next pass."""
     sizes = load(engine, "tinynets:residual")
     asked = asking(engine, "residual", "layer1", inputs(3, 4, 3, 9), Extractor.HOOK)
     Together(engine, asked)
@@ -207,7 +207,7 @@ def test_no_batch_is_larger_than_allowed(engine) -> None:
 
 
 def test_one_bad_item_fails_alone(engine) -> None:
-    """Its caller gets the error, the others of the batch their values."""
+    """Its caller gets the error, and the others of the batch get their values."""
     load(engine, "tinynets:residual", require_finite=True)
     good, bad = inputs(1, 1)
     asked = asking(engine, "residual", "layer1", [good, good])
@@ -223,7 +223,7 @@ def test_one_bad_item_fails_alone(engine) -> None:
 
 
 def test_a_cancelled_caller_is_not_computed_for(engine) -> None:
-    """It leaves the batch before the pass; the others go on without it."""
+    """It is removed from the batch before the pass, which runs without it."""
     sizes = load(engine, "tinynets:residual")
     x, call = inputs(1)[0], Call()
     asked = asking(engine, "residual", "layer1", [x, x], Extractor.HOOK)
@@ -255,7 +255,7 @@ def test_a_cancelled_caller_is_not_computed_for(engine) -> None:
 
 
 def test_a_pass_that_somebody_waits_for_is_not_given_up(engine) -> None:
-    """One of two callers goes away in the middle of their pass: the other gets its values."""
+    """If one of two callers leaves during their pass, the other still gets its values."""
     load(engine, "tinynets:residual")
     x, call = inputs(1)[0], Call()
     asked = asking(engine, "residual", "avgpool", [x], Extractor.HOOK)
@@ -288,7 +288,7 @@ def test_a_shared_pass_that_gives_other_rows_is_run_again_alone(engine) -> None:
 
 
 def test_a_net_whose_loud_items_quieten_others_is_never_shared(engine) -> None:
-    """Random items in [0, 1) don't show what louder ones do to each other."""
+    """Random items in [0, 1) don't show how larger values affect each other."""
     load(engine, "oddnets:peaks")
     batches = inputs(1, 1)
     batches[1] *= 100
@@ -301,7 +301,7 @@ def test_a_net_whose_loud_items_quieten_others_is_never_shared(engine) -> None:
 
 
 def test_a_program_that_looks_at_values_is_never_shared(engine, tmp_path: Path) -> None:
-    """A TorchScript program branches for the whole batch, as the code that it was made from."""
+    """A TorchScript program branches for the whole batch, like the code it was made from."""
     file = tmp_path / "turns.pt"
     oddnets.script(batchnets.turns()).save(file)
     engine.load(ModelSpec(str(file), item_shape=ITEM), options=HostOptions(batching=EIGHT))
@@ -317,7 +317,7 @@ def test_a_program_that_looks_at_values_is_never_shared(engine, tmp_path: Path) 
 
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
 def test_a_pass_of_more_items_than_were_tried_is_tried_first(engine, extractor) -> None:
-    """Two requests that a net computes in one way, and both together in another, run alone."""
+    """Two requests that the net computes differently together than alone run alone."""
     load(engine, "oddnets:large_batches", "tail")
     module = oddnets.large_batches()
     for sizes, shared in (((2, 2), [2, 2]), ((3, 3), [1, 1]), ((2, 2), [2, 2])):

@@ -1,4 +1,4 @@
-"""Serve tiny nets by a package that has TORCH_EXPORT, and print what came of it as JSON.
+"""Serve tiny nets with a package that has TORCH_EXPORT, and print the results as JSON.
 
 A script of test_sixth_kind.py, which runs it on a copy of the package. The argument is an empty
 folder, for compiled plans.
@@ -34,7 +34,7 @@ PATIENCE = 60
 
 
 def loaded(folder: Path, net: str, *declared: str) -> Engine:
-    """Return an engine that serves one net, as a process does that has just started."""
+    """Return an engine that serves one net, like a process that has just started."""
     engine = Engine(plan_cache=PlanCache(folder, 1 << 30))
     engine.load(
         ModelSpec(f"tinynets:{net}", item_shape=ITEM), [LayerSelection(name) for name in declared]
@@ -43,7 +43,7 @@ def loaded(folder: Path, net: str, *declared: str) -> Engine:
 
 
 def error_of(engine: Engine, net: str, layer: str) -> str:
-    """Return what a request for a layer by the kind is refused with; empty where it is served."""
+    """Return the refusal of a request for a layer by this kind; empty if it is served."""
     try:
         ask(engine, net, layer, X, Extractor["TORCH_EXPORT"])
     except ExtractorUnsupportedError as error:
@@ -52,13 +52,13 @@ def error_of(engine: Engine, net: str, layer: str) -> str:
 
 
 def is_right(value: torch.Tensor, net: str, layer: str) -> bool:
-    """Compare a value, bit for bit, with what plain PyTorch gives on a fresh net."""
+    """Compare a value, bit for bit, with plain PyTorch on a fresh net."""
     with torch.inference_mode():
         return torch.equal(value, outputs_of(getattr(tinynets, net)(), X, layer)[0])
 
 
 def asked_for(folder: Path) -> dict[str, Any]:
-    """Ask for layers by the kind's name, those that it refuses included."""
+    """Request layers by the kind's name, including those that it refuses."""
     engine = loaded(folder, "residual")
     try:
         features = ask(engine, "residual", ["layer1", "layer2"], X, Extractor["TORCH_EXPORT"])
@@ -88,7 +88,7 @@ def asked_for(folder: Path) -> dict[str, Any]:
 
 
 def refused(folder: Path) -> dict[str, str]:
-    """Ask for what the kind does not claim, or claims wrongly."""
+    """Request what the kind does not claim, or claims wrongly."""
     found = {}
     for net, layer in (("raises", "head"), ("bakes_batch", "tail")):
         engine = loaded(folder, net)
@@ -98,7 +98,7 @@ def refused(folder: Path) -> dict[str, str]:
 
 
 def promoted(folder: Path, wanted: str) -> list[str]:
-    """Ask AUTO for a layer until a kind serves it; return who served, each once, in order."""
+    """Request a layer with AUTO until a kind serves it; return who served, each once, in order."""
     engine = loaded(folder, "residual")
     seen: list[str] = []
     ends = time.monotonic() + PATIENCE
@@ -113,7 +113,7 @@ def promoted(folder: Path, wanted: str) -> list[str]:
 
 
 def not_compiled(folder: Path) -> list[str]:
-    """Ask AUTO as ``promoted`` does, where the kind that it prefers can't compile anything."""
+    """Request like ``promoted``, but the kind that AUTO prefers can't compile anything."""
     compile_one = TorchExportKind.compile
 
     def fails(self: TorchExportKind, *args: Any) -> Any:
@@ -148,7 +148,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the facts."""
+    """Print the results."""
     folder = Path(sys.argv[1])
     facts = {
         "asked": asked_for(folder),

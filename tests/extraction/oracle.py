@@ -1,4 +1,4 @@
-"""The oracle of the tests: cloning hooks, registered and removed by hand, nothing of layertap."""
+"""The tests' reference: cloning hooks, registered and removed by hand, without layertap."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def outputs_of(net: nn.Module, x: torch.Tensor, path: str) -> list[Any]:
 
 
 def inputs_of(net: nn.Module, x: torch.Tensor, path: str) -> list[torch.Tensor]:
-    """Return a clone of what a module was given, its first argument, at each of its calls."""
+    """Return a clone of a module's first argument at each of its calls."""
     seen: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:

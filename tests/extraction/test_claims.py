@@ -1,4 +1,4 @@
-"""What the catalogue claims is tried when a model is loaded, not by the first request."""
+"""The catalogue's claims are tested when a model is loaded, not by the first request."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def claims(model: LoadedModel) -> Catalogue:
 
 
 def refusals(catalogue: Catalogue, extractor: Extractor = TORCHSCRIPT) -> dict[str, str]:
-    """Return why an extractor can't serve the layers' outputs; an empty text where it can."""
+    """Return why an extractor can't serve the layers' outputs; empty if it can."""
     return {entry.name: entry.refusal(extractor) for entry in catalogue}
 
 
 def test_layers_before_a_fault_are_served() -> None:
-    """A loop over the items of a batch fails at two items; what comes before it does not."""
+    """A loop over the items of a batch fails at two items; earlier layers don't."""
     catalogue = claims(loaded("proofnets:per_item"))
     refused = refusals(catalogue)
     assert refused["encoder"] == ""
@@ -54,14 +54,14 @@ def test_layers_before_a_fault_are_served() -> None:
 
 
 def test_one_odd_layer_does_not_cost_the_others() -> None:
-    """A layer that a program can't return is refused, and those behind it are served."""
+    """A layer that a program can't return is refused, and later layers are served."""
     refused = refusals(claims(loaded("forked")))
     assert "the model can't be compiled" in refused["forked"]
     assert (refused["first"], refused["middle"], refused["last"]) == ("", "", "")
 
 
 def test_only_the_layers_whose_values_differ_are_refused() -> None:
-    """The reason has the batch size and what differs."""
+    """The reason has the batch size and the difference."""
     catalogue = claims(loaded("repeats"))
     refused = refusals(catalogue)
     assert refused["conv"] == ""
@@ -73,7 +73,7 @@ def test_only_the_layers_whose_values_differ_are_refused() -> None:
 
 
 def test_large_layers_are_compared_too() -> None:
-    """A layer of which only some elements are compared is refused where they differ."""
+    """A layer of which only some elements are compared is refused if these differ."""
     model = loaded("large_mean", (3, 16, 16))
     catalogue = claims(model)
     point = CapturePoint(PointKind.MODULE, "shared")
@@ -83,7 +83,7 @@ def test_large_layers_are_compared_too() -> None:
 
 
 def test_optimising_is_tried_as_well() -> None:
-    """A program that torch can't optimise, or not run then, is refused in the catalogue."""
+    """A program that torch can't optimise, or can't run afterwards, is refused."""
     refused = refusals(claims(loaded("clamps_below")))
     assert refused["first"] == ""
     assert "RuntimeError" in refused["last"]
@@ -109,12 +109,12 @@ def test_programs_that_may_end_the_process_run_in_another() -> None:
     ],
 )
 def test_fx_is_refused_what_its_graph_lacks(net: str, layer: str, reason: str) -> None:
-    """Code around ``forward``, unused in-place statements, and what shows on large numbers only."""
+    """Code around ``forward``, unused in-place statements, and differences for large numbers."""
     assert reason in refusals(claims(loaded(net)), FX)[layer]
 
 
 def test_a_value_that_is_there_for_some_inputs_only_is_left_to_hook() -> None:
-    """No other extractor is claimed to serve a member that other input does not have."""
+    """No other extractor claims a member that some inputs don't have."""
     model = loaded("sometimes_tuple")
     entry = claims(model).entry("maybe")
     assert entry.served_by(OUTPUT) == [HOOK]
@@ -127,7 +127,7 @@ def test_a_value_that_is_there_for_some_inputs_only_is_left_to_hook() -> None:
      "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:residual"],
 )  # fmt: skip
 def test_what_is_claimed_is_what_a_request_gets(net: str) -> None:
-    """Every claim, alone and all of one extractor together, makes a plan."""
+    """Every claim can be built as a plan: alone, and all of one extractor together."""
     model = loaded(net)
     catalogue = claims(model)
     builder = PlanBuilder(model, Taps(model.module), catalogue)
@@ -145,7 +145,7 @@ def test_what_is_claimed_is_what_a_request_gets(net: str) -> None:
 
 
 def test_a_trial_leaves_nothing_on_the_model() -> None:
-    """Neither hooks nor a part of a program stay when the trial is over."""
+    """Neither hooks nor parts of a program remain after the trial."""
     model = loaded("proofnets:per_item")
     claims(model)
     gc.collect()
@@ -155,7 +155,7 @@ def test_a_trial_leaves_nothing_on_the_model() -> None:
 
 
 def test_without_the_memory_for_a_trial_the_claims_stay(monkeypatch, caplog) -> None:
-    """The log says that the first request will show what the claims are worth."""
+    """The log says that the claims are tested at the first request."""
 
     def fails(*args: object) -> None:
         raise torch.OutOfMemoryError("no memory")
@@ -166,7 +166,7 @@ def test_without_the_memory_for_a_trial_the_claims_stay(monkeypatch, caplog) -> 
 
 
 def test_a_digest_tells_what_differs() -> None:
-    """Shape, type, values and the places of NaN are compared, within a tolerance."""
+    """Shape, dtype, values and the places of NaN are compared, within a tolerance."""
     value = torch.rand(2, 3, 64, 64)
     value[0, 0, 0, 0] = float("nan")
     step = sample_step(ValueSpec(value.dtype, tuple(Dim(size) for size in value.shape)))
@@ -184,7 +184,7 @@ def test_a_digest_tells_what_differs() -> None:
 
 
 def test_an_error_is_a_share_of_the_largest_magnitude_of_all_elements() -> None:
-    """Also where that stands between the elements that are kept."""
+    """This holds even if that magnitude is between the sampled elements."""
     value = torch.ones(3, 64, 64)
     step = sample_step(ValueSpec(value.dtype, tuple(Dim(size) for size in value.shape)))
     value.view(-1)[1] = 1000.0
@@ -192,7 +192,7 @@ def test_an_error_is_a_share_of_the_largest_magnitude_of_all_elements() -> None:
 
 
 def test_an_input_that_another_module_returned_is_its_twin() -> None:
-    """The same tensor is kept once; one that was computed in between is its own."""
+    """The same tensor is kept once; a tensor that was computed in between is separate."""
     model = loaded("repeats")
     conv, prompt, pooled = (
         CapturePoint(PointKind.MODULE, name, side)
@@ -214,7 +214,7 @@ def test_a_compilers_words_hold_no_code_and_no_paths() -> None:
 
 
 def test_a_pass_that_ends_early_leaves_no_context_variable() -> None:
-    """What a pass sets of a ContextVar is gone when the pass ends, wherever that is."""
+    """A ContextVar that a pass sets is unset when the pass ends, wherever that is."""
     model = loaded("depth")
     taps, point = Taps(model.module), CapturePoint(PointKind.MODULE, "last", INPUT)
     x, values = ordinary_batch(model, 1), []
@@ -226,7 +226,7 @@ def test_a_pass_that_ends_early_leaves_no_context_variable() -> None:
 
 
 def test_attention_weights_of_packed_tokens_are_served() -> None:
-    """They are those of the unpacked tokens; behind an item's end they are 0."""
+    """They equal those of the unpacked tokens; after an item's end they are 0."""
     with warnings_ignored():  # torch warns that nested tensors are a prototype.
         model = loaded("packs", (5,))
     ids = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 1, 0, 0]])
@@ -249,6 +249,6 @@ def test_attention_weights_of_packed_tokens_are_served() -> None:
 
 
 def test_half_precision_in_the_first_layer_does_not_decide_the_input() -> None:
-    """A model that converts its input takes float32; one that does not takes its own type."""
+    """A model that converts its input takes float32; one that does not takes its own dtype."""
     assert loaded("half_first").signature.main.dtype is torch.float32
     assert loaded("all_half").signature.main.dtype is torch.bfloat16

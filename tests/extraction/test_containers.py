@@ -1,4 +1,4 @@
-"""Containers of tensors come out as named tensors, and nothing else does."""
+"""Containers of tensors become named tensors; everything else is ignored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_tensor_is_itself() -> None:
 
 
 def test_members_are_named_by_index_key_and_field() -> None:
-    """Tuples and lists count, mappings, named tuples and dataclasses name."""
+    """Tuples and lists use indices; mappings, named tuples and dataclasses use names."""
     assert ways((ONE, [TWO])) == ["0", "1.0"]
     assert ways({"out": ONE, 3: TWO}) == ["out", "3"]
     assert ways(Boxes(ONE, TWO)) == ["low", "high"]
@@ -37,12 +37,12 @@ def test_members_are_named_by_index_key_and_field() -> None:
 
 
 def test_what_is_no_tensor_yields_nothing() -> None:
-    """Sizes, numbers, texts and None are no layers."""
+    """Sizes, numbers, texts and None are not layers."""
     assert ways((torch.Size([1, 2]), 3, "x", None, True)) == []
 
 
 def test_pick_finds_what_flatten_found() -> None:
-    """Every way leads back to its tensor, and a wrong way to None."""
+    """Each way leads back to its tensor, and a wrong way to None."""
     value = {"a": (ONE, Boxes(TWO, 5)), "b": Output(TWO, 1)}
     assert all(pick(value, way) is tensor for way, tensor in flatten(value))
     assert pick(value, ("a", "7")) is None
@@ -50,7 +50,7 @@ def test_pick_finds_what_flatten_found() -> None:
 
 
 def test_endless_nesting_ends() -> None:
-    """A container that holds itself does not recurse for ever."""
+    """A container that contains itself causes no endless recursion."""
     loop: list[object] = [ONE]
     loop.append(loop)
     assert len(ways(loop)) == MAX_CONTAINER_DEPTH

@@ -1,4 +1,4 @@
-"""Nothing runs while a graph is traced, and nobody waits for ever."""
+"""Nothing runs while a graph is traced, and nobody waits forever."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 30
 
 
 def test_passes_run_together() -> None:
-    """Two forward passes may be on their way at once."""
+    """Two forward passes may run at the same time."""
     both = threading.Barrier(2)
 
     def run() -> None:
@@ -33,7 +33,7 @@ def test_passes_run_together() -> None:
 
 
 def test_tracing_waits_for_passes_and_passes_wait_for_it() -> None:
-    """A trace begins when the last pass has ended; a pass that comes meanwhile begins after it."""
+    """A trace begins when the last pass has ended; a pass that arrives meanwhile waits."""
     order: list[str] = []
     passing, trace_now = threading.Event(), threading.Event()
 
@@ -92,7 +92,7 @@ def test_what_is_raised_opens_the_gate() -> None:
 
 
 def test_a_model_that_replaces_functions_of_torch_runs_alone() -> None:
-    """While one of its passes runs, no pass of any model does; and it leaves torch as it was."""
+    """While one of its passes runs, no pass of any model does; torch is unchanged afterwards."""
     model = load_model(ModelSpec("claimnets:patches", item_shape=ITEM))
     relu = functional.relu
     order: list[str] = []

@@ -1,6 +1,8 @@
-"""Layouts and batch dimensions are found by experiment; what no experiment shows stays unknown."""
+"""Layouts and batch dimensions are found by experiment; otherwise they stay unknown."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ def loaded(net: str, item_shape: tuple[int, ...]) -> LoadedModel:
     return tried(load_model(ModelSpec(source, item_shape=item_shape)))
 
 
+@cache
 def measured(net: str, item_shape: tuple[int, ...]) -> tuple[LoadedModel, Catalogue]:
+    """Return a model and its catalogue, shared by all tests: none changes them."""
     model = loaded(net, item_shape)
     return model, measure(model)
 
@@ -58,14 +62,14 @@ CASES = [
 
 @pytest.mark.parametrize(("net", "item_shape", "layer", "expected"), CASES)
 def test_layouts_are_found_by_experiment(net, item_shape, layer, expected) -> None:
-    """Another size or another place shows what is the grid; a square number shows nothing."""
+    """Another size or another place shows the grid; a square number of channels shows nothing."""
     _, catalogue = measured(net, item_shape)
     assert catalogue.entry(layer).geometry == expected
 
 
 @pytest.mark.parametrize(("side", "wide"), [(64, 64), (64, 96)])
 def test_swin_is_measured_as_channels_last(side, wide) -> None:
-    """torchvision's Swin says channels last in its catalogue, up to its permutation."""
+    """The catalogue has channels last for torchvision's Swin, up to its permutation."""
     model = load_model(ModelSpec("swin_t", weights="random", item_shape=(3, side, wide)))
     catalogue = measure(model)
     stage = catalogue.entry("features.1").geometry
@@ -85,7 +89,7 @@ def test_swin_is_measured_as_channels_last(side, wide) -> None:
     ],
 )
 def test_a_layout_holds_at_other_sizes(geometry, shape, item_shape, expected) -> None:
-    """Height and width are those of the value; tokens that fit no grid are positions only."""
+    """Height and width are those of the value; tokens that fit no grid are only positions."""
     assert geometry.at(shape, item_shape, SQUARE) == expected
 
 
@@ -114,13 +118,13 @@ def reduce(net: str, item_shape: tuple[int, ...], layer: str, reduction: Reducti
     ],
 )
 def test_the_mean_is_over_what_follows_the_input(net, item_shape, layer, dims) -> None:
-    """Over the positions of a series, over patches in whichever dimension, for batches in any."""
+    """The positions of a series, or patches in any dimension, with the batch in any dimension."""
     value, pooled = reduce(net, item_shape, layer, POOL)
     assert torch.allclose(pooled, value.mean(dims), atol=1e-6)
 
 
 def test_reductions_put_the_batch_in_front() -> None:
-    """Of [L, B, D] each row of the result is an item."""
+    """For [L, B, D], each row of the result is an item."""
     value, flat = reduce("batch_second", SQUARE, "second", FLATTEN)
     assert torch.equal(flat, value.transpose(0, 1).flatten(1))
 
@@ -136,13 +140,13 @@ def test_reductions_put_the_batch_in_front() -> None:
     ],
 )
 def test_what_is_not_known_is_refused(net, item_shape, layer, reduction) -> None:
-    """A mean over the wrong dimension, or a first token that is none, would go unnoticed."""
+    """A mean over the wrong dimension, or a wrong class token, would not be noticed."""
     with pytest.raises(InvalidInputError, match=f"{reduction.name} takes"):
         reduce(net, item_shape, layer, reduction)
 
 
 def test_the_batch_dimension_is_measured() -> None:
-    """It may be the second, and an item's elements along it may be apart or interleaved."""
+    """It may be the second, and an item's elements along it may be adjacent or interleaved."""
     _, catalogue = measured("batch_second", SQUARE)
     axes = {name: catalogue.entry(name).specs[Capture.OUTPUT].batch_axis
             for name in ("stem", "second", "interleaved", "apart")}  # fmt: skip

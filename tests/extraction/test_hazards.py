@@ -1,4 +1,4 @@
-"""The ways in which captured activations come out wrong: the naive way beside ours.
+"""Ways in which captured activations are wrong: the naive way compared with layertap's.
 
 Each test keeps the naive implementation and shows that it is wrong, so that it would fail with that
 one in our place.
@@ -58,7 +58,7 @@ def plan(model: LoadedModel, extractor: Extractor, *points: CapturePoint) -> Pla
 
 
 def naive_hook(net: nn.Module, x: torch.Tensor, path: str) -> torch.Tensor:
-    """Keep what the hook was given, as most tutorials do."""
+    """Keep what the hook receives, as most tutorials do."""
     kept: list[torch.Tensor] = []
     handle = net.get_submodule(path).register_forward_hook(lambda m, i, o: kept.append(o))
     net(x.clone())
@@ -68,7 +68,7 @@ def naive_hook(net: nn.Module, x: torch.Tensor, path: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.FX, Extractor.LAYER_GETTER])
 def test_hazard_01_later_in_place_operations(load_net, extractor) -> None:
-    """A kept reference shows what an in-place ReLU made of it; ours shows what was returned."""
+    """A kept reference shows the in-place ReLU's result; layertap returns what was returned."""
     model, x = load_net("residual"), torch.randn(2, *ITEM)
     truth = outputs_of(model.module, x, "bn1")[0]
     names = {"bn1": "bn1", "layer1": "layer1"}
@@ -85,7 +85,7 @@ def test_hazard_01_later_in_place_operations(load_net, extractor) -> None:
 
 
 def test_hazard_02_inputs_in_a_forward_hook(load_net) -> None:
-    """After an in-place module its input is gone; ours is taken before."""
+    """After an in-place module its input is overwritten; layertap captures it before."""
     model, x = load_net("residual"), torch.randn(2, *ITEM)
     truth = inputs_of(model.module, x, "relu")[0]
     kept: list[torch.Tensor] = []
@@ -99,7 +99,7 @@ def test_hazard_02_inputs_in_a_forward_hook(load_net) -> None:
 
 
 def test_hazard_03_a_hook_that_returns_replaces(load_net) -> None:
-    """A hook that returns its copy changes the model's result; ours changes nothing."""
+    """A hook that returns its copy changes the model's result; layertap changes nothing."""
     model, x = load_net("residual"), torch.randn(2, *ITEM)
     truth = model.module(x.clone())
     handle = model.module.layer1.register_forward_hook(lambda m, i, o: o.clone().zero_())
@@ -110,7 +110,7 @@ def test_hazard_03_a_hook_that_returns_replaces(load_net) -> None:
 
 
 def test_hazard_04_a_parent_and_its_last_child_in_fx(load_net) -> None:
-    """torchvision returns one of two names for one node; ours returns both."""
+    """torchvision returns one of two names for one node; layertap returns both."""
     model, x = load_net("residual"), torch.randn(2, *ITEM)
     naive = create_feature_extractor(model.module, ["layer1", "layer1.1", "layer1.1.relu_1"])
     assert len(naive(x.clone())) < 3
@@ -120,7 +120,7 @@ def test_hazard_04_a_parent_and_its_last_child_in_fx(load_net) -> None:
 
 
 def test_hazard_04_names_that_end_in_numbers_in_fx(load_net) -> None:
-    """torchvision's `norm_1` is the module norm_2; ours gives the module of that name."""
+    """torchvision's `norm_1` is the module norm_2; layertap returns the module with that name."""
     model, x = load_net("numbered"), torch.randn(2, *ITEM)
     truth = outputs_of(model.module, x, "norm_1")[0]
     naive = create_feature_extractor(model.module, ["norm_1"])(x.clone())["norm_1"]
@@ -129,7 +129,7 @@ def test_hazard_04_names_that_end_in_numbers_in_fx(load_net) -> None:
 
 
 def test_hazard_05_unassigned_in_place_statements_in_fx(load_net) -> None:
-    """Dead-code elimination loses `y.relu_()` and the value is wrong; ours refuses."""
+    """Dead-code elimination drops `y.relu_()` and the value is wrong; layertap refuses."""
     model, x = load_net("unassigned_in_place"), torch.randn(2, *ITEM)
     naive = create_feature_extractor(model.module, ["head"])(x.clone())["head"]
     assert not torch.equal(naive, outputs_of(model.module, x, "head")[0])
@@ -138,7 +138,7 @@ def test_hazard_05_unassigned_in_place_statements_in_fx(load_net) -> None:
 
 
 def test_hazard_06_hooks_per_request_race(load_net) -> None:
-    """Hooks registered per request on a shared model see other requests; ours don't."""
+    """Hooks registered per request on a shared model see other requests; layertap's don't."""
     model = load_net("residual")
     taps = Taps(model.module)
     inputs = [torch.full((1, *ITEM), float(i)) for i in range(8)]
@@ -171,12 +171,12 @@ def test_hazard_06_hooks_per_request_race(load_net) -> None:
 
 
 def test_hazard_07_symbolic_tracing_beside_a_forward_pass(load_net) -> None:
-    """torchvision's tracing changes what other models run meanwhile; ours waits its turn."""
+    """torchvision's tracing affects other running models; layertap waits until none runs."""
     served = load_net("residual").module
     tampered: list[str] = []
 
     class Traced(nn.Module):
-        """A model whose tracing lets another one run in the middle."""
+        """A model whose tracing lets another model run in the middle."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -216,7 +216,7 @@ def test_hazard_07_symbolic_tracing_beside_a_forward_pass(load_net) -> None:
 
 
 def test_hazard_08_modules_that_never_run(load_net) -> None:
-    """A hook on a module that never runs returns nothing, silently; ours says so."""
+    """A hook on a module that never runs silently returns nothing; layertap says so."""
     model = load_net("silent")
     kept: list[torch.Tensor] = []
     handle = model.module.aux.register_forward_hook(lambda m, a, o: kept.append(o))
@@ -229,7 +229,7 @@ def test_hazard_08_modules_that_never_run(load_net) -> None:
 
 
 def test_hazard_09_modules_that_run_several_times(load_net) -> None:
-    """A dict by module name keeps the last call only; ours numbers the calls."""
+    """A dict by module name keeps the last call only; layertap numbers the calls."""
     model, x = load_net("residual"), torch.randn(1, *ITEM)
     kept: dict[str, torch.Tensor] = {}
     relu = model.module.get_submodule("layer1.0.relu")
@@ -243,14 +243,14 @@ def test_hazard_09_modules_that_run_several_times(load_net) -> None:
 
 
 def test_hazard_10_values_that_are_no_tensors(load_net) -> None:
-    """`output[0]` loses the rest of a tuple; ours names every member."""
+    """`output[0]` loses the rest of a tuple; layertap names every member."""
     catalogue = measure(load_net("containers"))
     assert {"pair.0", "pair.1.0", "named.low", "named.high"} <= set(catalogue.entries)
     assert catalogue.entry("pair").served_by(Capture.OUTPUT) == []
 
 
 def test_hazard_11_train_mode() -> None:
-    """A model left in training mode is random; ours is put into evaluation mode when loaded."""
+    """A model left in training mode is random; layertap uses evaluation mode."""
     net = tinynets.residual().train()
     x = torch.rand(4, *ITEM)
     assert not torch.equal(net(x.clone()), tinynets.residual()(x.clone()))
@@ -261,7 +261,7 @@ def test_hazard_11_train_mode() -> None:
 
 @torch_jit_is_deprecated
 def test_hazard_12_traces_bake_the_shape(load_net) -> None:
-    """A trace with a size baked in is wrong for another; ours is proven at two batch sizes."""
+    """A trace with a constant size is wrong for others; layertap tests two batch sizes."""
     model = load_net("bakes_batch")
     x = torch.rand(3, *ITEM)
     naive = torch.jit.trace(model.module, torch.rand(1, *ITEM), check_trace=False)
@@ -272,7 +272,7 @@ def test_hazard_12_traces_bake_the_shape(load_net) -> None:
 
 @torch_jit_is_deprecated
 def test_hazard_13_optimising_first_loses_the_layers(load_net) -> None:
-    """A frozen program has no module left to hook; ours is tapped first and optimised last."""
+    """A frozen program has no module to hook; layertap adds taps first and optimises last."""
     model, x = load_net("residual"), torch.randn(1, *ITEM)
     frozen = torch.jit.freeze(torch.jit.trace(model.module, x.clone()).eval())
     assert [name for name, _ in frozen.named_modules() if name] == []
@@ -282,7 +282,7 @@ def test_hazard_13_optimising_first_loses_the_layers(load_net) -> None:
 
 @torch_jit_is_deprecated
 def test_hazard_14_the_first_calls_of_a_program_compile(load_net) -> None:
-    """A fresh program's first call only profiles it; ours was through that before it serves."""
+    """A new program's first call only profiles it; layertap runs it before it serves."""
 
     def profiling() -> bool:
         return "prim::profile" in str(torch.jit.last_executed_optimized_graph())
@@ -303,7 +303,7 @@ def test_hazard_14_the_first_calls_of_a_program_compile(load_net) -> None:
 
 @torch_jit_is_deprecated  # torch._dynamo imports code that uses it
 def test_hazard_15_hooks_added_after_torch_compile(load_net) -> None:
-    """Hooks added to a compiled model never fire; ours are on the model that runs."""
+    """Hooks added to a compiled model never fire; layertap's are on the model that runs."""
     model, x = load_net("residual"), torch.rand(1, *ITEM)
     torch._dynamo.reset()
     compiled = torch.compile(model.module, backend="eager")
@@ -321,7 +321,7 @@ def test_hazard_15_hooks_added_after_torch_compile(load_net) -> None:
 
 
 def test_hazard_16_exporting_with_a_batch_of_one(load_net) -> None:
-    """A program exported with one item refuses two; our plans are proven with both."""
+    """A program exported with one item refuses two; layertap proves plans with both."""
     model = load_net("residual")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # A specialised dimension is warned of, then refused.
@@ -338,7 +338,7 @@ def test_hazard_16_exporting_with_a_batch_of_one(load_net) -> None:
 
 @needs_cuda
 def test_hazard_17_copies_that_are_not_finished() -> None:
-    """A copy that doesn't block is garbage until the stream was waited for; ours is waited for."""
+    """A non-blocking copy is garbage until the stream has finished; layertap waits."""
     model = load_model(ModelSpec("tinynets:residual", item_shape=ITEM), "cuda")
     x = torch.rand(64, *ITEM, device="cuda")
     truth = outputs_of(model.module, x, "layer1")[0].cpu()
@@ -358,7 +358,7 @@ def test_hazard_17_copies_that_are_not_finished() -> None:
 
 
 def test_hazard_18_gradients_by_module_hooks() -> None:
-    """A module's backward hook refuses an in-place ReLU; serving takes no gradients at all."""
+    """A module's backward hook refuses an in-place ReLU; layertap needs no gradients."""
     with torch.inference_mode(mode=False), torch.enable_grad():
         net = tinynets.residual()
         handle = net.layer1.register_full_backward_hook(lambda m, i, o: None)
@@ -374,7 +374,7 @@ def test_hazard_18_gradients_by_module_hooks() -> None:
 
 
 def test_hazard_19_hooks_and_tensors_that_stay(load_net) -> None:
-    """A forward pass that fails leaves a naive hook behind; ours is one hook, routed nowhere."""
+    """A failed forward pass leaves a naive hook behind; layertap's taps then capture nothing."""
     model = load_net("raises")
     taps = Taps(model.module)
     large = torch.full((1, *ITEM), 1e6)
@@ -389,7 +389,7 @@ def test_hazard_19_hooks_and_tensors_that_stay(load_net) -> None:
 
 
 def test_hazard_20_views_of_what_is_overwritten() -> None:
-    """A captured view changes with its base; ours is copied at the moment of the capture."""
+    """A captured view changes with its base; layertap copies it when it is captured."""
     model = load_model(ModelSpec("tinynets:returns_view", item_shape=ITEM))
     x = torch.rand(2, *ITEM)
     truth = outputs_of(model.module, x, "view")[0]
@@ -398,7 +398,7 @@ def test_hazard_20_views_of_what_is_overwritten() -> None:
 
 
 def test_hazard_21_models_that_can_not_be_traced_symbolically(load_net) -> None:
-    """FX raises in the middle of its tracing; ours says so beforehand and serves by HOOK."""
+    """FX raises in the middle of tracing; layertap says so beforehand, and HOOK serves."""
     model, x = load_net("branching"), torch.rand(2, *ITEM)
     with pytest.raises(Exception, match="control flow"):
         create_feature_extractor(model.module, ["second"])
@@ -409,7 +409,7 @@ def test_hazard_21_models_that_can_not_be_traced_symbolically(load_net) -> None:
 
 
 def test_hazard_22_inputs_that_fail_late(load_net) -> None:
-    """A wrong channel count fails inside a convolution; ours is refused with the expected shape."""
+    """A wrong channel count fails inside a convolution; layertap refuses with the right shape."""
     model = load_net("residual")
     with pytest.raises(RuntimeError, match="weight"):
         model.module(torch.rand(1, 4, 16, 16))
@@ -419,7 +419,7 @@ def test_hazard_22_inputs_that_fail_late(load_net) -> None:
 
 @torch_jit_is_deprecated
 def test_programs_survive_being_saved(load_net) -> None:
-    """A layer inside a saved TorchScript file is reachable, though torch refuses hooks there."""
+    """Layers inside a TorchScript file can be captured, although torch refuses hooks there."""
     made = torch.jit.trace(load_net("residual").module, torch.rand(1, *ITEM))
     buffer = io.BytesIO()
     torch.jit.save(made, buffer)

@@ -1,4 +1,4 @@
-"""The registry finds the kind of every extractor, and each kind is one thing."""
+"""The registry has the kind of every extractor, and kinds describe themselves consistently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layertap.selection import Capture, Extractor
 
 
 def test_each_extractor_has_its_kind_in_the_order_of_auto() -> None:
-    """The order of the enum is that of the registry, and AUTO, which is a choice, has no kind."""
+    """The enum's order is the registry's; AUTO, which chooses among kinds, has none."""
     assert [Extractor.AUTO, *KINDS] == list(Extractor)
     assert all(kind_of(extractor).id is extractor for extractor in KINDS)
     with pytest.raises(ValueError, match="AUTO is a choice"):
@@ -21,7 +21,7 @@ def test_each_extractor_has_its_kind_in_the_order_of_auto() -> None:
 
 
 def test_a_file_with_the_wrong_kind_is_refused(monkeypatch) -> None:
-    """A KIND that says it is another extractor can't be registered, which names the file."""
+    """A KIND for another extractor can't be registered; the error names the file."""
     from layertap.extraction.kinds import registry
 
     monkeypatch.setattr(fx, "KIND", hook.KIND)
@@ -30,7 +30,7 @@ def test_a_file_with_the_wrong_kind_is_refused(monkeypatch) -> None:
 
 
 def test_letters_are_one_character_and_different() -> None:
-    """Tables tell the extractors apart by their letters."""
+    """Tables distinguish the extractors by their letters."""
     letters = [kind.letter for kind in KINDS.values()]
     assert len(set(letters)) == len(letters)
     assert all(len(letter) == 1 for letter in letters)
@@ -38,7 +38,7 @@ def test_letters_are_one_character_and_different() -> None:
 
 
 def test_what_kinds_say_of_themselves_agrees_with_their_classes() -> None:
-    """``compiled`` and ``reference`` mean the class, and exactly one kind is the reference."""
+    """``compiled`` and ``reference`` follow from the class; exactly one kind is the reference."""
     for kind in KINDS.values():
         assert kind.compiled == isinstance(kind, CompiledKind)
         assert kind.compiled != isinstance(kind, DirectKind)

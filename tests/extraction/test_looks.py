@@ -1,4 +1,4 @@
-"""A look is a number that a model's code takes out of a tensor that follows its input."""
+"""A look is a number that model code takes from a tensor that depends on its input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NO_LOOKS: dict[str, Callable[[torch.Tensor], object]] = {
 
 @pytest.mark.parametrize("name", LOOKS)
 def test_numbers_of_what_follows_the_input_are_looks(name) -> None:
-    """Whatever way they are taken, and whatever the value went through."""
+    """This holds however the number is taken, and whatever operations came before."""
     x = torch.rand(2, 3)
     with watch_looks(nn.Identity(), x) as looks:
         LOOKS[name](x)
@@ -45,7 +45,7 @@ def test_numbers_of_what_follows_the_input_are_looks(name) -> None:
 
 @pytest.mark.parametrize("name", NO_LOOKS)
 def test_shapes_and_constants_are_none(name) -> None:
-    """They are the same for every input of the shape, so that a trace keeps them right."""
+    """They are the same for every input of the shape, so a trace is right about them."""
     x = torch.rand(2, 3)
     with watch_looks(nn.Identity(), x) as looks:
         NO_LOOKS[name](x)
@@ -53,7 +53,7 @@ def test_shapes_and_constants_are_none(name) -> None:
 
 
 def test_sparse_tensors_can_be_watched() -> None:
-    """They have no memory to tell by; what is computed of them and the input is told."""
+    """They have no memory that can be marked; what is computed from them and the input is."""
     x, matrix = torch.rand(3, 3), torch.eye(3).to_sparse()
     with watch_looks(nn.Identity(), x) as looks:
         product = torch.sparse.mm(matrix, x)
@@ -63,7 +63,7 @@ def test_sparse_tensors_can_be_watched() -> None:
 
 
 def test_marks_of_freed_memory_are_dropped() -> None:
-    """Each would keep the allocator from joining the freed buffers around it."""
+    """Each mark would keep the allocator from joining the freed buffers around it."""
     x = torch.rand(4)
     with watch_looks(nn.Identity(), x) as looks:
         kept = x + 1
@@ -75,7 +75,7 @@ def test_marks_of_freed_memory_are_dropped() -> None:
 
 
 def test_what_is_unwatched_is_no_look() -> None:
-    """Our own reading of a model's state, in a pass that is watched, is none of the model's."""
+    """When layertap reads a model's state during a watched pass, that is not a look."""
     x = torch.rand(4)
     with watch_looks(nn.Identity(), x) as looks:
         with unwatched():

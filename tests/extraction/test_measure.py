@@ -1,4 +1,4 @@
-"""The catalogue says what happened when the model ran."""
+"""The catalogue contains what happened when the model ran."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def names(catalogue: Catalogue, extractor: Extractor, capture: Capture = OUTPUT)
 
 
 def test_shapes_and_geometry(load_net) -> None:
-    """A layer has the measured shapes of both sides and its layout."""
+    """A layer has the measured shapes of both sides, and its layout."""
     entry = measure(load_net("residual")).entry("layer2")
     assert (entry.type, entry.calls) == ("Sequential", 1)
     assert entry.geometry == Geometry(Layout.CHANNELS_FIRST, channels=16, height=4, width=4)
@@ -33,21 +33,21 @@ def test_shapes_and_geometry(load_net) -> None:
 
 
 def test_order_is_that_of_execution(load_net) -> None:
-    """Entries come in the order in which the modules began to run, parents before children."""
+    """Entries are in the order in which modules began to run, parents before children."""
     order = [entry.name for entry in measure(load_net("residual"))]
     assert order[:4] == ["conv1", "bn1", "relu", "layer1"]
     assert order.index("layer1") < order.index("layer1.0.conv1") < order.index("layer2")
 
 
 def test_further_calls_are_numbered(load_net) -> None:
-    """The second call of a module is an entry of its own, as torchvision names it."""
+    """The second call of a module is a separate entry, named as by torchvision."""
     catalogue = measure(load_net("residual"))
     assert catalogue.entry("layer1.0.relu").calls == 2
     assert catalogue.entry("layer1.0.relu_1").points[OUTPUT].call == 1
 
 
 def test_children_and_layer_getter_serve_until_the_walk_breaks(load_net) -> None:
-    """The walk ends at the flatten that is no child, and says so."""
+    """The walk ends at the flatten, which is not a child; the reason says so."""
     catalogue = measure(load_net("residual"))
     served = {"conv1", "bn1", "relu", "layer1", "layer2", "avgpool"}
     assert names(catalogue, Extractor.CHILDREN) == served
@@ -57,7 +57,7 @@ def test_children_and_layer_getter_serve_until_the_walk_breaks(load_net) -> None
 
 
 def test_fx_serves_modules_and_nodes(load_net) -> None:
-    """FX serves every module and the operations between them; nobody else serves those."""
+    """FX serves every module and the operations between them; no other kind serves those."""
     catalogue = measure(load_net("residual"))
     modules = {
         entry.name for entry in catalogue if entry.kind is PointKind.MODULE and not entry.is_result
@@ -71,13 +71,13 @@ def test_fx_serves_modules_and_nodes(load_net) -> None:
 
 
 def test_fx_finds_modules_whose_names_end_in_numbers(load_net) -> None:
-    """torchvision calls norm_2 `norm_1`; asked for either, FX still gives the right one."""
+    """torchvision calls norm_2 `norm_1`; FX still returns the right value for either name."""
     catalogue = measure(load_net("numbered"))
     assert {"norm_1", "norm_2", "relu", "relu_1"} <= names(catalogue, Extractor.FX)
 
 
 def test_fx_is_refused_where_its_value_is_wrong(load_net) -> None:
-    """A graph that lost an in-place statement serves nothing that depends on it."""
+    """A graph without an in-place statement serves nothing that depends on the statement."""
     catalogue = measure(load_net("unassigned_in_place"))
     assert not catalogue.entry("head").serves(Extractor.FX, OUTPUT)
     assert "differs" in catalogue.entry("head").refusal(Extractor.FX)
@@ -85,14 +85,14 @@ def test_fx_is_refused_where_its_value_is_wrong(load_net) -> None:
 
 
 def test_an_untraceable_model_is_served_by_hooks(load_net) -> None:
-    """Without a symbolic graph FX says why it can't, and HOOK can."""
+    """Without a symbolic graph FX says why it can't serve, and HOOK can."""
     entry = measure(load_net("branching")).entry("second")
     assert "traced" in entry.refusal(Extractor.FX)
     assert entry.serves(Extractor.HOOK, OUTPUT)
 
 
 def test_modules_that_never_run_are_listed_last(load_net) -> None:
-    """A module that no forward pass calls is there, served by nobody, and says so."""
+    """A module that no forward pass calls is listed, served by no kind, and says so."""
     catalogue = measure(load_net("silent"))
     assert [(e.name, e.calls) for e in catalogue if e.kind is PointKind.MODULE][-2:] == [
         ("aux", 0),
@@ -103,7 +103,7 @@ def test_modules_that_never_run_are_listed_last(load_net) -> None:
 
 
 def test_members_of_containers_are_entries(load_net) -> None:
-    """Tuples and dicts that a module returns, or is given, come apart by index and key."""
+    """Tuples and dicts that a module returns or receives are split by index and key."""
     catalogue = measure(load_net("containers"))
     hooked = names(catalogue, Extractor.HOOK)
     assert {"pair.0", "pair.1.0", "named.low", "named.high"} <= hooked
@@ -112,25 +112,25 @@ def test_members_of_containers_are_entries(load_net) -> None:
 
 
 def test_tokens_and_the_fused_transformer_path(load_net) -> None:
-    """The parts of a transformer layer run one by one, although torch would fuse them."""
+    """The parts of a transformer layer run one by one, although torch could fuse them."""
     catalogue = measure(load_net("tokens"))
     assert catalogue.entry("encoder.linear1").calls == 1
     assert catalogue.entry("encoder.self_attn.out_proj").calls == 0
 
 
 def test_a_model_that_writes_into_its_batch_is_known(load_net) -> None:
-    """Whether a model overwrites its input is measured."""
+    """Measuring finds out whether a model overwrites its input."""
     assert measure(load_net("writes_input")).mutates_input
     assert not measure(load_net("residual")).mutates_input
 
 
 def test_content_dependent_shapes_are_dynamic(load_net) -> None:
-    """An output whose size follows the content is marked, and not predicted."""
+    """An output whose size depends on the content is marked, and not predicted."""
     assert measure(load_net("dynamic")).entry("pick").specs[OUTPUT].dynamic
 
 
 def test_measuring_leaves_no_hook_behind(load_net) -> None:
-    """The hooks of the surveys are gone afterwards, and the model is still in eval mode."""
+    """The hooks of the surveys are removed, and the model is still in eval mode."""
     model = load_net("residual")
     measure(model)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
@@ -139,7 +139,7 @@ def test_measuring_leaves_no_hook_behind(load_net) -> None:
 
 @pytest.mark.parametrize("net", ["branching", "residual", "unassigned_in_place"])
 def test_measuring_leaves_the_model_in_eval_mode(load_net, net) -> None:
-    """A symbolic trace that fails half way leaves torchvision's `train()` behind; ours does not."""
+    """A failing symbolic trace leaves torchvision's `train()` in effect; layertap restores it."""
     model = load_net(net)
     measure(model)
     assert not any(module.training for module in model.module.modules())
@@ -154,13 +154,13 @@ def test_a_model_that_can_not_run_is_a_load_error(load_net) -> None:
 
 
 def test_a_misspelt_layer_gets_close_matches(load_net) -> None:
-    """A name that is nearly right is told what it is near to."""
+    """The error for a misspelt name suggests similar names."""
     with pytest.raises(LayerNotFoundError, match="did you mean 'layer1'"):
         measure(load_net("residual")).entry("layr1")
 
 
 def test_globs_stay_within_a_component_unless_doubled(load_net) -> None:
-    """`*` does not cross a dot, `**` does, and brackets or dots mean themselves."""
+    """`*` does not cross a dot, `**` does; brackets and dots stand for themselves."""
     catalogue = measure(load_net("residual"))
 
     def matched(pattern: str) -> list[str]:
@@ -174,7 +174,7 @@ def test_globs_stay_within_a_component_unless_doubled(load_net) -> None:
 
 
 def test_what_depends_on_unassigned_statements_is_not_claimed_for_fx(load_net) -> None:
-    """The module whose last statement is in place, its nodes and all behind it are refused."""
+    """The module whose last statement is in place, its nodes and all later ones are refused."""
     catalogue = measure(load_net("adds_positions"))
     assert catalogue.entry("stem").serves(Extractor.FX, OUTPUT)
     for name in ("positions", "head"):
@@ -186,7 +186,7 @@ def test_what_depends_on_unassigned_statements_is_not_claimed_for_fx(load_net) -
 
 
 def test_layers_behind_a_look_at_values_are_not_claimed_for_torchscript(load_net) -> None:
-    """What comes before the model's code asks a tensor for a number is; what comes after is not."""
+    """Layers before the model asks a tensor for a number are claimed; later ones are not."""
     catalogue = measure(load_net("raises"))
     conv, head = catalogue.entry("conv"), catalogue.entry("head")
     assert conv.serves(Extractor.TORCHSCRIPT, Capture.OUTPUT)
@@ -205,13 +205,13 @@ def test_watching_for_looks_changes_no_claim() -> None:
 
 @pytest.mark.parametrize("net", ["recurrent", "counts", "remembers"])
 def test_what_a_model_keeps_is_seen(net) -> None:
-    """In attributes, in buffers that it writes in place, in containers that stay as long."""
+    """In attributes, in buffers written in place, and in containers of constant length."""
     catalogue = measure(load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM)))
     assert catalogue.guard.rules.state is KeptState.RESET
 
 
 def test_what_a_program_keeps_is_seen() -> None:
-    """A TorchScript program's attributes are its own; its statements tell that it writes some."""
+    """A TorchScript program has its own attributes; its statements show that it writes some."""
 
     class Keeps(nn.Module):
         def __init__(self) -> None:
@@ -233,7 +233,7 @@ def test_what_a_program_keeps_is_seen() -> None:
 
 
 def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
-    """A model whose state follows from its state would compute with symbols for ever."""
+    """Otherwise a model whose state depends on its state would compute with symbols."""
     model = load_model(ModelSpec("oddnets:recurrent", item_shape=ITEM))
     measure(model)
     assert type(model.module.state) is torch.Tensor
@@ -241,19 +241,19 @@ def test_symbolic_tracing_leaves_no_symbols_behind() -> None:
 
 
 def test_nodes_of_a_graph_that_computes_something_else_are_not_claimed() -> None:
-    """There is nothing to hold a node against; the graph's modules tell whether it is the model."""
+    """Nodes have no reference value; the graph's modules show whether it is the model's."""
     catalogue = measure(load_model(ModelSpec("oddnets:only_tensors", item_shape=ITEM)))
     assert "different values of 'conv'" in catalogue.entry("add").refusal(Extractor.FX)
 
 
 def test_children_behind_a_look_at_values_are_not_claimed_for_a_walk(load_net) -> None:
-    """What the code sees there may change what it feeds them."""
+    """What the code sees there may change what it passes to them."""
     catalogue = measure(load_net("raises"))
     assert catalogue.entry("conv").serves(Extractor.CHILDREN, OUTPUT)
     assert not catalogue.entry("head").serves(Extractor.CHILDREN, OUTPUT)
 
 
 def test_a_model_with_sparse_tensors_is_measured() -> None:
-    """They have no plain memory, which nothing here relies on."""
+    """They have no plain memory, so nothing here may rely on it."""
     catalogue = measure(load_model(ModelSpec("oddnets:sparse", item_shape=ITEM)))
     assert catalogue.entry("tail").serves(Extractor.HOOK, OUTPUT)

@@ -18,7 +18,7 @@ def catalogue(net: str, item_shape: tuple[int, ...] = ITEM) -> Catalogue:
 
 
 def test_every_path_of_a_module_is_an_alias_of_its_first() -> None:
-    """The paths are those of named_modules without the removal of duplicates."""
+    """The paths are those of named_modules without removing duplicates."""
     net = namednets.two_names()
     every = dict(net.named_modules(remove_duplicate=False))
     first = dict(net.named_modules())
@@ -28,12 +28,12 @@ def test_every_path_of_a_module_is_an_alias_of_its_first() -> None:
 
 
 def test_modules_that_hold_one_another_end() -> None:
-    """A cycle of modules has the paths of its first round only."""
+    """A cycle of modules has only the paths of its first round."""
     assert aliases(namednets.cycle()) == {}
 
 
 def test_further_names_serve_the_same_points() -> None:
-    """Each name of a module is a layer, and says which is its own name; so do silent modules."""
+    """Each name of a module is a layer, and says which name is the first; so for silent modules."""
     found = catalogue("two_names")
     assert found.entry("layer1").points == found.entry("base.2").points
     assert found.entry("layer0.0").same_as == "base.0"
@@ -43,7 +43,7 @@ def test_further_names_serve_the_same_points() -> None:
 
 
 def test_a_glob_returns_a_layer_once() -> None:
-    """Of several names that a glob matches the first counts; one that matches alone counts too."""
+    """If several of its names match, the first counts; a single match counts too."""
     found = catalogue("two_names")
     assert [entry.name for entry in found.match("layer?")] == ["layer0", "layer1"]
     matched = [entry.name for entry in found.match("**")]
@@ -52,7 +52,7 @@ def test_a_glob_returns_a_layer_once() -> None:
 
 
 def test_the_result_is_a_layer_that_globs_leave_out() -> None:
-    """The model's own result is called output; a glob finds it only where it begins so."""
+    """The result is called output; a glob finds it only if the glob begins so."""
     found = catalogue("functions")
     entry = found.entry("output")
     assert entry.is_result
@@ -65,7 +65,7 @@ def test_the_result_is_a_layer_that_globs_leave_out() -> None:
 
 
 def test_a_module_keeps_its_name() -> None:
-    """Where a module is called as a result or a further call would be, the other gives way."""
+    """If a module has the name of a result or a further call, the other one is renamed."""
     found = catalogue("taken")
     assert (found.entry("output").type, found.entry("conv_1").type) == ("Conv2d", "Conv2d")
     assert found.entry("conv@1").points[Capture.OUTPUT].call == 1
@@ -77,7 +77,7 @@ def test_a_module_keeps_its_name() -> None:
     [("joined", ["encoder[0]", "encoder[1]"]), ("keyed", ["heads[a]", "heads[b]"])],
 )
 def test_members_that_are_called_like_children(net: str, names: list[str]) -> None:
-    """A member is told from the child of its name, and the refusal of the whole names a member."""
+    """A member differs from the child of that name; the refusal of the whole names a member."""
     found = catalogue(net)
     whole, _, rest = names[0].partition("[")
     assert [found.entry(name).points[Capture.OUTPUT].member for name in names] == [
@@ -89,12 +89,12 @@ def test_members_that_are_called_like_children(net: str, names: list[str]) -> No
 
 
 def test_the_result_of_a_model_that_calls_itself_is_the_outermost_calls() -> None:
-    """Of a recursive model's calls the one that ended last is its result."""
+    """Of a recursive model's calls, the one that ended last is its result."""
     assert catalogue("recursive").entry("output").points[Capture.OUTPUT].call == 2
 
 
 def test_attention_weights_are_layers() -> None:
-    """They are layers where the module can return them, and a refusal with the reason elsewhere."""
+    """They are layers if the module can return them, else a refusal with the reason."""
     found = catalogue("attends", (5, 8))
     weights = found.entry("layer.self_attn.attention_weights")
     assert weights.specs[Capture.OUTPUT].shape(3) == (3, 2, 5, 5)

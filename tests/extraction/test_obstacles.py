@@ -1,4 +1,4 @@
-"""What a model does that other extractors than HOOK can't follow is found, and said in words."""
+"""What kinds other than HOOK can't follow in a model is detected, and reported in words."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def compile_layers(net: str, layers: str) -> None:
 
 
 def test_layers_behind_a_python_function_are_not_claimed_for_torchscript() -> None:
-    """The catalogue names the function; what comes before it is compiled as ever."""
+    """The catalogue names the function; earlier layers are compiled as usual."""
     catalogue = measured("calls_function")
     assert catalogue.entry("conv").serves(Extractor.TORCHSCRIPT, OUTPUT)
     out = catalogue.entry("out")
@@ -62,7 +62,7 @@ def test_a_refusal_names_its_cause(net, layers, reason) -> None:
 
 
 def test_random_layers_are_left_to_hooks_and_noted() -> None:
-    """Behind a draw two passes differ, so nothing else than the model can be right about it."""
+    """After random numbers two passes differ, so only the model itself can be right."""
     catalogue = measured("noisy")
     assert catalogue.entry("first").serves(Extractor.TORCHSCRIPT, OUTPUT)
     last = catalogue.entry("last")
@@ -73,7 +73,7 @@ def test_random_layers_are_left_to_hooks_and_noted() -> None:
 
 
 def test_arguments_that_are_never_given_are_noted() -> None:
-    """A caller reads which arguments of forward keep their defaults."""
+    """Users read which arguments of forward keep their defaults."""
     assert any("mask, scale" in note for note in measured("optional_arguments").notes)
     assert measured("picks").notes == ()
 
@@ -88,7 +88,7 @@ def test_arguments_that_are_never_given_are_noted() -> None:
     ids=["torch", "random", "numpy"],
 )
 def test_each_global_generator_is_watched(draw) -> None:
-    """One draw from any of them is seen, and seen for good."""
+    """A single use of any of them is detected, and stays detected."""
     generators = Generators(torch.device("cpu"))
     torch.zeros(3).sum()
     assert not generators.moved()
@@ -98,7 +98,7 @@ def test_each_global_generator_is_watched(draw) -> None:
 
 
 def test_layers_that_follow_from_a_discontinuous_pick_are_not_compiled() -> None:
-    """Rows behind topk are refused; the scores that it compares are compiled."""
+    """Rows selected by topk are refused; the scores that it compares are compiled."""
     catalogue = measured("picks")
     assert catalogue.entry("score").serves(Extractor.TORCHSCRIPT, OUTPUT)
     head = catalogue.entry("head")
@@ -109,7 +109,7 @@ def test_layers_that_follow_from_a_discontinuous_pick_are_not_compiled() -> None
 
 
 def test_a_look_at_values_is_noted() -> None:
-    """A mask that is dropped where it is all ones, say: other input may take another way."""
+    """For example a mask that is dropped if it is all ones: other input may take another branch."""
     [note] = [note for note in measured("drops_mask").notes if "branches on values" in note]
     assert "'last'" in note
 
@@ -121,7 +121,7 @@ def test_a_model_that_can_not_be_traced_symbolically_says_why() -> None:
 
 
 def test_modules_that_run_for_some_inputs_only_are_noted_and_served_by_hooks() -> None:
-    """Each expert is in the catalogue, whichever one the sample chose, and the note names both."""
+    """Each expert is in the catalogue, whichever the sample selected; the note names both."""
     catalogue = measured("experts")
     for name in ("low", "high"):
         entry = catalogue.entry(name)

@@ -17,7 +17,7 @@ NODE = CapturePoint(PointKind.NODE, "add")
 
 
 def test_equal_specs_find_one_plan() -> None:
-    """Specs with the same points, made apart, are one key; other points or an order are another."""
+    """Specs with the same points are one key; other points or another order are another."""
     plans = {PlanKey(Extractor.HOOK, PassSpec((CONV, GIVEN)), (3, 8, 8)): "plan"}
     assert PlanKey(Extractor.HOOK, PassSpec((CONV, GIVEN)), (3, 8, 8)) in plans
     for points in ((GIVEN, CONV), (CONV,), (CONV, GIVEN, NODE)):
@@ -26,7 +26,7 @@ def test_equal_specs_find_one_plan() -> None:
 
 
 def test_every_field_of_a_spec_is_part_of_keys_and_of_file_names() -> None:
-    """A field that a later version adds is compared, hashed and shown without more ado."""
+    """A field that a later version adds is compared, hashed and shown automatically."""
 
     @dataclasses.dataclass(frozen=True, slots=True)
     class Later(PassSpec):
@@ -40,12 +40,12 @@ def test_every_field_of_a_spec_is_part_of_keys_and_of_file_names() -> None:
 
 
 def test_hooks_see_modules_only() -> None:
-    """One node among the points, and the spec is no longer of modules only."""
+    """With one node among the points, the spec is no longer one of modules only."""
     assert PassSpec((CONV, GIVEN)).modules_only
     assert not PassSpec((CONV, NODE)).modules_only
 
 
 def test_a_spec_can_not_be_changed() -> None:
-    """It is a key, so assigning to it fails."""
+    """It is a key, so assigning to a field raises."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         PassSpec((CONV,)).points = ()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""What compute threads learn about a plan is recorded once, and a finding against it stands."""
+"""What compute threads learn about a plan is recorded once; a finding against it is final."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from layertap.extraction.plan import Findings, Plan
 
 
 def test_a_refused_size_stays_refused() -> None:
-    """Of two threads that try one size, the one that saw it fail is believed, in either order."""
+    """If two threads test one size, the one that saw it fail counts, in either order."""
     for first, second in (("", "it failed"), ("it failed", "")):
         findings = Findings()
         assert findings.refusal(4) is None
@@ -24,7 +24,7 @@ def test_a_refused_size_stays_refused() -> None:
 
 
 def test_passes_are_shared_only_where_no_trial_failed() -> None:
-    """One failed trial of a total counts, and a plan that needs passes of its own shares none."""
+    """One failed test of a total counts; a plan that needs separate passes shares none."""
     findings = Findings(proven=[1, 2])
     assert findings.refusal(2) == ""
     assert findings.shares(3) is None
@@ -59,7 +59,7 @@ def test_findings_of_many_threads_are_all_kept() -> None:
 
 
 def test_only_the_findings_of_a_plan_change() -> None:
-    """The plan itself is immutable, so that threads share it without a lock."""
+    """The plan itself is immutable, so threads share it without a lock."""
     plan = Plan(KIND, PassSpec(()), (3, 8, 8), (), object.__new__(HookExtractor), Findings())
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.built = None  # type: ignore[misc]

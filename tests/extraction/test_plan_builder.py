@@ -35,7 +35,7 @@ def builder(model: LoadedModel) -> PlanBuilder:
 @pytest.mark.parametrize("extractor", EXACT)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_exact_extractors_equal_the_reference_bit_for_bit(load_net, extractor, batch) -> None:
-    """Values that a later in-place operation overwrites come out as the modules returned them."""
+    """Values that a later in-place operation overwrites are those that the modules returned."""
     model, x = load_net("residual"), torch.randn(batch, *ITEM)
     paths = ("conv1", "bn1", "layer1", "avgpool")
     points = [point(path) for path in paths]
@@ -46,7 +46,7 @@ def test_exact_extractors_equal_the_reference_bit_for_bit(load_net, extractor, b
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_torchscript_equals_the_reference_within_its_tolerance(load_net, batch) -> None:
-    """The compiled program, inputs and further calls included, is near enough at other batches."""
+    """The compiled program, with inputs and further calls, is close enough at other batches."""
     model, x = load_net("residual"), torch.randn(batch, *ITEM)
     points = [point("bn1"), point("layer1.0.relu", call=1), point("avgpool", Capture.INPUT)]
     plan = builder(model).build(Extractor.TORCHSCRIPT, spec(*points), key_for(model, ITEM))
@@ -72,7 +72,7 @@ def test_torchscript_holds_nothing_behind_the_last_layer(load_net) -> None:
 
 
 def test_fx_runs_nothing_behind_the_last_layer(load_net) -> None:
-    """Assertions on later values, which a graph keeps alive, don't make their layers run."""
+    """Assertions on later values, which a graph keeps, don't make their layers run."""
     model, x = load_net("asserts"), torch.randn(2, *ITEM)
     plan = builder(model).build(Extractor.FX, spec(point("first")), key_for(model, ITEM))
     ran: list[nn.Module] = []
@@ -84,7 +84,7 @@ def test_fx_runs_nothing_behind_the_last_layer(load_net) -> None:
 
 
 def test_a_parent_and_its_last_child_are_both_served_by_fx(load_net) -> None:
-    """torchvision silently drops one of two names for one node; a plan gives both."""
+    """torchvision silently drops one of two names for one node; a plan returns both."""
     model, x = load_net("residual"), torch.randn(2, *ITEM)
     points = [point("layer1"), point("layer1.1"), point("layer1.1.relu", call=1)]
     plan = builder(model).build(Extractor.FX, spec(*points), key_for(model, ITEM))
@@ -93,7 +93,7 @@ def test_a_parent_and_its_last_child_are_both_served_by_fx(load_net) -> None:
 
 
 def test_graph_nodes_are_served_by_fx(load_net) -> None:
-    """The sum before a block's last ReLU is right, though the ReLU overwrites it."""
+    """The sum before a block's last ReLU is right, although the ReLU overwrites it."""
     model, x = load_net("residual"), torch.randn(2, *ITEM)
     catalogue = measure(model)
     name = next(e.name for e in catalogue if e.kind is PointKind.NODE and "add" in e.type)
@@ -107,14 +107,14 @@ def test_graph_nodes_are_served_by_fx(load_net) -> None:
 
 
 def test_an_extractor_whose_value_differs_gets_no_plan(load_net) -> None:
-    """FX loses an unassigned in-place statement; the plan is refused, not used."""
+    """FX loses an unassigned in-place statement; the plan is refused."""
     model = load_net("unassigned_in_place")
     with pytest.raises(ExtractorUnsupportedError, match="FX can't serve layer 'head'.*differs"):
         builder(model).build(Extractor.FX, spec(point("head")), key_for(model, ITEM))
 
 
 def test_an_item_shape_that_the_model_can_not_take_is_bad_input(load_net) -> None:
-    """A shape on which the model itself fails is the caller's mistake, in words of ours."""
+    """A shape on which the model itself fails is an input error, in layertap's words."""
     model = load_net("tokens")
     plans = builder(model)
     with pytest.raises(InvalidInputError, match=r"\[3, 1, 1\].*measured at x \[3, 16, 16\]"):
@@ -130,7 +130,7 @@ def test_specs_are_those_of_the_item_shape(load_net) -> None:
 
 
 def test_content_dependent_values_make_a_dynamic_plan(load_net) -> None:
-    """A plan knows when it can't predict."""
+    """A plan knows if it can't predict its shapes."""
     model = load_net("dynamic")
     plan = builder(model).build(Extractor.HOOK, spec(point("pick")), key_for(model, ITEM))
     assert plan.dynamic
@@ -139,7 +139,7 @@ def test_content_dependent_values_make_a_dynamic_plan(load_net) -> None:
 @pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.LAYER_GETTER, Extractor.FX])
 @pytest.mark.parametrize("net", ["clamps", "clamps_in_place"])
 def test_what_differs_on_wide_input_only_gets_no_plan(extractor, net) -> None:
-    """Clamping to [0, 1] is nothing on random input in [0, 1), and much on normalised images."""
+    """Clamping to [0, 1] changes no random input in [0, 1), but normalised images."""
     model = load_model(ModelSpec(f"oddnets:{net}", item_shape=ITEM))
     if extractor is Extractor.FX and net == "clamps":  # Its clamp has a user, and stays.
         assert builder(model).build(extractor, spec(point("tail")), key_for(model, ITEM))
@@ -149,14 +149,14 @@ def test_what_differs_on_wide_input_only_gets_no_plan(extractor, net) -> None:
 
 
 def test_counting_what_was_found_is_not_compiled() -> None:
-    """A trace would go the way of the example's count for every input."""
+    """A trace would take the branch of the example's count for every input."""
     model = load_model(ModelSpec("oddnets:sizes", item_shape=ITEM))
     with pytest.raises(ExtractorUnsupportedError, match="branches on tensor values"):
         builder(model).build(Extractor.TORCHSCRIPT, spec(point("tail")), key_for(model, ITEM))
 
 
 def test_a_pass_that_must_run_to_its_end_does_so_while_it_is_traced() -> None:
-    """Code that catches our early stop would take its slow path, for the program and for good."""
+    """Code that catches our exception would take its slow path, in the program and for good."""
     item = (3, 8, 8)
     source = "zoo.remembering:FallsBackForGood.build"
     model = load_model(ModelSpec(source, name="net", item_shape=item))

@@ -49,7 +49,7 @@ def traces(monkeypatch) -> Traces:
 
 
 def build(model: LoadedModel, folder: Path, points=LAYER1, most: int = PLENTY, keep=True):
-    """Build as a process does that has just started."""
+    """Build like a process that has just started."""
     cache = PlanCache(folder, most)
     builder = PlanBuilder(model, Taps(model.module), measure(model), cache)
     return builder.build(
@@ -78,13 +78,13 @@ def test_a_stored_plan_is_not_traced_again(load_net, tmp_path, traces) -> None:
 
 
 def test_only_plans_that_are_to_be_kept_are_stored(load_net, tmp_path) -> None:
-    """What a stranger asks for fills no disk."""
+    """Plans for other requests don't fill the disk."""
     build(load_net("residual"), tmp_path, keep=False)
     assert files(tmp_path) == []
 
 
 def test_other_weights_are_another_plan(load_net, tmp_path, traces) -> None:
-    """One changed number in one weight, and the stored program is not used."""
+    """After a change of one number in one weight, the stored program is not used."""
     build(load_net("residual"), tmp_path)
     model = load_net("residual")
     model.module.conv1.weight[0, 0, 0, 0] += 1
@@ -93,7 +93,7 @@ def test_other_weights_are_another_plan(load_net, tmp_path, traces) -> None:
 
 
 def test_a_stored_plan_that_no_longer_fits_is_made_anew(load_net, tmp_path, traces, caplog) -> None:
-    """A file with the wrong program in it is found out by the proof, and replaced."""
+    """A file with the wrong program is detected by the proof, and replaced."""
     build(load_net("residual"), tmp_path)
     (right,) = files(tmp_path)
     other = load_net("residual")
@@ -111,7 +111,7 @@ def test_a_stored_plan_that_no_longer_fits_is_made_anew(load_net, tmp_path, trac
 
 @pytest.mark.parametrize("damage", [b"", b"no program", None])
 def test_a_damaged_file_is_made_anew(load_net, tmp_path, traces, damage) -> None:
-    """An empty, foreign or cut file costs the time of tracing and nothing else."""
+    """An empty, foreign or truncated file only costs the time of tracing."""
     build(load_net("residual"), tmp_path)
     (file,) = files(tmp_path)
     file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_made_anew(load_net, tmp_path, traces, damage) -> None
 
 
 def test_a_refused_plan_is_not_stored(load_net, tmp_path) -> None:
-    """Only what was proven is kept; not even a part of another file stays."""
+    """Only proven plans are stored; not even a part of another file remains."""
     points = [CapturePoint(PointKind.MODULE, "tail")]
     with pytest.raises(ExtractorUnsupportedError):
         build(load_net("bakes_batch"), tmp_path, points)
@@ -130,7 +130,7 @@ def test_a_refused_plan_is_not_stored(load_net, tmp_path) -> None:
 
 
 def test_the_longest_unused_plans_go(load_net, tmp_path) -> None:
-    """The folder stays within its bound; what was used last stays."""
+    """The folder stays within its limit; the most recently used plans stay."""
     build(load_net("residual"), tmp_path, LAYER1)
     (first,) = files(tmp_path)
     build(load_net("residual"), tmp_path, LAYER2)
@@ -144,21 +144,21 @@ def test_the_longest_unused_plans_go(load_net, tmp_path) -> None:
 
 
 def test_a_folder_that_others_can_write_is_refused(tmp_path) -> None:
-    """Programs in it are run, so nobody else may put one there."""
+    """The server runs programs from it, so nobody else may put one there."""
     tmp_path.chmod(0o777)
     with pytest.raises(ConfigError, match="other users can write"):
         PlanCache(tmp_path, PLENTY)
 
 
 def test_a_folder_that_can_not_be_made_is_told(tmp_path) -> None:
-    """A file in the way is named."""
+    """A file in its place is named in the error."""
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match="file"):
         PlanCache(tmp_path / "file" / "plans", PLENTY)
 
 
 def test_a_full_disk_costs_the_stored_plan_only(load_net, tmp_path, caplog) -> None:
-    """The plan is served, the log names the reason, and no part of a file is left behind."""
+    """The plan is served, the log names the reason, and no partial file is left."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         disk.fill()
         model = load_net("residual")
@@ -171,7 +171,7 @@ def test_a_full_disk_costs_the_stored_plan_only(load_net, tmp_path, caplog) -> N
 
 
 def test_a_write_that_fails_midway_leaves_nothing(load_net, tmp_path, caplog) -> None:
-    """A file system that takes the first bytes of a program and not the rest is as good as full."""
+    """A file system that accepts only the first bytes of a program counts as full."""
     model = load_net("residual")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
@@ -185,7 +185,7 @@ def test_a_write_that_fails_midway_leaves_nothing(load_net, tmp_path, caplog) ->
 
 
 def test_a_read_only_disk_is_read(load_net, tmp_path, traces, caplog) -> None:
-    """Stored plans are used from there, damaged ones and new ones are made, and nothing fails."""
+    """Stored plans are read, damaged and new ones are built, and nothing fails."""
     with small_disk(tmp_path / "disk", "4m") as disk:
         model = load_net("residual")
         build(model, disk.folder)
@@ -206,7 +206,7 @@ def test_a_read_only_disk_is_read(load_net, tmp_path, traces, caplog) -> None:
 
 
 def test_a_folder_that_was_removed_is_made_again(load_net, tmp_path) -> None:
-    """Somebody cleans up while the server runs: the next plan is stored as the first one was."""
+    """If the folder is removed while the server runs, the next plan is stored as before."""
     model = load_net("residual")
     cache = PlanCache(tmp_path / "plans", PLENTY)
     (tmp_path / "plans").rmdir()

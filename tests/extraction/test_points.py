@@ -1,4 +1,4 @@
-"""Shapes at two batch sizes tell batch dimensions from fixed ones."""
+"""Shapes at two batch sizes distinguish batch dimensions from fixed ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from layertap.extraction.points import Dim, ValueSpec
 
 
 def test_the_batch_dimension_is_the_one_that_grows() -> None:
-    """A dimension that doubles with the batch is the batch's, the others are fixed."""
+    """A dimension that doubles with the batch is the batch's; the others are fixed."""
     spec = ValueSpec.from_batches(torch.float32, (1, 64, 7, 7), (2, 64, 7, 7))
     assert spec.dims == (Dim(1, batch=True), Dim(64), Dim(7), Dim(7))
     assert spec.shape(5) == (5, 64, 7, 7)
@@ -22,7 +22,7 @@ def test_a_dimension_may_hold_several_elements_an_item() -> None:
 
 
 def test_any_other_growth_is_dynamic() -> None:
-    """A shape that follows the content predicts nothing."""
+    """A shape that depends on the content can't be predicted."""
     assert ValueSpec.from_batches(torch.float32, (17,), (29,)).dynamic
     assert ValueSpec.from_batches(torch.float32, (4,), (2, 4)).dynamic
     assert ValueSpec.from_batches(torch.float32, (4,), None).dynamic

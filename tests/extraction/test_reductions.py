@@ -1,4 +1,4 @@
-"""Reductions work on the image's dimensions, wherever a layer has them."""
+"""Reductions use the image's dimensions, wherever a layer has them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def net():
 
 
 def apply(net, layer: str, reduction: Reduction) -> torch.Tensor:
-    """Reduce a layer's value, and hold the shape to what was predicted."""
+    """Reduce a layer's value, and compare the shape with the prediction."""
     model, catalogue, x = net
     spec = catalogue.entry(layer).specs[Capture.OUTPUT]
     made = reduced(spec, reduction, layer, model.signature.key)
@@ -35,7 +35,7 @@ def apply(net, layer: str, reduction: Reduction) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", ["tokens", "bare", "last", "patch"])
 def test_a_grid_is_the_same_from_every_layout(net, layer) -> None:
-    """Tokens with and without others in front, and both orders of channels, give one grid."""
+    """Tokens with and without others in front, and both orders of channels, give the same grid."""
     grid = outputs_of(net[0].module, net[2], "patch")[0]
     assert grid.shape == (2, 6, 4, 6)
     assert torch.equal(apply(net, layer, GRID), grid)
@@ -43,26 +43,26 @@ def test_a_grid_is_the_same_from_every_layout(net, layer) -> None:
 
 @pytest.mark.parametrize("layer", ["tokens", "bare", "last", "patch"])
 def test_the_mean_is_over_the_image_in_every_layout(net, layer) -> None:
-    """Pooling gives one number a channel, of the patches alone."""
+    """Pooling gives one number per channel, from the patches alone."""
     grid = outputs_of(net[0].module, net[2], "patch")[0]
     assert torch.allclose(apply(net, layer, POOL), grid.mean((2, 3)), rtol=1e-5, atol=1e-6)
 
 
 def test_the_class_token_is_the_first(net) -> None:
-    """Where tokens are in front of the patches, the first of them is the class token."""
+    """If there are tokens before the patches, the first of them is the class token."""
     tokens = outputs_of(net[0].module, net[2], "tokens")[0]
     assert torch.equal(apply(net, "tokens", CLASS), tokens[:, 0])
 
 
 @pytest.mark.parametrize("layer", ["bare", "patch"])
 def test_no_class_token_is_invented(net, layer) -> None:
-    """Where all tokens are patches, or there are none, there is no class token to return."""
+    """If all tokens are patches, or there are no tokens, there is no class token."""
     with pytest.raises(InvalidInputError, match=r"CLASS_TOKEN takes .*more tokens than patches"):
         apply(net, layer, CLASS)
 
 
 def test_pooling_as_most_do_it_is_wrong_for_swin() -> None:
-    """A mean over the last two dimensions mixes width and channels; ours pools the image."""
+    """A mean over the last two dimensions mixes width and channels; layertap pools the image."""
     item = (3, 64, 64)
     model = load_model(ModelSpec("swin_t", weights="random", item_shape=item))
     value = outputs_of(model.module, torch.rand(1, *item), "features.1")[0]

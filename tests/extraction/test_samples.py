@@ -1,4 +1,4 @@
-"""Samples reach what ordinary ones hide: ids of a whole table, magnitudes, NaN, unlike items."""
+"""Samples reach hidden code: ids of a whole table, magnitudes, NaN, and different items."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loaded(net: str, item_shape: tuple[int, ...] = ITEM) -> LoadedModel:
     ],
 )
 def test_ids_reach_over_the_table_that_they_are_looked_up_in(net, item_shape, expected) -> None:
-    """The largest range with which the model runs; floating-point input has none."""
+    """The largest range with which the model runs is used; floating-point input has none."""
     model = loaded(net, item_shape)
     assert model.signature.main.values == expected
     if expected:
@@ -37,7 +37,7 @@ def test_ids_reach_over_the_table_that_they_are_looked_up_in(net, item_shape, ex
 
 
 def test_ids_repeat_and_are_padded() -> None:
-    """One item has low ids, one the highest again and again, one ends in padding."""
+    """One item has low ids, one repeats the highest, and one ends with padding."""
     low, high, padded = unlike_batch(loaded("largest_id", (8,)), 3).only
     assert low.max() < 100
     assert (high[:4] == 999).all()
@@ -70,7 +70,7 @@ def test_numbers_reach_over_magnitudes_and_beyond() -> None:
     ],
 )
 def test_passes_are_shared_only_where_unlike_items_keep_apart(net, item_shape, shares) -> None:
-    """A maximum over the batch, a NaN in one item, a near tie: each shows on unlike items only."""
+    """A maximum over the batch, a NaN in one item, a near tie: only different items show them."""
     model = loaded(net, item_shape)
     catalogue = measure(model)
     builder = PlanBuilder(model, Taps(model.module), catalogue)
@@ -93,14 +93,14 @@ def test_passes_are_shared_only_where_unlike_items_keep_apart(net, item_shape, s
 def test_a_walk_is_claimed_only_up_to_the_first_other_operation(
     net, item_shape, served, extractor
 ) -> None:
-    """Both the symbolic graph and a real pass must show nothing but calls of the children."""
+    """Both the symbolic graph and a real pass must contain nothing but calls of the children."""
     catalogue = measure(loaded(net, item_shape))
     claimed = {entry.name for entry in catalogue if entry.serves(extractor, Capture.OUTPUT)}
     assert claimed == served
 
 
 def test_the_range_is_kept_out_of_the_models_state() -> None:
-    """Finding the range runs the model; what it writes is put back."""
+    """Finding the range runs the model; the state that it writes is restored."""
     model = loaded("remaps_ids", (6,))
     fresh = load_model(ModelSpec("proofnets:remaps_ids", item_shape=(6,)))
     assert vars(model.module).keys() == vars(fresh.module).keys()

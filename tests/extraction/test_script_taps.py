@@ -40,7 +40,7 @@ def point(path: str, capture: Capture = Capture.OUTPUT, call: int = 0) -> Captur
 
 
 def test_every_layer_of_the_eager_model_is_there(program, load_net) -> None:
-    """The program's catalogue has the eager model's modules, calls, types and shapes."""
+    """The program's catalogue has the eager model's modules, calls, dtypes and shapes."""
     eager = {
         (e.name, e.calls, e.type, tuple(e.specs.items()))
         for e in measure(load_net("residual"))
@@ -50,7 +50,7 @@ def test_every_layer_of_the_eager_model_is_there(program, load_net) -> None:
 
 
 def test_values_are_those_at_that_moment(program) -> None:
-    """Outputs before an in-place ReLU, inputs and further calls equal the eager reference's."""
+    """Outputs before an in-place ReLU, inputs and further calls equal the eager reference."""
     net, x = residual(), torch.randn(3, *ITEM)
     points = [
         point("bn1"),
@@ -73,7 +73,7 @@ def test_values_are_those_at_that_moment(program) -> None:
 
 
 def test_the_program_stops_after_the_last_capture(program) -> None:
-    """A pass that ends early returns its captures and leaves the program usable."""
+    """A pass that ends early returns its captures, and the program can run again."""
     x = torch.randn(1, *ITEM)
     taps = Taps(program.module)
     before = program.module(x.clone())
@@ -97,7 +97,7 @@ def test_walks_serve_a_program_as_well(program) -> None:
 
 
 class AroundChildren(nn.Module):
-    """Clamps between its children, where a walk over them would not."""
+    """Clamps between its children, which a walk over them would not do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class AroundChildren(nn.Module):
 
 
 def test_walks_end_where_a_program_does_more(tmp_path: Path) -> None:
-    """A walk reaches the children before an operation of the program itself, and none behind it."""
+    """A walk reaches the children before an operation of the program itself, and no later ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(AroundChildren()), tmp_path / "net.pt")

@@ -1,4 +1,4 @@
-"""The inputs of a model are read from its forward, its factory or the configuration, and tried."""
+"""A model's inputs are read from its forward, its factory or the configuration, and tested."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def trial(net: str, item_shape: tuple[int, ...] | None = None, **more: object) -
     ],
 )
 def test_the_inputs_are_found(net: str, item_shape: tuple[int, ...] | None, pattern: str) -> None:
-    """Names, sizes, and which dimensions go together, with which the model runs."""
+    """Names, sizes, and which dimensions belong together, with which the model runs."""
     assert trial(net, item_shape).signature.pattern == pattern
 
 
@@ -59,7 +59,7 @@ def test_the_inputs_are_found(net: str, item_shape: tuple[int, ...] | None, patt
 def test_each_input_has_a_type_of_its_own(
     net: str, item_shape: tuple[int, ...] | None, types: list[torch.dtype]
 ) -> None:
-    """Token ids, masks, steps and numbers side by side."""
+    """Token ids, masks, steps and numbers in one model."""
     assert [each.dtype for each in trial(net, item_shape).signature.inputs] == types
 
 
@@ -76,7 +76,7 @@ def test_inputs_that_can_not_be_guessed_are_refused() -> None:
 
 
 def test_a_declared_optional_input_that_fails_is_refused() -> None:
-    """A declaration is proven by a run with it, too."""
+    """A declaration is tested by a run with that input, too."""
     inputs = (
         DeclaredInput.parse("input_ids", "int64 [6], ids=50"),
         DeclaredInput.parse("token_type_ids", "float32 [6], optional"),
@@ -111,7 +111,7 @@ SHAPES = {"masked": (6,), "keyword_only": (6,), "scripted": (6,), "optional": (6
 
 
 def call(net: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the result of a fresh module, called as its author would."""
+    """Return the result of a fresh module, called as its author would call it."""
     module = getattr(severalnets, net)()
     with torch.inference_mode():
         match net:
@@ -133,7 +133,7 @@ def call(net: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("net", BATCHES)
 def test_every_extractor_that_claims_a_layer_gives_the_fresh_modules_values(net: str) -> None:
-    """The model's result, by each extractor that the catalogue lists for it, or a clear refusal."""
+    """The model's result, by each extractor that claims it, or a clear refusal."""
     right = call(net, BATCHES[net])
     engine = Engine()
     with closing(engine):

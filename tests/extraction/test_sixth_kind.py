@@ -68,13 +68,13 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_a_new_kind_serves_what_it_claims(facts) -> None:
-    """Its values are plain PyTorch's, bit for bit, at a batch size that no proof has tried."""
+    """Its values equal plain PyTorch's, bit for bit, at a batch size that no proof has tried."""
     assert facts["asked"]["by"] == "TORCH_EXPORT"
     assert facts["asked"]["right"] == [True, True]
 
 
 def test_a_new_kind_is_in_the_catalogue(facts) -> None:
-    """In the order of AUTO, on the wire with a reason for each side, and with a letter."""
+    """It is in AUTO's order, in messages with a reason for each side, and has a letter."""
     asked = facts["asked"]
     assert asked["catalogue"][:2] == ["TORCH_EXPORT", "TORCHSCRIPT"]
     assert asked["wire"]["EXTRACTOR_TORCH_EXPORT"] == [
@@ -85,7 +85,7 @@ def test_a_new_kind_is_in_the_catalogue(facts) -> None:
 
 
 def test_a_new_kind_refuses_what_it_does_not_claim(facts) -> None:
-    """An input, a graph node, and a layer behind a branch on values."""
+    """An input, a graph node, and a layer after a branch on values."""
     asked = facts["asked"]
     assert "TORCH_EXPORT can't serve the input of layer 'layer2'" in asked["input"]
     assert "it takes outputs only; extractors that can: TORCHSCRIPT, HOOK" in asked["input"]
@@ -94,17 +94,17 @@ def test_a_new_kind_refuses_what_it_does_not_claim(facts) -> None:
 
 
 def test_what_a_new_kind_claims_wrongly_is_found_out(facts) -> None:
-    """A program that holds one batch size as a constant is refused, by the proof or by export."""
+    """A program with a constant batch size is refused, by the proof or by export."""
     assert "TORCH_EXPORT can't serve" in facts["refused"]["bakes_batch"]
 
 
 def test_a_new_compiled_kind_is_promoted_by_auto(facts) -> None:
-    """AUTO serves by HOOK at once, and by the kind that it prefers once its plan is ready."""
+    """AUTO uses HOOK at once, and the kind that it prefers once its plan is ready."""
     assert facts["promoted"] == ["HOOK", "TORCH_EXPORT"]
 
 
 def test_auto_promotes_the_next_compiled_kind_where_the_first_can_not_compile(facts) -> None:
-    """A refusal of the kind that AUTO prefers costs the layers nothing but its own plan."""
+    """If the preferred kind refuses, only its own plan is missing."""
     assert facts["not_compiled"] == ["HOOK", "TORCHSCRIPT"]
 
 

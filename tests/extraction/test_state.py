@@ -1,4 +1,4 @@
-"""A snapshot sees what differs and puts it back."""
+"""A snapshot finds differences and restores them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Slotted:
 
 
 def holder() -> Any:
-    """Return a module that holds one of each kind of thing."""
+    """Return a module that holds one object of each kind."""
     net = nn.Sequential(nn.Linear(2, 2))
     net.register_buffer("buffer", torch.zeros(3))
     held = SimpleNamespace(
@@ -74,7 +74,7 @@ WRITES = {
 
 @pytest.mark.parametrize("name", WRITES)
 def test_each_write_is_seen_and_put_back(name: str) -> None:
-    """Whatever holds it, and however it is written."""
+    """This holds for everything that holds it, and every way to write it."""
     with torch.inference_mode(False), torch.no_grad():
         net = holder().eval()
         snapshot = Snapshot(net)
@@ -87,7 +87,7 @@ def test_each_write_is_seen_and_put_back(name: str) -> None:
 
 
 def test_equal_values_are_no_change() -> None:
-    """A weight that is computed anew, a list that is made anew: nothing that a pass could see."""
+    """A weight that is computed again, or a list that is built again, changes nothing visible."""
     net = holder()
     vars(net).update(weight=torch.ones(2), sizes=[(1, 2)], seen={"a": np.nan})
     snapshot = Snapshot(net)
@@ -122,7 +122,7 @@ def test_settling_keeps_the_copies_of_what_passes_write() -> None:
 
 
 def test_a_watch_sees_what_is_taken_back_between_two_lines() -> None:
-    """No module is called meanwhile, and nothing is left at the end."""
+    """No module is called in between, and nothing is left at the end."""
     net = holder()
 
     def forward() -> None:
@@ -136,7 +136,7 @@ def test_a_watch_sees_what_is_taken_back_between_two_lines() -> None:
 
 
 def test_a_watch_of_a_large_model_sees_what_its_modules_write_themselves(monkeypatch) -> None:
-    """Though there is not the time to compare all of it at each line."""
+    """This works although there is no time to compare all of it at each line."""
     monkeypatch.setattr("layertap.extraction.state.SMALL_NODES", 0)
 
     class Keeps(nn.Module):
@@ -165,7 +165,7 @@ def test_modules_that_are_not_registered_are_found() -> None:
 
 
 def test_modes_and_weights_survive_symbolic_tracing() -> None:
-    """Whatever a model's own ``train`` does, and whichever attribute can't be written."""
+    """This holds whatever the model's own ``train`` does, and for read-only attributes."""
 
     class Merges(nn.Module):
         def __init__(self) -> None:
@@ -194,7 +194,7 @@ def test_modes_and_weights_survive_symbolic_tracing() -> None:
 
 
 def test_every_module_is_loaded_in_evaluation_mode(monkeypatch, caplog) -> None:
-    """Also where the model's own ``train`` returns nothing and leaves a dropout on."""
+    """This holds even if the model's own ``train`` returns nothing and leaves a dropout on."""
     model = load_model(ModelSpec("statefulnets:OwnModes", item_shape=ITEM))
     assert not any(part.training for part in model.module.modules())
     assert "drop" in caplog.text

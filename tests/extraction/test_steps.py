@@ -1,4 +1,4 @@
-"""A discontinuous step makes a jump of a rounding error in its input."""
+"""A discontinuous step can turn a rounding error of its input into a jump."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def step_of(operation: Operation, x: torch.Tensor) -> str:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", STEPS)
 def test_steps_of_computed_numbers_are_seen(name, mode) -> None:
-    """Whatever follows from one is marked, however the operations are split."""
+    """Whatever depends on a step is marked, however the operations are split."""
     with mode():
         assert step_of(lambda x: STEPS[name](x @ torch.rand(3, 3)), torch.rand(2, 3))
 
@@ -63,7 +63,7 @@ def test_steps_of_computed_numbers_are_seen(name, mode) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SMOOTH)
 def test_operations_that_move_as_little_as_their_argument_are_no_steps(name, mode) -> None:
-    """A rounding error stays one."""
+    """A rounding error remains a rounding error."""
     with mode():
         assert not step_of(lambda x: SMOOTH[name](x @ torch.rand(3, 3)), torch.rand(2, 3))
 
@@ -76,7 +76,7 @@ def test_steps_of_the_input_itself_are_exact(name) -> None:
 
 
 def test_token_ids_may_be_compared_and_picked_by() -> None:
-    """Masks of ids and rows of an embedding follow from exact numbers."""
+    """Masks of ids and rows of an embedding depend on exact numbers."""
     table = torch.rand(9, 4)
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -87,5 +87,5 @@ def test_token_ids_may_be_compared_and_picked_by() -> None:
 
 
 def test_the_step_is_named() -> None:
-    """A refusal can say which operation it was."""
+    """A refusal can name the operation."""
     assert step_of(lambda x: (x @ torch.rand(3, 3)).argmax(1) + 1, torch.rand(2, 3)) == "argmax"

@@ -1,4 +1,4 @@
-"""Taps capture what a module returned or was given, and nothing else changes."""
+"""Taps capture what a module returned or received, and change nothing else."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_value_before_a_later_in_place_operation() -> None:
 
 
 def test_input_is_read_before_the_module_runs() -> None:
-    """An input is what the module was given, though the module overwrites it."""
+    """An input is what the module received, even if the module overwrites it."""
     net, x = residual(), torch.randn(2, *ITEM)
     (relu_input,) = run(Taps(net), net, x, point("relu", Capture.INPUT))
     assert torch.equal(relu_input, inputs_of(net, x, "relu")[0])
@@ -49,7 +49,7 @@ def test_input_is_read_before_the_module_runs() -> None:
 
 
 def test_each_call_of_a_module_is_its_own_point() -> None:
-    """A module that runs twice has two values, told apart by the number of the call."""
+    """A module that runs twice has two values, distinguished by the number of the call."""
     net, x = residual(), torch.randn(1, *ITEM)
     values = run(Taps(net), net, x, *(point("layer1.0.relu", call=call) for call in (0, 1)))
     assert all(map(torch.equal, values, outputs_of(net, x, "layer1.0.relu")))
@@ -57,7 +57,7 @@ def test_each_call_of_a_module_is_its_own_point() -> None:
 
 
 def test_the_pass_stops_after_the_last_capture() -> None:
-    """Nothing behind the last wanted layer runs."""
+    """No layer after the last requested one runs."""
     net, x = residual(), torch.randn(1, *ITEM)
     ran: list[str] = []
     for name in ("layer1", "layer2", "fc"):
@@ -67,14 +67,14 @@ def test_the_pass_stops_after_the_last_capture() -> None:
 
 
 def test_a_call_that_does_not_happen_is_an_error() -> None:
-    """A forward pass that ends without some capture raises instead of returning less."""
+    """A forward pass that ends without a capture raises instead of returning less."""
     net = residual()
     with pytest.raises(ModelRunError, match="'fc'"):
         run(Taps(net), net, torch.randn(1, *ITEM), point("fc", call=5))
 
 
 def test_hooks_are_installed_once() -> None:
-    """Asking for a layer again and again leaves one hook on it."""
+    """Repeated requests for a layer leave one hook on it."""
     net = residual()
     taps = Taps(net)
     for _ in range(5):
@@ -84,7 +84,7 @@ def test_hooks_are_installed_once() -> None:
 
 
 def test_close_removes_every_hook() -> None:
-    """A model that is let go of is as it was."""
+    """A model that is closed is as it was before."""
     net = residual()
     taps = Taps(net)
     run(taps, net, torch.randn(1, *ITEM), point("layer1"), point("bn1", Capture.INPUT))
@@ -93,7 +93,7 @@ def test_close_removes_every_hook() -> None:
 
 
 def test_a_pass_outside_a_session_captures_nothing() -> None:
-    """A forward pass by somebody else goes through the hooks unseen and unchanged."""
+    """A forward pass by other code is neither captured nor changed."""
     net, x = residual(), torch.randn(1, *ITEM)
     before = net(x.clone())
     run(Taps(net), net, x, point("layer1"))
@@ -101,7 +101,7 @@ def test_a_pass_outside_a_session_captures_nothing() -> None:
 
 
 def test_a_failing_sink_leaves_no_session_behind() -> None:
-    """After an error in a sink, the next session sees its own values only."""
+    """After an error in a sink, the next session sees only its own values."""
     net, x = residual(), torch.randn(1, *ITEM)
     taps = Taps(net)
 
@@ -143,7 +143,7 @@ def test_sessions_of_several_threads_do_not_mix() -> None:
 
 
 def test_what_a_model_catches_is_raised_at_the_end() -> None:
-    """A sink's refusal is not lost in a model that goes on where a child fails."""
+    """A sink's refusal is not lost if the model catches it and continues."""
 
     def refuse(index: int, value: torch.Tensor) -> None:
         raise ModelRunError("refused")

@@ -1,4 +1,4 @@
-"""TF32 is one setting of the process, which can be read back."""
+"""TF32 is one setting of the process, and can be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _restored() -> Iterator[None]:
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_what_was_set_is_reported(allowed) -> None:
-    """Both APIs of PyTorch, the present one and the former, see what was set."""
+    """Both of PyTorch's APIs, the current and the former one, report what was set."""
     allow_tf32(allowed)
     assert tf32_allowed() is allowed
     assert torch.backends.cudnn.allow_tf32 is allowed
@@ -31,7 +31,7 @@ def test_what_was_set_is_reported(allowed) -> None:
 
 
 def test_pytorch_allows_it_by_default() -> None:
-    """The reason for the setting: a fresh process lets convolutions use TF32."""
+    """This is the reason for the setting: by default convolutions may use TF32."""
     code = "from layertap.extraction.tf32 import tf32_allowed; print(tf32_allowed())"
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert fresh.stdout == "True\n"
@@ -39,7 +39,7 @@ def test_pytorch_allows_it_by_default() -> None:
 
 @pytest.mark.parametrize("dtype", list(COMPILED_TOLERANCE))
 def test_a_cpu_has_no_tf32(dtype) -> None:
-    """On a CPU the tolerance is the dtype's own, whatever the setting."""
+    """On a CPU the tolerance is that of the dtype, whatever the setting."""
     allow_tf32(True)
     assert compiled_tolerance(torch.zeros(1, dtype=dtype)) == COMPILED_TOLERANCE[dtype]
 

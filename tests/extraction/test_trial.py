@@ -32,19 +32,19 @@ def trial(net: str, item_shape: tuple[int, ...], **declared: object) -> LoadedMo
 def test_the_input_is_found_by_trying(
     net: str, item_shape: tuple[int, ...], dtype: torch.dtype, free: tuple[int, ...]
 ) -> None:
-    """The element type and the free dimensions are those with which the model runs."""
+    """The dtype and the free dimensions are those with which the model runs."""
     found = trial(net, item_shape).signature.main
     assert (found.dtype, found.free, found.guess) == (dtype, free, None)
 
 
 def test_what_is_declared_is_not_tried() -> None:
-    """A declared element type and declared free dimensions are taken as they are."""
+    """A declared dtype and declared free dimensions are used unchanged."""
     found = trial("rounds_ids", (16,), input_dtype="int32", free_dims=()).signature.main
     assert (found.dtype, found.free) == (torch.int32, ())
 
 
 def test_a_declared_type_that_fails_is_refused() -> None:
-    """The message names the element type and what the model said."""
+    """The message names the dtype and has the model's error."""
     with pytest.raises(
         ModelLoadError,
         match=r"'text' fails on random input of item shape \[16\]: float32: RuntimeError: .*ndices",
@@ -53,14 +53,14 @@ def test_a_declared_type_that_fails_is_refused() -> None:
 
 
 def test_a_model_that_takes_nothing_is_refused() -> None:
-    """The message has each element type that was tried."""
+    """The message has each dtype that was tried."""
     with pytest.raises(ModelLoadError, match="float32: .*int64: .*uint8: "):
         trial("flattened", (3, 16, 17))
 
 
 @pytest.mark.parametrize("net", ["force", "quiet_force"])
 def test_a_model_that_differentiates_runs_under_no_grad(net: str) -> None:
-    """Its values are those of a fresh model under no_grad, in the midst of inference mode."""
+    """Its values are those of a fresh module under no_grad, even inside inference mode."""
     model = trial(net, (5, 3))
     x = torch.rand(2, 5, 3)
     value = model.forward(batch_for(model, x))
@@ -73,6 +73,6 @@ def test_a_model_that_differentiates_runs_under_no_grad(net: str) -> None:
 
 
 def test_a_model_is_left_as_it_was() -> None:
-    """What the passes of a trial write to attributes, lists and buffers is put back."""
+    """What a trial's passes write to attributes, lists and buffers is restored."""
     net = trial("remembers", (64,)).module
     assert (net.passes, net.seen, net.count.item()) == (0, [], 0)

@@ -23,7 +23,7 @@ __all__ = ["KIND", "TorchExportKind"]
 
 
 class _Tapped(nn.Module):
-    """A model whose ``forward`` returns what is taken of the captured values."""
+    """A module whose ``forward`` returns what ``take`` makes of the captured values."""
 
     def __init__(self, context: BuildContext, pass_spec: PassSpec, take: Take) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Tapped(nn.Module):
         self._take = take
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run the model under its taps, to its end: export can't follow a pass that stops."""
+        """Run the model under its taps, to its end: export can't follow a pass that stops early."""
         captured: dict[int, tuple[torch.Tensor, ...]] = {}
 
         def keep(index: int, value: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ class _Exported:
 
 
 class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
-    """Serves a layer set by an exported program, whose operations are the model's own."""
+    """Serves a layer set with an exported program, which has the model's own operations."""
 
     id = Extractor.TORCH_EXPORT
     warm_up_runs = 1

@@ -1,4 +1,4 @@
-"""What is imported, and when."""
+"""Which modules are imported, and when."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 def run(code: str) -> str:
-    """Run code in a process of its own, where the tests' nets can be found."""
+    """Run code in its own process, in which the tests' nets can be imported."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -29,13 +29,13 @@ def run(code: str) -> str:
 
 
 def test_importing_layertap_imports_neither_torch_nor_grpc() -> None:
-    """Nor numpy nor protobuf: each name imports what it needs at its first use."""
+    """Nor numpy nor protobuf: each name imports what it needs when it is first used."""
     heavy = "{'torch', 'torchvision', 'grpc', 'google.protobuf', 'numpy'}"
     assert run(f"import sys, layertap; print({heavy} & set(sys.modules))") == "set()\n"
 
 
 def test_an_extraction_in_this_process_needs_no_messages() -> None:
-    """Neither gRPC nor any of our generated code, for tensors, images and the catalogue."""
+    """Neither gRPC nor generated code is imported, for tensors, images and the catalogue."""
     code = """
 import sys, layertap, torch
 from PIL import Image
@@ -51,7 +51,7 @@ print([name for name in sys.modules if name.startswith(unwanted)])
 
 
 def test_the_command_lines_tables_need_no_messages() -> None:
-    """``layertap layers`` and ``layertap extract`` of a model in this process."""
+    """This holds for ``layertap layers`` and ``layertap extract`` with a model in this process."""
     code = """
 import sys
 from click.testing import CliRunner
@@ -71,19 +71,19 @@ print([name for name in sys.modules if name.startswith(unwanted)])
 
 @pytest.mark.parametrize("name", layertap.__all__)
 def test_every_public_name_is_there(name: str) -> None:
-    """Each name of ``__all__`` can be had, and is listed."""
+    """Each name of ``__all__`` can be imported, and is listed."""
     assert getattr(layertap, name) is not None
     assert name in dir(layertap)
 
 
 def test_another_name_is_an_attribute_error() -> None:
-    """As of any module."""
+    """It is the same error as for any module."""
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         layertap.nothing  # noqa: B018 - reading it is what is tested
 
 
 def test_without_torch_the_error_names_the_extra() -> None:
-    """``layertap.load`` says what to install; the client works without it."""
+    """``layertap.load`` says what to install; the client works without torch."""
     code = """
 import sys
 sys.modules["torch"] = None

@@ -1,4 +1,4 @@
-"""A model in this process gives what its modules give, and what a server gives."""
+"""A model in this process gives the values of its modules and of a server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hardnets
 import inputnets
 import layertap
 import statefulnets
@@ -46,8 +48,15 @@ def load(net: str = "tinynets:residual", **settings: object) -> LocalModel:
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[LocalModel]:
-    """The residual net, for tests that leave it as it is."""
+    """The residual net, for tests that don't change it."""
     with load() as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def spectrum() -> Iterator[LocalModel]:
+    """A net with complex values between two layers."""
+    with load("hardnets:spectrum") as loaded:
         yield loaded
 
 
@@ -67,7 +76,7 @@ def batch(size: int = 2, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("extractor", EXTRACTORS)
 def test_each_extractor_gives_what_a_hook_sees(model: LocalModel, extractor: Extractor) -> None:
-    """Bit for bit on a fresh module; a compiled program within its tolerance."""
+    """Bit for bit those of a fresh module; a compiled program within its tolerance."""
     x = batch()
     features = model.extract(x, ["conv1", "layer1", "avgpool"], extractor=extractor)
     assert (list(features), features.extractor) == (["conv1", "layer1", "avgpool"], extractor)
@@ -92,13 +101,13 @@ def test_each_extractor_gives_what_a_hook_sees(model: LocalModel, extractor: Ext
     ],
 )
 def test_each_way_to_select(model: LocalModel, layers: object, names: list[str]) -> None:
-    """Names, sides, aliases, globs, lists and mappings mean what they mean to a server."""
+    """Names, sides, aliases, globs, lists and mappings have the same meaning as on a server."""
     features = model.extract(batch(), layers, extractor="hook")  # type: ignore[arg-type]
     assert list(features) == names
 
 
 def test_an_input_is_what_the_module_was_given(model: LocalModel) -> None:
-    """``:input`` is the value of a pre-hook on a fresh module."""
+    """``:input`` is the value that a pre-hook on a fresh module sees."""
     x = batch()
     value = model.extract(x, "avgpool:input", extractor="hook")["avgpool:input"]
     assert torch.equal(value, inputs_of(tinynets.residual(), x, "avgpool")[0])
@@ -109,7 +118,7 @@ def test_an_input_is_what_the_module_was_given(model: LocalModel) -> None:
 def test_a_server_gives_the_same_bits(
     model: LocalModel, client: Client, reduction: Reduction, dtype: str
 ) -> None:
-    """Whatever is done to the value before it is sent."""
+    """This holds for every reduction and dtype."""
     layers = [LayerSelection("layer1", reduction=reduction, dtype=dtype)]
     x = batch()
     here = model.extract(x, layers, extractor="hook")
@@ -124,7 +133,7 @@ def test_a_server_gives_the_same_bits(
 def test_images_are_preprocessed_as_by_a_server(
     model: LocalModel, client: Client, given: str
 ) -> None:
-    """Paths, bytes, PIL images and lists of them."""
+    """This holds for paths, bytes, PIL images and lists of them."""
     with Image.open(PHOTO) as opened:
         images: object = {
             "path": PHOTO,
@@ -193,7 +202,7 @@ def test_the_tensors_are_the_callers_own(model: LocalModel) -> None:
 
 
 def test_values_can_be_trained_on(model: LocalModel) -> None:
-    """Autograd takes the tensors as constants, which it would not take of inference mode."""
+    """Autograd accepts them as constants, unlike tensors made in inference mode."""
     x = batch()
     with torch.inference_mode(False), torch.enable_grad():
         value = model.extract(x.clone(), "avgpool", extractor="hook")["avgpool"]
@@ -203,7 +212,7 @@ def test_values_can_be_trained_on(model: LocalModel) -> None:
 
 
 def test_other_element_types() -> None:
-    """Integers in, and bfloat16 out of a model that computes in it."""
+    """Integer input works, and so does bfloat16 output of a bfloat16 model."""
     with layertap.load("inputnets:text", item_shape=[8], device="cpu") as model:
         ids = torch.arange(16).reshape(2, 8)
         name = next(layer.name for layer in model.layers.values() if layer.extractors())
@@ -215,6 +224,31 @@ def test_other_element_types() -> None:
         array = features.numpy()["conv1"]
         assert array.dtype == ml_dtypes.bfloat16
         assert torch.equal(torch.from_numpy(array.astype(np.float32)), features["conv1"].float())
+
+
+@pytest.mark.parametrize(
+    ("extractor", "selection"),
+    [
+        *product(("auto", "hook", "torchscript"), ("fourier", "back:input", ["out", "fourier"])),
+        ("fx", "fourier"),
+    ],
+)
+def test_complex_values_are_refused(spectrum, extractor, selection) -> None:
+    """No extractor returns a complex value: the error names the layer and its dtype."""
+    with pytest.raises(errors.ExtractorUnsupportedError, match=r"'(fourier|back:?.*)'.*complex64"):
+        spectrum.extract(batch(), selection, extractor=extractor)
+
+
+def test_complex_layers_are_listed_and_those_behind_are_served(spectrum) -> None:
+    """A complex layer says why nothing captures it, and it takes nothing from its neighbours."""
+    fourier = spectrum.layers["fourier"]
+    assert fourier.extractors() == ()
+    assert set(fourier.refusals) == {each for each in Extractor if each is not Extractor.AUTO}
+    assert "complex64" in fourier.refusals[Extractor.HOOK][Capture.OUTPUT]
+    features = spectrum.extract(batch(), ["back", "out"], extractor="hook")
+    for name in ("back", "out"):
+        (right,) = outputs_of(hardnets.spectrum(), batch(), name)
+        assert torch.equal(features[name], right)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +297,7 @@ def test_errors_are_those_of_a_server(
 
 
 def test_limits_hold_before_any_compute() -> None:
-    """Of the batch, the layers, and the bytes of the tensors; nothing stays counted."""
+    """The batch, the layers and the bytes of the tensors are limited; nothing stays counted."""
     limits = Limits(batch=2, layers=2, reply_bytes=5000)
     with load(limits=limits) as model:
         with pytest.raises(errors.InvalidInputError, match="batch of 3, expected at most 2"):
@@ -283,7 +317,7 @@ def test_limits_hold_before_any_compute() -> None:
 
 
 def test_results_that_are_kept_do_not_count() -> None:
-    """The limit of bytes is for what is on its way: the caller may keep any number of results."""
+    """The limit of bytes is for running requests: the caller may keep any number of results."""
     with load(limits=Limits(pending_bytes=20_000)) as limited:
         kept = [limited.extract(batch(1), "conv1", extractor="hook") for _ in range(50)]
         assert limited._engine.pending_bytes == 0
@@ -291,7 +325,7 @@ def test_results_that_are_kept_do_not_count() -> None:
 
 
 def test_time_runs_out() -> None:
-    """A timeout that is over is DeadlineExceededError, and the model goes on to serve."""
+    """After the timeout DeadlineExceededError is raised, and the model keeps serving."""
     with load() as model:
         with pytest.raises(errors.DeadlineExceededError):
             model.extract(batch(), "conv1", timeout=0)
@@ -299,7 +333,7 @@ def test_time_runs_out() -> None:
 
 
 def test_a_closed_model_says_so() -> None:
-    """Closing twice is fine; whatever is asked afterwards is UnavailableError."""
+    """Closing twice is allowed; every later call raises UnavailableError."""
     with load() as model:
         kept = model.extract(batch(), "conv1", extractor="hook")
     model.close()
@@ -311,7 +345,7 @@ def test_a_closed_model_says_so() -> None:
 
 
 def test_closing_ends_the_threads() -> None:
-    """Nothing of a model is left running."""
+    """No thread of the model keeps running."""
     before = set(threading.enumerate())
     with load() as model:
         model.extract(batch(), "conv1")
@@ -331,7 +365,7 @@ def test_threads_share_a_model(model: LocalModel) -> None:
 
 
 def test_passes_are_shared_where_that_is_asked_for() -> None:
-    """A model with a batch policy gives each thread its own items."""
+    """With a batch policy each thread gets its own items."""
     batches = [batch(1, seed) for seed in range(16)]
     with load(max_batch_size=4, max_queue_delay_us=20_000) as model, ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(model.extract, x, "layer1", extractor="hook") for x in batches]
@@ -344,7 +378,7 @@ def test_passes_are_shared_where_that_is_asked_for() -> None:
 
 
 def test_declared_layers_are_compiled() -> None:
-    """AUTO serves them by TORCHSCRIPT from the first request on, and others by hooks."""
+    """AUTO serves them by TORCHSCRIPT from the first request on, and other layers by HOOK."""
     with load(layers=["layer1", "avgpool:input=before"]) as model:
         declared = model.extract(batch(1), ["layer1", "avgpool:input=before"])
         assert declared.extractor is Extractor.TORCHSCRIPT
@@ -356,7 +390,7 @@ def test_declared_layers_are_compiled() -> None:
 
 
 def test_a_stateful_model_begins_where_a_fresh_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of its first calls gives what the same call of a fresh module gives."""
+    """Each of its first calls gives the same values as that call of a fresh module."""
     # A factory is a function of its module.
     monkeypatch.setattr(statefulnets, "cycles", lambda: statefulnets.build("Cycles"), raising=False)
     with load("statefulnets:cycles") as model:
@@ -368,7 +402,7 @@ def test_a_stateful_model_begins_where_a_fresh_one_does(monkeypatch: pytest.Monk
 
 
 def test_shapes_that_depend_on_the_content() -> None:
-    """A value of another shape than was measured is returned whole."""
+    """A value with another shape than the measured one is returned completely."""
     with load("tinynets:dynamic") as model:
         for seed in range(3):
             x = batch(2, seed) - 0.2 * seed
@@ -377,7 +411,7 @@ def test_shapes_that_depend_on_the_content() -> None:
 
 
 def test_nan_can_be_refused() -> None:
-    """``require_finite`` and other settings of a served model hold here too."""
+    """``require_finite`` and other settings of a served model work here too."""
     x = batch()
     (true,) = outputs_of(tinynets.not_finite(), x, "tail")
     assert bool(true.isnan().any())
@@ -392,7 +426,7 @@ def test_nan_can_be_refused() -> None:
 
 
 def test_what_a_model_takes_and_has(model: LocalModel, client: Client) -> None:
-    """The catalogue has the server's names, shapes and extractors, in its order."""
+    """The catalogue has the server's names, shapes and extractors, in the same order."""
     served = client.describe_model("residual")
     described = model.describe()
     assert [layer.name for layer in described.layers] == [layer.name for layer in served.layers]
@@ -410,7 +444,7 @@ def test_what_a_model_takes_and_has(model: LocalModel, client: Client) -> None:
 
 
 def test_features_are_a_mapping_that_can_be_pickled(model: LocalModel) -> None:
-    """With the extractor and the timings, which add up."""
+    """The pickle includes the extractor and the timings, which add up."""
     features = model.extract(batch(), ["fc", "conv1"], extractor="hook")
     assert repr(features) == "LocalFeatures(fc: float32[2, 5], conv1: float32[2, 8, 8, 8])"
     timings = features.timings
@@ -434,13 +468,13 @@ def test_features_are_a_mapping_that_can_be_pickled(model: LocalModel) -> None:
     ],
 )
 def test_arguments_that_are_wrong_are_named(settings: dict[str, object], match: str) -> None:
-    """ConfigError says which argument, what it was and what is expected."""
+    """The ConfigError says which argument is wrong, its value and what is expected."""
     with pytest.raises(errors.ConfigError, match=match):
         layertap.load("tinynets:residual", **{"item_shape": ITEM, **settings})  # type: ignore[arg-type]
 
 
 def test_a_model_that_cannot_be_loaded_leaves_no_thread() -> None:
-    """Nor one whose declared layers do not exist."""
+    """This holds too if its declared layers do not exist."""
     before = set(threading.enumerate())
     with pytest.raises(errors.ModelLoadError):
         load("tinynets:nothing")

@@ -1,4 +1,4 @@
-"""Named tensors become the arguments of ``forward``: by position, by name, in dicts and tuples."""
+"""Named tensors become the arguments of ``forward``: by position or name, in dicts and tuples."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def arguments(forward: Any) -> Arguments:
 def test_each_tensor_goes_to_its_parameter(
     forward: Any, given: dict, args: list, kwargs: dict
 ) -> None:
-    """By position as far as nothing before is left out, else by name."""
+    """By position as long as no earlier argument is left out, else by name."""
     assert arguments(forward).of(given) == (args, kwargs)
 
 
 def test_a_program_says_its_parameters() -> None:
-    """A TorchScript program's own schema is read."""
+    """The schema of a TorchScript program is read."""
     found = parameters_of(severalnets.scripted())
     assert [(each.name, each.required) for each in found] == [
         ("input_ids", True),
@@ -53,13 +53,13 @@ def test_a_program_says_its_parameters() -> None:
 
 
 def test_what_is_no_tensor_is_told_by_its_annotation() -> None:
-    """A flag with an annotation of bool is a constant, whether it has a default or not."""
+    """An argument annotated with bool is a constant, whether or not it has a default."""
     found = parameters_of(severalnets.NeedsFlag())
     assert [(each.name, each.constant) for each in found] == [("x", False), ("training", True)]
 
 
 def test_an_adapter_makes_the_arguments() -> None:
-    """What the factory's function returns is passed on as it is."""
+    """The result of the factory's function is passed on unchanged."""
     given = Arguments(adapter=lambda tensors: ((tensors["a"] + tensors["b"],), {"flag": True}))
     args, kwargs = given.of({"a": A, "b": B})
     assert torch.equal(args[0], A + B)

@@ -7,13 +7,13 @@ from layertap.models import Batch
 
 
 def batch(size: int = 3) -> Batch:
-    """Return a batch of two inputs, whose items have their index in each element."""
+    """Return a batch of two inputs, in which every element of an item is the item's index."""
     index = torch.arange(size)
     return Batch({"x": index.float().view(size, 1, 1).repeat(1, 2, 3), "ids": index.view(size, 1)})
 
 
 def test_all_tensors_are_cut_at_the_same_items() -> None:
-    """A part has the same items of every input, and parts make the whole again."""
+    """A part has the same items of every input, and the parts together are the whole batch."""
     whole = batch()
     first, rest = whole.narrow(0, 1), whole.narrow(1, 2)
     assert (whole.size, first.size, rest.size) == (3, 1, 2)
@@ -26,7 +26,7 @@ def test_all_tensors_are_cut_at_the_same_items() -> None:
 
 
 def test_batches_of_one_key_differ_in_size_only() -> None:
-    """The key says name, item shape and type, so each of these makes another one."""
+    """The key contains name, item shape and dtype; a change of any of them changes the key."""
     key = batch().key
     assert key == batch(5).key
     assert hash(key) == hash(batch(5).key)
@@ -42,7 +42,7 @@ def test_batches_of_one_key_differ_in_size_only() -> None:
 
 
 def test_a_clone_shares_no_memory() -> None:
-    """A model that writes into the clone leaves the batch as it was."""
+    """If a model writes into the clone, the batch is unchanged."""
     whole = batch()
     copy = whole.clone()
     for tensor in copy.values():
@@ -53,7 +53,7 @@ def test_a_clone_shares_no_memory() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_number_that_is_not_finite_is_seen(bad: float) -> None:
-    """In any floating-point input; a sum that overflows is no such number."""
+    """This holds for any floating-point input; a sum that overflows is not such a number."""
     whole = batch()
     assert whole.is_finite
     assert Batch({"x": torch.full((2, 4), 60_000.0, dtype=torch.float16)}).is_finite
@@ -62,7 +62,7 @@ def test_one_number_that_is_not_finite_is_seen(bad: float) -> None:
 
 
 def test_the_only_tensor_is_the_only_one() -> None:
-    """Code for one input does not take the first of several."""
+    """Code for one input raises if there are several."""
     x = torch.ones(1, 2)
     assert Batch({"x": x}).only is x
     with pytest.raises(ValueError, match="too many values"):

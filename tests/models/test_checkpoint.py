@@ -1,4 +1,4 @@
-"""A model gets the state dict that is meant, or the file is refused in words."""
+"""A model gets the right state dict of a file, or the file is refused with a reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ State = Mapping[str, torch.Tensor]
 
 
 def net(value: float = 0.0) -> nn.Module:
-    """Two layers with a batch norm, all of one value."""
+    """Two layers with a batch norm, in which all values are equal."""
     made = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
     for tensor in made.state_dict().values():
         tensor.fill_(value)
@@ -28,7 +28,7 @@ def net(value: float = 0.0) -> nn.Module:
 
 
 class Wrapper(nn.Module):
-    """A model whose own names begin with ``module.`` or another word."""
+    """A model whose own names begin with ``module.`` or another such word."""
 
     def __init__(self, name: str, inner: nn.Module) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Wrapper(nn.Module):
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., str]:
-    """Save contents, load them into a module, and return what clients read."""
+    """Save contents, load them into a module, and return the description for clients."""
 
     def run(contents: Any, module: nn.Module, key: str = "") -> str:
         torch.save(contents, tmp_path / "w.pth")
@@ -47,7 +47,7 @@ def load(tmp_path: Path) -> Callable[..., str]:
 
 
 def value_of(module: nn.Module) -> float:
-    """Return the one value of all a module's tensors."""
+    """Return the one value of all tensors of a module."""
     values = {float(value) for tensor in module.state_dict().values() for value in tensor.flatten()}
     assert len(values) == 1
     return values.pop()
@@ -59,7 +59,7 @@ def prefixed(prefix: str, state: State) -> dict[str, torch.Tensor]:
 
 
 def lightning(state: State, **more: Any) -> dict[str, Any]:
-    """Return what PyTorch Lightning saves with weights only."""
+    """Return what PyTorch Lightning saves with ``save_weights_only``."""
     return {
         "epoch": 3,
         "global_step": 100,
@@ -102,7 +102,7 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_what_wrappers_add_is_taken_off(wrap: Callable[[State], Any], load: Any) -> None:
-    """Nesting and prefixes of training scripts and wrappers don't keep the weights from loading."""
+    """Nesting and prefixes of training scripts and wrappers are handled."""
     module = net()
 
     text = load(wrap(net(3.0).state_dict()), module)
@@ -113,7 +113,7 @@ def test_what_wrappers_add_is_taken_off(wrap: Callable[[State], Any], load: Any)
 
 @pytest.mark.parametrize("name", ["module", "model", "_orig_mod", "backbone"])
 def test_a_model_whose_own_names_begin_so_is_not_harmed(name: str, load: Any) -> None:
-    """A state dict of the very model loads, alone, nested, and under a wrapper's prefix again."""
+    """Its own state dict can be loaded: alone, nested, and under a wrapper's prefix."""
     state = Wrapper(name, net(2.0)).state_dict()
     for contents in (state, {"state_dict": state}, prefixed("module.", state)):
         module = Wrapper(name, net())
@@ -123,7 +123,7 @@ def test_a_model_whose_own_names_begin_so_is_not_harmed(name: str, load: Any) ->
 
 @pytest.mark.parametrize("name", ["module", "_orig_mod"])
 def test_a_wrapped_model_takes_the_file_of_what_it_wraps(name: str, load: Any) -> None:
-    """A factory that returns DataParallel or a compiled model loads the plain state dict."""
+    """A factory that returns DataParallel or a compiled model can load the plain state dict."""
     module = Wrapper(name, net())
 
     load({"state_dict": net(2.0).state_dict()}, module)
@@ -132,7 +132,7 @@ def test_a_wrapped_model_takes_the_file_of_what_it_wraps(name: str, load: Any) -
 
 
 def test_wrapped_models_take_their_own_files(load: Any) -> None:
-    """DataParallel and AveragedModel as the served module itself load what they saved."""
+    """If DataParallel or AveragedModel is the served module, it loads what it saved."""
     for wrap in (nn.DataParallel, AveragedModel):
         module = wrap(net())
         saved = wrap(net(2.0)).state_dict()
@@ -151,7 +151,7 @@ def test_wrapped_models_take_their_own_files(load: Any) -> None:
     ],
 )
 def test_ema_weights_are_taken_and_named(raw: str, averaged: str, load: Any) -> None:
-    """Of raw and EMA weights the latter are taken, as timm does, and clients read which."""
+    """Of raw and EMA weights the EMA weights are loaded, as in timm, and clients are told."""
     module = net()
 
     text = load({raw: net(1.0).state_dict(), averaged: net(2.0).state_dict()}, module)
@@ -171,7 +171,7 @@ def test_an_averaged_model_beside_the_raw_one_is_taken(load: Any) -> None:
 
 
 def test_raw_weights_can_be_asked_for(load: Any) -> None:
-    """``weights_key`` takes the state dict that it names."""
+    """``weights_key`` selects the state dict that it names."""
     module = net()
     contents = {"state_dict": net(1.0).state_dict(), "state_dict_ema": net(2.0).state_dict()}
 
@@ -180,7 +180,7 @@ def test_raw_weights_can_be_asked_for(load: Any) -> None:
 
 
 def test_ema_weights_of_another_form_are_not_passed_over_in_silence(load: Any) -> None:
-    """Where EMA weights can't be read, clients read that the others were taken."""
+    """If EMA weights can't be read, clients are told that the raw ones were loaded."""
     module = net()
     contents = {"model": net(1.0).state_dict(), "ema": [torch.ones(1)]}
 
@@ -188,7 +188,7 @@ def test_ema_weights_of_another_form_are_not_passed_over_in_silence(load: Any) -
 
 
 def test_teacher_and_student_are_never_chosen_between(load: Any) -> None:
-    """Two state dicts that both fit are refused, with the key that takes each."""
+    """Two state dicts that both fit are refused, with the keys that select each."""
     contents = {"teacher": net(1.0).state_dict(), "student": net(2.0).state_dict(), "epoch": 3}
     with pytest.raises(WeightsUnavailableError) as caught:
         load(contents, net())
@@ -200,7 +200,7 @@ def test_teacher_and_student_are_never_chosen_between(load: Any) -> None:
 
 
 def test_ema_weights_beside_other_models_are_not_chosen(load: Any) -> None:
-    """The average of one of several models is taken only where the others are the raw weights."""
+    """EMA weights are chosen only if the other state dict holds the raw weights."""
     contents = {name: net(1.0).state_dict() for name in ("student", "teacher")}
     contents["teacher_ema"] = net(2.0).state_dict()
     contents["teacher"]["0.bias"] = torch.zeros(4)
@@ -209,7 +209,7 @@ def test_ema_weights_beside_other_models_are_not_chosen(load: Any) -> None:
 
 
 def test_a_part_of_a_model_is_taken_by_its_prefix(load: Any) -> None:
-    """Self-supervised checkpoints: the backbone of the teacher is named, offered and loaded."""
+    """In a self-supervised checkpoint, the teacher's backbone can be named and loaded."""
     teacher = prefixed("backbone.", net(1.0).state_dict()) | {"head.weight": torch.ones(1)}
     student = prefixed("module.backbone.", net(2.0).state_dict())
     contents = {"teacher": teacher, "student": student, "epoch": 3}
@@ -227,7 +227,7 @@ def test_a_part_of_a_model_is_taken_by_its_prefix(load: Any) -> None:
 
 
 def test_the_key_of_an_only_state_dict_may_be_left_out(load: Any) -> None:
-    """A prefix alone is enough where the file has one state dict."""
+    """The prefix alone is enough if the file has one state dict."""
     contents = lightning(prefixed("model.", net(1.0).state_dict()) | {"loss.weight": torch.ones(1)})
     with pytest.raises(
         WeightsUnavailableError, match=r"weights_key .* 'state_dict\.model' would fit"
@@ -241,7 +241,7 @@ def test_the_key_of_an_only_state_dict_may_be_left_out(load: Any) -> None:
 
 
 def test_a_prefix_that_nothing_explains_is_not_guessed(load: Any) -> None:
-    """Names below a word that no known wrapper adds may be another model's: the key is offered."""
+    """Names with an unknown prefix may be another model's, so the error suggests the key."""
     contents = {"state_dict": prefixed("encoder_q.", net().state_dict())}
     with pytest.raises(WeightsUnavailableError) as caught:
         load(contents, net())
@@ -276,7 +276,7 @@ def test_files_without_a_state_dict_say_what_they_hold(contents: Any, held: str,
 
 
 def test_values_that_are_no_tensors_are_named(load: Any) -> None:
-    """A name of the model with something else under it is refused."""
+    """A name of the model with another value than a tensor is refused."""
     state = dict(net().state_dict()) | {"0.bias": 3}
     with pytest.raises(WeightsUnavailableError, match=r"0\.bias is int, the model has a tensor"):
         load(state, net())
@@ -299,7 +299,7 @@ def test_versions_survive_the_renaming(load: Any) -> None:
 
 
 class Tied(nn.Module):
-    """An embedding whose weight is the output layer's as well."""
+    """An embedding that shares its weight with the output layer."""
 
     def __init__(self, *, tied: bool = True) -> None:
         super().__init__()
@@ -310,7 +310,7 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_need_one_name(tmp_path: Path) -> None:
-    """safetensors writes a tensor of two names once; a model that ties them loads it."""
+    """safetensors stores a tensor with two names once; a model that ties them can load it."""
     saved = Tied()
     safetensors.torch.save_model(saved, str(tmp_path / "w.safetensors"))
     for key in ("embed.weight", "head.weight"):
@@ -324,7 +324,7 @@ def test_tied_weights_need_one_name(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_tie_gets_both(tmp_path: Path) -> None:
-    """safetensors notes which name it left out, so both layers get the value."""
+    """safetensors records the name that it left out, so both layers get the value."""
     saved = Tied()
     safetensors.torch.save_model(saved, str(tmp_path / "w.safetensors"))
     module = Tied(tied=False)
@@ -342,7 +342,7 @@ def test_a_missing_weight_is_not_taken_for_a_tied_one(load: Any) -> None:
 
 
 def test_tied_weights_that_differ_are_refused(load: Any) -> None:
-    """Two values for one tensor can't both be loaded: the last one would win in silence."""
+    """Two values for one tensor can't both be loaded: the last one would silently win."""
     state = {"embed.weight": torch.ones(5, 3), "head.weight": torch.zeros(5, 3)}
     with pytest.raises(WeightsUnavailableError, match="tied weights differ: embed.weight and head"):
         load(state, Tied())
@@ -350,7 +350,7 @@ def test_tied_weights_that_differ_are_refused(load: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_modules_load_what_they_saved(load: Any) -> None:
-    """Dynamically quantised layers keep more than tensors in their state dict."""
+    """Dynamically quantised layers have more than tensors in their state dict."""
     module = net_with_linear()
     saved = net_with_linear()
     x = torch.rand(2, 4)

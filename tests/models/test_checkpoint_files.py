@@ -1,4 +1,4 @@
-"""A path given as weights is a file, an index of shards, or a folder; nothing in it is run."""
+"""A path given as weights is a file, an index of shards, or a folder; no code in it is run."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ Save = Callable[[dict[str, torch.Tensor], Path], None]
     ],
 )
 def test_paths_are_told_from_names(text: str, expected: bool) -> None:
-    """A suffix of a weights file or a slash makes a path, anything else is a name."""
+    """A weights file's suffix or a slash makes it a path; anything else is a name."""
     assert is_path(text) is expected
 
 
 def test_torch_and_safetensors_files_hold_the_same(tiny_net: nn.Module, tmp_path: Path) -> None:
-    """Both file formats give the saved tensors back."""
+    """Both file formats return the saved tensors."""
     state = tiny_net.state_dict()
     torch.save(state, tmp_path / "w.pth")
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
@@ -60,7 +60,7 @@ def test_torch_and_safetensors_files_hold_the_same(tiny_net: nn.Module, tmp_path
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """The message says which file isn't there."""
+    """The message names the missing file."""
     with pytest.raises(WeightsUnavailableError, match=r"nothing\.pth: no such file"):
         read_checkpoint(str(tmp_path / "nothing.pth"))
 
@@ -68,7 +68,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x80\x02.", b"PK\x03\x04zip"])
 def test_foreign_files_are_refused(name: str, content: bytes, tmp_path: Path) -> None:
-    """A file of another kind is refused with what was expected, whatever its reader trips over."""
+    """A file of another kind is refused with what was expected, whatever error its reader has."""
     (tmp_path / name).write_bytes(content)
 
     with pytest.raises(WeightsUnavailableError, match="expected a state dict"):
@@ -86,7 +86,7 @@ class Trap:
 
 
 class Setter:
-    """Pickles as an object whose class would create a file as its state is set."""
+    """Pickles as an object whose class would create a file when its state is set."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,7 +110,7 @@ def test_nothing_in_a_file_is_run(kind: type, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Trap, Setter])
 def test_nothing_in_a_file_of_the_old_format_is_run(kind: type, tmp_path: Path) -> None:
-    """Files from before torch 1.6 don't tell their classes beforehand: any such is refused."""
+    """Files older than torch 1.6 don't list their classes, so those with classes are refused."""
     contents = {"weight": torch.ones(1), "other": kind(tmp_path / "trapped")}
     torch.save(contents, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
 
@@ -120,11 +120,11 @@ def test_nothing_in_a_file_of_the_old_format_is_run(kind: type, tmp_path: Path) 
 
 
 class Settings(dict):
-    """A dict of a class of its own, as configuration libraries have them."""
+    """An instance of a dict subclass, as in configuration libraries."""
 
 
 def test_objects_beside_the_weights_are_stood_in_for(tmp_path: Path) -> None:
-    """Settings, counters and paths of training scripts don't keep the weights from being read."""
+    """Settings, counters and paths of training scripts don't prevent reading the weights."""
     torch.save(
         {
             "state_dict": {"weight": torch.ones(2)},
@@ -186,7 +186,7 @@ def test_shards_are_read_by_their_index_or_folder(name: str, tmp_path: Path) -> 
 
 
 def test_a_shard_alone_is_refused(tmp_path: Path) -> None:
-    """One shard has a part of the weights only; the message says what to give instead."""
+    """A single shard has only a part of the weights; the message says what to give instead."""
     shards(tmp_path, "model.safetensors", safetensors.torch.save_file)
 
     with pytest.raises(
@@ -196,7 +196,7 @@ def test_a_shard_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_only_shard_is_a_file(tmp_path: Path) -> None:
-    """A model saved as one of one shard is whole."""
+    """A model that is saved as one shard is complete."""
     file = tmp_path / "model-00001-of-00001.safetensors"
     safetensors.torch.save_file({"a": torch.ones(1)}, file)
 
@@ -235,7 +235,7 @@ def test_an_only_shard_is_a_file(tmp_path: Path) -> None:
 def test_a_broken_index_is_refused(
     change: Callable[[Path], object], message: str, tmp_path: Path
 ) -> None:
-    """Missing shards and tensors, and an index that leads elsewhere, are named."""
+    """Missing shards and tensors, and an index that points elsewhere, are named."""
     shards(tmp_path, "model.safetensors", safetensors.torch.save_file)
     change(tmp_path)
 
@@ -244,7 +244,7 @@ def test_a_broken_index_is_refused(
 
 
 def test_a_folder_is_read_as_hugging_face_reads_it(tmp_path: Path) -> None:
-    """Of a safetensors file and a pickled one with the usual names the first is taken."""
+    """If a folder has a safetensors file and a pickled one, the safetensors file is used."""
     torch.save({"b": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     assert list(read_checkpoint(str(tmp_path)).contents) == ["b"]
 
@@ -256,7 +256,7 @@ def test_a_folder_is_read_as_hugging_face_reads_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_one_choice_is_refused(tmp_path: Path) -> None:
-    """A folder with no weights, or with several, says what it holds."""
+    """A folder with no weights, or with several, is refused with what it holds."""
     (tmp_path / "notes.txt").touch()
     with pytest.raises(
         WeightsUnavailableError, match=r"expected one weights file .*it holds notes"
@@ -270,7 +270,7 @@ def test_a_folder_without_one_choice_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_configuration_beside_published_weights_counts(tmp_path: Path) -> None:
-    """A folder's configuration is that of the weights in it; that beside another file is not."""
+    """The configuration in a weights folder is used; one next to a single file is not."""
     for name in ("model.safetensors", "mine.safetensors"):
         (tmp_path / name).touch()
 

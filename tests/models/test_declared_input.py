@@ -1,4 +1,4 @@
-"""The texts in which inputs are declared."""
+"""The texts that declare inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from layertap.settings import DeclaredInput, ModelSpec
     ],
 )
 def test_a_text_says_what_an_input_is(text: str, expected: DeclaredInput) -> None:
-    """Type, sizes, names of free sizes and options; it is written as it can be read again."""
+    """Dtype, sizes, names of free sizes and options are parsed, and written in the same form."""
     found = DeclaredInput.parse("x", text)
     assert found == expected
     assert DeclaredInput.parse("x", str(found)) == found
@@ -50,7 +50,7 @@ def test_a_malformed_text_is_refused(name: str, text: str, message: str) -> None
 
 
 def test_inputs_are_declared_alone_and_for_own_code_only() -> None:
-    """Beside them item_shape would say the same thing twice; a torchvision model's are known."""
+    """item_shape would repeat them; the inputs of torchvision models are known."""
     ids = DeclaredInput.parse("ids", "int64 [4]")
     optional = DeclaredInput.parse("ids", "int64 [4], optional")
     with pytest.raises(ConfigError, match="got inputs and also item_shape"):

@@ -42,7 +42,7 @@ setting = 4
 
 
 def test_the_factorys_own_weights_stay(factory_module: Write) -> None:
-    """By default the module is what the factory returns."""
+    """By default the module stays as the factory returned it."""
     name = factory_module(NETS)
 
     built = build_factory(ModelSpec(f"{name}:ones"))
@@ -102,7 +102,7 @@ class Described(nn.Conv2d):
 
 
 def test_the_factorys_preprocess_is_taken(factory_module: Write, photo: Image.Image) -> None:
-    """A function or a dict of settings at the factory says how images become its input."""
+    """A function or a dict of settings on the factory determines how images are preprocessed."""
     name = factory_module(PREPROCESSED)
     reference = transforms.Compose(
         [
@@ -130,7 +130,7 @@ def test_the_factorys_preprocess_is_taken(factory_module: Write, photo: Image.Im
 
 
 def test_a_modules_own_configuration_is_taken(factory_module: Write) -> None:
-    """A pretrained_cfg, as timm's models have, gives the preprocessing and the item's size."""
+    """A module's pretrained_cfg, as in timm, gives the preprocessing and the item's size."""
     built = build_factory(ModelSpec(f"{factory_module(PREPROCESSED)}:Described"))
 
     assert built.inputs[0].shape == (3, 96, 96)
@@ -139,7 +139,7 @@ def test_a_modules_own_configuration_is_taken(factory_module: Write) -> None:
 
 
 def test_a_method_of_a_class_is_no_preprocess(factory_module: Write) -> None:
-    """A class's method ``preprocess`` takes the instance, and mostly tensors: it is left alone."""
+    """A class's method ``preprocess`` needs an instance, so it is ignored."""
     built = build_factory(ModelSpec(f"{factory_module(PREPROCESSED)}:Net"))
 
     assert built.preprocess is None
@@ -157,20 +157,20 @@ def test_a_method_of_a_class_is_no_preprocess(factory_module: Write) -> None:
 def test_a_bad_preprocess_is_a_load_error(
     function: str, message: str, factory_module: Write
 ) -> None:
-    """What is neither a function nor known settings is named, and nothing is assumed instead."""
+    """What is neither a function nor known settings is an error; no assumption replaces it."""
     with pytest.raises(ModelLoadError, match=message):
         build_factory(ModelSpec(f"{factory_module(PREPROCESSED)}:{function}"))
 
 
 def test_a_factory_may_be_an_attribute(factory_module: Write) -> None:
-    """Dots after the colon reach into classes."""
+    """Dots after the colon lead to attributes of classes."""
     assert isinstance(
         build_factory(ModelSpec(f"{factory_module(NETS)}:Nets.small")).module, nn.Sequential
     )
 
 
 def test_random_seeds_the_construction(factory_module: Write) -> None:
-    """The same seed gives the same module, and the process's generator is untouched."""
+    """The same seed gives the same module, and the process's generator is unchanged."""
     name = factory_module(NETS)
     before = torch.get_rng_state()
 
@@ -197,7 +197,7 @@ def test_a_state_dict_is_loaded(factory_module: Write, tmp_path: Path) -> None:
 
 
 def test_named_weights_are_refused(factory_module: Write) -> None:
-    """A factory has no members to choose from."""
+    """A factory has no weights by name."""
     with pytest.raises(WeightsUnavailableError, match="got 'IMAGENET1K_V1', expected DEFAULT"):
         build_factory(ModelSpec(f"{factory_module(NETS)}:tiny", weights="IMAGENET1K_V1"))
 
@@ -213,19 +213,19 @@ def test_named_weights_are_refused(factory_module: Write) -> None:
     ],
 )
 def test_bad_factories_are_load_errors(function: str, message: str, factory_module: Write) -> None:
-    """Whatever is wrong with a factory is a ModelLoadError that names it."""
+    """Any fault of a factory is a ModelLoadError that names it."""
     with pytest.raises(ModelLoadError, match=message):
         build_factory(ModelSpec(f"{factory_module(NETS)}:{function}"))
 
 
 def test_a_missing_package_is_a_load_error() -> None:
-    """A module that isn't there is named, with where to look."""
+    """The error names the missing module and says where it was searched."""
     with pytest.raises(ModelLoadError, match=r"no_such_nets.*PYTHONPATH"):
         build_factory(ModelSpec("no_such_nets:tiny"))
 
 
 def test_a_package_that_breaks_on_import_is_a_load_error(factory_module: Write) -> None:
-    """An exception while importing is a ModelLoadError that names its type."""
+    """An exception during the import is a ModelLoadError that names its class."""
     with pytest.raises(ModelLoadError, match="importing it raised ZeroDivisionError"):
         build_factory(ModelSpec(f"{factory_module('1 / 0')}:tiny"))
 
@@ -238,7 +238,7 @@ def test_half_a_target_is_a_load_error(target: str) -> None:
 
 
 def test_a_lazy_module_is_refused(factory_module: Write) -> None:
-    """Its weights would be made by its first input, of no seed and after they were to be loaded."""
+    """Its weights would be created at its first input: without the seed, and after loading."""
     name = factory_module("from torch import nn\n\ndef lazy():\n    return nn.LazyConv2d(4, 3)\n")
     with pytest.raises(ModelLoadError, match=r"'weight' has no shape yet.* run the module once"):
         build_factory(ModelSpec(f"{name}:lazy", item_shape=(3, 8, 8)))

@@ -25,7 +25,7 @@ def known(spec: InputSpec) -> tuple[object, ...]:
     ],
 )
 def test_a_convolution_first_means_images(net: nn.Module, channels: int) -> None:
-    """Images of any size, with the channels of the first convolution, are the guess."""
+    """The guess is images of any size, with the channels of the first convolution."""
     spec = guess_input(net, SPEC)
     assert known(spec) == ((channels, 224, 224), (1, 2), torch.float32)
     assert spec.guess is not None
@@ -33,7 +33,7 @@ def test_a_convolution_first_means_images(net: nn.Module, channels: int) -> None
 
 
 def test_a_scripted_convolution_is_seen_too() -> None:
-    """In TorchScript the kind of a module is its original name."""
+    """In TorchScript a module's kind is its original name."""
     with warnings.catch_warnings():
         # Torch deprecates TorchScript.
         warnings.simplefilter("ignore")
@@ -44,7 +44,7 @@ def test_a_scripted_convolution_is_seen_too() -> None:
 
 @pytest.mark.parametrize("net", [nn.Linear(4, 2), nn.ReLU(), nn.Conv1d(1, 1, 1)])
 def test_anything_else_needs_an_item_shape(net: nn.Module) -> None:
-    """Where the input can't be told, the message asks for it."""
+    """If the input can't be determined, the message asks for it."""
     with pytest.raises(ModelLoadError, match=r"item shape of net.*--item-shape"):
         guess_input(net, SPEC)
 
@@ -64,13 +64,13 @@ def test_anything_else_needs_an_item_shape(net: nn.Module) -> None:
 def test_an_item_shape_is_taken(
     net: nn.Module, item_shape: tuple[int, ...], expected: InputSpec
 ) -> None:
-    """The user's shape is taken, sizes after the first may vary, the dtype is the module's."""
+    """The user's shape is used, sizes after the first may vary, the dtype is the module's."""
     guessed = guess_input(net, ModelSpec("pkg:net", item_shape=item_shape))
     assert known(guessed) == known(expected)
 
 
 def test_the_guesses_are_marked() -> None:
-    """Other element types are named to be tried, the first of them the weights' own."""
+    """Other dtypes to try are listed; the first of them is the weights' own."""
     spec = guess_input(nn.Embedding(9, 4).half(), ModelSpec("pkg:net", item_shape=(5,)))
     assert spec.guess is not None
     assert spec.guess.dtypes[:2] == (torch.float16, torch.float32)
@@ -78,14 +78,14 @@ def test_the_guesses_are_marked() -> None:
 
 
 def test_what_is_declared_is_no_guess() -> None:
-    """The declared element type and free dimensions are taken, and nothing else is to be tried."""
+    """The declared dtype and free dimensions are used, and nothing else is tried."""
     declared = ModelSpec("pkg:net", item_shape=(3, 8, 9), input_dtype="uint8", free_dims=(2,))
     spec = guess_input(nn.Conv2d(3, 1, 1), declared)
     assert spec == InputSpec((3, 8, 9), (2,), torch.uint8, guess=InputGuess())
 
 
 def test_free_dimensions_are_dimensions_of_the_item() -> None:
-    """An index behind the item's last dimension is refused with what there is."""
+    """An index after the item's last dimension is refused, with the valid ones."""
     declared = ModelSpec("pkg:net", item_shape=(3, 8, 9), free_dims=(1, 3))
     with pytest.raises(ModelLoadError, match=r"free dimensions of net: got \[1, 3\].*0 to 2"):
         guess_input(nn.Conv2d(3, 1, 1), declared)

@@ -1,4 +1,4 @@
-"""What models and checkpoints say of their images is followed as their own libraries follow it."""
+"""Image configurations of models and checkpoints have the same effect as in their own libraries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def made(config: ImageConfig | None, item_shape: tuple[int, ...], image: Image.Image) -> Any:
-    """Return what a configuration makes of an image."""
+    """Return the result of a configuration's steps for an image."""
     assert config is not None
     preprocess = config.preprocess(item_shape)
     assert preprocess is not None
@@ -40,7 +40,7 @@ def made(config: ImageConfig | None, item_shape: tuple[int, ...], image: Image.I
 def test_every_mode_of_timm_equals_its_transform(
     mode: str, size: tuple[int, ...], share: float, photo: Image.Image
 ) -> None:
-    """Each crop mode, square or not, gives bit for bit what timm's create_transform gives."""
+    """Each crop mode, square or not, gives timm's create_transform's result bit for bit."""
     config = {
         "input_size": size,
         "crop_mode": mode,
@@ -55,7 +55,7 @@ def test_every_mode_of_timm_equals_its_transform(
 
 
 def test_16_bit_grayscale_is_padded_alike(encoded: Callable[..., bytes]) -> None:
-    """The colour of timm's border is as bright beside 16-bit pixels as beside 8-bit ones."""
+    """The colour of timm's border has the same brightness for 16-bit pixels as for 8-bit ones."""
     config = {"crop_mode": "border", "crop_pct": 1.0, "mean": (0.5,), "std": (0.5,)}
     preprocess = config_of_timm(config, "").preprocess((1, 64, 64))
     assert preprocess is not None
@@ -69,7 +69,7 @@ def test_16_bit_grayscale_is_padded_alike(encoded: Callable[..., bytes]) -> None
 
 
 def test_missing_keys_get_timms_defaults(photo: Image.Image) -> None:
-    """A configuration with a mean and standard deviation only is completed by timm's rules."""
+    """A configuration with only a mean and standard deviation is completed by timm's rules."""
     module = torch.nn.Conv2d(3, 1, 1)
     module.pretrained_cfg = {"mean": CLIP_MEAN, "std": CLIP_STD, "input_size": (3, 96, 96)}
     resolved = timm.data.resolve_data_config({}, model=module)
@@ -95,7 +95,7 @@ def test_missing_keys_get_timms_defaults(photo: Image.Image) -> None:
 def test_open_clips_configuration_is_followed(
     mode: str, reference: list[Any], photo: Image.Image, tmp_path: Path
 ) -> None:
-    """A visual tower's preprocess_cfg, and the file beside its weights, give open_clip's steps."""
+    """A visual tower's preprocess_cfg, and the file next to weights, give open_clip's steps."""
     settings = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": mode}
     (tmp_path / "open_clip_config.json").write_text(
         json.dumps({"preprocess_cfg": settings, "model_cfg": {"vision_cfg": {"image_size": 96}}})
@@ -114,7 +114,7 @@ def test_open_clips_configuration_is_followed(
 
 
 def test_a_mean_and_deviation_alone_leave_the_rest_assumed(photo: Image.Image) -> None:
-    """image_mean and image_std say nothing of the resize and the crop."""
+    """image_mean and image_std don't determine the resize and the crop."""
     config = config_of_module(SimpleNamespace(image_mean=CLIP_MEAN, image_std=list(CLIP_STD)))
 
     assert config is not None
@@ -124,7 +124,7 @@ def test_a_mean_and_deviation_alone_leave_the_rest_assumed(photo: Image.Image) -
 
 @pytest.mark.parametrize("module", [torch.nn.Conv2d(3, 1, 1), SimpleNamespace(image_mean="?")])
 def test_a_module_that_says_nothing_has_no_configuration(module: Any) -> None:
-    """Attributes of other kinds under the same names are left alone."""
+    """Attributes of other types with the same names are ignored."""
     assert config_of_module(module) is None
 
 
@@ -159,7 +159,7 @@ HUGGING_FACE = {
 def test_hugging_faces_image_processor_is_followed(
     changes: dict[str, Any], reference: list[Any], photo: Image.Image, tmp_path: Path
 ) -> None:
-    """The preprocessor_config.json beside weights gives the steps that it asks for."""
+    """The preprocessor_config.json next to weights gives the steps that it describes."""
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(HUGGING_FACE | changes))
     normal = transforms.Normalize([0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
     expected = transforms.Compose([*reference, transforms.ToTensor(), normal])(photo)
@@ -185,7 +185,7 @@ def test_hugging_faces_image_processor_is_followed(
 def test_what_can_not_be_followed_is_logged(
     content: str, word: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Steps that layertap doesn't do, and broken files, are left out and named in the log."""
+    """Unsupported steps and broken files are ignored and named in the log."""
     (tmp_path / "preprocessor_config.json").write_text(content)
 
     assert config_of_folder(tmp_path) is None
@@ -194,7 +194,7 @@ def test_what_can_not_be_followed_is_logged(
 
 
 def test_timms_hub_configuration_is_followed(photo: Image.Image, tmp_path: Path) -> None:
-    """config.json with a pretrained_cfg is timm's; another model's config.json says nothing."""
+    """config.json with a pretrained_cfg is timm's; other config.json files are ignored."""
     inner = {"input_size": [3, 96, 96], "crop_pct": 1.0, "interpolation": "bicubic"}
     inner |= {"mean": CLIP_MEAN, "std": CLIP_STD}
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": inner}))

@@ -1,4 +1,4 @@
-"""What a user sets of the image preprocessing is checked before anything is loaded."""
+"""The user's settings of the image preprocessing are checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from layertap.settings.image_settings import INTERPOLATIONS
 
 
 def test_interpolations_are_torchvisions() -> None:
-    """Each name is one of torchvision's, which are Pillow's filters."""
+    """Each name is one of torchvision's, and a filter of Pillow."""
     assert {InterpolationMode(name).value for name in INTERPOLATIONS} == set(INTERPOLATIONS)
 
 
 def test_what_is_given_is_named_as_in_the_configuration() -> None:
-    """An empty tuple, zero and false are given; None is not."""
+    """An empty tuple, zero and false count as given; None does not."""
     settings = ImageSettings(mean=(), crop=(8,), exif_orientation=False)
     assert settings.given == ("image_mean", "image_crop", "exif_orientation")
     assert ImageSettings().given == ()

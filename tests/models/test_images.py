@@ -37,7 +37,7 @@ def loaded_by_torchvision(data: bytes, folder: Path) -> np.ndarray:
 
 
 def variants(image: Image.Image, encode: Encode) -> dict[str, bytes]:
-    """The image in each format and mode that needs its own path through Pillow."""
+    """The image in each format and mode for which Pillow has its own code."""
     palette = image.quantize(16)
     return {
         "jpeg": encode(image, "JPEG"),
@@ -63,7 +63,7 @@ def variants(image: Image.Image, encode: Encode) -> dict[str, bytes]:
 def test_every_mode_equals_torchvisions_loader(
     noise: Image.Image, encoded: Encode, tmp_path: Path
 ) -> None:
-    """Each format and mode gives the RGB pixels that torchvision's default loader gives."""
+    """Each format and mode gives the RGB pixels of torchvision's default loader."""
     for name, data in variants(noise, encoded).items():
         image = decode_image(data, 0)
         assert image.mode == "RGB", name
@@ -75,7 +75,7 @@ def test_every_mode_equals_torchvisions_loader(
 def test_the_exif_orientation_is_applied(
     kind: str, orientation: int, noise: Image.Image, encoded: Encode
 ) -> None:
-    """A picture of each orientation stands as Pillow turns it; on request it is left as stored."""
+    """An image of each orientation is turned as by Pillow; on request it is left as stored."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(noise, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
@@ -90,7 +90,7 @@ def test_the_exif_orientation_is_applied(
 
 
 def test_an_orientation_in_xmp_is_applied(noise: Image.Image, encoded: Encode) -> None:
-    """Some cameras' software writes the orientation as XMP only; Pillow and viewers honour it."""
+    """Some cameras write the orientation as XMP only; Pillow and viewers apply it."""
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     data = encoded(noise, "JPEG", xmp=xmp)
 
@@ -105,7 +105,7 @@ def test_an_orientation_in_xmp_is_applied(noise: Image.Image, encoded: Encode) -
 def test_damaged_exif_leaves_the_picture_as_stored(
     kind: str, exif: bytes, noise: Image.Image, encoded: Encode
 ) -> None:
-    """Exif data that can't be read affects no pixel, as in image viewers."""
+    """Unreadable Exif data changes no pixel, as in image viewers."""
     image = decode_image(encoded(noise, kind, exif=exif), 0)
 
     assert image.size == (40, 30)
@@ -115,7 +115,7 @@ def test_damaged_exif_leaves_the_picture_as_stored(
 def test_orientations_out_of_range_are_ignored(
     orientation: int, noise: Image.Image, encoded: Encode
 ) -> None:
-    """Only 2 to 8 turn a picture."""
+    """Only the values 2 to 8 turn an image."""
     exif = Image.Exif()
     exif[0x0112] = orientation
 
@@ -123,12 +123,12 @@ def test_orientations_out_of_range_are_ignored(
 
 
 def deep_png(encode: Encode, pixels: np.ndarray) -> bytes:
-    """Return a grayscale PNG of 16 bits a pixel."""
+    """Return a grayscale PNG with 16 bits per pixel."""
     return encode(Image.fromarray(pixels.astype(np.uint16)), "PNG")
 
 
 def test_16_bit_grayscale_keeps_its_brightness(encoded: Encode) -> None:
-    """The high byte is taken, where Pillow's own conversion clips all above 255 to white."""
+    """The high byte is used; Pillow's own conversion would clip values above 255 to white."""
     pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40))
     data = deep_png(encoded, pixels)
 
@@ -140,7 +140,7 @@ def test_16_bit_grayscale_keeps_its_brightness(encoded: Encode) -> None:
 
 
 def test_16_bits_are_kept_on_request(encoded: Encode) -> None:
-    """Where the caller can use them, all 16 bits come through."""
+    """If the caller can use them, all 16 bits are returned."""
     pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40))
 
     image = decode_image(deep_png(encoded, pixels), 0, reading=Reading(keep_16_bit=True))
@@ -152,7 +152,7 @@ def test_16_bits_are_kept_on_request(encoded: Encode) -> None:
 def test_gray_is_the_luma_of_torchvisions_loader(
     noise: Image.Image, encoded: Encode, tmp_path: Path
 ) -> None:
-    """Each format and mode becomes the gray that torchvision's Grayscale makes of its RGB."""
+    """Each format and mode gives the gray that torchvision's Grayscale makes of its RGB."""
     for name, data in variants(noise, encoded).items():
         image = decode_image(data, 0, reading=Reading(Color.GRAY))
         expected = Grayscale()(Image.fromarray(loaded_by_torchvision(data, tmp_path)))
@@ -161,7 +161,7 @@ def test_gray_is_the_luma_of_torchvisions_loader(
 
 
 def test_a_real_photograph_equals_torchvisions_loader(photo_bytes: bytes, tmp_path: Path) -> None:
-    """A photograph's file, given as bytes or as a view, decodes as torchvision would read it."""
+    """A photo's file, given as bytes or as a view, is decoded as by torchvision."""
     expected = loaded_by_torchvision(photo_bytes, tmp_path)
 
     assert np.array_equal(np.asarray(decode_image(photo_bytes, 0)), expected)
@@ -170,28 +170,28 @@ def test_a_real_photograph_equals_torchvisions_loader(photo_bytes: bytes, tmp_pa
 
 @pytest.mark.parametrize("data", [b"", memoryview(b"")])
 def test_empty_bytes_are_refused(data: bytes) -> None:
-    """No bytes at all are refused with the image's index."""
+    """Empty bytes are refused with the image's index."""
     with pytest.raises(InvalidInputError, match=r"^images\[3\]: got no bytes, expected a JPEG"):
         decode_image(data, 3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
 def test_other_formats_are_refused(kind: str, noise: Image.Image, encoded: Encode) -> None:
-    """Formats that Pillow could read but that aren't promised are refused."""
+    """Formats that Pillow could read but that aren't documented are refused."""
     with pytest.raises(InvalidInputError, match=r"images\[1\]: got \d+ bytes of something else"):
         decode_image(encoded(noise, kind), 1)
 
 
 @pytest.mark.parametrize("data", [b"hello", b"\xff\xd8", b"RIFF1234WAVE", b"<svg/>", b"\x89PNG"])
 def test_texts_and_stubs_are_refused(data: bytes) -> None:
-    """Text, other RIFF files and lone beginnings of a signature are no images."""
+    """Text, other RIFF files and the beginning of a signature are not images."""
     with pytest.raises(InvalidInputError, match="expected a JPEG, PNG or WebP image"):
         decode_image(data, 0)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_truncated_files_are_refused(kind: str, noise: Image.Image, encoded: Encode) -> None:
-    """A file cut anywhere in its first nine tenths is refused, never half decoded."""
+    """A file cut anywhere in its first nine tenths is refused, never partly decoded."""
     data = encoded(noise, kind)
     for length in range(1, len(data) * 9 // 10, 7):
         with pytest.raises(InvalidInputError, match=r"images\[2\]"):
@@ -199,7 +199,7 @@ def test_truncated_files_are_refused(kind: str, noise: Image.Image, encoded: Enc
 
 
 def test_messages_leak_nothing_internal(noise: Image.Image, encoded: Encode) -> None:
-    """A damaged file's message has no text of Pillow's and no path; the cause stays attached."""
+    """The message has neither Pillow's text nor a path; the cause stays attached."""
     with pytest.raises(InvalidInputError) as caught:
         decode_image(encoded(noise, "PNG")[:60], 5)
 
@@ -212,7 +212,7 @@ def test_messages_leak_nothing_internal(noise: Image.Image, encoded: Encode) -> 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "lossless", "alpha", "animated"])
 def test_the_pixel_limit_is_inclusive(kind: str, noise: Image.Image, encoded: Encode) -> None:
-    """An image of exactly the limit passes, one of a pixel more doesn't, in each layout."""
+    """An image of exactly the limit is accepted, one with a pixel more isn't, in each layout."""
     data = {
         "JPEG": lambda: encoded(noise, "JPEG"),
         "PNG": lambda: encoded(noise, "PNG"),
@@ -230,7 +230,7 @@ def test_the_pixel_limit_is_inclusive(kind: str, noise: Image.Image, encoded: En
 
 
 def png_announcing(width: int, height: int) -> bytes:
-    """Return a PNG's header of such a size, and no pixels."""
+    """Return a PNG's header with this size, and no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -243,14 +243,14 @@ def png_announcing(width: int, height: int) -> bytes:
 
 
 def webp_announcing(width: int, height: int, image: bytes) -> bytes:
-    """Return a small WebP image on a canvas of such a size."""
+    """Return a small WebP image on a canvas of this size."""
     canvas = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     body = b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + canvas + image[12:]
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def test_bombs_are_refused_by_their_header(noise: Image.Image, encoded: Encode) -> None:
-    """A few bytes that announce gigapixels are refused by size, without Pillow's warnings."""
+    """A few bytes that announce gigapixels are refused, without Pillow's warnings."""
     for data in (
         png_announcing(60_000, 60_000),
         png_announcing(10_000, 10_000),
@@ -263,7 +263,7 @@ def test_bombs_are_refused_by_their_header(noise: Image.Image, encoded: Encode) 
 def test_pillows_global_limit_plays_no_part(
     noise: Image.Image, encoded: Encode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pillow's own limit neither warns nor refuses: the server's is the only one."""
+    """Pillow's own limit neither warns nor refuses: only the server's limit applies."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)
 
     assert decode_image(encoded(noise, "JPEG"), 0).size == (40, 30)
@@ -271,7 +271,7 @@ def test_pillows_global_limit_plays_no_part(
 
 
 def test_threads_do_not_disturb_each_other(noise: Image.Image, encoded: Encode) -> None:
-    """Eight threads that decode all variants get what one thread gets."""
+    """Eight threads that decode all variants get the same results as one thread."""
     files = list(variants(noise, encoded).values())
     expected = [decode_image(data, 0).tobytes() for data in files]
 
@@ -302,7 +302,7 @@ def test_hostile_bytes_decode_or_are_invalid(
     keep: bool,
     encoded: Encode,
 ) -> None:
-    """Whatever the bytes, the outcome is an image as asked for or an InvalidInputError."""
+    """For any bytes, the result is an image as requested or an InvalidInputError."""
     exif = Image.Exif()
     exif[0x0112] = 6
     deep = np.arange(99, dtype=np.uint16).reshape(9, 11) * 600

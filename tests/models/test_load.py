@@ -33,7 +33,7 @@ def test_a_model_is_ready_to_run(model: LoadedModel) -> None:
 
 
 def test_a_photograph_goes_all_the_way(model: LoadedModel, photo_bytes: bytes) -> None:
-    """A JPEG's bytes become an input that the model's own spec accepts, and runs."""
+    """A JPEG's bytes become an input that the model's signature accepts, and the model runs."""
     assert model.preprocess is not None
     batch = model.preprocess.batch([model.preprocess.decode(photo_bytes, 0)] * 2)
 
@@ -62,14 +62,14 @@ def test_a_device_that_is_not_there_is_a_load_error(device: str) -> None:
 
 
 def test_nothing_random_stands_in_for_missing_weights(torch_home: Path) -> None:
-    """Weights that can't be had are an error; torch's cache stays empty."""
+    """Missing weights are an error; torch's cache stays empty."""
     with pytest.raises(WeightsUnavailableError):
         load_model(ModelSpec("squeezenet1_1"))
     assert not list(torch_home.iterdir())
 
 
 def test_each_kind_of_source_has_its_loader(factory_module: Callable[[str], str]) -> None:
-    """A factory's module is loaded through the same door as torchvision's models."""
+    """A factory's module is loaded by the same function as torchvision's models."""
     name = factory_module("from torch import nn\ndef net():\n    return nn.Conv2d(3, 2, 1)\n")
 
     loaded = load_model(ModelSpec(f"{name}:net", item_shape=(3, 4, 4)))
@@ -80,7 +80,7 @@ def test_each_kind_of_source_has_its_loader(factory_module: Callable[[str], str]
 
 @needs_cuda
 def test_a_model_moves_to_the_gpu() -> None:
-    """On a GPU the device is the one with its index, and every parameter is there."""
+    """On a GPU the device has its index, and every parameter is on it."""
     model = load_model(ModelSpec("squeezenet1_1", weights="random"), "cuda")
 
     assert model.device == torch.device("cuda", torch.cuda.current_device())
@@ -88,7 +88,7 @@ def test_a_model_moves_to_the_gpu() -> None:
 
 
 def test_assumed_preprocessing_is_warned_of() -> None:
-    """A factory that says nothing of images is told what was assumed; one that is set is not."""
+    """For a factory that says nothing about images the assumptions are logged."""
     assumed = load_model(ModelSpec("tinynets:residual", item_shape=(3, 8, 8)))
     known = load_model(ModelSpec("squeezenet1_1", weights="random"))
 
@@ -127,7 +127,7 @@ def hugging_face_folder(folder: Path, module: nn.Module) -> None:
 def test_the_configuration_beside_the_weights_is_followed(
     tmp_path: Path, photo: Image.Image, factory_module: Callable[[str], str]
 ) -> None:
-    """A checkpoint's own preprocessing is taken, unless the factory or the owner says otherwise."""
+    """It is used, unless the factory or the settings say otherwise."""
     name = factory_module(
         "from torch import nn\n"
         "def net():\n    return nn.Sequential(nn.Conv2d(3, 2, 3))\n"
@@ -168,7 +168,7 @@ def test_the_configuration_beside_the_weights_is_followed(
 def test_a_configuration_of_colours_fits_a_model_of_one_channel(
     factory_module: Callable[[str], str], photo: Image.Image
 ) -> None:
-    """timm's configuration says three channels, whatever number the model was built for."""
+    """timm's configuration says three channels, even if the model was built for another number."""
     name = factory_module(
         "import timm\ndef net():\n    return timm.create_model('resnet10t', in_chans=1)\n"
     )

@@ -27,14 +27,14 @@ def model(*, takes_list: bool) -> LoadedModel:
 
 
 def test_forward_passes_the_batch_on() -> None:
-    """A module gets the very batch."""
+    """The module gets the batch object itself."""
     x = torch.rand(2, 3, 4, 4)
 
     assert model(takes_list=False).forward(Batch({"x": x})) is x
 
 
 def test_forward_unbinds_for_modules_that_take_lists() -> None:
-    """A detection module gets a list with each item of the batch, without its dimension."""
+    """A detection module gets a list with each item of the batch, without the batch dimension."""
     x = torch.rand(2, 3, 4, 4)
 
     items = model(takes_list=True).forward(Batch({"x": x}))

@@ -1,4 +1,4 @@
-"""An image file becomes what the model's own transform makes of it, and what is assumed is said."""
+"""An image file becomes what the model's own transform returns; assumptions are reported."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chosen(
 
 @pytest.mark.parametrize("builder", ["resnet18", "inception_v3", "fcn_resnet50", "ssd300_vgg16"])
 def test_equals_the_weights_own_transforms(builder: str, photo: Image.Image) -> None:
-    """A photograph becomes bit for bit what torchvision's transforms make of it."""
+    """A photo becomes the same tensor as with torchvision's transforms, bit for bit."""
     expected = models.get_model_weights(builder).DEFAULT.transforms()(photo)
 
     got = of(builder)(photo)
@@ -72,14 +72,14 @@ def test_equals_the_weights_own_transforms(builder: str, photo: Image.Image) -> 
     ],
 )
 def test_describe_says_what_is_done(builder: str, words: str) -> None:
-    """The description lists the steps in order with their numbers."""
+    """The description lists the steps in order, with their numbers."""
     assert of(builder).describe() == f"EXIF orientation applied, RGB (alpha dropped), {words}"
 
 
 def test_a_batch_is_its_items_stacked(
     photo: Image.Image, photo_bytes: bytes, encoded: Encode
 ) -> None:
-    """Images of different sizes make one batch where the preprocessing crops."""
+    """If the preprocessing crops, images of different sizes make one batch."""
     narrow = photo.resize((100, 300))
     preprocess = of("resnet18")
 
@@ -96,7 +96,7 @@ def test_a_batch_is_its_items_stacked(
 def test_most_of_the_work_needs_no_pytorch(
     builder: str, size: tuple[int, int], photo: Image.Image, photo_bytes: bytes
 ) -> None:
-    """Decoding makes an image of the model's size, and the rest makes the same tensor of it."""
+    """Decoding gives an image of the model's size; the rest makes the same tensor of it."""
     preprocess = of(builder)
 
     decoded = preprocess.decode(photo_bytes, 0)
@@ -106,7 +106,7 @@ def test_most_of_the_work_needs_no_pytorch(
 
 
 def test_sizes_must_agree_where_nothing_crops(photo: Image.Image) -> None:
-    """Images that come out in different sizes can't be a batch; the message has both sizes."""
+    """Images of different sizes can't be a batch; the message has both sizes."""
     with pytest.raises(InvalidInputError) as caught:
         of("ssd300_vgg16").batch([photo.resize((40, 30)), photo.resize((40, 31))])
 
@@ -123,19 +123,19 @@ def test_an_empty_batch_is_refused() -> None:
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1)])
 def test_extreme_proportions_are_refused(size: tuple[int, int], encoded: Encode) -> None:
-    """A sliver isn't blown up to hundreds of millions of pixels by resizing its short side."""
+    """Resizing a sliver's short side does not create hundreds of millions of pixels."""
     data = encoded(Image.new("RGB", size), "PNG")
     with pytest.raises(InvalidInputError, match=rf"images\[2\]: got {size[0]} x {size[1]} pixels"):
         of("resnet18").decode(data, 2)
 
 
 def test_slivers_pass_where_nothing_resizes() -> None:
-    """Without a resize no image grows, so its proportions don't matter."""
+    """Without resizing no image grows, so its proportions don't matter."""
     assert of("ssd300_vgg16")(Image.new("RGB", (1, 10_000))).shape == (3, 10_000, 1)
 
 
 def test_a_picture_is_turned_by_its_exif_orientation(photo: Image.Image, encoded: Encode) -> None:
-    """A phone's picture is preprocessed as it is shown, and as it is stored where that is set."""
+    """An image is turned as it is displayed, or left as stored if so configured."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(photo, "PNG", exif=exif)
@@ -151,7 +151,7 @@ def test_a_picture_is_turned_by_its_exif_orientation(photo: Image.Image, encoded
 
 
 def test_one_channel_models_get_gray_images(photo: Image.Image, photo_bytes: bytes) -> None:
-    """A model of one channel takes a photograph's luma, as torchvision's Grayscale gives it."""
+    """A model with one channel gets a photo's luma, as torchvision's Grayscale computes it."""
     preprocess = chosen(ImageSettings(mean=(0.5,), std=(0.25,), resize=(64, 64)), GRAY)
     reference = transforms.Compose(
         [
@@ -169,7 +169,7 @@ def test_one_channel_models_get_gray_images(photo: Image.Image, photo_bytes: byt
 
 
 def test_a_model_of_colour_can_be_given_gray_images(photo: Image.Image, photo_bytes: bytes) -> None:
-    """Three equal channels of the luma, as torchvision's Grayscale(3) gives them."""
+    """The luma is repeated in three channels, as by torchvision's Grayscale(3)."""
     transform = ImageClassification(crop_size=224)
 
     preprocess = chosen(ImageSettings(color="gray"), known=Preprocess.of(transform))
@@ -180,7 +180,7 @@ def test_a_model_of_colour_can_be_given_gray_images(photo: Image.Image, photo_by
 
 @pytest.mark.parametrize("takes", [GRAY, COLOUR])
 def test_16_bit_grayscale_is_divided_by_65535(takes: InputSpec, encoded: Encode) -> None:
-    """All 16 bits count: what a deep PNG becomes has more than 256 levels, in the right places."""
+    """All 16 bits are used: the result has more than 256 levels, in the right places."""
     ramp = np.linspace(2000, 60000, 64 * 64, dtype=np.uint16).reshape(64, 64)
     preprocess = chosen(ImageSettings(mean=(), std=(), resize=(), crop=()), takes)
 
@@ -193,7 +193,7 @@ def test_16_bit_grayscale_is_divided_by_65535(takes: InputSpec, encoded: Encode)
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_16_bit_grayscale_is_turned_too(orientation: int, encoded: Encode) -> None:
-    """A deep PNG with an EXIF orientation stands upright, with all its bits."""
+    """A 16-bit PNG with an EXIF orientation is turned, with all its bits."""
     pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40)).astype(np.uint16)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -207,7 +207,7 @@ def test_16_bit_grayscale_is_turned_too(orientation: int, encoded: Encode) -> No
 
 
 def test_16_bit_grayscale_is_resized_like_others(encoded: Encode) -> None:
-    """Resizing, cropping and padding a deep PNG gives what the same steps give for 8 bits."""
+    """Resizing, cropping and padding a 16-bit PNG gives the same as the steps for 8 bits."""
     pixels = np.random.default_rng(0).integers(0, 256, (80, 50)).astype(np.uint8)
     shallow = encoded(Image.fromarray(pixels), "PNG")
     deep = encoded(Image.fromarray(pixels.astype(np.uint16) * 257), "PNG")
@@ -225,7 +225,7 @@ def test_16_bit_grayscale_is_resized_like_others(encoded: Encode) -> None:
 def test_images_of_unknown_models_are_assumed_to_be_imagenets(
     side: int, photo: Image.Image
 ) -> None:
-    """A model that says nothing gets what ResNet gets, and every step is named as assumed."""
+    """A model that says nothing gets ResNet's steps, and every step is reported as assumed."""
     preprocess = chosen(ImageSettings(), InputSpec((3, side, side), free=(1, 2)))
 
     expected = ImageClassification(crop_size=side, resize_size=round(side * 256 / 224))(photo)
@@ -237,7 +237,7 @@ def test_images_of_unknown_models_are_assumed_to_be_imagenets(
 
 
 def test_one_channel_is_not_normalised_by_assumption(photo: Image.Image) -> None:
-    """ImageNet's numbers are of three channels; one channel stays in [0, 1]."""
+    """ImageNet's numbers are for three channels; one channel stays in [0, 1]."""
     preprocess = chosen(ImageSettings(), GRAY)
 
     assert 0 <= preprocess(photo.convert("L")).min() <= preprocess(photo.convert("L")).max() <= 1
@@ -245,7 +245,7 @@ def test_one_channel_is_not_normalised_by_assumption(photo: Image.Image) -> None
 
 
 def test_what_is_set_is_not_assumed(photo: Image.Image) -> None:
-    """Each key takes the place of one assumption; with all of them set nothing is assumed."""
+    """Each key replaces one assumption; if all are set, nothing is assumed."""
     some = chosen(ImageSettings(mean=(0.5,), std=(0.5,), resize=(300, 280)))
     every = chosen(
         ImageSettings(
@@ -275,7 +275,7 @@ def test_what_is_set_is_not_assumed(photo: Image.Image) -> None:
 
 
 def test_settings_replace_known_steps_one_by_one(photo: Image.Image) -> None:
-    """A mean and standard deviation that are set leave the weights' resize and crop as they are."""
+    """A mean and standard deviation that are set leave the weights' resize and crop unchanged."""
     known = Preprocess.of(ImageClassification(crop_size=224, resize_size=232), "the weights")
 
     preprocess = chosen(ImageSettings(mean=(0.5,) * 3, std=(0.5,) * 3), known=known)
@@ -318,7 +318,7 @@ def test_settings_replace_known_steps_one_by_one(photo: Image.Image) -> None:
 def test_settings_that_do_not_fit_are_refused(
     settings: ImageSettings, takes: InputSpec, message: str
 ) -> None:
-    """A setting that the model's input contradicts is an error at load, which names both."""
+    """A setting that contradicts the model's input is an error at load that names both."""
     with pytest.raises(ConfigError, match=message):
         choose_preprocess(None, settings, takes, "net")
 
@@ -327,12 +327,12 @@ def test_settings_that_do_not_fit_are_refused(
     "takes", [InputSpec((4, 8, 8)), InputSpec((3, 8)), InputSpec((3, 4, 8, 8))]
 )
 def test_other_inputs_take_no_images(takes: InputSpec) -> None:
-    """What is no image of one or three channels is not preprocessed like one."""
+    """An input that is not an image of one or three channels gets no image preprocessing."""
     assert choose_preprocess(None, ImageSettings(), takes, "net") is None
 
 
 def test_an_input_that_was_found_decides_about_images() -> None:
-    """Assumptions are dropped where the model turns out to take no images; what is set fails."""
+    """If the model takes no images, assumptions are dropped, and settings are an error."""
     assumed = chosen(ImageSettings(), InputSpec((3, 64, 64), free=(1, 2)))
     given = chosen(ImageSettings(crop=(32,)), InputSpec((3, 64, 64), free=(1, 2)))
     fixed = InputSpec((3, 64, 64))
@@ -346,7 +346,7 @@ def test_an_input_that_was_found_decides_about_images() -> None:
 
 
 def test_common_chains_become_steps(photo: Image.Image) -> None:
-    """A chain of Resize, CenterCrop, ToTensor and Normalize is taken apart."""
+    """A chain of Resize, CenterCrop, ToTensor and Normalize is split into steps."""
     chain = transforms.Compose(
         [
             transforms.Resize(100, InterpolationMode.BICUBIC),
@@ -380,7 +380,7 @@ def test_common_chains_become_steps(photo: Image.Image) -> None:
 def test_other_functions_run_as_they_are(
     transform: Callable[[Image.Image], torch.Tensor], photo: Image.Image
 ) -> None:
-    """A function of unknown steps is applied whole, and named to clients."""
+    """A function with unknown steps is called as a whole, and named to clients."""
     own = Preprocess.of(transform, "the factory")
 
     preprocess = chosen(ImageSettings(), known=own)
@@ -394,7 +394,7 @@ def test_other_functions_run_as_they_are(
 def test_an_image_processor_of_hugging_face_is_a_function(
     convert: Callable[[torch.Tensor], object], photo: Image.Image
 ) -> None:
-    """What returns a mapping with a batch of one under ``pixel_values`` is taken as it is."""
+    """A function may return a mapping with a batch of one under ``pixel_values``."""
 
     def transform(image: Image.Image) -> torch.Tensor:
         return transforms.functional.to_tensor(image.resize((224, 224)))
@@ -407,7 +407,7 @@ def test_an_image_processor_of_hugging_face_is_a_function(
 def test_a_function_of_its_own_gets_the_upright_picture(
     photo: Image.Image, encoded: Encode
 ) -> None:
-    """The EXIF orientation is applied before the function, unless that is switched off."""
+    """The EXIF orientation is applied before the function, unless that is disabled."""
     exif = Image.Exif()
     exif[0x0112] = 8
     data = encoded(photo, "PNG", exif=exif)
@@ -426,7 +426,7 @@ def test_a_function_of_its_own_gets_the_upright_picture(
 
 
 def test_steps_of_a_function_can_not_be_replaced() -> None:
-    """A mean beside a function of unknown steps would be guesswork, so it is refused."""
+    """A mean for a function with unknown steps would be a guess, so it is refused."""
     own = Preprocess.of(transforms.functional.to_tensor)
 
     with pytest.raises(ConfigError, match=r"image_mean of net: .* can't be replaced one by one"):
@@ -444,7 +444,7 @@ def test_steps_of_a_function_can_not_be_replaced() -> None:
 def test_a_function_that_does_not_fit_is_a_load_error(
     transform: Callable[[Image.Image], torch.Tensor], message: str
 ) -> None:
-    """A preprocess is tried at load: one that raises or makes another shape is told at once."""
+    """It is called once at load: if it raises or returns another shape, that is an error."""
     with pytest.raises(ModelLoadError, match=message):
         choose_preprocess(
             Preprocess.of(transform), ImageSettings(), replace(COLOUR, free=()), "net"

@@ -9,7 +9,7 @@ from layertap.models.seeding import seeded
 
 
 def test_same_seed_same_numbers() -> None:
-    """The numbers in the block depend on the seed alone."""
+    """The numbers in the block depend only on the seed."""
     draws = []
     for seed in (5, 5, 6):
         torch.rand(3)
@@ -21,7 +21,7 @@ def test_same_seed_same_numbers() -> None:
 
 
 def test_the_global_state_is_untouched_even_by_an_exception() -> None:
-    """The process's generator goes on as if the block had not been."""
+    """The process's generator continues as if the block had not run."""
     before = torch.get_rng_state()
 
     with suppress(KeyError), seeded(0):
@@ -32,7 +32,7 @@ def test_the_global_state_is_untouched_even_by_an_exception() -> None:
 
 
 def test_blocks_on_two_threads_do_not_mix() -> None:
-    """A block waits for another thread's, so that each draws its own sequence."""
+    """A block waits for another thread's block, so each draws its own sequence."""
     entered, release = threading.Event(), threading.Event()
     drawn: list[torch.Tensor] = []
 

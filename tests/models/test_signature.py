@@ -27,7 +27,7 @@ SERIES = InputSpec((50, 6), free=(0,))
     ],
 )
 def test_right_inputs_pass(spec: InputSpec, shape: tuple[int, ...], dtype: str) -> None:
-    """Any batch, and any size of the dimensions that may vary, is accepted."""
+    """Any batch size, and any size of the dimensions that may vary, is accepted."""
     spec.check(shape, dtype)
 
 
@@ -82,13 +82,13 @@ def test_a_wrong_dtype_is_refused() -> None:
     ],
 )
 def test_pattern_names_what_may_vary(spec: InputSpec, pattern: str) -> None:
-    """Dimensions that may vary are letters, the others numbers."""
+    """Dimensions that may vary are letters, the others are numbers."""
     assert spec.pattern == pattern
 
 
 @pytest.mark.parametrize("free", [(1,), (-1,), (0, 0)])
 def test_free_dimensions_are_dimensions_of_the_item(free: tuple[int, ...]) -> None:
-    """A free dimension that the item doesn't have, or that stands twice, is a programming error."""
+    """A free dimension that the item doesn't have, or that occurs twice, is a programming error."""
     with pytest.raises(ValueError, match="free"):
         InputSpec((3,), free=free)
 
@@ -103,13 +103,13 @@ IDS, IMAGE = ((2, 8), "int64"), ((2, 3, 4, 4), "float32")
 
 
 def test_a_batch_has_a_tensor_for_each_input() -> None:
-    """Any order will do, and a free size may be another one; the size of the batch is returned."""
+    """Any order works, and a free size may differ; the batch size is returned."""
     assert TWO.check({"ids": IDS, "image": IMAGE}) == 2
     assert TWO.check({"image": IMAGE, "ids": ((2, 5), "int64")}) == 2
 
 
 def test_an_only_input_needs_no_name() -> None:
-    """Its own name is accepted as well."""
+    """Its own name is accepted too."""
     one = Signature((TWO.inputs[0],))
     assert one.check({"": ((7, 8), "int64")}) == 7
     assert one.check({"ids": ((7, 8), "int64")}) == 7
@@ -128,13 +128,13 @@ def test_an_only_input_needs_no_name() -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(given: dict, text: str) -> None:
-    """A missing, unnamed, unknown or misspelt input, unequal batches, a wrong type or shape."""
+    """A missing, unnamed, unknown or misspelt input, unequal batches, a wrong dtype or shape."""
     with pytest.raises(InvalidInputError, match=re.escape(text)):
         TWO.check(given)
 
 
 def test_an_optional_input_may_be_left_out() -> None:
-    """A batch without it has a key without it, and an only required tensor needs no name."""
+    """A batch without it has a key without it; a single required tensor needs no name."""
     ids = InputSpec((8,), (0,), torch.int64, name="ids", symbols=("L",))
     mask = InputSpec((8,), (0,), torch.int64, name="mask", symbols=("L",), optional=True)
     signature = Signature((ids, mask))
@@ -148,7 +148,7 @@ def test_an_optional_input_may_be_left_out() -> None:
 
 
 def test_dimensions_of_one_name_have_one_size() -> None:
-    """A mask of another length than its ids is refused, with the length that was expected."""
+    """A mask whose length differs from that of the ids is refused with the expected length."""
     ids = InputSpec((8,), (0,), torch.int64, name="ids", symbols=("L",))
     mask = InputSpec((8,), (0,), torch.int64, name="mask", symbols=("L",))
     other = InputSpec((8,), (0,), torch.int64, name="other", symbols=("M",))
@@ -162,7 +162,7 @@ def test_dimensions_of_one_name_have_one_size() -> None:
 
 
 def test_the_first_input_is_required() -> None:
-    """A signature without inputs, with an optional first one or with two of one name is a bug."""
+    """A signature with no inputs, an optional first input or repeated names is a bug."""
     optional = InputSpec((8,), optional=True)
     for inputs in ((), (optional,), (IMAGES, IMAGES)):
         with pytest.raises(ValueError, match="expected distinct names, the first required"):
@@ -170,7 +170,7 @@ def test_the_first_input_is_required() -> None:
 
 
 def test_a_key_has_the_models_own_types() -> None:
-    """float32 that is converted to bfloat16 is served by the plan of bfloat16."""
+    """float32 that is converted to bfloat16 is served by the plan for bfloat16."""
     batch = Batch({"image": torch.ones(2, 3, 4, 4), "ids": torch.ones(2, 5, dtype=torch.int64)})
     key = BatchKey(
         (ItemTensor("ids", (5,), torch.int64), ItemTensor("image", (3, 4, 4), torch.bfloat16))

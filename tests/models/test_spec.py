@@ -26,7 +26,7 @@ from layertap.models import ModelSpec, SourceKind
 def test_parse_tells_name_kind_and_target(
     text: str, name: str, kind: SourceKind, target: str
 ) -> None:
-    """Each way of writing a source is told from the others, and names the model."""
+    """Each form of a source is recognised, and gives the model its name."""
     spec = ModelSpec.parse(text)
 
     assert (spec.name, spec.kind, spec.target) == (name, kind, target)
@@ -40,7 +40,7 @@ def test_parse_passes_the_rest_on() -> None:
 
 
 def test_specs_are_values() -> None:
-    """Equal specs are equal and hash alike, so that they can be keys."""
+    """Equal specs are equal and have equal hashes, so that they can be keys."""
     assert len({ModelSpec.parse("m=resnet18"), ModelSpec("resnet18", name="m")}) == 1
 
 
@@ -69,13 +69,13 @@ def test_item_shapes_are_positive(shape: tuple[int, ...]) -> None:
 
 
 def test_empty_weights_are_refused() -> None:
-    """Empty weights are refused rather than taken for some default."""
+    """Empty weights are refused instead of being taken as a default."""
     with pytest.raises(ConfigError, match="weights of resnet18"):
         ModelSpec("resnet18", weights="")
 
 
 @pytest.mark.parametrize("weights", ["DEFAULT", "random"])
 def test_a_key_needs_a_checkpoint(weights: str) -> None:
-    """A key of a state dict says nothing of weights that are no file's."""
+    """A state dict's key has no meaning for weights that are not a file."""
     with pytest.raises(ConfigError, match="weights_key of resnet18: got 'teacher' with weights"):
         ModelSpec("resnet18", weights=weights, weights_key="teacher")

@@ -1,4 +1,4 @@
-"""timm's models load with timm's transforms, and say what to do where they can't."""
+"""timm's models load with timm's transforms; errors say what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from layertap.models import ModelSpec, load_model
 
 
 def test_a_model_loads_with_timms_transform(photo: Image.Image) -> None:
-    """The photograph becomes what timm's own evaluation transform makes of it."""
+    """A photo gets the same tensor as from timm's own evaluation transform."""
     model = load_model(ModelSpec.parse("timm:resnet18", weights="random"))
     assert (model.name, model.source) == ("resnet18", "timm:resnet18")
     config = timm.data.resolve_data_config({}, model=model.module)
@@ -47,7 +47,7 @@ def test_each_models_own_configuration_counts(name: str, words: str, photo: Imag
 
 
 def test_random_weights_depend_on_the_seed(photo: Image.Image) -> None:
-    """One seed gives one model, another seed another."""
+    """The same seed gives the same model, another seed another model."""
     spec = "timm:mobilenetv3_small_050"
     one, again = (load_model(ModelSpec(spec, weights="random", seed=1)) for _ in range(2))
     other = load_model(ModelSpec(spec, weights="random", seed=2))
@@ -57,7 +57,7 @@ def test_random_weights_depend_on_the_seed(photo: Image.Image) -> None:
 
 
 def test_a_state_dict_is_loaded(tmp_path: Path) -> None:
-    """A file's values come back in the model, under the file's base name."""
+    """The file's values are in the model, described by the file's base name."""
     made = timm.create_model("resnet10t", pretrained=False).eval()
     torch.save(made.state_dict(), tmp_path / "mine.pth")
     model = load_model(ModelSpec("timm:resnet10t", weights=str(tmp_path / "mine.pth")))
@@ -67,7 +67,7 @@ def test_a_state_dict_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_fixed_size_follows_the_item_shape() -> None:
-    """A ViT is built for the size that was asked for, and takes no other."""
+    """A ViT is built for the requested size, and takes no other."""
     spec = ModelSpec("timm:vit_tiny_patch16_224", weights="random", item_shape=(3, 64, 64))
     model = load_model(spec)
     assert model.signature.main.free == ()
@@ -75,13 +75,13 @@ def test_a_fixed_size_follows_the_item_shape() -> None:
 
 
 def test_an_unknown_name_gets_close_matches() -> None:
-    """A misspelt name is told what it is near to."""
+    """The error for a misspelt name suggests similar names."""
     with pytest.raises(ModelLoadError, match="resnet18"):
         load_model(ModelSpec("timm:resnet_18", weights="random"))
 
 
 def test_weights_out_of_reach_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a hub the default weights can't be had, and random ones don't take their place."""
+    """Without a hub the default weights are an error, and random ones don't replace them."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsUnavailableError, match="--weights PATH"):
         load_model(ModelSpec("timm:resnet18"))
@@ -94,7 +94,7 @@ def test_a_name_of_weights_is_refused() -> None:
 
 
 def test_a_training_checkpoint_is_read_as_timm_reads_it(tmp_path: Path, photo: Image.Image) -> None:
-    """Its EMA weights are taken, and images are preprocessed by the training script's arguments."""
+    """Its EMA weights are loaded; images are preprocessed by the training script's arguments."""
     raw, averaged = (timm.create_model("resnet10t", num_classes=1000) for _ in range(2))
     arguments = {"mean": [0.5, 0.4, 0.3], "std": None, "img_size": 96, "crop_pct": 1.0, "lr": 0.1}
     file = tmp_path / "last.pth.tar"
@@ -122,7 +122,7 @@ def test_a_training_checkpoint_is_read_as_timm_reads_it(tmp_path: Path, photo: I
 
 
 def test_a_model_can_be_built_for_one_channel(photo: Image.Image) -> None:
-    """An item shape of one channel builds the model for it; the mean of colours is dropped."""
+    """An item shape with one channel builds the model for it; the colours' mean is dropped."""
     model = load_model(ModelSpec("timm:resnet10t", weights="random", item_shape=(1, 64, 64)))
 
     assert model.forward(batch_for(model, torch.rand(1, 1, 64, 64))).shape == (1, 1000)

@@ -31,7 +31,7 @@ def saved(request: pytest.FixtureRequest, tiny_net: nn.Module, tmp_path: Path) -
 
 
 def test_a_file_runs_as_its_module(saved: Path, tiny_net: nn.Module) -> None:
-    """A loaded file computes what the module that it was made of computes."""
+    """A loaded file computes the same values as the module that it was made from."""
     model = load_model(ModelSpec(str(saved), item_shape=(3, 8, 8)))
     x = torch.rand(2, 3, 8, 8)
 
@@ -40,14 +40,14 @@ def test_a_file_runs_as_its_module(saved: Path, tiny_net: nn.Module) -> None:
 
 
 def test_clients_read_the_base_name_only(saved: Path) -> None:
-    """The source and the weights that clients see have no directory."""
+    """The source and the weights that clients read contain no directory."""
     model = load_model(ModelSpec(str(saved), item_shape=(3, 8, 8)))
 
     assert (model.name, model.source, model.weights) == ("net", "torchscript:net.pt", "net.pt")
 
 
 def test_parameters_need_no_gradients(saved: Path) -> None:
-    """No parameter asks for gradients, and the module is in eval mode."""
+    """No parameter requires gradients, and the module is in eval mode."""
     model = load_model(ModelSpec(str(saved), item_shape=(3, 8, 8)))
 
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
@@ -59,7 +59,7 @@ def test_parameters_need_no_gradients(saved: Path) -> None:
     [("random", "make no sense"), ("IMAGENET1K_V1", "IMAGENET1K_V1"), ("w.pth", "w.pth")],
 )
 def test_other_weights_are_refused(weights: str, reason: str) -> None:
-    """A TorchScript file has its weights within, and the refusal says so."""
+    """A TorchScript file contains its weights, and the error says so."""
     with pytest.raises(WeightsUnavailableError, match=f"net.pt: .* has its own.*{reason}"):
         build_torchscript(ModelSpec("net.pt", weights=weights))
 
@@ -72,7 +72,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["state dict", "text", "empty"])
 def test_other_files_are_refused(kind: str, tiny_net: nn.Module, tmp_path: Path) -> None:
-    """A state dict or any other file is refused, with how a state dict is used."""
+    """A state dict or any other file is refused, with how to use a state dict."""
     path = tmp_path / "w.pt"
     if kind == "state dict":
         torch.save(tiny_net.state_dict(), path)

@@ -8,7 +8,7 @@ from layertap.models.torchvision_catalogue import Family, find_builder
 
 
 def test_every_model_is_served_or_refused_with_a_reason() -> None:
-    """All that torchvision lists has a family, its weights and a reference, or a clear refusal."""
+    """Everything that torchvision lists has a family, weights and a reference, or is refused."""
     for name in models.list_models():
         if name.startswith(("raft_", "quantized_")):
             with pytest.raises(ModelLoadError, match="can't be served"):
@@ -29,7 +29,7 @@ def test_every_model_is_served_or_refused_with_a_reason() -> None:
     ],
 )
 def test_families(name: str, family: Family) -> None:
-    """The family is told by where torchvision keeps the builder."""
+    """The family depends on where torchvision keeps the builder."""
     assert find_builder(name).family is family
 
 
@@ -43,7 +43,7 @@ def test_unknown_models_have_close_matches() -> None:
 
 
 def test_close_matches_can_be_served() -> None:
-    """A model that would be refused isn't offered, however close its name is."""
+    """A model that would be refused isn't suggested, however similar its name is."""
     with pytest.raises(ModelLoadError) as caught:
         find_builder("raft_smal")
 
@@ -51,7 +51,7 @@ def test_close_matches_can_be_served() -> None:
 
 
 def test_optical_flow_is_refused() -> None:
-    """RAFT takes two images, and the refusal says so."""
+    """RAFT takes two images, and the error says so."""
     with pytest.raises(ModelLoadError, match=r"raft_small.*compares two images"):
         find_builder("raft_small")
 
@@ -64,7 +64,7 @@ def test_members_are_found_by_short_and_full_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1"])
 def test_unknown_members_list_those_there_are(name: str) -> None:
-    """An unknown member, another model's included, is refused with the list of the model's own."""
+    """An unknown member, even another model's, is refused with a list of the model's own."""
     with pytest.raises(WeightsUnavailableError) as caught:
         find_builder("resnet50").member(name)
 
@@ -75,7 +75,7 @@ def test_unknown_members_list_those_there_are(name: str) -> None:
 
 
 def test_published_files_are_recognised_by_name() -> None:
-    """A file with the base name of torchvision's own stands for that member."""
+    """A file with the base name of torchvision's own counts as that member."""
     builder = find_builder("resnet50")
 
     assert builder.published("/data/resnet50-0676ba61.pth") is (

@@ -13,7 +13,7 @@ from layertap.models.torchvision_source import _options
 
 
 def takes(name: str, item_shape: tuple[int, ...] | None = None) -> InputSpec:
-    """Return a builder's input, from a module without numbers."""
+    """Return a builder's input, from a module whose weights have no values."""
     builder = find_builder(name)
     with torch.device("meta"):
         module = builder.build(**_options(builder))
@@ -38,12 +38,12 @@ def takes(name: str, item_shape: tuple[int, ...] | None = None) -> InputSpec:
     ],
 )
 def test_default_items(name: str, expected: InputSpec) -> None:
-    """Each family has its default item, and models with fixed position encodings a fixed size."""
+    """Each family has its default item; models with fixed position encodings have a fixed size."""
     assert takes(name) == expected
 
 
 def test_an_item_shape_takes_the_defaults_place() -> None:
-    """A shape that the model can take becomes the default item; the rest stays."""
+    """A shape that the model can take becomes the default item; the rest is unchanged."""
     assert takes("resnet18", (3, 64, 96)) == InputSpec((3, 64, 96), (1, 2))
 
 
@@ -82,7 +82,7 @@ def test_video_takes_no_images() -> None:
 def test_images_become_default_items(
     name: str, item_shape: tuple[int, ...], steps: str, photo: Image.Image
 ) -> None:
-    """An image comes out in the default item's size, with the same field of view."""
+    """An image gets the default item's size, with the same field of view."""
     builder = find_builder(name)
 
     made = preprocess(builder.family, builder.reference(), InputSpec(item_shape, (1, 2)))
@@ -93,7 +93,7 @@ def test_images_become_default_items(
 
 
 def test_one_models_item_shape_leaves_the_weights_alone() -> None:
-    """Transforms are made anew for each model, so another model's crop never shows."""
+    """Each model gets new transforms, so another model's crop has no effect."""
     builder = find_builder("resnet18")
     preprocess(builder.family, builder.reference(), InputSpec((3, 64, 64), (1, 2)))
 

@@ -22,13 +22,13 @@ def random(source: str, **options: object) -> nn.Module:
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Tell whether two modules have the same keys with bit-equal values."""
+    """Return whether two modules have the same keys with bit-equal values."""
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_random_weights_depend_on_the_seed_alone() -> None:
-    """One seed gives one set of weights, another seed another, and the generator is untouched."""
+    """One seed gives one set of weights, another seed another; the generator is unchanged."""
     before = torch.get_rng_state()
     one = random("squeezenet1_1", seed=3)
     assert torch.equal(torch.get_rng_state(), before)
@@ -47,7 +47,7 @@ def test_random_weights_are_called_so() -> None:
 
 @pytest.mark.parametrize("name", ["googlenet", "lraspp_mobilenet_v3_large"])
 def test_random_models_run_in_eval(name: str) -> None:
-    """Models that need arguments of their own build without a warning, and run."""
+    """Models that need arguments of their own are built without a warning, and run."""
     with torch.inference_mode():
         outcome = random(name)(torch.rand(1, 3, 64, 64))
 
@@ -90,7 +90,7 @@ def test_models_build_without_weights(name: str, torch_home: Path) -> None:
 
 
 def test_a_vit_is_built_for_its_item_shape() -> None:
-    """A ViT with random weights is built for the images that it is asked to take."""
+    """A ViT with random weights is built for the size of its item shape."""
     built = build_torchvision(ModelSpec("vit_b_32", weights="random", item_shape=(3, 64, 64)))
 
     assert built.inputs[0].shape == (3, 64, 64)
@@ -99,13 +99,13 @@ def test_a_vit_is_built_for_its_item_shape() -> None:
 
 
 def test_a_vit_that_cannot_be_built_is_a_load_error() -> None:
-    """An image size that patches don't divide is torchvision's error, in our words."""
+    """An image size that patches don't divide gives torchvision's error, in layertap's words."""
     with pytest.raises(ModelLoadError, match="vit_b_32"):
         build_torchvision(ModelSpec("vit_b_32", weights="random", item_shape=(3, 65, 65)))
 
 
 def test_a_vits_image_size_is_told_from_its_state_dict() -> None:
-    """Position embeddings for 1 + 12 x 12 patches of 32 pixels make an image of 384."""
+    """Position embeddings for 1 + 12 x 12 patches of 32 pixels mean an image of 384 pixels."""
     state = {
         "encoder.pos_embedding": torch.zeros(1, 145, 768),
         "conv_proj.weight": torch.zeros(768, 3, 32, 32),
@@ -115,7 +115,7 @@ def test_a_vits_image_size_is_told_from_its_state_dict() -> None:
 
 
 def test_a_state_dict_file_is_loaded(tmp_path: Path) -> None:
-    """A file of one's own gives its weights, and clients read its base name only."""
+    """The user's file gives the weights, and clients read only its base name."""
     saved = random("squeezenet1_1", seed=5)
     torch.save({"state_dict": saved.state_dict()}, tmp_path / "mine.pth")
 
@@ -135,7 +135,7 @@ def test_another_architectures_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_segmentation_files_auxiliary_head_is_seen() -> None:
-    """Whether there is an auxiliary head is told from the file's keys."""
+    """The file's keys show whether there is an auxiliary head."""
     builder = find_builder("fcn_resnet50")
 
     assert _options(builder)["aux_loss"] is True
@@ -145,7 +145,7 @@ def test_a_segmentation_files_auxiliary_head_is_seen() -> None:
 
 @pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1"])
 def test_members_load_from_torchs_cache(weights: str, torch_home: Path) -> None:
-    """A named member is what torchvision keeps in its cache, loaded by torchvision itself."""
+    """A named member is loaded from torch's cache, by torchvision itself."""
     cached = random("squeezenet1_1", seed=9)
     torch.save(cached.state_dict(), torch_home / SQUEEZENET_FILE)
     before = torch.get_rng_state()
@@ -158,7 +158,7 @@ def test_members_load_from_torchs_cache(weights: str, torch_home: Path) -> None:
 
 
 def test_weights_that_cannot_be_downloaded_say_what_to_do(torch_home: Path) -> None:
-    """Without a network and a cached file the message has a command, and nothing random is made."""
+    """Without a network and a cached file the message has a command; nothing random is made."""
     with pytest.raises(WeightsUnavailableError) as caught:
         build_torchvision(ModelSpec("squeezenet1_1"))
 
@@ -173,7 +173,7 @@ def test_weights_that_cannot_be_downloaded_say_what_to_do(torch_home: Path) -> N
 def test_a_download_with_a_wrong_hash_is_refused(
     torch_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that isn't what torchvision published is refused, and not kept."""
+    """A file whose hash differs from torchvision's is refused, and not kept."""
     torch.save(random("squeezenet1_1").state_dict(), tmp_path / SQUEEZENET_FILE)
     published = models.SqueezeNet1_1_Weights.IMAGENET1K_V1
     monkeypatch.setattr(published.value, "url", (tmp_path / SQUEEZENET_FILE).as_uri())
@@ -185,7 +185,7 @@ def test_a_download_with_a_wrong_hash_is_refused(
 
 @pytest.mark.parametrize("cut", [0, 100, -200])
 def test_a_broken_cached_file_is_named(cut: int, torch_home: Path) -> None:
-    """A cached file that an interrupted copy left is named, with the advice to delete it."""
+    """A damaged file in the cache is named, with the advice to delete it."""
     path = torch_home / SQUEEZENET_FILE
     torch.save(random("squeezenet1_1").state_dict(), path)
     path.write_bytes(path.read_bytes()[:cut])
@@ -196,7 +196,7 @@ def test_a_broken_cached_file_is_named(cut: int, torch_home: Path) -> None:
 
 
 def test_a_published_file_equals_its_member(torch_home: Path) -> None:
-    """Googlenet's own file, given as a path, gives exactly the model that its member gives."""
+    """Googlenet's own file, given as a path, gives exactly the same model as its member."""
     name = PurePath(models.GoogLeNet_Weights.IMAGENET1K_V1.url).name
     trained = models.googlenet(weights=None, aux_logits=True, init_weights=False)
     torch.save(trained.state_dict(), torch_home / name)
@@ -240,7 +240,7 @@ def save_detection() -> Callable[[Path], None]:
 
 
 def test_the_old_detection_files_are_those_that_torchvision_lists() -> None:
-    """The table of files without epsilon names files that torchvision publishes."""
+    """The table of files without epsilon lists files that torchvision publishes."""
     from layertap.models.torchvision_source import _ZERO_EPSILON
 
     for name in _ZERO_EPSILON:

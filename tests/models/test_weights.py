@@ -27,7 +27,7 @@ def test_mismatched_keys_are_named(tiny_net: nn.Module) -> None:
 
 
 def test_keys_that_the_model_lacks_are_refused(tiny_net: nn.Module) -> None:
-    """A file with more than the model has is another model's, though nothing is missing."""
+    """A file with more than the model's keys is another model's, even if no key is missing."""
     state = dict(tiny_net.state_dict()) | {"head.weight": torch.zeros(1)}
 
     with pytest.raises(WeightsUnavailableError, match=r"model: not in the model: head\.weight\."):
@@ -54,7 +54,7 @@ def test_mismatched_shapes_are_named(tiny_net: nn.Module) -> None:
 
 
 def test_files_without_batch_counters_load(tiny_net: nn.Module) -> None:
-    """Files from before torch 0.4.1 lack ``num_batches_tracked``, which inference never reads."""
+    """Files older than torch 0.4.1 lack ``num_batches_tracked``, which inference never reads."""
     state = {
         key: value + 1
         for key, value in tiny_net.state_dict().items()
@@ -77,14 +77,14 @@ def test_a_plain_dict_loads_into_a_module_that_wants_a_version() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64])
 def test_weights_of_another_kind_are_refused(tiny_net: nn.Module, dtype: torch.dtype) -> None:
-    """Quantised weights would load as the whole numbers that they are stored as."""
+    """Quantised weights would load as the integers as which they are stored."""
     state = {key: value.to(dtype) for key, value in tiny_net.state_dict().items()}
     with pytest.raises(WeightsUnavailableError, match=f"types differ: .* is {dtype}, the model"):
         load_into(tiny_net, state, "w.pth")
 
 
 def test_weights_of_another_precision_load(tiny_net: nn.Module) -> None:
-    """Half-precision files are converted, counters stored as floating-point numbers as well."""
+    """Half-precision files are converted, and so are counters stored as floating-point numbers."""
     state = {key: value.to(torch.float16) for key, value in tiny_net.state_dict().items()}
     load_into(tiny_net, state, "w.pth")
     assert all(torch.equal(v.to(torch.float16), state[k]) for k, v in tiny_net.state_dict().items())

@@ -1,4 +1,4 @@
-"""Calls of every kind are refused or passed on by their token, before their request is read."""
+"""Calls of every kind are admitted or refused by their token, before their request is read."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def guarded_server(tokens: Tokens) -> Iterator[grpc.Channel]:
 
 
 def call(channel: grpc.Channel, service: str, kind: str, *metadata: tuple[str, str]) -> Code:
-    """Call a method and return the status it ended with."""
+    """Call a method and return the status with which it ended."""
     message = iter([b"x"]) if kind.startswith("stream") else b"x"
     method = getattr(channel, kind)(f"/{service}/{kind}")
     try:
@@ -72,7 +72,7 @@ def tokens(tmp_path: Path) -> Tokens:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_token_opens_what_it_has_a_right_to(tokens: Tokens, kind: str) -> None:
-    """The table of rights, for unary and streaming calls alike."""
+    """The table of rights holds for unary and streaming calls."""
     with guarded_server(tokens) as channel:
         table = {
             service: [
@@ -92,7 +92,7 @@ def test_each_token_opens_what_it_has_a_right_to(tokens: Tokens, kind: str) -> N
 
 
 def test_without_tokens_extraction_is_open_and_administration_closed() -> None:
-    """A server without tokens answers everybody, but is not everybody's to administrate."""
+    """A server without tokens answers everyone, but does not let everyone administrate."""
     with guarded_server(Tokens()) as channel:
         assert call(channel, FEATURE, "unary_unary") is Code.OK
         assert call(channel, FEATURE, "unary_unary", bearer(UNKNOWN)) is Code.OK
@@ -101,7 +101,7 @@ def test_without_tokens_extraction_is_open_and_administration_closed() -> None:
 
 
 def test_extract_tokens_alone_leave_administration_closed(tmp_path: Path) -> None:
-    """Without admin tokens no token administrates, and a stranger is still asked for one."""
+    """Without admin tokens no token may administrate, and callers without one are asked for one."""
     with guarded_server(Tokens(token_file(tmp_path / "e", EXTRACT))) as channel:
         assert call(channel, ADMINISTRATION, "unary_unary") is Code.UNAUTHENTICATED
         code = call(channel, ADMINISTRATION, "unary_unary", bearer(EXTRACT))
@@ -109,7 +109,7 @@ def test_extract_tokens_alone_leave_administration_closed(tmp_path: Path) -> Non
 
 
 def test_admin_tokens_alone_leave_extraction_open(tmp_path: Path) -> None:
-    """Who protects administration only has not closed extraction."""
+    """A server that protects only administration leaves extraction open."""
     with guarded_server(Tokens(admin_file=token_file(tmp_path / "a", ADMIN))) as channel:
         assert call(channel, FEATURE, "unary_unary") is Code.OK
         assert call(channel, ADMINISTRATION, "unary_unary") is Code.UNAUTHENTICATED
@@ -131,13 +131,13 @@ def test_admin_tokens_alone_leave_extraction_open(tmp_path: Path) -> None:
     ],
 )
 def test_only_one_well_formed_header_counts(tokens: Tokens, metadata, code: Code) -> None:
-    """The scheme is Bearer in any case, and there is no second header to hide in."""
+    """The scheme Bearer is accepted in any case; a second header is refused."""
     with guarded_server(tokens) as channel:
         assert call(channel, FEATURE, "unary_unary", *metadata) is code
 
 
 def test_a_prefix_of_the_path_decides(tokens: Tokens) -> None:
-    """Services whose names look like an open one's are not open."""
+    """A service whose name only begins like an open service's is not open."""
     with guarded_server(tokens) as channel:
         for method in ("/grpc.health.v1.HealthX/Check", "/grpc.health.v1/Check", "/x/Health/Check"):
             with pytest.raises(grpc.RpcError) as refusal:
@@ -146,7 +146,7 @@ def test_a_prefix_of_the_path_decides(tokens: Tokens) -> None:
 
 
 def test_refusals_tell_strangers_nothing(tokens: Tokens) -> None:
-    """Whatever was wrong, and whether the method exists or not, the refusal is the same."""
+    """The refusal is the same whatever was wrong, and whether or not the method exists."""
     texts = set()
     with guarded_server(tokens) as channel:
         for method in (f"/{FEATURE}/unary_unary", f"/{ADMINISTRATION}/unary_unary", "/no.Such/It"):
@@ -160,7 +160,7 @@ def test_refusals_tell_strangers_nothing(tokens: Tokens) -> None:
 
 
 def test_a_refused_request_is_not_waited_for(tokens: Tokens) -> None:
-    """A stranger who opens a call and sends nothing is refused at once, and holds no thread."""
+    """A caller without a token that sends no request is refused at once, and occupies no thread."""
 
     def silent() -> Iterator[bytes]:
         released.wait(60)
@@ -181,7 +181,7 @@ def test_a_refused_request_is_not_waited_for(tokens: Tokens) -> None:
 
 
 def test_reloaded_tokens_hold_for_the_next_call(tmp_path: Path) -> None:
-    """A token that was taken out of the file is refused on a connection that is open."""
+    """A token that was removed from the file is refused on an open connection too."""
     file = token_file(tmp_path / "e", EXTRACT)
     tokens = Tokens(file)
     with guarded_server(tokens) as channel:

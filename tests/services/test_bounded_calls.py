@@ -1,4 +1,4 @@
-"""Calls of one kind are bounded, and make room however they end."""
+"""The number of calls of one kind is limited; a call that ends in any way makes room."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from layertap.services.bounded_calls import BoundedCalls
 
 
 def test_one_too_many_is_refused_until_another_ends() -> None:
-    """The error names the limit; a call that fails makes room like any other."""
+    """The error names the limit; a failed call makes room too."""
     calls = BoundedCalls(1, "calls watch health")
 
     def fail() -> None:
@@ -27,7 +27,7 @@ def test_one_too_many_is_refused_until_another_ends() -> None:
 
 
 def test_a_refused_call_takes_no_place() -> None:
-    """Where the caller refuses in its own way, its error is raised and nothing is counted."""
+    """If the caller's own function raises, its error is passed on and nothing is counted."""
 
     def refuse(text: str) -> None:
         raise LookupError(text)

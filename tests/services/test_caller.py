@@ -1,4 +1,4 @@
-"""A call's caller: its name, address, credentials and trace, and whether it still waits."""
+"""The caller of a call: its id, address, credentials and trace, and whether it still waits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def channel() -> Iterator[grpc.Channel]:
 
 
 def list_models(channel: grpc.Channel, *metadata: tuple[str, str]) -> str:
-    """Return the id that a call which is answered comes back with."""
+    """Return the id that an answered call returns."""
     method = channel.unary_unary("/layertap.v1.FeatureService/ListModels")
     _, call = method.with_call(b"", metadata=metadata)
     return dict(call.trailing_metadata())["x-request-id"]
@@ -51,7 +51,7 @@ def callers_of(*calls: tuple[tuple[str, str], ...]) -> list[Caller]:
     "given", ["a", "0b5f2d9e-9d2b-4c43-8a37-0e0a7a3f5a11", "Root=1-67891233-abcdef01", "x" * 64]
 )
 def test_a_sane_id_is_kept(channel: grpc.Channel, given: str) -> None:
-    """A short id of harmless characters comes back as it was given."""
+    """A short id of harmless characters is returned unchanged."""
     assert list_models(channel, ("x-request-id", given)) == given
 
 
@@ -59,7 +59,7 @@ def test_a_sane_id_is_kept(channel: grpc.Channel, given: str) -> None:
     "given", ["", "x" * 65, "two words", '"quoted"', "<b>", "a;rm", "{}", "%0a"]
 )
 def test_another_id_is_replaced(channel: grpc.Channel, given: str) -> None:
-    """What is long, empty or has characters that logs could trip over gives way to one of ours."""
+    """An id that is long, empty or has unsafe characters is replaced by the server's own."""
     made = list_models(channel, ("x-request-id", given))
     assert made != given
     assert len(made) == 16
@@ -67,17 +67,17 @@ def test_another_id_is_replaced(channel: grpc.Channel, given: str) -> None:
 
 
 def test_the_first_sane_id_counts(channel: grpc.Channel) -> None:
-    """Of several ids the first sane one is taken."""
+    """Of several ids the first valid one is used."""
     assert list_models(channel, ("x-request-id", "<b>"), ("x-request-id", "mine")) == "mine"
 
 
 def test_made_ids_differ(channel: grpc.Channel) -> None:
-    """Calls without an id get one each."""
+    """Each call without an id gets its own."""
     assert len({list_models(channel) for _ in range(50)}) == 50
 
 
 def test_a_refusal_carries_its_id(channel: grpc.Channel) -> None:
-    """A call that fails comes back with its id beside the error's name."""
+    """A failed call returns its id next to the error's name."""
     method = channel.unary_unary("/layertap.v1.FeatureService/Extract")
     with pytest.raises(grpc.RpcError) as failure:
         method(b"\xff", metadata=(("x-request-id", "mine"),))
@@ -104,7 +104,7 @@ def test_there_is_no_caller_outside_of_calls() -> None:
 
 
 def test_an_interceptor_and_the_handler_see_one_caller() -> None:
-    """Whichever asks first makes the caller of a call; two calls have two."""
+    """Whichever asks first creates the call's caller; two calls have different callers."""
     seen: list[Caller] = []
 
     class Interceptor(grpc.ServerInterceptor):
@@ -132,7 +132,7 @@ def test_an_interceptor_and_the_handler_see_one_caller() -> None:
 
 
 def test_credentials_tell_callers_apart() -> None:
-    """Callers are the same by their token, which itself is not kept; without one they are alike."""
+    """Callers with the same token, or all without one, are equal; the token is not kept."""
     token, other = (("authorization", f"Bearer {word}") for word in ("mine", "theirs"))
     mine, again, theirs, nobody, also = callers_of((token,), (token,), (other,), (), ())
     assert mine.identity == again.identity
@@ -143,7 +143,7 @@ def test_credentials_tell_callers_apart() -> None:
 
 
 def test_the_address_and_the_trace_are_the_callers() -> None:
-    """A caller on this machine is local; of its metadata the headers of W3C's traces are kept."""
+    """A caller on this machine is local; of its metadata, W3C's trace headers are kept."""
     trace = (("traceparent", "00-" + "a" * 32 + "-" + "b" * 16 + "-01"), ("tracestate", "a=b"))
     caller, untraced = callers_of((*trace, ("other", "header")), ())
     assert caller.transport == "grpc"
@@ -167,13 +167,13 @@ def test_the_address_and_the_trace_are_the_callers() -> None:
     ],
 )
 def test_only_callers_on_this_machine_are_local(peer: str, local: bool) -> None:
-    """An address of the loopback interface, or a Unix socket; anything else is another machine."""
+    """Loopback addresses and Unix sockets are local; any other address is another machine."""
     with ThreadPoolExecutor(1) as elsewhere:  # In a thread that serves nobody yet.
         assert elsewhere.submit(caller_of, FakeContext(peer)).result(60).local is local
 
 
 def test_the_deadline_is_the_callers() -> None:
-    """A call has the time that the client gives it, and without a deadline it has no end."""
+    """A call may take the time that the client allows; without a deadline there is no limit."""
     left: list[float | None] = []
 
     def handle(message: bytes, caller: Caller) -> bytes:
@@ -191,7 +191,7 @@ def test_the_deadline_is_the_callers() -> None:
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
 def test_a_caller_that_leaves_is_cancelled(kind: str) -> None:
-    """Once the client cancels, work for it is asked to stop."""
+    """Once the client cancels, its work is asked to stop."""
     callers: list[Caller] = []
 
     def wait(caller: Caller) -> None:
@@ -219,7 +219,7 @@ def test_a_caller_that_leaves_is_cancelled(kind: str) -> None:
 
 
 def test_an_item_has_its_own_deadline_within_its_streams() -> None:
-    """An item may take what its request says, but no longer than its stream; the rest it shares."""
+    """An item may take as long as its request says, but no longer than its stream."""
     opened = Caller(Call(60), request_id="mine", peer="ipv4:127.0.0.1:1", local=True)
     for timeout, least, most in ((None, 50, 60), (5, 4, 5), (100, 50, 60)):
         item = opened.of_item(timeout)

@@ -1,4 +1,4 @@
-"""Replies are compressed for calls that ask for it, and for no others."""
+"""Replies are compressed for calls that request it, and for no others."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def request() -> bytes:
 
 @pytest.mark.parametrize(("asked", "small"), [("none", False), ("gzip", True), ("deflate", True)])
 def test_the_client_chooses(relay: Counting, asked: str, small: bool) -> None:
-    """Values are the same, and the bytes on the wire fewer where compression was asked for."""
+    """Values are the same, and fewer bytes are sent if compression was requested."""
     with Client(relay.address, shared_memory=False, reply_compression=asked) as client:
         got = client.extract("residual", X, "layer1", extractor="hook")["layer1"]
         one = relay.received
@@ -97,7 +97,7 @@ def test_the_client_chooses(relay: Counting, asked: str, small: bool) -> None:
 
 
 def test_any_grpc_client_may_ask(relay: Counting) -> None:
-    """The metadata is all that it takes; without it nothing is compressed."""
+    """Setting the metadata is enough; without it nothing is compressed."""
     with grpc.insecure_channel(relay.address, [("grpc.max_receive_message_length", -1)]) as channel:
         method = channel.unary_unary("/layertap.v1.FeatureService/Extract")
         plain = method(request(), timeout=30)
@@ -109,7 +109,7 @@ def test_any_grpc_client_may_ask(relay: Counting) -> None:
 
 
 def test_unknown_algorithms_are_refused(address: str) -> None:
-    """By the server and, before anything is sent, by the client."""
+    """The server refuses them, and so does the client before anything is sent."""
     with grpc.insecure_channel(address) as channel:
         method = channel.unary_unary("/layertap.v1.FeatureService/ListModels")
         with pytest.raises(grpc.RpcError) as caught:

@@ -1,4 +1,4 @@
-"""All protocols run requests in one way, which releases what they took and reports how they end."""
+"""All protocols run requests in the same way: bytes are released and outcomes are reported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plane(engine: Engine, seen: Counting) -> DataPlane:
 
 
 def test_the_request_is_released_and_the_reply_is_its_owners(engine, plane, seen) -> None:
-    """Once there is a reply the request counts no more; the reply does until it was sent."""
+    """Once there is a reply, only the reply's bytes count, until it was sent."""
     counted: list[int] = []
 
     def convert(message: bytes, received: Reservation) -> Converted:
@@ -68,7 +68,7 @@ def test_the_request_is_released_and_the_reply_is_its_owners(engine, plane, seen
 
 
 def test_a_version_may_have_a_say_in_the_request(engine, plane) -> None:
-    """A request that is a function of the version is called with the one that serves it."""
+    """If the request is a function of the version, it is called with the serving version."""
     asked: list[str] = []
 
     def request_for(host: ModelHost) -> ExtractionRequest:
@@ -81,7 +81,7 @@ def test_a_version_may_have_a_say_in_the_request(engine, plane) -> None:
 
 
 def test_a_unary_reply_counts_until_its_rpc_ends(engine, plane) -> None:
-    """The bytes of a reply are released when gRPC is done with the RPC, and not before."""
+    """The bytes of a reply are released once gRPC has ended the RPC, and not earlier."""
     counted: list[int] = []
 
     def handle(message: bytes, caller: Caller) -> Answer:
@@ -99,13 +99,15 @@ def test_a_unary_reply_counts_until_its_rpc_ends(engine, plane) -> None:
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
 def test_an_rpc_that_has_ended_is_cancelled_and_released_at_once(engine, plane, when) -> None:
-    """gRPC does not call back for it: its caller is cancelled, and its reply is released."""
+    """gRPC doesn't call back then: the caller is cancelled, and the reply is released."""
     context = FakeContext(ended=when == "before")
+    kept: list[object] = []  # So that no finalizer releases what the handler's end should release.
 
     def handle(message: bytes, caller: Caller) -> Answer:
         received = plane.receive(3000, caller)
         extraction = plane.run(received, caller, lambda: ("residual", WANTED))
         context.ended = True
+        kept.append(extraction)
         assert engine.pending_bytes == len(extraction.payload)
         return Answer(extraction.payload, extraction.reservation)
 
@@ -121,7 +123,7 @@ def test_an_rpc_that_has_ended_is_cancelled_and_released_at_once(engine, plane, 
 
 
 def test_a_request_that_fails_is_released_and_reported(engine, plane, seen) -> None:
-    """Wherever it fails: before it is parsed, at the look-up of its model, or in the engine."""
+    """This holds before parsing, when its model is looked up, and in the engine."""
     layer = request_for("residual", "nothing", np.zeros((1, *ITEM), np.float32))
     gone = Caller()
     gone.call.cancel()
@@ -138,7 +140,7 @@ def test_a_request_that_fails_is_released_and_reported(engine, plane, seen) -> N
 
 
 def test_a_request_that_does_not_fit_is_reported(engine, plane, seen) -> None:
-    """It is refused before anything is made of it, and nothing of it stays counted."""
+    """It is refused before it is parsed, and none of its bytes stay counted."""
     with pytest.raises(errors.OverloadedError, match="the request takes 20000 bytes"):
         plane.receive(20_000, Caller())
     assert engine.pending_bytes == 0

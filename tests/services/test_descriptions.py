@@ -1,4 +1,4 @@
-"""Descriptions tell what was measured, and what was tried and refused."""
+"""Descriptions contain what was measured, and what was tried and refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def refuse(engine, monkeypatch) -> Refuse:
 
 
 def test_plans_that_were_refused_are_described(engine, refuse) -> None:
-    """A declared layer that can't be compiled says so, and so does each set that it was in."""
+    """The description says so for a declared layer, and for each set that contains it."""
     refuse("layer2", Capture.OUTPUT, "layer2", "conv1:input")
     description = description_to_proto(describe(engine.host("residual")))
     refused = {tuple(plan.layers): plan for plan in description.refused_plans}
@@ -91,7 +91,7 @@ def test_plans_that_were_refused_are_described(engine, refuse) -> None:
 
 
 def test_a_refusal_on_an_input_leaves_the_output(engine, refuse) -> None:
-    """What is refused for one side of a layer is not refused for the other."""
+    """A refusal of one side of a layer does not affect the other side."""
     refuse("layer2", Capture.INPUT, "layer2:input")
     description = description_to_proto(describe(engine.host("residual")))
     layer = next(layer for layer in description.layers if layer.name == "layer2")
@@ -100,7 +100,7 @@ def test_a_refusal_on_an_input_leaves_the_output(engine, refuse) -> None:
 
 
 def test_the_command_line_shows_refused_plans(engine, refuse) -> None:
-    """`layertap layers --server` tells which sets could not be compiled, and why."""
+    """`layertap layers --server` shows which sets could not be compiled, and why."""
     refuse("layer2", Capture.OUTPUT, "layer2")
     with running_server(engine) as address:
         shown = layertap("layers", "residual", "--server", address)
@@ -108,7 +108,7 @@ def test_the_command_line_shows_refused_plans(engine, refuse) -> None:
 
 
 def test_the_rules_of_a_models_passes_are_described(engine) -> None:
-    """Whether they may end early, run at once and be shared, and what happens to their state."""
+    """The rules say if passes may end early, overlap and be shared, and what becomes of state."""
     load(engine, "keeps_state")
     load(engine, "residual")
     model = description_to_proto(describe(engine.host("keeps_state"))).model
@@ -124,7 +124,7 @@ def test_the_rules_of_a_models_passes_are_described(engine) -> None:
 
 
 def test_layouts_are_described(engine) -> None:
-    """Channels last and tokens are told apart from channels first, at a size that is no square."""
+    """Channels last and tokens are distinguished from channels first, for a non-square size."""
     load(engine, "patches", item=(3, 16, 24))
     layers = {
         layer.name: layer for layer in description_to_proto(describe(engine.host("patches"))).layers

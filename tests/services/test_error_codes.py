@@ -1,4 +1,4 @@
-"""Every error has a status, and nothing internal leaves."""
+"""Every error has a code, and no internal text leaves the server."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ def subclasses(kind: type) -> list[type]:
 
 @pytest.mark.parametrize("kind", subclasses(errors.LayertapError), ids=lambda kind: kind.__name__)
 def test_every_error_is_mapped(kind) -> None:
-    """An error class without a code of its own or of a base below the root is a mistake."""
+    """A class without a code, of its own or of a base below the root, is a mistake."""
     assert isinstance(STATUS[code_of(kind("why"))], grpc.StatusCode)
 
 
 @pytest.mark.parametrize("code", ErrorCode)
 def test_a_code_has_the_name_and_number_of_grpcs(code) -> None:
-    """A code has one name and one number, whether a call or a stream's item reports it."""
+    """A code has one name and one number, both for calls and for items of streams."""
     assert STATUS[code].name == code.name
     assert STATUS[code].value[0] == code.value
 
 
 def test_an_unmapped_error_is_found() -> None:
-    """A new branch of the tree that nobody mapped is an error, not a default."""
+    """A new class that has no code is reported as an error, and gets no default."""
     unmapped = type("PlantedError", (errors.LayertapError,), {})
     with pytest.raises(KeyError):
         code_of(unmapped("why"))
 
 
 def test_every_error_is_public_and_drawn() -> None:
-    """The tree at the top of the file has every class, and so has __all__."""
+    """The tree at the top of the file contains every class, and so does __all__."""
     for kind in (errors.LayertapError, *subclasses(errors.LayertapError)):
         if kind.__module__ == errors.__name__:
             assert kind.__name__ in errors.__all__
@@ -47,7 +47,7 @@ def test_every_error_is_public_and_drawn() -> None:
 
 
 def test_the_unexpected_is_internal_and_keeps_its_text(caplog) -> None:
-    """An unexpected exception becomes INTERNAL with a request id; its text stays in the log."""
+    """An unexpected exception becomes INTERNAL with a request id; its text is only in the log."""
 
     def explode(message: bytes, caller: Caller) -> bytes:
         raise RuntimeError("secret path /etc/shadow")
@@ -62,7 +62,7 @@ def test_the_unexpected_is_internal_and_keeps_its_text(caplog) -> None:
 
 
 def test_want_of_memory_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
-    """A MemoryError, wherever it was raised, is RESOURCE_EXHAUSTED: it may be gone in a while."""
+    """A MemoryError is always RESOURCE_EXHAUSTED, because a retry may succeed."""
     with pytest.raises(MemoryError) as caught:
         bytearray(1 << 60)
     assert code_of(caught.value) is ErrorCode.RESOURCE_EXHAUSTED

@@ -1,4 +1,4 @@
-"""A stream answers each item as it finishes, holds a bounded number, and leaves nothing behind."""
+"""A stream answers items as they finish, limits those in flight, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def server(engine: Engine, seen: Counting) -> Iterator[FeatureServer]:
 
 @pytest.fixture
 def narrow_server(narrow: Engine, seen: Counting) -> Iterator[FeatureServer]:
-    """A real server of the narrow engine."""
+    """A real server of the engine with one thread."""
     yield from started(narrow, seen)
 
 
@@ -86,7 +86,7 @@ def channel(server: FeatureServer) -> Iterator[grpc.Channel]:
 
 @pytest.fixture
 def narrow_channel(narrow_server: FeatureServer) -> Iterator[grpc.Channel]:
-    """A channel to the server of the narrow engine."""
+    """A channel to the server with one compute thread."""
     with grpc.insecure_channel(narrow_server.address) as channel:
         yield channel
 
@@ -102,7 +102,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def eager(engine: Engine, x: np.ndarray) -> np.ndarray:
-    """Return layer1 of the plain module."""
+    """Return layer1's output from the plain module."""
     module = engine.host("residual").model.module
     x = torch.from_numpy(x)
     for child in ("conv1", "bn1", "relu", "layer1"):
@@ -116,7 +116,7 @@ def array(reply: feature_service_pb2.ExtractStreamResponse) -> np.ndarray:
 
 
 def test_every_item_gets_its_own_answer(engine, channel, seen) -> None:
-    """Many items in flight come back once each, with the values of the plain module."""
+    """Each of many items in flight is answered once, with the values of the plain module."""
     random = np.random.default_rng(1)
     given = {n * 2**57 + n: random.random((n % 3 + 1, *ITEM), np.float32) for n in range(60)}
     stream = RawStream(channel)
@@ -133,7 +133,7 @@ def test_every_item_gets_its_own_answer(engine, channel, seen) -> None:
 
 
 def test_the_time_of_an_item_begins_with_the_item(channel, seen) -> None:
-    """An item that fails is reported with a caller of its own, whose time is not the stream's."""
+    """A failed item is reported with its own caller, whose time is not the stream's."""
     stream = RawStream(channel)
     stream.send(item(1, model="nobody"))
     assert stream.read().error.code == Code.NOT_FOUND.value[0]
@@ -148,7 +148,7 @@ def test_the_time_of_an_item_begins_with_the_item(channel, seen) -> None:
 
 
 def test_a_quick_item_overtakes_a_slow_one(channel) -> None:
-    """Replies come as they finish, not as they were asked for."""
+    """Replies are sent as items finish, not in the order of the requests."""
     stream = RawStream(channel)
     with gate() as held:
         stream.send(held_item(1), item(2))
@@ -178,7 +178,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_item_leaves_the_others_alone(engine, channel, seen, case) -> None:
-    """An item's error names its status and kind, and neither ends the stream nor its neighbours."""
+    """An item's error has a status and a class, and ends neither the stream nor other items."""
     bad, code, kind = BAD[case]
     stream = RawStream(channel)
     stream.send(item(1), bad, item(2))
@@ -215,7 +215,7 @@ def test_an_id_in_flight_is_taken(channel) -> None:
     [b"\xff\xff\xff", b"\x0a\x05ab", pytest.param(b"\x22\x00" * 70_000, id="too many fields")],
 )
 def test_bytes_that_are_no_request_end_the_stream(channel, message) -> None:
-    """Nothing can be answered without an id: the stream ends, after what came before it."""
+    """Without an id nothing can be answered: earlier items are answered, and the stream ends."""
     stream = RawStream(channel)
     with gate() as held:
         stream.send(held_item(1), message, item(2))
@@ -228,7 +228,7 @@ def test_bytes_that_are_no_request_end_the_stream(channel, message) -> None:
 
 
 def test_after_the_half_close_what_is_in_flight_is_answered(channel) -> None:
-    """A client that has said everything still gets every answer, then OK."""
+    """A client that has sent its last message still gets every answer, then OK."""
     stream = RawStream(channel)
     with gate() as held:
         stream.send(held_item(1), item(2), held_item(3))
@@ -240,7 +240,7 @@ def test_after_the_half_close_what_is_in_flight_is_answered(channel) -> None:
 
 
 def test_no_more_than_the_limit_is_in_flight(engine, channel, seen) -> None:
-    """The server reads on only as items are answered; other callers are served meanwhile."""
+    """Further items are read only as others are answered; other callers are served meanwhile."""
     stream = RawStream(channel)
     other = RawStream(channel)
     with gate() as held:
@@ -258,7 +258,7 @@ def test_no_more_than_the_limit_is_in_flight(engine, channel, seen) -> None:
 
 
 def test_a_client_that_does_not_read_is_not_read_from(narrow_server, narrow_channel, seen) -> None:
-    """Replies that nobody takes keep their places: what the server holds is bounded."""
+    """Replies that the client doesn't read keep their places, so the server's memory is bounded."""
     # Replies of 2 MB and a window of 64 KB: gRPC takes none of them before it is read.
     large = np.zeros((16, 3, 128, 128), np.float32)
     count = 3 * PLACES
@@ -279,7 +279,7 @@ def test_a_client_that_does_not_read_is_not_read_from(narrow_server, narrow_chan
 
 
 def test_a_cancelled_stream_is_not_computed(narrow, narrow_channel, seen) -> None:
-    """What waits behind a running item is dropped when the client cancels."""
+    """Items that wait behind a running one are dropped when the client cancels."""
     stream = RawStream(narrow_channel)
     with gate() as held:
         stream.send(*(held_item(number) for number in range(PLACES)))
@@ -306,7 +306,7 @@ stream.read()
 
 
 def test_a_killed_client_leaves_nothing(narrow, narrow_server) -> None:
-    """When the client's process dies its queued items are dropped and its threads end."""
+    """When the client's process dies, its waiting items are dropped and its threads end."""
     with gate() as held:
         client = subprocess.Popen(
             [sys.executable, "-c", KILLED, narrow_server.address], env=ENVIRONMENT
@@ -326,7 +326,7 @@ def test_a_killed_client_leaves_nothing(narrow, narrow_server) -> None:
 
 
 def test_the_streams_deadline_is_that_of_its_items(narrow, narrow_channel) -> None:
-    """A stream that ran out of time ends, and what it had queued is not run."""
+    """A stream whose deadline passes ends, and its waiting items are not run."""
     with gate() as held:
         stream = RawStream(narrow_channel, timeout=2)
         stream.send(*(held_item(number) for number in range(PLACES)))
@@ -344,7 +344,7 @@ def test_the_streams_deadline_is_that_of_its_items(narrow, narrow_channel) -> No
 
 
 def test_an_items_timeout_is_its_own(channel) -> None:
-    """An item whose time is up is answered with DEADLINE_EXCEEDED, and the stream goes on."""
+    """An item over its timeout is answered with DEADLINE_EXCEEDED, and the stream continues."""
     stream = RawStream(channel)
     with gate() as held:
         stream.send(held_item(1))
@@ -359,7 +359,7 @@ def test_an_items_timeout_is_its_own(channel) -> None:
 
 
 def test_more_streams_than_allowed_are_refused(channel) -> None:
-    """One stream too many is told so, and there is room again when another ends."""
+    """One stream too many is refused; when another ends, there is room again."""
     first, second = RawStream(channel), RawStream(channel)
     for stream in (first, second):
         stream.send(item(1))
@@ -374,7 +374,7 @@ def test_more_streams_than_allowed_are_refused(channel) -> None:
 
 
 def test_draining_answers_what_is_in_flight(server, channel) -> None:
-    """When the server stops, items in flight are answered, and the streams end as UNAVAILABLE."""
+    """When the server stops, items in flight are answered, and the streams end with UNAVAILABLE."""
     busy, idle = RawStream(channel), RawStream(channel)
     idle.send(item(1))
     assert idle.read().id == 1
@@ -394,7 +394,7 @@ def test_draining_answers_what_is_in_flight(server, channel) -> None:
 
 
 def test_streams_leave_room_for_unary_calls(engine, seen) -> None:
-    """Open streams keep no thread from calls: beside as many as there may be, calls are served."""
+    """With as many open streams as allowed, unary calls are still served."""
     server = FeatureServer(engine, ServerOptions(port=0), seen)
     server.start()
     try:

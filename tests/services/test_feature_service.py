@@ -1,4 +1,4 @@
-"""The service answers right, and refuses bad input with a status, a text and no harm done."""
+"""The service gives correct answers, and refuses bad input with a status and a text."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def client(address: str) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def call(address: str) -> Iterator[grpc.UnaryUnaryMultiCallable]:
-    """Extract as raw bytes, for messages that no client of ours would send."""
+    """Extract with raw bytes, for messages that a client would not send."""
     with grpc.insecure_channel(address) as channel:
         yield channel.unary_unary("/layertap.v1.FeatureService/Extract")
 
 
 @pytest.fixture(autouse=True)
 def _server_unharmed(client: Client) -> Iterator[None]:
-    """After each test, whatever it sent, the server answers as before."""
+    """After each test, whatever it sent, the server answers correctly."""
     yield
     assert client.extract("residual", batch(1), "layer1")["layer1"].shape == (1, 8, 8, 8)
 
@@ -229,7 +229,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_with_a_status_and_a_text(call, case) -> None:
-    """Each kind of bad input has its status and says what was got and what was expected."""
+    """Each kind of bad input has its status, and the text says what was got and expected."""
     message, code, text = BAD[case]
     with pytest.raises(grpc.RpcError) as refusal:
         call(message.SerializeToString(), timeout=60)
@@ -239,14 +239,14 @@ def test_bad_input_is_refused_with_a_status_and_a_text(call, case) -> None:
 
 @pytest.mark.parametrize("message", [b"\xff\xff\xff", b"\x0a\x05ab", b"\x22\x02\xff\xff\x08"])
 def test_bytes_that_are_no_request_are_invalid(call, message) -> None:
-    """A malformed message is the caller's mistake, not an internal error."""
+    """A malformed message is INVALID_ARGUMENT, not an internal error."""
     with pytest.raises(grpc.RpcError) as refusal:
         call(message, timeout=60)
     assert refusal.value.code() is Code.INVALID_ARGUMENT
 
 
 def test_a_model_that_fails_says_so_without_its_internals(call) -> None:
-    """What a model raises reaches the log; the caller learns that it failed, and no more."""
+    """The model's exception is logged; the caller only learns that the model failed."""
     large = np.full((1, *ITEM), 1e6, np.float32)
     message = request(
         model="raises", layers=selections("head"), inputs=[tensor((1, *ITEM), data=large.tobytes())]
@@ -258,7 +258,7 @@ def test_a_model_that_fails_says_so_without_its_internals(call) -> None:
 
 
 def test_nothing_is_computed_for_a_reply_over_the_limit(engine, client, call, monkeypatch) -> None:
-    """The limit is checked against the prediction, before the model runs."""
+    """The predicted size is checked against the limit before the model runs."""
     client.extract("resnet18", np.zeros((1, 3, 224, 224), np.float32), "layer1")
     ran: list[str] = []
     module = engine.host("resnet18").model.module
@@ -273,7 +273,7 @@ def test_nothing_is_computed_for_a_reply_over_the_limit(engine, client, call, mo
 
 
 def test_images_are_preprocessed_with_the_models_own_transform(engine, client) -> None:
-    """The real photograph gives what the model's transform and eager PyTorch give."""
+    """A real photo gives the same values as the model's transform and eager PyTorch."""
     model = engine.host("resnet18").model
     with Image.open(PHOTO) as image:
         x = model.preprocess(image.convert("RGB"))[None]
@@ -286,7 +286,7 @@ def test_images_are_preprocessed_with_the_models_own_transform(engine, client) -
 
 
 def test_a_batch_of_images_keeps_its_order(client) -> None:
-    """Images of different sizes and formats make one batch, in the order sent."""
+    """Images of different sizes and formats form one batch, in the order sent."""
     red, blue = (
         Image.new("RGB", size, color) for size, color in (((300, 250), "red"), ((99, 400), "blue"))
     )
@@ -299,7 +299,7 @@ def test_a_batch_of_images_keeps_its_order(client) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_values_are_sent_in_the_type_asked_for(client, dtype) -> None:
-    """A cast on the way out is the cast that torch makes."""
+    """Casting values gives the same result as in torch."""
     x = batch(2)
     plain = client.extract("residual", x, "layer1", extractor="hook").torch()["layer1"]
     features = client.extract(
@@ -309,7 +309,7 @@ def test_values_are_sent_in_the_type_asked_for(client, dtype) -> None:
 
 
 def test_reductions(client) -> None:
-    """Pooling, flattening, the class token and the token grid are what torch makes of the value."""
+    """Pooling, flattening, the class token and the token grid give torch's values."""
     x = batch(2)
     layer1 = client.extract("residual", x, "layer1", extractor="hook").torch()["layer1"]
     tokens = client.extract("tokens", x, "encoder", extractor="hook").torch()["encoder"]
@@ -328,7 +328,7 @@ def test_reductions(client) -> None:
 
 
 def test_one_layer_may_be_asked_for_in_several_ways(client) -> None:
-    """One capture serves several outputs, each with its own name, reduction and type."""
+    """One capture serves several outputs, each with its own name, reduction and dtype."""
     features = client.extract(
         "residual",
         batch(1),
@@ -357,7 +357,7 @@ def test_globs_match_in_catalogue_order(client) -> None:
 
 
 def test_containers_come_apart(client) -> None:
-    """Members of a tuple and a dict are layers; so are a module's several inputs."""
+    """Members of a tuple and of a dict are layers, and so are a module's several inputs."""
     x = batch(2)
     features = client.extract(
         "containers", x, ["pair.0", "pair.1.0", "named.low", "add.other:input"]
@@ -369,7 +369,7 @@ def test_containers_come_apart(client) -> None:
 
 
 def test_content_dependent_shapes_are_served(client) -> None:
-    """An output whose size nobody can predict comes back whole, for each request its own."""
+    """An output of unpredictable size is returned completely, to each request its own."""
     model_scores = [client.extract("dynamic", batch(n), ["score", "pick"]) for n in (1, 2, 7)]
     for features in model_scores:
         scores = features["score"]
@@ -377,7 +377,7 @@ def test_content_dependent_shapes_are_served(client) -> None:
 
 
 def test_reductions_beside_content_dependent_shapes(client) -> None:
-    """A reduction holds beside a layer of unknown size, and is refused on one."""
+    """A reduction works alongside a layer of unknown size, and is refused for that layer."""
     pooled = LayerSelection("score", alias="pooled", reduction=Reduction.GLOBAL_AVERAGE_POOL)
     features = client.extract("dynamic", batch(2), ["pick", "score", pooled], extractor="hook")
     assert features["pooled"].shape == (2, 1)
@@ -388,7 +388,7 @@ def test_reductions_beside_content_dependent_shapes(client) -> None:
 
 
 def test_a_model_that_overwrites_its_batch_does_no_harm(client) -> None:
-    """The same request twice gives the same answer, though the model writes into its input."""
+    """The same request gives the same answer twice, although the model writes into its input."""
     x = batch(2)
     first, second = (client.extract("writes_input", x, "conv")["conv"] for _ in range(2))
     assert np.array_equal(first, second)
@@ -409,7 +409,7 @@ def test_list_models(client) -> None:
 
 
 def test_describe_tells_the_image_preprocessing(client) -> None:
-    """Each step is a field of its own, with where it comes from and what was assumed."""
+    """Each step has its own field, with its origin, and whether it was assumed."""
     known = client.describe_model("resnet18").model.inputs[0].image_preprocessing
     assumed = client.describe_model("residual").model.inputs[0].image_preprocessing
 
@@ -425,7 +425,7 @@ def test_describe_tells_the_image_preprocessing(client) -> None:
 
 
 def test_describe_model(client) -> None:
-    """The catalogue has each layer's measured shape, and every extractor's answer."""
+    """The catalogue has each layer's measured shape, and each extractor's verdict."""
     layers = {layer.name: layer for layer in client.describe_model("residual").layers}
     layer2 = layers["layer2"]
     assert (layer2.type, layer2.calls, layer2.channels, layer2.reduction) == (
@@ -452,7 +452,7 @@ def test_describe_model(client) -> None:
 
 
 def test_describe_refuses_an_unknown_model_and_a_malformed_request(address) -> None:
-    """Describing has the same statuses as extracting."""
+    """Describing returns the same statuses as extracting."""
     with grpc.insecure_channel(address) as channel:
         describe = channel.unary_unary("/layertap.v1.FeatureService/DescribeModel")
         with pytest.raises(grpc.RpcError) as unknown:
@@ -464,7 +464,7 @@ def test_describe_refuses_an_unknown_model_and_a_malformed_request(address) -> N
 
 
 def test_timings_add_up(client) -> None:
-    """The reply says where the server's time went."""
+    """The reply says how the server's time was spent."""
     timings = client.extract("residual", batch(1), "layer1").timings
     parts = (timings.prepare_ns, timings.queue_ns, timings.compute_ns)
     assert all(part > 0 for part in parts)

@@ -1,4 +1,4 @@
-"""A window holds the bytes of its replies until gRPC has sent them, or the stream has ended."""
+"""A window counts the bytes of its replies until gRPC has sent them, or the stream has ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Give = Callable[[bytes], object]
 
 @pytest.fixture
 def budget() -> Iterator[Admission]:
-    """The budget that the replies are taken from; the garbage collector rests."""
+    """The budget for the replies; the garbage collector is off."""
     gc.disable()
     yield Admission(1, 1000)
     gc.enable()
@@ -54,7 +54,7 @@ def give(window: ItemWindow, budget: Admission) -> Give:
 
 
 def test_bytes_are_released_when_the_yield_is_resumed(window, give, budget) -> None:
-    """A reply counts while it is sent; asking for the next one means that it was."""
+    """A reply counts while it is sent; asking for the next one means that it was sent."""
     give(b"123")
     give(b"4567")
     assert budget.bytes == 7
@@ -70,7 +70,7 @@ def test_bytes_are_released_when_the_yield_is_resumed(window, give, budget) -> N
 
 
 def test_bytes_are_released_when_the_stream_ends(window, give, budget) -> None:
-    """Closing releases what waits and what is being sent, also where the sender never goes on."""
+    """Closing releases waiting replies and the one being sent, even if the sender stops."""
     give(b"123")
     give(b"4567")
     replies = window.replies()
@@ -81,7 +81,7 @@ def test_bytes_are_released_when_the_stream_ends(window, give, budget) -> None:
 
 
 def test_bytes_are_released_when_the_sender_is_dropped(window, give, budget) -> None:
-    """gRPC drops the iterator of a call that was cancelled: what was being sent is released."""
+    """gRPC drops the iterator of a cancelled call: the reply being sent is released."""
     give(b"123")
     replies = window.replies()
     next(replies)

@@ -1,4 +1,4 @@
-"""The four classic ways to take a layer, each through a real server over a real channel."""
+"""The four usual ways to extract a layer, each through a real server over a real channel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import LoadedModel, ModelSpec
 from serving import running_server
 
-ITEM = (3, 224, 224)
+SIDE = 224
+SMALL = 64
+"""Height and width at which the networks are measured; each request may have a size of its own."""
+
 STAGES = {"relu": "stage0", **{f"layer{i}": f"stage{i}" for i in range(1, 5)}}
 POOLS = {"features.43": "pool5", "features.33": "pool4", "features.23": "pool3"}
 BOTH_SIDES = [LayerSelection("avgpool", Capture.INPUT), LayerSelection("avgpool")]
@@ -23,10 +26,13 @@ BOTH_SIDES = [LayerSelection("avgpool", Capture.INPUT), LayerSelection("avgpool"
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine with the three networks of the examples, random weights."""
+    """An engine with the three networks of the examples, random weights.
+
+    What loading tries costs by the pixel; what the examples say of 224 x 224 is asked for below.
+    """
     engine = Engine()
     for name in ("resnet18", "resnet34", "vgg16_bn"):
-        engine.load(ModelSpec.parse(name, weights="random"))
+        engine.load(ModelSpec.parse(name, weights="random", item_shape=(3, SMALL, SMALL)))
     yield engine
     engine.close()
 
@@ -38,12 +44,12 @@ def client(engine: Engine) -> Iterator[Client]:
         yield client
 
 
-def batch(size: int) -> np.ndarray:
-    return np.random.default_rng(3).random((size, *ITEM), dtype=np.float32)
+def batch(size: int, side: int) -> np.ndarray:
+    return np.random.default_rng(3).random((size, 3, side, side), dtype=np.float32)
 
 
 def eager(model: LoadedModel, x: np.ndarray, path: str, capture: Capture) -> torch.Tensor:
-    """The reference: one cloning hook on the untouched model."""
+    """The reference: one hook that clones, on the unchanged model."""
     seen: list[torch.Tensor] = []
     module = model.module.get_submodule(path)
     handle = (
@@ -67,7 +73,7 @@ def check(value: np.ndarray, reference: torch.Tensor, extractor: Extractor) -> N
 @pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.HOOK, Extractor.TORCHSCRIPT])
 def test_resnet18_layer1(engine, client, extractor) -> None:
     """Walking named_children to layer1 gives [1, 64, 56, 56]; so do hooks and the compiled plan."""
-    x = batch(1)
+    x = batch(1, SIDE)
     features = client.extract("resnet18", x, "layer1", extractor=extractor)
     assert features["layer1"].shape == (1, 64, 56, 56)
     assert features.extractor is extractor
@@ -80,7 +86,7 @@ def test_resnet18_layer1(engine, client, extractor) -> None:
 )
 def test_resnet34_stages(engine, client, extractor) -> None:
     """IntermediateLayerGetter's five stages of resnet34, renamed, for a batch of two."""
-    x = batch(2)
+    x = batch(2, SIDE)
     features = client.extract("resnet34", x, STAGES, extractor=extractor)
     assert {name: value.shape[1:] for name, value in features.items()} == {
         "stage0": (64, 112, 112),
@@ -94,13 +100,17 @@ def test_resnet34_stages(engine, client, extractor) -> None:
         check(features[name], reference, extractor)
 
 
-@pytest.mark.parametrize("extractor", [Extractor.FX, Extractor.HOOK, Extractor.TORCHSCRIPT])
-def test_vgg16_bn_pools(engine, client, extractor) -> None:
-    """create_feature_extractor's three pools of vgg16_bn, renamed, in the order asked for."""
-    x = batch(1)
+@pytest.mark.parametrize(
+    ("extractor", "side"),
+    [(Extractor.FX, SMALL), (Extractor.HOOK, SIDE), (Extractor.TORCHSCRIPT, SMALL)],
+)
+def test_vgg16_bn_pools(engine, client, extractor, side) -> None:
+    """create_feature_extractor's three pools of vgg16_bn, renamed, in the order of the request."""
+    x = batch(1, side)
     features = client.extract("vgg16_bn", x, POOLS, extractor=extractor)
     assert list(features) == ["pool5", "pool4", "pool3"]
-    assert features["pool5"].shape == (1, 512, 7, 7)
+    # At 224 x 224 that is the example's [1, 512, 7, 7].
+    assert features["pool5"].shape == (1, 512, side // 32, side // 32)
     for layer, name in POOLS.items():
         reference = eager(engine.host("vgg16_bn").model, x, layer, Capture.OUTPUT)
         check(features[name], reference, extractor)
@@ -109,9 +119,9 @@ def test_vgg16_bn_pools(engine, client, extractor) -> None:
 @pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
 def test_resnet18_avgpool_input_and_output_at_batch_64(engine, client, extractor) -> None:
     """A pre-hook and a hook on avgpool give both sides of it for 64 images."""
-    x = batch(64)
+    x = batch(64, SMALL)
     features = client.extract("resnet18", x, BOTH_SIDES, extractor=extractor)
-    assert features["avgpool:input"].shape == (64, 512, 7, 7)
+    assert features["avgpool:input"].shape == (64, 512, 2, 2)
     assert features["avgpool"].shape == (64, 512, 1, 1)
     for selection in BOTH_SIDES:
         reference = eager(engine.host("resnet18").model, x, "avgpool", selection.capture)
@@ -120,9 +130,9 @@ def test_resnet18_avgpool_input_and_output_at_batch_64(engine, client, extractor
 
 @pytest.mark.parametrize("extractor", [Extractor.CHILDREN, Extractor.LAYER_GETTER])
 def test_what_a_walk_can_not_reach_is_refused_with_the_reason(client, extractor) -> None:
-    """A layer inside a child is a FAILED_PRECONDITION that says why and who can serve it."""
+    """A layer inside a child is FAILED_PRECONDITION; the text says why and who can serve it."""
     with pytest.raises(ExtractorUnsupportedError) as refusal:
-        client.extract("vgg16_bn", batch(1), "features.43", extractor=extractor)
+        client.extract("vgg16_bn", batch(1, SMALL), "features.43", extractor=extractor)
     text = str(refusal.value)
     assert "'features.43' is not a top-level child of the model" in text
     assert all(able in text for able in ("TORCHSCRIPT", "FX", "HOOK"))

@@ -12,7 +12,7 @@ from layertap.wire.stream_messages import id_field
 
 
 def test_the_native_form_is_what_upb_reads() -> None:
-    """Extractor, timings, fields of its own and tensors, at the size that was laid out."""
+    """Extractor, timings, additional fields and tensors are readable, at the size laid out."""
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     form = NativeForm(Extractor.FX, fields=id_field(7))
     nbytes = form.lay_out([("a", 1, (2, 3))])

@@ -1,4 +1,4 @@
-"""Errors of every kind, over a real channel, speak of the request and never of the server."""
+"""Errors of every kind, over a real channel, are about the request and never about the server."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ INTERNAL = (
 
 @pytest.fixture(scope="module")
 def channel() -> Iterator[grpc.Channel]:
-    """A channel to a server of a net whose errors speak of files."""
+    """A channel to a server of a net whose errors name files."""
     engine = Engine(Limits(request_bytes=200_000, reply_bytes=60_000, batch=100, pixels=10_000))
     engine.load(ModelSpec("leakynets:leaky", item_shape=ITEM))
     options = [("grpc.max_send_message_length", -1)]
@@ -137,7 +137,7 @@ def failure(channel: grpc.Channel, method: str, message: bytes) -> grpc.RpcError
 
 
 def check(error: grpc.RpcError) -> str:
-    """Check that nothing internal left, and return the text that did."""
+    """Check that nothing internal left the server, and return the text that did."""
     left = f"{error.details()} {error.trailing_metadata()}"
     assert [word for word in INTERNAL if word in left] == []
     assert len(left.encode()) < 4096
@@ -146,7 +146,7 @@ def check(error: grpc.RpcError) -> str:
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_error_speaks_of_the_server(channel: grpc.Channel, case: str) -> None:
-    """Each mistake has its status, and a text without a file name or a word of the model's code."""
+    """Each error has its status, and a text without file names or the model's own words."""
     method, message, code = CASES[case]
     error = failure(channel, SERVICE + method, message())
     assert error.code() is code, error.details()
@@ -154,7 +154,7 @@ def test_no_error_speaks_of_the_server(channel: grpc.Channel, case: str) -> None
 
 
 def test_a_long_quotation_is_cut_not_lost(channel: grpc.Channel) -> None:
-    """A text that no header could carry arrives shortened, under the status that it belongs to."""
+    """A text that is too long for a header is shortened, and keeps its status."""
     error = failure(channel, f"{SERVICE}Extract", extract("é" * 50_000))
     assert error.code() is Code.NOT_FOUND
     assert error.details().startswith("no layer 'éééé")
@@ -163,7 +163,7 @@ def test_a_long_quotation_is_cut_not_lost(channel: grpc.Channel) -> None:
 
 @contextmanager
 def answering(work: Callable[[], object]) -> Iterator[grpc.Channel]:
-    """Serve one method that does something in the server's own name."""
+    """Serve a method that raises errors about the server's own files."""
 
     def handle(message: bytes, caller: Caller) -> bytes:
         work()
@@ -195,7 +195,7 @@ def test_what_the_operator_must_know_is_in_the_log_only(
     work: Callable[[], object],
     kind: type[errors.LayertapError],
 ) -> None:
-    """Errors of the server's files keep their class, and their text goes to the log under an id."""
+    """Errors about the server's files keep their class; their text is logged under an id."""
     with caplog.at_level(logging.ERROR), answering(work) as channel:
         error = failure(channel, "/test.Service/Call", b"")
     text = check(error)

@@ -1,4 +1,4 @@
-"""Streams are counted over all services, and every one of them hears that the server drains."""
+"""Streams are counted over all services, and all of them end when the server drains."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_one_too_many_is_refused_until_another_ends() -> None:
 
 
 def test_draining_ends_what_is_open_and_refuses_more() -> None:
-    """An open window takes no more items, and no window is opened."""
+    """An open window takes no more items, and no new window is opened."""
     streams = OpenStreams(2)
     with streams.opened(OrderedWindow(1)) as window:
         streams.drain()

@@ -1,4 +1,4 @@
-"""The places of a stream are taken and given back in order, whatever its threads do."""
+"""The places of a stream are taken and freed in order, whatever its threads do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layertap.services.item_window import OrderedWindow
 
 
 def test_replies_leave_in_the_order_of_the_places() -> None:
-    """The second's reply waits for the first's."""
+    """The second reply waits for the first."""
     window = OrderedWindow(3)
     first, second = window.admit(Call()), window.admit(Call())
     second.answer(Answer(b"2"))
@@ -28,7 +28,7 @@ def test_replies_leave_in_the_order_of_the_places() -> None:
 
 
 def test_a_place_is_free_once_its_reply_was_taken() -> None:
-    """There is no room while a reply is being sent, and room when the next is asked for."""
+    """There is no room while a reply is being sent; there is when the next one is requested."""
     window = OrderedWindow(1)
     assert window.wait_for_room()
     window.admit(Call()).answer(Answer(b"1"))
@@ -45,7 +45,7 @@ def test_a_place_is_free_once_its_reply_was_taken() -> None:
 
 
 def test_the_end_answers_what_is_in_flight_and_raises_its_reason() -> None:
-    """Nothing is admitted after it, and the reason comes last."""
+    """No item is admitted afterwards, and the reason is raised last."""
     window = OrderedWindow(2)
     place = window.admit(Call())
     window.end(UnavailableError("over"))

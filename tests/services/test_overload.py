@@ -1,4 +1,4 @@
-"""A full server refuses calls before it reads them, and no faster than it can afford."""
+"""A full server refuses calls before it reads them, at a limited rate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ITEM = (3, 4, 4)
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that advances only when a test says so."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -40,7 +40,7 @@ class Clock:
 
 
 class Refused:
-    """Collects what ran, in its order."""
+    """Records what ran, in order."""
 
     def __init__(self) -> None:
         self.done: list[int] = []
@@ -73,7 +73,7 @@ def refusals(clock: Clock) -> Iterator[HeldRefusals]:
 def test_a_few_refusals_are_sent_at_once_and_the_rest_later(
     clock: Clock, refusals: HeldRefusals
 ) -> None:
-    """As many as a second allows are sent at once; the next are held, and sent in their order."""
+    """As many as allowed per second are sent at once; the others are delayed, and sent in order."""
     refused = Refused()
     futures = [refusals.submit(refused, number) for number in range(AT_ONCE + 5)]
     assert refused.wait_for(AT_ONCE) == list(range(AT_ONCE))
@@ -89,7 +89,7 @@ def test_a_few_refusals_are_sent_at_once_and_the_rest_later(
 
 
 def test_the_stop_sends_what_is_held(refusals: HeldRefusals) -> None:
-    """A server that stops lets nobody wait for a refusal."""
+    """When a server stops, nobody waits for a refusal."""
     refused = Refused()
     for number in range(AT_ONCE + 3):
         refusals.submit(refused, number)
@@ -100,7 +100,7 @@ def test_the_stop_sends_what_is_held(refusals: HeldRefusals) -> None:
 
 
 def test_no_more_than_a_bounded_number_is_held(refusals: HeldRefusals) -> None:
-    """Above the bound a refusal is sent at once: what is held takes memory."""
+    """Above this number a refusal is sent at once, because delayed refusals take memory."""
     refused = Refused()
     for number in range(AT_ONCE + HELD + 7):
         refusals.submit(refused, number)
@@ -120,7 +120,7 @@ def test_a_refusal_that_fails_does_not_end_the_thread(refusals: HeldRefusals) ->
 
 
 class Counting:
-    """An interceptor over an engine that only has numbers."""
+    """An interceptor over an engine that has only counts."""
 
     def __init__(self, clock: Clock, pending: int) -> None:
         self.engine: Any = SimpleNamespace(pending=0, limits=Limits(pending=pending))
@@ -136,7 +136,7 @@ class Counting:
 
 
 def test_calls_that_are_being_received_take_places(clock: Clock) -> None:
-    """Awaited and running calls count, until they have ended; other methods are not counted."""
+    """Calls count from arrival to end; other methods are not counted."""
     counting = Counting(clock, 2)
     first, second = counting.arrive(), counting.arrive()
     assert first is not None
@@ -149,7 +149,7 @@ def test_calls_that_are_being_received_take_places(clock: Clock) -> None:
 
 
 def test_a_call_keeps_its_place_while_it_runs(clock: Clock) -> None:
-    """A call whose handler runs is counted once, whether the engine counts it already or not."""
+    """A running call is counted once, whether or not the engine counts it already."""
     counting = Counting(clock, 2)
     outcomes: list[bool] = []
 
@@ -175,7 +175,7 @@ def test_a_call_keeps_its_place_while_it_runs(clock: Clock) -> None:
 
 
 def test_a_call_that_sends_nothing_loses_its_place(clock: Clock) -> None:
-    """Clients that begin calls and send no message keep others out for a second only."""
+    """A call without a message occupies its place for a second only."""
     counting = Counting(clock, 1)
     slow = counting.arrive()
     assert counting.arrive() is None
@@ -186,7 +186,7 @@ def test_a_call_that_sends_nothing_loses_its_place(clock: Clock) -> None:
 
 
 def test_held_callers_are_let_go_once_there_are_places(clock: Clock) -> None:
-    """Each call that ends while the queue is less than half full lets two held refusals go."""
+    """Each call that ends while the queue is less than half full releases two delayed refusals."""
     counting = Counting(clock, 4)
     refusals, refused = counting.overload.refusals, Refused()
     refusals.start()
@@ -249,7 +249,7 @@ def busy() -> Iterator[Busy]:
 
 @pytest.mark.parametrize("method", [EXTRACT, "/inference.GRPCInferenceService/ModelInfer"])
 def test_a_call_is_refused_before_its_message_is_sent(busy: Busy, method: str) -> None:
-    """A caller that has not sent a byte of its message is refused, told when to come again."""
+    """A caller that has sent no byte of its message is refused, and told when to retry."""
     never = threading.Event()
     with grpc.insecure_channel(busy.server.address) as channel:
         # On the wire a unary call is a stream of one message; this one never sends it.
@@ -271,7 +271,7 @@ def test_a_call_is_refused_before_its_message_is_sent(busy: Busy, method: str) -
 
 
 def test_a_storm_of_refusals_is_slow_and_harms_nobody(busy: Busy) -> None:
-    """Callers that ask again at once are refused about once a second; health answers meanwhile."""
+    """Callers that retry at once are refused about once a second; health checks are answered."""
     ended: Counter[str] = Counter()
     ends = time.monotonic() + 2.5
     slowest = 0.0
@@ -306,7 +306,7 @@ def test_a_storm_of_refusals_is_slow_and_harms_nobody(busy: Busy) -> None:
 
 
 def test_a_stop_does_not_wait_for_held_refusals(busy: Busy) -> None:
-    """Calls whose refusal is held end with a status as soon as the server stops."""
+    """Calls with a delayed refusal end with a status as soon as the server stops."""
     codes: list[grpc.StatusCode] = []
 
     def caller() -> None:
@@ -337,7 +337,7 @@ def test_a_stop_does_not_wait_for_held_refusals(busy: Busy) -> None:
 
 
 def test_half_open_calls_keep_nobody_out(busy: Busy) -> None:
-    """Calls whose message never comes hold the only place for a second, no longer."""
+    """Calls whose message never arrives occupy the only place for a second, no longer."""
     busy.gate.open()
     busy.held.result(30)
     never = threading.Event()

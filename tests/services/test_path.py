@@ -1,4 +1,4 @@
-"""A request goes through the files that docs/architecture.md lists, in their order, once each."""
+"""A request goes through the files that docs/architecture.md lists, in that order, once each."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Recorder:
         self._local = threading.local()
 
     def profile(self, frame: FrameType, event: str, argument: object) -> None:
-        """Take an event, as ``threading.setprofile`` gives it."""
+        """Handle an event of ``threading.setprofile``."""
         code = frame.f_code
         if event not in {"call", "return"} or not code.co_filename.startswith(self._root):
             return
@@ -106,7 +106,7 @@ def listed() -> list[str]:
 
 
 def test_a_request_enters_each_file_of_its_path_once() -> None:
-    """One captured layer, by hooks: ten files at most, in the page's order, none entered twice."""
+    """One captured layer, by HOOK: at most ten files, in the page's order, each entered once."""
     files = listed()
     assert 5 < len(files) <= 10
     begin = FeatureService.extract.__code__
@@ -138,7 +138,7 @@ def test_a_request_enters_each_file_of_its_path_once() -> None:
 
 
 def compiled(file: str) -> Callable[..., object]:
-    """Return a function that calls what it is given, as if it stood in another file."""
+    """Return a function that calls its argument as if from another file."""
 
     def run(*each: Callable[[], object]) -> None:
         for one in each:
@@ -148,7 +148,7 @@ def compiled(file: str) -> Callable[..., object]:
 
 
 def test_a_file_that_is_entered_again_is_recorded_again() -> None:
-    """Calls back into a file, and calls of it one after the other, are entries; its own are not."""
+    """Calls back into a file, and repeated calls of it, are entries; calls inside it are not."""
     first, second, helper = compiled("first.py"), compiled("second.py"), compiled("tools/help.py")
     inner = compiled("first.py")
     recorder = Recorder(Path("/root"), first.__code__, {"tools/"})

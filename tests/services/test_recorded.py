@@ -22,24 +22,24 @@ def opened() -> Iterator[grpc.Channel]:
 
 @pytest.fixture(scope="module")
 def answers(opened: grpc.Channel) -> dict[str, bytes]:
-    """The replies of today."""
+    """The replies of the current code."""
     return replies(opened)
 
 
 def test_every_request_has_a_recorded_reply(answers: dict[str, bytes]) -> None:
-    """No request was added without its reply, and none was dropped."""
+    """No request was added without its reply, and no reply is left over."""
     assert sorted(answers) == NAMES
     assert set(natives()) < set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_replies_are_the_recorded_bytes(name: str, answers: dict[str, bytes]) -> None:
-    """A reply has the bytes that it had when it was recorded, but for its timings."""
+    """A reply has the recorded bytes, apart from its timings."""
     assert answers[name] == (FOLDER / name).read_bytes()
 
 
 def test_the_recording_is_right() -> None:
-    """What was recorded are the module's own values."""
+    """The recorded values are those of the module."""
     _, [recorded] = decode_reply((FOLDER / "one").read_bytes())
     with torch.no_grad():
         own = exactnets.image().conv1(torch.from_numpy(pixels(2)))

@@ -1,4 +1,4 @@
-"""What a server counts for requests and replies goes back to nothing, without a garbage collector.
+"""Bytes counted for requests and replies return to zero, without a garbage collector.
 
 ``LAYERTAP_STREAM_ITEMS`` is the length of the long streams: a few thousand items here, 100,000 with
 ``LAYERTAP_STREAM_ITEMS=100000 pytest --timeout 3600 tests/services/test_reservations.py -k long``.
@@ -43,7 +43,7 @@ AROUND = 400
 
 @contextmanager
 def serving(pending_bytes: int, instances: int = 1) -> Iterator[tuple[FeatureServer, Engine]]:
-    """Serve two nets within a budget of bytes, while the garbage collector rests."""
+    """Serve two nets within a budget of bytes; the garbage collector is off."""
     engine = Engine(Limits(pending_bytes=pending_bytes, batch=8192), threads=1, instances=instances)
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
     engine.load(ModelSpec("gatednets:gated", item_shape=GATED_ITEM))
@@ -61,7 +61,7 @@ def serving(pending_bytes: int, instances: int = 1) -> Iterator[tuple[FeatureSer
 
 
 def wide(number: int) -> object:
-    """Return an item of 512 images, 1.5 MiB, whose reply is 1 MiB."""
+    """Return an item of 512 images (1.5 MiB) whose reply has 1 MiB."""
     return item(number, np.zeros((512, *ITEM), np.float32))
 
 
@@ -88,7 +88,7 @@ class InferStream:
 @pytest.mark.timeout(3600 if ITEMS > 5000 else 120)
 @pytest.mark.parametrize("protocol", ["native", "infer"])
 def test_a_long_stream_with_one_item_in_flight_is_never_refused(protocol: str) -> None:
-    """There is room for three: if the bytes of one in a thousand stayed, some would be refused."""
+    """There is room for three: if one item in a thousand stayed counted, some would be refused."""
     room = 3 * (REQUEST_BYTES + REPLY_BYTES + 2 * AROUND)
     refused = 0
     with serving(room) as (server, engine), grpc.insecure_channel(server.address) as channel:
@@ -109,7 +109,7 @@ def test_a_long_stream_with_one_item_in_flight_is_never_refused(protocol: str) -
 
 
 def test_a_reply_counts_until_its_client_has_read_it() -> None:
-    """What waits for a client that reads nothing is counted, and nothing else is."""
+    """Replies that wait for a client that doesn't read are counted, and nothing else is."""
     # A window of 64 KB: gRPC takes none of the replies before it is read.
     options = [("grpc.http2.bdp_probe", 0)]
     with (
@@ -136,7 +136,7 @@ with Client(sys.argv[1], shared_memory=False) as client:
 
 
 def test_a_unary_reply_counts_until_it_was_sent() -> None:
-    """A client that is stopped takes nothing of its 16 MiB: they count until it goes on."""
+    """While the client is stopped, all 16 MiB of its reply count, until it continues."""
     with serving(1 << 30) as (server, engine):
         reached, go_on = threading.Event(), threading.Event()
 
@@ -169,7 +169,7 @@ def test_a_unary_reply_counts_until_it_was_sent() -> None:
 
 
 def test_a_stream_that_is_cancelled_gives_everything_back() -> None:
-    """Its replies that nobody read, and its items that wait; what runs counts until it is over."""
+    """Its unread replies and waiting items are released; running items count until they end."""
     with serving(1 << 30) as (server, engine), grpc.insecure_channel(server.address) as channel:
         stream = RawStream(channel)
         with gate() as held:
@@ -206,7 +206,7 @@ def test_unary_calls_give_everything_back() -> None:
 
 
 def test_a_request_that_is_too_much_is_refused_and_the_stream_goes_on() -> None:
-    """RESOURCE_EXHAUSTED in both protocols; the next item that fits is answered."""
+    """It gets RESOURCE_EXHAUSTED in both protocols; the next item that fits is answered."""
     large = np.zeros((8, *ITEM), np.float32)
     with serving(16384) as (server, engine), grpc.insecure_channel(server.address) as channel:
         with pytest.raises(grpc.RpcError) as refused:

@@ -1,4 +1,4 @@
-"""The tensors of a large native reply go into the memory that is lent to the client."""
+"""The tensors of a large native reply are written to memory that is lent to the client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_shared_memory = pytest.mark.skipif(not supported(), reason="shared memory 
 
 
 class Channel:
-    """A client's socket that collects the regions that the server announces."""
+    """A client's socket that records the regions that the server announces."""
 
     def __init__(self) -> None:
         self.regions: dict[int, Region] = {}
@@ -43,7 +43,7 @@ def memory() -> SessionMemory:
 
 @needs_shared_memory
 def test_large_tensors_stand_in_shared_memory(memory: SessionMemory) -> None:
-    """The message, of which alone admission is told, refers to the region that has the bytes."""
+    """The message refers to the region with the bytes; only the message counts for admission."""
     x = np.random.default_rng(0).random((2, LEAST_BYTES // 4), np.float32)
     form = SharedForm(Extractor.HOOK, memory=memory)
     nbytes = form.lay_out([("a", 1, x.shape)])
@@ -62,7 +62,7 @@ def test_large_tensors_stand_in_shared_memory(memory: SessionMemory) -> None:
 
 @needs_shared_memory
 def test_small_tensors_stay_in_the_message(memory: SessionMemory) -> None:
-    """What is as quick to send is sent."""
+    """What is as fast to send is sent."""
     form = SharedForm(Extractor.HOOK, memory=memory)
     form.lay_out([("a", 1, (10,))])
     builder = form.builder(lambda nbytes: None)
@@ -75,7 +75,7 @@ def test_small_tensors_stay_in_the_message(memory: SessionMemory) -> None:
 
 @needs_shared_memory
 def test_a_reply_that_is_not_admitted_keeps_no_region(memory: SessionMemory) -> None:
-    """What was lent for it is free again."""
+    """The region that was lent for it is free again."""
 
     def refuse(nbytes: int) -> None:
         raise OverloadedError("full")

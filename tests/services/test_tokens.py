@@ -1,4 +1,4 @@
-"""Each token has the right of its file, several are valid at once, and they can be replaced."""
+"""Each token has the right of its file; several are valid at once, and they can be replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layertap.services.tokens import Right, Tokens
 
 
 def test_every_token_of_a_file_has_its_right(tmp_path: Path) -> None:
-    """All lines of a file are valid at once; anything else has no right, however close it is."""
+    """All lines of a file are valid at once; any other text, however similar, has no right."""
     extract = token_file(tmp_path / "e", "first-0123456789abcdef", EXTRACT)
     tokens = Tokens(extract, token_file(tmp_path / "a", ADMIN))
     assert tokens.right_of("first-0123456789abcdef") is Right.EXTRACT
@@ -32,7 +32,7 @@ def test_every_token_of_a_file_has_its_right(tmp_path: Path) -> None:
     ],
 )
 def test_what_needs_no_token(tmp_path: Path, extract: bool, admin: bool, without: Right) -> None:
-    """Without a token one may extract where no file says otherwise, and never administrate."""
+    """Without a token one may extract unless a file forbids it, and never administrate."""
     tokens = Tokens(
         token_file(tmp_path / "e", EXTRACT) if extract else None,
         token_file(tmp_path / "a", ADMIN) if admin else None,
@@ -42,7 +42,7 @@ def test_what_needs_no_token(tmp_path: Path, extract: bool, admin: bool, without
 
 @pytest.mark.parametrize("files", [(), ("e",), ("a",), ("e", "a")])
 def test_trust_holds_only_while_there_are_no_tokens(tmp_path: Path, files: tuple[str, ...]) -> None:
-    """Who trusts everybody and names tokens all the same has the rules of the tokens."""
+    """If every caller is trusted but there are tokens, the tokens' rules apply."""
     extract = token_file(tmp_path / "e", EXTRACT) if "e" in files else None
     admin = token_file(tmp_path / "a", ADMIN) if "a" in files else None
     without = Tokens(extract, admin, trusted=True).right_without
@@ -50,7 +50,7 @@ def test_trust_holds_only_while_there_are_no_tokens(tmp_path: Path, files: tuple
 
 
 def test_reload_replaces_the_tokens(tmp_path: Path) -> None:
-    """A rotation: both are valid in between, and the old one is not afterwards."""
+    """During a rotation both tokens are valid; afterwards the old one is not."""
     file = token_file(tmp_path / "e", EXTRACT)
     tokens = Tokens(file)
     new = "renewed-0123456789abcdef"
@@ -63,7 +63,7 @@ def test_reload_replaces_the_tokens(tmp_path: Path) -> None:
 
 
 def test_a_reload_that_fails_changes_nothing(tmp_path: Path) -> None:
-    """A file that went wrong neither locks anybody out nor lets anybody in."""
+    """A damaged file neither refuses valid tokens nor admits others."""
     file = token_file(tmp_path / "e", EXTRACT)
     tokens = Tokens(file)
     file.write_text("")
@@ -77,7 +77,7 @@ def test_a_reload_that_fails_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_token_in_both_files_is_refused(tmp_path: Path) -> None:
-    """A token that many have must not administrate by a slip."""
+    """A token for extraction must not allow administration by mistake."""
     extract = token_file(tmp_path / "e", EXTRACT)
     with pytest.raises(ConfigError, match=r"admin_tokens_file: .*a token of it is in") as caught:
         Tokens(extract, token_file(tmp_path / "a", ADMIN, EXTRACT))

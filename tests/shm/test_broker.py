@@ -1,4 +1,4 @@
-"""The broker's socket: who gets in, and what a client can do wrong there."""
+"""The broker's socket: who may connect, and what happens if a client misbehaves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def broker() -> Iterator[Broker]:
-    """A broker of 16 MiB that lends for a minute."""
+    """A broker of 16 MiB with leases of a minute."""
     broker = Broker(SharedMemory(16 * MIB))
     broker.start()
     yield broker
@@ -36,7 +36,7 @@ def broker() -> Iterator[Broker]:
 
 
 class Client:
-    """A client that says what it is told to, right or wrong."""
+    """A client that sends what a test says, right or wrong."""
 
     def __init__(self, broker: Broker) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -62,7 +62,7 @@ class Client:
         return to_id(packet)
 
     def ended(self) -> bool:
-        """Tell whether the server has ended the connection; what it sent before is passed over."""
+        """Return whether the server has ended the connection; earlier packets are skipped."""
         try:
             while self.socket.recv(PACKET_BYTES):
                 pass
@@ -78,14 +78,14 @@ class Client:
 
 @pytest.fixture
 def client(broker: Broker) -> Iterator[Client]:
-    """A client that has connected and said nothing."""
+    """A client that has connected and sent nothing."""
     client = Client(broker)
     yield client
     client.close()
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Wait until the broker's thread has seen to it."""
+    """Wait until the broker's thread has handled something."""
     end = time.monotonic() + 10
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
@@ -107,7 +107,7 @@ def test_regions_come_with_their_descriptor(broker: Broker, client: Client) -> N
 
 
 def test_input_region_is_lent_on_request(broker: Broker, client: Client) -> None:
-    """BORROW is answered by the region, then by its lease; what is too much by none."""
+    """BORROW is answered with the region, then its lease; if it is too large, with no region."""
     client.enter(broker.ticket())
     client.say(PacketKind.BORROW, 100_000)
     packet, [fd] = client.hear()
@@ -121,7 +121,7 @@ def test_input_region_is_lent_on_request(broker: Broker, client: Client) -> None
 
 
 def test_ticket_lets_in_once(broker: Broker, client: Client) -> None:
-    """A ticket that was used, an invented one and none at all lead nowhere."""
+    """A used ticket, an invented one and a missing one are refused."""
     ticket = broker.ticket()
     client.enter(ticket)
     for wrong in (ticket, os.urandom(16), bytes(16)):
@@ -133,7 +133,7 @@ def test_ticket_lets_in_once(broker: Broker, client: Client) -> None:
 
 
 def test_tickets_are_bounded(broker: Broker) -> None:
-    """More tickets than may be out at once are an error of the call that asks for one."""
+    """More unused tickets than allowed are an error of the call that requests one."""
     tickets = {broker.ticket() for _ in range(64)}
     assert len(tickets) == 64
     with pytest.raises(OverloadedError):
@@ -157,7 +157,7 @@ GARBAGE: dict[str, tuple[bytes, bool]] = {
 def test_garbage_ends_its_connection_and_no_other(
     broker: Broker, client: Client, case: str
 ) -> None:
-    """Bytes that are no packet, or the wrong one, end the connection; the others go on."""
+    """Malformed or wrong packets end the connection; other connections continue."""
     good = Client(broker)
     session = broker.memory.session(good.enter(broker.ticket()))
     data, entered = GARBAGE[case]
@@ -172,7 +172,7 @@ def test_garbage_ends_its_connection_and_no_other(
 
 
 def test_descriptors_that_a_client_sends_are_dropped(broker: Broker, client: Client) -> None:
-    """Files sent along with packets don't pile up in the server."""
+    """Files that clients send with packets don't accumulate in the server."""
     client.enter(broker.ticket())
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     with Path("/dev/null").open("rb") as file:
@@ -185,7 +185,7 @@ def test_descriptors_that_a_client_sends_are_dropped(broker: Broker, client: Cli
 
 
 def test_client_that_never_reads_is_sent_away(broker: Broker, client: Client) -> None:
-    """A full socket ends the session, is waited for by nobody, and what it had is not reused."""
+    """A full socket ends the session, blocks nobody, and its regions are not reused."""
     session = broker.memory.session(client.enter(broker.ticket()))
     loan = broker.memory.lend(session, MIB)
     loan.publish()
@@ -200,7 +200,7 @@ def test_client_that_never_reads_is_sent_away(broker: Broker, client: Client) ->
 
 
 def test_gone_client_leaves_its_regions(broker: Broker, client: Client) -> None:
-    """The end of the socket frees the leases without any packet."""
+    """When the socket ends, the leases are freed without any packet."""
     session = broker.memory.session(client.enter(broker.ticket()))
     for _ in range(5):
         broker.memory.lend(session, MIB).publish()
@@ -227,7 +227,7 @@ def test_what_was_given_back_is_lent_at_once(broker: Broker, client: Client) -> 
 
 
 def test_garbage_is_garbage_for_whoever_reads_it(broker: Broker, client: Client) -> None:
-    """What is no packet ends the connection also where it is read on the way of a reply."""
+    """A malformed packet ends the connection even if a request's thread reads it."""
     session = broker.memory.session(client.enter(broker.ticket()))
     client.socket.send(b"noise")
     session.channel.poll()
@@ -237,7 +237,7 @@ def test_garbage_is_garbage_for_whoever_reads_it(broker: Broker, client: Client)
 
 
 def test_many_leases_leak_nothing(broker: Broker, client: Client) -> None:
-    """10,000 leases and returns over the socket leave as many files and bytes as one did."""
+    """10,000 leases and returns over the socket leave as many files and bytes as one."""
     session = broker.memory.session(client.enter(broker.ticket()))
     fds = []
 
@@ -271,13 +271,13 @@ def test_many_leases_leak_nothing(broker: Broker, client: Client) -> None:
 def test_silent_connections_are_closed(
     broker: Broker, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who connects and says nothing does not keep the socket for ever."""
+    """A connection that sends nothing is closed after a while."""
     monkeypatch.setattr("layertap.shm.broker._TICKET_SECONDS", 0.1)
     assert client.ended()
 
 
 def test_closed_broker_ends_all_sessions(broker: Broker, client: Client) -> None:
-    """Its end is told to every client, and its name is free."""
+    """Every client sees the end of its session, and the socket's name is free."""
     client.enter(broker.ticket())
     broker.close()
     assert client.ended()
@@ -309,7 +309,7 @@ KNOCK = textwrap.dedent("""
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 def test_other_users_are_sent_away(broker: Broker) -> None:
-    """A process of another user is refused by what the kernel says of it, with a valid ticket."""
+    """A process of another user is refused by its kernel credentials, even with a valid ticket."""
     hello = Packet(PacketKind.HELLO, *from_id(broker.ticket()), VERSION).pack().hex()
     knock = subprocess.run(
         [sys.executable, "-c", KNOCK, broker.name, hello],
@@ -334,7 +334,7 @@ def test_user_is_what_the_kernel_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clients_come_and_go_at_once(broker: Broker) -> None:
-    """Forty clients of which half are rude leave nothing behind."""
+    """Forty clients, half of which misbehave, leave nothing behind."""
     wrong: list[object] = []
 
     def visit(rude: bool) -> None:

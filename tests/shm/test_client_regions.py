@@ -1,4 +1,4 @@
-"""Memory that clients name: only theirs, only within its bounds, whatever becomes of it."""
+"""Memory that clients name: only their own, only within its bounds, whatever happens to it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def key() -> Iterator[str]:
 
 @pytest.fixture
 def path(key: str) -> Path:
-    """Where the object is."""
+    """The path of the object."""
     return Path("/dev/shm") / key[1:]  # noqa: S108 - where they are
 
 
@@ -44,7 +44,7 @@ def regions() -> ClientRegions:
 
 
 def descriptors() -> int:
-    """Count those of shared memory; others come and go with what else runs in this process."""
+    """Count the descriptors of shared memory; other descriptors come and go."""
     gc.collect()  # What the test before left behind is not this one's.
     found = 0
     for fd in Path("/proc/self/fd").iterdir():
@@ -54,7 +54,7 @@ def descriptors() -> int:
 
 
 def test_parts_are_read_and_written(regions: ClientRegions, key: str, path: Path) -> None:
-    """What is read are the bytes at region plus part, and what is written comes to stand there."""
+    """Reads return the bytes at region plus part, and writes change them there."""
     regions.register(ME, "in", key, 256, 512)
     part = regions.slice(ME, "in", 16, 32)
     assert part.read() == bytes(range(16, 48))
@@ -79,7 +79,7 @@ def test_parts_are_read_and_written(regions: ClientRegions, key: str, path: Path
 def test_parts_that_the_object_lacks_are_not_registered(
     regions: ClientRegions, key: str, offset: int, byte_size: int
 ) -> None:
-    """Zero and huge sizes and sums over 2**64 are refused, and nothing is left open."""
+    """Zero, huge sizes and sums over 2**64 are refused, and nothing stays open."""
     before = descriptors()
     with pytest.raises(InvalidInputError, match="Invalid offset . byte size for shared memory"):
         regions.register(ME, "in", key, offset, byte_size)
@@ -102,7 +102,7 @@ def test_parts_that_the_object_lacks_are_not_registered(
 def test_parts_that_the_region_lacks_are_refused(
     regions: ClientRegions, key: str, offset: int, byte_size: int, text: str
 ) -> None:
-    """The bytes around a region in its object are out of reach, by any arithmetic."""
+    """Bytes of the object outside the region can't be reached, whatever the numbers."""
     regions.register(ME, "in", key, 256, 512)
     with pytest.raises(InvalidInputError, match=text):
         regions.slice(ME, "in", offset, byte_size)
@@ -130,7 +130,7 @@ def test_parts_that_the_region_lacks_are_refused(
     ],
 )
 def test_keys_that_are_no_plain_names_are_refused(regions: ClientRegions, bad: str) -> None:
-    """Paths, control characters, our own objects and semaphores are refused in the one text."""
+    """Paths, control characters, layertap's own objects and semaphores get the same refusal."""
     with pytest.raises(InvalidInputError, match="no memory object that this server may use"):
         regions.register(ME, "in", bad, 0, 1)
 
@@ -138,7 +138,7 @@ def test_keys_that_are_no_plain_names_are_refused(regions: ClientRegions, bad: s
 def test_what_is_not_the_clients_is_not_opened(
     regions: ClientRegions, path: Path, key: str, tmp_path: Path
 ) -> None:
-    """Links, folders, pipes and objects that are not there are refused in the one text."""
+    """Links, folders, pipes and missing objects get the same refusal."""
     folder = ClientRegions(folder=tmp_path)
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "soft").symlink_to(tmp_path / "secret")
@@ -157,7 +157,7 @@ def test_what_is_not_the_clients_is_not_opened(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="gives a file to another user")
 def test_other_users_memory_is_taken_only_where_configured(key: str, path: Path) -> None:
-    """A server that may read everything does not do it for its callers, unless it was told to."""
+    """A server that may read everything does not do so for callers, unless configured."""
     os.chown(path, 12345, -1)
     with pytest.raises(InvalidInputError, match="may use"):
         ClientRegions().register(ME, "in", key, 0, SIZE)
@@ -165,7 +165,7 @@ def test_other_users_memory_is_taken_only_where_configured(key: str, path: Path)
 
 
 def test_a_name_is_registered_once(regions: ClientRegions, key: str) -> None:
-    """The second registration is refused, and the first stays as it was; another owner is free."""
+    """The second registration is refused, and the first is unchanged; another owner may use it."""
     regions.register(ME, "in", key, 0, 16)
     before = descriptors()
     with pytest.raises(InvalidInputError, match="'in' is registered already"):
@@ -183,7 +183,7 @@ def test_names_are_bounded(regions: ClientRegions, key: str, name: str) -> None:
 
 
 def test_another_owners_region_is_unknown(regions: ClientRegions, key: str) -> None:
-    """It can't be used, listed or removed, and is refused like one that there is not."""
+    """It can't be used, listed or removed, and is refused like a missing one."""
     regions.register(ME, "mine", key, 0, SIZE)
     for name in ("mine", "nobodys"):
         with pytest.raises(NotFoundError, match=f"Unable to find shared memory region: '{name}'"):
@@ -197,7 +197,7 @@ def test_another_owners_region_is_unknown(regions: ClientRegions, key: str) -> N
 
 
 def test_status_tells_no_keys(regions: ClientRegions, key: str) -> None:
-    """Nothing of a region says which object it is in."""
+    """Nothing in the status says which object a region is in."""
     regions.register(ME, "mine", key, 8, 16)
     (region,) = regions.status(ME, "mine")
     assert (region.name, region.offset, region.byte_size) == ("mine", 8, 16)
@@ -207,7 +207,7 @@ def test_status_tells_no_keys(regions: ClientRegions, key: str) -> None:
 def test_truncation_is_an_error_of_the_request(
     regions: ClientRegions, key: str, path: Path
 ) -> None:
-    """Where the object was shortened under the server's feet, reads and writes say so."""
+    """If the object was shortened, reads and writes say so."""
     regions.register(ME, "in", key, 0, SIZE)
     part = regions.slice(ME, "in", 0, SIZE)
     os.truncate(path, 100)
@@ -219,7 +219,7 @@ def test_truncation_is_an_error_of_the_request(
 
 
 def test_more_than_a_part_is_not_written(regions: ClientRegions, key: str, path: Path) -> None:
-    """A write that is too long for its part is refused whole."""
+    """A write that is too long for its part is refused completely."""
     before = path.read_bytes()
     regions.register(ME, "in", key, 0, SIZE)
     with pytest.raises(InvalidInputError, match="got 9 bytes, expected at most 8"):
@@ -228,7 +228,7 @@ def test_more_than_a_part_is_not_written(regions: ClientRegions, key: str, path:
 
 
 def test_unregistering_in_flight_is_safe(regions: ClientRegions, key: str, path: Path) -> None:
-    """Whoever uses a region finishes with it, and then its descriptor is closed."""
+    """A request that uses a region finishes with it, and then its descriptor is closed."""
     before = descriptors()
     regions.register(ME, "in", key, 0, SIZE)
     part = regions.slice(ME, "in", 0, 4)
@@ -245,7 +245,7 @@ def test_unregistering_in_flight_is_safe(regions: ClientRegions, key: str, path:
 def test_readers_and_unregistering_threads_never_meet_a_closed_descriptor(
     regions: ClientRegions, key: str
 ) -> None:
-    """Under a storm of registering, reading and unregistering, reads see the bytes or no region."""
+    """During concurrent register, read and unregister calls, reads see the bytes or no region."""
     failures: list[BaseException] = []
     stop = threading.Event()
 
@@ -274,7 +274,7 @@ def test_readers_and_unregistering_threads_never_meet_a_closed_descriptor(
 def test_regions_are_bounded(
     regions: ClientRegions, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bound is over all owners, and an unregistered region makes room."""
+    """The limit is over all owners, and an unregistered region makes room."""
     monkeypatch.setattr(client_regions, "MAX_REGIONS", 3)
     for number, owner in enumerate((ME, ME, OTHER)):
         regions.register(owner, f"r{number}", key, 0, 1)
@@ -285,7 +285,7 @@ def test_regions_are_bounded(
 
 
 def test_ten_thousand_registrations_leak_nothing(regions: ClientRegions, key: str) -> None:
-    """Descriptors and owners are as many after 10,000 cycles as before."""
+    """After 10,000 cycles there are as many descriptors and owners as before."""
     before = descriptors()
     for number in range(10_000):
         regions.register(number, "in", key, 0, SIZE)
@@ -295,7 +295,7 @@ def test_ten_thousand_registrations_leak_nothing(regions: ClientRegions, key: st
 
 
 def test_descriptors_are_not_inherited(regions: ClientRegions, key: str) -> None:
-    """A program that the server starts has no access to the memory."""
+    """A program that the server starts can't access the memory."""
     regions.register(ME, "in", key, 0, SIZE)
     (region,) = regions.status(ME, "in")
     assert not os.get_inheritable(region._file.fd)

@@ -1,4 +1,4 @@
-"""The client's end of the socket: what was lent stays as it is, and is let go of in time."""
+"""The client's end of the socket: lent memory stays intact, and is returned in time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def broker() -> Iterator[Broker]:
-    """A broker of 16 MiB that lends for a minute."""
+    """A broker of 16 MiB with leases of a minute."""
     broker = Broker(SharedMemory(16 * MIB))
     broker.start()
     yield broker
@@ -37,7 +37,7 @@ def connected(broker: Broker) -> tuple[ClientSession, Session]:
 
 
 def replied(broker: Broker, session: Session, byte: bytes) -> SharedTensor:
-    """Write a reply of 1 MiB and return what its message says of it."""
+    """Write a reply of 1 MiB and return what its message says about it."""
     loan = broker.memory.lend(session, MIB)
     assert loan is not None
     loan.buffer[:] = byte * MIB
@@ -47,7 +47,7 @@ def replied(broker: Broker, session: Session, byte: bytes) -> SharedTensor:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Wait until another thread has seen to it."""
+    """Wait until another thread has handled something."""
     end = time.monotonic() + 10
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
@@ -55,7 +55,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 def test_a_reply_that_is_being_read_outlives_the_close(broker: Broker) -> None:
-    """A client that is closed while a thread of it reads a reply ends its session after that."""
+    """A client that is closed while a thread reads a reply ends its session afterwards."""
     connection, session = connected(broker)
     other, others = connected(broker)
     connection.begin_call()
@@ -74,7 +74,7 @@ def test_a_reply_that_is_being_read_outlives_the_close(broker: Broker) -> None:
 
 
 def test_regions_that_others_had_last_are_let_go_of_at_once(broker: Broker) -> None:
-    """A call that takes long keeps what its own reply may stand in, not what others had."""
+    """A long call keeps regions that may hold its reply, but none that others had last."""
     connection, session = connected(broker)
     other, others = connected(broker)
     for client, whose in ((connection, session), (other, others)):

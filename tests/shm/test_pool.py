@@ -1,4 +1,4 @@
-"""Regions are made, reused and let go of within the limit."""
+"""Regions are made, reused and closed within the limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Dropped(list[int]):
 
 @given(st.integers(1, 1 << 40))
 def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
-    """A class holds what it is for, with a quarter and 64 KiB to spare at most, in whole pages."""
+    """A region has at most a quarter and 64 KiB more than requested, in whole pages."""
     size = size_class(nbytes)
     assert nbytes <= size <= nbytes * 1.25 + 64 * 1024
     assert size % 4096 == 0
@@ -31,7 +31,7 @@ def test_size_classes_waste_a_quarter_at_most(nbytes: int) -> None:
 
 
 def test_smallest_that_fits_is_reused() -> None:
-    """Of the free regions the smallest that fits is taken, one that the client knows first."""
+    """The smallest free region that fits is used, preferably one that the client has mapped."""
     pool = Pool(64 * MIB, Dropped())
     large, small, known = (pool.take(RegionKind.REPLY, n * MIB) for n in (5, 4, 6))
     for region in (large, small, known):
@@ -43,7 +43,7 @@ def test_smallest_that_fits_is_reused() -> None:
 
 
 def test_small_reply_takes_no_huge_region_while_there_is_room() -> None:
-    """A region of more than twice the size is reused only where the limit leaves no other way."""
+    """A region of more than twice the size is reused only if the limit allows nothing else."""
     pool = Pool(17 * MIB, Dropped())
     huge = pool.take(RegionKind.REPLY, 16 * MIB)
     pool.give(huge, 0.0)
@@ -54,7 +54,7 @@ def test_small_reply_takes_no_huge_region_while_there_is_room() -> None:
 
 
 def test_limit_holds_and_free_regions_make_room() -> None:
-    """Free regions go, the longest unused first, when others need their bytes; lent ones never."""
+    """Free regions are closed, the least recently used first, if bytes are needed; lent never."""
     dropped = Dropped()
     pool = Pool(16 * MIB, dropped)
     first, second, third = (pool.take(RegionKind.REPLY, 4 * MIB) for _ in range(3))
@@ -71,7 +71,7 @@ def test_limit_holds_and_free_regions_make_room() -> None:
 
 
 def test_input_regions_are_never_reused() -> None:
-    """An input region is always a new one, and never made of what is free."""
+    """An input region is always new, and never a free one."""
     pool = Pool(16 * MIB, Dropped())
     pool.give(pool.take(RegionKind.REPLY, MIB), 0.0)
     numbers = {pool.take(RegionKind.INPUT, MIB).number for _ in range(3)}
@@ -80,7 +80,7 @@ def test_input_regions_are_never_reused() -> None:
 
 
 def test_unused_regions_are_let_go_of() -> None:
-    """Reaping drops those that nobody has used since, and no others."""
+    """Reaping closes exactly the regions that were not used since."""
     dropped = Dropped()
     pool = Pool(16 * MIB, dropped)
     old, new = pool.take(RegionKind.REPLY, MIB), pool.take(RegionKind.REPLY, MIB)
@@ -92,7 +92,7 @@ def test_unused_regions_are_let_go_of() -> None:
 
 
 def test_retired_bytes_count_until_they_are_settled() -> None:
-    """A region that a client may still look at takes room until it is given back."""
+    """A region that a client may still read counts until it is given back."""
     pool = Pool(4 * MIB, Dropped())
     region = pool.take(RegionKind.REPLY, 4 * MIB)
     pool.retire(region)
@@ -102,7 +102,7 @@ def test_retired_bytes_count_until_they_are_settled() -> None:
 
 
 def test_regions_are_few_enough_for_their_files() -> None:
-    """However small they are there are 192 at most, as each takes two open files; free ones go."""
+    """At most 192 regions exist, as each takes two open files; free ones are closed."""
     dropped = Dropped()
     pool = Pool(1024 * MIB, dropped)
     regions = [pool.take(RegionKind.REPLY, 1000) for _ in range(192)]

@@ -1,4 +1,4 @@
-"""What the seals promise, tried by those who have the file descriptor."""
+"""What the seals guarantee, tested with the file descriptor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFUSED = r"Errno (1|9|13|22)\b"  # EPERM, EBADF, EACCES; EINVAL for the size of
 
 @pytest.fixture
 def reply() -> Iterator[Region]:
-    """A reply region with something in it."""
+    """A reply region with some content."""
     region = make_region(1, RegionKind.REPLY, SIZE)
     region.memory[:4] = b"abcd"
     yield region
@@ -38,7 +38,7 @@ def as_pathname(region: Region, flags: int) -> int:
 
 
 def protected(region: Region) -> None:
-    """Ask for the right to write to a mapping that was made for reading."""
+    """Request write access to a mapping that was made for reading."""
     mapped = np.frombuffer(map_region(region.fileno(), RegionKind.REPLY, SIZE), np.uint8)
     address = ctypes.c_void_p(mapped.ctypes.data)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +68,7 @@ ATTEMPTS: dict[str, Callable[[Region], object]] = {
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
 def test_reply_region_can_only_be_read(reply: Region, attempt: str) -> None:
-    """Whoever has a reply region's descriptor can neither write to it nor change its size."""
+    """The holder of a reply region's descriptor can neither write to it nor change its size."""
     with pytest.raises(OSError, match=REFUSED):
         ATTEMPTS[attempt](reply)
     assert bytes(reply.memory[:4]) == b"abcd"
@@ -76,7 +76,7 @@ def test_reply_region_can_only_be_read(reply: Region, attempt: str) -> None:
 
 
 def test_server_writes_and_clients_see_it(reply: Region) -> None:
-    """The mapping from before the seal writes on, and is seen in those from after it."""
+    """The mapping made before the seal can still be written to, and later mappings see this."""
     seen = map_region(reply.fileno(), RegionKind.REPLY, SIZE)
     reply.memory[:4] = b"efgh"
     assert seen[:4] == b"efgh"
@@ -85,7 +85,7 @@ def test_server_writes_and_clients_see_it(reply: Region) -> None:
 
 
 def test_private_mapping_is_nobody_elses(reply: Region) -> None:
-    """What is written to a private mapping is seen neither by the server nor by other clients."""
+    """Neither the server nor other clients see what is written to a private mapping."""
     private = map_region(reply.fileno(), RegionKind.REPLY, SIZE, private=True)
     private[:4] = b"mine"
     assert bytes(reply.memory[:4]) == b"abcd"
@@ -105,7 +105,7 @@ def test_input_region_is_the_clients_to_write() -> None:
 
 
 def test_older_kernels_hand_out_descriptors_for_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without F_SEAL_FUTURE_WRITE the descriptor that clients get was opened for reading."""
+    """Without F_SEAL_FUTURE_WRITE, clients get a descriptor that was opened for reading."""
     real = fcntl.fcntl
 
     def without_the_seal(fd: int, command: int, argument: int = 0) -> int:
@@ -124,7 +124,7 @@ def test_older_kernels_hand_out_descriptors_for_reading(monkeypatch: pytest.Monk
 
 
 def test_file_that_may_shrink_is_not_mapped() -> None:
-    """A client maps nothing whose size is another than told, or could become one: no SIGBUS."""
+    """A client maps only files whose size is the announced one and sealed, so no SIGBUS occurs."""
     fd = os.memfd_create("unsealed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, SIZE)
     with pytest.raises(SharedMemoryLostError, match="size"):
@@ -137,13 +137,13 @@ def test_file_that_may_shrink_is_not_mapped() -> None:
 
 
 def test_no_file_has_a_name_and_no_other_user_a_right(reply: Region) -> None:
-    """Nothing stands in /dev/shm, and the file's mode is 0600."""
+    """Nothing is in /dev/shm, and the file's mode is 0600."""
     assert not any("layertap" in path.name for path in Path("/dev/shm").iterdir())  # noqa: S108
     assert os.fstat(reply.fileno()).st_mode & 0o777 == 0o600
 
 
 def test_closed_region_lives_in_its_views() -> None:
-    """A view of a region outlives it; without one, descriptor and memory are gone."""
+    """A view keeps its region alive; without views, descriptor and memory are gone."""
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - its own descriptor counts alike
     region = make_region(1, RegionKind.REPLY, SIZE)

@@ -1,4 +1,4 @@
-"""Leases: nobody's arrays change, nobody reads what is not theirs, nothing is lost."""
+"""Leases: arrays never change, nobody reads other clients' data, nothing is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST = (1 << 64) - 1
 
 
 class Channel:
-    """A client's socket that keeps what it is told."""
+    """A client's socket that records what it receives."""
 
     def __init__(self) -> None:
         self.regions: dict[int, Region] = {}
@@ -43,7 +43,7 @@ class Channel:
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that advances only when a test says so."""
 
     now = 0.0
 
@@ -58,7 +58,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def memory(clock: Clock) -> SharedMemory:
-    """16 MiB, leases of 10 seconds."""
+    """16 MiB, with leases of 10 seconds."""
     return SharedMemory(16 * MIB, 10.0, clock=clock)
 
 
@@ -86,7 +86,7 @@ def regions(memory: SharedMemory) -> dict[str, int]:
 
 
 def test_lease_returns_and_is_lent_again(memory: SharedMemory, session: Session) -> None:
-    """A region that was given back is lent again as another generation, without a descriptor."""
+    """A returned region is lent again with a new generation, without its descriptor."""
     first = lent(memory, session)
     assert regions(memory) == {"leased": 1}
     memory.give_back(session, first.region, first.generation)
@@ -100,7 +100,7 @@ def test_lease_returns_and_is_lent_again(memory: SharedMemory, session: Session)
 
 
 def test_lent_region_is_nobody_elses(memory: SharedMemory, session: Session) -> None:
-    """While a region is lent, other replies of the same and of other clients get others."""
+    """While a region is lent, other replies get other regions."""
     other = opened(memory)
     loans = [lent(memory, each) for each in (session, session, other)]
     assert len({loan.region for loan in loans}) == 3
@@ -110,7 +110,7 @@ def test_lent_region_is_nobody_elses(memory: SharedMemory, session: Session) -> 
 def test_only_the_holder_gives_back_and_only_this_lease(
     memory: SharedMemory, session: Session, wrong: str
 ) -> None:
-    """A stale or future generation, an unknown region and another client's return do nothing."""
+    """A stale or future generation, an unknown region or another client's return has no effect."""
     loan = lent(memory, session)
     memory.give_back(session, loan.region, loan.generation)
     loan = lent(memory, session)
@@ -122,7 +122,7 @@ def test_only_the_holder_gives_back_and_only_this_lease(
 
 
 def test_giving_back_twice_is_giving_back_once(memory: SharedMemory, session: Session) -> None:
-    """The second return finds no lease, also when the region has been lent again meanwhile."""
+    """The second return finds no lease, even if the region was lent again meanwhile."""
     loan = lent(memory, session)
     for _ in range(2):
         memory.give_back(session, loan.region, loan.generation)
@@ -137,7 +137,7 @@ def test_giving_back_twice_is_giving_back_once(memory: SharedMemory, session: Se
 def test_region_that_is_written_to_can_not_be_given_back(
     memory: SharedMemory, session: Session
 ) -> None:
-    """A client that guesses the lease of a reply in the making doesn't free what is written to."""
+    """A client that guesses the lease of an unfinished reply can't free its region."""
     loan = memory.lend(session, MIB)
     memory.give_back(session, loan.region, loan.generation)
     assert lent(memory, session).region != loan.region
@@ -148,7 +148,7 @@ def test_region_that_is_written_to_can_not_be_given_back(
 
 
 def test_loan_that_is_dropped_goes_back(memory: SharedMemory, session: Session) -> None:
-    """A request that failed after it had got a region leaves it free, in whatever way it failed."""
+    """If a request fails after it got a region, the region is free again."""
     loan = memory.lend(session, MIB)
     assert regions(memory) == {"leased": 1}
     del loan
@@ -158,7 +158,7 @@ def test_loan_that_is_dropped_goes_back(memory: SharedMemory, session: Session) 
 
 
 def test_gone_client_frees_everything_at_once(memory: SharedMemory, session: Session) -> None:
-    """The end of a client's socket puts its 8 leases back into the pool, and its input goes."""
+    """When a client's socket ends, its 8 leases return to the pool, and its input is closed."""
     for _ in range(7):
         lent(memory, session)
     assert memory.borrow(session, MIB // 2) is not None
@@ -170,7 +170,7 @@ def test_gone_client_frees_everything_at_once(memory: SharedMemory, session: Ses
 def test_gone_client_frees_nothing_that_is_written_to(
     memory: SharedMemory, session: Session
 ) -> None:
-    """A reply that is being written when its client goes is reused only once it is written."""
+    """A reply that is being written when its client leaves is reused only after the write."""
     loan = memory.lend(session, MIB)
     memory.close(session, End.REUSE)
     assert "free" not in regions(memory)
@@ -182,7 +182,7 @@ def test_gone_client_frees_nothing_that_is_written_to(
 def test_client_that_was_sent_away_keeps_what_it_had(
     memory: SharedMemory, session: Session, published: bool
 ) -> None:
-    """Where the server ends a session its regions are never used again: it may look at them."""
+    """If the server ends a session, its regions are never reused, as the client may read them."""
     loan = memory.lend(session, MIB)
     if published:
         loan.publish()
@@ -198,7 +198,7 @@ def test_client_that_was_sent_away_keeps_what_it_had(
 def test_lease_that_runs_out_is_retired(
     memory: SharedMemory, session: Session, clock: Clock
 ) -> None:
-    """Its region is not used again, so what the client sees stays; the client is told."""
+    """Its region is not reused, so the client's arrays stay; the client is notified."""
     loan = memory.lend(session, MIB)
     loan.buffer[:4] = b"mine"
     loan.publish()
@@ -224,7 +224,7 @@ def test_lease_that_runs_out_is_retired(
 def test_retired_bytes_count_against_client_and_limit(
     memory: SharedMemory, session: Session, clock: Clock
 ) -> None:
-    """A client that hoards gets no more memory by waiting; once it is gone all is free."""
+    """A client that keeps memory gets no more by waiting; once it is gone all is free."""
     for _ in range(8):
         lent(memory, session)
     clock.now = 11.0
@@ -238,7 +238,7 @@ def test_retired_bytes_count_against_client_and_limit(
 def test_lease_does_not_run_out_while_it_is_written(
     memory: SharedMemory, session: Session, clock: Clock
 ) -> None:
-    """The time of a lease begins when its reply is sent, however long the model takes."""
+    """A lease begins when its reply is sent, however long the model runs."""
     loan = memory.lend(session, MIB)
     clock.now = 100.0
     memory.tick()
@@ -252,7 +252,7 @@ def test_lease_does_not_run_out_while_it_is_written(
 def test_unused_regions_are_freed_and_clients_told(
     memory: SharedMemory, session: Session, clock: Clock
 ) -> None:
-    """A free region that nobody needs for a while goes, and whoever has it mapped is told."""
+    """A region that is free for a while is closed, and clients that mapped it are notified."""
     loan = lent(memory, session)
     memory.give_back(session, loan.region, loan.generation)
     clock.now = 11.0
@@ -264,7 +264,7 @@ def test_unused_regions_are_freed_and_clients_told(
 def test_share_and_limit_send_replies_through_the_network(
     memory: SharedMemory, session: Session
 ) -> None:
-    """A client has half of the memory at most; what is over that, or over all of it, counts."""
+    """A client gets at most half of the memory; replies above this or the total are counted."""
     assert memory.lend(session, 8 * MIB + 1) is None
     lent(memory, session, 8 * MIB)
     assert memory.lend(session, 1) is None
@@ -274,7 +274,7 @@ def test_share_and_limit_send_replies_through_the_network(
 
 
 def test_client_has_few_enough_files_open(clock: Clock) -> None:
-    """A client that keeps many small replies is lent 96 regions at most, retired ones included."""
+    """A client that keeps many small replies has at most 96 regions, including retired ones."""
     memory = SharedMemory(1024 * MIB, 10.0, clock=clock)
     session = opened(memory)
     for turn in range(96):
@@ -293,14 +293,14 @@ def test_client_has_few_enough_files_open(clock: Clock) -> None:
 
 @pytest.mark.parametrize("nbytes", [0, -1, MOST, MOST + 1])
 def test_absurd_sizes_are_not_lent(memory: SharedMemory, session: Session, nbytes: int) -> None:
-    """Nothing and more than there is are refused, for replies and inputs."""
+    """Size 0 and sizes above the total are refused, for replies and inputs."""
     assert memory.lend(session, nbytes) is None
     assert memory.borrow(session, nbytes) is None
     assert memory.state().bytes == {"leased": 0, "input": 0, "retired": 0, "free": 0}
 
 
 def test_small_replies_are_not_lent(memory: SharedMemory, session: Session) -> None:
-    """What is quicker in the message stays there, and is no fallback."""
+    """What is faster in the message stays there, and is not a fallback."""
     lent = SessionMemory(memory, session, least=1000)
     assert lent.lend(999) is None
     assert lent.lend(1000) is not None
@@ -310,7 +310,7 @@ def test_small_replies_are_not_lent(memory: SharedMemory, session: Session) -> N
 def test_client_that_takes_no_descriptor_is_sent_away(
     memory: SharedMemory, session: Session
 ) -> None:
-    """Where a client's socket is full its reply goes another way, and its session ends."""
+    """If a client's socket is full, its reply is sent instead, and its session ends."""
     session.channel.full = True
     assert memory.lend(session, MIB) is None
     assert session.channel.closed
@@ -319,7 +319,7 @@ def test_client_that_takes_no_descriptor_is_sent_away(
 
 
 def test_refusals_of_the_system_are_fallbacks(clock: Clock) -> None:
-    """Where no region can be made, as without file descriptors, the reply goes another way."""
+    """If no region can be made, as without file descriptors, the reply is sent instead."""
 
     def refused(number: int, kind: RegionKind, size: int) -> Region:
         raise OSError(24, "Too many open files")
@@ -330,7 +330,7 @@ def test_refusals_of_the_system_are_fallbacks(clock: Clock) -> None:
 
 
 def test_sessions_are_bounded(memory: SharedMemory) -> None:
-    """The 65th client is not let in until another one goes; no two have one id."""
+    """The 65th client is refused until another leaves; no two have the same id."""
     sessions = [opened(memory) for _ in range(64)]
     assert memory.open(Channel()) is None
     assert len({each.id for each in sessions}) == 64
@@ -375,7 +375,7 @@ def test_input_is_copied_once(memory: SharedMemory, session: Session, written: S
 def test_bytes_outside_of_a_region_are_refused(
     memory: SharedMemory, session: Session, written: SharedSlice, offset: int, size: int
 ) -> None:
-    """No offset and size, however they would overflow, reach beyond the region."""
+    """No offset and size, even if they overflow, reach outside the region."""
     with pytest.raises(InvalidInputError, match=f"got {size} bytes from {offset}, expected"):
         memory.read(session, written._replace(offset=offset, size=size))
     assert bytes(memory.read(session, written._replace(offset=65536, size=0))) == b""
@@ -403,7 +403,7 @@ def test_inputs_are_read_by_their_holder_only(
 def test_input_that_was_given_back_or_retired_is_refused(
     memory: SharedMemory, session: Session, written: SharedSlice, clock: Clock
 ) -> None:
-    """A reference to an input whose lease has ended is refused, in either way to end."""
+    """A reference to an input whose lease was returned or has expired is refused."""
     later = memory.borrow(session, 4)
     memory.give_back(session, written.region, written.generation)
     with pytest.raises(SharedMemoryLostError, match="no input region of this session"):
@@ -417,7 +417,7 @@ def test_input_that_was_given_back_or_retired_is_refused(
 def test_reading_an_input_renews_its_lease(
     memory: SharedMemory, session: Session, written: SharedSlice, clock: Clock
 ) -> None:
-    """An input region that is used is not taken away."""
+    """An input region that is in use is not taken back."""
     for clock.now in (9.0, 18.0, 27.0):
         memory.read(session, written)
         memory.tick()
@@ -425,7 +425,7 @@ def test_reading_an_input_renews_its_lease(
 
 
 def test_threads_lend_and_return_without_loss(memory: SharedMemory) -> None:
-    """10,000 leases by four clients at once: no region is lent twice, all are free in the end."""
+    """10,000 leases by four clients: no region is lent twice, and all are free in the end."""
     wrong: list[int] = []
     held: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""Half a minute of what `make soak` does for longer."""
+"""A quarter of a minute of what `make soak` does for longer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from endure import soak
 @pytest.mark.timeout(300)
 def test_a_server_endures_bad_clients_and_reloads() -> None:
     """Under four times its capacity, kills and reloads: nothing wrong, nothing lost, all level."""
-    report = soak(30)
+    report = soak(16)
     print("\np99 ratio:", report["p99 ratio"], "ended:", report["ended"])
     assert report["faults"] == []
     ended = report["ended"]
-    assert ended["heavy: OK"] > 20
-    assert ended["heavy: OverloadedError"] > 10
-    assert ended["plain: OK"] > 100
-    assert ended["item: OK"] > 10
+    assert ended["heavy: OK"] > 8
+    assert ended["heavy: OverloadedError"] > 4
+    assert ended["plain: OK"] > 50
+    assert ended["item: OK"] > 5
     assert report["reloads"] >= 4
     assert report["clients killed"] >= 2
     assert report["stop"]["exit code"] == 0

@@ -28,7 +28,7 @@ ITEMSIZE = {row.number: row.itemsize for row in DTYPES}
 def test_encoded_messages_mean_what_upb_would_have_written(
     core: ModuleType, parts: list[Tensor], extractor: int
 ) -> None:
-    """An encoded message parses to the message built the ordinary way, but for the padding."""
+    """An encoded message parses to the message that protobuf builds, apart from the padding."""
     head = ExtractResponse(extractor=extractor).SerializeToString()
     arrays = [
         (t.name, t.dtype, np.frombuffer(t.data, f"V{ITEMSIZE[t.dtype]}").reshape(t.shape))
@@ -46,14 +46,14 @@ def test_encoded_messages_mean_what_upb_would_have_written(
 
 
 def test_extension_is_in_use() -> None:
-    """Where the extension is built, the codec is the extension."""
+    """If the extension is built, the codec uses it."""
     assert codec.ACCELERATED
     assert codec.decode is _core.decode
     assert codec.ReplyBuilder is _core.ReplyBuilder
 
 
 def test_missing_extension_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extension the twin takes its place, with a single warning."""
+    """Without the extension its plain-Python equivalent is used, with a single warning."""
     monkeypatch.delattr("layertap._core")
     monkeypatch.setitem(sys.modules, "layertap._core", None)  # type: ignore[arg-type]
     monkeypatch.delitem(sys.modules, "layertap.wire.codec")

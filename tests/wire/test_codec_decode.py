@@ -1,4 +1,4 @@
-"""The rules of decode, one named test each; tests/fuzz looks for what they leave out."""
+"""The rules of decode, with one named test for each; tests/fuzz finds what they omit."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ cores = pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
 
 
 def decode_one(core: ModuleType, tensor: bytes) -> tuple[str, int, tuple[int, ...], bytes]:
-    """Decode a reply that is one tensor."""
+    """Decode a reply that is a single tensor."""
     rest, [(name, dtype, shape, data)] = core.decode(field(1, 2, tensor), field=1)
     assert rest == b""
     return name, dtype, shape, bytes(data)
 
 
 def refuses(core: ModuleType, tensor: bytes, match: str) -> None:
-    """Check that a reply that is one tensor is refused."""
+    """Check that a reply that is a single tensor is refused."""
     with pytest.raises(ValueError, match=match):
         core.decode(field(1, 2, tensor), field=1)
 
 
 @cores
 def test_rest_is_verbatim_and_in_order(core: ModuleType) -> None:
-    """The other fields come back byte for byte, an overlong varint and a group included."""
+    """The other fields are returned byte for byte, including an overlong varint and a group."""
     odd = varint(2 << 3, 3) + varint(4, 4)
     message = odd + field(1, 2, SCALAR) + groups(2) + field(1, 0, b"\x05") + field(1, 2, SCALAR)
     rest, found = core.decode(message, field=1)
@@ -40,7 +40,7 @@ def test_rest_is_verbatim_and_in_order(core: ModuleType) -> None:
 
 
 def test_message_without_tensors_is_its_own_rest() -> None:
-    """Encoded images, megabytes of them, are not copied on the way to the parser."""
+    """Encoded images, which may have megabytes, are not copied before they are parsed."""
     message = field(3, 2, b"x" * 1000)
     rest, found = _core.decode(message, field=2)
     assert rest is message
@@ -49,7 +49,7 @@ def test_message_without_tensors_is_its_own_rest() -> None:
 
 @cores
 def test_data_is_a_readonly_view_of_the_message(core: ModuleType) -> None:
-    """The payload is not copied and can't be written."""
+    """The payload is not copied and can't be written to."""
     message = field(1, 2, SCALAR)
     [(_, _, _, data)] = core.decode(message, field=1)[1]
     assert data.obj is message
@@ -58,21 +58,21 @@ def test_data_is_a_readonly_view_of_the_message(core: ModuleType) -> None:
 
 @cores
 def test_last_of_a_repeated_scalar_wins(core: ModuleType) -> None:
-    """name, dtype and data met twice have the later value."""
+    """If name, dtype or data occur twice, the later value is used."""
     twice = field(1, 2, b"a") + field(2, 0, b"\x01") + field(5, 2, b"1234")
     assert decode_one(core, twice + field(1, 2, b"b") + SCALAR) == ("b", 5, (), b"\x07")
 
 
 @cores
 def test_shape_is_read_packed_and_unpacked(core: ModuleType) -> None:
-    """Sizes may come one by one, packed, or both, and follow one another."""
+    """Sizes may be single, packed, or both, and are concatenated."""
     sizes = field(3, 0, b"\x02") + field(3, 2, b"\x01\x03") + field(3, 0, b"\x01")
     assert decode_one(core, INT8 + sizes + field(5, 2, b"abcdef"))[2] == (2, 1, 3, 1)
 
 
 @cores
 def test_packed_size_ends_with_its_field(core: ModuleType) -> None:
-    """A packed size that goes on past the field's length is refused."""
+    """A packed size that continues after the field's length is refused."""
     refuses(core, INT8 + field(3, 2, b"\x81") + field(5, 2, b"a"), "truncated")
 
 
@@ -86,13 +86,13 @@ def test_known_field_of_another_wire_type_is_unknown(core: ModuleType) -> None:
 
 @cores
 def test_enum_is_cut_to_32_bits(core: ModuleType) -> None:
-    """A dtype of more than 32 bits counts by its lower 32."""
+    """Only the lower 32 bits of a dtype are used."""
     assert decode_one(core, SCALAR + field(2, 0, varint((7 << 32) + 5)))[1] == 5
 
 
 @cores
 def test_padding_is_skipped(core: ModuleType) -> None:
-    """Padding carries no meaning, whatever its bytes."""
+    """Padding has no meaning, whatever its bytes."""
     assert decode_one(core, field(4, 2, b"\xff" * 70) + SCALAR) == ("", 5, (), b"\x07")
 
 
@@ -142,7 +142,7 @@ def test_field_number_0_is_refused(core: ModuleType) -> None:
 @cores
 @pytest.mark.parametrize("wire_type", [6, 7])
 def test_invalid_wire_type_is_refused(core: ModuleType, wire_type: int) -> None:
-    """Wire types 6 and 7 mean nothing."""
+    """Wire types 6 and 7 are undefined."""
     refuses(core, SCALAR + field(9, wire_type), "wire type")
 
 
@@ -151,27 +151,27 @@ def test_invalid_wire_type_is_refused(core: ModuleType, wire_type: int) -> None:
     "length", [b"\x05", b"\xff\xff\xff\xff\x07", b"\xff\xff\xff\xff\x0f", b"\x81\x80\x80\x80\x10"]
 )
 def test_length_past_the_end_is_refused(core: ModuleType, length: bytes) -> None:
-    """A length over what remains is refused, also one that would wrap around in 32 bits."""
+    """A length over the rest of the message is refused, even one that would wrap at 32 bits."""
     refuses(core, INT8 + b"\x2a" + length + b"a", "past the end|truncated")
 
 
 @cores
 def test_length_of_six_bytes_is_refused(core: ModuleType) -> None:
-    """A length takes at most five bytes, also where its value would do."""
+    """A length takes at most five bytes, even if its value would be valid."""
     assert decode_one(core, INT8 + b"\x2a" + varint(1, 5) + b"a")[3] == b"a"
     refuses(core, INT8 + b"\x2a" + varint(1, 6) + b"a", "too many bytes")
 
 
 @cores
 def test_tensor_may_not_reach_past_its_length(core: ModuleType) -> None:
-    """A field in a tensor ends with it, though the message goes on."""
+    """A field in a tensor must end inside it, even if the message continues."""
     with pytest.raises(ValueError, match="past the end|truncated"):
         core.decode(b"\x0a\x04" + INT8 + b"\x2a\x01\x07", field=1)
 
 
 @cores
 def test_groups_are_skipped(core: ModuleType) -> None:
-    """A group goes with all that is in it, 99 deep in a tensor."""
+    """A group is skipped with its content, up to 99 levels deep in a tensor."""
     inner = field(1, 2, b"\xff") + field(0, 0, b"\x01") + field(9, 5, bytes(4)) + groups(98)
     group = field(14, 3) + inner + field(14, 4)
     assert decode_one(core, SCALAR + group) == ("", 5, (), b"\x07")
@@ -179,7 +179,7 @@ def test_groups_are_skipped(core: ModuleType) -> None:
 
 @cores
 def test_groups_nest_no_deeper_than_in_upb(core: ModuleType) -> None:
-    """100 groups are the most at the top, 99 in a tensor; a million overflow no stack."""
+    """At most 100 levels at the top and 99 in a tensor; a million don't overflow the stack."""
     assert core.decode(groups(100), field=1) == (groups(100), [])
     for message in (groups(101), field(1, 2, SCALAR + groups(100)), field(15, 3) * 1_000_000):
         with pytest.raises(ValueError, match="too deep"):
@@ -189,13 +189,13 @@ def test_groups_nest_no_deeper_than_in_upb(core: ModuleType) -> None:
 @cores
 @pytest.mark.parametrize("stray", [field(9, 4), field(9, 3), field(9, 3) + field(8, 4)])
 def test_unbalanced_groups_are_refused(core: ModuleType, stray: bytes) -> None:
-    """A group without a begin, without an end, or with another's end is refused."""
+    """A group without a start, without an end, or with another group's end is refused."""
     refuses(core, SCALAR + stray, "group|truncated")
 
 
 @cores
 def test_unknown_dtype_is_refused(core: ModuleType) -> None:
-    """A tensor without a dtype, or with one that has no row, is refused."""
+    """A tensor without a dtype, or with an unknown one, is refused."""
     refuses(core, field(5, 2, b""), "dtype: got 0")
     refuses(core, field(2, 0, b"\x0b"), "dtype: got 11")
     refuses(core, field(2, 0, varint((1 << 64) - 1)), "dtype: got -1")
@@ -203,14 +203,14 @@ def test_unknown_dtype_is_refused(core: ModuleType) -> None:
 
 @cores
 def test_rank_over_32_is_refused(core: ModuleType) -> None:
-    """32 sizes are the most."""
+    """At most 32 sizes are accepted."""
     assert decode_one(core, SCALAR + field(3, 2, b"\x01" * 32))[2] == (1,) * 32
     refuses(core, SCALAR + field(3, 2, b"\x01" * 33), "rank 33")
 
 
 @cores
 def test_negative_size_is_refused(core: ModuleType) -> None:
-    """A size below 0 is refused, also two of them whose product is right."""
+    """A size below 0 is refused, even two of them whose product is right."""
     minus_one = varint((1 << 64) - 1)
     refuses(core, SCALAR + field(3, 2, minus_one), "negative")
     refuses(core, SCALAR + field(3, 2, minus_one + minus_one), "negative")
@@ -218,7 +218,7 @@ def test_negative_size_is_refused(core: ModuleType) -> None:
 
 @cores
 def test_overflowing_shape_product_is_refused(core: ModuleType) -> None:
-    """Sizes whose product wraps around to the data's length are refused, next to a 0 as well."""
+    """Sizes whose product wraps around to the data's length are refused, even next to a 0."""
     refuses(core, INT8 + field(3, 2, varint(1 << 32) * 2), "overflow")
     refuses(core, INT8 + field(3, 2, varint(1 << 62) + b"\x04\x00"), "overflow")
     refuses(core, field(2, 0, b"\x09") + field(3, 2, varint(1 << 61)), "overflow")
@@ -226,7 +226,7 @@ def test_overflowing_shape_product_is_refused(core: ModuleType) -> None:
 
 @cores
 def test_data_of_another_length_is_refused(core: ModuleType) -> None:
-    """Data must have exactly the bytes that shape and dtype say."""
+    """Data must have exactly as many bytes as shape and dtype require."""
     refuses(core, SCALAR + field(3, 0, b"\x02"), "data: got 1 bytes, expected 2")
     refuses(core, INT8, "data: got 0 bytes, expected 1")
 
@@ -234,7 +234,7 @@ def test_data_of_another_length_is_refused(core: ModuleType) -> None:
 @cores
 @pytest.mark.parametrize("size", [1, 15, 4095, 4096, 4097, 12293])
 def test_bool_byte_over_1_is_refused(core: ModuleType, size: int) -> None:
-    """A bool's byte is 0 or 1; the first that is not is told, wherever it stands."""
+    """A bool's byte is 0 or 1; the error names the first other byte, wherever it is."""
     head = field(2, 0, varint(DATA_TYPE_BOOL)) + field(3, 0, varint(size))
     good = bytes([0, 1]) * (size // 2) + bytes([1]) * (size % 2)
     assert decode_one(core, head + field(5, 2, good))[3] == good
@@ -246,7 +246,7 @@ def test_bool_byte_over_1_is_refused(core: ModuleType, size: int) -> None:
 
 @cores
 def test_only_bools_are_limited_to_0_and_1(core: ModuleType) -> None:
-    """Any other type has a use for every byte, and what a later field replaces is not looked at."""
+    """Other types may have any byte, and data that a later field replaces is not checked."""
     for row in DTYPES:
         if row.number != DATA_TYPE_BOOL:
             tensor = field(2, 0, varint(row.number)) + field(5, 2, b"\xff" * row.itemsize)
@@ -257,7 +257,7 @@ def test_only_bools_are_limited_to_0_and_1(core: ModuleType) -> None:
 
 @cores
 def test_no_more_tensors_than_allowed(core: ModuleType) -> None:
-    """The tensor that is one too many is refused before it is read, so that it costs nothing."""
+    """One tensor too many is refused before it is read, so that it costs nothing."""
     three = field(2, 2, SCALAR) * 3
     assert len(core.decode(three, field=2, most=3)[1]) == 3
     for message in (three + field(2, 2, SCALAR), three + field(2, 2)):
@@ -271,7 +271,7 @@ def test_no_more_tensors_than_allowed(core: ModuleType) -> None:
 
 @cores
 def test_only_bytes_are_decoded(core: ModuleType) -> None:
-    """A bytearray may change under a view and is refused, as is a field number out of range."""
+    """A bytearray could change under a view and is refused, and so is an invalid field number."""
     with pytest.raises(TypeError):
         core.decode(bytearray(field(1, 2, SCALAR)), field=1)
     for number in (0, 1 << 29, 1 << 70):
@@ -285,7 +285,7 @@ def eight(number: int, value: int) -> bytes:
 
 @cores
 def test_shared_slice_is_handed_out_as_four_numbers(core: ModuleType) -> None:
-    """A tensor in shared memory is its slice, any numbers of 64 bits, the later of each."""
+    """A tensor in shared memory is returned as its slice, unchecked, with the last values."""
     most = (1 << 64) - 1
     first = field(6, 2, eight(1, 5) + eight(2, most) + eight(3, most) + eight(4, 7))
     second = field(6, 2, eight(4, 1) + eight(5, 9) + groups(98))
@@ -295,7 +295,7 @@ def test_shared_slice_is_handed_out_as_four_numbers(core: ModuleType) -> None:
 
 @cores
 def test_empty_slice_is_a_slice(core: ModuleType) -> None:
-    """A slice without a field is there all the same, as in every parser of submessages."""
+    """An empty submessage still counts as a slice, as in every parser."""
     [(*_, at)] = core.decode(field(1, 2, INT8 + field(3, 0, b"\0") + field(6, 2)), field=1)[1]
     assert at == (0, 0, 0, 0)
     refuses(core, INT8 + field(6, 2), "shared: got 0 bytes, expected 1")
@@ -303,7 +303,7 @@ def test_empty_slice_is_a_slice(core: ModuleType) -> None:
 
 @cores
 def test_shared_slice_must_fit_and_be_alone(core: ModuleType) -> None:
-    """A slice of another size than the shape's, or one besides data, is refused."""
+    """A slice whose size doesn't match the shape, or one next to data, is refused."""
     one = field(6, 2, eight(4, 1))
     refuses(core, INT8 + field(3, 0, b"\2") + one, "shared: got 1 bytes, expected 2")
     refuses(core, INT8 + field(6, 2, eight(4, 1 << 63)), "shared: got 9223372036854775808 bytes")
@@ -315,7 +315,7 @@ def test_shared_slice_must_fit_and_be_alone(core: ModuleType) -> None:
 
 @cores
 def test_lists_that_would_cost_a_parser_dearly_are_refused(core: ModuleType) -> None:
-    """Submessages of two bytes take a hundred of memory each, so there may be only so many."""
+    """Submessages of two bytes take a hundred bytes of memory each, so their number is limited."""
     layers = b"\x22\x00"
     rest, found = core.decode(layers * 65_536, field=2)
     assert (rest, found) == (layers * 65_536, [])
@@ -325,7 +325,7 @@ def test_lists_that_would_cost_a_parser_dearly_are_refused(core: ModuleType) -> 
 
 @cores
 def test_lists_in_a_counted_field_count_as_well(core: ModuleType) -> None:
-    """Empty images cost a parser eight times their bytes, so there may be only so many of them."""
+    """Empty images take a parser eight times their bytes, so their number is limited."""
     image = b"\x0a\x00"
     most = field(3, 2, image * 32_768)
     rest, found = core.decode(most * 2 + b"\x22\x00", field=2)
@@ -339,7 +339,7 @@ def test_lists_in_a_counted_field_count_as_well(core: ModuleType) -> None:
 
 @cores
 def test_a_counted_field_is_walked_as_upb_does(core: ModuleType) -> None:
-    """Groups nest in it as deep as upb lets them, and what upb refuses in it is refused."""
+    """Groups may nest in it as deep as in upb, and what upb refuses in it is refused."""
     deep = field(3, 2, groups(99))
     assert core.decode(deep, field=2, counted=[3]) == (deep, [])
     assert len(ExtractRequest.FromString(deep).images) == 1

@@ -1,4 +1,4 @@
-"""A description survives its message, and its JSON is protobuf's own of that message."""
+"""Descriptions survive conversion to a message; their JSON is protobuf's for that message."""
 
 from __future__ import annotations
 

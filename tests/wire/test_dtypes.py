@@ -13,7 +13,7 @@ rows = pytest.mark.parametrize("row", DTYPES, ids=lambda row: row.name)
 
 
 def test_every_enum_value_has_a_row() -> None:
-    """The table and the protocol's enum name the same types by the same numbers."""
+    """The table and the protocol's enum have the same names and numbers."""
     enum = {
         number: name.removeprefix("DATA_TYPE_").lower()
         for name, number in tensor_pb2.DataType.items()
@@ -34,7 +34,7 @@ def test_row_describes_its_numpy_type(row: DType) -> None:
 @rows
 @pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
 def test_codec_knows_every_row(core: object, row: DType) -> None:
-    """The codec's own table has the row with the same item size: it takes that size, no other."""
+    """The codec accepts the item size of the row for its number, and no other."""
     layout = core.ReplyLayout([("", row.number, (3,))], field=1, head_size=0)
     builder = core.ReplyBuilder(layout)
     builder.write(0, np.zeros(3, f"V{row.itemsize}"), row.number)
@@ -44,7 +44,7 @@ def test_codec_knows_every_row(core: object, row: DType) -> None:
 
 @pytest.mark.parametrize("core", [_core, _pure], ids=["core", "pure"])
 def test_codec_knows_no_other_dtype(core: object) -> None:
-    """A number without a row is refused by the codec's own table."""
+    """The codec refuses a number without a row."""
     for number in {-1, 0, *range(200)} - {row.number for row in DTYPES}:
         with pytest.raises(ValueError, match=f"dtype: got {number}"):
             core.ReplyLayout([("", number, (3,))], field=1, head_size=0)
@@ -60,7 +60,7 @@ def test_lookups_find_a_row(row: DType) -> None:
 
 
 def test_lookups_refuse_strangers() -> None:
-    """An unknown number, name or array type is refused with the choices."""
+    """An unknown number, name or array type is refused, with the choices."""
     with pytest.raises(InvalidInputError, match=r"got enum value 0, expected one of float32"):
         by_number(0)
     with pytest.raises(InvalidInputError, match=r"got 'half', expected one of float32"):
@@ -72,13 +72,13 @@ def test_lookups_refuse_strangers() -> None:
 
 
 def test_big_endian_arrays_are_strangers() -> None:
-    """An array of the other byte order has no row, so its bytes are never sent as they stand."""
+    """An array of the other byte order has no row, so its bytes are never sent unconverted."""
     with pytest.raises(InvalidInputError, match="got numpy"):
         of_array(np.zeros(2, ">f4"))
 
 
 def test_bfloat16_is_the_upper_half_of_float32() -> None:
-    """The numpy type of bfloat16 reads the bits that the protocol defines."""
+    """The numpy type of bfloat16 reads the bits as the protocol defines them."""
     ones = np.array([0x3F80, 0xC000], "<u2").view(by_name("bfloat16").numpy)
     assert ones.dtype == ml_dtypes.bfloat16
     assert ones.tolist() == [1.0, -2.0]

@@ -1,4 +1,4 @@
-"""Hostile requests of the Open Inference Protocol are refused before they cost much."""
+"""Hostile requests of the Open Inference Protocol are refused before they are expensive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layertap.wire.infer_messages import decode_infer_request, encode_infer_erro
 
 @pytest.mark.parametrize("message", [b"\x0a", b"\x2a\x02\x0a\x05", b"\x0a\x01\xff"])
 def test_malformed_requests_are_refused(message: bytes) -> None:
-    """Truncated fields and texts that are no UTF-8 are a DecodeError."""
+    """Truncated fields and texts that are not UTF-8 raise DecodeError."""
     with pytest.raises(DecodeError):
         decode_infer_request(message)
 
@@ -37,7 +37,7 @@ def nested(*fields: int, count: int, inner: bytes) -> bytes:
 def test_inner_lists_that_would_cost_a_parser_dearly_are_refused(
     fields: tuple[int, ...], inner: bytes
 ) -> None:
-    """Entries of two bytes may be only so many within inputs and outputs as well, all together."""
+    """The total number of two-byte entries inside inputs and outputs is limited too."""
     decode_infer_request(nested(*fields, count=65_536, inner=inner))
     half = nested(*fields, count=32_769, inner=inner)
     with pytest.raises(DecodeError, match="more than 65536"):
@@ -45,7 +45,7 @@ def test_inner_lists_that_would_cost_a_parser_dearly_are_refused(
 
 
 def test_a_failed_item_tells_its_id() -> None:
-    """The reply to an item that failed has the text and the id, and no outputs."""
+    """The reply to a failed item has the text and the id, and no outputs."""
     reply = pb.ModelStreamInferResponse.FromString(encode_infer_error("7", "no"))
     assert (reply.error_message, reply.infer_response.id) == ("no", "7")
     assert not reply.infer_response.outputs

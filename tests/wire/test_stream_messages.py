@@ -1,4 +1,4 @@
-"""A stream's messages are Extract's with an id, and their tensors are handled in place as well."""
+"""A stream's messages are Extract's with an id, and their tensors are decoded in place too."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ IDS = [0, 1, 127, 2**32, 2**64 - 1]
     ],
 )
 def test_extracts_fields_keep_their_numbers(plain, streamed) -> None:
-    """Each field of Extract's messages stands in the stream's with its number, kind and type."""
+    """Each field of Extract's messages is in the stream's with its number, kind and type."""
     theirs = streamed.DESCRIPTOR.fields_by_number
     for number, field in plain.DESCRIPTOR.fields_by_number.items():
         twin = theirs[number]
@@ -47,14 +47,14 @@ def test_extracts_fields_keep_their_numbers(plain, streamed) -> None:
 
 @pytest.mark.parametrize("number", IDS)
 def test_an_id_has_one_size(number) -> None:
-    """The reply's layout, made before its id is known, holds for each."""
+    """The reply's layout, which is made before its id is known, is right for each id."""
     assert len(id_field(number)) == len(id_field(1))
     assert pb.ExtractStreamResponse.FromString(id_field(number)).id == number
 
 
 @pytest.mark.parametrize("number", IDS)
 def test_requests_come_apart_in_place(number) -> None:
-    """A request's tensor is a view of its bytes, and its small fields are what protobuf reads."""
+    """A request's tensor is a view of its bytes, and its small fields are parsed by protobuf."""
     x = np.arange(48, dtype=np.float32).reshape(1, 3, 4, 4)
     given = pb.ExtractStreamRequest(id=number, model="m", timeout_ns=5)
     message = encode_request(given, [("x", x)])
@@ -67,7 +67,7 @@ def test_requests_come_apart_in_place(number) -> None:
 
 
 def test_replies_come_apart_in_place() -> None:
-    """A reply's tensors are aligned views of its bytes; it reads as Extract's reply, too."""
+    """A reply's tensors are aligned views of its bytes; it can be read as Extract's reply too."""
     x = np.arange(10_000, dtype=np.float32)
     head = encode_reply_head(Extractor.HOOK, Timings(1, 2, 3, 4)) + id_field(9)
     message = encode_message([("a", x)], field=1, head=head)
@@ -80,7 +80,7 @@ def test_replies_come_apart_in_place() -> None:
 
 
 def test_errors_are_replies() -> None:
-    """A failed item's reply has its id, the status's number, the kind and the text."""
+    """A failed item's reply has its id, the status's number, the class and the text."""
     reply, tensors = decode_stream_reply(encode_stream_error(0, 5, "NotFoundError", "no such"))
     assert (reply.id, reply.HasField("id"), tensors) == (0, True, [])
     assert (reply.error.code, reply.error.kind, reply.error.message) == (
@@ -89,7 +89,7 @@ def test_errors_are_replies() -> None:
 
 
 def test_the_id_of_a_bad_tensor_can_be_read() -> None:
-    """A tensor that contradicts itself is no reason not to know whose it is; bad bytes are."""
+    """The id is read even if a tensor contradicts itself, but not from malformed bytes."""
     bad = pb.ExtractStreamRequest(id=7, inputs=[tensor_pb2.Tensor(dtype=1, shape=[2], data=b"x")])
     message = bad.SerializeToString()
     with pytest.raises(DecodeError):
@@ -104,7 +104,7 @@ def test_the_id_of_a_bad_tensor_can_be_read() -> None:
 
 @pytest.mark.parametrize("images", [False, True])
 def test_the_id_is_found_without_what_would_cost_dearly(images: bool) -> None:
-    """What was refused for its many fields is not parsed after all to tell whose it is."""
+    """Fields whose number was refused are not parsed to find the id."""
     many = pb.ExtractStreamRequest(id=7).SerializeToString()
     if images:
         batch = pb.ImageBatch(images=[b""] * 70_000)

@@ -17,7 +17,7 @@ rows = pytest.mark.parametrize("row", DTYPES, ids=lambda row: row.name)
 
 
 def sample(row: DType, shape: tuple[int, ...]) -> np.ndarray:
-    """Return an array of distinct small values, as far as the type has them."""
+    """Return an array of distinct small values, as many as the type has."""
     return (np.arange(math.prod(shape)).reshape(shape) % 100).astype(row.numpy)
 
 
@@ -32,7 +32,7 @@ def round_trip(array: np.ndarray) -> np.ndarray:
 @rows
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3, 4), (0,), (3, 0, 2)], ids=str)
 def test_round_trip(row: DType, shape: tuple[int, ...]) -> None:
-    """Every type and shape, a scalar and an empty tensor among them, comes back as it was."""
+    """Every dtype and shape, including a scalar and an empty tensor, survives unchanged."""
     array = sample(row, shape)
     back = round_trip(array)
     assert back.dtype == row.numpy
@@ -55,7 +55,7 @@ def test_strided_arrays_come_back_dense(row: DType) -> None:
 
 
 def test_views_share_the_message() -> None:
-    """A decoded array reads the received bytes themselves, and can't be written."""
+    """A decoded array is a view of the received bytes, and can't be written to."""
     message = encode_message([("x", np.arange(6, dtype=np.float32))], FIELD, b"")
     _, [view] = decode_message(message, FIELD)
     array = view.array()
@@ -67,7 +67,7 @@ def test_views_share_the_message() -> None:
 
 
 def test_own_payloads_are_aligned_to_64_bytes() -> None:
-    """In a large message a decoded array stands on a 64-byte boundary, as vector units like it."""
+    """In a large message a decoded array begins on a 64-byte boundary, which suits vector units."""
     message = encode_message([("x", np.zeros(1 << 20)), ("y", np.zeros(1 << 20))], FIELD, HEAD)
     _, views = decode_message(message, FIELD)
     start = np.frombuffer(message, np.uint8).ctypes.data
@@ -77,7 +77,7 @@ def test_own_payloads_are_aligned_to_64_bytes() -> None:
 
 @pytest.mark.parametrize("shift", range(8))
 def test_misaligned_payloads_are_copied(shift: int) -> None:
-    """A stranger's payload that stands off its item size is copied, still read-only and right."""
+    """A payload from another encoder that is not aligned is copied, still read-only and right."""
     expected = np.arange(4, dtype=np.float64)
     data = memoryview(bytes(shift) + expected.tobytes())[shift:]
     view = TensorView("", by_name("float64"), (2, 2), data)
@@ -90,7 +90,7 @@ def test_misaligned_payloads_are_copied(shift: int) -> None:
 
 
 def test_views_are_frozen() -> None:
-    """A view's fields can't be set."""
+    """A view's fields can't be changed."""
     view = TensorView("", by_name("int8"), (), memoryview(b"\x01"))
     with pytest.raises(AttributeError):
         view.shape = (1,)  # type: ignore[misc]

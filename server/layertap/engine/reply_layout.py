@@ -128,7 +128,7 @@ def _sent_as(output: Output, dtype: torch.dtype) -> DType:
     row = ROWS.get(dtype)
     if row is None:
         raise ExtractorUnsupportedError(
-            f"layer {output.layer!r} is {dtype}, a type that the protocol does not carry"
+            f"layer {output.layer!r} is {dtype}, a dtype that layertap can't return"
         )
     if output.dtype is None or not row.is_float:
         return row

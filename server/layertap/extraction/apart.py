@@ -9,18 +9,28 @@ Note [Unchecked operations]
     operations, or operations of libraries other than torch and torchvision, is optimised and run
     for the first time in a child process, at several batch sizes. The child returns the values,
     which are compared with the reference. Only a program that passes this runs in the server.
+
+Note [Children are forked by a helper]
+    Importing torch takes seconds, and a model may need several such runs. So a helper process
+    imports torch once and forks a child for each program. The server can't fork them itself,
+    because it has threads. A helper that gets no program for _IDLE_SECONDS is ended.
 """
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from typing import IO
 
 import torch
@@ -41,15 +51,42 @@ _UNCHECKED = frozenset(
 _CHECKED_NAMESPACES = ("aten", "prim", "torchvision", "inductor")
 
 _SECONDS = 120
-"""Time limit of the child process. Importing torch takes most of the time."""
+"""Time limit of a run. The first run of a helper includes the import of torch."""
 
 _POLL_SECONDS = 0.002
 """Seconds that each step waits for the child. Other requests run between the steps."""
 
-_CHILD = """
-import io, sys
+_IDLE_SECONDS = 20.0
+"""How long a helper waits for another program before it is ended."""
+
+# Its standard input is a socket. A message is the code that a child runs and the files that are to
+# be its standard streams; the answer is the child's exit code. The child ends by itself where
+# nobody is left who would end it.
+_HELPER = """
+import os, signal, socket, struct, sys
 import torch
-given = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=True)
+server = socket.socket(fileno=0)
+while True:
+    code, files, *_ = socket.recv_fds(server, 1 << 16, 3)
+    if not code:
+        os._exit(0)
+    child = os.fork()
+    if not child:
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+        signal.alarm(int(sys.argv[1]))
+        exec(code.decode(), {})
+        os._exit(0)
+    for file in files:
+        os.close(file)
+    server.send(struct.pack("i", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+"""
+
+_CHILD = """
+import io
+import torch
+with open(0, "rb") as given:
+    given = torch.load(io.BytesIO(given.read()), weights_only=True)
 torch.set_num_threads(1)
 stored = io.BytesIO(given["program"].numpy().tobytes())
 values = []
@@ -62,7 +99,8 @@ with torch.inference_mode():
         values.append([value.cpu() for value in made])
 written = io.BytesIO()
 torch.save(values, written)
-sys.stdout.buffer.write(written.getvalue())
+with open(1, "wb") as answer:
+    answer.write(written.getvalue())
 """
 
 
@@ -108,30 +146,148 @@ def run_apart(
     with _memory() as given, _memory() as answer, _memory() as said:
         given.write(_packed(program, batches, device, runs))
         given.seek(0)
+        helper = _free_helper()
         try:
-            child = subprocess.Popen(  # noqa: S603 - this Python, and a program of our own
-                [sys.executable, "-P", "-W", "ignore", "-c", _CHILD],
-                stdin=given,
-                stdout=answer,
-                stderr=said,
-            )
-        except OSError as error:
-            raise ProgramEndedError(f"no process could be started: {error.strerror}") from error
-        try:
-            ends = time.monotonic() + _SECONDS
-            while child.poll() is None:
-                if time.monotonic() > ends:
-                    raise ProgramEndedError(f"it ran for more than {_SECONDS} s")
-                time.sleep(_POLL_SECONDS)
-                yield
-        finally:
-            child.kill()
-            child.wait()
-        if child.returncode:
-            raise ProgramEndedError(_how_it_ended(child.returncode, said))
+            code = yield from helper.run(_CHILD, (given, answer, said))
+        except BaseException:
+            helper.end()
+            raise
+        _keep(helper)
+        if code:
+            raise ProgramEndedError(_how_it_ended(code, said))
         answer.seek(0)
         values: list[Values] = torch.load(io.BytesIO(answer.read()), weights_only=True)
         return values
+
+
+class _Helper:
+    """A process that has imported torch and forks a child for one run at a time.
+
+    See Note [Children are forked by a helper].
+
+    Raises:
+        ProgramEndedError: No process could be started.
+    """
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._timer: threading.Timer | None = None
+        # Whole messages, with files.
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 - this Python, and code of our own
+                    [sys.executable, "-P", "-W", "ignore", "-c", _HELPER, str(_SECONDS)],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    process_group=0,
+                )
+            except OSError as error:
+                self._socket.close()
+                reason = f"no process could be started: {error.strerror}"
+                raise ProgramEndedError(reason) from error
+
+    def run(self, code: str, files: Sequence[IO[bytes]]) -> Generator[None, None, int]:
+        """Run code in a child with these standard streams, in steps; return its exit code.
+
+        Raises:
+            ProgramEndedError: It took too long, or the helper ended. The helper is of no use then.
+        """
+        ends = time.monotonic() + _SECONDS
+        self._socket.settimeout(_POLL_SECONDS)
+        with suppress(BrokenPipeError):  # The answer will be missing.
+            socket.send_fds(self._socket, [code.encode()], [file.fileno() for file in files])
+        while True:
+            try:
+                answer = self._socket.recv(struct.calcsize("i"))
+            except TimeoutError:
+                answer = None
+            except ConnectionError:
+                answer = b""
+            if answer:
+                exit_code: int
+                (exit_code,) = struct.unpack("i", answer)
+                return exit_code
+            if answer is not None:
+                raise ProgramEndedError("no child could be started")
+            if time.monotonic() > ends:
+                raise ProgramEndedError(f"it ran for more than {_SECONDS} s")
+            yield
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def end_later(self) -> None:
+        """End it when nobody has used it for a while."""
+        self._timer = threading.Timer(_IDLE_SECONDS, _end_idle, (self,))
+        self._timer.daemon = True
+        self._timer.start()
+
+    def stay(self) -> None:
+        """Undo ``end_later``."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def end(self) -> None:
+        """End it, and a child that runs."""
+        self.stay()
+        self._socket.close()
+        if self.alive:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+_idle: list[_Helper] = []
+"""Helpers of this process that wait for a program."""
+
+_lock = threading.Lock()
+"""Guards ``_idle``."""
+
+
+def _free_helper() -> _Helper:
+    """Return a helper that waits, or a new one; the caller keeps or ends it."""
+    with _lock:
+        while _idle:
+            helper = _idle.pop()
+            if helper.owner != os.getpid():
+                continue  # This process was forked from the one that it belongs to.
+            helper.stay()
+            if helper.alive:
+                return helper
+            helper.end()
+    return _Helper()
+
+
+def _keep(helper: _Helper) -> None:
+    """Keep a helper for the next program for a while."""
+    with _lock:
+        try:
+            helper.end_later()
+        except RuntimeError:  # The system refuses a thread.
+            helper.end()
+        else:
+            _idle.append(helper)
+
+
+def _end_idle(helper: _Helper) -> None:
+    with _lock:
+        if helper not in _idle:
+            return  # It has just been taken.
+        _idle.remove(helper)
+    helper.end()
+
+
+@atexit.register
+def _end_all() -> None:
+    with _lock:
+        for helper in _idle:
+            if helper.owner == os.getpid():
+                helper.end()
+        _idle.clear()
 
 
 def _packed(

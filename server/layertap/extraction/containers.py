@@ -67,7 +67,7 @@ def unsendable(tensor: torch.Tensor) -> str:
         return f"its value is a sparse tensor ({_name(tensor.layout)})"
     if tensor.dtype in _SENT or tensor.is_quantized:
         return ""
-    return f"its value is {_name(tensor.dtype)}, a type that the protocol does not carry"
+    return f"its value is {_name(tensor.dtype)}, a dtype that layertap can't return"
 
 
 def _name(value: torch.dtype | torch.layout) -> str:

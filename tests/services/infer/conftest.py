@@ -1,4 +1,4 @@
-"""A real server with tiny nets and resnet18, and a stub made by the protocol's own generator."""
+"""A real server with tiny nets and resnet18, and a stub from the protocol's own generator."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def regions() -> ClientRegions:
 
 @pytest.fixture(scope="package")
 def server(engine: Engine, seen: Counting, regions: ClientRegions) -> Iterator[FeatureServer]:
-    """A server that takes shared memory."""
+    """A server that accepts shared memory."""
     server = FeatureServer(engine, ServerOptions(port=0), seen, client_regions=regions)
     server.start()
     server.ready()

@@ -1,4 +1,4 @@
-"""Whatever bytes come, they are answered or refused by name; none is a fault of the server's."""
+"""Any bytes are answered or refused with a documented error; none causes an internal error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def seeds() -> list[bytes]:
 
 @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
 def test_mutated_requests_are_answered_or_refused(channel, method: str) -> None:
-    """Changes at any depth of good requests end in an answer or in a refusal that says why."""
+    """Valid requests with changes at any depth are answered, or refused with a reason."""
     random = Random(11)
     good = seeds()
     messages = [mutated(random, random.choice(good)) for _ in range(MESSAGES)]
@@ -84,14 +84,14 @@ def test_mutated_requests_are_answered_or_refused(channel, method: str) -> None:
 def test_many_small_fields_are_refused_before_they_are_parsed(
     channel, method: str, message: bytes, match: str
 ) -> None:
-    """A request that would cost the parser many times its bytes of memory is told so."""
+    """A request that would take the parser many times its bytes of memory is refused."""
     with pytest.raises(grpc.RpcError, match=match) as refusal:
         channel.unary_unary(f"/inference.GRPCInferenceService/{method}")(message, timeout=30)
     assert refusal.value.code() is Code.INVALID_ARGUMENT
 
 
 def ending(call: grpc.UnaryUnaryMultiCallable, message: bytes) -> Code:
-    """Return the status that a call ends with."""
+    """Return the status with which a call ends."""
     try:
         call(message, timeout=30)
     except grpc.RpcError as error:

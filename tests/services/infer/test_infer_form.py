@@ -1,4 +1,4 @@
-"""Replies of the Open Inference Protocol are what upb reads, at the size that was laid out."""
+"""Replies of the Open Inference Protocol can be read by upb, and have the size of the layout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build(form: InferForm, tensors: list, arrays: list) -> bytes:
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("size", [1, 100, 20_000])
 def test_a_reply_is_what_upb_reads(streamed: bool, size: int) -> None:
-    """Metadata, parameters and raw contents come back, whatever the lengths of the lengths."""
+    """Metadata, parameters and raw contents can be read back, for every length of the lengths."""
     x = np.arange(2 * size, dtype=np.float32).reshape(2, size)
     form = InferForm(Extractor.HOOK, ReplyOptions("net", "id 7", streamed=streamed))
     tensors = [("a", F32, (2, size)), ("b", F16, (size, 2)), ("c", BOOL, (3,))]
@@ -71,7 +71,7 @@ def test_a_reply_is_what_upb_reads(streamed: bool, size: int) -> None:
 
 
 def test_outputs_in_shared_memory_leave_an_empty_payload(path: Path) -> None:
-    """They are cast and de-strided on their way, the payloads of the others stay in their order."""
+    """They are cast and made contiguous when written; the other payloads keep their order."""
     regions = ClientRegions()
     regions.register(0, "r", path.name, 64, 1024)
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -93,7 +93,7 @@ def test_outputs_in_shared_memory_leave_an_empty_payload(path: Path) -> None:
 
 
 def test_bfloat16_goes_to_shared_memory_as_its_bits(path: Path) -> None:
-    """A cast to bfloat16 writes the upper halves."""
+    """A cast to bfloat16 writes the upper halves of the float32 values."""
     regions = ClientRegions()
     regions.register(0, "r", path.name, 0, 8)
     form = InferForm(
@@ -104,7 +104,7 @@ def test_bfloat16_goes_to_shared_memory_as_its_bits(path: Path) -> None:
 
 
 def test_a_region_that_is_too_small_is_refused_before_any_compute(path: Path) -> None:
-    """The layout alone tells that the output does not fit."""
+    """The layout shows that the output does not fit."""
     regions = ClientRegions()
     regions.register(0, "r", path.name, 0, 4096)
     form = InferForm(
@@ -115,7 +115,7 @@ def test_a_region_that_is_too_small_is_refused_before_any_compute(path: Path) ->
 
 
 def test_a_failed_write_is_told_at_the_end(path: Path) -> None:
-    """A region that went away meanwhile fails the reply, not the write within the forward pass."""
+    """If a region disappears meanwhile, the reply fails, but not the write during the pass."""
     regions = ClientRegions()
     regions.register(0, "r", path.name, 0, 4096)
     form = InferForm(

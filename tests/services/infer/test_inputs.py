@@ -1,4 +1,4 @@
-"""Inputs that contradict themselves are refused, each with what was got and expected."""
+"""Inputs that contradict themselves are refused, with what was got and what was expected."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(tensor: object, *raw: bytes) -> Inputs:
     ],
 )
 def test_typed_and_raw_are_one(datatype: str, field: str, values: list) -> None:
-    """Each datatype's typed contents are the bytes that travel raw, at the ends of its range."""
+    """For each datatype, typed contents equal the raw bytes, at both ends of its range."""
     typed = read(given("input", datatype, [2], contents=Contents(**{field: values})))
     data = bytes(typed.tensors[0].data)
     raw = read(given("input", datatype, [2]), data)
@@ -47,7 +47,7 @@ def test_typed_and_raw_are_one(datatype: str, field: str, values: list) -> None:
 
 @pytest.mark.parametrize("datatype", ["FP16", "BF16"])
 def test_half_precision_is_raw_only(datatype: str) -> None:
-    """Two bytes an element are taken raw; typed contents have no field for them."""
+    """Types of two bytes are accepted as raw contents; typed contents have no field for them."""
     view = read(given("input", datatype, [1, 2]), b"\x00\x3c\x00\xc0").tensors[0]
     assert (view.dtype.datatype, view.shape) == (datatype, (1, 2))
     with pytest.raises(InvalidInputError, match=f"{datatype} has no typed contents"):
@@ -129,7 +129,7 @@ def test_raw_contents_are_not_copied() -> None:
     ],
 )
 def test_contradictions_are_refused(tensor: object, raw: list, text: str) -> None:
-    """No data, too much of it, the wrong type, both kinds at once."""
+    """No data, too much data, the wrong type, and both kinds at once are refused."""
     with pytest.raises(InvalidInputError) as caught:
         read(tensor, *raw)
     assert text in str(caught.value)
@@ -196,7 +196,7 @@ def test_inputs_that_do_not_add_up_are_refused(tensors: list, raw: list, text: s
 
 @pytest.mark.parametrize("typed", [False, True])
 def test_images_are_taken_apart(typed: bool) -> None:
-    """Byte strings come out as they went in, empty ones included."""
+    """Byte strings are split correctly, including empty ones."""
     photos = [b"first", b"", b"third"]
     if typed:
         tensor = given("images", "BYTES", [3], contents=Contents(bytes_contents=photos))
@@ -223,14 +223,14 @@ def test_images_are_taken_apart(typed: bool) -> None:
 def test_images_that_contradict_their_shape_are_refused(
     shape: list, data: bytes, text: str
 ) -> None:
-    """Lengths that lie and shapes that are no list."""
+    """Wrong lengths, and shapes that are not a list, are refused."""
     with pytest.raises(InvalidInputError) as caught:
         read(given("images", "BYTES", shape), data)
     assert text in str(caught.value)
 
 
 def test_shared_memory_that_is_off_is_refused() -> None:
-    """In the words that clients know."""
+    """The text is the one that clients of the protocol know."""
     tensor = given("input", "FP32", [1], parameters=parameters({"shared_memory_region": "r"}))
     with pytest.raises(PermissionDeniedError, match="Client shared memory is disabled"):
         read(tensor)

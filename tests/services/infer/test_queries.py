@@ -1,4 +1,4 @@
-"""What the service tells of itself and its models."""
+"""What the service reports about itself and its models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Code = grpc.StatusCode
 
 
 def test_the_server_tells_who_it_is(stub) -> None:
-    """Live, ready, its name and version, and the extensions that hold."""
+    """It is live and ready, and reports its name, version and the extensions that it supports."""
     assert stub.ServerLive(pb.ServerLiveRequest()).live
     assert stub.ServerReady(pb.ServerReadyRequest()).ready
     metadata = stub.ServerMetadata(pb.ServerMetadataRequest())
@@ -31,7 +31,7 @@ def test_the_server_tells_who_it_is(stub) -> None:
 
 
 def test_a_server_whose_health_is_not_serving_is_not_ready(stub, server) -> None:
-    """ServerReady is health, while ServerLive stays true."""
+    """ServerReady follows the health, while ServerLive stays true."""
     server._health.show("", serving=False)
     try:
         assert not stub.ServerReady(pb.ServerReadyRequest()).ready
@@ -51,13 +51,13 @@ def test_a_server_whose_health_is_not_serving_is_not_ready(stub, server) -> None
     ],
 )
 def test_models_are_ready_or_not(stub, name: str, version: str, ready: bool) -> None:
-    """Unknown models, versions and models that are loading are not, without an error."""
+    """Unknown models and versions, and models that are loading, are not ready; nothing raises."""
     request = pb.ModelReadyRequest(name=name, version=version)
     assert stub.ModelReady(request).ready is ready
 
 
 def test_metadata_lists_the_input_and_the_declared_layers(stub) -> None:
-    """One tensor goes in; the layers that were declared come out, under their aliases."""
+    """The model has one input tensor; its outputs are the declared layers, under their aliases."""
     metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name="residual"))
     assert (list(metadata.versions), metadata.platform) == (["1"], "layertap_pytorch")
     tensors = [*metadata.inputs, *metadata.outputs]
@@ -69,13 +69,13 @@ def test_metadata_lists_the_input_and_the_declared_layers(stub) -> None:
 
 
 def test_the_last_module_stands_in_for_declared_layers(stub) -> None:
-    """resnet18 without declared layers gives its fc."""
+    """The output of resnet18 without declared layers is its fc."""
     metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name="resnet18"))
     assert [(t.name, list(t.shape)) for t in metadata.outputs] == [("fc", [-1, 1000])]
 
 
 def test_config_tells_how_a_model_is_served(stub, engine) -> None:
-    """Batch sizes, dims without the batch, instances and facts."""
+    """The config has batch sizes, dims without the batch, instances and other facts."""
     config = stub.ModelConfig(pb.ModelConfigRequest(name="residual")).config
     assert (config.name, config.backend, config.max_batch_size) == ("residual", "layertap", 64)
     assert config.input[0].data_type == model_config_pb2.TYPE_FP32
@@ -97,7 +97,7 @@ def test_config_tells_how_a_model_is_served(stub, engine) -> None:
 
 
 def test_every_layer_of_the_catalogue_in_the_config_can_be_asked_for(stub) -> None:
-    """Each name there is answered with the datatype and shape that stand beside it."""
+    """Each layer in it is returned with the datatype and shape given there."""
     config = stub.ModelConfig(pb.ModelConfigRequest(name="residual")).config
     layers = json.loads(config.parameters["layers"].string_value)
     assert {"layer1.0.conv1", "avgpool", "avgpool:input", "layer1.0.relu_1"} <= set(layers)
@@ -109,7 +109,7 @@ def test_every_layer_of_the_catalogue_in_the_config_can_be_asked_for(stub) -> No
 
 @pytest.mark.parametrize("method", ["ModelMetadata", "ModelConfig", "ModelStatistics"])
 def test_unknown_models_are_not_found(stub, method: str) -> None:
-    """In the words that clients know."""
+    """The text is the one that clients of the protocol know."""
     request = getattr(pb, f"{method}Request")(name="nope")
     with pytest.raises(grpc.RpcError) as caught:
         getattr(stub, method)(request)
@@ -118,7 +118,7 @@ def test_unknown_models_are_not_found(stub, method: str) -> None:
 
 
 def test_statistics_move(stub) -> None:
-    """Items, passes, times and sizes count up, by both outcomes; other models' stay."""
+    """Items, passes, times and sizes are counted by outcome; those of other models don't change."""
 
     def told(name: str) -> pb.ModelStatistics:
         request = pb.ModelStatisticsRequest(name=name)
@@ -150,7 +150,7 @@ def test_statistics_move(stub) -> None:
 
 
 def test_native_requests_count_as_well(stub, server) -> None:
-    """Statistics are the model's, whichever protocol asked."""
+    """Statistics belong to the model, whichever protocol was used."""
     request = pb.ModelStatisticsRequest(name="residual")
     before = stub.ModelStatistics(request).model_stats[0].inference_count
     with Client(server.address) as client:
@@ -159,7 +159,7 @@ def test_native_requests_count_as_well(stub, server) -> None:
 
 
 def test_settings_are_told_and_not_changed(stub) -> None:
-    """Traces of this protocol are off; what is logged is told; changes are refused."""
+    """Tracing in this protocol is off; log settings are reported; changes are refused."""
     traces = stub.TraceSetting(pb.TraceSettingRequest())
     assert list(traces.settings["trace_level"].value) == ["OFF"]
     logs = stub.LogSettings(pb.LogSettingsRequest()).settings

@@ -1,4 +1,4 @@
-"""The configuration's models are listed for anybody, loaded and unloaded for the owner alone."""
+"""Anyone may list the configuration's models; only the owner may load and unload them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def infer(stub) -> np.ndarray:
 
 
 def test_the_index_tells_states(stub) -> None:
-    """Models that serve, and one that is expected, in order; only those that serve if asked so."""
+    """It lists models that serve and one that is expected, in order; or only those that serve."""
     told = index(stub)
     assert told["residual"] == ("READY", "")
     assert told["coming"] == ("LOADING", "it is being loaded")
@@ -62,7 +62,7 @@ def test_the_index_tells_states(stub) -> None:
 
 
 def test_without_rights_nothing_is_loaded(stub) -> None:
-    """A server that was started without --admin refuses, before it looks at the name."""
+    """A server without --admin refuses before it checks the name."""
     for call, request in (
         (stub.RepositoryModelLoad, load("residual")),
         (stub.RepositoryModelUnload, unload("residual")),
@@ -72,7 +72,7 @@ def test_without_rights_nothing_is_loaded(stub) -> None:
 
 
 def test_an_owner_unloads_and_loads(tmp_path: Path) -> None:
-    """A model goes and comes back as the configuration has it then; unknown ones are refused."""
+    """A model can be unloaded, and loaded again as configured then; unknown models are refused."""
     file = tmp_path / "layertap.toml"
     save(tmp_path / "net.pt", 1)
     write_config(file, "net:first")
@@ -109,7 +109,7 @@ def test_an_owner_unloads_and_loads(tmp_path: Path) -> None:
 
 
 def test_an_unloaded_model_goes_with_the_configuration(tmp_path: Path) -> None:
-    """What was unloaded and is no longer configured is forgotten by the next reload."""
+    """An unloaded model that is no longer configured is forgotten at the next reload."""
     file = tmp_path / "layertap.toml"
     for name in ("net", "more"):
         save(tmp_path / f"{name}.pt", 1)
@@ -130,7 +130,7 @@ def test_an_unloaded_model_goes_with_the_configuration(tmp_path: Path) -> None:
 
 
 def test_loading_takes_an_admin_token(tmp_path: Path) -> None:
-    """Where there are tokens, one that may only extract is refused, as AdminService refuses it."""
+    """If there are tokens, a token that may only extract is refused, as by AdminService."""
     file = tmp_path / "layertap.toml"
     save(tmp_path / "net.pt", 1)
     write_config(file, "net:first")

@@ -1,4 +1,4 @@
-"""Inference over a real channel gives what the native protocol gives, and refuses what is wrong."""
+"""Inference over a real channel gives the native protocol's values, and refuses bad requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def client(server) -> object:
 
 @pytest.fixture(autouse=True)
 def _server_unharmed(stub) -> object:
-    """After each test, whatever it sent, the server answers as before."""
+    """After each test, whatever it sent, the server answers correctly."""
     yield
     assert arrays(stub.ModelInfer(raw_request()))["layer1"].shape == (1, 8, 8, 8)
 
@@ -43,7 +43,7 @@ def refusal(stub, request: pb.ModelInferRequest) -> tuple[Code, str]:
 
 
 def test_outputs_are_those_of_the_native_protocol(stub, client) -> None:
-    """Several layers of a batch have the native reply's values bit for bit."""
+    """Several layers of a batch have the same bits as in the native reply."""
     x = batch(3)
     names = ["layer1", "conv1", "avgpool:input", "fc"]
     response = stub.ModelInfer(raw_request(x, *map(output, names), id="seven"))
@@ -58,7 +58,7 @@ def test_outputs_are_those_of_the_native_protocol(stub, client) -> None:
 
 
 def test_output_parameters_are_the_native_selection(stub, client) -> None:
-    """Capture, reduction, dtype and layer are the selection's; both names of a dtype are taken."""
+    """Capture, reduction, dtype and layer work as in a selection; both names of a dtype do."""
     x = batch(2)
     response = stub.ModelInfer(
         raw_request(
@@ -92,7 +92,7 @@ def test_output_parameters_are_the_native_selection(stub, client) -> None:
 
 
 def test_a_request_that_names_no_outputs_gets_the_declared_layers(stub, client) -> None:
-    """Under their aliases, which may be asked for by name as well."""
+    """They are returned under their aliases, which requests may also name."""
     x = batch()
     request = raw_request(x)
     del request.outputs[:]
@@ -114,7 +114,7 @@ def test_without_declared_layers_the_last_one_is_sent(stub, client) -> None:
 
 
 def test_typed_contents_give_the_same_answer(stub) -> None:
-    """What travels typed is answered as what travels raw."""
+    """Typed contents give the same answer as raw contents."""
     x = batch(2)
     typed = given(
         "input", "FP32", x.shape, contents=pb.InferTensorContents(fp32_contents=x.ravel())
@@ -127,7 +127,7 @@ def test_typed_contents_give_the_same_answer(stub) -> None:
 
 
 def test_a_photograph_is_preprocessed_as_in_the_native_protocol(stub, client) -> None:
-    """Encoded images go in raw or typed, several at once, and come out alike."""
+    """Encoded images, raw or typed, one or several, give the same values."""
     photo = PHOTO.read_bytes()
     small = io.BytesIO()
     Image.open(PHOTO).resize((300, 260)).save(small, "PNG")
@@ -150,7 +150,7 @@ def test_a_photograph_is_preprocessed_as_in_the_native_protocol(stub, client) ->
 
 
 def test_values_whose_shape_depends_on_the_content_are_sent(stub, client) -> None:
-    """A dynamic model's reply is laid out by what came out."""
+    """A dynamic model's reply is laid out from the actual values."""
     for size in (1, 2, 7):
         x = batch(size, seed=size)
         request = raw_request(x, output("score"), output("pick"), model_name="dynamic")
@@ -235,27 +235,27 @@ def test_values_whose_shape_depends_on_the_content_are_sent(stub, client) -> Non
     ],
 )
 def test_bad_requests_are_refused(stub, changes: dict, code: Code, text: str) -> None:
-    """Each with the status of the one map, and a text that says what was got."""
+    """Each has the status from the one table, and a text that says what was got."""
     got_code, got_text = refusal(stub, raw_request(**changes))
     assert got_code == code, got_text
     assert text in got_text
 
 
 def test_what_clients_send_unasked_is_taken(stub) -> None:
-    """Priorities, flags of sequences and Triton's own keys change nothing."""
+    """Priorities, sequence flags and Triton's own keys have no effect."""
     given_ = {"priority": 0, "sequence_start": False, "triton_enable_empty_final_response": True}
     request = raw_request(parameters=parameters({**given_, "sequence_id": 0, "timeout": 10**9}))
     assert list(arrays(stub.ModelInfer(request))) == ["layer1"]
 
 
 def test_its_own_timeout_ends_a_request(stub) -> None:
-    """A microsecond is over before the model is reached."""
+    """The timeout of a microsecond passes before the model runs."""
     request = raw_request(parameters=parameters({"timeout": 1}))
     assert refusal(stub, request)[0] == Code.DEADLINE_EXCEEDED
 
 
 def test_a_reply_over_the_limit_is_refused_before_any_compute(stub) -> None:
-    """Six items of resnet18's layer1 are over 4 MiB."""
+    """Six items of resnet18's layer1 are larger than 4 MiB."""
     x = np.zeros((6, 3, 224, 224), np.float32)
     request = raw_request(x, output("layer1"), model_name="resnet18")
     code, text = refusal(stub, request)
@@ -263,7 +263,7 @@ def test_a_reply_over_the_limit_is_refused_before_any_compute(stub) -> None:
 
 
 def test_bytes_that_are_no_request_are_refused(channel) -> None:
-    """Every method says INVALID_ARGUMENT for a malformed message, and leaks nothing."""
+    """Every method returns INVALID_ARGUMENT for a malformed message, and leaks nothing."""
     methods = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
     needs_no_parse = {"ModelStreamInfer"}
     assert len(methods) == 20
@@ -276,7 +276,7 @@ def test_bytes_that_are_no_request_are_refused(channel) -> None:
 
 
 def test_the_observer_is_told(stub, seen) -> None:
-    """Answers and refusals are counted as those of the native protocol are."""
+    """Answers and refusals are counted as in the native protocol."""
     before = dict(seen.ends)
     stub.ModelInfer(raw_request())
     refusal(stub, raw_request(model_name="nope"))
@@ -287,7 +287,7 @@ def test_the_observer_is_told(stub, seen) -> None:
 
 
 def test_health_and_reflection_list_the_service(channel) -> None:
-    """It has a health of its own, and reflection names and describes it."""
+    """It has its own health status, and reflection lists and describes it."""
     health = health_pb2_grpc.HealthStub(channel)
     status = health.Check(health_pb2.HealthCheckRequest(service=NAME)).status
     assert status == health_pb2.HealthCheckResponse.SERVING

@@ -1,4 +1,4 @@
-"""Shared memory over a real channel: inputs and outputs go through it, and nobody else's is met."""
+"""Shared memory over a real channel: for inputs and outputs, and only for its owner."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def path() -> Iterator[Path]:
 
 @pytest.fixture
 def region(stub, path: Path) -> Iterator[str]:
-    """The object, registered as ``r``."""
+    """The object, registered under the name ``r``."""
     stub.SystemSharedMemoryRegister(register("r", path.name))
     yield "r"
     stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="r"))
@@ -49,7 +49,7 @@ def register(name: str, key: str, byte_size: int = SIZE) -> pb.SystemSharedMemor
 
 
 def place(name: str, byte_size: int, offset: int = 0) -> dict[str, object]:
-    """Return the parameters of a part of a region."""
+    """Return the parameters that select a part of a region."""
     return {
         "shared_memory_region": name,
         "shared_memory_byte_size": byte_size,
@@ -63,7 +63,7 @@ def shared_request(x: np.ndarray, *outputs: object, offset: int = 0) -> pb.Model
 
 
 def descriptors(path: Path) -> int:
-    """Count those of an object, whatever else is open in this process."""
+    """Count an object's open descriptors in this process."""
     found = 0
     for fd in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -78,7 +78,7 @@ def refusal(call: object, request: object) -> tuple[Code, str]:
 
 
 def test_input_and_output_go_through_shared_memory(stub, region: str, path: Path) -> None:
-    """Their values are those that travel in messages, and their payloads are empty."""
+    """The values are the same as in messages, and the payloads are empty."""
     x = batch(2)
     expected = arrays(stub.ModelInfer(raw_request(x, output("layer1"), output("fc"))))
     with path.open("r+b") as file:
@@ -112,7 +112,7 @@ def test_input_and_output_go_through_shared_memory(stub, region: str, path: Path
 def test_parts_that_are_not_there_are_refused(
     stub, region: str, changed: dict, code: Code, text: str
 ) -> None:
-    """Inputs and outputs alike, with the texts of the protocol's own server."""
+    """This holds for inputs and outputs, with the texts of Triton's server."""
     tensor = given("input", "FP32", batch().shape, parameters=parameters(changed))
     request = raw_request(inputs=[tensor], raw_input_contents=[])
     got = refusal(stub.ModelInfer, request)
@@ -123,7 +123,7 @@ def test_parts_that_are_not_there_are_refused(
 
 
 def test_an_output_that_does_not_fit_is_refused(stub, region: str) -> None:
-    """Before any compute, with both sizes."""
+    """It is refused before any compute; the text has both sizes."""
     request = raw_request(None, output("layer1", **place("r", 2047)))
     code, text = refusal(stub.ModelInfer, request)
     assert code == Code.INVALID_ARGUMENT
@@ -131,7 +131,7 @@ def test_an_output_that_does_not_fit_is_refused(stub, region: str) -> None:
 
 
 def test_contents_and_shared_memory_exclude_each_other(stub, region: str) -> None:
-    """An input is in one place."""
+    """An input can only be in one place."""
     request = shared_request(batch())
     request.raw_input_contents.append(batch().tobytes())
     code, text = refusal(stub.ModelInfer, request)
@@ -156,7 +156,7 @@ def test_more_than_a_request_may_have_is_not_read(stub, path: Path) -> None:
 
 
 def test_truncation_fails_the_request_alone(stub, region: str, path: Path) -> None:
-    """The server lives on, and says what became of the memory."""
+    """The server keeps running, and says what happened to the memory."""
     path.write_bytes(b"")
     code, text = refusal(stub.ModelInfer, shared_request(batch()))
     assert (code, "shorter than it was" in text) == (Code.INVALID_ARGUMENT, True)
@@ -167,7 +167,7 @@ def test_truncation_fails_the_request_alone(stub, region: str, path: Path) -> No
 
 
 def test_status_lists_what_was_registered(stub, region: str, path: Path) -> None:
-    """Names, offsets and sizes, never the keys; one that there is not is NOT_FOUND."""
+    """It lists names, offsets and sizes, never the keys; an unknown name is NOT_FOUND."""
     for name in ("", "r"):
         request = pb.SystemSharedMemoryStatusRequest(name=name)
         reply = stub.SystemSharedMemoryStatus(request)
@@ -182,7 +182,7 @@ def test_status_lists_what_was_registered(stub, region: str, path: Path) -> None
 
 
 def test_regions_belong_to_their_token(engine, path: Path, tmp_path: Path) -> None:
-    """Another token's caller can't list, use or remove them."""
+    """A caller with another token can't list, use or remove them."""
     file = token_file(tmp_path / "tokens", EXTRACT)
     file.write_text(f"{EXTRACT}\n{UNKNOWN}\n", "utf-8")
     security = Security(tokens=Tokens(file))
@@ -211,7 +211,7 @@ def test_regions_belong_to_their_token(engine, path: Path, tmp_path: Path) -> No
 
 
 def test_registering_over_and_over_leaks_nothing(stub, region: str, path: Path) -> None:
-    """Descriptors are as many after 500 cycles of calls as before."""
+    """After 500 cycles of calls there are as many descriptors as before."""
     before = descriptors(path)
     for number in range(500):
         stub.SystemSharedMemoryRegister(register(f"r{number}", path.name))
@@ -223,14 +223,14 @@ def test_registering_over_and_over_leaks_nothing(stub, region: str, path: Path) 
 
 
 def test_callers_from_elsewhere_share_no_memory() -> None:
-    """A server that other machines reach opens no file for them."""
+    """A server that other machines can reach opens no file for callers on them."""
     memory = CallerMemory(ClientRegions(), Caller(local=False))
     with pytest.raises(Exception, match="Client shared memory is disabled for callers from other"):
         memory.allowed()
 
 
 def test_it_is_off_unless_allowed(engine, path: Path) -> None:
-    """Every RPC about it, and every request that names it, is refused in the words clients know."""
+    """Its RPCs and requests that name a region are refused, in words that clients know."""
     server = FeatureServer(engine, ServerOptions(port=0))
     server.start()
     try:
@@ -254,7 +254,7 @@ def test_it_is_off_unless_allowed(engine, path: Path) -> None:
 
 
 def test_cuda_memory_is_refused_kindly(stub) -> None:
-    """Status and Unregister answer, as clients call them unasked; Register says what to do."""
+    """Status and Unregister are answered, as clients call them anyway; Register says what to do."""
     assert not stub.CudaSharedMemoryStatus(pb.CudaSharedMemoryStatusRequest()).regions
     stub.CudaSharedMemoryUnregister(pb.CudaSharedMemoryUnregisterRequest(name="any"))
     request = pb.CudaSharedMemoryRegisterRequest(name="r", raw_handle=b"x", byte_size=1)

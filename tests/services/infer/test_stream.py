@@ -1,4 +1,4 @@
-"""A stream answers each request in its order, goes on after failures, and leaves nothing behind."""
+"""A stream answers its requests in order, continues after failures, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _nothing_is_left(narrow: Engine) -> Iterator[None]:
 
 
 class Stream:
-    """One stream, written to by hand."""
+    """A stream to which the test writes message by message."""
 
     def __init__(self, channel: grpc.Channel, timeout: float = 60) -> None:
         self._out: SimpleQueue[bytes | None] = SimpleQueue()
@@ -96,7 +96,7 @@ def held(number: int) -> pb.ModelInferRequest:
 
 
 def test_replies_come_in_the_order_of_the_requests(line, counted) -> None:
-    """With values of their own, ids or none, whichever finishes first."""
+    """Each has its own values, with or without an id, in any order of finishing."""
     given_ = [batch(n % 3 + 1, seed=n) for n in range(40)]
     stream = Stream(line)
     # One extractor, as others round differently: AUTO would go over to another in between.
@@ -122,7 +122,7 @@ def test_replies_come_in_the_order_of_the_requests(line, counted) -> None:
 
 
 def test_a_quick_item_waits_for_a_slow_one_before_it(line, counted) -> None:
-    """The quick one is computed meanwhile, and sent second."""
+    """The quick item is computed in the meantime, and sent second."""
     stream = Stream(line)
     with gate() as opened:
         stream.send(held(1), raw_request(id="2"))
@@ -133,7 +133,7 @@ def test_a_quick_item_waits_for_a_slow_one_before_it(line, counted) -> None:
 
 
 def test_a_failed_item_is_answered_and_the_stream_goes_on(line, counted) -> None:
-    """Refused, unknown and malformed ones alike, with text and id where there is one."""
+    """Refused, unknown and malformed items are answered with a text, and the id if there is one."""
     bad_size = raw_request(id="b", inputs=[given("input", "FP32", [1, 3, 16, 15])])
     stream = Stream(line)
     stream.send(
@@ -168,7 +168,7 @@ def test_a_bounded_number_is_in_flight(line, narrow) -> None:
 
 
 def test_a_cancelled_stream_cancels_its_items(line, counted) -> None:
-    """Once the client is gone, what it had in flight is given up at its next layer."""
+    """Once the client is gone, its items in flight are abandoned at their next layer."""
     stream = Stream(line)
     with gate() as closed:
         stream.send(*(held(n) for n in range(PLACES)))
@@ -180,7 +180,7 @@ def test_a_cancelled_stream_cancels_its_items(line, counted) -> None:
 
 
 def test_streams_of_both_protocols_share_one_bound(line) -> None:
-    """Two streams are open, of which one is native: a third is refused."""
+    """With two open streams, one of them native, a third is refused."""
     first = Stream(line)
     first.send(raw_request())
     next(first.call)
@@ -201,7 +201,7 @@ def test_streams_of_both_protocols_share_one_bound(line) -> None:
 
 
 def test_a_draining_server_answers_what_it_has(line, narrow, narrow_server) -> None:
-    """Items in flight are answered, then the stream ends as UNAVAILABLE."""
+    """Items in flight are answered, then the stream ends with UNAVAILABLE."""
     stream = Stream(line)
     with gate() as opened:
         stream.send(held(1))
@@ -219,7 +219,7 @@ def test_a_draining_server_answers_what_it_has(line, narrow, narrow_server) -> N
 
 
 def test_the_deadline_of_the_stream_is_its_items(line) -> None:
-    """An item that is held past it ends with the stream, and is not computed on."""
+    """An item that is still waiting then ends with the stream, and is not computed."""
     stream = Stream(line, timeout=0.5)
     with gate():
         stream.send(held(1))
@@ -231,7 +231,7 @@ def test_the_deadline_of_the_stream_is_its_items(line) -> None:
 
 
 def test_an_item_that_nobody_waits_for_is_counted(narrow) -> None:
-    """One whose stream ended before a thread took it up is a failure like any other."""
+    """If the stream ends before a thread takes the item, the item counts as failed."""
     seen = Counting()
     threads = StreamThreads(OpenStreams(1), seen)
     settings = InferenceSettings(lambda: True, Statistics())

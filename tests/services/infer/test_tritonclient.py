@@ -1,4 +1,4 @@
-"""NVIDIA's own client, unmodified and in its own environment, gets right answers."""
+"""NVIDIA's own client, unmodified and in its own environment, gets correct answers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def halves(engine: Engine) -> Iterator[None]:
 
 @pytest.mark.usefixtures("halves")
 def test_the_synchronous_client(server, tmp_path: Path) -> None:
-    """FP32, FP16, BF16 and photographs; metadata, statistics and refusals; native values."""
+    """FP32, FP16, BF16 and photos; metadata, statistics and refusals; the native values."""
     file = tmp_path / "layer1.npy"
     run("sync.py", server.address, file, PHOTO)
     with Client(server.address) as client:

@@ -1,4 +1,4 @@
-"""An answer is made by one version of its model, whatever replaces that version meanwhile."""
+"""One version of a model makes an answer, even if it is replaced in the meantime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from versioned import HOLDS, ITEM, save_weights
 
 
 class Slowly(list[LayerSelection]):
-    """Declared layers that stop whoever reads them, as a scheduler may stop a thread anywhere."""
+    """Declared layers that block their reader, as a scheduler may stop a thread anywhere."""
 
     def __init__(self, layers: list[LayerSelection]) -> None:
         super().__init__(layers)
