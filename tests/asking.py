@@ -1,4 +1,4 @@
-"""Asking an engine in the same process."""
+"""Sends requests to an engine in the same process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def request_for(
     x: Given,
     extractor: Extractor = Extractor.AUTO,
 ) -> ExtractionRequest:
-    """Return the request for layers, selections or texts as on the command line, of a batch."""
+    """Return the request for layers of a batch, given as selections or command-line texts."""
     named = x if isinstance(x, Mapping) else {"": x}
     views = tuple(_view(name, value) for name, value in named.items())
     texts = [layers] if isinstance(layers, str) else layers
@@ -40,7 +40,7 @@ def ask(
     x: Given,
     extractor: Extractor = Extractor.AUTO,
 ) -> Features:
-    """Extract, and read the message as a client does."""
+    """Extract, and read the message like a client."""
     return Features(engine.extract(request_for(net, layers, x, extractor), Call()).payload)
 
 

@@ -1,4 +1,4 @@
-"""Certificates for the tests, made by authorities of their own, and files with tokens."""
+"""Certificates for the tests, from their own certificate authorities, and token files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pair:
 
 
 class Authority:
-    """A certificate authority and the folder for what it issues."""
+    """A certificate authority, and the folder for the files that it issues."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -32,7 +32,7 @@ class Authority:
         self._ca.cert_pem.write_to_path(self.file)
 
     def issue(self, *names: str, expired: bool = False) -> Pair:
-        """Issue a certificate for hosts; one that ended a day ago if ``expired``."""
+        """Issue a certificate for hosts; with ``expired``, one that ended a day ago."""
         past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
         cert = self._ca.issue_cert(*names, not_after=past if expired else None)
         stem = f"{names[0]}{'-expired' if expired else ''}-{len(list(self._folder.iterdir()))}"

@@ -1,4 +1,4 @@
-"""Tiny networks that tell whether requests may share a forward pass. All take [B, 3, 16, 16]."""
+"""Tiny nets that differ in whether requests may share a pass. All take [B, 3, 16, 16]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tinynets import seeded
 
 
 class Mixes(nn.Module):
-    """Subtracts the batch's mean: no item's values are its own."""
+    """Subtracts the batch's mean, so an item's values depend on the other items."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class Mixes(nn.Module):
 
 
 class Axes(nn.Module):
-    """Has values whose batch is the second dimension, or folded into the first with windows."""
+    """Has values whose batch is the second dimension, or is folded into the first with windows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Axes(nn.Module):
 
 
 class Interleaved(nn.Module):
-    """Lays the items' windows out side by side: the first ones of all items, then the second."""
+    """Interleaves the items' windows: the first window of all items, then the second."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def interleaved() -> nn.Module:
 
 
 class Turns(nn.Module):
-    """Turns its values around where any of them is large: one large item turns the whole batch."""
+    """Negates its values if any of them is large: one large item affects the whole batch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small nets of which only a trial shows what can be claimed."""
+"""Small nets whose limits only a trial compilation or run shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _depth: ContextVar[int] = ContextVar("claimnets_depth", default=0)
 
 
 class Forked(nn.Module):
-    """One layer runs in a task of its own, from which a trace can't take a value."""
+    """One layer runs in its own task, from which a trace can't take a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Forked(nn.Module):
 
 
 class Repeats(nn.Module):
-    """A constant prompt, once for each item: a trace repeats it once for all batches."""
+    """A constant prompt for each item: a trace repeats it once, for every batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Repeats(nn.Module):
 
 
 class LargeMean(nn.Module):
-    """Divides by the number of items, which a trace has learnt, in a layer of many elements."""
+    """Divides by the number of items, a constant in a trace, in a layer with many elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class LargeMean(nn.Module):
 
 
 class ClampsBelow(nn.Module):
-    """A clamp with an upper bound only: torch's optimisation fails on it."""
+    """A clamp with only an upper bound, on which torch's optimisation fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class ClampsBelow(nn.Module):
 
 
 class DeadClamp(nn.Module):
-    """Clamps its input in place, in a statement whose result nobody uses."""
+    """Clamps its input in place, in a statement whose result is unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,13 +115,13 @@ class OwnHook(nn.Module):
 
 
 class Clips(proofnets.HidesFromSymbols):
-    """Only bytes are large enough to be clipped, by a function that symbols don't see."""
+    """Only bytes are large enough to be clipped, by a function that a symbolic trace misses."""
 
     largest = 20.0
 
 
 class SometimesTuple(nn.Module):
-    """A layer returns a tuple for negative means only."""
+    """A layer that returns a tuple for negative means only."""
 
     class Maybe(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +153,7 @@ class Depth(nn.Module):
 
 
 class Patches(nn.Module):
-    """Replaces a function of torch while it runs, and puts it back unless the pass ends early."""
+    """Replaces a function of torch while it runs, and restores it unless the pass ends early."""
 
     def __init__(self) -> None:
         super().__init__()

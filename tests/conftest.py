@@ -27,7 +27,7 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, where several processes share the files."""
+    """Begin with the slowest files if several processes share the files."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         ranks = {f"tests/{file}": rank for rank, file in enumerate(LONGEST)}
         items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(ranks)))
@@ -45,6 +45,6 @@ def load_net() -> LoadNet:
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> object:
-    """Run every test as the compute thread runs models."""
+    """Run every test like a compute thread runs models."""
     with torch.inference_mode():
         yield

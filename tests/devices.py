@@ -1,4 +1,4 @@
-"""Tests that need a GPU: skipped where there is none, unless somebody insists on it."""
+"""Tests that need a GPU: skipped without one, unless the environment requires them."""
 
 from __future__ import annotations
 

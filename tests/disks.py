@@ -25,7 +25,7 @@ class SmallDisk:
         self.folder = folder
 
     def fill(self) -> None:
-        """Leave no free byte on it, in a file called ``filler``."""
+        """Fill it up with a file called ``filler``."""
         file = os.open(self.folder / "filler", os.O_WRONLY | os.O_CREAT)
         try:
             for size in (1 << 16, 4096, 1):
@@ -40,13 +40,13 @@ class SmallDisk:
         _run("mount", "-o", "remount,ro", str(self.folder))
 
     def names(self) -> list[str]:
-        """Return the names of the files on it, the filler aside."""
+        """Return the names of the files on it, except the filler."""
         return sorted(path.name for path in self.folder.iterdir() if path.name != "filler")
 
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[SmallDisk]:
-    """Mount a file system of that size, such as ``64k``; skip the test where one may not mount."""
+    """Mount a file system of a size such as ``64k``; skip the test if mounting is not allowed."""
     folder.mkdir()
     try:
         _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(folder))

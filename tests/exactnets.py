@@ -1,4 +1,4 @@
-"""Networks of small whole numbers, whose values are the same bits on every machine.
+"""Networks of small whole numbers, whose values have the same bits on every machine.
 
 Their weights are -2 to 2 and their inputs small whole numbers, so every sum is exact in float32, in
 whatever order a kernel adds.
@@ -13,7 +13,7 @@ ITEM = (3, 8, 8)
 
 
 def whole(module: nn.Module) -> nn.Module:
-    """Give a module weights of -2 to 2, the same each time."""
+    """Give a module the same weights, between -2 and 2, each time."""
     generator = torch.Generator().manual_seed(11)
     for parameter in module.parameters():
         parameter.data = torch.randint(-2, 3, parameter.shape, generator=generator).float()
@@ -48,7 +48,7 @@ class Halves(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Looks ids up and mixes them."""
+    """Looks ids up in a table and mixes the rows."""
 
     def __init__(self) -> None:
         super().__init__()

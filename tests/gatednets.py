@@ -1,4 +1,4 @@
-"""A network that a test in the same process can hold in the middle of a forward pass."""
+"""A network that a test in the same process can block in the middle of a forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HELD = 1000.0
 
 
 class Gate:
-    """Where forward passes wait, one at a time, since a model runs one at a time."""
+    """A gate at which forward passes wait, one at a time, as a model runs one at a time."""
 
     def __init__(self) -> None:
         self.arrivals = threading.Semaphore(0)
@@ -39,7 +39,7 @@ _gates: list[Gate] = []
 
 @contextmanager
 def gate() -> Iterator[Gate]:
-    """Yield a closed gate; it is opened at the end, whatever happened."""
+    """Yield a closed gate, which is opened at the end in any case."""
     _gates.append(Gate())
     try:
         yield _gates[-1]

@@ -1,4 +1,4 @@
-"""Tiny networks made of modules that hooks, traces or the protocol have trouble with.
+"""Tiny networks of modules that are difficult for hooks, traces or the protocol.
 
 All take ``[B, 3, 16, 16]`` float32.
 """
@@ -31,12 +31,12 @@ class Head(nn.Module):
 
     @torch.jit.export
     def halved(self, x: torch.Tensor) -> torch.Tensor:
-        """Run a layer without a call of forward."""
+        """Run a layer from a method other than forward."""
         return self.last(x) / 2
 
 
 class Scripted(nn.Module):
-    """An eager model with two programs of one class, and a layer of its own called as theirs is."""
+    """An eager model with two programs of one class, and its own layer with the same name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Scripted(nn.Module):
 
 
 class Quantized(nn.Module):
-    """Quantised ahead in the middle, floating-point at both ends."""
+    """Statically quantised in the middle, floating-point at both ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Quantized(nn.Module):
 
 
 class Rows(nn.Module):
-    """Linear layers, for dynamic quantisation."""
+    """Linear layers for dynamic quantisation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Rows(nn.Module):
 
 
 class Spectrum(nn.Module):
-    """A Fourier layer between two of real numbers."""
+    """A Fourier layer between two layers of real numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Back(nn.Module):
 
 
 class Threads(nn.Module):
-    """Runs its branches in a thread pool of its own, one of them twice."""
+    """Runs its branches in its own thread pool, one of them twice."""
 
     def __init__(self) -> None:
         super().__init__()

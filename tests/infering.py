@@ -1,4 +1,4 @@
-"""What the tests of the Open Inference Protocol share: requests by stock messages, and readers."""
+"""Shared by the tests of the Open Inference Protocol: requests from stock messages, readers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def raw_request(
 
 
 def bytes_tensor(*elements: bytes) -> bytes:
-    """Return byte strings as they travel raw."""
+    """Return byte strings in their raw form."""
     return b"".join(len(each).to_bytes(4, "little") + each for each in elements)
 
 

@@ -1,4 +1,4 @@
-"""``layertap serve`` within the test's own process, which spares each test an import of PyTorch.
+"""``layertap serve`` inside the test's process, so that PyTorch need not be imported again.
 
 Signals, the end of the process and its output need a real one: see processes.py.
 """
@@ -30,7 +30,7 @@ def configured(*args: str) -> tuple[ServerConfig, partial[ServerConfig], Path | 
 
 
 class Served:
-    """A server that runs, and the lines that ``layertap serve`` would have written."""
+    """A running server, and the lines that ``layertap serve`` would print."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -38,7 +38,7 @@ class Served:
         self.running: RunningServer | None = None
 
     def say(self, text: str, level: int = logging.INFO) -> None:
-        """Keep a line."""
+        """Record a line."""
         with self._news:
             self.lines.append(f"layertap: {MARKS.get(level, '')}{text}")
             self._news.notify_all()
@@ -58,7 +58,7 @@ class Served:
 
     @property
     def address(self) -> str:
-        """Where it serves."""
+        """The address at which it serves."""
         assert self.running is not None
         return self.running.server.address
 

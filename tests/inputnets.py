@@ -1,4 +1,4 @@
-"""Tiny networks whose input can't be told from their first layer, and what they take."""
+"""Tiny networks whose input can't be determined from their first layer, and their inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Text(nn.Module):
 
 
 class RoundsIds(nn.Module):
-    """Takes token ids of any type, since it rounds them itself."""
+    """Takes token ids of any dtype, as it rounds them itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Flattened(nn.Module):
 
 
 class Divisible(nn.Module):
-    """Takes images whose height and width are multiples of 8, and says so."""
+    """Takes images whose height and width are multiples of 8; it refuses others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Divisible(nn.Module):
 
 
 class Double(nn.Module):
-    """Multiplies with a buffer of double precision, its only tensor."""
+    """Multiplies by a buffer of double precision, its only tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Force(nn.Module):
 
 
 class QuietForce(Force):
-    """The same, and returns zeros where it can't differentiate, without a word."""
+    """The same, but silently returns zeros where it can't differentiate."""
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         try:

@@ -1,4 +1,4 @@
-"""Nets whose activations are laid out in ways that sizes alone tell wrongly, or not at all."""
+"""Nets with layouts that sizes alone show wrongly, or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Mixer(nn.Module):
-    """Mixes tokens as ``[B, 64, 16]``: 64 channels, which are 8 × 8 too, of 4 × 4 patches."""
+    """Mixes tokens as ``[B, 64, 16]``: 64 channels (which is 8 × 8 too) of 4 × 4 patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Vit(nn.Module):
 
 
 class Queries(nn.Module):
-    """Sixteen learnt queries, as many as a 4 × 4 grid would have, of any picture."""
+    """Sixteen learnt queries, as many as in a 4 × 4 grid, for any image size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class BatchSecond(nn.Module):
 
 
 class Series(nn.Module):
-    """A series ``[B, 6, T]`` of any length, as channels first and last."""
+    """A series ``[B, 6, T]`` of any length, with channels first and last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Series(nn.Module):
 
 
 class Text(nn.Module):
-    """Takes twelve token ids; positions and a mean of all."""
+    """Takes twelve token ids; returns positions and the mean of all."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Text(nn.Module):
 
 
 class Pools(nn.Module):
-    """A 4 × 4 grid for pictures of every size, then one position."""
+    """A 4 × 4 grid for images of every size, then one position."""
 
     def __init__(self) -> None:
         super().__init__()

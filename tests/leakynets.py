@@ -1,4 +1,4 @@
-"""Factories and a net whose own errors speak of files, as real ones do."""
+"""Factories and a net whose own errors contain file names, like real ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SECRET = "/srv/customers/acme/credentials.json"
 
 
 class Leaky(nn.Module):
-    """Raises for input values from 1000, in words that must not leave. Takes ``[B, 3, 4, 4]``."""
+    """Raises for input values from 1000, with a private text. Takes ``[B, 3, 4, 4]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,5 +27,5 @@ def leaky() -> nn.Module:
 
 
 def broken() -> nn.Module:
-    """Fail as a factory does whose file is missing."""
+    """Fail like a factory whose file is missing."""
     raise FileNotFoundError(2, "No such file", SECRET)

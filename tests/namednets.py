@@ -1,4 +1,4 @@
-"""Tiny networks whose layers have several names, none, or one that another layer has too."""
+"""Tiny networks whose layers have several names, none, or the same name as another layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tinynets import seeded
 
 
 class TwoNames(nn.Module):
-    """Keeps a backbone and slices of it, as a U-Net on a ResNet does."""
+    """Has a backbone and slices of it, like a U-Net on a ResNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class TwoNames(nn.Module):
 
 
 class Cycle(nn.Module):
-    """Its child knows it as a child of its own."""
+    """Its child has it as a child."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Cycle(nn.Module):
 
 
 class Functions(nn.Module):
-    """Its result is made by functions behind the last module; it can't be traced symbolically."""
+    """Functions after the last module make its result; it can't be traced symbolically."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Functions(nn.Module):
 
 
 class Joiner(nn.Sequential):
-    """A Sequential that returns a tuple, whose members' names are its children's."""
+    """A Sequential that returns a tuple, whose members have the names of its children."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = self[0](x)
@@ -61,7 +61,7 @@ class Joiner(nn.Sequential):
 
 
 class Joined(nn.Module):
-    """DETR's way of putting a backbone and its position encoding together."""
+    """DETR's combination of a backbone and its position encoding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ class Joined(nn.Module):
 
 
 class Keyed(nn.ModuleDict):
-    """A ModuleDict that returns a dict with its own keys, its values scaled."""
+    """A ModuleDict that returns a dict with its own keys, and scaled values."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return OrderedDict((key, 2 * head(x)) for key, head in self.items())
 
 
 class Taken(nn.Module):
-    """A child is called ``output``, another as the second call of a third would be."""
+    """One child is called ``output``, and another like the second call of a third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Recursive(nn.Module):
 
 
 class Attends(nn.Module):
-    """A transformer layer, an attention that returns its weights, and a fused one without any."""
+    """A transformer layer, an attention that returns its weights, and a fused one without."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Attends(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """timm's way: one projection, one fused operation."""
+    """As in timm: one projection, one fused operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class FusedAttention(nn.Module):
 
 
 class OddKeys(nn.Module):
-    """Children whose names have signs that selections use."""
+    """Children whose names contain characters that have a meaning in selections."""
 
     KEYS = ("a=b", "x:input", "what?", "s p", "p/q", "ünï", "[0]", "st*r", "star")
 

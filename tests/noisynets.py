@@ -1,4 +1,4 @@
-"""Factories that write to stderr and stdout in all the ways in which a model's code may."""
+"""Factories that write to stderr and stdout in all the ways that model code may."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def noisy() -> nn.Module:
 
 
 def aborts() -> nn.Module:
-    """End the process as C++ does, with a last line that has no end."""
+    """End the process like C++ does, with an unfinished last line."""
     os.write(2, b"terminate called after throwing an instance of 'noisy'")
     os.abort()

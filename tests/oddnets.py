@@ -1,4 +1,4 @@
-"""Tiny networks that random input in [0, 1) says too little about. All take [B, 3, 16, 16]."""
+"""Tiny networks that random input in [0, 1) does not test enough. All take [B, 3, 16, 16]."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tinynets import seeded
 
 
 def script(net: nn.Module) -> torch.jit.ScriptModule:
-    """Return a net as a TorchScript program, in silence: torch.jit is deprecated upstream."""
+    """Return a net as a TorchScript program, without torch.jit's deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.jit.script(net)
 
 
 class Clamps(nn.Module):
-    """Clamps its input before its first child: to no effect on what lies in [0, 1]."""
+    """Clamps its input before its first child, which changes nothing in [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def clamps() -> nn.Module:
 
 
 class ClampsInPlace(Clamps):
-    """The same by a statement without a user, which dead-code elimination takes for dead."""
+    """The same with a statement whose result is unused, which dead-code elimination removes."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
@@ -49,7 +49,7 @@ def clamps_in_place() -> nn.Module:
 
 
 class Peaks(Clamps):
-    """Divides by the peak of the batch where it is over 1: one loud item quietens the others."""
+    """Divides by the batch's peak if that is over 1: one loud item makes the others quieter."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.tail(self.conv(x / x.abs().amax().clamp(min=1)))
@@ -61,7 +61,7 @@ def peaks() -> nn.Module:
 
 
 class Recurrent(Clamps):
-    """Adds up what it saw: its state follows from its state."""
+    """Adds up its inputs: its state depends on its state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def counts() -> nn.Module:
 
 
 class Remembers(Clamps):
-    """Keeps what it saw in a list that never gets longer."""
+    """Keeps inputs in a list of constant length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ def remembers() -> nn.Module:
 
 
 class Sizes(Clamps):
-    """Goes another way where many values are large, told by the length of a list of them."""
+    """Takes another branch if many values are large, by the length of a list of them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
@@ -127,7 +127,7 @@ def sizes() -> nn.Module:
 
 
 class OnlyTensors(Clamps):
-    """Does something to tensors only, and not to what a symbolic trace hands in."""
+    """Changes tensors only, and not the symbols of a symbolic trace."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if isinstance(x, torch.Tensor):
@@ -141,7 +141,7 @@ def only_tensors() -> nn.Module:
 
 
 class Tries(Clamps):
-    """Goes on with something else where a child fails."""
+    """Continues with something else if a child fails."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -157,7 +157,7 @@ def tries() -> nn.Module:
 
 
 class Sparse(Clamps):
-    """Multiplies by a sparse matrix, whose memory is no plain storage."""
+    """Multiplies by a sparse matrix, which has no plain memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def scripted() -> nn.Module:
 
 
 class InPieces(Clamps):
-    """Goes over its batch four items at a time, which a trace does as often as its example did."""
+    """Handles its batch four items at a time, as often as for the example in a trace."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pieces = [self.conv(x[begin : begin + 4]) for begin in range(0, len(x), 4)]
@@ -219,7 +219,7 @@ def in_pieces() -> nn.Module:
 
 
 class LargeBatches(Clamps):
-    """Computes something else for batches of more than four."""
+    """Computes something different for batches of more than four."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
@@ -232,7 +232,7 @@ def large_batches() -> nn.Module:
 
 
 class FewItems(Clamps):
-    """Takes at most four items, and says so."""
+    """Takes at most four items, and raises for more."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if len(x) > 4:
@@ -246,7 +246,7 @@ def few_items() -> nn.Module:
 
 
 class Hungry(Clamps):
-    """Wants more memory than any machine has, as long as it is told to."""
+    """Requests more memory than any machine has, while a flag is set."""
 
     wants = 0
 
@@ -286,7 +286,7 @@ def marked() -> nn.Module:
 
 
 class AddsRows(Clamps):
-    """``rows`` returns items that begin with MARK twice, and branches on nothing to do so."""
+    """``rows`` returns items that begin with MARK twice, without branching."""
 
     class Rows(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""``layertap`` as a user runs it: in a process of its own."""
+"""``layertap`` as a user runs it: in its own process."""
 
 from __future__ import annotations
 

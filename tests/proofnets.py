@@ -1,4 +1,4 @@
-"""Small nets that come out wrong, or can't be compiled, where a proof is careless."""
+"""Small nets that a careless proof gets wrong, or that can't be compiled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Swish(torch.autograd.Function):
 
 
 class CallsFunction(nn.Module):
-    """A convolution, a Python function of autograd, and a layer behind it."""
+    """A convolution, a Python autograd function, and a layer after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class CallsFunction(nn.Module):
 
 
 class PlainNorm(nn.Module):
-    """A batch norm without weights behind a channels-last convolution: its program raises."""
+    """A batch norm without weights after a channels-last convolution: its program raises."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class PlainNorm(nn.Module):
 
 
 class PerItem(nn.Module):
-    """A loop over the items of the batch, of which a trace has as many as its example had."""
+    """A loop over the items of the batch, of which a trace has the example's number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class PerItem(nn.Module):
 
 
 class Repeats(nn.Module):
-    """A constant prompt, once for each image: a trace repeats it once for all batches."""
+    """A constant prompt for each image: a trace repeats it once, for every batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Noisy(nn.Module):
 
 
 class OptionalArguments(nn.Module):
-    """Takes more than it is given."""
+    """Takes more arguments than it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Picks(nn.Module):
 
 
 class Catches(nn.Module):
-    """Looks ids up, and clamps them where that raises: a program has no such second way."""
+    """Looks ids up, and clamps them if that raises, which a program can't do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class HidesFromSymbols(nn.Module):
 
 
 class LargestId(nn.Module):
-    """Weighs each id by the largest of the batch."""
+    """Weights each id by the largest of the batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class LargestId(nn.Module):
 
 
 class LargestNumber(nn.Module):
-    """Divides by the batch's largest number where that is above 50."""
+    """Divides by the batch's largest number if that is above 50."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class LargestNumber(nn.Module):
 
 
 class OneNan(nn.Module):
-    """Blanks the whole batch where one of its numbers is NaN."""
+    """Sets the whole batch to zero if one of its numbers is NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class TwoTables(nn.Module):
 
 
 class Experts(nn.Module):
-    """Sends each item to one of two experts by its mean: a module runs for some inputs only."""
+    """Sends each item to one of two experts by its mean, so a module runs for some inputs only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Experts(nn.Module):
 
 
 class DropsMask(nn.Module):
-    """Leaves its mask out where it is all ones."""
+    """Ignores its mask if that is all ones."""
 
     def __init__(self) -> None:
         super().__init__()

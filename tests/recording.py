@@ -1,4 +1,4 @@
-"""Requests of both protocols, and the replies to them that are kept in ``recorded/``.
+"""Requests of both protocols, and their recorded replies in ``recorded/``.
 
 ``python tests/recording.py`` records them again. Do that only if a reply is meant to change; the
 diff then shows how. The models compute with small whole numbers, so

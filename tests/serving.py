@@ -81,5 +81,5 @@ def serving_method(
 
 
 def http_page(metrics: Metrics, port: int = 0) -> HttpPage:
-    """Show metrics of a server that works and serves; the page is the caller's to close."""
+    """Show the metrics of a serving server; the caller must close the page."""
     return HttpPage(metrics.registry, "127.0.0.1", port, alive=lambda: True, ready=lambda: True)

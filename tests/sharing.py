@@ -1,4 +1,4 @@
-"""A server that shares memory, and what tests ask of it."""
+"""A server that shares memory, and what tests do with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = ["conv1", "layer1"]
 
 
 class Served:
-    """A running server, what it shares, and clients of it."""
+    """A running server, its shared memory, and clients of it."""
 
     def __init__(self, engine: Engine, mib: int, lease_seconds: float, port: int = 0) -> None:
         self.server = FeatureServer(
@@ -56,7 +56,7 @@ def same(got: object, expected: dict[str, np.ndarray]) -> bool:
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
-    """Wait until another thread or process has seen to it."""
+    """Wait until another thread or process has made something true."""
     end = time.monotonic() + 20
     while not condition() and time.monotonic() < end:
         gc.collect()

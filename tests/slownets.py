@@ -1,4 +1,4 @@
-"""Factories that take their time, for servers that are asked to stop meanwhile."""
+"""Factories that take long, for servers that are stopped meanwhile."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def never() -> nn.Module:
 
 
 def loads_slowly() -> nn.Module:
-    """Take as long to build as a test needs to ask questions meanwhile."""
+    """Take long enough to build that a test can send requests meanwhile."""
     time.sleep(3)
     return Sleepy()

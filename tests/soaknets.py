@@ -1,4 +1,4 @@
-"""A network whose every value tells which version gave it, and to which request."""
+"""A network whose every value shows which version computed it, and for which request."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build_heavy() -> nn.Module:
 
 
 def save_weights(file: Path, version: int) -> None:
-    """Write the weights of a version, at once as a careful author does."""
+    """Write the weights of a version atomically."""
     part = file.with_suffix(".part")
     torch.save(Telling(version).state_dict(), part)
     part.replace(file)

@@ -1,4 +1,4 @@
-"""Tiny networks whose passes write state: each in another way that real models do it.
+"""Tiny networks whose passes write state, each in another way that real models use.
 
 They are factories for ``package.module:factory``. All take ``[B, 3, 16, 16]`` float32.
 """
@@ -22,7 +22,7 @@ _FILE_WIDE: list[torch.Tensor] = []
 
 
 class Two(nn.Module):
-    """Two convolutions; what is kept besides differs."""
+    """Two convolutions; subclasses keep different state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Two(nn.Module):
         self.begin()
 
     def begin(self) -> None:
-        """Set up what the net keeps."""
+        """Create the state that the net keeps."""
 
 
 class Skips(Two):
@@ -109,7 +109,7 @@ class KeptByHooks(Two):
 
 
 class Recurrent(Two):
-    """Begins where the pass before ended."""
+    """Begins with the state at the end of the previous pass."""
 
     def begin(self) -> None:
         self.h: torch.Tensor | None = None
@@ -131,7 +131,7 @@ class Counts(Two):
 
 
 class CountsOnItsClass(Two):
-    """The same for all nets of its class."""
+    """Counts the passes of all nets of its class."""
 
     passes = 0
 
@@ -141,7 +141,7 @@ class CountsOnItsClass(Two):
 
 
 class FillsItsFile(Two):
-    """Appends to a list of its file, and pops."""
+    """Appends to a list in its module's globals, and pops."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
@@ -151,7 +151,7 @@ class FillsItsFile(Two):
 
 
 class Between(Two):
-    """Writes an attribute and takes it back with no module called meanwhile."""
+    """Writes an attribute and removes it again, with no module called in between."""
 
     def begin(self) -> None:
         self.scale: torch.Tensor | None = None
@@ -169,7 +169,7 @@ class Between(Two):
 
 
 class RunningMean(Two):
-    """Subtracts a running mean, which it keeps in a buffer in place."""
+    """Subtracts a running mean, which it writes to a buffer in place."""
 
     def begin(self) -> None:
         self.register_buffer("mean", torch.zeros(4, 1, 1))
@@ -241,7 +241,7 @@ class Noisy(Two):
 
 
 class Cycles(Two):
-    """Takes the next of an endless sequence, which can't be rewound."""
+    """Takes the next value of an endless iterator, which can't be rewound."""
 
     def begin(self) -> None:
         self.factors = itertools.cycle([1.0, 2.0, 3.0])
@@ -251,7 +251,7 @@ class Cycles(Two):
 
 
 class Locks(Two):
-    """Holds a lock while it runs, and would never release it if its pass ended early."""
+    """Holds a lock while it runs, and would not release it if its pass ended early."""
 
     def begin(self) -> None:
         self.lock = threading.Lock()
@@ -264,7 +264,7 @@ class Locks(Two):
 
 
 class DefaultArgument(Two):
-    """Keeps what it saw in a default argument."""
+    """Keeps its input in a default argument."""
 
     def forward(self, x: torch.Tensor, kept: list[torch.Tensor] = []) -> torch.Tensor:  # noqa: B006
         x = self.first(x)
@@ -290,7 +290,7 @@ class Closure(Two):
 
 
 class CacheOfSizes(Two):
-    """Keeps a table of positions for each size that it has met."""
+    """Keeps a table of positions for each size that occurred."""
 
     def begin(self) -> None:
         self.tables: dict[tuple[int, int], torch.Tensor] = {}
@@ -303,7 +303,7 @@ class CacheOfSizes(Two):
 
 
 class BatchStart(nn.Module):
-    """Makes its start state anew where the batch size changes, as fastai's AWD_LSTM does."""
+    """Creates its initial state again if the batch size changes, like fastai's AWD_LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class Groups(Two):
 
 
 class ReadOnly(dict[str, int]):
-    """A dictionary that may not be written, as diffusers' FrozenDict."""
+    """A read-only dictionary, like diffusers' FrozenDict."""
 
     def _no(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("read-only")
@@ -359,7 +359,7 @@ class Frozen(Two):
 
 
 class OwnModes(Two):
-    """Has a ``train`` that returns nothing and leaves a dropout on."""
+    """Has a ``train`` that returns nothing and leaves a dropout in training mode."""
 
     def begin(self) -> None:
         self.drop = nn.Dropout(0.5)
@@ -373,7 +373,7 @@ class OwnModes(Two):
 
 
 class HooksItself(Two):
-    """Puts a hook on a child while it runs, and takes it off again at the end."""
+    """Adds a hook to a child while it runs, and removes it at the end."""
 
     def begin(self) -> None:
         self.calls: list[int] = []
@@ -386,7 +386,7 @@ class HooksItself(Two):
 
 
 class NormalisesWeights(Two):
-    """Computes a weight anew at each pass, always the same: nothing that another pass could see."""
+    """Computes the same weight again in each pass, which no other pass can notice."""
 
     def begin(self) -> None:
         self.raw = nn.Parameter(torch.rand(4, 4, 1, 1))
@@ -434,7 +434,7 @@ class PerThread(Two):
 
 
 class Unregistered(Two):
-    """Keeps modules in a list, where torch does not see them."""
+    """Keeps modules in a list, which torch does not search."""
 
     def begin(self) -> None:
         self.hidden = [nn.Conv2d(4, 4, 1)]

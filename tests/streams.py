@@ -1,4 +1,4 @@
-"""What the tests of streams share: items, a raw stream, and an observer that counts."""
+"""Shared by the tests of streams: items, a raw stream, and an observer that counts."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Counting:
 
 
 def eventually(what: Callable[[], bool]) -> None:
-    """Wait for what nobody tells about."""
+    """Wait for something that sends no notification."""
     until = time.monotonic() + 60
     while not what():
         assert time.monotonic() < until, "it never happened"

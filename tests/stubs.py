@@ -1,4 +1,4 @@
-"""Stubs of our services, made from their descriptors as generated ones would be."""
+"""Stubs of our services, made from descriptors, equivalent to generated ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can't be reached from elsewhere is told apart, and IPv6 hosts get their brackets."""
+"""Addresses that only this machine can reach are recognised; IPv6 hosts get brackets."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from layertap.addresses import bare_host, host_port, is_loopback, target_is_loop
     ],
 )
 def test_ipv6_hosts_are_bracketed_once(host: str, bare: str, bound: str) -> None:
-    """A port is put behind a host so that an address's own colons can't be taken for its."""
+    """Brackets separate an IPv6 address's own colons from the port's."""
     assert bare_host(host) == bare
     assert host_port(host, 80) == bound
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "[::1]", "localhost"])
 def test_loopback_hosts_are_known(host: str) -> None:
-    """Every address of the loopback, in each spelling, and its name."""
+    """Every loopback address, in each spelling, and its name."""
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.evil", ""])  # noqa: S104
 def test_other_hosts_are_no_loopback(host: str) -> None:
-    """All addresses at once, others, and names that merely look like the loopback's."""
+    """The wildcard address, other addresses, and names that only resemble the loopback's."""
     assert not is_loopback(host)
 
 
@@ -70,5 +70,5 @@ def test_targets_on_this_machine_are_known(target: str) -> None:
     ],
 )
 def test_targets_elsewhere_are_not_taken_for_local(target: str) -> None:
-    """One other address, a name server's answer or an unknown scheme is enough."""
+    """A list with one other address, a DNS name or an unknown scheme may leave this machine."""
     assert not target_is_loopback(target)

@@ -1,4 +1,4 @@
-"""The guards of ``make check`` turn red when they should, and the house rules hold."""
+"""The checks of ``make check`` fail when they should, and the house rules hold."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_layers_hold(tree: Path) -> None:
-    """The tree as it stands keeps every import contract."""
+    """The tree keeps every import contract."""
     result = lint_imports(tree)
     assert result.returncode == 0, result.stdout
     assert "0 broken" in result.stdout
@@ -110,7 +110,7 @@ def said_of(broken: dict[str, str], contract: str) -> str:
 
 @pytest.mark.parametrize("number", range(len(PLANTED)), ids=lambda number: PLANTED[number][1])
 def test_forbidden_import_is_named(broken: dict[str, str], number: int) -> None:
-    """An import against a contract breaks it, and the linter names the contract and the file."""
+    """An import that breaks a contract is reported, with the contract and the file."""
     module, _, contract = PLANTED[number]
     assert f"layertap.{module}.planted{number} " in said_of(broken, contract)
 
@@ -123,13 +123,13 @@ def test_the_use_case_knows_no_transport(broken: dict[str, str]) -> None:
 
 
 def test_generated_code_is_fresh(tree: Path) -> None:
-    """The committed code is what the pinned generator makes of ``proto/``."""
+    """The committed code equals what the pinned generator makes of ``proto/``."""
     result = check_generated(tree)
     assert result.returncode == 0, result.stdout
 
 
 def test_changed_proto_makes_generated_code_stale(tree: Path) -> None:
-    """A .proto that changed without ``make gen`` is told by file, and the others are not."""
+    """A .proto that changed without ``make gen`` is reported, and the others are not."""
     proto = tree / "proto" / "layertap" / "v1" / "tensor.proto"
     proto.write_text(proto.read_text("utf-8") + "\nmessage Planted {}\n", encoding="utf-8")
     result = check_generated(tree)
@@ -141,7 +141,7 @@ def test_changed_proto_makes_generated_code_stale(tree: Path) -> None:
 
 
 def test_left_over_generated_file_is_stale(tree: Path) -> None:
-    """Generated code whose .proto is gone is told."""
+    """Generated code without its .proto is reported."""
     left_over = tree / "server" / "layertap" / "v1" / "gone_pb2.py"
     left_over.write_text("", encoding="utf-8")
     result = check_generated(tree)
@@ -150,14 +150,14 @@ def test_left_over_generated_file_is_stale(tree: Path) -> None:
 
 
 def test_other_generators_are_refused(tree: Path) -> None:
-    """An environment without the pinned generator neither writes nor judges generated code."""
+    """Without the pinned generator, generated code is neither written nor checked."""
     result = check_generated(tree, Path(sys.executable))
     assert result.returncode == 1
     assert "the generator is grpcio-tools" in result.stdout
 
 
 def test_unmapped_error_is_named(tree: Path) -> None:
-    """An error class without a status fails the last line of ``make check``, which names it."""
+    """An error class without a status fails ``make check``, which names it."""
     planted = tree / "server" / "layertap" / "errors.py"
     text = planted.read_text("utf-8")
     planted.write_text(f"{text}\n\nclass PlantedError(LayertapError):\n    pass\n", "utf-8")
@@ -185,7 +185,7 @@ def modules() -> Iterator[str]:
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_all_is_true(name: str) -> None:
-    """``__all__`` names things that exist, and every public function and class defined there."""
+    """``__all__`` names existing things, and every public function and class defined there."""
     module = importlib.import_module(name)
     listed = getattr(module, "__all__", [])
     assert len(listed) == len(set(listed))
@@ -208,7 +208,7 @@ def test_client_needs_no_torch(module: str) -> None:
 
 
 def test_client_leaves_the_inference_protocol_to_others() -> None:
-    """Importing it registers no message of package inference, which tritonclient has too."""
+    """Importing it does not register messages of package inference, which tritonclient has too."""
     code = "import layertap.client, sys; sys.exit('layertap.inference' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -224,7 +224,7 @@ def constraints() -> dict[str, str]:
 
 
 def test_constraints_are_names_and_versions() -> None:
-    """constraints.txt holds one ``name==version`` a line: no addresses, no paths, no doubles."""
+    """constraints.txt has one ``name==version`` per line: no addresses, paths or duplicates."""
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     assert len(constraints()) == len(lines) > 0
 
@@ -269,7 +269,7 @@ def extractors_named(code: str) -> list[str]:
 
 
 def test_only_a_kinds_own_file_depends_on_it() -> None:
-    """No code of the package asks which extractor it is; it asks the kind what it can do."""
+    """No code of the package checks which extractor it has; it uses the kind's properties."""
     package = SERVER / "layertap"
     kinds = package / "extraction" / "kinds"
     named = {
@@ -296,13 +296,13 @@ def test_only_a_kinds_own_file_depends_on_it() -> None:
     ],
 )
 def test_code_that_tells_extractors_apart_is_found(code: str) -> None:
-    """The check above sees comparisons, tables and matches, by the enum or by text."""
+    """The check above detects comparisons, tables and matches, by the enum or by text."""
     assert len(extractors_named(code)) == 1
     assert extractors_named("x = extractor is Extractor.AUTO\ny = kind.compiled") == []
 
 
 def test_tests_have_docstrings() -> None:
-    """Every test states the behaviour that it is about."""
+    """Every test says which behaviour it tests."""
     silent = [
         f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
         for kind in ("test", "check")

@@ -1,4 +1,4 @@
-"""A call knows when nobody waits for it any more."""
+"""A call knows when no caller waits for it any more."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layertap.errors import CancelledError, DeadlineExceededError
 
 @pytest.mark.parametrize("timeout", [None, threading.TIMEOUT_MAX * 2, 1e18])
 def test_a_call_without_a_deadline_never_expires(timeout) -> None:
-    """No deadline, and what gRPC reports for none, mean that the caller waits for ever."""
+    """Without a deadline, and with gRPC's value for none, the caller waits forever."""
     call = Call(timeout)
     assert call.remaining() is None
     call.check()
@@ -23,13 +23,13 @@ def test_a_call_without_a_deadline_never_expires(timeout) -> None:
 
 @pytest.mark.parametrize("timeout", [0, -1.0])
 def test_a_passed_deadline_is_an_error(timeout) -> None:
-    """Work whose deadline has passed is not to be begun."""
+    """Work whose deadline has passed must not begin."""
     with pytest.raises(DeadlineExceededError):
         Call(timeout).check()
 
 
 def test_cancelling_runs_each_action_once() -> None:
-    """Actions run when the caller goes away, and at once when it has gone already."""
+    """Actions run when the caller leaves, and at once if it has left already."""
     call, ran = Call(), []
     with call.cancelling(lambda: ran.append("before")):
         call.cancel()
@@ -42,7 +42,7 @@ def test_cancelling_runs_each_action_once() -> None:
 
 
 def test_a_call_keeps_nothing_of_a_block_that_has_ended() -> None:
-    """Its action does not run any more, and what the action needed can go."""
+    """Its action does not run any more, and the call does not keep it alive."""
     call, ran = Call(), []
     needed = Event()
     alive = weakref.ref(needed)
@@ -55,7 +55,7 @@ def test_a_call_keeps_nothing_of_a_block_that_has_ended() -> None:
 
 
 def test_the_earlier_deadline_counts() -> None:
-    """A limit of the request's own shortens the deadline and never lengthens it."""
+    """A request's own timeout can shorten the deadline but never extend it."""
     call = Call(3600.0)
     call.limit(1e18)
     assert 3500 < call.remaining() <= 3600

@@ -27,7 +27,7 @@ specs = st.lists(st.tuples(st.text("aé", max_size=200), st.sampled_from([F32, U
 @settings(max_examples=150, deadline=None)
 @given(specs, st.integers(0, 300), st.integers(1, (1 << 29) - 1))
 def test_payloads_start_at_16_modulo_64(specs: list, head_size: int, field: int) -> None:
-    """Whatever stands before it, a payload starts at an offset of 16 modulo 64."""
+    """Whatever comes before it, a payload starts at an offset of 16 modulo 64."""
     layout = _core.ReplyLayout(specs, field=field, head_size=head_size)
     twin = _pure.ReplyLayout(specs, field=field, head_size=head_size)
     assert (layout.nbytes, len(layout)) == (twin.nbytes, len(twin))
@@ -46,7 +46,7 @@ def test_payloads_start_at_16_modulo_64(specs: list, head_size: int, field: int)
 
 @cores
 def test_padding_fits_where_its_length_takes_another_byte(core: ModuleType) -> None:
-    """Around a length of 2**14, where the padding itself lengthens the header, nothing shifts."""
+    """Near a length of 2**14, where padding lengthens the header, the offset is still right."""
     for size in range((1 << 14) - 140, 1 << 14):
         message = core.encode([("", U8, np.ones(size, np.uint8))], field=1, head=b"")
         assert message.index(b"\x01" * 64) % 64 == 16
@@ -75,14 +75,14 @@ def test_padding_fits_where_its_length_takes_another_byte(core: ModuleType) -> N
 def test_impossible_layouts_are_refused(
     core: ModuleType, tensor: tuple, field: int, head_size: int, match: str
 ) -> None:
-    """What no message can hold is refused before anything is allocated."""
+    """What no message can contain is refused before anything is allocated."""
     with pytest.raises(ValueError, match=match):
         core.ReplyLayout([tensor], field=field, head_size=head_size)
 
 
 @cores
 def test_largest_message_can_be_laid_out(core: ModuleType) -> None:
-    """A message of close to 2**31 - 1 bytes is laid out, one a little larger is not."""
+    """A message of almost 2**31 - 1 bytes can be laid out, a slightly larger one can't."""
     assert core.MAX_MESSAGE_BYTES == (1 << 31) - 1
     size = (1 << 31) - 200
     assert core.ReplyLayout([("", U8, (size,))], field=1, head_size=0).nbytes < 1 << 31
@@ -101,7 +101,7 @@ A, B, HEAD = np.array([1, 2], np.uint8), np.array([3, 4, 5], np.float32), b"\x10
 
 @cores
 def test_built_message_is_the_ordinary_one(core: ModuleType) -> None:
-    """Tensors written in any order, one of them twice, make the message that upb reads."""
+    """Tensors written in any order, one of them twice, give the message that upb reads."""
     builder = two_tensors(core)
     builder.write(1, B, F32)
     builder.write(0, A[::-1], U8)
@@ -114,7 +114,7 @@ def test_built_message_is_the_ordinary_one(core: ModuleType) -> None:
 
 @cores
 def test_any_buffer_is_written(core: ModuleType) -> None:
-    """bytes, bytearray and memoryview are arrays of bytes; what has no buffer is a TypeError."""
+    """bytes, bytearray and memoryview are arrays of bytes; an object without a buffer raises."""
     builder = two_tensors(core)
     for array in (b"ab", bytearray(b"ab"), memoryview(b"xaxb")[1::2]):
         builder.write(0, array, U8)
@@ -126,7 +126,7 @@ def test_any_buffer_is_written(core: ModuleType) -> None:
 
 @cores
 def test_writes_that_do_not_fit_are_refused(core: ModuleType) -> None:
-    """Another shape, rank, item size or dtype is refused, and so is an index out of range."""
+    """Another shape, rank, item size or dtype is refused, and so is an invalid index."""
     builder = two_tensors(core)
     for array, dtype, match in (
         (np.zeros(3, np.uint8), U8, r"shape: got \[3\], expected \[2\]"),
@@ -144,7 +144,7 @@ def test_writes_that_do_not_fit_are_refused(core: ModuleType) -> None:
 
 @cores
 def test_finish_needs_every_tensor(core: ModuleType) -> None:
-    """Memory that no write has filled is never published; the builder can be completed."""
+    """Memory that was never written is never returned; the builder can be completed."""
     builder = two_tensors(core)
     builder.write(0, A, U8)
     with pytest.raises(ValueError, match="tensor 1: never written"):
@@ -155,7 +155,7 @@ def test_finish_needs_every_tensor(core: ModuleType) -> None:
 
 @cores
 def test_refused_write_does_not_count_as_written(core: ModuleType) -> None:
-    """A tensor whose only write was refused is not published."""
+    """A tensor whose only write was refused is not returned."""
     builder = two_tensors(core)
     builder.write(1, B, F32)
     with pytest.raises(ValueError, match="shape"):
@@ -167,7 +167,7 @@ def test_refused_write_does_not_count_as_written(core: ModuleType) -> None:
 @cores
 @pytest.mark.parametrize("head", [b"", b"\x10", b"\x10\x04\x10"])
 def test_head_must_have_the_size_laid_out(core: ModuleType, head: bytes) -> None:
-    """A head of another size is refused, and the right one still taken."""
+    """A head of another size is refused, and the right one is still accepted."""
     builder = two_tensors(core)
     builder.write(0, A, U8)
     builder.write(1, B, F32)
@@ -178,7 +178,7 @@ def test_head_must_have_the_size_laid_out(core: ModuleType, head: bytes) -> None
 
 @cores
 def test_finished_builder_is_closed(core: ModuleType) -> None:
-    """After finish the message can't change: nothing more is written, nothing published twice."""
+    """After finish the message can't change: no write and no second finish are possible."""
     builder = two_tensors(core)
     builder.write(0, A, U8)
     builder.write(1, B, F32)
@@ -193,14 +193,14 @@ def test_finished_builder_is_closed(core: ModuleType) -> None:
 
 @cores
 def test_empty_message(core: ModuleType) -> None:
-    """No head and no tensors make no bytes."""
+    """Without a head and tensors the message is empty."""
     assert core.encode([], field=1, head=b"") == b""
     assert core.encode([], field=1, head=HEAD) == HEAD
 
 
 @cores
 def test_dropped_builders_free_everything(core: ModuleType) -> None:
-    """A refused finish and a builder dropped unfinished leave no memory behind."""
+    """A refused finish and a builder dropped unfinished leak no memory."""
     layout = core.ReplyLayout([("", U8, (8 * MIB,)), ("", U8, (1,))], field=1, head_size=0)
     array = np.zeros(8 * MIB, np.uint8)
     tracemalloc.start()
@@ -218,7 +218,7 @@ def test_dropped_builders_free_everything(core: ModuleType) -> None:
 
 @cores
 def test_arrays_are_released_after_a_write(core: ModuleType) -> None:
-    """A written or refused array is no longer held: a bytearray can be resized again."""
+    """A written or refused array is released: a bytearray can be resized again."""
     builder = two_tensors(core)
     array = bytearray(2)
     builder.write(0, array, U8)
@@ -230,7 +230,7 @@ def test_arrays_are_released_after_a_write(core: ModuleType) -> None:
 
 @cores
 def test_threads_write_different_tensors_at_once(core: ModuleType) -> None:
-    """Each thread's tensors arrive whole."""
+    """Each thread's tensors arrive completely."""
     count, size = 16, 256 * KIB
     arrays = [np.full(size, index, np.uint8) for index in range(count)]
     layout = core.ReplyLayout([("", U8, (size,))] * count, field=1, head_size=0)
@@ -262,7 +262,7 @@ def apart(core: ModuleType, size: int = 76, **where: int) -> tuple[object, bytea
 
 @cores
 def test_payloads_apart_are_referred_to(core: ModuleType) -> None:
-    """The message says where in the buffer each tensor stands, and the buffer holds them."""
+    """The message says where in the buffer each tensor is, and the buffer contains them."""
     where = {"region": 7, "generation": (1 << 64) - 1}
     builder, buffer = apart(core, **where)
     builder.write(1, B, F32)
@@ -284,7 +284,7 @@ def test_payloads_apart_are_referred_to(core: ModuleType) -> None:
 def test_payloads_apart_agree_with_the_twin(
     specs: list, head_size: int, field: int, region: int
 ) -> None:
-    """Whatever the tensors, both put them at the same multiples of 64 and write the same bytes."""
+    """For any tensors, both put them at the same multiples of 64 and write the same bytes."""
     made = []
     for core in (_core, _pure):
         layout = core.ReplyLayout(specs, field=field, head_size=head_size, apart=True)
@@ -299,7 +299,7 @@ def test_payloads_apart_agree_with_the_twin(
 
 @cores
 def test_buffers_that_do_not_fit_are_refused(core: ModuleType) -> None:
-    """A buffer is needed where payloads stand apart and only there, large enough and writable."""
+    """A buffer is needed only if payloads are apart, and must be large enough and writable."""
     within = core.ReplyLayout([("", U8, (100,))], field=1, head_size=0)
     layout = core.ReplyLayout([("", U8, (100,))], field=1, head_size=0, apart=True)
     assert (within.payload_nbytes, layout.payload_nbytes) == (0, 100)
@@ -319,7 +319,7 @@ def test_buffers_that_do_not_fit_are_refused(core: ModuleType) -> None:
 
 @cores
 def test_buffer_is_held_until_the_message_is_finished(core: ModuleType) -> None:
-    """Nobody frees the memory that is being written to; a finished builder lets go of it."""
+    """The buffer stays alive while it is written to; a finished builder releases it."""
     builder, buffer = apart(core)
     with pytest.raises(BufferError):
         buffer += b"x"
@@ -336,7 +336,7 @@ def test_buffer_is_held_until_the_message_is_finished(core: ModuleType) -> None:
 @pytest.mark.parametrize("offset", [0, 1, 16, 63])
 @pytest.mark.parametrize("more", [0, 1, 63, 64])
 def test_large_payloads_apart_arrive_whole(core: ModuleType, offset: int, more: int) -> None:
-    """What is large enough to go past the caches is written as is, and nothing beside it."""
+    """A payload too large for the caches is written correctly, and nothing next to it."""
     random = np.random.default_rng(offset)
     array = np.frombuffer(random.bytes(2 * (MIB + more)), np.uint8).reshape(2, 1, -1)
     layout = core.ReplyLayout([("", U8, array.shape)] * 2, field=1, head_size=0, apart=True)
@@ -355,7 +355,7 @@ def test_large_payloads_apart_arrive_whole(core: ModuleType, offset: int, more: 
 
 @cores
 def test_payloads_apart_have_the_limits_of_a_message(core: ModuleType) -> None:
-    """Standing elsewhere, tensors may not take more than 2**31 - 1 bytes with their message."""
+    """Tensors in another buffer may not exceed 2**31 - 1 bytes with their message either."""
     size = (1 << 30) - 200
     core.ReplyLayout([("", U8, (size,))] * 2, field=1, head_size=0, apart=True)
     for shape in ((1 << 31) - 1,), (1 << 30,):
@@ -391,13 +391,13 @@ def test_what_meets_a_write_in_flight_is_refused(rival: str) -> None:
 
 
 def write_after(event: threading.Event, builder: _core.ReplyBuilder, array: np.ndarray) -> None:
-    """Say that a write is about to begin, and write."""
+    """Signal that a write is about to begin, and write."""
     event.set()
     outcome(builder.write, 0, array, U8)
 
 
 def finish(builder: _core.ReplyBuilder) -> str:
-    """Finish, and return the text of the refusal if there is one."""
+    """Finish, and return the error's text if there is one."""
     return outcome(builder.finish, b"")
 
 

@@ -26,12 +26,12 @@ FLOATS = {
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """Return the bit patterns of an array, which numpy exports a buffer of."""
+    """Return the bit patterns of an array, for which numpy exports a buffer."""
     return array.view(f"<u{array.itemsize}")
 
 
 def through(core: ModuleType, array: np.ndarray, source: int, target: int) -> bytes:
-    """Return the payload that an array becomes in a message."""
+    """Return an array's payload in a message."""
     layout = core.ReplyLayout([("", target, array.shape)], field=1, head_size=0)
     builder = core.ReplyBuilder(layout)
     builder.write(0, array, source)
@@ -46,7 +46,7 @@ quiet = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 @functools.cache
 def every_kind_of_value(source: int) -> np.ndarray:
-    """Return all values of a 16-bit type; of a wider one edges, halfway values and random bits."""
+    """Return all values of a 16-bit type; for wider types limits, halfway and random values."""
     dtype = FLOATS[source]
     if dtype.itemsize == 2:
         return np.arange(1 << 16, dtype=np.uint16).view(dtype)
@@ -84,7 +84,7 @@ def exact(values: np.ndarray, target: int) -> np.ndarray:
 
 
 def assert_same_floats(got: np.ndarray, expected: np.ndarray) -> None:
-    """Check bit for bit, but that a NaN of the same sign may have any payload."""
+    """Check for equal bits, except that a NaN of the same sign may have any payload."""
     nan = np.isnan(expected)
     assert (np.isnan(got) == nan).all()
     assert (np.signbit(got) == np.signbit(expected)).all()
@@ -97,7 +97,7 @@ def assert_same_floats(got: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("target", FLOATS)
 @pytest.mark.parametrize("source", FLOATS)
 def test_casts_agree_with_numpy(core: ModuleType, source: int, target: int, row: int) -> None:
-    """Every cast gives numpy's bits for all kinds of values, in long runs and in short ones."""
+    """Every cast gives numpy's bits for all kinds of values, in long and short arrays."""
     values = every_kind_of_value(source)
     values = values[: len(values) // row * row]
     # A column more than is sent makes each row a run of its own.
@@ -117,7 +117,7 @@ def test_casts_agree_with_numpy(core: ModuleType, source: int, target: int, row:
 @cores
 @pytest.mark.parametrize("target", [F16, BF16])
 def test_float64_is_rounded_once(core: ModuleType, target: int) -> None:
-    """Values a hair off halfway go to the near side, though float32 would put them on halfway."""
+    """Values close to halfway are rounded to the near side, although float32 would be halfway."""
     narrow = np.arange(0, 0x7C00, 37, dtype=np.uint16).view(FLOATS[target]).astype(np.float64)
     halfway = (narrow + np.nextafter(narrow.astype(FLOATS[target]), np.inf).astype(np.float64)) / 2
     off = halfway * 2.0**-40
@@ -129,7 +129,7 @@ def test_float64_is_rounded_once(core: ModuleType, target: int) -> None:
 
 @cores
 def test_other_types_cast_to_themselves_only(core: ModuleType) -> None:
-    """Integers and booleans are neither cast to one another nor to floats."""
+    """Integers and booleans are cast neither to each other nor to floats."""
     layout = core.ReplyLayout([("", 8, (2,)), ("", F32, (2,))], field=1, head_size=0)
     builder = core.ReplyBuilder(layout)
     for index, dtype, itemsize in ((0, I64, 8), (0, F32, 4), (0, U8, 1), (1, 8, 4), (1, 10, 1)):
@@ -160,7 +160,7 @@ STRIDED = {
 @pytest.mark.parametrize("dtype", [U8, F16, F32, I64])
 @pytest.mark.parametrize("kind", STRIDED)
 def test_any_strides_become_dense(core: ModuleType, kind: str, dtype: int) -> None:
-    """Whatever its strides, an array arrives as its elements in C order."""
+    """An array with any strides arrives as its elements in C order."""
     itemsize = {U8: 1, F16: 2, F32: 4, I64: 8}[dtype]
     base = np.random.default_rng(1).integers(0, 255, (19, 23, 37 * itemsize), np.uint8)
     array = STRIDED[kind](base.view(f"<u{itemsize}"))
@@ -172,7 +172,7 @@ def test_any_strides_become_dense(core: ModuleType, kind: str, dtype: int) -> No
     "shape", [(2, 64, 33, 35), (1, 3, 50, 50), (3, 130, 1, 9), (1, 17, 16, 16)]
 )
 def test_channels_last_is_sent_as_nchw(core: ModuleType, shape: tuple[int, ...]) -> None:
-    """[N, C, H, W] in channels_last memory is transposed and cast in the one pass."""
+    """[N, C, H, W] in channels_last memory is transposed and cast in one pass."""
     n, c, h, w = shape
     nhwc = np.random.default_rng(2).standard_normal((n, h, w, c)).astype(np.float32)
     nchw = nhwc.transpose(0, 3, 1, 2)
@@ -185,7 +185,7 @@ def test_channels_last_is_sent_as_nchw(core: ModuleType, shape: tuple[int, ...])
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_strided_copies_agree_with_the_twin(data: st.DataObject) -> None:
-    """Any slicing and order of dimensions is written as the plain-Python twin writes it."""
+    """Any slicing and order of dimensions gives the same bytes as the plain-Python version."""
     shape = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=4))
     itemsize = data.draw(st.sampled_from([1, 2, 4, 8]))
     size = int(np.prod(shape)) * itemsize

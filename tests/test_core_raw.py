@@ -1,4 +1,4 @@
-"""Raw payload fields are laid out and split as upb reads them, by the extension and its twin."""
+"""Raw payloads are laid out and split as upb reads them, by the extension and in plain Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RAW = 7
 
 @cores
 def test_a_built_message_is_what_upb_reads(core: ModuleType) -> None:
-    """Strided, cast and empty tensors follow the head in order, at the size that was told."""
+    """Strided, cast and empty tensors follow the head in order, with the predicted size."""
     head = ModelInferResponse(model_name="net", id="7").SerializeToString()
     wide = np.arange(24, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)
     tensors = [(F16, (4, 2, 3)), (U8, (0,)), (U8, (300,))]
@@ -55,14 +55,14 @@ def test_a_built_message_is_what_upb_reads(core: ModuleType) -> None:
 def test_impossible_layouts_are_refused(
     core: ModuleType, tensor: tuple, field: int, head_size: int, match: str
 ) -> None:
-    """What no message can hold is refused before anything is allocated."""
+    """What no message can contain is refused before anything is allocated."""
     with pytest.raises(ValueError, match=match):
         core.raw_layout([tensor], field=field, head_size=head_size)
 
 
 @cores
 def test_split_returns_views(core: ModuleType) -> None:
-    """Payloads are views of the received bytes, and the rest is all else in its order."""
+    """Payloads are views of the received bytes; everything else is returned in order."""
     request = ModelInferRequest(model_name="net", raw_input_contents=[b"abc", b"", b"defg"])
     message = request.SerializeToString() + b"\x1a\x01x"
     rest, payloads = core.split(message, field=RAW, most=3)
@@ -84,14 +84,14 @@ def test_too_many_payloads_are_refused(core: ModuleType) -> None:
 
 @cores
 def test_lists_that_would_cost_a_parser_dearly_are_refused(core: ModuleType) -> None:
-    """Submessages of two bytes take a hundred of memory each, so there may be only so many."""
+    """Submessages of two bytes take a hundred bytes of memory each, so their number is limited."""
     assert core.split(b"\x2a\x00" * 65_536, field=RAW, most=1)[1] == []
     with pytest.raises(ValueError, match="more than 65536 fields"):
         core.split(b"\x2a\x00" * 65_537, field=RAW, most=1)
 
 
 def test_hostile_messages_are_read_as_upb_reads_them() -> None:
-    """What upb refuses is refused, and what it accepts is split into the same fields and bytes."""
+    """What upb refuses is refused; what it accepts is split into the same fields and bytes."""
     random = Random(5)
     seed = ModelInferRequest(
         model_name="net", inputs=[ModelInferRequest.InferInputTensor(shape=[1, 2])]

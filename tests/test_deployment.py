@@ -1,4 +1,4 @@
-"""What is handed out for deployment agrees with the server that it deploys."""
+"""Deployment files agree with the server that they deploy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ METRIC = re.compile(r"\b(?:layertap|process)_[a-z_]+\b")
 
 @pytest.fixture(scope="module")
 def shown() -> set[str]:
-    """Return the names of all samples on the page of a server that has answered and refused."""
+    """Return the names of all metrics on the page of a server that has answered and refused."""
     with (
         serving("tinynets:residual", "--item-shape", "3,8,8", "--metrics-port", "0") as server,
         Client(server.address) as client,
@@ -73,7 +73,7 @@ def options(verb: str) -> set[str]:
 
 
 def test_dashboard_asks_for_metrics_that_exist(shown: set[str]) -> None:
-    """Every metric of the dashboard is on the page of a server."""
+    """Every metric of the dashboard is on a server's page."""
     board = json.loads(DASHBOARD.read_text("utf-8"))
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     queries += [each["query"] for each in board["templating"]["list"]]
@@ -83,7 +83,7 @@ def test_dashboard_asks_for_metrics_that_exist(shown: set[str]) -> None:
 
 
 def test_every_query_of_the_dashboard_is_of_the_chosen_jobs() -> None:
-    """Each metric of each query is filtered by ``$job``: another server's numbers stay out."""
+    """Each metric of each query is filtered by ``$job``, so other servers are not included."""
     board = json.loads(DASHBOARD.read_text("utf-8"))
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     job, model = (each for each in board["templating"]["list"] if each["name"] != "datasource")
@@ -96,7 +96,7 @@ def test_every_query_of_the_dashboard_is_of_the_chosen_jobs() -> None:
 
 @pytest.mark.parametrize("file", [MANIFEST, KSERVE])
 def test_the_memory_limit_is_above_the_servers_own(file: Path) -> None:
-    """What the server may fill by its own limits leaves a quarter of the pod to the models."""
+    """The server's own limits leave a quarter of the pod's memory to the models."""
     parts = {each["kind"]: each for each in yaml.safe_load_all(file.read_text("utf-8"))}
     given: dict[str, int] = {}
     if "ConfigMap" in parts:
@@ -114,7 +114,7 @@ def test_the_memory_limit_is_above_the_servers_own(file: Path) -> None:
 
 
 def test_documented_metrics_are_those_that_exist(shown: set[str]) -> None:
-    """docs/operations.md lists every metric of ours on the page, and no other."""
+    """docs/operations.md lists exactly layertap's metrics on the page."""
     families = {
         re.sub(r"_(bucket|count|sum|created)$", "", n) if "_seconds_" in n else n for n in shown
     }
@@ -125,7 +125,7 @@ def test_documented_metrics_are_those_that_exist(shown: set[str]) -> None:
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
 def test_unit_is_valid(tmp_path: Path) -> None:
-    """systemd finds nothing wrong with the unit, once its program exists."""
+    """systemd finds no fault in the unit, if its program exists."""
     program = shutil.which("true")
     text = UNIT.read_text("utf-8").replace("/opt/layertap/bin/layertap", str(program))
     (tmp_path / UNIT.name).write_text(text, "utf-8")
@@ -139,7 +139,7 @@ def test_unit_is_valid(tmp_path: Path) -> None:
 
 
 def test_unit_gives_the_grace() -> None:
-    """systemd waits for longer than grace and last spans, and READY=1 is what it waits for."""
+    """systemd waits longer than the grace and the last spans, and the unit waits for READY=1."""
     service = unit()
     grace = load_config(ROOT / "examples" / "layertap.toml").server.grace_seconds
     assert float(service["TimeoutStopSec"]) > grace + FLUSH_SECONDS
@@ -147,7 +147,7 @@ def test_unit_gives_the_grace() -> None:
 
 
 def test_commands_have_the_options_that_are_given() -> None:
-    """The verbs and options in unit, image and manifest are those of the command line."""
+    """The commands and options in unit, image and manifest exist on the command line."""
     container = pod()["containers"][0]
     lines = [line for line in DOCKERFILE.read_text("utf-8").splitlines() if "CMD [" in line]
     commands = [json.loads(line[line.index("[") :]) for line in lines]
@@ -162,7 +162,7 @@ def test_commands_have_the_options_that_are_given() -> None:
 
 
 def test_manifest_configures_the_server(tmp_path: Path) -> None:
-    """The manifest's layertap.toml is one, and listens where the probes and the service look."""
+    """The manifest's layertap.toml is valid, and its addresses are those of probes and service."""
     file = tmp_path / "layertap.toml"
     file.write_text(manifest()["ConfigMap"]["data"]["layertap.toml"], "utf-8")
     server = load_config(file).server
@@ -181,7 +181,7 @@ def test_manifest_configures_the_server(tmp_path: Path) -> None:
 
 
 def test_pod_lives_longer_than_the_grace() -> None:
-    """Kubernetes waits for the preStop, the grace, the last spans and a margin."""
+    """Kubernetes waits for the preStop hook, the grace, the last spans and a margin."""
     config = tomllib.loads(manifest()["ConfigMap"]["data"]["layertap.toml"])
     (_, seconds) = pod()["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     least = int(seconds) + config["server"]["grace_seconds"] + FLUSH_SECONDS
@@ -189,7 +189,7 @@ def test_pod_lives_longer_than_the_grace() -> None:
 
 
 def test_selectors_find_the_pods() -> None:
-    """Deployment and Service select the labels that the pods have."""
+    """Deployment and Service select the pods' labels."""
     parts = manifest()
     labels = parts["Deployment"]["spec"]["template"]["metadata"]["labels"]
     assert parts["Deployment"]["spec"]["selector"]["matchLabels"] == labels
@@ -214,7 +214,7 @@ def test_image_is_built_from_files_that_exist() -> None:
 
 
 def test_kserve_runtime_fits_the_server() -> None:
-    """Its options are those of the verb, its port is probed and called h2c, and it is chosen."""
+    """Its options exist, its port is probed and called h2c, and KServe selects it."""
     runtime, service = yaml.safe_load_all(KSERVE.read_text("utf-8"))
     (container,) = runtime["spec"]["containers"]
     verb, model, *args = container["args"]

@@ -1,4 +1,4 @@
-"""Our generated messages get along with other packages' of the same names."""
+"""Our generated messages coexist with other packages' messages of the same names."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def shape(file: FileDescriptor) -> FileDescriptorProto:
 
 
 def triton_packages() -> str:
-    """Return the folder of tritonclient, which has an environment of its own."""
+    """Return the folder of tritonclient, which is in its own environment."""
     if not TRITON.exists():
         pytest.skip("no .venv-triton: make setup")
     command = [TRITON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -89,14 +89,14 @@ def test_reflection_is_grpcs_own_protocol(ours) -> None:
 
 
 def test_our_messages_are_in_a_pool_of_our_own() -> None:
-    """The process's default pool knows nothing of them."""
+    """They are not in the process's default pool."""
     assert health_pb2.DESCRIPTOR.pool is POOL
     assert stock_health.DESCRIPTOR.pool is not POOL
 
 
 @pytest.mark.parametrize(("first", "second"), [(OURS, THEIRS), (THEIRS, OURS)])
 def test_tritonclient_in_our_process(first: str, second: str) -> None:
-    """Both declare the Open Inference Protocol, and one process may import both in any order."""
+    """Both declare the Open Inference Protocol, and a process may import both in any order."""
     code = f"import sys; sys.path.append({triton_packages()!r}); {first}; {second}; print('ok')"
     done = subprocess.run(
         [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=False
@@ -105,7 +105,7 @@ def test_tritonclient_in_our_process(first: str, second: str) -> None:
 
 
 def test_a_factory_that_imports_tritonclient(tmp_path: Path) -> None:
-    """A model whose code uses NVIDIA's client is served like any other."""
+    """A model whose code imports NVIDIA's client is served like any other."""
     (tmp_path / "tritonnet.py").write_text(FACTORY.format(path=triton_packages()))
     server = Serving(
         ["net=tritonnet:build", "--item-shape", "3,32,32", "--port", "0", "--metrics-port", "-1"],
@@ -120,7 +120,7 @@ def test_a_factory_that_imports_tritonclient(tmp_path: Path) -> None:
 
 
 def test_the_client_runs_beside_tritonclient(tmp_path: Path) -> None:
-    """In an environment with tritonclient and its older protobuf our client is imported too."""
+    """With tritonclient and its older protobuf installed, our client can be imported too."""
     triton_packages()
     info = tmp_path / "layertap-0.dist-info"
     info.mkdir()

@@ -57,21 +57,21 @@ for go in (run, lambda: (t := threading.Thread(target=run), t.start(), t.join())
 @glibc
 @pytest.mark.parametrize("core", ["_core", "_pure"])
 def test_kept_pages_are_used_again(core: str) -> None:
-    """With it, a block takes the pages of the one freed before it, in any thread."""
+    """With kept memory, a block uses the pages of the one freed before it, in any thread."""
     for faults in printed(f"{core}.keep_memory(1024 * MIB)\n{SECOND_BLOCK}"):
         assert faults < PAGES // 100
 
 
 @glibc
 def test_without_it_every_block_has_new_pages() -> None:
-    """Nothing is kept unless it was asked for: the pages of a block are all new."""
+    """Without it nothing is kept: the pages of a block are all new."""
     for faults in printed(SECOND_BLOCK):
         assert faults > PAGES * 0.99
 
 
 @glibc
 def test_heaps_end_is_held_to_the_bound_at_once() -> None:
-    """A freed block over the bound is given back, one within it stays and is reported."""
+    """A freed block over the bound is returned, one within it stays and is reported."""
     after_small, after_large = printed("""
 malloc.keep_memory(64)
 b"x" * (32 * MIB)
@@ -85,7 +85,7 @@ print(malloc.retained_bytes())
 
 @glibc
 def test_free_memory_between_blocks_in_use_is_held_to_the_bound() -> None:
-    """What a block in use keeps from the heap's end is given back at the next look."""
+    """Memory that can't be returned because of a block in use is returned at the next check."""
     before, after, faults = printed("""
 malloc.keep_memory(64)
 large = b"x" * BLOCK
@@ -119,7 +119,7 @@ print(threading.active_count())
 
 @cores
 def test_bound_is_checked(core: ModuleType) -> None:
-    """A bound below 1 or over 64 bits is refused, and so is what is no integer."""
+    """A bound below 1 or over 64 bits is refused, and so is a value that is not an integer."""
     for bound in (0, -1, 1 << 63):
         with pytest.raises(ValueError, match="bound|64 bits"):
             core.keep_memory(bound)
@@ -131,7 +131,7 @@ def test_bound_is_checked(core: ModuleType) -> None:
 
 @glibc
 def test_both_see_the_same_memory() -> None:
-    """The extension and its twin read the same figures, and count a block as in use."""
+    """The extension and plain Python read the same figures, and count a block as in use."""
     (used, free), (twin_used, twin_free) = _core.malloc_usage(), _pure.malloc_usage()
     assert abs(used - twin_used) < MIB
     assert abs(free - twin_free) < MIB
@@ -142,7 +142,7 @@ def test_both_see_the_same_memory() -> None:
 
 
 def test_another_c_library_is_left_alone(monkeypatch) -> None:
-    """Where malloc is not glibc's everything says so and nothing is started."""
+    """If malloc is not glibc's, every function says so and no thread is started."""
     monkeypatch.setattr(_pure._memory, "_LIBC", None)
     assert not _pure.keep_memory(MIB)
     assert not _pure.trim_memory()

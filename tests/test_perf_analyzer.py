@@ -1,4 +1,4 @@
-"""The tool behind ``make perf-analyzer`` passes only where something was measured."""
+"""The tool behind ``make perf-analyzer`` succeeds only if something was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Concurrency: 4, throughput: 12 infer/sec, latency 313461 usec
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """Load the tool, with a folder of the test in place of what it fetches."""
+    """Load the tool, with a test's folder instead of what it downloads."""
     spec = importlib.util.spec_from_file_location("perf_tool", ROOT / "tools" / "perf_analyzer.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,14 +30,14 @@ def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 
 
 def pretend(tool: ModuleType, output: str, code: int) -> None:
-    """Put a program in perf_analyzer's place that says something."""
+    """Put a program in perf_analyzer's place that prints something."""
     program = tool.BUILD / "root" / "perf_analyzer"
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{output}END\nexit {code}\n", "utf-8")
     program.chmod(0o755)
 
 
 def test_what_was_measured_is_shown(tool: ModuleType) -> None:
-    """The output of a run with throughputs comes back whole."""
+    """The output of a run with throughputs is returned completely."""
     pretend(tool, MEASURED, 0)
     assert tool.measure("127.0.0.1:1", [], 1) == MEASURED
 
@@ -52,14 +52,14 @@ def test_what_was_measured_is_shown(tool: ModuleType) -> None:
     ],
 )
 def test_a_run_that_measured_nothing_fails(tool: ModuleType, output: str, code: int) -> None:
-    """Another exit code, no throughput or one of zero ends the tool with what was said."""
+    """Another exit code, no throughput or a throughput of zero ends the tool with the output."""
     pretend(tool, output, code)
     with pytest.raises(SystemExit, match="perf_analyzer failed"):
         tool.measure("127.0.0.1:1", [], 1)
 
 
 def test_versions_are_pinned(tool: ModuleType) -> None:
-    """What is fetched is named with its version, and nothing else is."""
+    """What it downloads is named with its version."""
     lines = [
         line
         for name in ("perf", "triton")

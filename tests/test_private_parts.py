@@ -1,4 +1,4 @@
-"""The private parts of other libraries that layertap uses are still there, and no others are used.
+"""The private parts of other libraries that layertap uses exist, and no others are used.
 
 None has a public counterpart. Where a test here fails after an update, that private part moved:
 look for the code that uses it (``git grep NAME server``).
@@ -75,7 +75,7 @@ def attributes(tree: ast.Module) -> set[str]:
 
 
 def test_no_other_private_part_is_used() -> None:
-    """A private attribute or module of another library is used only where it is listed here."""
+    """A private attribute or module of another library is used only if it is listed here."""
     parsed = list(trees())
     nodes = [node for tree in parsed for node in ast.walk(tree)]
     # A file may use the private names that it defines. The same name in another file may belong to
@@ -129,7 +129,7 @@ def test_grpc_runs_a_behaviour_in_its_own_threads(kind: str) -> None:
 
 
 def test_functorch_tells_wrapped_tensors() -> None:
-    """``torch._C._functorch`` tells a tensor inside of torch.vmap, and unwraps it."""
+    """``torch._C._functorch`` recognises a tensor inside torch.vmap, and unwraps it."""
     from torch._C import _functorch
 
     def look(x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_functorch_tells_wrapped_tensors() -> None:
 
 
 def test_operations_of_torch_have_their_names() -> None:
-    """The operations by which looks at values and at tables are recognised exist."""
+    """The operations that show looks at values and at tables exist."""
     assert callable(torch._nested_tensor_from_mask_left_aligned)
     for overload in (
         torch.ops.aten._embedding_bag.default,
@@ -200,7 +200,7 @@ def test_programs_show_their_methods_and_attributes() -> None:
 
 
 def test_tensors_count_their_writes_and_share_storages() -> None:
-    """``_version`` rises with a write, and ``_cdata`` is that of the memory, not of the view."""
+    """``_version`` increases with a write; ``_cdata`` belongs to the memory, not to the view."""
     with torch.inference_mode(mode=False):
         x = torch.zeros(4)
         before = x._version
@@ -241,7 +241,7 @@ def test_numpy_keeps_its_old_generators_state() -> None:
 
 
 def test_torchvision_names_its_presets() -> None:
-    """The transforms of torchvision's weights are of the classes that preprocessing knows."""
+    """The transforms of torchvision's weights have the classes that preprocessing knows."""
     from torchvision.models import ResNet18_Weights
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.transforms._presets import (

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The README's examples work as they are."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def address() -> Iterator[str]:
 
 
 def test_the_example_answers_with_the_shapes_that_it_claims(address: str) -> None:
-    """The client's code gets what it says from the README's server, for the real photograph."""
+    """The client's code gets the values that it claims from the README's server, for the photo."""
     code, *_ = blocks("python")
     photo = ROOT / "examples" / "images" / "grace_hopper.jpg"
     names: dict[str, object] = {}
@@ -58,7 +58,7 @@ def test_the_example_answers_with_the_shapes_that_it_claims(address: str) -> Non
 def test_the_examples_without_a_server_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The code of the README and docs/local.md has the shapes and prints the lines it claims."""
+    """The code of the README and docs/local.md has the shapes and output that it claims."""
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "local.md").read_text("utf-8")
@@ -80,7 +80,7 @@ def test_the_examples_without_a_server_run(
 def test_the_examples_with_nvidias_client_run(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README's and docs/protocol.md's code, in its environment, has the shapes it claims."""
+    """The code of the README and docs/protocol.md, in its environment, has the claimed shapes."""
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     *_, short = blocks("python")
@@ -99,7 +99,7 @@ def test_the_examples_with_nvidias_client_run(
 def test_the_streaming_examples_run(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What docs/streaming.md shows answers for a folder of photographs, good asks and bad."""
+    """The code of docs/streaming.md works for a folder of photos, with good and bad items."""
     page = (ROOT / "docs" / "streaming.md").read_text("utf-8")
     (tmp_path / "photos").mkdir()
     for name in ("a.jpg", "b.jpg"):
@@ -116,7 +116,7 @@ def test_the_streaming_examples_run(
 
 
 def test_layers_are_listed_as_shown() -> None:
-    """The command that lists what can be asked for does."""
+    """The command that lists layers works."""
     listed = layertap(*command("layers"))
     assert listed.returncode == 0, listed.stderr
     assert "avgpool" in listed.stdout

@@ -1,4 +1,4 @@
-"""CPUs and memory are those of the process's control groups, not those of the machine."""
+"""CPUs and memory are those of the process's control groups, not of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 class Groups:
-    """Writes what the kernel would tell of control groups; the files are real, the limits ours."""
+    """Writes what the kernel reports about control groups: real files with our limits."""
 
     def __init__(self, folder: Path) -> None:
         self.proc = folder / "proc"
@@ -55,7 +55,7 @@ def groups(tmp_path: Path) -> Groups:
 
 
 def test_without_control_groups_they_are_the_machines(groups: Groups) -> None:
-    """Where the kernel has no control groups, the affinity mask and the memory count."""
+    """If the kernel has no control groups, the affinity mask and the memory count."""
     assert (groups.cpus(), groups.memory()) == (CORES, MACHINE)
 
 
@@ -68,7 +68,7 @@ def test_a_quota_of_version_2_limits_the_cpus(groups: Groups) -> None:
 
 
 def test_the_smallest_limit_of_all_parents_holds(groups: Groups) -> None:
-    """A pod's limit holds for a container without one, and ``memory.high`` counts as well."""
+    """A pod's limit applies to a container without one, and ``memory.high`` counts too."""
     groups.member("0::/pod/container")
     top = groups.mount("cgroup2", "rw")
     groups.set(top / "pod", cpu__max="50000 100000", memory__high=str(512 * MIB))
@@ -77,7 +77,7 @@ def test_the_smallest_limit_of_all_parents_holds(groups: Groups) -> None:
 
 
 def test_a_quota_of_version_1_limits_the_cpus(groups: Groups) -> None:
-    """Each controller of version 1 has a hierarchy of its own; -1 and 2^63 mean no limit."""
+    """Each controller of version 1 has its own hierarchy; -1 and 2^63 mean no limit."""
     groups.member("4:memory:/docker/ab", "3:cpu,cpuacct:/docker/ab", "0::/")
     cpu = groups.mount("cgroup", "rw,cpu,cpuacct", at="cpu,cpuacct") / "docker/ab"
     memory = groups.mount("cgroup", "rw,memory", at="memory") / "docker/ab"
@@ -104,7 +104,7 @@ def test_a_container_sees_its_own_group_at_the_mount(groups: Groups, told: str) 
 
 
 def test_a_fraction_of_a_cpu_is_one_thread(groups: Groups) -> None:
-    """Half a CPU still computes with one thread."""
+    """Half a CPU still means one thread."""
     groups.member("0::/")
     groups.set(groups.mount("cgroup2", "rw"), cpu__max="50000 100000")
     assert groups.cpus() == 1
@@ -112,7 +112,7 @@ def test_a_fraction_of_a_cpu_is_one_thread(groups: Groups) -> None:
 
 @pytest.mark.parametrize("text", ["", "rubbish", "100000", "100000 0", "-5 100000"])
 def test_what_makes_no_sense_is_no_limit(groups: Groups, text: str) -> None:
-    """A file that the kernel would not write limits nothing, and raises nothing."""
+    """A malformed file limits nothing, and raises nothing."""
     groups.member("0::/", "nonsense")
     groups.set(groups.mount("cgroup2", "rw"), cpu__max=text, memory__max=text)
     with (groups.proc / "self/mountinfo").open("a", encoding="ascii") as file:
@@ -133,7 +133,7 @@ def test_the_affinity_mask_counts() -> None:
 
 @pytest.fixture
 def quota_group() -> Iterator[Path]:
-    """A real control group with a quota of one CPU, where this machine lets us make one."""
+    """A real control group with a quota of one CPU, if this machine allows one."""
     for parent in (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")):
         group = parent / f"layertap-test-{os.getpid()}"
         try:
@@ -156,7 +156,7 @@ def quota_group() -> Iterator[Path]:
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
 def test_the_kernels_own_quota_is_read(quota_group: Path) -> None:
-    """A process in a real group with a quota of one CPU says that it has one."""
+    """A process in a real group with a quota of one CPU reports one CPU."""
     program = (
         f"open('{quota_group}/cgroup.procs', 'w').write('0')\n"
         "from layertap.resources import available_cpus\n"
@@ -167,7 +167,7 @@ def test_the_kernels_own_quota_is_read(quota_group: Path) -> None:
 
 
 def test_the_limit_of_files_is_raised_to_what_is_allowed() -> None:
-    """A process with a soft limit of 64 files and a hard one of 128 may open 128 afterwards."""
+    """A process with a soft limit of 64 files and a hard one of 128 may then open 128."""
     program = (
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))\n"

@@ -1,4 +1,4 @@
-"""What docs/security.md shows works as it stands there, from nothing to layers."""
+"""The examples of docs/security.md work as they are, from nothing to layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="the page makes its files by openssl")
 def test_a_newcomer_gets_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each command and the client's code, with a free port of this machine and the photograph."""
+    """Each command and the client's code run, with a free port of this machine and the photo."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     make_secrets, serve, layers, make_clients = (text.replace("\\\n", "") for text in blocks("sh"))

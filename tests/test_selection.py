@@ -1,4 +1,4 @@
-"""Selections: what may be written, what globs match, and how long that takes."""
+"""Selections: their syntax, what globs match, and how long that takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ["", ".", "a", "b", "ab", "a.b", "aa.b", "ab.ab", "a.a.a", "layer1.0.con
 
 
 def by_expression(glob: str, name: str) -> bool:
-    """Match by a regular expression, which is right and may take for ever."""
+    """Match with a regular expression, which is right but may take forever."""
     signs = {"**": ".*", "*": r"[^.]*", "?": r"[^.]"}
     parts = re.split(r"(\*\*|\*|\?)", glob)
     expression = "".join(signs.get(part) or re.escape(part) for part in parts)
@@ -23,7 +23,7 @@ def by_expression(glob: str, name: str) -> bool:
 
 
 def test_globs_match_what_their_regular_expression_matches() -> None:
-    """Thousands of short globs, runs of stars included, agree on every name."""
+    """For thousands of short globs, including runs of stars, both agree on every name."""
     made = random.Random(0)
     for _ in range(4000):
         glob = "".join(made.choices("ab.*?", k=made.randrange(7)))
@@ -33,7 +33,7 @@ def test_globs_match_what_their_regular_expression_matches() -> None:
 
 @pytest.mark.parametrize("glob", ["**?" * 20 + "z", "*a" * 30 + "z", "*" * 64 + "z"])
 def test_no_glob_takes_long(glob) -> None:
-    """A glob that a regular expression would try in more ways than there are seconds."""
+    """A regular expression would try this glob in more ways than there are seconds."""
     began = time.monotonic()
     assert not Glob(glob).matches("a" * 200)
     assert time.monotonic() - began < 5
@@ -47,7 +47,7 @@ def test_a_glob_longer_than_any_name_costs_nothing() -> None:
 
 
 def test_names_do_as_well_as_members() -> None:
-    """A side or reduction may be written as a text, in either case; another is an error."""
+    """A side or reduction may be a text, in either case; an unknown one is an error."""
     selection = LayerSelection("a", capture="input", reduction="FLATTEN")
     assert selection == LayerSelection("a", Capture.INPUT, reduction=Reduction.FLATTEN)
     assert isinstance(selection.reduction, Reduction)
@@ -69,12 +69,12 @@ def test_names_do_as_well_as_members() -> None:
     ],
 )
 def test_a_backslash_makes_a_sign_part_of_the_name(text, layer, capture, alias) -> None:
-    """A colon or an equals sign that has one in front belongs to the layer's name."""
+    """After a backslash, a colon or an equals sign belongs to the layer's name."""
     assert LayerSelection.parse(text) == LayerSelection(layer, capture, alias)
 
 
 @pytest.mark.parametrize("text", ["", "=a", "a=", ":input", "a:both", r"a\::both"])
 def test_texts_that_are_no_selections(text) -> None:
-    """What has no layer, no alias after its sign or another side is refused."""
+    """A text without a layer, without an alias after ``=``, or with an unknown side is refused."""
     with pytest.raises(InvalidInputError, match="layer: got"):
         LayerSelection.parse(text)

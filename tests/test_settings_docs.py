@@ -1,4 +1,4 @@
-"""What is written about settings agrees with their declarations."""
+"""Documentation of settings agrees with their declarations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DECLARED = [each for owner in (ServerOptions, Limits, ServedModel) for each in d
 
 
 def test_the_page_of_settings_is_generated() -> None:
-    """docs/settings.md is what the declarations say."""
+    """docs/settings.md equals the text made from the declarations."""
     spec = importlib.util.spec_from_file_location("gen", ROOT / "tools" / "gen_settings.py")
     assert spec is not None
     assert spec.loader is not None
@@ -26,7 +26,7 @@ def test_the_page_of_settings_is_generated() -> None:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_rows_with_a_key_and_a_flag_are_right(page: Path) -> None:
-    """Where a hand-written table names a key beside a flag, the flag is that key's."""
+    """If a hand-written table names a key and a flag, the flag is that key's."""
     flags = {(each.key, each.flag) for each in DECLARED}
     rows = re.compile(r"^\| `(\w+)` \| `--(?:no-)?([a-z0-9-]+)", re.MULTILINE)
     written = {(key, f"--{flag}") for key, flag in rows.findall(page.read_text("utf-8"))}

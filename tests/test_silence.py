@@ -1,4 +1,4 @@
-"""Warnings are ignored inside the blocks that ask for it, and nowhere else."""
+"""Warnings are ignored inside certain blocks, and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layertap.silence import warnings_ignored
 
 
 def test_blocks_that_overlap_in_two_threads_leave_the_filters_as_they_were() -> None:
-    """The first block to begin is the first to end: the second one must not restore its filters."""
+    """The block that began first ends first; the second one must not restore its filters."""
     before = list(warnings.filters)
     first_in, second_in, first_out = threading.Event(), threading.Event(), threading.Event()
 
@@ -41,7 +41,7 @@ def test_blocks_that_overlap_in_two_threads_leave_the_filters_as_they_were() -> 
 
 
 def test_filters_that_others_set_meanwhile_stay() -> None:
-    """Only the block's own filter is removed, even where the program has an equal one."""
+    """Only the block's own filter is removed, even if the program has an equal one."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with warnings_ignored():

@@ -1,4 +1,4 @@
-"""Thread pools whose threads exist beforehand, also where the system allows fewer than wanted."""
+"""Thread pools whose threads exist beforehand, even if the system allows fewer than wanted."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_with(mapped_bytes: int) -> object:
 
 
 def test_all_threads_exist_after_the_start() -> None:
-    """Submitting starts none, however many tasks come."""
+    """Submitting starts no thread, however many tasks there are."""
     pool = WorkerThreads(3, "layertap-test")
     assert start_threads([pool]) == 0
     before = {t for t in threading.enumerate() if t.name.startswith("layertap-test")}
@@ -70,7 +70,7 @@ def test_all_threads_exist_after_the_start() -> None:
 
 
 def test_a_fault_of_a_task_is_its_futures() -> None:
-    """A task that raises leaves its thread to the next one."""
+    """A task that raises leaves its thread to the next task."""
     pool = WorkerThreads(1, "layertap-test")
     start_threads([pool])
     failing = pool.submit(int, "x")
@@ -83,7 +83,7 @@ def test_a_fault_of_a_task_is_its_futures() -> None:
 
 
 def test_a_task_may_be_given_to_a_free_thread_only() -> None:
-    """With every thread busy it is not taken; once one is free again it is."""
+    """If every thread is busy the task is not accepted; once one is free it is."""
     pool = WorkerThreads(2, "layertap-test")
     start_threads([pool])
     release = threading.Event()
@@ -99,7 +99,7 @@ def test_a_task_may_be_given_to_a_free_thread_only() -> None:
 
 
 def test_a_task_is_forgotten_once_it_is_done() -> None:
-    """An idle thread holds nothing of the task before."""
+    """An idle thread keeps nothing of its last task alive."""
 
     class Large:
         gone = threading.Event()
@@ -115,14 +115,14 @@ def test_a_task_is_forgotten_once_it_is_done() -> None:
 
 
 def test_the_callers_thread_runs_tasks_at_once() -> None:
-    """The future of a task is done when submit returns, and carries its error."""
+    """A task's future is done when submit returns, and has its error."""
     pool = CallersThread()
     assert pool.submit(threading.get_ident).result(0) == threading.get_ident()
     assert isinstance(pool.submit(int, "x").exception(0), ValueError)
 
 
 def test_pools_share_what_the_system_allows() -> None:
-    """With too few threads each pool has some, tasks run, and others can still start theirs."""
+    """With too few threads each pool has some, tasks run, and other code can start threads."""
     missing, counts, done, refused = run_with(1 << 30)  # type: ignore[misc] # see FEW
     assert done == [True] * 3
     assert sum(counts) + missing == 43
@@ -133,12 +133,12 @@ def test_pools_share_what_the_system_allows() -> None:
 
 
 def test_too_few_threads_are_an_error() -> None:
-    """A pool that would be left with less than two threads refuses the start, and says why."""
+    """If a pool would have fewer than two threads, the start is refused with the reason."""
     assert "the system allows this process no more threads" in str(run_with(256 << 20))
 
 
 def test_enough_threads_are_no_error() -> None:
-    """Asking for threads that can be had returns, and leaves none behind."""
+    """If enough threads can be started, the check returns, and leaves none behind."""
     before = threading.active_count()
     require_threads(8)
     assert threading.active_count() == before
@@ -146,7 +146,7 @@ def test_enough_threads_are_no_error() -> None:
 
 
 def test_a_refused_thread_is_recognised_by_pythons_words() -> None:
-    """Python has no class for a thread that the system refuses: its text is the only sign."""
+    """Python has no class for this error, so its text is the only sign."""
     former = threading.stack_size(1 << 46)
     try:
         with pytest.raises(RuntimeError) as caught:

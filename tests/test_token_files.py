@@ -1,4 +1,4 @@
-"""Files of tokens are read, and no error shows what they hold."""
+"""Token files are read, and errors never show their content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layertap.token_files import read_tokens
 
 
 def test_comments_and_empty_lines_are_no_tokens(tmp_path: Path) -> None:
-    """A line holds a token, a comment, both or nothing."""
+    """A line has a token, a comment, both or nothing."""
     file = tmp_path / "tokens"
     file.write_text(f"# for CI\n\n  {EXTRACT}  # until March\r\nYWJjZGVmZ2hpamtsbW5vcA==\n")
     assert read_tokens(file, "k") == (EXTRACT, "YWJjZGVmZ2hpamtsbW5vcA==")
@@ -30,7 +30,7 @@ def test_comments_and_empty_lines_are_no_tokens(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_told_without_the_secret(tmp_path: Path, content: bytes, message: str) -> None:
-    """The error names the key, the file and the line, and nothing that stands there."""
+    """The error names the key, the file and the line, but not the line's content."""
     file = tmp_path / "tokens"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
@@ -42,6 +42,6 @@ def test_a_mistake_is_told_without_the_secret(tmp_path: Path, content: bytes, me
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
-    """A file that is not there is an error with its key and name."""
+    """A missing file is an error with its key and name."""
     with pytest.raises(ConfigError, match=r"k: .*gone: No such file"):
         read_tokens(tmp_path / "gone", "k")

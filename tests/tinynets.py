@@ -1,4 +1,4 @@
-"""Tiny real networks, each with one property that makes capture go wrong in the naive way.
+"""Tiny real networks, each with one property that makes naive capturing wrong.
 
 They are factories for ``package.module:factory`` too: servers in the tests load them by name. All
 take ``[B, 3, 16, 16]`` float32.
@@ -28,7 +28,7 @@ def seeded(build: type[nn.Module]) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A residual block whose ReLU runs twice and in place, as torchvision's does."""
+    """A residual block whose ReLU runs twice and in place, like torchvision's."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """ResNet in small: in-place ReLUs, a flatten between the last two children."""
+    """A small ResNet: in-place ReLUs, a flatten between the last two children."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Silent(nn.Module):
 
 
 class UnassignedInPlace(nn.Module):
-    """An in-place statement without a user, which dead-code elimination takes for dead."""
+    """An in-place statement whose result is unused, which dead-code elimination removes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class UnassignedInPlace(nn.Module):
 
 
 class Branching(nn.Module):
-    """A branch on a value: symbolic tracing gives up."""
+    """A branch on a value, which symbolic tracing refuses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Branching(nn.Module):
 
 
 class WritesInput(nn.Module):
-    """A model that overwrites the batch that it is given."""
+    """A model that overwrites its batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class WritesInput(nn.Module):
 
 
 class Dynamic(nn.Module):
-    """An output whose size depends on the content, as a detector's does."""
+    """An output whose size depends on the content, like a detector's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class Dynamic(nn.Module):
 
 
 class Raises(nn.Module):
-    """A model that can't stand large values."""
+    """A model that raises for large values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class Raises(nn.Module):
 
 
 class Numbered(nn.Module):
-    """Modules whose names end in numbers, which torchvision's node names mix up."""
+    """Modules whose names end in numbers, which torchvision's node names confuse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Numbered(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Patch tokens with a class token in front, as a ViT has: [B, 1 + 16, 6]."""
+    """Patch tokens with a class token in front, like in a ViT: [B, 1 + 16, 6]."""
 
     class Embed(nn.Module):
         def __init__(self) -> None:
@@ -285,7 +285,7 @@ def asserts() -> nn.Module:
 
 
 class BakesBatch(nn.Module):
-    """A Python number made of the batch size, which a trace keeps for ever."""
+    """A Python number computed from the batch size, which a trace keeps as a constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class BakesBatch(nn.Module):
 
 
 class ReturnsView(nn.Module):
-    """A child whose output is a view of what is overwritten afterwards."""
+    """A child whose output is a view of memory that is overwritten later."""
 
     class View(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -317,7 +317,7 @@ class ReturnsView(nn.Module):
 
 
 def training() -> nn.Module:
-    """Return the Residual as a careless author leaves it, in training mode."""
+    """Return the Residual in training mode, as careless authors do."""
     return residual().train()
 
 
@@ -332,7 +332,7 @@ def returns_view() -> nn.Module:
 
 
 class NotFinite(nn.Module):
-    """A child that takes the logarithm of what may be negative, one in a wrapper before it."""
+    """A child that takes the logarithm of possibly negative values, one in a wrapper before it."""
 
     class Log(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -372,7 +372,7 @@ class ReturnsText(nn.Module):
 
 
 class Patches(nn.Module):
-    """A ViT in small at any size: patches of 4, a class token and two registers in front."""
+    """A small ViT for any size: patches of 4, a class token and two registers in front."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,7 +415,7 @@ def compiled() -> nn.Module:
 
 
 class Heavy(nn.Module):
-    """12 MB of weights behind little work, so that one that is leaked is seen."""
+    """12 MB of weights with little work, so that a leak of the weights is visible."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -437,7 +437,7 @@ def double() -> nn.Module:
 
 
 class KeepsState(nn.Module):
-    """A child that leaves what it saw on itself, for another to read after a while."""
+    """A child that stores its input on itself, for another to read later."""
 
     class Keeper(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -462,7 +462,7 @@ def keeps_state() -> nn.Module:
 
 
 class AddsPositions(nn.Module):
-    """MViT in small: a submodule that adds in place to what it returns, and to what it adds."""
+    """A small MViT: a submodule that adds in place to what it returns, and to its argument."""
 
     class Positions(nn.Module):
         def __init__(self) -> None:

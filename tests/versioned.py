@@ -1,4 +1,4 @@
-"""Files of models whose every answer tells which version gave it."""
+"""Model files whose every answer shows which version computed it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOLDS = {"first": 3, "second": 1, "third": 5}
 
 
 class Versioned(nn.Module):
-    """Three layers that are constant on an input of ones, each by a parameter of its own."""
+    """Three layers that are constant on an input of ones, each by its own parameter."""
 
     def __init__(self, version: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Versioned(nn.Module):
 
 
 def save(file: Path, version: int) -> None:
-    """Write a TorchScript file, at once as a careful author does."""
+    """Write a TorchScript file atomically."""
     part = file.with_suffix(".part")
     with warnings.catch_warnings():
         # TorchScript is deprecated, with a category that differs between torch's versions.
@@ -54,7 +54,7 @@ def build() -> nn.Module:
 
 
 def save_weights(file: Path, version: int) -> None:
-    """Write the weights for ``build``, at once."""
+    """Write the weights for ``build`` atomically."""
     part = file.with_suffix(".part")
     torch.save(Versioned(version).state_dict(), part)
     part.replace(file)
@@ -73,7 +73,7 @@ def write_config(file: Path, *models: str, extra: str = "") -> None:
 
 
 def version_of(client: Client, model: str = "net", extractor: str = "auto") -> int:
-    """Ask for all layers, check every element of them, and return the version that answered."""
+    """Request all layers, check every element, and return the version that answered."""
     features = client.extract(model, np.ones((2, *ITEM), np.float32), LAYERS, extractor=extractor)
     version = int(features["second"].flat[0])
     for layer in LAYERS:
@@ -112,7 +112,7 @@ class Callers:
         return self
 
     def check(self) -> None:
-        """Raise what a caller met with, if it ended."""
+        """Raise the exception of a caller, if it had one."""
         for asking in self._asking:
             if asking.done():
                 asking.result()

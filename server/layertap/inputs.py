@@ -28,7 +28,7 @@ _ORIENTATION = 0x0112
 
 
 class EncodedInput(NamedTuple):
-    """What a caller gave, ready to be sent.
+    """A caller's input in the form in which it is sent.
 
     Attributes:
         arrays: Arrays with the names of their inputs.

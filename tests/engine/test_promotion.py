@@ -145,33 +145,33 @@ def test_no_answer_is_wrong_while_plans_come_and_go(engine) -> None:
 
 def test_a_promoter_asks_once_and_survives_errors() -> None:
     """The request that reaches the count starts the compilation; a failing one has no effect."""
-    compiled: list[str] = []
+    compiled: list[tuple[str, int]] = []
     done = threading.Event()
 
-    def steps(key: str) -> Iterator[None]:
-        compiled.append(key)
+    def steps(key: str, example: int) -> Iterator[None]:
+        compiled.append((key, example))
         yield
         if key == "fails":
             raise RuntimeError("planted")
         done.set()
 
     promoter = Promoter(steps)
-    for _ in range(PROMOTE_AFTER * 3):
-        promoter.note("fails")
+    for number in range(PROMOTE_AFTER * 3):
+        promoter.note("fails", lambda number=number: number)
     for _ in range(PROMOTE_AFTER - 1):
-        promoter.note("rare")
+        promoter.note("rare", lambda: 0)
     for _ in range(PROMOTE_AFTER):
-        promoter.note("works")
+        promoter.note("works", lambda: 7)
     assert done.wait(PATIENCE)
     promoter.close()
-    assert compiled == ["fails", "works"]
+    assert compiled == [("fails", PROMOTE_AFTER - 1), ("works", 7)]
 
 
 def test_closing_gives_up_what_is_being_compiled() -> None:
     """A promoter that is closed during an endless compilation ends."""
     begun = threading.Event()
 
-    def endless(key: str) -> Iterator[None]:
+    def endless(key: str, _: object) -> Iterator[None]:
         while True:
             begun.set()
             yield

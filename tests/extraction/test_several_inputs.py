@@ -65,7 +65,7 @@ def test_each_input_has_a_type_of_its_own(
 
 def test_a_flag_that_must_be_given_is_refused() -> None:
     """The message names the argument and says what to do."""
-    with pytest.raises(ModelLoadError, match="its forward needs 'training', which is no tensor"):
+    with pytest.raises(ModelLoadError, match="its forward needs 'training', which is not a tensor"):
         trial("needs_flag", (3,))
 
 

@@ -39,7 +39,7 @@ class ImageFiles:
 
     Attributes:
         images: The files.
-        name: The input that they are for; empty where the model takes images for one input only.
+        name: The input that they are for; may be empty if only one input takes images.
     """
 
     images: Sequence[bytes]
@@ -48,11 +48,10 @@ class ImageFiles:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a request gives the model: for each of its inputs a tensor or images.
+    """The inputs in a request: a tensor or images for each.
 
     Attributes:
-        tensors: Tensors as the model takes them, by name; the name may be empty for the only input
-            that the model needs.
+        tensors: Tensors by name; the name may be empty if the model needs only one input.
         images: Images, for inputs without a tensor.
     """
 
@@ -107,13 +106,11 @@ def check_tensors(
 
 
 def check_images(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, ImageFiles]:
-    """Return a request's images by the name of the input that they are for.
-
-    Before they are decoded, which takes long.
+    """Check a request's images before they are decoded; return them by the input's name.
 
     Raises:
         InvalidInputError: The names are not those of inputs that take images, there are no images
-            or too many, or they are not as many as the tensors have items.
+            or too many, or their number is not the number of items in the tensors.
     """
     found: dict[str, ImageFiles] = {}
     items = {repr(name): view.shape[0] for name, view in _by_name(given.tensors).items()
@@ -207,13 +204,13 @@ def decode_images(
 
 
 def batch_bytes(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> int:
-    """Return the bytes of the tensor that ``preprocess_images`` will make of decoded images."""
+    """Return the size in bytes of the tensor that ``preprocess_images`` will return."""
     spec = model.signature.spec(name)
     return len(images) * math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return decoded images as a tensor ``[B, C, H, W]`` for one of the model's inputs.
+    """Convert decoded images to a tensor ``[B, C, H, W]`` for one of the model's inputs.
 
     Call this on a compute thread only.
 

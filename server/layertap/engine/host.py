@@ -24,6 +24,7 @@ from layertap.errors import (
 from layertap.extraction.catalogue import Catalogue, side_name
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.claims import kept_claims
+from layertap.extraction.guards import GuardTree, Outcome, in_words
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.passes import KeptState, PassGuard
@@ -32,7 +33,7 @@ from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.taps import Taps
 from layertap.extraction.trial import tried
-from layertap.models import BatchKey, LoadedModel
+from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import HostOptions, Limits
 
@@ -49,6 +50,16 @@ MAX_PROMOTED = 24
 A program's first run in torch can't be divided into steps. For the hundreds of layers of a large
 transformer it takes minutes, in which no other request would be served.
 """
+
+MAX_OUTCOMES = 8
+"""Compiled plans of one layer set and item shape that differ in the outcome of the model's looks.
+
+Code that looks at a length, for example, has an outcome for each length; requests of any other
+outcome are served by HOOK.
+"""
+
+MAX_DECLARED_OUTCOMES = 4
+"""Outcomes of a declared layer set that get a compiled plan before the model is ready."""
 
 MAX_SIZES_PROVEN = 8
 """Every batch size up to this is proven before a model is ready; above it only 16, 32 and so on.
@@ -176,43 +187,135 @@ class ModelHost:
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
             self._log_uncompiled(resolved)
-            key, plan = self._build_best(resolved, call or Call())
-            self._warm_batches(plan)
-            plan = self._record(plan)
-            with self._lock:
-                self._declared_plans[key] = plan
+            for plan in self._build_best(resolved, call or Call()):
+                self._warm_batches(plan)
+                recorded = self._record(plan)
+                with self._lock:
+                    self._declared_plans[plan.key] = recorded
 
-    def plan(self, resolved: Resolved, batch_key: BatchKey, size: int, call: Call) -> Plan:
-        """Return the plan for a request of this many items with this key.
+    def plan(self, resolved: Resolved, x: Batch, call: Call) -> Plan:
+        """Return the plan that serves a request's batch.
 
         A new plan is built on a compute thread, and is proven there for each new batch size.
 
+        Args:
+            resolved: The request.
+            x: Its batch, on the CPU.
+            call: The deadline and cancellation state of the request.
+
         Raises:
             InvalidInputError: If the model can't run on such items.
+            ModelRunError: If the model fails on this batch and that shows here.
             ExtractorUnsupportedError: If the requested extractor can't serve the layers, or can't
                 serve this batch size.
         """
-        extractor = self._choose(resolved, batch_key, size)
-        key = PlanKey(extractor, resolved.pass_spec, batch_key)
-        plan = self._known(key) or self.compute.run(lambda: self._build(key), call)
+        batch_key, size = self.model.signature.key_of(x), x.size
+        outcome = self._outcome(resolved, batch_key, x, call)
+        extractor = self._choose(resolved, batch_key, x, outcome)
+        mine = outcome if kind_of(extractor).compiled else ()
+        key = PlanKey(extractor, resolved.pass_spec, batch_key, mine)
+
+        def own() -> Batch | None:
+            # Of a plan for one outcome of the model's looks, the request itself is a sample.
+            return self.on_device(x) if mine else None
+
+        plan = self._known(key) or self.compute.run(lambda: self._build(key, own()), call)
         if plan.refusal(size) is None:
-            self.compute.run(partial(self._builder.prover.prove_size, plan, size), call)
+            prove_size = self._builder.prover.prove_size
+            self.compute.run(lambda: prove_size(plan, size, own()), call)
         refusal = plan.refusal(size)
         if not refusal:
             return plan
-        if self._choose(resolved, batch_key, size) is not extractor:
-            return self.plan(resolved, batch_key, size, call)
+        if self._choose(resolved, batch_key, x, outcome) is not extractor:
+            return self.plan(resolved, x, call)
         raise ExtractorUnsupportedError(
             f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
         )
 
-    def prove_shared(self, plan: Plan, items: int) -> bool:
-        """Return whether requests may share a pass of this many items. For a compute thread."""
+    def on_device(self, x: Batch) -> Batch:
+        """Return a batch on the model's device, in the model's element types.
+
+        A copy from page-locked memory is only launched here; PyTorch's allocator keeps that memory
+        until the copy is over.
+        """
+        device = self.model.device
+        return self.model.signature.converted(
+            x.map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+        )
+
+    def prove_shared(self, plan: Plan, items: int, x: Batch | None = None) -> bool:
+        """Return whether requests may share a pass of that many items. For a compute thread.
+
+        Args:
+            plan: The plan of each of them.
+            items: Their items together.
+            x: Their joined batch, as the model takes it; None if there is none yet.
+        """
         prover = self._builder.prover
-        # A plan may serve each of two requests, but not the batch size of both together.
-        prover.prove_size(plan, items)
-        return not plan.refusal(items) and prover.prove_shared(plan, items)
+        if x is not None and plan.outcome and not self._has_outcome(plan, x):
+            return False
+        # A plan may fit each of two requests, and not both together.
+        prover.prove_size(plan, items, x)
+        return plan.refusal(items) == "" and prover.prove_shared(plan, items, x)
+
+    def _has_outcome(self, plan: Plan, x: Batch) -> bool:
+        """Return whether the model's looks give for a joined batch what the plan stands for."""
+        outcomes = self._builder.outcomes
+        tree = outcomes.guard(plan.pass_spec, x.key, x.size)
+        found = tree.outcome(x) if tree is not None else None
+        return (outcomes.observe(plan.pass_spec, x) if found is None else found) == plan.outcome
+
+    def _outcome(
+        self, resolved: Resolved, batch_key: BatchKey, x: Batch, call: Call
+    ) -> Outcome | None:
+        """Return what the model's looks give for a batch; None if that is not known yet.
+
+        Empty also where no compiled plan comes into question. For a request that names a compiled
+        kind, and where there is a plan for another outcome or batch size already, the model runs to
+        find it out.
+        """
+        pass_spec, outcomes = resolved.pass_spec, self._builder.outcomes
+        compiled = any(kind_of(extractor).compiled for extractor in resolved.candidates)
+        if not compiled or outcomes.looks(pass_spec, batch_key) is False:
+            return ()
+        tree = outcomes.guard(pass_spec, batch_key, x.size)
+        if tree is not None:
+            found = self._asked(tree, x, call)
+            if found is not None:
+                return found
+        free = len(resolved.candidates) > 1  # Another extractor may serve it.
+        known = tree is not None and tree.full
+        if free and (known or outcomes.refusal(pass_spec, batch_key)):
+            return None
+        if free and not self._of_family(resolved, batch_key):
+            return None
+        try:
+            return self.compute.run(lambda: outcomes.observe(pass_spec, self.on_device(x)), call)
+        except ExtractorUnsupportedError:
+            if free:
+                return None
+            raise
+
+    def _asked(self, tree: GuardTree, x: Batch, call: Call) -> Outcome | None:
+        def ask() -> Outcome | None:
+            return tree.outcome(self.on_device(x))
+
+        # It may take less time than to wait for a compute thread's turn.
+        here = tree.cheap and self.model.device.type == "cpu"
+        return ask() if here else self.compute.run(ask, call)
+
+    def _of_family(self, resolved: Resolved, batch_key: BatchKey) -> list[PlanKey]:
+        """Return the keys of the compiled plans that differ in their outcome only."""
+        with self._lock:
+            keys = [*self._declared_plans, *self._plans]
+        return [
+            key
+            for key in dict.fromkeys(keys)
+            if key.batch_key == batch_key
+            and key.pass_spec == resolved.pass_spec
+            and kind_of(key.extractor).compiled
+        ]
 
     def refuse(self, plan: Plan, reason: str) -> ExtractorUnsupportedError:
         """Stop using a plan whose program failed although the model did not.
@@ -291,23 +394,45 @@ class ModelHost:
                         self.model.name, kind.name, side_name(output.layer, side), reason,
                     )  # fmt: skip
 
-    def _build_best(self, resolved: Resolved, call: Call) -> tuple[PlanKey, Plan]:
-        """Build the plan of the first candidate extractor that can be built."""
+    def _build_best(self, resolved: Resolved, call: Call) -> list[Plan]:
+        """Build the plans of the first candidate that can be built.
+
+        A compiled one has a plan for each outcome of the model's looks that samples show.
+        """
         for extractor in resolved.candidates:
             key = PlanKey(extractor, resolved.pass_spec, self.model.signature.key)
             try:
-                steps = self._builder.steps(*key, keep=True)
-                while (plan := self.compute.run(partial(next, steps), call)) is None:
-                    pass
-                return key, plan
+                return self._declared_outcomes(key, call)
             except (ExtractorUnsupportedError, OverloadedError) as refusal:
-                # Lack of memory is not recorded as a refusal, as memory may be free later.
-                if isinstance(refusal, ExtractorUnsupportedError):
-                    self._refuse(key, refusal)
                 if extractor is resolved.candidates[-1]:
                     raise
                 _log.warning("model %s: %s", self.model.name, refusal)
         raise AssertionError("a resolved request has candidates")
+
+    def _declared_outcomes(self, key: PlanKey, call: Call) -> list[Plan]:
+        """Build a declared plan for each outcome that samples show; raise if none can be built."""
+        outcomes: list[Outcome] = [()]
+        if kind_of(key.extractor).compiled and self._builder.outcomes.looks(*key[1:3]):
+            find = partial(self._builder.prover.outcomes_of_samples, *key[1:3])
+            outcomes = self.compute.run(find, call)[:MAX_DECLARED_OUTCOMES]
+        plans, last = [], None
+        for outcome in outcomes:
+            mine = key._replace(outcome=outcome)
+            try:
+                steps = self._builder.steps(mine, keep=True)
+                while (plan := self.compute.run(partial(next, steps), call)) is None:
+                    pass
+                plans.append(plan)
+            except (ExtractorUnsupportedError, OverloadedError) as refusal:
+                # Lack of memory is not recorded as a refusal, as memory may be free later. Nor is
+                # the refusal of one outcome: a request may show more of it than the samples do.
+                if isinstance(refusal, ExtractorUnsupportedError) and not outcome:
+                    self._refuse(mine, refusal)
+                _log.info("model %s: %s", self.model.name, refusal)
+                last = refusal
+        if not plans and last is not None:
+            raise last
+        return plans
 
     def _warm_batches(self, plan: Plan) -> None:
         """Prove and run a declared plan at the batch sizes that its passes may have."""
@@ -339,21 +464,24 @@ class ModelHost:
         )  # fmt: skip
         return replayed
 
-    def _choose(self, resolved: Resolved, batch_key: BatchKey, size: int) -> Extractor:
+    def _choose(
+        self, resolved: Resolved, batch_key: BatchKey, x: Batch, outcome: Outcome | None
+    ) -> Extractor:
         if len(resolved.candidates) == 1:
             return resolved.candidates[0]
         compiles = self._fits and len(resolved.points) <= MAX_PROMOTED
         for extractor in resolved.candidates:
             if not kind_of(extractor).compiled:
                 return extractor
-            key = PlanKey(extractor, resolved.pass_spec, batch_key)
+            key = PlanKey(extractor, resolved.pass_spec, batch_key, outcome)
             with self._lock:
                 plan = self._declared_plans.get(key) or self._plans.get(key)
                 refused = key in self._refusals
-            if plan is not None and not plan.refusal(size):
+            if plan is not None and not plan.refusal(x.size):
                 return extractor
             if compiles and plan is None and not refused:
-                self._promoter.note(key)
+                # A copy: the request's own memory goes with the request.
+                self._promoter.note(key, x.clone if outcome != () else lambda: None)
                 compiles = False  # The next kind is compiled only if this one is refused.
         return resolved.candidates[0]
 
@@ -365,23 +493,56 @@ class ModelHost:
             raise type(refusal)(str(refusal))
         return plan
 
-    def _build(self, key: PlanKey) -> Plan:
+    def _build(self, key: PlanKey, own: Batch | None) -> Plan:
         known = self._known(key)  # Another request may have built it while this one was queued.
         if known is not None:
             return known
+        self._refuse_another_outcome(key)
         try:
-            plan = self._builder.build(*key)
+            plan = self._builder.build(
+                key.extractor, key.pass_spec, key.batch_key, key.outcome or (), example=own
+            )
         except (InvalidInputError, ExtractorUnsupportedError) as refusal:
             self._refuse(key, refusal)
             raise
         self._keep(key, plan)
         return plan
 
-    def _compile(self, key: PlanKey) -> Iterator[None]:
-        """Compile a layer set in steps; requests run between them."""
+    def _refuse_another_outcome(self, key: PlanKey) -> None:
+        """Refuse to build a plan for one more outcome where there are as many as are kept."""
+        with self._lock:
+            keys = {*self._declared_plans, *self._plans}
+        outcomes = {
+            each.outcome for each in keys if each._replace(outcome=()) == key._replace(outcome=())
+        }
+        if key.outcome and len(outcomes) >= MAX_OUTCOMES:
+            raise ExtractorUnsupportedError(
+                f"{key.extractor.name} can't serve {quoted(key.pass_spec.points)} of model "
+                f"{self.model.name!r} for input for which its looks at values give "
+                f"{in_words(key.outcome)}: {len(outcomes)} other outcomes have a compiled plan, "
+                f"the most that are kept; {REFERENCE.name} can"
+            )
+
+    def _compile(self, key: PlanKey, example: Batch | None) -> Iterator[None]:
+        """Compile a layer set in steps; requests run between them.
+
+        Args:
+            key: What to compile; the outcome may be unknown.
+            example: The batch of a request for it; None where it is not needed.
+        """
+        given = (
+            None if example is None else self.compute.run(partial(self.on_device, example), Call())
+        )
+        if key.outcome is None:
+            if given is None:
+                raise AssertionError("an outcome is found out with an example")
+            observe = partial(self._builder.outcomes.observe, key.pass_spec, given)
+            key = key._replace(outcome=self.compute.run(observe, Call()))
+            yield
         if self._known(key) is not None:
             return
-        steps = self._builder.steps(*key)
+        self._refuse_another_outcome(key)
+        steps = self._builder.steps(key, example=given if key.outcome else None)
         try:
             while (plan := self.compute.run(partial(next, steps), Call())) is None:
                 yield

@@ -127,10 +127,10 @@ class Pipeline:
         host, request, call = admitted.host, admitted.request, admitted.call
         resolved = host.resolve(request.selections, request.extractor)
         x = self._batch(admitted)
-        plan = host.plan(resolved, host.model.signature.key_of(x), x.size, call)
+        plan = host.plan(resolved, x, call)
         if plan.kind.finite_only and not _is_finite(request, x):
             resolved = host.resolve(request.selections, _for_any_number(request, plan, host))
-            plan = host.plan(resolved, host.model.signature.key_of(x), x.size, call)
+            plan = host.plan(resolved, x, call)
         try:
             return self._run(admitted, x, resolved, plan)
         except ModelRunError as error:
@@ -151,7 +151,7 @@ class Pipeline:
         """
         host, request = admitted.host, admitted.request
         resolved = host.resolve(request.selections, REFERENCE.id)
-        plan = host.plan(resolved, host.model.signature.key_of(x), x.size, admitted.call)
+        plan = host.plan(resolved, x, admitted.call)
         extraction = self._run(admitted, x, resolved, plan)
         refusal = host.refuse(failed, reason)
         if request.extractor is Extractor.AUTO:

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from layertap.errors import LayertapError
 from layertap.threads import start_thread
@@ -32,28 +32,34 @@ class Promoter(Generic[K]):
     """Counts the requests for each layer set, and compiles a set once it is requested often.
 
     Args:
-        compile_steps: Compiles a set and yields between the steps. It runs on the promoter's own
-            thread, so it must send each step to a compute thread itself.
+        compile_steps: Compiles a set, given what was noted, and yields between the steps. It runs
+            on the promoter's own thread, so it must send each step to a compute thread itself.
     """
 
-    def __init__(self, compile_steps: Callable[[K], Iterator[None]]) -> None:
+    def __init__(self, compile_steps: Callable[[K, Any], Iterator[None]]) -> None:
         self._compile_steps = compile_steps
         self._counts: OrderedDict[K, int] = OrderedDict()
-        self._wanted: SimpleQueue[K | None] = SimpleQueue()
+        self._wanted: SimpleQueue[tuple[K, Any] | None] = SimpleQueue()
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="layertap-promoter", daemon=True)
         start_thread(self._thread)
 
-    def note(self, key: K) -> None:
-        """Count one request; the one that reaches PROMOTE_AFTER starts the compilation."""
+    def note(self, key: K, example: Callable[[], Any] = lambda: None) -> None:
+        """Count one request; the one that reaches PROMOTE_AFTER starts the compilation.
+
+        Args:
+            key: What the request was for.
+            example: Returns what the compilation needs of this request, such as its batch. It is
+                kept until the compilation ends.
+        """
         with self._lock:
             count = self._counts.pop(key, 0) + 1
             self._counts[key] = count
             if len(self._counts) > MAX_COUNTED:
                 self._counts.popitem(last=False)
         if count == PROMOTE_AFTER:
-            self._wanted.put(key)
+            self._wanted.put((key, example()))
 
     def close(self) -> None:
         """Stop compiling and end the thread."""
@@ -62,12 +68,14 @@ class Promoter(Generic[K]):
         self._thread.join()
 
     def _work(self) -> None:
-        while (key := self._wanted.get()) is not None:
+        while (wanted := self._wanted.get()) is not None:
             try:
-                for _ in self._compile_steps(key):
+                for _ in self._compile_steps(*wanted):
                     if self._closed.is_set():
                         return
             except LayertapError as error:
                 _log.info("not promoted: %s", error)
             except Exception:  # noqa: BLE001 - one failure must not end the thread; it is logged
                 _log.exception("promotion failed")
+            finally:
+                del wanted  # Or its example would stay until the next one comes.

@@ -131,7 +131,7 @@ def _model_errors(name: str) -> Iterator[None]:
 
 def _run_alone(work: Work[Any]) -> None:
     host = work.host
-    x = _on_device(work)
+    x = host.on_device(work.x)
     try:
         _capture(work, x.clone() if host.catalogue.mutates_input else x)
     except ShapeChangedError:
@@ -143,18 +143,6 @@ def _run_alone(work: Work[Any]) -> None:
     _capture(work, x.clone() if host.catalogue.mutates_input else x)
 
 
-def _on_device(work: Work[Any]) -> Batch:
-    """Return the input on the model's device, in the model's dtypes.
-
-    A copy from page-locked memory is only launched here. PyTorch's allocator keeps that memory
-    until the copy is done.
-    """
-    model = work.host.model
-    return model.signature.converted(
-        work.x.map(lambda tensor: tensor.to(model.device, non_blocking=tensor.is_pinned()))
-    )
-
-
 def _capture(work: Work[Any], x: Batch) -> None:
     with _abandonable(work.host, [work.call]):
         work.plan.built.run(x, _sink(work))
@@ -163,9 +151,9 @@ def _capture(work: Work[Any], x: Batch) -> None:
 def _run_together(works: Sequence[Work[Any]]) -> None:
     """Run one pass, and give each request its items of every value."""
     host, plan = works[0].host, works[0].plan
-    if not host.prove_shared(plan, sum(work.items for work in works)):
+    x = Batch.cat([host.on_device(work.x) for work in works])
+    if not host.prove_shared(plan, x.size, x):
         raise _alone("items of its batches are not independent")
-    x = Batch.cat([_on_device(work) for work in works])
     sinks = [_sink(work) for work in works]
 
     def share(index: int, value: torch.Tensor) -> None:

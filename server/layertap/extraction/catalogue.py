@@ -13,6 +13,7 @@ from layertap.extraction.kinds.base import Verdict
 from layertap.extraction.layout import Geometry
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames
 from layertap.selection import Capture, Extractor, Glob
 
@@ -104,6 +105,7 @@ class Catalogue:
             none did.
         notes: Facts about the model that no single layer's entry states, as sentences: arguments
             that are never given, random numbers, layers that run for some inputs only.
+        looks: How a pass uses the values of its input.
     """
 
     entries: Mapping[str, LayerEntry]
@@ -112,6 +114,7 @@ class Catalogue:
     guard: PassGuard
     non_finite: str = ""
     notes: tuple[str, ...] = ()
+    looks: LooksSurvey = field(default_factory=LooksSurvey)
 
     @cached_property
     def specs(self) -> Mapping[CapturePoint, ValueSpec]:

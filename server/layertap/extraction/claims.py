@@ -24,8 +24,10 @@ import torch
 from layertap.extraction.catalogue import Catalogue, LayerEntry
 from layertap.extraction.compile_trial import Case, CompileTrial, Faults, run_case
 from layertap.extraction.digest import sample_step
+from layertap.extraction.guards import is_fraction
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
 from layertap.extraction.kinds.registry import KINDS
+from layertap.extraction.obstacles import UNREPEATED
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
@@ -36,6 +38,7 @@ from layertap.extraction.samples import (
     reaching_batches,
     wide_batch,
 )
+from layertap.extraction.survey import survey_looks
 from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import Taps
 from layertap.models import Batch, LoadedModel
@@ -148,6 +151,8 @@ class _Trial:
             if x is None:
                 return False
             case = run_case(model, self._guard, x, steps, ordinary=ordinary)
+            if case and self._catalogue.looks.looked:
+                case = replace(case, astray=self._astray(x))
             cases.extend([case] if case else [])
             return case is not None
 
@@ -166,6 +171,14 @@ class _Trial:
             add(ordinary_batch(model, 1), ordinary=True)
         yield
         return cases
+
+    def _astray(self, x: Batch) -> frozenset[CapturePoint]:
+        """Return the points before which the code goes another way than for the example."""
+        example = self._catalogue.looks
+        with self._guard:
+            looks = survey_looks(self._model, x)
+        points = example.looked.keys() | looks.looked.keys()
+        return frozenset(p for p in points if looks.before(p) != example.before(p))
 
     def _graph(
         self, trace: Trace, points: Sequence[CapturePoint], cases: Sequence[Case]
@@ -224,10 +237,21 @@ class _Trial:
         # Not the taps for requests: the hooks of this trial would slow down their passes.
         taps = Taps(self._model.module)
         context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
+        unrepeated = [point for point in points if self._is_unrepeated(point, cases)]
+        rest = [point for point in points if point not in unrepeated]
         try:
-            return (yield from CompileTrial(context, kind, steps, cases).faults(points))
+            faults = yield from CompileTrial(context, kind, steps, cases).faults(rest)
         finally:
             taps.close()
+        return {**faults, **dict.fromkeys(unrepeated, UNREPEATED)}
+
+    def _is_unrepeated(self, point: CapturePoint, cases: Sequence[Case]) -> bool:
+        """Return whether the code looks at a fraction before a point that no other sample has.
+
+        Batches of ordinary numbers have items in common, so they don't count.
+        """
+        fraction = any(map(is_fraction, self._catalogue.looks.before(point)))
+        return fraction and all(point in case.astray for case in cases if not case.ordinary)
 
 
 def _found_of_graph(

@@ -11,6 +11,9 @@ Note [Looks]
     shows it. A trace handles it correctly until the code branches on it or loops over it. So values
     with such a size are marked as well, and asking them for their size is a look.
 
+    Where a `Tape` of ``guards`` is given, it records every operation, so that the value of each
+    look can be found out for other input.
+
 Note [Python functions]
     A ``torch.autograd.Function`` is Python code that a compiled program can't contain. We see the
     calls of its ``apply`` with the interpreter's profiling hook, which applies to this thread only.
@@ -38,6 +41,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from layertap.extraction.guards import Tape
 from layertap.extraction.steps import discrete_results, is_new, keeps_exact
 
 __all__ = ["Looks", "unwatched", "watch_looks"]
@@ -201,9 +205,10 @@ def _takes_numbers(func: Any) -> bool:
 
 
 class _Operations(TorchDispatchMode):
-    def __init__(self, looks: Looks) -> None:
+    def __init__(self, looks: Looks, tape: Tape | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._looks = looks
+        self._tape = tape
 
     def __torch_dispatch__(
         self,
@@ -216,7 +221,10 @@ class _Operations(TorchDispatchMode):
         if _eyes.closed:
             return func(*args, **kwargs)
         follows = self._looks.marked((args, kwargs)) and not is_new(func)
+        call = self._tape.before(func, args, kwargs) if self._tape else None
         result = func(*args, **kwargs)
+        if self._tape:
+            self._tape.after(call, result, looks=follows and _takes_numbers(func))
         if follows:
             self._looks.operations += 1
             self._looks.count += _takes_numbers(func)
@@ -231,9 +239,10 @@ class _Operations(TorchDispatchMode):
 
 
 class _Exports(TorchFunctionMode):
-    def __init__(self, looks: Looks) -> None:
+    def __init__(self, looks: Looks, tape: Tape | None) -> None:
         super().__init__()
         self._looks = looks
+        self._tape = tape
 
     def __torch_function__(
         self,
@@ -242,13 +251,15 @@ class _Exports(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if _eyes.closed:
-            return func(*args, **(kwargs or {}))
-        if (func in _EXPORTS and self._looks.marked(args)) or (
-            func in _ASKS_SIZE and self._looks.sized(args)
-        ):
-            self._looks.count += 1
-        return func(*args, **(kwargs or {}))
+        exports = not _eyes.closed and func in _EXPORTS and self._looks.marked(args)
+        asks = not _eyes.closed and func in _ASKS_SIZE and self._looks.sized(args)
+        self._looks.count += exports or asks
+        if self._tape and asks:
+            self._tape.size(args[0])
+        result = func(*args, **(kwargs or {}))
+        if self._tape and exports:
+            self._tape.export(func, args, result)
+        return result
 
 
 @contextmanager
@@ -262,15 +273,16 @@ def unwatched() -> Iterator[None]:
 
 
 @contextmanager
-def watch_looks(module: nn.Module, given: Any) -> Iterator[Looks]:
+def watch_looks(module: nn.Module, given: Any, tape: Tape | None = None) -> Iterator[Looks]:
     """Watch the forward passes that this thread runs inside the block.
 
     Args:
         module: The model.
         given: The tensors that the model is given, in any nesting of containers.
+        tape: Records the operations of one pass.
     """
     looks = Looks(given)
-    with _Exports(looks), _Operations(looks), _watch_functions(looks):
+    with _Exports(looks, tape), _Operations(looks, tape), _watch_functions(looks):
         yield looks
 
 

@@ -18,7 +18,7 @@ from layertap.extraction.attention import FUSED, TOO_LARGE, WEIGHTS, returns_wei
 from layertap.extraction.catalogue import Catalogue, LayerEntry, Support
 from layertap.extraction.grid import survey_grids
 from layertap.extraction.kinds.base import Verdict
-from layertap.extraction.kinds.registry import KINDS, AnyKind
+from layertap.extraction.kinds.registry import KINDS, REFERENCE, AnyKind
 from layertap.extraction.layout import Geometry
 from layertap.extraction.measurement import MeasuredGraph, Measurement
 from layertap.extraction.names import LayerNames
@@ -135,12 +135,13 @@ def measure_with_graph(
         guard=guard,
         non_finite=_first_non_finite(entries, reference),
         notes=tuple(_notes(findings, entries)),
+        looks=looks,
     )
     return catalogue, findings.graph.trace
 
 
 def _survey_with_optional(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
-    """Run a model with its optional inputs too, for which other modules may run."""
+    """Run a model with its optional inputs too, because other modules may run then."""
     signature = model.signature
     if signature.whole_key == signature.key:
         return []
@@ -225,7 +226,7 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
     if looked:
         yield (
             f"its forward branches on values of its input before layer {looked!r}, so other input "
-            f"may take another branch there"
+            f"may take another branch there; {_branches(findings)}"
         )
     varying = sorted(findings.varying)
     if varying:
@@ -242,6 +243,17 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
         )
 
 
+def _branches(findings: Measurement) -> str:
+    """Say how layers after a branch are served."""
+    compiled = " and ".join(kind.name for kind in KINDS.values() if kind.compiled)
+    if findings.looks.looked.keys() <= findings.looks.unguarded.keys():
+        return f"{compiled} serves no layer from there on"
+    return (
+        f"{compiled} serves layers from there on by one compiled plan for each way that the code "
+        f"can go, and {REFERENCE.name} serves the ways that have no plan"
+    )
+
+
 def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) -> str:
     """Return the first layer whose output is one of the points; empty for none."""
     names = (n for n, entry in entries.items() if entry.points.get(Capture.OUTPUT) in points)
@@ -249,12 +261,12 @@ def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) 
 
 
 def _ungiven_arguments(model: LoadedModel) -> list[str]:
-    """Return the names of the arguments of ``forward`` that no input of the model is for."""
+    """Return the names of the arguments of ``forward`` to which no input belongs."""
     if model.arguments.adapter is not None:
         return []
     given = {spec.name.split(".")[0] for spec in model.signature.inputs}
     ungiven = [p.name for p in model.arguments.parameters if p.name not in given and not p.rest]
-    # A lone input may be called otherwise than the parameter that it is for.
+    # A single input may have another name than its parameter.
     unnamed = len(given) == 1 and len(ungiven) == len(model.arguments.parameters)
     return ungiven[1:] if unnamed else ungiven
 

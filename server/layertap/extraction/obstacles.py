@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["DRAWS_NUMBERS", "LOOKS", "SOMETIMES", "calls_function", "takes_step"]
-
-LOOKS = (
-    "before it the model's code branches on tensor values (bool, int or item): a trace would take "
-    "the branch of the example input for every input"
-)
+__all__ = [
+    "DRAWS_NUMBERS",
+    "SOMETIMES",
+    "UNREPEATED",
+    "calls_function",
+    "no_guard",
+    "takes_step",
+]
 
 DRAWS_NUMBERS = (
     "before it the model draws random numbers: two passes on the same input differ, so the "
@@ -16,6 +18,24 @@ DRAWS_NUMBERS = (
 
 
 SOMETIMES = "the layer returns this value only for some inputs"
+
+
+UNREPEATED = (
+    "before it the model's code looks at a number that was different for each sample: there would "
+    "be a compiled plan for each input"
+)
+
+
+def no_guard(reason: str) -> str:
+    """Return the reason for a layer after a look at a value for which there is no guard.
+
+    Args:
+        reason: Why not, as a clause about the value.
+    """
+    return (
+        f"before it the model's code branches on tensor values (bool, int or item), and no guard "
+        f"can find out beforehand which way it goes: {reason}"
+    )
 
 
 def calls_function(name: str) -> str:

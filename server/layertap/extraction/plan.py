@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.guards import Outcome
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, ValueSpec
@@ -24,11 +25,14 @@ class PlanKey(NamedTuple):
         extractor: Which extractor runs it; never AUTO.
         pass_spec: What its pass does.
         batch_key: What its batches have in common.
+        outcome: What the looks of its passes give, for a compiled plan; see ``guards``. None where
+            that is not known yet, which holds for no plan.
     """
 
     extractor: Extractor
     pass_spec: PassSpec
     batch_key: BatchKey
+    outcome: Outcome | None = ()
 
 
 class Findings:
@@ -104,6 +108,8 @@ class Plan:
         specs: The dtype and shape of each point's value, in the order of the points.
         built: The extractor itself, which may run on compute threads only.
         findings: What was learnt about the plan since it was built.
+        outcome: What the looks of each pass that it stands for give; empty if there are none, or
+            if it runs the model's own code. It must not be given a batch of another outcome.
     """
 
     kind: ExtractorKind
@@ -112,11 +118,12 @@ class Plan:
     specs: tuple[ValueSpec, ...]
     built: BuiltExtractor
     findings: Findings
+    outcome: Outcome = ()
 
     @property
     def key(self) -> PlanKey:
         """What the plan is for."""
-        return PlanKey(self.kind.id, self.pass_spec, self.batch_key)
+        return PlanKey(self.kind.id, self.pass_spec, self.batch_key, self.outcome)
 
     @property
     def extractor(self) -> Extractor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from layertap.errors import ExtractorUnsupportedError, LayertapError
 from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.guards import Look, Outcome, Tape, in_words, is_subsequence
 from layertap.extraction.kinds.base import (
     BuildContext,
     CompiledKind,
@@ -22,9 +24,10 @@ from layertap.extraction.kinds.base import (
 from layertap.extraction.kinds.registry import REFERENCE, kind_of
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.outcomes import Outcomes, Recorded
 from layertap.extraction.own_words import compiler_words, own_words
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.plan import Findings, Plan, quoted
+from layertap.extraction.plan import Findings, Plan, PlanKey, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.proof import prove
@@ -43,17 +46,39 @@ _LARGER = 7
 """A batch size above those of a proof, to test programs that could end their process."""
 
 
+class _WatchedError(Exception):
+    """Gives up a recording that was made only to watch the recorded pass."""
+
+
 @dataclass
 class _Proof:
-    """What an extractor is compared with: batches, and the reference values for each."""
+    """What an extractor is compared with: batches, and the reference values for each.
+
+    The batches have one outcome; see ``guards``.
+    """
 
     kind: ExtractorKind
     pass_spec: PassSpec
     cases: list[tuple[Batch, Values]]
+    outcome: Outcome = ()
 
     @property
     def example(self) -> Batch:
         return self.cases[0][0]
+
+    def specs(self) -> list[ValueSpec]:
+        """Return the type and shape of each value, by the first batches of one and two items."""
+        one, two = (
+            next((values for x, values in self.cases if x.size == size), None) for size in (1, 2)
+        )
+        return [
+            ValueSpec.from_batches(
+                value.dtype,
+                (one or self.cases[0][1])[index].shape,
+                two[index].shape if one and two else None,
+            )
+            for index, value in enumerate(self.cases[0][1])
+        ]
 
     def steps(self, built: BuiltExtractor) -> Iterator[None]:
         for x, expected in self.cases:
@@ -76,6 +101,7 @@ class PlanBuilder:
 
     Attributes:
         prover: Compares plans with the model, during building and later.
+        outcomes: Finds out the outcomes of batches.
     """
 
     def __init__(
@@ -96,14 +122,20 @@ class PlanBuilder:
         self._context = BuildContext(model, taps, catalogue.guard, catalogue.graph)
         self._cache = cache
         measured, its_taps = proving or (model, taps)
-        self.prover = Prover(replace(self._context, model=measured, taps=its_taps))
+        measuring = replace(self._context, model=measured, taps=its_taps)
+        self.outcomes = Outcomes(measuring, catalogue.looks.looked)
+        self.prover = Prover(measuring, self.outcomes)
+        # Programs whose recorded pass looked at nothing: they may hold for other outcomes as well.
+        self._general: WeakValueDictionary[PlanKey, BuiltExtractor] = WeakValueDictionary()
 
     def build(
         self,
         extractor: Extractor,
         pass_spec: PassSpec,
         batch_key: BatchKey,
+        outcome: Outcome = (),
         *,
+        example: Batch | None = None,
         keep: bool = False,
     ) -> Plan:
         """Build an extractor and compare it with the reference at three batch sizes.
@@ -115,32 +147,34 @@ class PlanBuilder:
             extractor: Any but AUTO.
             pass_spec: What to capture: points that the catalogue says the extractor serves.
             batch_key: What the batches to serve have in common.
+            outcome: What the model's looks give for the batches to serve, for a compiled plan.
+            example: A batch of that outcome, as the model takes it; None if samples are to show it.
             keep: Whether to use a compiled plan stored on disk, or else to store the new one.
 
         Raises:
             InvalidInputError: If the model itself can't run on such items.
             ExtractorUnsupportedError: If the extractor can't be built or its values differ.
         """
-        *_, plan = self.steps(extractor, pass_spec, batch_key, keep=keep)
+        key = PlanKey(extractor, pass_spec, batch_key, outcome)
+        *_, plan = self.steps(key, example=example, keep=keep)
         if plan is None:
             raise AssertionError("the last step yields the plan")
         return plan
 
     def steps(
-        self,
-        extractor: Extractor,
-        pass_spec: PassSpec,
-        batch_key: BatchKey,
-        *,
-        keep: bool = False,
+        self, key: PlanKey, *, example: Batch | None = None, keep: bool = False
     ) -> Iterator[Plan | None]:
         """Do what ``build`` does in steps of about one forward pass; yield the plan at the end."""
+        extractor, pass_spec, batch_key, outcome = key
         kind, points = kind_of(extractor), pass_spec.points
         if isinstance(kind, ReferenceKind) and batch_key == self._model.signature.key:
             # Measuring has already run this kind at this size, so nothing needs to be learnt.
             specs = tuple(self._catalogue.specs[point] for point in points)
             built: BuiltExtractor = kind.build(self._context, pass_spec)
             yield Plan(kind, pass_spec, batch_key, specs, built, Findings())
+            return
+        if isinstance(kind, CompiledKind) and outcome:
+            yield from self._of_outcome(kind, key, example, keep=keep)
             return
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
         reference = []
@@ -164,6 +198,27 @@ class PlanBuilder:
                 yield from proof.steps(built)
         findings = Findings(x.size for x, _ in proof.cases)
         yield Plan(kind, pass_spec, batch_key, specs, built, findings)
+
+    def _of_outcome(
+        self, kind: CompiledKind[Any], key: PlanKey, example: Batch | None, *, keep: bool
+    ) -> Iterator[Plan | None]:
+        """Build a compiled plan for one outcome; see ``guards``."""
+        cases = yield from self.prover.cases(kind, key, example)
+        outcome = key.outcome or ()
+        proof = _Proof(kind, key.pass_spec, cases, outcome)
+        specs = tuple(
+            self._placed(point, spec, key.batch_key)
+            for point, spec in zip(key.pass_spec.points, proof.specs(), strict=True)
+        )
+        # Another outcome's program may hold for this one as well, which its proof shows.
+        general = self._general.get(key._replace(outcome=()))
+        if general is not None:
+            yield from proof.steps(general)
+            built = general
+        else:
+            built = yield from self._compiled(kind, proof, keep=keep)
+        findings = Findings(x.size for x, _ in proof.cases)
+        yield Plan(kind, key.pass_spec, key.batch_key, specs, built, findings, outcome)
 
     def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
         """Return a spec with what the catalogue knows about the layout of the point."""
@@ -191,10 +246,13 @@ class PlanBuilder:
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
                 stored.forget()
-        program = self._compile(kind, proof.pass_spec, proof.example)
+        program, general = self._compile(kind, proof.pass_spec, proof.example, proof.outcome)
         yield None
         with stored.storing(kind, program) if stored else nullcontext():
-            return (yield from self._warm(kind, program, proof))
+            built = yield from self._warm(kind, program, proof)
+        if general:
+            self._general[PlanKey(kind.id, proof.pass_spec, proof.example.key)] = built
+        return built
 
     def _warm(
         self, kind: CompiledKind[Any], program: Any, proof: _Proof
@@ -221,8 +279,13 @@ class PlanBuilder:
 
     def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
         """Compare a program with the reference in a child process; see ``apart``."""
-        larger = ordinary_batch(self._model, _LARGER, proof.example.key)
-        cases = [*proof.cases, (larger, self.prover.truth(proof.pass_spec, larger))]
+        key = PlanKey(kind.id, proof.pass_spec, proof.example.key, proof.outcome)
+        larger = (
+            self.prover.of_outcome(key, _LARGER, most=1)
+            if proof.outcome
+            else [ordinary_batch(self._model, _LARGER, proof.example.key)]
+        )
+        cases = [*proof.cases, *((x, self.prover.truth(proof.pass_spec, x)) for x in larger)]
         yield None
         try:
             answers = yield from kind.run_apart(program, [x for x, _ in cases], self._model.device)
@@ -242,7 +305,9 @@ class PlanBuilder:
     def _stored(self, kind: CompiledKind[Any], proof: _Proof) -> PlanFile | None:
         if self._cache is None:
             return None
-        digest = plan_digest(self._fingerprint, kind, proof.pass_spec, proof.example.key)
+        digest = plan_digest(
+            self._fingerprint, kind, proof.pass_spec, proof.example.key, proof.outcome
+        )
         return self._cache.file(digest)
 
     @cached_property
@@ -264,15 +329,19 @@ class PlanBuilder:
         """
         kind = kind_of(extractor)
         if isinstance(kind, CompiledKind):
-            return kind.finish(self._compile(kind, pass_spec, example))
+            outcome = self.outcomes.observe(pass_spec, example)
+            return kind.finish(self._compile(kind, pass_spec, example, outcome)[0])
         return kind.build(self._context, pass_spec)
 
-    def _compile(self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch) -> Any:
+    def _compile(
+        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch, outcome: Outcome
+    ) -> tuple[Any, bool]:
+        """Return a program, and whether the code looked at no value while it was recorded."""
         try:
+            found = self._refuse_obstacles(kind, pass_spec, example, outcome)
+            looks = self._looks_recorded(kind, pass_spec, example) if outcome else []
             with self._guard:
-                self._refuse_obstacles(kind, pass_spec, example)
-            with self._guard:
-                return kind.compile(self._context, pass_spec, example.clone())
+                program = kind.compile(self._context, pass_spec, example.clone())
         except ExtractorUnsupportedError:
             raise
         except Exception as error:
@@ -281,32 +350,55 @@ class PlanBuilder:
                 raise self.prover.out_of_memory(example) from error
             reason = f"compiling failed ({compiler_words(error)})"
             raise self._refusal(kind, pass_spec, reason) from error
+        if not is_subsequence(looks, found.looks):
+            # The guard's looks say nothing about these.
+            reason = "while it is recorded, the model looks at other values than when it runs"
+            raise self._refusal(kind, pass_spec, reason)
+        return program, bool(outcome) and not looks
+
+    def _looks_recorded(
+        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch
+    ) -> list[Look]:
+        """Return the looks of a pass while it is being recorded, which may be others.
+
+        That recording is given up: where operations are watched, a recorder may miss some.
+        """
+        tapes: list[Tape] = []
+        context = replace(self._context, watching=partial(self._watched, tapes))
+        with self._guard, suppress(_WatchedError):
+            kind.compile(context, pass_spec, example.clone())
+            raise self._refusal(kind, pass_spec, "its recording can't be watched")
+        return tapes[0].looks
+
+    @contextmanager
+    def _watched(self, tapes: list[Tape], x: Batch) -> Iterator[None]:
+        """Watch the pass that runs in the block, then give its recording up."""
+        module = self._model.module
+        tapes.append(Tape(module, x))
+        with watch_looks(module, x.tensors, tapes[-1]):
+            yield
+        raise _WatchedError
 
     def _refuse_obstacles(
-        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch
-    ) -> None:
+        self, kind: CompiledKind[Any], pass_spec: PassSpec, example: Batch, outcome: Outcome
+    ) -> Recorded:
         """Refuse to compile if the program would be wrong for inputs unlike the example.
 
         The catalogue says so too, but only for the item shape at which it was measured. At other
         shapes the model's code may do something else.
         """
-        x = example.clone()
-        steps: list[str] = []
-        with watch_looks(self._model.module, x.tensors) as looks:
-            self._taps.run(
-                self._model.forward,
-                x,
-                pass_spec.points,
-                lambda _, value: steps.append(looks.step(value)),
-                to_end=not self._guard.rules.early_stop,
-            )
+        found = self.outcomes.record(pass_spec, example)
         obstacle = kind.recording_obstacle(
-            looked=looks.count > 0,
-            function=next(iter(looks.functions), ""),
-            step=next(filter(None, steps), ""),
+            unguarded=found.unguarded, function=found.function, step=found.step
         )
+        if not obstacle and found.outcome != outcome:
+            obstacle = (
+                f"for the example its looks at values give {in_words(found.outcome) or 'nothing'}, "
+                f"expected {in_words(outcome) or 'no looks'}"
+            )
         if obstacle:
             raise self._refusal(kind, pass_spec, obstacle)
+        return found
 
     def _refusal(
         self, kind: ExtractorKind, pass_spec: PassSpec, reason: str

@@ -27,6 +27,7 @@ import torch
 import torchvision
 
 from layertap.errors import ConfigError
+from layertap.extraction.guards import Outcome
 from layertap.extraction.kinds.base import CompiledKind
 from layertap.extraction.pass_spec import PassSpec
 from layertap.models import BatchKey, LoadedModel
@@ -35,7 +36,7 @@ __all__ = ["PlanCache", "PlanFile", "fingerprint", "plan_digest", "remove"]
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "3"
+FORMAT = "4"
 SUFFIX = ".plan.pt"
 PART = ".part"
 """The suffix of a file that is being written."""
@@ -233,7 +234,8 @@ def plan_digest(
     kind: CompiledKind[Any],
     pass_spec: PassSpec,
     batch_key: BatchKey,
+    outcome: Outcome = (),
 ) -> str:
     """Return the name of the file in which a plan is stored."""
-    text = repr((model_digest, kind.name, pass_spec, batch_key))
+    text = repr((model_digest, kind.name, pass_spec, batch_key, outcome))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

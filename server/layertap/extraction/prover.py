@@ -11,8 +11,11 @@ Note [Each batch size is proven]
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+
+import torch
 
 from layertap.errors import (
     ExtractorUnsupportedError,
@@ -22,14 +25,16 @@ from layertap.errors import (
 )
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.cuda_graph import GraphedExtractor
+from layertap.extraction.guards import Outcome, in_words
 from layertap.extraction.kinds.base import BuildContext, ExtractorKind
-from layertap.extraction.kinds.registry import REFERENCE
+from layertap.extraction.kinds.registry import REFERENCE, kind_of
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.outcomes import Outcomes
 from layertap.extraction.own_words import own_words
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import KeptState
-from layertap.extraction.plan import Plan, quoted
+from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.proof import collect, prove, shares_passes
 from layertap.extraction.samples import (
     bytes_batch,
@@ -39,11 +44,21 @@ from layertap.extraction.samples import (
     wide_batch,
 )
 from layertap.extraction.symbolic import WholeGraphExtractor
+from layertap.extraction.variations import paddings, resized, variations
 from layertap.models import Batch, BatchKey
 
 __all__ = ["Prover"]
 
 _log = logging.getLogger(__name__)
+
+FEWEST = 3
+"""Different batches of an outcome without which a plan for it is not accepted."""
+
+ENOUGH = 6
+"""Batches of an outcome that prove a plan for it."""
+
+AT_SIZE = 3
+"""Batches of an outcome that are tried at one more batch size."""
 
 _SHARED = 3
 """Items of the first shared pass that is tested: the smallest number with two unequal parts."""
@@ -56,12 +71,17 @@ class Prover:
 
     Args:
         context: The model, its taps, guard and graph.
+        outcomes: The outcomes of the model's passes.
+
+    Attributes:
+        outcomes: The same.
     """
 
-    def __init__(self, context: BuildContext) -> None:
+    def __init__(self, context: BuildContext, outcomes: Outcomes | None = None) -> None:
         self._context = context
         self._model = context.model
         self._guard = context.guard
+        self.outcomes = outcomes or Outcomes(context)
 
     def truth(self, pass_spec: PassSpec, x: Batch) -> Values:
         """Return the reference values for a batch, in the order of the points.
@@ -120,21 +140,143 @@ class Prover:
                 cases.append((x, values))
         return cases
 
-    def prove_size(self, plan: Plan, size: int) -> None:
+    def cases(
+        self, kind: ExtractorKind, key: PlanKey, example: Batch | None
+    ) -> Generator[None, None, list[tuple[Batch, Values]]]:
+        """Find, in steps, batches of one outcome with the reference values, of several sizes.
+
+        The example comes first, then samples, then batches like the example.
+
+        Args:
+            kind: The kind of the plan that is to be proven.
+            key: What the plan is for.
+            example: A batch of that outcome, as the model takes it; None if only samples are known.
+
+        Raises:
+            ExtractorUnsupportedError: If there are fewer than `FEWEST`, or there is no guard.
+        """
+        found: list[tuple[Batch, Values]] = []
+        tried = self._candidates(kind, key.batch_key, (1, 2, 3), example)
+        while True:
+            for x in tried:
+                if len(found) >= ENOUGH and {1, 2, 3} <= {case.size for case, _ in found}:
+                    break
+                case = self._case(kind, key, x)
+                if case is not None and not any(_equal(x, other) for other, _ in found):
+                    found.append(case)
+                yield
+            if example is not None or not found:
+                break
+            # Of a rare outcome, the first sample that has it leads to others.
+            example = found[0][0]
+            tried = variations(self._model, example)
+        if len(found) < FEWEST:
+            raise ExtractorUnsupportedError(
+                f"{kind.name} can't serve {quoted(key.pass_spec.points)} of model "
+                f"{self._model.name!r} for input for which its looks at values give "
+                f"{in_words(key.outcome or ())}: only {len(found)} batches with that outcome were "
+                f"found, and a proof takes {FEWEST}; {REFERENCE.name} can"
+            )
+        return sorted(found, key=lambda case: case[0].size)
+
+    def _candidates(
+        self, kind: ExtractorKind, batch_key: BatchKey, sizes: tuple[int, ...], own: Batch | None
+    ) -> Iterator[Batch]:
+        for x in self._samples(batch_key, sizes, own):
+            for each in (x, x.map(_negated)) if self._model.signature.has_floats else (x,):
+                if not kind.finite_only or each.is_finite:
+                    yield each
+
+    def _samples(
+        self, batch_key: BatchKey, sizes: tuple[int, ...], own: Batch | None
+    ) -> Iterator[Batch]:
+        model = self._model
+        if own is not None:
+            yield own
+        for make in (ordinary_batch, wide_batch, unlike_batch):
+            for size in sizes:
+                x = make(model, size, batch_key)
+                if x is not None:
+                    yield x
+                    yield from paddings(model, x)
+        if own is not None:
+            yield from variations(model, own, sizes)
+        if len(sizes) > 1:
+            yield from filter(None, (bytes_batch(model, batch_key),))
+            yield from reaching_batches(model, batch_key)
+
+    def _case(self, kind: ExtractorKind, key: PlanKey, x: Batch) -> tuple[Batch, Values] | None:
+        """Return a batch with the reference values if it has a plan's outcome; else None."""
+        try:
+            if self.outcomes.observe(key.pass_spec, x) != key.outcome:
+                return None
+            values = self.truth(key.pass_spec, x)
+        except (ModelRunError, InvalidInputError):
+            return None  # A model may refuse such input.
+        # Rounding may decide where the square root of noise is NaN.
+        finite = not kind.finite_only or all(v.isfinite().all() for v in values)
+        return (x, values) if finite else None
+
+    def of_outcome(
+        self, key: PlanKey, size: int, own: Batch | None = None, most: int = AT_SIZE
+    ) -> list[Batch]:
+        """Return batches of a size that have the outcome of a plan, at best the own one first.
+
+        Args:
+            key: What the plan is for.
+            size: Items.
+            own: A batch of that size that has the outcome, if there is one at hand.
+            most: How many are enough.
+        """
+        found: list[Batch] = []
+        for x in self._candidates(kind_of(key.extractor), key.batch_key, (size,), own):
+            if len(found) >= most:
+                break
+            with suppress(ModelRunError):
+                if self.outcomes.observe(key.pass_spec, x) == key.outcome:
+                    found.append(x)
+        return found
+
+    def outcomes_of_samples(self, pass_spec: PassSpec, batch_key: BatchKey) -> list[Outcome]:
+        """Return the outcomes that samples of up to three items show, the ordinary one first."""
+        found: list[Outcome] = []
+        for x in self._candidates(REFERENCE, batch_key, (1, 2, 3), None):
+            with suppress(ModelRunError):
+                found.append(self.outcomes.observe(pass_spec, x))
+        return list(dict.fromkeys(found))
+
+    def _size_cases(self, plan: Plan, size: int, own: Batch | None) -> list[tuple[Batch, Values]]:
+        if not plan.outcome:
+            x = ordinary_batch(self._model, size, plan.batch_key)
+            return [(x, self.truth(plan.pass_spec, x))]
+        batches = self.of_outcome(plan.key, size, own)
+        return [(x, self.truth(plan.pass_spec, x)) for x in batches]
+
+    def prove_size(self, plan: Plan, size: int, own: Batch | None = None) -> None:
         """Test whether a plan serves a batch size, and record the result in its findings.
+
+        Args:
+            plan: The plan.
+            size: The batch size.
+            own: A batch of that size that has the plan's outcome, if there is one at hand.
 
         Raises:
             OverloadedError: If there is not enough memory for the test.
         """
         if plan.refusal(size) is not None:
             return
+        x = ordinary_batch(self._model, size, plan.batch_key)
         try:
-            x = ordinary_batch(self._model, size, plan.batch_key)
-            expected = self.truth(plan.pass_spec, x)
-            prove(plan.kind, plan.built, plan.points, x, expected)
+            if plan.kind.compiled and not plan.outcome and self.outcomes.observe(plan.pass_spec, x):
+                raise ExtractorUnsupportedError("there the model's code branches on tensor values")
+            cases = self._size_cases(plan, size, own)
+            if not cases:
+                return  # A request of that size will show.
+            for case, expected in cases:
+                prove(plan.kind, plan.built, plan.points, case, expected)
         except OverloadedError:
             raise
-        except InvalidInputError:
+        except (InvalidInputError, ModelRunError):
             reason = "the model itself fails on it"
         except ExtractorUnsupportedError as error:
             reason = f"{error}{_advice(plan.pass_spec)}"
@@ -152,24 +294,34 @@ class Prover:
                 plan.kind.name, quoted(plan.points), size, reason,
             )  # fmt: skip
 
-    def prove_shared(self, plan: Plan, items: int = _SHARED) -> bool:
+    def prove_shared(self, plan: Plan, items: int = _SHARED, own: Batch | None = None) -> bool:
         """Test whether requests may share passes of that many items; record and return the result.
 
         The answer is no in three more cases. A model that keeps state after a pass may remember
         other requests. Code that branches on values takes one branch for the whole batch. A layer
         that does not run for some input would fail every request of the pass.
+
+        Args:
+            plan: The plan.
+            items: The items of the shared pass.
+            own: A batch of that many items that has the plan's outcome, if there is one at hand.
         """
         findings = plan.findings
+        known = findings.shares(items)
+        if known is not None:
+            return known
+        if plan.outcome and not self._batches_to_share(plan, items, own):
+            return False  # A request will show.
         if findings.alone is None:
             try:
-                alone = not self._guard.rules.shared or not self._shares(plan)
+                alone = not self._guard.rules.shared or not self._shares(plan, own)
             except ModelRunError as error:
                 _log.info("model %s: passes are not shared: %s", self._model.name, error)
                 alone = True
             findings.found_alone(alone=alone)
             findings.found_shares(_SHARED, shares=not alone)
         if findings.shares(items) is None:
-            findings.found_shares(items, shares=self._shares_at(plan, items))
+            findings.found_shares(items, shares=self._shares_at(plan, items, own))
         return bool(findings.shares(items))
 
     def warm(self, plan: Plan, size: int) -> None:
@@ -200,7 +352,14 @@ class Prover:
         whole = WholeGraphExtractor(self._model, names, names.nodes_of(pass_spec.points))
         return self._context.guarded(whole)
 
-    def _shares(self, plan: Plan) -> bool:
+    def _batches_to_share(self, plan: Plan, items: int, own: Batch | None) -> list[Batch]:
+        mine = None if own is None else resized(own, items)
+        return self.of_outcome(plan.key, items, mine)
+
+    def _shares(self, plan: Plan, own: Batch | None) -> bool:
+        if plan.outcome:
+            batches = self._batches_to_share(plan, _SHARED, own)
+            return bool(batches) and all(self._divides(plan, x) for x in batches)
         x = ordinary_batch(self._model, _SHARED, plan.batch_key)
         if self._looks(plan, x) or not shares_passes(plan.built, plan.points, plan.specs, x):
             return False
@@ -220,8 +379,22 @@ class Prover:
             _log.info("model %s fails on unusual input: %s", self._model.name, own_words(error))
             return True
 
-    def _shares_at(self, plan: Plan, items: int) -> bool:
+    def _divides(self, plan: Plan, x: Batch) -> bool:
+        """Return whether the values of a batch are those of its parts, on a batch that it takes."""
+        try:
+            return all(
+                shares_passes(plan.built, plan.points, plan.specs, batch)
+                for batch in (x, x.map(lambda tensor: tensor.flip(0)))
+            )
+        except Exception:  # noqa: BLE001 - then each request runs alone, and says why it fails
+            _log.info("model %s fails on %d items", self._model.name, x.size, exc_info=True)
+            return False
+
+    def _shares_at(self, plan: Plan, items: int, own: Batch | None) -> bool:
         """Test one total size; see Note [Each batch size is proven]."""
+        if plan.outcome:
+            batches = self._batches_to_share(plan, items, own)
+            return bool(batches) and all(self._divides(plan, x) for x in batches)
         ordinary = ordinary_batch(self._model, items, plan.batch_key)
         try:
             shares = shares_passes(plan.built, plan.points, plan.specs, ordinary)
@@ -232,7 +405,7 @@ class Prover:
 
     def _looks(self, plan: Plan, x: Batch) -> bool:
         if plan.kind.compiled:
-            return False  # A kind does not compile code that branches on values.
+            return False  # A program can't look; it stands for one outcome of the model's looks.
         # A value that depends on a discontinuous step may change with the batch size.
         x = x.clone()
         steps: list[str] = []
@@ -264,8 +437,16 @@ class Prover:
             raise ExtractorUnsupportedError("its modules write state while they run")
         if plan.dynamic:
             raise ExtractorUnsupportedError("its shapes depend on the content")
-        if self._looks(plan, x):
+        if plan.outcome or self._looks(plan, x):
             raise ExtractorUnsupportedError("its code branches on tensor values")
+
+
+def _negated(tensor: torch.Tensor) -> torch.Tensor:
+    return -tensor if tensor.is_floating_point() else tensor
+
+
+def _equal(x: Batch, y: Batch) -> bool:
+    return x.key == y.key and all(torch.equal(x[name], y[name]) for name in x)
 
 
 def _advice(pass_spec: PassSpec) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from layertap.extraction.attention import WEIGHTS, FusedAttention
 from layertap.extraction.chance import Generators
 from layertap.extraction.containers import flatten, plain, unsendable
+from layertap.extraction.guards import Outcome, Tape, why_not
 from layertap.extraction.looks import watch_looks
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.symbolic import Trace
@@ -212,7 +213,9 @@ class LooksSurvey:
     """How one forward pass used the values of its input.
 
     Attributes:
-        looked: The points that come after the model's code has looked at values.
+        looked: For each point after a look at values: the number of looks before it.
+        outcome: What the looks gave, in order.
+        unguarded: For each point after a look that has no guard: why it has none.
         functions: For each point after a call of a custom autograd function: the function's name.
         steps: For each point whose value depends on a discontinuous operation: the operation's
             name; see Note [Discontinuous steps].
@@ -220,10 +223,16 @@ class LooksSurvey:
             operation between them.
     """
 
-    looked: set[CapturePoint] = field(default_factory=set)
+    looked: dict[CapturePoint, int] = field(default_factory=dict)
+    outcome: Outcome = ()
+    unguarded: dict[CapturePoint, str] = field(default_factory=dict)
     functions: dict[CapturePoint, str] = field(default_factory=dict)
     steps: dict[CapturePoint, str] = field(default_factory=dict)
     straight: list[str] = field(default_factory=list)
+
+    def before(self, point: CapturePoint) -> Outcome:
+        """Return what the looks before a point gave."""
+        return self.outcome[: self.looked.get(point, 0)]
 
 
 def survey_looks(model: LoadedModel, x: Batch) -> LooksSurvey:
@@ -254,15 +263,21 @@ def survey_looks(model: LoadedModel, x: Batch) -> LooksSurvey:
         for way, tensor in flatten(value):
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
             if looks.count:
-                survey.looked.add(point)
+                survey.looked[point] = len(tape.looks)
             if looks.functions:
                 survey.functions[point] = looks.functions[0]
             if step := looks.step(tensor):
                 survey.steps[point] = step
 
     x = x.clone()
-    with watch_looks(model.module, x.tensors) as looks, observe(model.module, see):
+    tape = Tape(model.module, x)
+    with watch_looks(model.module, x.tensors, tape) as looks, observe(model.module, see):
         model.forward(x)
+    survey.outcome = tuple(look.outcome for look in tape.looks)
+    reasons = [why_not(look, tape.elements) for look in tape.looks]
+    for point, count in survey.looked.items():
+        if reason := next(filter(None, reasons[:count]), ""):
+            survey.unguarded[point] = reason
     return survey
 
 

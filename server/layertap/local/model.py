@@ -165,7 +165,7 @@ class LocalModel:
 
 
 def inputs_of(batch: InputLike) -> Inputs:
-    """Return what the engine takes for what a caller gave; errors as ``encode_input``."""
+    """Convert a caller's input to the engine's form; see ``encode_input`` for errors."""
     given = encode_input(batch)
     return Inputs(
         tuple(_view(name, array) for name, array in given.arrays),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
-from layertap.models.arguments import Arguments, Kind, parameters_of
+from layertap.models.arguments import Arguments, ParameterKind, parameters_of
 from layertap.models.checkpoint_files import config_folder
 from layertap.models.companions import companions
 from layertap.models.factory_source import build_factory
@@ -129,13 +129,13 @@ def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
 
 
 def _signature(built: Built, spec: ModelSpec, arguments: Arguments) -> Signature:
-    """Return what a module takes, with names from its ``forward`` where the source has none.
+    """Return a module's signature, with names from its ``forward`` if the source gives none.
 
     Raises:
-        ModelLoadError: ``forward`` needs an argument that is no tensor.
+        ModelLoadError: ``forward`` needs an argument that is not a tensor.
     """
     first, *others = built.inputs
-    named = [p for p in arguments.parameters if p.kind is not Kind.REST]
+    named = [p for p in arguments.parameters if p.kind is not ParameterKind.REST]
     if first.name == DEFAULT_NAME and named and not built.adapter:
         first = replace(first, name=named[0].name)
     if built.more:
@@ -145,7 +145,7 @@ def _signature(built: Built, spec: ModelSpec, arguments: Arguments) -> Signature
 
 
 def _image_inputs(built: Built, signature: Signature) -> tuple[str, ...]:
-    """Return the inputs that may be images: where the source says nothing, those like the first."""
+    """Return the inputs that may be images; if the source doesn't say, those like the first."""
     if built.preprocess is None:
         return ()
     rank = len(signature.main.shape)
@@ -184,6 +184,6 @@ def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> B
 
 
 def _image_index(built: Built) -> int:
-    """Return which input images become: the first that the source names, else the first of all."""
+    """Return the input for images: the first that the source names, or else the first of all."""
     names = [each.name for each in built.inputs]
     return names.index(built.image_inputs[0]) if built.image_inputs else 0

@@ -18,7 +18,7 @@ from layertap.models.signature import InputSpec, Signature
 __all__ = ["Built", "Example", "LoadedModel"]
 
 Example = Callable[[int], Mapping[str, torch.Tensor]]
-"""Makes the inputs of a batch of so many items, by name."""
+"""Makes the inputs of a batch with a number of items, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class LoadedModel:
         return function(*args, **kwargs)
 
     def with_signature(self, found: Signature) -> LoadedModel:
-        """Return the model with the inputs that running it showed.
+        """Return the model with the inputs that were found by running it.
 
         Raises:
             ConfigError: Preprocessed images don't fit their inputs.

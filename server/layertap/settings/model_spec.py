@@ -116,8 +116,8 @@ class ModelSpec:
     inputs: Annotated[
         tuple[DeclaredInput, ...],
         Setting(
-            "The inputs of a model that takes several, or whose only one can't be found by trying; "
-            "for factories and TorchScript files. docs/inputs.md has the form.",
+            "The inputs of a model that takes several, or whose input can't be found by trying; "
+            "for factories and TorchScript files. docs/inputs.md describes the form.",
             INPUTS,
             default="read from the model's forward and found by trying",
         ),
@@ -204,7 +204,7 @@ class ModelSpec:
         if self.inputs and (one or self.item_shape is not None):
             raise ConfigError(
                 f"input of {self.name}: got inputs and also item_shape, input_dtype or free_dims, "
-                f"expected inputs alone, which says all of that"
+                f"expected only inputs, which includes the others"
             )
         if self.inputs and self.inputs[0].optional:
             raise ConfigError(

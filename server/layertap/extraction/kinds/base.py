@@ -19,9 +19,9 @@ from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.measurement import Measurement
 from layertap.extraction.obstacles import (
     DRAWS_NUMBERS,
-    LOOKS,
     SOMETIMES,
     calls_function,
+    no_guard,
     takes_step,
 )
 from layertap.extraction.pass_spec import PassSpec
@@ -55,6 +55,10 @@ It is compiled into the program. It must copy, because the tensor may be overwri
 """
 
 
+def _unwatched(_: Batch) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 def cloned(_: int, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return a copy of the whole value; the usual ``Take``."""
     return (value.clone(),)
@@ -80,12 +84,15 @@ class BuildContext:
         taps: The model's taps.
         guard: The model's guard, which every pass of the model must hold.
         graph: The node names of its symbolic graph; None if it has none.
+        watching: Returns the block in which a compiled kind runs the pass that it records, for
+            the batch that it gives the model in it.
     """
 
     model: LoadedModel
     taps: Taps
     guard: PassGuard
     graph: GraphNames | None
+    watching: Callable[[Batch], AbstractContextManager[object]] = _unwatched
 
     def traced(self) -> GraphNames:
         """Return the names of the graph; raise ExtractorUnsupportedError if there is no graph."""
@@ -263,21 +270,22 @@ class CompiledKind(ExtractorKind, Generic[P]):
     def obstacle(self, point: CapturePoint, found: Measurement) -> str:
         """See ExtractorKind."""
         return self.recording_obstacle(
-            looked=point in found.looks.looked,
+            unguarded=found.looks.unguarded.get(point, ""),
             function=found.looks.functions.get(point, ""),
             step=found.looks.steps.get(point, ""),
         )
 
-    def recording_obstacle(self, *, looked: bool, function: str, step: str) -> str:
+    def recording_obstacle(self, *, unguarded: str, function: str, step: str) -> str:
         """Return why a program recorded from one pass would be wrong for other input.
 
         Args:
-            looked: Whether the model's code read tensor values before this one was computed.
+            unguarded: Why there is no guard for a look at tensor values on the way; empty if there
+                was no look, or if each has a guard. See ``guards``.
             function: A custom autograd function that this value depends on; empty for none.
             step: A discontinuous operation that this value depends on; empty for none.
         """
-        if looked:
-            return LOOKS
+        if unguarded:
+            return no_guard(unguarded)
         if function:
             return calls_function(function)
         return takes_step(step) if step else ""
@@ -293,7 +301,8 @@ class CompiledKind(ExtractorKind, Generic[P]):
         """Compile a program, which is not proven yet. Any exception refuses the points.
 
         Args:
-            context: The model, its taps, guard and graph. The caller holds the guard.
+            context: The model, its taps, guard and graph. The caller holds the guard. The
+                recorded pass runs inside ``context.watching``.
             pass_spec: What to capture: points that the kind claims to serve.
             example: A batch on the model's device. The program must serve every batch with its
                 key, at every batch size.

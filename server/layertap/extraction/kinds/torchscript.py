@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -56,6 +56,7 @@ def trace_taps(
     take: Take = cloned,
     *,
     to_end: bool = False,
+    watching: Callable[[Batch], AbstractContextManager[object]] = nullcontext,
 ) -> torch.jit.ScriptModule:
     """Return the truncated program for some points, traced and frozen but not yet optimised.
 
@@ -67,10 +68,11 @@ def trace_taps(
         take: Decides what the program returns for each point.
         to_end: Whether the traced pass must run to its end. What comes after the last capture is
             dropped from the program in any case.
+        watching: Returns the block in which the pass runs, for the batch that it is given.
 
     Passes on any exception of the tracer.
     """
-    tapped = _Tapped(model, taps, points, list(example), take, to_end=to_end)
+    tapped = _Tapped(model, taps, points, list(example), take, to_end=to_end, watching=watching)
     # Not eval(): the model is in evaluation mode already, and its own train() may have effects.
     tapped.training = False
     # Also ignores TracerWarning for shapes that become constants: a plan serves one item shape.
@@ -153,7 +155,13 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         """See CompiledKind."""
         to_end = not context.guard.rules.early_stop
         return trace_taps(
-            context.model, context.taps, pass_spec.points, example, take, to_end=to_end
+            context.model,
+            context.taps,
+            pass_spec.points,
+            example,
+            take,
+            to_end=to_end,
+            watching=context.watching,
         )
 
     def run(self, program: torch.jit.ScriptModule, x: Batch) -> Values:
@@ -213,6 +221,7 @@ class _Tapped(nn.Module):
         take: Take,
         *,
         to_end: bool,
+        watching: Callable[[Batch], AbstractContextManager[object]],
     ) -> None:
         super().__init__()
         self.module = model.module
@@ -222,6 +231,7 @@ class _Tapped(nn.Module):
         self._names = names
         self._take = take
         self._to_end = to_end
+        self._watching = watching
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the model under its taps."""
@@ -231,5 +241,6 @@ class _Tapped(nn.Module):
             captured[index] = self._take(index, value)
 
         x = Batch(dict(zip(self._names, tensors, strict=True)))
-        self._taps.run(self._model.forward, x, self._points, keep, to_end=self._to_end)
+        with self._watching(x):
+            self._taps.run(self._model.forward, x, self._points, keep, to_end=self._to_end)
         return tuple(part for index in range(len(self._points)) for part in captured[index])

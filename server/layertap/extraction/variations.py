@@ -1,0 +1,103 @@
+"""Batches like a given one, for proving a plan for the outcome that the given one has.
+
+Samples need not show the outcome of a request (see ``guards``). What the request itself holds does,
+and so do many batches that differ little from it: those are tried, and the ones that keep the
+outcome prove the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from layertap.models import Batch, IdRange, LoadedModel, Mask
+
+__all__ = ["paddings", "resized", "variations"]
+
+
+def resized(x: Batch, size: int) -> Batch:
+    """Return a batch of that many items: those of a batch in turn."""
+    chosen = torch.arange(size) % x.size
+    return x.map(lambda tensor: tensor[chosen.to(tensor.device)].clone())
+
+
+def paddings(model: LoadedModel, x: Batch) -> Iterator[Batch]:
+    """Yield a batch without any padding, with each item's second half padded, and its first half.
+
+    Masks, and token ids, for which padding ids become others. Nothing for a model without either.
+    """
+    values = {spec.name: spec.values for spec in model.signature.inputs if spec.name in x}
+    if not any(values.values()):
+        return
+    for place in ("nowhere", "right", "left"):
+        tensors = dict(x.tensors)
+        for name, known in values.items():
+            if known is not None and tensors[name].ndim > 1:
+                tensors[name] = _padded(tensors[name], known, place)
+        yield Batch(tensors)
+
+
+def _padded(tensor: torch.Tensor, known: IdRange | Mask, place: str) -> torch.Tensor:
+    full = tensor.clone()
+    if isinstance(known, Mask):
+        full.fill_(1 - known.padding)
+    elif known.rows > 1:
+        full[full == known.padding] = (known.padding + 1) % known.rows
+    half = full.shape[-1] // 2
+    if place == "right":
+        full[..., full.shape[-1] - half :] = known.padding
+    elif place == "left":
+        full[..., :half] = known.padding
+    return full
+
+
+def variations(model: LoadedModel, x: Batch, sizes: tuple[int, ...] = (1, 2, 3)) -> Iterator[Batch]:
+    """Yield batches of each size that differ from a batch in their values. All are seeded.
+
+    Floating-point numbers are scaled, moved a little, and drawn again within the range of the
+    given ones. Token ids are replaced by others where they are no padding. Everything else, such
+    as masks, stays as it is, or moves along the item by one place together with all the rest.
+
+    Args:
+        model: The model.
+        x: The batch, on the model's device, of its inputs' element types.
+        sizes: Items of the batches to make.
+    """
+    for seed, size in enumerate((*sizes, *sizes)):
+        yield _changed(model, resized(x, size), seed)
+    for size in sizes:
+        yield resized(x, size).map(_rolled)
+
+
+def _rolled(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.roll(1, -1) if tensor.ndim > 1 else tensor
+
+
+def _changed(model: LoadedModel, x: Batch, seed: int) -> Batch:
+    tensors = dict(x.tensors)
+    for index, spec in enumerate(model.signature.inputs):
+        if spec.name not in tensors:
+            continue
+        tensor = tensors[spec.name]
+        generator = torch.Generator().manual_seed(900 + seed + 100 * index)
+        if isinstance(spec.values, Mask):
+            continue
+        if tensor.is_floating_point():
+            tensors[spec.name] = _floats(tensor, seed, generator)
+        elif isinstance(spec.values, IdRange):
+            ids = torch.randint(0, spec.values.rows, tensor.shape, generator=generator)
+            ids = ids.to(tensor.device, tensor.dtype)
+            keep = (tensor == spec.values.padding) | (ids == spec.values.padding)
+            tensors[spec.name] = torch.where(keep, tensor, ids)
+    return Batch(tensors)
+
+
+def _floats(tensor: torch.Tensor, seed: int, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+    if seed % 3 == 0:
+        return tensor * (0.5 + noise)
+    if seed % 3 == 1:
+        return tensor + (noise - 0.5) * tensor.std(correction=0)
+    low, high = tensor.amin(), tensor.amax()
+    return low + noise * (high - low)
