@@ -1,7 +1,7 @@
 """Hugging Face architectures, whole and with all of their inputs, from small configurations.
 
-No hub is asked for anything. Lengths, batch sizes and padding differ between the requests of a
-model, and optional inputs are left out of some.
+No hub is accessed. Lengths, batch sizes and padding differ between the requests for a model, and
+some requests leave out optional inputs.
 """
 
 from __future__ import annotations

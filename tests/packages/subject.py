@@ -1,4 +1,4 @@
-"""What the groups of packages share: a public model with random weights, and its requests."""
+"""Shared by the groups of packages: a public model with random weights, and its requests."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Subject(Specimen):
 
 
 def images(*item: int) -> list[torch.Tensor]:
-    """Return four batches of one or two images, of unlike ranges."""
+    """Return four batches of one or two images, with different ranges of values."""
     generator = torch.Generator().manual_seed(5)
     one = torch.rand((1, *item), generator=generator)
     two = torch.randn((2, *item), generator=generator)
@@ -127,7 +127,7 @@ def subject(
 
 
 def _settled(net: nn.Module) -> nn.Module:
-    """Give batch norms statistics; fresh ones would make them nearly the identity."""
+    """Give batch norms statistics; new ones would be almost the identity."""
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
