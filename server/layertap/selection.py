@@ -81,6 +81,10 @@ class Reduction(StrEnum):
     FLATTEN = "flatten"
     CLASS_TOKEN = "class_token"
     TOKEN_GRID = "token_grid"
+    LAST_TOKEN = "last_token"
+    TOKEN_MAX = "token_max"
+    TOKENS = "tokens"
+    WORDS = "words"
 
 
 @dataclass(frozen=True, slots=True)

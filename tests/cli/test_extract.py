@@ -309,8 +309,8 @@ def test_arrays_for_each_input(rows: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "got no images and no --input, expected one of them"),
-        (["cat.jpg", "--input", "{ids}"], "got images and --input, expected one"),
+        ([], "give one of: IMAGEs, texts by --text"),
+        (["cat.jpg", "--input", "{ids}"], "give one of: IMAGEs, texts by --text"),
         (["--input", "a={ids}", "--input", "a={ids}"], "--input: got 'a' twice"),
         (["--input", "a={ids}", "--input", "{ids}"], "without a name, expected NAME=FILE.npy"),
         (["--input", "missing.npy"], "input missing.npy: No such file"),

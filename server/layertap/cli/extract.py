@@ -1,4 +1,4 @@
-"""``layertap extract``: layers of image files or arrays, written to an .npz file."""
+"""``layertap extract``: layers of image files, written to an .npz file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from layertap.cli.items import ArrayItems, ImageItems, Items, parse_array_files
+from layertap.cli.items import ArrayItems, ImageItems, Items, TextItems, parse_array_files
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
 from layertap.selection import (
@@ -22,6 +22,7 @@ from layertap.selection import (
     LayerSelection,
     Reduction,
 )
+from layertap.texts import Truncation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["batch_axes", "extract"]
 
 
-@click.command(short_help="Write layers of images or arrays into an .npz file.")
+@click.command(short_help="Write layers of images, texts or arrays into an .npz file.")
 @click.argument("model", metavar="MODEL")
 @click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path())
 @click.option(
@@ -42,13 +43,33 @@ __all__ = ["batch_axes", "extract"]
     "arrays",
     multiple=True,
     metavar="[NAME=]FILE.npy",
-    help="An array with an item in each row, instead of images. Give one for each input of the "
+    help="An array with an item in each row, in place of images. Give one for each input of the "
     "model; the name may be left out for the only input that it needs.",
+)
+@click.option(
+    "--text",
+    "given_texts",
+    multiple=True,
+    metavar="TEXT",
+    help="A text, in place of images. May be given several times.",
+)
+@click.option(
+    "--texts",
+    "texts_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A file of texts in UTF-8, one on each line; empty lines are left out.",
+)
+@click.option(
+    "--truncation",
+    type=click.Choice([truncation.value for truncation in Truncation]),
+    default=Truncation.NONE.value,
+    help="Where a text with too many tokens is cut. Default: none, which refuses it.",
 )
 @click.option(
     "-l",
     "--layer",
-    "texts",
+    "layers",
     multiple=True,
     required=True,
     metavar="LAYER[:input][=NAME]",
@@ -92,7 +113,10 @@ def extract(
     model: str,
     images: tuple[str, ...],
     arrays: tuple[str, ...],
-    texts: tuple[str, ...],
+    given_texts: tuple[str, ...],
+    texts_file: Path | None,
+    truncation: str,
+    layers: tuple[str, ...],
     output: Path,
     extractor: str,
     dtype: str | None,
@@ -101,21 +125,22 @@ def extract(
     server: ServerAddress | None,
     **flags: Any,
 ) -> None:
-    """Write layers of IMAGEs or arrays to an .npz file: one array per layer, with all items in it.
+    """Write layers of images, texts or arrays to an .npz file: one array for each layer.
 
     Batches are joined along each layer's batch dimension, which was measured when the model was
     loaded. For most layers it is the first, so there is one row per image; for layers such as
     [L, B, D] it is the second.
 
-    MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
-    (package.module:function). With --server it is the name of a model on that server. Images are
-    JPEG, PNG or WebP files.
+    MODEL is a torchvision model (resnet18), a Hugging Face model (hf:FOLDER), a TorchScript file
+    (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
+    server. Images are JPEG, PNG or WebP files.
 
     \b
     Examples:
       layertap extract resnet18 *.jpg -l layer4 --reduce global_average_pool -o features.npz
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
+      layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
           -l encoder -o texts.npz
       python -c "import numpy; print(numpy.load('cat.npz')['layer1'].shape)"
@@ -123,9 +148,10 @@ def extract(
     refuse_with_server(server, flags)
     selections = [
         replace(LayerSelection.parse(text), reduction=Reduction(reduction), dtype=dtype or "")
-        for text in texts
+        for text in layers
     ]
-    items = _items(images, arrays)
+    texts = [*given_texts, *_lines(texts_file)]
+    items = _items(images, arrays, texts, Truncation(truncation))
     _check_output(output)
     from layertap.cli.npz import Columns
     from layertap.cli.render import Stderr, show_features
@@ -137,12 +163,14 @@ def extract(
         if server
         else _local(terminal, model, selections, how, flags)
     )
+    ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
     with opened as source, terminal.counting(items.noun, len(items)) as bar:
         columns = Columns(lambda: batch_axes(source.describe(), selections))
         for begin in range(0, len(items), batch_size):
             size = min(batch_size, len(items) - begin)
             with items.naming(begin):
-                columns.add(*source.ask(items.batch(begin, size)), size)
+                taken = source.ask(items.batch(begin, size))
+                columns.add(*taken, 1 if ragged else size)
             bar.advance(bar.task_ids[0], size)
     columns.save(output)
     show_features(columns.rows())
@@ -189,11 +217,14 @@ def _batch_axis(value: ValueDescription | None) -> int | None:
     return None if value.interleaved or value.dynamic or len(grown) != 1 else grown[0]
 
 
-def _items(images: Sequence[str], arrays: Sequence[str]) -> Items:
-    if bool(images) == bool(arrays):
-        got = "images and --input" if images else "no images and no --input"
-        raise InvalidInputError(f"items: got {got}, expected one of them")
-    return ImageItems(images) if images else ArrayItems(parse_array_files(arrays))
+def _items(
+    images: Sequence[str], arrays: Sequence[str], texts: Sequence[str], truncation: Truncation
+) -> Items:
+    if sum(map(bool, (images, arrays, texts))) != 1:
+        raise click.UsageError("give one of: IMAGEs, texts by --text and --texts, or --input")
+    if images:
+        return ImageItems(images)
+    return TextItems(texts, truncation) if texts else ArrayItems(parse_array_files(arrays))
 
 
 def _check_output(output: Path) -> None:
@@ -205,6 +236,18 @@ def _check_output(output: Path) -> None:
         raise InvalidInputError(f"output {output}: the folder {output.parent} can't be written to")
 
 
+def _lines(file: Path | None) -> list[str]:
+    """Return the texts of a file, one on each line that is not empty."""
+    if file is None:
+        return []
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidInputError(f"texts {file}: {reason}") from error
+    return [line for line in lines if line.strip()]
+
+
 @contextmanager
 def _remote(
     server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
@@ -213,8 +256,8 @@ def _remote(
 
     with server.client() as client:
 
-        def ask(batch: InputLike) -> _Taken:
-            features = client.extract(model, batch, selections, extractor=extractor)
+        def ask(given: InputLike) -> _Taken:
+            features = client.extract(model, given, selections, extractor=extractor)
             return _Taken(features, features.extractor)
 
         yield _Source(ask, lambda: description_from_proto(client.describe_model(model)))
@@ -234,8 +277,8 @@ def _local(
         if assumed := model.host.model.assumptions():
             terminal.say(assumed, logging.WARNING)
 
-        def ask(batch: InputLike) -> _Taken:
-            features = model.extract(batch, selections, extractor=extractor)
+        def ask(given: InputLike) -> _Taken:
+            features = model.extract(given, selections, extractor=extractor)
             return _Taken(features.numpy(), features.extractor)
 
         yield _Source(ask, model.describe)

@@ -1,4 +1,4 @@
-"""What ``layertap extract`` runs a model on: image files, or arrays with an item in each row."""
+"""What ``layertap extract`` runs a model on: image files, texts, or rows of arrays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layertap.errors import InvalidInputError
+from layertap.texts import Texts, Truncation
 
 if TYPE_CHECKING:
     import numpy as np
 
     from layertap.inputs import InputLike
 
-__all__ = ["ArrayItems", "ImageItems", "Items", "parse_array_files"]
+__all__ = ["ArrayItems", "ImageItems", "Items", "TextItems", "parse_array_files"]
 
 
 class Items(ABC):
@@ -82,6 +83,29 @@ class ImageItems(Items):
             if error.image is None or error.image >= len(files):
                 raise
             raise InvalidInputError(f"image {files[error.image]}: {error.detail}") from error
+
+
+class TextItems(Items):
+    """Texts, one for each item.
+
+    Args:
+        texts: The texts.
+        truncation: Where a text with too many tokens is cut.
+    """
+
+    noun = "texts"
+
+    def __init__(self, texts: Sequence[str], truncation: Truncation) -> None:
+        self._texts = texts
+        self._truncation = truncation
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self._texts)
+
+    def batch(self, begin: int, size: int) -> InputLike:
+        """See Items."""
+        return Texts(self._texts[begin : begin + size], self._truncation)
 
 
 class ArrayItems(Items):
