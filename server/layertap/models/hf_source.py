@@ -164,7 +164,7 @@ def _with_constants(config: Any) -> Any:
 def _class_of(transformers: Any, config: Any, spec: ModelSpec, *, sentences: bool) -> Any:
     """Return the class to build: the spec's, the configuration's, or AutoModel.
 
-    sentence-transformers builds models without a head, and only the encoder of T5.
+    sentence-transformers builds models without a head; of T5 it builds only the encoder.
     """
     if sentences:
         encoder = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}.get(config.model_type, _AUTO)
