@@ -12,13 +12,16 @@ from PIL import Image
 
 from layertap.errors import InvalidInputError
 from layertap.models import Batch, ImageLimits, LoadedModel, Preprocess
+from layertap.models.text import DEFAULT_OPTIONS
 from layertap.settings import Limits
 from layertap.silence import warnings_ignored
+from layertap.texts import TextOptions
 from layertap.wire.tensors import TensorView
 
 __all__ = [
     "ImageFiles",
     "Inputs",
+    "TextBatch",
     "batch_bytes",
     "check_images",
     "check_tensors",
@@ -47,16 +50,33 @@ class ImageFiles:
 
 
 @dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Texts, one for each item of a batch.
+
+    Attributes:
+        texts: The texts.
+        options: How they are tokenised.
+        name: The input that they are for; empty where the model takes texts for one input only.
+    """
+
+    texts: Sequence[str]
+    options: TextOptions = DEFAULT_OPTIONS
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
     """The inputs in a request: a tensor or images for each.
 
     Attributes:
         tensors: Tensors by name; the name may be empty if the model needs only one input.
         images: Images, for inputs without a tensor.
+        texts: Texts, for inputs of token ids without a tensor.
     """
 
     tensors: tuple[TensorView, ...] = ()
     images: tuple[ImageFiles, ...] = ()
+    texts: tuple[TextBatch, ...] = ()
 
 
 _PIXEL_BYTES = 4

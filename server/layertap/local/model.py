@@ -17,6 +17,7 @@ from layertap.engine import (
     Inputs,
     ModelHost,
     TensorForm,
+    TextBatch,
     describe,
 )
 from layertap.errors import UnavailableError
@@ -170,6 +171,7 @@ def inputs_of(batch: InputLike) -> Inputs:
     return Inputs(
         tuple(_view(name, array) for name, array in given.arrays),
         tuple(ImageFiles(files, name) for name, files in given.images),
+        tuple(TextBatch(tuple(texts.texts), texts.options, name) for name, texts in given.texts),
     )
 
 
