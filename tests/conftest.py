@@ -7,6 +7,8 @@ import os
 # Before torch is imported, and for the servers that tests start. Their callers are busy on the same
 # cores, where teams of OpenMP threads wait for one another (docs/performance.md).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may ask the hub of Hugging Face for anything; its client reads this at its import.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
 

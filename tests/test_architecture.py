@@ -77,8 +77,8 @@ PLANTED = [
     ("services", "import layertap.client", "Imports point down only"),
     ("client", "import torch", "The client is made of wire, shm and generated stubs"),
     ("client", "import layertap.engine", "The client is made of wire, shm and generated stubs"),
-    ("engine", "import grpc", "gRPC lives in services, app, client and cli"),
-    ("shm", "import grpc", "gRPC lives in services, app, client and cli"),
+    ("engine", "import grpc", "gRPC lives in the adapter of services, app, client and cli"),
+    ("shm", "import grpc", "gRPC lives in the adapter of services, app, client and cli"),
     ("shm", "import torch", "PyTorch lives in models, extraction and engine"),
     ("services", "import torch", "PyTorch lives in models, extraction and engine"),
     ("extraction", "import layertap.v1.tensor_pb2", "Generated messages stay out of engine"),
@@ -115,10 +115,19 @@ def test_forbidden_import_is_named(broken: dict[str, str], number: int) -> None:
     assert f"layertap.{module}.planted{number} " in said_of(broken, contract)
 
 
+def test_every_file_of_services_is_under_the_contract() -> None:
+    """A file that is added to services is kept from gRPC as the others are."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
+    [contract] = [each for each in contracts["contracts"] if each["id"] == "use-case"]
+    listed = {name.removeprefix("layertap.services.") for name in contract["source_modules"]}
+    found = {path.stem for path in (SERVER / "layertap" / "services").glob("[!_]*")}
+    assert listed == found - {"grpc_adapter"}
+
+
 def test_the_use_case_knows_no_transport(broken: dict[str, str]) -> None:
     """An import of gRPC by a file that all transports share breaks a contract."""
     assert "layertap.services.error_codes " in said_of(
-        broken, "What all transports share knows none of them"
+        broken, "Services know no transport; only their adapter for gRPC does"
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import hfnets
 from processes import layertap, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,3 +134,40 @@ def test_extracting_without_a_server_writes_the_file(
     with np.load(tmp_path / "features.npz") as features:
         assert features["layer1"].shape == (1, 64, 56, 56)
         assert features["avgpool:input"].shape == (1, 512, 7, 7)
+
+
+@pytest.fixture(scope="module")
+def folder_with_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which ``nets/bert`` is a small BERT with its tokenizer."""
+    folder = tmp_path_factory.mktemp("pages")
+    hfnets.wordpiece(hfnets.bert(folder / "nets" / "bert"))
+    return folder
+
+
+def claimed(code: str, shape: str) -> str:
+    """Return the code with each value whose shape a comment claims turned into an assertion."""
+    claims = re.findall(rf"^ +(.*\])  # .*?({shape})$", code, re.MULTILINE)
+    assert len(claims) >= 3
+    for value, size in claims:
+        code = code.replace(f"    {value} ", f"    assert list({value}.shape) == list({size}) ")
+    return code
+
+
+def test_the_hugging_face_examples_run(
+    folder_with_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/huggingface.md shows has the shapes that it claims."""
+    page = (ROOT / "docs" / "huggingface.md").read_text("utf-8")
+    monkeypatch.chdir(folder_with_bert)
+    (code,) = blocks("python", page)
+    exec(claimed(code, r"\[[\d, ]*\]"), {})  # noqa: S102 - the page is ours
+
+
+def test_the_text_examples_run(folder_with_bert: Path) -> None:
+    """What docs/text.md shows answers with the shapes that it claims."""
+    page = (ROOT / "docs" / "text.md").read_text("utf-8")
+    (code,) = blocks("python", page)
+    source = f"hf:{folder_with_bert / 'nets' / 'bert'}"
+    with serving(source, "--port", "0", "--metrics-port", "-1") as server:
+        code = claimed(code, r"\([\d, ]*\)").replace("127.0.0.1:8001", server.address)
+        exec(code, {})  # noqa: S102 - the page is ours

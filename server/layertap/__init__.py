@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from layertap.malloc import keep_memory
     from layertap.selection import Capture, Extractor, LayerSelection, Reduction
     from layertap.settings import Limits
+    from layertap.texts import Texts
 
 __all__ = [
     "AsyncClient",
@@ -43,6 +44,7 @@ __all__ = [
     "LocalModel",
     "Reduction",
     "StreamRequest",
+    "Texts",
     "Tls",
     "__version__",
     "keep_memory",
@@ -68,6 +70,7 @@ _HOMES = {
     "layertap.malloc": ("keep_memory",),
     "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Reduction"),
     "layertap.settings": ("Limits",),
+    "layertap.texts": ("Texts",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -79,6 +79,8 @@ class InputDescription:
         images: How encoded images are preprocessed; None if the input takes none.
         preprocessing: The same in words; empty if the input takes no images.
         optional: Whether a request may leave it out.
+        texts: Whether texts are accepted instead.
+        tokenization: How these texts become token ids, in words.
     """
 
     name: str
@@ -87,11 +89,13 @@ class InputDescription:
     images: ImageDescription | None = None
     preprocessing: str = ""
     optional: bool = False
+    texts: bool = False
+    tokenization: str = ""
 
     def __str__(self) -> str:
         """Return a text such as ``x [B, 3, 224*, 224*] float32 or images``; * means any size."""
         sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in self.shape]
-        images = " or images" if self.images else ""
+        images = " or images" if self.images else " or texts" if self.texts else ""
         optional = " (optional)" if self.optional else ""
         return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}{optional}"
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from layertap.errors import InvalidInputError
+from layertap.texts import Texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     ImageLike = bytes | str | os.PathLike[str] | Image
     ArrayLike = np.ndarray | Any
-    OneInput = ArrayLike | ImageLike | Sequence[ImageLike]
+    OneInput = ArrayLike | ImageLike | Sequence[ImageLike] | Texts
     InputLike = OneInput | Mapping[str, OneInput]
 
     from layertap.wire.tensors import Arrays
@@ -28,25 +29,27 @@ _ORIENTATION = 0x0112
 
 
 class EncodedInput(NamedTuple):
-    """What a caller gave, ready to be sent.
+    """A caller's input in the form in which it is sent.
 
     Attributes:
         arrays: Arrays with the names of their inputs.
         images: The files of images, one for each item, with the names of their inputs.
+        texts: Texts, with the names of their inputs.
     """
 
     arrays: Arrays
     images: Sequence[tuple[str, list[bytes]]]
+    texts: Sequence[tuple[str, Texts]] = ()
 
 
 def encode_input(given: Any) -> EncodedInput:
     """Convert inputs to arrays and encoded images.
 
     Args:
-        given: An array or tensor ``[B, ...]`` for the model; an image, or a list of images; or a
-            mapping of input names to these. An image is a path, the bytes of a JPEG, PNG or WebP
-            file, or a PIL image. A PIL image is sent as PNG, without loss and with its EXIF
-            orientation; CMYK is sent as the RGB to which the server would convert it.
+        given: An array or tensor ``[B, ...]`` for the model; an image, or a list of images;
+            ``Texts``; or a mapping of input names to these. An image is a path, the bytes of a
+            JPEG, PNG or WebP file, or a PIL image. A PIL image is sent as PNG, without loss and
+            with its EXIF orientation; CMYK is sent as the RGB to which the server would convert it.
 
     Returns:
         The arrays and the images. What was given without a name has an empty one.
@@ -65,17 +68,20 @@ def encode_input(given: Any) -> EncodedInput:
 def _encoded_inputs(given: Mapping[str, Any]) -> EncodedInput:
     arrays: list[tuple[str, np.ndarray]] = []
     images: list[tuple[str, list[bytes]]] = []
+    texts: list[tuple[str, Texts]] = []
     for name, value in given.items():
         what = f"input {name!r}" if name else "input"
-        if _is_image(value):
+        if isinstance(value, Texts):
+            texts.append((name, value))
+        elif _is_image(value):
             images.append((name, [_image_bytes(value)]))
         elif isinstance(value, list | tuple):
             images.append((name, _image_list(value, what)))
         else:
             more = "" if name else " or a mapping of these"
-            expected = f"an image, a list of images, an array{more}"
+            expected = f"an image, a list of images, Texts, an array{more}"
             arrays.append((name, _array(value, what, expected)))
-    return EncodedInput(arrays, images)
+    return EncodedInput(arrays, images, texts)
 
 
 def _image_list(given: Sequence[Any], what: str) -> list[bytes]:

@@ -26,7 +26,7 @@ __all__ = [
 
 
 SENT_DTYPES = ("float32", "float16", "bfloat16")
-"""The dtypes to which a selection may have floating-point values converted."""
+"""The dtypes that a selection may request for floating-point values."""
 
 
 class Extractor(StrEnum):
@@ -81,6 +81,10 @@ class Reduction(StrEnum):
     FLATTEN = "flatten"
     CLASS_TOKEN = "class_token"
     TOKEN_GRID = "token_grid"
+    LAST_TOKEN = "last_token"
+    TOKEN_MAX = "token_max"
+    TOKENS = "tokens"
+    WORDS = "words"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Does a server stay right and answer its health checks while its surroundings fail?
+"""Does a server stay right and answer health checks while its environment fails?
 
     PYTHONPATH=tests:tests/soak python tests/chaos/drill.py --seconds 10 --report build/chaos.json
 

@@ -1,4 +1,4 @@
-"""Half a minute of what `make chaos` does for longer."""
+"""Half a minute of what `make chaos` runs for longer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from drill import drill
 
 @pytest.mark.timeout(600)
 def test_a_server_survives_its_surroundings() -> None:
-    """Each fault is survived: right values, calls that end, health in time, and an answer after."""
+    """During each fault values are right, calls end and health answers; then it serves again."""
     report = drill(1.0)
     assert {name: seen["faults"] for name, seen in report.items() if seen["faults"]} == {}
     assert all(seen["recovered"] for seen in report.values())

@@ -12,7 +12,7 @@ import pytest
 from layertap import errors
 from layertap.client.failures import error_from_item, error_from_rpc
 from layertap.services.caller import Caller
-from layertap.services.grpc_handlers import unary
+from layertap.services.grpc_adapter.handlers import unary
 from layertap.services.public_errors import public_error
 from layertap.v1.feature_service_pb2 import ExtractStreamError
 from layertap.wire.messages import ERROR_IMAGE_METADATA_KEY, ERROR_METADATA_KEY

@@ -1,4 +1,4 @@
-"""docs/coverage.md: one page, of which each command writes its own section."""
+"""docs/coverage.md: one page, in which each command writes its own section."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write_section(file: Path, name: str, text: str) -> None:
 
 
 def _sections(page: str) -> dict[str, str]:
-    """Return the text behind each mark, up to the next one."""
+    """Return the text after each mark, up to the next one."""
     pieces = re.split(r"^<!-- section: (\w+) -->\n", page, flags=re.MULTILINE)
     return {name: text.strip() for name, text in zip(pieces[1::2], pieces[2::2], strict=True)}
 

@@ -1,4 +1,4 @@
-"""The page of coverage keeps what other commands wrote."""
+"""Writing one section of the coverage page keeps the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from page import write_section
 
 
 def test_a_section_takes_its_own_place(tmp_path: Path) -> None:
-    """A section that is written again replaces its former text and leaves the others alone."""
+    """A section that is written again replaces its former text only."""
     page = tmp_path / "coverage.md"
     write_section(page, "zoo", "## Zoo\n\nold")
     write_section(page, "models", "## Models\n\n| a |\n| --- |")
@@ -23,7 +23,7 @@ def test_a_section_takes_its_own_place(tmp_path: Path) -> None:
 
 
 def test_a_section_of_no_place_is_refused(tmp_path: Path) -> None:
-    """A name that has no place on the page is an error, and nothing is written."""
+    """An unknown section is an error, and nothing is written."""
     page = tmp_path / "coverage.md"
     with pytest.raises(ValueError, match="expected one of models, zoo, packages"):
         write_section(page, "other", "text")

@@ -23,7 +23,7 @@ def test_every_layer_equals_the_reference(name: str) -> None:
 
 
 def test_a_detection_model_is_served_by_hooks() -> None:
-    """A detector can't be traced symbolically, and takes a list; HOOK serves every layer of it."""
+    """A detector can't be traced symbolically, and takes a list; HOOK serves all its layers."""
     row = prove("ssdlite320_mobilenet_v3_large")
     assert row.error == ""
     assert row.tallies[Extractor.HOOK].wrong == []
@@ -32,7 +32,7 @@ def test_a_detection_model_is_served_by_hooks() -> None:
 
 
 def test_the_proof_can_fail() -> None:
-    """A wrong value is counted, shown in the table and turns its last column."""
+    """A wrong value is counted, and shown in the table's last column."""
     row = Row("planted", (3, 8, 8), layers=1, tallies={e: Tally() for e in ORDER})
     row.tallies[Extractor.FX].wrong.append("layer1")
     assert table([row]).splitlines()[-1].endswith("| 1 |")

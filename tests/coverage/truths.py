@@ -1,4 +1,4 @@
-"""The values that every layer really has, found without layertap: the coverage run's reference."""
+"""The true values of every layer, found without layertap: the coverage run's reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Key = tuple[str, str, int]
 def module_values(
     module: nn.Module, forward: Callable[[], Any], wanted: Collection[Key]
 ) -> dict[Key, Any]:
-    """Clone what goes into and comes out of calls of modules, of those that are wanted."""
+    """Clone the inputs and outputs of the requested modules' calls."""
     seen: dict[Key, Any] = {}
     calls: dict[tuple[str, str], int] = {}
 
@@ -80,7 +80,7 @@ def node_values(
 
 
 def _output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Return what a module returned, with the weights that an attention was not asked for."""
+    """Return a module's result, with attention weights that its caller did not request."""
     if type(module) is not nn.MultiheadAttention or output[1] is not None:
         return output
     given = inspect.signature(module.forward).bind(*args, **kwargs).arguments

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import severalnets
+from asking import ask
 from layertap.engine import Engine
 from layertap.errors import ModelLoadError
 from layertap.extraction.trial import tried
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from layertap.settings import DeclaredInput
-from several import ask_named
 
 
 def trial(net: str, item_shape: tuple[int, ...] | None = None, **more: object) -> LoadedModel:
@@ -65,7 +65,7 @@ def test_each_input_has_a_type_of_its_own(
 
 def test_a_flag_that_must_be_given_is_refused() -> None:
     """The message names the argument and says what to do."""
-    with pytest.raises(ModelLoadError, match="its forward needs 'training', which is no tensor"):
+    with pytest.raises(ModelLoadError, match="its forward needs 'training', which is not a tensor"):
         trial("needs_flag", (3,))
 
 
@@ -142,5 +142,6 @@ def test_every_extractor_that_claims_a_layer_gives_the_fresh_modules_values(net:
         claimed = entry.served_by(Capture.OUTPUT)
         assert Extractor.HOOK in claimed
         for extractor in claimed:
-            got = ask_named(engine, "net", BATCHES[net], "output", extractor)
-            assert torch.allclose(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5), extractor
+            features = ask(engine, "net", "output", BATCHES[net], extractor)
+            got = torch.from_numpy(features["output"].copy())
+            assert torch.allclose(got, right, rtol=1e-4, atol=1e-5), extractor

@@ -1,4 +1,4 @@
-"""The seeds of the fuzzers: real messages of every kind, and one for each way to be refused.
+"""The seeds of the fuzzers: real messages of every kind, and one for each refusal.
 
 ``python tests/fuzz/corpus.py`` writes them to ``corpus/``, and test_corpus.py tells when they are
 stale. Other files there are inputs that a fuzzer once found something with: they are kept by hand.
@@ -50,7 +50,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def replies() -> dict[str, bytes]:
-    """Return what servers send: every dtype and every kind of shape."""
+    """Return messages of servers: every dtype and every kind of shape."""
     out = {
         f"reply_{row.name}": _reply({"layer1.0": np.arange(6).reshape(2, 3).astype(row.numpy)})
         for row in DTYPES
@@ -63,7 +63,7 @@ def replies() -> dict[str, bytes]:
 
 
 def requests() -> dict[str, bytes]:
-    """Return what clients send: every dtype, images, and the ordinary library's spelling."""
+    """Return messages of clients: every dtype, images, and those of the protobuf library."""
     out = {
         f"request_{row.name}": encode_request(ask(), [("x", np.ones((1, 2, 2), row.numpy))])
         for row in DTYPES
@@ -86,7 +86,7 @@ def requests() -> dict[str, bytes]:
 
 
 def oddities() -> dict[str, bytes]:
-    """Return what no library writes and every parser has to read."""
+    """Return messages that no library writes but every parser must read."""
     tensor, images = field(2, 2, SCALAR), field(3, 2, field(1, 2, b"png"))
     sizes = field(3, 0, b"\x02") + field(3, 2, b"\x01\x03") + field(3, 0, b"\x01")
     first = INT8 + field(3, 0, b"\x02")

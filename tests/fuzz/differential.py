@@ -1,4 +1,4 @@
-"""The one check of the fuzzers: layertap reads a message as upb does, or says which rule it breaks.
+"""The fuzzers' one check: layertap reads a message like upb, or says which rule it breaks.
 
 upb is the parser behind Python's protobuf. What it refuses, layertap refuses. What it accepts,
 layertap reads as the same names, dtypes, shapes and bytes, unless a tensor breaks a rule of
@@ -47,14 +47,14 @@ class Found(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a message says: its other fields, written anew, and its tensors."""
+    """The content of a message: its other fields, serialized again, and its tensors."""
 
     rest: bytes
     tensors: list[Found]
 
 
 def check(message: bytes) -> None:
-    """Raise AssertionError where the decoders and upb disagree on a message, of either kind."""
+    """Raise AssertionError if the decoders and upb disagree about a message of either kind."""
     for kind in KINDS:
         expected = by_upb(message, kind)
         decoded = []
@@ -70,12 +70,12 @@ def check(message: bytes) -> None:
 
 
 def agree(got: Reading | str, expected: Reading | str) -> bool:
-    """Compare readings or refusals; which fault of malformed bytes is told is not compared."""
+    """Compare what was read or refused; the texts about malformed bytes are not compared."""
     return isinstance(got, str) if expected == MALFORMED else got == expected
 
 
 def by_upb(message: bytes, kind: type) -> Reading | str:
-    """Return what upb reads; the text of the refusal where layertap has to refuse the message."""
+    """Return what upb reads; the refusal's text if layertap has to refuse the message."""
     parsed = kind()
     try:
         parsed.ParseFromString(message)
@@ -92,7 +92,7 @@ def by_upb(message: bytes, kind: type) -> Reading | str:
 
 
 def broken_rule(tensor: Tensor) -> str:
-    """Return how layertap refuses a tensor that upb accepts; nothing where it does not."""
+    """Return how layertap refuses a tensor that upb accepts; empty if it doesn't."""
     itemsize = ITEMSIZE.get(tensor.dtype)
     if itemsize is None:
         return f"tensor: dtype: got {tensor.dtype}, not a DataType"
@@ -139,7 +139,7 @@ def by_layertap(message: bytes, kind: type) -> Reading | str:
 
 
 class Record:
-    """A core's ``decode`` that keeps what it returned last: None for a refusal."""
+    """A core's ``decode`` that keeps its last result: None for a refusal."""
 
     def __init__(self, core: ModuleType) -> None:
         self.core = core
@@ -160,7 +160,7 @@ class Record:
 
 @contextmanager
 def decoding_by(core: ModuleType) -> Iterator[Record]:
-    """Let the codec decode by one of its two implementations."""
+    """Let the codec use one of its two implementations."""
     before, record = codec.decode, Record(core)
     codec.decode = record.decode
     try:
@@ -195,7 +195,7 @@ def _rest(parsed: Any) -> bytes:
 
 
 def check_features(message: bytes) -> None:
-    """Raise AssertionError where the client's Features are not what upb reads in a reply."""
+    """Raise AssertionError if the client's Features differ from what upb reads in a reply."""
     expected = by_upb(message, ExtractResponse)
     try:
         features = Features(message)

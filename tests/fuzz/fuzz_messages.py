@@ -24,7 +24,7 @@ from random import Random
 
 
 def by_coverage(arguments: list[str]) -> None:
-    """Fuzz with atheris; exits by itself when it is done or has found something."""
+    """Fuzz with atheris, which ends the process when it is done or has found something."""
     import atheris
 
     with atheris.instrument_imports(include=["layertap._pure", "layertap.wire"]):
@@ -46,7 +46,7 @@ def by_coverage(arguments: list[str]) -> None:
 
 
 def at_random(arguments: list[str]) -> None:
-    """Fuzz without atheris; what is found is written to a file and raised."""
+    """Fuzz without atheris; a finding is written to a file and raised."""
     from differential import check
     from hostile import mutated
 
@@ -79,7 +79,7 @@ def replay(files: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Replay, or fuzz as well as can be."""
+    """Replay files, or fuzz with what is installed."""
     if arguments and all(Path(argument).is_file() for argument in arguments):
         replay(arguments)
     elif find_spec("atheris") is None:

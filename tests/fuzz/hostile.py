@@ -1,4 +1,4 @@
-"""Messages that nobody means well with: random fields, and random changes to whole messages."""
+"""Hostile messages: random fields, and random changes to whole messages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hostile_value(random: Random, wire_type: int, depth: int) -> bytes:
 
 
 def hostile_fields(random: Random, depth: int) -> bytes:
-    """Return a run of fields, mostly well-formed, of few numbers and every wire type."""
+    """Return a series of fields, mostly well-formed, with few numbers and every wire type."""
     out = b""
     for _ in range(random.randrange(5)):
         number = random.choice([*[1, 2] * 8, *[3, 4, 5, 6, 15] * 3, 0, MAX_NUMBER])
@@ -44,7 +44,7 @@ def hostile_fields(random: Random, depth: int) -> bytes:
 
 
 def hostile_message(random: Random) -> bytes:
-    """Return a run of fields, some of them cut or with a byte changed."""
+    """Return a series of fields, some of them cut or with a byte changed."""
     message = bytearray(hostile_fields(random, 2))
     for _ in range(random.choice([0, 0, 0, 0, 1, 2])):
         if message:
@@ -132,7 +132,7 @@ def split(message: bytes) -> list[tuple[int, bytes]] | None:
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """Return a varint and where it ends; past the end of a message that cuts it off."""
+    """Return a varint and where it ends; after the end of a message that cuts it off."""
     value = 0
     for index, byte in enumerate(message[at : at + 10]):
         value |= (byte & 0x7F) << (7 * index)
@@ -142,7 +142,7 @@ def _read_varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def join(random: Random, fields: list[tuple[int, bytes]]) -> bytes:
-    """Return a message of fields, now and then with a varint longer than it need be."""
+    """Return a message of fields, sometimes with a varint that is longer than needed."""
     out = bytearray()
     sizes = [*[1] * 98, 5, 6]
     for tag, value in fields:

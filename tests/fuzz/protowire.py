@@ -1,4 +1,4 @@
-"""Protobuf's wire format by hand, also where no library would write it."""
+"""Protobuf's wire format by hand, including forms that no library writes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from layertap.v1.tensor_pb2 import DATA_TYPE_INT8
 
 
 def varint(value: int, size: int = 1) -> bytes:
-    """Return a varint of at least ``size`` bytes, overlong where that is more than it needs."""
+    """Return a varint of at least ``size`` bytes, overlong if that is more than needed."""
     out = bytearray()
     while value >= 0x80 or len(out) + 1 < size:
         out.append(value & 0x7F | 0x80)

@@ -1,4 +1,4 @@
-"""Tensors that keep every rule, drawn by hypothesis."""
+"""Valid tensors, drawn by hypothesis."""
 
 from __future__ import annotations
 

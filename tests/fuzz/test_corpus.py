@@ -13,25 +13,25 @@ FILES = sorted(FOLDER.iterdir())
 
 @pytest.mark.parametrize("name", sorted(seeds()))
 def test_seed_is_fresh(name: str) -> None:
-    """The committed seed is what ``python tests/fuzz/corpus.py`` writes."""
+    """The committed seeds are what ``python tests/fuzz/corpus.py`` writes."""
     assert (FOLDER / name).read_bytes() == seeds()[name]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_corpus_is_decoded_as_upb_does(file: Path) -> None:
-    """Each seed, and what fuzzers once found, is read as upb reads it or refused by a rule."""
+    """Each seed and each former finding is read like in upb, or refused by a rule."""
     check(file.read_bytes())
 
 
 @pytest.mark.parametrize("name", sorted(seeds()))
 def test_seed_is_what_its_name_says(name: str) -> None:
-    """Replies and requests are read, so that fuzzing starts behind the first checks."""
+    """Replies and requests can be read, so that fuzzing starts after the first checks."""
     kind = ExtractRequest if name.startswith("request") else ExtractResponse
     assert isinstance(by_upb(seeds()[name], kind), Reading) != name.startswith("refused")
 
 
 def test_every_rule_is_broken_by_a_seed() -> None:
-    """Each rule of layertap's own has a seed, so that fuzzing starts next to it."""
+    """Each rule of layertap's own has a seed, so that fuzzing starts close to it."""
     texts = {
         by_upb(message, ExtractResponse) for name, message in seeds().items() if "refused" in name
     }
@@ -50,5 +50,5 @@ def test_every_rule_is_broken_by_a_seed() -> None:
 
 
 def test_corpus_is_small() -> None:
-    """A few dozen files of under 200 KB together."""
+    """The corpus has a few dozen files with less than 200 KB in total."""
     assert sum(file.stat().st_size for file in FILES) < 200_000

@@ -34,14 +34,14 @@ parts = st.lists(tensors(), max_size=3)
 
 
 def test_the_oracle_is_upb() -> None:
-    """The parser to agree with is the one in C, not protobuf's fallback in Python."""
+    """The parser to compare with is the one in C, not protobuf's fallback in Python."""
     assert api_implementation.Type() == "upb"
 
 
 @bounded
 @given(parts, st.integers(-5, 5))
 def test_structured_replies_decode_as_upb_does(parts: list[Tensor], extractor: int) -> None:
-    """A reply of the ordinary library is read with the values that the library reads."""
+    """A reply of the protobuf library is read with the same values."""
     message = ExtractResponse(tensors=parts, extractor=extractor).SerializeToString()
     assert isinstance(by_upb(message, ExtractResponse), Reading)
     check(message)
@@ -50,7 +50,7 @@ def test_structured_replies_decode_as_upb_does(parts: list[Tensor], extractor: i
 @bounded
 @given(tensors(), st.text(st.characters(exclude_categories=["Cs"]), max_size=5))
 def test_structured_requests_decode_as_upb_does(tensor: Tensor, model: str) -> None:
-    """A request of the ordinary library is read with the values that the library reads."""
+    """A request of the protobuf library is read with the same values."""
     message = ExtractRequest(model=model, inputs=[tensor]).SerializeToString()
     assert isinstance(by_upb(message, ExtractRequest), Reading)
     check(message)
@@ -59,7 +59,7 @@ def test_structured_requests_decode_as_upb_does(tensor: Tensor, model: str) -> N
 @bounded
 @given(parts, random_seeds)
 def test_mutated_messages_decode_as_upb_does(parts: list[Tensor], seed: int) -> None:
-    """A valid message with a few changes is read as upb reads it, or refused by a rule."""
+    """A valid message with a few changes is read like in upb, or refused by a rule."""
     random = Random(seed)
     request = ExtractRequest(model="m", inputs=parts)
     for message in (
@@ -73,7 +73,7 @@ def test_mutated_messages_decode_as_upb_does(parts: list[Tensor], seed: int) -> 
 @bounded
 @given(random_seeds)
 def test_hostile_bytes_decode_as_upb_does(seed: int) -> None:
-    """Any fields in any order are accepted or refused as upb does, and mean the same."""
+    """Any fields in any order are accepted or refused like in upb, with the same meaning."""
     random = Random(seed)
     for _ in range(10):
         check(hostile_message(random))
@@ -82,13 +82,13 @@ def test_hostile_bytes_decode_as_upb_does(seed: int) -> None:
 @bounded
 @given(st.binary(max_size=40))
 def test_random_bytes_decode_as_upb_does(message: bytes) -> None:
-    """Bytes that are hardly a message are accepted or refused as upb does."""
+    """Random bytes are accepted or refused like in upb."""
     check(message)
 
 
 @pytest.mark.parametrize("kind", [ExtractRequest, ExtractResponse])
 def test_every_prefix_is_refused_or_read_as_upb_does(kind: Callable[..., Any]) -> None:
-    """A message cut anywhere never crashes and is never read as something else."""
+    """A message cut anywhere never crashes and is never read differently."""
     tensor = Tensor(name="né", dtype=1, shape=[1, 300], padding=b"\0", data=bytes(1200))
     if kind is ExtractRequest:
         message = ExtractRequest(model="m", inputs=[tensor]).SerializeToString() + groups(3)
@@ -129,7 +129,7 @@ def fake(decode: Callable[..., Any]) -> Any:
 def test_a_wrong_tensor_is_told(
     monkeypatch: pytest.MonkeyPatch, change: Callable[[list], list]
 ) -> None:
-    """The check sees a tensor that is lost or has another name, dtype, shape or elements."""
+    """The check detects a tensor that is missing or has another name, dtype, shape or elements."""
 
     def decode(*arguments: Any, **keywords: Any) -> Any:
         rest, found = _core.decode(*arguments, **keywords)
@@ -143,7 +143,7 @@ def test_a_wrong_tensor_is_told(
 
 
 def test_a_lost_field_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check sees that a field besides the tensors is gone."""
+    """The check detects that a field besides the tensors is missing."""
 
     def decode(*arguments: Any, **keywords: Any) -> Any:
         return b"", _core.decode(*arguments, **keywords)[1]
@@ -155,7 +155,7 @@ def test_a_lost_field_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", [name for name in sorted(seeds()) if name.startswith("refused")])
 def test_a_lenient_decoder_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The check sees a decoder that accepts what it should refuse."""
+    """The check detects a decoder that accepts what it should refuse."""
     monkeypatch.setitem(CORES, "pure", fake(lambda *_, **__: (b"", [])))
     with pytest.raises(AssertionError, match=", pure: Reading"):
         check(seeds()[name])
@@ -163,7 +163,7 @@ def test_a_lenient_decoder_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -
 
 @pytest.mark.parametrize("name", ["reply_head", "request_images", "refused_bool_2"])
 def test_a_refusal_without_its_reason_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The check sees a decoder that refuses what it should read, or for another reason."""
+    """The check detects a decoder that refuses what it should read, or for another reason."""
 
     def decode(*_: Any, **__: Any) -> Any:
         raise ValueError("tensor: dtype: got 0, not a DataType")
@@ -175,14 +175,14 @@ def test_a_refusal_without_its_reason_is_told(monkeypatch: pytest.MonkeyPatch, n
 
 @pytest.mark.parametrize("name", ["field_number_0", "tag_over_32_bits"])
 def test_a_fault_that_upb_would_hide_is_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The check sees that decode passes on what it should refuse, though upb refuses it then."""
+    """The check detects that decode accepts what it should refuse, although upb refuses it then."""
     monkeypatch.setitem(CORES, "core", fake(lambda message, **_: (message, [])))
     with pytest.raises(AssertionError, match="its twin: None"):
         check(seeds()[f"refused_{name}_on_top"])
 
 
 def test_a_wrong_array_of_features_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check sees that what the client hands out differs from the message."""
+    """The check detects that the client's arrays differ from the message."""
     monkeypatch.setattr(Features, "__getitem__", lambda *_: np.zeros((), np.int8))
     with pytest.raises(AssertionError):
         check(field(1, 2, SCALAR))

@@ -11,7 +11,7 @@ from fuzz_messages import at_random, main
 
 
 def test_without_atheris_seeds_are_changed_at_random(capsys: pytest.CaptureFixture[str]) -> None:
-    """The stand-in for atheris checks as many messages as it is told, the seeds first."""
+    """The replacement for atheris checks the given number of messages, the seeds first."""
     at_random(["-runs=200", str(FOLDER)])
     assert "Done 200 runs" in capsys.readouterr().err
 
@@ -19,7 +19,7 @@ def test_without_atheris_seeds_are_changed_at_random(capsys: pytest.CaptureFixtu
 def test_finding_is_written_and_replayed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A message that is read wrongly goes to a file, by which it is seen again until it is not."""
+    """A message that is read wrongly is written to a file, which reproduces the fault."""
 
     def decode(*_: Any, **__: Any) -> Any:
         return b"", []

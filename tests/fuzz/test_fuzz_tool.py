@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """Load the tool, and let it build and find in a folder of the test."""
+    """Load the tool, with a test's folder for its output."""
     spec = importlib.util.spec_from_file_location("fuzz_tool", ROOT / "tools" / "fuzz.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,7 +28,7 @@ def tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
 def test_decoder_reads_the_seeds_under_sanitizers(
     tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without clang the decoder's fuzzer is built by gcc, says so, and finds the seeds harmless."""
+    """Without clang the decoder's fuzzer is built by gcc, says so, and passes the seeds."""
     monkeypatch.setattr(tool, "clangs", list)
     # The compiler takes three times as long with the flags that pay off in a long run.
     monkeypatch.setattr(tool, "FLAGS", [flag for flag in tool.FLAGS if flag not in {"-g", "-O2"}])
@@ -47,7 +47,7 @@ def test_decoder_reads_the_seeds_under_sanitizers(
 
 
 def script(folder: Path, text: str) -> list[str]:
-    """Return a command that behaves as a fuzzer would."""
+    """Return a command that behaves like a fuzzer."""
     path = folder / "fuzzer.sh"
     path.write_text(text, encoding="utf-8")
     return ["sh", str(path)]
@@ -56,7 +56,7 @@ def script(folder: Path, text: str) -> list[str]:
 def test_figures_of_a_clean_run_are_told(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Inputs, edges and inputs kept are read from what libFuzzer prints last."""
+    """Inputs, edges and kept inputs are read from libFuzzer's last output."""
     command = script(
         tmp_path,
         """
@@ -75,7 +75,7 @@ def test_figures_of_a_clean_run_are_told(
 def test_finding_is_told_with_its_replay(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A fuzzer that fails makes the run fail, which prints the fault and how to replay it."""
+    """If a fuzzer fails the run fails, and prints the fault and how to reproduce it."""
     command = script(
         tmp_path,
         """

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(900)
 
 
 def run(*command: str | Path) -> None:
-    """Run a command to a good end."""
+    """Run a command that must succeed."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -52,12 +52,12 @@ def client() -> Path:
 
 @pytest.mark.parametrize("model", ["resnet18", "large"])
 def test_it_prints_what_python_gets(client: Path, address: str, model: str) -> None:
-    """Each value and the error are the Python client's, in replies of 1 and of 16 MB."""
+    """Each value and the error equal the Python client's, in replies of 1 and of 16 MB."""
     check([client], address, model)
 
 
 def test_it_waits_until_the_server_is_ready(client: Path, late_server: FeatureServer) -> None:
-    """It asks nothing before health says SERVING, and ends with the server's error and a code."""
+    """It sends nothing before health is SERVING; a failure ends it with the error and a code."""
     check_waits([client], late_server)
 
 

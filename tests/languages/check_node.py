@@ -38,19 +38,19 @@ def client() -> list[str | Path]:
 
 @pytest.mark.parametrize("model", ["resnet18", "large"])
 def test_it_prints_what_python_gets(client: list[str | Path], address: str, model: str) -> None:
-    """Each value and the error are the Python client's, in replies of 1 and of 16 MB."""
+    """Each value and the error equal the Python client's, in replies of 1 and of 16 MB."""
     check(client, address, model)
 
 
 def test_it_waits_until_the_server_is_ready(
     client: list[str | Path], late_server: FeatureServer
 ) -> None:
-    """It asks nothing before health says SERVING, and ends with the server's error and a code."""
+    """It sends nothing before health is SERVING; a failure ends it with the error and a code."""
     check_waits(client, late_server)
 
 
 @pytest.mark.usefixtures("client")
 def test_its_own_checks_pass() -> None:
-    """Its tests pass, and prettier has nothing to change."""
+    """Its tests pass, and prettier changes nothing."""
     run("npm", "test")
     run("npm", "run", "check")

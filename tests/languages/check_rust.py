@@ -31,7 +31,7 @@ def client() -> Path:
 
 
 def test_prints_what_the_python_client_gets(client: Path, address: str) -> None:
-    """Shapes, types, values and the error are those of the Python client."""
+    """Shapes, types, values and the error equal those of the Python client."""
     check([client], address, "resnet18")
 
 
@@ -41,5 +41,5 @@ def test_receives_large_replies(client: Path, address: str) -> None:
 
 
 def test_waits_until_ready(client: Path, late_server: FeatureServer) -> None:
-    """It asks for nothing before the server says that it serves."""
+    """It sends no request before the server is SERVING."""
     check_waits([client], late_server)

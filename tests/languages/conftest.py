@@ -1,4 +1,4 @@
-"""The servers that the clients of ``examples/`` are run against."""
+"""The servers for the clients in ``examples/``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODELS = ("resnet18", "large=languages.largenet:build")
 
 @pytest.fixture(scope="session")
 def address() -> Iterator[str]:
-    """Where a `layertap serve` with resnet18 and a net of large layers listens."""
+    """The address of a `layertap serve` with resnet18 and a net of large layers."""
     with serving(*MODELS, "--weights", "random", "--seed", "0") as server:
         yield server.address
 

@@ -1,4 +1,4 @@
-"""A net with the layers that clients ask for, and with replies that are over gRPC's 4 MB."""
+"""A net with the layers that clients request, whose replies exceed gRPC's 4 MB."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each client in ``examples/`` prints, held against the Python client's values.
+"""The output of each client in ``examples/``, compared with the Python client's values.
 
 A client prints a line a tensor and a last one for the error::
 
@@ -42,7 +42,7 @@ RUN_SECONDS = 90
 
 @dataclass(frozen=True)
 class Reference:
-    """What the Python client got: each line's name, dtype and shape; its sum and first element."""
+    """The Python client's values: each line's name, dtype and shape; its sum and first element."""
 
     tensors: dict[str, tuple[float, float]]
     kind: str

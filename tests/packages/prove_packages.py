@@ -1,4 +1,4 @@
-"""Is every answer about the models of public packages right?
+"""Are all answers about models of public packages right?
 
 ``tools/drive_packages.py`` makes an environment for each group of packages and runs this file in
 it: every model of the group is served by HOOK, TORCHSCRIPT and AUTO, three requests in a row and in
@@ -37,7 +37,7 @@ GRID = Grid(
 
 
 def main() -> int:
-    """Drive the models of a group that are named, or all of them."""
+    """Test the named models of a group, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("group", help="a file of this folder without .py, such as huggingface")
     parser.add_argument("names", nargs="*", help="models; all of the group if none")

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from authorities import ADMIN, EXTRACT, UNKNOWN, token_file
-from layertap.services.authorization import Authorization
+from layertap.services.grpc_adapter.authorization import Authorization
 from layertap.services.tokens import Tokens
 
 Code = grpc.StatusCode

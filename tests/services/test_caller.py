@@ -11,8 +11,8 @@ import pytest
 from layertap.engine import Call, Engine
 from layertap.errors import CancelledError, DeadlineExceededError
 from layertap.services.caller import Caller, current_caller
-from layertap.services.grpc_caller import caller_of
-from layertap.services.grpc_handlers import stream, unary
+from layertap.services.grpc_adapter.caller import caller_of
+from layertap.services.grpc_adapter.handlers import stream, unary
 from serving import FakeContext, running_server, serving_method
 from streams import eventually
 

@@ -21,7 +21,7 @@ from layertap.models import ModelSpec
 from layertap.services.answer import Answer
 from layertap.services.caller import Caller
 from layertap.services.data_plane import Converted, DataPlane
-from layertap.services.grpc_handlers import unary
+from layertap.services.grpc_adapter.handlers import unary
 from serving import FakeContext, serving_method
 from streams import Counting, eventually
 from tinynets import ITEM

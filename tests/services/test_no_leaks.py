@@ -18,7 +18,7 @@ from layertap.app.security import open_security
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
 from layertap.services.caller import Caller
-from layertap.services.grpc_handlers import unary
+from layertap.services.grpc_adapter.handlers import unary
 from layertap.settings import SecretFiles
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire.messages import encode_request

@@ -22,8 +22,14 @@ from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
 from layertap.errors import OverloadedError
 from layertap.models import ModelSpec
-from layertap.services import overload
-from layertap.services.overload import AT_ONCE, HELD, HELD_SECONDS, HeldRefusals, Overload
+from layertap.services.grpc_adapter import overload
+from layertap.services.grpc_adapter.overload import (
+    AT_ONCE,
+    HELD,
+    HELD_SECONDS,
+    HeldRefusals,
+    Overload,
+)
 
 EXTRACT = "/layertap.v1.FeatureService/Extract"
 ITEM = (3, 4, 4)

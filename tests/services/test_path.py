@@ -30,6 +30,7 @@ HELPERS = {
     "batching/": "the queue between the threads",
     "engine/admission.py": "counts what a request takes, from its first byte to its last",
     "engine/batch.py": "checks the input for the pipeline",
+    "engine/text_batch.py": "likewise, where texts are part of it",
     "call.py": "the deadline and cancellation state, asked all along the way",
     "engine/engine.py": "gives the lease of the version and the pipeline",
     "engine/host.py": "looks up layers and plans for the pipeline",

@@ -406,7 +406,7 @@ def test_input_that_was_given_back_or_retired_is_refused(
     """A reference to an input whose lease was returned or has expired is refused."""
     later = memory.borrow(session, 4)
     memory.give_back(session, written.region, written.generation)
-    with pytest.raises(SharedMemoryLostError, match="no input region of this session"):
+    with pytest.raises(SharedMemoryLostError, match="not an input region of this session"):
         memory.read(session, written)
     clock.now = 11.0
     memory.tick()

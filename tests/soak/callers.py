@@ -1,4 +1,4 @@
-"""A process of clients, good ones and bad ones; it counts how everything ended, a line at a time.
+"""A process with good and bad clients, which counts how every request ended, in JSON lines.
 
     python callers.py ADDRESS THREADS plain|heavy|mixed [INTERVAL]
 
@@ -70,11 +70,11 @@ class Caller:
         self._client = Client(address, timeout=60)
 
     def plain(self) -> None:
-        """Ask for some layers of a few items, and check every element."""
+        """Request some layers of a few items, and check every element."""
         self._timed(*self._question(items=self._chance.choice([1, 1, 1, 2, 4])))
 
     def heavy(self) -> None:
-        """Ask for what takes the server as long as a pass of a usual network."""
+        """Request what takes the server as long as a pass of a usual network."""
         _, value, x, layers = self._question(items=1)
         self._timed("heavy", value, x, layers)
 
@@ -85,13 +85,13 @@ class Caller:
             self.wrong.append(f"catalogue without a layer: {names}")
 
     def hurried(self) -> None:
-        """Give it too little time."""
+        """Set too short a deadline."""
         model, value, x, layers = self._question(items=4)
         timeout = self._chance.uniform(0.001, 0.03)
         self._check(self._client.extract(model, x, layers, timeout=timeout), value)
 
     def cancelled(self) -> None:
-        """Go away in the middle of the call."""
+        """Leave in the middle of the call."""
         model, _, x, _ = self._question(items=2)
         request = pb.ExtractRequest(model=model, layers=[pb.LayerSelection(layer="third")])
         call = (
@@ -105,7 +105,7 @@ class Caller:
             call.result()
 
     def streamed(self) -> None:
-        """Ask for many large replies over one stream, and read them slowly."""
+        """Request many large replies over one stream, and read them slowly."""
         asked = [self._question(items=16) for _ in range(12)]
         requests = [StreamRequest(model, x, layers, key=value) for model, value, x, layers in asked]
         with self._client.stream(timeout=60) as stream:
@@ -114,7 +114,7 @@ class Caller:
                 time.sleep(self._chance.uniform(0, 0.05))
 
     def left(self) -> None:
-        """Open a stream and leave it with everything in flight."""
+        """Open a stream and leave it with all its items in flight."""
         model, value, x, layers = self._question(items=4)
         with self._client.stream(timeout=60) as stream:
             for _, outcome in stream.extract([StreamRequest(model, x, layers)] * 16):
@@ -122,7 +122,7 @@ class Caller:
                     break
 
     def bad(self, kind: str) -> None:
-        """Ask for what can't be had."""
+        """Request what can't be served."""
         x = np.ones((1, 3, SIDE, SIDE), np.float32)
         match kind:
             case "unknown model":
@@ -140,7 +140,7 @@ class Caller:
                 self._client._opened().channel.unary_unary(EXTRACT)(garbage, timeout=60)
 
     def once(self, kind: str, *, patient: bool = True) -> None:
-        """Make a request of a kind, count how it ended, and be patient if told to come later."""
+        """Make a request of a kind, count how it ended, and wait if the server says so."""
         try:
             self.bad(kind) if kind in FAILS else getattr(self, kind)()
         except errors.LayertapError as error:
@@ -176,7 +176,7 @@ class Caller:
         self.latencies.append((time.perf_counter() - begun) * 1000)
 
     def _item(self, outcome: Features | errors.LayertapError, value: int) -> bool:
-        """Count an item of a stream; tell whether it was answered."""
+        """Count an item of a stream; return whether it was answered."""
         if isinstance(outcome, errors.LayertapError):
             if not isinstance(outcome, errors.OverloadedError):
                 raise outcome
@@ -187,7 +187,7 @@ class Caller:
         return True
 
     def _check(self, features: Features, value: int) -> None:
-        """Hold each layer against what it must be, all of one version."""
+        """Compare each layer with its expected values, all of one version."""
         versions = set()
         for layer, unit in (("first", 3 * value), ("third", 12 * value + 1)):
             if layer in features:
@@ -209,7 +209,7 @@ def kinds(mode: str, chance: random.Random) -> Iterator[str]:
 
 
 def ticks(interval: float, chance: random.Random) -> Iterator[None]:
-    """Yield at regular times, at a phase of its own; at once where there is no interval."""
+    """Yield at regular times, with a phase; at once if there is no interval."""
     due = time.monotonic() + chance.uniform(0, interval)
     while True:
         late = time.monotonic() - due
@@ -222,7 +222,7 @@ def ticks(interval: float, chance: random.Random) -> Iterator[None]:
 
 
 def main(address: str, threads: int, mode: str, interval: float = 0) -> None:
-    """Let callers ask until stdin is closed."""
+    """Let callers send requests until stdin is closed."""
     callers = [Caller(address, random.randrange(1 << 32)) for _ in range(threads)]
     ended = threading.Event()
 
@@ -247,7 +247,7 @@ def main(address: str, threads: int, mode: str, interval: float = 0) -> None:
 
 
 def report(callers: list[Caller], begun: float) -> None:
-    """Write what was seen so far."""
+    """Write the counts so far."""
     total = sum((caller.ended for caller in callers), Counter())
     wrong = [text for caller in callers for text in caller.wrong]
     latencies = [ms for caller in callers for ms in caller.latencies]

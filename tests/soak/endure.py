@@ -1,4 +1,4 @@
-"""Does the server stay right and level under everything that clients do to it?
+"""Does the server stay right, with constant memory, whatever clients do to it?
 
     PYTHONPATH=tests python tests/soak/endure.py --seconds 300 --report build/soak.json
 
@@ -77,7 +77,7 @@ layers = ["first", "burn", "third"]
 
 
 class Callers:
-    """A process of callers, and what it last said."""
+    """A process of callers, and its last report."""
 
     def __init__(self, address: str, threads: int, mode: str, interval: float = 0) -> None:
         self.process = subprocess.Popen(
@@ -89,14 +89,14 @@ class Callers:
         self._reader.start()
 
     def end(self, timeout: float = 120) -> dict[str, Any]:
-        """Let every request end, and return what was seen."""
+        """Let every request end, and return the report."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout)
         return self._closed()
 
     def kill(self) -> dict[str, Any]:
-        """End it in mid-call, and return what it had said."""
+        """Kill it in the middle of calls, and return its last report."""
         self.process.kill()
         self.process.wait()
         return self._closed()
@@ -129,7 +129,7 @@ class Watch:
         return len(list((self._folder / "fd").iterdir()))
 
     def close(self) -> None:
-        """Sample no more."""
+        """Stop sampling."""
         self._ended.set()
         self._thread.join()
 
@@ -205,7 +205,7 @@ class Soak:
         threads: int = PENDING,
         interval: float = 0,
     ) -> dict[str, float]:
-        """Let callers ask for heavy passes; return how many were answered, and how long it took."""
+        """Let callers request heavy passes; return how many were answered, and how long it took."""
         callers = [Callers(address, threads, "heavy", interval) for _ in range(processes)]
         time.sleep(seconds)
         seen = [each.end() for each in callers]
@@ -219,7 +219,7 @@ class Soak:
         }
 
     def _mixed(self, address: str, seconds: float) -> tuple[int, int]:
-        """Let all kinds of callers ask, replace weights and kill clients meanwhile."""
+        """Let all kinds of callers run; replace weights and kill clients meanwhile."""
         processes = [Callers(address, PENDING, "mixed") for _ in range(OVERLOAD)]
         ends, reloads, killed = time.monotonic() + seconds, 0, 0
         while time.monotonic() < ends:
@@ -242,13 +242,13 @@ class Soak:
         self.server.process.send_signal(signal.SIGHUP)
 
     def _wait_idle(self, watch: Watch, idle: int) -> None:
-        """Give the server a moment to see that its clients are gone."""
+        """Give the server some time to notice that its clients are gone."""
         ends = time.monotonic() + 20
         while watch.descriptors() > idle and time.monotonic() < ends:
             time.sleep(0.1)
 
     def _stop(self, address: str) -> dict[str, Any]:
-        """Tell it to stop under load: what was admitted is answered, and it ends by itself."""
+        """Stop it under load: admitted requests are answered, and it ends by itself."""
         process = Callers(address, PENDING, "plain")
         while not process.seen["ended"]:
             time.sleep(0.05)
@@ -262,7 +262,7 @@ class Soak:
 
 
 def faults(report: dict[str, Any]) -> list[str]:
-    """Return what a report shows that should not be."""
+    """Return the faults in a report."""
     found = [f"wrong: {text}" for text in report["wrong"]]
     if report["unavailable before the stop"]:
         found.append("requests were UNAVAILABLE before the server was told to stop")

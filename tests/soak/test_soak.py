@@ -1,4 +1,4 @@
-"""A quarter of a minute of what `make soak` does for longer."""
+"""Half a minute of what `make soak` runs for longer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from endure import soak
 
 @pytest.mark.timeout(300)
 def test_a_server_endures_bad_clients_and_reloads() -> None:
-    """Under four times its capacity, kills and reloads: nothing wrong, nothing lost, all level."""
+    """With four times its capacity, kills and reloads, nothing is wrong, lost or growing."""
     report = soak(16)
     print("\np99 ratio:", report["p99 ratio"], "ended:", report["ended"])
     assert report["faults"] == []

@@ -12,7 +12,7 @@ from common import ADDRESS, HOOK, MODEL, batch, tensor
 
 
 async def main() -> None:
-    """Ask many at once, then over a stream."""
+    """Send many requests at once, then over a stream."""
     async with triton.InferenceServerClient(ADDRESS) as client:
         assert await client.is_server_ready()
         given = [batch(seed=seed) for seed in range(8)]

@@ -1,4 +1,4 @@
-"""What the scripts share, which tests/services/infer/test_tritonclient.py runs in .venv-triton."""
+"""Shared by the scripts that tests/services/infer/test_tritonclient.py runs in .venv-triton."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tensor(x: np.ndarray, datatype: str = "FP32") -> triton.InferInput:
 
 
 def refused(call: object, *texts: str) -> None:
-    """Check that a call fails with a text that has these in it."""
+    """Check that a call fails with a text that contains these."""
     said = ""
     try:
         call()

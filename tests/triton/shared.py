@@ -1,4 +1,4 @@
-"""System shared memory for inputs and outputs, as NVIDIA's own example uses it."""
+"""System shared memory for inputs and outputs, used as in NVIDIA's own example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The synchronous client: everything that it can ask, with numpy in and out."""
+"""The synchronous client: every kind of request, with numpy input and output."""
 
 from __future__ import annotations
 

@@ -122,10 +122,19 @@ class _Reader:
 
 
 def _from_folder(folder: Path, spec: ModelSpec) -> str:
-    """Return the source, with its path made relative to the file's folder."""
-    if spec.kind is not SourceKind.TORCHSCRIPT or PurePath(spec.target).is_absolute():
+    """Return the source, its path taken as relative to the file's folder.
+
+    What a Hugging Face source names is a path only if there is such a file or folder, or if it
+    begins like one.
+    """
+    path = folder / expanded(spec.target)
+    if spec.kind.is_hugging_face:
+        relative = path.exists() or spec.target.startswith((".", "~", "/"))
+    else:
+        relative = spec.kind is SourceKind.TORCHSCRIPT
+    if not relative or PurePath(spec.target).is_absolute():
         return spec.source
-    return f"{SourceKind.TORCHSCRIPT}:{folder / expanded(spec.target)}"
+    return f"{spec.kind}:{path}"
 
 
 def _dotted(path: KeyPath) -> str:

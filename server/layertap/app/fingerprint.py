@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layertap.models.checkpoint_files import files_of_weights
+from layertap.models.hf_folder import files_of_folder
+from layertap.models.text import tokenizer_file
 from layertap.settings import ServedModel, SourceKind
-from layertap.settings.paths import is_path
+from layertap.settings.paths import expanded, is_path
 
 __all__ = ["FileStates", "Fingerprint", "file_states", "files_of", "fingerprint_of"]
 
@@ -33,9 +35,14 @@ class Fingerprint:
 def files_of(model: ServedModel) -> tuple[Path, ...]:
     """Return the files that a model is loaded from, except Python code."""
     spec = model.spec
-    source = [Path(spec.target)] if spec.kind is SourceKind.TORCHSCRIPT else []
+    source: tuple[Path, ...] = ()
+    if spec.kind is SourceKind.TORCHSCRIPT:
+        source = (Path(spec.target),)
+    elif spec.kind.is_hugging_face:
+        source = files_of_folder(spec.target)
     weights = files_of_weights(spec.weights) if is_path(spec.weights) else ()
-    return (*source, *weights)
+    tokenizer = (tokenizer_file(expanded(spec.tokenizer)),) if spec.tokenizer else ()
+    return (*source, *weights, *tokenizer)
 
 
 def fingerprint_of(model: ServedModel) -> Fingerprint:

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError as ProtobufDecodeError
 from layertap.grpc_health import health_pb2
 from layertap.services.bounded_calls import BoundedCalls
 from layertap.services.feature_service import FeatureService
-from layertap.services.grpc_handlers import aborting
+from layertap.services.grpc_adapter.handlers import aborting
 from layertap.services.infer.service import InferenceService
 from layertap.threads import WorkerThreads, run_in
 

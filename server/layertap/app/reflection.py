@@ -13,7 +13,7 @@ from layertap.descriptors import POOL
 from layertap.grpc_reflection import reflection_pb2 as pb
 from layertap.grpc_reflection import reflection_v1alpha_pb2
 from layertap.services.bounded_calls import BoundedCalls
-from layertap.services.grpc_handlers import aborting
+from layertap.services.grpc_adapter.handlers import aborting
 
 __all__ = ["REFLECTIONS", "Reflection"]
 

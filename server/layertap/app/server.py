@@ -20,14 +20,16 @@ from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
 from layertap.resources import file_limit
 from layertap.services.admin_service import AdminService
-from layertap.services.authorization import Authorization
 from layertap.services.feature_service import FeatureService
+from layertap.services.grpc_adapter.authorization import Authorization
+from layertap.services.grpc_adapter.handlers import service
+from layertap.services.grpc_adapter.overload import Overload
 from layertap.services.infer.repository import RepositoryControl
 from layertap.services.infer.service import InferenceService, InferenceSettings
 from layertap.services.infer.statistics import Statistics
+from layertap.services.methods import Service
 from layertap.services.observer import Observer, Observers
 from layertap.services.open_streams import OpenStreams
-from layertap.services.overload import Overload
 from layertap.services.shared_memory_service import SharedMemoryService
 from layertap.services.stream_threads import StreamThreads
 from layertap.settings import ServerOptions
@@ -137,14 +139,15 @@ class FeatureServer:
             observer,
             self._stream_threads,
         )
-        self._server.add_generic_rpc_handlers((features.handlers(), inference.handlers()))
+        self._serve(features)
+        self._serve(inference)
         self._pools = (self._workers, *self._health.pools, *self._stream_threads.pools)
         names = [FeatureService.NAME, InferenceService.NAME, HEALTH]
         if admin is not None:
-            self._server.add_generic_rpc_handlers((admin.handlers(),))
+            self._serve(admin)
             names.append(AdminService.NAME)
         if self._broker is not None:
-            self._server.add_generic_rpc_handlers((SharedMemoryService(self._broker).handlers(),))
+            self._serve(SharedMemoryService(self._broker))
             names.append(SharedMemoryService.NAME)
         self._server.add_generic_rpc_handlers(Reflection(names).handlers())
         self._set_health(serving=False)
@@ -219,6 +222,9 @@ class FeatureServer:
             pool.join(_JOIN_SECONDS)
         if self._broker is not None:
             self._broker.close()
+
+    def _serve(self, offered: Service) -> None:
+        self._server.add_generic_rpc_handlers((service(offered.NAME, offered.methods()),))
 
     def _set_health(self, *, serving: bool) -> None:
         self._health.show_server(serving=serving)

@@ -11,7 +11,7 @@ from layertap.app.health import HEALTH
 from layertap.errors import OverloadedError
 from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
-from layertap.services.grpc_handlers import refusing
+from layertap.services.grpc_adapter.handlers import refusing
 from layertap.services.observer import Observer
 from layertap.threads import CallersThread, WorkerThreads, run_in
 

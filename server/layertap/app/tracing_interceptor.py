@@ -13,7 +13,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from layertap.services.caller import Caller
-from layertap.services.grpc_caller import caller_of
+from layertap.services.grpc_adapter.caller import caller_of
 
 __all__ = ["TracingInterceptor"]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from layertap.cli.items import ArrayItems, ImageItems, Items, TextItems, parse_array_files
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
 from layertap.selection import (
@@ -21,6 +22,7 @@ from layertap.selection import (
     LayerSelection,
     Reduction,
 )
+from layertap.texts import Truncation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,17 +30,46 @@ if TYPE_CHECKING:
     from layertap.cli.connection import ServerAddress
     from layertap.cli.render import Stderr
     from layertap.description import ModelDescription, ValueDescription
+    from layertap.inputs import InputLike
 
 __all__ = ["batch_axes", "extract"]
 
 
-@click.command(short_help="Write layers of images into an .npz file.")
+@click.command(short_help="Write layers of images, texts or arrays into an .npz file.")
 @click.argument("model", metavar="MODEL")
-@click.argument("images", nargs=-1, required=True, metavar="IMAGE...", type=click.Path())
+@click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path())
+@click.option(
+    "--input",
+    "arrays",
+    multiple=True,
+    metavar="[NAME=]FILE.npy",
+    help="An array with an item in each row, in place of images. Give one for each input of the "
+    "model; the name may be left out for the only input that it needs.",
+)
+@click.option(
+    "--text",
+    "given_texts",
+    multiple=True,
+    metavar="TEXT",
+    help="A text, in place of images. May be given several times.",
+)
+@click.option(
+    "--texts",
+    "texts_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="A file of texts in UTF-8, one on each line; empty lines are left out.",
+)
+@click.option(
+    "--truncation",
+    type=click.Choice([truncation.value for truncation in Truncation]),
+    default=Truncation.NONE.value,
+    help="Where a text with too many tokens is cut. Default: none, which refuses it.",
+)
 @click.option(
     "-l",
     "--layer",
-    "texts",
+    "layers",
     multiple=True,
     required=True,
     metavar="LAYER[:input][=NAME]",
@@ -75,13 +106,17 @@ __all__ = ["batch_axes", "extract"]
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Images in one forward pass.",
+    help="Items in one forward pass.",
 )
 @local_model_options
 def extract(
     model: str,
     images: tuple[str, ...],
-    texts: tuple[str, ...],
+    arrays: tuple[str, ...],
+    given_texts: tuple[str, ...],
+    texts_file: Path | None,
+    truncation: str,
+    layers: tuple[str, ...],
     output: Path,
     extractor: str,
     dtype: str | None,
@@ -90,29 +125,34 @@ def extract(
     server: ServerAddress | None,
     **flags: Any,
 ) -> None:
-    """Write layers of IMAGEs to an .npz file: one array per layer, with all images in it.
+    """Write layers of images, texts or arrays to an .npz file: one array for each layer.
 
     Batches are joined along each layer's batch dimension, which was measured when the model was
     loaded. For most layers it is the first, so there is one row per image; for layers such as
-    [L, N, D] it is the second.
+    [L, B, D] it is the second.
 
-    MODEL is a torchvision model (resnet18), a TorchScript file (net.pt) or a factory
-    (package.module:function). With --server it is the name of a model on that server. Images are
-    JPEG, PNG or WebP files.
+    MODEL is a torchvision model (resnet18), a Hugging Face model (hf:FOLDER), a TorchScript file
+    (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
+    server. Images are JPEG, PNG or WebP files.
 
     \b
     Examples:
       layertap extract resnet18 *.jpg -l layer4 --reduce global_average_pool -o features.npz
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
+      layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
+      layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
+          -l encoder -o texts.npz
       python -c "import numpy; print(numpy.load('cat.npz')['layer1'].shape)"
     """
     refuse_with_server(server, flags)
     selections = [
         replace(LayerSelection.parse(text), reduction=Reduction(reduction), dtype=dtype or "")
-        for text in texts
+        for text in layers
     ]
-    _check_files(images, output)
+    texts = [*given_texts, *_lines(texts_file)]
+    items = _items(images, arrays, texts, Truncation(truncation))
+    _check_output(output)
     from layertap.cli.npz import Columns
     from layertap.cli.render import Stderr, show_features
 
@@ -123,13 +163,15 @@ def extract(
         if server
         else _local(terminal, model, selections, how, flags)
     )
-    with opened as source, terminal.counting("images", len(images)) as bar:
+    ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
+    with opened as source, terminal.counting(items.noun, len(items)) as bar:
         columns = Columns(lambda: batch_axes(source.describe(), selections))
-        for begin in range(0, len(images), batch_size):
-            batch = [_read(image) for image in images[begin : begin + batch_size]]
-            with _naming(images[begin:]):
-                columns.add(*source.ask(batch), len(batch))
-            bar.advance(bar.task_ids[0], len(batch))
+        for begin in range(0, len(items), batch_size):
+            size = min(batch_size, len(items) - begin)
+            with items.naming(begin):
+                taken = source.ask(items.batch(begin, size))
+                columns.add(*taken, 1 if ragged else size)
+            bar.advance(bar.task_ids[0], size)
     columns.save(output)
     show_features(columns.rows())
 
@@ -143,9 +185,9 @@ class _Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """A model: `ask` extracts layers from encoded images, `describe` describes the model."""
+    """A model: `ask` extracts layers of a batch, `describe` describes the model."""
 
-    ask: Callable[[list[bytes]], _Taken]
+    ask: Callable[[InputLike], _Taken]
     describe: Callable[[], ModelDescription]
 
 
@@ -175,11 +217,18 @@ def _batch_axis(value: ValueDescription | None) -> int | None:
     return None if value.interleaved or value.dynamic or len(grown) != 1 else grown[0]
 
 
-def _check_files(images: Sequence[str], output: Path) -> None:
-    """Check what would otherwise fail only after loading the model."""
-    for image in images:
-        if not Path(image).is_file():
-            raise InvalidInputError(f"image {image}: no such file")
+def _items(
+    images: Sequence[str], arrays: Sequence[str], texts: Sequence[str], truncation: Truncation
+) -> Items:
+    if sum(map(bool, (images, arrays, texts))) != 1:
+        raise click.UsageError("give one of: IMAGEs, texts by --text and --texts, or --input")
+    if images:
+        return ImageItems(images)
+    return TextItems(texts, truncation) if texts else ArrayItems(parse_array_files(arrays))
+
+
+def _check_output(output: Path) -> None:
+    """Check before loading a model what would otherwise fail after it."""
     folder = output.absolute().parent
     if not folder.is_dir():
         raise InvalidInputError(f"output {output}: no such folder {output.parent}")
@@ -187,22 +236,16 @@ def _check_files(images: Sequence[str], output: Path) -> None:
         raise InvalidInputError(f"output {output}: the folder {output.parent} can't be written to")
 
 
-def _read(image: str) -> bytes:
+def _lines(file: Path | None) -> list[str]:
+    """Return the texts of a file, one on each line that is not empty."""
+    if file is None:
+        return []
     try:
-        return Path(image).read_bytes()
-    except OSError as error:
-        raise InvalidInputError(f"image {image}: {error.strerror}") from error
-
-
-@contextmanager
-def _naming(images: Sequence[str]) -> Iterator[None]:
-    """Name the file in errors about one image of the batch; ``images`` begins with the batch."""
-    try:
-        yield
-    except InvalidInputError as error:
-        if error.image is None or error.image >= len(images):
-            raise
-        raise InvalidInputError(f"image {images[error.image]}: {error.detail}") from error
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InvalidInputError(f"texts {file}: {reason}") from error
+    return [line for line in lines if line.strip()]
 
 
 @contextmanager
@@ -213,8 +256,8 @@ def _remote(
 
     with server.client() as client:
 
-        def ask(images: list[bytes]) -> _Taken:
-            features = client.extract(model, images, selections, extractor=extractor)
+        def ask(given: InputLike) -> _Taken:
+            features = client.extract(model, given, selections, extractor=extractor)
             return _Taken(features, features.extractor)
 
         yield _Source(ask, lambda: description_from_proto(client.describe_model(model)))
@@ -234,8 +277,8 @@ def _local(
         if assumed := model.host.model.assumptions():
             terminal.say(assumed, logging.WARNING)
 
-        def ask(images: list[bytes]) -> _Taken:
-            features = model.extract(images, selections, extractor=extractor)
+        def ask(given: InputLike) -> _Taken:
+            features = model.extract(given, selections, extractor=extractor)
             return _Taken(features.numpy(), features.extractor)
 
         yield _Source(ask, model.describe)

@@ -51,9 +51,9 @@ def layers(
 ) -> None:
     """List a model's layers, as measured by running the model.
 
-    MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a TorchScript file
-    (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
-    server.
+    MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a Hugging Face model
+    (hf:FOLDER), a TorchScript file (net.pt) or a factory (package.module:function). With --server
+    it is the name of a model on that server.
 
     \b
     Examples:

@@ -39,9 +39,9 @@ _SERVER_FLAGS = tuple(each.key for each in definitions(ServerOptions) if each.fl
 def serve(models: tuple[str, ...], config_file: str | None, **flags: Any) -> None:
     """Serve models over gRPC until SIGTERM or Ctrl-C.
 
-    MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a TorchScript file
-    (net.pt) or a factory (package.module:function). Flags apply to every MODEL; a file given with
-    --config can configure each one differently.
+    MODEL is a torchvision model (resnet18), a timm model (timm:convnext_tiny), a Hugging Face model
+    (hf:FOLDER), a TorchScript file (net.pt) or a factory (package.module:function). Flags apply to
+    every MODEL; a file given with --config can configure each one differently.
 
     \b
     Examples:

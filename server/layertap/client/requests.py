@@ -21,6 +21,7 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.texts import Texts
     from layertap.wire.tensors import Arrays
 
 __all__ = ["StreamRequest", "request_fields"]
@@ -84,7 +85,20 @@ def request_fields(
     fields["images"] = [
         feature_service_pb2.ImageBatch(images=files, input=name) for name, files in encoded.images
     ]
+    fields["texts"] = [_texts(name, texts) for name, texts in encoded.texts]
     return fields, encoded.arrays
+
+
+def _texts(name: str, given: Texts) -> feature_service_pb2.TextBatch:
+    options = given.options
+    return feature_service_pb2.TextBatch(
+        texts=given.texts,
+        input=name,
+        truncation=to_proto(options.truncation, "TRUNCATION"),
+        max_tokens=options.max_tokens,
+        omit_special_tokens=not options.special_tokens,
+        return_tokens=options.return_tokens,
+    )
 
 
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:

@@ -2,7 +2,7 @@
 
 from layertap.call import Call
 from layertap.engine.admission import Reservation
-from layertap.engine.batch import ImageFiles, Inputs
+from layertap.engine.batch import ImageFiles, Inputs, TextBatch
 from layertap.engine.describe import describe, summarize
 from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
@@ -24,6 +24,7 @@ __all__ = [
     "ModelHost",
     "Reservation",
     "TensorForm",
+    "TextBatch",
     "allow_tf32",
     "choose_device",
     "describe",

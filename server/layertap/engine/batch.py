@@ -12,13 +12,16 @@ from PIL import Image
 
 from layertap.errors import InvalidInputError
 from layertap.models import Batch, ImageLimits, LoadedModel, Preprocess
+from layertap.models.text import DEFAULT_OPTIONS
 from layertap.settings import Limits
 from layertap.silence import warnings_ignored
+from layertap.texts import TextOptions
 from layertap.wire.tensors import TensorView
 
 __all__ = [
     "ImageFiles",
     "Inputs",
+    "TextBatch",
     "batch_bytes",
     "check_images",
     "check_tensors",
@@ -39,7 +42,7 @@ class ImageFiles:
 
     Attributes:
         images: The files.
-        name: The input that they are for; empty where the model takes images for one input only.
+        name: The input that they are for; may be empty if only one input takes images.
     """
 
     images: Sequence[bytes]
@@ -47,17 +50,33 @@ class ImageFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a request gives the model: for each of its inputs a tensor or images.
+class TextBatch:
+    """Texts, one for each item of a batch.
 
     Attributes:
-        tensors: Tensors as the model takes them, by name; the name may be empty for the only input
-            that the model needs.
+        texts: The texts.
+        options: How they are tokenised.
+        name: The input that they are for; empty where the model takes texts for one input only.
+    """
+
+    texts: Sequence[str]
+    options: TextOptions = DEFAULT_OPTIONS
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The inputs in a request: a tensor or images for each.
+
+    Attributes:
+        tensors: Tensors by name; the name may be empty if the model needs only one input.
         images: Images, for inputs without a tensor.
+        texts: Texts, for inputs of token ids without a tensor.
     """
 
     tensors: tuple[TensorView, ...] = ()
     images: tuple[ImageFiles, ...] = ()
+    texts: tuple[TextBatch, ...] = ()
 
 
 _PIXEL_BYTES = 4
@@ -107,13 +126,11 @@ def check_tensors(
 
 
 def check_images(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, ImageFiles]:
-    """Return a request's images by the name of the input that they are for.
-
-    Before they are decoded, which takes long.
+    """Check a request's images before they are decoded; return them by the input's name.
 
     Raises:
         InvalidInputError: The names are not those of inputs that take images, there are no images
-            or too many, or they are not as many as the tensors have items.
+            or too many, or their number is not the number of items in the tensors.
     """
     found: dict[str, ImageFiles] = {}
     items = {repr(name): view.shape[0] for name, view in _by_name(given.tensors).items()
@@ -207,13 +224,13 @@ def decode_images(
 
 
 def batch_bytes(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> int:
-    """Return the bytes of the tensor that ``preprocess_images`` will make of decoded images."""
+    """Return the size in bytes of the tensor that ``preprocess_images`` will return."""
     spec = model.signature.spec(name)
     return len(images) * math.prod(spec.shape) * spec.dtype.itemsize
 
 
 def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> torch.Tensor:
-    """Return decoded images as a tensor ``[B, C, H, W]`` for one of the model's inputs.
+    """Convert decoded images to a tensor ``[B, C, H, W]`` for one of the model's inputs.
 
     Call this on a compute thread only.
 

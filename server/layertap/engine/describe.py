@@ -23,6 +23,7 @@ from layertap.extraction.catalogue import LayerEntry, side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.points import PointKind, ValueSpec
 from layertap.models import InputSpec, Preprocess, Steps
+from layertap.models.text import TextTokenizer
 from layertap.selection import Capture, Extractor
 
 __all__ = ["describe", "summarize"]
@@ -53,7 +54,11 @@ def summarize(host: ModelHost) -> ModelDescription:
         weights=model.weights,
         device=str(model.device),
         inputs=tuple(
-            _input(spec, model.preprocess if spec.name in model.image_inputs else None)
+            _input(
+                spec,
+                model.preprocess if spec.name in model.image_inputs else None,
+                model.tokenizer if spec.name in model.text_inputs else None,
+            )
             for spec in model.signature.inputs
         ),
         layers=(),
@@ -99,7 +104,9 @@ def _stride(entry: LayerEntry, host: ModelHost) -> float:
     return host.model.signature.main.shape[-2] / entry.geometry.height
 
 
-def _input(spec: InputSpec, preprocess: Preprocess | None) -> InputDescription:
+def _input(
+    spec: InputSpec, preprocess: Preprocess | None, tokenizer: TextTokenizer | None
+) -> InputDescription:
     dimensions = (Dimension(size, free=name) for size, name in spec.dimensions)
     return InputDescription(
         name=spec.name,
@@ -108,6 +115,8 @@ def _input(spec: InputSpec, preprocess: Preprocess | None) -> InputDescription:
         images=_images(preprocess) if preprocess else None,
         preprocessing=preprocess.describe() if preprocess else "",
         optional=spec.optional,
+        texts=tokenizer is not None,
+        tokenization=tokenizer.describe() if tokenizer else "",
     )
 
 

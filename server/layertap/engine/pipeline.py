@@ -26,13 +26,22 @@ from layertap.engine.batch import (
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ReplyWriter
 from layertap.engine.reply_form import P, ReplyForm
-from layertap.engine.reply_layout import Envelope, reply_collector, reply_writer
+from layertap.engine.reply_layout import Beside, Envelope, reply_collector, reply_writer
 from layertap.engine.resolve import Resolved
+from layertap.engine.text_batch import (
+    TextBatch,
+    beside_batch,
+    check_texts,
+    tensors_of_texts,
+    tokenize,
+)
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
+from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.plan import Plan
 from layertap.models import Batch
+from layertap.models.text import TokenizedTexts
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import Limits
@@ -126,23 +135,27 @@ class Pipeline:
     def _extract(self, admitted: _Admitted[P]) -> Extraction[P]:
         host, request, call = admitted.host, admitted.request, admitted.call
         resolved = host.resolve(request.selections, request.extractor)
-        x = self._batch(admitted)
+        x, beside = self._batch(admitted)
+        kind = host.finite_only(resolved, x)
+        if kind and not _is_finite(request, x):
+            # Before a plan for the outcome of such numbers would be asked for.
+            resolved = host.resolve(request.selections, _for_any_number(request, kind, host))
         plan = host.plan(resolved, x, call)
         if plan.kind.finite_only and not _is_finite(request, x):
-            resolved = host.resolve(request.selections, _for_any_number(request, plan, host))
+            resolved = host.resolve(request.selections, _for_any_number(request, plan.kind, host))
             plan = host.plan(resolved, x, call)
         try:
-            return self._run(admitted, x, resolved, plan)
+            return self._run(admitted, x, beside, resolved, plan)
         except ModelRunError as error:
             if not plan.kind.compiled:
                 raise
             reason = str(error)
         # Outside the handler, because the error refers to the former reply and its memory.
         admitted.reply.shrink(0)
-        return self._run_model(admitted, x, plan, reason)
+        return self._run_model(admitted, x, beside, plan, reason)
 
     def _run_model(
-        self, admitted: _Admitted[P], x: Batch, failed: Plan, reason: str
+        self, admitted: _Admitted[P], x: Batch, beside: Beside, failed: Plan, reason: str
     ) -> Extraction[P]:
         """Run the model itself after a compiled program failed.
 
@@ -152,14 +165,14 @@ class Pipeline:
         host, request = admitted.host, admitted.request
         resolved = host.resolve(request.selections, REFERENCE.id)
         plan = host.plan(resolved, x, admitted.call)
-        extraction = self._run(admitted, x, resolved, plan)
+        extraction = self._run(admitted, x, beside, resolved, plan)
         refusal = host.refuse(failed, reason)
         if request.extractor is Extractor.AUTO:
             return extraction
         raise refusal
 
     def _run(
-        self, admitted: _Admitted[P], x: Batch, resolved: Resolved, plan: Plan
+        self, admitted: _Admitted[P], x: Batch, beside: Beside, resolved: Resolved, plan: Plan
     ) -> Extraction[P]:
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
@@ -169,11 +182,11 @@ class Pipeline:
         def collect() -> Reply[P]:
             # The former reply was dropped, and its memory with it.
             reserved.shrink(0)
-            return reply_collector(*parts)
+            return reply_collector(*parts, beside=beside)
 
         lay_out = reply_collector if plan.dynamic else reply_writer
         # No variable here refers to the reply, so its memory is freed if ``collect`` replaces it.
-        work = Work(host, plan, resolved, x, lay_out(*parts), collect, call)
+        work = Work(host, plan, resolved, x, lay_out(*parts, beside=beside), collect, call)
         items = x.size
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
@@ -201,15 +214,26 @@ class Pipeline:
             payload, plan.extractor, timings, done.together, form.shared_bytes, items, reserved
         )
 
-    def _batch(self, admitted: _Admitted[Any]) -> Batch:
+    def _batch(self, admitted: _Admitted[Any]) -> tuple[Batch, Beside]:
         host, given = admitted.host, admitted.request.inputs
+        texts = check_texts(host.model, given, self._limits)
         images = check_images(host.model, given, self._limits)
-        made = {name: self._images(admitted, name, files) for name, files in images.items()}
+        tokenized = {name: self._texts(admitted, batch) for name, batch in texts.items()}
+        made = tensors_of_texts(host.model, given, tokenized)
+        for name, files in images.items():
+            made[name] = self._images(admitted, name, files)
         x = check_tensors(host.model, given.tensors, self._limits, made)
+        beside = beside_batch(host.model, x, texts, tokenized)
         if host.staging is None:
-            return x
+            return x, beside
         admitted.received.take(x.nbytes)
-        return x.map(host.staging.upload)
+        return x.map(host.staging.upload), beside
+
+    def _texts(self, admitted: _Admitted[Any], given: TextBatch) -> TokenizedTexts:
+        with self._decoding(admitted.call):
+            tokenized = tokenize(admitted.host.model, given, self._limits, admitted.call)
+        admitted.received.take(sum(array.nbytes for array in tokenized))
+        return tokenized
 
     def _images(self, admitted: _Admitted[Any], name: str, given: ImageFiles) -> torch.Tensor:
         host, call, received = admitted.host, admitted.call, admitted.received
@@ -224,9 +248,9 @@ class Pipeline:
 
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
-        """Wait until fewer images are being decoded than there are CPUs; more would be slower."""
+        """Wait until fewer inputs are being decoded than there are CPUs; more would be slower."""
         if not self._decoders.acquire(timeout=call.remaining()):
-            raise DeadlineExceededError("the deadline passed before the images were decoded")
+            raise DeadlineExceededError("the deadline passed before the input was decoded")
         try:
             yield
         finally:
@@ -247,12 +271,14 @@ def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
     return not request.inputs.tensors or x.is_finite
 
 
-def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost) -> Extractor:
-    """Return the extractor for input with NaN or infinity, which the plan's kind can't take."""
+def _for_any_number(
+    request: ExtractionRequest[Any], kind: ExtractorKind, host: ModelHost
+) -> Extractor:
+    """Return the extractor for input with NaN or infinity, which the kind can't take."""
     if request.extractor is Extractor.AUTO:
         return REFERENCE.id
     raise ExtractorUnsupportedError(
-        f"{plan.kind.name} can't serve an input that holds NaN or infinity: compiled programs "
+        f"{kind.name} can't serve an input that holds NaN or infinity: compiled programs "
         f"handle them differently from model {host.model.name!r} does; {REFERENCE.name} can"
     )
 

@@ -12,18 +12,36 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic
 
+import numpy as np
 import torch
 
 from layertap.engine.reply import ROWS, ReplyCollector, ReplyWriter, TensorType
 from layertap.engine.reply_form import P, ReplyBuilder, ReplyForm
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
-from layertap.errors import ExtractorUnsupportedError, ReplyTooLargeError
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyTooLargeError
+from layertap.extraction.masked import Tokens
 from layertap.extraction.plan import Plan
 from layertap.extraction.reductions import Reduced, reduced
-from layertap.wire.dtypes import DType
+from layertap.wire.dtypes import DType, of_array
 
-__all__ = ["Envelope", "reply_collector", "reply_writer"]
+__all__ = ["NOTHING_BESIDE", "Beside", "Envelope", "reply_collector", "reply_writer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a request has beside its batch.
+
+    Attributes:
+        tokens: Which positions of its texts count, for reductions; None if all do.
+        arrays: Further tensors of the reply, by name: they are known before the pass.
+    """
+
+    tokens: Tokens | None = None
+    arrays: Sequence[tuple[str, np.ndarray]] = ()
+
+
+NOTHING_BESIDE = Beside()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +66,8 @@ def reply_writer(
     size: int,
     envelope: Envelope[P],
     staging: Staging | None = None,
+    *,
+    beside: Beside = NOTHING_BESIDE,
 ) -> ReplyWriter[P]:
     """Lay out and allocate the reply for a plan with known shapes.
 
@@ -57,6 +77,7 @@ def reply_writer(
         size: The number of items in the batch.
         envelope: The form of the reply and the limits on its size.
         staging: Copies values from a GPU to the host; if None, each value is written at once.
+        beside: What the request has beside its batch.
 
     Raises:
         ReplyTooLargeError: If the reply would exceed its limit.
@@ -64,14 +85,14 @@ def reply_writer(
         InvalidInputError: If a reduction does not fit its layer.
         ExtractorUnsupportedError: If a layer's dtype can't be sent.
     """
-    made = _reductions(outputs, plan)
+    made = _reductions(outputs, plan, beside.tokens)
     values = [(each.spec.shape(size), each.spec.dtype) for each in made]
     if staging is not None:
         envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
     slots: dict[int, list[tuple[int, Reduced]]] = {}
     for slot, output in enumerate(outputs):
         slots.setdefault(output.point, []).append((slot, made[slot]))
-    builder = _builder(outputs, envelope, values)
+    builder = _builder(outputs, envelope, beside, values)
     expected = [(spec.shape(size), spec.dtype) for spec in plan.specs]
     return ReplyWriter(builder, expected, slots, staging)
 
@@ -82,39 +103,60 @@ def reply_collector(
     size: int,
     envelope: Envelope[P],
     staging: Staging | None = None,
+    *,
+    beside: Beside = NOTHING_BESIDE,
 ) -> ReplyCollector[P]:
     """Prepare the reply for a plan whose shapes depend on the content; it is laid out at the end.
 
     See ``reply_writer`` for arguments and errors. The first two errors are raised at the end.
     """
     # Check the reductions now: one that needs a fixed shape is then refused before any compute.
-    made = _reductions(outputs, plan)
+    made = _reductions(outputs, plan, beside.tokens)
     expected = [spec.shape(size) for spec in plan.specs]
-    return ReplyCollector(outputs, made, expected, partial(_builder, outputs, envelope), staging)
+    return ReplyCollector(
+        outputs, made, expected, partial(_builder, outputs, envelope, beside), staging
+    )
 
 
-def _reductions(outputs: Sequence[Output], plan: Plan) -> list[Reduced]:
+def _reductions(outputs: Sequence[Output], plan: Plan, tokens: Tokens | None) -> list[Reduced]:
     return [
-        reduced(plan.specs[output.point], output.reduction, output.layer, plan.batch_key)
+        reduced(plan.specs[output.point], output.reduction, output.layer, plan.batch_key, tokens)
         for output in outputs
     ]
 
 
 def _builder(
-    outputs: Sequence[Output], envelope: Envelope[P], values: Sequence[TensorType]
+    outputs: Sequence[Output],
+    envelope: Envelope[P],
+    beside: Beside,
+    values: Sequence[TensorType],
 ) -> ReplyBuilder[P]:
     tensors = [
         (output.name, _sent_as(output, dtype).number, shape)
         for output, (shape, dtype) in zip(outputs, values, strict=True)
     ]
+    more = [(name, of_array(array).number, array.shape) for name, array in beside.arrays]
+    _check_names(outputs, [name for name, _, _ in more])
     limit = envelope.max_bytes
     try:
-        nbytes = envelope.form.lay_out(tensors)
+        nbytes = envelope.form.lay_out([*tensors, *more])
     except ValueError:
         raise ReplyTooLargeError(_too_large("over 2 GiB", limit)) from None
     if nbytes > limit:
         raise ReplyTooLargeError(_too_large(f"{nbytes} bytes", limit))
-    return envelope.form.builder(envelope.admit)
+    builder = envelope.form.builder(envelope.admit)
+    for index, (_, array) in enumerate(beside.arrays, len(tensors)):
+        builder.write(index, array, of_array(array).number)
+    return builder
+
+
+def _check_names(outputs: Sequence[Output], more: Sequence[str]) -> None:
+    taken = [output.name for output in outputs if output.name in more]
+    if taken:
+        raise InvalidInputError(
+            f"layers: got {taken[0]!r} as the name of an output, which the tokens of the texts "
+            f"have; give the layer an alias"
+        )
 
 
 def _too_large(predicted: str, limit: int) -> str:

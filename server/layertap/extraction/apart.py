@@ -57,11 +57,11 @@ _POLL_SECONDS = 0.002
 """Seconds that each step waits for the child. Other requests run between the steps."""
 
 _IDLE_SECONDS = 20.0
-"""How long a helper waits for another program before it is ended."""
+"""Seconds for which a helper waits for another program before it is ended."""
 
-# Its standard input is a socket. A message is the code that a child runs and the files that are to
-# be its standard streams; the answer is the child's exit code. The child ends by itself where
-# nobody is left who would end it.
+# Its standard input is a socket. A message has the code that a child runs, and the files for the
+# child's standard streams; the answer is the child's exit code. An alarm ends the child if no other
+# process does.
 _HELPER = """
 import os, signal, socket, struct, sys
 import torch
@@ -172,7 +172,7 @@ class _Helper:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self._timer: threading.Timer | None = None
-        # Whole messages, with files.
+        # SOCK_SEQPACKET keeps messages apart and can carry files.
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
@@ -192,7 +192,7 @@ class _Helper:
         """Run code in a child with these standard streams, in steps; return its exit code.
 
         Raises:
-            ProgramEndedError: It took too long, or the helper ended. The helper is of no use then.
+            ProgramEndedError: It took too long or the helper ended; don't use the helper again.
         """
         ends = time.monotonic() + _SECONDS
         self._socket.settimeout(_POLL_SECONDS)
@@ -217,22 +217,22 @@ class _Helper:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the helper is still running."""
         return self._process.poll() is None
 
     def end_later(self) -> None:
-        """End it when nobody has used it for a while."""
+        """End the helper if it is not used for a while."""
         self._timer = threading.Timer(_IDLE_SECONDS, _end_idle, (self,))
         self._timer.daemon = True
         self._timer.start()
 
     def stay(self) -> None:
-        """Undo ``end_later``."""
+        """Cancel ``end_later``."""
         if self._timer is not None:
             self._timer.cancel()
 
     def end(self) -> None:
-        """End it, and a child that runs."""
+        """End the helper, and its child if there is one."""
         self.stay()
         self._socket.close()
         if self.alive:
@@ -249,12 +249,12 @@ _lock = threading.Lock()
 
 
 def _free_helper() -> _Helper:
-    """Return a helper that waits, or a new one; the caller keeps or ends it."""
+    """Return a waiting helper or a new one; the caller must keep or end it."""
     with _lock:
         while _idle:
             helper = _idle.pop()
             if helper.owner != os.getpid():
-                continue  # This process was forked from the one that it belongs to.
+                continue  # It belongs to the parent, from which this process was forked.
             helper.stay()
             if helper.alive:
                 return helper
@@ -263,7 +263,7 @@ def _free_helper() -> _Helper:
 
 
 def _keep(helper: _Helper) -> None:
-    """Keep a helper for the next program for a while."""
+    """Keep a helper for some seconds, for the next program."""
     with _lock:
         try:
             helper.end_later()

@@ -1,11 +1,11 @@
-"""Finds which dimensions of a model's inputs may have another size, and which go together.
+"""Finds which dimensions of a model's inputs may have another size, and which must be equal.
 
 Note [Dimensions that go together]
-    The model is run with one dimension at half or at twice its size. Where it runs, the dimension
-    is free. Dimensions of one size that may not differ alone are then changed together: height and
-    width of a model that takes squares only, the length of token ids and of their mask. Where the
+    The model is run with one dimension at half or at twice its size. If it runs, the dimension is
+    free. Dimensions of equal size that can't change alone are then changed together: height and
+    width of a model that takes only squares, or the length of token ids and of their mask. If the
     model runs, they are free and have one name, so that a request in which they differ is refused
-    with that reason.
+    for that reason.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from layertap.models import BatchKey, InputSpec, LoadedModel, Signature
 __all__ = ["free_dimensions"]
 
 MAX_PAIRS = 8
-"""Dimensions with each of which another one is changed alone."""
+"""Maximum number of dimensions with which each other one is changed as a pair."""
 
 Runs = Callable[[BatchKey], bool]
-"""Whether the model runs on items of a key."""
+"""Returns whether the model runs on items with a key."""
 
 
 class _Place(NamedTuple):
-    """A dimension: of which input, and which of its item."""
+    """A dimension: the name of the input, and the index in its item."""
 
     name: str
     axis: int
 
 
 def free_dimensions(model: LoadedModel, runs: Runs) -> Signature:
-    """Return the signature of a model with its free dimensions; see the note above.
+    """Return a model's signature with its free dimensions; see Note [Dimensions that go together].
 
-    Inputs whose free dimensions are no guess stay as they are.
+    Inputs whose free dimensions are not a guess are not changed.
 
     Args:
         model: The model.
@@ -58,10 +58,10 @@ def free_dimensions(model: LoadedModel, runs: Runs) -> Signature:
 
 
 def _groups(places: Sequence[_Place], trial: _Trial) -> Iterator[list[_Place]]:
-    """Yield the dimensions of one size that may only change together, as few at a time as run.
+    """Yield groups of equal dimensions that can only change together, as small as possible.
 
-    Of two images of one size the heights go together, and so do the widths. All four run together
-    as well, but a model that takes other heights than widths would then be said to take none.
+    For two images of one size, the heights are one group and the widths are another. The model also
+    runs if all four change together, but that group would say that images must be square.
     """
     left = list(places)
     while left:
@@ -88,9 +88,9 @@ class _Trial:
         return self._shapes[place.name][place.axis]
 
     def runs_at_others(self, places: Sequence[_Place]) -> bool:
-        """Return whether the model runs with dimensions at half or at twice their size."""
+        """Return whether the model runs with these dimensions at half or twice their size."""
         size = self.size(places[0])
-        # Not at 1, which may pass for the right size where a tensor is broadcast.
+        # Not at 1, as a size of 1 may be broadcast to any size.
         return any(
             self._runs(self._at(places, other)) for other in (size // 2, 2 * size) if other > 1
         )
@@ -111,7 +111,7 @@ def _named(
     alone: Sequence[_Place],
     tied: Sequence[Sequence[_Place]],
 ) -> Signature:
-    """Return a signature with its free dimensions, those that go together under one name."""
+    """Return a signature with free dimensions; those that must be equal get the same name."""
     shared = {place: group for group in tied for place in group}
     names: dict[_Place, str] = {}
     used = _names_in(signature, open_inputs)

@@ -26,10 +26,10 @@ _BYTES = 256
 
 
 def with_id_ranges(model: LoadedModel, guard: PassGuard) -> LoadedModel:
-    """Return the model with the range of the ids of each input that is integers of unknown range.
+    """Return the model with the range of ids of each integer input whose range is unknown.
 
-    The model runs, each pass inside its guard. Where it runs on no larger range than 0 and 1, the
-    input stays as it is.
+    The model runs, each pass inside its guard. If it runs with no range larger than 0 and 1, the
+    input is not changed.
     """
     for spec in model.signature.inputs:
         dtype = spec.dtype
@@ -49,7 +49,7 @@ def _with_id_range(model: LoadedModel, spec: InputSpec, guard: PassGuard) -> Loa
 
 
 def _tables(model: LoadedModel, name: str, guard: PassGuard) -> set[int]:
-    """Return the rows of the tables in which ids that follow an input are looked up."""
+    """Return the number of rows of each table in which ids from an input are looked up."""
     x = ordinary_batch(model, 1, model.signature.whole_key)
     with guard, watch_looks(model.module, {name: x[name]}) as looks:
         try:

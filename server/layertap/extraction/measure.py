@@ -141,7 +141,7 @@ def measure_with_graph(
 
 
 def _survey_with_optional(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
-    """Run a model with its optional inputs too, for which other modules may run."""
+    """Run a model with its optional inputs too, because other modules may run then."""
     signature = model.signature
     if signature.whole_key == signature.key:
         return []
@@ -261,12 +261,12 @@ def _first(entries: Mapping[str, LayerEntry], points: Collection[CapturePoint]) 
 
 
 def _ungiven_arguments(model: LoadedModel) -> list[str]:
-    """Return the names of the arguments of ``forward`` that no input of the model is for."""
+    """Return the names of the arguments of ``forward`` to which no input belongs."""
     if model.arguments.adapter is not None:
         return []
     given = {spec.name.split(".")[0] for spec in model.signature.inputs}
     ungiven = [p.name for p in model.arguments.parameters if p.name not in given and not p.rest]
-    # A lone input may be called otherwise than the parameter that it is for.
+    # A single input may have another name than its parameter.
     unnamed = len(given) == 1 and len(ungiven) == len(model.arguments.parameters)
     return ungiven[1:] if unnamed else ungiven
 

@@ -15,6 +15,7 @@ import torch
 
 from layertap.errors import InvalidInputError
 from layertap.extraction.layout import Geometry, Layout
+from layertap.extraction.masked import MASKED, RAGGED, Tokens, masked
 from layertap.extraction.points import Dim, ValueSpec
 from layertap.models import BatchKey
 from layertap.selection import Reduction
@@ -32,7 +33,13 @@ class Reduced:
     apply: Apply
 
 
-def reduced(spec: ValueSpec, reduction: Reduction, layer: str, key: BatchKey) -> Reduced:
+def reduced(
+    spec: ValueSpec,
+    reduction: Reduction,
+    layer: str,
+    key: BatchKey,
+    tokens: Tokens | None = None,
+) -> Reduced:
     """Return a reduction for the values of a layer.
 
     Args:
@@ -40,6 +47,7 @@ def reduced(spec: ValueSpec, reduction: Reduction, layer: str, key: BatchKey) ->
         reduction: Which reduction.
         layer: The layer's name, for the error message.
         key: The shapes of the batch's items, for the error message.
+        tokens: Which positions of the batch's texts count; None if all do.
 
     Raises:
         InvalidInputError: If the reduction can't be applied to such values.
@@ -48,7 +56,11 @@ def reduced(spec: ValueSpec, reduction: Reduction, layer: str, key: BatchKey) ->
         return Reduced(spec, _same)
     takes, make = _RULES[reduction]
     front = _batch_in_front(spec)
-    made = make(front, spec.geometry) if front and not spec.dynamic else None
+    made = None
+    if front is not None and not spec.dynamic:
+        made = make(front, spec.geometry)
+        if reduction in MASKED and _is_series(front):
+            made = masked(reduction, front, tokens, layer)
     if front is None or made is None:
         shape = [f"{dim.size}B" if dim.batch else dim.size for dim in spec.dims]
         known = "" if spec.geometry != Geometry() else " (of unknown layout)"
@@ -57,11 +69,21 @@ def reduced(spec: ValueSpec, reduction: Reduction, layer: str, key: BatchKey) ->
             f"{spec.dtype} {shape}{known} for items of {key}"
         )
     dims, apply = made
+    if reduction in RAGGED:
+        # Its first dimension is not the batch.
+        return Reduced(ValueSpec(spec.dtype, tuple(dims)), _in_front(apply, spec))
+    return Reduced(ValueSpec(spec.dtype, (front.dims[0], *dims)), _in_front(apply, spec))
+
+
+def _in_front(apply: Apply, spec: ValueSpec) -> Apply:
+    """Return what applies a function to values with their batch dimension moved to the front."""
     axis = next(index for index, dim in enumerate(spec.dims) if dim.batch)
-    return Reduced(
-        ValueSpec(spec.dtype, (front.dims[0], *dims)),
-        apply if axis == 0 else lambda value: apply(value.movedim(axis, 0)),
-    )
+    return apply if axis == 0 else lambda value: apply(value.movedim(axis, 0))
+
+
+def _is_series(front: ValueSpec) -> bool:
+    """Return whether values are ``[B, L, C]`` with one row for each position of the input."""
+    return len(front.dims) == 3 and front.geometry.positions == (1,)
 
 
 Made = tuple[Sequence[Dim], Apply] | None
@@ -134,6 +156,11 @@ def _token_grid(spec: ValueSpec, shape: Geometry) -> Made:
             return None
 
 
+def _only_series(spec: ValueSpec, shape: Geometry) -> Made:
+    """Return None: of values that are no tokens of texts there is no such reduction."""
+    return None
+
+
 _RULES: dict[Reduction, tuple[str, Callable[[ValueSpec, Geometry], Made]]] = {
     Reduction.GLOBAL_AVERAGE_POOL: (
         "[B, C, H, W], [B, H, W, C], patch tokens [B, N, C] or a series ([B, T, C] or [B, C, T]) "
@@ -142,5 +169,9 @@ _RULES: dict[Reduction, tuple[str, Callable[[ValueSpec, Geometry], Made]]] = {
     ),
     Reduction.FLATTEN: ("[B, ...]", _flatten),
     Reduction.CLASS_TOKEN: ("[B, N, C] with more tokens than patches", _class_token),
+    Reduction.LAST_TOKEN: ("the tokens of texts, [B, L, C]", _only_series),
+    Reduction.TOKEN_MAX: ("the tokens of texts, [B, L, C]", _only_series),
+    Reduction.TOKENS: ("the tokens of texts, [B, L, C]", _only_series),
+    Reduction.WORDS: ("the tokens of texts, [B, L, C]", _only_series),
     Reduction.TOKEN_GRID: ("patch tokens [B, N, C], [B, H, W, C] or [B, C, H, W]", _token_grid),
 }

@@ -115,10 +115,10 @@ def _batch(
 
 
 def _made(example: Example, model: LoadedModel, size: int, key: BatchKey, seed: int) -> Batch:
-    """Return a batch that the model's own function makes, whose numbers only it knows to be valid.
+    """Return a batch made by the model's own function, which knows what numbers are valid.
 
     Raises:
-        ModelLoadError: It returns other tensors than the inputs say.
+        ModelLoadError: Its tensors don't match the inputs.
     """
     with seeded(seed):
         made = example(size)
@@ -135,13 +135,13 @@ def _is_item(made: torch.Tensor | None, item: ItemTensor, size: int) -> bool:
 
 
 def _mask(shape: Shape, padding: int, *, varied: bool) -> torch.Tensor:
-    """Return a mask: of an even item all elements count; of an odd one those of one half.
+    """Return a mask: in even items all elements count, in odd items only those of one half.
 
     Args:
-        shape: With the batch.
-        padding: What stands for padding, 0 or 1.
-        varied: Whether the halves take turns: the second one of the first odd item, as where text
-            is padded on its left, the first one of the next; else it is the first one.
+        shape: The shape, including the batch.
+        padding: The number for padding, 0 or 1.
+        varied: Whether the half alternates: the second half in the first odd item, as if text is
+            padded on its left, then the first half. If not, it is always the first half.
     """
     mask = torch.full(shape, 1.0 - padding)
     size, *item = shape

@@ -41,7 +41,7 @@ __all__ = ["tried"]
 _log = logging.getLogger(__name__)
 
 MAX_TRIED = 200
-"""Combinations of types and shapes that are tried for a model of several inputs."""
+"""Maximum number of combinations of dtypes and shapes to try for several inputs."""
 
 _LOOK_UP = {
     nn.functional.embedding,
@@ -102,10 +102,10 @@ class _Run:
 
 
 def _that_runs(model: LoadedModel, guard: PassGuard) -> LoadedModel:
-    """Return the model with types and shapes of its required inputs, and a mode, in which it runs.
+    """Return the model with dtypes and shapes of its required inputs, and a mode, that work.
 
-    Of the types of the first input floating-point ones come first. Where one runs, and the model
-    rounds all of it to look it up in a table, the input is token ids nevertheless.
+    For the first input, floating-point dtypes are tried first. If one works, but the model rounds
+    the whole input to look it up in a table, the input is token ids after all.
     """
     signature = model.signature
     main = signature.main
@@ -132,7 +132,7 @@ def _that_runs(model: LoadedModel, guard: PassGuard) -> LoadedModel:
 
 
 def _with_optional(model: LoadedModel, guard: PassGuard) -> LoadedModel:
-    """Return the model with those of its uncertain inputs that it runs with, alone and together."""
+    """Return the model without the guessed inputs with which it fails, alone or together."""
     found = [each for each in model.signature.inputs if not each.optional]
     for each in model.signature.inputs:
         if not each.optional:
@@ -164,7 +164,7 @@ def _runs_whole(model: LoadedModel, guard: PassGuard) -> bool:
 
 
 def _types(main: InputSpec) -> list[torch.dtype]:
-    """Return the element types to try for the first input.
+    """Return the dtypes to try for the first input.
 
     A half-precision type is only taken from the weights of one layer, and the model may convert its
     input to that type itself. Then it accepts float32 too, so float32 is tried first.
@@ -178,7 +178,7 @@ def _types(main: InputSpec) -> list[torch.dtype]:
 
 
 def _forms(spec: InputSpec) -> list[InputSpec]:
-    """Return the types and shapes to try for an input beside the first one."""
+    """Return the dtypes and shapes to try for an input other than the first."""
     guess = spec.guess or InputGuess()
     return [
         replace(spec, shape=shape, dtype=dtype, free=(), symbols=())
@@ -190,7 +190,7 @@ def _forms(spec: InputSpec) -> list[InputSpec]:
 
 
 def _taking(model: LoadedModel, *specs: InputSpec) -> LoadedModel:
-    """Return a model with other inputs in place of those of the same names."""
+    """Return a model in which inputs are replaced by those with the same names."""
     signature = model.signature
     for spec in specs:
         own = signature.spec(spec.name).dtype

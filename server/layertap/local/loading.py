@@ -34,9 +34,9 @@ def load(
     """Load a model into this process, and measure its layers by running it.
 
     Args:
-        source: A torchvision model (``"resnet18"``), a timm model (``"timm:NAME"``), a TorchScript
-            file (``"net.pt"``) or a factory (``"package.module:function"``); ``"NAME=SOURCE"``
-            gives it a name.
+        source: A torchvision model (``"resnet18"``), a timm model (``"timm:NAME"``), a Hugging Face
+            model (``"hf:FOLDER"``), a TorchScript file (``"net.pt"``) or a factory
+            (``"package.module:function"``); ``"NAME=SOURCE"`` gives it a name.
         weights: ``"DEFAULT"``, the name of torchvision weights, a checkpoint or ``"random"``.
         seed: Seeds the values of random weights.
         device: The device to run it on, such as ``"cpu"`` or ``"cuda:1"``; ``"auto"`` takes a GPU

@@ -17,6 +17,7 @@ from layertap.engine import (
     Inputs,
     ModelHost,
     TensorForm,
+    TextBatch,
     describe,
 )
 from layertap.errors import UnavailableError
@@ -165,11 +166,12 @@ class LocalModel:
 
 
 def inputs_of(batch: InputLike) -> Inputs:
-    """Return what the engine takes for what a caller gave; errors as ``encode_input``."""
+    """Convert a caller's input to the engine's form; see ``encode_input`` for errors."""
     given = encode_input(batch)
     return Inputs(
         tuple(_view(name, array) for name, array in given.arrays),
         tuple(ImageFiles(files, name) for name, files in given.images),
+        tuple(TextBatch(tuple(texts.texts), texts.options, name) for name, texts in given.texts),
     )
 
 

@@ -1,10 +1,10 @@
-"""How the named tensors of a batch become the arguments of a model's ``forward``.
+"""Converts the named tensors of a batch to the arguments of a model's ``forward``.
 
 Note [Names with dots]
-    An argument may be a dict or a tuple of tensors. Each of them is an input of its own, and its
-    name is the way to it: ``features.input_ids`` is the member ``input_ids`` of the dict
-    ``features``, and ``pair.0`` is the first member of the tuple ``pair``. It is the way in which
-    members of a layer's output are named.
+    An argument may be a dict or a tuple of tensors. Each of these is a separate input, and its name
+    says where it belongs: ``features.input_ids`` is the member ``input_ids`` of the dict
+    ``features``, and ``pair.0`` is the first member of the tuple ``pair``. Members of a layer's
+    output are named in the same way.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Adapter", "Arguments", "Kind", "Parameter", "parameters_of"]
+__all__ = ["Adapter", "Arguments", "Parameter", "ParameterKind", "parameters_of"]
 
 Adapter = Callable[[dict[str, torch.Tensor]], tuple[Sequence[Any], Mapping[str, Any]]]
-"""Makes the positional and keyword arguments of ``forward`` of a batch's tensors by name."""
+"""Converts a batch's tensors by name to positional and keyword arguments of ``forward``."""
 
 
-class Kind(Enum):
-    """How a parameter of ``forward`` is given."""
+class ParameterKind(Enum):
+    """How an argument is passed to ``forward``."""
 
     POSITIONAL = "positional"
     KEYWORD = "keyword"
@@ -39,14 +39,14 @@ class Parameter:
 
     Attributes:
         name: Its name.
-        kind: How it is given; POSITIONAL where it may also be given by name.
+        kind: How it is passed; POSITIONAL if it may also be passed by name.
         required: Whether it has no default.
         none: Whether its default is None.
-        constant: Whether its annotation says that it is no tensor but a number, a text or a flag.
+        constant: Whether it is annotated as a number, a text or a flag, and so is not a tensor.
     """
 
     name: str
-    kind: Kind = Kind.POSITIONAL
+    kind: ParameterKind = ParameterKind.POSITIONAL
     required: bool = True
     none: bool = False
     constant: bool = False
@@ -54,13 +54,13 @@ class Parameter:
     @property
     def rest(self) -> bool:
         """Whether it is ``*args``."""
-        return self.kind is Kind.REST
+        return self.kind is ParameterKind.REST
 
 
 def parameters_of(module: nn.Module) -> list[Parameter]:
     """Return the parameters of a module's ``forward`` in order, without ``**kwargs``.
 
-    Empty for a ``forward`` whose signature Python can't tell.
+    Empty if Python can't determine the signature of ``forward``.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return _of_program(module)
@@ -68,14 +68,14 @@ def parameters_of(module: nn.Module) -> list[Parameter]:
         given = inspect.signature(module.forward).parameters.values()
     except (TypeError, ValueError):  # Some callables have no signature.
         return []
-    kinds: dict[Any, Kind] = {
-        inspect.Parameter.KEYWORD_ONLY: Kind.KEYWORD,
-        inspect.Parameter.VAR_POSITIONAL: Kind.REST,
+    kinds: dict[Any, ParameterKind] = {
+        inspect.Parameter.KEYWORD_ONLY: ParameterKind.KEYWORD,
+        inspect.Parameter.VAR_POSITIONAL: ParameterKind.REST,
     }
     return [
         Parameter(
             each.name,
-            kinds.get(each.kind, Kind.POSITIONAL),
+            kinds.get(each.kind, ParameterKind.POSITIONAL),
             required=each.default is each.empty and each.kind is not each.VAR_POSITIONAL,
             none=each.default is None,
             constant=_is_constant(each.annotation),
@@ -89,7 +89,7 @@ def _of_program(module: Any) -> list[Parameter]:
     return [
         Parameter(
             each.name,
-            Kind.KEYWORD if each.kwarg_only else Kind.POSITIONAL,
+            ParameterKind.KEYWORD if each.kwarg_only else ParameterKind.POSITIONAL,
             required=not each.has_default_value(),
             none=each.has_default_value() and each.default_value is None,
             constant=str(each.type) in ("int", "float", "bool", "str"),
@@ -99,7 +99,7 @@ def _of_program(module: Any) -> list[Parameter]:
 
 
 def _is_constant(annotation: Any) -> bool:
-    # Annotations are texts in files that postpone their evaluation.
+    # With ``from __future__ import annotations``, annotations are texts.
     name = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     return name in ("bool", "int", "float", "str")
 
@@ -110,7 +110,7 @@ class Arguments:
 
     Attributes:
         parameters: The parameters of ``forward``.
-        adapter: Makes the arguments instead, for a ``forward`` that takes no plain tensors.
+        adapter: Makes the arguments instead, if ``forward`` takes other things than tensors.
     """
 
     parameters: tuple[Parameter, ...] = ()
@@ -119,8 +119,8 @@ class Arguments:
     def of(self, tensors: Mapping[str, torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
         """Return the positional and the keyword arguments for a batch's tensors.
 
-        Arguments are given by position as far as no parameter before them is left out, and by name
-        from there on. A model that takes one tensor may call its parameter as it likes.
+        Arguments are passed by position until a parameter is left out, and by name after that. The
+        parameter of a model that takes one tensor may have any name.
         """
         if self.adapter is not None:
             positional, named = self.adapter(dict(tensors))
@@ -130,19 +130,19 @@ class Arguments:
             return list(values.values()), {}
         args: list[Any] = []
         for parameter in self.parameters:
-            if parameter.kind is Kind.REST:
-                # Only these have no names of their own, so the order is that of the inputs.
+            if parameter.kind is ParameterKind.REST:
+                # These arguments have no names, so they are in the order of the inputs.
                 own = {each.name for each in self.parameters}
                 args += [values.pop(name) for name in list(values) if name not in own]
                 break
-            if parameter.kind is Kind.KEYWORD or parameter.name not in values:
+            if parameter.kind is ParameterKind.KEYWORD or parameter.name not in values:
                 break
             args.append(values.pop(parameter.name))
         return args, values
 
 
 def _nested(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return arguments by name, with dicts and tuples put together; see Note [Names with dots]."""
+    """Return arguments by name, with dicts and tuples assembled; see Note [Names with dots]."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *way, last = name.split(".")
@@ -154,7 +154,7 @@ def _nested(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
-    """Return a tree in which the dicts whose keys are 0, 1 and so on are tuples."""
+    """Return a tree in which dicts with the keys 0, 1 and so on are replaced by tuples."""
     if not isinstance(value, dict):
         return value
     members = {key: _tuples(member) for key, member in value.items()}

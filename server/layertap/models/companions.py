@@ -1,12 +1,12 @@
 """The inputs that a module takes beside its first one, guessed from its ``forward``.
 
 Note [Companions]
-    The parameters of ``forward`` say which arguments there are, but not which of them are tensors,
-    of what type and shape. Those without a default must be given, so they are inputs; those that
-    default to None are inputs if their name is one that models commonly use, such as
-    ``attention_mask``. Types and shapes are guessed, and ``layertap.extraction.trial`` runs the
-    model to see which guess is right. An argument of another name that defaults to something is
-    never given, and the model's notes say so. Whoever knows better declares the inputs.
+    The parameters of ``forward`` show which arguments exist, but not which of them are tensors, nor
+    their dtypes and shapes. A parameter without a default must be given, so it is an input. One
+    that defaults to None is an input if its name is a common one, such as ``attention_mask``. All
+    other arguments are never given, and the model's notes say so. Dtypes and shapes are guessed,
+    and ``layertap.extraction.trial`` runs the model to find the right guess. Users can declare the
+    inputs instead.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import replace
 import torch
 
 from layertap.errors import ModelLoadError
-from layertap.models.arguments import Kind, Parameter
+from layertap.models.arguments import Parameter, ParameterKind
 from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask
 
 __all__ = ["companions", "needs_declaring"]
 
 _IMAGE = (3, 224, 224)
 _STEPS = 1000
-"""Steps of a diffusion model whose own number is not known."""
+"""Number of steps of a diffusion model, if the model's own number is not known."""
 
 _HOW = (
     "declare its inputs in the configuration, as docs/inputs.md describes, or wrap the model in a "
@@ -40,19 +40,19 @@ def companions(
 
     Args:
         model: The model's name, for messages.
-        parameters: The parameters of its ``forward`` but for the first one.
+        parameters: The parameters of its ``forward`` except the first one.
         first: The first input.
 
     Raises:
-        ModelLoadError: An argument must be given that is no tensor.
+        ModelLoadError: A required argument is not a tensor.
     """
     for parameter in parameters:
-        if parameter.kind is Kind.REST:
+        if parameter.kind is ParameterKind.REST:
             continue
         if parameter.constant and parameter.required:
             raise ModelLoadError(
-                f"model {model!r}: its forward needs {parameter.name!r}, which is no tensor; wrap "
-                f"the model in a module that gives it"
+                f"model {model!r}: its forward needs {parameter.name!r}, which is not a "
+                f"tensor; wrap the model in a module that passes it"
             )
         guess = None if parameter.constant else _conventional(parameter.name, first)
         if parameter.required:
@@ -66,7 +66,7 @@ def companions(
 
 
 def _conventional(name: str, first: InputSpec) -> InputSpec | None:
-    """Return the input that models commonly call so; None for another name."""
+    """Return the input that usually has this name; None if the name is not a common one."""
     if re.fullmatch(r"pixel_values|images?|img|pixels", name):
         return _guessed(InputSpec(_IMAGE, (1, 2), name=name), shapes=[first.shape])
     if re.fullmatch(r"timesteps?", name):
@@ -77,7 +77,7 @@ def _conventional(name: str, first: InputSpec) -> InputSpec | None:
 
 
 def _beside_sequence(name: str, length: tuple[int, ...]) -> InputSpec:
-    """Return the input of a name that ends in ``mask`` or ``_ids``, beside a sequence."""
+    """Return the input for a name that ends in ``mask`` or ``_ids``, next to a sequence."""
     ids = InputSpec(length, dtype=torch.int64, name=name)
     if name.endswith("mask"):
         mask = replace(ids, values=Mask(padding=1 if "padding" in name else 0))
@@ -88,7 +88,7 @@ def _beside_sequence(name: str, length: tuple[int, ...]) -> InputSpec:
 
 
 def _like(name: str, first: InputSpec) -> InputSpec:
-    """Return a guess at an input that has nothing but a name: it is like the first one."""
+    """Return a guess for an input of which only the name is known: it is like the first one."""
     types = [torch.float32, torch.int64, torch.bool]
     others = [dtype for dtype in types if dtype is not first.dtype]
     shapes = list(dict.fromkeys(shape for shape in (first.shape[:1], ()) if shape != first.shape))
@@ -105,8 +105,8 @@ def _guessed(
 
 
 def needs_declaring(model: str, names: Iterable[str], reason: str) -> ModelLoadError:
-    """Return the error of a model whose inputs could not be guessed."""
+    """Return the error for a model whose inputs could not be guessed."""
     return ModelLoadError(
-        f"model {model!r} takes {', '.join(names)}, and random tensors that were tried for them "
-        f"fail: {reason}; {_HOW}"
+        f"model {model!r} takes {', '.join(names)}, and fails on random tensors for these: "
+        f"{reason}; {_HOW}"
     )

@@ -1,12 +1,12 @@
-"""What a factory says of the model that it makes, in attributes of the function.
+"""Reads what a factory says about its model, in attributes of the factory function.
 
 ===========  ======================================================================================
-attribute    what it holds
+attribute    content
 ===========  ======================================================================================
 inputs       a dict of texts by name, as ``inputs`` of ``[[models]]``: ``{"ids": "int64 [L=16]"}``
-example      a function that makes the inputs of a batch of so many items: a dict of tensors by name
+example      a function of a number of items that makes such a batch: a dict of tensors by name
 arguments    a function from a dict of tensors by name to the arguments of ``forward``: a tuple of
-             positional ones and a dict of others
+             positional arguments and a dict of keyword arguments
 preprocess   a function from a PIL image to a tensor, or a dict of settings
 ===========  ======================================================================================
 """
@@ -29,13 +29,13 @@ from layertap.settings import DeclaredInput
 __all__ = ["attribute", "own_adapter", "own_example", "own_inputs"]
 
 _ITEMS = 2
-"""Items of the example batch that shows what the inputs are."""
+"""Number of items in the example batch that is made to find the inputs."""
 
 
 def attribute(factory: Any, name: str) -> Any:
-    """Return an attribute of a factory, None if it has none.
+    """Return an attribute of a factory; None if it has none.
 
-    Of a class, a method of that name is another thing: it takes the instance first.
+    If the factory is a class, a method with that name doesn't count, as it needs an instance.
     """
     found = getattr(factory, name, None)
     if inspect.isclass(factory) and inspect.isfunction(inspect.getattr_static(factory, name, None)):
@@ -44,30 +44,30 @@ def attribute(factory: Any, name: str) -> Any:
 
 
 def own_adapter(factory: Any, target: str) -> Adapter | None:
-    """Return what makes the arguments of ``forward``; None if the factory doesn't say.
+    """Return the function that makes the arguments of ``forward``; None if there is none.
 
     Raises:
-        ModelLoadError: It is no function.
+        ModelLoadError: It is not a function.
     """
     found: Adapter | None = _function(factory, "arguments", target)
     return found
 
 
 def own_example(factory: Any, target: str) -> Example | None:
-    """Return what makes example batches; None if the factory doesn't say.
+    """Return the function that makes example batches; None if there is none.
 
     Raises:
-        ModelLoadError: It is no function.
+        ModelLoadError: It is not a function.
     """
     found: Example | None = _function(factory, "example", target)
     return found
 
 
 def own_inputs(factory: Any, target: str) -> tuple[InputSpec, ...]:
-    """Return the inputs that a factory declares or has an example of; none if it doesn't say.
+    """Return the inputs that a factory declares or shows by an example; empty if neither.
 
     Raises:
-        ModelLoadError: The declaration is malformed, or the example is no batch.
+        ModelLoadError: The declaration is malformed, or the example is not a batch.
     """
     declared = attribute(factory, "inputs")
     if declared is not None:
@@ -79,8 +79,8 @@ def own_inputs(factory: Any, target: str) -> tuple[InputSpec, ...]:
 def _declared(given: Any, target: str) -> tuple[InputSpec, ...]:
     if not isinstance(given, Mapping) or not given:
         raise ModelLoadError(
-            f"factory {target}: its inputs is {type(given).__name__}, expected a dict of texts by "
-            f"name, such as {{'input_ids': 'int64 [sequence=16]'}}"
+            f"factory {target}: its inputs attribute is a {type(given).__name__}, expected a "
+            f"dict of texts by name, such as {{'input_ids': 'int64 [sequence=16]'}}"
         )
     try:
         return tuple(

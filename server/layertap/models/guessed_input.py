@@ -1,4 +1,4 @@
-"""The inputs of a module that has no description of them: what is declared, else a guess."""
+"""The inputs of a module that does not describe them: declared by the spec, or guessed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TRIED = (torch.int64, torch.float32, torch.float64, torch.uint8, torch.bool)
 
 
 def taken_by(module: nn.Module, spec: ModelSpec) -> tuple[InputSpec, ...]:
-    """Return the inputs that a spec declares, or a guess at the first one; see ``guess_input``."""
+    """Return the inputs that a spec declares, or a guess of the first one; see ``guess_input``."""
     if spec.inputs:
         return tuple(map(declared_input, spec.inputs))
     return (guess_input(module, spec),)

@@ -9,19 +9,22 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from layertap.errors import ModelLoadError
-from layertap.models.arguments import Arguments, Kind, parameters_of
+from layertap.errors import ConfigError, ModelLoadError
+from layertap.models.arguments import Arguments, ParameterKind, parameters_of
 from layertap.models.checkpoint_files import config_folder
 from layertap.models.companions import companions
 from layertap.models.factory_source import build_factory
+from layertap.models.hf_source import build_hugging_face
 from layertap.models.image_config import ImageConfig, config_of_folder
 from layertap.models.loaded import Built, LoadedModel
 from layertap.models.preprocess import choose_preprocess
 from layertap.models.signature import DEFAULT_NAME, InputSpec, Signature
+from layertap.models.text import TextTokenizer, tokenizer_of_file
 from layertap.models.timm_source import build_timm
 from layertap.models.torchscript_source import build_torchscript
 from layertap.models.torchvision_source import build_torchvision
 from layertap.settings import ModelSpec, SourceKind
+from layertap.settings.paths import expanded
 
 __all__ = ["load_model"]
 
@@ -35,6 +38,8 @@ _BUILD: dict[SourceKind, Callable[[ModelSpec], Built]] = {
     SourceKind.TORCHSCRIPT: build_torchscript,
     SourceKind.FACTORY: build_factory,
     SourceKind.TIMM: build_timm,
+    SourceKind.HF: build_hugging_face,
+    SourceKind.HF_CONFIG: build_hugging_face,
 }
 
 
@@ -63,13 +68,14 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
     module = built.module
     arguments = Arguments(tuple(parameters_of(module)), built.adapter)
     signature = _signature(built, spec, arguments)
+    tokenizer = tokenizer_of_file(expanded(spec.tokenizer)) if spec.tokenizer else built.tokenizer
     _into_evaluation_mode(module, spec.name)
     # Not module.requires_grad_(), which TorchScript modules don't support.
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     try:
         place = torch.empty(0, device=device).device
-        module = _formed(module.to(place), spec)
+        module = _formed(module.to(place), spec, converted=built.in_precision)
     # Without CUDA, torch fails an assertion or raises; for a wrong name it raises RuntimeError.
     except (AssertionError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -83,6 +89,8 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         signature=signature,
         preprocess=built.preprocess,
         image_inputs=built.image_inputs or _image_inputs(built, signature),
+        tokenizer=tokenizer,
+        text_inputs=_text_inputs(built, signature, tokenizer, spec),
         takes_list=built.takes_list,
         arguments=arguments,
         example=built.example,
@@ -110,8 +118,8 @@ def _into_evaluation_mode(module: nn.Module, name: str) -> None:
         )  # fmt: skip
 
 
-def _formed(module: nn.Module, spec: ModelSpec) -> nn.Module:
-    if spec.precision:
+def _formed(module: nn.Module, spec: ModelSpec, *, converted: bool) -> nn.Module:
+    if spec.precision and not converted:
         module = module.to(getattr(torch, spec.precision))
     if spec.channels_last:
         # Only the weights need this layout: each convolution's output takes it from its weight.
@@ -129,13 +137,13 @@ def _takes(takes: InputSpec, spec: ModelSpec) -> InputSpec:
 
 
 def _signature(built: Built, spec: ModelSpec, arguments: Arguments) -> Signature:
-    """Return what a module takes, with names from its ``forward`` where the source has none.
+    """Return a module's signature, with names from its ``forward`` if the source gives none.
 
     Raises:
-        ModelLoadError: ``forward`` needs an argument that is no tensor.
+        ModelLoadError: ``forward`` needs an argument that is not a tensor.
     """
     first, *others = built.inputs
-    named = [p for p in arguments.parameters if p.kind is not Kind.REST]
+    named = [p for p in arguments.parameters if p.kind is not ParameterKind.REST]
     if first.name == DEFAULT_NAME and named and not built.adapter:
         first = replace(first, name=named[0].name)
     if built.more:
@@ -145,7 +153,7 @@ def _signature(built: Built, spec: ModelSpec, arguments: Arguments) -> Signature
 
 
 def _image_inputs(built: Built, signature: Signature) -> tuple[str, ...]:
-    """Return the inputs that may be images: where the source says nothing, those like the first."""
+    """Return the inputs that may be images; if the source doesn't say, those like the first."""
     if built.preprocess is None:
         return ()
     rank = len(signature.main.shape)
@@ -154,6 +162,27 @@ def _image_inputs(built: Built, signature: Signature) -> tuple[str, ...]:
         for spec in signature.inputs
         if len(spec.shape) == rank and spec.dtype == signature.main.dtype
     )
+
+
+def _text_inputs(
+    built: Built, signature: Signature, tokenizer: TextTokenizer | None, spec: ModelSpec
+) -> tuple[str, ...]:
+    """Return the inputs that texts become: those that the source names, else the first one.
+
+    Raises:
+        ConfigError: There is a tokenizer, and the first input is no token ids ``[B, L]``.
+    """
+    if tokenizer is None:
+        return ()
+    if built.text_inputs:
+        return built.text_inputs
+    main = signature.main
+    if len(main.shape) != 1:
+        raise ConfigError(
+            f"tokenizer of {spec.name}: its first input is {main.name} {main.pattern}, expected "
+            f"token ids [B, L]"
+        )
+    return (main.name,)
 
 
 def _beside_weights(weights: str) -> ImageConfig | None:
@@ -184,6 +213,6 @@ def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> B
 
 
 def _image_index(built: Built) -> int:
-    """Return which input images become: the first that the source names, else the first of all."""
+    """Return the input for images: the first that the source names, or else the first of all."""
     names = [each.name for each in built.inputs]
     return names.index(built.image_inputs[0]) if built.image_inputs else 0

@@ -14,11 +14,12 @@ from layertap.models.arguments import Adapter, Arguments
 from layertap.models.batch import Batch
 from layertap.models.preprocess import Preprocess, fitted
 from layertap.models.signature import InputSpec, Signature
+from layertap.models.text import TextTokenizer
 
 __all__ = ["Built", "Example", "LoadedModel"]
 
 Example = Callable[[int], Mapping[str, torch.Tensor]]
-"""Makes the inputs of a batch of so many items, by name."""
+"""Makes the inputs of a batch with a number of items, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Built:
         adapter: Makes the arguments of ``forward``; None to pass the inputs as they are.
         preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
             over a configuration alongside its weights.
+        text_inputs: The inputs that texts may be sent for, if there is a tokenizer.
+        in_precision: Whether the module has the spec's precision already.
         more: Whether ``forward`` may take more inputs than those, which are to be found by trying.
     """
 
@@ -46,6 +49,9 @@ class Built:
     example: Example | None = None
     adapter: Adapter | None = None
     preprocess_is_code: bool = False
+    text_inputs: tuple[str, ...] = ()
+    tokenizer: TextTokenizer | None = None
+    in_precision: bool = False
     more: bool = False
 
 
@@ -64,6 +70,9 @@ class LoadedModel:
         signature: The tensors it takes.
         preprocess: Makes an item of an input of an image; None if the model takes no images.
         image_inputs: The inputs that images may be sent for.
+        tokenizer: Makes token ids of texts; None if the model takes no texts.
+        text_inputs: The inputs that texts may be sent for, the first of which is meant where a
+            request names none; empty without a tokenizer.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
         differentiates: Whether the module differentiates inside its forward, which inference mode
@@ -82,6 +91,8 @@ class LoadedModel:
     image_inputs: tuple[str, ...] = ()
     takes_list: bool = False
     differentiates: bool = False
+    tokenizer: TextTokenizer | None = None
+    text_inputs: tuple[str, ...] = ()
     arguments: Arguments = field(default_factory=Arguments)
     example: Example | None = None
 
@@ -110,7 +121,7 @@ class LoadedModel:
         return function(*args, **kwargs)
 
     def with_signature(self, found: Signature) -> LoadedModel:
-        """Return the model with the inputs that running it showed.
+        """Return the model with the inputs that were found by running it.
 
         Raises:
             ConfigError: Preprocessed images don't fit their inputs.

@@ -56,10 +56,10 @@ class IdRange:
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """A mask says which elements of an item count and which are padding.
+    """A mask shows which elements of an item count and which are padding.
 
     Attributes:
-        padding: The number that stands for padding, 0 or 1; the other one is for what counts.
+        padding: The number for padding, 0 or 1; the other one means that an element counts.
     """
 
     padding: int = 0
@@ -111,7 +111,7 @@ class InputSpec:
 
     @property
     def dimensions(self) -> list[tuple[int, str]]:
-        """The default size of each dimension of an item, and the name of those that are free."""
+        """The default size of each dimension of an item, and the names of free dimensions."""
         named = dict(zip(self.free, self.free_names, strict=True))
         return [(size, named.get(index, "")) for index, size in enumerate(self.shape)]
 
@@ -173,7 +173,7 @@ class Signature:
 
     @property
     def main(self) -> InputSpec:
-        """The first input, with whose sizes the grids of activations are compared."""
+        """The first input; grids are found by changing its size."""
         return self.inputs[0]
 
     @property
@@ -183,12 +183,12 @@ class Signature:
 
     @property
     def key(self) -> BatchKey:
-        """The key of a batch of items of the default shape, without the optional inputs."""
+        """The key of a batch with the default item shapes, without optional inputs."""
         return _key(self.required)
 
     @property
     def whole_key(self) -> BatchKey:
-        """The key of a batch of items of the default shape that has every optional input too."""
+        """The key of a batch with the default item shapes, with all optional inputs."""
         return _key(self.inputs)
 
     @property
@@ -197,7 +197,7 @@ class Signature:
         return any(spec.dtype.is_floating_point for spec in self.inputs)
 
     def spec(self, name: str) -> InputSpec:
-        """Return the input of a name; raise KeyError where there is none."""
+        """Return the input with a name; raise KeyError if there is none."""
         for spec in self.inputs:
             if spec.name == name:
                 return spec
@@ -213,13 +213,13 @@ class Signature:
         )
 
     def converted(self, batch: Batch) -> Batch:
-        """Return a batch with its tensors of the model's own element types."""
+        """Return a batch with its tensors converted to the model's own dtypes."""
         return Batch({spec.name: batch[spec.name].to(spec.dtype) for spec in self._given(batch)})
 
     def resized(self, shape: Sequence[int]) -> BatchKey:
-        """Return the key of a batch whose items of the first input have another shape.
+        """Return the key of a batch in which items of the first input have another shape.
 
-        Dimensions of the other required inputs that have names of its free dimensions follow.
+        Dimensions of other required inputs with the same names get the same sizes.
         """
         main = self.main
         sizes = {name: shape[axis] for axis, name in zip(main.free, main.symbols, strict=False)}
@@ -231,7 +231,7 @@ class Signature:
         return key
 
     def with_input(self, spec: InputSpec) -> Signature:
-        """Return the signature with another input in the place of the one of the same name."""
+        """Return the signature with the input of the same name replaced."""
         return Signature(tuple(spec if each.name == spec.name else each for each in self.inputs))
 
     def check(self, given: Mapping[str, tuple[Sequence[int], str]]) -> int:
@@ -265,7 +265,7 @@ class Signature:
 
     @property
     def only_required(self) -> str:
-        """The name of the input that a tensor without a name is for.
+        """The name of the input to which a tensor without a name belongs.
 
         Raises:
             InvalidInputError: The model needs several inputs.
@@ -303,10 +303,10 @@ class Signature:
             )
 
     def _check_common_sizes(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Refuse tensors whose free dimensions of one name have different sizes."""
+        """Refuse tensors in which free dimensions with the same name differ in size."""
         seen: dict[str, tuple[str, int]] = {}
         for spec in self.inputs:
-            # Conventional names say nothing of the dimensions of another input.
+            # Conventional names don't say that dimensions of two inputs must be equal.
             if spec.name not in shapes or not spec.symbols:
                 continue
             for axis, symbol in zip(spec.free, spec.symbols, strict=True):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import grpc
-
 from layertap.services.caller import Caller
-from layertap.services.grpc_handlers import unary
+from layertap.services.methods import Methods, UnaryMethod
 from layertap.services.parsing import parse
 from layertap.services.reload_report import ReloadReport
 from layertap.v1 import admin_service_pb2
@@ -33,10 +31,9 @@ class AdminService:
         parse(admin_service_pb2.ReloadRequest, message)
         return _to_proto(self._reload()).SerializeToString()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
-        method = unary(self.reload, to_owner=True)
-        return grpc.method_handlers_generic_handler(self.NAME, {"Reload": method})
+    def methods(self) -> Methods:
+        """Return the methods by name."""
+        return {"Reload": UnaryMethod(self.reload, to_owner=True)}
 
 
 def _to_proto(report: ReloadReport) -> admin_service_pb2.ReloadResponse:

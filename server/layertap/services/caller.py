@@ -1,9 +1,9 @@
 """The sender of a request, as the layers below the transports see it.
 
 The adapter of each transport makes a ``Caller`` for each call; gRPC's adapter does so in
-``layertap.services.grpc_caller``. A context variable holds the caller that a thread works for. The
-engine copies it to its compute threads, so that log records there name the request, although the
-code that logs knows nothing about requests.
+``layertap.services.grpc_adapter.caller``. A context variable holds the caller that a thread works
+for. The engine copies it to its compute threads, so that log records there name the request,
+although the code that logs knows nothing about requests.
 """
 
 from __future__ import annotations

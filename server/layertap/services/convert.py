@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from layertap.engine import ExtractionRequest, ImageFiles, Inputs, Reservation
+from layertap.engine import ExtractionRequest, ImageFiles, Inputs, Reservation, TextBatch
 from layertap.errors import InvalidInputError
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
+from layertap.texts import TextOptions, Truncation
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
@@ -105,17 +106,28 @@ def request_from_proto(
         InvalidInputError: For a missing input or an unknown enum value.
     """
     images = tuple(ImageFiles(each.images, each.input) for each in request.images)
-    if not tensors and not images:
-        raise InvalidInputError("input: got none, expected inputs or images")
+    texts = tuple(map(_texts, request.texts))
+    if not tensors and not images and not texts:
+        raise InvalidInputError("inputs: got none, expected tensors, images or texts")
     return ExtractionRequest(
         model=request.model,
-        inputs=Inputs(tuple(tensors), images),
+        inputs=Inputs(tuple(tensors), images, texts),
         selections=tuple(_selection(layer) for layer in request.layers),
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         ),
         form=partial(SharedForm, fields=reply_fields, memory=memory),
     )
+
+
+def _texts(batch: feature_service_pb2.TextBatch) -> TextBatch:
+    truncation = from_proto(
+        batch.truncation, feature_service_pb2.Truncation, "TRUNCATION", Truncation.NONE
+    )
+    options = TextOptions(
+        truncation, batch.max_tokens, not batch.omit_special_tokens, batch.return_tokens
+    )
+    return TextBatch(tuple(batch.texts), options, batch.input)
 
 
 def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:

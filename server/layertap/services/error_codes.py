@@ -1,6 +1,7 @@
 """Maps each error to a code that is independent of the protocol.
 
-Each transport maps these codes to its own: ``layertap.services.grpc_handlers`` does so for gRPC.
+Each transport maps these codes to its own; for gRPC, ``layertap.services.grpc_adapter.handlers``
+does so.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import grpc
-
 from layertap.engine import Engine
 from layertap.services.answer import Answer
 from layertap.services.caller import Caller
 from layertap.services.convert import Converter
 from layertap.services.data_plane import DataPlane
 from layertap.services.extract_stream import ExtractStream
-from layertap.services.grpc_handlers import Handler, stream, unary
+from layertap.services.methods import Methods, StreamMethod, UnaryMethod
 from layertap.services.observer import Observer
 from layertap.services.parsing import parse
 from layertap.services.stream_threads import StreamThreads
@@ -63,13 +61,11 @@ class FeatureService:
         request = parse(feature_service_pb2.DescribeModelRequest, message)
         return description_to_proto(self._plane.describe(request.model)).SerializeToString()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
-        methods: dict[str, Handler] = {
-            "Extract": self.extract,
-            "ListModels": self.list_models,
-            "DescribeModel": self.describe_model,
+    def methods(self) -> Methods:
+        """Return the methods by name."""
+        return {
+            "Extract": UnaryMethod(self.extract),
+            "ExtractStream": StreamMethod(self._streams.serve),
+            "ListModels": UnaryMethod(self.list_models),
+            "DescribeModel": UnaryMethod(self.describe_model),
         }
-        handlers = {name: unary(method) for name, method in methods.items()}
-        handlers["ExtractStream"] = stream(self._streams.serve)
-        return grpc.method_handlers_generic_handler(self.NAME, handlers)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import grpc
-
 from layertap.services.caller import Caller
-from layertap.services.grpc_handlers import unary
+from layertap.services.methods import Methods, UnaryMethod
 from layertap.services.parsing import parse
 from layertap.shm.broker import Broker
 from layertap.v1 import shared_memory_service_pb2
@@ -32,7 +30,6 @@ class SharedMemoryService:
             socket=self._broker.name, ticket=self._broker.ticket()
         ).SerializeToString()
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
-        method = unary(self.open_shared_memory)
-        return grpc.method_handlers_generic_handler(self.NAME, {"OpenSharedMemory": method})
+    def methods(self) -> Methods:
+        """Return the methods by name."""
+        return {"OpenSharedMemory": UnaryMethod(self.open_shared_memory)}

@@ -34,11 +34,11 @@ class DeclaredInput:
         name: The name of the argument of ``forward``, with dots for members of a dict or tuple.
         dtype: Its element type.
         shape: Sizes of the default item.
-        symbols: The names of the dimensions that may have another size, by their index. Dimensions
-            of one name have one size in all inputs of a request.
+        symbols: The names of the dimensions that may have another size, by index. Dimensions with
+            the same name must have the same size in all inputs of a request.
         optional: Whether a request may leave it out.
-        mask: Whether it is a mask: ones for what counts, zeros for padding.
-        ids: The number of token ids that it may hold, from 0; 0 where that is not declared.
+        mask: Whether it is a mask: 1 for elements that count, 0 for padding.
+        ids: The number of valid token ids, counted from 0; 0 if it is not declared.
     """
 
     name: str

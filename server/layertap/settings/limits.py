@@ -49,6 +49,10 @@ class Limits:
             flag=NO_FLAG,
         ),
     ] = 64 * MIB
+    text_bytes: Annotated[
+        int,
+        Setting("Bytes of all texts of one request, in UTF-8.", kinds.COUNT, flag=NO_FLAG),
+    ] = 4 * MIB
     layers: Annotated[
         int,
         Setting(

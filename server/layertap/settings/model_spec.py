@@ -22,15 +22,27 @@ _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
 
 
 class SourceKind(StrEnum):
-    """The source of a module; each kind has a file ``models/<kind>_source.py``."""
+    """The source of a module; each kind has a file ``models/<kind>_source.py``.
+
+    ``HF_CONFIG`` is in ``hf_source.py`` too.
+    """
 
     TORCHVISION = "torchvision"
     TORCHSCRIPT = "torchscript"
     FACTORY = "factory"
     TIMM = "timm"
+    HF = "hf"
+    HF_CONFIG = "hf-config"
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """Whether transformers builds the model."""
+        return self in {SourceKind.HF, SourceKind.HF_CONFIG}
 
 
 PRECISIONS = ("float32", "float16", "bfloat16")
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+"""The implementations of attention in transformers that run no downloaded code."""
 _ANY_TEXT = kinds.ValueKind(str, "a text", "NAME")
 _PREFIXES = frozenset(kind.value for kind in SourceKind)
 
@@ -46,8 +58,9 @@ class ModelSpec:
     source: Annotated[
         str,
         Setting(
-            "A torchvision model (resnet18), a timm model (timm:NAME), a TorchScript file (net.pt "
-            "or torchscript:net) or a factory (package.module:function).",
+            "A torchvision model (resnet18), a timm model (timm:NAME), a Hugging Face model "
+            "(hf:FOLDER or hf:ORG/NAME; hf-config:FOLDER for random weights), a TorchScript file "
+            "(net.pt or torchscript:net) or a factory (package.module:function).",
             kinds.some_text(),
             flag=NO_FLAG,
         ),
@@ -116,8 +129,8 @@ class ModelSpec:
     inputs: Annotated[
         tuple[DeclaredInput, ...],
         Setting(
-            "The inputs of a model that takes several, or whose only one can't be found by trying; "
-            "for factories and TorchScript files. docs/inputs.md has the form.",
+            "The inputs of a model that takes several, or whose input can't be found by trying; "
+            "for factories and TorchScript files. docs/inputs.md describes the form.",
             INPUTS,
             default="read from the model's forward and found by trying",
         ),
@@ -132,6 +145,42 @@ class ModelSpec:
             default="the one with the model's names",
         ),
     ] = ""
+    architecture: Annotated[
+        str,
+        Setting(
+            "The class of transformers to build, such as BertModel, or AutoModel for the model "
+            "without the head of its task; for Hugging Face models.",
+            kinds.some_text(metavar="CLASS"),
+            default="the one that config.json names",
+        ),
+    ] = ""
+    attn_implementation: Annotated[
+        str,
+        Setting(
+            "How a Hugging Face model computes attention; eager where you want the attention "
+            "weights.",
+            kinds.choice(*ATTENTION),
+            default="chosen by transformers",
+        ),
+    ] = ""
+    tokenizer: Annotated[
+        str,
+        Setting(
+            "A tokenizer.json, or a folder with one, by which the server turns texts into the "
+            "token ids that the model's first input takes.",
+            kinds.FILE_NAME,
+            default="the one in a Hugging Face folder",
+        ),
+    ] = ""
+    trust_remote_code: Annotated[
+        bool,
+        Setting(
+            "Run Python code that comes with a Hugging Face model. Such code can do whatever the "
+            "server can.",
+            kinds.TRUTH,
+            flag=NO_FLAG,
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         if not self.target:
@@ -163,6 +212,7 @@ class ModelSpec:
                 f"{', '.join(PRECISIONS)} or nothing"
             )
         self._check_declared_input()
+        self._check_hugging_face()
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> ModelSpec:
@@ -204,12 +254,30 @@ class ModelSpec:
         if self.inputs and (one or self.item_shape is not None):
             raise ConfigError(
                 f"input of {self.name}: got inputs and also item_shape, input_dtype or free_dims, "
-                f"expected inputs alone, which says all of that"
+                f"expected only inputs, which includes the others"
             )
         if self.inputs and self.inputs[0].optional:
             raise ConfigError(
                 f"inputs of {self.name}: got the first one, {self.inputs[0].name!r}, as optional; "
                 f"expected a required one first"
+            )
+
+    def _check_hugging_face(self) -> None:
+        if self.attn_implementation not in ("", *ATTENTION):
+            raise ConfigError(
+                f"attn_implementation of {self.name}: got {self.attn_implementation!r}, expected "
+                f"{', '.join(ATTENTION)} or nothing"
+            )
+        given = {
+            "architecture": self.architecture,
+            "attn_implementation": self.attn_implementation,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        wrong = [key for key, value in given.items() if value]
+        if wrong and not self.kind.is_hugging_face:
+            raise ConfigError(
+                f"{wrong[0]} of {self.name}: got {given[wrong[0]]!r} for a {self.kind} model, "
+                f"expected it for Hugging Face models (hf: and hf-config:) only"
             )
 
     @property
@@ -241,6 +309,9 @@ def _derived_name(kind: SourceKind, target: str) -> str:
         target = PurePath(target).stem
     elif kind is SourceKind.FACTORY:
         target = target.rpartition(":")[2]
+    elif kind.is_hugging_face:
+        # The name of the folder, or of the model without its owner and revision.
+        target = PurePath(target.partition("@")[0]).name
     return re.sub(r"[^A-Za-z0-9_.-]", "_", target)
 
 

@@ -204,6 +204,7 @@ MICROSECONDS = ValueKind(
     to_raw=lambda seconds: round(seconds * 1e6),
 )
 FILE = path("a file", "FILE")
+FILE_NAME = ValueKind(Annotated[str, Meta(min_length=1)], "a file", "FILE", is_path=True)
 PEM = path("a file", "PEM")
 PLAN_CACHE = ValueKind(
     Annotated[str, Meta(min_length=1)],

@@ -164,7 +164,7 @@ class ItemTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class InputSpec(_message.Message):
-    __slots__ = ("dtype", "shape", "images", "preprocessing", "image_preprocessing", "name", "optional")
+    __slots__ = ("dtype", "shape", "images", "preprocessing", "image_preprocessing", "name", "optional", "texts", "tokenization")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,8 @@ class InputSpec(_message.Message):
     IMAGE_PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     OPTIONAL_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZATION_FIELD_NUMBER: _ClassVar[int]
     dtype: _tensor_pb2.DataType
     shape: _containers.RepeatedCompositeFieldContainer[Dimension]
     images: bool
@@ -179,7 +181,9 @@ class InputSpec(_message.Message):
     image_preprocessing: ImagePreprocessing
     name: str
     optional: bool
-    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., image_preprocessing: _Optional[_Union[ImagePreprocessing, _Mapping]] = ..., name: _Optional[str] = ..., optional: bool = ...) -> None: ...
+    texts: bool
+    tokenization: str
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., image_preprocessing: _Optional[_Union[ImagePreprocessing, _Mapping]] = ..., name: _Optional[str] = ..., optional: bool = ..., texts: bool = ..., tokenization: _Optional[str] = ...) -> None: ...
 
 class ImagePreprocessing(_message.Message):
     __slots__ = ("color", "exif_orientation", "resize", "resize_mode", "interpolation", "crop", "mean", "std", "origin", "assumed", "custom")

@@ -69,6 +69,8 @@ def _input(given: InputDescription) -> _Object:
         image_preprocessing=_images(given.images),
         name=given.name,
         optional=given.optional,
+        texts=given.texts,
+        tokenization=given.tokenization,
     )
 
 

@@ -92,6 +92,8 @@ def _input_to_proto(given: InputDescription) -> catalogue_pb2.InputSpec:
         preprocessing=given.preprocessing,
         image_preprocessing=_images_to_proto(given.images),
         optional=given.optional,
+        texts=given.texts,
+        tokenization=given.tokenization,
     )
 
 
@@ -103,6 +105,8 @@ def _input_from_proto(given: catalogue_pb2.InputSpec) -> InputDescription:
         images=_images_from_proto(given.image_preprocessing) if given.images else None,
         preprocessing=given.preprocessing,
         optional=given.optional,
+        texts=given.texts,
+        tokenization=given.tokenization,
     )
 
 

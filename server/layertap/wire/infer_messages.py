@@ -15,7 +15,7 @@ from layertap.wire import codec
 __all__ = ["MAX_INPUTS", "decode_infer_request", "encode_infer_error"]
 
 MAX_INPUTS = 64
-"""Inputs of one request. No model takes as many; more are somebody's mistake or worse."""
+"""Maximum number of inputs in a request; more are a mistake or an attack."""
 
 _RAW_INPUT = pb.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER
 _MOST_FIELDS = 1 << 16

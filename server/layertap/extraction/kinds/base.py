@@ -84,8 +84,8 @@ class BuildContext:
         taps: The model's taps.
         guard: The model's guard, which every pass of the model must hold.
         graph: The node names of its symbolic graph; None if it has none.
-        watching: Returns the block in which a compiled kind runs the pass that it records, for
-            the batch that it gives the model in it.
+        watching: Returns the block in which a compiled kind must run the pass that it records,
+            given that pass's batch.
     """
 
     model: LoadedModel

@@ -23,9 +23,9 @@ BACKEND = "layertap"
 
 
 def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
-    """Describe a model: its inputs, and the outputs of a request that names none.
+    """Describe a model: its inputs, and the outputs of a request that lists no outputs.
 
-    Sizes that may be others are -1.
+    Sizes that may vary are -1.
     """
     kind = pb.ModelMetadataResponse.TensorMetadata
     return pb.ModelMetadataResponse(

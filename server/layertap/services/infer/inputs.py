@@ -1,4 +1,4 @@
-"""The inputs of a request: raw, typed or in shared memory; tensors or encoded images."""
+"""Reads the inputs of a request: raw, typed or in shared memory; tensors or encoded images."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from layertap.wire.tensors import TensorView
 __all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "infer_inputs"]
 
 TENSOR_NAME = "input"
-"""What a request may call the only input that a model needs, whatever the model calls it."""
+"""A name that requests may use for the only input that a model needs."""
 
 IMAGES_NAME = "images"
-"""What a request may call images where the model takes them for one input only."""
+"""A name that requests may use for images, if only one input takes images."""
 
 BYTES = "BYTES"
 
@@ -52,20 +52,21 @@ def infer_inputs(
     names: Sequence[str] = (),
     admit: Callable[[int], object] = lambda nbytes: None,
 ) -> Inputs:
-    """Return what a request gives the model.
+    """Return the inputs in a request.
 
     Args:
         request: Its small fields.
         raw: Its raw contents: one for each input that is neither typed nor in shared memory.
         memory: The caller's shared memory.
-        limits: What requests may contain.
-        names: The model's own names of its inputs.
-        admit: Called with bytes that the inputs take besides the message, before they are taken;
-            raises OverloadedError to refuse them.
+        limits: The limits of requests.
+        names: The names of the model's inputs.
+        admit: Called before allocating, with the bytes that the inputs need besides the message;
+            may raise OverloadedError.
 
     Raises:
         InvalidInputError: If an input contradicts itself, or there is none.
-        NotFoundError, PermissionDeniedError: For shared memory that the caller does not have.
+        NotFoundError, PermissionDeniedError: If it names shared memory that the caller doesn't
+            have.
     """
     if not request.inputs:
         raise InvalidInputError("inputs: got none, expected at least one")
@@ -92,7 +93,7 @@ def infer_inputs(
 
 
 def _own_name(model: str, tensor: InputTensor, names: Sequence[str]) -> str:
-    """Return the model's name of an input; empty for the one that needs no name."""
+    """Return the model's name for an input; empty if the request used the common name."""
     if tensor.name in names:
         return tensor.name
     common = IMAGES_NAME if tensor.datatype == BYTES else TENSOR_NAME
@@ -169,7 +170,7 @@ class _Contents:
         return data
 
     def check_all_taken(self) -> None:
-        """Raise InvalidInputError where there are more raw contents than inputs that need them."""
+        """Raise InvalidInputError if there are more raw contents than inputs that need them."""
         left = len(list(self._raw))
         if left:
             taken = self._count - left

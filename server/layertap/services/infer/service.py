@@ -1,7 +1,4 @@
-"""The servicer of ``inference.GRPCInferenceService``.
-
-As in ``layertap.services.feature_service``, the handlers take and return raw bytes.
-"""
+"""The servicer of ``inference.GRPCInferenceService``."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from layertap.engine import Engine, Extraction, ExtractionRequest, ModelHost, Reservation
@@ -20,7 +16,6 @@ from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.answer import Answer
 from layertap.services.caller import Caller
 from layertap.services.data_plane import Converted, DataPlane
-from layertap.services.grpc_handlers import stream, unary
 from layertap.services.infer.infer_request import (
     check_version,
     extraction_request,
@@ -32,6 +27,7 @@ from layertap.services.infer.repository import Repository, RepositoryControl
 from layertap.services.infer.shared_memory_rpcs import SharedMemoryRpcs
 from layertap.services.infer.statistics import Statistics
 from layertap.services.infer.stream import InferStream
+from layertap.services.methods import Methods, StreamMethod, UnaryMethod
 from layertap.services.observer import Observer
 from layertap.services.parsing import parse
 from layertap.services.public_errors import public_error
@@ -120,15 +116,17 @@ class InferenceService:
             request_id = decode_infer_request(message)[0].id
         return Answer(encode_infer_error(request_id, str(public_error(error))))
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the handlers for ``grpc.Server.add_generic_rpc_handlers``."""
-        handlers = {
-            name: unary(_parsed(kind, method), to_owner=name in _OWNERS)
-            for name, (kind, method) in self._methods().items()
+    def methods(self) -> Methods:
+        """Return the methods by name."""
+        small = {
+            name: UnaryMethod(_parsed(kind, method), to_owner=name in _OWNERS)
+            for name, (kind, method) in self._small_methods().items()
         }
-        handlers["ModelInfer"] = unary(self.infer)
-        handlers["ModelStreamInfer"] = stream(self._streams.serve)
-        return grpc.method_handlers_generic_handler(self.NAME, handlers)
+        return {
+            **small,
+            "ModelInfer": UnaryMethod(self.infer),
+            "ModelStreamInfer": StreamMethod(self._streams.serve),
+        }
 
     def _run(
         self, decoded: DecodedInfer, caller: Caller, received: Reservation
@@ -159,7 +157,7 @@ class InferenceService:
         except ModelNotFoundError as error:
             raise unknown_model(request.model_name, error) from None
 
-    def _methods(self) -> dict[str, tuple[type[Message], Callable[..., Message]]]:
+    def _small_methods(self) -> dict[str, tuple[type[Message], Callable[..., Message]]]:
         """Return the request class and the handler of every other method, by name."""
         queries, memory, repository = self._queries, self._memory, self._repository
         return {

@@ -33,7 +33,7 @@ from layertap.engine import Engine
 from layertap.errors import OverloadedError
 from layertap.services.caller import Caller
 from layertap.services.error_codes import code_of
-from layertap.services.grpc_handlers import refusing
+from layertap.services.grpc_adapter.handlers import refusing
 from layertap.services.observer import Observer
 from layertap.threads import run_in
 

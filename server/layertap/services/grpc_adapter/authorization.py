@@ -9,7 +9,7 @@ import grpc
 
 from layertap import errors
 from layertap.services.caller import Caller
-from layertap.services.grpc_handlers import refusing
+from layertap.services.grpc_adapter.handlers import refusing
 from layertap.services.tokens import Right, Tokens
 
 __all__ = ["Authorization", "needed_right"]

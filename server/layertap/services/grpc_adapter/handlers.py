@@ -1,9 +1,4 @@
-"""Converts handlers that are independent of the transport to handlers for gRPC.
-
-A handler takes bytes and the caller, and returns bytes, so it parses the request itself: gRPC would
-turn an exception of a deserializer into UNKNOWN or INTERNAL, while a malformed request should give
-INVALID_ARGUMENT. The reply of an extraction is serialized already.
-"""
+"""Converts the methods of a service to handlers for gRPC."""
 
 from __future__ import annotations
 
@@ -16,9 +11,10 @@ import grpc
 from layertap import errors
 from layertap.services.answer import Answer
 from layertap.services.caller import REQUEST_ID_KEY, Caller
-from layertap.services.compression import compress_replies
 from layertap.services.error_codes import ErrorCode, code_of
-from layertap.services.grpc_caller import caller_of
+from layertap.services.grpc_adapter.caller import caller_of
+from layertap.services.grpc_adapter.compression import compress_replies
+from layertap.services.methods import Handler, Methods, StreamHandler, UnaryMethod
 from layertap.services.public_errors import public_error
 from layertap.wire.messages import (
     ERROR_IMAGE_METADATA_KEY,
@@ -26,7 +22,7 @@ from layertap.wire.messages import (
     PUSHBACK_METADATA_KEY,
 )
 
-__all__ = ["STATUS", "Handler", "StreamHandler", "aborting", "refusing", "stream", "unary"]
+__all__ = ["STATUS", "aborting", "refusing", "service", "stream", "unary"]
 
 STATUS: dict[ErrorCode, grpc.StatusCode] = {code: grpc.StatusCode[code.name] for code in ErrorCode}
 """gRPC's status for each code."""
@@ -34,11 +30,21 @@ STATUS: dict[ErrorCode, grpc.StatusCode] = {code: grpc.StatusCode[code.name] for
 # Each refusal gives a random time, so that clients that respect it don't retry together.
 _PUSHBACK_MS = (500, 1500)
 
-Handler = Callable[[bytes, Caller], bytes | Answer]
-"""Answers a unary call. The bytes of an ``Answer`` are released once the reply was sent."""
 
-StreamHandler = Callable[[Iterator[bytes], Caller], Iterator[bytes]]
-"""Answers a stream. Its iterator of messages raises CancelledError when the caller leaves."""
+def service(name: str, methods: Methods) -> grpc.GenericRpcHandler:
+    """Return a service's handlers for ``grpc.Server.add_generic_rpc_handlers``.
+
+    Args:
+        name: The full name of the service.
+        methods: Its methods by name.
+    """
+    handlers = {
+        key: unary(method.handler, to_owner=method.to_owner)
+        if isinstance(method, UnaryMethod)
+        else stream(method.handler)
+        for key, method in methods.items()
+    }
+    return grpc.method_handlers_generic_handler(name, handlers)
 
 
 def unary(handler: Handler, *, to_owner: bool = False) -> grpc.RpcMethodHandler:

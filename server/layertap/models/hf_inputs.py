@@ -1,0 +1,183 @@
+"""What a model of transformers takes, from its configuration and the files of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layertap.errors import ModelLoadError
+from layertap.models.arguments import parameters_of
+from layertap.models.image_config import ImageConfig, config_of_folder
+from layertap.models.preprocess import Preprocess
+from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask
+from layertap.models.text import IDS, MASK, TYPES
+from layertap.settings import ModelSpec
+
+__all__ = ["inputs_of", "preprocess_of"]
+
+TOKENS = 16
+"""The tokens of the text with which a model is measured, where it takes as many."""
+
+SAMPLES = 16000
+"""The samples of the waveform with which a model is measured: a second at the usual rate."""
+
+_LENGTH, _OTHER_LENGTH, _TIME = "L", "S", "T"
+"""Names of free dimensions: of a text, of the text that a decoder is given, of a waveform."""
+
+
+def inputs_of(module: Any, spec: ModelSpec, folder: Path) -> tuple[InputSpec, ...]:
+    """Return the inputs of a model, the main one first; the others as its ``forward`` has them.
+
+    Raises:
+        ModelLoadError: The model's main input is of no known kind, and the spec has no item shape.
+    """
+    main = _main(module, spec, folder)
+    taken = {parameter.name for parameter in parameters_of(module)} - {main.name}
+    known = [*_beside_main(module, main), *_of_decoder(module), *_of_vision(module, spec, folder)]
+    return (main, *(each for each in known if each.name in taken))
+
+
+def _main(module: Any, spec: ModelSpec, folder: Path) -> InputSpec:
+    name = module.main_input_name
+    if name == "input_ids":
+        return _ids(module, spec)
+    if name == "pixel_values" and (pixels := _pixels(module, spec, folder)):
+        return pixels
+    floating, also = _floating(module)
+    if name == "input_values":
+        shape = spec.item_shape or (SAMPLES,)
+        return InputSpec(shape, (0,), floating, also, name=name, symbols=(_TIME,))
+    config = module.config
+    mel, frames = (getattr(config, key, None) for key in ("num_mel_bins", "max_source_positions"))
+    if name == "input_features" and spec.item_shape is None and mel and frames:
+        # Two convolutions in front of Whisper's encoder halve the frames.
+        return InputSpec((mel, 2 * frames), (), floating, also, name=name)
+    if spec.item_shape is None:
+        raise ModelLoadError(
+            f"item shape of {spec.name}: the sizes of its input {name!r} are not known; give the "
+            f"sizes of one item without the batch, such as --item-shape 80,3000"
+        )
+    return InputSpec(spec.item_shape, (), floating, also, name=name)
+
+
+def _floating(module: Any) -> tuple[torch.dtype, tuple[torch.dtype, ...]]:
+    """Return the floating-point type of a model's inputs, and those that are converted to it."""
+    own = module.dtype
+    return own, () if own is torch.float32 else (torch.float32,)
+
+
+def _beside_main(module: Any, main: InputSpec) -> Iterator[InputSpec]:
+    """Yield the optional inputs that go with token ids or a waveform, of the same length."""
+    if len(main.shape) != 1:
+        return
+    yield _mask(MASK, main.shape, main.symbols)
+    config = module.config.get_text_config()
+    types = getattr(config, "type_vocab_size", 0)
+    if isinstance(types, int) and types > 0:
+        yield _optional(TYPES, main.shape, main.symbols, IdRange(types))
+    positions = getattr(config, "max_position_embeddings", 0)
+    if isinstance(positions, int) and positions > 0:
+        yield _optional("position_ids", main.shape, main.symbols, IdRange(positions))
+
+
+def _of_decoder(module: Any) -> Iterator[InputSpec]:
+    """Yield the inputs of the decoder of a model that has an encoder too."""
+    if not getattr(module.config, "is_encoder_decoder", False):
+        return
+    shape, symbols = (TOKENS // 2,), (_OTHER_LENGTH,)
+    rows = _rows(module, module.config.get_text_config())
+    values = None if rows is None else IdRange(rows)
+    ids = _optional("decoder_input_ids", shape, symbols, values)
+    yield replace(ids, optional=False)
+    yield _mask("decoder_attention_mask", shape, symbols)
+
+
+def _of_vision(module: Any, spec: ModelSpec, folder: Path) -> Iterator[InputSpec]:
+    """Yield the images that a model takes beside its main input."""
+    pixels = _pixels(module, replace(spec, item_shape=None), folder)
+    if pixels is not None and module.main_input_name == "input_ids":
+        yield pixels
+
+
+def _mask(name: str, shape: tuple[int, ...], symbols: tuple[str, ...]) -> InputSpec:
+    return _optional(name, shape, symbols, Mask())
+
+
+def _optional(
+    name: str, shape: tuple[int, ...], symbols: tuple[str, ...], values: IdRange | Mask | None
+) -> InputSpec:
+    return InputSpec(
+        shape,
+        (0,),
+        torch.int64,
+        (torch.int32,),
+        values=values,
+        name=name,
+        optional=True,
+        symbols=symbols,
+    )
+
+
+def _pixels(module: Any, spec: ModelSpec, folder: Path) -> InputSpec | None:
+    shape = spec.item_shape or _image_shape(module.config, config_of_folder(folder))
+    if shape is None:
+        return None
+    floating, also = _floating(module)
+    is_image = len(shape) == 3
+    return InputSpec(
+        shape,
+        (1, 2) if is_image else (),
+        floating,
+        also,
+        guess=InputGuess(free=True) if is_image else None,
+        name="pixel_values",
+    )
+
+
+def preprocess_of(folder: Path, inputs: Iterable[InputSpec]) -> Preprocess | None:
+    """Return how the folder's image processor makes an item of an image; None if it has none."""
+    images = config_of_folder(folder)
+    pixels = next((each for each in inputs if each.name == "pixel_values"), None)
+    return None if images is None or pixels is None else images.preprocess(pixels.shape)
+
+
+def _ids(module: Any, spec: ModelSpec) -> InputSpec:
+    config = module.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or TOKENS
+    shape = spec.item_shape or (min(TOKENS, longest),)
+    padding = getattr(config, "pad_token_id", None)
+    rows = _rows(module, config)
+    known = isinstance(padding, int) and rows is not None and 0 <= padding < rows
+    ids = None if rows is None else IdRange(rows, int(padding or 0) if known else 0)
+    return InputSpec(
+        shape, (0,), torch.int64, (torch.int32,), values=ids, name=IDS, symbols=(_LENGTH,)
+    )
+
+
+def _rows(module: Any, config: Any) -> int | None:
+    """Return the rows of the table of words; the configuration may name fewer or more."""
+    try:
+        table = module.get_input_embeddings()
+    except NotImplementedError:  # Models of two towers have no one table.
+        table = None
+    rows = getattr(table, "num_embeddings", None) if isinstance(table, nn.Module) else None
+    return rows if isinstance(rows, int) else getattr(config, "vocab_size", None)
+
+
+def _image_shape(config: Any, images: ImageConfig | None) -> tuple[int, ...] | None:
+    """Return ``(C, H, W)``, or ``(T, C, H, W)`` of a video; None if nothing says the size."""
+    config = getattr(config, "vision_config", config)
+    sizes = getattr(config, "image_size", None)
+    if sizes is None and images is not None and images.shape is not None:
+        return images.shape
+    if sizes is None:
+        return None
+    height, width = (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[-1])
+    item = (getattr(config, "num_channels", 3), height, width)
+    frames = getattr(config, "num_frames", None)
+    return (frames, *item) if isinstance(frames, int) else item
