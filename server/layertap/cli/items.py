@@ -142,7 +142,7 @@ def parse_array_files(texts: Sequence[str]) -> dict[str, str]:
     """Return the paths of arrays by input, from ``NAME=FILE.npy`` or, for one input, ``FILE.npy``.
 
     Raises:
-        InvalidInputError: A name is given twice, or left out where there are several.
+        InvalidInputError: A name is given twice, or is missing although there are several inputs.
     """
     files: dict[str, str] = {}
     for text in texts:

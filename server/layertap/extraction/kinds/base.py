@@ -254,7 +254,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return compiled_tolerance(reference)
 
     def refuses(self, found: Measurement) -> str:
-        """See ExtractorKind; a program is recorded from a pass of the model on one tensor."""
+        """See ExtractorKind; a program is recorded from a pass of the model on tensors."""
         module = found.model.module
         if found.model.takes_list:
             return "the model takes a list of images, not a tensor"
