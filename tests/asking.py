@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,29 +13,37 @@ from layertap.services.native_form import NativeForm
 from layertap.wire.dtypes import of_array
 from layertap.wire.tensors import TensorView
 
+Given = np.ndarray | torch.Tensor | Mapping[str, torch.Tensor]
+"""The batch of a model's only input, or a tensor for each input by name."""
+
 
 def request_for(
     net: str,
     layers: str | Sequence[str | LayerSelection],
-    x: np.ndarray | torch.Tensor,
+    x: Given,
     extractor: Extractor = Extractor.AUTO,
 ) -> ExtractionRequest:
     """Return the request for layers of a batch, given as selections or command-line texts."""
-    array = x.numpy() if isinstance(x, torch.Tensor) else x
-    view = TensorView("", of_array(array), array.shape, memoryview(array.tobytes()))
+    named = x if isinstance(x, Mapping) else {"": x}
+    views = tuple(_view(name, value) for name, value in named.items())
     texts = [layers] if isinstance(layers, str) else layers
     selections = tuple(
         text if isinstance(text, LayerSelection) else LayerSelection.parse(text) for text in texts
     )
-    return ExtractionRequest(net, Inputs((view,)), selections, extractor, form=NativeForm)
+    return ExtractionRequest(net, Inputs(views), selections, extractor, form=NativeForm)
 
 
 def ask(
     engine: Engine,
     net: str,
     layers: str | Sequence[str | LayerSelection],
-    x: np.ndarray | torch.Tensor,
+    x: Given,
     extractor: Extractor = Extractor.AUTO,
 ) -> Features:
     """Extract, and read the message like a client."""
     return Features(engine.extract(request_for(net, layers, x, extractor), Call()).payload)
+
+
+def _view(name: str, value: np.ndarray | torch.Tensor) -> TensorView:
+    array = value.numpy() if isinstance(value, torch.Tensor) else value
+    return TensorView(name, of_array(array), array.shape, memoryview(array.tobytes()))

@@ -12,18 +12,40 @@ from layertap.app.http_page import HttpPage
 from layertap.app.metrics import Metrics
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
+from layertap.services.observer import Observer
+from layertap.shm.client_regions import ClientRegions
+
+
+@contextmanager
+def started_server(
+    engine: Engine,
+    observer: Observer | None = None,
+    *,
+    client_regions: ClientRegions | None = None,
+    grace: float = 0,
+) -> Iterator[FeatureServer]:
+    """Serve an engine and yield the server, which is stopped at the end of the block.
+
+    Args:
+        engine: The engine; the caller closes it.
+        observer: Notified of the outcome of each extraction.
+        client_regions: Shared memory that clients of the Open Inference Protocol name.
+        grace: Seconds that the last calls may take.
+    """
+    server = FeatureServer(engine, ServerOptions(port=0), observer, client_regions=client_regions)
+    server.start()
+    server.ready()
+    try:
+        yield server
+    finally:
+        server.stop(grace)
 
 
 @contextmanager
 def running_server(engine: Engine) -> Iterator[str]:
     """Serve an engine and yield the address."""
-    server = FeatureServer(engine, ServerOptions(port=0))
-    server.start()
-    server.ready()
-    try:
+    with started_server(engine, grace=1) as server:
         yield server.address
-    finally:
-        server.stop(grace=1)
 
 
 class FakeContext:

@@ -187,6 +187,17 @@ def masked() -> nn.Module:
     return Masked().eval()
 
 
+def declared_mask() -> nn.Module:
+    """Return the same model; its factory declares the inputs."""
+    return Masked().eval()
+
+
+declared_mask.inputs = {  # type: ignore[attr-defined]
+    "input_ids": "int64 [sequence=16], ids=50",
+    "attention_mask": "int64 [sequence=16], mask",
+}
+
+
 def optional() -> nn.Module:
     """Return a model with optional inputs."""
     return Optional().eval()

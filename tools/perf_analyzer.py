@@ -2,13 +2,14 @@
 
 Run it by ``make perf-analyzer``. The program comes from a wheel, and of what it is linked with the
 CUDA runtime from another and libb64 from Debian; all are kept in ``build/perf-analyzer``. It runs
-three times: a concurrency sweep, over a stream, and with system shared memory. Exits with 0 only if
-each of them measured something.
+four times: a concurrency sweep, over a stream, with system shared memory, and with a small model
+that takes two inputs. Exits with 0 only if each of them measured something.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -24,14 +25,19 @@ REQUIREMENTS = HOME / "tools" / "perf-requirements.txt"
 DEBIAN_PACKAGE = "libb64-0d"
 
 MODEL = "resnet18"
+TWO_INPUTS = "declared_mask"
 SERVE = [
-    *("layertap", "serve", MODEL, "--weights", "random", "--layers", "avgpool"),
+    *("layertap", "serve", MODEL, f"severalnets:{TWO_INPUTS}", "--weights", "random"),
     *("--port", "0", "--metrics-port", "-1", "--plan-cache", "off", "--allow-client-shm"),
 ]
+# The metadata have -1 for the height and width of images, which are free.
+IMAGES = ["-m", MODEL, "--shape", "x:3,224,224"]
+TEXTS = BUILD / "texts.json"
 RUNS = {
-    "a concurrency sweep": ["--concurrency-range", "1:4"],
-    "over a stream": ["--concurrency-range", "1:4:3", "--streaming", "--async"],
-    "system shared memory": ["--concurrency-range", "1:4:3", "--shared-memory=system"],
+    "a concurrency sweep": [*IMAGES, "--concurrency-range", "1:4"],
+    "over a stream": [*IMAGES, "--concurrency-range", "1:4:3", "--streaming", "--async"],
+    "system shared memory": [*IMAGES, "--concurrency-range", "1:4:3", "--shared-memory=system"],
+    "two inputs": ["-m", TWO_INPUTS, "--concurrency-range", "1:4:3", "--input-data", str(TEXTS)],
 }
 MEASURED = re.compile(r"^Concurrency: \d+, throughput: (\d+(\.\d+)?) infer/sec", re.MULTILINE)
 LIMIT_SECONDS = 300
@@ -67,8 +73,9 @@ def fetch() -> None:
 def served() -> Iterator[str]:
     """Serve the model on a free port and yield the address."""
     log = BUILD / "serve.log"
+    env = {**os.environ, "PYTHONPATH": str(HOME / "tests")}
     with log.open("w", encoding="utf-8") as out:
-        server = subprocess.Popen([sys.executable, "-m", *SERVE], stderr=out)
+        server = subprocess.Popen([sys.executable, "-m", *SERVE], stderr=out, env=env)
     try:
         yield _address(server, log)
     finally:
@@ -80,10 +87,8 @@ def measure(address: str, options: list[str], window_ms: int) -> str:
     """Run perf_analyzer once and return what it printed; raise SystemExit where it failed."""
     libraries = {str(_found(name).parent) for name in ("libcudart.so.*", "libb64.so.*")}
     command = [
-        *(str(_found("perf_analyzer")), "-m", MODEL, "-i", "grpc", "-u", address),
+        *(str(_found("perf_analyzer")), "-i", "grpc", "-u", address),
         # On a machine that others share as well, latencies seldom settle to the default 10 %.
-        # The metadata have -1 for height and width, which are free.
-        *("--shape", "x:3,224,224"),
         *("--measurement-interval", str(window_ms), "--stability-percentage", "50"),
         *options,
     ]
@@ -113,6 +118,7 @@ def main() -> int:
     parser.add_argument("--window-ms", type=int, default=2000, help="one measurement's length")
     options = parser.parse_args()
     fetch()
+    TEXTS.write_text(json.dumps({"data": [_texts(count) for count in (16, 9, 3)]}), "utf-8")
     with served() as address:
         for name, chosen in RUNS.items():
             print(f"==> {name}: perf_analyzer {' '.join(chosen)}", flush=True)
@@ -121,11 +127,21 @@ def main() -> int:
     return 0
 
 
+def _texts(count: int) -> dict[str, dict[str, list[int]]]:
+    """Return one padded item of both inputs, of which so many tokens count."""
+    ids = [(7 * index) % 49 + 1 if index < count else 0 for index in range(16)]
+    mask = [int(index < count) for index in range(16)]
+    return {
+        name: {"content": values, "shape": [16]}
+        for name, values in (("input_ids", ids), ("attention_mask", mask))
+    }
+
+
 def _address(server: subprocess.Popen[bytes], log: Path) -> str:
     """Wait until the server serves, and return where."""
     try:
         while server.poll() is None:
-            said = re.search(r"serving \S+ on (\S+)$", log.read_text("utf-8"), re.MULTILINE)
+            said = re.search(r"serving .+ on (\S+)$", log.read_text("utf-8"), re.MULTILINE)
             if said:
                 return said[1]
             try:

@@ -26,7 +26,7 @@ __all__ = [
 
 
 SENT_DTYPES = ("float32", "float16", "bfloat16")
-"""The dtypes to which a selection may have floating-point values converted."""
+"""The dtypes that a selection may request for floating-point values."""
 
 
 class Extractor(StrEnum):

@@ -1,4 +1,4 @@
-"""Texts as the input of a model, and how they are tokenised. Free of PyTorch."""
+"""Texts as the input of a model, and how they are tokenised. This doesn't import PyTorch."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class TextOptions:
     """How the texts of a request are tokenised.
 
     Attributes:
-        truncation: Where a text is cut that has more tokens than ``max_tokens``.
-        max_tokens: The most tokens of a text, special ones included; 0 for as many as the model
-            takes.
+        truncation: Where a text with more tokens than ``max_tokens`` is cut.
+        max_tokens: The maximum number of tokens of a text, including special tokens; 0 for as
+            many as the model takes.
         special_tokens: Whether the special tokens that the tokenizer puts around a text are added,
             such as ``[CLS]`` and ``[SEP]``.
         return_tokens: Whether the reply has the tokens too, as tensors named ``tokens.ids``,
@@ -44,20 +44,20 @@ class TextOptions:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Texts for a model, one for each item of the batch, which its own tokenizer turns into ids.
+    """Texts for a model, one for each item; the model's own tokenizer converts them to ids.
 
     Attributes:
         texts: One text, or several.
         truncation: ``"none"``, ``"end"`` or ``"start"``: where a text with too many tokens is cut.
             With ``"none"`` it is refused.
-        max_tokens: The most tokens of a text; 0 for as many as the model takes.
+        max_tokens: The maximum number of tokens of a text; 0 for as many as the model takes.
         special_tokens: Whether tokens such as ``[CLS]`` and ``[SEP]`` are added.
         return_tokens: Whether the reply has the tokens too: ``tokens.ids`` and ``tokens.mask``
             ``[B, L]``, ``tokens.offsets`` ``[B, L, 2]`` (begin and end in characters of the text)
             and ``tokens.words`` ``[B, L]`` (the number of the word, -1 for none), all int64.
 
     Raises:
-        InvalidInputError: If the texts are no strings, or an option has no such value.
+        InvalidInputError: If the texts are not strings, or an option has an invalid value.
     """
 
     texts: str | Sequence[str]

@@ -34,6 +34,14 @@ def test_what_is_put_is_taken_once() -> None:
     assert sorted(taken) == list(range(1000))
 
 
+def test_an_item_counts_as_one_unless_it_says_more() -> None:
+    """A batch of at most eight takes eight items whose size was not given."""
+    queue: BatchQueue[int] = BatchQueue()
+    for item in range(9):
+        queue.put(item, key="k", policy=FOREVER)
+    assert queue.take() == list(range(8))
+
+
 def test_a_batch_that_is_held_back_goes_when_the_last_one_joins() -> None:
     """A thread waits for as many items as last time, and the one that completes them wakes it."""
     queue: BatchQueue[str] = BatchQueue()

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 from torchvision import transforms
 
+import severalnets
 from disks import small_disk
 from layertap import Client, Extractor
 from layertap.cli.main import main
@@ -274,3 +276,57 @@ def test_a_folder_that_can_not_be_written_to_is_found_out_first(images, tmp_path
         disk.forbid_writing()
         result = extract("no_model", images[0], "-l", "a", "-o", str(disk.folder / "a.npz"))
     assert (result.exit_code, "can't be written to" in result.output) == (1, True)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> dict[str, Path]:
+    """Five rows of ids and of a mask, as .npy files."""
+    ids = np.random.default_rng(0).integers(1, 50, (5, 4))
+    mask = np.ones_like(ids)
+    mask[1::2, 2:] = 0
+    files = {"input_ids": tmp_path / "ids.npy", "attention_mask": tmp_path / "mask.npy"}
+    np.save(files["input_ids"], ids)
+    np.save(files["attention_mask"], mask)
+    return files
+
+
+def test_arrays_for_each_input(rows: dict[str, Path], tmp_path: Path) -> None:
+    """A row of the result for each row of the arrays, whatever the batch size."""
+    out = tmp_path / "out.npz"
+    inputs = [part for name, file in rows.items() for part in ("--input", f"{name}={file}")]
+    result = extract(
+        *("severalnets:masked", *inputs, "-l", "head", "-o", str(out), "--batch-size", "2"),
+        *("--item-shape", "4", "--extractor", "hook"),
+    )
+    assert result.exit_code == 0, result.output
+    given = {name: torch.from_numpy(np.load(file)) for name, file in rows.items()}
+    with torch.inference_mode():
+        expected = severalnets.masked()(**given).numpy()
+    with np.load(out) as stored:
+        assert np.allclose(stored["head"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "give one of: IMAGEs, texts by --text"),
+        (["cat.jpg", "--input", "{ids}"], "give one of: IMAGEs, texts by --text"),
+        (["--input", "a={ids}", "--input", "a={ids}"], "--input: got 'a' twice"),
+        (["--input", "a={ids}", "--input", "{ids}"], "without a name, expected NAME=FILE.npy"),
+        (["--input", "missing.npy"], "input missing.npy: No such file"),
+        (["--input", "{text}"], "got no .npy file of numbers"),
+        (["--input", "a={ids}", "--input", "b={short}"], "rows of 5 of 'a', 2 of 'b'"),
+    ],
+)
+def test_arrays_that_can_not_be_read_are_refused(
+    rows: dict[str, Path], tmp_path: Path, arguments: list[str], text: str
+) -> None:
+    """Before any model is loaded, with the file and what was expected."""
+    (tmp_path / "text.npy").write_text("no array")
+    np.save(tmp_path / "short.npy", np.zeros((2, 4)))
+    places = {"ids": rows["input_ids"], "text": tmp_path / "text.npy",
+              "short": tmp_path / "short.npy"}  # fmt: skip
+    filled = [argument.format(**places) for argument in arguments]
+    result = extract("severalnets:masked", *filled, "-l", "head", "-o", str(tmp_path / "o.npz"))
+    assert result.exit_code != 0
+    assert text in result.output

@@ -46,8 +46,8 @@ def test_texts_of_a_file_and_of_arguments(model: str, tmp_path: Path, reduction:
 def test_what_can_not_be_read_is_refused(model: str, tmp_path: Path) -> None:
     """Texts or images must be given, not both, and the file must be there and be UTF-8."""
     out = ("-o", tmp_path / "out.npz", "-l", "pooler")
-    assert "give IMAGEs, or texts" in extract(model, *out).output
-    assert "give IMAGEs, or texts" in extract(model, "a.png", "--text", "a", *out).output
+    assert "give one of: IMAGEs, texts" in extract(model, *out).output
+    assert "give one of: IMAGEs, texts" in extract(model, "a.png", "--text", "a", *out).output
     assert "No such file" in extract(model, "--texts", tmp_path / "none.txt", *out).output
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "it is not UTF-8" in extract(model, "--texts", tmp_path / "latin.txt", *out).output

@@ -35,10 +35,10 @@ def spec(net: str) -> ModelSpec:
 
 
 def test_a_model_that_needs_two_inputs(engine) -> None:
-    """It is refused when it is loaded, with the names of its inputs."""
-    with pytest.raises(errors.ModelLoadError, match=r"needs 2 inputs \(x, mask\), expected one"):
-        engine.load(spec("two_inputs"))
-    assert engine.hosts() == []
+    """A request that has one of them is refused, with the names of both."""
+    engine.load(spec("two_inputs"))
+    with pytest.raises(errors.InvalidInputError, match=r"\bmask\b"):
+        ask(engine, "two_inputs", "output")
 
 
 def test_a_model_that_returns_no_tensor(engine) -> None:

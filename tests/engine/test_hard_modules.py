@@ -22,15 +22,15 @@ from oracle import outputs_of
 ITEM = (3, 16, 16)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine without models."""
+    """An engine for all tests; see ``load``."""
     engine = Engine()
     yield engine
     engine.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def busy() -> Iterator[Engine]:
     """An engine that runs several passes at the same time."""
     engine = Engine(instances=2, threads=1)
@@ -43,7 +43,9 @@ def images(seed: int = 0) -> torch.Tensor:
 
 
 def load(engine: Engine, net: str) -> torch.nn.Module:
-    engine.load(ModelSpec(f"hardnets:{net}", item_shape=ITEM))
+    """Load a net unless a test before has; return a fresh one."""
+    if net not in {host.model.name for host in engine.hosts()}:
+        engine.load(ModelSpec(f"hardnets:{net}", item_shape=ITEM))
     return getattr(hardnets, net)()
 
 

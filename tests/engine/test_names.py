@@ -22,9 +22,9 @@ ITEM = (3, 16, 16)
 EXTRACTORS = [Extractor.AUTO, Extractor.HOOK, Extractor.TORCHSCRIPT]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    """An engine without models."""
+    """An engine for all tests; see ``load``."""
     engine = Engine()
     yield engine
     engine.close()
@@ -35,7 +35,9 @@ def images() -> torch.Tensor:
 
 
 def load(engine: Engine, net: str, item_shape: tuple[int, ...] = ITEM) -> torch.nn.Module:
-    engine.load(ModelSpec(f"namednets:{net}", item_shape=item_shape))
+    """Load a net unless a test before has; return a fresh one."""
+    if net not in {host.model.name for host in engine.hosts()}:
+        engine.load(ModelSpec(f"namednets:{net}", item_shape=item_shape))
     return getattr(namednets, net)()
 
 
@@ -114,7 +116,7 @@ def test_weights_that_do_not_exist_are_refused_with_the_reason(engine) -> None:
     """The error says why fused attention has none, and what to do."""
     load(engine, "attends", (5, 8))
     x = torch.rand(2, 5, 8)
-    with pytest.raises(errors.ExtractorUnsupportedError, match="one fused operation.*build it so"):
+    with pytest.raises(errors.ExtractorUnsupportedError, match="fused attention.*build it that"):
         asking.ask(engine, "attends", "fused.attention_weights", x)
 
 

@@ -156,7 +156,7 @@ def host_selections(*names: str):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("computed", "small against the model's pass"),
+        ("computed", "much faster than the pass"),
         ("in_numpy", "NumPy"),
         ("scaled", "different for each sample"),
     ],

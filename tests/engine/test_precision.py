@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from oracle import outputs_of
 from tinynets import ITEM
 
 LAYERS = ("bn1", "layer1")
+PRECISIONS = ("", "bfloat16", "float16")
 PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
 
 
@@ -26,6 +28,24 @@ PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
 def engine() -> Iterator[Engine]:
     """An engine without models."""
     engine = Engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def forms() -> Iterator[Engine]:
+    """An engine with the net in every precision and layout, each under a name of its own."""
+    engine = Engine()
+    for precision, channels_last in product(PRECISIONS, (False, True)):
+        engine.load(
+            ModelSpec(
+                "tinynets:residual",
+                f"net{precision}{channels_last}",
+                item_shape=ITEM,
+                precision=precision,
+                channels_last=channels_last,
+            )
+        )
     yield engine
     engine.close()
 
@@ -41,15 +61,16 @@ def ask(engine: Engine, x: torch.Tensor, extractor: Extractor) -> dict[str, torc
 
 @pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("precision", ["", "bfloat16", "float16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_values_are_those_of_the_model_in_its_form(
-    engine, precision, channels_last, extractor
+    forms, precision, channels_last, extractor
 ) -> None:
     """A float32 batch is converted once, and every extractor gives the modules' values."""
-    module = load(engine, precision=precision, channels_last=channels_last)
+    name = f"net{precision}{channels_last}"
+    module = forms.host(name).model.module
     dtype = getattr(torch, precision or "float32")
     x = torch.rand(2, *ITEM)
-    for layer, value in ask(engine, x, extractor).items():
+    for layer, value in asking.ask(forms, name, LAYERS, x, extractor).torch().items():
         truth = outputs_of(module, x.to(dtype), layer)[0]
         assert value.dtype is truth.dtype is dtype
         compiled = extractor is Extractor.TORCHSCRIPT

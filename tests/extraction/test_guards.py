@@ -151,7 +151,7 @@ def counted(x: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     ("net", "words"),
     [
-        (guardnets.computed(), "small against the model's pass"),
+        (guardnets.computed(), "much faster than the pass"),
         (guardnets.in_numpy(), "NumPy"),
         (module_of(drawn), "random numbers"),
         (module_of(counted), "not computed from the input"),

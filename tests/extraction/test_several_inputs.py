@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import severalnets
+from asking import ask
 from layertap.engine import Engine
 from layertap.errors import ModelLoadError
 from layertap.extraction.trial import tried
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.selection import Capture, Extractor
 from layertap.settings import DeclaredInput
-from several import ask_named
 
 
 def trial(net: str, item_shape: tuple[int, ...] | None = None, **more: object) -> LoadedModel:
@@ -142,5 +142,6 @@ def test_every_extractor_that_claims_a_layer_gives_the_fresh_modules_values(net:
         claimed = entry.served_by(Capture.OUTPUT)
         assert Extractor.HOOK in claimed
         for extractor in claimed:
-            got = ask_named(engine, "net", BATCHES[net], "output", extractor)
-            assert torch.allclose(torch.from_numpy(got), right, rtol=1e-4, atol=1e-5), extractor
+            features = ask(engine, "net", "output", BATCHES[net], extractor)
+            got = torch.from_numpy(features["output"].copy())
+            assert torch.allclose(got, right, rtol=1e-4, atol=1e-5), extractor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,9 +11,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from zoo.specimen import Specimen, ids
+from zoo.specimen import Requests, Specimen, ids
 
-__all__ = ["Subject", "images", "subject", "subjects_in", "tokens", "waves"]
+__all__ = ["Subject", "images", "subject", "subjects_in", "texts", "tokens", "waves"]
 
 _SEED = 11
 
@@ -55,16 +55,51 @@ def tokens(length: int, vocabulary: int) -> list[torch.Tensor]:
     return [some[6], some[0], some[1][:2], some[3][:1]]
 
 
+def texts(vocabulary: int, *more: str) -> list[dict[str, torch.Tensor]]:
+    """Return four batches of ids of other lengths and sizes: padded, left out of a mask, whole.
+
+    Args:
+        vocabulary: The number of ids.
+        more: Inputs besides ``input_ids`` and ``attention_mask`` that are zeros and ones.
+    """
+    generator = torch.Generator().manual_seed(9)
+
+    def batch(size: int, length: int, kept: Sequence[int] = (), *, left: bool = False) -> dict:
+        given = {"input_ids": torch.randint(1, vocabulary, (size, length), generator=generator)}
+        if kept:
+            mask = torch.zeros(size, length, dtype=torch.int64)
+            for row, count in zip(mask, kept, strict=True):
+                row[length - count if left else 0 : length if left else count] = 1
+            given["attention_mask"] = mask
+            given["input_ids"] *= mask
+        for name in more:
+            given[name] = torch.randint(0, 2, (size, length), generator=generator)
+        return given
+
+    return [
+        batch(1, 12, [12]),
+        batch(2, 9, [9, 4]),
+        batch(2, 7),
+        batch(3, 12, [12, 5, 8], left=True),
+    ]
+
+
 def subject(
-    item: tuple[int, ...], requests: list[torch.Tensor], *, package: str, draws: bool = False
+    item: tuple[int, ...] | None,
+    requests: Requests,
+    *,
+    package: str,
+    draws: bool = False,
+    inputs: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[[], nn.Module]], Callable[[], nn.Module]]:
     """Make a function that builds a public model a subject.
 
     Args:
-        item: The sizes of one item, without the batch.
+        item: The sizes of one item, without the batch; None where there are ``inputs``.
         requests: Batches that are asked for.
         package: The package that it comes from, for the table.
         draws: Whether a pass draws random numbers.
+        inputs: What the model takes, as a factory declares it; None to read and try it.
     """
 
     def enter(made: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -74,6 +109,8 @@ def subject(
                 torch.manual_seed(_SEED)
                 return _settled(made())
 
+        if inputs:
+            build.inputs = dict(inputs)
         made.build = build
         made.subject = Subject(
             name=made.__name__,

@@ -19,11 +19,12 @@ ORDER = ("HOOK", "TORCHSCRIPT", "AUTO")
 HEADER = """## Public packages
 
 {models} models of {packages} public packages, {architectures} of them Hugging Face architectures
-from configurations: random weights, the smallest configurations, one tensor each. Each is served by
-HOOK (every layer), TORCHSCRIPT and AUTO (twelve layers spread over the model), three requests in a
-row and in throughput mode to eight callers, and every answer is held against a fresh instance that
-runs once under cloning hooks: HOOK bit for bit, the others within 1e-4 of a layer's largest
-magnitude. `make test-packages` writes this section, in environments of their own.
+from configurations, whole and with all their inputs; the others take one tensor each. Random
+weights, the smallest configurations; lengths, batch sizes and padding vary. Each is served by HOOK
+(every layer), TORCHSCRIPT and AUTO (twelve layers spread over the model), three requests in a row
+and in throughput mode to eight callers, and every answer is held against a fresh instance that runs
+once under cloning hooks: HOOK bit for bit, the others within 1e-4 of a layer's largest magnitude.
+`make test-packages` writes this section, in environments of their own.
 
 {answers} answers were right, **{wrong} wrong**, {failed} failed; {late} layers were refused only by
 a request, and {unloadable} models were refused when they were loaded.

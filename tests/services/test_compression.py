@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from layertap import Client, errors
-from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from layertap.wire.messages import REPLY_COMPRESSION_KEY
+from serving import started_server
 from tinynets import ITEM
 
 X = np.zeros((64, *ITEM), np.float32)
@@ -27,11 +27,8 @@ def address() -> Iterator[str]:
     """A real server of a small net."""
     engine = Engine()
     engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
-    server = FeatureServer(engine, ServerOptions(port=0))
-    server.start()
-    server.ready()
-    yield server.address
-    server.stop(0)
+    with started_server(engine) as server:
+        yield server.address
     engine.close()
 
 

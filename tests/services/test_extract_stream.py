@@ -15,11 +15,12 @@ import torch
 
 from gatednets import gate
 from layertap import Client
-from layertap.app.server import FeatureServer, ServerOptions
+from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
 from layertap.v1 import feature_service_pb2, tensor_pb2
 from processes import ENVIRONMENT
+from serving import started_server
 from streams import GATED_ITEM, Counting, RawStream, eventually, held_item, item, readers
 from tinynets import ITEM
 
@@ -58,21 +59,15 @@ def seen() -> Counting:
 @pytest.fixture
 def server(engine: Engine, seen: Counting) -> Iterator[FeatureServer]:
     """A real server."""
-    yield from started(engine, seen)
+    with started_server(engine, seen) as server:
+        yield server
 
 
 @pytest.fixture
 def narrow_server(narrow: Engine, seen: Counting) -> Iterator[FeatureServer]:
     """A real server of the engine with one thread."""
-    yield from started(narrow, seen)
-
-
-def started(engine: Engine, seen: Counting) -> Iterator[FeatureServer]:
-    server = FeatureServer(engine, ServerOptions(port=0), seen)
-    server.start()
-    server.ready()
-    yield server
-    server.stop(0)
+    with started_server(narrow, seen) as server:
+        yield server
 
 
 @pytest.fixture
@@ -298,6 +293,7 @@ def test_a_cancelled_stream_is_not_computed(narrow, narrow_channel, seen) -> Non
 KILLED = """
 import sys
 import grpc
+from serving import started_server
 from streams import RawStream, held_item
 stream = RawStream(grpc.insecure_channel(sys.argv[1]))
 stream.send(*(held_item(number) for number in range(4)))
@@ -395,16 +391,15 @@ def test_draining_answers_what_is_in_flight(server, channel) -> None:
 
 def test_streams_leave_room_for_unary_calls(engine, seen) -> None:
     """With as many open streams as allowed, unary calls are still served."""
-    server = FeatureServer(engine, ServerOptions(port=0), seen)
-    server.start()
-    try:
-        with grpc.insecure_channel(server.address) as channel, Client(server.address) as client:
-            streams = [RawStream(channel), RawStream(channel)]
-            for stream in streams:
-                stream.send(item(1))
-                assert stream.read().id == 1
-            x = np.zeros((1, *ITEM), np.float32)
-            assert "layer1" in client.extract("residual", x, "layer1", timeout=60)
-            assert [stream.rest() for stream in streams] == [[], []]
-    finally:
-        server.stop(0)
+    with (
+        started_server(engine, seen) as server,
+        grpc.insecure_channel(server.address) as channel,
+        Client(server.address) as client,
+    ):
+        streams = [RawStream(channel), RawStream(channel)]
+        for stream in streams:
+            stream.send(item(1))
+            assert stream.read().id == 1
+        x = np.zeros((1, *ITEM), np.float32)
+        assert "layer1" in client.extract("residual", x, "layer1", timeout=60)
+        assert [stream.rest() for stream in streams] == [[], []]

@@ -363,7 +363,13 @@ class _Drive:
         """Tell whether the model says that it takes such a batch; else the door refuses it."""
         x = self._requests[request]
         try:
-            self._host.model.signature.main.check(x.shape, str(x.dtype).removeprefix("torch."))
+            given = x if isinstance(x, dict) else {"": x}
+            self._host.model.signature.check(
+                {
+                    name: (tuple(each.shape), str(each.dtype).removeprefix("torch."))
+                    for name, each in given.items()
+                }
+            )
         except InvalidInputError as error:
             self._report.door.add(str(error))
             return False

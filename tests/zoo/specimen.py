@@ -27,7 +27,10 @@ from torch.nn.parameter import is_lazy
 
 __all__ = ["Specimen", "finite", "floats", "ids", "specimen", "specimens_in"]
 
-Requests = list[torch.Tensor]
+Request = torch.Tensor | dict[str, torch.Tensor]
+"""A batch of the only input, or of each input by name."""
+
+Requests = list[Request]
 
 _SEED = 7
 _number = itertools.count()
@@ -82,7 +85,7 @@ class Specimen:
         awkward: What is awkward about it and which real models are so, in one sentence.
         build: Makes an instance; call ``fresh`` instead where state may be left outside of it.
         source: What ``layertap serve`` takes, ``package.module:factory``.
-        item: The sizes of one item, without the batch.
+        item: The sizes of one item, without the batch; None where the factory says its inputs.
         requests: Batches of which every one must be answered rightly; eight callers take one each.
         draws: Whether a pass draws random numbers, so that some values follow chance.
         twin: Whether the reference is a twin without a TorchScript program, as hooks can't see a
@@ -93,7 +96,7 @@ class Specimen:
     awkward: str
     build: Callable[[], nn.Module]
     source: str
-    item: tuple[int, ...]
+    item: tuple[int, ...] | None
     requests: Requests
     draws: bool = False
     twin: bool = False

@@ -47,7 +47,7 @@ class Truth:
         return [value for value in found if isinstance(value, torch.Tensor)]
 
 
-def truth_of(net: nn.Module, x: torch.Tensor, seed: int = 0) -> Truth:
+def truth_of(net: nn.Module, x: torch.Tensor | Mapping[str, torch.Tensor], seed: int = 0) -> Truth:
     """Run a module on a copy of a batch, to its end, with a cloning hook on every submodule."""
     truth = Truth()
     open_calls: dict[str, list[int]] = {}
@@ -78,7 +78,10 @@ def truth_of(net: nn.Module, x: torch.Tensor, seed: int = 0) -> Truth:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            net(x.clone())
+            if isinstance(x, Mapping):
+                net(**{name: tensor.clone() for name, tensor in x.items()})
+            else:
+                net(x.clone())
     except Exception as error:  # noqa: BLE001 - whatever a model raises is part of the truth
         truth.error = f"{type(error).__name__}: {error}"
     for handle in handles:

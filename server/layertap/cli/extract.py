@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from layertap.cli.items import ArrayItems, ImageItems, Items, TextItems, parse_array_files
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
 from layertap.selection import (
@@ -21,7 +22,7 @@ from layertap.selection import (
     LayerSelection,
     Reduction,
 )
-from layertap.texts import Texts, Truncation
+from layertap.texts import Truncation
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,13 +30,22 @@ if TYPE_CHECKING:
     from layertap.cli.connection import ServerAddress
     from layertap.cli.render import Stderr
     from layertap.description import ModelDescription, ValueDescription
+    from layertap.inputs import InputLike
 
 __all__ = ["batch_axes", "extract"]
 
 
-@click.command(short_help="Write layers of images or texts into an .npz file.")
+@click.command(short_help="Write layers of images, texts or arrays into an .npz file.")
 @click.argument("model", metavar="MODEL")
 @click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path())
+@click.option(
+    "--input",
+    "arrays",
+    multiple=True,
+    metavar="[NAME=]FILE.npy",
+    help="An array with an item in each row, in place of images. Give one for each input of the "
+    "model; the name may be left out for the only input that it needs.",
+)
 @click.option(
     "--text",
     "given_texts",
@@ -96,12 +106,13 @@ __all__ = ["batch_axes", "extract"]
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Images or texts in one forward pass.",
+    help="Items in one forward pass.",
 )
 @local_model_options
 def extract(
     model: str,
     images: tuple[str, ...],
+    arrays: tuple[str, ...],
     given_texts: tuple[str, ...],
     texts_file: Path | None,
     truncation: str,
@@ -114,11 +125,11 @@ def extract(
     server: ServerAddress | None,
     **flags: Any,
 ) -> None:
-    """Write layers of images or texts to an .npz file: one array per layer, with all of them in it.
+    """Write layers of images, texts or arrays to an .npz file: one array for each layer.
 
     Batches are joined along each layer's batch dimension, which was measured when the model was
     loaded. For most layers it is the first, so there is one row per image; for layers such as
-    [L, N, D] it is the second.
+    [L, B, D] it is the second.
 
     MODEL is a torchvision model (resnet18), a Hugging Face model (hf:FOLDER), a TorchScript file
     (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
@@ -130,6 +141,8 @@ def extract(
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
+      layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
+          -l encoder -o texts.npz
       python -c "import numpy; print(numpy.load('cat.npz')['layer1'].shape)"
     """
     refuse_with_server(server, flags)
@@ -138,9 +151,8 @@ def extract(
         for text in layers
     ]
     texts = [*given_texts, *_lines(texts_file)]
-    if bool(images) == bool(texts):
-        raise click.UsageError("give IMAGEs, or texts by --text and --texts")
-    _check_files(images, output)
+    items = _items(images, arrays, texts, Truncation(truncation))
+    _check_output(output)
     from layertap.cli.npz import Columns
     from layertap.cli.render import Stderr, show_features
 
@@ -151,16 +163,15 @@ def extract(
         if server
         else _local(terminal, model, selections, how, flags)
     )
-    items = texts or images
     ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
-    with opened as source, terminal.counting("texts" if texts else "images", len(items)) as bar:
+    with opened as source, terminal.counting(items.noun, len(items)) as bar:
         columns = Columns(lambda: batch_axes(source.describe(), selections))
         for begin in range(0, len(items), batch_size):
-            some = items[begin : begin + batch_size]
-            with _naming(images[begin:]):
-                batch = Texts(some, truncation) if texts else [_read(image) for image in some]
-                columns.add(*source.ask(batch), 1 if ragged else len(some))
-            bar.advance(bar.task_ids[0], len(some))
+            size = min(batch_size, len(items) - begin)
+            with items.naming(begin):
+                taken = source.ask(items.batch(begin, size))
+                columns.add(*taken, 1 if ragged else size)
+            bar.advance(bar.task_ids[0], size)
     columns.save(output)
     show_features(columns.rows())
 
@@ -174,9 +185,9 @@ class _Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class _Source:
-    """A model: `ask` extracts layers from images or texts, `describe` describes the model."""
+    """A model: `ask` extracts layers of a batch, `describe` describes the model."""
 
-    ask: Callable[[list[bytes] | Texts], _Taken]
+    ask: Callable[[InputLike], _Taken]
     describe: Callable[[], ModelDescription]
 
 
@@ -206,11 +217,18 @@ def _batch_axis(value: ValueDescription | None) -> int | None:
     return None if value.interleaved or value.dynamic or len(grown) != 1 else grown[0]
 
 
-def _check_files(images: Sequence[str], output: Path) -> None:
-    """Check what would otherwise fail only after loading the model."""
-    for image in images:
-        if not Path(image).is_file():
-            raise InvalidInputError(f"image {image}: no such file")
+def _items(
+    images: Sequence[str], arrays: Sequence[str], texts: Sequence[str], truncation: Truncation
+) -> Items:
+    if sum(map(bool, (images, arrays, texts))) != 1:
+        raise click.UsageError("give one of: IMAGEs, texts by --text and --texts, or --input")
+    if images:
+        return ImageItems(images)
+    return TextItems(texts, truncation) if texts else ArrayItems(parse_array_files(arrays))
+
+
+def _check_output(output: Path) -> None:
+    """Check before loading a model what would otherwise fail after it."""
     folder = output.absolute().parent
     if not folder.is_dir():
         raise InvalidInputError(f"output {output}: no such folder {output.parent}")
@@ -230,24 +248,6 @@ def _lines(file: Path | None) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _read(image: str) -> bytes:
-    try:
-        return Path(image).read_bytes()
-    except OSError as error:
-        raise InvalidInputError(f"image {image}: {error.strerror}") from error
-
-
-@contextmanager
-def _naming(images: Sequence[str]) -> Iterator[None]:
-    """Name the file in errors about one image of the batch; ``images`` begins with the batch."""
-    try:
-        yield
-    except InvalidInputError as error:
-        if error.image is None or error.image >= len(images):
-            raise
-        raise InvalidInputError(f"image {images[error.image]}: {error.detail}") from error
-
-
 @contextmanager
 def _remote(
     server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
@@ -256,7 +256,7 @@ def _remote(
 
     with server.client() as client:
 
-        def ask(given: list[bytes] | Texts) -> _Taken:
+        def ask(given: InputLike) -> _Taken:
             features = client.extract(model, given, selections, extractor=extractor)
             return _Taken(features, features.extractor)
 
@@ -277,7 +277,7 @@ def _local(
         if assumed := model.host.model.assumptions():
             terminal.say(assumed, logging.WARNING)
 
-        def ask(given: list[bytes] | Texts) -> _Taken:
+        def ask(given: InputLike) -> _Taken:
             features = model.extract(given, selections, extractor=extractor)
             return _Taken(features.numpy(), features.extractor)
 

@@ -56,7 +56,7 @@ class TextBatch:
     Attributes:
         texts: The texts.
         options: How they are tokenised.
-        name: The input that they are for; empty where the model takes texts for one input only.
+        name: The input that they are for; may be empty if only one input takes texts.
     """
 
     texts: Sequence[str]

@@ -52,14 +52,14 @@ transformer it takes minutes, in which no other request would be served.
 """
 
 MAX_OUTCOMES = 8
-"""Compiled plans of one layer set and item shape that differ in the outcome of the model's looks.
+"""Maximum number of compiled plans per layer set and item shape, one for each outcome.
 
 Code that looks at a length, for example, has an outcome for each length; requests of any other
 outcome are served by HOOK.
 """
 
 MAX_DECLARED_OUTCOMES = 4
-"""Outcomes of a declared layer set that get a compiled plan before the model is ready."""
+"""Maximum number of outcomes for which a declared layer set is compiled at the start."""
 
 MAX_SIZES_PROVEN = 8
 """Every batch size up to this is proven before a model is ready; above it only 16, 32 and so on.
@@ -234,10 +234,10 @@ class ModelHost:
         )
 
     def on_device(self, x: Batch) -> Batch:
-        """Return a batch on the model's device, in the model's element types.
+        """Return a batch on the model's device, in the model's dtypes.
 
         A copy from page-locked memory is only launched here; PyTorch's allocator keeps that memory
-        until the copy is over.
+        until the copy is done.
         """
         device = self.model.device
         return self.model.signature.converted(
@@ -245,12 +245,12 @@ class ModelHost:
         )
 
     def prove_shared(self, plan: Plan, items: int, x: Batch | None = None) -> bool:
-        """Return whether requests may share a pass of that many items. For a compute thread.
+        """Return whether requests may share a pass of this many items; call it on a compute thread.
 
         Args:
-            plan: The plan of each of them.
-            items: Their items together.
-            x: Their joined batch, as the model takes it; None if there is none yet.
+            plan: The plan of each request.
+            items: The total number of items.
+            x: The joined batch, on the model's device and in its dtypes; None if there is none yet.
         """
         prover = self._builder.prover
         if x is not None and plan.outcome and not self._has_outcome(plan, x):
@@ -260,7 +260,7 @@ class ModelHost:
         return plan.refusal(items) == "" and prover.prove_shared(plan, items, x)
 
     def _has_outcome(self, plan: Plan, x: Batch) -> bool:
-        """Return whether the model's looks give for a joined batch what the plan stands for."""
+        """Return whether a joined batch has the outcome for which the plan was made."""
         outcomes = self._builder.outcomes
         tree = outcomes.guard(plan.pass_spec, x.key, x.size)
         found = tree.outcome(x) if tree is not None else None
@@ -269,7 +269,7 @@ class ModelHost:
     def _outcome(
         self, resolved: Resolved, batch_key: BatchKey, x: Batch, call: Call
     ) -> Outcome | None:
-        """Return what the model's looks give for a batch; None if that is not known yet.
+        """Return the outcome of a batch; None if it is not known yet.
 
         Empty also where no compiled plan comes into question. For a request that names a compiled
         kind, and where there is a plan for another outcome or batch size already, the model runs to
@@ -306,7 +306,7 @@ class ModelHost:
         return ask() if here else self.compute.run(ask, call)
 
     def _of_family(self, resolved: Resolved, batch_key: BatchKey) -> list[PlanKey]:
-        """Return the keys of the compiled plans that differ in their outcome only."""
+        """Return the keys of the compiled plans that differ only in their outcome."""
         with self._lock:
             keys = [*self._declared_plans, *self._plans]
         return [
@@ -509,7 +509,7 @@ class ModelHost:
         return plan
 
     def _refuse_another_outcome(self, key: PlanKey) -> None:
-        """Refuse to build a plan for one more outcome where there are as many as are kept."""
+        """Refuse to build a plan for another outcome if there are as many as are kept."""
         with self._lock:
             keys = {*self._declared_plans, *self._plans}
         outcomes = {
@@ -528,7 +528,7 @@ class ModelHost:
 
         Args:
             key: What to compile; the outcome may be unknown.
-            example: The batch of a request for it; None where it is not needed.
+            example: The batch of a request for it; None if it is not needed.
         """
         given = (
             None if example is None else self.compute.run(partial(self.on_device, example), Call())

@@ -30,11 +30,11 @@ __all__ = ["NOTHING_BESIDE", "Beside", "Envelope", "reply_collector", "reply_wri
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What a request has beside its batch.
+    """Data of a request that is not in its batch.
 
     Attributes:
         tokens: Which positions of its texts count, for reductions; None if all do.
-        arrays: Further tensors of the reply, by name: they are known before the pass.
+        arrays: Further tensors of the reply, by name, which are known before the pass.
     """
 
     tokens: Tokens | None = None
@@ -77,7 +77,7 @@ def reply_writer(
         size: The number of items in the batch.
         envelope: The form of the reply and the limits on its size.
         staging: Copies values from a GPU to the host; if None, each value is written at once.
-        beside: What the request has beside its batch.
+        beside: Data of the request that is not in its batch.
 
     Raises:
         ReplyTooLargeError: If the reply would exceed its limit.

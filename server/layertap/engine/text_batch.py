@@ -20,11 +20,11 @@ __all__ = ["TextBatch", "beside_batch", "check_texts", "tensors_of_texts", "toke
 
 
 def check_texts(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, TextBatch]:
-    """Return a request's texts by the name of the input that they are for.
+    """Check a request's texts; return them by the name of the input that they are for.
 
     Raises:
         InvalidInputError: The names are not those of inputs that take texts, a name comes twice,
-            there are too many texts or too many bytes of them, or two batches ask for their tokens.
+            there are too many texts or bytes, or tokens are requested for two inputs.
     """
     found: dict[str, TextBatch] = {}
     for each in given.texts:
@@ -49,11 +49,11 @@ def check_texts(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, 
 
 
 def tokenize(model: LoadedModel, given: TextBatch, limits: Limits, call: Call) -> TokenizedTexts:
-    """Tokenise a batch of texts. Runs no PyTorch, so any thread may call it.
+    """Tokenise a batch of texts. It doesn't use PyTorch, so any thread may call it.
 
     Raises:
         InvalidInputError: As ``TextTokenizer.tokenize``.
-        DeadlineExceededError, CancelledError: If nobody waits for the reply any more.
+        DeadlineExceededError, CancelledError: If the caller no longer waits.
     """
     return _tokenizer(model).tokenize(given.texts, given.options, call.check)
 
@@ -61,11 +61,11 @@ def tokenize(model: LoadedModel, given: TextBatch, limits: Limits, call: Call) -
 def tensors_of_texts(
     model: LoadedModel, given: Inputs, tokenized: Mapping[str, TokenizedTexts]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors that texts become: ids, and the mask and types where the model has them.
+    """Return the tensors made from texts: ids, and mask and token types if the model has them.
 
     Raises:
         InvalidInputError: The texts have different numbers of tokens and the model takes no mask,
-            or a tensor was sent that is made of the texts.
+            or the request has a tensor that would be made from the texts.
     """
     sent = {view.name for view in given.tensors}
     made: dict[str, torch.Tensor] = {}
@@ -97,7 +97,7 @@ def beside_batch(
     texts: Mapping[str, TextBatch],
     tokenized: Mapping[str, TokenizedTexts],
 ) -> Beside:
-    """Return which positions of a batch count, and the tokens that the reply is to have."""
+    """Return which positions of a batch count, and the tokens to include in the reply."""
     main = model.signature.main
     spec = _mask_of(model, main)
     tokens = None
@@ -129,7 +129,7 @@ def _text_input(model: LoadedModel, name: str) -> str:
             f"{model.signature.pattern}"
         )
     if not name:
-        # A decoder's own text is an input that texts are seldom meant for.
+        # Texts are rarely meant for a decoder's own input.
         return taken[0]
     if name not in taken:
         raise InvalidInputError(
@@ -145,7 +145,7 @@ def _tokenizer(model: LoadedModel) -> TextTokenizer:
 
 
 def _mask_of(model: LoadedModel, ids: InputSpec) -> InputSpec | None:
-    """Return the mask that goes with an input: of its size, and of its name where there are two."""
+    """Return the mask for an input: of its size, and by its name if there are two."""
     fitting = [
         spec
         for spec in model.signature.inputs

@@ -1,27 +1,27 @@
-"""Guards: find out which way a model's code goes for an input, without running the model.
+"""Guards: find which branches a model's code takes for an input, without running the model.
 
 Note [Outcomes]
-    Code such as ``if mask.all():`` looks at a value of the input and then goes one way or another.
-    A program that was recorded from one pass holds the way of its example only. It is right for
-    every input whose looks give what those of the example gave. The values that the looks of a pass
-    give, in order, are the outcome of that pass: ``("True",)`` for a mask of ones. Each compiled
-    plan is made and proven for one outcome, and a guard finds the outcome of a request before a
-    plan is chosen.
+    Code such as ``if mask.all():`` looks at a value of the input and then takes one branch or
+    another. A program that was recorded from one pass contains only the branches that its example
+    took. It is right for every input whose looks give the same values as the example's. The values
+    that the looks of a pass give, in order, are the outcome of that pass: ``("True",)`` for a mask
+    of ones. Each compiled plan is made and proven for one outcome, and a guard finds the outcome of
+    a request before a plan is chosen.
 
 Note [How a guard is made]
     The model itself runs once under a `Tape`, which records each operation with its arguments. At a
-    look, the operations that lead from the inputs to the looked-at number are cut out of the tape.
-    They are the guard's program for that look: they are the model's own operations, so they give
-    the model's own number, to the last bit. The program holds for batches of the same shapes whose
-    looks before had the same outcome, since the model's Python code can't have done anything else
-    for them. So guards form a tree for each shape of batch: a look, and for each value that it gave
-    the looks that follow. A batch that leaves the tree has an outcome that is not known yet.
+    look, the operations that lead from the inputs to the number are copied from the tape. They are
+    the guard's program for that look: the model's own operations, so the number has the same bits.
+    The program is valid for batches of the same shapes whose earlier looks had the same outcome,
+    because the model's Python code does the same for them. So guards form a tree for each shape of
+    batch: a look, and for each value that it gave, the looks that follow. If a batch leaves the
+    tree, its outcome is not known yet.
 
 Note [What is refused]
-    A guard runs in front of each pass, so it must be small against it: programs with products of
-    matrices, convolutions or attention are refused, and those that touch more than `FREE_ELEMENTS`
-    and more than a `SHARE` of what the pass touches. So is what can't be repeated: random numbers,
-    values that NumPy took, and operations inside ``torch.vmap``.
+    A guard runs before each pass, so it must be much faster than the pass. Programs with matrix
+    products, convolutions or attention are refused, and so are programs that touch more than
+    `FREE_ELEMENTS` and more than a `SHARE` of the pass's elements. What can't be repeated is
+    refused too: random numbers, values that NumPy reads, and operations inside ``torch.vmap``.
 """
 
 from __future__ import annotations
@@ -54,28 +54,28 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 Outcome = tuple[str, ...]
-"""What the looks of one pass gave, in order, each as ``repr`` writes it; empty for no looks."""
+"""The ``repr`` of the values that the looks of one pass gave, in order; empty for no looks."""
 
 FREE_ELEMENTS = 1 << 20
 """Elements that a guard may touch, whatever the pass does: about a millisecond of work."""
 
 SHARE = 0.1
-"""The share of the elements that the pass touches up to which a larger guard is accepted."""
+"""A larger guard is accepted up to this share of the elements that the pass touches."""
 
 MAX_STEPS = 256
-"""Operations of one look's program."""
+"""Maximum number of operations in the program of one look."""
 
 MAX_LOOKS = 64
-"""Looks of one pass; code that looks more often counts something."""
+"""Maximum number of looks in one pass; code with more looks probably loops over values."""
 
 MAX_LEAVES = 32
-"""Outcomes that one tree tells apart."""
+"""Maximum number of outcomes in one tree."""
 
 CONSTANT_ELEMENTS = 1 << 16
-"""Elements of one constant that is copied into a guard; parameters are not copied."""
+"""Maximum size of a constant that is copied into a guard; parameters are not copied."""
 
 FEW_ELEMENTS = 1 << 14
-"""Elements below which PyTorch computes an operation on the calling thread alone."""
+"""Number of elements below which PyTorch runs an operation on the calling thread alone."""
 
 _HEAVY = (
     "mm", "bmm", "matmul", "linear", "bilinear", "einsum", "tensordot", "attention", "conv",
@@ -110,7 +110,7 @@ class _Step:
         func: The operation.
         args: Its positional arguments, tensors as `Ref`.
         kwargs: Its other arguments.
-        results: What it returned, in the order of the leaves; None for what is no tensor.
+        results: Its results, in the order of the leaves; None for a result that is not a tensor.
         elements: The elements of its arguments and results.
         fault: Why a guard must not contain it; empty if it may.
     """
@@ -148,7 +148,7 @@ class _Program:
         return sum(step.elements for step in self.steps)
 
     def run(self, x: Batch) -> str:
-        """Return what the look gives for a batch of the recorded shapes."""
+        """Return the value that the look gives for a batch of the recorded shapes."""
         values: dict[Ref, torch.Tensor] = dict(self.constants)
         bases: dict[int, torch.Tensor] = {}
         for name, given_ref in self.inputs.items():
@@ -187,12 +187,12 @@ class _Program:
 
 @dataclass(frozen=True)
 class Look:
-    """One look of a pass at a value that follows from its input.
+    """One look of a pass at a value that depends on its input.
 
     Attributes:
-        outcome: What it gave.
-        program: Finds out what it gives for another batch.
-        fault: Why there can be no guard for it, whatever the rest of the pass is; empty if there
+        outcome: The value that it gave.
+        program: Computes the value for another batch.
+        fault: Why there can't be a guard for it, whatever the rest of the pass does; empty if there
             can.
     """
 
@@ -202,7 +202,7 @@ class Look:
 
     @property
     def path(self) -> tuple[str, ...]:
-        """The names of the operations that lead to it, without those that only change views."""
+        """The names of the operations that lead to it, except those that only make views."""
         return tuple(step.name for step in self.program.steps if not _only_views(step.func))
 
 
@@ -219,12 +219,12 @@ class Tape:
 
     Args:
         module: The model; its parameters and buffers are held by reference.
-        given: The pass's input, by name. Contiguous, so that other batches can take its place.
+        given: The pass's input, by name; contiguous, so that other batches can replace it.
 
     Attributes:
         looks: The looks so far, in order.
         elements: The elements that all operations touched.
-        closed: Whether what happens from now on no longer matters.
+        closed: Whether later operations are ignored.
     """
 
     def __init__(self, module: nn.Module, given: Mapping[str, torch.Tensor]) -> None:
@@ -235,7 +235,7 @@ class Tape:
         self._next = 0
         self._limit = 256
         self._steps: list[_Step] = []
-        # For each storage the steps that its content follows from, as bits.
+        # For each storage, the steps from which its content is computed, as bits.
         self._from: dict[int, int] = {}
         self._made: set[Ref] = set()
         self._fixed: set[int] = set()
@@ -253,7 +253,7 @@ class Tape:
             self._from[ref.storage] = 0
 
     def before(self, func: Any, args: Any, kwargs: Any) -> _Call | None:
-        """Note an operation that is about to run; hand what this returns to ``after``."""
+        """Record an operation that is about to run; pass the result to ``after``."""
         if self.closed:
             return None
         call = _Call(func, args, kwargs)
@@ -268,12 +268,12 @@ class Tape:
         return call
 
     def after(self, call: _Call | None, result: Any, *, looks: bool) -> None:
-        """Note what the operation returned.
+        """Record what the operation returned.
 
         Args:
             call: What ``before`` returned.
             result: What the operation returned.
-            looks: Whether it took a number out of what follows from the input.
+            looks: Whether it took a number from a value that depends on the input.
         """
         if call is None:
             return
@@ -294,27 +294,27 @@ class Tape:
             self._from[ref.storage] = self._from.get(ref.storage, 0) | mine
         self._made.update(filter(None, refs))
         if looks:
-            self._look(mine, result, "" if _is_number(result) else "it takes no plain number")
+            self._look(mine, result, "" if _is_number(result) else "it gives no plain number")
         self._forget_freed()
 
     def export(self, func: Any, args: Any, result: Any) -> None:
-        """Note that a function took values out of tensors, without an operation."""
+        """Record that a function took values from tensors without an operation."""
         if self.closed:
             return
         tensors = list(_tensors(args))
         for tensor in tensors:
             self._know(tensor)
-        fault = "" if _is_number(result) else "NumPy takes a value of it"
+        fault = "" if _is_number(result) else "NumPy reads its value"
         self._ask(func, args, result, fault)
 
     def size(self, tensor: torch.Tensor) -> None:
-        """Note that the code asked for a size that follows the content."""
+        """Record that the code asked for a size that depends on the content."""
         if not self.closed:
             self._know(tensor)
             self._ask(_shape_of, (tensor,), _shape_of(tensor), "")
 
     def close(self) -> None:
-        """Leave out what happens from now on."""
+        """Ignore all later operations."""
         self.closed = True
 
     def _ask(self, func: Any, args: Any, result: Any, fault: str) -> None:
@@ -350,7 +350,7 @@ class Tape:
         self.looks.append(Look(repr(result), program, fault))
 
     def _know(self, tensor: torch.Tensor) -> None:
-        """Take a tensor that no recorded operation made as a constant."""
+        """Treat a tensor that no recorded operation made as a constant."""
         ref = self._ref(tensor)
         if ref.storage in self._from or ref in self._made or ref in self._constants:
             return
@@ -360,7 +360,7 @@ class Tape:
         elif tensor.numel() <= CONSTANT_ELEMENTS:
             self._constants[ref] = tensor.clone()
         else:
-            self._faults[ref] = "it uses a large tensor that is no parameter"
+            self._faults[ref] = "it uses a large tensor that is not a parameter"
 
     def _ref(self, tensor: torch.Tensor) -> Ref:
         memory = StorageWeakRef(tensor.untyped_storage())
@@ -446,14 +446,14 @@ def _fault(func: Any, values: Any) -> str:
     packet = getattr(func, "overloadpacket", None)
     name = str(getattr(packet, "__name__", func))
     if any(part in name for part in _HEAVY):
-        return f"it is computed by {name}, and a guard must be small against the model's pass"
+        return f"it is computed by {name}, and a guard must be much faster than the pass"
     if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-        return "it follows from random numbers"
+        return "it depends on random numbers"
     for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor) and not _is_strided(leaf):
-            return "it follows from a tensor that is sparse or inside torch.vmap"
+            return "it depends on a tensor that is sparse or inside torch.vmap"
         if isinstance(leaf, torch.Tensor) and (leaf.is_conj() or leaf.is_neg()):
-            return "it follows from a complex tensor that is conjugated lazily"
+            return "it depends on a complex tensor that is conjugated lazily"
     return ""
 
 
@@ -491,22 +491,22 @@ def why_not(look: Look, elements: int) -> str:
     if look.fault:
         return look.fault
     if len(look.program.steps) > MAX_STEPS:
-        return f"it takes more than {MAX_STEPS} operations to find the value out"
+        return f"finding the value takes more than {MAX_STEPS} operations"
     mine = look.program.elements
     if mine > FREE_ELEMENTS and mine > SHARE * elements:
-        return f"to find the value out takes {mine / elements:.0%} of the pass"
+        return f"finding the value takes {mine / elements:.0%} of the pass"
     return ""
 
 
 def in_words(outcome: Outcome) -> str:
-    """Return an outcome as messages quote it."""
+    """Return an outcome as text for messages."""
     most = 8
     shown = ", ".join(each if len(each) <= 40 else f"{each[:37]}..." for each in outcome[:most])
     return shown if len(outcome) <= most else f"{shown} and {len(outcome) - most} more"
 
 
 def is_fraction(value: str) -> bool:
-    """Return whether a look gave a floating-point number, of which there are very many."""
+    """Return whether a look gave a floating-point number, which has very many possible values."""
     return not value.lstrip("-").isdecimal() and _is_float(value)
 
 
@@ -519,7 +519,7 @@ def _is_float(value: str) -> bool:
 
 
 def is_subsequence(looks: Sequence[Look], of: Sequence[Look]) -> bool:
-    """Return whether each look is one of another pass, in the same order, with the same outcome."""
+    """Return whether another pass has all these looks, in order and with the same outcomes."""
     rest = iter(of)
     return all(
         any(look.outcome == other.outcome and look.path == other.path for other in rest)
@@ -529,14 +529,14 @@ def is_subsequence(looks: Sequence[Look], of: Sequence[Look]) -> bool:
 
 @dataclass
 class _Node:
-    """A look, and what follows each of its outcomes; the end of the looks if there is none."""
+    """A look and the node after each of its outcomes; without a look, the end of the pass."""
 
     program: _Program | None = None
     after: dict[str, _Node] = field(default_factory=dict)
 
 
 class GuardTree:
-    """Tells the outcomes of batches of one shape apart; see Note [How a guard is made].
+    """Finds the outcomes of batches of one shape; see Note [How a guard is made].
 
     Safe to share between threads.
     """
@@ -547,12 +547,12 @@ class GuardTree:
         self._lock = threading.Lock()
 
     def outcome(self, x: Batch) -> Outcome | None:
-        """Return the outcome of a batch; None if no recorded pass went the same way.
+        """Return the outcome of a batch; None if no recorded pass had the same outcome.
 
-        None also where an operation fails, as those of the model itself then do.
+        It is also None if an operation fails, as the model itself then fails too.
 
         Args:
-            x: As the model takes it: on its device, of its element types. It stays as it is.
+            x: The batch, on the model's device and in its dtypes; it is not changed.
         """
         node, found = self._root, []
         with torch.inference_mode():
@@ -567,18 +567,18 @@ class GuardTree:
 
     @property
     def full(self) -> bool:
-        """Whether it tells as many outcomes apart as it may."""
+        """Whether it has the maximum number of outcomes."""
         return self._leaves >= MAX_LEAVES
 
     @property
     def cheap(self) -> bool:
-        """Whether each look takes so little that any thread may run it."""
+        """Whether each look is so cheap that any thread may run it."""
         return self._root is None or all(
             program.elements < FEW_ELEMENTS for program in _programs(self._root)
         )
 
     def add(self, looks: Sequence[Look]) -> bool:
-        """Add the looks of a pass; return whether they fit the passes that were added before."""
+        """Add the looks of a pass; return whether they are consistent with earlier passes."""
         with self._lock:
             if self._root is None:
                 self._root, self._leaves = _chain(looks), 1

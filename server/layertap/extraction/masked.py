@@ -1,7 +1,7 @@
 """Reductions of the tokens of texts, in which padding does not count.
 
-The values are ``[B, L, C]``, a row for each position of the input. Which positions count is what
-the mask of the request says; without a mask all of them do.
+The values are ``[B, L, C]``: a row for each position of the input. The mask of the request says
+which positions count; without a mask all of them do.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Tokens:
 
     Attributes:
         mask: bool ``[B, L]``: whether a position is a token that counts, not padding.
-        words: int64 ``[B, L]``: the number of the word that a token belongs to, -1 for none; None
-            where the request had no texts.
+        words: int64 ``[B, L]``: the number of the word to which a token belongs, -1 for none;
+            None if the request had no texts.
     """
 
     mask: torch.Tensor
@@ -43,27 +43,27 @@ MASKED = RAGGED | {
     Reduction.LAST_TOKEN,
     Reduction.TOKEN_MAX,
 }
-"""The reductions that follow the mask."""
+"""The reductions that use the mask."""
 
 
 def masked(
     reduction: Reduction, spec: ValueSpec, tokens: Tokens | None, layer: str
 ) -> tuple[Sequence[Dim], Apply] | None:
-    """Return what a reduction makes of values ``[B, L, C]``: dimensions, and how.
+    """Return the dimensions of a reduction's result for values ``[B, L, C]``, and the function.
 
-    The dimensions are those after the batch; of a ragged reduction they are all of them.
+    The dimensions are those after the batch; for a ragged reduction, all of them.
 
     Args:
         reduction: One of ``MASKED``.
-        spec: The values.
+        spec: The dtype and shape of the values.
         tokens: Which positions count; None if all do.
         layer: The layer's name, for the error message.
 
     Returns:
-        None where the reduction takes other values than these.
+        None if the reduction can't be applied to such values.
 
     Raises:
-        InvalidInputError: The mask is of another length than the values, an item has no token that
+        InvalidInputError: The mask and the values differ in length, an item has no token that
             counts, or the words are not known.
     """
     length, channels = spec.dims[1].size, spec.dims[2]
@@ -149,7 +149,7 @@ def _last(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _at(places: torch.Tensor | None, place: int) -> Apply:
-    """Return what takes the row at each item's own place, or at one place for all."""
+    """Return a function that takes the row at each item's own place, or at one place for all."""
     if places is None:
         return lambda value: value[:, place]
     items = torch.arange(len(places))

@@ -34,7 +34,7 @@ def no_guard(reason: str) -> str:
     """
     return (
         f"before it the model's code branches on tensor values (bool, int or item), and no guard "
-        f"can find out beforehand which way it goes: {reason}"
+        f"can determine beforehand which branch it takes: {reason}"
     )
 
 

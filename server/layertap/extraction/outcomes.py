@@ -1,4 +1,4 @@
-"""The outcomes of one model's passes: recorded by watched passes, then found out by guards.
+"""The outcomes of one model's passes: recorded by watched passes, then found by guards.
 
 See ``guards`` for what an outcome and a guard are.
 """
@@ -26,10 +26,10 @@ from layertap.models import Batch, BatchKey
 __all__ = ["Outcomes", "Recorded"]
 
 MAX_TREES = 256
-"""Guards that are kept of one model: one for each pass spec and shape of batch."""
+"""Maximum number of guards per model: one for each pass spec and batch shape."""
 
 MAX_KNOWN = 1024
-"""Pass specs of which it is known whether their passes look at values."""
+"""Maximum number of pass specs for which we remember whether passes look at values."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Recorded:
     Attributes:
         looks: Its looks.
         function: A Python function of autograd that it called; empty for none.
-        step: A discontinuous operation that a captured value follows from; empty for none.
+        step: A discontinuous operation on which a captured value depends; empty for none.
         unguarded: Why there is no guard for one of the looks; empty if there are guards for all.
     """
 
@@ -50,16 +50,16 @@ class Recorded:
 
     @property
     def outcome(self) -> Outcome:
-        """What the looks gave."""
+        """The values that the looks gave."""
         return tuple(look.outcome for look in self.looks)
 
 
 class Outcomes:
-    """Finds out the outcomes of batches, for the passes of one model.
+    """Finds the outcomes of batches, for the passes of one model.
 
     Args:
-        context: The model and what belongs to it.
-        looked: The points that come after a look, at the items at which the model was measured.
+        context: What is needed to run passes of the model.
+        looked: The points after a look, for the items with which the model was measured.
     """
 
     def __init__(self, context: BuildContext, looked: Collection[CapturePoint] = ()) -> None:
@@ -89,18 +89,18 @@ class Outcomes:
             return tree
 
     def refusal(self, pass_spec: PassSpec, batch_key: BatchKey) -> str:
-        """Return why there is no guard for passes; empty if nothing speaks against it."""
+        """Return why there can't be a guard for passes; empty if no reason is known."""
         with self._lock:
             return self._refusals.get((pass_spec, batch_key), "")
 
     def observe(self, pass_spec: PassSpec, x: Batch) -> Outcome:
-        """Run the model on a batch, watched, and keep a guard for batches that go the same way.
+        """Run the model on a batch, watched, and keep a guard for batches with this outcome.
 
         For a compute thread.
 
         Args:
             pass_spec: What the pass does.
-            x: As the model takes it; it stays as it is.
+            x: The batch, on the model's device and in its dtypes; it is not changed.
 
         Raises:
             ExtractorUnsupportedError: If there can be no guard, or a guard is wrong.
@@ -170,12 +170,12 @@ class Outcomes:
         with self._lock:
             _remember(self._looks, (pass_spec, batch_key), bool(found.looks or known), MAX_KNOWN)
         if not found.looks and not known:
-            return ""  # Nothing to tell apart.
+            return ""  # There is only one outcome.
         tree = self.guard(pass_spec, batch_key, x.size)
         if tree is None:
             tree = GuardTree()
         else:
-            # Made of other batches: it need not know this outcome, but must not find another one.
+            # It was made from other batches: it may not know this outcome, but must not differ.
             before = tree.outcome(x)
             if before not in (None, found.outcome):
                 return _differs(before, found.outcome)

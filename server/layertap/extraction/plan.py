@@ -25,8 +25,8 @@ class PlanKey(NamedTuple):
         extractor: Which extractor runs it; never AUTO.
         pass_spec: What its pass does.
         batch_key: What its batches have in common.
-        outcome: What the looks of its passes give, for a compiled plan; see ``guards``. None where
-            that is not known yet, which holds for no plan.
+        outcome: The outcome of its passes, for a compiled plan; see ``guards``. None if it is not
+            known yet; a plan's own key always has one.
     """
 
     extractor: Extractor
@@ -108,8 +108,8 @@ class Plan:
         specs: The dtype and shape of each point's value, in the order of the points.
         built: The extractor itself, which may run on compute threads only.
         findings: What was learnt about the plan since it was built.
-        outcome: What the looks of each pass that it stands for give; empty if there are none, or
-            if it runs the model's own code. It must not be given a batch of another outcome.
+        outcome: The outcome of every pass for which the plan may run; empty if there are no looks,
+            or if it runs the model's own code. It must not run for a batch of another outcome.
     """
 
     kind: ExtractorKind

@@ -101,7 +101,7 @@ class PlanBuilder:
 
     Attributes:
         prover: Compares plans with the model, during building and later.
-        outcomes: Finds out the outcomes of batches.
+        outcomes: Finds the outcomes of batches.
     """
 
     def __init__(

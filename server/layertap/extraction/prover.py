@@ -52,13 +52,13 @@ __all__ = ["Prover"]
 _log = logging.getLogger(__name__)
 
 FEWEST = 3
-"""Different batches of an outcome without which a plan for it is not accepted."""
+"""Minimum number of different batches with an outcome that must prove a plan for it."""
 
 ENOUGH = 6
-"""Batches of an outcome that prove a plan for it."""
+"""Maximum number of batches with an outcome that prove a plan for it."""
 
 AT_SIZE = 3
-"""Batches of an outcome that are tried at one more batch size."""
+"""Number of batches with an outcome that are tested at a further batch size."""
 
 _SHARED = 3
 """Items of the first shared pass that is tested: the smallest number with two unequal parts."""
@@ -71,7 +71,7 @@ class Prover:
 
     Args:
         context: The model, its taps, guard and graph.
-        outcomes: The outcomes of the model's passes.
+        outcomes: Finds the outcomes of the model's passes.
 
     Attributes:
         outcomes: The same.
@@ -143,14 +143,14 @@ class Prover:
     def cases(
         self, kind: ExtractorKind, key: PlanKey, example: Batch | None
     ) -> Generator[None, None, list[tuple[Batch, Values]]]:
-        """Find, in steps, batches of one outcome with the reference values, of several sizes.
+        """Find batches with one outcome, of several sizes, in steps; add the reference values.
 
         The example comes first, then samples, then batches like the example.
 
         Args:
             kind: The kind of the plan that is to be proven.
             key: What the plan is for.
-            example: A batch of that outcome, as the model takes it; None if only samples are known.
+            example: A batch with that outcome, on the model's device; None to use samples only.
 
         Raises:
             ExtractorUnsupportedError: If there are fewer than `FEWEST`, or there is no guard.
@@ -220,13 +220,13 @@ class Prover:
     def of_outcome(
         self, key: PlanKey, size: int, own: Batch | None = None, most: int = AT_SIZE
     ) -> list[Batch]:
-        """Return batches of a size that have the outcome of a plan, at best the own one first.
+        """Return batches of a size that have a plan's outcome, the given one first.
 
         Args:
             key: What the plan is for.
-            size: Items.
-            own: A batch of that size that has the outcome, if there is one at hand.
-            most: How many are enough.
+            size: The number of items.
+            own: A batch of that size with that outcome; None if there is none.
+            most: The maximum number of batches.
         """
         found: list[Batch] = []
         for x in self._candidates(kind_of(key.extractor), key.batch_key, (size,), own):

@@ -76,7 +76,7 @@ def reduced(
 
 
 def _in_front(apply: Apply, spec: ValueSpec) -> Apply:
-    """Return what applies a function to values with their batch dimension moved to the front."""
+    """Return a function that moves the batch dimension to the front and then applies another."""
     axis = next(index for index, dim in enumerate(spec.dims) if dim.batch)
     return apply if axis == 0 else lambda value: apply(value.movedim(axis, 0))
 

@@ -125,7 +125,8 @@ def _made(example: Example, model: LoadedModel, size: int, key: BatchKey, seed: 
     wrong = [item for item in key.items if not _is_item(made.get(item.name), item, size)]
     if wrong:
         raise ModelLoadError(
-            f"model {model.name!r}: its example gave no {wrong[0]} with a batch of {size}"
+            f"model {model.name!r}: its example function did not return {wrong[0]} for a batch of "
+            f"{size}"
         )
     return Batch({item.name: made[item.name].to(model.device) for item in key.items})
 

@@ -8,7 +8,7 @@ Note [Two witnesses]
     - The symbolic graph of ``forward``, in which each child is one node, begins with the calls of
       the children in order, each with the output of the one before.
     - A real pass runs no operation between two children on values that depend on the input (see
-      ``survey_looks``). It is needed because symbolic tracing can be misled:
+      ``survey_looks``). This pass is needed because symbolic tracing can be misled:
       ``isinstance(x, Tensor)`` is false for a symbol.
     - The values are equal (``survey_walk``).
 

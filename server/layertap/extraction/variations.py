@@ -1,8 +1,7 @@
-"""Batches like a given one, for proving a plan for the outcome that the given one has.
+"""Batches similar to a given one, to prove a plan for the given one's outcome.
 
-Samples need not show the outcome of a request (see ``guards``). What the request itself holds does,
-and so do many batches that differ little from it: those are tried, and the ones that keep the
-outcome prove the plan.
+Samples may not have the outcome of a request (see ``guards``). The request's own batch has it, and
+so do many similar batches: these are tried, and those with the same outcome prove the plan.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ __all__ = ["paddings", "resized", "variations"]
 
 
 def resized(x: Batch, size: int) -> Batch:
-    """Return a batch of that many items: those of a batch in turn."""
+    """Return a batch of ``size`` items, which repeat those of a batch in turn."""
     chosen = torch.arange(size) % x.size
     return x.map(lambda tensor: tensor[chosen.to(tensor.device)].clone())
 
 
 def paddings(model: LoadedModel, x: Batch) -> Iterator[Batch]:
-    """Yield a batch without any padding, with each item's second half padded, and its first half.
+    """Yield batches without padding, with the second half padded, and with the first half padded.
 
-    Masks, and token ids, for which padding ids become others. Nothing for a model without either.
+    This changes masks, and the padding in token ids. A model that has neither gets no batches.
     """
     values = {spec.name: spec.values for spec in model.signature.inputs if spec.name in x}
     if not any(values.values()):
@@ -53,16 +52,16 @@ def _padded(tensor: torch.Tensor, known: IdRange | Mask, place: str) -> torch.Te
 
 
 def variations(model: LoadedModel, x: Batch, sizes: tuple[int, ...] = (1, 2, 3)) -> Iterator[Batch]:
-    """Yield batches of each size that differ from a batch in their values. All are seeded.
+    """Yield batches of each size with other values than a batch. All are seeded.
 
-    Floating-point numbers are scaled, moved a little, and drawn again within the range of the
-    given ones. Token ids are replaced by others where they are no padding. Everything else, such
-    as masks, stays as it is, or moves along the item by one place together with all the rest.
+    Floating-point numbers are scaled, moved a little, and drawn again within the given range. Token
+    ids are replaced by others, except for padding. Everything else, such as masks, is not changed,
+    or all tensors are moved along the item by one place.
 
     Args:
         model: The model.
-        x: The batch, on the model's device, of its inputs' element types.
-        sizes: Items of the batches to make.
+        x: The batch, on the model's device and in its dtypes.
+        sizes: The numbers of items of the batches.
     """
     for seed, size in enumerate((*sizes, *sizes)):
         yield _changed(model, resized(x, size), seed)

@@ -112,7 +112,7 @@ def _declared_or_described(
 
 
 def _own_preprocess(factory: Any, target: str) -> Any:
-    """Return the factory's attribute ``preprocess``, None if it has none."""
+    """Return the factory's attribute ``preprocess``; None if it has none."""
     found = attribute(factory, "preprocess")
     if found is not None and not callable(found) and not isinstance(found, Mapping):
         raise ModelLoadError(

@@ -1,4 +1,4 @@
-"""Finds the folder of a Hugging Face model: a local one, or a snapshot in the ordinary cache."""
+"""Finds the folder of a Hugging Face model: a local one, or a snapshot in the hub's cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?")
 _CODE = "*.py"
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-# The same weights again, in other formats or as their authors first published them.
+# The same weights in other formats, or in the form in which they were first published.
 _UNWANTED = ("onnx/*", "openvino/*", "original/*", "consolidated*", "metal/*")
 _READ = frozenset({".json", ".safetensors", ".bin", ".txt", ".model", ".py"})
 
@@ -30,7 +30,7 @@ _READ = frozenset({".json", ".safetensors", ".bin", ".txt", ".model", ".py"})
 def local_folder(target: str) -> Path | None:
     """Return the folder that a target such as ``nets/bert`` names; None if there is none.
 
-    A configuration file may be named instead of its folder.
+    The target may also be the configuration file in that folder.
     """
     path = expanded(target)
     if path.is_file() and path.name == CONFIG:
@@ -39,11 +39,11 @@ def local_folder(target: str) -> Path | None:
 
 
 def folder_of(target: str, *, code: bool) -> Path:
-    """Return the folder of a model, downloaded into the ordinary cache if it is not there yet.
+    """Return the folder of a model; download it into the hub's cache if it is not there yet.
 
     Args:
         target: A folder, or the name of a model on the hub, such as ``google-bert/bert-base-cased``
-            or ``gpt2@REVISION``. A folder of that name comes first.
+            or ``gpt2@REVISION``. A folder with that name has priority.
         code: Whether Python files are downloaded too.
 
     Raises:
@@ -70,20 +70,20 @@ def folder_of(target: str, *, code: bool) -> Path:
 
 
 def public_name(target: str) -> str:
-    """Return what clients read of a target: never a directory."""
+    """Return the name of a target for clients, without a directory."""
     folder = local_folder(target)
     return target if folder is None else folder.absolute().name
 
 
 def files_of_folder(target: str) -> tuple[Path, ...]:
-    """Return the files of a local folder that a model is loaded from; none for names of the hub.
+    """Return the files in a local folder from which a model is loaded; empty for a hub's name.
 
-    A revision of the hub does not change, so there is nothing to watch.
+    A revision on the hub does not change, so there is nothing to watch.
     """
     folder = local_folder(target)
     if folder is None:
         return ()
-    # Modules of sentence-transformers stand in folders below it.
+    # Modules of sentence-transformers are in subfolders.
     found = (*folder.glob("*"), *folder.glob("*/*.json"), *folder.glob("*/*.safetensors"))
     return tuple(sorted(file for file in found if file.suffix in _READ and file.is_file()))
 
@@ -102,7 +102,7 @@ def _snapshot(target: str, *, code: bool) -> Path:
             allow_patterns=[*_WANTED, *((_CODE,) if code else ())],
             ignore_patterns=list(_UNWANTED),
         )
-    # Whatever the network and the hub's client raise: there are dozens of classes.
+    # The network and the hub's client raise dozens of classes.
     except Exception as error:
         raise WeightsUnavailableError(
             f"Hugging Face model {target!r}: there is no folder of that name, it is not in the "

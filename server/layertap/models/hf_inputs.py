@@ -1,4 +1,4 @@
-"""What a model of transformers takes, from its configuration and the files of its folder."""
+"""Finds the inputs of a transformers model, from its configuration and its folder."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from layertap.settings import ModelSpec
 __all__ = ["inputs_of", "preprocess_of"]
 
 TOKENS = 16
-"""The tokens of the text with which a model is measured, where it takes as many."""
+"""Number of tokens with which a model is measured, unless it takes fewer."""
 
 SAMPLES = 16000
-"""The samples of the waveform with which a model is measured: a second at the usual rate."""
+"""Number of samples of the waveform with which a model is measured: usually a second."""
 
 _LENGTH, _OTHER_LENGTH, _TIME = "L", "S", "T"
-"""Names of free dimensions: of a text, of the text that a decoder is given, of a waveform."""
+"""Names of free dimensions: of a text, of a decoder's text, of a waveform."""
 
 
 def inputs_of(module: Any, spec: ModelSpec, folder: Path) -> tuple[InputSpec, ...]:
-    """Return the inputs of a model, the main one first; the others as its ``forward`` has them.
+    """Return the inputs of a model: the main one, then the others in the order of ``forward``.
 
     Raises:
-        ModelLoadError: The model's main input is of no known kind, and the spec has no item shape.
+        ModelLoadError: The kind of the main input is unknown, and the spec has no item shape.
     """
     main = _main(module, spec, folder)
     taken = {parameter.name for parameter in parameters_of(module)} - {main.name}
@@ -66,13 +66,13 @@ def _main(module: Any, spec: ModelSpec, folder: Path) -> InputSpec:
 
 
 def _floating(module: Any) -> tuple[torch.dtype, tuple[torch.dtype, ...]]:
-    """Return the floating-point type of a model's inputs, and those that are converted to it."""
+    """Return the floating-point dtype of a model's inputs, and dtypes that are converted to it."""
     own = module.dtype
     return own, () if own is torch.float32 else (torch.float32,)
 
 
 def _beside_main(module: Any, main: InputSpec) -> Iterator[InputSpec]:
-    """Yield the optional inputs that go with token ids or a waveform, of the same length."""
+    """Yield optional inputs that belong to token ids or a waveform, with the same length."""
     if len(main.shape) != 1:
         return
     yield _mask(MASK, main.shape, main.symbols)
@@ -86,7 +86,7 @@ def _beside_main(module: Any, main: InputSpec) -> Iterator[InputSpec]:
 
 
 def _of_decoder(module: Any) -> Iterator[InputSpec]:
-    """Yield the inputs of the decoder of a model that has an encoder too."""
+    """Yield the decoder's inputs of a model that has an encoder and a decoder."""
     if not getattr(module.config, "is_encoder_decoder", False):
         return
     shape, symbols = (TOKENS // 2,), (_OTHER_LENGTH,)
@@ -98,7 +98,7 @@ def _of_decoder(module: Any) -> Iterator[InputSpec]:
 
 
 def _of_vision(module: Any, spec: ModelSpec, folder: Path) -> Iterator[InputSpec]:
-    """Yield the images that a model takes beside its main input."""
+    """Yield the image inputs of a model, besides its main input."""
     pixels = _pixels(module, replace(spec, item_shape=None), folder)
     if pixels is not None and module.main_input_name == "input_ids":
         yield pixels
@@ -140,7 +140,7 @@ def _pixels(module: Any, spec: ModelSpec, folder: Path) -> InputSpec | None:
 
 
 def preprocess_of(folder: Path, inputs: Iterable[InputSpec]) -> Preprocess | None:
-    """Return how the folder's image processor makes an item of an image; None if it has none."""
+    """Return the preprocessing of the folder's image processor; None if it has none."""
     images = config_of_folder(folder)
     pixels = next((each for each in inputs if each.name == "pixel_values"), None)
     return None if images is None or pixels is None else images.preprocess(pixels.shape)
@@ -160,17 +160,17 @@ def _ids(module: Any, spec: ModelSpec) -> InputSpec:
 
 
 def _rows(module: Any, config: Any) -> int | None:
-    """Return the rows of the table of words; the configuration may name fewer or more."""
+    """Return the number of rows of the word table; the configuration may have another number."""
     try:
         table = module.get_input_embeddings()
-    except NotImplementedError:  # Models of two towers have no one table.
+    except NotImplementedError:  # A model with two towers has no single table.
         table = None
     rows = getattr(table, "num_embeddings", None) if isinstance(table, nn.Module) else None
     return rows if isinstance(rows, int) else getattr(config, "vocab_size", None)
 
 
 def _image_shape(config: Any, images: ImageConfig | None) -> tuple[int, ...] | None:
-    """Return ``(C, H, W)``, or ``(T, C, H, W)`` of a video; None if nothing says the size."""
+    """Return ``(C, H, W)``, or ``(T, C, H, W)`` of a video; None if the size is unknown."""
     config = getattr(config, "vision_config", config)
     sizes = getattr(config, "image_size", None)
     if sizes is None and images is not None and images.shape is not None:

@@ -3,17 +3,17 @@
 Needs the extra ``layertap[hf]``.
 
 Note [Hugging Face models]
-    transformers builds the class that ``config.json`` names, or the one that the spec names, and
-    loads the folder's weights into it. What it does that would be wrong here is undone or refused:
+    transformers builds the class that the spec or else ``config.json`` names, and loads the
+    folder's weights into it. Some of what it does would be wrong here, and is undone or refused:
 
-    * It makes up weights that the folder lacks. Here that is an error, except for a pooling layer
-      behind the model's hidden states, which is left out of the model instead.
-    * The weights that it loads are the mapped file itself: a file that is overwritten would change
-      the answers of a model that is being served, and one that is cut short would end the process.
-      So they are copied, one tensor after the other; a shard's mapping ends with its last tensor.
-    * Code that comes with a model runs only where the spec says so.
-    * ``use_cache`` is off and ``return_dict`` on, whatever ``config.json`` says: one pass needs no
-      cache, and a result with names is better than one with numbers.
+    * It creates random weights if the folder lacks some. Here that is an error, except for a
+      pooling layer after the model's hidden states, which is removed from the model.
+    * It maps weights from their file. If that file were overwritten, the answers of a served model
+      would change, and if it were truncated, the process would end. So the weights are copied, one
+      tensor after the other; a shard's mapping ends with its last tensor.
+    * Code that comes with a model runs only if the spec allows it.
+    * ``use_cache`` is off and ``return_dict`` is on, whatever ``config.json`` says: a single pass
+      needs no cache, and a result with names is better than one with numbers.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ _POOLER = "pooler"
 def build_hugging_face(spec: ModelSpec) -> Built:
     """Build a model of transformers from a folder or from the hub's cache.
 
-    Weights: DEFAULT for the folder's own, the path of a checkpoint, or random. A source
-    ``hf-config:`` has random weights where DEFAULT is asked for.
+    Weights: DEFAULT for the folder's own, the path of a checkpoint, or random. For a source
+    ``hf-config:``, DEFAULT means random weights.
 
     Raises:
-        ModelLoadError: transformers is not installed, the folder is none of its models, it needs
-            code of its own that may not run, or its input can't be told.
-        WeightsUnavailableError: The weights can't be had, or some of the model's are missing.
+        ModelLoadError: transformers is not installed or doesn't know the model, the model needs
+            its own code, which may not run, or its input can't be determined.
+        WeightsUnavailableError: The weights can't be read, or some of them are missing.
     """
     folder = folder_of(spec.target, code=spec.trust_remote_code)
     sentences = has_modules(folder) and not spec.architecture
@@ -145,7 +145,7 @@ def _config(transformers: Any, spec: ModelSpec, folder: Path) -> Any:
 
 
 def _config_for(found: Any, config: Any, spec: ModelSpec, folder: Path) -> Any:
-    """Return the configuration of a part of a model, such as a tower, where the class is of one."""
+    """Return the configuration of a part of a model, such as a tower, if the class is for one."""
     kind = getattr(found, "config_class", None)
     if kind is None or isinstance(config, kind):
         return config
@@ -164,7 +164,7 @@ def _with_constants(config: Any) -> Any:
 def _class_of(transformers: Any, config: Any, spec: ModelSpec, *, sentences: bool) -> Any:
     """Return the class to build: the spec's, the configuration's, or AutoModel.
 
-    sentence-transformers builds the model without a head, and of T5 the encoder.
+    sentence-transformers builds models without a head; of T5 it builds only the encoder.
     """
     if sentences:
         encoder = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}.get(config.model_type, _AUTO)
@@ -187,7 +187,7 @@ def _class_of(transformers: Any, config: Any, spec: ModelSpec, *, sentences: boo
 
 
 def _is_auto(found: type) -> bool:
-    """Return whether a class is one of those that choose the class by the configuration."""
+    """Return whether a class is an Auto class, which chooses another by the configuration."""
     return found.__name__.startswith("AutoModel") and hasattr(found, "from_config")
 
 
@@ -219,7 +219,7 @@ def _with_weights(found: Any, config: Any, spec: ModelSpec, folder: Path) -> nn.
             trust_remote_code=spec.trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
-            # They are named by the check below; transformers itself would name none.
+            # The check below names them, unlike transformers.
             ignore_mismatched_sizes=True,
             **{"dtype": "auto", **_options(spec)},
         )
@@ -229,7 +229,7 @@ def _with_weights(found: Any, config: Any, spec: ModelSpec, folder: Path) -> nn.
 
 
 def _check(module: nn.Module, outcome: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Refuse a model of which some weights are not the folder's."""
+    """Refuse a model if some of its weights are not in the folder."""
     if outcome.get("error_msgs"):
         raise WeightsUnavailableError(
             f"weights of {spec.source}: {'; '.join(map(str, outcome['error_msgs']))}"
@@ -256,10 +256,10 @@ def _check(module: nn.Module, outcome: Mapping[str, Any], spec: ModelSpec) -> No
 
 
 def _without_pooler(module: nn.Module, missing: list[str], spec: ModelSpec) -> list[str]:
-    """Leave out a pooler that the folder has no weights for; return what else is missing.
+    """Remove a pooler for which the folder has no weights; return what else is missing.
 
-    A model that was trained for masked tokens has none, and ``AutoModel`` makes one up. The models
-    of transformers run without it.
+    A model that was trained for masked tokens has no pooler, but ``AutoModel`` creates a random
+    one. The models of transformers run without it.
     """
     of_pooler = [name for name in missing if name.startswith(f"{_POOLER}.")]
     if not of_pooler or getattr(module, _POOLER, None) is None:
@@ -275,7 +275,7 @@ def _without_pooler(module: nn.Module, missing: list[str], spec: ModelSpec) -> l
 def _own_memory(module: nn.Module) -> None:
     """Copy each tensor of a module out of the mapped files; see Note [Hugging Face models].
 
-    Tensors that share their memory go on sharing it.
+    Tensors that share memory still share it afterwards.
     """
     copies: dict[int, torch.Tensor] = {}
     for part in module.modules():
@@ -283,7 +283,7 @@ def _own_memory(module: nn.Module) -> None:
             for tensor in tensors.values():
                 # Nothing tells whether a tensor is mapped, so each is copied.
                 if tensor is not None and id(tensor) not in copies:
-                    # Not a new parameter: tied ones would come apart.
+                    # Not a new parameter, which would untie tied weights.
                     tensor.data = tensor.detach().clone()
                     copies[id(tensor)] = tensor
 
@@ -296,12 +296,12 @@ def _some(names: Iterable[str]) -> str:
 
 @contextmanager
 def _explained(spec: ModelSpec) -> Iterator[None]:
-    """Turn whatever transformers raises into an error of layertap."""
+    """Convert any exception of transformers to a layertap error."""
     try:
         yield
     except LayertapError:
         raise
-    # It raises many classes, and a model's own code any other.
+    # It raises many classes, and a model's own code may raise any other.
     except Exception as error:
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
@@ -321,7 +321,7 @@ def _is_about_files(error: Exception) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Import transformers, and keep its bars and its reports from standard error for a block."""
+    """Import transformers, and silence its progress bars and reports inside the block."""
     try:
         # Optional, and slow to import: only its own models pay for it.
         import transformers  # noqa: PLC0415

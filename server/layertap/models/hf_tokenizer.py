@@ -19,7 +19,7 @@ _FILES = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 _UNSET = 10**9
-"""transformers uses a far larger number where a tokenizer does not say how much the model takes."""
+"""transformers uses a much larger number if a tokenizer doesn't limit the tokens."""
 
 
 def tokenizer_of_folder(
@@ -31,7 +31,7 @@ def tokenizer_of_folder(
         transformers: The package.
         folder: The folder.
         model: The model of transformers.
-        most: The most tokens of a text that other settings of the folder allow; 0 if none do.
+        most: The maximum number of tokens according to other settings of the folder; 0 for none.
         code: Whether Python code of the folder may run.
     """
     if not any((folder / name).is_file() for name in _FILES):
@@ -40,7 +40,7 @@ def tokenizer_of_folder(
         own = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=code, local_files_only=True
         )
-    # A model without texts is better than none, and transformers raises many classes here.
+    # A model without texts is better than no model; transformers raises many classes here.
     except Exception as error:  # noqa: BLE001
         _log.warning("tokenizer of %s is ignored, so it takes no texts: %s", folder, error)
         return None
@@ -63,13 +63,13 @@ def tokenizer_of_folder(
 
 
 def longest_text_of(model: Any) -> int:
-    """Return how many positions a model has for the tokens of a text; 0 where nothing says it."""
+    """Return how many positions a model has for the tokens of a text; 0 if unknown."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions < 1:
         return 0
     for part in model.modules():
-        # RoBERTa and its kin number positions from behind the one of padding.
+        # RoBERTa and similar models number positions from after the padding id.
         if (
             isinstance(part, nn.Embedding)
             and part.num_embeddings == positions
@@ -80,7 +80,7 @@ def longest_text_of(model: Any) -> int:
 
 
 def _padding(own: Any, model: Any) -> int:
-    """Return the id of padding: any id will do where there is none, as the mask leaves it out."""
+    """Return the padding id; without one, any id works, because the mask excludes it."""
     config = model.config.get_text_config()
     for found in (own.pad_token_id, getattr(config, "pad_token_id", None), own.eos_token_id):
         if isinstance(found, int) and found >= 0:

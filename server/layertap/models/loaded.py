@@ -34,9 +34,9 @@ class Built:
         adapter: Makes the arguments of ``forward``; None to pass the inputs as they are.
         preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
             over a configuration alongside its weights.
-        text_inputs: The inputs that texts may be sent for, if there is a tokenizer.
+        text_inputs: The inputs that accept texts, if there is a tokenizer.
         in_precision: Whether the module has the spec's precision already.
-        more: Whether ``forward`` may take more inputs than those, which are to be found by trying.
+        more: Whether ``forward`` may take further inputs, which must be found by trying.
     """
 
     module: nn.Module
@@ -71,8 +71,8 @@ class LoadedModel:
         preprocess: Makes an item of an input of an image; None if the model takes no images.
         image_inputs: The inputs that images may be sent for.
         tokenizer: Makes token ids of texts; None if the model takes no texts.
-        text_inputs: The inputs that texts may be sent for, the first of which is meant where a
-            request names none; empty without a tokenizer.
+        text_inputs: The inputs that accept texts; empty without a tokenizer. The first one is used
+            if a request names none.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
         differentiates: Whether the module differentiates inside its forward, which inference mode

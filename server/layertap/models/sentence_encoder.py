@@ -1,4 +1,4 @@
-"""Folders of sentence-transformers: a model of transformers, then pooling and what follows it.
+"""Models of sentence-transformers: a transformers model, then pooling and other modules.
 
 The package sentence-transformers is not needed. ``modules.json`` lists the modules, which become
 layers named after their kind: ``transformer``, ``pooling``, ``dense`` and ``normalize``.
@@ -40,10 +40,10 @@ _TINY = 1e-9
 
 
 class Pooling(nn.Module):
-    """Makes one vector of the states of a text's tokens; padding does not count.
+    """Computes one vector from the states of a text's tokens; padding does not count.
 
     Args:
-        modes: What is computed, one after the other into one vector; such as ``("mean_tokens",)``.
+        modes: What to compute, such as ``("mean_tokens",)``; several results are concatenated.
     """
 
     def __init__(self, modes: tuple[str, ...]) -> None:
@@ -84,7 +84,7 @@ class Dense(nn.Module):
 
 
 class SentenceEncoder(nn.Module):
-    """Makes one vector of a text.
+    """Computes one vector for a text.
 
     Args:
         transformer: A model whose result has ``last_hidden_state``.
@@ -153,7 +153,7 @@ def _weighted_mean(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (states * weights).sum(1) / weights.sum(1).clamp(min=_TINY)
 
 
-# The keys of its configuration, in the order in which sentence-transformers puts the vectors.
+# The keys of its configuration, in the order in which vectors are concatenated.
 _MODES: dict[str, _Pool] = {
     "cls_token": _first,
     "max_tokens": _max,
@@ -182,7 +182,7 @@ def transformer_folder(folder: Path) -> Path:
     """Return the folder of the model of transformers.
 
     Raises:
-        ModelLoadError: The first module is none.
+        ModelLoadError: The first module is not a transformers model.
     """
     kind, place = _listed(folder)[0]
     if kind != _TRANSFORMER:
@@ -191,7 +191,7 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def longest_text(folder: Path) -> int:
-    """Return the most tokens of a text that the folder's own settings allow; 0 if they say none."""
+    """Return the maximum number of tokens in the folder's settings; 0 if they have none."""
     file = transformer_folder(folder) / "sentence_bert_config.json"
     if not file.is_file():
         return 0
@@ -203,11 +203,11 @@ def parts_of(folder: Path, *, weights: bool) -> dict[str, nn.Module]:
 
     Args:
         folder: The folder of sentence-transformers.
-        weights: Whether they get their weights; else they keep random ones.
+        weights: Whether to load their weights; otherwise they are random.
 
     Raises:
-        ModelLoadError: A module is of a kind that layertap does not have, or has no pooling first.
-        WeightsUnavailableError: A module's weights can't be had.
+        ModelLoadError: A module is of an unsupported kind, or the first one is not pooling.
+        WeightsUnavailableError: A module's weights can't be read.
     """
     parts: dict[str, nn.Module] = {}
     for kind, place in _listed(folder)[1:]:

@@ -1,16 +1,15 @@
-"""Turns texts into the token ids that a model takes, with the model's own tokenizer.
+"""Converts texts to a model's token ids, with the model's own tokenizer.
 
 Note [Padding]
-    The texts of a batch are padded on their right to the longest of them, whatever the tokenizer's
-    own configuration says. Models number the positions from the first token on, so padding on the
-    left would move a text's tokens to other positions and change their values. With padding on the
-    right and a mask, the tokens of a text have the values that they have where it is sent alone, up
-    to rounding.
+    The texts of a batch are padded on the right to the longest one, whatever the tokenizer's own
+    configuration says. Models number positions from the first token on, so padding on the left
+    would move a text's tokens to other positions and change their values. With padding on the right
+    and a mask, a text's tokens have the same values as if it were sent alone, up to rounding.
 
 Note [Truncation]
     A text with more tokens than the model takes is refused, unless the request says where to cut.
-    What is cut is the text: the special tokens at its ends stay. A tokenizer's own settings for
-    truncation and padding are of no effect, as they hold for all threads at once.
+    Only the text is cut: the special tokens at its ends stay. A tokenizer's own settings for
+    truncation and padding are not used, because they are shared by all threads.
 """
 
 from __future__ import annotations
@@ -50,11 +49,11 @@ class TokenizedTexts(NamedTuple):
     """A batch of texts as tokens, padded on the right to the longest one; L is its length.
 
     Attributes:
-        ids: int64 ``[B, L]``; the padding id where there is no token.
+        ids: int64 ``[B, L]``; positions without a token have the padding id.
         mask: int64 ``[B, L]``: 1 for a token, 0 for padding.
         types: int64 ``[B, L]``: 0 for the first text of a pair and for padding.
-        offsets: int64 ``[B, L, 2]``: the characters (Unicode code points) of the text that a token
-            stands for, as begin and end; 0 and 0 for special tokens and padding.
+        offsets: int64 ``[B, L, 2]``: begin and end of a token in the text, in characters (Unicode
+            code points); 0 and 0 for special tokens and padding.
         words: int64 ``[B, L]``: the number of the word, counted by the tokenizer, to which a token
             belongs; -1 for special tokens and padding.
     """
@@ -67,7 +66,7 @@ class TokenizedTexts(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """The tokens of each text, int64 ``[B]``."""
+        """The number of tokens of each text, int64 ``[B]``."""
         lengths: np.ndarray = self.mask.sum(1)
         return lengths
 
@@ -78,9 +77,9 @@ class TextTokenizer:
 
     Attributes:
         backend: The ``tokenizers.Tokenizer``, without truncation and padding of its own.
-        max_tokens: The most tokens that the model takes; 0 where nothing says it.
-        padding: The id of padding.
-        types: Whether the model is given token types where it takes them.
+        max_tokens: The maximum number of tokens that the model takes; 0 if unknown.
+        padding: The padding id.
+        types: Whether to give the model token types, if it takes them.
         origin: Where it comes from, such as ``"the folder's tokenizer"``; shown to clients.
     """
 
@@ -96,12 +95,12 @@ class TextTokenizer:
         options: TextOptions = DEFAULT_OPTIONS,
         check: Callable[[], object] = lambda: None,
     ) -> TokenizedTexts:
-        """Tokenise the texts of a request. Runs no PyTorch, so any thread may call it.
+        """Tokenise the texts of a request. It doesn't use PyTorch, so any thread may call it.
 
         Args:
             texts: At least one.
-            options: How.
-            check: Called between texts; may raise where the request's deadline passed.
+            options: How to tokenise.
+            check: Called between texts; may raise if the request's deadline has passed.
 
         Raises:
             InvalidInputError: There is no text, one is empty, has no tokens or too many, or the
@@ -117,14 +116,14 @@ class TextTokenizer:
         return _padded(encoded, self.padding)
 
     def describe(self) -> str:
-        """Return in words what becomes of a text."""
+        """Describe in words how a text is tokenised."""
         most = f", at most {self.max_tokens} tokens" if self.max_tokens else ""
         return (
             f"{self.origin or 'its own tokenizer'}{most}, padded on the right with {self.padding}"
         )
 
     def _most(self, options: TextOptions) -> int:
-        """Return the most tokens that a text may have; 0 for any number."""
+        """Return the maximum number of tokens of a text; 0 for no limit."""
         asked, own = options.max_tokens, self.max_tokens
         if asked < 0 or (own and asked > own):
             raise InvalidInputError(
@@ -142,7 +141,7 @@ class TextTokenizer:
     def _encode(self, text: str, index: int, most: int, options: TextOptions) -> _Tokens:
         if not text:
             raise _wrong(index, "got an empty text, expected at least one character")
-        # A list of one, because only encode_batch lets other threads run meanwhile.
+        # A list of one, because only encode_batch releases the GIL.
         (encoding,) = self.backend.encode_batch([text], add_special_tokens=options.special_tokens)
         if not len(encoding):
             raise _wrong(
@@ -173,7 +172,7 @@ class _Tokens(NamedTuple):
         return _Tokens(self.ids[kept], self.types[kept], self.offsets[kept], self.words[kept])
 
     def then(self, other: _Tokens) -> _Tokens:
-        """Return these tokens and others behind them."""
+        """Return these tokens, followed by others."""
         return _Tokens(
             self.ids + other.ids,
             self.types + other.types,
@@ -185,7 +184,7 @@ class _Tokens(NamedTuple):
 def _cut(
     tokens: _Tokens, special: Sequence[int], most: int, index: int, side: Truncation
 ) -> _Tokens:
-    """Return so many tokens of a text, the special ones at its ends among them."""
+    """Return ``most`` tokens of a text, including the special tokens at its ends."""
     whole = len(special)
     begin = next((place for place in range(whole) if not special[place]), whole)
     end = next((place for place in range(whole, begin, -1) if not special[place - 1]), begin)
@@ -221,15 +220,15 @@ def _padded(texts: Sequence[_Tokens], padding: int) -> TokenizedTexts:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """Return the file that a path given as tokenizer names: itself, or the one in the folder."""
+    """Return the tokenizer file at a path: the path itself, or the file in that folder."""
     return path / TOKENIZER_FILE if path.is_dir() else path
 
 
 def tokenizer_of_file(path: Path, max_tokens: int = 0) -> TextTokenizer:
     """Read a ``tokenizer.json``, or the one in a folder.
 
-    The file's own truncation says how many tokens a text may have where ``max_tokens`` does not,
-    and its padding which id stands for padding.
+    If ``max_tokens`` is 0, the file's own truncation limits the tokens. Its padding gives the
+    padding id.
 
     Raises:
         ModelLoadError: The package ``tokenizers`` is not installed, or the file can't be read.
@@ -244,27 +243,27 @@ def tokenizer_of_file(path: Path, max_tokens: int = 0) -> TextTokenizer:
         ) from error
     try:
         backend = Tokenizer.from_file(str(file))
-    # The package raises plain Exception for whatever it can't read.
+    # The package raises plain Exception for any file that it can't read.
     except Exception as error:
         raise ModelLoadError(f"tokenizer {file}: {error}; expected a {TOKENIZER_FILE}") from error
     own = json.loads(file.read_text("utf-8"))
     limit = max_tokens or int((own.get("truncation") or {}).get("max_length") or 0)
     padding = int((own.get("padding") or {}).get("pad_id") or _padding_of(backend))
-    # A file does not say whether the model is given token types, and zeros may differ from none.
+    # A file doesn't say whether the model gets token types, and zeros may differ from none.
     return bare(backend, limit, padding, TOKENIZER_FILE, types=False)
 
 
 def bare(
     backend: Any, max_tokens: int, padding: int, origin: str, *, types: bool = True
 ) -> TextTokenizer:
-    """Return the tokenizer of a backend, which loses its own truncation and padding."""
+    """Return the tokenizer for a backend, without the backend's own truncation and padding."""
     backend.no_truncation()
     backend.no_padding()
     return TextTokenizer(backend, max_tokens, padding, types, origin)
 
 
 def _padding_of(backend: Any) -> int:
-    """Return the id of the token that the common families of tokenizers pad with, else 0."""
+    """Return the id of a padding token that is common among tokenizers, or else 0."""
     for token in ("[PAD]", "<pad>", "<|endoftext|>", "</s>"):
         found = backend.token_to_id(token)
         if found is not None:

@@ -1,8 +1,8 @@
-"""The methods of a service, as every transport can serve them.
+"""The methods of a service, in a form that every transport can serve.
 
-A method takes bytes and the caller, and returns bytes. So each handler decodes the request itself,
-and a malformed one is an InvalidInputError like any other; and a reply that is serialized already
-is passed on as it is.
+A method takes bytes and the caller, and returns bytes. Each handler decodes the request itself, so
+a malformed request raises InvalidInputError as usual, and a serialized reply is passed on
+unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class UnaryMethod:
 
     Attributes:
         handler: Answers a call.
-        to_owner: Whether callers may read about the operator's files in errors.
+        to_owner: Whether errors may tell callers about the operator's files.
     """
 
     handler: Handler

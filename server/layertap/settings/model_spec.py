@@ -157,8 +157,7 @@ class ModelSpec:
     attn_implementation: Annotated[
         str,
         Setting(
-            "How a Hugging Face model computes attention; eager where you want the attention "
-            "weights.",
+            "How a Hugging Face model computes attention; use eager to get attention weights.",
             kinds.choice(*ATTENTION),
             default="chosen by transformers",
         ),
@@ -175,8 +174,8 @@ class ModelSpec:
     trust_remote_code: Annotated[
         bool,
         Setting(
-            "Run Python code that comes with a Hugging Face model. Such code can do whatever the "
-            "server can.",
+            "Run Python code that comes with a Hugging Face model. Such code can do everything "
+            "that the server can.",
             kinds.TRUTH,
             flag=NO_FLAG,
         ),

@@ -8,11 +8,12 @@ from typing import Any
 import grpc
 import pytest
 
-from layertap.app.server import FeatureServer, ServerOptions
+from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
 from layertap.selection import LayerSelection
 from layertap.shm.client_regions import ClientRegions
+from serving import started_server
 from streams import Counting
 from stubs import inference_stub
 from tinynets import ITEM
@@ -53,11 +54,8 @@ def regions() -> ClientRegions:
 @pytest.fixture(scope="package")
 def server(engine: Engine, seen: Counting, regions: ClientRegions) -> Iterator[FeatureServer]:
     """A server that accepts shared memory."""
-    server = FeatureServer(engine, ServerOptions(port=0), seen, client_regions=regions)
-    server.start()
-    server.ready()
-    yield server
-    server.stop(0)
+    with started_server(engine, seen, client_regions=regions) as server:
+        yield server
 
 
 @pytest.fixture(scope="package")

@@ -12,7 +12,7 @@ import pytest
 
 from gatednets import HELD, gate
 from infering import arrays, batch, given, output, parameters, raw_request
-from layertap.app.server import FeatureServer, ServerOptions
+from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.models import ModelSpec
@@ -21,6 +21,7 @@ from layertap.services.infer.service import InferenceService, InferenceSettings
 from layertap.services.infer.statistics import Statistics
 from layertap.services.open_streams import OpenStreams
 from layertap.services.stream_threads import StreamThreads
+from serving import started_server
 from streams import GATED_ITEM, Counting, eventually, readers
 from tinynets import ITEM
 
@@ -48,11 +49,8 @@ def counted() -> Counting:
 @pytest.fixture
 def narrow_server(narrow: Engine, counted: Counting) -> Iterator[FeatureServer]:
     """A server of that engine."""
-    server = FeatureServer(narrow, ServerOptions(port=0), counted)
-    server.start()
-    server.ready()
-    yield server
-    server.stop(0)
+    with started_server(narrow, counted) as server:
+        yield server
 
 
 @pytest.fixture

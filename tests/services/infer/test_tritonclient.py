@@ -52,6 +52,13 @@ def test_the_synchronous_client(server, tmp_path: Path) -> None:
     assert np.array_equal(np.load(file), expected)
 
 
+def test_several_inputs(server, engine: Engine) -> None:
+    """Metadata, an optional input given and left out, and a required one missing."""
+    engine.load(ModelSpec("severalnets:optional", item_shape=(6,)))
+    run("several.py", server.address)
+    engine.unload("optional")
+
+
 @pytest.mark.parametrize("script", ["asyncio_client.py", "streaming.py", "shared.py"])
 def test_the_other_ways_to_call(server, script: str) -> None:
     """asyncio, streams and system shared memory."""

@@ -84,8 +84,8 @@ class BuildContext:
         taps: The model's taps.
         guard: The model's guard, which every pass of the model must hold.
         graph: The node names of its symbolic graph; None if it has none.
-        watching: Returns the block in which a compiled kind runs the pass that it records, for
-            the batch that it gives the model in it.
+        watching: Returns the block in which a compiled kind must run the pass that it records,
+            given that pass's batch.
     """
 
     model: LoadedModel
@@ -254,7 +254,7 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return compiled_tolerance(reference)
 
     def refuses(self, found: Measurement) -> str:
-        """See ExtractorKind; a program is recorded from a pass of the model on one tensor."""
+        """See ExtractorKind; a program is recorded from a pass of the model on tensors."""
         module = found.model.module
         if found.model.takes_list:
             return "the model takes a list of images, not a tensor"

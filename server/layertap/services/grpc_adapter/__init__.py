@@ -1,1 +1,1 @@
-"""The gRPC transport: gRPC's context becomes a Caller, and errors become gRPC's statuses."""
+"""The gRPC transport: makes a Caller from gRPC's context, and gRPC statuses from errors."""
