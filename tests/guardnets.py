@@ -175,6 +175,22 @@ class Longest(nn.Module):
         return self.head(x)
 
 
+class Cleans(nn.Module):
+    """Looks for NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.zeros_like(x) if x.isnan().any() else x)
+
+
+def cleans() -> nn.Module:
+    """Return a seeded Cleans."""
+    return seeded(Cleans)
+
+
 class Many(nn.Module):
     """Looks at the batch's sum, which grows with the number of items."""
 

@@ -196,6 +196,19 @@ def test_outcomes_of_unbounded_variety_do_not_make_plans_without_bound(engine) -
     assert len([key for key in host._plans if key.outcome]) == len(served)
 
 
+def test_input_with_nan_is_not_compiled_for(engine) -> None:
+    """A compiled plan never gets NaN, so a look for NaN has no plan where there is some."""
+    net = load(engine, "cleans")
+    x = images(0)
+    assert error_of(engine, net, "cleans", x, Extractor.TORCHSCRIPT) < 1e-4
+    x[0, 0, 0] = np.nan
+    with pytest.raises(errors.ExtractorUnsupportedError, match="NaN or infinity"):
+        ask(engine, "cleans", "head", x, Extractor.TORCHSCRIPT)
+    features = ask(engine, "cleans", "head", x)
+    assert features.extractor is Extractor.HOOK
+    assert torch.equal(features.torch()["head"], outputs_of(net, torch.from_numpy(x), "head")[0])
+
+
 def test_requests_of_other_outcomes_never_share_a_pass(engine) -> None:
     """Padding in one request changes nothing for one without: each has a pass of its outcome."""
     layers = host_selections("head")

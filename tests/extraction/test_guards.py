@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import guardnets
-from layertap.extraction.guards import MAX_LEAVES, GuardTree, Look, Tape, why_not
+from layertap.extraction.guards import MAX_LEAVES, GuardTree, Look, Tape, is_fraction, why_not
 from layertap.extraction.looks import watch_looks
 from layertap.models import Batch
 
@@ -167,3 +167,10 @@ def test_a_guard_must_be_small_against_the_pass() -> None:
     net = module_of(lambda x: bool(x.cumsum(0).cumsum(1).sum() > 0))
     assert not reason(net, torch.ones(10, 10))
     assert "of the pass" in reason(net, torch.ones(1000, 1000))
+
+
+def test_fractions_are_told_from_numbers_that_inputs_have_in_common() -> None:
+    """Floating-point numbers, alone or in a list, in every way that Python writes them."""
+    fractions = [0.5, -3.0, 1e-7, 1e22, float("nan"), -float("inf"), [1, [0.25]]]
+    assert all(is_fraction(repr(value)) for value in fractions)
+    assert not any(is_fraction(repr(value)) for value in (True, False, 3, -7, (2, 5), [1, [2]]))

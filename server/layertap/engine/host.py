@@ -25,6 +25,7 @@ from layertap.extraction.catalogue import Catalogue, side_name
 from layertap.extraction.checkpoints import Checkpoints
 from layertap.extraction.claims import kept_claims
 from layertap.extraction.guards import GuardTree, Outcome, in_words
+from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.passes import KeptState, PassGuard
@@ -232,6 +233,17 @@ class ModelHost:
             f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
         )
+
+    def finite_only(self, resolved: Resolved, x: Batch) -> ExtractorKind | None:
+        """Return a kind that may serve a request by the outcome of its looks, but not NaN.
+
+        None if there is none, or the model looks at no values.
+        """
+        kinds = map(kind_of, resolved.candidates)
+        kind = next((kind for kind in kinds if kind.compiled and kind.finite_only), None)
+        key = self.model.signature.key_of(x)
+        looks = kind and self._builder.outcomes.looks(resolved.pass_spec, key)
+        return None if looks is False else kind
 
     def on_device(self, x: Batch) -> Batch:
         """Return a batch on the model's device, in the model's dtypes.

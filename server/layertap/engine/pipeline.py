@@ -37,6 +37,7 @@ from layertap.engine.text_batch import (
 )
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
+from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.plan import Plan
 from layertap.models import Batch
@@ -135,9 +136,13 @@ class Pipeline:
         host, request, call = admitted.host, admitted.request, admitted.call
         resolved = host.resolve(request.selections, request.extractor)
         x, beside = self._batch(admitted)
+        kind = host.finite_only(resolved, x)
+        if kind and not _is_finite(request, x):
+            # Before a plan for the outcome of such numbers would be asked for.
+            resolved = host.resolve(request.selections, _for_any_number(request, kind, host))
         plan = host.plan(resolved, x, call)
         if plan.kind.finite_only and not _is_finite(request, x):
-            resolved = host.resolve(request.selections, _for_any_number(request, plan, host))
+            resolved = host.resolve(request.selections, _for_any_number(request, plan.kind, host))
             plan = host.plan(resolved, x, call)
         try:
             return self._run(admitted, x, beside, resolved, plan)
@@ -266,12 +271,14 @@ def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
     return not request.inputs.tensors or x.is_finite
 
 
-def _for_any_number(request: ExtractionRequest[Any], plan: Plan, host: ModelHost) -> Extractor:
-    """Return the extractor for input with NaN or infinity, which the plan's kind can't take."""
+def _for_any_number(
+    request: ExtractionRequest[Any], kind: ExtractorKind, host: ModelHost
+) -> Extractor:
+    """Return the extractor for input with NaN or infinity, which the kind can't take."""
     if request.extractor is Extractor.AUTO:
         return REFERENCE.id
     raise ExtractorUnsupportedError(
-        f"{plan.kind.name} can't serve an input that holds NaN or infinity: compiled programs "
+        f"{kind.name} can't serve an input that holds NaN or infinity: compiled programs "
         f"handle them differently from model {host.model.name!r} does; {REFERENCE.name} can"
     )
 
