@@ -273,7 +273,7 @@ def _without_pooler(module: nn.Module, missing: list[str], spec: ModelSpec) -> l
 
 
 def _own_memory(module: nn.Module) -> None:
-    """Copy each tensor of a module that is a part of a mapped file; see Note [Hugging Face models].
+    """Copy each tensor of a module out of the mapped files; see Note [Hugging Face models].
 
     Tensors that share memory still share it afterwards.
     """
@@ -281,16 +281,11 @@ def _own_memory(module: nn.Module) -> None:
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for tensor in tensors.values():
-                if tensor is None or not _is_mapped(tensor):
-                    continue
-                if id(tensor) not in copies:
+                # Nothing tells whether a tensor is mapped, so each is copied.
+                if tensor is not None and id(tensor) not in copies:
                     # Not a new parameter, which would untie tied weights.
                     tensor.data = tensor.detach().clone()
                     copies[id(tensor)] = tensor
-
-
-def _is_mapped(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
 
 
 def _some(names: Iterable[str]) -> str:
