@@ -63,7 +63,9 @@ FULL = ModelDescription(
             preprocessing="resized",
             optional=True,
         ),
-        InputDescription("ids", "int64", (Dimension(1, batch=True),)),
+        InputDescription(
+            "ids", "int64", (Dimension(1, batch=True),), texts=True, tokenization="by words"
+        ),
         InputDescription(
             "own",
             "float32",
