@@ -148,12 +148,12 @@ def test_plans_are_kept_by_last_use_and_declared_ones_for_good(engine) -> None:
     """With room for two plans the least recently used is dropped; declared plans never are."""
     load(engine, "residual", "layer1")
     for side in (20, 24, 28):
-        ask(engine, "residual", "layer2", side=side)
+        ask(engine, "residual", "layer2", extractor=Extractor.FX, side=side)
     assert ask(engine, "residual", "layer1").extractor is Extractor.TORCHSCRIPT
     counted = passes(engine, "residual")
-    ask(engine, "residual", "layer2", side=28)
+    ask(engine, "residual", "layer2", extractor=Extractor.FX, side=28)
     assert len(counted) == 1, "the plan used last is still there"
-    ask(engine, "residual", "layer2", side=20)
+    ask(engine, "residual", "layer2", extractor=Extractor.FX, side=20)
     assert len(counted) > 2, "the plan used longest ago was proven anew"
 
 
