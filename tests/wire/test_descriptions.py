@@ -59,7 +59,9 @@ FULL = ModelDescription(
             preprocessing="resized",
             optional=True,
         ),
-        InputDescription("ids", "int64", (Dimension(1, batch=True),)),
+        InputDescription(
+            "ids", "int64", (Dimension(1, batch=True),), texts=True, tokenization="cut"
+        ),
         InputDescription(
             "own",
             "float32",

@@ -22,6 +22,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -277,16 +278,10 @@ def _own_memory(module: nn.Module) -> None:
 
     Tensors that share memory still share it afterwards.
     """
-    copies: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for tensor in tensors.values():
-                if tensor is None or not _is_mapped(tensor):
-                    continue
-                if id(tensor) not in copies:
-                    # Not a new parameter, which would untie tied weights.
-                    tensor.data = tensor.detach().clone()
-                    copies[id(tensor)] = tensor
+    for tensor in chain(module.parameters(), module.buffers()):
+        if _is_mapped(tensor):
+            # Not a new parameter, which would untie tied weights.
+            tensor.data = tensor.detach().clone()
 
 
 def _is_mapped(tensor: torch.Tensor) -> bool:
