@@ -31,7 +31,11 @@ from layertap.wire.descriptions import (
 )
 
 VALUE = ValueDescription(
-    "float16", (Dimension(2, batch=True), Dimension(8)), 2**40, dynamic=True, interleaved=True
+    "float16",
+    (Dimension(2, batch=True), Dimension(8, expression="ceil(H/28)"), Dimension(4, varies=True)),
+    2**40,
+    dynamic=True,
+    interleaved=True,
 )
 STEPS = ImageDescription(
     color="rgb",
@@ -60,7 +64,7 @@ FULL = ModelDescription(
             optional=True,
         ),
         InputDescription(
-            "ids", "int64", (Dimension(1, batch=True),), texts=True, tokenization="cut"
+            "ids", "int64", (Dimension(1, batch=True),), texts=True, tokenization="by words"
         ),
         InputDescription(
             "own",

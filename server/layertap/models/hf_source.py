@@ -274,18 +274,14 @@ def _without_pooler(module: nn.Module, missing: list[str], spec: ModelSpec) -> l
 
 
 def _own_memory(module: nn.Module) -> None:
-    """Copy each tensor of a module that is a part of a mapped file; see Note [Hugging Face models].
+    """Copy each tensor of a module out of the mapped files; see Note [Hugging Face models].
 
     Tensors that share memory still share it afterwards.
     """
+    # Nothing tells whether a tensor is mapped, so each is copied.
     for tensor in chain(module.parameters(), module.buffers()):
-        if _is_mapped(tensor):
-            # Not a new parameter, which would untie tied weights.
-            tensor.data = tensor.detach().clone()
-
-
-def _is_mapped(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.untyped_storage().filename is not None
+        # Not a new parameter, which would untie tied weights.
+        tensor.data = tensor.detach().clone()
 
 
 def _some(names: Iterable[str]) -> str:
