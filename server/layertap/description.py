@@ -28,11 +28,40 @@ class Dimension:
         size: Its size for one item. For an input, the default size.
         batch: Whether it grows with the batch, by ``size`` per item.
         free: For a dimension of an input that may have another size: its name; else empty.
+        expression: How the size of a layer's dimension follows the inputs' free dimensions, such as
+            ``"ceil(H/4)"``; empty if it does not depend on them.
+        varies: Whether the size of a layer's dimension may be another one for items of another
+            size, and no expression for it was confirmed.
     """
 
     size: int
     batch: bool = False
     free: str = ""
+    expression: str = ""
+    varies: bool = False
+
+    def __str__(self) -> str:
+        """Return such as ``B``, ``64``, ``H=224``, ``ceil(H/4)``, or ``49?`` if it varies."""
+        if self.free:
+            return f"{self.free}={self.size}"
+        size = self.expression or f"{self.size}{'?' * self.varies}"
+        if not self.batch:
+            return size
+        if size == "1":
+            return "B"
+        if not self.expression:
+            return f"{size}B"
+        return f"({size})*B" if _is_sum(size) else f"{size}*B"
+
+
+def _is_sum(expression: str) -> bool:
+    """Return whether an expression has a plus or minus outside of parentheses."""
+    depth = 0
+    for character in expression:
+        depth += (character == "(") - (character == ")")
+        if not depth and character in "+-":
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +122,10 @@ class InputDescription:
     tokenization: str = ""
 
     def __str__(self) -> str:
-        """Return a text such as ``x [B, 3, 224*, 224*] float32 or images``; * means any size."""
-        sizes = ["B" if dim.batch else f"{dim.size}{'*' * bool(dim.free)}" for dim in self.shape]
+        """Return such as ``x [B, 3, H=224, W=224] float32 or images``, where H, W may differ."""
         images = " or images" if self.images else " or texts" if self.texts else ""
         optional = " (optional)" if self.optional else ""
-        return f"{self.name} [{', '.join(sizes)}] {self.dtype}{images}{optional}"
+        return f"{self.name} [{', '.join(map(str, self.shape))}] {self.dtype}{images}{optional}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +150,13 @@ class ValueDescription:
 
     @property
     def pattern(self) -> str:
-        """The shape as text, such as ``"[B, 64, 56, 56]"``, in which B is the batch size."""
+        """The shape in words, such as ``"[B, 64, ceil(H/4), ceil(W/4)]"``, where B is the batch.
+
+        A size with a question mark is that of default items.
+        """
         if self.dynamic:
             return f"[{', '.join(str(dim.size) for dim in self.shape)}] varies"
-        sizes = [
-            ("B" if dim.size == 1 else f"{dim.size}B") if dim.batch else str(dim.size)
-            for dim in self.shape
-        ]
-        return f"[{', '.join(sizes)}]"
+        return f"[{', '.join(map(str, self.shape))}]"
 
     def __str__(self) -> str:
         """Return a text such as ``[B, 64, 56, 56] float32``."""

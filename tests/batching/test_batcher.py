@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from layertap.batching import ALONE, Batcher, BatchPolicy
+from layertap.batching.batcher import MAX_REMEMBERED
 
 EIGHT = BatchPolicy(max_size=8)
 PATIENT = BatchPolicy(max_size=8, max_delay=5.0)
@@ -144,3 +145,14 @@ def test_discarded_items_are_gone() -> None:
 def test_nothing_is_due_where_nothing_waits() -> None:
     """There is no time at which to wake up."""
     assert Batcher[str]().due(now=0) is None
+
+
+def test_keys_that_wait_for_nobody_are_not_remembered() -> None:
+    """However many of them run, a key whose batches are held back keeps what it has learnt."""
+    batcher: Batcher[str] = Batcher()
+    served(batcher, "ab", PATIENT, now=0)
+    for key in range(MAX_REMEMBERED):
+        batcher.add("x", key, 1, EIGHT, now=0.5)
+        assert batcher.take(now=0.5) == ["x"]
+    batcher.add("c", "k", 1, PATIENT, now=0.9)
+    assert batcher.take(now=0.9) == []

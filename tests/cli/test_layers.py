@@ -62,12 +62,13 @@ def drawn(table: Table, width: int) -> list[str]:
 def test_flat_table(address: str) -> None:
     """A pipe gets a flat table: shape with B, dtype, exact bytes, stride and letters."""
     output = layers("residual", "--server", address).output
-    cells = "layer1 Sequential 1 [B, 8, 8, 8] float32 2,048 2 CLFHT ---HT"
+    cells = "layer1 Sequential 1 [B, 8, ceil(H/2), ceil(W/2)] float32 2,048 2 CLFHT ---HT"
     assert row(output, "layer1") == cells.split()
     assert row(output, "layer1.0.relu_1")[2] == "2"
     assert row(output, "fc")[-2:] == ["--FHT", "---HT"]
     assert "C CHILDREN, L LAYER_GETTER, F FX, H HOOK, T TORCHSCRIPT" in output
-    assert "takes x [B, 3, 16*, 16*] float32 or images (*: any size)" in output.splitlines()[0]
+    taken = "takes x [B, 3, H=16, W=16] float32 or images (H, W: any size, here the default)"
+    assert taken in output.splitlines()[0]
 
 
 def test_the_image_preprocessing_is_shown(address: str) -> None:
@@ -112,11 +113,14 @@ def test_only_types_give_way_to_a_narrow_terminal(engine: Engine) -> None:
     """On a narrow terminal types are cut short; lines and shapes stay complete."""
     tree = _tree(describe(engine.host("residual")).layers)
     natural = max(len(line.rstrip()) for line in drawn(tree, 500))
-    assert natural < 80
+    assert natural < 90
     lines = drawn(tree, natural - 8)
     assert max(map(len, lines)) == natural - 8
     assert len(lines) == len(drawn(tree, 500))
-    assert sum("[B, 8, 8, 8]" in line and line.rstrip().endswith("---HT") for line in lines) > 10
+    assert (
+        sum("[B, 8, ⌈H/2⌉, ⌈W/2⌉]" in line and line.rstrip().endswith("---HT") for line in lines)
+        > 10
+    )
     assert any("BatchNo" in line and "…" in line for line in lines)
 
 
@@ -152,6 +156,7 @@ def test_json_is_the_same_here_and_from_a_server(engine: Engine, address: str, n
     local = layers(f"tinynets:{net}", "--json", *SHAPE).output
     assert local == remote
     parsed = Parse(remote, feature_service_pb2.DescribeModelResponse())
+
     assert parsed == description_to_proto(describe(engine.host(net)))
     assert "bytes_per_item" in remote
 

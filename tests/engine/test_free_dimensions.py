@@ -10,9 +10,10 @@ import torch
 
 import asking
 import inputnets
+import sizenets
 from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
-from layertap.models import ModelSpec
+from layertap.models import LoadedModel, ModelSpec
 from oracle import outputs_of
 
 PLANS = 3
@@ -72,3 +73,85 @@ def test_layers_of_a_model_that_differentiates(engine) -> None:
             (right,) = outputs_of(inputnets.force(), x.clone(), layer)
         got = asking.ask(engine, "force", layer, x.numpy(), Extractor.HOOK)[layer]
         np.testing.assert_allclose(got, right.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the batches that models were run on."""
+    ran: list[tuple[int, ...]] = []
+    forward = LoadedModel.forward
+
+    def counted(self, batch):
+        ran.extend(batch.shapes)
+        return forward(self, batch)
+
+    monkeypatch.setattr(LoadedModel, "forward", counted)
+    return ran
+
+
+def test_hook_serves_hundreds_of_lengths_with_one_pass_each(engine, passes) -> None:
+    """The shapes follow from the catalogue, so a new length costs no measuring and no plan."""
+    host = engine.load(ModelSpec("inputnets:wave", item_shape=(400,)))
+    fresh = inputnets.wave()
+    passes.clear()
+    lengths = [*range(30, 330), 4000]
+    for length in lengths:
+        x = inputs("wave", length)
+        (right,) = outputs_of(fresh, x, "second")
+        got = asking.ask(engine, "wave", "second", x.numpy(), Extractor.HOOK)["second"]
+        assert np.array_equal(got, right.detach().numpy())
+    assert passes == [(2, length) for length in lengths]
+    assert not host._plans
+
+
+@pytest.mark.parametrize("extractor", [Extractor.AUTO, Extractor.HOOK])
+def test_a_size_at_which_the_expression_is_wrong_is_served_right(engine, caplog, extractor) -> None:
+    """Code that changes its ways beyond what was measured gives its own values, and a warning."""
+    engine.load(ModelSpec("sizenets:thinned", item_shape=(100,)))
+    fresh = sizenets.thinned()
+    for _ in range(3):
+        for length in (90, 900, 901, 90):
+            x = inputs("wave", length)
+            (right,) = outputs_of(fresh, x, "first")
+            got = asking.ask(engine, "thinned", "first", x.numpy(), extractor)["first"]
+            assert np.array_equal(got, right.numpy())
+    assert (
+        "another shape than the catalogue predicts for items of wave [900] float32" in caplog.text
+    )
+
+
+def test_a_size_that_is_refused_within_the_model_is_refused(engine, caplog) -> None:
+    """The model's own words reach the caller each time; layers before them are served."""
+    engine.load(ModelSpec("sizenets:short_only", item_shape=(100, 6)))
+    x = inputs("series", 121).numpy()
+    for _ in range(2):
+        with pytest.raises(errors.InvalidInputError, match="at most 120 elements, got 121"):
+            asking.ask(engine, "short_only", "second", x, Extractor.HOOK)
+    assert "Traceback" not in caplog.text
+    for layer, length in (("first", 121), ("second", 90)):
+        x = inputs("series", length).numpy()
+        got = asking.ask(engine, "short_only", layer, x, Extractor.HOOK)[layer]
+        assert got.shape == (2, length, 8)
+
+
+def test_state_that_is_written_at_some_sizes_only(engine) -> None:
+    """Each answer is that of a first call, also at a size at which the model begins to remember."""
+    engine.load(ModelSpec("sizenets:writes", item_shape=(100,)))
+    for length in (90, 800, 90, 800, 800, 90):
+        x = inputs("wave", length)
+        (right,) = outputs_of(sizenets.writes(), x, "first")
+        got = asking.ask(engine, "writes", "first", x.numpy(), Extractor.HOOK)["first"]
+        assert np.array_equal(got, right.numpy()), length
+
+
+def test_a_reply_for_another_length_is_refused_before_any_pass(passes) -> None:
+    """The bytes of a reply follow from the expressions too, so the limit holds without a pass."""
+    engine = Engine(Limits(reply_bytes=20_000))
+    try:
+        engine.load(ModelSpec("inputnets:wave", item_shape=(400,)))
+        passes.clear()
+        with pytest.raises(errors.ReplyTooLargeError, match=r"3\d{4} bytes predicted"):
+            asking.ask(engine, "wave", "first", inputs("wave", 4000).numpy(), Extractor.HOOK)
+        assert not passes
+    finally:
+        engine.close()

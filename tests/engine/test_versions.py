@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from layertap import Extractor, Features, LayerSelection, errors
-from layertap.engine import Call, Engine, ExtractionRequest, Inputs, Limits
+from layertap.batching import BatchPolicy
+from layertap.engine import Call, Engine, ExtractionRequest, HostOptions, Inputs, Limits
 from layertap.engine.versions import Versions
 from layertap.models import ModelSpec
 from layertap.services.native_form import NativeForm
@@ -203,3 +204,29 @@ def test_a_version_is_taken_away_after_its_last_user() -> None:
             with pytest.raises(TimeoutError):
                 taken.result(timeout=0.2)
         assert taken.result() == "old"
+
+
+def test_closing_waits_for_what_is_being_unloaded(tmp_path: Path) -> None:
+    """The engine is closed once nobody uses the version that was unloaded in the background."""
+    engine = Engine(threads=1)
+    engine.load(spec(tmp_path, 1))
+    closing = threading.Thread(target=engine.close)
+    with engine.lease("net"):
+        engine.unload("net", wait=False)
+        closing.start()
+        closing.join(0.5)
+        assert closing.is_alive()
+    closing.join(60)
+    assert not closing.is_alive()
+
+
+def test_declared_layers_know_the_batch_sizes_that_requests_share(tmp_path: Path) -> None:
+    """No first request waits for a proof that a pass of so many items may be shared."""
+    engine = Engine(threads=1)
+    options = HostOptions(batching=BatchPolicy(max_size=4, max_delay=0.01))
+    host = engine.load(spec(tmp_path, 1), [LayerSelection("second")], options=options)
+    plans = list(host._declared_plans.values())
+    assert plans
+    known = [[plan.findings.shares(size) for size in (2, 3, 4)] for plan in plans]
+    engine.close()
+    assert all(shares is not None for sizes in known for shares in sizes)

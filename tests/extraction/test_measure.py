@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from layertap.errors import LayerNotFoundError, ModelLoadError
-from layertap.extraction import Catalogue, Dim, LayerEntry, PointKind, measure
+from layertap.extraction import Catalogue, LayerEntry, PointKind, measure
 from layertap.extraction.layout import Geometry, Layout
 from layertap.extraction.passes import KeptState
 from layertap.models import InputSpec, LoadedModel, ModelSpec, Signature, load_model
@@ -27,7 +27,13 @@ def test_shapes_and_geometry(load_net) -> None:
     entry = measure(load_net("residual")).entry("layer2")
     assert (entry.type, entry.calls) == ("Sequential", 1)
     assert entry.geometry == Geometry(Layout.CHANNELS_FIRST, channels=16, height=4, width=4)
-    assert entry.specs[OUTPUT].dims == (Dim(1, batch=True), Dim(16), Dim(4), Dim(4))
+    dims = entry.specs[OUTPUT].dims
+    assert [(dim.size, dim.batch) for dim in dims] == [
+        (1, True),
+        (16, False),
+        (4, False),
+        (4, False),
+    ]
     assert entry.specs[INPUT].shape(3) == (3, 8, 8, 8)
     assert entry.specs[OUTPUT].dtype is torch.float32
 

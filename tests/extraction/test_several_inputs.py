@@ -24,22 +24,22 @@ def trial(net: str, item_shape: tuple[int, ...] | None = None, **more: object) -
 @pytest.mark.parametrize(
     ("net", "item_shape", "pattern"),
     [
-        ("masked", (6,), "input_ids [B, L], attention_mask [B, L]"),
+        ("masked", (6,), "input_ids [B, sequence], attention_mask [B, sequence]"),
         (
             "optional",
             (6,),
-            "input_ids [B, L], attention_mask [B, L] (optional), token_type_ids [B, "
-            "token_type_ids_L] (optional)",
+            "input_ids [B, sequence], attention_mask [B, sequence] (optional), token_type_ids [B, "
+            "token_type_ids_sequence] (optional)",
         ),
-        ("keyword_only", (6,), "input_ids [B, L], attention_mask [B, L]"),
+        ("keyword_only", (6,), "input_ids [B, sequence], attention_mask [B, sequence]"),
         ("takes_dict", None, "features.input_ids [B, sequence], features.mask [B, sequence]"),
-        ("takes_pair", None, "pair.0 [B, L], pair.1 [B, L, 3]"),
+        ("takes_pair", None, "pair.0 [B, sequence], pair.1 [B, sequence, 3]"),
         ("rest", None, "left [B, 4], right [B, 2]"),
         ("diffusion", (3, 8, 8), "sample [B, 3, H, W], timestep [B]"),
         ("two_images", (3, 8, 8), "image1 [B, 3, H, W], image2 [B, 3, H, W]"),
         ("lengths", None, "x [B, 7, 6], lengths [B]"),
         ("adapted", None, "nodes [B, 3], edges [B, 3]"),
-        ("scripted", (6,), "input_ids [B, L], attention_mask [B, L]"),
+        ("scripted", (6,), "input_ids [B, sequence], attention_mask [B, sequence]"),
     ],
 )
 def test_the_inputs_are_found(net: str, item_shape: tuple[int, ...] | None, pattern: str) -> None:

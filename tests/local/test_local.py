@@ -432,7 +432,7 @@ def test_what_a_model_takes_and_has(model: LocalModel, client: Client) -> None:
     assert [layer.name for layer in described.layers] == [layer.name for layer in served.layers]
     assert list(model.layers) == [layer.name for layer in described.layers]
     layer = model.layers["layer1"]
-    assert str(layer) == "layer1: Sequential [B, 8, 8, 8] float32"
+    assert str(layer) == "layer1: Sequential [B, 8, ceil(H/2), ceil(W/2)] float32"
     assert (layer.stride, layer.channels, layer.output.bytes_per_item) == (2.0, 8, 2048)
     assert set(layer.extractors()) == set(EXTRACTORS)
     assert Extractor.FX not in layer.extractors(Capture.INPUT)

@@ -76,7 +76,7 @@ def test_a_wrong_dtype_is_refused() -> None:
         (IMAGES, "[B, 3, H, W]"),
         (FIXED, "[B, 3, 224, 224]"),
         (VIDEO, "[B, 3, T, H, W]"),
-        (InputSpec((1, 16000), free=(1,)), "[B, 1, L]"),
+        (InputSpec((1, 16000), free=(1,)), "[B, 1, samples]"),
         (InputSpec((50, 6), free=(0,)), "[B, L, 6]"),
         (InputSpec((4, 4, 4, 4), free=(0, 1, 2, 3)), "[B, N1, N2, N3, N4]"),
     ],
@@ -118,9 +118,18 @@ def test_an_only_input_needs_no_name() -> None:
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"ids": IDS}, "inputs: got 'ids' without 'image', expected ids [B, L], image [B, 3"),
-        ({"": IDS}, "inputs: got a tensor without a name, expected a name for each: ids [B, L]"),
-        ({"ids": IDS, "image": IMAGE, "mask": IDS}, "inputs: got 'mask', expected ids [B, L]"),
+        (
+            {"ids": IDS},
+            "inputs: got 'ids' without 'image', expected ids [B, sequence], image [B, 3",
+        ),
+        (
+            {"": IDS},
+            "inputs: got a tensor without a name, expected a name for each: ids [B, sequence]",
+        ),
+        (
+            {"ids": IDS, "image": IMAGE, "mask": IDS},
+            "inputs: got 'mask', expected ids [B, sequence]",
+        ),
         ({"ids": IDS, "images": IMAGE}, "inputs: got 'images' (did you mean 'image'?), expected"),
         ({"ids": ((3, 8), "int64"), "image": IMAGE}, "batches of 3 of 'ids', 2 of 'image'"),
         ({"ids": ((2, 8), "int32"), "image": IMAGE}, "input 'ids': got dtype int32"),

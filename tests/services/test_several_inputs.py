@@ -101,7 +101,10 @@ def test_a_stream_takes_several_inputs(client: Client) -> None:
             "got 'attention_msk' \\(did you mean 'attention_mask'\\?\\)",
         ),
         ({"input_ids": IDS, "attention_mask": MASK[:1]}, "batches of 2 of 'input_ids', 1 of"),
-        ({"input_ids": IDS, "attention_mask": MASK[:, :3]}, "with L 3, expected 4, as 'input_ids'"),
+        (
+            {"input_ids": IDS, "attention_mask": MASK[:, :3]},
+            "with sequence 3, expected 4, as 'input_ids'",
+        ),
         ({"input_ids": IDS, "attention_mask": MASK.float()}, "got dtype float32, expected int64"),
     ],
 )
@@ -143,7 +146,7 @@ def test_describe_model_shows_the_inputs(client: Client) -> None:
         ("attention_mask", True),
         ("token_type_ids", True),
     ]
-    assert [dimension.free for dimension in inputs[1].shape] == ["", "L"]
+    assert [dimension.free for dimension in inputs[1].shape] == ["", "sequence"]
     images = client.describe_model("two_images").model.inputs
     assert [each.images for each in images] == [True, True]
 

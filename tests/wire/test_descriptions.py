@@ -31,7 +31,11 @@ from layertap.wire.descriptions import (
 )
 
 VALUE = ValueDescription(
-    "float16", (Dimension(2, batch=True), Dimension(8)), 2**40, dynamic=True, interleaved=True
+    "float16",
+    (Dimension(2, batch=True), Dimension(8, expression="ceil(H/28)"), Dimension(4, varies=True)),
+    2**40,
+    dynamic=True,
+    interleaved=True,
 )
 STEPS = ImageDescription(
     color="rgb",
@@ -61,7 +65,9 @@ FULL = ModelDescription(
             texts=True,
             tokenization="the folder's own tokenizer",
         ),
-        InputDescription("ids", "int64", (Dimension(1, batch=True),)),
+        InputDescription(
+            "ids", "int64", (Dimension(1, batch=True),), texts=True, tokenization="by words"
+        ),
         InputDescription(
             "own",
             "float32",

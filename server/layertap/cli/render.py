@@ -85,7 +85,8 @@ def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, 
     """Print some layers of a model, as a tree of modules or a flat table in execution order."""
     out = console()
     taken = ", ".join(map(str, model.inputs))
-    note = " (*: any size)" if "*" in taken else ""
+    free = list(dict.fromkeys(dim.free for each in model.inputs for dim in each.shape if dim.free))
+    note = f" ({', '.join(free)}: any size, here the default)" if free else ""
     out.print(
         f"{model.name}: {model.source}, weights {model.weights}, on {model.device}; takes "
         f"{taken}{note}",
@@ -107,8 +108,8 @@ def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, 
         out.print(f"refused: {', '.join(plan.layers)} at {at}: {plan.reason}", soft_wrap=True)
     legend = ", ".join(f"{letter} {extractor.name}" for extractor, letter in LETTERS.items())
     out.print(
-        f"by: {legend}; in by: the same for its input; B: the batch; bytes: of one item"
-        + ("; values are float32 where no type is given" if tree else ""),
+        f"by: {legend}; in by: the same for its input; B: the batch; bytes: of one item of the "
+        "default size" + ("; values are float32 where no type is given" if tree else ""),
         soft_wrap=True,
     )
 
@@ -149,7 +150,7 @@ def _flat(layers: Sequence[LayerDescription]) -> Table:
 
 
 def _tree(layers: Sequence[LayerDescription]) -> Table:
-    """Return a tree of modules, with rounded numbers so that common models fit into 80 columns."""
+    """Return a tree of modules, with rounded numbers so that most models fit into 90 columns."""
     table = _table("layer", "type", "output", "bytes>", "stride>", *_BY)
     # On a narrow terminal the types are cut, as their beginning is enough to recognise them.
     table.columns[1].no_wrap = False
@@ -160,7 +161,8 @@ def _tree(layers: Sequence[LayerDescription]) -> Table:
             continue
         times = f"×{layer.calls}" if layer.calls > 1 else ""
         size = _short(layer.output.bytes_per_item) if layer.output else ""
-        shape, dtype, *rest = _output(layer, size)
+        pattern, dtype, *rest = _output(layer, size)
+        shape = _short_rounding(pattern)
         # float32 is the usual dtype and is not shown; any other dtype is.
         value = shape if dtype == "float32" else f"{shape} {dtype}"
         table.add_row(label, f"{layer.type}{times}", value, *rest)
@@ -185,6 +187,22 @@ def _output(layer: LayerDescription, size: str) -> tuple[str, ...]:
     stride = f"{layer.stride:g}" if layer.stride else ""
     dtype = f"{value.dtype} of {value.quantized}" if value.quantized else value.dtype
     return value.pattern, dtype, size, stride, outputs or "none", inputs
+
+
+def _short_rounding(shape: str) -> str:
+    """Return a shape with ``⌈H/4⌉`` in place of ``ceil(H/4)``, and alike for ``floor``."""
+    signs = {"ceil(": ("⌈", "⌉"), "floor(": ("⌊", "⌋"), "(": ("(", ")")}
+    ends: list[str] = []
+    text = ""
+    while shape:
+        begin = next((each for each in signs if shape.startswith(each)), "")
+        if begin:
+            text += signs[begin][0]
+            ends.append(signs[begin][1])
+        else:
+            text += ends.pop() if shape[0] == ")" and ends else shape[0]
+        shape = shape[len(begin) or 1 :]
+    return text
 
 
 def _reason(layer: LayerDescription) -> str:

@@ -21,7 +21,7 @@ from layertap.description import (
 from layertap.engine.host import ModelHost, RefusedPlan
 from layertap.extraction.catalogue import LayerEntry, side_name
 from layertap.extraction.layout import Layout
-from layertap.extraction.points import PointKind, ValueSpec
+from layertap.extraction.points import Dim, PointKind, ValueSpec
 from layertap.models import InputSpec, Preprocess, Steps
 from layertap.models.text import TextTokenizer
 from layertap.selection import Capture, Extractor
@@ -166,11 +166,20 @@ def _layer(entry: LayerEntry, host: ModelHost, refused: _RefusedAlone) -> LayerD
 def _value(spec: ValueSpec) -> ValueDescription:
     return ValueDescription(
         dtype=_name(spec.dtype),
-        shape=tuple(Dimension(dim.size, dim.batch) for dim in spec.dims),
+        shape=tuple(map(_dimension, spec.dims)),
         bytes_per_item=spec.bytes_per_item,
         dynamic=spec.dynamic,
         interleaved=spec.interleaved,
         quantized=spec.quantized,
+    )
+
+
+def _dimension(dim: Dim) -> Dimension:
+    return Dimension(
+        dim.size,
+        dim.batch,
+        expression=str(dim.expression) if dim.expression and dim.expression.terms else "",
+        varies=dim.expression is None,
     )
 
 

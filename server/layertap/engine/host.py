@@ -68,6 +68,9 @@ MAX_SIZES_PROVEN = 8
 Other sizes are proven when they are first used.
 """
 
+MAX_PREDICTED = 1024
+"""Plans that run the model itself and whose shapes the catalogue predicts; they take no memory."""
+
 MAX_REFUSALS = 256
 MAX_RESOLVED = 256
 
@@ -159,6 +162,7 @@ class ModelHost:
         self._lock = threading.Lock()
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}
+        self._predictions: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
         self._max_plans = limits.plans
         # A compiled program has its own weights, at most as large as the model's.
@@ -220,7 +224,14 @@ class ModelHost:
             # Of a plan for one outcome of the model's looks, the request itself is a sample.
             return self.on_device(x) if mine else None
 
-        plan = self._known(key) or self.compute.run(lambda: self._build(key, own()), call)
+        known = self._known(key) or self._predicted(key)
+        if known is not None and known.predicted and known.dynamic:
+            _log.warning(
+                "model %s: a value has another shape than the catalogue predicts for items of %s; "
+                "shapes of such items are measured", self.model.name, batch_key,
+            )  # fmt: skip
+            known = self.measure(known, call)
+        plan = known or self.compute.run(lambda: self._build(key, own()), call)
         if plan.refusal(size) is None:
             prove_size = self._builder.prover.prove_size
             self.compute.run(lambda: prove_size(plan, size, own()), call)
@@ -233,6 +244,16 @@ class ModelHost:
             f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
         )
+
+    def measure(self, plan: Plan, call: Call) -> Plan:
+        """Replace a plan whose shapes were predicted by one whose shapes are measured.
+
+        Raises:
+            InvalidInputError: If the model can't run on such items at all.
+        """
+        with self._lock:
+            self._predictions.pop(plan.key, None)
+        return self.compute.run(lambda: self._build(plan.key, None), call)
 
     def finite_only(self, resolved: Resolved, x: Batch) -> ExtractorKind | None:
         """Return a kind that may serve a request by the outcome of its looks, but not NaN.
@@ -378,6 +399,7 @@ class ModelHost:
         self._checkpoints.close()
         with self._lock:
             self._plans.clear()
+            self._predictions.clear()
             self._declared_plans.clear()
 
     def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
@@ -500,9 +522,19 @@ class ModelHost:
     def _known(self, key: PlanKey) -> Plan | None:
         with self._lock:
             plan = self._declared_plans.get(key) or _touch(self._plans, key)
+            plan = plan or _touch(self._predictions, key)
             refusal = None if plan else _touch(self._refusals, key)
         if refusal is not None:
             raise type(refusal)(str(refusal))
+        return plan
+
+    def _predicted(self, key: PlanKey) -> Plan | None:
+        """Return a plan for which the model need not run; None if there can't be one."""
+        if key.extractor is not REFERENCE.id or key.batch_key == self.catalogue.key:
+            return None
+        plan = self._builder.predicted(key.pass_spec, key.batch_key)
+        if plan is not None:
+            self._remember(self._predictions, key, plan, MAX_PREDICTED)
         return plan
 
     def _build(self, key: PlanKey, own: Batch | None) -> Plan:
@@ -567,9 +599,15 @@ class ModelHost:
         """Keep a plan, and drop the least recently used ones if there are too many."""
         self._remember(self._plans, key, plan, self._max_plans)
         with self._lock:
-            compiled = [key for key in self._plans if kind_of(key.extractor).compiled]
-            for oldest in compiled[: -self._max_compiled]:
-                del self._plans[oldest]
+            programs: set[int] = set()
+            # Plans for several sizes may have one program together.
+            for used, each in reversed(list(self._plans.items())):
+                if not each.kind.compiled:
+                    continue
+                if len(programs | {id(each.built)}) > self._max_compiled:
+                    del self._plans[used]
+                else:
+                    programs.add(id(each.built))
 
     def _refuse(self, key: PlanKey, refusal: Refusal) -> None:
         """Record a copy of a refusal, because the original's traceback keeps the batches alive."""

@@ -15,6 +15,7 @@ from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames
+from layertap.models import BatchKey
 from layertap.selection import Capture, Extractor, Glob
 
 __all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
@@ -99,6 +100,7 @@ class Catalogue:
     Attributes:
         entries: The layers by name.
         graph: The node names of the symbolic graph; None if the model can't be traced symbolically.
+        key: The inputs, and the sizes of their items, at which the model was measured.
         mutates_input: Whether the model writes into the batch that it is given.
         guard: Has the rules for passes of the model; every pass must hold it.
         non_finite: The first layer that returned NaN or infinity when it was measured; empty if
@@ -110,6 +112,7 @@ class Catalogue:
 
     entries: Mapping[str, LayerEntry]
     graph: GraphNames | None
+    key: BatchKey
     mutates_input: bool
     guard: PassGuard
     non_finite: str = ""

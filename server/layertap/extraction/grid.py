@@ -22,21 +22,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from layertap.extraction.containers import flatten, plain, unsendable
 from layertap.extraction.layout import Geometry, Layout
-from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
+from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.extraction.samples import ordinary_batch
-from layertap.extraction.taps import observe
+from layertap.extraction.survey import Shapes, survey_shapes, survey_values
 from layertap.models import Batch, IdRange, LoadedModel
-from layertap.selection import Capture
 
 __all__ = ["Grids", "other_items", "survey_grids"]
 
@@ -57,7 +53,6 @@ _BLOCK = 112
 That is smaller than a patch. With two pixels, a model that skips every other pixel sees the change.
 """
 
-Shapes = Mapping[CapturePoint, tuple[int, ...]]
 Moves = Mapping[CapturePoint, Sequence[Sequence[int]]]
 """For each place of a block: the position of the largest change along each dimension of an item."""
 
@@ -202,7 +197,7 @@ def survey_grids(
     best: tuple[tuple[int, ...], Shapes] = (item, {})
     for other in other_items(item, model.signature.main.free):
         x = ordinary_batch(model, 1, model.signature.resized(other))
-        shapes, ended = _shapes(model, x, turn)
+        shapes, ended = survey_shapes(model, x, turn)
         if ended:
             best = other, {**shapes, **_of_nodes(others, x)}
             break
@@ -241,23 +236,6 @@ def other_items(item: tuple[int, ...], free: Sequence[int]) -> Iterator[tuple[in
             yield other
 
 
-def _shapes(
-    model: LoadedModel, x: Batch, turn: AbstractContextManager[object]
-) -> tuple[dict[CapturePoint, tuple[int, ...]], bool]:
-    """Return the shapes that a pass showed, and whether the pass ran to its end."""
-    shapes: dict[CapturePoint, tuple[int, ...]] = {}
-
-    def see(point: CapturePoint, tensor: torch.Tensor) -> None:
-        shapes[point] = tuple(tensor.shape)
-
-    try:
-        _watch(model, x, turn, see)
-    except Exception as error:  # noqa: BLE001 - a model may refuse another size
-        _log.debug("model %s does not run on %s: %s", model.name, x.key, error)
-        return shapes, False
-    return shapes, True
-
-
 def _of_nodes(others: Callable[[Batch], Shapes], x: Batch) -> Shapes:
     try:
         return others(x)
@@ -282,7 +260,7 @@ def _survey_moves(
 
     for place in _PLACES:
         try:
-            _watch(model, _changed_at(model, place), turn, see)
+            survey_values(model, _changed_at(model, place), turn, see)
         except Exception as error:  # noqa: BLE001 - a model may refuse the changed block
             _log.debug("model %s does not run on a changed input: %s", model.name, error)
     return {point: seen for point, seen in moves.items() if len(seen) == len(_PLACES)}
@@ -322,25 +300,6 @@ def _largest_change(tensor: torch.Tensor, spec: ValueSpec) -> list[int]:
         else int(change.argmax())
         for own in rest
     ]
-
-
-def _watch(
-    model: LoadedModel,
-    x: Batch,
-    turn: AbstractContextManager[object],
-    take: Callable[[CapturePoint, torch.Tensor], None],
-) -> None:
-    calls: Counter[tuple[str, Capture]] = Counter()
-
-    def see(path: str, side: Capture, value: Any) -> None:
-        call = calls[path, side]
-        calls[path, side] += 1
-        for way, tensor in flatten(value):
-            if not unsendable(tensor):
-                take(CapturePoint(PointKind.MODULE, path, side, call, way), plain(tensor))
-
-    with turn, observe(model.module, see):
-        model.forward(x)
 
 
 def _is_plain(spec: ValueSpec) -> bool:

@@ -85,7 +85,7 @@ _HEAVY = (
 """Parts of the names of operations that a guard must not contain."""
 
 
-class Ref(NamedTuple):
+class _Ref(NamedTuple):
     """One tensor of a recorded pass: a view of a storage.
 
     Attributes:
@@ -109,7 +109,7 @@ class _Step:
 
     Attributes:
         func: The operation.
-        args: Its positional arguments, tensors as `Ref`.
+        args: Its positional arguments, tensors as `_Ref`.
         kwargs: Its other arguments.
         results: Its results, in the order of the leaves; None for a result that is not a tensor.
         elements: The elements of its arguments and results.
@@ -119,7 +119,7 @@ class _Step:
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    results: tuple[Ref | None, ...]
+    results: tuple[_Ref | None, ...]
     elements: int
     fault: str = ""
 
@@ -139,8 +139,8 @@ class _Program:
         writes: Whether some operation writes to the batch.
     """
 
-    inputs: Mapping[str, Ref]
-    constants: Mapping[Ref, torch.Tensor]
+    inputs: Mapping[str, _Ref]
+    constants: Mapping[_Ref, torch.Tensor]
     steps: tuple[_Step, ...]
     writes: bool
 
@@ -150,7 +150,7 @@ class _Program:
 
     def run(self, x: Batch) -> str:
         """Return the value that the look gives for a batch of the recorded shapes."""
-        values: dict[Ref, torch.Tensor] = dict(self.constants)
+        values: dict[_Ref, torch.Tensor] = dict(self.constants)
         bases: dict[int, torch.Tensor] = {}
         for name, given_ref in self.inputs.items():
             tensor = x[name]
@@ -159,7 +159,7 @@ class _Program:
             values[given_ref] = bases[given_ref.storage] = given
 
         def resolved(value: Any) -> Any:
-            if isinstance(value, Ref):
+            if isinstance(value, _Ref):
                 known = values.get(value)
                 if known is not None:
                     return known
@@ -238,10 +238,10 @@ class Tape:
         self._steps: list[_Step] = []
         # For each storage, the steps from which its content is computed, as bits.
         self._from: dict[int, int] = {}
-        self._made: set[Ref] = set()
+        self._made: set[_Ref] = set()
         self._fixed: set[int] = set()
-        self._constants: dict[Ref, torch.Tensor] = {}
-        self._faults: dict[Ref, str] = {}
+        self._constants: dict[_Ref, torch.Tensor] = {}
+        self._faults: dict[_Ref, str] = {}
         self._seen: set[tuple[str, int]] = set()
         self._own = {
             StorageWeakRef(tensor.untyped_storage())
@@ -363,13 +363,13 @@ class Tape:
         else:
             self._faults[ref] = "it uses a large tensor that is not a parameter"
 
-    def _ref(self, tensor: torch.Tensor) -> Ref:
+    def _ref(self, tensor: torch.Tensor) -> _Ref:
         memory = StorageWeakRef(tensor.untyped_storage())
         number = self._numbers.get(memory)
         if number is None:
             number = self._numbers[memory] = self._next
             self._next += 1
-        return Ref(
+        return _Ref(
             number,
             tuple(tensor.shape),
             tuple(tensor.stride()),
@@ -404,8 +404,8 @@ class _Call:
     func: Any
     args: Any
     kwargs: Any
-    read: list[Ref] = field(default_factory=list)
-    written: list[Ref] = field(default_factory=list)
+    read: list[_Ref] = field(default_factory=list)
+    written: list[_Ref] = field(default_factory=list)
     elements: int = 0
     fault: str = ""
 
@@ -432,8 +432,8 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
                 yield inner
 
 
-def _refs_in(values: Any) -> Iterator[Ref]:
-    if isinstance(values, Ref):
+def _refs_in(values: Any) -> Iterator[_Ref]:
+    if isinstance(values, _Ref):
         yield values
     elif isinstance(values, dict):
         yield from _refs_in(tuple(values.values()))
@@ -470,10 +470,10 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
                 value = _unwrapped(value)
                 if value.layout is torch.strided:
                     yield value
-            elif isinstance(value, Ref):
+            elif isinstance(value, _Ref):
                 yield value
             elif isinstance(value, list | tuple):
-                yield from (each for each in value if isinstance(each, torch.Tensor | Ref))
+                yield from (each for each in value if isinstance(each, torch.Tensor | _Ref))
 
 
 def _is_number(value: Any) -> bool:

@@ -31,6 +31,7 @@ from layertap.extraction.samples import (
     reaching_batches,
     wide_batch,
 )
+from layertap.extraction.sizes import survey_sizes
 from layertap.extraction.straight import straight_children
 from layertap.extraction.survey import (
     HookSurvey,
@@ -103,6 +104,7 @@ def measure_with_graph(
     with guard:
         specs = _in_order(model, specs, reference, x)
     specs, graph = _placed(model, specs, graph, guard)
+    specs, graph = _sized(model, specs, graph, guard)
     with guard:
         # The passes on other input and other sizes may have reached code that writes state.
         guard.learn(model.name)
@@ -131,6 +133,7 @@ def measure_with_graph(
     catalogue = Catalogue(
         entries,
         findings.graph.names,
+        key=model.signature.key,
         mutates_input=one.mutated_input,
         guard=guard,
         non_finite=_first_non_finite(entries, reference),
@@ -377,6 +380,27 @@ def _placed(
     return (
         {point: placed(point, spec) for point, spec in specs.items()},
         replace(graph, specs={p.path: placed(p, spec) for p, spec in nodes.items()}),
+    )
+
+
+def _sized(
+    model: LoadedModel, specs: dict[CapturePoint, ValueSpec], graph: MeasuredGraph, guard: PassGuard
+) -> tuple[dict[CapturePoint, ValueSpec], MeasuredGraph]:
+    """Return the specs of modules and nodes with how their sizes follow those of the inputs."""
+    if model.takes_list or guard.rules.state is KeptState.KEPT:
+        # The sizes of a list's members are not those of the activations, and each pass of a
+        # stateful model may change the next one.
+        return specs, graph
+    nodes = {_node(name): spec for name, spec in graph.specs.items()}
+    both = {**specs, **nodes}
+    found = survey_sizes(model, model.signature.key, both, guard, partial(graph.shapes, guard))
+
+    def sized(point: CapturePoint, spec: ValueSpec) -> ValueSpec:
+        return spec.following(found[point]) if point in found else spec
+
+    return (
+        {point: sized(point, spec) for point, spec in specs.items()},
+        replace(graph, specs={p.path: sized(p, spec) for p, spec in nodes.items()}),
     )
 
 

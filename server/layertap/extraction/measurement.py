@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 from layertap.extraction.names import LayerNames
 from layertap.extraction.passes import PassGuard, PassRules
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
-from layertap.extraction.survey import LooksSurvey, survey_fx
+from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames, Trace
 from layertap.models import Batch, LoadedModel
 
@@ -42,12 +44,16 @@ class MeasuredGraph:
         """Return, for a batch, the shape of every node that calls no module."""
         if self.trace is None:
             return {}
-        shapes = survey_fx(self.trace, x, {}, guard).shapes
-        return {
-            CapturePoint(PointKind.NODE, name): shape
-            for name, (_, shape) in shapes.items()
-            if name in self.specs
-        }
+        names = self.trace.names.eval
+        shapes: dict[CapturePoint, tuple[int, ...]] = {}
+
+        def see(index: int, value: torch.Tensor) -> None:
+            if names[index] in self.specs:
+                shapes[CapturePoint(PointKind.NODE, names[index])] = tuple(value.shape)
+
+        with guard:
+            self.trace.whole.run(x.clone(), see)
+        return shapes
 
 
 @dataclass

@@ -110,6 +110,8 @@ class Plan:
         findings: What was learnt about the plan since it was built.
         outcome: The outcome of every pass for which the plan may run; empty if there are no looks,
             or if it runs the model's own code. It must not run for a batch of another outcome.
+        predicted: Whether the specs were computed from the expressions of the catalogue, and no
+            pass at these sizes has measured them.
     """
 
     kind: ExtractorKind
@@ -119,6 +121,7 @@ class Plan:
     built: BuiltExtractor
     findings: Findings
     outcome: Outcome = ()
+    predicted: bool = False
 
     @property
     def key(self) -> PlanKey:

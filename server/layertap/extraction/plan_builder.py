@@ -1,4 +1,15 @@
-"""Builds plans: an extractor for one pass spec and batch key, proven before it serves."""
+"""Builds plans: an extractor for one pass spec and batch key, proven before it serves.
+
+Note [Programs for several sizes]
+    A traced program may hold the sizes of its example as constants (``x[:, : int(x.shape[1])]``,
+    windows, position biases) or follow the sizes of its input. Nothing in the program says which.
+    So a plan for items of another size begins with the programs that there are for the same layers:
+    one that passes the whole proof at the new size serves it too, which saves compiling and the
+    memory of another copy of the weights. If none does, the size gets a program of its own. Two
+    kinds of programs are never tried at another size: those with native operations that check no
+    sizes, which could end the process there, and those whose recorded pass looked at values, as the
+    guard of another size may look at others.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +18,10 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from layertap.errors import ExtractorUnsupportedError, LayertapError
+from layertap.errors import ExtractorUnsupportedError, LayertapError, OverloadedError
 from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
@@ -30,6 +41,7 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan, PlanKey, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
+from layertap.extraction.predicted import placed, predicted_plan
 from layertap.extraction.proof import prove
 from layertap.extraction.prover import Prover
 from layertap.extraction.samples import ordinary_batch
@@ -41,6 +53,9 @@ from layertap.selection import Extractor
 __all__ = ["PlanBuilder"]
 
 _log = logging.getLogger(__name__)
+
+_MAX_ADOPTED = 2
+"""Programs for other sizes that are tried before one is compiled for a new size."""
 
 _LARGER = 7
 """A batch size above those of a proof, to test programs that could end their process."""
@@ -86,6 +101,25 @@ class _Proof:
             yield None
 
 
+class _Purpose(NamedTuple):
+    """What programs have in common that may take each other's place at other sizes of the inputs.
+
+    Attributes:
+        extractor: The kind of the program.
+        pass_spec: What it captures.
+        inputs: The names of the inputs that it takes.
+    """
+
+    extractor: Extractor
+    pass_spec: PassSpec
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def of(cls, kind: ExtractorKind, proof: _Proof) -> _Purpose:
+        """Return what a program that passes a proof is for."""
+        return cls(kind.id, proof.pass_spec, tuple(proof.example))
+
+
 class PlanBuilder:
     """Builds and proves the plans of one model.
 
@@ -127,6 +161,8 @@ class PlanBuilder:
         self.prover = Prover(measuring, self.outcomes)
         # Programs whose recorded pass looked at nothing: they may hold for other outcomes as well.
         self._general: WeakValueDictionary[PlanKey, BuiltExtractor] = WeakValueDictionary()
+        # Programs that may be tried at other sizes, as long as some plan has them.
+        self._portable: WeakKeyDictionary[BuiltExtractor, _Purpose] = WeakKeyDictionary()
 
     def build(
         self,
@@ -199,6 +235,13 @@ class PlanBuilder:
         findings = Findings(x.size for x, _ in proof.cases)
         yield Plan(kind, pass_spec, batch_key, specs, built, findings)
 
+    def predicted(self, pass_spec: PassSpec, batch_key: BatchKey) -> Plan | None:
+        """Return a plan of the reference kind without running the model; None if that can't be.
+
+        See ``layertap.extraction.predicted``. Any thread may call this method.
+        """
+        return predicted_plan(self._context, self.prover, self._catalogue, pass_spec, batch_key)
+
     def _of_outcome(
         self, kind: CompiledKind[Any], key: PlanKey, example: Batch | None, *, keep: bool
     ) -> Iterator[Plan | None]:
@@ -221,18 +264,7 @@ class PlanBuilder:
         yield Plan(kind, key.pass_spec, key.batch_key, specs, built, findings, outcome)
 
     def _placed(self, point: CapturePoint, spec: ValueSpec, batch_key: BatchKey) -> ValueSpec:
-        """Return a spec with what the catalogue knows about the layout of the point."""
-        measured = self._catalogue.specs.get(point)
-        if measured is None or len(measured.dims) != len(spec.dims):
-            return spec
-        spec = replace(spec, interleaved=measured.interleaved)
-        if spec.batch_axis is None:
-            return spec
-        shape = [1, *(dim.size for dim in spec.dims if not dim.batch)]
-        geometry = measured.geometry.at(
-            shape, batch_key.main.shape, self._model.signature.main.shape
-        )
-        return replace(spec, geometry=geometry)
+        return placed(self._model.signature, self._catalogue, point, spec, batch_key)
 
     def _compiled(
         self, kind: CompiledKind[Any], proof: _Proof, *, keep: bool
@@ -241,15 +273,25 @@ class PlanBuilder:
         stored = self._stored(kind, proof) if keep else None
         program = stored.load(kind, self._model.device) if stored else None
         if stored and program is not None:
+            portable = not proof.outcome and not kind.may_end_the_process(program)
             try:
-                return (yield from self._warm(kind, program, proof))
+                built = yield from self._warm(kind, program, proof)
+                if portable:
+                    self._portable[built] = _Purpose.of(kind, proof)
+                return built
             except ExtractorUnsupportedError:
                 _log.warning("model %s: a stored plan no longer fits it", self._model.name)
                 stored.forget()
+        adopted = yield from self._adopted(kind, proof)
+        if adopted is not None:
+            return adopted
         program, general = self._compile(kind, proof.pass_spec, proof.example, proof.outcome)
         yield None
+        portable = (general or not proof.outcome) and not kind.may_end_the_process(program)
         with stored.storing(kind, program) if stored else nullcontext():
             built = yield from self._warm(kind, program, proof)
+        if portable:
+            self._portable[built] = _Purpose.of(kind, proof)
         if general:
             self._general[PlanKey(kind.id, proof.pass_spec, proof.example.key)] = built
         return built
@@ -276,6 +318,38 @@ class PlanBuilder:
             reason = f"its program fails ({own_words(error)})"
             raise self._refusal(kind, proof.pass_spec, reason) from error
         return built
+
+    def _adopted(
+        self, kind: CompiledKind[Any], proof: _Proof
+    ) -> Generator[None, None, BuiltExtractor | None]:
+        """Return a program compiled for items of another size that holds for these as well.
+
+        See Note [Programs for several sizes]. None if there is no such program.
+        """
+        purpose = _Purpose.of(kind, proof)
+        programs = [each for each, of in list(self._portable.items()) if of == purpose]
+        if programs:
+            # At this size the code may look at values, which the proof's input need not show.
+            self._refuse_obstacles(kind, proof.pass_spec, proof.example, proof.outcome)
+            yield None
+        for built in programs[-_MAX_ADOPTED:]:
+            try:
+                yield from proof.steps(built)
+                for _ in range(kind.warm_up_runs):
+                    built.run(proof.example.clone(), lambda index, value: None)
+                    yield None
+            except (OverloadedError, GeneratorExit):
+                raise
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise self.prover.out_of_memory(proof.example) from error
+                _log.info(
+                    "model %s: a program for another size does not hold for items of %s: %s",
+                    self._model.name, proof.example.key, own_words(error),
+                )  # fmt: skip
+            else:
+                return built
+        return None
 
     def _tried_apart(self, kind: CompiledKind[Any], program: Any, proof: _Proof) -> Iterator[None]:
         """Compare a program with the reference in a child process; see ``apart``."""

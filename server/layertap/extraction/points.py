@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 import torch
 
+from layertap.extraction.dimensions import Expression, Sizes
 from layertap.extraction.layout import Geometry
 from layertap.selection import Capture
 
@@ -52,10 +53,18 @@ class CapturePoint:
 
 @dataclass(frozen=True, slots=True)
 class Dim:
-    """One dimension: ``size`` elements, or ``size`` elements per item of the batch."""
+    """One dimension: ``size`` elements, or ``size`` per item of the batch.
+
+    Attributes:
+        size: Elements for items of the default size.
+        batch: Whether it grows with the batch.
+        expression: How ``size`` follows the free dimensions of the inputs; None where that is not
+            known, so that ``size`` may be another one for items of another size.
+    """
 
     size: int
     batch: bool = False
+    expression: Expression | None = None
 
     def at(self, batch: int) -> int:
         """Return the size of the dimension for a batch of that many items."""
@@ -99,6 +108,31 @@ class ValueSpec:
     def shape(self, batch: int) -> tuple[int, ...]:
         """Return the shape for a batch of that many items."""
         return tuple(dim.at(batch) for dim in self.dims)
+
+    def following(self, expressions: Sequence[Expression | None]) -> ValueSpec:
+        """Return the spec with the expression of each dimension, for one item."""
+        dims = tuple(
+            replace(dim, expression=expression)
+            for dim, expression in zip(self.dims, expressions, strict=True)
+        )
+        return replace(self, dims=dims)
+
+    def at(self, sizes: Sizes) -> ValueSpec | None:
+        """Return the spec for items of other sizes; None if that can't be predicted.
+
+        What is known of the layout stays that of the default size.
+
+        Args:
+            sizes: The size of each named free dimension of the inputs.
+        """
+        if self.dynamic:
+            return None
+        dims = []
+        for dim in self.dims:
+            if dim.expression is None or (size := dim.expression.at(sizes)) < 0:
+                return None
+            dims.append(replace(dim, size=size))
+        return replace(self, dims=tuple(dims))
 
     @property
     def batch_axis(self) -> tuple[int, int] | None:

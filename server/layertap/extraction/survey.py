@@ -7,6 +7,7 @@ value equalled the reference.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -34,16 +35,24 @@ __all__ = [
     "HookSurvey",
     "LooksSurvey",
     "Shape",
+    "Shapes",
     "survey_first_item",
     "survey_fused",
     "survey_fx",
     "survey_hooks",
     "survey_looks",
     "survey_repeat",
+    "survey_shapes",
+    "survey_values",
     "survey_walk",
 ]
 
 Shape = tuple[torch.dtype, tuple[int, ...]]
+
+Shapes = Mapping[CapturePoint, tuple[int, ...]]
+"""The shape of each point in one pass."""
+
+_log = logging.getLogger(__name__)
 
 _NEAR = 1e-2
 """Kernels for other batch sizes may differ by this much; different items differ by far more."""
@@ -206,6 +215,50 @@ def survey_repeat(
     with observe(model.module, see):
         model.forward(x.clone())
     return changed
+
+
+def survey_values(
+    model: LoadedModel,
+    x: Batch,
+    turn: AbstractContextManager[object],
+    take: Callable[[CapturePoint, torch.Tensor], None],
+) -> None:
+    """Run a model and pass on each value of a module; raise whatever the model raises.
+
+    Args:
+        model: The model.
+        x: The batch; the model may write into it.
+        turn: Held in the pass.
+        take: Called with each point and its live tensor.
+    """
+    calls: Counter[tuple[str, Capture]] = Counter()
+
+    def see(path: str, side: Capture, value: Any) -> None:
+        call = calls[path, side]
+        calls[path, side] += 1
+        for way, tensor in flatten(value):
+            if not unsendable(tensor):
+                take(CapturePoint(PointKind.MODULE, path, side, call, way), plain(tensor))
+
+    with turn, observe(model.module, see):
+        model.forward(x)
+
+
+def survey_shapes(
+    model: LoadedModel, x: Batch, turn: AbstractContextManager[object]
+) -> tuple[Shapes, bool]:
+    """Return the shapes of a pass, and whether it ran to its end: a model may refuse a size."""
+    shapes: dict[CapturePoint, tuple[int, ...]] = {}
+
+    def see(point: CapturePoint, tensor: torch.Tensor) -> None:
+        shapes[point] = tuple(tensor.shape)
+
+    try:
+        survey_values(model, x, turn, see)
+    except Exception as error:  # noqa: BLE001 - whatever a model raises where it takes no such size
+        _log.debug("model %s does not run on %s: %s", model.name, x.key, error)
+        return shapes, False
+    return shapes, True
 
 
 @dataclass

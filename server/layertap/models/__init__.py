@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from layertap.models.batch import Batch, BatchKey, ItemTensor
+from layertap.models.free_sizes import free_sizes, resized
 from layertap.models.images import ImageLimits, decode_image
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
@@ -29,5 +30,7 @@ __all__ = [
     "SourceKind",
     "Steps",
     "decode_image",
+    "free_sizes",
     "load_model",
+    "resized",
 ]

@@ -118,9 +118,7 @@ class InputSpec:
     @property
     def free_names(self) -> tuple[str, ...]:
         """The names of the free dimensions, in the order of ``free``."""
-        count = len(self.free)
-        conventional = _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
-        return self.symbols or conventional
+        return self.symbols or _conventional(self)
 
     @property
     def pattern(self) -> str:
@@ -321,6 +319,17 @@ class Signature:
 
 def _key(specs: Iterable[InputSpec]) -> BatchKey:
     return BatchKey(tuple(ItemTensor(spec.name, spec.shape, spec.dtype) for spec in specs))
+
+
+def _conventional(spec: InputSpec) -> tuple[str, ...]:
+    """Return what the free dimensions of an input are usually called."""
+    count = len(spec.free)
+    if spec.free == (0,) and len(spec.shape) == 1:
+        # Token ids and masks, or the samples of a waveform.
+        return ("samples",) if spec.dtype.is_floating_point else ("sequence",)
+    if spec.free == (1,) and len(spec.shape) == 2 and spec.shape[0] <= 2:
+        return ("samples",)  # The channels of a waveform are mono or stereo.
+    return _NAMES.get(count) or tuple(f"N{number}" for number in range(1, count + 1))
 
 
 def _name(dtype: torch.dtype) -> str:

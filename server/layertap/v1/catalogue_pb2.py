@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from layertap.v1 import tensor_pb2 as layertap_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _pool.AddSerializedFile(b'\n\x1blayertap/v1/catalogue.proto\x12\x0blayertap.v1\x1a\x18layertap/v1/tensor.proto\"6\n\tDimension\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\x08\x12\x0c\n\x04\x66ree\x18\x03 \x01(\t\"\xaa\x01\n\nTensorSpec\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.layertap.v1.DataType\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.layertap.v1.Dimension\x12\x16\n\x0e\x62ytes_per_item\x18\x03 \x01(\x03\x12\x0f\n\x07\x64ynamic\x18\x04 \x01(\x08\x12\x11\n\tquantized\x18\x05 \x01(\t\x12\x13\n\x0binterleaved\x18\x06 \x01(\x08\"W\n\x0e\x43\x61ptureSupport\x12%\n\x07\x63\x61pture\x18\x01 \x01(\x0e\x32\x14.layertap.v1.Capture\x12\x0e\n\x06served\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"r\n\x10\x45xtractorSupport\x12)\n\textractor\x18\x01 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12-\n\x08\x63\x61ptures\x18\x05 \x03(\x0b\x32\x1b.layertap.v1.CaptureSupportJ\x04\x08\x02\x10\x05\"\xee\x02\n\x05Layer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.layertap.v1.LayerKind\x12\x0c\n\x04type\x18\x03 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\x05\x12\'\n\x06output\x18\x05 \x01(\x0b\x32\x17.layertap.v1.TensorSpec\x12&\n\x05input\x18\x06 \x01(\x0b\x32\x17.layertap.v1.TensorSpec\x12\x10\n\x08\x63hannels\x18\x07 \x01(\x03\x12\x11\n\treduction\x18\x08 \x01(\x01\x12\x31\n\nextractors\x18\t \x03(\x0b\x32\x1d.layertap.v1.ExtractorSupport\x12#\n\x06layout\x18\n \x01(\x0e\x32\x13.layertap.v1.Layout\x12\x0c\n\x04grid\x18\x0b \x03(\x03\x12\x14\n\x0c\x66ront_tokens\x18\x0c \x01(\x03\x12\x0f\n\x07same_as\x18\r \x01(\t\x12\x11\n\tis_result\x18\x0e \x01(\x08\"\x81\x01\n\x0bRefusedPlan\x12)\n\textractor\x18\x01 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12\x0e\n\x06layers\x18\x02 \x03(\t\x12\'\n\x06inputs\x18\x03 \x03(\x0b\x32\x17.layertap.v1.ItemTensor\x12\x0e\n\x06reason\x18\x04 \x01(\t\"O\n\nItemTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.layertap.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x82\x02\n\tInputSpec\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.layertap.v1.DataType\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.layertap.v1.Dimension\x12\x0e\n\x06images\x18\x03 \x01(\x08\x12\x15\n\rpreprocessing\x18\x04 \x01(\t\x12<\n\x13image_preprocessing\x18\x05 \x01(\x0b\x32\x1f.layertap.v1.ImagePreprocessing\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x10\n\x08optional\x18\x07 \x01(\x08\x12\r\n\x05texts\x18\x08 \x01(\x08\x12\x14\n\x0ctokenization\x18\t \x01(\t\"\xd3\x01\n\x12ImagePreprocessing\x12\r\n\x05\x63olor\x18\x01 \x01(\t\x12\x18\n\x10\x65xif_orientation\x18\x02 \x01(\x08\x12\x0e\n\x06resize\x18\x03 \x03(\x03\x12\x13\n\x0bresize_mode\x18\x04 \x01(\t\x12\x15\n\rinterpolation\x18\x05 \x01(\t\x12\x0c\n\x04\x63rop\x18\x06 \x03(\x03\x12\x0c\n\x04mean\x18\x07 \x03(\x01\x12\x0b\n\x03std\x18\x08 \x03(\x01\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x0f\n\x07\x61ssumed\x18\n \x03(\t\x12\x0e\n\x06\x63ustom\x18\x0b \x01(\t\"j\n\tPassRules\x12\x12\n\nearly_stop\x18\x01 \x01(\x08\x12\x12\n\nconcurrent\x18\x02 \x01(\x08\x12\x0e\n\x06shared\x18\x03 \x01(\x08\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.layertap.v1.KeptState\"\xc2\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12&\n\x06inputs\x18\x05 \x03(\x0b\x32\x16.layertap.v1.InputSpec\x12\x17\n\x0f\x64\x65\x63lared_layers\x18\x06 \x03(\t\x12\r\n\x05notes\x18\x07 \x03(\t\x12*\n\npass_rules\x18\x08 \x01(\x0b\x32\x16.layertap.v1.PassRules*\xaf\x01\n\tExtractor\x12\x19\n\x15\x45XTRACTOR_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45XTRACTOR_AUTO\x10\x01\x12\x19\n\x15\x45XTRACTOR_TORCHSCRIPT\x10\x02\x12\x10\n\x0c\x45XTRACTOR_FX\x10\x03\x12\x12\n\x0e\x45XTRACTOR_HOOK\x10\x04\x12\x1a\n\x16\x45XTRACTOR_LAYER_GETTER\x10\x05\x12\x16\n\x12\x45XTRACTOR_CHILDREN\x10\x06*I\n\x07\x43\x61pture\x12\x17\n\x13\x43\x41PTURE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41PTURE_OUTPUT\x10\x01\x12\x11\n\rCAPTURE_INPUT\x10\x02*S\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11LAYER_KIND_MODULE\x10\x01\x12\x13\n\x0fLAYER_KIND_NODE\x10\x02*h\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x19\n\x15LAYOUT_CHANNELS_FIRST\x10\x01\x12\x18\n\x14LAYOUT_CHANNELS_LAST\x10\x02\x12\x11\n\rLAYOUT_TOKENS\x10\x03*g\n\tKeptState\x12\x1a\n\x16KEPT_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEPT_STATE_NONE\x10\x01\x12\x14\n\x10KEPT_STATE_RESET\x10\x02\x12\x13\n\x0fKEPT_STATE_KEPT\x10\x03\x42\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
+DESCRIPTOR = _pool.AddSerializedFile(b'\n\x1blayertap/v1/catalogue.proto\x12\x0blayertap.v1\x1a\x18layertap/v1/tensor.proto\"Z\n\tDimension\x12\x0c\n\x04size\x18\x01 \x01(\x03\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\x08\x12\x0c\n\x04\x66ree\x18\x03 \x01(\t\x12\x12\n\nexpression\x18\x04 \x01(\t\x12\x0e\n\x06varies\x18\x05 \x01(\x08\"\xaa\x01\n\nTensorSpec\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.layertap.v1.DataType\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.layertap.v1.Dimension\x12\x16\n\x0e\x62ytes_per_item\x18\x03 \x01(\x03\x12\x0f\n\x07\x64ynamic\x18\x04 \x01(\x08\x12\x11\n\tquantized\x18\x05 \x01(\t\x12\x13\n\x0binterleaved\x18\x06 \x01(\x08\"W\n\x0e\x43\x61ptureSupport\x12%\n\x07\x63\x61pture\x18\x01 \x01(\x0e\x32\x14.layertap.v1.Capture\x12\x0e\n\x06served\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\"r\n\x10\x45xtractorSupport\x12)\n\textractor\x18\x01 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12-\n\x08\x63\x61ptures\x18\x05 \x03(\x0b\x32\x1b.layertap.v1.CaptureSupportJ\x04\x08\x02\x10\x05\"\xee\x02\n\x05Layer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.layertap.v1.LayerKind\x12\x0c\n\x04type\x18\x03 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\x05\x12\'\n\x06output\x18\x05 \x01(\x0b\x32\x17.layertap.v1.TensorSpec\x12&\n\x05input\x18\x06 \x01(\x0b\x32\x17.layertap.v1.TensorSpec\x12\x10\n\x08\x63hannels\x18\x07 \x01(\x03\x12\x11\n\treduction\x18\x08 \x01(\x01\x12\x31\n\nextractors\x18\t \x03(\x0b\x32\x1d.layertap.v1.ExtractorSupport\x12#\n\x06layout\x18\n \x01(\x0e\x32\x13.layertap.v1.Layout\x12\x0c\n\x04grid\x18\x0b \x03(\x03\x12\x14\n\x0c\x66ront_tokens\x18\x0c \x01(\x03\x12\x0f\n\x07same_as\x18\r \x01(\t\x12\x11\n\tis_result\x18\x0e \x01(\x08\"\x81\x01\n\x0bRefusedPlan\x12)\n\textractor\x18\x01 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12\x0e\n\x06layers\x18\x02 \x03(\t\x12\'\n\x06inputs\x18\x03 \x03(\x0b\x32\x17.layertap.v1.ItemTensor\x12\x0e\n\x06reason\x18\x04 \x01(\t\"O\n\nItemTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x05\x64type\x18\x02 \x01(\x0e\x32\x15.layertap.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x82\x02\n\tInputSpec\x12$\n\x05\x64type\x18\x01 \x01(\x0e\x32\x15.layertap.v1.DataType\x12%\n\x05shape\x18\x02 \x03(\x0b\x32\x16.layertap.v1.Dimension\x12\x0e\n\x06images\x18\x03 \x01(\x08\x12\x15\n\rpreprocessing\x18\x04 \x01(\t\x12<\n\x13image_preprocessing\x18\x05 \x01(\x0b\x32\x1f.layertap.v1.ImagePreprocessing\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\x10\n\x08optional\x18\x07 \x01(\x08\x12\r\n\x05texts\x18\x08 \x01(\x08\x12\x14\n\x0ctokenization\x18\t \x01(\t\"\xd3\x01\n\x12ImagePreprocessing\x12\r\n\x05\x63olor\x18\x01 \x01(\t\x12\x18\n\x10\x65xif_orientation\x18\x02 \x01(\x08\x12\x0e\n\x06resize\x18\x03 \x03(\x03\x12\x13\n\x0bresize_mode\x18\x04 \x01(\t\x12\x15\n\rinterpolation\x18\x05 \x01(\t\x12\x0c\n\x04\x63rop\x18\x06 \x03(\x03\x12\x0c\n\x04mean\x18\x07 \x03(\x01\x12\x0b\n\x03std\x18\x08 \x03(\x01\x12\x0e\n\x06origin\x18\t \x01(\t\x12\x0f\n\x07\x61ssumed\x18\n \x03(\t\x12\x0e\n\x06\x63ustom\x18\x0b \x01(\t\"j\n\tPassRules\x12\x12\n\nearly_stop\x18\x01 \x01(\x08\x12\x12\n\nconcurrent\x18\x02 \x01(\x08\x12\x0e\n\x06shared\x18\x03 \x01(\x08\x12%\n\x05state\x18\x04 \x01(\x0e\x32\x16.layertap.v1.KeptState\"\xc2\x01\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0f\n\x07weights\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12&\n\x06inputs\x18\x05 \x03(\x0b\x32\x16.layertap.v1.InputSpec\x12\x17\n\x0f\x64\x65\x63lared_layers\x18\x06 \x03(\t\x12\r\n\x05notes\x18\x07 \x03(\t\x12*\n\npass_rules\x18\x08 \x01(\x0b\x32\x16.layertap.v1.PassRules*\xaf\x01\n\tExtractor\x12\x19\n\x15\x45XTRACTOR_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45XTRACTOR_AUTO\x10\x01\x12\x19\n\x15\x45XTRACTOR_TORCHSCRIPT\x10\x02\x12\x10\n\x0c\x45XTRACTOR_FX\x10\x03\x12\x12\n\x0e\x45XTRACTOR_HOOK\x10\x04\x12\x1a\n\x16\x45XTRACTOR_LAYER_GETTER\x10\x05\x12\x16\n\x12\x45XTRACTOR_CHILDREN\x10\x06*I\n\x07\x43\x61pture\x12\x17\n\x13\x43\x41PTURE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41PTURE_OUTPUT\x10\x01\x12\x11\n\rCAPTURE_INPUT\x10\x02*S\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11LAYER_KIND_MODULE\x10\x01\x12\x13\n\x0fLAYER_KIND_NODE\x10\x02*h\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x19\n\x15LAYOUT_CHANNELS_FIRST\x10\x01\x12\x18\n\x14LAYOUT_CHANNELS_LAST\x10\x02\x12\x11\n\rLAYOUT_TOKENS\x10\x03*g\n\tKeptState\x12\x1a\n\x16KEPT_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fKEPT_STATE_NONE\x10\x01\x12\x14\n\x10KEPT_STATE_RESET\x10\x02\x12\x13\n\x0fKEPT_STATE_KEPT\x10\x03\x42\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,36 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'layertap.v1.catalogue_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\026layertap/v1;layertapv1'
-  _globals['_EXTRACTOR']._serialized_start=1867
-  _globals['_EXTRACTOR']._serialized_end=2042
-  _globals['_CAPTURE']._serialized_start=2044
-  _globals['_CAPTURE']._serialized_end=2117
-  _globals['_LAYERKIND']._serialized_start=2119
-  _globals['_LAYERKIND']._serialized_end=2202
-  _globals['_LAYOUT']._serialized_start=2204
-  _globals['_LAYOUT']._serialized_end=2308
-  _globals['_KEPTSTATE']._serialized_start=2310
-  _globals['_KEPTSTATE']._serialized_end=2413
+  _globals['_EXTRACTOR']._serialized_start=1903
+  _globals['_EXTRACTOR']._serialized_end=2078
+  _globals['_CAPTURE']._serialized_start=2080
+  _globals['_CAPTURE']._serialized_end=2153
+  _globals['_LAYERKIND']._serialized_start=2155
+  _globals['_LAYERKIND']._serialized_end=2238
+  _globals['_LAYOUT']._serialized_start=2240
+  _globals['_LAYOUT']._serialized_end=2344
+  _globals['_KEPTSTATE']._serialized_start=2346
+  _globals['_KEPTSTATE']._serialized_end=2449
   _globals['_DIMENSION']._serialized_start=70
-  _globals['_DIMENSION']._serialized_end=124
-  _globals['_TENSORSPEC']._serialized_start=127
-  _globals['_TENSORSPEC']._serialized_end=297
-  _globals['_CAPTURESUPPORT']._serialized_start=299
-  _globals['_CAPTURESUPPORT']._serialized_end=386
-  _globals['_EXTRACTORSUPPORT']._serialized_start=388
-  _globals['_EXTRACTORSUPPORT']._serialized_end=502
-  _globals['_LAYER']._serialized_start=505
-  _globals['_LAYER']._serialized_end=871
-  _globals['_REFUSEDPLAN']._serialized_start=874
-  _globals['_REFUSEDPLAN']._serialized_end=1003
-  _globals['_ITEMTENSOR']._serialized_start=1005
-  _globals['_ITEMTENSOR']._serialized_end=1084
-  _globals['_INPUTSPEC']._serialized_start=1087
-  _globals['_INPUTSPEC']._serialized_end=1345
-  _globals['_IMAGEPREPROCESSING']._serialized_start=1348
-  _globals['_IMAGEPREPROCESSING']._serialized_end=1559
-  _globals['_PASSRULES']._serialized_start=1561
-  _globals['_PASSRULES']._serialized_end=1667
-  _globals['_MODEL']._serialized_start=1670
-  _globals['_MODEL']._serialized_end=1864
+  _globals['_DIMENSION']._serialized_end=160
+  _globals['_TENSORSPEC']._serialized_start=163
+  _globals['_TENSORSPEC']._serialized_end=333
+  _globals['_CAPTURESUPPORT']._serialized_start=335
+  _globals['_CAPTURESUPPORT']._serialized_end=422
+  _globals['_EXTRACTORSUPPORT']._serialized_start=424
+  _globals['_EXTRACTORSUPPORT']._serialized_end=538
+  _globals['_LAYER']._serialized_start=541
+  _globals['_LAYER']._serialized_end=907
+  _globals['_REFUSEDPLAN']._serialized_start=910
+  _globals['_REFUSEDPLAN']._serialized_end=1039
+  _globals['_ITEMTENSOR']._serialized_start=1041
+  _globals['_ITEMTENSOR']._serialized_end=1120
+  _globals['_INPUTSPEC']._serialized_start=1123
+  _globals['_INPUTSPEC']._serialized_end=1381
+  _globals['_IMAGEPREPROCESSING']._serialized_start=1384
+  _globals['_IMAGEPREPROCESSING']._serialized_end=1595
+  _globals['_PASSRULES']._serialized_start=1597
+  _globals['_PASSRULES']._serialized_end=1703
+  _globals['_MODEL']._serialized_start=1706
+  _globals['_MODEL']._serialized_end=1900
 # @@protoc_insertion_point(module_scope)

@@ -66,14 +66,18 @@ KEPT_STATE_RESET: KeptState
 KEPT_STATE_KEPT: KeptState
 
 class Dimension(_message.Message):
-    __slots__ = ("size", "batch", "free")
+    __slots__ = ("size", "batch", "free", "expression", "varies")
     SIZE_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     FREE_FIELD_NUMBER: _ClassVar[int]
+    EXPRESSION_FIELD_NUMBER: _ClassVar[int]
+    VARIES_FIELD_NUMBER: _ClassVar[int]
     size: int
     batch: bool
     free: str
-    def __init__(self, size: _Optional[int] = ..., batch: bool = ..., free: _Optional[str] = ...) -> None: ...
+    expression: str
+    varies: bool
+    def __init__(self, size: _Optional[int] = ..., batch: bool = ..., free: _Optional[str] = ..., expression: _Optional[str] = ..., varies: bool = ...) -> None: ...
 
 class TensorSpec(_message.Message):
     __slots__ = ("dtype", "shape", "bytes_per_item", "dynamic", "quantized", "interleaved")

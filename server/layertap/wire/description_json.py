@@ -145,7 +145,16 @@ def _passes(passes: PassDescription | None) -> _Object | None:
 
 
 def _shape(dimensions: Iterable[Dimension]) -> list[_Object]:
-    return [_object(size=_integer(dim.size), batch=dim.batch, free=dim.free) for dim in dimensions]
+    return [
+        _object(
+            size=_integer(dim.size),
+            batch=dim.batch,
+            free=dim.free,
+            expression=dim.expression,
+            varies=dim.varies,
+        )
+        for dim in dimensions
+    ]
 
 
 def _object(**fields: object) -> _Object:

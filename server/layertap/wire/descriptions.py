@@ -232,11 +232,17 @@ def _value_from_proto(spec: catalogue_pb2.TensorSpec) -> ValueDescription:
 
 
 def _dimension_to_proto(dim: Dimension) -> catalogue_pb2.Dimension:
-    return catalogue_pb2.Dimension(size=dim.size, batch=dim.batch, free=dim.free)
+    return catalogue_pb2.Dimension(
+        size=dim.size,
+        batch=dim.batch,
+        free=dim.free,
+        expression=dim.expression,
+        varies=dim.varies,
+    )
 
 
 def _dimension_from_proto(dim: catalogue_pb2.Dimension) -> Dimension:
-    return Dimension(dim.size, dim.batch, dim.free)
+    return Dimension(dim.size, dim.batch, dim.free, dim.expression, dim.varies)
 
 
 def _passes_to_proto(passes: PassDescription | None) -> catalogue_pb2.PassRules | None:

@@ -135,7 +135,11 @@ def _outputs(host: ModelHost) -> Iterator[tuple[str, ValueSpec]]:
 
 
 def _shape(spec: ValueSpec) -> list[int]:
-    return [-1 if dim.batch or spec.dynamic else dim.size for dim in spec.dims]
+    return [
+        -1 if dim.batch or spec.dynamic or dim.expression is None or dim.expression.terms
+        else dim.size
+        for dim in spec.dims
+    ]  # fmt: skip
 
 
 def _datatype(spec: ValueSpec) -> str:
