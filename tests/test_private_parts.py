@@ -35,6 +35,7 @@ ATTRIBUTES = {
     *("_version", "_cdata", "_metadata"),  # tensors, storages and state dicts
     *("_forward_hooks", "_forward_pre_hooks", "_modules"),  # torch.nn.Module
     "_bit_generator",  # numpy.random.RandomState
+    "_from_config",  # transformers.PreTrainedModel
 }
 MODULES = {
     *("torch._C", "torch.utils._python_dispatch", "torch.utils._pytree"),
@@ -238,6 +239,20 @@ def test_numpy_keeps_its_old_generators_state() -> None:
     first = generator.random_sample()
     generator._bit_generator.state = state
     assert generator.random_sample() == first
+
+
+def test_transformers_make_models_without_weights() -> None:
+    """``_from_config`` of a model's class makes it of a configuration, with random weights.
+
+    Only the automatic classes have a public ``from_config``.
+    """
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(
+        vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    assert isinstance(BertModel._from_config(config), BertModel)
+    assert not hasattr(BertModel, "from_config")
 
 
 def test_torchvision_names_its_presets() -> None:

@@ -62,6 +62,8 @@ FULL = ModelDescription(
             images=STEPS,
             preprocessing="resized",
             optional=True,
+            texts=True,
+            tokenization="the folder's own tokenizer",
         ),
         InputDescription(
             "ids", "int64", (Dimension(1, batch=True),), texts=True, tokenization="by words"

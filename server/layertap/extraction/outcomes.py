@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layertap.errors import ExtractorUnsupportedError, ModelRunError
+from layertap.errors import ExtractorUnsupportedError, ModelRunError, OverloadedError
 from layertap.extraction.guards import GuardTree, Look, Outcome, Tape, in_words, why_not
 from layertap.extraction.kinds.base import BuildContext
 from layertap.extraction.looks import watch_looks
@@ -105,11 +105,20 @@ class Outcomes:
         Raises:
             ExtractorUnsupportedError: If there can be no guard, or a guard is wrong.
             ModelRunError: If the model fails on the batch.
+            OverloadedError: If there is not enough memory to run it.
         """
         key = (pass_spec, x.key)
         if reason := self.refusal(*key):
             raise self._refused(pass_spec, reason)
-        found = self.record(pass_spec, x)
+        try:
+            found = self.record(pass_spec, x)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OverloadedError(
+                f"out of memory while running model {self._context.model.name!r} on a batch of "
+                f"{x.size}"
+            ) from error
         reason = found.unguarded and no_guard(found.unguarded)
         if not reason:
             reason = self._kept(pass_spec, x, found)

@@ -22,6 +22,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -277,15 +278,10 @@ def _own_memory(module: nn.Module) -> None:
 
     Tensors that share memory still share it afterwards.
     """
-    copies: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for tensor in tensors.values():
-                # Nothing tells whether a tensor is mapped, so each is copied.
-                if tensor is not None and id(tensor) not in copies:
-                    # Not a new parameter, which would untie tied weights.
-                    tensor.data = tensor.detach().clone()
-                    copies[id(tensor)] = tensor
+    # Nothing tells whether a tensor is mapped, so each is copied.
+    for tensor in chain(module.parameters(), module.buffers()):
+        # Not a new parameter, which would untie tied weights.
+        tensor.data = tensor.detach().clone()
 
 
 def _some(names: Iterable[str]) -> str:
