@@ -247,7 +247,7 @@ class Tape:
             StorageWeakRef(tensor.untyped_storage())
             for tensors in (module.parameters(), module.buffers())
             for tensor in tensors
-            if tensor.layout is torch.strided
+            if _has_sizes(tensor)
         }
         self._inputs = {name: self._ref(tensor) for name, tensor in given.items()}
         for ref in self._inputs.values():
@@ -380,7 +380,7 @@ class Tape:
     def _refs(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             inner = _unwrapped(value)
-            return self._ref(inner) if inner.layout is torch.strided else None
+            return self._ref(inner) if _has_sizes(inner) else None
         if isinstance(value, dict):
             return {name: self._refs(each) for name, each in value.items()}
         if isinstance(value, list):
@@ -416,10 +416,18 @@ def _unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def _has_sizes(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has one size for each dimension, as sparse and nested ones don't.
+
+    A nested tensor says that its layout is strided all the same.
+    """
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _is_strided(value: Any) -> bool:
     return (
         isinstance(value, torch.Tensor)
-        and value.layout is torch.strided
+        and _has_sizes(value)
         and not _functorch.is_functorch_wrapped_tensor(value)
     )
 
@@ -428,7 +436,7 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
     for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor):
             inner = _unwrapped(leaf)
-            if inner.layout is torch.strided:
+            if _has_sizes(inner):
                 yield inner
 
 
@@ -452,7 +460,7 @@ def _fault(func: Any, values: Any) -> str:
         return "it depends on random numbers"
     for leaf in tree_leaves(values):
         if isinstance(leaf, torch.Tensor) and not _is_strided(leaf):
-            return "it depends on a tensor that is sparse or inside torch.vmap"
+            return "it depends on a tensor that is sparse, nested or inside torch.vmap"
         if isinstance(leaf, torch.Tensor) and (leaf.is_conj() or leaf.is_neg()):
             return "it depends on a complex tensor that is conjugated lazily"
     return ""
@@ -468,7 +476,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
             value = args[index] if index < len(args) else kwargs.get(argument.name)
             if isinstance(value, torch.Tensor):
                 value = _unwrapped(value)
-                if value.layout is torch.strided:
+                if _has_sizes(value):
                     yield value
             elif isinstance(value, _Ref):
                 yield value
