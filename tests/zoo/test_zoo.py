@@ -27,7 +27,7 @@ KNOWN: dict[str, str] = {}
 """Specimens that are not served right yet, and why."""
 
 LATE = {
-    "MaskedFastPath": "its padded way packs tokens into a nested tensor, and no program of that can "
+    "MaskedFastPath": "its padded way packs tokens into a nested tensor, of which no program can "
     "be compiled; the note says that ways without a plan are served by HOOK",
 }
 """Specimens of which a request is refused what the catalogue claims, and why that stays so."""
