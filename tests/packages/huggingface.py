@@ -24,6 +24,17 @@ VISION: dict[str, Any] = {
     "num_attention_heads": 4, "intermediate_size": 37,
 }  # fmt: skip
 
+SPEECH: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37,
+    "conv_dim": [16, 16], "conv_stride": [5, 4], "conv_kernel": [10, 8],
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+TRANSLATION: dict[str, Any] = {
+    "vocab_size": 99, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 37, "max_position_embeddings": 64, "use_cache": False,
+}  # fmt: skip
+
 
 def _model(kind: str, **settings: Any) -> nn.Module:
     config = getattr(transformers, f"{kind}Config")(**settings)
@@ -269,20 +280,12 @@ def yolos() -> nn.Module:
 
 @wave
 def wav2vec2() -> nn.Module:
-    return _model(
-        "Wav2Vec2", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=37, conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 8],
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+    return _model("Wav2Vec2", **SPEECH)
 
 
 @wave
 def hubert() -> nn.Module:
-    return _model(
-        "Hubert", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=37, conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 8],
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+    return _model("Hubert", **SPEECH)
 
 
 @subject((1, 2000), waves(1, 2000), package="transformers")
@@ -331,20 +334,12 @@ def t5() -> nn.Module:
 
 @translated
 def bart() -> nn.Module:
-    return _model(
-        "Bart", vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=37,
-        decoder_ffn_dim=37, max_position_embeddings=64, use_cache=False,
-    )  # fmt: skip
+    return _model("Bart", **TRANSLATION)
 
 
 @translated
 def marian() -> nn.Module:
-    return _model(
-        "Marian", vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=37,
-        decoder_ffn_dim=37, max_position_embeddings=64, pad_token_id=0, use_cache=False,
-    )  # fmt: skip
+    return _model("Marian", **TRANSLATION, pad_token_id=0)
 
 
 def _with_images(
@@ -522,11 +517,7 @@ masked_wave = subject(
 
 @masked_wave
 def unispeech() -> nn.Module:
-    return _model(
-        "UniSpeech", hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=37, conv_dim=[16, 16], conv_stride=[5, 4], conv_kernel=[10, 8],
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+    return _model("UniSpeech", **SPEECH)
 
 
 def _detr_requests() -> list[dict[str, torch.Tensor]]:

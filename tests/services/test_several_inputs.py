@@ -130,6 +130,10 @@ def test_two_inputs_may_be_images(client: Client) -> None:
     mixed = client.extract("two_images", {"image1": stacked[:, :3].copy(), "image2": [two]},
                            "conv:input")  # fmt: skip
     assert np.array_equal(mixed["conv:input"], stacked)
+    black = {"image1": np.zeros((1, 3, 8, 8), np.float32), "image2": [two]}
+    first = client.extract("two_images", black, "conv:input")["conv:input"]
+    assert not first[:, :3].any()
+    assert np.array_equal(first[:, 3:], stacked[:, 3:])
     with pytest.raises(InvalidInputError, match="for input '', expected 'image1' or 'image2'"):
         client.extract("two_images", [one], "conv")
     with pytest.raises(InvalidInputError, match="batches of 1 of the images of 'image1', 2 of"):

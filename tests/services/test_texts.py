@@ -164,6 +164,16 @@ def test_truncation_is_asked_for(folder: Path, client: Client) -> None:
             {"input_ids": Texts("a"), "attention_mask": np.ones((1, 3), np.int64)},
             "got 'attention_mask' and texts for 'input_ids'",
         ),
+        (
+            "bert",
+            {"input_ids": Texts(["a", "b"]), "token_type_ids": np.zeros((1, 3), np.int64)},
+            "batches of 1 of 'token_type_ids', 2 of the texts of 'input_ids'",
+        ),
+        (
+            "bert",
+            {"": np.ones((1, 3), np.int64), "input_ids": Texts("a")},
+            "input 'input_ids': got a tensor and texts, expected it once",
+        ),
         ("plain", Texts("a"), "model 'plain' takes none, as it has no tokenizer"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,12 @@ from layertap.wire.tensors import TensorView
 __all__ = [
     "ImageFiles",
     "Inputs",
+    "Parts",
     "TextBatch",
     "batch_bytes",
-    "check_images",
     "check_tensors",
     "decode_images",
+    "parts_of",
     "preprocess_images",
 ]
 
@@ -90,6 +91,108 @@ would bound the total of a request with a thousand such files.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the server converts to tensors, by the name of the input that it is for.
+
+    Attributes:
+        images: Encoded images.
+        texts: Texts.
+    """
+
+    images: dict[str, ImageFiles]
+    texts: dict[str, TextBatch]
+
+
+def parts_of(model: LoadedModel, given: Inputs, limits: Limits) -> Parts:
+    """Return a request's images and texts by input.
+
+    Raises:
+        InvalidInputError: A name is not that of such an input, an input is given twice, a batch is
+            empty or too large, or the tensors, images and texts have different numbers of items.
+    """
+    images = {_image_input(model, each.name): each for each in given.images}
+    texts = {_text_input(model, each.name): each for each in given.texts}
+    _check_given_once(model, given)
+    for name, files in images.items():
+        if not files.images:
+            raise InvalidInputError(f"images: got none for {name!r}, expected at least one")
+    _check_sizes(given, images, texts, limits)
+    return Parts(images, texts)
+
+
+_TENSOR = "a tensor"
+
+
+def _check_given_once(model: LoadedModel, given: Inputs) -> None:
+    seen: dict[str, str] = {}
+    for name, kind in _kinds(model, given):
+        # Two tensors of one name are refused with the names of all tensors.
+        if name in seen and kind != _TENSOR:
+            raise InvalidInputError(
+                f"input {name!r}: got {seen[name]} and {kind}, expected it once"
+            )
+        seen[name] = kind
+
+
+def _kinds(model: LoadedModel, given: Inputs) -> Iterator[tuple[str, str]]:
+    """Yield each input that a request gives, and as what."""
+    for view in given.tensors:
+        yield view.name or model.signature.main.name, _TENSOR
+    for files in given.images:
+        yield _image_input(model, files.name), "images"
+    for batch in given.texts:
+        yield _text_input(model, batch.name), "texts"
+
+
+def _check_sizes(
+    given: Inputs, images: dict[str, ImageFiles], texts: dict[str, TextBatch], limits: Limits
+) -> None:
+    made = {f"the images of {name!r}": len(files.images) for name, files in images.items()}
+    made |= {f"the texts of {name!r}": len(batch.texts) for name, batch in texts.items()}
+    for what, size in made.items():
+        if size > limits.batch:
+            raise InvalidInputError(
+                f"input: got a batch of {size}, {what}, expected at most {limits.batch}"
+            )
+    # Tensors alone are compared when the whole batch is checked.
+    sent = {repr(view.name): view.shape[0] for view in given.tensors if view.shape}
+    sizes = {**sent, **made}
+    if made and len(set(sizes.values())) > 1:
+        words = ", ".join(f"{size} of {what}" for what, size in sizes.items())
+        raise InvalidInputError(f"inputs: got batches of {words}, expected one size for all")
+
+
+def _image_input(model: LoadedModel, name: str) -> str:
+    taken = model.image_inputs if model.preprocess else ()
+    if not taken:
+        raise InvalidInputError(
+            f"images: model {model.name!r} takes none, expected {model.signature.pattern}"
+        )
+    if not name and len(taken) == 1:
+        return taken[0]
+    return _one_of(taken, name, "images")
+
+
+def _text_input(model: LoadedModel, name: str) -> str:
+    taken = model.text_inputs
+    if not taken:
+        raise InvalidInputError(
+            f"texts: model {model.name!r} takes none, as it has no tokenizer; expected "
+            f"{model.signature.pattern}"
+        )
+    # Texts are rarely meant for a decoder's own input.
+    return _one_of(taken, name or taken[0], "texts")
+
+
+def _one_of(taken: Sequence[str], name: str, kind: str) -> str:
+    if name not in taken:
+        raise InvalidInputError(
+            f"{kind}: got them for input {name!r}, expected {' or '.join(map(repr, taken))}"
+        )
+    return name
+
+
 def check_tensors(
     model: LoadedModel,
     views: Sequence[TensorView],
@@ -120,38 +223,9 @@ def check_tensors(
         {
             spec.name: made[spec.name] if spec.name in made else _tensor(given[spec.name])
             for spec in signature.inputs
-            if spec.name in facts or spec.name in given
+            if spec.name in made or spec.name in given
         }
     )
-
-
-def check_images(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, ImageFiles]:
-    """Check a request's images before they are decoded; return them by the input's name.
-
-    Raises:
-        InvalidInputError: The names are not those of inputs that take images, there are no images
-            or too many, or their number is not the number of items in the tensors.
-    """
-    found: dict[str, ImageFiles] = {}
-    items = {repr(name): view.shape[0] for name, view in _by_name(given.tensors).items()
-             if view.shape}  # fmt: skip
-    for each in given.images:
-        name = _image_input(model, each.name)
-        if name in found:
-            raise InvalidInputError(f"images: got input {name!r} twice, expected each name once")
-        if any((view.name or model.signature.main.name) == name for view in given.tensors):
-            raise InvalidInputError(
-                f"input {name!r}: got a tensor and images, expected one of them"
-            )
-        if not each.images:
-            raise InvalidInputError("images: got none, expected at least one")
-        _check_size(len(each.images), limits)
-        found[name] = each
-        items[f"the images of {name!r}"] = len(each.images)
-    if len(set(items.values())) > 1:
-        words = ", ".join(f"{size} of {name}" for name, size in items.items())
-        raise InvalidInputError(f"inputs: got batches of {words}, expected one size for all")
-    return found
 
 
 def _by_name(views: Sequence[TensorView]) -> dict[str, TensorView]:
@@ -160,22 +234,6 @@ def _by_name(views: Sequence[TensorView]) -> dict[str, TensorView]:
         names = ", ".join(repr(view.name) for view in views)
         raise InvalidInputError(f"inputs: got {names}, expected each name once")
     return given
-
-
-def _image_input(model: LoadedModel, name: str) -> str:
-    """Return the input that images are for."""
-    taken = model.image_inputs if model.preprocess else ()
-    if not taken:
-        raise InvalidInputError(
-            f"images: model {model.name!r} takes none, expected {model.signature.pattern}"
-        )
-    if not name and len(taken) == 1:
-        return taken[0]
-    if name not in taken:
-        raise InvalidInputError(
-            f"images: got them for input {name!r}, expected {' or '.join(map(repr, taken))}"
-        )
-    return name
 
 
 def _tensor(view: TensorView) -> torch.Tensor:
@@ -252,7 +310,7 @@ def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Imag
 
 def _preprocess(model: LoadedModel) -> Preprocess:
     if model.preprocess is None:
-        raise ValueError("check_images refuses images for models that take none")
+        raise ValueError("parts_of refuses images for models that take none")
     return model.preprocess
 
 

@@ -18,9 +18,9 @@ from layertap.engine.batch import (
     ImageFiles,
     Inputs,
     batch_bytes,
-    check_images,
     check_tensors,
     decode_images,
+    parts_of,
     preprocess_images,
 )
 from layertap.engine.host import ModelHost
@@ -216,14 +216,14 @@ class Pipeline:
 
     def _batch(self, admitted: _Admitted[Any]) -> tuple[Batch, Beside]:
         host, given = admitted.host, admitted.request.inputs
-        texts = check_texts(host.model, given, self._limits)
-        images = check_images(host.model, given, self._limits)
-        tokenized = {name: self._texts(admitted, batch) for name, batch in texts.items()}
+        parts = parts_of(host.model, given, self._limits)
+        check_texts(parts.texts, self._limits)
+        tokenized = {name: self._texts(admitted, batch) for name, batch in parts.texts.items()}
         made = tensors_of_texts(host.model, given, tokenized)
-        for name, files in images.items():
+        for name, files in parts.images.items():
             made[name] = self._images(admitted, name, files)
         x = check_tensors(host.model, given.tensors, self._limits, made)
-        beside = beside_batch(host.model, x, texts, tokenized)
+        beside = beside_batch(host.model, x, parts.texts, tokenized)
         if host.staging is None:
             return x, beside
         admitted.received.take(x.nbytes)

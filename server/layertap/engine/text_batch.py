@@ -19,33 +19,20 @@ from layertap.settings import Limits
 __all__ = ["TextBatch", "beside_batch", "check_texts", "tensors_of_texts", "tokenize"]
 
 
-def check_texts(model: LoadedModel, given: Inputs, limits: Limits) -> dict[str, TextBatch]:
-    """Check a request's texts; return them by the name of the input that they are for.
+def check_texts(given: Mapping[str, TextBatch], limits: Limits) -> None:
+    """Check the texts of a request, by the input that they are for.
 
     Raises:
-        InvalidInputError: The names are not those of inputs that take texts, a name comes twice,
-            there are too many texts or bytes, or tokens are requested for two inputs.
+        InvalidInputError: There are too many bytes, or tokens are requested for two inputs.
     """
-    found: dict[str, TextBatch] = {}
-    for each in given.texts:
-        name = _text_input(model, each.name)
-        others = {tensor.name for tensor in given.tensors} | {each.name for each in given.images}
-        if name in found or name in others:
-            raise InvalidInputError(f"texts: got input {name!r} twice, expected each name once")
-        if len(each.texts) > limits.batch:
-            raise InvalidInputError(
-                f"texts: got a batch of {len(each.texts)}, expected at most {limits.batch}"
-            )
-        found[name] = each
-    size = sum(len(text.encode()) for each in found.values() for text in each.texts)
+    size = sum(len(text.encode()) for each in given.values() for text in each.texts)
     if size > limits.text_bytes:
         raise InvalidInputError(
             f"texts: got {size} bytes in all, expected at most {limits.text_bytes}; send fewer or "
             f"shorter texts at once"
         )
-    if sum(each.options.return_tokens for each in found.values()) > 1:
+    if sum(each.options.return_tokens for each in given.values()) > 1:
         raise InvalidInputError("texts: got return_tokens for two inputs, expected it for one")
-    return found
 
 
 def tokenize(model: LoadedModel, given: TextBatch, limits: Limits, call: Call) -> TokenizedTexts:
@@ -121,26 +108,9 @@ def _arrays(tokens: TokenizedTexts) -> list[tuple[str, np.ndarray]]:
     ]
 
 
-def _text_input(model: LoadedModel, name: str) -> str:
-    taken = model.text_inputs
-    if not taken:
-        raise InvalidInputError(
-            f"texts: model {model.name!r} takes none, as it has no tokenizer; expected "
-            f"{model.signature.pattern}"
-        )
-    if not name:
-        # Texts are rarely meant for a decoder's own input.
-        return taken[0]
-    if name not in taken:
-        raise InvalidInputError(
-            f"texts: got them for input {name!r}, expected {' or '.join(map(repr, taken))}"
-        )
-    return name
-
-
 def _tokenizer(model: LoadedModel) -> TextTokenizer:
     if model.tokenizer is None:
-        raise ValueError("check_texts refuses models without a tokenizer")
+        raise ValueError("parts_of refuses models without a tokenizer")
     return model.tokenizer
 
 
