@@ -73,8 +73,43 @@ def test_a_backslash_makes_a_sign_part_of_the_name(text, layer, capture, alias) 
     assert LayerSelection.parse(text) == LayerSelection(layer, capture, alias)
 
 
-@pytest.mark.parametrize("text", ["", "=a", "a=", ":input", "a:both", r"a\::both"])
+@pytest.mark.parametrize(
+    ("text", "selection"),
+    [
+        ("a:reduce=flatten", LayerSelection("a", reduction="flatten")),
+        ("a:dtype=float16=b", LayerSelection("a", alias="b", dtype="float16")),
+        (
+            "a.*:input:reduce=tokens:dtype=bfloat16=b:c=d",
+            LayerSelection("a.*", "input", "b:c=d", "tokens", "bfloat16"),
+        ),
+        ("a:dtype=float32:output", LayerSelection("a", dtype="float32")),
+        (r"a\:reduce\=flatten", LayerSelection("a:reduce=flatten")),
+        ("a=b:reduce=flatten", LayerSelection("a", alias="b:reduce=flatten")),
+    ],
+)
+def test_options_of_one_layer(text: str, selection: LayerSelection) -> None:
+    """A reduction and a dtype may follow the layer in any order; the rest is the alias."""
+    assert LayerSelection.parse(text) == selection
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "",
+            "=a",
+            "a=",
+            ":input",
+            "a:both",
+            r"a\::both",
+            "a:input:output",
+            "a:reduce",
+            "a:reduce=",
+        ),
+        *("a:reduce=mean", "a:dtype=int8", "a:dtype=float16:dtype=float32", "a:", "a:input:"),
+    ],
+)
 def test_texts_that_are_no_selections(text) -> None:
     """A text without a layer, without an alias after ``=``, or with an unknown side is refused."""
-    with pytest.raises(InvalidInputError, match="layer: got"):
+    with pytest.raises(InvalidInputError, match=r"layer: got|reduce: got"):
         LayerSelection.parse(text)

@@ -284,6 +284,8 @@ class ModelDescription:
         notes: What is unusual about it, in words.
         declared_layers: The layers that were declared, which are compiled and warm.
         refused_plans: The layer sets that extractors could not serve.
+        fingerprint: A digest of its modules and weights, the kind of its device, and the versions
+            of PyTorch and torchvision; empty if it was not asked for.
     """
 
     name: str
@@ -296,6 +298,7 @@ class ModelDescription:
     notes: tuple[str, ...] = ()
     declared_layers: tuple[str, ...] = ()
     refused_plans: tuple[RefusedPlanDescription, ...] = ()
+    fingerprint: str = ""
 
     def __str__(self) -> str:
         """Return one line about the model, then one line per layer that is a module."""

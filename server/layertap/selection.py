@@ -118,21 +118,43 @@ class LayerSelection:
 
     @classmethod
     def parse(cls, text: str) -> LayerSelection:
-        r"""Read ``LAYER[:input|:output][=ALIAS]``, such as ``avgpool:input=before``.
+        r"""Read ``LAYER[:input|:output][:reduce=REDUCTION][:dtype=DTYPE][=ALIAS]``.
 
-        If the layer's name contains a colon, an equals sign or a backslash, put a backslash in
-        front of it: ``heads.a\=b``.
+        Examples are ``avgpool:input=before`` and ``layer3:reduce=global_average_pool=pooled``. If
+        the layer's name contains a colon, an equals sign or a backslash, put a backslash in front
+        of it: ``heads.a\=b``. Everything after the alias's equals sign belongs to the alias.
         """
-        target, equals, alias = _cut(text, "=")
-        layer, colon, side = _cut(target, ":")
-        if not layer or (equals and not alias):
-            raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:input|:output][=ALIAS]")
-        if colon and side not in tuple(Capture):
+        layer, sign, rest = _cut(text, ":=")
+        given: dict[str, str] = {}
+        while sign == ":":
+            option, sign, rest = _cut(rest, ":=")
+            value = option
+            if option in _OPTIONS and sign == "=":
+                value, sign, rest = _cut(rest, ":=")
+            name = _OPTIONS.get(option, "capture")
+            if name in given or not value or (name == "capture" and value not in tuple(Capture)):
+                raise InvalidInputError(
+                    f"layer: got {text!r}, expected 'input' or 'output', 'reduce=REDUCTION' or "
+                    f"'dtype=DTYPE' after a colon, each once; a colon in the layer's own name is "
+                    f"written '\\:'"
+                )
+            given[name] = value
+        if not layer or (sign and not rest):
             raise InvalidInputError(
-                f"layer: got {text!r}, expected 'input' or 'output' after the colon; a colon in "
-                f"the layer's own name is written '\\:'"
+                f"layer: got {text!r}, expected LAYER[:input|:output][:reduce=REDUCTION]"
+                f"[:dtype=DTYPE][=ALIAS]"
             )
-        return cls(_ESCAPED.sub(r"\1", layer), Capture(side) if colon else Capture.OUTPUT, alias)
+        if (dtype := given.get("dtype", "")) and dtype not in SENT_DTYPES:
+            raise InvalidInputError(
+                f"layer: got {text!r}, expected dtype to be one of {', '.join(SENT_DTYPES)}"
+            )
+        return cls(
+            _ESCAPED.sub(r"\1", layer),
+            Capture(given.get("capture", Capture.OUTPUT)),
+            rest,
+            _member("reduce", given.get("reduction", Reduction.NONE), Reduction),  # type: ignore[arg-type]
+            dtype,
+        )
 
     def name_for(self, layer: str) -> str:
         """Return the name in the reply for ``layer``, one of the layers that match this."""
@@ -142,12 +164,15 @@ class LayerSelection:
 
 
 _ESCAPED = re.compile(r"\\([:=\\])")
+_OPTIONS = {"reduce": "reduction", "dtype": "dtype"}
+"""The fields of a selection that are given by name, by that name."""
 
 
-def _cut(text: str, sign: str) -> tuple[str, str, str]:
-    """Split a text like str.partition, at the first sign without a backslash in front of it."""
-    place = next((m for m in re.finditer(rf"\\.|{sign}", text) if m.group() == sign), None)
-    return (text[: place.start()], sign, text[place.end() :]) if place else (text, "", "")
+def _cut(text: str, signs: str) -> tuple[str, str, str]:
+    """Split a text like str.partition, at the first of some signs without a backslash before it."""
+    places = re.finditer(rf"\\.|[{signs}]", text)
+    place = next((match for match in places if match.group() in signs), None)
+    return (text[: place.start()], place.group(), text[place.end() :]) if place else (text, "", "")
 
 
 def _member(name: str, given: object, kind: type[Capture] | type[Reduction]) -> StrEnum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +15,14 @@ from torchvision import transforms
 
 import severalnets
 from disks import small_disk
-from layertap import Client, Extractor
+from layertap import Client
 from layertap.cli.main import main
-from layertap.cli.npz import Columns
 from layertap.engine import Engine
-from layertap.errors import InvalidInputError
 from layertap.models import ModelSpec
 from serving import running_server
 
 MODEL = "squeezenet1_1"
+TINY = ("--item-shape", "3,16,16")
 LAYERS = ("-l", "features.3", "-l", "features.0:input=pixels")
 
 
@@ -67,7 +67,8 @@ def remote(address: str, images: list[str], tmp_path: Path):
 def test_rows_in_the_order_of_the_images(remote, address: str, images: list[str]) -> None:
     """Each image's row equals the reply to a request for that image alone, for any batch size."""
     result, stored = remote(*LAYERS, "--batch-size", "2")
-    assert list(stored) == ["features.3", "pixels"]
+    assert list(stored) == ["ids", "features.3", "pixels"]
+    assert stored["ids"].tolist() == images
     assert stored["pixels"].shape == (5, 3, 224, 224)
     with Client(address) as client:
         for index, image in enumerate(images):
@@ -152,7 +153,9 @@ def test_refusal_leaves_the_old_file(address: str, images: list[str], tmp_path: 
     """An unknown layer gives exit code 1 with close matches; the old file stays."""
     out = tmp_path / "out.npz"
     out.write_text("old")
-    result = extract(MODEL, images[0], "-l", "featres.3", "-o", str(out), "--server", address)
+    wrong = (MODEL, images[0], "-l", "featres.3", "-o", str(out), "--server", address)
+    assert "--overwrite replaces it" in extract(*wrong).output
+    result = extract(*wrong, "--overwrite")
     assert result.exit_code == 1
     assert "features.3" in result.output
     assert out.read_text() == "old"
@@ -173,99 +176,41 @@ def test_a_broken_image_is_named(address: str, images: list[str], tmp_path: Path
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     for order in ([*images[:4], str(broken)], [str(broken), *images[:2]]):
-        result = extract(
-            *(MODEL, *order, "-l", "features.3", "-o", str(tmp_path / "a.npz")),
+        command = (
+            *(MODEL, *order, "-l", "features.3", "-o", str(tmp_path / f"{len(order)}.npz")),
             *("--server", address, "--batch-size", "2"),
         )
+        result = extract(*command)
         assert result.exit_code == 1
         assert f"image {broken}: got 8 bytes of something else" in result.output
+        result = extract(*command, "--on-error", "skip", "--overwrite")
+        assert result.exit_code == 3, result.output
+        with np.load(tmp_path / f"{len(order)}.npz") as stored:
+            assert stored["ids"].tolist() == [path for path in order if path != str(broken)]
+            assert len(stored["features.3"]) == len(order) - 1
+        [line] = (tmp_path / f"{len(order)}.npz.failures.jsonl").read_text().splitlines()
+        assert json.loads(line)["id"] == str(broken)
+        assert "got 8 bytes of something else" in json.loads(line)["error"]
 
 
-def test_batches_are_joined_along_the_measured_dimension() -> None:
-    """That is the second dimension here; rows along the first would not be images."""
-    columns = Columns(lambda: {"a": 1})
-    parts = [np.random.default_rng(seed).random((5, 2, 3)) for seed in range(2)]
-    for part in parts:
-        columns.add({"a": part}, Extractor.HOOK, 2)
-    [(_, joined, _)] = columns.rows()
-    np.testing.assert_array_equal(joined, np.concatenate(parts, 1))
+def test_a_place_that_takes_no_file_is_told(images: list[str], tmp_path: Path) -> None:
+    """If a file can't be created, the error has no traceback."""
+    out = tmp_path / ("a" * 251 + ".npz")
+    result = extract("tinynets:residual", images[0], "-l", "layer1", "-o", str(out), *TINY)
+    assert (result.exit_code, "File name too long" in result.output) == (1, True)
 
 
-def test_rows_that_cannot_be_told_apart_are_refused() -> None:
-    """Batches are joined only if each item has its own elements along one dimension."""
-    columns = Columns(lambda: {"a": None})
-    columns.add({"a": np.zeros((2, 4))}, Extractor.HOOK, 2)
-    with pytest.raises(InvalidInputError, match="one by one"):
-        columns.add({"a": np.zeros((2, 4))}, Extractor.HOOK, 2)
-    columns = Columns(lambda: {"a": 0})
-    columns.add({"a": np.zeros((3, 4))}, Extractor.HOOK, 2)
-    with pytest.raises(InvalidInputError, match="--batch-size"):
-        columns.add({"a": np.zeros((3, 4))}, Extractor.HOOK, 2)
-    columns = Columns(lambda: {"a": 0})
-    columns.add({"a": np.zeros((2, 4))}, Extractor.HOOK, 2)
-    with pytest.raises(InvalidInputError, match="can't be joined"):
-        columns.add({"a": np.zeros((1, 5))}, Extractor.HOOK, 1)
-
-
-def test_any_name_can_be_a_key(tmp_path: Path) -> None:
-    """A layer called ``file``, which ``np.savez`` can't store, is a key like any other."""
-    columns = Columns(dict)
-    columns.add({"file": np.arange(3)}, Extractor.HOOK, 3)
-    columns.save(tmp_path / "a.npz")
-    with np.load(tmp_path / "a.npz") as stored:
-        np.testing.assert_array_equal(stored["file"], np.arange(3))
-
-
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the disk fills up, an error is reported, and only the old file is left, unchanged."""
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    out = tmp_path / "a.npz"
-    out.write_text("old")
-    columns = Columns(dict)
-    columns.add({"a": np.arange(3)}, Extractor.HOOK, 3)
-    monkeypatch.setattr(np.lib.format, "write_array", full)
-    with pytest.raises(InvalidInputError, match="No space left"):
-        columns.save(out)
-    assert out.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_a_place_that_takes_no_file_is_told(tmp_path: Path) -> None:
-    """If a file can be neither created nor removed, the error has no traceback."""
-    columns = Columns(dict)
-    columns.add({"a": np.arange(3)}, Extractor.HOOK, 3)
-    with pytest.raises(InvalidInputError, match="File name too long"):
-        columns.save(tmp_path / ("a" * 250 + ".npz"))
-
-
-def test_an_interrupted_write_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C during the write leaves no partial file."""
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    columns = Columns(dict)
-    columns.add({"a": np.arange(3)}, Extractor.HOOK, 3)
-    monkeypatch.setattr(np.lib.format, "write_array", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        columns.save(tmp_path / "a.npz")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_has_no_room_leaves_no_part_of_a_file(tmp_path) -> None:
+def test_a_disk_that_has_no_room_leaves_no_part_of_a_file(images: list[str], tmp_path) -> None:
     """The error names the output and the reason, and the old file is unchanged."""
-    columns = Columns(dict)
-    columns._joined = {"big": np.zeros((64, 1024), np.float32)}
-    columns._parts = {"big": [columns._joined["big"]]}
     with small_disk(tmp_path / "disk", "64k") as disk:
         (disk.folder / "out.npz").write_bytes(b"before")
-        with pytest.raises(InvalidInputError, match=r"output .*out\.npz: No space left on device"):
-            columns.save(disk.folder / "out.npz")
+        disk.fill()
+        result = extract(
+            *("tinynets:residual", *images, "-l", "layer1", "-o", str(disk.folder / "out.npz")),
+            *("--overwrite", *TINY),
+        )
+        assert result.exit_code == 1
+        assert f"output {disk.folder / 'out.npz'}: No space left on device" in result.output
         assert disk.names() == ["out.npz"]
         assert (disk.folder / "out.npz").read_bytes() == b"before"
 
@@ -309,8 +254,8 @@ def test_arrays_for_each_input(rows: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "give one of: IMAGEs, texts by --text"),
-        (["cat.jpg", "--input", "{ids}"], "give one of: IMAGEs, texts by --text"),
+        ([], "give one of: INPUTs, texts by --text"),
+        (["cat.jpg", "--input", "{ids}"], "give one of: INPUTs, texts by --text"),
         (["--input", "a={ids}", "--input", "a={ids}"], "--input: got 'a' twice"),
         (["--input", "a={ids}", "--input", "{ids}"], "without a name, expected NAME=FILE.npy"),
         (["--input", "missing.npy"], "input missing.npy: No such file"),

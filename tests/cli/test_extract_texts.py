@@ -41,13 +41,20 @@ def test_texts_of_a_file_and_of_arguments(model: str, tmp_path: Path, reduction:
     expected = states[mask].numpy() if reduction == "tokens" else np.stack(pooled)
     with np.load(out) as stored:
         assert np.allclose(stored["encoder.layer.1"], expected, atol=1e-5)
+        assert stored["ids"].tolist() == [
+            "--text:1",
+            *(f"{tmp_path}/texts.txt:{n}" for n in (2, 3)),
+        ]
+        if reduction == "tokens":
+            ends = np.cumsum([0, *mask.sum(1)])
+            assert stored["encoder.layer.1.offsets"].tolist() == ends.tolist()
 
 
 def test_what_can_not_be_read_is_refused(model: str, tmp_path: Path) -> None:
     """Texts or images must be given, not both, and the file must be there and be UTF-8."""
     out = ("-o", tmp_path / "out.npz", "-l", "pooler")
-    assert "give one of: IMAGEs, texts" in extract(model, *out).output
-    assert "give one of: IMAGEs, texts" in extract(model, "a.png", "--text", "a", *out).output
+    assert "give one of: INPUTs, texts" in extract(model, *out).output
+    assert "give one of: INPUTs, texts" in extract(model, "a.png", "--text", "a", *out).output
     assert "No such file" in extract(model, "--texts", tmp_path / "none.txt", *out).output
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "it is not UTF-8" in extract(model, "--texts", tmp_path / "latin.txt", *out).output

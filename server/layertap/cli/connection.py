@@ -64,48 +64,57 @@ class ServerAddress:
         )
 
 
-def connection_options(default: str | None = None) -> Callable[[F], F]:
+def connection_options(default: str | None = None, *, several: bool = False) -> Callable[[F], F]:
     """Return a decorator that adds ``--server`` and its related options to a command.
 
     Args:
         default: The server to call if none is named; None if the command also works without one.
+        several: Whether ``--server`` may be given several times.
 
     Returns:
-        A decorator. The command gets ``server``: a ServerAddress, or None without a default.
+        A decorator. The command gets ``server``: a ServerAddress, or None without a default; or
+        ``servers``, a list of them, if there may be several.
     """
 
     def decorate(function: F) -> F:
-        verb: Any = _with_connection(function)
-        for option in reversed((_server_option(default), *_OPTIONS)):
+        verb: Any = _with_connection(function, several)
+        for option in reversed((_server_option(default, several), *_OPTIONS)):
             verb = option(verb)
         return verb  # type: ignore[no-any-return] # the same function, to click
 
     return decorate
 
 
-def _with_connection(function: Callable[..., Any]) -> Callable[..., Any]:
+def _with_connection(function: Callable[..., Any], several: bool) -> Callable[..., Any]:
     names = [field.name for field in fields(ServerAddress) if field.name != "target"]
 
     @functools.wraps(function)
-    def verb(*args: Any, server: str | None, **flags: Any) -> Any:
+    def verb(*args: Any, server: str | tuple[str, ...] | None, **flags: Any) -> Any:
         given = {name: flags.pop(name) for name in names}
-        if server is None:
+        targets = [server] if isinstance(server, str) else server or ()
+        if not targets:
             extra = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
             if extra:
                 raise click.UsageError(f"{', '.join(extra)}: only together with --server")
-            return function(*args, server=None, **flags)
-        return function(*args, server=ServerAddress(server, **given), **flags)
+        addresses = [ServerAddress(target, **given) for target in targets]
+        if several:
+            return function(*args, servers=addresses, **flags)
+        return function(*args, server=addresses[0] if addresses else None, **flags)
 
     return verb
 
 
-def _server_option(default: str | None) -> Callable[[F], F]:
+def _server_option(default: str | None, several: bool) -> Callable[[F], F]:
     text = (
         f"The server to call. Default: {default}."
         if default
         else "Call this server instead of loading MODEL in this process."
     )
-    return click.option("--server", metavar="HOST:PORT", default=default, help=text)
+    if several:
+        text += " May be given several times: the servers share the work."
+    return click.option(
+        "--server", metavar="HOST:PORT", default=default, multiple=several, help=text
+    )
 
 
 _OPTIONS = (

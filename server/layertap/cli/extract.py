@@ -1,49 +1,78 @@
-"""``layertap extract``: layers of image files, written to an .npz file."""
+"""``layertap extract``: layers of data sets, written to files."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from layertap.cli.items import ArrayItems, ImageItems, Items, TextItems, parse_array_files
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
-from layertap.selection import (
-    SENT_DTYPES,
-    Extractor,
-    Glob,
-    LayerSelection,
-    Reduction,
-)
+from layertap.selection import SENT_DTYPES, Extractor, LayerSelection, Reduction
 from layertap.texts import Truncation
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from layertap.cli.connection import ServerAddress
     from layertap.cli.render import Stderr
-    from layertap.description import ModelDescription, ValueDescription
-    from layertap.inputs import InputLike
+    from layertap.dataset.runners import Runner
+    from layertap.dataset.sources import Source
 
-__all__ = ["batch_axes", "extract"]
+__all__ = ["extract"]
+
+_FORMATS = ("npz", "npy", "safetensors", "parquet", "zarr", "hdf5")
+_SOME_FAILED = 3
+_INTERRUPTED = 130
 
 
-@click.command(short_help="Write layers of images, texts or arrays into an .npz file.")
+class _Bytes(click.ParamType[int]):
+    """A number of bytes with an optional unit: ``500M``, ``2G``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes."""
+        if isinstance(value, int):
+            return value
+        digits, unit = (value[:-1], value[-1:].upper()) if value[-1:].isalpha() else (value, "")
+        power = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}.get(unit)
+        if power is None or not digits.isdecimal() or not int(digits):
+            self.fail(f"got {value!r}, expected a number with K, M, G or T, such as 2G", param, ctx)
+        return int(digits) << (10 * power)
+
+
+class _Part(click.ParamType["tuple[int, int]"]):
+    """One of several parts: ``2/8``."""
+
+    name = "part"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        """Return the number of the part and the number of parts."""
+        if isinstance(value, tuple):
+            return value
+        number, _, count = value.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            self.fail(
+                f"got {value!r}, expected the part and the number of parts, such as 2/8", param, ctx
+            )
+        return int(number), int(count)
+
+
+@click.command(short_help="Write layers of images, texts or arrays to files.")
 @click.argument("model", metavar="MODEL")
-@click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path())
+@click.argument("items", nargs=-1, metavar="[INPUT...]")
 @click.option(
     "--input",
     "arrays",
     multiple=True,
     metavar="[NAME=]FILE.npy",
-    help="An array with an item in each row, in place of images. Give one for each input of the "
+    help="An array with an item in each row, in place of INPUTs. Give one for each input of the "
     "model; the name may be left out for the only input that it needs.",
 )
 @click.option(
@@ -51,12 +80,11 @@ __all__ = ["batch_axes", "extract"]
     "given_texts",
     multiple=True,
     metavar="TEXT",
-    help="A text, in place of images. May be given several times.",
+    help="A text, in place of INPUTs. May be given several times.",
 )
 @click.option(
     "--texts",
     "texts_file",
-    type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="A file of texts in UTF-8, one on each line; empty lines are left out.",
 )
@@ -67,39 +95,66 @@ __all__ = ["batch_axes", "extract"]
     help="Where a text with too many tokens is cut. Default: none, which refuses it.",
 )
 @click.option(
+    "--field",
+    default="",
+    metavar="NAME",
+    help="The column of .parquet files, or the ending of the files to take from .tar files. "
+    "Default: the one with images, arrays or texts.",
+)
+@click.option(
     "-l",
     "--layer",
     "layers",
     multiple=True,
     required=True,
-    metavar="LAYER[:input][=NAME]",
+    metavar="LAYER[:input][:reduce=R][:dtype=T][=NAME]",
     help="A layer to write. May be given several times, and may be a glob.",
 )
 @click.option(
     "-o",
     "--output",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="The .npz file to write; an existing file is replaced.",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The file or folder to write. Its suffix says the format: .npz, .npy, .safetensors, "
+    ".parquet, .zarr, .h5.",
+)
+@click.option(
+    "--format",
+    "output_format",
+    type=click.Choice(_FORMATS),
+    help="The format of the output, whatever its suffix.",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an output that was made by another command."
+)
+@click.option(
+    "--on-error",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="Whether an item that fails ends the run, or is left out and listed in "
+    "PATH.failures.jsonl; the exit code is then 3.",
 )
 @click.option(
     "--extractor",
     type=click.Choice([extractor.value for extractor in Extractor]),
     default=Extractor.AUTO.value,
-    help="How to capture the layers. Default: auto.",
+    help="How to capture the layers. Default: auto, which is hook, and for more than 1,000 items "
+    "torchscript if it serves the layers.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(SENT_DTYPES),
-    help="The type of floating-point values. .npz has no bfloat16, so that is stored as float32.",
+    help="The type of floating-point values of layers without a :dtype of their own. Only "
+    ".safetensors has bfloat16, which is stored as float32 otherwise.",
 )
 @click.option(
     "--reduce",
     "reduction",
     type=click.Choice([reduction.value for reduction in Reduction]),
     default=Reduction.NONE.value,
-    help="The reduction to apply to each layer. Default: none.",
+    help="The reduction of layers without a :reduce of their own. Default: none.",
 )
 @click.option(
     "--batch-size",
@@ -108,177 +163,193 @@ __all__ = ["batch_axes", "extract"]
     show_default=True,
     help="Items in one forward pass.",
 )
-@local_model_options
+@click.option(
+    "--shard-items",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Items of one shard, the most that is computed again after a crash. Default: 64 MiB.",
+)
+@click.option(
+    "--shard",
+    "part",
+    type=_Part(),
+    default=(1, 1),
+    metavar="I/N",
+    help="Take the I-th of N equal parts of the items, from 1; each needs its own output.",
+)
+@click.option(
+    "--memory",
+    type=_Bytes(),
+    default="1G",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for items and rows that are not on the disk yet, such as 500M.",
+)
+@local_model_options(several=True)
 def extract(
     model: str,
-    images: tuple[str, ...],
+    items: tuple[str, ...],
     arrays: tuple[str, ...],
     given_texts: tuple[str, ...],
-    texts_file: Path | None,
+    texts_file: str | None,
     truncation: str,
+    field: str,
     layers: tuple[str, ...],
     output: Path,
+    output_format: str | None,
+    overwrite: bool,
+    on_error: str,
     extractor: str,
     dtype: str | None,
     reduction: str,
     batch_size: int,
-    server: ServerAddress | None,
+    shard_items: int | None,
+    part: tuple[int, int],
+    memory: int,
+    servers: list[ServerAddress],
     **flags: Any,
 ) -> None:
-    """Write layers of images, texts or arrays to an .npz file: one array for each layer.
+    """Write layers of images, texts or arrays: a row for each item, in their order.
 
-    Batches are joined along each layer's batch dimension, which was measured when the model was
-    loaded. For most layers it is the first, so there is one row per image; for layers such as
-    [L, B, D] it is the second.
+    INPUTs are image files (JPEG, PNG, WebP), folders of such, which are searched with all folders
+    below, quoted globs, .npy arrays with an item in each row, .txt files with a text in each line,
+    .tar files of samples as WebDataset writes them, or .parquet files. @FILE is a file that lists
+    INPUTs, one on each line, and - is the same from stdin. Each item has an id, such as its path,
+    which is in the output too.
 
     MODEL is a torchvision model (resnet18), a Hugging Face model (hf:FOLDER), a TorchScript file
     (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
-    server. Images are JPEG, PNG or WebP files.
+    server.
+
+    Run the same command again after a crash or Ctrl-C: it continues after the last whole shard, and
+    the output has the same bytes as without the interruption. PATH.manifest.json says what the
+    output was made of.
 
     \b
     Examples:
-      layertap extract resnet18 *.jpg -l layer4 --reduce global_average_pool -o features.npz
+      layertap extract resnet18 photos -l layer4:reduce=global_average_pool -o features.npz
+      layertap extract resnet18 "photos/**/*.jpg" -l layer2 -l layer4 -o features.zarr
+      layertap extract resnet18 @list.txt -l avgpool -o features.parquet --on-error skip
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
           -l encoder -o texts.npz
       python -c "import numpy; print(numpy.load('cat.npz')['layer1'].shape)"
+
+    Exit codes: 0 success, 1 failure, 2 a wrong command line, 3 some items failed and were skipped,
+    130 interrupted by Ctrl-C.
     """
-    refuse_with_server(server, flags)
+    refuse_with_server(servers, flags)
     selections = [
-        replace(LayerSelection.parse(text), reduction=Reduction(reduction), dtype=dtype or "")
-        for text in layers
+        replace(
+            selection,
+            reduction=selection.reduction
+            if selection.reduction is not Reduction.NONE
+            else Reduction(reduction),
+            dtype=selection.dtype or dtype or "",
+        )
+        for selection in map(LayerSelection.parse, layers)
     ]
-    texts = [*given_texts, *_lines(texts_file)]
-    items = _items(images, arrays, texts, Truncation(truncation))
-    _check_output(output)
-    from layertap.cli.npz import Columns
-    from layertap.cli.render import Stderr, show_features
+    from layertap.cli.render import Stderr, show_outputs
+    from layertap.dataset.extract import check_output
+    from layertap.dataset.extract import extract as run
+    from layertap.dataset.writers import format_of
 
+    # What can be wrong is reported before a model is loaded.
+    format_of(output, output_format or "")
+    check_output(output)
+    source = _source(items, arrays, given_texts, texts_file, Truncation(truncation), field)
     terminal = Stderr()
-    how = Extractor(extractor)
-    opened = (
-        _remote(server, model, selections, how)
-        if server
-        else _local(terminal, model, selections, how, flags)
-    )
-    ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
-    with opened as source, terminal.counting(items.noun, len(items)) as bar:
-        columns = Columns(lambda: batch_axes(source.describe(), selections))
-        for begin in range(0, len(items), batch_size):
-            size = min(batch_size, len(items) - begin)
-            with items.naming(begin):
-                taken = source.ask(items.batch(begin, size))
-                columns.add(*taken, 1 if ragged else size)
-            bar.advance(bar.task_ids[0], size)
-    columns.save(output)
-    show_features(columns.rows())
+    opened = _remote(servers, model) if servers else _local(terminal, model, flags)
+    with opened as runner, terminal.progress(source.noun, len(source)) as report:
+        try:
+            outcome = run(
+                runner,
+                source,
+                selections,
+                output,
+                format=output_format or "",
+                extractor=extractor,
+                on_error=on_error,  # type: ignore[arg-type] # one of click's choices
+                batch_size=batch_size,
+                shard_items=shard_items,
+                part=part,
+                memory=memory,
+                overwrite=overwrite,
+                report=report,
+            )
+        except KeyboardInterrupt:
+            terminal.say("interrupted; run the same command again to continue", logging.WARNING)
+            click.get_current_context().exit(_INTERRUPTED)
+    show_outputs(outcome)
+    if outcome.failures:
+        terminal.say(
+            f"{len(outcome.failures)} of {len(source)} {source.noun} failed; "
+            f"{output}.failures.jsonl says why",
+            logging.WARNING,
+        )
+        click.get_current_context().exit(_SOME_FAILED)
 
 
-class _Taken(NamedTuple):
-    """The layers of a batch by name, and the extractor that captured them."""
+def _source(
+    inputs: Sequence[str],
+    arrays: Sequence[str],
+    texts: Sequence[str],
+    texts_file: str | None,
+    truncation: Truncation,
+    field: str,
+) -> Source:
+    from layertap.dataset.sources import NamedArrayRows, TextItems, gather, joined, lines_of
 
-    arrays: Mapping[str, np.ndarray]
-    extractor: Extractor
+    has_texts = bool(texts) or texts_file is not None
+    if sum(map(bool, (inputs, arrays, has_texts))) != 1:
+        raise click.UsageError("give one of: INPUTs, texts by --text and --texts, or --input")
+    if inputs:
+        return gather(inputs, truncation, field)
+    if arrays:
+        return joined([NamedArrayRows(parse_array_files(arrays))])
+    given = [(f"--text:{number}", text) for number, text in enumerate(texts, 1)]
+    lines = [] if texts_file is None else lines_of(texts_file)
+    return joined([TextItems([*given, *lines], truncation)])
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A model: `ask` extracts layers of a batch, `describe` describes the model."""
+def parse_array_files(texts: Sequence[str]) -> dict[str, str]:
+    """Return the paths of arrays by input, from ``NAME=FILE.npy`` or, for one input, ``FILE.npy``.
 
-    ask: Callable[[InputLike], _Taken]
-    describe: Callable[[], ModelDescription]
-
-
-def batch_axes(
-    description: ModelDescription, selections: Sequence[LayerSelection]
-) -> dict[str, int | None]:
-    """Return the batch dimension of each output.
-
-    It is None if there is no such dimension: none grows with the batch, several do, or the items
-    are interleaved along it.
+    Raises:
+        InvalidInputError: A name is given twice, or is missing although there are several inputs.
     """
-    axes: dict[str, int | None] = {}
-    for selection in selections:
-        glob = Glob(selection.layer)
-        for layer in description.layers:
-            if layer.name == selection.layer or glob.matches(layer.name):
-                plain = selection.reduction is Reduction.NONE
-                axis = _batch_axis(layer.values.get(selection.capture)) if plain else 0
-                axes[selection.name_for(layer.name)] = axis
-    return axes
-
-
-def _batch_axis(value: ValueDescription | None) -> int | None:
-    if value is None:
-        return None
-    grown = [axis for axis, dim in enumerate(value.shape) if dim.batch]
-    return None if value.interleaved or value.dynamic or len(grown) != 1 else grown[0]
-
-
-def _items(
-    images: Sequence[str], arrays: Sequence[str], texts: Sequence[str], truncation: Truncation
-) -> Items:
-    if sum(map(bool, (images, arrays, texts))) != 1:
-        raise click.UsageError("give one of: IMAGEs, texts by --text and --texts, or --input")
-    if images:
-        return ImageItems(images)
-    return TextItems(texts, truncation) if texts else ArrayItems(parse_array_files(arrays))
-
-
-def _check_output(output: Path) -> None:
-    """Check before loading a model what would otherwise fail after it."""
-    folder = output.absolute().parent
-    if not folder.is_dir():
-        raise InvalidInputError(f"output {output}: no such folder {output.parent}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidInputError(f"output {output}: the folder {output.parent} can't be written to")
-
-
-def _lines(file: Path | None) -> list[str]:
-    """Return the texts of a file, one on each line that is not empty."""
-    if file is None:
-        return []
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InvalidInputError(f"texts {file}: {reason}") from error
-    return [line for line in lines if line.strip()]
+    files: dict[str, str] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        name, file = (name, file) if equals else ("", text)
+        if name in files:
+            raise InvalidInputError(f"--input: got {name!r} twice, expected each input once")
+        files[name] = file
+    if len(files) > 1 and "" in files:
+        raise InvalidInputError(
+            f"--input: got {files['']!r} without a name, expected NAME=FILE.npy for each of several"
+        )
+    return files
 
 
 @contextmanager
-def _remote(
-    server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
-) -> Iterator[_Source]:
-    from layertap.wire.descriptions import description_from_proto
+def _remote(servers: list[ServerAddress], model: str) -> Iterator[Runner]:
+    from layertap.dataset.runners import RemoteRunner
 
-    with server.client() as client:
-
-        def ask(given: InputLike) -> _Taken:
-            features = client.extract(model, given, selections, extractor=extractor)
-            return _Taken(features, features.extractor)
-
-        yield _Source(ask, lambda: description_from_proto(client.describe_model(model)))
+    with ExitStack() as stack:
+        clients = {each.target: stack.enter_context(each.client()) for each in servers}
+        yield RemoteRunner(clients, model)
 
 
 @contextmanager
-def _local(
-    terminal: Stderr,
-    source: str,
-    selections: list[LayerSelection],
-    extractor: Extractor,
-    flags: dict[str, Any],
-) -> Iterator[_Source]:
+def _local(terminal: Stderr, source: str, flags: dict[str, Any]) -> Iterator[Runner]:
+    from layertap.dataset.runners import LocalRunner
+
     with terminal.busy(f"loading {source}"):
         model = local_model(source, flags)
     with model:
         if assumed := model.host.model.assumptions():
             terminal.say(assumed, logging.WARNING)
-
-        def ask(given: InputLike) -> _Taken:
-            features = model.extract(given, selections, extractor=extractor)
-            return _Taken(features.numpy(), features.extractor)
-
-        yield _Source(ask, model.describe)
+        yield LocalRunner(model)

@@ -39,7 +39,7 @@ __all__ = ["layers"]
     is_flag=True,
     help="Print the DescribeModelResponse as JSON, including graph nodes.",
 )
-@local_model_options
+@local_model_options()
 def layers(
     model: str,
     glob: str | None,

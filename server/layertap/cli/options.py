@@ -14,7 +14,6 @@ from layertap.cli.flags import setting_flags
 from layertap.settings import ModelSpec, ServerOptions, definitions
 
 if TYPE_CHECKING:
-    from layertap.cli.connection import ServerAddress
     from layertap.local import LocalModel
 
 __all__ = [
@@ -29,13 +28,21 @@ F = TypeVar("F", bound=Callable[..., Any])
 _DEVICE = next(each for each in definitions(ServerOptions) if each.key == "device")
 
 
-def local_model_options(function: F) -> F:
-    """Add the flags for loading a model into this process, and ``--server`` as the alternative."""
-    with_server = connection_options()(function)
-    return setting_flags((*definitions(ModelSpec), _DEVICE))(with_server)
+def local_model_options(*, several: bool = False) -> Callable[[F], F]:
+    """Return a decorator that adds the flags for loading a model, and ``--server`` instead.
+
+    Args:
+        several: Whether there may be several servers; see ``connection_options``.
+    """
+
+    def decorate(function: F) -> F:
+        with_server = connection_options(several=several)(function)
+        return setting_flags((*definitions(ModelSpec), _DEVICE))(with_server)
+
+    return decorate
 
 
-def refuse_with_server(server: ServerAddress | None, flags: Mapping[str, object]) -> None:
+def refuse_with_server(server: object, flags: Mapping[str, object]) -> None:
     """Raise UsageError if flags for loading a model are given together with ``--server``."""
     given = ", ".join(f"--{name.replace('_', '-')}" for name, v in flags.items() if v is not None)
     if server and given:

@@ -6,26 +6,31 @@ rich omits colours if the stream is not a terminal or NO_COLOR is set.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from layertap.description import LayerDescription, ModelDescription, PassDescription
 from layertap.selection import Capture, Extractor
 
-__all__ = ["Stderr", "console", "show_features", "show_layers"]
+if TYPE_CHECKING:
+    from layertap.dataset.extract import Outcome
+    from layertap.dataset.pipeline import Progress as RunProgress
+
+__all__ = ["Stderr", "console", "show_layers", "show_outputs"]
 
 LETTERS = {each: each.letter for each in reversed(Extractor) if each.letter}
 """The letters of the extractors in tables; those that AUTO prefers come last."""
 
 UNBOUNDED = 10_000
+_LINE_SECONDS = 30.0
 _MARKS = {logging.WARNING: "warning: ", logging.ERROR: "error: "}
 _BY = ("by", "in by")
 
@@ -66,19 +71,55 @@ class Stderr:
             yield
 
     @contextmanager
-    def counting(self, text: str, total: int) -> Iterator[Progress]:
-        """Show a progress bar, if stderr is a terminal; its only task has the number 0."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    def progress(self, noun: str, total: int) -> Iterator[Callable[[RunProgress], None]]:
+        """Yield what shows how far a run is: a bar, or a line every 30 seconds without a terminal.
+
+        Args:
+            noun: What the items are called.
+            total: How many there are.
+        """
         bar = Progress(
-            *columns,
-            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[words]}"),
             console=self._console,
             disable=not self._console.is_terminal,
             transient=True,
         )
+        said = time.monotonic()
         with bar:
-            bar.add_task(text, total=total)
-            yield bar
+            task = bar.add_task(noun, total=total, words="")
+
+            def show(progress: RunProgress) -> None:
+                nonlocal said
+                bar.update(
+                    task, total=progress.total, completed=progress.done, words=_words(progress)
+                )
+                now = time.monotonic()
+                if not self._console.is_terminal and now - said > _LINE_SECONDS:
+                    said = now
+                    self.say(f"{progress.done} of {progress.total} {noun}, {_words(progress)}")
+
+            yield show
+
+
+def _words(progress: RunProgress) -> str:
+    """Return such as ``52.1/s, 3 min left, limited by the model, 2 failed``."""
+    words = [f"{progress.rate:.1f}/s"]
+    if progress.remaining is not None:
+        words.append(f"{_duration(progress.remaining)} left")
+    if progress.stage:
+        words.append(f"limited by {'the ' * (progress.stage == 'model')}{progress.stage}")
+    if progress.failed:
+        words.append(f"{progress.failed} failed")
+    return ", ".join(words)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, tree: bool) -> None:
@@ -128,11 +169,13 @@ def _passes(passes: PassDescription | None) -> str:
     return ", ".join(filter(None, words))
 
 
-def show_features(rows: Iterable[tuple[str, np.ndarray, str]]) -> None:
-    """Print (name, array, extractor) rows."""
+def show_outputs(outcome: Outcome) -> None:
+    """Print the outputs of a run: shape, dtype, and the extractor that captured the layer."""
     table = _table("layer", "shape", "dtype", "extractor")
-    for name, array, extractor in rows:
-        table.add_row(name, str(list(array.shape)), str(array.dtype), extractor)
+    for name, output in outcome.outputs.items():
+        varying = ["*"] if output.ragged else []
+        shape = ", ".join(map(str, [outcome.rows, *varying, *output.shape]))
+        table.add_row(name, f"[{shape}]", output.dtype, outcome.extractor)
     console().print(table)
 
 

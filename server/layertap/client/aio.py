@@ -195,11 +195,11 @@ class AsyncClient(BaseClient):
         return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
 
     async def describe_model(
-        self, model: str, *, timeout: float | None = None
+        self, model: str, *, fingerprint: bool = False, timeout: float | None = None
     ) -> feature_service_pb2.DescribeModelResponse:
         """Return a model's catalogue; see ``Client.describe_model``."""
         transport = self._opened()
-        message = describe_message(model)
+        message = describe_message(model, fingerprint=fingerprint)
         reply = await self._call(transport, transport.describe, message, timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 

@@ -215,9 +215,10 @@ class ReadyWait:
         )
 
 
-def describe_message(model: str) -> bytes:
+def describe_message(model: str, *, fingerprint: bool) -> bytes:
     """Return the message of DescribeModel."""
-    message: bytes = feature_service_pb2.DescribeModelRequest(model=model).SerializeToString()
+    request = feature_service_pb2.DescribeModelRequest(model=model, fingerprint=fingerprint)
+    message: bytes = request.SerializeToString()
     return message
 
 

@@ -223,10 +223,14 @@ class Client(BaseClient):
         return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
 
     def describe_model(
-        self, model: str, *, timeout: float | None = None
+        self, model: str, *, fingerprint: bool = False, timeout: float | None = None
     ) -> feature_service_pb2.DescribeModelResponse:
-        """Return a model's catalogue: every layer, its shapes and the extractors that serve it."""
-        reply = self._call(self._opened().describe, describe_message(model), timeout)
+        """Return a model's catalogue: every layer, its shapes and the extractors that serve it.
+
+        With ``fingerprint`` it has a digest of the weights too, which may take some seconds.
+        """
+        message = describe_message(model, fingerprint=fingerprint)
+        reply = self._call(self._opened().describe, message, timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 
     def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:

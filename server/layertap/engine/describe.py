@@ -32,8 +32,10 @@ _RefusedAlone = Mapping[tuple[Extractor, str], str]
 """Why an extractor could not serve one side of a layer by itself, by extractor and side name."""
 
 
-def describe(host: ModelHost) -> ModelDescription:
+def describe(host: ModelHost, *, fingerprint: bool = False) -> ModelDescription:
     """Describe a loaded model and its layers, including plans that were refused so far.
+
+    The fingerprint is included only on request, because the first one reads all weights.
 
     If a plan was refused for one layer by itself, the reason is listed at that layer, too.
     """
@@ -42,6 +44,7 @@ def describe(host: ModelHost) -> ModelDescription:
         summarize(host),
         layers=tuple(_layer(entry, host, refused) for entry in host.catalogue),
         refused_plans=tuple(map(_refused_plan, host.refused_plans())),
+        fingerprint=host.fingerprint() if fingerprint else "",
     )
 
 

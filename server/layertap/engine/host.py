@@ -31,7 +31,7 @@ from layertap.extraction.measure import measure_with_graph
 from layertap.extraction.passes import KeptState, PassGuard
 from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
-from layertap.extraction.plan_cache import PlanCache
+from layertap.extraction.plan_cache import PlanCache, fingerprint
 from layertap.extraction.taps import Taps
 from layertap.extraction.trial import tried
 from layertap.models import Batch, BatchKey, LoadedModel
@@ -160,6 +160,7 @@ class ModelHost:
             _log.info("model %s: %s", model.name, note)
         self._builder = PlanBuilder(model, self._taps, self.catalogue, cache, proving=proving)
         self._lock = threading.Lock()
+        self._fingerprint = ""
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._predictions: OrderedDict[PlanKey, Plan] = OrderedDict()
@@ -172,6 +173,15 @@ class ModelHost:
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
             partial(resolve, self.catalogue, max_layers=limits.layers)
         )
+
+    def fingerprint(self, call: Call | None = None) -> str:
+        """Return a digest of the model's modules and weights; see ``plan_cache.fingerprint``.
+
+        It is computed once, on a compute thread, so that no pass writes buffers meanwhile.
+        """
+        if not self._fingerprint:
+            self._fingerprint = self.compute.run(lambda: fingerprint(self.model), call or Call())
+        return self._fingerprint
 
     def resolve(self, selections: tuple[LayerSelection, ...], extractor: Extractor) -> Resolved:
         """Match selections against the catalogue; see ``layertap.engine.resolve``."""

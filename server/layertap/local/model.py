@@ -77,6 +77,16 @@ class LocalModel:
         """
         return describe(self.host)
 
+    def fingerprint(self) -> str:
+        """Return a digest of the model's modules and weights, its device and PyTorch's version.
+
+        The first call reads all weights, about a second for each GiB.
+
+        Raises:
+            UnavailableError: If the model is closed.
+        """
+        return self.host.fingerprint()
+
     def extract(
         self,
         batch: InputLike,

@@ -76,14 +76,14 @@ class DataPlane:
         """Describe the models that are ready, without their layers."""
         return [summarize(host) for host in self._engine.hosts()]
 
-    def describe(self, model: str) -> ModelDescription:
-        """Describe a model and its layers.
+    def describe(self, model: str, *, fingerprint: bool = False) -> ModelDescription:
+        """Describe a model and its layers, with the model's fingerprint on request.
 
         Raises:
             ModelNotFoundError: If there is no such model.
             UnavailableError: If it is being loaded or could not be loaded.
         """
-        return describe(self._engine.host(model))
+        return describe(self._engine.host(model), fingerprint=fingerprint)
 
     def receive(self, nbytes: int, caller: Caller) -> Reservation:
         """Count the bytes of a received request.

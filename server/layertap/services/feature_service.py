@@ -59,7 +59,8 @@ class FeatureService:
     def describe_model(self, message: bytes, caller: Caller) -> bytes:
         """Describe a model and its layers."""
         request = parse(feature_service_pb2.DescribeModelRequest, message)
-        return description_to_proto(self._plane.describe(request.model)).SerializeToString()
+        described = self._plane.describe(request.model, fingerprint=request.fingerprint)
+        return description_to_proto(described).SerializeToString()
 
     def methods(self) -> Methods:
         """Return the methods by name."""

@@ -228,7 +228,7 @@ class PassRules(_message.Message):
     def __init__(self, early_stop: bool = ..., concurrent: bool = ..., shared: bool = ..., state: _Optional[_Union[KeptState, str]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "source", "weights", "device", "inputs", "declared_layers", "notes", "pass_rules")
+    __slots__ = ("name", "source", "weights", "device", "inputs", "declared_layers", "notes", "pass_rules", "fingerprint")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +237,7 @@ class Model(_message.Message):
     DECLARED_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
     PASS_RULES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     source: str
     weights: str
@@ -245,4 +246,5 @@ class Model(_message.Message):
     declared_layers: _containers.RepeatedScalarFieldContainer[str]
     notes: _containers.RepeatedScalarFieldContainer[str]
     pass_rules: PassRules
-    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ..., pass_rules: _Optional[_Union[PassRules, _Mapping]] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., weights: _Optional[str] = ..., device: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[InputSpec, _Mapping]]] = ..., declared_layers: _Optional[_Iterable[str]] = ..., notes: _Optional[_Iterable[str]] = ..., pass_rules: _Optional[_Union[PassRules, _Mapping]] = ..., fingerprint: _Optional[str] = ...) -> None: ...

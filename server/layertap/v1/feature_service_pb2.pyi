@@ -180,10 +180,12 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[_catalogue_pb2.Model, _Mapping]]] = ...) -> None: ...
 
 class DescribeModelRequest(_message.Message):
-    __slots__ = ("model",)
+    __slots__ = ("model", "fingerprint")
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     model: str
-    def __init__(self, model: _Optional[str] = ...) -> None: ...
+    fingerprint: bool
+    def __init__(self, model: _Optional[str] = ..., fingerprint: bool = ...) -> None: ...
 
 class DescribeModelResponse(_message.Message):
     __slots__ = ("model", "layers", "refused_plans")

@@ -61,6 +61,7 @@ def model_to_proto(description: ModelDescription) -> catalogue_pb2.Model:
         declared_layers=description.declared_layers,
         notes=description.notes,
         pass_rules=_passes_to_proto(description.passes),
+        fingerprint=description.fingerprint,
     )
 
 
@@ -80,6 +81,7 @@ def description_from_proto(
         notes=tuple(model.notes),
         declared_layers=tuple(model.declared_layers),
         refused_plans=tuple(map(_plan_from_proto, response.refused_plans)),
+        fingerprint=model.fingerprint,
     )
 
 

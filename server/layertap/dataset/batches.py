@@ -1,0 +1,166 @@
+"""Runs the model on a batch of items, and finds the items that fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from layertap.dataset.manifest import Failure
+from layertap.dataset.rows import RowRules
+from layertap.dataset.runners import Worker
+from layertap.dataset.sources import Source
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ModelRunError
+from layertap.selection import Extractor, LayerSelection
+from layertap.timings import Timings
+
+__all__ = ["BatchResult", "Batches"]
+
+_ITEM_ERRORS = (InvalidInputError, ModelRunError)
+"""What an item may be at fault for. All other errors end the run."""
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """What became of a batch.
+
+    Attributes:
+        items: The indices of the items that have rows.
+        rows: By output name, the rows ``[items, ...]``.
+        failures: The items that failed.
+        extractor: The extractor that served it; AUTO if nothing did.
+        read_seconds: How long reading took.
+        input_bytes: The size of what was read.
+        timings: The timings of the pass.
+    """
+
+    items: list[int] = field(default_factory=list)
+    rows: Mapping[str, np.ndarray] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    extractor: Extractor = Extractor.AUTO
+    read_seconds: float = 0.0
+    input_bytes: int = 0
+    timings: Timings = field(default_factory=Timings)
+
+
+class Batches:
+    """Runs batches of a source's items. Safe to share between threads.
+
+    Args:
+        source: The items.
+        selections: The layers to take.
+        rules: How values are divided into items.
+        skip: Whether items that fail are left out; otherwise the first one raises.
+    """
+
+    def __init__(
+        self, source: Source, selections: Sequence[LayerSelection], rules: RowRules, *, skip: bool
+    ) -> None:
+        self._source = source
+        self._selections = tuple(selections)
+        self._rules = rules
+        self._skip = skip
+
+    def run(
+        self, worker: Worker, items: Sequence[int], extractor: Extractor, fallback: bool
+    ) -> BatchResult:
+        """Read items and run the model on them.
+
+        Args:
+            worker: Runs the model.
+            items: The indices of the items.
+            extractor: The extractor to use.
+            fallback: Whether HOOK is used for a batch that the extractor can't serve.
+
+        Raises:
+            InvalidInputError: An item failed, and failing items are not skipped.
+            LayertapError: The run can't go on.
+        """
+        result = BatchResult()
+        contents = self._read(items, result)
+        while contents:
+            try:
+                self._ask(worker, contents, (extractor, fallback), result)
+            except _ITEM_ERRORS as error:
+                at = error.image if isinstance(error, InvalidInputError) else None
+                if at is None or at >= len(contents):
+                    self._alone(worker, contents, (extractor, fallback), result)
+                    break
+                index = list(contents)[at]
+                self._fail(index, _detail(error), result, error)
+                del contents[index]
+            else:
+                break
+        order = {self._source.id(index): place for place, index in enumerate(items)}
+        result.failures.sort(key=lambda failure: order[failure.id])
+        return result
+
+    def _read(self, items: Sequence[int], result: BatchResult) -> dict[int, Any]:
+        begin = time.perf_counter()
+        contents = {}
+        for index in items:
+            try:
+                contents[index] = self._source.read(index)
+            except InvalidInputError as error:
+                self._fail(index, str(error), result, error)
+        result.input_bytes = sum(map(self._source.nbytes, contents.values()))
+        result.read_seconds = time.perf_counter() - begin
+        return contents
+
+    def _ask(
+        self,
+        worker: Worker,
+        contents: Mapping[int, Any],
+        how: tuple[Extractor, bool],
+        result: BatchResult,
+    ) -> None:
+        extractor, fallback = how
+        given = self._source.batch(list(contents.values()))
+        try:
+            answer = worker.ask(given, self._selections, extractor)
+        except ExtractorUnsupportedError:
+            if not fallback:
+                raise
+            answer = worker.ask(given, self._selections, Extractor.HOOK)
+        count = len(contents)
+        result.rows = {
+            name: self._rules.rows(name, array, count) for name, array in answer.arrays.items()
+        }
+        result.items = list(contents)
+        result.extractor, result.timings = answer.extractor, answer.timings
+
+    def _alone(
+        self,
+        worker: Worker,
+        contents: Mapping[int, Any],
+        how: tuple[Extractor, bool],
+        result: BatchResult,
+    ) -> None:
+        """Run each item by itself, as the error does not say which one is at fault."""
+        rows: list[Mapping[str, np.ndarray]] = []
+        kept: list[int] = []
+        for index, content in contents.items():
+            try:
+                self._ask(worker, {index: content}, how, result)
+            except _ITEM_ERRORS as error:
+                self._fail(index, _detail(error), result, error)
+            else:
+                rows.append(result.rows)
+                kept.append(index)
+        result.items = kept
+        if kept:
+            result.rows = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def _fail(self, index: int, detail: str, result: BatchResult, error: Exception) -> None:
+        name = self._source.id(index)
+        if not self._skip:
+            what = self._source.noun.removesuffix("s")
+            raise InvalidInputError(f"{what} {name}: {detail}") from error
+        result.failures.append(Failure(name, detail))
+
+
+def _detail(error: Exception) -> str:
+    return error.detail if isinstance(error, InvalidInputError) else str(error)

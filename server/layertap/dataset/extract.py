@@ -1,0 +1,433 @@
+"""Extracts layers of a data set into an output, and continues an interrupted run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from layertap import __version__
+from layertap.dataset.batches import Batches, BatchResult
+from layertap.dataset.durable import TEMPORARY, output_errors, remove, replacing, sha256_of
+from layertap.dataset.manifest import Facts, Failure, Plan, ShardRecord, Workplace, differences
+from layertap.dataset.pipeline import FilledShard, Pipeline, Progress
+from layertap.dataset.rows import RowRules
+from layertap.dataset.runners import LocalRunner, Runner
+from layertap.dataset.shard import OFFSETS, Output, Parts
+from layertap.dataset.sources import Part, Source, gather
+from layertap.dataset.writers import Format, JoinedFormat, ShardedFormat, format_of, write_part
+from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.selection import Extractor, SelectionLike, as_extractor, parse_selections
+
+if TYPE_CHECKING:
+    from layertap.local import LocalModel
+
+__all__ = ["Outcome", "check_output", "extract"]
+
+_SHARD_BYTES = 64 << 20
+_SHARD_ITEMS = 1 << 16
+_WORTH_COMPILING = 1000
+"""Items from which it pays to wait for a compiled program."""
+_PROBED = 1000
+"""Items of which one must succeed before the run starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        output: The path of the output.
+        rows: The number of rows in it.
+        failures: The items that have no row, in order.
+        outputs: By output name, what each row has.
+        extractor: The extractor that captured the layers.
+        shards_before: The shards that an earlier run had written.
+        shards_written: The shards that this run has written.
+    """
+
+    output: Path
+    rows: int
+    failures: tuple[Failure, ...]
+    outputs: Mapping[str, Output]
+    extractor: Extractor
+    shards_before: int
+    shards_written: int
+
+
+def extract(
+    model: LocalModel | Runner,
+    inputs: Source | Iterable[str | os.PathLike[str]],
+    layers: SelectionLike,
+    output: str | os.PathLike[str],
+    *,
+    format: str = "",  # noqa: A002 - the name of the flag
+    extractor: Extractor | str = Extractor.AUTO,
+    on_error: Literal["fail", "skip"] = "fail",
+    batch_size: int = 16,
+    shard_items: int | None = None,
+    part: tuple[int, int] = (1, 1),
+    memory: int = 1 << 30,
+    overwrite: bool = False,
+    report: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Run a model on every item of a data set and write the layers, a row for each item.
+
+    If an earlier call with the same arguments was interrupted, even by a crash, this one continues
+    after its last whole shard, and the output has the same bytes as that of a call that was never
+    interrupted. If the earlier output is complete, nothing is done.
+
+    Args:
+        model: A model of ``layertap.load``, or a `Runner`.
+        inputs: A `Source`, or paths as ``gather`` takes them.
+        layers: The layers, as for ``LocalModel.extract``.
+        output: The file or folder to write.
+        format: ``"npz"``, ``"npy"``, ``"safetensors"``, ``"parquet"``, ``"zarr"`` or ``"hdf5"``; if
+            empty, it follows from the suffix of ``output``.
+        extractor: The extractor of all passes. AUTO is HOOK, and for more than 1,000 items the
+            first that serves all layers, in the order of `Extractor`.
+        on_error: Whether an item that fails ends the run, or is left out of the output and listed.
+        batch_size: Items in one pass.
+        shard_items: Items in one shard; if None, as many as take 64 MiB or a quarter of ``memory``.
+        part: ``(i, n)`` takes the i-th of n parts of the items, from 1.
+        memory: Bytes that rows may take before they are on the disk. One shard and one batch are
+            always allowed.
+        overwrite: Whether to replace an output that was made in another way.
+        report: Is called some times a second.
+
+    Returns:
+        What is in the output. Rows are in the order of the items.
+
+    Raises:
+        InvalidInputError: An item failed, or the output can't be written or was made in another
+            way; the message says what differs.
+        ConfigError: The format is unknown, or its library is missing.
+        LayertapError: See ``LocalModel.extract`` and ``Client.extract``.
+        KeyboardInterrupt: On Ctrl-C; shards that are written stay.
+    """
+    path = Path(output)
+    writer = format_of(path, format)
+    check_output(path)
+    source = inputs if isinstance(inputs, Source) else gather(os.fspath(each) for each in inputs)
+    runner = model if isinstance(model, Runner) else LocalRunner(model)
+    selections = parse_selections(layers)
+    rules = RowRules.of(runner.describe(), selections)
+    if {"ids", *(name + OFFSETS for name in rules.ragged)} & rules.axes.keys():
+        raise InvalidInputError(
+            f"layers: an output can't be called 'ids', which are the items' names, or end with "
+            f"{OFFSETS!r}; give it another name, such as layer4=name"
+        )
+    source = source if part == (1, 1) else Part(source, *part)
+    run = _Run(
+        path=path,
+        writer=writer,
+        source=source,
+        runner=runner,
+        rules=rules,
+        batches=Batches(source, selections, rules, skip=on_error == "skip"),
+        extractor=as_extractor(extractor),
+        batch_size=1 if rules.one_by_one else batch_size,
+        shard_items=shard_items,
+        memory=memory,
+    )
+    options = {
+        "format": writer.name,
+        "extractor": run.extractor.value,
+        "on_error": on_error,
+        "batch_size": batch_size,
+        "shard_items": shard_items,
+        "part": f"{part[0]}/{part[1]}",
+    }
+    named = {
+        selection.alias or f"{selection.layer}:{selection.capture}": asdict(selection)
+        for selection in selections
+    }
+    facts = {
+        "layertap": __version__,
+        "model": _model_facts(runner),
+        "options": {**options, "layers": named},
+        "inputs": _input_facts(source),
+    }
+    return run.go(_plain(facts), overwrite=overwrite, report=report or (lambda _: None))
+
+
+def check_output(output: Path) -> None:
+    """Check what would otherwise fail after the model is loaded.
+
+    Raises:
+        InvalidInputError: If the folder of the output does not exist or can't be written to.
+    """
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise InvalidInputError(f"output {output}: no such folder {output.parent}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInputError(f"output {output}: the folder {output.parent} can't be written to")
+
+
+def _model_facts(runner: Runner) -> Facts:
+    described = runner.describe()
+    return {
+        "name": described.name,
+        "source": described.source,
+        "weights": described.weights,
+        "device": described.device.partition(":")[0],
+        "inputs": {
+            each.name: {
+                "takes": str(each),
+                "images": each.preprocessing,
+                "texts": each.tokenization,
+            }
+            for each in described.inputs
+        },
+        "fingerprint": runner.fingerprint(),
+    }
+
+
+def _input_facts(source: Source) -> Facts:
+    last = len(source) - 1
+    return {
+        "items": len(source),
+        "first": source.id(0),
+        "last": source.id(last),
+        "names, sizes and times of change": source.digest(0, len(source)),
+    }
+
+
+def _plain(facts: Facts) -> Facts:
+    """Return facts as they are after they were stored and read."""
+    return json.loads(json.dumps(facts))  # type: ignore[no-any-return]
+
+
+@dataclass(slots=True)
+class _Run:
+    """One call of ``extract``."""
+
+    path: Path
+    writer: Format
+    source: Source
+    runner: Runner
+    rules: RowRules
+    batches: Batches
+    extractor: Extractor
+    batch_size: int
+    shard_items: int | None
+    memory: int
+
+    def go(self, facts: Facts, *, overwrite: bool, report: Callable[[Progress], None]) -> Outcome:
+        place = Workplace(self.path)
+        with place.locked(), output_errors(self.path):
+            complete, started = place.complete(), place.started()
+            refusal = self._refusal(complete or started, facts)
+            if refusal and not overwrite:
+                raise InvalidInputError(f"output {self.path}: {refusal}; --overwrite replaces it")
+            if complete is not None and not refusal:
+                place.tidy()
+                return self._outcome(complete, written=0)
+            if started is not None and not refusal:
+                plan = Plan.of(started["plan"])
+            else:
+                # The old output stays until the model has run, and one file until the end.
+                plan = self._probe()
+                place.clear()
+                if isinstance(self.writer, ShardedFormat):
+                    remove(self.path)
+                place.start(facts, plan)
+            return self._run(place, facts, plan, report)
+
+    def _refusal(self, before: Mapping[str, Any] | None, now: Facts) -> str:
+        """Return why the output can't be continued; empty if it can, or if there is none."""
+        if before is not None:
+            changes = "; ".join(differences(before["facts"], now))
+            return changes and f"it was made in another way ({changes})"
+        return "there is one already, which has no manifest" if self.path.exists() else ""
+
+    def _probe(self) -> Plan:
+        """Run the first batch that has a good item, to learn what the outputs are."""
+        [worker, *_] = self.runner.workers()
+        failures: list[Failure] = []
+        try:
+            for begin in range(0, min(len(self.source), _PROBED), self.batch_size):
+                items = range(begin, min(begin + self.batch_size, len(self.source)))
+                for extractor in self._candidates():
+                    try:
+                        result = self.batches.run(worker, items, extractor, fallback=False)
+                    except ExtractorUnsupportedError:
+                        if self.extractor is not Extractor.AUTO or extractor is Extractor.HOOK:
+                            raise
+                        continue
+                    break
+                if result.items:
+                    return self._plan(result)
+                failures += result.failures
+        finally:
+            worker.close()
+        raise InvalidInputError(
+            f"inputs: all of the first {len(failures)} items failed; the first, "
+            f"{failures[0].id}: {failures[0].error}"
+        )
+
+    def _candidates(self) -> Sequence[Extractor]:
+        """Return the extractors to try; HOOK, the last, serves everything that can be served."""
+        if self.extractor is not Extractor.AUTO:
+            return [self.extractor]
+        compiled = [Extractor.TORCHSCRIPT] if len(self.source) > _WORTH_COMPILING else []
+        return [*compiled, Extractor.HOOK]
+
+    def _plan(self, result: BatchResult) -> Plan:
+        outputs = {}
+        for name, rows in result.rows.items():
+            dtype = self.writer.stored(name, rows.dtype)
+            ragged = name in self.rules.ragged
+            outputs[name] = Output(dtype.name, rows.shape[2 if ragged else 1 :], ragged)
+        total = sum(rows.nbytes for rows in result.rows.values()) + result.input_bytes
+        item_bytes = max(1, total // len(result.items))
+        return Plan(
+            extractor=result.extractor.value,
+            batch_size=self.batch_size,
+            shard_items=self.shard_items or self._shard_items(item_bytes),
+            item_bytes=item_bytes,
+            outputs=outputs,
+        )
+
+    def _shard_items(self, item_bytes: int) -> int:
+        """Return the items of a shard, a multiple of the batch size."""
+        items = min(_SHARD_ITEMS, min(_SHARD_BYTES, self.memory // 4) // item_bytes)
+        return max(1, items // self.batch_size) * self.batch_size
+
+    def _run(
+        self, place: Workplace, facts: Facts, plan: Plan, report: Callable[[Progress], None]
+    ) -> Outcome:
+        folder = self._shard_folder(place)
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(f"*{TEMPORARY}"):
+            remove(left)
+        records = self._whole(place.records(), folder)
+        count = -(-len(self.source) // plan.shard_items)
+        missing = [number for number in range(count) if number not in records]
+        before = len(records)
+
+        def write(shard: FilledShard) -> None:
+            with output_errors(self.path):
+                record = self._write(folder, shard, plan)
+                place.note(record)
+            records[record.number] = record
+
+        if missing:
+            sizes = [
+                min(plan.shard_items, len(self.source) - number * plan.shard_items)
+                for number in records
+            ]
+            failed = sum(len(record.failures) for record in records.values())
+            workers = self.runner.workers()
+            pipeline = Pipeline(
+                self.source,
+                self.batches,
+                plan,
+                workers,
+                write,
+                fallback=self.extractor is Extractor.AUTO,
+                memory=self.memory,
+            )
+            pipeline.run(missing, sum(sizes), failed, report)
+        return self._finish(place, facts, plan, [records[n] for n in sorted(records)], before)
+
+    def _shard_folder(self, place: Workplace) -> Path:
+        return self.path if isinstance(self.writer, ShardedFormat) else place.folder
+
+    def _whole(self, records: dict[int, ShardRecord], folder: Path) -> dict[int, ShardRecord]:
+        """Return the records of shards whose files are there, with their size."""
+        return {
+            number: record
+            for number, record in records.items()
+            if not record.file or _size(folder / record.file) == record.nbytes
+        }
+
+    def _write(self, folder: Path, shard: FilledShard, plan: Plan) -> ShardRecord:
+        rows = shard.buffer.rows()
+        failures = tuple(shard.failures)
+        if not rows.ids:
+            return ShardRecord(shard.number, "", 0, 0, "", failures)
+        suffix = self.writer.suffixes[0] if isinstance(self.writer, ShardedFormat) else ".npz"
+        file = folder / f"part-{shard.number:05}{suffix}"
+        with replacing(file) as temporary:
+            if isinstance(self.writer, ShardedFormat):
+                self.writer.write(temporary, rows, plan.outputs)
+            else:
+                write_part(temporary, rows)
+            size, digest = temporary.stat().st_size, sha256_of(temporary)
+        return ShardRecord(shard.number, file.name, len(rows.ids), size, digest, failures)
+
+    def _finish(
+        self,
+        place: Workplace,
+        facts: Facts,
+        plan: Plan,
+        records: Sequence[ShardRecord],
+        before: int,
+    ) -> Outcome:
+        failures = [failure for record in records for failure in record.failures]
+        files = [place.folder / record.file for record in records if record.file]
+        if isinstance(self.writer, JoinedFormat):
+            for record in records:
+                if record.file and sha256_of(place.folder / record.file) != record.sha256:
+                    raise InvalidInputError(
+                        f"output {self.path}: {place.folder / record.file} is damaged; remove it "
+                        f"and run the same command again"
+                    )
+            with replacing(self.path) as temporary:
+                self.writer.join(temporary, Parts(files, plan.outputs))
+        place.list_failures(failures)
+        manifest: dict[str, Any] = {
+            "facts": facts,
+            "plan": asdict(plan),
+            "rows": sum(record.rows for record in records),
+            "failed": len(failures),
+            "files": self._files(records),
+        }
+        place.finish(_plain(manifest))
+        return self._outcome(manifest, len(records) - before, failures)
+
+    def _files(self, records: Sequence[ShardRecord]) -> Mapping[str, Any]:
+        """Return the rows, the size and the checksum of each file of the output."""
+        if isinstance(self.writer, ShardedFormat):
+            return {
+                record.file: {"rows": record.rows, "bytes": record.nbytes, "sha256": record.sha256}
+                for record in records
+                if record.file
+            }
+        if self.path.is_dir():
+            below = sorted(path for path in self.path.rglob("*") if path.is_file())
+            names = {str(path.relative_to(self.path)): path for path in below}
+        else:
+            names = {self.path.name: self.path}
+        return {
+            name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for name, path in names.items()
+        }
+
+    def _outcome(
+        self, manifest: Mapping[str, Any], written: int, failures: Sequence[Failure] | None = None
+    ) -> Outcome:
+        plan = Plan.of(_plain(manifest)["plan"])
+        if failures is None:
+            failures = Workplace(self.path).listed()
+        count = -(-len(self.source) // plan.shard_items)
+        return Outcome(
+            output=self.path,
+            rows=manifest["rows"],
+            failures=tuple(failures),
+            outputs=plan.outputs,
+            extractor=Extractor(plan.extractor),
+            shards_before=count - written,
+            shards_written=written,
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1

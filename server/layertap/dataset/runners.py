@@ -1,0 +1,209 @@
+"""What runs the model: this process, or servers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from layertap.errors import InvalidInputError, LayertapError
+from layertap.resources import available_cpus
+from layertap.selection import Extractor, LayerSelection
+from layertap.timings import Timings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from layertap.client import Client, FeatureStream
+    from layertap.description import ModelDescription
+    from layertap.inputs import InputLike
+    from layertap.local import LocalModel
+
+__all__ = ["Answer", "LocalRunner", "RemoteRunner", "Runner", "Worker"]
+
+_CALLS_OF_SERVER = 3
+"""Streams to each server, each with one batch in flight: one is received and decoded and one sent
+while the third runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The layers of one batch.
+
+    Attributes:
+        arrays: The layers by name.
+        extractor: The extractor that captured them.
+        timings: How long each part took.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    extractor: Extractor
+    timings: Timings
+
+
+class Worker(ABC):
+    """Runs one batch at a time; for one thread.
+
+    Attributes:
+        name: What the worker calls, for messages.
+    """
+
+    name: str
+
+    @abstractmethod
+    def ask(
+        self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
+    ) -> Answer:
+        """Return layers of a batch.
+
+        Raises:
+            LayertapError: See ``LocalModel.extract`` and ``Client.extract``.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release what the worker holds; it may be used again."""
+
+
+class Runner(ABC):
+    """A model, and the workers that run it."""
+
+    @abstractmethod
+    def describe(self) -> ModelDescription:
+        """Return the description of the model."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a digest of the model's structure and weights; empty if it is not known."""
+
+    @abstractmethod
+    def workers(self) -> list[Worker]:
+        """Return new workers, as many as batches may be in flight."""
+
+
+class LocalRunner(Runner):
+    """A model in this process.
+
+    Args:
+        model: The model. It stays open.
+    """
+
+    def __init__(self, model: LocalModel) -> None:
+        self._model = model
+
+    def describe(self) -> ModelDescription:
+        """See Runner."""
+        return self._model.describe()
+
+    def fingerprint(self) -> str:
+        """See Runner."""
+        return self._model.fingerprint()
+
+    def workers(self) -> list[Worker]:
+        """Return a worker for each core, to decode images, and one whose batch is in the model."""
+        return [_LocalWorker(self._model) for _ in range(min(16, available_cpus() + 1))]
+
+
+class _LocalWorker(Worker):
+    name = "the model"
+
+    def __init__(self, model: LocalModel) -> None:
+        self._model = model
+
+    def ask(
+        self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
+    ) -> Answer:
+        features = self._model.extract(given, selections, extractor=extractor)
+        return Answer(features.numpy(), features.extractor, features.timings)
+
+    def close(self) -> None:
+        pass  # The model is the caller's.
+
+
+class RemoteRunner(Runner):
+    """A model on one or several servers, which must all have the same weights.
+
+    Args:
+        clients: A client for each server, by address. They stay open.
+        model: The model's name.
+        timeout: Seconds that a server may take for one batch.
+
+    Raises:
+        InvalidInputError: If the servers' models differ.
+    """
+
+    def __init__(self, clients: Mapping[str, Client], model: str, timeout: float = 600.0) -> None:
+        from layertap.wire.descriptions import description_from_proto
+
+        self._clients = clients
+        self._name = model
+        self._timeout = timeout
+        described = {
+            address: description_from_proto(client.describe_model(model, fingerprint=True))
+            for address, client in clients.items()
+        }
+        (first, self._description), *others = described.items()
+        for address, other in others:
+            for what in ("weights", "fingerprint", "inputs"):
+                here, there = getattr(self._description, what), getattr(other, what)
+                if here != there:
+                    raise InvalidInputError(
+                        f"servers: {first} and {address} have different models {model!r}: {what} "
+                        f"{_words(here)} and {_words(there)}"
+                    )
+
+    def describe(self) -> ModelDescription:
+        """See Runner."""
+        return self._description
+
+    def fingerprint(self) -> str:
+        """See Runner."""
+        return self._description.fingerprint
+
+    def workers(self) -> list[Worker]:
+        """Return workers for each server, each with a stream of its own."""
+        return [
+            _RemoteWorker(address, client.stream, self._name, self._timeout)
+            for _ in range(_CALLS_OF_SERVER)
+            for address, client in self._clients.items()
+        ]
+
+
+def _words(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+class _RemoteWorker(Worker):
+    """One stream, with a batch at a time; opened when it is needed, and after it broke."""
+
+    def __init__(
+        self, name: str, opening: Callable[..., FeatureStream], model: str, timeout: float
+    ) -> None:
+        self.name = name
+        self._opening = opening
+        self._model = model
+        self._timeout = timeout
+        self._stream: FeatureStream | None = None
+
+    def ask(
+        self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
+    ) -> Answer:
+        from layertap.client import StreamRequest
+
+        if self._stream is None:
+            self._stream = self._opening(max_in_flight=1, item_timeout=self._timeout)
+        request = StreamRequest(self._model, given, selections, extractor)
+        try:
+            [(_, outcome)] = self._stream.extract([request])
+        except LayertapError:
+            self.close()
+            raise
+        if isinstance(outcome, LayertapError):
+            raise outcome
+        return Answer(outcome, outcome.extractor, outcome.timings)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
