@@ -171,7 +171,7 @@ def stopped(case: Case, output: Path, **options: object) -> None:
             super()._place(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layertap.dataset.extract.Pipeline", Slow)
+        patch.setattr("layertap.dataset.run.Pipeline", Slow)
         with pytest.raises(KeyboardInterrupt):
             case.run(output, report=report, **options)
 

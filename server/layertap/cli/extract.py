@@ -252,8 +252,8 @@ def extract(
         for selection in map(LayerSelection.parse, layers)
     ]
     from layertap.cli.render import Stderr, show_outputs
-    from layertap.dataset.extract import check_output
-    from layertap.dataset.extract import extract as run
+    from layertap.dataset.run import check_output
+    from layertap.dataset.run import extract as run
     from layertap.dataset.writers import format_of
 
     # What can be wrong is reported before a model is loaded.
@@ -262,8 +262,8 @@ def extract(
     source = _source(items, arrays, given_texts, texts_file, Truncation(truncation), field)
     terminal = Stderr()
     opened = _remote(servers, model) if servers else _local(terminal, model, flags)
-    with opened as runner, terminal.progress(source.noun, len(source)) as report:
-        try:
+    try:
+        with opened as runner, terminal.progress(source.noun, len(source)) as report:
             outcome = run(
                 runner,
                 source,
@@ -279,9 +279,9 @@ def extract(
                 overwrite=overwrite,
                 report=report,
             )
-        except KeyboardInterrupt:
-            terminal.say("interrupted; run the same command again to continue", logging.WARNING)
-            click.get_current_context().exit(_INTERRUPTED)
+    except KeyboardInterrupt:
+        terminal.say("interrupted; run the same command again to continue", logging.WARNING)
+        click.get_current_context().exit(_INTERRUPTED)
     show_outputs(outcome)
     if outcome.failures:
         terminal.say(

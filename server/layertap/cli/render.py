@@ -21,8 +21,8 @@ from layertap.description import LayerDescription, ModelDescription, PassDescrip
 from layertap.selection import Capture, Extractor
 
 if TYPE_CHECKING:
-    from layertap.dataset.extract import Outcome
     from layertap.dataset.pipeline import Progress as RunProgress
+    from layertap.dataset.run import Outcome
 
 __all__ = ["Stderr", "console", "show_layers", "show_outputs"]
 

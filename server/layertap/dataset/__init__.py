@@ -5,7 +5,7 @@ writes shards through a `Format`. A manifest says what the output was made of, s
 continues where an interrupted one ended. Importing this package imports neither torch nor grpc.
 """
 
-from layertap.dataset.extract import Outcome, extract
+from layertap.dataset.run import Outcome, extract
 from layertap.dataset.sources import Source, gather
 
 __all__ = ["Outcome", "Source", "extract", "gather"]

@@ -133,14 +133,12 @@ class Workplace:
                     f"output {self.output}: another process is writing it"
                 ) from error
             yield
-            if not self._started.exists():
-                remove(self.folder)
-        except Exception:
-            if not self._started.exists():
-                remove(self.folder)
-            raise
         finally:
-            os.close(lock)
+            try:
+                if not self._started.exists():
+                    remove(self.folder)
+            finally:
+                os.close(lock)
 
     def clear(self) -> None:
         """Remove what belongs to another run, except the output itself and the lock."""

@@ -75,15 +75,15 @@ class FilledShard:
 class _Meter:
     """How busy each stage is."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, models: int) -> None:
         self._begin = time.perf_counter()
         self._busy = dict.fromkeys(("reading", "decoding", "model", "writing"), 0.0)
-        # How many seconds a stage can be busy in one: that of passes and that of writing have one
-        # thread, and no more inputs are decoded at once than there are cores.
+        # How many seconds a stage can be busy in one: each model runs one pass at a time, one
+        # thread writes, and no more inputs are decoded at once than there are cores.
         self._most = {
             "reading": workers,
             "decoding": min(workers, available_cpus()),
-            "model": 1,
+            "model": models,
             "writing": 1,
         }
         self._lock = threading.Lock()
@@ -137,7 +137,7 @@ class Pipeline:
         self._filled: queue.SimpleQueue[FilledShard | None] = queue.SimpleQueue()
         self._shards: dict[int, FilledShard] = {}
         self._lock = threading.Lock()
-        self._meter = _Meter(len(workers))
+        self._meter = _Meter(len(workers), len({worker.name for worker in workers}))
         self._done = self._failed = 0
 
     def run(

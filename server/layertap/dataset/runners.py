@@ -46,7 +46,7 @@ class Worker(ABC):
     """Runs one batch at a time; for one thread.
 
     Attributes:
-        name: What the worker calls, for messages.
+        name: The model that runs the batches; workers of one server have the same.
     """
 
     name: str

@@ -90,7 +90,7 @@ class ArrayContent(Content):
     def decode(self, raw: bytes) -> np.ndarray:
         """See Content; the bytes are those of an .npy file."""
         try:
-            return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)  # type: ignore[no-any-return]
+            return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise InvalidInputError(f"got no .npy file of numbers ({error})") from error
 

@@ -220,7 +220,7 @@ class _Run:
         place = Workplace(self.path)
         with place.locked(), output_errors(self.path):
             complete, started = place.complete(), place.started()
-            refusal = self._refusal(complete or started, facts)
+            refusal = self._refusal(complete, started, facts)
             if refusal and not overwrite:
                 raise InvalidInputError(f"output {self.path}: {refusal}; --overwrite replaces it")
             if complete is not None and not refusal:
@@ -237,12 +237,25 @@ class _Run:
                 place.start(facts, plan)
             return self._run(place, facts, plan, report)
 
-    def _refusal(self, before: Mapping[str, Any] | None, now: Facts) -> str:
+    def _stateful(self) -> bool:
+        passes = self.runner.describe().passes
+        return passes is not None and passes.state == "kept"
+
+    def _refusal(
+        self, complete: Mapping[str, Any] | None, started: Mapping[str, Any] | None, now: Facts
+    ) -> str:
         """Return why the output can't be continued; empty if it can, or if there is none."""
-        if before is not None:
-            changes = "; ".join(differences(before["facts"], now))
-            return changes and f"it was made in another way ({changes})"
-        return "there is one already, which has no manifest" if self.path.exists() else ""
+        before = complete or started
+        if before is None:
+            return "there is one already, which has no manifest" if self.path.exists() else ""
+        if changes := "; ".join(differences(before["facts"], now)):
+            return f"it was made in another way ({changes})"
+        if complete is None and self._stateful():
+            return (
+                "the model keeps state from pass to pass, so a run that continues would give other "
+                "values than one that was not interrupted"
+            )
+        return ""
 
     def _probe(self) -> Plan:
         """Run the first batch that has a good item, to learn what the outputs are."""
@@ -322,6 +335,8 @@ class _Run:
             ]
             failed = sum(len(record.failures) for record in records.values())
             workers = self.runner.workers()
+            # The state that a pass leaves is what the next one sees, so they run in order.
+            workers = workers[:1] if self._stateful() else workers
             pipeline = Pipeline(
                 self.source,
                 self.batches,
