@@ -228,3 +228,22 @@ def test_a_batch_that_was_given_back_is_handed_out_before_others() -> None:
     given.done(second)
     given.done(first)
     assert given.take() is None
+
+
+def test_large_runs_are_compiled_and_fall_back_to_hook(model: LocalModel, tmp_path: Path) -> None:
+    """AUTO names one extractor for the whole run; a batch that it can't serve is taken by HOOK."""
+    items = np.random.default_rng(0).random((1001, 3, 16, 16), np.float32)
+    items[500, 0, 0, 0] = np.nan
+    np.save(tmp_path / "items.npy", items)
+    outcome = extract(
+        model, [tmp_path / "items.npy"], ["layer1"], tmp_path / "out.npz", batch_size=100
+    )  # fmt: skip
+    assert (outcome.extractor, outcome.rows) == (Extractor.TORCHSCRIPT, 1001)
+    with np.load(tmp_path / "out.npz") as stored:
+        rows = stored["layer1"]
+    right = model.extract(items, ["layer1"], extractor="hook")["layer1"].numpy()
+    np.testing.assert_allclose(rows, right, 1e-4, 1e-5)
+    assert np.isnan(rows[500]).any()
+    np.testing.assert_array_equal(
+        rows[500:600], model.extract(items[500:600], ["layer1"], extractor="hook")["layer1"].numpy()
+    )
