@@ -82,7 +82,7 @@ def test_rows_of_arrays_and_lines_of_texts(tmp_path: Path, monkeypatch: pytest.M
     ("inputs", "text"),
     [
         ([], "got no items"),
-        (["photos/gone.jpg"], "image photos/gone.jpg: no such file"),
+        (["photos/gone.jpg"], "input photos/gone.jpg: no such file"),
         (["photos/*.gif"], r"glob photos/\*.gif: no file matches"),
         (["empty"], "folder empty: got no images"),
         (["@gone"], "list gone: No such file"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -64,7 +64,7 @@ class _Part(click.ParamType["tuple[int, int]"]):
         return int(number), int(count)
 
 
-@click.command(short_help="Write layers of images, texts or arrays to files.")
+@click.command(short_help="Write layers of images, texts, audio or arrays to files.")
 @click.argument("model", metavar="MODEL")
 @click.argument("items", nargs=-1, metavar="[INPUT...]")
 @click.option(
@@ -100,6 +100,14 @@ class _Part(click.ParamType["tuple[int, int]"]):
     metavar="NAME",
     help="The column of .parquet files, or the ending of the files to take from .tar files. "
     "Default: the one with images, arrays or texts.",
+)
+@click.option(
+    "--audio",
+    "recordings",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="A WAV or FLAC file, in place of INPUTs. May be given several times.",
 )
 @click.option(
     "-l",
@@ -194,6 +202,7 @@ def extract(
     texts_file: str | None,
     truncation: str,
     field: str,
+    recordings: tuple[str, ...],
     layers: tuple[str, ...],
     output: Path,
     output_format: str | None,
@@ -209,13 +218,13 @@ def extract(
     servers: list[ServerAddress],
     **flags: Any,
 ) -> None:
-    """Write layers of images, texts or arrays: a row for each item, in their order.
+    """Write layers of images, texts, audio or arrays: a row for each item, in their order.
 
     INPUTs are image files (JPEG, PNG, WebP), folders of such, which are searched with all folders
-    below, quoted globs, .npy arrays with an item in each row, .txt files with a text in each line,
-    .tar files of samples as WebDataset writes them, or .parquet files. @FILE is a file that lists
-    INPUTs, one on each line, and - is the same from stdin. Each item has an id, such as its path,
-    which is in the output too.
+    below, quoted globs, .wav and .flac files, .npy arrays with an item in each row, .txt files with
+    a text in each line, .tar files of samples as WebDataset writes them, or .parquet files. @FILE
+    is a file that lists INPUTs, one on each line, and - is the same from stdin. Each item has an
+    id, such as its path, which is in the output too.
 
     MODEL is a torchvision model (resnet18), a Hugging Face model (hf:FOLDER), a TorchScript file
     (net.pt) or a factory (package.module:function). With --server it is the name of a model on that
@@ -233,6 +242,8 @@ def extract(
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
+      layertap extract hf:nets/wav2vec2 --audio a.wav -l output.last_hidden_state -o a.npz
+      layertap extract hf:nets/wav2vec2 --audio a.wav -l output.last_hidden_state -o a.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
           -l encoder -o texts.npz
       python -c "import numpy; print(numpy.load('cat.npz')['layer1'].shape)"
@@ -259,7 +270,8 @@ def extract(
     # What can be wrong is reported before a model is loaded.
     format_of(output, output_format or "")
     check_output(output)
-    source = _source(items, arrays, given_texts, texts_file, Truncation(truncation), field)
+    given = _Given(items, arrays, given_texts, texts_file, recordings)
+    source = _source(given, Truncation(truncation), field)
     terminal = Stderr()
     opened = _remote(servers, model) if servers else _local(terminal, model, flags)
     try:
@@ -292,26 +304,44 @@ def extract(
         click.get_current_context().exit(_SOME_FAILED)
 
 
-def _source(
-    inputs: Sequence[str],
-    arrays: Sequence[str],
-    texts: Sequence[str],
-    texts_file: str | None,
-    truncation: Truncation,
-    field: str,
-) -> Source:
-    from layertap.dataset.sources import NamedArrayRows, TextItems, gather, joined, lines_of
+class _Given(NamedTuple):
+    """The items on the command line, of which one kind may be given."""
 
-    has_texts = bool(texts) or texts_file is not None
-    if sum(map(bool, (inputs, arrays, has_texts))) != 1:
-        raise click.UsageError("give one of: INPUTs, texts by --text and --texts, or --input")
-    if inputs:
-        return gather(inputs, truncation, field)
-    if arrays:
-        return joined([NamedArrayRows(parse_array_files(arrays))])
-    given = [(f"--text:{number}", text) for number, text in enumerate(texts, 1)]
-    lines = [] if texts_file is None else lines_of(texts_file)
-    return joined([TextItems([*given, *lines], truncation)])
+    inputs: Sequence[str]
+    arrays: Sequence[str]
+    texts: Sequence[str]
+    texts_file: str | None
+    recordings: Sequence[str]
+
+
+def _source(given: _Given, truncation: Truncation, field: str) -> Source:
+    from layertap.dataset.sources import (
+        AudioContent,
+        Files,
+        NamedArrayRows,
+        TextItems,
+        gather,
+        joined,
+        lines_of,
+    )
+
+    has_texts = bool(given.texts) or given.texts_file is not None
+    if sum(map(bool, (given.inputs, given.arrays, has_texts, given.recordings))) != 1:
+        raise click.UsageError(
+            "give one of: INPUTs, texts by --text and --texts, --audio, or --input"
+        )
+    if given.inputs:
+        return gather(given.inputs, truncation, field)
+    if given.recordings:
+        for file in given.recordings:
+            if not Path(file).is_file():
+                raise InvalidInputError(f"audio {file}: no such file")
+        return joined([Files(given.recordings, AudioContent())])
+    if given.arrays:
+        return joined([NamedArrayRows(parse_array_files(given.arrays))])
+    texts = [(f"--text:{number}", text) for number, text in enumerate(given.texts, 1)]
+    lines = [] if given.texts_file is None else lines_of(given.texts_file)
+    return joined([TextItems([*texts, *lines], truncation)])
 
 
 def parse_array_files(texts: Sequence[str]) -> dict[str, str]:

@@ -96,6 +96,9 @@ def _input_to_proto(given: InputDescription) -> catalogue_pb2.InputSpec:
         optional=given.optional,
         texts=given.texts,
         tokenization=given.tokenization,
+        audio=given.sampling_rate > 0,
+        sampling_rate=given.sampling_rate,
+        audio_preprocessing=given.audio_preprocessing,
     )
 
 
@@ -109,6 +112,8 @@ def _input_from_proto(given: catalogue_pb2.InputSpec) -> InputDescription:
         optional=given.optional,
         texts=given.texts,
         tokenization=given.tokenization,
+        sampling_rate=given.sampling_rate,
+        audio_preprocessing=given.audio_preprocessing,
     )
 
 

@@ -1,4 +1,4 @@
-"""The kinds of content that an item may have: an image, a text or an array."""
+"""The kinds of content that an item may have: an image, a recording, a text or an array."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from layertap.audio import Audio
 from layertap.errors import InvalidInputError
 from layertap.texts import Texts, Truncation
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
-__all__ = ["ArrayContent", "Content", "ImageContent", "TextContent"]
+__all__ = ["ArrayContent", "AudioContent", "Content", "ImageContent", "TextContent"]
 
 
 class Content(ABC):
@@ -56,6 +57,20 @@ class ImageContent(Content):
     def batch(self, contents: Sequence[Any]) -> InputLike:
         """See Content."""
         return list(contents)
+
+
+class AudioContent(Content):
+    """Recordings in WAV or FLAC, which the model's own feature extractor converts."""
+
+    noun = "recordings"
+
+    def decode(self, raw: bytes) -> bytes:
+        """See Content."""
+        return raw
+
+    def batch(self, contents: Sequence[Any]) -> InputLike:
+        """See Content."""
+        return Audio(list(contents))
 
 
 class TextContent(Content):

@@ -11,7 +11,8 @@ from itertools import groupby
 from pathlib import Path
 
 from layertap.dataset.sources.arrays import ArrayRows
-from layertap.dataset.sources.images import IMAGE_SUFFIXES, ImageFiles
+from layertap.dataset.sources.content import AudioContent, ImageContent
+from layertap.dataset.sources.files import AUDIO_SUFFIXES, IMAGE_SUFFIXES, Files
 from layertap.dataset.sources.parquet_rows import ParquetRows
 from layertap.dataset.sources.source import Joined, Source, printable
 from layertap.dataset.sources.tar_shards import TarSamples
@@ -43,11 +44,11 @@ def gather(
     Args:
         inputs: Image files; folders, whose image files are taken with those of all folders below,
             in the order of their names; globs such as ``"photos/**/*.jpg"``, for which the same
-            order holds; ``.npy`` files with an item in each row; ``.txt`` files with a text in each
-            line; ``.tar`` files of samples (see ``TarSamples``); ``.parquet`` files (see
-            ``ParquetRows``); ``"@FILE"`` for a file of such paths, one on each line, and ``"-"``
-            for the same from stdin. Paths in a list are separated by NUL instead if there is one,
-            as ``find -print0`` writes them.
+            order holds; ``.wav`` and ``.flac`` files; ``.npy`` files with an item in each row;
+            ``.txt`` files with a text in each line; ``.tar`` files of samples (see
+            ``TarSamples``); ``.parquet`` files (see ``ParquetRows``); ``"@FILE"`` for a file of
+            such paths, one on each line, and ``"-"`` for the same from stdin. Paths in a list are
+            separated by NUL instead if there is one, as ``find -print0`` writes them.
         truncation: Where a text with too many tokens is cut.
         field: The column of Parquet files, or the part of the samples in tar files.
 
@@ -99,7 +100,12 @@ def _kind(path: str) -> str:
 
 def _images(paths: list[str], how: _How) -> Iterator[Source]:
     del how
-    yield ImageFiles(paths)
+    yield Files(paths, ImageContent())
+
+
+def _audio(paths: list[str], how: _How) -> Iterator[Source]:
+    del how
+    yield Files(paths, AudioContent())
 
 
 def _arrays(paths: list[str], how: _How) -> Iterator[Source]:
@@ -137,6 +143,7 @@ def _parquet(paths: list[str], how: _How) -> Iterator[Source]:
 
 _KINDS: dict[str, Callable[[list[str], _How], Iterator[Source]]] = {
     "": _images,
+    **dict.fromkeys(AUDIO_SUFFIXES, _audio),
     ".npy": _arrays,
     ".txt": _texts,
     ".tar": _tar,
@@ -172,7 +179,7 @@ def _found(path: str) -> Iterator[str]:
             raise InvalidInputError(f"glob {path}: no file matches")
         yield from matches
     else:
-        raise InvalidInputError(f"image {printable(path)}: no such file")
+        raise InvalidInputError(f"input {printable(path)}: no such file")
 
 
 def _images_below(folder: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ class Source(ABC):
     """Items in a fixed order. Safe to share between threads.
 
     Attributes:
-        noun: What the items are called: ``"images"``, ``"texts"`` or ``"items"``.
+        noun: What the items are called: ``"images"``, ``"recordings"``, ``"texts"`` or ``"items"``.
     """
 
     noun: str

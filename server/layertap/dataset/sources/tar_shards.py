@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from layertap.dataset.sources.content import ArrayContent, Content, ImageContent, TextContent
-from layertap.dataset.sources.images import IMAGE_SUFFIXES
+from layertap.dataset.sources.files import IMAGE_SUFFIXES
 from layertap.dataset.sources.source import Source, file_stamp, printable
 from layertap.errors import InvalidInputError
 from layertap.texts import Truncation

@@ -1,4 +1,4 @@
-"""Image files, one for each item."""
+"""Files, one for each item."""
 
 from __future__ import annotations
 
@@ -6,37 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layertap.dataset.sources.content import Content
 from layertap.dataset.sources.source import Source, file_stamp, printable
 from layertap.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
-__all__ = ["IMAGE_SUFFIXES", "ImageFiles", "Images"]
+__all__ = ["AUDIO_SUFFIXES", "IMAGE_SUFFIXES", "Files"]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 """The suffixes, in lower case, by which images are recognised in folders and tar files."""
+AUDIO_SUFFIXES = frozenset({".wav", ".flac"})
+"""The suffixes, in lower case, of recordings."""
 
 
-class Images(Source):
-    """Items that are encoded images; what they are read from is the subclass's business."""
-
-    noun = "images"
-
-    def batch(self, contents: Sequence[Any]) -> InputLike:
-        """See Source."""
-        return list(contents)
-
-
-class ImageFiles(Images):
-    """Image files; the id of each is its path as given.
+class Files(Source):
+    """Files of one kind; the id of each is its path as given.
 
     Args:
         paths: The paths.
+        content: What the files have.
     """
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], content: Content) -> None:
         self._paths = paths
+        self._content = content
+        self.noun = content.noun
 
     def __len__(self) -> int:
         """Return the number of files."""
@@ -50,9 +46,18 @@ class ImageFiles(Images):
         """See Source."""
         return file_stamp(self._paths[index])
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int) -> Any:
         """See Source."""
         try:
-            return Path(self._paths[index]).read_bytes()
+            raw = Path(self._paths[index]).read_bytes()
         except OSError as error:
             raise InvalidInputError(error.strerror or str(error)) from error
+        return self._content.decode(raw)
+
+    def batch(self, contents: Sequence[Any]) -> InputLike:
+        """See Source."""
+        return self._content.batch(contents)
+
+    def nbytes(self, content: Any) -> int:
+        """See Source."""
+        return self._content.nbytes(content)
