@@ -43,11 +43,11 @@ def refusals(catalogue: Catalogue, extractor: Extractor = TORCHSCRIPT) -> dict[s
 
 
 def test_layers_before_a_fault_are_served() -> None:
-    """A loop over the items of a batch fails at two items; earlier layers don't."""
+    """A loop over the items of a batch fails at another number of items; earlier layers do not."""
     catalogue = claims(loaded("proofnets:per_item"))
     refused = refusals(catalogue)
     assert refused["encoder"] == ""
-    assert refused["decoder"].startswith("a compiled program fails at batch size 2 (RuntimeError:")
+    assert refused["decoder"].startswith("a compiled program fails at batch size 3 (RuntimeError:")
     assert refused["out"]
     assert refused["output"]
     assert catalogue.entry("out").serves(HOOK, OUTPUT)
@@ -58,6 +58,11 @@ def test_one_odd_layer_does_not_cost_the_others() -> None:
     refused = refusals(claims(loaded("forked")))
     assert "the model can't be compiled" in refused["forked"]
     assert (refused["first"], refused["middle"], refused["last"]) == ("", "", "")
+
+
+def test_code_that_treats_one_item_as_a_special_case_is_served() -> None:
+    """A program that is recorded from several items holds for one item and for others."""
+    assert not any(refusals(claims(loaded("one_or_many"))).values())
 
 
 def test_only_the_layers_whose_values_differ_are_refused() -> None:
@@ -124,7 +129,7 @@ def test_a_value_that_is_there_for_some_inputs_only_is_left_to_hook() -> None:
 @pytest.mark.parametrize(
     "net",
     ["forked", "repeats", "clamps_below", "dead_clamp", "dead_chain", "clips", "sometimes_tuple",
-     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:residual"],
+     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:residual", "one_or_many"],
 )  # fmt: skip
 def test_what_is_claimed_is_what_a_request_gets(net: str) -> None:
     """Every claim can be built as a plan: alone, and all of one extractor together."""

@@ -38,7 +38,7 @@ from layertap.extraction.samples import (
     reaching_batches,
     wide_batch,
 )
-from layertap.extraction.survey import survey_looks
+from layertap.extraction.survey import LooksSurvey, survey_looks
 from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import Taps
 from layertap.models import Batch, LoadedModel
@@ -106,6 +106,8 @@ class _Trial:
         self._model = model
         self._catalogue = catalogue
         self._guard: PassGuard = catalogue.guard
+        # Programs are recorded from it; see Note [An example of two items] in ``plan_builder``.
+        self._example = ordinary_batch(model, 2)
 
     def run(self, trace: Trace | None) -> Generator[None, None, dict[Extractor, _Found]]:
         """Test every claim in steps; return what was found about each extractor."""
@@ -119,11 +121,14 @@ class _Trial:
         if not points:
             return found
         steps = {point: sample_step(self._catalogue.specs[point]) for point in points}
-        cases = yield from self._cases(steps)
+        looks = self._looks(self._example)
+        yield
+        cases = yield from self._cases(steps, looks)
         for extractor, claimed in claims.items():
             kind = KINDS[extractor]
             if isinstance(kind, CompiledKind) and claimed:
-                found[extractor] = _Found((yield from self._programs(kind, claimed, steps, cases)))
+                faults = yield from self._programs(kind, claimed, steps, cases, looks)
+                found[extractor] = _Found(faults)
             elif trace and claimed:
                 found[extractor] = yield from self._graph(trace, claimed, cases)
         return found
@@ -142,7 +147,16 @@ class _Trial:
             )
         )
 
-    def _cases(self, steps: Mapping[CapturePoint, int]) -> Generator[None, None, list[Case]]:
+    def _looks(self, x: Batch) -> LooksSurvey:
+        """Return how a pass on a batch uses its values; empty if the model was seen to use none."""
+        if not self._catalogue.looks.looked:
+            return LooksSurvey()
+        with self._guard:
+            return survey_looks(self._model, x)
+
+    def _cases(
+        self, steps: Mapping[CapturePoint, int], example: LooksSurvey
+    ) -> Generator[None, None, list[Case]]:
         """Run the model on each batch, and leave out batches that it can't take."""
         model = self._model
         cases: list[Case] = []
@@ -151,12 +165,12 @@ class _Trial:
             if x is None:
                 return False
             case = run_case(model, self._guard, x, steps, ordinary=ordinary)
-            if case and self._catalogue.looks.looked:
-                case = replace(case, astray=self._astray(x))
+            if case:
+                case = replace(case, astray=_astray(example, self._looks(x)))
             cases.extend([case] if case else [])
             return case is not None
 
-        add(ordinary_batch(model, 2), ordinary=True)
+        add(self._example, ordinary=True)
         yield
         if not add(wide_batch(model, 3)):
             yield
@@ -171,14 +185,6 @@ class _Trial:
             add(ordinary_batch(model, 1), ordinary=True)
         yield
         return cases
-
-    def _astray(self, x: Batch) -> frozenset[CapturePoint]:
-        """Return the points before which the code goes another way than for the example."""
-        example = self._catalogue.looks
-        with self._guard:
-            looks = survey_looks(self._model, x)
-        points = example.looked.keys() | looks.looked.keys()
-        return frozenset(p for p in points if looks.before(p) != example.before(p))
 
     def _graph(
         self, trace: Trace, points: Sequence[CapturePoint], cases: Sequence[Case]
@@ -233,25 +239,34 @@ class _Trial:
         points: Sequence[CapturePoint],
         steps: Mapping[CapturePoint, int],
         cases: Sequence[Case],
+        looks: LooksSurvey,
     ) -> Generator[None, None, Faults]:
         # Not the taps for requests: the hooks of this trial would slow down their passes.
         taps = Taps(self._model.module)
         context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
-        unrepeated = [point for point in points if self._is_unrepeated(point, cases)]
+        unrepeated = [point for point in points if _is_unrepeated(point, looks, cases)]
         rest = [point for point in points if point not in unrepeated]
         try:
-            faults = yield from CompileTrial(context, kind, steps, cases).faults(rest)
+            trial = CompileTrial(context, kind, steps, self._example, cases)
+            faults = yield from trial.faults(rest)
         finally:
             taps.close()
         return {**faults, **dict.fromkeys(unrepeated, UNREPEATED)}
 
-    def _is_unrepeated(self, point: CapturePoint, cases: Sequence[Case]) -> bool:
-        """Return whether the code looks at a fraction before a point that no other sample has.
 
-        Batches of ordinary numbers have items in common, so they don't count.
-        """
-        fraction = any(map(is_fraction, self._catalogue.looks.before(point)))
-        return fraction and all(point in case.astray for case in cases if not case.ordinary)
+def _astray(example: LooksSurvey, looks: LooksSurvey) -> frozenset[CapturePoint]:
+    """Return the points before which the code goes another way than for the example."""
+    points = example.looked.keys() | looks.looked.keys()
+    return frozenset(p for p in points if looks.before(p) != example.before(p))
+
+
+def _is_unrepeated(point: CapturePoint, example: LooksSurvey, cases: Sequence[Case]) -> bool:
+    """Return whether the code looks at a fraction before a point that no other sample has.
+
+    Batches of ordinary numbers have items in common, so they don't count.
+    """
+    fraction = any(map(is_fraction, example.before(point)))
+    return fraction and all(point in case.astray for case in cases if not case.ordinary)
 
 
 def _found_of_graph(

@@ -135,6 +135,7 @@ class CompileTrial:
         context: The model, with taps that only this trial uses.
         kind: The kind that compiles.
         steps: The distance between the elements that are compared, for each point.
+        example: The batch from which programs are recorded: of two items, see ``plan_builder``.
         cases: The batches, with the values that the programs must compute.
     """
 
@@ -143,11 +144,13 @@ class CompileTrial:
         context: BuildContext,
         kind: CompiledKind[Any],
         steps: Mapping[CapturePoint, int],
+        example: Batch,
         cases: Sequence[Case],
     ) -> None:
         self._context = context
         self._kind = kind
         self._steps = steps
+        self._example = example
         self._cases = cases
         self._small = context.model.weight_bytes() <= MAX_COPIED_BYTES
         self._left = MAX_PROGRAMS
@@ -324,8 +327,7 @@ class CompileTrial:
             # The second tensor has the value's shape but takes the memory of one element.
             return value.reshape(-1)[:: steps[index]].clone(), value.new_zeros(()).expand_as(value)
 
-        model = self._context.model
-        example = ordinary_batch(model, 1)
+        example = self._example.clone()
         # Earlier requests leave hooks like these on the model; a compiler may fail because of them.
         for point in points:
             self._context.taps.install(point.path, point.capture)
@@ -333,7 +335,7 @@ class CompileTrial:
             with self._context.guard:
                 return self._kind.compile(self._context, PassSpec(tuple(points)), example, compared)
         except Exception as error:
-            _log.info("model %s can't be compiled", model.name, exc_info=True)
+            _log.info("model %s can't be compiled", self._context.model.name, exc_info=True)
             if is_out_of_memory(error):
                 raise
             reason = f"the model can't be compiled ({compiler_words(error)})"

@@ -9,6 +9,13 @@ Note [Programs for several sizes]
     kinds of programs are never tried at another size: those with native operations that check no
     sizes, which could end the process there, and those whose recorded pass looked at values, as the
     guard of another size may look at others.
+
+Note [An example of two items]
+    Code may treat a batch of one item as a special case. The decoders of transformers do: ``if
+    len(x) != len(positions): positions = positions.expand(len(x), -1)``. A program that is recorded
+    from one item lacks the expansion and fails for two. A program that is recorded from two items
+    serves one item, too, as expanding to one item changes nothing. So programs are recorded from a
+    batch of several items, if there is one with the right outcome.
 """
 
 from __future__ import annotations
@@ -79,6 +86,13 @@ class _Proof:
 
     @property
     def example(self) -> Batch:
+        """The batch to record a program from; see Note [An example of two items]."""
+        batches = [x for x, _ in self.cases]
+        return next((x for x in batches if x.size > 1), batches[0])
+
+    @property
+    def typical(self) -> Batch:
+        """A batch of a size that requests often have: the smallest."""
         return self.cases[0][0]
 
     def specs(self) -> list[ValueSpec]:
@@ -303,7 +317,7 @@ class PlanBuilder:
         try:
             if kind.may_end_the_process(program):
                 yield from self._tried_apart(kind, program, proof)
-            built = kind.finish(program)
+            built = kind.finish(program, proof.typical)
             yield None
             yield from proof.steps(built)
             for _ in range(kind.warm_up_runs):
@@ -404,7 +418,7 @@ class PlanBuilder:
         kind = kind_of(extractor)
         if isinstance(kind, CompiledKind):
             outcome = self.outcomes.observe(pass_spec, example)
-            return kind.finish(self._compile(kind, pass_spec, example, outcome)[0])
+            return kind.finish(self._compile(kind, pass_spec, example, outcome)[0], example)
         return kind.build(self._context, pass_spec)
 
     def _compile(
