@@ -54,10 +54,24 @@ class OneOrMany(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.conv(x)
         places = torch.arange(y.shape[-1]).unsqueeze(0)
-        if len(y) != len(places):
-            places = places.expand(len(y), -1)
-        rows = torch.arange(len(y))
+        if y.shape[0] != places.shape[0]:
+            places = places.expand(y.shape[0], -1)
+        rows = torch.arange(y.shape[0])
         return self.placed(y * places[rows][:, None, None])
+
+
+class ConstantItems(nn.Module):
+    """The number of items is a constant of a program, which is broadcast if it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.placed = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        places = torch.arange(y.shape[-1]).repeat(len(y), 1)
+        return self.placed(y * places[:, None, None])
 
 
 class LargeMean(nn.Module):
@@ -233,6 +247,11 @@ def repeats() -> nn.Module:
 def one_or_many() -> nn.Module:
     """Return a OneOrMany."""
     return made(OneOrMany)
+
+
+def constant_items() -> nn.Module:
+    """Return a ConstantItems."""
+    return made(ConstantItems)
 
 
 def large_mean() -> nn.Module:

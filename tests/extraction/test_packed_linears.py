@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from layertap.extraction import packed_linears
+from layertap.extraction import CapturePoint, PlanBuilder, PointKind, Taps, measure, packed_linears
 from layertap.extraction.kinds.torchscript import _in_unit_of_its_own
 from layertap.extraction.packed_linears import pack_linears
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.passes import PassGuard
+from layertap.extraction.trial import tried
+from layertap.models import ModelSpec, load_model
+from layertap.selection import Extractor
 from layertap.silence import warnings_ignored
 
 
@@ -150,3 +155,19 @@ def test_freed_weights_are_not_taken_for_later_ones() -> None:
         assert torch.allclose(program(x), net(x), atol=1e-5)
         del net, program
     assert len(kept) == 20
+
+
+@torch.inference_mode()
+def test_the_plans_of_two_outcomes_share_packed_weights() -> None:
+    """Compiled plans are packed for one item, and those of one model pack its weights once."""
+    model = load_model(ModelSpec("guardnets:plain_words", item_shape=(8,)))
+    model = tried(model, PassGuard(model.module))
+    builder = PlanBuilder(model, Taps(model.module), measure(model))
+    spec = PassSpec((CapturePoint(PointKind.MODULE, "head"),))
+    key = model.signature.key
+    one, two = (
+        builder.build(Extractor.TORCHSCRIPT, spec, key, (outcome,)).built._packed  # type: ignore[attr-defined]
+        for outcome in ("True", "False")
+    )
+    assert len(one) == 2
+    assert {id(each) for each in one} == {id(each) for each in two}

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 
 from layertap.extraction.catalogue import Catalogue, LayerEntry
-from layertap.extraction.compile_trial import Case, CompileTrial, Faults, run_case
+from layertap.extraction.compile_trial import (
+    Case,
+    CompileTrial,
+    Faults,
+    depends_on_size,
+    run_case,
+)
 from layertap.extraction.digest import sample_step
 from layertap.extraction.guards import is_fraction
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
@@ -106,8 +112,6 @@ class _Trial:
         self._model = model
         self._catalogue = catalogue
         self._guard: PassGuard = catalogue.guard
-        # Programs are recorded from it; see Note [An example of two items] in ``plan_builder``.
-        self._example = ordinary_batch(model, 2)
 
     def run(self, trace: Trace | None) -> Generator[None, None, dict[Extractor, _Found]]:
         """Test every claim in steps; return what was found about each extractor."""
@@ -121,13 +125,12 @@ class _Trial:
         if not points:
             return found
         steps = {point: sample_step(self._catalogue.specs[point]) for point in points}
-        looks = self._looks(self._example)
-        yield
-        cases = yield from self._cases(steps, looks)
+        seen = yield from self._cases(steps)
+        cases = [case for case, _ in seen]
         for extractor, claimed in claims.items():
             kind = KINDS[extractor]
             if isinstance(kind, CompiledKind) and claimed:
-                faults = yield from self._programs(kind, claimed, steps, cases, looks)
+                faults = yield from self._programs(kind, claimed, steps, seen)
                 found[extractor] = _Found(faults)
             elif trace and claimed:
                 found[extractor] = yield from self._graph(trace, claimed, cases)
@@ -155,22 +158,20 @@ class _Trial:
             return survey_looks(self._model, x)
 
     def _cases(
-        self, steps: Mapping[CapturePoint, int], example: LooksSurvey
-    ) -> Generator[None, None, list[Case]]:
+        self, steps: Mapping[CapturePoint, int]
+    ) -> Generator[None, None, list[tuple[Case, LooksSurvey]]]:
         """Run the model on each batch, and leave out batches that it can't take."""
         model = self._model
-        cases: list[Case] = []
+        cases: list[tuple[Case, LooksSurvey]] = []
 
         def add(x: Batch | None, *, ordinary: bool = False) -> bool:
             if x is None:
                 return False
             case = run_case(model, self._guard, x, steps, ordinary=ordinary)
-            if case:
-                case = replace(case, astray=_astray(example, self._looks(x)))
-            cases.extend([case] if case else [])
+            cases.extend([(case, self._looks(x))] if case else [])
             return case is not None
 
-        add(self._example, ordinary=True)
+        add(ordinary_batch(model, 2), ordinary=True)
         yield
         if not add(wide_batch(model, 3)):
             yield
@@ -238,20 +239,29 @@ class _Trial:
         kind: CompiledKind[Any],
         points: Sequence[CapturePoint],
         steps: Mapping[CapturePoint, int],
-        cases: Sequence[Case],
-        looks: LooksSurvey,
+        seen: Sequence[tuple[Case, LooksSurvey]],
     ) -> Generator[None, None, Faults]:
-        # Not the taps for requests: the hooks of this trial would slow down their passes.
-        taps = Taps(self._model.module)
-        context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
-        unrepeated = [point for point in points if _is_unrepeated(point, looks, cases)]
-        rest = [point for point in points if point not in unrepeated]
-        try:
-            trial = CompileTrial(context, kind, steps, self._example, cases)
-            faults = yield from trial.faults(rest)
-        finally:
-            taps.close()
-        return {**faults, **dict.fromkeys(unrepeated, UNREPEATED)}
+        """Return the faults of programs; see Note [Examples to record from] in ``plan_builder``."""
+        found: list[Faults] = []
+        for size in (2, 1):
+            example = ordinary_batch(self._model, size)
+            looks = self._looks(example)
+            yield
+            cases = [replace(case, astray=_astray(looks, other)) for case, other in seen]
+            unrepeated = [point for point in points if _is_unrepeated(point, looks, cases)]
+            rest = [point for point in points if point not in unrepeated]
+            # Not the taps for requests: the hooks of this trial would slow down their passes.
+            taps = Taps(self._model.module)
+            context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
+            try:
+                faults = yield from CompileTrial(context, kind, steps, example, cases).faults(rest)
+            finally:
+                taps.close()
+            found.append({**faults, **dict.fromkeys(unrepeated, UNREPEATED)})
+            if not any(map(depends_on_size, faults.values())):
+                break
+        # Any subset of what one example serves can be served together.
+        return min(found, key=len)
 
 
 def _astray(example: LooksSurvey, looks: LooksSurvey) -> frozenset[CapturePoint]:

@@ -39,7 +39,7 @@ from layertap.extraction.points import CapturePoint
 from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, LoadedModel
 
-__all__ = ["Case", "CompileTrial", "Faults", "run_case"]
+__all__ = ["Case", "CompileTrial", "Faults", "depends_on_size", "run_case"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ Both copy the weights.
 
 LARGER = 7
 """An additional batch size for programs that could end the process."""
+
+_AT_SIZE = "at batch size"
 
 Run = Callable[[Batch], Values]
 
@@ -135,7 +137,7 @@ class CompileTrial:
         context: The model, with taps that only this trial uses.
         kind: The kind that compiles.
         steps: The distance between the elements that are compared, for each point.
-        example: The batch from which programs are recorded: of two items, see ``plan_builder``.
+        example: The batch from which programs are recorded.
         cases: The batches, with the values that the programs must compute.
     """
 
@@ -360,7 +362,7 @@ class CompileTrial:
                 # The program may write into its batch, which other programs use again.
                 return run(x.clone())
         except Exception as error:
-            raise _failed(f"a compiled program fails at batch size {x.size}", error) from error
+            raise _failed(f"a compiled program fails {_AT_SIZE} {x.size}", error) from error
 
     def _differences(
         self, case: Case, points: Sequence[CapturePoint], values: Sequence[torch.Tensor]
@@ -378,10 +380,14 @@ class CompileTrial:
             tolerance = self._kind.tolerance(true.elements)
             if fault := true.fault_of_sample(shape, elements.to(true.elements.device), tolerance):
                 faults[point] = (
-                    f"at batch size {case.x.size} a compiled program differs from the model: "
-                    f"{fault}"
+                    f"{_AT_SIZE} {case.x.size} a compiled program differs from the model: {fault}"
                 )
         return faults
+
+
+def depends_on_size(reason: str) -> bool:
+    """Return whether a program fails or differs at some batch size, which its example decides."""
+    return _AT_SIZE in reason
 
 
 def _failed(what: str, error: Exception) -> Exception:

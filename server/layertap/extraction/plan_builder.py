@@ -10,12 +10,16 @@ Note [Programs for several sizes]
     sizes, which could end the process there, and those whose recorded pass looked at values, as the
     guard of another size may look at others.
 
-Note [An example of two items]
+Note [Examples to record from]
     Code may treat a batch of one item as a special case. The decoders of transformers do: ``if
-    len(x) != len(positions): positions = positions.expand(len(x), -1)``. A program that is recorded
-    from one item lacks the expansion and fails for two. A program that is recorded from two items
-    serves one item, too, as expanding to one item changes nothing. So programs are recorded from a
-    batch of several items, if there is one with the right outcome.
+    x.shape[0] != positions.shape[0]: positions = positions.expand(x.shape[0], -1)``. A program that
+    is recorded from one item lacks the expansion and fails for two. A program that is recorded from
+    two items serves one item, too, as expanding to one item changes nothing. So programs are
+    recorded from a batch of several items, if there is one with the right outcome.
+
+    Where the number of items becomes a constant of the program, it is the other way round: a tensor
+    for one item is broadcast to any number, and one for two items is not. So if the program of two
+    items fails its proof, one of a single item is tried.
 """
 
 from __future__ import annotations
@@ -86,14 +90,14 @@ class _Proof:
 
     @property
     def example(self) -> Batch:
-        """The batch to record a program from; see Note [An example of two items]."""
-        batches = [x for x, _ in self.cases]
-        return next((x for x in batches if x.size > 1), batches[0])
+        """The smallest batch."""
+        return self.cases[0][0]
 
     @property
-    def typical(self) -> Batch:
-        """A batch of a size that requests often have: the smallest."""
-        return self.cases[0][0]
+    def examples(self) -> list[Batch]:
+        """The batches to record programs from; see Note [Examples to record from]."""
+        several = [x for x, _ in self.cases if x.size > self.example.size]
+        return [*several[:1], self.example]
 
     def specs(self) -> list[ValueSpec]:
         """Return the type and shape of each value, by the first batches of one and two items."""
@@ -299,7 +303,19 @@ class PlanBuilder:
         adopted = yield from self._adopted(kind, proof)
         if adopted is not None:
             return adopted
-        program, general = self._compile(kind, proof.pass_spec, proof.example, proof.outcome)
+        failed: ExtractorUnsupportedError | None = None
+        for example in proof.examples:
+            try:
+                return (yield from self._recorded(kind, proof, example, stored))
+            except ExtractorUnsupportedError as error:
+                failed = failed or error
+        raise failed or AssertionError("a proof has examples")
+
+    def _recorded(
+        self, kind: CompiledKind[Any], proof: _Proof, example: Batch, stored: PlanFile | None
+    ) -> Generator[None, None, BuiltExtractor]:
+        """Return the extractor of a program that is recorded from one example."""
+        program, general = self._compile(kind, proof.pass_spec, example, proof.outcome)
         yield None
         portable = (general or not proof.outcome) and not kind.may_end_the_process(program)
         with stored.storing(kind, program) if stored else nullcontext():
@@ -317,7 +333,7 @@ class PlanBuilder:
         try:
             if kind.may_end_the_process(program):
                 yield from self._tried_apart(kind, program, proof)
-            built = kind.finish(program, proof.typical)
+            built = kind.finish(program, proof.example)
             yield None
             yield from proof.steps(built)
             for _ in range(kind.warm_up_runs):
