@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import hfnets
+import layertap as layertap_api
 from processes import layertap, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,3 +173,20 @@ def test_the_text_examples_run(folder_with_bert: Path) -> None:
     with serving(source, "--port", "0", "--metrics-port", "-1") as server:
         code = claimed(code, r"\([\d, ]*\)").replace("127.0.0.1:8001", server.address)
         exec(code, {})  # noqa: S102 - the page is ours
+
+
+def test_the_gradient_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/gradients.md gives Grad-CAM of the photo, in the shapes that it claims."""
+    shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    code, *_ = blocks("python", (ROOT / "docs" / "gradients.md").read_text("utf-8"))
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102 - the page is ours
+    found, heat = names["found"], names["heat"]
+    assert isinstance(found, layertap_api.LocalFeatures)
+    assert isinstance(heat, torch.Tensor)
+    assert found["layer4:gradient"].shape == (1, 512, 7, 7)
+    assert found["objective.value"].shape == (1,)
+    assert found["objective.index"].shape == (1, 1)
+    assert heat.shape == (1, 7, 7)
+    assert heat.abs().sum() > 0

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from layertap.errors import LayertapError
     from layertap.local import LocalFeatures, LocalModel, load
     from layertap.malloc import keep_memory
+    from layertap.objective import Measure, Objective, ObjectiveTerm
     from layertap.selection import Capture, Extractor, LayerSelection, Reduction
     from layertap.settings import Limits
     from layertap.texts import Texts
@@ -42,6 +43,9 @@ __all__ = [
     "Limits",
     "LocalFeatures",
     "LocalModel",
+    "Measure",
+    "Objective",
+    "ObjectiveTerm",
     "Reduction",
     "StreamRequest",
     "Texts",
@@ -68,6 +72,7 @@ _HOMES = {
     "layertap.errors": ("LayertapError",),
     "layertap.local": ("LocalFeatures", "LocalModel", "load"),
     "layertap.malloc": ("keep_memory",),
+    "layertap.objective": ("Measure", "Objective", "ObjectiveTerm"),
     "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Reduction"),
     "layertap.settings": ("Limits",),
     "layertap.texts": ("Texts",),

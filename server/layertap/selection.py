@@ -13,6 +13,7 @@ from layertap.errors import InvalidInputError
 
 __all__ = [
     "SENT_DTYPES",
+    "SIDES",
     "Capture",
     "Extractor",
     "Glob",
@@ -67,10 +68,31 @@ def as_extractor(name: Extractor | str) -> Extractor:
 
 
 class Capture(StrEnum):
-    """A side of a layer; ``layertap.v1.Capture`` has the same names."""
+    """What to capture of a layer; ``layertap.v1.Capture`` has the same names.
+
+    OUTPUT and INPUT are the sides of a layer; the others are gradients with respect to a side.
+    """
 
     OUTPUT = "output"
     INPUT = "input"
+    GRADIENT = "gradient"
+    INPUT_GRADIENT = "input_gradient"
+
+    @property
+    def side(self) -> Capture:
+        """The side of the layer: the captured one, or the one that the gradient belongs to."""
+        return _SIDE_OF.get(self, self)
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is a gradient and not a value of the forward pass."""
+        return self in _SIDE_OF
+
+
+_SIDE_OF = {Capture.GRADIENT: Capture.OUTPUT, Capture.INPUT_GRADIENT: Capture.INPUT}
+
+SIDES = (Capture.OUTPUT, Capture.INPUT)
+"""The sides of a layer."""
 
 
 class Reduction(StrEnum):
@@ -93,8 +115,9 @@ class LayerSelection:
 
     Attributes:
         layer: A layer's name, or a glob that matches names.
-        capture: The side of the layer.
-        alias: The name in the reply; if empty, it is ``layer`` or ``layer:input``.
+        capture: The side of the layer, or the gradient with respect to a side.
+        alias: The name in the reply; if empty, it is ``layer``, ``layer:input``,
+            ``layer:gradient`` or ``layer:input_gradient``.
         reduction: What is done to the value before it is sent.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which floating-point
             values are sent; if empty, the model's own dtype.
@@ -118,19 +141,19 @@ class LayerSelection:
 
     @classmethod
     def parse(cls, text: str) -> LayerSelection:
-        r"""Read ``LAYER[:input|:output][=ALIAS]``, such as ``avgpool:input=before``.
+        r"""Read ``LAYER[:CAPTURE][=ALIAS]``, such as ``avgpool:input=before``.
 
-        If the layer's name contains a colon, an equals sign or a backslash, put a backslash in
-        front of it: ``heads.a\=b``.
+        CAPTURE is a value of `Capture`; if it is left out, ``output``. If the layer's name contains
+        a colon, an equals sign or a backslash, put a backslash in front of it: ``heads.a\=b``.
         """
         target, equals, alias = _cut(text, "=")
         layer, colon, side = _cut(target, ":")
         if not layer or (equals and not alias):
-            raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:input|:output][=ALIAS]")
+            raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:CAPTURE][=ALIAS]")
         if colon and side not in tuple(Capture):
             raise InvalidInputError(
-                f"layer: got {text!r}, expected 'input' or 'output' after the colon; a colon in "
-                f"the layer's own name is written '\\:'"
+                f"layer: got {text!r}, expected one of {', '.join(Capture)} after the colon; a "
+                f"colon in the layer's own name is written '\\:'"
             )
         return cls(_ESCAPED.sub(r"\1", layer), Capture(side) if colon else Capture.OUTPUT, alias)
 
@@ -138,7 +161,7 @@ class LayerSelection:
         """Return the name in the reply for ``layer``, one of the layers that match this."""
         if self.alias:
             return self.alias
-        return layer if self.capture is Capture.OUTPUT else f"{layer}:input"
+        return layer if self.capture is Capture.OUTPUT else f"{layer}:{self.capture}"
 
 
 _ESCAPED = re.compile(r"\\([:=\\])")
@@ -238,7 +261,7 @@ def parse_selections(layers: SelectionLike) -> list[LayerSelection]:
             ``return_nodes`` convention of torchvision's ``create_feature_extractor``).
 
     Raises:
-        InvalidInputError: If a text is not ``LAYER[:input|:output][=ALIAS]``.
+        InvalidInputError: If a text is not ``LAYER[:CAPTURE][=ALIAS]``.
     """
     if isinstance(layers, str | LayerSelection):
         layers = [layers]

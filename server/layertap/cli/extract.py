@@ -15,8 +15,10 @@ import click
 from layertap.cli.items import ArrayItems, ImageItems, Items, TextItems, parse_array_files
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
+from layertap.objective import MAX_TERMS, Objective, parse_objective
 from layertap.selection import (
     SENT_DTYPES,
+    Capture,
     Extractor,
     Glob,
     LayerSelection,
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
 __all__ = ["batch_axes", "extract"]
+
+INPUTS = ("inputs", "model_inputs")
+"""What the names of the model's inputs may begin with, as layers that have gradients."""
 
 
 @click.command(short_help="Write layers of images, texts or arrays into an .npz file.")
@@ -72,8 +77,15 @@ __all__ = ["batch_axes", "extract"]
     "layers",
     multiple=True,
     required=True,
-    metavar="LAYER[:input][=NAME]",
-    help="A layer to write. May be given several times, and may be a glob.",
+    metavar="LAYER[:CAPTURE][=NAME]",
+    help="A layer to write. May be given several times, and may be a glob. CAPTURE is output, "
+    "input, gradient or input_gradient.",
+)
+@click.option(
+    "--objective",
+    metavar="TEXT",
+    help="What gradients are the gradients of: fc[281], fc[maximum], fc[281] - fc[282]; without a "
+    "layer in front of the brackets, of the model's result.",
 )
 @click.option(
     "-o",
@@ -117,6 +129,7 @@ def extract(
     texts_file: Path | None,
     truncation: str,
     layers: tuple[str, ...],
+    objective: str | None,
     output: Path,
     extractor: str,
     dtype: str | None,
@@ -140,6 +153,7 @@ def extract(
       layertap extract resnet18 *.jpg -l layer4 --reduce global_average_pool -o features.npz
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
+      layertap extract resnet18 cat.jpg -l layer4:gradient --objective "fc[281]" -o cat.npz
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
           -l encoder -o texts.npz
@@ -157,12 +171,8 @@ def extract(
     from layertap.cli.render import Stderr, show_features
 
     terminal = Stderr()
-    how = Extractor(extractor)
-    opened = (
-        _remote(server, model, selections, how)
-        if server
-        else _local(terminal, model, selections, how, flags)
-    )
+    wanted = _Wanted(selections, Extractor(extractor), parse_objective(objective))
+    opened = _remote(server, model, wanted) if server else _local(terminal, model, wanted, flags)
     ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
     with opened as source, terminal.counting(items.noun, len(items)) as bar:
         columns = Columns(lambda: batch_axes(source.describe(), selections))
@@ -174,6 +184,14 @@ def extract(
             bar.advance(bar.task_ids[0], size)
     columns.save(output)
     show_features(columns.rows())
+
+
+class _Wanted(NamedTuple):
+    """What to extract from each batch."""
+
+    selections: list[LayerSelection]
+    extractor: Extractor
+    objective: Objective | None
 
 
 class _Taken(NamedTuple):
@@ -199,13 +217,17 @@ def batch_axes(
     It is None if there is no such dimension: none grows with the batch, several do, or the items
     are interleaved along it.
     """
-    axes: dict[str, int | None] = {}
+    axes: dict[str, int | None] = {"objective.value": 0}
+    axes.update((f"objective.index{end}", 0) for end in ("", *(f"_{n}" for n in range(MAX_TERMS))))
     for selection in selections:
+        if selection.capture is Capture.GRADIENT and selection.layer.startswith(INPUTS):
+            names = [f"{prefix}.{each.name}" for each in description.inputs for prefix in INPUTS]
+            axes.update((selection.name_for(name), 0) for name in names)
         glob = Glob(selection.layer)
         for layer in description.layers:
             if layer.name == selection.layer or glob.matches(layer.name):
                 plain = selection.reduction is Reduction.NONE
-                axis = _batch_axis(layer.values.get(selection.capture)) if plain else 0
+                axis = _batch_axis(layer.values.get(selection.capture.side)) if plain else 0
                 axes[selection.name_for(layer.name)] = axis
     return axes
 
@@ -249,15 +271,19 @@ def _lines(file: Path | None) -> list[str]:
 
 
 @contextmanager
-def _remote(
-    server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
-) -> Iterator[_Source]:
+def _remote(server: ServerAddress, model: str, wanted: _Wanted) -> Iterator[_Source]:
     from layertap.wire.descriptions import description_from_proto
 
     with server.client() as client:
 
         def ask(given: InputLike) -> _Taken:
-            features = client.extract(model, given, selections, extractor=extractor)
+            features = client.extract(
+                model,
+                given,
+                wanted.selections,
+                extractor=wanted.extractor,
+                objective=wanted.objective,
+            )
             return _Taken(features, features.extractor)
 
         yield _Source(ask, lambda: description_from_proto(client.describe_model(model)))
@@ -267,8 +293,7 @@ def _remote(
 def _local(
     terminal: Stderr,
     source: str,
-    selections: list[LayerSelection],
-    extractor: Extractor,
+    wanted: _Wanted,
     flags: dict[str, Any],
 ) -> Iterator[_Source]:
     with terminal.busy(f"loading {source}"):
@@ -278,7 +303,12 @@ def _local(
             terminal.say(assumed, logging.WARNING)
 
         def ask(given: InputLike) -> _Taken:
-            features = model.extract(given, selections, extractor=extractor)
+            features = model.extract(
+                given,
+                wanted.selections,
+                extractor=wanted.extractor,
+                objective=wanted.objective,
+            )
             return _Taken(features.numpy(), features.extractor)
 
         yield _Source(ask, model.describe)

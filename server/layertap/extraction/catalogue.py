@@ -16,7 +16,9 @@ from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames
 from layertap.models import BatchKey
-from layertap.selection import Capture, Extractor, Glob
+from layertap.selection import SIDES, Capture, Extractor, Glob
+
+INPUTS = "inputs"
 
 __all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
 
@@ -34,7 +36,7 @@ class Support:
     @classmethod
     def refused(cls, reason: str) -> Support:
         """Return the support of an extractor that can capture neither side, for one reason."""
-        return cls(dict.fromkeys(Capture, Verdict(reason)))
+        return cls(dict.fromkeys(SIDES, Verdict(reason)))
 
     def without(self, reasons: Mapping[Capture, str]) -> Support:
         """Return a copy that refuses the sides in ``reasons`` too; earlier reasons stay."""
@@ -135,6 +137,27 @@ class Catalogue:
             if not entry.same_as
             for side, point in entry.points.items()
         }
+
+    def name_of(self, point: CapturePoint) -> str:
+        """Return the name to request for a point, or that of a gradient or the objective."""
+        if point.kind is PointKind.OBJECTIVE:
+            return f"objective.{point.path}"
+        name = (
+            f"{self.inputs_name}.{point.path}"
+            if point.kind is PointKind.INPUT
+            else self.names[point.value]
+        )
+        if not point.gradient:
+            return name
+        return f"{name}_gradient" if point.capture is Capture.INPUT else f"{name}:gradient"
+
+    @cached_property
+    def inputs_name(self) -> str:
+        """The first part of the names of the model's inputs: ``inputs``, unless a module has it."""
+        name = INPUTS
+        while any(each == name or each.startswith(f"{name}.") for each in self.entries):
+            name = f"model_{name}"
+        return name
 
     def __iter__(self) -> Iterator[LayerEntry]:
         return iter(self.entries.values())

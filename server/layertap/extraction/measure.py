@@ -46,7 +46,7 @@ from layertap.extraction.survey import (
 )
 from layertap.extraction.symbolic import Trace, trace
 from layertap.models import Batch, LoadedModel
-from layertap.selection import Capture, Extractor
+from layertap.selection import SIDES, Capture, Extractor
 
 __all__ = ["measure", "measure_with_graph"]
 
@@ -488,7 +488,7 @@ def _verdict(kind: AnyKind, entry: LayerEntry, side: Capture, findings: Measurem
     if reason := kind.refuses(findings):
         return Verdict(reason)
     if side not in kind.captures:
-        taken = " and ".join(f"{each}s" for each in Capture if each in kind.captures)
+        taken = " and ".join(f"{each}s" for each in SIDES if each in kind.captures)
         return Verdict(f"it takes {taken} only")
     if point is None:
         any_point = next(iter(entry.points.values()))
@@ -516,7 +516,7 @@ def _refused(reason: str) -> dict[Extractor, Support]:
 
 def _supported(entry: LayerEntry, findings: Measurement) -> dict[Extractor, Support]:
     return {
-        extractor: Support({side: _verdict(kind, entry, side, findings) for side in Capture})
+        extractor: Support({side: _verdict(kind, entry, side, findings) for side in SIDES})
         for extractor, kind in KINDS.items()
     }
 

@@ -57,6 +57,8 @@ REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
 # ExtractStreamRequest uses the same field numbers.
 _INPUTS_FIELD = feature_service_pb2.ExtractRequest.INPUTS_FIELD_NUMBER
 _IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
+_TEXTS_FIELD = feature_service_pb2.ExtractRequest.TEXTS_FIELD_NUMBER
+_OBJECTIVE_FIELD = feature_service_pb2.ExtractRequest.OBJECTIVE_FIELD_NUMBER
 
 MAX_INPUTS = 256
 """Maximum number of tensors in a request. Even a tiny one costs hundreds of bytes of memory."""
@@ -71,7 +73,9 @@ def split_request(message: bytes) -> tuple[bytes, list[TensorView | SharedTensor
     Raises:
         DecodeError: If it is malformed, or has more tensors or fields than allowed.
     """
-    return decode_message(message, field=_INPUTS_FIELD, most=MAX_INPUTS, counted=(_IMAGES_FIELD,))
+    # Fields with lists that ordinary parsing would turn into one object per member.
+    counted = (_IMAGES_FIELD, _TEXTS_FIELD, _OBJECTIVE_FIELD)
+    return decode_message(message, field=_INPUTS_FIELD, most=MAX_INPUTS, counted=counted)
 
 
 def decode_request(

@@ -1,0 +1,381 @@
+"""Gradients of an objective with respect to values of a pass.
+
+Note [Which value a gradient belongs to]
+    A gradient is that with respect to what the module returned, or was given, at that moment. So
+    the model goes on with a copy of the value, which is a new node of autograd's graph: a later
+    in-place operation changes the copy and its node's successors, but not the node. What the model
+    computes from the same memory by another way, such as the input that ``nn.Identity`` returned,
+    is no part of the gradient.
+
+Note [What is recorded]
+    No parameter requires a gradient, so autograd records nothing before the first of these values.
+    The backward pass ends at the values, too: it is asked for the gradients of their nodes only,
+    writes no ``.grad``, and its graph is freed when the pass ends. The forward pass ends after the
+    last value that the objective and the other captures need.
+
+Note [Saved values that change]
+    An operation keeps some of its operands or results for the backward pass. If the model then
+    changes them in place, as ``y = relu(x); y += x`` does, autograd refuses the backward pass, and
+    such a model can't be trained. torch can copy what it keeps before it changes, at a cost for
+    each operation. So this is done only for models for which a trial without it failed, and for one
+    pass of the process at a time, as torch has one such switch.
+
+Note [Gradients of each item]
+    A batch's numbers are added up before they are differentiated. That gives each item's own
+    gradient if no item influences another one's number. Where that was not shown, or a value has no
+    batch dimension, each item runs in a pass of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.autograd.graph import (
+    GradientEdge,
+    allow_mutation_on_saved_tensors,
+    get_gradient_edge,
+    saved_tensors_hooks,
+)
+
+from layertap.errors import InvalidInputError
+from layertap.extraction.containers import plain
+from layertap.extraction.kinds.base import BuildContext
+from layertap.extraction.operands import ItemAxis, Measured, Operands
+from layertap.extraction.pass_spec import PassSpec
+from layertap.extraction.points import CapturePoint, PointKind, Sink
+from layertap.extraction.taps import Edit
+from layertap.models import Batch
+
+__all__ = ["BoundGradients", "GradientExtractor", "SavedBytes", "point_name"]
+
+
+_one_keeps = threading.Lock()
+"""Held by a pass that copies saved values; see Note [Saved values that change]."""
+
+
+@contextmanager
+def _keeping_saved() -> Iterator[None]:
+    with _one_keeps, allow_mutation_on_saved_tensors():
+        yield
+
+
+class _Mark(torch.autograd.Function):
+    """Returns a copy of a value as a new node of the graph, even if no graph led to the value."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, value: torch.Tensor, root: torch.Tensor
+    ) -> torch.Tensor:
+        """Copy the value; ``root`` requires a gradient, so the copy does."""
+        return value.clone()
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Pass the gradient on to the value."""
+        return gradients[0], None
+
+
+def point_name(point: CapturePoint) -> str:
+    """Return a point's name for messages: the path, with what is captured there."""
+    if point.kind is PointKind.OBJECTIVE:
+        return f"objective.{point.path}"
+    path = f"inputs.{point.path}" if point.kind is PointKind.INPUT else point.path or "output"
+    call = f" (call {point.call})" if point.call else ""
+    member = "".join(f"[{key}]" for key in point.member)
+    return (
+        f"{path}{member}:{point.capture}{call}"
+        if point.capture == "input"
+        else (f"{path}{member}{call}")
+    )
+
+
+class GradientExtractor:
+    """Runs the model with its taps, then autograd from the objective to the requested values.
+
+    Args:
+        context: The model, its taps and guard.
+        pass_spec: What to capture; it has an objective.
+        axes: Where the items are in the value of each term of the objective.
+        outputs: Where the items are in each point's value.
+        keeps_saved: Whether saved values are copied before they change; see Note [Saved values
+            that change].
+    """
+
+    def __init__(
+        self,
+        context: BuildContext,
+        pass_spec: PassSpec,
+        axes: Sequence[ItemAxis],
+        outputs: Sequence[ItemAxis],
+        *,
+        keeps_saved: bool = False,
+    ) -> None:
+        if pass_spec.objective is None:
+            raise ValueError("gradients need an objective")
+        self._model = context.model
+        self._taps = context.taps
+        self._guard = context.guard
+        self._points = pass_spec.points
+        self._terms = pass_spec.objective.terms
+        self._axes = axes
+        self._outputs = outputs
+        self._keeps_saved = keeps_saved
+
+    def run(self, x: Batch, sink: Sink) -> None:
+        """Raise ValueError: a pass with gradients needs operands; see ``run_with``."""
+        raise ValueError("a pass with gradients needs the operands of its objective")
+
+    def run_with(self, operands: Operands, x: Batch, sink: Sink) -> None:
+        """Run a batch in one pass; see ``BuiltExtractor.run``.
+
+        Raises:
+            InvalidInputError: If the objective does not depend on one of the values.
+        """
+        keeping = _keeping_saved() if self._keeps_saved else nullcontext()
+        with self._guard as guard, torch.inference_mode(False), torch.enable_grad(), keeping:
+            one = _Pass(self, operands, x.size, sink)
+            self._taps.run(
+                self._model.forward,
+                one.marked_inputs(x),
+                one.watched,
+                one.see,
+                to_end=not guard.rules.early_stop,
+                own_threads=guard.rules.own_threads,
+                edits=one.edits(),
+                raw=True,
+            )
+            one.differentiate()
+
+    def run_alone(
+        self, operands: Operands, shapes: Sequence[tuple[int, ...]], x: Batch, sink: Sink
+    ) -> None:
+        """Run each item of a batch in a pass of its own; see Note [Gradients of each item].
+
+        Args:
+            operands: The operands of the batch.
+            shapes: The shape of an item's part of each term's value.
+            x: The batch.
+            sink: Receives the values of all items together.
+        """
+        kept: list[list[torch.Tensor]] = [[] for _ in self._points]
+
+        def keep(index: int, value: torch.Tensor) -> None:
+            kept[index].append(value.clone())
+
+        for item in range(x.size):
+            self.run_with(operands.narrow(item, shapes), x.narrow(item, 1).clone(), keep)
+        for index, (values, output) in enumerate(zip(kept, self._outputs, strict=True)):
+            axis = output.axis
+            if axis is None:
+                raise InvalidInputError(
+                    f"layers: the value of {point_name(self._points[index])!r} has no batch "
+                    f"dimension, so its gradients are served for one item per request"
+                )
+            if len({(*v.shape[:axis], *v.shape[axis + 1 :]) for v in values}) > 1:
+                raise InvalidInputError(
+                    f"layers: the value of {point_name(self._points[index])!r} differs in size "
+                    f"between the items, so its gradients are served for one item per request"
+                )
+            sink(index, torch.cat(values, axis))
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether every value has a batch dimension, so that a pass may have several items."""
+        return all(each.axis is not None for each in (*self._axes, *self._outputs))
+
+
+@dataclass(frozen=True, eq=False)
+class BoundGradients:
+    """A gradient extractor with the operands of a request, a ``BuiltExtractor``.
+
+    Attributes:
+        extractor: The extractor.
+        operands: The operands.
+        shapes: The shape of an item's part of each term's value.
+        alone: Whether each item needs a pass of its own.
+    """
+
+    extractor: GradientExtractor
+    operands: Operands
+    shapes: Sequence[tuple[int, ...]]
+    alone: bool
+
+    def run(self, x: Batch, sink: Sink) -> None:
+        """See BuiltExtractor."""
+        if x.size > 1 and (self.alone or not self.extractor.takes_batches):
+            self.extractor.run_alone(self.operands, self.shapes, x, sink)
+        else:
+            self.extractor.run_with(self.operands, x, sink)
+
+
+class _Pass:
+    """One pass with gradients.
+
+    Args:
+        extractor: The extractor.
+        operands: The operands of the batch.
+        size: The number of items.
+        sink: Receives the values.
+
+    Attributes:
+        watched: What the taps capture: the requested values, and those of the objective's terms.
+    """
+
+    def __init__(
+        self, extractor: GradientExtractor, operands: Operands, size: int, sink: Sink
+    ) -> None:
+        self._points, self._terms = extractor._points, extractor._terms
+        self._axes = extractor._axes
+        self._operands, self._size, self._sink = operands, size, sink
+        self._root = torch.zeros((), requires_grad=True)
+        self._edges: dict[int, GradientEdge] = {}
+        self._cut: set[int] = set()
+        self._measured: dict[int, Measured] = {}
+        self._values = [
+            index
+            for index, point in enumerate(self._points)
+            if point.kind is PointKind.MODULE and not point.gradient
+        ]
+        self.watched = [
+            *(self._points[index] for index in self._values),
+            *(term.point for term in self._terms),
+        ]
+
+    def edits(self) -> list[Edit]:
+        """Return the edits that mark the values of modules."""
+        return [
+            Edit(point.value, lambda value, index=index: self._mark(index, value))  # type: ignore[misc]
+            for index, point in enumerate(self._points)
+            if point.gradient and point.kind is PointKind.MODULE
+        ]
+
+    def marked_inputs(self, x: Batch) -> Batch:
+        """Return the batch with those of its tensors marked whose gradients are requested."""
+        # Tensors that were made in inference mode can't take part in a graph; their copies can.
+        tensors = {name: t.clone() if t.is_inference() else t for name, t in x.items()}
+        for index, point in enumerate(self._points):
+            if point.gradient and point.kind is PointKind.INPUT:
+                tensors[point.path] = self._mark(index, tensors[point.path])
+        return Batch(tensors)
+
+    def _mark(self, index: int, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            raise InvalidInputError(
+                f"layers: {point_name(self._points[index])!r} is {value.dtype}, which has no "
+                f"gradient"
+            )
+        marked: torch.Tensor = _Mark.apply(value, self._root)
+        # Otherwise the model's code turned gradients off, which is reported after the pass: an
+        # error here could be caught by the model.
+        if marked.requires_grad:
+            self._edges[index] = get_gradient_edge(marked)
+        else:
+            self._cut.add(index)
+        return marked
+
+    def see(self, watched: int, value: torch.Tensor) -> None:
+        """Capture a value, or make the numbers of a term from it."""
+        if watched < len(self._values):
+            self._sink(self._values[watched], plain(value))
+            return
+        term = watched - len(self._values)
+        items = self._axes[term].items(value, self._size)
+        self._measured[term] = self._operands.measure(term, items)
+
+    def differentiate(self) -> None:
+        """Compute the gradients, and capture them and the objective."""
+        weighted = [
+            self._measured[index].numbers * term.weight
+            for index, term in enumerate(self._operands.terms)
+        ]
+        numbers = weighted[0]
+        for more in weighted[1:]:
+            numbers = numbers + more
+        for index, gradient in zip(self._edges, self._gradients(numbers.sum()), strict=True):
+            self._sink(index, gradient)
+        self._report(numbers.detach())
+
+    def _gradients(self, total: torch.Tensor) -> Iterator[torch.Tensor]:
+        missing = [
+            index
+            for index, point in enumerate(self._points)
+            if point.gradient and index not in self._edges
+        ]
+        if missing:
+            cut = missing[0] in self._cut
+            reason = "the model turns gradients off there" if cut else "it did not run before that"
+            raise InvalidInputError(self._independent(missing[0], reason))
+        if not total.requires_grad:
+            first = next(iter(self._edges))
+            raise InvalidInputError(self._independent(first, "no differentiable way leads there"))
+        found = torch.autograd.grad(total, list(self._edges.values()), allow_unused=True)
+        for index, gradient in zip(self._edges, found, strict=True):
+            if gradient is None:
+                raise InvalidInputError(
+                    self._independent(index, "no differentiable way leads there")
+                )
+        yield from found
+
+    def _independent(self, index: int, reason: str) -> str:
+        terms = ", ".join(repr(point_name(term.point)) for term in self._terms)
+        return (
+            f"objective: {terms} does not depend on layer {point_name(self._points[index])!r} on "
+            f"this input ({reason}), so there is no gradient"
+        )
+
+    def _report(self, numbers: torch.Tensor) -> None:
+        indexes = [
+            each.places
+            for number, term in enumerate(self._terms)
+            if term.measure.finds and (each := self._measured[number])
+        ]
+        for index, point in enumerate(self._points):
+            if point.kind is not PointKind.OBJECTIVE:
+                continue
+            if point.path == "value":
+                self._sink(index, numbers)
+                continue
+            found = indexes.pop(0)
+            if found is None:
+                raise AssertionError("a measure of one element has its index")
+            self._sink(index, found)
+
+
+@dataclass
+class SavedBytes:
+    """Counts the bytes that autograd keeps for the backward pass.
+
+    Attributes:
+        module: The model, whose own tensors don't count.
+        nbytes: The bytes of the tensors that were kept in the block, each memory once.
+        largest: The bytes of the largest of them.
+    """
+
+    module: nn.Module
+    nbytes: int = 0
+    largest: int = 0
+    _seen: set[int] = field(default_factory=set)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count in a block."""
+        own = (*self.module.parameters(), *self.module.buffers())
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in own}
+        with saved_tensors_hooks(self._count, lambda tensor: tensor):
+            yield
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is torch.strided and not tensor.is_meta:
+            memory = tensor.untyped_storage()
+            if memory.data_ptr() not in self._seen:
+                self._seen.add(memory.data_ptr())
+                self.nbytes += memory.nbytes()
+                self.largest = max(self.largest, memory.nbytes())
+        return tensor
