@@ -34,6 +34,7 @@ from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
+from layertap.extraction.towers import check_tower
 from layertap.extraction.trial import tried
 from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.objective import TermKey
@@ -225,6 +226,7 @@ class ModelHost:
                 serve this batch size.
         """
         batch_key, size = self.model.signature.key_of(x), x.size
+        check_tower(self.model.signature, self.catalogue, resolved.pass_spec.values, batch_key)
         outcome = self._outcome(resolved, batch_key, x, call)
         extractor = self._choose(resolved, batch_key, x, outcome)
         mine = outcome if kind_of(extractor).compiled else ()

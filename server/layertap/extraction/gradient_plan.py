@@ -23,7 +23,7 @@ from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.operands import ItemAxis, Operands
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.own_words import own_words
-from layertap.extraction.pass_spec import ObjectiveSpec, PassSpec
+from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, GradientFacts, Plan, PlanKey
 from layertap.extraction.points import CapturePoint, Dim, PointKind, ValueSpec
 from layertap.extraction.prover import Prover
@@ -65,7 +65,7 @@ class GradientPlanner:
         if spec.objective is None:
             raise ValueError("a plan with gradients needs an objective")
         _check_inputs(key)
-        plain = _plain_points(spec, spec.objective)
+        plain = spec.values
         cases = []
         for size in (1, 2):
             x = ordinary_batch(self._context.model, size, key.batch_key)
@@ -237,9 +237,3 @@ def _check_inputs(key: PlanKey) -> None:
             raise InvalidInputError(
                 f"layers: got the gradient of input {point.path!r}, which the request leaves out"
             )
-
-
-def _plain_points(spec: PassSpec, objective: ObjectiveSpec) -> tuple[CapturePoint, ...]:
-    """Return the points of modules whose values, gradients or numbers a pass needs."""
-    points = [point.value for point in spec.points if point.kind is PointKind.MODULE]
-    return tuple(dict.fromkeys((*points, *(term.point for term in objective.terms))))

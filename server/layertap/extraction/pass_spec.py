@@ -55,6 +55,14 @@ class PassSpec:
         return self._hash
 
     @property
+    def values(self) -> tuple[CapturePoint, ...]:
+        """The values of layers that the pass needs: captured, differentiated, or the objective."""
+        if self.objective is None:
+            return self.points
+        points = [point.value for point in self.points if point.kind is PointKind.MODULE]
+        return tuple(dict.fromkeys((*points, *(term.point for term in self.objective.terms))))
+
+    @property
     def modules_only(self) -> bool:
         """Whether hooks can see every point: none of them is a node of the symbolic graph."""
         return all(point.kind is PointKind.MODULE for point in self.points)
