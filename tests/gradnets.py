@@ -207,3 +207,23 @@ def tiny_vit() -> nn.Module:
         # torchvision begins with a head of zeros, for which every gradient is zero.
         nn.init.normal_(net.heads[0].weight)
         return net.eval()
+
+
+class Last(nn.Module):
+    """Works on [B, H, W, C], as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = nn.Conv2d(3, 6, 2, 2)
+        self.mix = nn.Linear(6, 6)
+        self.act = nn.GELU()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.mix(self.cut(x).movedim(1, -1)))
+        return self.fc(x.mean((1, 2)))
+
+
+def last() -> nn.Module:
+    """Return a seeded Last, in float32."""
+    return seeded(Last)

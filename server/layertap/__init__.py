@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from layertap.local import LocalFeatures, LocalModel, load
     from layertap.malloc import keep_memory
     from layertap.objective import Measure, Objective, ObjectiveTerm
-    from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+    from layertap.selection import Capture, Extractor, LayerSelection, Method, Reduction
     from layertap.settings import Limits
     from layertap.texts import Texts
 
@@ -44,6 +44,7 @@ __all__ = [
     "LocalFeatures",
     "LocalModel",
     "Measure",
+    "Method",
     "Objective",
     "ObjectiveTerm",
     "Reduction",
@@ -73,7 +74,7 @@ _HOMES = {
     "layertap.local": ("LocalFeatures", "LocalModel", "load"),
     "layertap.malloc": ("keep_memory",),
     "layertap.objective": ("Measure", "Objective", "ObjectiveTerm"),
-    "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Reduction"),
+    "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Method", "Reduction"),
     "layertap.settings": ("Limits",),
     "layertap.texts": ("Texts",),
 }

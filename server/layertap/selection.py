@@ -18,6 +18,7 @@ __all__ = [
     "Extractor",
     "Glob",
     "LayerSelection",
+    "Method",
     "Reduction",
     "SelectionLike",
     "as_extractor",
@@ -95,6 +96,26 @@ SIDES = (Capture.OUTPUT, Capture.INPUT)
 """The sides of a layer."""
 
 
+class Method(StrEnum):
+    """What is made of a gradient; ``layertap.v1.Method`` has the same names.
+
+    The maps are ``[B, H, W]``, one number for each place of the layer's grid, and keep their sign.
+    """
+
+    GRADIENT = "gradient"
+    """The gradient itself."""
+    GRADIENT_X_ACTIVATION = "gradient_x_activation"
+    """The gradient times the value that it belongs to."""
+    GRAD_CAM = "grad_cam"
+    """The channels of the value, each weighted by the mean of its gradient, added up."""
+    HIRES_CAM = "hires_cam"
+    """The gradient times the value, added up over the channels."""
+    LAYER_CAM = "layer_cam"
+    """The positive part of the gradient times the value, added up over the channels."""
+    GRAD_CAM_PLUS_PLUS = "grad_cam_plus_plus"
+    """Grad-CAM with the weights of Grad-CAM++."""
+
+
 class Reduction(StrEnum):
     """What is done to a value before it is sent; ``layertap.v1.Reduction`` has the same names."""
 
@@ -117,14 +138,16 @@ class LayerSelection:
         layer: A layer's name, or a glob that matches names.
         capture: The side of the layer, or the gradient with respect to a side.
         alias: The name in the reply; if empty, it is ``layer``, ``layer:input``,
-            ``layer:gradient`` or ``layer:input_gradient``.
+            ``layer:gradient`` or ``layer:input_gradient``, or with a method ``layer:grad_cam`` or
+            ``layer:input_grad_cam``.
         reduction: What is done to the value before it is sent.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which floating-point
             values are sent; if empty, the model's own dtype.
+        method: What is made of the gradient, if ``capture`` is a gradient.
 
     Raises:
-        InvalidInputError: For an unknown side or reduction. Both may be given as members or by
-            name.
+        InvalidInputError: For an unknown capture, reduction or method, which may be given as
+            members or by name; or for a method of a value that is no gradient.
     """
 
     layer: str
@@ -132,35 +155,54 @@ class LayerSelection:
     alias: str = ""
     reduction: Reduction = Reduction.NONE
     dtype: str = ""
+    method: Method = Method.GRADIENT
 
     def __post_init__(self) -> None:
-        for name, kind in (("capture", Capture), ("reduction", Reduction)):
+        kinds: tuple[tuple[str, type[Capture | Reduction | Method]], ...] = (
+            ("capture", Capture),
+            ("reduction", Reduction),
+            ("method", Method),
+        )
+        for name, kind in kinds:
             given = getattr(self, name)
             if not isinstance(given, kind):
                 object.__setattr__(self, name, _member(name, given, kind))
+        if self.method is not Method.GRADIENT and not self.capture.is_gradient:
+            raise InvalidInputError(
+                f"method: got {self.method.name} for the {self.capture} of layer {self.layer!r}, "
+                f"expected the capture GRADIENT or INPUT_GRADIENT"
+            )
 
     @classmethod
     def parse(cls, text: str) -> LayerSelection:
         r"""Read ``LAYER[:CAPTURE][=ALIAS]``, such as ``avgpool:input=before``.
 
-        CAPTURE is a value of `Capture`; if it is left out, ``output``. If the layer's name contains
+        CAPTURE is a value of `Capture` or, for a gradient, of `Method`; if it is left out,
+        ``output``. If the layer's name contains
         a colon, an equals sign or a backslash, put a backslash in front of it: ``heads.a\=b``.
         """
         target, equals, alias = _cut(text, "=")
         layer, colon, side = _cut(target, ":")
         if not layer or (equals and not alias):
             raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:CAPTURE][=ALIAS]")
+        name = _ESCAPED.sub(r"\1", layer)
+        if side in tuple(Method):
+            return cls(name, Capture.GRADIENT, alias, method=Method(side))
         if colon and side not in tuple(Capture):
+            known = dict.fromkeys((*Capture, *Method))
             raise InvalidInputError(
-                f"layer: got {text!r}, expected one of {', '.join(Capture)} after the colon; a "
+                f"layer: got {text!r}, expected one of {', '.join(known)} after the colon; a "
                 f"colon in the layer's own name is written '\\:'"
             )
-        return cls(_ESCAPED.sub(r"\1", layer), Capture(side) if colon else Capture.OUTPUT, alias)
+        return cls(name, Capture(side) if colon else Capture.OUTPUT, alias)
 
     def name_for(self, layer: str) -> str:
         """Return the name in the reply for ``layer``, one of the layers that match this."""
         if self.alias:
             return self.alias
+        if self.capture.is_gradient:
+            side = "input_" if self.capture is Capture.INPUT_GRADIENT else ""
+            return f"{layer}:{side}{self.method}"
         return layer if self.capture is Capture.OUTPUT else f"{layer}:{self.capture}"
 
 
@@ -173,7 +215,7 @@ def _cut(text: str, sign: str) -> tuple[str, str, str]:
     return (text[: place.start()], sign, text[place.end() :]) if place else (text, "", "")
 
 
-def _member(name: str, given: object, kind: type[Capture] | type[Reduction]) -> StrEnum:
+def _member(name: str, given: object, kind: type[Capture | Reduction | Method]) -> StrEnum:
     try:
         return kind(str(given).lower())
     except ValueError:

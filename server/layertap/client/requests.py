@@ -120,4 +120,5 @@ def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
         alias=selection.alias,
         reduction=to_proto(selection.reduction, "REDUCTION"),
         dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
+        method=to_proto(selection.method, "METHOD"),
     )

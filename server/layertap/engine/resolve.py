@@ -110,7 +110,9 @@ def resolve(
     _check_names(matches, objective)
     order = {entry.name: index for index, entry in enumerate(catalogue)}
     wanted = {
-        (order.get(entry.name, -1), selection.capture, entry.name): _point(entry, selection)
+        (order.get(entry.name, -1), selection.capture, entry.name, selection.method): _point(
+            entry, selection
+        )
         for selection, entry in matches
     }
     points = tuple(dict.fromkeys(wanted[key] for key in sorted(wanted)))
@@ -141,7 +143,8 @@ def resolve(
 
 def _point(entry: LayerEntry, selection: LayerSelection) -> CapturePoint:
     capture = selection.capture
-    return replace(entry.points[capture.side], gradient=capture.is_gradient)
+    point = entry.points[capture.side]
+    return replace(point, gradient=capture.is_gradient, method=selection.method)
 
 
 def _check_objective(selections: Sequence[LayerSelection], objective: Sequence[TermKey]) -> None:

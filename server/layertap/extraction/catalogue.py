@@ -168,7 +168,7 @@ class Catalogue:
         )
         if not point.gradient:
             return name
-        return f"{name}_gradient" if point.capture is Capture.INPUT else f"{name}:gradient"
+        return f"{name}{'_' if point.capture is Capture.INPUT else ':'}{point.method}"
 
     @cached_property
     def inputs_name(self) -> str:

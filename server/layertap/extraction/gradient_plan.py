@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayertapError
+from layertap.extraction.attribution import Attribution, attribution
 from layertap.extraction.base import Values
 from layertap.extraction.gradients import GradientExtractor, SavedBytes, point_name
 from layertap.extraction.kinds.base import BuildContext
@@ -30,6 +31,7 @@ from layertap.extraction.prover import Prover
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.verify import compiled_tolerance, mismatch
 from layertap.models import Batch, BatchKey
+from layertap.selection import Method
 
 __all__ = ["GradientPlanner"]
 
@@ -155,14 +157,15 @@ class _Trial:
         extractor = self._extractor(self._spec)
         facts = GradientFacts(extractor, self._shapes, self._dynamic, (first, per_item), plain)
         outputs = tuple(
-            replace(self._output(point), dtype=self._dtypes[point]) for point in self._spec.points
+            replace(self._output(point).spec, dtype=self._dtypes[point])
+            for point in self._spec.points
         )
         return Plan(
             REFERENCE, self._spec, batch_key, outputs, extractor, Findings(), gradients=facts
         )
 
     def _extractor(self, spec: PassSpec, *, plain: bool = False) -> GradientExtractor:
-        outputs = [ItemAxis.of(self._output(point)) for point in spec.points]
+        outputs = [self._output(point) for point in spec.points]
         keeps_saved = self._keeps_saved and not plain
         return GradientExtractor(self._context, spec, self._axes, outputs, keeps_saved=keeps_saved)
 
@@ -189,9 +192,14 @@ class _Trial:
             raise self._refused(own_words(error)) from error
         self._compare(found, case)
         self._dtypes = {point: value.dtype for point, value in found.items()}
-        gradients = sum(value.nbytes for point, value in found.items() if point.gradient)
-        # Each value is copied once; while autograd goes back, it has two gradients at a time.
-        self._nbytes.append(saved.nbytes + 2 * gradients + 2 * saved.largest)
+        size = case.x.size
+        gradients = sum(
+            self._value(point).bytes_per_item * size
+            for point in dict.fromkeys(each.value for each in found if each.gradient)
+        )
+        # A copy to go on with, a copy for methods and the gradient of each value. While autograd
+        # goes back, it has two gradients at a time.
+        self._nbytes.append(saved.nbytes + 3 * gradients + 2 * saved.largest)
 
     def _compare(self, found: Mapping[CapturePoint, torch.Tensor], case: _Case) -> None:
         """Refuse the gradients if a value of a pass with copies is not the model's own."""
@@ -210,8 +218,13 @@ class _Trial:
             f"gradients of model {self._context.model.name!r} can't be computed there: {reason}"
         )
 
-    def _output(self, point: CapturePoint) -> ValueSpec:
-        """Return the type and shape of what is captured at a point."""
+    def _output(self, point: CapturePoint) -> Attribution:
+        """Return what is made for a point, with its type and shape."""
+        method = point.method if point.gradient else Method.GRADIENT
+        return attribution(method, self._value(point), point_name(point.value), self._key.batch_key)
+
+    def _value(self, point: CapturePoint) -> ValueSpec:
+        """Return the type and shape of the value at a point."""
         batch = Dim(1, batch=True)
         if point.kind is PointKind.INPUT:
             items = self._key.batch_key.items

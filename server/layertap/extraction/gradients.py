@@ -32,6 +32,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -43,6 +44,7 @@ from torch.autograd.graph import (
 )
 
 from layertap.errors import InvalidInputError
+from layertap.extraction.attribution import Attribution
 from layertap.extraction.containers import plain
 from layertap.extraction.kinds.base import BuildContext
 from layertap.extraction.operands import ItemAxis, Measured, Operands
@@ -103,7 +105,7 @@ class GradientExtractor:
         context: The model, its taps and guard.
         pass_spec: What to capture; it has an objective.
         axes: Where the items are in the value of each term of the objective.
-        outputs: Where the items are in each point's value.
+        outputs: What is made for each point.
         keeps_saved: Whether saved values are copied before they change; see Note [Saved values
             that change].
     """
@@ -113,7 +115,7 @@ class GradientExtractor:
         context: BuildContext,
         pass_spec: PassSpec,
         axes: Sequence[ItemAxis],
-        outputs: Sequence[ItemAxis],
+        outputs: Sequence[Attribution],
         *,
         keeps_saved: bool = False,
     ) -> None:
@@ -172,7 +174,7 @@ class GradientExtractor:
         for item in range(x.size):
             self.run_with(operands.narrow(item, shapes), x.narrow(item, 1).clone(), keep)
         for index, (values, output) in enumerate(zip(kept, self._outputs, strict=True)):
-            axis = output.axis
+            axis = ItemAxis.of(output.spec).axis
             if axis is None:
                 raise InvalidInputError(
                     f"layers: the value of {point_name(self._points[index])!r} has no batch "
@@ -188,7 +190,8 @@ class GradientExtractor:
     @property
     def takes_batches(self) -> bool:
         """Whether every value has a batch dimension, so that a pass may have several items."""
-        return all(each.axis is not None for each in (*self._axes, *self._outputs))
+        outputs = [ItemAxis.of(each.spec) for each in self._outputs]
+        return all(each.axis is not None for each in (*self._axes, *outputs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,11 +235,16 @@ class _Pass:
         self, extractor: GradientExtractor, operands: Operands, size: int, sink: Sink
     ) -> None:
         self._points, self._terms = extractor._points, extractor._terms
-        self._axes = extractor._axes
+        self._axes, self._outputs = extractor._axes, extractor._outputs
         self._operands, self._size, self._sink = operands, size, sink
         self._root = torch.zeros((), requires_grad=True)
-        self._edges: dict[int, GradientEdge] = {}
-        self._cut: set[int] = set()
+        self._edges: dict[CapturePoint, GradientEdge] = {}
+        self._activations: dict[CapturePoint, torch.Tensor] = {}
+        self._cut: set[CapturePoint] = set()
+        self._marked: dict[CapturePoint, list[int]] = {}
+        for index, point in enumerate(self._points):
+            if point.gradient:
+                self._marked.setdefault(point.value, []).append(index)
         self._measured: dict[int, Measured] = {}
         self._values = [
             index
@@ -251,33 +259,35 @@ class _Pass:
     def edits(self) -> list[Edit]:
         """Return the edits that mark the values of modules."""
         return [
-            Edit(point.value, lambda value, index=index: self._mark(index, value))  # type: ignore[misc]
-            for index, point in enumerate(self._points)
-            if point.gradient and point.kind is PointKind.MODULE
+            Edit(point, partial(self._mark, point))
+            for point in self._marked
+            if point.kind is PointKind.MODULE
         ]
 
     def marked_inputs(self, x: Batch) -> Batch:
         """Return the batch with those of its tensors marked whose gradients are requested."""
         # Tensors that were made in inference mode can't take part in a graph; their copies can.
         tensors = {name: t.clone() if t.is_inference() else t for name, t in x.items()}
-        for index, point in enumerate(self._points):
-            if point.gradient and point.kind is PointKind.INPUT:
-                tensors[point.path] = self._mark(index, tensors[point.path])
+        for point in self._marked:
+            if point.kind is PointKind.INPUT:
+                tensors[point.path] = self._mark(point, tensors[point.path])
         return Batch(tensors)
 
-    def _mark(self, index: int, value: torch.Tensor) -> torch.Tensor:
+    def _mark(self, point: CapturePoint, value: torch.Tensor) -> torch.Tensor:
         if not value.is_floating_point():
             raise InvalidInputError(
-                f"layers: {point_name(self._points[index])!r} is {value.dtype}, which has no "
-                f"gradient"
+                f"layers: {point_name(point)!r} is {value.dtype}, which has no gradient"
             )
         marked: torch.Tensor = _Mark.apply(value, self._root)
         # Otherwise the model's code turned gradients off, which is reported after the pass: an
         # error here could be caught by the model.
         if marked.requires_grad:
-            self._edges[index] = get_gradient_edge(marked)
+            self._edges[point] = get_gradient_edge(marked)
         else:
-            self._cut.add(index)
+            self._cut.add(point)
+        if any(self._outputs[index].needs_value for index in self._marked[point]):
+            # A copy, because the model may change both the value and the marked one in place.
+            self._activations[point] = value.detach().clone()
         return marked
 
     def see(self, watched: int, value: torch.Tensor) -> None:
@@ -298,16 +308,14 @@ class _Pass:
         numbers = weighted[0]
         for more in weighted[1:]:
             numbers = numbers + more
-        for index, gradient in zip(self._edges, self._gradients(numbers.sum()), strict=True):
-            self._sink(index, gradient)
+        for point, gradient in zip(self._edges, self._gradients(numbers.sum()), strict=True):
+            value = self._activations.get(point, gradient)
+            for index in self._marked[point]:
+                self._sink(index, self._outputs[index].combine(value, gradient))
         self._report(numbers.detach())
 
-    def _gradients(self, total: torch.Tensor) -> Iterator[torch.Tensor]:
-        missing = [
-            index
-            for index, point in enumerate(self._points)
-            if point.gradient and index not in self._edges
-        ]
+    def _gradients(self, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        missing = [point for point in self._marked if point not in self._edges]
         if missing:
             cut = missing[0] in self._cut
             reason = "the model turns gradients off there" if cut else "it did not run before that"
@@ -316,18 +324,18 @@ class _Pass:
             first = next(iter(self._edges))
             raise InvalidInputError(self._independent(first, "no differentiable way leads there"))
         found = torch.autograd.grad(total, list(self._edges.values()), allow_unused=True)
-        for index, gradient in zip(self._edges, found, strict=True):
+        for point, gradient in zip(self._edges, found, strict=True):
             if gradient is None:
                 raise InvalidInputError(
-                    self._independent(index, "no differentiable way leads there")
+                    self._independent(point, "no differentiable way leads there")
                 )
-        yield from found
+        return found
 
-    def _independent(self, index: int, reason: str) -> str:
+    def _independent(self, point: CapturePoint, reason: str) -> str:
         terms = ", ".join(repr(point_name(term.point)) for term in self._terms)
         return (
-            f"objective: {terms} does not depend on layer {point_name(self._points[index])!r} on "
-            f"this input ({reason}), so there is no gradient"
+            f"objective: {terms} does not depend on layer {point_name(point)!r} on this input "
+            f"({reason}), so there is no gradient"
         )
 
     def _report(self, numbers: torch.Tensor) -> None:

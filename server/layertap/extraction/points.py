@@ -11,7 +11,7 @@ import torch
 
 from layertap.extraction.dimensions import Expression, Sizes
 from layertap.extraction.layout import Geometry
-from layertap.selection import Capture
+from layertap.selection import Capture, Method
 
 __all__ = ["CapturePoint", "Dim", "PointKind", "Sink", "ValueObserver", "ValueSpec"]
 
@@ -49,6 +49,7 @@ class CapturePoint:
         member: The indices and keys that lead to it in a container; empty for a plain tensor.
         gradient: Whether the gradient of the pass's objective with respect to the value is
             captured instead of the value.
+        method: What is made of that gradient.
     """
 
     kind: PointKind
@@ -57,11 +58,12 @@ class CapturePoint:
     call: int = 0
     member: tuple[str, ...] = ()
     gradient: bool = False
+    method: Method = Method.GRADIENT
 
     @property
     def value(self) -> CapturePoint:
         """The point of the value itself."""
-        return replace(self, gradient=False) if self.gradient else self
+        return replace(self, gradient=False, method=Method.GRADIENT) if self.gradient else self
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from functools import partial
 
 from layertap.engine import ExtractionRequest, ImageFiles, Inputs, Reservation, TextBatch
 from layertap.errors import InvalidInputError
-from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+from layertap.selection import Capture, Extractor, LayerSelection, Method, Reduction
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
 from layertap.texts import TextOptions, Truncation
@@ -141,4 +141,5 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
             layer.reduction, feature_service_pb2.Reduction, "REDUCTION", Reduction.NONE
         ),
         dtype=dtypes.by_number(layer.dtype).name if layer.dtype else "",
+        method=from_proto(layer.method, feature_service_pb2.Method, "METHOD", Method.GRADIENT),
     )

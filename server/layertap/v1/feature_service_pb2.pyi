@@ -29,6 +29,16 @@ class Truncation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRUNCATION_END: _ClassVar[Truncation]
     TRUNCATION_START: _ClassVar[Truncation]
 
+class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    METHOD_UNSPECIFIED: _ClassVar[Method]
+    METHOD_GRADIENT: _ClassVar[Method]
+    METHOD_GRADIENT_X_ACTIVATION: _ClassVar[Method]
+    METHOD_GRAD_CAM: _ClassVar[Method]
+    METHOD_HIRES_CAM: _ClassVar[Method]
+    METHOD_LAYER_CAM: _ClassVar[Method]
+    METHOD_GRAD_CAM_PLUS_PLUS: _ClassVar[Method]
+
 class Measure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     MEASURE_UNSPECIFIED: _ClassVar[Measure]
@@ -53,6 +63,13 @@ TRUNCATION_UNSPECIFIED: Truncation
 TRUNCATION_NONE: Truncation
 TRUNCATION_END: Truncation
 TRUNCATION_START: Truncation
+METHOD_UNSPECIFIED: Method
+METHOD_GRADIENT: Method
+METHOD_GRADIENT_X_ACTIVATION: Method
+METHOD_GRAD_CAM: Method
+METHOD_HIRES_CAM: Method
+METHOD_LAYER_CAM: Method
+METHOD_GRAD_CAM_PLUS_PLUS: Method
 MEASURE_UNSPECIFIED: Measure
 MEASURE_ELEMENT: Measure
 MEASURE_MAXIMUM: Measure
@@ -87,18 +104,20 @@ class TextBatch(_message.Message):
     def __init__(self, texts: _Optional[_Iterable[str]] = ..., input: _Optional[str] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., max_tokens: _Optional[int] = ..., omit_special_tokens: bool = ..., return_tokens: bool = ...) -> None: ...
 
 class LayerSelection(_message.Message):
-    __slots__ = ("layer", "capture", "alias", "reduction", "dtype")
+    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
     layer: str
     capture: _catalogue_pb2.Capture
     alias: str
     reduction: Reduction
     dtype: _tensor_pb2.DataType
-    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
+    method: Method
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ...) -> None: ...
 
 class ObjectiveTerm(_message.Message):
     __slots__ = ("layer", "capture", "measure", "index", "index_size", "vector", "weight")
