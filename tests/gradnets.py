@@ -227,3 +227,23 @@ class Last(nn.Module):
 def last() -> nn.Module:
     """Return a seeded Last, in float32."""
     return seeded(Last)
+
+
+class Smooth(nn.Module):
+    """Has no kinks, so that numerical integration converges fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.act = nn.Tanh()
+        self.more = nn.Conv2d(4, 4, 3)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.more(self.act(self.conv(x))))
+        return self.fc((x * x).mean((2, 3)))
+
+
+def smooth() -> nn.Module:
+    """Return a seeded Smooth."""
+    return seeded(Smooth).double()

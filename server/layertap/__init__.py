@@ -26,7 +26,15 @@ if TYPE_CHECKING:
     from layertap.local import LocalFeatures, LocalModel, load
     from layertap.malloc import keep_memory
     from layertap.objective import Measure, Objective, ObjectiveTerm
-    from layertap.selection import Capture, Extractor, LayerSelection, Method, Reduction
+    from layertap.selection import (
+        Capture,
+        Extractor,
+        IntegrationRule,
+        LayerSelection,
+        Method,
+        Reduction,
+        Sweep,
+    )
     from layertap.settings import Limits
     from layertap.texts import Texts
 
@@ -38,6 +46,7 @@ __all__ = [
     "Extractor",
     "FeatureStream",
     "Features",
+    "IntegrationRule",
     "LayerSelection",
     "LayertapError",
     "Limits",
@@ -49,6 +58,7 @@ __all__ = [
     "ObjectiveTerm",
     "Reduction",
     "StreamRequest",
+    "Sweep",
     "Texts",
     "Tls",
     "__version__",
@@ -74,7 +84,15 @@ _HOMES = {
     "layertap.local": ("LocalFeatures", "LocalModel", "load"),
     "layertap.malloc": ("keep_memory",),
     "layertap.objective": ("Measure", "Objective", "ObjectiveTerm"),
-    "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Method", "Reduction"),
+    "layertap.selection": (
+        "Capture",
+        "Extractor",
+        "IntegrationRule",
+        "LayerSelection",
+        "Method",
+        "Reduction",
+        "Sweep",
+    ),
     "layertap.settings": ("Limits",),
     "layertap.texts": ("Texts",),
 }

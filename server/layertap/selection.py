@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Self
@@ -12,15 +13,18 @@ from typing import Self
 from layertap.errors import InvalidInputError
 
 __all__ = [
+    "MAX_STEPS",
     "SENT_DTYPES",
     "SIDES",
     "Capture",
     "Extractor",
     "Glob",
+    "IntegrationRule",
     "LayerSelection",
     "Method",
     "Reduction",
     "SelectionLike",
+    "Sweep",
     "as_extractor",
     "is_glob",
     "parse_selections",
@@ -114,6 +118,68 @@ class Method(StrEnum):
     """The positive part of the gradient times the value, added up over the channels."""
     GRAD_CAM_PLUS_PLUS = "grad_cam_plus_plus"
     """Grad-CAM with the weights of Grad-CAM++."""
+    INTEGRATED_GRADIENTS = "integrated_gradients"
+    """The integral of the gradient from a baseline to the value, times the way between them."""
+    SMOOTH_GRAD = "smooth_grad"
+    """The mean of the gradients at the value with noise added."""
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether it takes the gradients at other values than the model's own."""
+        return self in (Method.INTEGRATED_GRADIENTS, Method.SMOOTH_GRAD)
+
+
+class IntegrationRule(StrEnum):
+    """Where integrated gradients are evaluated; ``layertap.v1.IntegrationRule`` has the same."""
+
+    GAUSS_LEGENDRE = "gauss_legendre"
+    TRAPEZOID = "trapezoid"
+    LEFT = "left"
+    MIDDLE = "middle"
+    RIGHT = "right"
+
+
+MAX_STEPS = 1000
+"""Maximum number of steps of a sweep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The options of integrated gradients and SmoothGrad.
+
+    Attributes:
+        steps: The number of gradients for each item.
+        rule: For integrated gradients: where on the way they are taken.
+        baseline: For integrated gradients: each element of the baseline.
+        noise: For SmoothGrad: the standard deviation of the noise, as a share of the difference
+            between an item's largest and smallest element.
+        seed: For SmoothGrad: seeds the noise, which is the same for each item.
+
+    Raises:
+        InvalidInputError: If a number is out of its range.
+    """
+
+    steps: int = 50
+    rule: IntegrationRule = IntegrationRule.GAUSS_LEGENDRE
+    baseline: float = 0.0
+    noise: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, IntegrationRule):
+            rule = _member("rule", self.rule, IntegrationRule)
+            object.__setattr__(self, "rule", rule)
+        least = 2 if self.rule is IntegrationRule.TRAPEZOID else 1
+        if not least <= self.steps <= MAX_STEPS:
+            raise InvalidInputError(
+                f"sweep: steps: got {self.steps}, expected from {least} to {MAX_STEPS}"
+            )
+        if not math.isfinite(self.baseline):
+            raise InvalidInputError(f"sweep: baseline: got {self.baseline}, expected a number")
+        if not 0 <= self.noise < math.inf:
+            raise InvalidInputError(f"sweep: noise: got {self.noise}, expected a number from 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise InvalidInputError(f"sweep: seed: got {self.seed}, expected from 0 to 2**32 - 1")
 
 
 class Reduction(StrEnum):
@@ -144,6 +210,7 @@ class LayerSelection:
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which floating-point
             values are sent; if empty, the model's own dtype.
         method: What is made of the gradient, if ``capture`` is a gradient.
+        sweep: The options of a method that takes several gradients; no effect for others.
 
     Raises:
         InvalidInputError: For an unknown capture, reduction or method, which may be given as
@@ -156,6 +223,7 @@ class LayerSelection:
     reduction: Reduction = Reduction.NONE
     dtype: str = ""
     method: Method = Method.GRADIENT
+    sweep: Sweep = field(default_factory=Sweep)
 
     def __post_init__(self) -> None:
         kinds: tuple[tuple[str, type[Capture | Reduction | Method]], ...] = (
@@ -215,7 +283,9 @@ def _cut(text: str, sign: str) -> tuple[str, str, str]:
     return (text[: place.start()], sign, text[place.end() :]) if place else (text, "", "")
 
 
-def _member(name: str, given: object, kind: type[Capture | Reduction | Method]) -> StrEnum:
+def _member(
+    name: str, given: object, kind: type[Capture | Reduction | Method | IntegrationRule]
+) -> StrEnum:
     try:
         return kind(str(given).lower())
     except ValueError:

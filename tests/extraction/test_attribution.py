@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
+import gradnets
 import layertap
-from layertap import Capture, LayerSelection, LocalModel, Method, errors
+from gradient_oracle import not_in_place, with_gradients
+from layertap import (
+    Capture,
+    IntegrationRule,
+    LayerSelection,
+    LocalModel,
+    Method,
+    Sweep,
+    errors,
+)
 
 MAPS = ["grad_cam", "hires_cam", "layer_cam", "grad_cam_plus_plus"]
 
@@ -145,3 +156,146 @@ def test_a_method_of_a_value_is_refused() -> None:
     """A method needs a gradient to make something of."""
     with pytest.raises(errors.InvalidInputError, match="expected the capture GRADIENT"):
         LayerSelection("layer3", Capture.OUTPUT, method=Method.GRAD_CAM)
+
+
+def wide(net: str) -> LocalModel:
+    return layertap.load(
+        f"gradnets:{net}", item_shape=gradnets.IMAGE, input_dtype="float64", device="cpu"
+    )
+
+
+def points(size: int) -> torch.Tensor:
+    shape = (size, *gradnets.IMAGE)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)).double()
+
+
+def integrated(
+    run: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor, sweep: Sweep
+) -> torch.Tensor:
+    """Integrate the gradient of a function along the way from the baseline, one step at a time."""
+    count, base = sweep.steps, sweep.baseline
+    if sweep.rule == "gauss_legendre":
+        nodes, weights = np.polynomial.legendre.leggauss(count)
+        steps = list(zip((nodes + 1) / 2, weights / 2, strict=True))
+    elif sweep.rule == "trapezoid":
+        ends = [0.5 if at in (0, count - 1) else 1.0 for at in range(count)]
+        steps = [(at / (count - 1), end / (count - 1)) for at, end in enumerate(ends)]
+    else:
+        shift = {"left": 0.0, "middle": 0.5, "right": 1.0}[sweep.rule]
+        steps = [((at + shift) / count, 1 / count) for at in range(count)]
+    total = torch.zeros_like(value)
+    for at, weight in steps:
+        with with_gradients():
+            here = (base + (value.clone() - base) * float(at)).requires_grad_(True)
+            (slope,) = torch.autograd.grad(run(here).sum(), here)
+        total = total + slope * float(weight)
+    return total * (value - base)
+
+
+@pytest.mark.parametrize("rule", list(IntegrationRule))
+def test_integrated_gradients_of_the_input(rule: IntegrationRule) -> None:
+    """Every rule gives what a loop over single gradients gives, and the gap is told."""
+    sweep = Sweep(steps=7, rule=rule, baseline=0.25)
+    selection = LayerSelection(
+        "inputs.x", Capture.GRADIENT, method=Method.INTEGRATED_GRADIENTS, sweep=sweep
+    )
+    with wide("residual") as model:
+        found = model.extract(points(2), selection, objective="fc[maximum]")
+    with with_gradients():
+        net = not_in_place(gradnets.residual())
+        best = net(points(2).clone()).argmax(1)
+        expected = integrated(
+            lambda x: net(x).gather(1, best.clone()[:, None]), points(2).clone(), sweep
+        )
+        ends = (points(2).clone(), torch.full((2, *gradnets.IMAGE), 0.25).double())
+        scores = [net(x).gather(1, best.clone()[:, None])[:, 0].detach() for x in ends]
+    value = found["inputs.x:integrated_gradients"]
+    assert (value - expected).abs().max() <= 1e-9 * expected.abs().max()
+    gap = expected.flatten(1).sum(1) - (scores[0] - scores[1])
+    assert torch.allclose(found["inputs.x:integrated_gradients.gap"], gap, atol=1e-9)
+
+
+def test_more_steps_close_the_gap() -> None:
+    """Integrated gradients add up to the difference of the objective, the better the more steps."""
+    with wide("smooth") as model:
+        gaps = []
+        for steps in (2, 20):
+            selection = LayerSelection(
+                "act", "gradient", method="integrated_gradients", sweep=Sweep(steps=steps)
+            )  # type: ignore[arg-type]
+            found = model.extract(points(2), selection, objective="fc[1]")
+            gaps.append(float(found["act:integrated_gradients.gap"].abs().max()))
+    assert gaps[1] <= 1e-9
+    assert gaps[1] < gaps[0]
+
+
+def test_integrated_gradients_of_the_embedding_of_a_token_model() -> None:
+    """A layer in the middle is swept itself, so token models have integrated gradients too."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [0, 10, 9, 3, 3, 3]])
+    sweep = Sweep(steps=5)
+    selection = LayerSelection("embed", "gradient", method="integrated_gradients", sweep=sweep)  # type: ignore[arg-type]
+    with layertap.load(
+        "gradnets:tokens", item_shape=(6,), input_dtype="int64", device="cpu"
+    ) as model:
+        found = model.extract(ids, selection, objective="head[2,3]")
+        alone = model.extract(ids[1:], selection, objective="head[2,3]")
+    with with_gradients():
+        net = gradnets.tokens()
+        assert isinstance(net, gradnets.Tokens)
+        expected = integrated(
+            lambda value: net.head(net.block(value))[:, 2, 3],
+            net.embed(ids.clone()).detach(),
+            sweep,
+        )
+    value = found["embed:integrated_gradients"]
+    assert (value - expected).abs().max() <= 1e-9 * expected.abs().max()
+    assert torch.allclose(value[1:], alone["embed:integrated_gradients"], rtol=1e-12)
+
+
+def test_sweeps_of_items_that_influence_each_other_run_one_by_one() -> None:
+    """The steps of a sweep don't influence each other where the items of a batch would."""
+    sweep = Sweep(steps=4)
+    selection = LayerSelection("act", "gradient", method="integrated_gradients", sweep=sweep)  # type: ignore[arg-type]
+    with wide("coupled") as model:
+        found = model.extract(points(2), selection, objective="fc[1]")
+    for item in range(2):
+        with with_gradients():
+            net = gradnets.coupled()
+            assert isinstance(net, gradnets.Coupled)
+
+            def run(x: torch.Tensor, net: gradnets.Coupled = net) -> torch.Tensor:
+                return net.fc((x * x - x.mean(0)).mean((2, 3)))[:, 1]
+
+            value = net.act(net.conv(points(2)[item : item + 1].clone())).detach()
+            expected = integrated(run, value, sweep)
+        got = found["act:integrated_gradients"][item : item + 1]
+        assert (got - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_smooth_grad() -> None:
+    """Its noise is seeded, the same for each item, and as wide as was asked for."""
+
+    def selection(seed: int, noise: float) -> LayerSelection:
+        sweep = Sweep(steps=6, seed=seed, noise=noise)
+        return LayerSelection("inputs.x", Capture.GRADIENT, method=Method.SMOOTH_GRAD, sweep=sweep)
+
+    name = "inputs.x:smooth_grad"
+    with wide("smooth") as model:
+        both = model.extract(points(2), selection(1, 0.1), objective="fc[1]")[name]
+        alone = model.extract(points(2)[1:], selection(1, 0.1), objective="fc[1]")[name]
+        other = model.extract(points(2), selection(2, 0.1), objective="fc[1]")[name]
+        none = model.extract(points(2), [selection(1, 0.0), "inputs.x:gradient"], objective="fc[1]")
+    assert torch.allclose(both[1:], alone, rtol=1e-9)
+    assert not torch.allclose(both, other, rtol=1e-3)
+    assert torch.allclose(none[name], none["inputs.x:gradient"], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [{"steps": 0}, {"steps": 1001}, {"steps": 1, "rule": "trapezoid"}, {"noise": -1.0},
+     {"noise": float("nan")}, {"baseline": float("inf")}, {"seed": -1}, {"rule": "simpson"}],
+)  # fmt: skip
+def test_sweeps_out_of_range_are_refused(sweep: dict[str, object]) -> None:
+    """The error names the option, what was got and what was expected."""
+    with pytest.raises(errors.InvalidInputError, match="got"):
+        Sweep(**sweep)  # type: ignore[arg-type]

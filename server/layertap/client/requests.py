@@ -12,6 +12,7 @@ from layertap.selection import (
     Extractor,
     LayerSelection,
     SelectionLike,
+    Sweep,
     as_extractor,
     parse_selections,
 )
@@ -113,6 +114,16 @@ def _texts(name: str, given: Texts) -> feature_service_pb2.TextBatch:
     )
 
 
+def _sweep(sweep: Sweep) -> feature_service_pb2.Sweep:
+    return feature_service_pb2.Sweep(
+        steps=sweep.steps,
+        rule=to_proto(sweep.rule, "INTEGRATION_RULE"),
+        baseline=sweep.baseline,
+        noise=sweep.noise,
+        seed=sweep.seed,
+    )
+
+
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
     return feature_service_pb2.LayerSelection(
         layer=selection.layer,
@@ -121,4 +132,5 @@ def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
         reduction=to_proto(selection.reduction, "REDUCTION"),
         dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
         method=to_proto(selection.method, "METHOD"),
+        sweep=_sweep(selection.sweep) if selection.method.sweeps else None,
     )

@@ -268,8 +268,10 @@ class ModelHost:
             call: The deadline and cancellation state of the request.
         """
         facts = plan.gradients
-        if facts is None or size == 1 or facts.values.findings.alone is not None:
+        if facts is None or facts.values.findings.alone is not None:
             return
+        if size == 1 and not facts.extractor.sweeps:
+            return  # It runs by itself.
         values = facts.values
         with self._lock:
             known = self._independent.get(plan.batch_key, frozenset())

@@ -184,7 +184,7 @@ class Pipeline:
             return None
         operands = Operands(objective.terms)
         if not facts.dynamic:
-            operands.check(facts.shapes, size)
+            operands.check(facts.extractor.shapes.terms, size)
         admitted.host.find_independence(plan, size, admitted.call)
         return operands
 

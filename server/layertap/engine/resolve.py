@@ -20,7 +20,15 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.models import LoadedModel
 from layertap.objective import TermKey
-from layertap.selection import SENT_DTYPES, Capture, Extractor, LayerSelection, Reduction, is_glob
+from layertap.selection import (
+    SENT_DTYPES,
+    Capture,
+    Extractor,
+    LayerSelection,
+    Method,
+    Reduction,
+    is_glob,
+)
 from layertap.wire.dtypes import DType, by_name
 
 __all__ = ["Output", "Resolved", "resolve"]
@@ -110,10 +118,8 @@ def resolve(
     _check_names(matches, objective)
     order = {entry.name: index for index, entry in enumerate(catalogue)}
     wanted = {
-        (order.get(entry.name, -1), selection.capture, entry.name, selection.method): _point(
-            entry, selection
-        )
-        for selection, entry in matches
+        (order.get(entry.name, -1), selection.capture, number): _point(entry, selection)
+        for number, (selection, entry) in enumerate(matches)
     }
     points = tuple(dict.fromkeys(wanted[key] for key in sorted(wanted)))
     spec = PassSpec(points)
@@ -121,7 +127,9 @@ def resolve(
         aim, entries = resolve_objective(catalogue, objective)
         check_order(catalogue, matches, list(zip(objective, entries, strict=True)))
         reported = _reported(objective)
-        points = (*points, *(CapturePoint(PointKind.OBJECTIVE, name) for name in reported))
+        gaps = (replace(point, gap=True) for point in points if _has_gap(point))
+        told = (CapturePoint(PointKind.OBJECTIVE, name) for name in reported)
+        points = (*points, *gaps, *told)
         spec = PassSpec(points, aim)
     outputs = tuple(
         Output(
@@ -134,6 +142,17 @@ def resolve(
         for selection, entry in matches
     )
     outputs += tuple(
+        Output(
+            f"{output.name}.gap",
+            output.layer,
+            points.index(replace(points[output.point], gap=True)),
+            Reduction.NONE,
+            None,
+        )
+        for output in outputs
+        if _has_gap(points[output.point])
+    )
+    outputs += tuple(
         Output(f"objective.{point.path}", f"objective.{point.path}", index, Reduction.NONE, None)
         for index, point in enumerate(points)
         if point.kind is PointKind.OBJECTIVE
@@ -141,10 +160,17 @@ def resolve(
     return Resolved(outputs, spec, _candidates(matches, extractor, spec))
 
 
+def _has_gap(point: CapturePoint) -> bool:
+    return point.method is Method.INTEGRATED_GRADIENTS and not point.gap
+
+
 def _point(entry: LayerEntry, selection: LayerSelection) -> CapturePoint:
     capture = selection.capture
     point = entry.points[capture.side]
-    return replace(point, gradient=capture.is_gradient, method=selection.method)
+    if not capture.is_gradient:
+        return point
+    sweep = selection.sweep if selection.method.sweeps else None
+    return replace(point, gradient=True, method=selection.method, sweep=sweep)
 
 
 def _check_objective(selections: Sequence[LayerSelection], objective: Sequence[TermKey]) -> None:
@@ -231,6 +257,8 @@ def _check_names(
                 f"layers: two outputs are called {name!r}; give one of them an alias"
             )
         seen.add(name)
+        if selection.method is Method.INTEGRATED_GRADIENTS:
+            seen.add(f"{name}.gap")
 
 
 def _candidates(

@@ -54,7 +54,7 @@ def attribution(method: Method, spec: ValueSpec, layer: str, key: BatchKey) -> A
     Raises:
         InvalidInputError: If the method needs a grid, and the layer has none that is known.
     """
-    if method is Method.GRADIENT:
+    if method is Method.GRADIENT or method.sweeps:
         return Attribution(spec, needs_value=False, combine=lambda value, gradient: gradient)
     if method is Method.GRADIENT_X_ACTIVATION:
         return Attribution(spec, needs_value=True, combine=torch.mul)

@@ -168,7 +168,8 @@ class Catalogue:
         )
         if not point.gradient:
             return name
-        return f"{name}{'_' if point.capture is Capture.INPUT else ':'}{point.method}"
+        end = ".gap" if point.gap else ""
+        return f"{name}{'_' if point.capture is Capture.INPUT else ':'}{point.method}{end}"
 
     @cached_property
     def inputs_name(self) -> str:

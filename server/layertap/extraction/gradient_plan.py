@@ -18,7 +18,7 @@ import torch
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayertapError
 from layertap.extraction.attribution import Attribution, attribution
 from layertap.extraction.base import Values
-from layertap.extraction.gradients import GradientExtractor, SavedBytes, point_name
+from layertap.extraction.gradients import GradientExtractor, SavedBytes, Shapes, point_name
 from layertap.extraction.kinds.base import BuildContext
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.operands import ItemAxis, Operands
@@ -34,6 +34,12 @@ from layertap.models import Batch, BatchKey
 from layertap.selection import Method
 
 __all__ = ["GradientPlanner"]
+
+SWEEP_BYTES = 256 << 20
+"""Bytes that the gradients of one pass of a sweep may take, if a single item's take less."""
+
+MAX_ROWS = 64
+"""Maximum number of items of a pass of a sweep, if the request itself has fewer."""
 
 
 class GradientPlanner:
@@ -118,7 +124,7 @@ class _Trial:
         specs = [values[term.point] for term in self._terms]
         self._axes = [ItemAxis.of(each) for each in specs]
         self._dynamic = any(each.dynamic for each in specs)
-        self._shapes = tuple(
+        self._term_shapes = tuple(
             axis.item_shape(each) for axis, each in zip(self._axes, specs, strict=True)
         )
         self._whole = replace(
@@ -130,8 +136,8 @@ class _Trial:
 
     def run(self, case: _Case) -> None:
         """Run a pass with gradients on a batch, and compare its values with the plain ones."""
-        trial = self._extractor(self._whole)
-        if case.x.size > 1 and not trial.takes_batches:
+        trial = self._extractor(self._whole, trial=True)
+        if case.x.size > 1 and not trial.shapes.takes_batches:
             return
         try:
             self._run(trial, case)
@@ -139,7 +145,7 @@ class _Trial:
             if self._keeps_saved or self._nbytes:
                 raise
             self._keeps_saved = True
-            self._run(self._extractor(self._whole), case)
+            self._run(self._extractor(self._whole, trial=True), case)
 
     def plan(self) -> Plan:
         """Return the plan; the batches have been run."""
@@ -154,8 +160,9 @@ class _Trial:
         )
         first, *further = self._nbytes
         per_item = max(further[0] - first, 0) if further else 0
-        extractor = self._extractor(self._spec)
-        facts = GradientFacts(extractor, self._shapes, self._dynamic, (first, per_item), plain)
+        rows = max(1, SWEEP_BYTES // max(1, per_item, 0 if further else first))
+        extractor = self._extractor(self._spec, rows=min(rows, MAX_ROWS))
+        facts = GradientFacts(extractor, self._dynamic, (first, per_item), plain)
         outputs = tuple(
             replace(self._output(point).spec, dtype=self._dtypes[point])
             for point in self._spec.points
@@ -164,21 +171,33 @@ class _Trial:
             REFERENCE, self._spec, batch_key, outputs, extractor, Findings(), gradients=facts
         )
 
-    def _extractor(self, spec: PassSpec, *, plain: bool = False) -> GradientExtractor:
+    def _extractor(
+        self, spec: PassSpec, *, rows: int = 1, trial: bool = False, plain: bool = False
+    ) -> GradientExtractor:
         outputs = [self._output(point) for point in spec.points]
-        keeps_saved = self._keeps_saved and not plain
-        return GradientExtractor(self._context, spec, self._axes, outputs, keeps_saved=keeps_saved)
+        shapes = Shapes(self._axes, self._term_shapes, outputs)
+        return GradientExtractor(
+            self._context,
+            spec,
+            shapes,
+            keeps_saved=self._keeps_saved and not plain,
+            rows=rows,
+            trial=trial,
+        )
 
     def _run(self, trial: GradientExtractor, case: _Case) -> None:
-        operands = Operands.example([term.measure for term in self._terms], self._shapes)
+        operands = Operands.example([term.measure for term in self._terms], self._term_shapes)
         found: dict[CapturePoint, torch.Tensor] = {}
 
         def keep(index: int, value: torch.Tensor) -> None:
             found[self._whole.points[index]] = value.clone()
 
         saved = SavedBytes(self._context.model.module)
-        # While saved values are counted, autograd doesn't notice that they change.
-        counted = self._extractor(self._whole, plain=True)
+        # While saved values are counted, autograd doesn't notice that they change. One gradient of
+        # each value is counted: the passes of sweeps come one after the other.
+        points = (each.as_gradient for each in self._whole.points)
+        once = replace(self._whole, points=tuple(dict.fromkeys(points)))
+        counted = self._extractor(once, plain=True)
         try:
             trial.run_with(operands, case.x.clone(), keep)
             with saved.counting():
@@ -220,12 +239,14 @@ class _Trial:
 
     def _output(self, point: CapturePoint) -> Attribution:
         """Return what is made for a point, with its type and shape."""
-        method = point.method if point.gradient else Method.GRADIENT
+        method = point.method if point.gradient and not point.gap else Method.GRADIENT
         return attribution(method, self._value(point), point_name(point.value), self._key.batch_key)
 
     def _value(self, point: CapturePoint) -> ValueSpec:
         """Return the type and shape of the value at a point."""
         batch = Dim(1, batch=True)
+        if point.gap:
+            return ValueSpec(torch.float32, (batch,))
         if point.kind is PointKind.INPUT:
             items = self._key.batch_key.items
             item = next(item for item in items if item.name == point.path)
@@ -236,7 +257,7 @@ class _Trial:
             return ValueSpec(torch.float32, (batch,))
         finding = [
             len(shape)
-            for term, shape in zip(self._terms, self._shapes, strict=True)
+            for term, shape in zip(self._terms, self._term_shapes, strict=True)
             if term.measure.finds
         ]
         number = int(point.path.removeprefix("index").lstrip("_") or 0)

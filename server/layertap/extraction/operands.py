@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,18 @@ class ItemAxis(NamedTuple):
         if self.per_item == 1:
             return first
         return first.reshape(size, self.per_item, *first.shape[1:])
+
+    def joined(self, items: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the value whose parts are ``items``: the inverse of the method of that name.
+
+        Args:
+            items: The parts, ``[size, ...]``.
+            like: A value of the resulting shape.
+        """
+        if self.axis is None:
+            return items.squeeze(0)
+        merged = items.flatten(0, 1) if self.per_item != 1 else items
+        return merged.movedim(0, self.axis).reshape(like.shape)
 
     def item_shape(self, spec: ValueSpec) -> tuple[int, ...]:
         """Return the shape of an item's part, as a spec predicts it."""
@@ -125,6 +137,28 @@ class Operands:
             )
         )
 
+    def fixed(self, found: Sequence[torch.Tensor | None]) -> Operands:
+        """Return operands in which each element that a measure looked for is a given one.
+
+        Args:
+            found: For each term the index of the elements, or None; see `Measured`.
+        """
+        return Operands(
+            tuple(
+                _at(term, places) if places is not None and term.measure.finds else term
+                for term, places in zip(self.terms, found, strict=True)
+            )
+        )
+
+    def repeated(self, times: int, shapes: Sequence[tuple[int, ...]]) -> Operands:
+        """Return the operands of a batch that has all items several times, one after the other."""
+        return Operands(
+            tuple(
+                _repeated(term, times, len(shape))
+                for term, shape in zip(self.terms, shapes, strict=True)
+            )
+        )
+
     def measure(self, term: int, items: torch.Tensor) -> Measured:
         """Make each item's number.
 
@@ -193,6 +227,19 @@ def _of_item(term: ObjectiveTerm, item: int, rank: int) -> ObjectiveTerm:
     if vector is not None and vector.ndim > part_rank:
         vector = vector[item]
     return ObjectiveTerm(term.layer, term.measure, places, vector, term.weight, term.capture)
+
+
+def _at(term: ObjectiveTerm, places: torch.Tensor) -> ObjectiveTerm:
+    measure = Measure.ELEMENT if term.measure is Measure.MAXIMUM else term.measure
+    return replace(term, measure=measure, places=tuple(map(tuple, places.tolist())))
+
+
+def _repeated(term: ObjectiveTerm, times: int, rank: int) -> ObjectiveTerm:
+    places, vector = term.places, term.vector
+    part_rank = rank - (len(places[0]) if places else 0)
+    if vector is not None and vector.ndim > part_rank:
+        vector = np.concatenate([vector] * times)
+    return replace(term, places=places * times if len(places) > 1 else places, vector=vector)
 
 
 def _check_places(term: ObjectiveTerm, shape: tuple[int, ...], size: int) -> None:

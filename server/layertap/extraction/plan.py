@@ -105,9 +105,8 @@ class GradientFacts:
 
     Attributes:
         extractor: The plan's extractor, which takes operands.
-        shapes: The shape of an item's part of the value of each term of the objective.
-        dynamic: Whether such a value's shape depends on more than the batch size, so that operands
-            can be checked only when it is there.
+        dynamic: Whether the shape of a value of the objective depends on more than the batch size,
+            so that operands can be checked only when it is there.
         nbytes: Bytes that a pass of one item needs for its gradients, and bytes for each further
             item: what autograd keeps, and the gradients.
         values: A plan for the values themselves, whose findings tell whether the items of a batch
@@ -115,7 +114,6 @@ class GradientFacts:
     """
 
     extractor: GradientExtractor
-    shapes: tuple[tuple[int, ...], ...]
     dynamic: bool
     nbytes: tuple[int, int]
     values: Plan
@@ -123,7 +121,7 @@ class GradientFacts:
     def bytes_for(self, size: int) -> int:
         """Return the bytes that a request of some items needs besides its reply."""
         first, further = self.nbytes
-        return first + (size - 1) * further
+        return first + (self.extractor.rows_for(size) - 1) * further
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +161,7 @@ class Plan:
         if self.gradients is None or operands is None:
             return self.built
         alone = self.gradients.values.findings.alone is not False
-        return BoundGradients(self.gradients.extractor, operands, self.gradients.shapes, alone)
+        return BoundGradients(self.gradients.extractor, operands, alone)
 
     @property
     def key(self) -> PlanKey:

@@ -11,7 +11,7 @@ import torch
 
 from layertap.extraction.dimensions import Expression, Sizes
 from layertap.extraction.layout import Geometry
-from layertap.selection import Capture, Method
+from layertap.selection import Capture, Method, Sweep
 
 __all__ = ["CapturePoint", "Dim", "PointKind", "Sink", "ValueObserver", "ValueSpec"]
 
@@ -50,6 +50,9 @@ class CapturePoint:
         gradient: Whether the gradient of the pass's objective with respect to the value is
             captured instead of the value.
         method: What is made of that gradient.
+        sweep: The options of the method; None if it takes only one gradient.
+        gap: Whether not the integrated gradients are captured but how far they are from complete:
+            their sum, less the difference of the objective from the baseline to the value.
     """
 
     kind: PointKind
@@ -59,11 +62,18 @@ class CapturePoint:
     member: tuple[str, ...] = ()
     gradient: bool = False
     method: Method = Method.GRADIENT
+    sweep: Sweep | None = None
+    gap: bool = False
+
+    @property
+    def as_gradient(self) -> CapturePoint:
+        """The point of the gradient itself, for a point of something made of it."""
+        return replace(self.value, gradient=True) if self.gradient else self
 
     @property
     def value(self) -> CapturePoint:
         """The point of the value itself."""
-        return replace(self, gradient=False, method=Method.GRADIENT) if self.gradient else self
+        return CapturePoint(self.kind, self.path, self.capture, self.call, self.member)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from functools import partial
 
 from layertap.engine import ExtractionRequest, ImageFiles, Inputs, Reservation, TextBatch
 from layertap.errors import InvalidInputError
-from layertap.selection import Capture, Extractor, LayerSelection, Method, Reduction
+from layertap.selection import Capture, Extractor, LayerSelection, Method, Reduction, Sweep
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
 from layertap.texts import TextOptions, Truncation
@@ -132,6 +132,19 @@ def _texts(batch: feature_service_pb2.TextBatch) -> TextBatch:
     return TextBatch(tuple(batch.texts), options, batch.input)
 
 
+def _sweep(sweep: feature_service_pb2.Sweep) -> Sweep:
+    usual = Sweep()
+    return Sweep(
+        steps=sweep.steps or usual.steps,
+        rule=from_proto(
+            sweep.rule, feature_service_pb2.IntegrationRule, "INTEGRATION_RULE", usual.rule
+        ),
+        baseline=sweep.baseline,
+        noise=sweep.noise if sweep.HasField("noise") else usual.noise,
+        seed=sweep.seed,
+    )
+
+
 def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
     return LayerSelection(
         layer=layer.layer,
@@ -142,4 +155,5 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
         ),
         dtype=dtypes.by_number(layer.dtype).name if layer.dtype else "",
         method=from_proto(layer.method, feature_service_pb2.Method, "METHOD", Method.GRADIENT),
+        sweep=_sweep(layer.sweep) if layer.HasField("sweep") else Sweep(),
     )

@@ -38,6 +38,17 @@ class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     METHOD_HIRES_CAM: _ClassVar[Method]
     METHOD_LAYER_CAM: _ClassVar[Method]
     METHOD_GRAD_CAM_PLUS_PLUS: _ClassVar[Method]
+    METHOD_INTEGRATED_GRADIENTS: _ClassVar[Method]
+    METHOD_SMOOTH_GRAD: _ClassVar[Method]
+
+class IntegrationRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INTEGRATION_RULE_UNSPECIFIED: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_GAUSS_LEGENDRE: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_TRAPEZOID: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_LEFT: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_MIDDLE: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_RIGHT: _ClassVar[IntegrationRule]
 
 class Measure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -70,6 +81,14 @@ METHOD_GRAD_CAM: Method
 METHOD_HIRES_CAM: Method
 METHOD_LAYER_CAM: Method
 METHOD_GRAD_CAM_PLUS_PLUS: Method
+METHOD_INTEGRATED_GRADIENTS: Method
+METHOD_SMOOTH_GRAD: Method
+INTEGRATION_RULE_UNSPECIFIED: IntegrationRule
+INTEGRATION_RULE_GAUSS_LEGENDRE: IntegrationRule
+INTEGRATION_RULE_TRAPEZOID: IntegrationRule
+INTEGRATION_RULE_LEFT: IntegrationRule
+INTEGRATION_RULE_MIDDLE: IntegrationRule
+INTEGRATION_RULE_RIGHT: IntegrationRule
 MEASURE_UNSPECIFIED: Measure
 MEASURE_ELEMENT: Measure
 MEASURE_MAXIMUM: Measure
@@ -103,21 +122,37 @@ class TextBatch(_message.Message):
     return_tokens: bool
     def __init__(self, texts: _Optional[_Iterable[str]] = ..., input: _Optional[str] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., max_tokens: _Optional[int] = ..., omit_special_tokens: bool = ..., return_tokens: bool = ...) -> None: ...
 
+class Sweep(_message.Message):
+    __slots__ = ("steps", "rule", "baseline", "noise", "seed")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    rule: IntegrationRule
+    baseline: float
+    noise: float
+    seed: int
+    def __init__(self, steps: _Optional[int] = ..., rule: _Optional[_Union[IntegrationRule, str]] = ..., baseline: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
 class LayerSelection(_message.Message):
-    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method")
+    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method", "sweep")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
+    SWEEP_FIELD_NUMBER: _ClassVar[int]
     layer: str
     capture: _catalogue_pb2.Capture
     alias: str
     reduction: Reduction
     dtype: _tensor_pb2.DataType
     method: Method
-    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ...) -> None: ...
+    sweep: Sweep
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ..., sweep: _Optional[_Union[Sweep, _Mapping]] = ...) -> None: ...
 
 class ObjectiveTerm(_message.Message):
     __slots__ = ("layer", "capture", "measure", "index", "index_size", "vector", "weight")
