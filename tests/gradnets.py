@@ -32,7 +32,11 @@ class Residual(nn.Module):
         identity = self.shortcut(x)
         x = self.conv2(x)
         x = self.relu(x)
-        x += identity
+        if self.relu.inplace:
+            # In plain PyTorch such a model has no gradients: its ReLU keeps what this overwrites.
+            x += identity
+        else:
+            x = x + identity
         x = self.relu(x)
         return self.fc(self.pool(x).flatten(1))
 

@@ -75,7 +75,8 @@ def compare(model: LocalModel, x: Any, run: Callable[[nn.Module], torch.Tensor],
     for entry in model.host.catalogue:
         for side, point in entry.points.items():
             spec = entry.specs[side]
-            if point.kind is PointKind.MODULE and spec.dtype.is_floating_point and point.path:
+            own = spec.dtype.is_floating_point and spec.batch_axis is not None
+            if point.kind is PointKind.MODULE and own and point.path:
                 suffix = "gradient" if side is Capture.OUTPUT else "input_gradient"
                 names.setdefault(point, f"{entry.name}:{suffix}")
     with with_gradients():
