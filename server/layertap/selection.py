@@ -124,6 +124,16 @@ class Method(StrEnum):
     """The mean of the gradients at the value with noise added."""
 
     @property
+    def is_map(self) -> bool:
+        """Whether the result is a map ``[B, H, W]`` instead of a value of the layer's shape."""
+        return self in (
+            Method.GRAD_CAM,
+            Method.HIRES_CAM,
+            Method.LAYER_CAM,
+            Method.GRAD_CAM_PLUS_PLUS,
+        )
+
+    @property
     def sweeps(self) -> bool:
         """Whether it takes the gradients at other values than the model's own."""
         return self in (Method.INTEGRATED_GRADIENTS, Method.SMOOTH_GRAD)

@@ -22,6 +22,7 @@ from layertap.selection import (
     Extractor,
     Glob,
     LayerSelection,
+    Method,
     Reduction,
 )
 from layertap.texts import Truncation
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
 __all__ = ["batch_axes", "extract"]
+
+OBJECTIVE_AXES: dict[str, int | None] = {
+    f"objective.{name}": 0
+    for name in ("value", "index", *(f"index_{number}" for number in range(1, MAX_TERMS)))
+}
+"""The batch dimensions of what a reply tells about an objective."""
 
 INPUTS = ("inputs", "model_inputs")
 """What the names of the model's inputs may begin with, as layers that have gradients."""
@@ -175,7 +182,7 @@ def extract(
     opened = _remote(server, model, wanted) if server else _local(terminal, model, wanted, flags)
     ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
     with opened as source, terminal.counting(items.noun, len(items)) as bar:
-        columns = Columns(lambda: batch_axes(source.describe(), selections))
+        columns = Columns(lambda: OBJECTIVE_AXES | batch_axes(source.describe(), selections))
         for begin in range(0, len(items), batch_size):
             size = min(batch_size, len(items) - begin)
             with items.naming(begin):
@@ -217,8 +224,7 @@ def batch_axes(
     It is None if there is no such dimension: none grows with the batch, several do, or the items
     are interleaved along it.
     """
-    axes: dict[str, int | None] = {"objective.value": 0}
-    axes.update((f"objective.index{end}", 0) for end in ("", *(f"_{n}" for n in range(MAX_TERMS))))
+    axes: dict[str, int | None] = {}
     for selection in selections:
         if selection.capture is Capture.GRADIENT and selection.layer.startswith(INPUTS):
             names = [f"{prefix}.{each.name}" for each in description.inputs for prefix in INPUTS]
@@ -226,10 +232,14 @@ def batch_axes(
         glob = Glob(selection.layer)
         for layer in description.layers:
             if layer.name == selection.layer or glob.matches(layer.name):
-                plain = selection.reduction is Reduction.NONE
+                plain = selection.reduction is Reduction.NONE and not selection.method.is_map
                 axis = _batch_axis(layer.values.get(selection.capture.side)) if plain else 0
                 axes[selection.name_for(layer.name)] = axis
-    return axes
+    return {**axes, **{f"{name}.gap": 0 for name in axes}} if _integrates(selections) else axes
+
+
+def _integrates(selections: Sequence[LayerSelection]) -> bool:
+    return any(each.method is Method.INTEGRATED_GRADIENTS for each in selections)
 
 
 def _batch_axis(value: ValueDescription | None) -> int | None:
