@@ -104,12 +104,18 @@ def check_order(
     Raises:
         InvalidInputError: If one does.
     """
-    order = {entry.name: index for index, entry in enumerate(catalogue)}
     if any(key.capture is not Capture.OUTPUT for key, _ in terms):
         return
-    last = max((order[entry.name], entry.name) for _, entry in terms)
+    order: dict[CapturePoint, int] = {}
+    for index, entry in enumerate(catalogue):
+        if Capture.OUTPUT in entry.points:
+            # Other names of a module come later, wherever it runs.
+            order.setdefault(entry.points[Capture.OUTPUT], index)
+    last = max((order[entry.points[Capture.OUTPUT]], entry.name) for _, entry in terms)
     for selection, entry in matches:
-        if selection.capture is Capture.GRADIENT and order.get(entry.name, -1) > last[0]:
+        if selection.capture is not Capture.GRADIENT:
+            continue
+        if order.get(entry.points[Capture.OUTPUT], -1) > last[0]:
             raise InvalidInputError(
                 f"layers: got the gradient of {entry.name!r}, which returns after {last[1]!r}, the "
                 f"last layer of the objective, so the objective does not depend on it"
