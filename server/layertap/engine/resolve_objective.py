@@ -115,6 +115,8 @@ def check_order(
     for selection, entry in matches:
         if selection.capture is not Capture.GRADIENT:
             continue
+        if entry.points[Capture.OUTPUT].path in catalogue.varying:
+            continue
         if order.get(entry.points[Capture.OUTPUT], -1) > last[0]:
             raise InvalidInputError(
                 f"layers: got the gradient of {entry.name!r}, which returns after {last[1]!r}, the "

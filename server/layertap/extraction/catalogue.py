@@ -110,6 +110,8 @@ class Catalogue:
         notes: Facts about the model that no single layer's entry states, as sentences: arguments
             that are never given, random numbers, layers that run for some inputs only.
         looks: How a pass uses the values of its input.
+        varying: The paths of modules that run for some inputs only; their place in the order is a
+            guess.
         towers: The points that each tower of the model serves by itself; empty without towers.
     """
 
@@ -121,6 +123,7 @@ class Catalogue:
     non_finite: str = ""
     notes: tuple[str, ...] = ()
     looks: LooksSurvey = field(default_factory=LooksSurvey)
+    varying: frozenset[str] = frozenset()
     towers: Mapping[Tower, Collection[CapturePoint]] = field(default_factory=dict)
 
     def runs_with(self, points: Iterable[CapturePoint], given: Collection[str]) -> bool:

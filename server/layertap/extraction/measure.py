@@ -143,6 +143,7 @@ def measure_with_graph(
         notes=tuple(_notes(findings, entries)),
         looks=looks,
         towers=towers,
+        varying=frozenset(findings.varying),
     )
     return catalogue, findings.graph.trace
 

@@ -146,8 +146,9 @@ class _Session:
 
         Hooks on the model don't suit this: if the model calls itself, they see the inner calls too.
         """
-        for edit in self._edits.pop(("", Capture.OUTPUT, 0), ()):
-            value = self._edited(edit, value)
+        for place in [place for place in self._edits if place[:2] == ("", Capture.OUTPUT)]:
+            for edit in self._edits.pop(place):
+                value = self._edited(edit, value)
         for key in [key for key in self._wanted if key[:2] == ("", Capture.OUTPUT)]:
             for index in self._wanted.pop(key):
                 if self.refused is None:
