@@ -94,7 +94,10 @@ def check(
     value, gradient = grid(found[layer]), grid(found[f"{layer}:gradient"])
     assert value.dim() == 4
     for name, formula in FORMULAS.items():
-        assert close(found[f"{layer}:{name}"], formula(value, gradient))
+        # A layer norm that follows makes the sums over channels cancel almost completely.
+        scale = float(formula(value.abs(), gradient.abs()).abs().max())
+        error = float((found[f"{layer}:{name}"] - formula(value, gradient)).abs().max())
+        assert error <= 1e-5 * scale
 
 
 def test_maps_of_channels_first(convolutions: LocalModel) -> None:
