@@ -136,6 +136,14 @@ class Sweep(_message.Message):
     seed: int
     def __init__(self, steps: _Optional[int] = ..., rule: _Optional[_Union[IntegrationRule, str]] = ..., baseline: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
 
+class AudioBatch(_message.Message):
+    __slots__ = ("audio", "input")
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    audio: _containers.RepeatedScalarFieldContainer[bytes]
+    input: str
+    def __init__(self, audio: _Optional[_Iterable[bytes]] = ..., input: _Optional[str] = ...) -> None: ...
+
 class LayerSelection(_message.Message):
     __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method", "sweep")
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -173,7 +181,7 @@ class ObjectiveTerm(_message.Message):
     def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., measure: _Optional[_Union[Measure, str]] = ..., index: _Optional[_Iterable[int]] = ..., index_size: _Optional[int] = ..., vector: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class ExtractRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "objective")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +189,7 @@ class ExtractRequest(_message.Message):
     EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
@@ -189,8 +198,9 @@ class ExtractRequest(_message.Message):
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
+    audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
     objective: _containers.RepeatedCompositeFieldContainer[ObjectiveTerm]
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
@@ -215,7 +225,7 @@ class ExtractResponse(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class ExtractStreamRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "objective", "id", "timeout_ns")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective", "id", "timeout_ns")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +233,7 @@ class ExtractStreamRequest(_message.Message):
     EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
@@ -233,10 +244,11 @@ class ExtractStreamRequest(_message.Message):
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
+    audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
     objective: _containers.RepeatedCompositeFieldContainer[ObjectiveTerm]
     id: int
     timeout_ns: int
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamError(_message.Message):
     __slots__ = ("code", "kind", "message", "image")
