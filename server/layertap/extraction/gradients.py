@@ -270,7 +270,7 @@ class GradientExtractor:
                 None,
                 swept=swept,
             )
-            self._one(one, x.map(lambda t, n=times: torch.cat([t] * n) if n > 1 else t.clone()))
+            self._one(one, Batch.cat([x] * times))
             total.add(swept, one.only_gradient, one.numbers)
             total.see(one.swept_value)
         result = total.result()
