@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layertap.audio import Audio
     from layertap.client import (
         AsyncClient,
         AsyncFeatureStream,
@@ -25,25 +26,41 @@ if TYPE_CHECKING:
     from layertap.errors import LayertapError
     from layertap.local import LocalFeatures, LocalModel, load
     from layertap.malloc import keep_memory
-    from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+    from layertap.objective import Measure, Objective, ObjectiveTerm
+    from layertap.selection import (
+        Capture,
+        Extractor,
+        IntegrationRule,
+        LayerSelection,
+        Method,
+        Reduction,
+        Sweep,
+    )
     from layertap.settings import Limits
     from layertap.texts import Texts
 
 __all__ = [
     "AsyncClient",
     "AsyncFeatureStream",
+    "Audio",
     "Capture",
     "Client",
     "Extractor",
     "FeatureStream",
     "Features",
+    "IntegrationRule",
     "LayerSelection",
     "LayertapError",
     "Limits",
     "LocalFeatures",
     "LocalModel",
+    "Measure",
+    "Method",
+    "Objective",
+    "ObjectiveTerm",
     "Reduction",
     "StreamRequest",
+    "Sweep",
     "Texts",
     "Tls",
     "__version__",
@@ -55,6 +72,7 @@ __all__ = [
 __version__ = version("layertap")
 
 _HOMES = {
+    "layertap.audio": ("Audio",),
     "layertap.client": (
         "AsyncClient",
         "AsyncFeatureStream",
@@ -68,7 +86,16 @@ _HOMES = {
     "layertap.errors": ("LayertapError",),
     "layertap.local": ("LocalFeatures", "LocalModel", "load"),
     "layertap.malloc": ("keep_memory",),
-    "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Reduction"),
+    "layertap.objective": ("Measure", "Objective", "ObjectiveTerm"),
+    "layertap.selection": (
+        "Capture",
+        "Extractor",
+        "IntegrationRule",
+        "LayerSelection",
+        "Method",
+        "Reduction",
+        "Sweep",
+    ),
     "layertap.settings": ("Limits",),
     "layertap.texts": ("Texts",),
 }

@@ -14,7 +14,9 @@ import torch
 
 from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
+from layertap.engine.audio_batch import audio_tensors, decode_recordings
 from layertap.engine.batch import (
+    AudioFiles,
     ImageFiles,
     Inputs,
     batch_bytes,
@@ -39,9 +41,11 @@ from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import REFERENCE
+from layertap.extraction.operands import Operands
 from layertap.extraction.plan import Plan
 from layertap.models import Batch
 from layertap.models.text import TokenizedTexts
+from layertap.objective import Objective
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import Limits
@@ -59,6 +63,7 @@ class ExtractionRequest(Generic[P]):
         inputs: The batch: tensors and images by the names of the model's inputs.
         selections: The layers to return.
         extractor: The extractor to use.
+        objective: What requested gradients are the gradients of; None if there are none.
         form: Returns the form of the reply, given the chosen extractor.
     """
 
@@ -66,6 +71,7 @@ class ExtractionRequest(Generic[P]):
     inputs: Inputs
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
+    objective: Objective | None = None
     form: Callable[[Extractor], ReplyForm[P]] = field(kw_only=True)
 
 
@@ -134,7 +140,8 @@ class Pipeline:
 
     def _extract(self, admitted: _Admitted[P]) -> Extraction[P]:
         host, request, call = admitted.host, admitted.request, admitted.call
-        resolved = host.resolve(request.selections, request.extractor)
+        keys = request.objective.keys if request.objective else ()
+        resolved = host.resolve(request.selections, request.extractor, keys)
         x, beside = self._batch(admitted)
         kind = host.finite_only(resolved, x)
         if kind and not _is_finite(request, x):
@@ -144,8 +151,9 @@ class Pipeline:
         if plan.kind.finite_only and not _is_finite(request, x):
             resolved = host.resolve(request.selections, _for_any_number(request, plan.kind, host))
             plan = host.plan(resolved, x, call)
+        operands = self._operands(admitted, plan, x.size)
         try:
-            return self._run(admitted, x, beside, resolved, plan)
+            return self._run(admitted, x, beside, resolved, plan, operands=operands)
         except ModelRunError as error:
             if not plan.kind.compiled:
                 raise
@@ -171,8 +179,26 @@ class Pipeline:
             return extraction
         raise refusal
 
+    def _operands(self, admitted: _Admitted[P], plan: Plan, size: int) -> Operands | None:
+        """Return the operands of a request's objective, which fit its batch; None without one."""
+        objective, facts = admitted.request.objective, plan.gradients
+        if objective is None or facts is None:
+            return None
+        operands = Operands(objective.terms)
+        if not facts.dynamic:
+            operands.check(facts.extractor.shapes.terms, size)
+        admitted.host.find_independence(plan, size, admitted.call)
+        return operands
+
     def _run(
-        self, admitted: _Admitted[P], x: Batch, beside: Beside, resolved: Resolved, plan: Plan
+        self,
+        admitted: _Admitted[P],
+        x: Batch,
+        beside: Beside,
+        resolved: Resolved,
+        plan: Plan,
+        *,
+        operands: Operands | None = None,
     ) -> Extraction[P]:
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
@@ -186,7 +212,11 @@ class Pipeline:
 
         lay_out = reply_collector if plan.dynamic else reply_writer
         # No variable here refers to the reply, so its memory is freed if ``collect`` replaces it.
-        work = Work(host, plan, resolved, x, lay_out(*parts, beside=beside), collect, call)
+        work = Work(
+            host, plan, resolved, x, lay_out(*parts, beside=beside), collect, call, operands
+        )
+        if plan.gradients is not None:
+            reserved.take(plan.gradients.bytes_for(x.size))
         items = x.size
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
@@ -222,6 +252,8 @@ class Pipeline:
         made = tensors_of_texts(host.model, given, tokenized)
         for name, files in parts.images.items():
             made[name] = self._images(admitted, name, files)
+        for name, recordings in parts.audio.items():
+            made.update(self._audio(admitted, name, recordings))
         x = check_tensors(host.model, given.tensors, self._limits, made)
         beside = beside_batch(host.model, x, parts.texts, tokenized)
         if host.staging is None:
@@ -246,6 +278,21 @@ class Pipeline:
             preprocess = partial(preprocess_images, host.model, name, images)
             return host.preparing.run(preprocess, call, pins=(received, pixels))
 
+    def _audio(
+        self, admitted: _Admitted[Any], name: str, given: AudioFiles
+    ) -> dict[str, torch.Tensor]:
+        host, call, received = admitted.host, admitted.call, admitted.received
+        inputs = admitted.request.inputs
+        # The files are copies of parts of the message.
+        received.take(sum(map(len, given.files)))
+        with self._admission.reserve("the request's decoded recordings take") as samples:
+            with self._decoding(call):
+                waveforms = decode_recordings(host.model, given, self._limits, call, samples.take)
+            convert = partial(audio_tensors, host.model, name, inputs, waveforms)
+            made = host.preparing.run(convert, call, pins=(received, samples))
+        received.take(sum(tensor.nbytes for tensor in made.values()))
+        return made
+
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
         """Wait until fewer inputs are being decoded than there are CPUs; more would be slower."""
@@ -267,8 +314,8 @@ def publish(reply: Reply[P], form: ReplyForm[P], timings: Timings) -> P:
 
 
 def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
-    """Return whether a request's inputs have no NaN or infinity; images never have."""
-    return not request.inputs.tensors or x.is_finite
+    """Return whether a request's inputs have no NaN or infinity."""
+    return not request.inputs.may_be_infinite or x.is_finite
 
 
 def _for_any_number(
@@ -291,4 +338,6 @@ def _key(work: Work[Any]) -> Hashable:
     plan = work.plan
     if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
+    if work.operands is not None:
+        return None  # Operands are those of one request.
     return id(plan), work.x.key
