@@ -99,6 +99,7 @@ FULL = ModelDescription(
     passes=PassDescription(early_stop=True, concurrent=True, shared=True, state="reset"),
     notes=("it draws random numbers",),
     declared_layers=("layer1", "add:input"),
+    fingerprint="0123abcd",
     refused_plans=(
         RefusedPlanDescription(
             Extractor.FX, ("layer1:input",), (ItemDescription("x", "bool", (3, 0)),), "it breaks"

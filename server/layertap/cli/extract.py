@@ -13,6 +13,7 @@ import click
 
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
+from layertap.objective import parse_objective
 from layertap.selection import SENT_DTYPES, Extractor, LayerSelection, Reduction
 from layertap.texts import Truncation
 
@@ -115,8 +116,15 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "layers",
     multiple=True,
     required=True,
-    metavar="LAYER[:input][:reduce=R][:dtype=T][=NAME]",
-    help="A layer to write. May be given several times, and may be a glob.",
+    metavar="LAYER[:CAPTURE][:reduce=R][:dtype=T][=NAME]",
+    help="A layer to write. May be given several times, and may be a glob. CAPTURE is output, "
+    "input, gradient or input_gradient.",
+)
+@click.option(
+    "--objective",
+    metavar="TEXT",
+    help="What gradients are the gradients of: fc[281], fc[maximum], fc[281] - fc[282]; without a "
+    "layer in front of the brackets, of the model's result.",
 )
 @click.option(
     "-o",
@@ -148,8 +156,8 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "--extractor",
     type=click.Choice([extractor.value for extractor in Extractor]),
     default=Extractor.AUTO.value,
-    help="How to capture the layers. Default: auto, which is hook, and for more than 1,000 items "
-    "torchscript if it serves the layers.",
+    help="How to capture the layers. Default: auto, which chooses once for the whole run; for more "
+    "than 1,000 items it waits for a compiled program if there can be one.",
 )
 @click.option(
     "--dtype",
@@ -204,6 +212,7 @@ def extract(
     field: str,
     recordings: tuple[str, ...],
     layers: tuple[str, ...],
+    objective: str | None,
     output: Path,
     output_format: str | None,
     overwrite: bool,
@@ -241,8 +250,8 @@ def extract(
       layertap extract resnet18 @list.txt -l avgpool -o features.parquet --on-error skip
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
+      layertap extract resnet18 cat.jpg -l layer4:gradient --objective "fc[281]" -o cat.npz
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
-      layertap extract hf:nets/wav2vec2 --audio a.wav -l output.last_hidden_state -o a.npz
       layertap extract hf:nets/wav2vec2 --audio a.wav -l output.last_hidden_state -o a.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
           -l encoder -o texts.npz
@@ -273,7 +282,9 @@ def extract(
     given = _Given(items, arrays, given_texts, texts_file, recordings)
     source = _source(given, Truncation(truncation), field)
     terminal = Stderr()
-    opened = _remote(servers, model) if servers else _local(terminal, model, flags)
+    aim = objective or ""
+    parse_objective(objective)
+    opened = _remote(servers, model, aim) if servers else _local(terminal, model, aim, flags)
     try:
         with opened as runner, terminal.progress(source.noun, len(source)) as report:
             outcome = run(
@@ -338,13 +349,13 @@ def _source(given: _Given, truncation: Truncation, field: str) -> Source:
                 raise InvalidInputError(f"audio {file}: no such file")
         return joined([Files(given.recordings, AudioContent())])
     if given.arrays:
-        return joined([NamedArrayRows(parse_array_files(given.arrays))])
+        return joined([NamedArrayRows(_array_files(given.arrays))])
     texts = [(f"--text:{number}", text) for number, text in enumerate(given.texts, 1)]
     lines = [] if given.texts_file is None else lines_of(given.texts_file)
     return joined([TextItems([*texts, *lines], truncation)])
 
 
-def parse_array_files(texts: Sequence[str]) -> dict[str, str]:
+def _array_files(texts: Sequence[str]) -> dict[str, str]:
     """Return the paths of arrays by input, from ``NAME=FILE.npy`` or, for one input, ``FILE.npy``.
 
     Raises:
@@ -365,16 +376,18 @@ def parse_array_files(texts: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _remote(servers: list[ServerAddress], model: str) -> Iterator[Runner]:
+def _remote(servers: list[ServerAddress], model: str, objective: str) -> Iterator[Runner]:
     from layertap.dataset.runners import RemoteRunner
 
     with ExitStack() as stack:
         clients = {each.target: stack.enter_context(each.client()) for each in servers}
-        yield RemoteRunner(clients, model)
+        yield RemoteRunner(clients, model, objective)
 
 
 @contextmanager
-def _local(terminal: Stderr, source: str, flags: dict[str, Any]) -> Iterator[Runner]:
+def _local(
+    terminal: Stderr, source: str, objective: str, flags: dict[str, Any]
+) -> Iterator[Runner]:
     from layertap.dataset.runners import LocalRunner
 
     with terminal.busy(f"loading {source}"):
@@ -382,4 +395,4 @@ def _local(terminal: Stderr, source: str, flags: dict[str, Any]) -> Iterator[Run
     with model:
         if assumed := model.host.model.assumptions():
             terminal.say(assumed, logging.WARNING)
-        yield LocalRunner(model)
+        yield LocalRunner(model, objective)

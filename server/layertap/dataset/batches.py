@@ -73,7 +73,8 @@ class Batches:
             worker: Runs the model.
             items: The indices of the items.
             extractor: The extractor to use.
-            fallback: Whether HOOK is used for a batch that the extractor can't serve.
+            fallback: Whether the next extractors, in the order of `Extractor`, are tried for a
+                batch that this one can't serve.
 
         Raises:
             InvalidInputError: An item failed, and failing items are not skipped.
@@ -119,12 +120,16 @@ class Batches:
     ) -> None:
         extractor, fallback = how
         given = self._source.batch(list(contents.values()))
-        try:
-            answer = worker.ask(given, self._selections, extractor)
-        except ExtractorUnsupportedError:
-            if not fallback:
-                raise
-            answer = worker.ask(given, self._selections, Extractor.HOOK)
+        order = list(Extractor)
+        tried = order[order.index(extractor) :] if fallback else [extractor]
+        for each in tried:
+            try:
+                answer = worker.ask(given, self._selections, each)
+            except ExtractorUnsupportedError:
+                if each is tried[-1]:
+                    raise
+            else:
+                break
         count = len(contents)
         result.rows = {
             name: self._rules.rows(name, array, count) for name, array in answer.arrays.items()

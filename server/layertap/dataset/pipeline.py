@@ -112,7 +112,7 @@ class Pipeline:
         plan: The extractor, and the sizes of batches and shards.
         workers: Run the model; each has a thread.
         write: Writes a shard; called in one thread.
-        fallback: Whether HOOK is used for a batch that the plan's extractor can't serve.
+        fallback: Whether other extractors are tried for a batch that the plan's can't serve.
         memory: Bytes that rows may take before they are on the disk.
     """
 

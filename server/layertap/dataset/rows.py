@@ -78,15 +78,16 @@ def batch_axes(
     """Return the batch dimension of each output, by its name in the reply.
 
     It is None if there is no such dimension: none grows with the batch, several do, or the items
-    are interleaved along it.
+    are interleaved along it. Outputs that are not layers, such as the value of an objective and
+    gradients of the model's inputs, are not in the result: their items are the first dimension.
     """
     axes: dict[str, int | None] = {}
     for selection in selections:
         glob = Glob(selection.layer)
         for layer in description.layers:
             if layer.name == selection.layer or glob.matches(layer.name):
-                plain = selection.reduction is Reduction.NONE
-                axis = _batch_axis(layer.values.get(selection.capture)) if plain else 0
+                plain = selection.reduction is Reduction.NONE and not selection.method.is_map
+                axis = _batch_axis(layer.values.get(selection.capture.side)) if plain else 0
                 axes[selection.name_for(layer.name)] = axis
     return axes
 

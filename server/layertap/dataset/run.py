@@ -19,7 +19,7 @@ from layertap.dataset.runners import LocalRunner, Runner
 from layertap.dataset.shard import OFFSETS, Output, Parts
 from layertap.dataset.sources import Part, Source, gather
 from layertap.dataset.writers import Format, JoinedFormat, ShardedFormat, format_of, write_part
-from layertap.errors import ExtractorUnsupportedError, InvalidInputError
+from layertap.errors import InvalidInputError
 from layertap.selection import Extractor, SelectionLike, as_extractor, parse_selections
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def extract(
     *,
     format: str = "",  # noqa: A002 - the name of the flag
     extractor: Extractor | str = Extractor.AUTO,
+    objective: str = "",
     on_error: Literal["fail", "skip"] = "fail",
     batch_size: int = 16,
     shard_items: int | None = None,
@@ -87,8 +88,11 @@ def extract(
         output: The file or folder to write.
         format: ``"npz"``, ``"npy"``, ``"safetensors"``, ``"parquet"``, ``"zarr"`` or ``"hdf5"``; if
             empty, it follows from the suffix of ``output``.
-        extractor: The extractor of all passes. AUTO is HOOK, and for more than 1,000 items the
-            first that serves all layers, in the order of `Extractor`.
+        extractor: The extractor of all passes. AUTO chooses one for the first batch, and all others
+            take it; for more than 1,000 items it is the first that serves all layers, in the order
+            of `Extractor`, although it may have to be compiled.
+        objective: What requested gradients are the gradients of, such as ``"fc[281]"``; a `Runner`
+            has its own.
         on_error: Whether an item that fails ends the run, or is left out of the output and listed.
         batch_size: Items in one pass.
         shard_items: Items in one shard; if None, as many as take 64 MiB or a quarter of ``memory``.
@@ -112,7 +116,7 @@ def extract(
     writer = format_of(path, format)
     check_output(path)
     source = inputs if isinstance(inputs, Source) else gather(os.fspath(each) for each in inputs)
-    runner = model if isinstance(model, Runner) else LocalRunner(model)
+    runner = model if isinstance(model, Runner) else LocalRunner(model, objective)
     selections = parse_selections(layers)
     rules = RowRules.of(runner.describe(), selections)
     if {"ids", *(name + OFFSETS for name in rules.ragged)} & rules.axes.keys():
@@ -136,6 +140,7 @@ def extract(
     options = {
         "format": writer.name,
         "extractor": run.extractor.value,
+        "objective": runner.objective,
         "on_error": on_error,
         "batch_size": batch_size,
         "shard_items": shard_items,
@@ -264,14 +269,7 @@ class _Run:
         try:
             for begin in range(0, min(len(self.source), _PROBED), self.batch_size):
                 items = range(begin, min(begin + self.batch_size, len(self.source)))
-                for extractor in self._candidates():
-                    try:
-                        result = self.batches.run(worker, items, extractor, fallback=False)
-                    except ExtractorUnsupportedError:
-                        if self.extractor is not Extractor.AUTO or extractor is Extractor.HOOK:
-                            raise
-                        continue
-                    break
+                result = self.batches.run(worker, items, *self._first())
                 if result.items:
                     return self._plan(result)
                 failures += result.failures
@@ -282,12 +280,12 @@ class _Run:
             f"{failures[0].id}: {failures[0].error}"
         )
 
-    def _candidates(self) -> Sequence[Extractor]:
-        """Return the extractors to try; HOOK, the last, serves everything that can be served."""
-        if self.extractor is not Extractor.AUTO:
-            return [self.extractor]
-        compiled = [Extractor.TORCHSCRIPT] if len(self.source) > _WORTH_COMPILING else []
-        return [*compiled, Extractor.HOOK]
+    def _first(self) -> tuple[Extractor, bool]:
+        """Return the extractor for the first batch, and whether the next ones may be tried."""
+        if self.extractor is not Extractor.AUTO or len(self.source) <= _WORTH_COMPILING:
+            return self.extractor, False
+        # AUTO itself would take an extractor that need not be compiled until another one is.
+        return next(each for each in Extractor if each is not Extractor.AUTO), True
 
     def _plan(self, result: BatchResult) -> Plan:
         outputs = {}

@@ -67,7 +67,13 @@ class Worker(ABC):
 
 
 class Runner(ABC):
-    """A model, and the workers that run it."""
+    """A model, and the workers that run it.
+
+    Attributes:
+        objective: What requested gradients are the gradients of; empty for nothing.
+    """
+
+    objective: str = ""
 
     @abstractmethod
     def describe(self) -> ModelDescription:
@@ -87,10 +93,12 @@ class LocalRunner(Runner):
 
     Args:
         model: The model. It stays open.
+        objective: What requested gradients are the gradients of; empty for nothing.
     """
 
-    def __init__(self, model: LocalModel) -> None:
+    def __init__(self, model: LocalModel, objective: str = "") -> None:
         self._model = model
+        self.objective = objective
 
     def describe(self) -> ModelDescription:
         """See Runner."""
@@ -102,19 +110,24 @@ class LocalRunner(Runner):
 
     def workers(self) -> list[Worker]:
         """Return a worker for each core, to decode images, and one whose batch is in the model."""
-        return [_LocalWorker(self._model) for _ in range(min(16, available_cpus() + 1))]
+        return [
+            _LocalWorker(self._model, self.objective) for _ in range(min(16, available_cpus() + 1))
+        ]
 
 
 class _LocalWorker(Worker):
     name = "the model"
 
-    def __init__(self, model: LocalModel) -> None:
+    def __init__(self, model: LocalModel, objective: str) -> None:
         self._model = model
+        self._objective = objective or None
 
     def ask(
         self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
     ) -> Answer:
-        features = self._model.extract(given, selections, extractor=extractor)
+        features = self._model.extract(
+            given, selections, extractor=extractor, objective=self._objective
+        )
         return Answer(features.numpy(), features.extractor, features.timings)
 
     def close(self) -> None:
@@ -127,17 +140,25 @@ class RemoteRunner(Runner):
     Args:
         clients: A client for each server, by address. They stay open.
         model: The model's name.
+        objective: What requested gradients are the gradients of; empty for nothing.
         timeout: Seconds that a server may take for one batch.
 
     Raises:
         InvalidInputError: If the servers' models differ.
     """
 
-    def __init__(self, clients: Mapping[str, Client], model: str, timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        clients: Mapping[str, Client],
+        model: str,
+        objective: str = "",
+        timeout: float = 600.0,
+    ) -> None:
         from layertap.wire.descriptions import description_from_proto
 
         self._clients = clients
         self._name = model
+        self.objective = objective
         self._timeout = timeout
         described = {
             address: description_from_proto(client.describe_model(model, fingerprint=True))
@@ -164,7 +185,7 @@ class RemoteRunner(Runner):
     def workers(self) -> list[Worker]:
         """Return workers for each server, each with a stream of its own."""
         return [
-            _RemoteWorker(address, client.stream, self._name, self._timeout)
+            _RemoteWorker(address, client.stream, self._name, self.objective, self._timeout)
             for _ in range(_CALLS_OF_SERVER)
             for address, client in self._clients.items()
         ]
@@ -178,11 +199,17 @@ class _RemoteWorker(Worker):
     """One stream, with a batch at a time; opened when it is needed, and after it broke."""
 
     def __init__(
-        self, name: str, opening: Callable[..., FeatureStream], model: str, timeout: float
+        self,
+        name: str,
+        opening: Callable[..., FeatureStream],
+        model: str,
+        objective: str,
+        timeout: float,
     ) -> None:
         self.name = name
         self._opening = opening
         self._model = model
+        self._objective = objective or None
         self._timeout = timeout
         self._stream: FeatureStream | None = None
 
@@ -193,7 +220,9 @@ class _RemoteWorker(Worker):
 
         if self._stream is None:
             self._stream = self._opening(max_in_flight=1, item_timeout=self._timeout)
-        request = StreamRequest(self._model, given, selections, extractor)
+        request = StreamRequest(
+            self._model, given, selections, extractor, objective=self._objective
+        )
         try:
             [(_, outcome)] = self._stream.extract([request])
         except LayertapError:
