@@ -282,7 +282,7 @@ def test_gradients_are_written_like_layers(remote, address: str, images: list[st
     layers = ["features.3:gradient", "features.3:grad_cam", "inputs.x:gradient"]
     flags = [text for layer in layers for text in ("-l", layer)]
     _, stored = remote(*flags, "--objective", "[maximum]", "--batch-size", "2")
-    assert list(stored) == [*layers, "objective.value", "objective.index"]
+    assert list(stored) == ["ids", *layers, "objective.value", "objective.index"]
     assert stored["features.3:grad_cam"].shape == (5, 55, 55)
     with Client(address) as client:
         for index, image in enumerate(images):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from layertap.dataset.manifest import Failure
 from layertap.dataset.rows import RowRules
-from layertap.dataset.runners import Worker
+from layertap.dataset.runners import Answer, Worker
 from layertap.dataset.sources import Source
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ModelRunError
 from layertap.selection import Extractor, LayerSelection
 from layertap.timings import Timings
+
+if TYPE_CHECKING:
+    from layertap.inputs import InputLike
 
 __all__ = ["BatchResult", "Batches"]
 
@@ -120,22 +124,26 @@ class Batches:
     ) -> None:
         extractor, fallback = how
         given = self._source.batch(list(contents.values()))
-        order = list(Extractor)
-        tried = order[order.index(extractor) :] if fallback else [extractor]
-        for each in tried:
-            try:
-                answer = worker.ask(given, self._selections, each)
-            except ExtractorUnsupportedError:
-                if each is tried[-1]:
-                    raise
-            else:
-                break
+        answer = self._answer(worker, given, extractor, fallback)
         count = len(contents)
         result.rows = {
             name: self._rules.rows(name, array, count) for name, array in answer.arrays.items()
         }
         result.items = list(contents)
         result.extractor, result.timings = answer.extractor, answer.timings
+
+    def _answer(
+        self, worker: Worker, given: InputLike, extractor: Extractor, fallback: bool
+    ) -> Answer:
+        order = list(Extractor)
+        following = order[order.index(extractor) + 1 :] if fallback else []
+        try:
+            return worker.ask(given, self._selections, extractor)
+        except ExtractorUnsupportedError:
+            for other in following:
+                with suppress(ExtractorUnsupportedError):
+                    return worker.ask(given, self._selections, other)
+            raise
 
     def _alone(
         self,
