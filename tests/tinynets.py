@@ -409,9 +409,26 @@ def patches() -> nn.Module:
     return seeded(Patches)
 
 
+class Chain(nn.Module):
+    """Two layers: torch.compile translates each module anew whenever it gets other hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.layer1 = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer1(self.conv1(x).relu()).mean((2, 3))
+
+
+def chain() -> nn.Module:
+    """Return a seeded Chain."""
+    return seeded(Chain)
+
+
 def compiled() -> nn.Module:
-    """Return the Residual as ``torch.compile`` wraps it."""
-    return torch.compile(residual(), backend="eager")
+    """Return the Chain as ``torch.compile`` wraps it."""
+    return torch.compile(chain(), backend="eager")
 
 
 class Heavy(nn.Module):
