@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported, and for the servers that tests start. Their callers are busy on the same
@@ -15,9 +16,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from layertap.extraction.tf32 import tf32_allowed
 from layertap.models import LoadedModel, ModelSpec, load_model
 from tinynets import ITEM
 
+TF32_AT_FIRST = tf32_allowed()
 LoadNet = Callable[[str], LoadedModel]
 
 LONGEST = (
@@ -26,6 +29,12 @@ LONGEST = (
     *("extraction/test_claims.py", "extraction/test_hazards.py", "coverage/test_prove.py"),
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is imported by now, which takes it a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +52,12 @@ def load_net() -> LoadNet:
         return load_model(ModelSpec(f"tinynets:{factory}", item_shape=ITEM), "cpu")
 
     return load
+
+
+@pytest.fixture
+def tf32_at_first() -> bool:
+    """Whether PyTorch allows TF32 before anybody has set anything."""
+    return TF32_AT_FIRST
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
 
 
 class Mixer(nn.Module):
@@ -37,6 +38,16 @@ class Vit(nn.Module):
         x = torch.cat([self.cls.expand(len(x), -1, -1), tokens], 1) + self.places
         x = self.embedded(x)
         return self.out(x + self.attention(x, x, x)[0])
+
+
+def small_swin() -> nn.Module:
+    """Return torchvision's Swin with two short stages: channels last, and shifted windows."""
+    return SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7], num_classes=10).eval()
+
+
+def small_vit() -> nn.Module:
+    """Return torchvision's ViT with three blocks, for 64 × 64 pixels."""
+    return VisionTransformer(64, 32, 3, 4, 32, 64, num_classes=10).eval()
 
 
 class Queries(nn.Module):

@@ -124,7 +124,7 @@ def test_a_value_that_is_there_for_some_inputs_only_is_left_to_hook() -> None:
 @pytest.mark.parametrize(
     "net",
     ["forked", "repeats", "clamps_below", "dead_clamp", "dead_chain", "clips", "sometimes_tuple",
-     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:residual"],
+     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:block"],
 )  # fmt: skip
 def test_what_is_claimed_is_what_a_request_gets(net: str) -> None:
     """Every claim can be built as a plan: alone, and all of one extractor together."""
