@@ -84,7 +84,7 @@ SHORT = Grid(
     singles=(Extractor.HOOK,),
     spread=True,
 )
-"""Loading costs most, so what does not depend on the number of threads is served in one way only."""
+"""Loading costs most, so what needs no certain number of threads is served in one way only."""
 
 FULL = Grid(
     (

@@ -72,7 +72,9 @@ def truth_of(net: nn.Module, x: torch.Tensor | Mapping[str, torch.Tensor], seed:
             truth.calls[path, "output", call]["attention_weights"] = weights.clone()
 
     handles = list(_hooks(net, before, after))
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes its time over other devices.
+    torch.default_generator.manual_seed(
+        seed
+    )  # torch.manual_seed takes its time over other devices.
     random.seed(seed)
     np.random.seed(seed)
     try:
