@@ -82,6 +82,17 @@ def wordpiece(folder: Path, max_tokens: int = 32) -> Path:
     return folder
 
 
+def clip(folder: Path) -> Path:
+    """Save a small CLIP with its tokenizer and image processor into a folder."""
+    text = {**TEXT, "eos_token_id": 3, "bos_token_id": 2, "pad_token_id": 0}
+    saved(folder, "CLIPModel", text_config=text, vision_config=VISION, projection_dim=16)
+    wordpiece(folder)
+    transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder)
+    return folder
+
+
 def sentence_transformer(folder: Path, **pooling: Any) -> Path:
     """Save a folder of sentence-transformers: BERT, pooling, a dense layer and normalisation."""
     bert(folder)

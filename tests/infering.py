@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from layertap.inference import grpc_service_pb2 as pb
 from tinynets import ITEM
+
+ROOT = Path(__file__).parents[1]
+TRITON_PYTHON = ROOT / ".venv-triton" / "bin" / "python"
 
 NUMPY = {
     "FP32": np.float32,
@@ -84,3 +89,15 @@ def arrays(response: pb.ModelInferResponse) -> dict[str, np.ndarray]:
         out.name: np.frombuffer(raw, NUMPY[out.datatype]).reshape(out.shape)
         for out, raw in zip(response.outputs, response.raw_output_contents, strict=True)
     }
+
+
+def run_tritonclient(script: str, *args: object) -> None:
+    """Run a script of tests/triton with NVIDIA's client, and check that it ended well."""
+    done = subprocess.run(
+        [TRITON_PYTHON, ROOT / "tests" / "triton" / script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["ok"]), done.stderr

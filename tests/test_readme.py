@@ -85,16 +85,21 @@ def test_the_examples_with_nvidias_client_run(
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     *_, short = blocks("python")
-    (long,) = blocks("python", (ROOT / "docs" / "protocol.md").read_text("utf-8"))
+    long, _ = blocks("python", (ROOT / "docs" / "protocol.md").read_text("utf-8"))
     for code in (short, long):
-        claims = re.findall(r"^(\w+\.as_numpy\(.+?\))  # .*?(\(\d[\d, ]*\))", code, re.MULTILINE)
-        assert claims
-        for value, shape in claims:
-            code = code.replace(value, f"assert {value}.shape == {shape}")  # noqa: PLW2901
-        script = tmp_path / "example.py"
-        script.write_text(code.replace("127.0.0.1:8001", address), "utf-8")
-        done = subprocess.run([TRITON, script], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        run_with_tritonclient(code, address, tmp_path)
+
+
+def run_with_tritonclient(code: str, address: str, folder: Path) -> None:
+    """Run a block of code in the environment of NVIDIA's client, and check what it claims."""
+    claims = re.findall(r"^(\w+\.as_numpy\(.+?\))  # .*?(\(\d[\d, ]*\))", code, re.MULTILINE)
+    assert claims
+    for value, shape in claims:
+        code = code.replace(value, f"assert {value}.shape == {shape}")
+    script = folder / "example.py"
+    script.write_text(code.replace("127.0.0.1:8001", address), "utf-8")
+    done = subprocess.run([TRITON, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_streaming_examples_run(
@@ -137,10 +142,12 @@ def test_extracting_without_a_server_writes_the_file(
 
 
 @pytest.fixture(scope="module")
-def folder_with_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which ``nets/bert`` is a small BERT with its tokenizer."""
+def folder_with_nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a photo, a small BERT in ``nets/bert`` and a small CLIP in ``nets/clip``."""
     folder = tmp_path_factory.mktemp("pages")
+    shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", folder / "photo.jpg")
     hfnets.wordpiece(hfnets.bert(folder / "nets" / "bert"))
+    hfnets.clip(folder / "nets" / "clip")
     return folder
 
 
@@ -154,20 +161,22 @@ def claimed(code: str, shape: str) -> str:
 
 
 def test_the_hugging_face_examples_run(
-    folder_with_bert: Path, monkeypatch: pytest.MonkeyPatch
+    folder_with_nets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What docs/huggingface.md shows has the shapes that it claims."""
     page = (ROOT / "docs" / "huggingface.md").read_text("utf-8")
-    monkeypatch.chdir(folder_with_bert)
-    (code,) = blocks("python", page)
-    exec(claimed(code, r"\[[\d, ]*\]"), {})  # noqa: S102 - the page is ours
+    monkeypatch.chdir(folder_with_nets)
+    for code in blocks("python", page):
+        exec(claimed(code, r"\[[\d, ]*\]"), {})  # noqa: S102 - the page is ours
 
 
-def test_the_text_examples_run(folder_with_bert: Path) -> None:
-    """What docs/text.md shows answers with the shapes that it claims."""
+def test_the_text_examples_run(folder_with_nets: Path, tmp_path: Path) -> None:
+    """What docs/text.md and docs/protocol.md show of texts has the shapes that they claim."""
     page = (ROOT / "docs" / "text.md").read_text("utf-8")
     (code,) = blocks("python", page)
-    source = f"hf:{folder_with_bert / 'nets' / 'bert'}"
+    source = f"hf:{folder_with_nets / 'nets' / 'bert'}"
     with serving(source, "--port", "0", "--metrics-port", "-1") as server:
         code = claimed(code, r"\([\d, ]*\)").replace("127.0.0.1:8001", server.address)
         exec(code, {})  # noqa: S102 - the page is ours
+        _, triton = blocks("python", (ROOT / "docs" / "protocol.md").read_text("utf-8"))
+        run_with_tritonclient(triton, server.address, tmp_path)

@@ -1,6 +1,7 @@
-// Asks a layertap server for layers of a photograph and of a tensor.
+// Asks a layertap server for layers of a photograph and of a tensor, and, if a model of texts is
+// named, for one of its layers.
 //
-//   client HOST:PORT [MODEL] [PHOTO]
+//   client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]
 #include <absl/status/status.h>
 #include <grpcpp/grpcpp.h>
 
@@ -112,7 +113,22 @@ void show_refusal(v1::FeatureService::Stub& features, const v1::ExtractRequest& 
               status.error_message().c_str());
 }
 
-void run(const std::string& address, const std::string& model, const std::string& photo) {
+void show_texts(v1::FeatureService::Stub& features, const std::string& model,
+                const std::string& layer) {
+  v1::ExtractRequest of_texts;
+  of_texts.set_model(model);
+  v1::TextBatch* texts = of_texts.add_texts();
+  texts->add_texts("the cat sat on the mat.");
+  texts->add_texts("a bird flew");
+  // The mean of each text's tokens; the server tokenises the texts and leaves padding out.
+  v1::LayerSelection* mean = of_texts.add_layers();
+  mean->set_layer(layer);
+  mean->set_reduction(v1::REDUCTION_GLOBAL_AVERAGE_POOL);
+  show(features, "text", of_texts);
+}
+
+void run(const std::string& address, const std::string& model, const std::string& photo,
+         const std::string& text_model, const std::string& text_layer) {
   const std::string image = read_file(photo);
   const auto features = v1::FeatureService::NewStub(connect(address));
 
@@ -131,6 +147,8 @@ void run(const std::string& address, const std::string& model, const std::string
   of_tensor.add_layers()->set_layer("avgpool");
   show(*features, "tensor", of_tensor);
 
+  if (!text_model.empty()) show_texts(*features, text_model, text_layer);
+
   v1::ExtractRequest unknown;
   unknown.set_model(model);
   unknown.add_images()->add_images(image);
@@ -141,8 +159,14 @@ void run(const std::string& address, const std::string& model, const std::string
 }  // namespace
 
 int main(int argc, char** argv) try {
-  if (argc < 2) throw std::runtime_error("usage: client HOST:PORT [MODEL] [PHOTO]");
-  run(argv[1], argc > 2 ? argv[2] : "resnet18", argc > 3 ? argv[3] : "../images/grace_hopper.jpg");
+  if (argc < 2) {
+    throw std::runtime_error("usage: client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]");
+  }
+  const auto argument = [&](int index, const char* otherwise) {
+    return argc > index ? argv[index] : otherwise;
+  };
+  run(argv[1], argument(2, "resnet18"), argument(3, "../images/grace_hopper.jpg"), argument(4, ""),
+      argument(5, "encoder.layer.11"));
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 1;

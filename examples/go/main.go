@@ -1,6 +1,7 @@
-// Command client asks a layertap server for layers of a photograph and of a tensor.
+// Command client asks a layertap server for layers of a photograph and of a tensor, and, if a model
+// of texts is named, for one of its layers.
 //
-//	client HOST:PORT [MODEL] [PHOTO]
+//	client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]
 package main
 
 import (
@@ -32,10 +33,11 @@ const (
 
 func main() {
 	log.SetFlags(0)
-	arguments := append(os.Args[1:], "", "", "")
+	arguments := append(os.Args[1:], "", "", "", "", "")
 	address, model, photo := arguments[0], arguments[1], arguments[2]
+	textModel, textLayer := arguments[3], arguments[4]
 	if address == "" {
-		log.Fatal("usage: client HOST:PORT [MODEL] [PHOTO]")
+		log.Fatal("usage: client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]")
 	}
 	if model == "" {
 		model = "resnet18"
@@ -43,12 +45,15 @@ func main() {
 	if photo == "" {
 		photo = "../images/grace_hopper.jpg"
 	}
-	if err := run(address, model, photo); err != nil {
+	if textLayer == "" {
+		textLayer = "encoder.layer.11"
+	}
+	if err := run(address, model, photo, textModel, textLayer); err != nil {
 		log.Fatal(err)
 	}
 }
 
-func run(address, model, photo string) error {
+func run(address, model, photo, textModel, textLayer string) error {
 	image, err := os.ReadFile(photo)
 	if err != nil {
 		return err
@@ -83,6 +88,19 @@ func run(address, model, photo string) error {
 		Model: model, Inputs: []*pb.Tensor{ramp}, Layers: []*pb.LayerSelection{{Layer: "avgpool"}},
 	}); err != nil {
 		return err
+	}
+
+	if textModel != "" {
+		texts := []*pb.TextBatch{{Texts: []string{"the cat sat on the mat.", "a bird flew"}}}
+		// The mean of each text's tokens; the server tokenises the texts and leaves padding out.
+		mean := &pb.LayerSelection{
+			Layer: textLayer, Reduction: pb.Reduction_REDUCTION_GLOBAL_AVERAGE_POOL,
+		}
+		if err := show(features, "text", &pb.ExtractRequest{
+			Model: textModel, Texts: texts, Layers: []*pb.LayerSelection{mean},
+		}); err != nil {
+			return err
+		}
 	}
 
 	return showRefusal(features, &pb.ExtractRequest{

@@ -1,6 +1,7 @@
-// Asks a layertap server for layers of a photograph and of a tensor:
+// Asks a layertap server for layers of a photograph and of a tensor, and, if a model of texts is
+// named, for one of its layers:
 //
-//   node client.js HOST:PORT [MODEL] [PHOTO]
+//   node client.js HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]
 
 import { readFile } from "node:fs/promises";
 import { setTimeout as sleep } from "node:timers/promises";
@@ -75,8 +76,16 @@ async function showRefusal(extract, request) {
   console.log(`error ${grpc.status[error.code]} ${kind} ${error.details}`);
 }
 
-async function main(address, model = "resnet18", photo = here("../images/grace_hopper.jpg")) {
-  if (!address) throw new Error("usage: node client.js HOST:PORT [MODEL] [PHOTO]");
+async function main(
+  address,
+  model = "resnet18",
+  photo = here("../images/grace_hopper.jpg"),
+  textModel,
+  textLayer = "encoder.layer.11",
+) {
+  if (!address) {
+    throw new Error("usage: node client.js HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]");
+  }
   const image = await readFile(photo);
   await waitUntilReady(address);
 
@@ -91,6 +100,12 @@ async function main(address, model = "resnet18", photo = here("../images/grace_h
   await show(extract, "photo", { model, images, layers: bothSides });
   const inputs = [rampTensor([1, 3, 224, 224])];
   await show(extract, "tensor", { model, inputs, layers: [{ layer: "avgpool" }] });
+  if (textModel) {
+    const texts = [{ texts: ["the cat sat on the mat.", "a bird flew"] }];
+    // The mean of each text's tokens; the server tokenises the texts and leaves padding out.
+    const mean = { layer: textLayer, reduction: "REDUCTION_GLOBAL_AVERAGE_POOL" };
+    await show(extract, "text", { model: textModel, texts, layers: [mean] });
+  }
   await showRefusal(extract, { model, images, layers: [{ layer: "no.such.layer" }] });
   client.close();
 }

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 
+import hfnets
 from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine
 from processes import serving
+from reference import TEXT_MODEL
 
 MODELS = ("resnet18", "large=languages.largenet:build")
 
 
 @pytest.fixture(scope="session")
-def address() -> Iterator[str]:
-    """The address of a `layertap serve` with resnet18 and a net of large layers."""
-    with serving(*MODELS, "--weights", "random", "--seed", "0") as server:
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a `layertap serve` with resnet18, a net of large layers, and a small BERT."""
+    bert = hfnets.wordpiece(hfnets.bert(tmp_path_factory.mktemp("nets") / TEXT_MODEL))
+    models = (*MODELS, f"hf-config:{bert}")
+    with serving(*models, "--weights", "random", "--seed", "0") as server:
         yield server.address
 
 

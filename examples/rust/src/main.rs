@@ -1,4 +1,5 @@
-//! Asks a layertap server for layers: `client HOST:PORT [MODEL] [PHOTO]`.
+//! Asks a layertap server for layers of a photograph and of a tensor, and, if a model of texts is
+//! named, for one of its layers: `client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]`.
 
 mod elements;
 
@@ -12,15 +13,16 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use v1::feature_service_client::FeatureServiceClient;
-use v1::{Capture, ExtractRequest, ImageBatch, LayerSelection, Tensor};
+use v1::{Capture, ExtractRequest, ImageBatch, LayerSelection, Reduction, Tensor, TextBatch};
 
 /// What build.rs made of the contract in proto/layertap/v1.
 mod v1 {
     tonic::include_proto!("layertap.v1");
 }
 
-const USAGE: &str = "usage: client HOST:PORT [MODEL] [PHOTO]";
+const USAGE: &str = "usage: client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]";
 const PHOTO: &str = "../images/grace_hopper.jpg";
+const TEXT_LAYER: &str = "encoder.layer.11";
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -34,6 +36,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let address = arguments.next().ok_or(USAGE)?;
     let model = arguments.next().unwrap_or("resnet18".into());
     let photo = std::fs::read(arguments.next().unwrap_or(PHOTO.into()))?;
+    let text_model = arguments.next();
+    let text_layer = arguments.next().unwrap_or(TEXT_LAYER.into());
 
     let channel = Endpoint::from_shared(format!("http://{address}"))?.connect_lazy();
     wait_until_ready(channel.clone()).await?;
@@ -61,6 +65,21 @@ async fn main() -> Result<(), Box<dyn Error>> {
     };
     let reply = features.extract(request).await?.into_inner();
     print("tensor", &reply.tensors)?;
+
+    if let Some(text_model) = text_model {
+        let texts = TextBatch {
+            texts: vec!["the cat sat on the mat.".into(), "a bird flew".into()],
+            ..Default::default()
+        };
+        let request = ExtractRequest {
+            model: text_model,
+            texts: vec![texts],
+            layers: vec![mean_of(&text_layer)],
+            ..Default::default()
+        };
+        let reply = features.extract(request).await?.into_inner();
+        print("text", &reply.tensors)?;
+    }
 
     let request = ExtractRequest {
         model,
@@ -105,6 +124,14 @@ fn layer(name: &str) -> LayerSelection {
 fn input_of(name: &str) -> LayerSelection {
     LayerSelection {
         capture: Capture::Input.into(),
+        ..layer(name)
+    }
+}
+
+/// The mean of each text's tokens; the server tokenises the texts and leaves padding out.
+fn mean_of(name: &str) -> LayerSelection {
+    LayerSelection {
+        reduction: Reduction::GlobalAveragePool.into(),
         ..layer(name)
     }
 }

@@ -58,6 +58,7 @@ def summarize(host: ModelHost) -> ModelDescription:
                 spec,
                 model.preprocess if spec.name in model.image_inputs else None,
                 model.tokenizer if spec.name in model.text_inputs else None,
+                optional=model.signature.may_leave_out(spec),
             )
             for spec in model.signature.inputs
         ),
@@ -101,11 +102,16 @@ def _stride(entry: LayerEntry, host: ModelHost) -> float:
     """Return the height of the first input divided by that of a layer's grid; 0 without a grid."""
     if entry.geometry.layout is Layout.UNKNOWN:
         return 0.0
-    return host.model.signature.main.shape[-2] / entry.geometry.height
+    name = host.catalogue.grid_input(entry.points[Capture.OUTPUT])
+    return host.model.signature.spec(name).shape[-2] / entry.geometry.height
 
 
 def _input(
-    spec: InputSpec, preprocess: Preprocess | None, tokenizer: TextTokenizer | None
+    spec: InputSpec,
+    preprocess: Preprocess | None,
+    tokenizer: TextTokenizer | None,
+    *,
+    optional: bool,
 ) -> InputDescription:
     dimensions = (Dimension(size, free=name) for size, name in spec.dimensions)
     return InputDescription(
@@ -114,7 +120,7 @@ def _input(
         shape=(Dimension(1, batch=True), *dimensions),
         images=_images(preprocess) if preprocess else None,
         preprocessing=preprocess.describe() if preprocess else "",
-        optional=spec.optional,
+        optional=optional,
         texts=tokenizer is not None,
         tokenization=tokenizer.describe() if tokenizer else "",
     )

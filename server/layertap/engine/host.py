@@ -33,6 +33,7 @@ from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
 from layertap.extraction.taps import Taps
+from layertap.extraction.towers import check_tower
 from layertap.extraction.trial import tried
 from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.selection import Extractor, LayerSelection
@@ -215,6 +216,7 @@ class ModelHost:
                 serve this batch size.
         """
         batch_key, size = self.model.signature.key_of(x), x.size
+        check_tower(self.model.signature, self.catalogue, resolved.pass_spec.points, batch_key)
         outcome = self._outcome(resolved, batch_key, x, call)
         extractor = self._choose(resolved, batch_key, x, outcome)
         mine = outcome if kind_of(extractor).compiled else ()

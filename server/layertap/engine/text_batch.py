@@ -48,7 +48,7 @@ def tokenize(model: LoadedModel, given: TextBatch, limits: Limits, call: Call) -
 def tensors_of_texts(
     model: LoadedModel, given: Inputs, tokenized: Mapping[str, TokenizedTexts]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors made from texts: ids, and mask and token types if the model has them.
+    """Return the tensors made from texts: ids, and mask and token types if the model gets them.
 
     Raises:
         InvalidInputError: The texts have different numbers of tokens and the model takes no mask,
@@ -66,9 +66,9 @@ def tensors_of_texts(
                     f"server makes {other.name!r} of the texts"
                 )
         made[name] = torch.from_numpy(tokens.ids)
-        if mask is not None:
+        if mask is not None and _tokenizer(model).mask:
             made[mask.name] = _as_mask(tokens.mask, mask)
-        elif not tokens.mask.all():
+        elif not tokens.mask.all() and not _tokenizer(model).length:
             raise InvalidInputError(
                 f"texts: got texts of {_different(tokens)} tokens, expected one number of tokens, "
                 f"as model {model.name!r} takes no mask; send them one at a time"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from layertap.extraction.passes import PassGuard
 from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames
-from layertap.models import BatchKey
+from layertap.models import BatchKey, Tower
 from layertap.selection import Capture, Extractor, Glob
 
 __all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
@@ -108,6 +108,7 @@ class Catalogue:
         notes: Facts about the model that no single layer's entry states, as sentences: arguments
             that are never given, random numbers, layers that run for some inputs only.
         looks: How a pass uses the values of its input.
+        towers: The points that each tower of the model serves by itself; empty without towers.
     """
 
     entries: Mapping[str, LayerEntry]
@@ -118,6 +119,24 @@ class Catalogue:
     non_finite: str = ""
     notes: tuple[str, ...] = ()
     looks: LooksSurvey = field(default_factory=LooksSurvey)
+    towers: Mapping[Tower, Collection[CapturePoint]] = field(default_factory=dict)
+
+    def runs_with(self, points: Iterable[CapturePoint], given: Collection[str]) -> bool:
+        """Return whether points were measured with no other inputs than the given ones."""
+        if all(item.name in given for item in self.key.items):
+            return True
+        return any(
+            all(point in own for point in points)
+            for tower, own in self.towers.items()
+            if any(name in given for name in tower.inputs)
+        )
+
+    def grid_input(self, point: CapturePoint) -> str:
+        """Return the name of the input that the grid of a point follows."""
+        towers = [tower for tower, own in self.towers.items() if point in own]
+        if len(towers) != 1:
+            return self.key.main.name
+        return next(item.name for item in self.key.items if item.name in towers[0].inputs)
 
     @cached_property
     def specs(self) -> Mapping[CapturePoint, ValueSpec]:

@@ -45,7 +45,8 @@ from layertap.extraction.survey import (
     survey_walk,
 )
 from layertap.extraction.symbolic import Trace, trace
-from layertap.models import Batch, LoadedModel
+from layertap.extraction.towers import placed_in_towers, survey_towers
+from layertap.models import Batch, LoadedModel, Signature, Tower
 from layertap.selection import Capture, Extractor
 
 __all__ = ["measure", "measure_with_graph"]
@@ -103,7 +104,9 @@ def measure_with_graph(
     specs = {**_sometimes(model, one, others), **_specs(one, two.shapes)}
     with guard:
         specs = _in_order(model, specs, reference, x)
+    towers = _survey_towers(model, one, guard)
     specs, graph = _placed(model, specs, graph, guard)
+    specs.update(placed_in_towers(model, towers, specs, guard))
     specs, graph = _sized(model, specs, graph, guard)
     with guard:
         # The passes on other input and other sizes may have reached code that writes state.
@@ -139,6 +142,7 @@ def measure_with_graph(
         non_finite=_first_non_finite(entries, reference),
         notes=tuple(_notes(findings, entries)),
         looks=looks,
+        towers=towers,
     )
     return catalogue, findings.graph.trace
 
@@ -150,6 +154,20 @@ def _survey_with_optional(model: LoadedModel, guard: PassGuard) -> list[HookSurv
         return []
     with guard:
         return [survey_hooks(model, ordinary_batch(model, 1, signature.whole_key))]
+
+
+def _survey_towers(
+    model: LoadedModel, one: HookSurvey, guard: PassGuard
+) -> dict[Tower, frozenset[CapturePoint]]:
+    if not model.signature.towers:
+        return {}
+    whole_key = model.signature.whole_key
+    seen = [(ordinary_batch(model, 1), one)]
+    if whole_key != model.signature.key:
+        whole = ordinary_batch(model, 1, whole_key)
+        with guard:
+            seen.append((whole, survey_hooks(model, whole, keep_values=True)))
+    return survey_towers(model, seen, guard)
 
 
 def _survey_others(model: LoadedModel, guard: PassGuard) -> list[HookSurvey]:
@@ -224,6 +242,15 @@ def _notes(findings: Measurement, entries: Mapping[str, LayerEntry]) -> Iterator
         yield (
             f"these arguments of its forward are never given and keep their defaults: "
             f"{', '.join(ungiven)}"
+        )
+    if findings.model.signature.towers:
+        alone = (
+            " and ".join(map(repr, findings.model.signature.of_tower(tower).key.names))
+            for tower in findings.model.signature.towers
+        )
+        yield (
+            f"a request with only {', or only '.join(alone)} runs only the layers that depend on "
+            f"it; a request for others needs the other inputs too"
         )
     looked = _first(entries, findings.looks.looked)
     if looked:
@@ -316,12 +343,7 @@ def _survey_graph(
             reason=f"symbolic tracing calls train() and eval(), but {own} overrides them, which "
             "may change the model"
         )
-    if model.signature.whole_key != model.signature.key:
-        return MeasuredGraph(
-            reason="the model has optional inputs, and symbolic tracing can't distinguish one that "
-            "is left out from one that is given"
-        )
-    if reason := _beside_forward(model.module):
+    if reason := _left_out(model.signature) or _beside_forward(model.module):
         return MeasuredGraph(reason=reason)
     try:
         graph = trace(model)
@@ -336,6 +358,21 @@ def _survey_graph(
         if name in graph.names.operations
     }
     return MeasuredGraph(graph.names, "", one.equal, specs, one.lost, one.astray, graph)
+
+
+def _left_out(signature: Signature) -> str:
+    """Return why a graph can't follow the inputs that a request leaves out; else empty."""
+    if signature.towers:
+        return (
+            "parts of the model run alone where a request has only their inputs, and symbolic "
+            "tracing sees only the whole"
+        )
+    if signature.whole_key != signature.key:
+        return (
+            "the model has optional inputs, and symbolic tracing can't distinguish one that is "
+            "left out from one that is given"
+        )
+    return ""
 
 
 def _in_order(

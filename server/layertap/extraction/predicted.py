@@ -86,7 +86,11 @@ def placed(
     sizes = free_sizes(signature, key)
     geometry = _grid(measured, sizes) if sizes else None
     if geometry is None:
-        geometry = measured.geometry.at(shape, key.main.shape, catalogue.key.main.shape)
+        name = catalogue.grid_input(point)
+        item, usual = key.shape_of(name), catalogue.key.shape_of(name)
+        if item is None or usual is None:
+            return spec
+        geometry = measured.geometry.at(shape, item, usual)
     return replace(spec, geometry=geometry)
 
 
@@ -96,15 +100,23 @@ def _specs(
     sizes = free_sizes(signature, key)
     given = {item.name for item in key.items}
     # Optional inputs seldom change a shape; if they do, that is noticed when it is captured.
-    if sizes is None or not given.issuperset(item.name for item in catalogue.key.items):
+    if sizes is None or not catalogue.runs_with(points, given):
         return None
     specs = []
     for point in points:
-        spec = catalogue.specs[point].at(sizes)
+        measured = catalogue.specs[point]
+        if not sizes.keys() >= _symbols(measured):
+            return None
+        spec = measured.at(sizes)
         if spec is None:
             return None
         specs.append(placed(signature, catalogue, point, spec, key))
     return tuple(specs)
+
+
+def _symbols(spec: ValueSpec) -> set[str]:
+    """Return the free dimensions on which a shape depends."""
+    return {name for dim in spec.dims if dim.expression for name in dim.expression.symbols}
 
 
 def _grid(measured: ValueSpec, sizes: Sizes) -> Geometry | None:

@@ -16,7 +16,7 @@ Note [Differentiation inside forward]
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, product
@@ -33,7 +33,7 @@ from layertap.extraction.own_words import own_words
 from layertap.extraction.passes import PassGuard
 from layertap.extraction.samples import ordinary_batch
 from layertap.extraction.script_taps import instrument, programs
-from layertap.models import BatchKey, InputGuess, InputSpec, LoadedModel, Signature
+from layertap.models import BatchKey, InputGuess, InputSpec, LoadedModel
 from layertap.models.companions import needs_declaring
 
 __all__ = ["tried"]
@@ -82,8 +82,8 @@ def tried(model: LoadedModel, guard: PassGuard | None = None) -> LoadedModel:
     with torch.inference_mode():
         model = with_id_ranges(replace(model, signature=free), guard)
     guard.snapshot.deep_restore()
-    found = (replace(each, guess=None) for each in model.signature.inputs)
-    return model.with_signature(Signature(tuple(found)))
+    found = tuple(replace(each, guess=None) for each in model.signature.inputs)
+    return model.with_signature(replace(model.signature, inputs=found))
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _with_optional(model: LoadedModel, guard: PassGuard) -> LoadedModel:
         if not each.optional:
             continue
         forms = _forms(each) if each.guess else [each]
-        candidates = (replace(model, signature=Signature((*found, form))) for form in forms)
+        candidates = (_with_inputs(model, (*found, form)) for form in forms)
         runs = (one for one in candidates if _runs_whole(one, guard))
         if (taken := next(runs, None)) is not None:
             found = list(taken.signature.inputs)
@@ -147,7 +147,11 @@ def _with_optional(model: LoadedModel, guard: PassGuard) -> LoadedModel:
                 f"model {model.name!r} fails on random tensors with its optional input "
                 f"{each.name!r} {each.pattern} {each.dtype_name}; see the log for its own message"
             )
-    return replace(model, signature=Signature(tuple(found)))
+    return _with_inputs(model, found)
+
+
+def _with_inputs(model: LoadedModel, inputs: Iterable[InputSpec]) -> LoadedModel:
+    return replace(model, signature=replace(model.signature, inputs=tuple(inputs)))
 
 
 def _runs_whole(model: LoadedModel, guard: PassGuard) -> bool:

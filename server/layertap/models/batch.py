@@ -44,6 +44,15 @@ class BatchKey:
         """The entry of the model's first input; see ``Signature.main``."""
         return self.items[0]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the inputs."""
+        return tuple(item.name for item in self.items)
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of an item of one input; None if such batches don't have it."""
+        return next((item.shape for item in self.items if item.name == name), None)
+
     def with_shape(self, name: str, shape: Sequence[int]) -> BatchKey:
         """Return the key with another shape of the items of one input."""
         return BatchKey(

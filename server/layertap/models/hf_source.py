@@ -34,6 +34,7 @@ from layertap.models.arguments import parameters_of
 from layertap.models.hf_folder import folder_of, not_installed, public_name
 from layertap.models.hf_inputs import inputs_of, preprocess_of
 from layertap.models.hf_tokenizer import tokenizer_of_folder
+from layertap.models.hf_towers import towers_of
 from layertap.models.loaded import Built
 from layertap.models.seeding import seeded
 from layertap.models.sentence_encoder import (
@@ -92,6 +93,7 @@ def build_hugging_face(spec: ModelSpec) -> Built:
         image_inputs=tuple(each.name for each in inputs if each.name == "pixel_values"),
         tokenizer=tokenizer,
         text_inputs=tuple(each.name for each in inputs if each.name in _TEXT_INPUTS),
+        towers=towers_of(module, inputs),
         in_precision=True,
     )
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from layertap.models.text import TYPES, TextTokenizer, bare
+from layertap.models.text import MASK, TYPES, TextTokenizer, bare
 
 __all__ = ["longest_text_of", "tokenizer_of_folder"]
 
@@ -18,6 +19,9 @@ _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+_FULL_LENGTH = frozenset({"siglip_text_model", "siglip2_text_model"})
+"""Text models that were trained with all texts padded to the full length; see Note [Padding]."""
+
 _UNSET = 10**9
 """transformers uses a much larger number if a tokenizer doesn't limit the tokens."""
 
@@ -53,13 +57,16 @@ def tokenizer_of_folder(
         return None
     limits = (most, own.model_max_length, longest_text_of(model))
     known = [limit for limit in limits if 0 < limit < _UNSET]
-    return bare(
+    made = bare(
         backend,
         min(known, default=0),
         _padding(own, model),
         "the folder's own tokenizer",
         types=TYPES in own.model_input_names,
     )
+    if model.config.get_text_config().model_type not in _FULL_LENGTH:
+        return made
+    return replace(made, mask=MASK in own.model_input_names, length=made.max_tokens)
 
 
 def longest_text_of(model: Any) -> int:

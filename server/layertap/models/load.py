@@ -149,7 +149,7 @@ def _signature(built: Built, spec: ModelSpec, arguments: Arguments) -> Signature
     if built.more:
         rest = [parameter for parameter in named if parameter.name != first.name]
         others += companions(spec.name, rest, first)
-    return Signature(tuple(_takes(each, spec) for each in (first, *others)))
+    return Signature(tuple(_takes(each, spec) for each in (first, *others)), built.towers)
 
 
 def _image_inputs(built: Built, signature: Signature) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from torch import nn
 from layertap.models.arguments import Adapter, Arguments
 from layertap.models.batch import Batch
 from layertap.models.preprocess import Preprocess, fitted
-from layertap.models.signature import InputSpec, Signature
+from layertap.models.signature import InputSpec, Signature, Tower
 from layertap.models.text import TextTokenizer
 
 __all__ = ["Built", "Example", "LoadedModel"]
@@ -35,6 +35,7 @@ class Built:
         preprocess_is_code: Whether the preprocessing stands in the model's own code, and so wins
             over a configuration alongside its weights.
         text_inputs: The inputs that accept texts, if there is a tokenizer.
+        towers: See ``Signature.towers``.
         in_precision: Whether the module has the spec's precision already.
         more: Whether ``forward`` may take further inputs, which must be found by trying.
     """
@@ -51,6 +52,7 @@ class Built:
     preprocess_is_code: bool = False
     text_inputs: tuple[str, ...] = ()
     tokenizer: TextTokenizer | None = None
+    towers: tuple[Tower, ...] = ()
     in_precision: bool = False
     more: bool = False
 
@@ -107,11 +109,18 @@ class LoadedModel:
 
     def _call(self, batch: Batch) -> Any:
         if not self.differentiates:
-            return self.call(self.module, batch)
+            return self._run(batch)
         with torch.inference_mode(False), torch.no_grad():
             # A tensor that was made in inference mode can't require a gradient; its copy can.
             plain = batch.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
-            return self.call(self.module, plain)
+            return self._run(plain)
+
+    def _run(self, batch: Batch) -> Any:
+        """Run the whole module, or only the tower to which all tensors of the batch belong."""
+        tower = self.signature.tower_of(batch)
+        if tower is None:
+            return self.call(self.module, batch)
+        return getattr(self.module, tower.method)(**batch)
 
     def call(self, function: Callable[..., Any], batch: Batch) -> Any:
         """Call a function that takes the arguments of the module's ``forward``."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from layertap.errors import InvalidInputError
 from layertap.models.batch import Batch, BatchKey, ItemTensor
 
-__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Mask", "Signature"]
+__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Mask", "Signature", "Tower"]
 
 DEFAULT_NAME = "input"
 """The name of an input if the module's ``forward`` doesn't give one."""
@@ -155,14 +155,30 @@ class InputSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Tower:
+    """A part of a model that can run by itself, such as the text encoder of CLIP.
+
+    Attributes:
+        inputs: The names of its inputs. No other tower of the model has them.
+        method: The method of the module that runs it. It takes its inputs by name.
+    """
+
+    inputs: tuple[str, ...]
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
 class Signature:
     """The tensors that a model takes.
 
     Attributes:
         inputs: At least one, the first of which is not optional; no two of one name.
+        towers: The parts of the model that run by themselves if a request has only their inputs.
+            Those of their inputs that are not `InputSpec.optional` are required then.
     """
 
     inputs: tuple[InputSpec, ...]
+    towers: tuple[Tower, ...] = ()
 
     def __post_init__(self) -> None:
         names = [spec.name for spec in self.inputs]
@@ -176,8 +192,25 @@ class Signature:
 
     @property
     def required(self) -> tuple[InputSpec, ...]:
-        """The inputs that every request must have."""
+        """The inputs that a request for the whole model must have."""
         return tuple(spec for spec in self.inputs if not spec.optional)
+
+    def tower_of(self, given: Iterable[str]) -> Tower | None:
+        """Return the tower to which all given inputs belong; None if the whole model runs."""
+        if not self.towers:
+            return None
+        names = set(given)
+        return next((tower for tower in self.towers if names.issubset(tower.inputs)), None)
+
+    def of_tower(self, tower: Tower) -> Signature:
+        """Return the signature of requests for one tower."""
+        inputs = [spec for spec in self.inputs if spec.name in tower.inputs]
+        # Stable: required inputs first.
+        return Signature(tuple(sorted(inputs, key=lambda spec: spec.optional)), (tower,))
+
+    def may_leave_out(self, spec: InputSpec) -> bool:
+        """Return whether a request may leave out an input, because it is optional or a tower's."""
+        return spec.optional or any(spec.name not in tower.inputs for tower in self.towers)
 
     @property
     def key(self) -> BatchKey:
@@ -230,7 +263,8 @@ class Signature:
 
     def with_input(self, spec: InputSpec) -> Signature:
         """Return the signature with the input of the same name replaced."""
-        return Signature(tuple(spec if each.name == spec.name else each for each in self.inputs))
+        inputs = tuple(spec if each.name == spec.name else each for each in self.inputs)
+        return replace(self, inputs=inputs)
 
     def check(self, given: Mapping[str, tuple[Sequence[int], str]]) -> int:
         """Check the tensors of a batch.
@@ -277,10 +311,17 @@ class Signature:
     @property
     def pattern(self) -> str:
         """The inputs in words, such as ``"input_ids [B, L], attention_mask [B, L] (optional)"``."""
-        return ", ".join(
+        pattern = ", ".join(
             f"{spec.name} {spec.pattern}{' (optional)' if spec.optional else ''}"
             for spec in self.inputs
         )
+        if not self.towers:
+            return pattern
+        towers = (
+            " and ".join(spec.name for spec in self.of_tower(tower).required)
+            for tower in self.towers
+        )
+        return f"{pattern}; or only {', or only '.join(towers)}"
 
     def _given(self, batch: Batch) -> list[InputSpec]:
         """Return the inputs for which a batch has a tensor."""
@@ -293,7 +334,9 @@ class Signature:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f" (did you mean {close[0]!r}?)" if close else ""
                 raise InvalidInputError(f"inputs: got {name!r}{hint}, expected {self.pattern}")
-        missing = [spec.name for spec in self.required if spec.name not in given]
+        tower = self.tower_of(given)
+        required = self.required if tower is None else self.of_tower(tower).required
+        missing = [spec.name for spec in required if spec.name not in given]
         if missing:
             raise InvalidInputError(
                 f"inputs: got {', '.join(map(repr, given)) or 'none'} without "

@@ -6,6 +6,9 @@ Note [Padding]
     would move a text's tokens to other positions and change their values. With padding on the right
     and a mask, a text's tokens have the same values as if it were sent alone, up to rounding.
 
+    Some models were trained with all texts padded to one length and without a mask, and pool the
+    last position: SigLIP. Their texts are always padded to that length.
+
 Note [Truncation]
     A text with more tokens than the model takes is refused, unless the request says where to cut.
     Only the text is cut: the special tokens at its ends stay. A tokenizer's own settings for
@@ -80,6 +83,8 @@ class TextTokenizer:
         max_tokens: The maximum number of tokens that the model takes; 0 if unknown.
         padding: The padding id.
         types: Whether to give the model token types, if it takes them.
+        mask: Whether to give the model a mask, if it takes one.
+        length: The number of tokens to which every text is padded; 0 for the longest of a request.
         origin: Where it comes from, such as ``"the folder's tokenizer"``; shown to clients.
     """
 
@@ -88,6 +93,8 @@ class TextTokenizer:
     padding: int = 0
     types: bool = True
     origin: str = ""
+    mask: bool = True
+    length: int = 0
 
     def tokenize(
         self,
@@ -113,13 +120,15 @@ class TextTokenizer:
         for index, text in enumerate(texts):
             check()
             encoded.append(self._encode(text, index, most, options))
-        return _padded(encoded, self.padding)
+        return _padded(encoded, self.padding, self.length)
 
     def describe(self) -> str:
         """Describe in words how a text is tokenised."""
         most = f", at most {self.max_tokens} tokens" if self.max_tokens else ""
+        to = f" to {self.length} tokens, without a mask" if self.length and not self.mask else ""
         return (
             f"{self.origin or 'its own tokenizer'}{most}, padded on the right with {self.padding}"
+            f"{to}"
         )
 
     def _most(self, options: TextOptions) -> int:
@@ -202,8 +211,8 @@ def _wrong(index: int, message: str) -> InvalidInputError:
     return InvalidInputError(f"texts[{index}]: {message}")
 
 
-def _padded(texts: Sequence[_Tokens], padding: int) -> TokenizedTexts:
-    batch, longest = len(texts), max(len(text.ids) for text in texts)
+def _padded(texts: Sequence[_Tokens], padding: int, least: int = 0) -> TokenizedTexts:
+    batch, longest = len(texts), max(least, *(len(text.ids) for text in texts))
     ids = np.full((batch, longest), padding, np.int64)
     mask = np.zeros((batch, longest), np.int64)
     types = np.zeros((batch, longest), np.int64)

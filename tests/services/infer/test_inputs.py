@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from infering import batch, bytes_tensor, given, parameters
-from layertap.engine import Inputs, Limits
+from layertap.engine import Inputs, Limits, TextBatch
 from layertap.errors import InvalidInputError, PermissionDeniedError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.caller import Caller
-from layertap.services.infer.inputs import infer_inputs
+from layertap.services.infer.inputs import TakenInputs, infer_inputs
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
+from layertap.texts import TextOptions, Truncation
 
 NO_MEMORY = CallerMemory(None, Caller(local=True))
 Contents = pb.InferTensorContents
@@ -135,10 +138,18 @@ def test_contradictions_are_refused(tensor: object, raw: list, text: str) -> Non
     assert text in str(caught.value)
 
 
-def several(*tensors: object, raw: list[bytes], names: tuple[str, ...] = ("ids", "mask")) -> Inputs:
-    request = pb.ModelInferRequest(model_name="net", inputs=tensors)
+PAIR = TakenInputs(("ids", "mask"))
+
+
+def several(
+    *tensors: object,
+    raw: list[bytes],
+    taken: TakenInputs = PAIR,
+    **options: object,
+) -> Inputs:
+    request = pb.ModelInferRequest(model_name="net", inputs=tensors, parameters=parameters(options))
     return infer_inputs(
-        request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4), names=names
+        request, [memoryview(each) for each in raw], NO_MEMORY, Limits(batch=4), taken=taken
     )
 
 
@@ -157,7 +168,7 @@ def test_tensors_and_images_stand_side_by_side() -> None:
         given("ids", "INT8", [1, 1]),
         given("pixel_values", "BYTES", [1]),
         raw=[b"\1", bytes_tensor(b"photo")],
-        names=("ids", "pixel_values"),
+        taken=TakenInputs(("ids", "pixel_values"), images=("pixel_values",)),
     )
     assert [view.name for view in found.tensors] == ["ids"]
     assert [(each.name, list(each.images)) for each in found.images] == [
@@ -227,6 +238,95 @@ def test_images_that_contradict_their_shape_are_refused(
     with pytest.raises(InvalidInputError) as caught:
         read(given("images", "BYTES", shape), data)
     assert text in str(caught.value)
+
+
+READER = TakenInputs(("ids", "mask", "photo"), images=("photo",), texts=("ids",))
+
+
+def one_text(data: bytes, shape: Sequence[int] = (1,), **options: object) -> TextBatch:
+    tensor = given("texts", "BYTES", shape, parameters=parameters(options))
+    (found,) = several(tensor, raw=[data], taken=READER).texts
+    return found
+
+
+def test_bytes_for_an_input_of_ids_are_texts() -> None:
+    """Each text has its own length in front, and may be empty or have any character."""
+    texts = ["", "a cat", "žluťoučký kůň 🐎", "a\0b"]
+    raw = bytes_tensor(*(text.encode() for text in texts))
+    found = several(given("ids", "BYTES", [4]), raw=[raw], taken=READER)
+    assert (found.tensors, found.images) == ((), ())
+    assert [(each.name, list(each.texts)) for each in found.texts] == [("ids", texts)]
+    contents = Contents(bytes_contents=[text.encode() for text in texts])
+    typed = several(given("ids", "BYTES", [4], contents=contents), raw=[], taken=READER)
+    assert typed == found
+
+
+def test_texts_and_images_are_told_apart_by_their_names() -> None:
+    """Both are BYTES: the model's own names decide, and otherwise the common names."""
+    found = several(
+        given("photo", "BYTES", [1]),
+        given("texts", "BYTES", [1]),
+        raw=[bytes_tensor(b"\xff\xd8"), bytes_tensor(b"a cat")],
+        taken=READER,
+    )
+    assert [(each.name, list(each.images)) for each in found.images] == [("photo", [b"\xff\xd8"])]
+    assert [(each.name, list(each.texts)) for each in found.texts] == [("", ["a cat"])]
+
+
+def test_parameters_say_how_texts_are_tokenised() -> None:
+    """Those of an input have priority over those of the request; without any, nothing is cut."""
+    assert one_text(bytes_tensor(b"a")).options == TextOptions()
+    mine = one_text(bytes_tensor(b"a"), truncation="start", max_tokens=9, return_tokens=True)
+    assert mine.options == TextOptions(Truncation.START, 9, return_tokens=True)
+    both = several(
+        given("ids", "BYTES", [1], parameters=parameters({"max_tokens": 5})),
+        raw=[bytes_tensor(b"a")],
+        taken=READER,
+        max_tokens=9,
+        truncation="end",
+        omit_special_tokens=True,
+    )
+    assert both.texts[0].options == TextOptions(Truncation.END, 5, special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "shape", "options", "text"),
+    [
+        (bytes_tensor(b"a", b"b \xff"), [2], {}, "BYTES element 1: got byte 0xff at offset 2"),
+        (bytes_tensor(b"\xed\xa0\x80"), [1], {}, "expected a text in UTF-8"),
+        (b"\xff\xff\xff\xffx", [1], {}, "got a length of 4294967295 with 1 bytes left"),
+        (bytes_tensor(b"x"), [2], {}, "got 1 BYTES elements in 5 bytes, expected 2"),
+        (bytes_tensor(b"x", b"y"), [1], {}, "got 5 bytes after 1 BYTES elements"),
+        (b"", [5], {}, "got 5 texts, expected at most 4"),
+        (bytes_tensor(b"x"), [1, 1], {}, "expected [N]: N texts, at least one"),
+        (b"", [0], {}, "expected [N]: N texts"),
+        (bytes_tensor(b"x"), [1], {"truncation": "middle"}, "expected one of none, end, start"),
+        (bytes_tensor(b"x"), [1], {"truncation": 1}, "got int64_param, expected a string"),
+        (bytes_tensor(b"x"), [1], {"max_tokens": -1}, "'max_tokens': got -1, expected a number"),
+        (bytes_tensor(b"x"), [1], {"max_tokens": 2**31}, "'max_tokens': got 2147483648"),
+        (bytes_tensor(b"x"), [1], {"max_tokens": "9"}, "expected an integer"),
+        (bytes_tensor(b"x"), [1], {"return_tokens": 1}, "got int64_param, expected a boolean"),
+        (bytes_tensor(b"x"), [1], {"special_tokens": True}, "'special_tokens' is not known"),
+    ],
+)
+def test_texts_that_contradict_themselves_are_refused(
+    data: bytes, shape: list, options: dict, text: str
+) -> None:
+    """Wrong lengths, bytes that are not UTF-8, and parameters of a wrong type or value."""
+    with pytest.raises(InvalidInputError) as caught:
+        one_text(data, shape, **options)
+    assert text in str(caught.value)
+
+
+def test_bytes_that_nothing_takes_are_refused() -> None:
+    """The error lists what takes BYTES; parameters of texts need texts."""
+    raw = [bytes_tensor(b"a")]
+    with pytest.raises(InvalidInputError, match="'mask': got datatype BYTES, but .* send a tensor"):
+        several(given("mask", "BYTES", [1]), raw=raw, taken=READER)
+    with pytest.raises(InvalidInputError, match="expected 'ids', 'photo', 'texts', 'images' for"):
+        several(given("words", "BYTES", [1]), raw=raw, taken=READER)
+    with pytest.raises(InvalidInputError, match="got parameter 'truncation' without texts"):
+        several(given("photo", "BYTES", [1]), raw=raw, taken=READER, truncation="end")
 
 
 def test_shared_memory_that_is_off_is_refused() -> None:

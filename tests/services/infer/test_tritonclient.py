@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from infering import batch
+from infering import batch, run_tritonclient
 from layertap import Client
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from tinynets import ITEM
 
 ROOT = Path(__file__).parents[3]
-PYTHON = ROOT / ".venv-triton" / "bin" / "python"
-SCRIPTS = ROOT / "tests" / "triton"
 PHOTO = ROOT / "examples" / "images" / "grace_hopper.jpg"
-
-
-def run(script: str, *args: object) -> None:
-    done = subprocess.run(
-        [PYTHON, SCRIPTS / script, *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["ok"]), done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +32,7 @@ def halves(engine: Engine) -> Iterator[None]:
 def test_the_synchronous_client(server, tmp_path: Path) -> None:
     """FP32, FP16, BF16 and photos; metadata, statistics and refusals; the native values."""
     file = tmp_path / "layer1.npy"
-    run("sync.py", server.address, file, PHOTO)
+    run_tritonclient("sync.py", server.address, file, PHOTO)
     with Client(server.address) as client:
         expected = client.extract("residual", batch(2), "layer1", extractor="hook")["layer1"]
     assert np.array_equal(np.load(file), expected)
@@ -55,11 +41,11 @@ def test_the_synchronous_client(server, tmp_path: Path) -> None:
 def test_several_inputs(server, engine: Engine) -> None:
     """Metadata, an optional input given and left out, and a required one missing."""
     engine.load(ModelSpec("severalnets:optional", item_shape=(6,)))
-    run("several.py", server.address)
+    run_tritonclient("several.py", server.address)
     engine.unload("optional")
 
 
 @pytest.mark.parametrize("script", ["asyncio_client.py", "streaming.py", "shared.py"])
 def test_the_other_ways_to_call(server, script: str) -> None:
     """asyncio, streams and system shared memory."""
-    run(script, server.address)
+    run_tritonclient(script, server.address)

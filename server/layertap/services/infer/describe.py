@@ -13,6 +13,7 @@ from layertap.inference import model_config_pb2
 from layertap.models import InputSpec
 from layertap.selection import Capture, Extractor
 from layertap.services.infer.infer_form import MODEL_VERSION
+from layertap.services.infer.inputs import BYTES, TEXTS_NAME
 from layertap.services.infer.outputs import default_selections
 from layertap.wire import dtypes
 
@@ -25,7 +26,8 @@ BACKEND = "layertap"
 def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
     """Describe a model: its inputs, and the outputs of a request that lists no outputs.
 
-    Sizes that may vary are -1.
+    Sizes that may vary are -1. If the model takes texts, they follow its inputs as ``texts``, since
+    a request has either texts or the ids.
     """
     kind = pb.ModelMetadataResponse.TensorMetadata
     return pb.ModelMetadataResponse(
@@ -39,7 +41,8 @@ def metadata_of(host: ModelHost) -> pb.ModelMetadataResponse:
                 shape=[-1, *_sizes(spec)],
             )
             for spec in host.model.signature.inputs
-        ],
+        ]
+        + [kind(name=TEXTS_NAME, datatype=BYTES, shape=[-1])] * _lists_texts(host),
         outputs=[
             kind(name=name, datatype=_datatype(spec), shape=_shape(spec))
             for name, spec in _outputs(host)
@@ -68,10 +71,12 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
                 data_type=_type(dtypes.by_name(spec.dtype_name).datatype),
                 format="FORMAT_NCHW" if len(spec.shape) == 3 else "FORMAT_NONE",
                 dims=_sizes(spec),
-                optional=spec.optional,
+                optional=host.model.signature.may_leave_out(spec),
             )
             for spec in host.model.signature.inputs
-        ],
+        ]
+        + [model_config_pb2.ModelInput(name=TEXTS_NAME, data_type="TYPE_STRING", optional=True)]
+        * _lists_texts(host),
         output=[
             model_config_pb2.ModelOutput(
                 name=name, data_type=_type(_datatype(spec)), dims=_shape(spec)[1:]
@@ -96,6 +101,12 @@ def config_of(host: ModelHost, max_batch: int, instances: int) -> model_config_p
     return config
 
 
+def _lists_texts(host: ModelHost) -> bool:
+    """Return whether requests may have an input ``texts`` besides the model's own inputs."""
+    names = [spec.name for spec in host.model.signature.inputs]
+    return bool(host.model.text_inputs) and TEXTS_NAME not in names
+
+
 def _sizes(spec: InputSpec) -> list[int]:
     return [-1 if free else size for size, free in spec.dimensions]
 
@@ -108,6 +119,8 @@ def _facts(host: ModelHost) -> dict[str, str]:
         "input_shape": model.signature.pattern,
         "images": "true" if model.preprocess else "false",
         "preprocessing": model.preprocess.describe() if model.preprocess else "",
+        "texts": ", ".join(model.text_inputs),
+        "tokenization": model.tokenizer.describe() if model.tokenizer else "",
         "layers": json.dumps(_catalogue(host), separators=(",", ":")),
     }
 

@@ -9,15 +9,16 @@ from layertap.engine import Engine, ExtractionRequest, ModelHost
 from layertap.errors import InvalidInputError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.infer_form import MODEL_VERSION, InferForm, ReplyOptions
-from layertap.services.infer.inputs import infer_inputs
+from layertap.services.infer.inputs import TakenInputs, infer_inputs
 from layertap.services.infer.outputs import extractor_of, selections_of
 from layertap.services.infer.parameters import check_known, number
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
+from layertap.services.infer.texts import TEXT_PARAMETERS
 
 __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "unknown_model"]
 
 _US = 1e-6
-_KNOWN = ("capture", "reduction", "dtype", "extractor", "timeout")
+_KNOWN = ("capture", "reduction", "dtype", "extractor", "timeout", *TEXT_PARAMETERS)
 
 
 def find_host(engine: Engine, name: str, version: str) -> ModelHost:
@@ -102,10 +103,19 @@ def extraction_request(
             raw,
             memory,
             engine.limits,
-            names=[spec.name for spec in host.model.signature.inputs],
+            taken=_taken(host),
             admit=admit,
         ),
         selections=selections,
         extractor=extractor_of(request),
         form=partial(InferForm, options=options),
+    )
+
+
+def _taken(host: ModelHost) -> TakenInputs:
+    model = host.model
+    return TakenInputs(
+        [spec.name for spec in model.signature.inputs],
+        model.image_inputs if model.preprocess else (),
+        model.text_inputs,
     )

@@ -1,23 +1,25 @@
-"""Reads the inputs of a request: raw, typed or in shared memory; tensors or encoded images."""
+"""Reads the inputs of a request: raw, typed or in shared memory; tensors, images or texts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from layertap.engine import ImageFiles, Inputs, Limits
+from layertap.engine import ImageFiles, Inputs, Limits, TextBatch
 from layertap.errors import InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.parameters import check_known
 from layertap.services.infer.shared_memory_rpcs import PARAMETERS, CallerMemory
+from layertap.services.infer.texts import TEXT_PARAMETERS, decoded_texts, text_options
 from layertap.wire.codec import MAX_MESSAGE_BYTES, MAX_RANK
 from layertap.wire.dtypes import DType, by_datatype
 from layertap.wire.infer_messages import MAX_INPUTS
 from layertap.wire.tensors import TensorView
 
-__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "infer_inputs"]
+__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "TEXTS_NAME", "TakenInputs", "infer_inputs"]
 
 TENSOR_NAME = "input"
 """A name that requests may use for the only input that a model needs."""
@@ -25,7 +27,13 @@ TENSOR_NAME = "input"
 IMAGES_NAME = "images"
 """A name that requests may use for images, if only one input takes images."""
 
+TEXTS_NAME = "texts"
+"""A name that requests may use for texts; they are for the first input that takes texts."""
+
 BYTES = "BYTES"
+
+_PREFIX = 4
+"""Bytes of the length in front of each element of raw BYTES contents."""
 
 InputTensor = pb.ModelInferRequest.InferInputTensor
 
@@ -43,13 +51,32 @@ _TYPED = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class TakenInputs:
+    """The names of a model's inputs.
+
+    Attributes:
+        names: All of them.
+        images: Those that take images.
+        texts: Those that take texts.
+    """
+
+    names: Sequence[str] = ()
+    images: Sequence[str] = ()
+    texts: Sequence[str] = ()
+
+
+NO_NAMES = TakenInputs()
+"""For requests that use the common names only."""
+
+
 def infer_inputs(
     request: pb.ModelInferRequest,
     raw: Sequence[memoryview],
     memory: CallerMemory,
     limits: Limits,
     *,
-    names: Sequence[str] = (),
+    taken: TakenInputs = NO_NAMES,
     admit: Callable[[int], object] = lambda nbytes: None,
 ) -> Inputs:
     """Return the inputs in a request.
@@ -59,7 +86,7 @@ def infer_inputs(
         raw: Its raw contents: one for each input that is neither typed nor in shared memory.
         memory: The caller's shared memory.
         limits: The limits of requests.
-        names: The names of the model's inputs.
+        taken: The names of the model's inputs.
         admit: Called before allocating, with the bytes that the inputs need besides the message;
             may raise OverloadedError.
 
@@ -75,31 +102,89 @@ def infer_inputs(
     contents = _Contents(request, raw, memory, limits, admit)
     tensors: list[TensorView] = []
     images: list[ImageFiles] = []
+    texts: list[TextBatch] = []
     for tensor in request.inputs:
         where = f"input {tensor.name!r}"
-        name = _own_name(request.model_name, tensor, names)
-        check_known(tensor.parameters, PARAMETERS, where)
-        shape = _shape(tensor, where)
-        data = contents.of(tensor)
-        if tensor.datatype == BYTES:
-            images.append(ImageFiles(_images(tensor, shape, data, limits.batch, where), name))
-            continue
-        row = by_datatype(tensor.datatype)
-        if data is None:
-            data = _typed(tensor, row, math.prod(shape), where, admit)
-        tensors.append(TensorView(name, row, shape, _checked(data, row, shape, where)))
+        if tensor.datatype != BYTES:
+            tensors.append(_tensor(request.model_name, tensor, contents, taken, admit))
+        elif _is_text(request.model_name, tensor, taken):
+            check_known(tensor.parameters, (*PARAMETERS, *TEXT_PARAMETERS), where)
+            options = text_options(request.parameters, tensor.parameters, where)
+            elements = _elements(tensor, contents.of(tensor), limits, "texts", where)
+            # A text takes up to four times its UTF-8.
+            admit(4 * sum(map(len, elements)))
+            name = "" if tensor.name not in taken.names else tensor.name
+            texts.append(TextBatch(decoded_texts(elements, where), options, name))
+        else:
+            check_known(tensor.parameters, PARAMETERS, where)
+            name = "" if tensor.name not in taken.names else tensor.name
+            elements = _elements(tensor, contents.of(tensor), limits, "images", where)
+            images.append(ImageFiles(elements, name))
     contents.check_all_taken()
-    return Inputs(tuple(tensors), tuple(images))
+    _check_text_parameters(request, texts)
+    return Inputs(tuple(tensors), tuple(images), tuple(texts))
+
+
+def _check_text_parameters(request: pb.ModelInferRequest, texts: Sequence[TextBatch]) -> None:
+    """Raise InvalidInputError for parameters of texts in a request without texts."""
+    stray = [name for name in TEXT_PARAMETERS if name in request.parameters]
+    if stray and not texts:
+        raise InvalidInputError(
+            f"request: got parameter {stray[0]!r} without texts, expected it only with an input of "
+            f"texts"
+        )
+
+
+def _is_text(model: str, tensor: InputTensor, taken: TakenInputs) -> bool:
+    """Return whether an input of datatype BYTES is texts rather than images.
+
+    Raises:
+        InvalidInputError: No input of that name takes either.
+    """
+    if tensor.name in taken.texts:
+        return True
+    if tensor.name in taken.images:
+        return False
+    if tensor.name not in taken.names and tensor.name in (IMAGES_NAME, TEXTS_NAME):
+        return tensor.name == TEXTS_NAME
+    if tensor.name in taken.names:
+        raise InvalidInputError(
+            f"input {tensor.name!r}: got datatype {BYTES}, but this input of model {model!r} takes "
+            f"neither texts nor images; send a tensor"
+        )
+    common = [*([TEXTS_NAME] if taken.texts else []), IMAGES_NAME]
+    names = ", ".join(map(repr, dict.fromkeys((*taken.texts, *taken.images, *common))))
+    raise InvalidInputError(
+        f"unexpected inference input {tensor.name!r} for model {model!r}, expected {names} for "
+        f"datatype {BYTES!r}"
+    )
+
+
+def _tensor(
+    model: str,
+    tensor: InputTensor,
+    contents: _Contents,
+    taken: TakenInputs,
+    admit: Callable[[int], object],
+) -> TensorView:
+    where = f"input {tensor.name!r}"
+    name = _own_name(model, tensor, taken.names)
+    check_known(tensor.parameters, PARAMETERS, where)
+    shape = _shape(tensor, where)
+    data = contents.of(tensor)
+    row = by_datatype(tensor.datatype)
+    if data is None:
+        data = _typed(tensor, row, math.prod(shape), where, admit)
+    return TensorView(name, row, shape, _checked(data, row, shape, where))
 
 
 def _own_name(model: str, tensor: InputTensor, names: Sequence[str]) -> str:
     """Return the model's name for an input; empty if the request used the common name."""
     if tensor.name in names:
         return tensor.name
-    common = IMAGES_NAME if tensor.datatype == BYTES else TENSOR_NAME
-    if tensor.name == common:
+    if tensor.name == TENSOR_NAME:
         return ""
-    expected = ", ".join(map(repr, dict.fromkeys((*names, common))))
+    expected = ", ".join(map(repr, dict.fromkeys((*names, TENSOR_NAME))))
     raise InvalidInputError(
         f"unexpected inference input {tensor.name!r} for model {model!r}, expected {expected} for "
         f"datatype {tensor.datatype!r}"
@@ -231,20 +316,18 @@ def _checked(data: memoryview, row: DType, shape: tuple[int, ...], where: str) -
     return data
 
 
-def _images(
-    tensor: InputTensor,
-    shape: tuple[int, ...],
-    data: memoryview | None,
-    max_batch: int,
-    where: str,
+def _elements(
+    tensor: InputTensor, data: memoryview | None, limits: Limits, what: str, where: str
 ) -> tuple[bytes, ...]:
+    """Return the elements of an input of datatype BYTES, one for each item."""
+    shape = _shape(tensor, where)
     if len(shape) != 1 or shape[0] < 1:
         raise InvalidInputError(
-            f"{where}: shape: got {list(shape)}, expected [N]: N encoded images, at least one"
+            f"{where}: shape: got {list(shape)}, expected [N]: N {what}, at least one"
         )
-    # Checked before splitting, as each image takes a step.
-    if shape[0] > max_batch:
-        raise InvalidInputError(f"{where}: got {shape[0]} images, expected at most {max_batch}")
+    # Checked before splitting, as each element takes a step.
+    if shape[0] > limits.batch:
+        raise InvalidInputError(f"{where}: got {shape[0]} {what}, expected at most {limits.batch}")
     if data is None:
         return tuple(map(bytes, _contents(tensor, shape[0], where)))  # type: ignore[arg-type]
     return _split(data, shape[0], where)
@@ -254,12 +337,12 @@ def _split(data: memoryview, count: int, where: str) -> tuple[bytes, ...]:
     """Split byte strings, each of which follows its length (4 bytes, little-endian)."""
     found, at = [], 0
     for index in range(count):
-        if data.nbytes - at < 4:
+        if data.nbytes - at < _PREFIX:
             raise InvalidInputError(
                 f"{where}: got {index} BYTES elements in {data.nbytes} bytes, expected {count}"
             )
-        size = int.from_bytes(data[at : at + 4], "little")
-        at += 4
+        size = int.from_bytes(data[at : at + _PREFIX], "little")
+        at += _PREFIX
         if size > data.nbytes - at:
             raise InvalidInputError(
                 f"{where}: BYTES element {index}: got a length of {size} with "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from layertap.errors import InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
 
-__all__ = ["Parameters", "check_known", "number", "text"]
+__all__ = ["Parameters", "check_choice", "check_known", "flag", "number", "text"]
 
 Parameters = Mapping[str, pb.InferParameter]
 
@@ -33,6 +33,30 @@ def number(parameters: Parameters, key: str, where: str) -> int:
     if kind not in ("int64_param", "uint64_param"):
         raise InvalidInputError(f"{where}: parameter {key!r}: got {kind}, expected an integer")
     return int(getattr(parameters[key], kind))
+
+
+def flag(parameters: Parameters, key: str, where: str) -> bool:
+    """Return a boolean parameter, False if missing; raise InvalidInputError for another type."""
+    if key not in parameters:
+        return False
+    kind = parameters[key].WhichOneof("parameter_choice")
+    if kind != "bool_param":
+        raise InvalidInputError(f"{where}: parameter {key!r}: got {kind}, expected a boolean")
+    return parameters[key].bool_param
+
+
+def check_choice(parameters: Parameters, key: str, choices: Sequence[str], where: str) -> str:
+    """Return a string parameter, the first choice if missing.
+
+    Raises:
+        InvalidInputError: If it has another type, or is none of the choices.
+    """
+    given = text(parameters, key, where) if key in parameters else choices[0]
+    if given not in choices:
+        raise InvalidInputError(
+            f"{where}: parameter {key!r}: got {given!r}, expected one of {', '.join(choices)}"
+        )
+    return given
 
 
 def check_known(parameters: Parameters, known: Iterable[str], where: str) -> None:

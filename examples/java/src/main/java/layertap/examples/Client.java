@@ -22,11 +22,17 @@ import layertap.v1.ExtractRequest;
 import layertap.v1.FeatureServiceGrpc;
 import layertap.v1.ImageBatch;
 import layertap.v1.LayerSelection;
+import layertap.v1.Reduction;
 import layertap.v1.Tensor;
+import layertap.v1.TextBatch;
 
-/** Asks a layertap server for layers: {@code client HOST:PORT [MODEL] [PHOTO]}. */
+/**
+ * Asks a layertap server for layers of a photograph and of a tensor, and, if a model of texts is
+ * named, for one of its layers: {@code client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]}.
+ */
 public final class Client {
   private static final String PHOTO = "../images/grace_hopper.jpg";
+  private static final String TEXT_LAYER = "encoder.layer.11";
   private static final long READY_WITHIN_SECONDS = 60;
   private static final long ASK_AGAIN_MS = 100;
 
@@ -42,8 +48,8 @@ public final class Client {
   private Client() {}
 
   public static void main(String[] args) throws IOException, InterruptedException {
-    if (args.length < 1 || args.length > 3) {
-      System.err.println("usage: client HOST:PORT [MODEL] [PHOTO]");
+    if (args.length < 1 || args.length > 5) {
+      System.err.println("usage: client HOST:PORT [MODEL] [PHOTO] [TEXT_MODEL] [TEXT_LAYER]");
       System.exit(2);
     }
     var model = args.length > 1 ? args[1] : "resnet18";
@@ -55,6 +61,10 @@ public final class Client {
     try {
       awaitReady(channel);
       askForLayers(channel, model, photo);
+      if (args.length > 3) {
+        askWithTexts(channel, args[3], args.length > 4 ? args[4] : TEXT_LAYER);
+      }
+      askForNothing(channel, model, photo);
     } finally {
       channel.shutdownNow();
     }
@@ -92,7 +102,25 @@ public final class Client {
             .addLayers(layer("avgpool"))
             .build();
     print("tensor", features.extract(ofTensor).getTensorsList());
+  }
 
+  private static void askWithTexts(Channel channel, String model, String layer) {
+    var texts =
+        TextBatch.newBuilder().addTexts("the cat sat on the mat.").addTexts("a bird flew").build();
+    // The mean of each text's tokens; the server tokenises the texts and leaves padding out.
+    var mean = Reduction.REDUCTION_GLOBAL_AVERAGE_POOL;
+    var ofTexts =
+        ExtractRequest.newBuilder()
+            .setModel(model)
+            .addTexts(texts)
+            .addLayers(layer(layer).toBuilder().setReduction(mean))
+            .build();
+    print("text", FeatureServiceGrpc.newBlockingStub(channel).extract(ofTexts).getTensorsList());
+  }
+
+  private static void askForNothing(Channel channel, String model, byte[] photo) {
+    var features = FeatureServiceGrpc.newBlockingStub(channel);
+    var images = ImageBatch.newBuilder().addImages(ByteString.copyFrom(photo)).build();
     var ofNothing =
         ExtractRequest.newBuilder()
             .setModel(model)
