@@ -29,7 +29,7 @@ EQUAL = sorted(set(NETS) - RANDOM - KEPT)
 
 
 OF_THE_THREAD = ("PerThread", "OwnChance", "Recurrent", "Fills")
-"""Nets that are served by one thread as well, which finds what it has left itself."""
+"""Nets that one thread serves as well: each request then finds what the one before it left."""
 
 
 @pytest.fixture(params=[1, 2], ids=["latency", "throughput"])
