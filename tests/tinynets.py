@@ -433,9 +433,25 @@ def chain() -> nn.Module:
     return seeded(Chain)
 
 
+class Lone(nn.Module):
+    """One layer: torch.compile translates every module again for each way of hooking it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1 = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer1(x).relu()
+
+
+def lone() -> nn.Module:
+    """Return a seeded Lone."""
+    return seeded(Lone)
+
+
 def compiled() -> nn.Module:
-    """Return the Chain as ``torch.compile`` wraps it."""
-    return torch.compile(chain(), backend="eager")
+    """Return the Lone as ``torch.compile`` wraps it."""
+    return torch.compile(lone(), backend="eager")
 
 
 class Heavy(nn.Module):
