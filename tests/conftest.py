@@ -24,9 +24,11 @@ TF32_AT_FIRST = tf32_allowed()
 LoadNet = Callable[[str], LoadedModel]
 
 LONGEST = (
-    *("zoo/test_zoo.py", "soak/test_soak.py", "services/test_mission.py", "app/test_reload.py"),
-    *("chaos/test_chaos.py", "app/test_lifecycle.py", "app/test_shared_memory.py"),
-    *("extraction/test_claims.py", "extraction/test_hazards.py", "coverage/test_prove.py"),
+    *("zoo/test_zoo.py", "soak/test_soak.py", "app/test_reload.py", "test_readme.py"),
+    *("chaos/test_chaos.py", "app/test_lifecycle.py", "services/test_mission.py"),
+    *("coverage/test_prove.py", "extraction/test_claims.py", "extraction/test_sixth_kind.py"),
+    *("engine/test_stateful_models.py", "app/test_shared_memory.py", "app/test_logs.py"),
+    *("app/test_no_more_threads.py", "local/test_imports.py", "test_architecture.py"),
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
 
