@@ -28,7 +28,7 @@ LONGEST = (
     *("chaos/test_chaos.py", "app/test_lifecycle.py", "services/test_mission.py"),
     *("coverage/test_prove.py", "extraction/test_claims.py", "extraction/test_sixth_kind.py"),
     *("engine/test_stateful_models.py", "app/test_shared_memory.py", "app/test_logs.py"),
-    *("app/test_no_more_threads.py", "local/test_imports.py", "test_architecture.py"),
+    *("test_security_docs.py", "app/test_no_more_threads.py", "test_architecture.py"),
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
 
