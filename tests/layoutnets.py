@@ -41,8 +41,18 @@ class Vit(nn.Module):
 
 
 def small_swin() -> nn.Module:
-    """Return torchvision's Swin with two short stages: channels last, and shifted windows."""
-    return SwinTransformer([4, 4], 24, [2, 2], [2, 4], [7, 7], num_classes=10).eval()
+    """Return torchvision's Swin with two short stages.
+
+    Channels are last. At 64 × 64 pixels the second stage is one window, which is not shifted. Its
+    attention is made strong, so that a window in the wrong place is seen in the values.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        net = SwinTransformer([4, 4], 24, [2, 2], [2, 4], [8, 8], num_classes=10)
+    for name, parameter in net.named_parameters():
+        if ".attn." in name:
+            parameter.data.mul_(20)
+    return net.eval()
 
 
 def small_vit() -> nn.Module:

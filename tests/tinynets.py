@@ -425,7 +425,7 @@ class Chain(nn.Module):
         self.layer2 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer2(self.layer1(self.conv1(x).relu()).relu()).mean((2, 3))
+        return self.layer2(self.layer1(self.conv1(x))).mean((2, 3))
 
 
 def chain() -> nn.Module:
