@@ -283,3 +283,36 @@ def scripted() -> nn.Module:
     """Return a TorchScript program of two inputs."""
     with warnings_ignored():  # torch.jit is deprecated.
         return torch.jit.script(Masked().eval())  # type: ignore[no-any-return]
+
+
+class Pair(nn.Module):
+    """Two towers in the manner of open_clip, without a joint part but their similarity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.words = nn.Embedding(20, 4)
+        self.project = nn.Linear(4, 4)
+
+    def encode_image(self, image: torch.Tensor) -> torch.Tensor:
+        return self.visual(image).flatten(1)
+
+    def encode_text(self, text: torch.Tensor) -> torch.Tensor:
+        return self.project(self.words(text).mean(1))
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return (self.encode_image(image) * self.encode_text(text)).sum(1)
+
+
+def towers() -> nn.Module:
+    """Return a model with two towers, which its factory names."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Pair().eval()
+
+
+towers.inputs = {  # type: ignore[attr-defined]
+    "image": "float32 [3, H=8, W=8]",
+    "text": "int64 [length=6], ids=20",
+}
+towers.towers = {"encode_image": ["image"], "encode_text": ["text"]}  # type: ignore[attr-defined]

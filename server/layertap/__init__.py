@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from layertap.audio import Audio
     from layertap.client import (
         AsyncClient,
         AsyncFeatureStream,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncClient",
     "AsyncFeatureStream",
+    "Audio",
     "Capture",
     "Client",
     "Extractor",
@@ -55,6 +57,7 @@ __all__ = [
 __version__ = version("layertap")
 
 _HOMES = {
+    "layertap.audio": ("Audio",),
     "layertap.client": (
         "AsyncClient",
         "AsyncFeatureStream",

@@ -110,6 +110,8 @@ class InputDescription:
         optional: Whether a request may leave it out.
         texts: Whether texts are accepted instead.
         tokenization: How these texts become token ids, in words.
+        sampling_rate: The samples per second that recordings must have; 0 if none are accepted.
+        audio_preprocessing: How recordings are converted, in words.
     """
 
     name: str
@@ -120,12 +122,15 @@ class InputDescription:
     optional: bool = False
     texts: bool = False
     tokenization: str = ""
+    sampling_rate: int = 0
+    audio_preprocessing: str = ""
 
     def __str__(self) -> str:
         """Return such as ``x [B, 3, H=224, W=224] float32 or images``, where H, W may differ."""
-        images = " or images" if self.images else " or texts" if self.texts else ""
+        kinds = {"images": self.images, "texts": self.texts, "audio": self.sampling_rate}
+        others = "".join(f" or {kind}" for kind, taken in kinds.items() if taken)
         optional = " (optional)" if self.optional else ""
-        return f"{self.name} [{', '.join(map(str, self.shape))}] {self.dtype}{images}{optional}"
+        return f"{self.name} [{', '.join(map(str, self.shape))}] {self.dtype}{others}{optional}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from layertap.audio import Audio
 from layertap.errors import InvalidInputError
 from layertap.texts import Texts
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     ImageLike = bytes | str | os.PathLike[str] | Image
     ArrayLike = np.ndarray | Any
-    OneInput = ArrayLike | ImageLike | Sequence[ImageLike] | Texts
+    OneInput = (
+        ArrayLike | ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]] | Texts | Audio
+    )
     InputLike = OneInput | Mapping[str, OneInput]
 
     from layertap.wire.tensors import Arrays
@@ -35,11 +38,13 @@ class EncodedInput(NamedTuple):
         arrays: Arrays with the names of their inputs.
         images: The files of images, one for each item, with the names of their inputs.
         texts: Texts, with the names of their inputs.
+        audio: Recordings, with the names of their inputs.
     """
 
     arrays: Arrays
     images: Sequence[tuple[str, list[bytes]]]
     texts: Sequence[tuple[str, Texts]] = ()
+    audio: Sequence[tuple[str, Audio]] = ()
 
 
 def encode_input(given: Any) -> EncodedInput:
@@ -47,12 +52,13 @@ def encode_input(given: Any) -> EncodedInput:
 
     Args:
         given: An array or tensor ``[B, ...]`` for the model; an image, or a list of images;
-            ``Texts``; or a mapping of input names to these. An image is a path, the bytes of a
+            ``Texts``; ``Audio``; or a mapping of input names to these. A video is a list of frames,
+            so a list of lists of images is a batch of videos. An image is a path, the bytes of a
             JPEG, PNG or WebP file, or a PIL image. A PIL image is sent as PNG, without loss and
             with its EXIF orientation; CMYK is sent as the RGB to which the server would convert it.
 
     Returns:
-        The arrays and the images. What was given without a name has an empty one.
+        The arrays, images, texts and recordings. What was given without a name has an empty one.
 
     Raises:
         InvalidInputError: If it is none of these, or if an image can't be read or sent.
@@ -69,27 +75,43 @@ def _encoded_inputs(given: Mapping[str, Any]) -> EncodedInput:
     arrays: list[tuple[str, np.ndarray]] = []
     images: list[tuple[str, list[bytes]]] = []
     texts: list[tuple[str, Texts]] = []
+    audio: list[tuple[str, Audio]] = []
     for name, value in given.items():
         what = f"input {name!r}" if name else "input"
         if isinstance(value, Texts):
             texts.append((name, value))
+        elif isinstance(value, Audio):
+            audio.append((name, value))
         elif _is_image(value):
             images.append((name, [_image_bytes(value)]))
         elif isinstance(value, list | tuple):
             images.append((name, _image_list(value, what)))
         else:
             more = "" if name else " or a mapping of these"
-            expected = f"an image, a list of images, Texts, an array{more}"
+            expected = f"an image, a list of images, Texts, Audio, an array{more}"
             arrays.append((name, _array(value, what, expected)))
-    return EncodedInput(arrays, images, texts)
+    return EncodedInput(arrays, images, texts, audio)
 
 
 def _image_list(given: Sequence[Any], what: str) -> list[bytes]:
+    if given and all(isinstance(item, list | tuple) for item in given):
+        return _frames(given, what)
     wrong = next((item for item in given if not _is_image(item)), None)
     if wrong is not None or not given:
         got = "an empty list" if not given else f"a list with a {type(wrong).__name__}"
         raise InvalidInputError(f"{what}: got {got}, expected images or one array")
     return [_image_bytes(item) for item in given]
+
+
+def _frames(videos: Sequence[Sequence[Any]], what: str) -> list[bytes]:
+    """Return the frames of videos one after the other, as they are sent."""
+    counts = sorted({len(video) for video in videos})
+    if len(counts) > 1:
+        raise InvalidInputError(
+            f"{what}: got videos of {counts[0]} to {counts[-1]} frames, expected one number of "
+            f"frames for all"
+        )
+    return [frame for video in videos for frame in _image_list(video, what)]
 
 
 def _array(given: Any, what: str, expected: str) -> np.ndarray:

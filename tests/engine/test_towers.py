@@ -12,9 +12,12 @@ import transformers
 from PIL import Image
 
 import hfnets
-from layertap.errors import InvalidInputError
+import severalnets
+from layertap.engine import Engine
+from layertap.errors import InvalidInputError, ModelLoadError
 from layertap.local import load
 from layertap.local.model import LocalModel
+from layertap.models import ModelSpec
 from layertap.selection import Extractor, LayerSelection
 from layertap.texts import Texts
 
@@ -157,6 +160,23 @@ def test_reductions_know_each_tower(model: LocalModel, plain: Any) -> None:
     assert torch.allclose(got[1], texts[1, :4].mean(0), atol=1e-5)
 
 
+def test_declared_layers_are_compiled_for_their_tower(folder: Path, plain: Any) -> None:
+    """AUTO serves them with a compiled plan, whether the other tower runs or not."""
+    engine = Engine()
+    engine.load(ModelSpec(f"hf:{folder}"), (LayerSelection("visual_projection"),))
+    ids = torch.randint(0, 60, (2, 16), generator=torch.manual_seed(2))
+    try:
+        model = LocalModel(engine, "clip")
+        alone = model.extract({"pixel_values": pixels()}, "visual_projection")
+        both = model.extract({"pixel_values": pixels(), "input_ids": ids}, "visual_projection")
+    finally:
+        engine.close()
+    assert (alone.extractor, both.extractor) == (Extractor.TORCHSCRIPT, Extractor.TORCHSCRIPT)
+    own = plain.get_image_features(pixels()).pooler_output
+    assert torch.allclose(alone["visual_projection"], own, atol=1e-5)
+    assert torch.allclose(both["visual_projection"], own, atol=1e-5)
+
+
 def test_the_description_says_that_either_will_do(model: LocalModel) -> None:
     """Each tower's inputs may be left out, and a note says what runs then."""
     described = model.describe()
@@ -198,6 +218,41 @@ def test_siglip_gets_its_texts_as_it_was_trained(siglip: Path) -> None:
     expected = plain.get_image_features(pixels()).pooler_output
     assert torch.allclose(image["vision_model.head"], expected, atol=1e-6)
     assert "to 12 tokens, without a mask" in ids.tokenization
+
+
+def test_a_factory_names_its_towers() -> None:
+    """Its methods run alone, and their layers have the values of the methods."""
+    net = severalnets.towers().eval()
+    text = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    image = pixels()[:, :, :8, :8]
+    with load("severalnets:towers") as model:
+        got = model.extract({"text": text}, "project")["project"]
+        assert torch.allclose(got, net.encode_text(text), atol=1e-6)
+        got = model.extract({"image": image}, "visual")["visual"]
+        assert torch.allclose(got.flatten(1), net.encode_image(image), atol=1e-6)
+        got = model.extract({"image": image, "text": text}, "output")["output"]
+        assert torch.allclose(got, net(image, text), atol=1e-6)
+        with pytest.raises(InvalidInputError, match="'project' need 'text', but"):
+            model.extract({"image": image}, "project")
+
+
+@pytest.mark.parametrize(
+    ("towers", "words"),
+    [
+        (["encode_image"], "expected a dict from at least two methods"),
+        ({"encode_image": ["image"]}, "expected a dict from at least two methods"),
+        ({"encode_image": "image", "encode_text": "text"}, "expected a dict from at least two"),
+        ({"encode_image": ["image"], "encode_text": ["words"]}, "its towers take image, words"),
+        ({"encode_image": ["image"], "encode_text": ["image"]}, "in one tower"),
+        ({"encode_image": ["image"], "encode_texts": ["text"]}, "'encode_texts', which a Pair"),
+        ({"encode_image": ["image", "text"], "encode_text": []}, "'encode_text' are optional"),
+    ],
+)
+def test_towers_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, towers: Any, words: str) -> None:
+    """The error says what the attribute holds and what was expected."""
+    monkeypatch.setattr(severalnets.towers, "towers", towers)
+    with pytest.raises(ModelLoadError, match=words):
+        load("severalnets:towers").close()
 
 
 class Odd(torch.nn.Module):

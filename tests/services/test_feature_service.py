@@ -124,7 +124,7 @@ BAD = {
     ),
     "no input": (
         feature_service_pb2.ExtractRequest(model="residual", layers=selections("layer1")),
-        Code.INVALID_ARGUMENT, "inputs: got none, expected tensors, images or texts",
+        Code.INVALID_ARGUMENT, "inputs: got none, expected tensors, images, texts or audio",
     ),
     "inputs and images": (
         request(images=images(png(8, 8))), Code.INVALID_ARGUMENT, "input 'x': got a tensor and ima",

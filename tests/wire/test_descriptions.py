@@ -64,6 +64,8 @@ FULL = ModelDescription(
             optional=True,
             texts=True,
             tokenization="the folder's own tokenizer",
+            sampling_rate=16000,
+            audio_preprocessing="the folder's own feature extractor",
         ),
         InputDescription(
             "ids", "int64", (Dimension(1, batch=True),), texts=True, tokenization="by words"

@@ -102,22 +102,24 @@ def test_the_id_of_a_bad_tensor_can_be_read() -> None:
         decode_stream_reply(b"\xff\xff\xff")
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_the_id_is_found_without_what_would_cost_dearly(images: bool) -> None:
+@pytest.mark.parametrize("list_of", ["images", "texts", "audio", "layers"])
+def test_the_id_is_found_without_what_would_cost_dearly(list_of: str) -> None:
     """Fields whose number was refused are not parsed to find the id."""
     many = pb.ExtractStreamRequest(id=7).SerializeToString()
-    if images:
-        batch = pb.ImageBatch(images=[b""] * 70_000)
-        many += pb.ExtractStreamRequest(images=[batch]).SerializeToString()
-    else:
-        many += b"\x22\x00" * 70_000  # layers
+    batches = {
+        "images": [pb.ImageBatch(images=[b""] * 70_000)],
+        "texts": [pb.TextBatch(texts=[""] * 70_000)],
+        "audio": [pb.AudioBatch(audio=[b""] * 70_000)],
+        "layers": [pb.LayerSelection()] * 70_000,
+    }
+    many += pb.ExtractStreamRequest(**{list_of: batches[list_of]}).SerializeToString()
     with pytest.raises(DecodeError, match="more than 65536 fields"):
         decode_stream_request(many)
-    if images:
-        assert id_of(many) == 7
-    else:
+    if list_of == "layers":
         with pytest.raises(DecodeError, match="more than 65536 fields"):
             id_of(many)
+    else:
+        assert id_of(many) == 7
 
 
 def test_inputs_go_by_name_and_by_place() -> None:

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from layertap.cli.items import ArrayItems, ImageItems, Items, TextItems, parse_array_files
+from layertap.cli.items import (
+    ArrayItems,
+    AudioItems,
+    ImageItems,
+    Items,
+    TextItems,
+    parse_array_files,
+)
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
 from layertap.selection import (
@@ -35,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["batch_axes", "extract"]
 
 
-@click.command(short_help="Write layers of images, texts or arrays into an .npz file.")
+@click.command(short_help="Write layers of images, texts, audio or arrays into an .npz file.")
 @click.argument("model", metavar="MODEL")
 @click.argument("images", nargs=-1, metavar="[IMAGE...]", type=click.Path())
 @click.option(
@@ -65,6 +72,14 @@ __all__ = ["batch_axes", "extract"]
     type=click.Choice([truncation.value for truncation in Truncation]),
     default=Truncation.NONE.value,
     help="Where a text with too many tokens is cut. Default: none, which refuses it.",
+)
+@click.option(
+    "--audio",
+    "recordings",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="A WAV or FLAC file, in place of images. May be given several times.",
 )
 @click.option(
     "-l",
@@ -116,6 +131,7 @@ def extract(
     given_texts: tuple[str, ...],
     texts_file: Path | None,
     truncation: str,
+    recordings: tuple[str, ...],
     layers: tuple[str, ...],
     output: Path,
     extractor: str,
@@ -125,7 +141,7 @@ def extract(
     server: ServerAddress | None,
     **flags: Any,
 ) -> None:
-    """Write layers of images, texts or arrays to an .npz file: one array for each layer.
+    """Write layers of images, texts, audio or arrays to an .npz file: one array for each layer.
 
     Batches are joined along each layer's batch dimension, which was measured when the model was
     loaded. For most layers it is the first, so there is one row per image; for layers such as
@@ -141,6 +157,7 @@ def extract(
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
+      layertap extract hf:nets/wav2vec2 --audio a.wav -l output.last_hidden_state -o a.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
           -l encoder -o texts.npz
       python -c "import numpy; print(numpy.load('cat.npz')['layer1'].shape)"
@@ -151,7 +168,7 @@ def extract(
         for text in layers
     ]
     texts = [*given_texts, *_lines(texts_file)]
-    items = _items(images, arrays, texts, Truncation(truncation))
+    items = _items(images, arrays, texts, recordings, Truncation(truncation))
     _check_output(output)
     from layertap.cli.npz import Columns
     from layertap.cli.render import Stderr, show_features
@@ -218,12 +235,20 @@ def _batch_axis(value: ValueDescription | None) -> int | None:
 
 
 def _items(
-    images: Sequence[str], arrays: Sequence[str], texts: Sequence[str], truncation: Truncation
+    images: Sequence[str],
+    arrays: Sequence[str],
+    texts: Sequence[str],
+    recordings: Sequence[str],
+    truncation: Truncation,
 ) -> Items:
-    if sum(map(bool, (images, arrays, texts))) != 1:
-        raise click.UsageError("give one of: IMAGEs, texts by --text and --texts, or --input")
+    if sum(map(bool, (images, arrays, texts, recordings))) != 1:
+        raise click.UsageError(
+            "give one of: IMAGEs, texts by --text and --texts, --audio, or --input"
+        )
     if images:
         return ImageItems(images)
+    if recordings:
+        return AudioItems(recordings)
     return TextItems(texts, truncation) if texts else ArrayItems(parse_array_files(arrays))
 
 

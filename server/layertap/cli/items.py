@@ -1,4 +1,4 @@
-"""What ``layertap extract`` runs a model on: image files, texts, or rows of arrays."""
+"""What ``layertap extract`` runs a model on: image files, recordings, texts, or rows of arrays."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layertap.audio import Audio
 from layertap.errors import InvalidInputError
 from layertap.texts import Texts, Truncation
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from layertap.inputs import InputLike
 
-__all__ = ["ArrayItems", "ImageItems", "Items", "TextItems", "parse_array_files"]
+__all__ = ["ArrayItems", "AudioItems", "ImageItems", "Items", "TextItems", "parse_array_files"]
 
 
 class Items(ABC):
@@ -106,6 +107,33 @@ class TextItems(Items):
     def batch(self, begin: int, size: int) -> InputLike:
         """See Items."""
         return Texts(self._texts[begin : begin + size], self._truncation)
+
+
+class AudioItems(Items):
+    """WAV or FLAC files, one for each item.
+
+    Args:
+        files: Their paths.
+
+    Raises:
+        InvalidInputError: There is no such file.
+    """
+
+    noun = "recordings"
+
+    def __init__(self, files: Sequence[str]) -> None:
+        for file in files:
+            if not Path(file).is_file():
+                raise InvalidInputError(f"audio {file}: no such file")
+        self._files = files
+
+    def __len__(self) -> int:
+        """Return the number of files."""
+        return len(self._files)
+
+    def batch(self, begin: int, size: int) -> InputLike:
+        """See Items."""
+        return Audio(self._files[begin : begin + size])
 
 
 class ArrayItems(Items):

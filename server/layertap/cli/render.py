@@ -95,6 +95,10 @@ def show_layers(model: ModelDescription, layers: Sequence[LayerDescription], *, 
     for given in model.inputs:
         if given.images:
             out.print(f"images: {given.preprocessing}", soft_wrap=True)
+        if given.texts:
+            out.print(f"texts: {given.tokenization}", soft_wrap=True)
+        if given.sampling_rate:
+            out.print(f"audio: {given.audio_preprocessing}", soft_wrap=True)
     if passes := _passes(model.passes):
         out.print(f"passes: {passes}", soft_wrap=True)
     for note in model.notes:

@@ -86,6 +86,10 @@ def request_fields(
         feature_service_pb2.ImageBatch(images=files, input=name) for name, files in encoded.images
     ]
     fields["texts"] = [_texts(name, texts) for name, texts in encoded.texts]
+    fields["audio"] = [
+        feature_service_pb2.AudioBatch(audio=audio.encoded, input=name)
+        for name, audio in encoded.audio
+    ]
     return fields, encoded.arrays
 
 

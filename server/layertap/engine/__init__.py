@@ -2,7 +2,7 @@
 
 from layertap.call import Call
 from layertap.engine.admission import Reservation
-from layertap.engine.batch import ImageFiles, Inputs, TextBatch
+from layertap.engine.batch import AudioFiles, ImageFiles, Inputs, TextBatch
 from layertap.engine.describe import describe, summarize
 from layertap.engine.device import choose_device
 from layertap.engine.engine import Engine
@@ -13,6 +13,7 @@ from layertap.extraction.tf32 import allow_tf32
 from layertap.settings import HostOptions, Limits
 
 __all__ = [
+    "AudioFiles",
     "Call",
     "Engine",
     "Extraction",

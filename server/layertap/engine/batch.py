@@ -19,6 +19,7 @@ from layertap.texts import TextOptions
 from layertap.wire.tensors import TensorView
 
 __all__ = [
+    "AudioFiles",
     "ImageFiles",
     "Inputs",
     "Parts",
@@ -39,10 +40,10 @@ with warnings_ignored():
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles:
-    """Encoded images, one for each item of a batch.
+    """Encoded images, one for each item of a batch, or the frames of each item's video.
 
     Attributes:
-        images: The files.
+        images: The files; the frames of a video in their order, one video after the other.
         name: The input that they are for; may be empty if only one input takes images.
     """
 
@@ -66,18 +67,38 @@ class TextBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class AudioFiles:
+    """Recordings, one for each item of a batch.
+
+    Attributes:
+        files: WAV or FLAC files.
+        name: The input that they are for; may be empty if only one input takes recordings.
+    """
+
+    files: Sequence[bytes]
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs in a request: a tensor or images for each.
+    """The inputs in a request: a tensor, images, texts or recordings for each.
 
     Attributes:
         tensors: Tensors by name; the name may be empty if the model needs only one input.
         images: Images, for inputs without a tensor.
         texts: Texts, for inputs of token ids without a tensor.
+        audio: Recordings, for inputs without a tensor.
     """
 
     tensors: tuple[TensorView, ...] = ()
     images: tuple[ImageFiles, ...] = ()
     texts: tuple[TextBatch, ...] = ()
+    audio: tuple[AudioFiles, ...] = ()
+
+    @property
+    def may_be_infinite(self) -> bool:
+        """Whether a tensor that is made of them may hold NaN or infinity; images never do."""
+        return bool(self.tensors or self.audio)
 
 
 _PIXEL_BYTES = 4
@@ -98,27 +119,38 @@ class Parts:
     Attributes:
         images: Encoded images.
         texts: Texts.
+        audio: Recordings.
     """
 
     images: dict[str, ImageFiles]
     texts: dict[str, TextBatch]
+    audio: dict[str, AudioFiles]
 
 
 def parts_of(model: LoadedModel, given: Inputs, limits: Limits) -> Parts:
-    """Return a request's images and texts by input.
+    """Return a request's images, texts and recordings by input.
 
     Raises:
         InvalidInputError: A name is not that of such an input, an input is given twice, a batch is
-            empty or too large, or the tensors, images and texts have different numbers of items.
+            empty or too large, or the inputs have different numbers of items.
     """
     images = {_image_input(model, each.name): each for each in given.images}
     texts = {_text_input(model, each.name): each for each in given.texts}
+    audio = {_audio_input(model, each.name): each for each in given.audio}
     _check_given_once(model, given)
     for name, files in images.items():
         if not files.images:
             raise InvalidInputError(f"images: got none for {name!r}, expected at least one")
-    _check_sizes(given, images, texts, limits)
-    return Parts(images, texts)
+    for name, recordings in audio.items():
+        if not recordings.files:
+            raise InvalidInputError(f"audio: got none for {name!r}, expected at least one")
+    made = {
+        f"the images of {name!r}": _items_of(model, name, files) for name, files in images.items()
+    }
+    made |= {f"the texts of {name!r}": len(batch.texts) for name, batch in texts.items()}
+    made |= {f"the audio of {name!r}": len(each.files) for name, each in audio.items()}
+    _check_sizes(given, made, limits)
+    return Parts(images, texts, audio)
 
 
 _TENSOR = "a tensor"
@@ -143,13 +175,24 @@ def _kinds(model: LoadedModel, given: Inputs) -> Iterator[tuple[str, str]]:
         yield _image_input(model, files.name), "images"
     for batch in given.texts:
         yield _text_input(model, batch.name), "texts"
+    for recordings in given.audio:
+        yield _audio_input(model, recordings.name), "audio"
 
 
-def _check_sizes(
-    given: Inputs, images: dict[str, ImageFiles], texts: dict[str, TextBatch], limits: Limits
-) -> None:
-    made = {f"the images of {name!r}": len(files.images) for name, files in images.items()}
-    made |= {f"the texts of {name!r}": len(batch.texts) for name, batch in texts.items()}
+def _items_of(model: LoadedModel, name: str, files: ImageFiles) -> int:
+    """Return the number of items for which there are images: one for each, or a video's frames."""
+    frames = model.signature.spec(name).images
+    items, rest = divmod(len(files.images), frames)
+    if rest:
+        raise InvalidInputError(
+            f"images: got {len(files.images)} for {name!r}, expected a multiple of {frames}, as an "
+            f"item is a video of {frames} frames"
+        )
+    return items
+
+
+def _check_sizes(given: Inputs, made: Mapping[str, int], limits: Limits) -> None:
+    """Check the numbers of items; ``made`` has those of what is converted, by what it is."""
     for what, size in made.items():
         if size > limits.batch:
             raise InvalidInputError(
@@ -183,6 +226,16 @@ def _text_input(model: LoadedModel, name: str) -> str:
         )
     # Texts are rarely meant for a decoder's own input.
     return _one_of(taken, name or taken[0], "texts")
+
+
+def _audio_input(model: LoadedModel, name: str) -> str:
+    taken = model.audio_inputs if model.audio else ()
+    if not taken:
+        raise InvalidInputError(
+            f"audio: model {model.name!r} takes none, as it has no feature extractor that the "
+            f"server can use; expected {model.signature.pattern}"
+        )
+    return _one_of(taken, name or taken[0], "audio")
 
 
 def _one_of(taken: Sequence[str], name: str, kind: str) -> str:
@@ -284,11 +337,13 @@ def decode_images(
 def batch_bytes(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> int:
     """Return the size in bytes of the tensor that ``preprocess_images`` will return."""
     spec = model.signature.spec(name)
-    return len(images) * math.prod(spec.shape) * spec.dtype.itemsize
+    return len(images) * math.prod(spec.image.shape) * spec.dtype.itemsize
 
 
 def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Image]) -> torch.Tensor:
     """Convert decoded images to a tensor ``[B, C, H, W]`` for one of the model's inputs.
+
+    If the input takes videos, the tensor is ``[B, T, C, H, W]``.
 
     Call this on a compute thread only.
 
@@ -297,6 +352,8 @@ def preprocess_images(model: LoadedModel, name: str, images: Sequence[Image.Imag
             doesn't take.
     """
     x, spec = _preprocess(model).batch(images), model.signature.spec(name)
+    if spec.video:
+        x = x.unflatten(0, (-1, spec.images))
     try:
         # The dtype is not checked: the batch is float32, and is converted to the model's dtype.
         spec.check(x.shape, spec.dtype_name)

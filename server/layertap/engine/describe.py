@@ -23,6 +23,7 @@ from layertap.extraction.catalogue import LayerEntry, side_name
 from layertap.extraction.layout import Layout
 from layertap.extraction.points import Dim, PointKind, ValueSpec
 from layertap.models import InputSpec, Preprocess, Steps
+from layertap.models.audio import AudioProcessor
 from layertap.models.text import TextTokenizer
 from layertap.selection import Capture, Extractor
 
@@ -58,6 +59,7 @@ def summarize(host: ModelHost) -> ModelDescription:
                 spec,
                 model.preprocess if spec.name in model.image_inputs else None,
                 model.tokenizer if spec.name in model.text_inputs else None,
+                model.audio if spec.name in model.audio_inputs else None,
                 optional=model.signature.may_leave_out(spec),
             )
             for spec in model.signature.inputs
@@ -110,6 +112,7 @@ def _input(
     spec: InputSpec,
     preprocess: Preprocess | None,
     tokenizer: TextTokenizer | None,
+    audio: AudioProcessor | None,
     *,
     optional: bool,
 ) -> InputDescription:
@@ -119,11 +122,18 @@ def _input(
         dtype=spec.dtype_name,
         shape=(Dimension(1, batch=True), *dimensions),
         images=_images(preprocess) if preprocess else None,
-        preprocessing=preprocess.describe() if preprocess else "",
+        preprocessing=_preprocessing(spec, preprocess) if preprocess else "",
         optional=optional,
         texts=tokenizer is not None,
         tokenization=tokenizer.describe() if tokenizer else "",
+        sampling_rate=audio.rate if audio else 0,
+        audio_preprocessing=audio.describe() if audio else "",
     )
+
+
+def _preprocessing(spec: InputSpec, preprocess: Preprocess) -> str:
+    frames = f"{spec.images} frames for each item, in their order; " if spec.video else ""
+    return f"{frames}{preprocess.describe()}"
 
 
 def _images(preprocess: Preprocess) -> ImageDescription:

@@ -193,11 +193,12 @@ class ModelHost:
         for chosen in dict.fromkeys(filter(None, sets)):
             resolved = self.resolve(chosen, Extractor.AUTO)
             self._log_uncompiled(resolved)
-            for plan in self._build_best(resolved, call or Call()):
-                self._warm_batches(plan)
-                recorded = self._record(plan)
-                with self._lock:
-                    self._declared_plans[plan.key] = recorded
+            for batch_key in self._declared_keys(resolved):
+                for plan in self._build_best(resolved, batch_key, call or Call()):
+                    self._warm_batches(plan)
+                    recorded = self._record(plan)
+                    with self._lock:
+                        self._declared_plans[plan.key] = recorded
 
     def plan(self, resolved: Resolved, x: Batch, call: Call) -> Plan:
         """Return the plan that serves a request's batch.
@@ -430,13 +431,23 @@ class ModelHost:
                         self.model.name, kind.name, side_name(output.layer, side), reason,
                     )  # fmt: skip
 
-    def _build_best(self, resolved: Resolved, call: Call) -> list[Plan]:
+    def _declared_keys(self, resolved: Resolved) -> list[BatchKey]:
+        """Return what requests for declared layers give: all inputs, or those of one tower."""
+        signature, points = self.model.signature, resolved.pass_spec.points
+        towers = [
+            signature.of_tower(tower).key
+            for tower, own in self.catalogue.towers.items()
+            if all(point in own for point in points)
+        ]
+        return [signature.key, *towers]
+
+    def _build_best(self, resolved: Resolved, batch_key: BatchKey, call: Call) -> list[Plan]:
         """Build the plans of the first candidate that can be built.
 
         A compiled one has a plan for each outcome of the model's looks that samples show.
         """
         for extractor in resolved.candidates:
-            key = PlanKey(extractor, resolved.pass_spec, self.model.signature.key)
+            key = PlanKey(extractor, resolved.pass_spec, batch_key)
             try:
                 return self._declared_outcomes(key, call)
             except (ExtractorUnsupportedError, OverloadedError) as refusal:

@@ -14,7 +14,9 @@ import torch
 
 from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
+from layertap.engine.audio_batch import audio_tensors, decode_recordings
 from layertap.engine.batch import (
+    AudioFiles,
     ImageFiles,
     Inputs,
     batch_bytes,
@@ -222,6 +224,8 @@ class Pipeline:
         made = tensors_of_texts(host.model, given, tokenized)
         for name, files in parts.images.items():
             made[name] = self._images(admitted, name, files)
+        for name, recordings in parts.audio.items():
+            made.update(self._audio(admitted, name, recordings))
         x = check_tensors(host.model, given.tensors, self._limits, made)
         beside = beside_batch(host.model, x, parts.texts, tokenized)
         if host.staging is None:
@@ -246,6 +250,21 @@ class Pipeline:
             preprocess = partial(preprocess_images, host.model, name, images)
             return host.preparing.run(preprocess, call, pins=(received, pixels))
 
+    def _audio(
+        self, admitted: _Admitted[Any], name: str, given: AudioFiles
+    ) -> dict[str, torch.Tensor]:
+        host, call, received = admitted.host, admitted.call, admitted.received
+        inputs = admitted.request.inputs
+        # The files are copies of parts of the message.
+        received.take(sum(map(len, given.files)))
+        with self._admission.reserve("the request's decoded recordings take") as samples:
+            with self._decoding(call):
+                waveforms = decode_recordings(host.model, given, self._limits, call, samples.take)
+            convert = partial(audio_tensors, host.model, name, inputs, waveforms)
+            made = host.preparing.run(convert, call, pins=(received, samples))
+        received.take(sum(tensor.nbytes for tensor in made.values()))
+        return made
+
     @contextmanager
     def _decoding(self, call: Call) -> Iterator[None]:
         """Wait until fewer inputs are being decoded than there are CPUs; more would be slower."""
@@ -267,8 +286,8 @@ def publish(reply: Reply[P], form: ReplyForm[P], timings: Timings) -> P:
 
 
 def _is_finite(request: ExtractionRequest[Any], x: Batch) -> bool:
-    """Return whether a request's inputs have no NaN or infinity; images never have."""
-    return not request.inputs.tensors or x.is_finite
+    """Return whether a request's inputs have no NaN or infinity."""
+    return not request.inputs.may_be_infinite or x.is_finite
 
 
 def _for_any_number(

@@ -19,7 +19,16 @@ from collections.abc import Callable, Iterator
 import torch
 
 from layertap.errors import ModelLoadError
-from layertap.models import Batch, BatchKey, IdRange, InputSpec, ItemTensor, LoadedModel, Mask
+from layertap.models import (
+    Batch,
+    BatchKey,
+    Boxes,
+    IdRange,
+    InputSpec,
+    ItemTensor,
+    LoadedModel,
+    Mask,
+)
 from layertap.models.loaded import Example
 from layertap.models.seeding import seeded
 
@@ -106,6 +115,8 @@ def _batch(
         shape = (size, *item.shape)
         if isinstance(spec.values, Mask):
             values = _mask(shape, spec.values.padding, varied=ids is _unlike_ids)
+        elif isinstance(spec.values, Boxes):
+            values = _boxes(shape, spec.values.most, generator)
         elif spec.dtype.is_floating_point:
             values = fill(shape, generator)
         else:
@@ -154,6 +165,12 @@ def _mask(shape: Shape, padding: int, *, varied: bool) -> torch.Tensor:
         where = slice(0, last // 2) if left else slice(last - last // 2, last)
         mask[index, ..., where] = padding
     return mask
+
+
+def _boxes(shape: Shape, most: int, generator: torch.Generator) -> torch.Tensor:
+    """Return boxes ``[..., 4]``: left, top, right and bottom."""
+    corners = torch.randint(0, most + 1, (*shape[:-1], 2, 2), generator=generator)
+    return corners.sort(-2).values.flatten(-2)
 
 
 def _uniform(shape: Shape, generator: torch.Generator) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from layertap.models import Batch, IdRange, LoadedModel, Mask
+from layertap.models import Batch, Boxes, IdRange, LoadedModel, Mask
 
 __all__ = ["paddings", "resized", "variations"]
 
@@ -32,7 +32,7 @@ def paddings(model: LoadedModel, x: Batch) -> Iterator[Batch]:
     for place in ("nowhere", "right", "left"):
         tensors = dict(x.tensors)
         for name, known in values.items():
-            if known is not None and tensors[name].ndim > 1:
+            if known is not None and not isinstance(known, Boxes) and tensors[name].ndim > 1:
                 tensors[name] = _padded(tensors[name], known, place)
         yield Batch(tensors)
 

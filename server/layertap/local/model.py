@@ -10,6 +10,7 @@ import numpy as np
 
 from layertap.description import LayerDescription, ModelDescription
 from layertap.engine import (
+    AudioFiles,
     Call,
     Engine,
     ExtractionRequest,
@@ -172,6 +173,7 @@ def inputs_of(batch: InputLike) -> Inputs:
         tuple(_view(name, array) for name, array in given.arrays),
         tuple(ImageFiles(files, name) for name, files in given.images),
         tuple(TextBatch(tuple(texts.texts), texts.options, name) for name, texts in given.texts),
+        tuple(AudioFiles(audio.encoded, name) for name, audio in given.audio),
     )
 
 

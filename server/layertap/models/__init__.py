@@ -8,7 +8,7 @@ from layertap.models.images import ImageLimits, decode_image
 from layertap.models.load import load_model
 from layertap.models.loaded import LoadedModel
 from layertap.models.preprocess import Preprocess
-from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask, Signature, Tower
+from layertap.models.signature import Boxes, IdRange, InputGuess, InputSpec, Mask, Signature, Tower
 from layertap.models.steps import Steps
 from layertap.settings import INPUT_DTYPES, ImageSettings, ModelSpec, SourceKind
 
@@ -16,6 +16,7 @@ __all__ = [
     "INPUT_DTYPES",
     "Batch",
     "BatchKey",
+    "Boxes",
     "IdRange",
     "ImageLimits",
     "ImageSettings",

@@ -24,7 +24,10 @@ __all__ = [
     "read_checkpoint",
 ]
 
-CONFIG_FILES = ("preprocessor_config.json", "config.json", "open_clip_config.json")
+CONFIG_FILES = (
+    *("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json"),
+    *("config.json", "open_clip_config.json"),
+)
 """The names of the configuration files of Hugging Face's, timm's and open_clip's libraries."""
 
 NOT_A_STATE_DICT = "expected a state dict, as saved by torch.save(model.state_dict(), PATH)"

@@ -7,6 +7,8 @@ inputs       a dict of texts by name, as ``inputs`` of ``[[models]]``: ``{"ids":
 example      a function of a number of items that makes such a batch: a dict of tensors by name
 arguments    a function from a dict of tensors by name to the arguments of ``forward``: a tuple of
              positional arguments and a dict of keyword arguments
+towers       a dict from the names of methods of the module to the inputs that each of them takes:
+             ``{"encode_image": ["image"], "encode_text": ["text"]}``; see ``Signature.towers``
 preprocess   a function from a PIL image to a tensor, or a dict of settings
 ===========  ======================================================================================
 """
@@ -14,7 +16,7 @@ preprocess   a function from a PIL image to a tensor, or a dict of settings
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +25,10 @@ from layertap.errors import ConfigError, ModelLoadError
 from layertap.models.arguments import Adapter
 from layertap.models.guessed_input import declared_input
 from layertap.models.loaded import Example
-from layertap.models.signature import InputGuess, InputSpec
+from layertap.models.signature import InputGuess, InputSpec, Tower
 from layertap.settings import DeclaredInput
 
-__all__ = ["attribute", "own_adapter", "own_example", "own_inputs"]
+__all__ = ["attribute", "own_adapter", "own_example", "own_inputs", "own_towers"]
 
 _ITEMS = 2
 """Number of items in the example batch that is made to find the inputs."""
@@ -74,6 +76,50 @@ def own_inputs(factory: Any, target: str) -> tuple[InputSpec, ...]:
         return _declared(declared, target)
     example = own_example(factory, target)
     return () if example is None else _of_example(example, target)
+
+
+def own_towers(
+    factory: Any, target: str, module: Any, inputs: Sequence[InputSpec]
+) -> tuple[Tower, ...]:
+    """Return the parts of a model that a factory says run by themselves; empty if none.
+
+    Raises:
+        ModelLoadError: The attribute is malformed, or doesn't fit the module and its inputs.
+    """
+    given = attribute(factory, "towers")
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping) or len(given) < 2 or not all(map(_are_names, given.values())):
+        raise ModelLoadError(
+            f"factory {target}: its towers attribute is {given!r}, expected a dict from at least "
+            f"two methods to lists of inputs, such as {{'encode_image': ['image'], "
+            f"'encode_text': ['text']}}"
+        )
+    towers = tuple(Tower(tuple(own), str(method)) for method, own in given.items())
+    names = [name for tower in towers for name in tower.inputs]
+    required = {spec.name for spec in inputs if not spec.optional}
+    if len(set(names)) < len(names) or not required <= set(names) <= {s.name for s in inputs}:
+        raise ModelLoadError(
+            f"factory {target}: its towers take {', '.join(names)}, expected each of "
+            f"{', '.join(spec.name for spec in inputs)} in one tower; declare them in the "
+            f"attribute inputs"
+        )
+    for tower in towers:
+        if not callable(getattr(module, tower.method, None)):
+            raise ModelLoadError(
+                f"factory {target}: its towers name the method {tower.method!r}, which a "
+                f"{type(module).__name__} doesn't have"
+            )
+        if not required & set(tower.inputs):
+            raise ModelLoadError(
+                f"factory {target}: all inputs of its tower {tower.method!r} are optional, "
+                f"expected a required one"
+            )
+    return towers
+
+
+def _are_names(given: Any) -> bool:
+    return isinstance(given, list | tuple) and all(isinstance(each, str) for each in given)
 
 
 def _declared(given: Any, target: str) -> tuple[InputSpec, ...]:

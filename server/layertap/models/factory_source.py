@@ -12,7 +12,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from layertap.errors import ConfigError, LayertapError, ModelLoadError, WeightsUnavailableError
-from layertap.models.factory_attributes import attribute, own_adapter, own_example, own_inputs
+from layertap.models.factory_attributes import (
+    attribute,
+    own_adapter,
+    own_example,
+    own_inputs,
+    own_towers,
+)
 from layertap.models.guessed_input import guess_input, taken_by
 from layertap.models.image_config import config_of_module
 from layertap.models.loaded import Built
@@ -89,6 +95,7 @@ def _described(
         image_inputs=tuple(each.name for each in images) if declared else (),
         example=own_example(factory, spec.target),
         adapter=own_adapter(factory, spec.target),
+        towers=own_towers(factory, spec.target, module, inputs),
         preprocess_is_code=given is not None,
         more=not declared,
     )

@@ -14,7 +14,7 @@ from layertap.errors import ModelLoadError
 from layertap.models.arguments import parameters_of
 from layertap.models.image_config import ImageConfig, config_of_folder
 from layertap.models.preprocess import Preprocess
-from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask
+from layertap.models.signature import Boxes, IdRange, InputGuess, InputSpec, Mask
 from layertap.models.text import IDS, MASK, TYPES
 from layertap.settings import ModelSpec
 
@@ -25,6 +25,11 @@ TOKENS = 16
 
 SAMPLES = 16000
 """Number of samples of the waveform with which a model is measured: usually a second."""
+
+_PAGE = 1000
+"""Height and width of a page, in the units of boxes."""
+
+_DECODER_IDS = "decoder_input_ids"
 
 _LENGTH, _OTHER_LENGTH, _TIME = "L", "S", "T"
 """Names of free dimensions: of a text, of a decoder's text, of a waveform."""
@@ -39,7 +44,8 @@ def inputs_of(module: Any, spec: ModelSpec, folder: Path) -> tuple[InputSpec, ..
     main = _main(module, spec, folder)
     taken = {parameter.name for parameter in parameters_of(module)} - {main.name}
     known = [*_beside_main(module, main), *_of_decoder(module), *_of_vision(module, spec, folder)]
-    return (main, *(each for each in known if each.name in taken))
+    inputs = (main, *(each for each in known if each.name in taken))
+    return (*inputs, *(each for each in _of_pixels(inputs) if each.name in taken))
 
 
 def _main(module: Any, spec: ModelSpec, folder: Path) -> InputSpec:
@@ -49,11 +55,15 @@ def _main(module: Any, spec: ModelSpec, folder: Path) -> InputSpec:
     if name == "pixel_values" and (pixels := _pixels(module, spec, folder)):
         return pixels
     floating, also = _floating(module)
-    if name == "input_values":
-        shape = spec.item_shape or (SAMPLES,)
-        return InputSpec(shape, (0,), floating, also, name=name, symbols=(_TIME,))
     config = module.config
     mel, frames = (getattr(config, key, None) for key in ("num_mel_bins", "max_source_positions"))
+    if name == "input_values" and mel and spec.item_shape is None:
+        # A spectrogram of fixed length, as AST takes it.
+        return InputSpec((config.max_length, mel), (), floating, also, name=name)
+    if name == "input_values":
+        shape = spec.item_shape or (SAMPLES,)
+        free = (0,) if len(shape) == 1 else ()
+        return InputSpec(shape, free, floating, also, name=name, symbols=(_TIME,) * len(free))
     if name == "input_features" and spec.item_shape is None and mel and frames:
         # Two convolutions in front of Whisper's encoder halve the frames.
         return InputSpec((mel, 2 * frames), (), floating, also, name=name)
@@ -80,6 +90,11 @@ def _beside_main(module: Any, main: InputSpec) -> Iterator[InputSpec]:
     types = getattr(config, "type_vocab_size", 0)
     if isinstance(types, int) and types > 0:
         yield _optional(TYPES, main.shape, main.symbols, IdRange(types))
+    pages = getattr(config, "max_2d_position_embeddings", 0)
+    if isinstance(pages, int) and pages > 1:
+        # A page is 1000 high and wide, whatever its size.
+        boxes = _optional("bbox", (*main.shape, 4), main.symbols, Boxes(min(_PAGE, pages - 1)))
+        yield boxes
     positions = getattr(config, "max_position_embeddings", 0)
     if isinstance(positions, int) and positions > 0:
         yield _optional("position_ids", main.shape, main.symbols, IdRange(positions))
@@ -87,12 +102,14 @@ def _beside_main(module: Any, main: InputSpec) -> Iterator[InputSpec]:
 
 def _of_decoder(module: Any) -> Iterator[InputSpec]:
     """Yield the decoder's inputs of a model that has an encoder and a decoder."""
-    if not getattr(module.config, "is_encoder_decoder", False):
+    taken = {parameter.name for parameter in parameters_of(module)}
+    # The decoder of a detector such as DETR takes no ids.
+    if not getattr(module.config, "is_encoder_decoder", False) or _DECODER_IDS not in taken:
         return
     shape, symbols = (TOKENS // 2,), (_OTHER_LENGTH,)
     rows = _rows(module, module.config.get_text_config())
     values = None if rows is None else IdRange(rows)
-    ids = _optional("decoder_input_ids", shape, symbols, values)
+    ids = _optional(_DECODER_IDS, shape, symbols, values)
     yield replace(ids, optional=False)
     yield _mask("decoder_attention_mask", shape, symbols)
 
@@ -104,16 +121,29 @@ def _of_vision(module: Any, spec: ModelSpec, folder: Path) -> Iterator[InputSpec
         yield pixels
 
 
+def _of_pixels(inputs: Iterable[InputSpec]) -> Iterator[InputSpec]:
+    """Yield the mask of the pixels that count, of the height and width of the images."""
+    for pixels in inputs:
+        if pixels.name == "pixel_values" and len(pixels.shape) == 3:
+            mask = _optional("pixel_mask", pixels.shape[1:], (), Mask(of=pixels.name), (0, 1))
+            # As with the pixels, running the model shows whether it takes other sizes.
+            yield replace(mask, guess=InputGuess(free=True))
+
+
 def _mask(name: str, shape: tuple[int, ...], symbols: tuple[str, ...]) -> InputSpec:
     return _optional(name, shape, symbols, Mask())
 
 
 def _optional(
-    name: str, shape: tuple[int, ...], symbols: tuple[str, ...], values: IdRange | Mask | None
+    name: str,
+    shape: tuple[int, ...],
+    symbols: tuple[str, ...],
+    values: IdRange | Mask | Boxes | None,
+    free: tuple[int, ...] = (0,),
 ) -> InputSpec:
     return InputSpec(
         shape,
-        (0,),
+        free,
         torch.int64,
         (torch.int32,),
         values=values,
@@ -136,6 +166,7 @@ def _pixels(module: Any, spec: ModelSpec, folder: Path) -> InputSpec | None:
         also,
         guess=InputGuess(free=True) if is_image else None,
         name="pixel_values",
+        video=not is_image,
     )
 
 
@@ -143,7 +174,7 @@ def preprocess_of(folder: Path, inputs: Iterable[InputSpec]) -> Preprocess | Non
     """Return the preprocessing of the folder's image processor; None if it has none."""
     images = config_of_folder(folder)
     pixels = next((each for each in inputs if each.name == "pixel_values"), None)
-    return None if images is None or pixels is None else images.preprocess(pixels.shape)
+    return None if images is None or pixels is None else images.preprocess(pixels.image.shape)
 
 
 def _ids(module: Any, spec: ModelSpec) -> InputSpec:

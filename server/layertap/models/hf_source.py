@@ -31,6 +31,7 @@ from torch import nn
 
 from layertap.errors import LayertapError, ModelLoadError, WeightsUnavailableError
 from layertap.models.arguments import parameters_of
+from layertap.models.hf_audio import audio_inputs_of, audio_of_folder
 from layertap.models.hf_folder import folder_of, not_installed, public_name
 from layertap.models.hf_inputs import inputs_of, preprocess_of
 from layertap.models.hf_tokenizer import tokenizer_of_folder
@@ -77,7 +78,8 @@ def build_hugging_face(spec: ModelSpec) -> Built:
     with _quiet() as transformers:
         module = _built(transformers, spec, place, sentences=sentences)
         tokenizer = _tokenizer(transformers, spec, folder, module)
-    inputs = inputs_of(module, spec, place)
+        inputs = inputs_of(module, spec, place)
+        audio = audio_of_folder(transformers, place, module, inputs, code=spec.trust_remote_code)
     own = _has_own_weights(spec)
     if sentences:
         with seeded(spec.seed):
@@ -94,6 +96,8 @@ def build_hugging_face(spec: ModelSpec) -> Built:
         tokenizer=tokenizer,
         text_inputs=tuple(each.name for each in inputs if each.name in _TEXT_INPUTS),
         towers=towers_of(module, inputs),
+        audio=audio,
+        audio_inputs=audio_inputs_of(inputs),
         in_precision=True,
     )
 

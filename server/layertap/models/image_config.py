@@ -105,11 +105,15 @@ def config_of_timm(config: Mapping[str, Any], origin: str) -> ImageConfig:
 def config_of_folder(folder: Path) -> ImageConfig | None:
     """Return what the files in a checkpoint's folder say about images; None if nothing.
 
-    This reads ``preprocessor_config.json`` (Hugging Face), ``config.json`` with timm's
-    ``pretrained_cfg``, and ``open_clip_config.json``. A file that can't be read, or that needs
-    steps which layertap doesn't support, is logged and ignored.
+    This reads the image or video processor in ``processor_config.json``, then
+    ``video_preprocessor_config.json`` and ``preprocessor_config.json`` (all of Hugging Face),
+    ``config.json`` with timm's ``pretrained_cfg``, and ``open_clip_config.json``. A file that can't
+    be read, or that needs steps which layertap doesn't support, is logged and ignored.
     """
-    readers = (_of_hugging_face, _of_timm_hub, _of_open_clip_hub)
+    readers = (
+        *(_of_processor, _of_hugging_face, _of_hugging_face),
+        *(_of_timm_hub, _of_open_clip_hub),
+    )
     for name, read in zip(CONFIG_FILES, readers, strict=True):
         file = folder / name
         if not file.is_file():
@@ -162,13 +166,23 @@ def _of_open_clip(config: Mapping[str, Any], origin: str) -> ImageConfig:
     return ImageConfig((3, *size) if size else None, steps, origin)
 
 
+def _of_processor(config: Mapping[str, Any], origin: str) -> ImageConfig | None:
+    """Return what a Hugging Face processor for several kinds of input does with images."""
+    for key in ("image_processor", "video_processor"):
+        if found := _of_hugging_face(_mapping(config.get(key)), origin):
+            return found
+    return None
+
+
 def _of_hugging_face(config: Mapping[str, Any], origin: str) -> ImageConfig | None:
     """Return what a Hugging Face image processor does; None if it is not an image processor.
 
     Raises:
         ValueError: For a step that layertap doesn't support.
     """
-    if "image_mean" not in config and "do_normalize" not in config:
+    # A feature extractor of audio normalises, too.
+    about_images = "image_mean" in config or "do_normalize" in config
+    if not about_images or "sampling_rate" in config:
         return None
     for key in ("crop_pct", "do_pad", "do_flip_channel_order"):
         if config.get(key):
@@ -196,7 +210,13 @@ def _of_hugging_face(config: Mapping[str, Any], origin: str) -> ImageConfig | No
         exact = len(sizes) == 2
         mode = ResizeMode.EXACT if exact else ResizeMode.SHORT_SIDE
         return Steps(
-            sizes, mode, interpolation, (height, width) if crop else (), mean=mean, std=std
+            sizes,
+            mode,
+            interpolation,
+            (height, width) if crop else (),
+            mean=mean,
+            std=std,
+            crop_down=bool(crop),
         )
 
     return ImageConfig((len(mean) or 3, *whole) if whole else None, steps, origin)

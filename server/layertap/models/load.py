@@ -91,6 +91,8 @@ def _load(spec: ModelSpec, device: torch.device | str) -> LoadedModel:
         image_inputs=built.image_inputs or _image_inputs(built, signature),
         tokenizer=tokenizer,
         text_inputs=_text_inputs(built, signature, tokenizer, spec),
+        audio=built.audio,
+        audio_inputs=built.audio_inputs,
         takes_list=built.takes_list,
         arguments=arguments,
         example=built.example,
@@ -208,7 +210,7 @@ def _with_images(built: Built, spec: ModelSpec, config: ImageConfig | None) -> B
     return replace(
         built,
         inputs=(*built.inputs[:index], takes, *built.inputs[index + 1 :]),
-        preprocess=choose_preprocess(known, spec.images, takes, spec.name),
+        preprocess=choose_preprocess(known, spec.images, takes.image, spec.name),
     )
 
 

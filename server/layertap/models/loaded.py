@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from layertap.models.arguments import Adapter, Arguments
+from layertap.models.audio import AudioProcessor
 from layertap.models.batch import Batch
 from layertap.models.preprocess import Preprocess, fitted
 from layertap.models.signature import InputSpec, Signature, Tower
@@ -36,6 +37,7 @@ class Built:
             over a configuration alongside its weights.
         text_inputs: The inputs that accept texts, if there is a tokenizer.
         towers: See ``Signature.towers``.
+        audio_inputs: The inputs that accept recordings, if ``audio`` is not None.
         in_precision: Whether the module has the spec's precision already.
         more: Whether ``forward`` may take further inputs, which must be found by trying.
     """
@@ -53,6 +55,8 @@ class Built:
     text_inputs: tuple[str, ...] = ()
     tokenizer: TextTokenizer | None = None
     towers: tuple[Tower, ...] = ()
+    audio: AudioProcessor | None = None
+    audio_inputs: tuple[str, ...] = ()
     in_precision: bool = False
     more: bool = False
 
@@ -75,6 +79,8 @@ class LoadedModel:
         tokenizer: Makes token ids of texts; None if the model takes no texts.
         text_inputs: The inputs that accept texts; empty without a tokenizer. The first one is used
             if a request names none.
+        audio: Converts recordings; None if the model takes none.
+        audio_inputs: The inputs that accept recordings.
         takes_list: Whether the module takes a list of ``[C, H, W]`` instead of a batch, as
             torchvision's detection models do.
         differentiates: Whether the module differentiates inside its forward, which inference mode
@@ -95,6 +101,8 @@ class LoadedModel:
     differentiates: bool = False
     tokenizer: TextTokenizer | None = None
     text_inputs: tuple[str, ...] = ()
+    audio: AudioProcessor | None = None
+    audio_inputs: tuple[str, ...] = ()
     arguments: Arguments = field(default_factory=Arguments)
     example: Example | None = None
 
@@ -138,7 +146,7 @@ class LoadedModel:
         preprocess = self.preprocess
         images = tuple(spec.name for spec in found.inputs if spec.name in self.image_inputs)
         for name in images:
-            preprocess = preprocess and fitted(preprocess, found.spec(name), self.name)
+            preprocess = preprocess and fitted(preprocess, found.spec(name).image, self.name)
         return replace(self, signature=found, preprocess=preprocess, image_inputs=images)
 
     def assumptions(self) -> str:

@@ -14,7 +14,16 @@ import torch
 from layertap.errors import InvalidInputError
 from layertap.models.batch import Batch, BatchKey, ItemTensor
 
-__all__ = ["DEFAULT_NAME", "IdRange", "InputGuess", "InputSpec", "Mask", "Signature", "Tower"]
+__all__ = [
+    "DEFAULT_NAME",
+    "Boxes",
+    "IdRange",
+    "InputGuess",
+    "InputSpec",
+    "Mask",
+    "Signature",
+    "Tower",
+]
 
 DEFAULT_NAME = "input"
 """The name of an input if the module's ``forward`` doesn't give one."""
@@ -60,9 +69,23 @@ class Mask:
 
     Attributes:
         padding: The number for padding, 0 or 1; the other one means that an element counts.
+        of: The input whose last dimensions the mask has; empty if the names of free dimensions say
+            it. Some models take a mask of any size, and stretch it.
     """
 
     padding: int = 0
+    of: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Boxes on a page, as four whole numbers: left, top, right and bottom.
+
+    Attributes:
+        most: Every number is from 0 to ``most``; left is at most right, top at most bottom.
+    """
+
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +108,7 @@ class InputSpec:
         optional: Whether a request may leave it out. The module is then called without it.
         symbols: The names of the free dimensions, one for each member of ``free``. Dimensions of
             one name have one size in all inputs of a request. Conventional names if empty.
+        video: Whether an item is a video ``(T, C, H, W)``: T frames, each of which is an image.
     """
 
     shape: tuple[int, ...]
@@ -92,10 +116,11 @@ class InputSpec:
     dtype: torch.dtype = torch.float32
     also: tuple[torch.dtype, ...] = ()
     guess: InputGuess | None = None
-    values: IdRange | Mask | None = None
+    values: IdRange | Mask | Boxes | None = None
     name: str = DEFAULT_NAME
     optional: bool = False
     symbols: tuple[str, ...] = ()
+    video: bool = False
 
     def __post_init__(self) -> None:
         allowed = range(len(self.shape))
@@ -108,6 +133,19 @@ class InputSpec:
     def dtype_name(self) -> str:
         """The dtype's name in the protocol, such as ``"float32"``."""
         return _name(self.dtype)
+
+    @property
+    def images(self) -> int:
+        """The number of images in one item: T for a video, else 1."""
+        return self.shape[0] if self.video else 1
+
+    @property
+    def image(self) -> InputSpec:
+        """The input for one frame of a video alone; the input itself if it is no video."""
+        if not self.video:
+            return self
+        free = tuple(axis - 1 for axis in self.free if axis)
+        return replace(self, shape=self.shape[1:], free=free, symbols=(), video=False)
 
     @property
     def dimensions(self) -> list[tuple[int, str]]:
@@ -358,6 +396,19 @@ class Signature:
                         f"input {spec.name!r}: got shape {list(shapes[spec.name])} with {symbol} "
                         f"{size}, expected {expected}, as {other!r} has"
                     )
+        self._check_masks(shapes)
+
+    def _check_masks(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a mask that is not of the size of what it masks."""
+        for spec in self.inputs:
+            if not isinstance(spec.values, Mask) or spec.name not in shapes:
+                continue
+            masked, own = shapes.get(spec.values.of), list(shapes[spec.name][1:])
+            if masked is not None and own != list(masked[-len(own) :]):
+                raise InvalidInputError(
+                    f"input {spec.name!r}: got items of {own}, expected "
+                    f"{list(masked[-len(own) :])}, as {spec.values.of!r} has"
+                )
 
 
 def _key(specs: Iterable[InputSpec]) -> BatchKey:

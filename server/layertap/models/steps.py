@@ -40,6 +40,9 @@ MAX_RESIZED_PIXELS = 16 * 2**20
 """Limit on a resized image: 1 x 10,000 pixels with the short side made 256 would be 655 million."""
 
 
+_BLACK = (0, 0, 0)
+
+
 class ResizeMode(StrEnum):
     """How to read the sizes of a resize.
 
@@ -68,6 +71,8 @@ class Steps:
         fill: The value (0 to 255) of padded pixels, one per channel; black if empty.
         mean: The mean to subtract, one number per channel or one for all; empty for none.
         std: The standard deviation to divide by, in the same form.
+        crop_down: Whether the edge of a crop that would lie between two pixels is moved to the left
+            and up, as Hugging Face's image processors do, or to the even one, as torchvision does.
     """
 
     resize: tuple[int, ...] = ()
@@ -77,6 +82,7 @@ class Steps:
     fill: tuple[int, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    crop_down: bool = False
 
     def shrink(self, image: Image.Image, index: int | None = None) -> Image.Image:
         """Resize and crop. This doesn't use PyTorch, so any thread may call it.
@@ -92,8 +98,10 @@ class Steps:
             size = self._resized(image.width, image.height, index)
             image = resize(image, list(size), InterpolationMode(self.interpolation))
         if self.crop:
-            if self.fill:
-                image = _padded(image, self.crop, self.fill)
+            if self.fill or self.crop_down:
+                image = _padded(image, self.crop, self.fill or _BLACK)
+            if self.crop_down:
+                return _cropped_down(image, self.crop)
             image = center_crop(image, list(self.crop))
         return image
 
@@ -124,7 +132,8 @@ class Steps:
         if self.crop:
             size = self.crop[:1] if len(set(self.crop)) == 1 else self.crop
             fill = f" (padded with {list(self.fill)})" if self.fill else ""
-            words.append(f"center crop {_by(size)}{fill}")
+            edge = ", edges rounded down" if self.crop_down else ""
+            words.append(f"center crop {_by(size)}{edge}{fill}")
         words.append("rescale to [0, 1]")
         if self.mean or self.std:
             words.append(
@@ -266,6 +275,13 @@ def _padded(image: Image.Image, crop: tuple[int, ...], fill: tuple[int, ...]) ->
     edges = [across // 2, down // 2, (across + 1) // 2, (down + 1) // 2]
     padded: Image.Image = pad(image, edges, fill=color)
     return padded
+
+
+def _cropped_down(image: Image.Image, crop: tuple[int, ...]) -> Image.Image:
+    """Return the centre of an image that is at least as large as the crop."""
+    height, width = crop
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _name(transform: Any) -> str:

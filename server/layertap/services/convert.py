@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from layertap.engine import ExtractionRequest, ImageFiles, Inputs, Reservation, TextBatch
+from layertap.engine import (
+    AudioFiles,
+    ExtractionRequest,
+    ImageFiles,
+    Inputs,
+    Reservation,
+    TextBatch,
+)
 from layertap.errors import InvalidInputError
 from layertap.selection import Capture, Extractor, LayerSelection, Reduction
 from layertap.services.shared_form import SharedForm
@@ -107,11 +114,12 @@ def request_from_proto(
     """
     images = tuple(ImageFiles(each.images, each.input) for each in request.images)
     texts = tuple(map(_texts, request.texts))
-    if not tensors and not images and not texts:
-        raise InvalidInputError("inputs: got none, expected tensors, images or texts")
+    audio = tuple(AudioFiles(each.audio, each.input) for each in request.audio)
+    if not any((tensors, images, texts, audio)):
+        raise InvalidInputError("inputs: got none, expected tensors, images, texts or audio")
     return ExtractionRequest(
         model=request.model,
-        inputs=Inputs(tuple(tensors), images, texts),
+        inputs=Inputs(tuple(tensors), images, texts, audio),
         selections=tuple(_selection(layer) for layer in request.layers),
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO

@@ -53,6 +53,10 @@ class Limits:
         int,
         Setting("Bytes of all texts of one request, in UTF-8.", kinds.COUNT, flag=NO_FLAG),
     ] = 4 * MIB
+    audio_samples: Annotated[
+        int,
+        Setting("Samples of all recordings of one request.", kinds.COUNT, flag=NO_FLAG),
+    ] = 32 * MIB
     layers: Annotated[
         int,
         Setting(

@@ -168,7 +168,7 @@ class ItemTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class InputSpec(_message.Message):
-    __slots__ = ("dtype", "shape", "images", "preprocessing", "image_preprocessing", "name", "optional", "texts", "tokenization")
+    __slots__ = ("dtype", "shape", "images", "preprocessing", "image_preprocessing", "name", "optional", "texts", "tokenization", "audio", "sampling_rate", "audio_preprocessing")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +178,9 @@ class InputSpec(_message.Message):
     OPTIONAL_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     TOKENIZATION_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_RATE_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_PREPROCESSING_FIELD_NUMBER: _ClassVar[int]
     dtype: _tensor_pb2.DataType
     shape: _containers.RepeatedCompositeFieldContainer[Dimension]
     images: bool
@@ -187,7 +190,10 @@ class InputSpec(_message.Message):
     optional: bool
     texts: bool
     tokenization: str
-    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., image_preprocessing: _Optional[_Union[ImagePreprocessing, _Mapping]] = ..., name: _Optional[str] = ..., optional: bool = ..., texts: bool = ..., tokenization: _Optional[str] = ...) -> None: ...
+    audio: bool
+    sampling_rate: int
+    audio_preprocessing: str
+    def __init__(self, dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., shape: _Optional[_Iterable[_Union[Dimension, _Mapping]]] = ..., images: bool = ..., preprocessing: _Optional[str] = ..., image_preprocessing: _Optional[_Union[ImagePreprocessing, _Mapping]] = ..., name: _Optional[str] = ..., optional: bool = ..., texts: bool = ..., tokenization: _Optional[str] = ..., audio: bool = ..., sampling_rate: _Optional[int] = ..., audio_preprocessing: _Optional[str] = ...) -> None: ...
 
 class ImagePreprocessing(_message.Message):
     __slots__ = ("color", "exif_orientation", "resize", "resize_mode", "interpolation", "crop", "mean", "std", "origin", "assumed", "custom")

@@ -67,6 +67,14 @@ class TextBatch(_message.Message):
     return_tokens: bool
     def __init__(self, texts: _Optional[_Iterable[str]] = ..., input: _Optional[str] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., max_tokens: _Optional[int] = ..., omit_special_tokens: bool = ..., return_tokens: bool = ...) -> None: ...
 
+class AudioBatch(_message.Message):
+    __slots__ = ("audio", "input")
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    audio: _containers.RepeatedScalarFieldContainer[bytes]
+    input: str
+    def __init__(self, audio: _Optional[_Iterable[bytes]] = ..., input: _Optional[str] = ...) -> None: ...
+
 class LayerSelection(_message.Message):
     __slots__ = ("layer", "capture", "alias", "reduction", "dtype")
     LAYER_FIELD_NUMBER: _ClassVar[int]
@@ -82,7 +90,7 @@ class LayerSelection(_message.Message):
     def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
 
 class ExtractRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +98,7 @@ class ExtractRequest(_message.Message):
     EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     images: _containers.RepeatedCompositeFieldContainer[ImageBatch]
@@ -97,7 +106,8 @@ class ExtractRequest(_message.Message):
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ...) -> None: ...
+    audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
@@ -122,7 +132,7 @@ class ExtractResponse(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class ExtractStreamRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "id", "timeout_ns")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "id", "timeout_ns")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +140,7 @@ class ExtractStreamRequest(_message.Message):
     EXTRACTOR_FIELD_NUMBER: _ClassVar[int]
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
+    AUDIO_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
     model: str
@@ -139,9 +150,10 @@ class ExtractStreamRequest(_message.Message):
     extractor: _catalogue_pb2.Extractor
     shared_memory_session: bytes
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
+    audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
     id: int
     timeout_ns: int
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamError(_message.Message):
     __slots__ = ("code", "kind", "message", "image")

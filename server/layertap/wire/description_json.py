@@ -71,6 +71,9 @@ def _input(given: InputDescription) -> _Object:
         optional=given.optional,
         texts=given.texts,
         tokenization=given.tokenization,
+        audio=given.sampling_rate > 0,
+        sampling_rate=given.sampling_rate,
+        audio_preprocessing=given.audio_preprocessing,
     )
 
 

@@ -94,6 +94,9 @@ def _input_to_proto(given: InputDescription) -> catalogue_pb2.InputSpec:
         optional=given.optional,
         texts=given.texts,
         tokenization=given.tokenization,
+        audio=given.sampling_rate > 0,
+        sampling_rate=given.sampling_rate,
+        audio_preprocessing=given.audio_preprocessing,
     )
 
 
@@ -107,6 +110,8 @@ def _input_from_proto(given: catalogue_pb2.InputSpec) -> InputDescription:
         optional=given.optional,
         texts=given.texts,
         tokenization=given.tokenization,
+        sampling_rate=given.sampling_rate,
+        audio_preprocessing=given.audio_preprocessing,
     )
 
 

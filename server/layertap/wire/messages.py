@@ -25,6 +25,7 @@ from layertap.wire.tensors import (
 __all__ = [
     "ERROR_IMAGE_METADATA_KEY",
     "ERROR_METADATA_KEY",
+    "LIST_FIELDS",
     "MAX_INPUTS",
     "PUSHBACK_METADATA_KEY",
     "REPLY_COMPRESSIONS",
@@ -56,7 +57,12 @@ PUSHBACK_METADATA_KEY = "grpc-retry-pushback-ms"
 REPLY_TENSOR_FIELD = feature_service_pb2.ExtractResponse.TENSORS_FIELD_NUMBER
 # ExtractStreamRequest uses the same field numbers.
 _INPUTS_FIELD = feature_service_pb2.ExtractRequest.INPUTS_FIELD_NUMBER
-_IMAGES_FIELD = feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER
+LIST_FIELDS = (
+    feature_service_pb2.ExtractRequest.IMAGES_FIELD_NUMBER,
+    feature_service_pb2.ExtractRequest.TEXTS_FIELD_NUMBER,
+    feature_service_pb2.ExtractRequest.AUDIO_FIELD_NUMBER,
+)
+"""The fields with lists of images, texts and recordings, whose members count as fields."""
 
 MAX_INPUTS = 256
 """Maximum number of tensors in a request. Even a tiny one costs hundreds of bytes of memory."""
@@ -71,7 +77,7 @@ def split_request(message: bytes) -> tuple[bytes, list[TensorView | SharedTensor
     Raises:
         DecodeError: If it is malformed, or has more tensors or fields than allowed.
     """
-    return decode_message(message, field=_INPUTS_FIELD, most=MAX_INPUTS, counted=(_IMAGES_FIELD,))
+    return decode_message(message, field=_INPUTS_FIELD, most=MAX_INPUTS, counted=LIST_FIELDS)
 
 
 def decode_request(

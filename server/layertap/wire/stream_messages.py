@@ -16,7 +16,7 @@ from layertap.v1.feature_service_pb2 import (
     ExtractStreamResponse,
 )
 from layertap.wire import codec
-from layertap.wire.messages import Find, found, split_request
+from layertap.wire.messages import LIST_FIELDS, Find, found, split_request
 from layertap.wire.tensors import SharedTensor, TensorView, decode_message
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
 ]
 
 _INPUTS = ExtractStreamRequest.INPUTS_FIELD_NUMBER
-_IMAGES = ExtractStreamRequest.IMAGES_FIELD_NUMBER
 _MOST_INPUTS = 1 << 16
 _REPLY_TENSORS = ExtractStreamResponse.TENSORS_FIELD_NUMBER
 
@@ -56,7 +55,7 @@ def id_of(message: bytes) -> int:
             many fields.
     """
     try:
-        for field in (_INPUTS, _IMAGES):
+        for field in (_INPUTS, *LIST_FIELDS):
             message, _ = codec.split(message, field=field, most=_MOST_INPUTS)
     except ValueError as error:
         raise DecodeError(str(error)) from None

@@ -273,6 +273,20 @@ def test_texts_and_images_are_told_apart_by_their_names() -> None:
     assert [(each.name, list(each.texts)) for each in found.texts] == [("", ["a cat"])]
 
 
+def test_an_item_may_be_a_video_or_a_recording() -> None:
+    """An input of videos takes the frames of each item; recordings are files of their own kind."""
+    taken = TakenInputs(("pixels", "sound"), images=("pixels",), audio=("sound",), frames=3)
+    frames = several(
+        given("pixels", "BYTES", [12]), raw=[bytes_tensor(*[b"frame"] * 12)], taken=taken
+    )
+    assert len(frames.images[0].images) == 12
+    with pytest.raises(InvalidInputError, match="got 13 images, expected at most 12"):
+        several(given("pixels", "BYTES", [13]), raw=[b""], taken=taken)
+    for name in ("sound", "audio"):
+        found = several(given(name, "BYTES", [1]), raw=[bytes_tensor(b"fLaC")], taken=taken)
+        assert [list(each.files) for each in found.audio] == [[b"fLaC"]]
+
+
 def test_parameters_say_how_texts_are_tokenised() -> None:
     """Those of an input have priority over those of the request; without any, nothing is cut."""
     assert one_text(bytes_tensor(b"a")).options == TextOptions()

@@ -115,8 +115,14 @@ def test_metadata_lists_texts_beside_the_ids(stub: Any) -> None:
         (request(b"a " * 2000), "got 4000 bytes in all, expected at most 2000"),
         (request(*[b"a"] * 9), "got 9 texts, expected at most 8"),
         (request(b"a", model="plain"), "texts: model 'plain' takes none, as it has no tokenizer"),
-        (request(b"a", model="plain", name="input_ids"), "takes neither texts nor images"),
-        (request(b"a", name="attention_mask"), "takes neither texts nor images; send a tensor"),
+        (
+            request(b"a", model="plain", name="input_ids"),
+            "takes neither texts nor images nor audio",
+        ),
+        (
+            request(b"a", name="attention_mask"),
+            "takes neither texts nor images nor audio; send a tensor",
+        ),
     ],
 )
 def test_texts_that_can_not_be_taken(stub: Any, message: pb.ModelInferRequest, text: str) -> None:

@@ -121,6 +121,8 @@ def _facts(host: ModelHost) -> dict[str, str]:
         "preprocessing": model.preprocess.describe() if model.preprocess else "",
         "texts": ", ".join(model.text_inputs),
         "tokenization": model.tokenizer.describe() if model.tokenizer else "",
+        "audio": ", ".join(model.audio_inputs) if model.audio else "",
+        "audio_preprocessing": model.audio.describe() if model.audio else "",
         "layers": json.dumps(_catalogue(host), separators=(",", ":")),
     }
 

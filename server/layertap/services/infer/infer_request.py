@@ -118,4 +118,6 @@ def _taken(host: ModelHost) -> TakenInputs:
         [spec.name for spec in model.signature.inputs],
         model.image_inputs if model.preprocess else (),
         model.text_inputs,
+        model.audio_inputs if model.audio else (),
+        max((spec.images for spec in model.signature.inputs), default=1),
     )

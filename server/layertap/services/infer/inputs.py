@@ -1,4 +1,4 @@
-"""Reads the inputs of a request: raw, typed or in shared memory; tensors, images or texts."""
+"""Reads the inputs of a request, raw, typed or in shared memory: tensors, images, texts, audio."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layertap.engine import ImageFiles, Inputs, Limits, TextBatch
+from layertap.engine import AudioFiles, ImageFiles, Inputs, Limits, TextBatch
 from layertap.errors import InvalidInputError
 from layertap.inference import grpc_service_pb2 as pb
 from layertap.services.infer.parameters import check_known
@@ -19,13 +19,24 @@ from layertap.wire.dtypes import DType, by_datatype
 from layertap.wire.infer_messages import MAX_INPUTS
 from layertap.wire.tensors import TensorView
 
-__all__ = ["BYTES", "IMAGES_NAME", "TENSOR_NAME", "TEXTS_NAME", "TakenInputs", "infer_inputs"]
+__all__ = [
+    "AUDIO_NAME",
+    "BYTES",
+    "IMAGES_NAME",
+    "TENSOR_NAME",
+    "TEXTS_NAME",
+    "TakenInputs",
+    "infer_inputs",
+]
 
 TENSOR_NAME = "input"
 """A name that requests may use for the only input that a model needs."""
 
 IMAGES_NAME = "images"
 """A name that requests may use for images, if only one input takes images."""
+
+AUDIO_NAME = "audio"
+"""A name that requests may use for recordings, if only one input takes them."""
 
 TEXTS_NAME = "texts"
 """A name that requests may use for texts; they are for the first input that takes texts."""
@@ -59,11 +70,15 @@ class TakenInputs:
         names: All of them.
         images: Those that take images.
         texts: Those that take texts.
+        audio: Those that take recordings.
+        frames: The number of images in one item: more than one if items are videos.
     """
 
     names: Sequence[str] = ()
     images: Sequence[str] = ()
     texts: Sequence[str] = ()
+    audio: Sequence[str] = ()
+    frames: int = 1
 
 
 NO_NAMES = TakenInputs()
@@ -103,26 +118,30 @@ def infer_inputs(
     tensors: list[TensorView] = []
     images: list[ImageFiles] = []
     texts: list[TextBatch] = []
+    audio: list[AudioFiles] = []
     for tensor in request.inputs:
         where = f"input {tensor.name!r}"
         if tensor.datatype != BYTES:
             tensors.append(_tensor(request.model_name, tensor, contents, taken, admit))
-        elif _is_text(request.model_name, tensor, taken):
-            check_known(tensor.parameters, (*PARAMETERS, *TEXT_PARAMETERS), where)
+            continue
+        kind = _kind(request.model_name, tensor, taken)
+        known = TEXT_PARAMETERS if kind == TEXTS_NAME else ()
+        check_known(tensor.parameters, (*PARAMETERS, *known), where)
+        name = tensor.name if tensor.name in taken.names else ""
+        most = limits.batch * (taken.frames if kind == IMAGES_NAME else 1)
+        elements = _elements(tensor, contents.of(tensor), most, kind, where)
+        if kind == TEXTS_NAME:
             options = text_options(request.parameters, tensor.parameters, where)
-            elements = _elements(tensor, contents.of(tensor), limits, "texts", where)
             # A text takes up to four times its UTF-8.
             admit(4 * sum(map(len, elements)))
-            name = "" if tensor.name not in taken.names else tensor.name
             texts.append(TextBatch(decoded_texts(elements, where), options, name))
+        elif kind == AUDIO_NAME:
+            audio.append(AudioFiles(elements, name))
         else:
-            check_known(tensor.parameters, PARAMETERS, where)
-            name = "" if tensor.name not in taken.names else tensor.name
-            elements = _elements(tensor, contents.of(tensor), limits, "images", where)
             images.append(ImageFiles(elements, name))
     contents.check_all_taken()
     _check_text_parameters(request, texts)
-    return Inputs(tuple(tensors), tuple(images), tuple(texts))
+    return Inputs(tuple(tensors), tuple(images), tuple(texts), tuple(audio))
 
 
 def _check_text_parameters(request: pb.ModelInferRequest, texts: Sequence[TextBatch]) -> None:
@@ -135,27 +154,28 @@ def _check_text_parameters(request: pb.ModelInferRequest, texts: Sequence[TextBa
         )
 
 
-def _is_text(model: str, tensor: InputTensor, taken: TakenInputs) -> bool:
-    """Return whether an input of datatype BYTES is texts rather than images.
+def _kind(model: str, tensor: InputTensor, taken: TakenInputs) -> str:
+    """Return the common name for what an input of datatype BYTES holds.
 
     Raises:
-        InvalidInputError: No input of that name takes either.
+        InvalidInputError: No input of that name takes bytes.
     """
-    if tensor.name in taken.texts:
-        return True
-    if tensor.name in taken.images:
-        return False
-    if tensor.name not in taken.names and tensor.name in (IMAGES_NAME, TEXTS_NAME):
-        return tensor.name == TEXTS_NAME
+    takers = {TEXTS_NAME: taken.texts, IMAGES_NAME: taken.images, AUDIO_NAME: taken.audio}
+    for kind, names in takers.items():
+        if tensor.name in names:
+            return kind
     if tensor.name in taken.names:
         raise InvalidInputError(
             f"input {tensor.name!r}: got datatype {BYTES}, but this input of model {model!r} takes "
-            f"neither texts nor images; send a tensor"
+            f"neither texts nor images nor audio; send a tensor"
         )
-    common = [*([TEXTS_NAME] if taken.texts else []), IMAGES_NAME]
-    names = ", ".join(map(repr, dict.fromkeys((*taken.texts, *taken.images, *common))))
+    if tensor.name in takers:
+        return tensor.name
+    own = [name for names in takers.values() for name in names]
+    common = [kind for kind, names in takers.items() if names] or [IMAGES_NAME]
+    expected = ", ".join(map(repr, dict.fromkeys((*own, *common))))
     raise InvalidInputError(
-        f"unexpected inference input {tensor.name!r} for model {model!r}, expected {names} for "
+        f"unexpected inference input {tensor.name!r} for model {model!r}, expected {expected} for "
         f"datatype {BYTES!r}"
     )
 
@@ -317,7 +337,7 @@ def _checked(data: memoryview, row: DType, shape: tuple[int, ...], where: str) -
 
 
 def _elements(
-    tensor: InputTensor, data: memoryview | None, limits: Limits, what: str, where: str
+    tensor: InputTensor, data: memoryview | None, most: int, what: str, where: str
 ) -> tuple[bytes, ...]:
     """Return the elements of an input of datatype BYTES, one for each item."""
     shape = _shape(tensor, where)
@@ -326,8 +346,8 @@ def _elements(
             f"{where}: shape: got {list(shape)}, expected [N]: N {what}, at least one"
         )
     # Checked before splitting, as each element takes a step.
-    if shape[0] > limits.batch:
-        raise InvalidInputError(f"{where}: got {shape[0]} {what}, expected at most {limits.batch}")
+    if shape[0] > most:
+        raise InvalidInputError(f"{where}: got {shape[0]} {what}, expected at most {most}")
     if data is None:
         return tuple(map(bytes, _contents(tensor, shape[0], where)))  # type: ignore[arg-type]
     return _split(data, shape[0], where)
