@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import hfnets
+import layertap as layertap_api
 from processes import layertap, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +124,7 @@ def test_the_streaming_examples_run(
 
 def test_layers_are_listed_as_shown() -> None:
     """The command that lists layers works."""
-    listed = layertap(*command("layers"))
+    listed = layertap(*command("layers"), fresh=False)
     assert listed.returncode == 0, listed.stderr
     assert "avgpool" in listed.stdout
 
@@ -134,7 +135,7 @@ def test_extracting_without_a_server_writes_the_file(
     """The command for one process writes the archive that it names."""
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    done = layertap(*command("extract"))
+    done = layertap(*command("extract"), fresh=False)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "features.npz") as features:
         assert features["layer1"].shape == (1, 64, 56, 56)
@@ -180,3 +181,19 @@ def test_the_text_examples_run(folder_with_nets: Path, tmp_path: Path) -> None:
         exec(code, {})  # noqa: S102 - the page is ours
         _, triton = blocks("python", (ROOT / "docs" / "protocol.md").read_text("utf-8"))
         run_with_tritonclient(triton, server.address, tmp_path)
+
+
+def test_the_gradient_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/gradients.md gives Grad-CAM of the photo, in the shapes that it claims."""
+    shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    code, *_ = blocks("python", (ROOT / "docs" / "gradients.md").read_text("utf-8"))
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102 - the page is ours
+    found = names["found"]
+    assert isinstance(found, layertap_api.LocalFeatures)
+    assert found["layer4:gradient"].shape == (1, 512, 7, 7)
+    assert found["objective.value"].shape == (1,)
+    assert found["objective.index"].shape == (1, 1)
+    assert found["layer4:grad_cam"].shape == (1, 7, 7)
+    assert found["layer4:grad_cam"].abs().sum() > 0

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from layertap.errors import LayertapError
     from layertap.local import LocalFeatures, LocalModel, load
     from layertap.malloc import keep_memory
-    from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+    from layertap.objective import Measure, Objective, ObjectiveTerm
+    from layertap.selection import (
+        Capture,
+        Extractor,
+        IntegrationRule,
+        LayerSelection,
+        Method,
+        Reduction,
+        Sweep,
+    )
     from layertap.settings import Limits
     from layertap.texts import Texts
 
@@ -39,13 +48,19 @@ __all__ = [
     "Extractor",
     "FeatureStream",
     "Features",
+    "IntegrationRule",
     "LayerSelection",
     "LayertapError",
     "Limits",
     "LocalFeatures",
     "LocalModel",
+    "Measure",
+    "Method",
+    "Objective",
+    "ObjectiveTerm",
     "Reduction",
     "StreamRequest",
+    "Sweep",
     "Texts",
     "Tls",
     "__version__",
@@ -71,7 +86,16 @@ _HOMES = {
     "layertap.errors": ("LayertapError",),
     "layertap.local": ("LocalFeatures", "LocalModel", "load"),
     "layertap.malloc": ("keep_memory",),
-    "layertap.selection": ("Capture", "Extractor", "LayerSelection", "Reduction"),
+    "layertap.objective": ("Measure", "Objective", "ObjectiveTerm"),
+    "layertap.selection": (
+        "Capture",
+        "Extractor",
+        "IntegrationRule",
+        "LayerSelection",
+        "Method",
+        "Reduction",
+        "Sweep",
+    ),
     "layertap.settings": ("Limits",),
     "layertap.texts": ("Texts",),
 }

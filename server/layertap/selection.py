@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Self
@@ -12,13 +13,18 @@ from typing import Self
 from layertap.errors import InvalidInputError
 
 __all__ = [
+    "MAX_STEPS",
     "SENT_DTYPES",
+    "SIDES",
     "Capture",
     "Extractor",
     "Glob",
+    "IntegrationRule",
     "LayerSelection",
+    "Method",
     "Reduction",
     "SelectionLike",
+    "Sweep",
     "as_extractor",
     "is_glob",
     "parse_selections",
@@ -67,10 +73,123 @@ def as_extractor(name: Extractor | str) -> Extractor:
 
 
 class Capture(StrEnum):
-    """A side of a layer; ``layertap.v1.Capture`` has the same names."""
+    """What to capture of a layer; ``layertap.v1.Capture`` has the same names.
+
+    OUTPUT and INPUT are the sides of a layer; the others are gradients with respect to a side.
+    """
 
     OUTPUT = "output"
     INPUT = "input"
+    GRADIENT = "gradient"
+    INPUT_GRADIENT = "input_gradient"
+
+    @property
+    def side(self) -> Capture:
+        """The side of the layer: the captured one, or the one that the gradient belongs to."""
+        return _SIDE_OF.get(self, self)
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is a gradient and not a value of the forward pass."""
+        return self in _SIDE_OF
+
+
+_SIDE_OF = {Capture.GRADIENT: Capture.OUTPUT, Capture.INPUT_GRADIENT: Capture.INPUT}
+
+SIDES = (Capture.OUTPUT, Capture.INPUT)
+"""The sides of a layer."""
+
+
+class Method(StrEnum):
+    """What is made of a gradient; ``layertap.v1.Method`` has the same names.
+
+    The maps are ``[B, H, W]``, one number for each place of the layer's grid, and keep their sign.
+    """
+
+    GRADIENT = "gradient"
+    """The gradient itself."""
+    GRADIENT_X_ACTIVATION = "gradient_x_activation"
+    """The gradient times the value that it belongs to."""
+    GRAD_CAM = "grad_cam"
+    """The channels of the value, each weighted by the mean of its gradient, added up."""
+    HIRES_CAM = "hires_cam"
+    """The gradient times the value, added up over the channels."""
+    LAYER_CAM = "layer_cam"
+    """The positive part of the gradient times the value, added up over the channels."""
+    GRAD_CAM_PLUS_PLUS = "grad_cam_plus_plus"
+    """Grad-CAM with the weights of Grad-CAM++."""
+    INTEGRATED_GRADIENTS = "integrated_gradients"
+    """The integral of the gradient from a baseline to the value, times the way between them."""
+    SMOOTH_GRAD = "smooth_grad"
+    """The mean of the gradients at the value with noise added."""
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the result is a map ``[B, H, W]`` instead of a value of the layer's shape."""
+        return self in (
+            Method.GRAD_CAM,
+            Method.HIRES_CAM,
+            Method.LAYER_CAM,
+            Method.GRAD_CAM_PLUS_PLUS,
+        )
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether it takes the gradients at other values than the model's own."""
+        return self in (Method.INTEGRATED_GRADIENTS, Method.SMOOTH_GRAD)
+
+
+class IntegrationRule(StrEnum):
+    """Where integrated gradients are evaluated; ``layertap.v1.IntegrationRule`` has the same."""
+
+    GAUSS_LEGENDRE = "gauss_legendre"
+    TRAPEZOID = "trapezoid"
+    LEFT = "left"
+    MIDDLE = "middle"
+    RIGHT = "right"
+
+
+MAX_STEPS = 1000
+"""Maximum number of steps of a sweep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """The options of integrated gradients and SmoothGrad.
+
+    Attributes:
+        steps: The number of gradients for each item.
+        rule: For integrated gradients: where on the way they are taken.
+        baseline: For integrated gradients: each element of the baseline.
+        noise: For SmoothGrad: the standard deviation of the noise, as a share of the difference
+            between an item's largest and smallest element.
+        seed: For SmoothGrad: seeds the noise, which is the same for each item.
+
+    Raises:
+        InvalidInputError: If a number is out of its range.
+    """
+
+    steps: int = 50
+    rule: IntegrationRule = IntegrationRule.GAUSS_LEGENDRE
+    baseline: float = 0.0
+    noise: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, IntegrationRule):
+            rule = _member("rule", self.rule, IntegrationRule)
+            object.__setattr__(self, "rule", rule)
+        least = 2 if self.rule is IntegrationRule.TRAPEZOID else 1
+        if not least <= self.steps <= MAX_STEPS:
+            raise InvalidInputError(
+                f"sweep: steps: got {self.steps}, expected from {least} to {MAX_STEPS}"
+            )
+        if not math.isfinite(self.baseline):
+            raise InvalidInputError(f"sweep: baseline: got {self.baseline}, expected a number")
+        if not 0 <= self.noise < math.inf:
+            raise InvalidInputError(f"sweep: noise: got {self.noise}, expected a number from 0")
+        if not 0 <= self.seed < 1 << 32:
+            raise InvalidInputError(f"sweep: seed: got {self.seed}, expected from 0 to 2**32 - 1")
 
 
 class Reduction(StrEnum):
@@ -93,15 +212,19 @@ class LayerSelection:
 
     Attributes:
         layer: A layer's name, or a glob that matches names.
-        capture: The side of the layer.
-        alias: The name in the reply; if empty, it is ``layer`` or ``layer:input``.
+        capture: The side of the layer, or the gradient with respect to a side.
+        alias: The name in the reply; if empty, it is ``layer``, ``layer:input``,
+            ``layer:gradient`` or ``layer:input_gradient``, or with a method ``layer:grad_cam`` or
+            ``layer:input_grad_cam``.
         reduction: What is done to the value before it is sent.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which floating-point
             values are sent; if empty, the model's own dtype.
+        method: What is made of the gradient, if ``capture`` is a gradient.
+        sweep: The options of a method that takes several gradients; no effect for others.
 
     Raises:
-        InvalidInputError: For an unknown side or reduction. Both may be given as members or by
-            name.
+        InvalidInputError: For an unknown capture, reduction or method, which may be given as
+            members or by name; or for a method of a value that is no gradient.
     """
 
     layer: str
@@ -109,36 +232,56 @@ class LayerSelection:
     alias: str = ""
     reduction: Reduction = Reduction.NONE
     dtype: str = ""
+    method: Method = Method.GRADIENT
+    sweep: Sweep = field(default_factory=Sweep)
 
     def __post_init__(self) -> None:
-        for name, kind in (("capture", Capture), ("reduction", Reduction)):
+        kinds: tuple[tuple[str, type[Capture | Reduction | Method]], ...] = (
+            ("capture", Capture),
+            ("reduction", Reduction),
+            ("method", Method),
+        )
+        for name, kind in kinds:
             given = getattr(self, name)
             if not isinstance(given, kind):
                 object.__setattr__(self, name, _member(name, given, kind))
+        if self.method is not Method.GRADIENT and not self.capture.is_gradient:
+            raise InvalidInputError(
+                f"method: got {self.method.name} for the {self.capture} of layer {self.layer!r}, "
+                f"expected the capture GRADIENT or INPUT_GRADIENT"
+            )
 
     @classmethod
     def parse(cls, text: str) -> LayerSelection:
-        r"""Read ``LAYER[:input|:output][=ALIAS]``, such as ``avgpool:input=before``.
+        r"""Read ``LAYER[:CAPTURE][=ALIAS]``, such as ``avgpool:input=before``.
 
-        If the layer's name contains a colon, an equals sign or a backslash, put a backslash in
-        front of it: ``heads.a\=b``.
+        CAPTURE is a value of `Capture` or, for a gradient, of `Method`; if it is left out,
+        ``output``. If the layer's name contains
+        a colon, an equals sign or a backslash, put a backslash in front of it: ``heads.a\=b``.
         """
         target, equals, alias = _cut(text, "=")
         layer, colon, side = _cut(target, ":")
         if not layer or (equals and not alias):
-            raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:input|:output][=ALIAS]")
+            raise InvalidInputError(f"layer: got {text!r}, expected LAYER[:CAPTURE][=ALIAS]")
+        name = _ESCAPED.sub(r"\1", layer)
+        if side in tuple(Method):
+            return cls(name, Capture.GRADIENT, alias, method=Method(side))
         if colon and side not in tuple(Capture):
+            known = dict.fromkeys((*Capture, *Method))
             raise InvalidInputError(
-                f"layer: got {text!r}, expected 'input' or 'output' after the colon; a colon in "
-                f"the layer's own name is written '\\:'"
+                f"layer: got {text!r}, expected one of {', '.join(known)} after the colon; a "
+                f"colon in the layer's own name is written '\\:'"
             )
-        return cls(_ESCAPED.sub(r"\1", layer), Capture(side) if colon else Capture.OUTPUT, alias)
+        return cls(name, Capture(side) if colon else Capture.OUTPUT, alias)
 
     def name_for(self, layer: str) -> str:
         """Return the name in the reply for ``layer``, one of the layers that match this."""
         if self.alias:
             return self.alias
-        return layer if self.capture is Capture.OUTPUT else f"{layer}:input"
+        if self.capture.is_gradient:
+            side = "input_" if self.capture is Capture.INPUT_GRADIENT else ""
+            return f"{layer}:{side}{self.method}"
+        return layer if self.capture is Capture.OUTPUT else f"{layer}:{self.capture}"
 
 
 _ESCAPED = re.compile(r"\\([:=\\])")
@@ -150,7 +293,9 @@ def _cut(text: str, sign: str) -> tuple[str, str, str]:
     return (text[: place.start()], sign, text[place.end() :]) if place else (text, "", "")
 
 
-def _member(name: str, given: object, kind: type[Capture] | type[Reduction]) -> StrEnum:
+def _member(
+    name: str, given: object, kind: type[Capture | Reduction | Method | IntegrationRule]
+) -> StrEnum:
     try:
         return kind(str(given).lower())
     except ValueError:
@@ -238,7 +383,7 @@ def parse_selections(layers: SelectionLike) -> list[LayerSelection]:
             ``return_nodes`` convention of torchvision's ``create_feature_extractor``).
 
     Raises:
-        InvalidInputError: If a text is not ``LAYER[:input|:output][=ALIAS]``.
+        InvalidInputError: If a text is not ``LAYER[:CAPTURE][=ALIAS]``.
     """
     if isinstance(layers, str | LayerSelection):
         layers = [layers]

@@ -330,3 +330,27 @@ def test_arrays_that_can_not_be_read_are_refused(
     result = extract("severalnets:masked", *filled, "-l", "head", "-o", str(tmp_path / "o.npz"))
     assert result.exit_code != 0
     assert text in result.output
+
+
+def test_gradients_are_written_like_layers(remote, address: str, images: list[str]) -> None:
+    """Gradients, maps and the objective have a row for each image, whatever the batch size."""
+    layers = ["features.3:gradient", "features.3:grad_cam", "inputs.x:gradient"]
+    flags = [text for layer in layers for text in ("-l", layer)]
+    _, stored = remote(*flags, "--objective", "[maximum]", "--batch-size", "2")
+    assert list(stored) == [*layers, "objective.value", "objective.index"]
+    assert stored["features.3:grad_cam"].shape == (5, 55, 55)
+    with Client(address) as client:
+        for index, image in enumerate(images):
+            alone = client.extract(MODEL, image, layers, objective="[maximum]")
+            for name in alone:
+                scale = np.abs(alone[name]).max()
+                error = np.abs(stored[name][index] - alone[name][0]).max()
+                assert error <= 1e-4 * scale
+
+
+def test_an_objective_that_makes_no_sense_is_refused(images: list[str], tmp_path: Path) -> None:
+    """The message says how objectives are written, before a model is loaded."""
+    out = str(tmp_path / "out.npz")
+    result = extract("nothing", images[0], "-l", "a:gradient", "--objective", "fc", "-o", out)
+    assert result.exit_code != 0
+    assert "expected LAYER[INDEX]" in result.output + str(result.exception)

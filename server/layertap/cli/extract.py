@@ -22,11 +22,14 @@ from layertap.cli.items import (
 )
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
+from layertap.objective import MAX_TERMS, Objective, parse_objective
 from layertap.selection import (
     SENT_DTYPES,
+    Capture,
     Extractor,
     Glob,
     LayerSelection,
+    Method,
     Reduction,
 )
 from layertap.texts import Truncation
@@ -40,6 +43,15 @@ if TYPE_CHECKING:
     from layertap.inputs import InputLike
 
 __all__ = ["batch_axes", "extract"]
+
+OBJECTIVE_AXES: dict[str, int | None] = {
+    f"objective.{name}": 0
+    for name in ("value", "index", *(f"index_{number}" for number in range(1, MAX_TERMS)))
+}
+"""The batch dimensions of what a reply tells about an objective."""
+
+INPUTS = ("inputs", "model_inputs")
+"""What the names of the model's inputs may begin with, as layers that have gradients."""
 
 
 @click.command(short_help="Write layers of images, texts, audio or arrays into an .npz file.")
@@ -87,8 +99,15 @@ __all__ = ["batch_axes", "extract"]
     "layers",
     multiple=True,
     required=True,
-    metavar="LAYER[:input][=NAME]",
-    help="A layer to write. May be given several times, and may be a glob.",
+    metavar="LAYER[:CAPTURE][=NAME]",
+    help="A layer to write. May be given several times, and may be a glob. CAPTURE is output, "
+    "input, gradient or input_gradient.",
+)
+@click.option(
+    "--objective",
+    metavar="TEXT",
+    help="What gradients are the gradients of: fc[281], fc[maximum], fc[281] - fc[282]; without a "
+    "layer in front of the brackets, of the model's result.",
 )
 @click.option(
     "-o",
@@ -133,6 +152,7 @@ def extract(
     truncation: str,
     recordings: tuple[str, ...],
     layers: tuple[str, ...],
+    objective: str | None,
     output: Path,
     extractor: str,
     dtype: str | None,
@@ -156,6 +176,7 @@ def extract(
       layertap extract resnet18 *.jpg -l layer4 --reduce global_average_pool -o features.npz
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
+      layertap extract resnet18 cat.jpg -l layer4:gradient --objective "fc[281]" -o cat.npz
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
       layertap extract hf:nets/wav2vec2 --audio a.wav -l output.last_hidden_state -o a.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
@@ -174,15 +195,11 @@ def extract(
     from layertap.cli.render import Stderr, show_features
 
     terminal = Stderr()
-    how = Extractor(extractor)
-    opened = (
-        _remote(server, model, selections, how)
-        if server
-        else _local(terminal, model, selections, how, flags)
-    )
+    wanted = _Wanted(selections, Extractor(extractor), parse_objective(objective))
+    opened = _remote(server, model, wanted) if server else _local(terminal, model, wanted, flags)
     ragged = Reduction(reduction) in {Reduction.TOKENS, Reduction.WORDS}
     with opened as source, terminal.counting(items.noun, len(items)) as bar:
-        columns = Columns(lambda: batch_axes(source.describe(), selections))
+        columns = Columns(lambda: OBJECTIVE_AXES | batch_axes(source.describe(), selections))
         for begin in range(0, len(items), batch_size):
             size = min(batch_size, len(items) - begin)
             with items.naming(begin):
@@ -191,6 +208,14 @@ def extract(
             bar.advance(bar.task_ids[0], size)
     columns.save(output)
     show_features(columns.rows())
+
+
+class _Wanted(NamedTuple):
+    """What to extract from each batch."""
+
+    selections: list[LayerSelection]
+    extractor: Extractor
+    objective: Objective | None
 
 
 class _Taken(NamedTuple):
@@ -218,13 +243,20 @@ def batch_axes(
     """
     axes: dict[str, int | None] = {}
     for selection in selections:
+        if selection.capture is Capture.GRADIENT and selection.layer.startswith(INPUTS):
+            names = [f"{prefix}.{each.name}" for each in description.inputs for prefix in INPUTS]
+            axes.update((selection.name_for(name), 0) for name in names)
         glob = Glob(selection.layer)
         for layer in description.layers:
             if layer.name == selection.layer or glob.matches(layer.name):
-                plain = selection.reduction is Reduction.NONE
-                axis = _batch_axis(layer.values.get(selection.capture)) if plain else 0
+                plain = selection.reduction is Reduction.NONE and not selection.method.is_map
+                axis = _batch_axis(layer.values.get(selection.capture.side)) if plain else 0
                 axes[selection.name_for(layer.name)] = axis
-    return axes
+    return {**axes, **{f"{name}.gap": 0 for name in axes}} if _integrates(selections) else axes
+
+
+def _integrates(selections: Sequence[LayerSelection]) -> bool:
+    return any(each.method is Method.INTEGRATED_GRADIENTS for each in selections)
 
 
 def _batch_axis(value: ValueDescription | None) -> int | None:
@@ -274,15 +306,19 @@ def _lines(file: Path | None) -> list[str]:
 
 
 @contextmanager
-def _remote(
-    server: ServerAddress, model: str, selections: list[LayerSelection], extractor: Extractor
-) -> Iterator[_Source]:
+def _remote(server: ServerAddress, model: str, wanted: _Wanted) -> Iterator[_Source]:
     from layertap.wire.descriptions import description_from_proto
 
     with server.client() as client:
 
         def ask(given: InputLike) -> _Taken:
-            features = client.extract(model, given, selections, extractor=extractor)
+            features = client.extract(
+                model,
+                given,
+                wanted.selections,
+                extractor=wanted.extractor,
+                objective=wanted.objective,
+            )
             return _Taken(features, features.extractor)
 
         yield _Source(ask, lambda: description_from_proto(client.describe_model(model)))
@@ -292,8 +328,7 @@ def _remote(
 def _local(
     terminal: Stderr,
     source: str,
-    selections: list[LayerSelection],
-    extractor: Extractor,
+    wanted: _Wanted,
     flags: dict[str, Any],
 ) -> Iterator[_Source]:
     with terminal.busy(f"loading {source}"):
@@ -303,7 +338,12 @@ def _local(
             terminal.say(assumed, logging.WARNING)
 
         def ask(given: InputLike) -> _Taken:
-            features = model.extract(given, selections, extractor=extractor)
+            features = model.extract(
+                given,
+                wanted.selections,
+                extractor=wanted.extractor,
+                objective=wanted.objective,
+            )
             return _Taken(features.numpy(), features.extractor)
 
         yield _Source(ask, model.describe)

@@ -37,6 +37,7 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.objective import ObjectiveLike
     from layertap.shm.client_session import ClientSession
     from layertap.wire.tensors import Arrays, SharedSlice
 
@@ -101,11 +102,12 @@ class AsyncClient(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = Extractor.AUTO,
+        objective: ObjectiveLike | None = None,
         timeout: float | None = None,
     ) -> Features:
         """Run a model on a batch and return the selected layers; see ``Client.extract``."""
         transport = self._opened()
-        fields, inputs = await _request_fields(model, given, layers, extractor)
+        fields, inputs = await _request_fields(model, given, layers, extractor, objective)
         memory = await self._session(transport, timeout)
         if memory is not None:
             try:
@@ -141,6 +143,7 @@ class AsyncClient(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = ...,
+        objective: ObjectiveLike | None = ...,
         ordered: bool = ...,
         return_errors: Literal[False] = ...,
         max_in_flight: int = ...,
@@ -155,6 +158,7 @@ class AsyncClient(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = ...,
+        objective: ObjectiveLike | None = ...,
         ordered: bool = ...,
         return_errors: bool,
         max_in_flight: int = ...,
@@ -168,6 +172,7 @@ class AsyncClient(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = Extractor.AUTO,
+        objective: ObjectiveLike | None = None,
         ordered: bool = True,
         return_errors: bool = False,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -181,7 +186,8 @@ class AsyncClient(BaseClient):
         opening = self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout)
         async with await opening as stream:
             requests = (
-                StreamRequest(model, given, layers, extractor) async for given in _each(inputs)
+                StreamRequest(model, given, layers, extractor, objective=objective)
+                async for given in _each(inputs)
             )
             async for _, outcome in stream.extract(requests, ordered=ordered):
                 if isinstance(outcome, LayertapError) and not return_errors:
@@ -470,11 +476,15 @@ class AsyncFeatureStream:
 
 
 async def _request_fields(
-    model: str, given: InputLike, layers: SelectionLike, extractor: Extractor | str
+    model: str,
+    given: InputLike,
+    layers: SelectionLike,
+    extractor: Extractor | str,
+    objective: ObjectiveLike | None,
 ) -> tuple[dict[str, Any], Arrays]:
     if _is_in_memory(given):
-        return request_fields(model, given, layers, extractor)
-    return await _in_thread(lambda: request_fields(model, given, layers, extractor))
+        return request_fields(model, given, layers, extractor, objective)
+    return await _in_thread(lambda: request_fields(model, given, layers, extractor, objective))
 
 
 def _is_in_memory(given: Any) -> bool:

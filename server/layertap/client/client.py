@@ -37,6 +37,7 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.objective import ObjectiveLike
     from layertap.shm.client_session import ClientSession
     from layertap.wire.tensors import Arrays
 
@@ -94,6 +95,7 @@ class Client(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = Extractor.AUTO,
+        objective: ObjectiveLike | None = None,
         timeout: float | None = None,
     ) -> Features:
         """Run a model on a batch and return the selected layers.
@@ -107,6 +109,8 @@ class Client(BaseClient):
                 ``"layer4=deep"`` to rename, or a LayerSelection; a list of these; or a mapping of
                 names to aliases.
             extractor: The extractor to use.
+            objective: What the layers with ``:gradient`` or ``:input_gradient`` are the gradients
+                of: an ``Objective``, or a text such as ``"fc[281]"`` or ``"fc[maximum]"``.
             timeout: Seconds that this call may take; None for the client's default.
 
         Returns:
@@ -115,7 +119,7 @@ class Client(BaseClient):
         Raises:
             LayertapError: The server's error, as an exception of the same class.
         """
-        fields, inputs = request_fields(model, given, layers, extractor)
+        fields, inputs = request_fields(model, given, layers, extractor, objective)
         transport = self._opened()
         memory = transport.memory.session(self._timeout if timeout is None else timeout)
         if memory is not None:
@@ -159,6 +163,7 @@ class Client(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = ...,
+        objective: ObjectiveLike | None = ...,
         ordered: bool = ...,
         return_errors: Literal[False] = ...,
         max_in_flight: int = ...,
@@ -173,6 +178,7 @@ class Client(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = ...,
+        objective: ObjectiveLike | None = ...,
         ordered: bool = ...,
         return_errors: bool,
         max_in_flight: int = ...,
@@ -186,6 +192,7 @@ class Client(BaseClient):
         layers: SelectionLike,
         *,
         extractor: Extractor | str = Extractor.AUTO,
+        objective: ObjectiveLike | None = None,
         ordered: bool = True,
         return_errors: bool = False,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -200,6 +207,7 @@ class Client(BaseClient):
             inputs: The inputs, each as for ``extract``; read at most ``max_in_flight`` ahead.
             layers: The layers to return.
             extractor: The extractor to use.
+            objective: What requested gradients are the gradients of; None if there are none.
             ordered: Whether to yield in the order of the inputs, or as they finish.
             return_errors: Whether the error of an item is yielded in its place; otherwise it is
                 raised, which ends the iteration.
@@ -211,7 +219,10 @@ class Client(BaseClient):
             LayertapError: If the stream fails, or if an item fails without ``return_errors``.
         """
         with self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout) as stream:
-            requests = (StreamRequest(model, given, layers, extractor) for given in inputs)
+            requests = (
+                StreamRequest(model, given, layers, extractor, objective=objective)
+                for given in inputs
+            )
             for _, outcome in stream.extract(requests, ordered=ordered):
                 if isinstance(outcome, LayertapError) and not return_errors:
                     raise outcome

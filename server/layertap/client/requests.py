@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from layertap.client.timeouts import bounded
 from layertap.inputs import encode_input
+from layertap.objective import parse_objective
 from layertap.selection import (
     Extractor,
     LayerSelection,
     SelectionLike,
+    Sweep,
     as_extractor,
     parse_selections,
 )
@@ -18,9 +20,11 @@ from layertap.v1 import feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import to_proto
 from layertap.wire.messages import encode_request
+from layertap.wire.objectives import objective_to_proto
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.objective import ObjectiveLike
     from layertap.texts import Texts
     from layertap.wire.tensors import Arrays
 
@@ -37,6 +41,7 @@ class StreamRequest:
             input names to such arrays or images.
         layers: The layers to return.
         extractor: The extractor to use.
+        objective: What requested gradients are the gradients of; see ``Client.extract``.
         timeout: Seconds that the server may take for this item; None for the stream's default.
         key: Identifies the item's outcome; if None, its position from 0 is used.
     """
@@ -45,6 +50,7 @@ class StreamRequest:
     given: InputLike
     layers: SelectionLike
     extractor: Extractor | str = Extractor.AUTO
+    objective: ObjectiveLike | None = field(default=None, kw_only=True)
     timeout: float | None = None
     key: Any = None
 
@@ -62,7 +68,9 @@ class StreamRequest:
         seconds = bounded(timeout if self.timeout is None else self.timeout)
         # At least 1, because 0 would mean no limit.
         timeout_ns = 0 if seconds is None else max(1, int(seconds * 1e9))
-        fields, inputs = request_fields(self.model, self.given, self.layers, self.extractor)
+        fields, inputs = request_fields(
+            self.model, self.given, self.layers, self.extractor, self.objective
+        )
         request = feature_service_pb2.ExtractStreamRequest(
             id=number, timeout_ns=timeout_ns, shared_memory_session=session, **fields
         )
@@ -70,7 +78,11 @@ class StreamRequest:
 
 
 def request_fields(
-    model: str, given: InputLike, layers: SelectionLike, extractor: Extractor | str
+    model: str,
+    given: InputLike,
+    layers: SelectionLike,
+    extractor: Extractor | str,
+    objective: ObjectiveLike | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Return the protobuf fields of a request, and its arrays, which protobuf doesn't encode.
 
@@ -80,6 +92,7 @@ def request_fields(
         "model": model,
         "layers": [_selection(selection) for selection in parse_selections(layers)],
         "extractor": to_proto(as_extractor(extractor), "EXTRACTOR"),
+        "objective": objective_to_proto(parse_objective(objective)),
     }
     encoded = encode_input(given)
     fields["images"] = [
@@ -105,6 +118,16 @@ def _texts(name: str, given: Texts) -> feature_service_pb2.TextBatch:
     )
 
 
+def _sweep(sweep: Sweep) -> feature_service_pb2.Sweep:
+    return feature_service_pb2.Sweep(
+        steps=sweep.steps,
+        rule=to_proto(sweep.rule, "INTEGRATION_RULE"),
+        baseline=sweep.baseline,
+        noise=sweep.noise,
+        seed=sweep.seed,
+    )
+
+
 def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
     return feature_service_pb2.LayerSelection(
         layer=selection.layer,
@@ -112,4 +135,6 @@ def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
         alias=selection.alias,
         reduction=to_proto(selection.reduction, "REDUCTION"),
         dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
+        method=to_proto(selection.method, "METHOD"),
+        sweep=_sweep(selection.sweep) if selection.method.sweeps else None,
     )

@@ -25,7 +25,7 @@ from layertap.extraction.points import Dim, PointKind, ValueSpec
 from layertap.models import InputSpec, Preprocess, Steps
 from layertap.models.audio import AudioProcessor
 from layertap.models.text import TextTokenizer
-from layertap.selection import Capture, Extractor
+from layertap.selection import SIDES, Capture, Extractor
 
 __all__ = ["describe", "summarize"]
 
@@ -166,7 +166,7 @@ def _layer(entry: LayerEntry, host: ModelHost, refused: _RefusedAlone) -> LayerD
         calls=entry.calls,
         values={side: _value(spec) for side, spec in entry.specs.items()},
         refusals={
-            extractor: {side: _refusal(entry, extractor, side, refused) for side in Capture}
+            extractor: {side: _refusal(entry, extractor, side, refused) for side in SIDES}
             for extractor in entry.support
         },
         stride=_stride(entry, host),

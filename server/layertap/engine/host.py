@@ -32,10 +32,12 @@ from layertap.extraction.passes import KeptState, PassGuard
 from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
 from layertap.extraction.plan_cache import PlanCache
+from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
 from layertap.extraction.towers import check_tower
 from layertap.extraction.trial import tried
 from layertap.models import Batch, BatchKey, LoadedModel
+from layertap.objective import TermKey
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import HostOptions, Limits
 
@@ -44,6 +46,7 @@ __all__ = ["ModelHost", "RefusedPlan"]
 _log = logging.getLogger(__name__)
 
 Refusal = InvalidInputError | ExtractorUnsupportedError
+K = TypeVar("K")
 V = TypeVar("V")
 
 MAX_PROMOTED = 24
@@ -165,18 +168,25 @@ class ModelHost:
         self._declared_plans: dict[PlanKey, Plan] = {}
         self._predictions: OrderedDict[PlanKey, Plan] = OrderedDict()
         self._refusals: OrderedDict[PlanKey, Refusal] = OrderedDict()
+        # The points whose values are known not to depend on other items of the batch.
+        self._independent: OrderedDict[BatchKey, frozenset[CapturePoint]] = OrderedDict()
         self._max_plans = limits.plans
         # A compiled program has its own weights, at most as large as the model's.
         self._fits = self.weight_bytes <= limits.plan_bytes
         self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
         self._promoter: Promoter[PlanKey] = Promoter(self._compile)
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
-            partial(resolve, self.catalogue, max_layers=limits.layers)
+            partial(resolve, self.model, self.catalogue, max_layers=limits.layers)
         )
 
-    def resolve(self, selections: tuple[LayerSelection, ...], extractor: Extractor) -> Resolved:
-        """Match selections against the catalogue; see ``layertap.engine.resolve``."""
-        return self._resolve(selections, extractor)
+    def resolve(
+        self,
+        selections: tuple[LayerSelection, ...],
+        extractor: Extractor,
+        objective: tuple[TermKey, ...] = (),
+    ) -> Resolved:
+        """Match selections and objective against the catalogue; see ``layertap.engine.resolve``."""
+        return self._resolve(selections, extractor, objective=objective)
 
     def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
         """Build and keep the plans of layers that will be requested: all together and each alone.
@@ -217,7 +227,7 @@ class ModelHost:
                 serve this batch size.
         """
         batch_key, size = self.model.signature.key_of(x), x.size
-        check_tower(self.model.signature, self.catalogue, resolved.pass_spec.points, batch_key)
+        check_tower(self.model.signature, self.catalogue, resolved.pass_spec.values, batch_key)
         outcome = self._outcome(resolved, batch_key, x, call)
         extractor = self._choose(resolved, batch_key, x, outcome)
         mine = outcome if kind_of(extractor).compiled else ()
@@ -247,6 +257,31 @@ class ModelHost:
             f"{extractor.name} can't serve {quoted(plan.points)} of model {self.model.name!r} "
             f"at batch size {size}: {refusal}"
         )
+
+    def find_independence(self, plan: Plan, size: int, call: Call) -> None:
+        """Find out whether the items of a batch with gradients influence each other.
+
+        The result is in the findings of the plan's ``gradients.values``.
+
+        Args:
+            plan: The plan, with gradients.
+            size: The number of items of the request.
+            call: The deadline and cancellation state of the request.
+        """
+        facts = plan.gradients
+        if facts is None or facts.values.findings.alone is not None:
+            return
+        if size == 1 and not facts.extractor.sweeps:
+            return  # It runs by itself.
+        values = facts.values
+        with self._lock:
+            known = self._independent.get(plan.batch_key, frozenset())
+        if known.issuperset(values.points):
+            values.findings.found_alone(alone=False)
+            return
+        if self.compute.run(partial(self._builder.prover.prove_shared, values), call):
+            known = known.union(values.points)
+            self._remember(self._independent, plan.batch_key, known, MAX_PREDICTED)
 
     def measure(self, plan: Plan, call: Call) -> Plan:
         """Replace a plan whose shapes were predicted by one whose shapes are measured.
@@ -373,13 +408,12 @@ class ModelHost:
 
     def refused_plans(self) -> list[RefusedPlan]:
         """Return the layer sets that an extractor was tested with and could not serve."""
-        names = self.catalogue.names
         with self._lock:
             refused = list(self._refusals.items())
         return [
             RefusedPlan(
                 key.extractor,
-                tuple(names[point] for point in key.pass_spec.points),
+                tuple(self.catalogue.name_of(point) for point in key.pass_spec.points),
                 key.batch_key,
                 str(refusal),
             )
@@ -545,6 +579,8 @@ class ModelHost:
         """Return a plan for which the model need not run; None if there can't be one."""
         if key.extractor is not REFERENCE.id or key.batch_key == self.catalogue.key:
             return None
+        if key.pass_spec.objective is not None:
+            return None  # Whether it can be differentiated there, and what it takes, must be tried.
         plan = self._builder.predicted(key.pass_spec, key.batch_key)
         if plan is not None:
             self._remember(self._predictions, key, plan, MAX_PREDICTED)
@@ -626,7 +662,7 @@ class ModelHost:
         """Record a copy of a refusal, because the original's traceback keeps the batches alive."""
         self._remember(self._refusals, key, type(refusal)(str(refusal)), MAX_REFUSALS)
 
-    def _remember(self, cache: OrderedDict[PlanKey, V], key: PlanKey, value: V, most: int) -> None:
+    def _remember(self, cache: OrderedDict[K, V], key: K, value: V, most: int) -> None:
         with self._lock:
             cache[key] = value
             while len(cache) > most:

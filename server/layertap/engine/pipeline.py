@@ -41,9 +41,11 @@ from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import REFERENCE
+from layertap.extraction.operands import Operands
 from layertap.extraction.plan import Plan
 from layertap.models import Batch
 from layertap.models.text import TokenizedTexts
+from layertap.objective import Objective
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.settings import Limits
@@ -61,6 +63,7 @@ class ExtractionRequest(Generic[P]):
         inputs: The batch: tensors and images by the names of the model's inputs.
         selections: The layers to return.
         extractor: The extractor to use.
+        objective: What requested gradients are the gradients of; None if there are none.
         form: Returns the form of the reply, given the chosen extractor.
     """
 
@@ -68,6 +71,7 @@ class ExtractionRequest(Generic[P]):
     inputs: Inputs
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
+    objective: Objective | None = None
     form: Callable[[Extractor], ReplyForm[P]] = field(kw_only=True)
 
 
@@ -136,7 +140,8 @@ class Pipeline:
 
     def _extract(self, admitted: _Admitted[P]) -> Extraction[P]:
         host, request, call = admitted.host, admitted.request, admitted.call
-        resolved = host.resolve(request.selections, request.extractor)
+        keys = request.objective.keys if request.objective else ()
+        resolved = host.resolve(request.selections, request.extractor, keys)
         x, beside = self._batch(admitted)
         kind = host.finite_only(resolved, x)
         if kind and not _is_finite(request, x):
@@ -146,8 +151,9 @@ class Pipeline:
         if plan.kind.finite_only and not _is_finite(request, x):
             resolved = host.resolve(request.selections, _for_any_number(request, plan.kind, host))
             plan = host.plan(resolved, x, call)
+        operands = self._operands(admitted, plan, x.size)
         try:
-            return self._run(admitted, x, beside, resolved, plan)
+            return self._run(admitted, x, beside, resolved, plan, operands=operands)
         except ModelRunError as error:
             if not plan.kind.compiled:
                 raise
@@ -173,8 +179,26 @@ class Pipeline:
             return extraction
         raise refusal
 
+    def _operands(self, admitted: _Admitted[P], plan: Plan, size: int) -> Operands | None:
+        """Return the operands of a request's objective, which fit its batch; None without one."""
+        objective, facts = admitted.request.objective, plan.gradients
+        if objective is None or facts is None:
+            return None
+        operands = Operands(objective.terms)
+        if not facts.dynamic:
+            operands.check(facts.extractor.shapes.terms, size)
+        admitted.host.find_independence(plan, size, admitted.call)
+        return operands
+
     def _run(
-        self, admitted: _Admitted[P], x: Batch, beside: Beside, resolved: Resolved, plan: Plan
+        self,
+        admitted: _Admitted[P],
+        x: Batch,
+        beside: Beside,
+        resolved: Resolved,
+        plan: Plan,
+        *,
+        operands: Operands | None = None,
     ) -> Extraction[P]:
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
@@ -188,7 +212,11 @@ class Pipeline:
 
         lay_out = reply_collector if plan.dynamic else reply_writer
         # No variable here refers to the reply, so its memory is freed if ``collect`` replaces it.
-        work = Work(host, plan, resolved, x, lay_out(*parts, beside=beside), collect, call)
+        work = Work(
+            host, plan, resolved, x, lay_out(*parts, beside=beside), collect, call, operands
+        )
+        if plan.gradients is not None:
+            reserved.take(plan.gradients.bytes_for(x.size))
         items = x.size
         prepared_ns = time.perf_counter_ns()
         done = host.compute.run_batched(
@@ -310,4 +338,6 @@ def _key(work: Work[Any]) -> Hashable:
     plan = work.plan
     if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
+    if work.operands is not None:
+        return None  # Operands are those of one request.
     return id(plan), work.x.key

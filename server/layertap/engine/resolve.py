@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from layertap.engine.resolve_objective import (
+    check_differentiable,
+    check_order,
+    gradient_obstacle,
+    input_entries,
+    is_model_input,
+    resolve_objective,
+)
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayerNotFoundError
 from layertap.extraction.catalogue import Catalogue, LayerEntry
 from layertap.extraction.kinds.registry import KINDS, REFERENCE
 from layertap.extraction.pass_spec import PassSpec
-from layertap.extraction.points import CapturePoint
-from layertap.selection import SENT_DTYPES, Capture, Extractor, LayerSelection, Reduction, is_glob
+from layertap.extraction.points import CapturePoint, PointKind
+from layertap.models import LoadedModel
+from layertap.objective import TermKey
+from layertap.selection import (
+    SENT_DTYPES,
+    Capture,
+    Extractor,
+    LayerSelection,
+    Method,
+    Reduction,
+    is_glob,
+)
 from layertap.wire.dtypes import DType, by_name
 
 __all__ = ["Output", "Resolved", "resolve"]
@@ -56,42 +74,122 @@ class Resolved:
 
 
 def resolve(
+    model: LoadedModel,
     catalogue: Catalogue,
     selections: Sequence[LayerSelection],
     extractor: Extractor,
+    *,
     max_layers: int,
+    objective: Sequence[TermKey] = (),
 ) -> Resolved:
     """Match selections against a catalogue.
 
+    Args:
+        model: The model.
+        catalogue: Its catalogue.
+        selections: The layers to return.
+        extractor: The extractor to use.
+        max_layers: Maximum number of layers that the selections match.
+        objective: The terms of the objective; none if no gradients are requested.
+
     Raises:
         InvalidInputError: If there are no selections, too many of them, two outputs with one name,
-            an alias for a glob, or a dtype in which values can't be sent.
+            an alias for a glob, a dtype in which values can't be sent, or gradients without an
+            objective.
         LayerNotFoundError: If a name or glob matches nothing.
         ExtractorUnsupportedError: If the extractor, or in case of AUTO every extractor, can't
-            serve a layer.
+            serve a layer or its gradient.
     """
     if not selections:
         raise InvalidInputError("layers: got none, expected at least one layer")
+    _check_objective(selections, objective)
+    if objective:
+        check_differentiable(model, catalogue, extractor)
     matches: list[tuple[LayerSelection, LayerEntry]] = []
     for selection in selections:
-        matches.extend((selection, entry) for entry in _matches(catalogue, selection, extractor))
+        found = (
+            iter(input_entries(model, catalogue, selection))
+            if is_model_input(catalogue, selection)
+            else _matches(catalogue, selection, extractor)
+        )
+        matches.extend((selection, entry) for entry in found)
         if len(matches) > max_layers:
             raise InvalidInputError(f"layers: got more than {max_layers}, the most allowed")
-    _check_names(matches)
+    _check_names(matches, objective)
     order = {entry.name: index for index, entry in enumerate(catalogue)}
-    wanted = {(order[e.name], s.capture): e.points[s.capture] for s, e in matches}
+    wanted = {
+        (order.get(entry.name, -1), selection.capture, number): _point(entry, selection)
+        for number, (selection, entry) in enumerate(matches)
+    }
     points = tuple(dict.fromkeys(wanted[key] for key in sorted(wanted)))
+    spec = PassSpec(points)
+    if objective:
+        aim, entries = resolve_objective(catalogue, objective)
+        check_order(catalogue, matches, list(zip(objective, entries, strict=True)))
+        reported = _reported(objective)
+        gaps = (replace(point, gap=True) for point in points if _has_gap(point))
+        told = (CapturePoint(PointKind.OBJECTIVE, name) for name in reported)
+        points = (*points, *gaps, *told)
+        spec = PassSpec(points, aim)
     outputs = tuple(
         Output(
             name=selection.name_for(entry.name),
             layer=entry.name,
-            point=points.index(entry.points[selection.capture]),
+            point=points.index(_point(entry, selection)),
             reduction=selection.reduction,
             dtype=_float_dtype(selection.dtype),
         )
         for selection, entry in matches
     )
-    return Resolved(outputs, PassSpec(points), _candidates(matches, extractor))
+    outputs += tuple(
+        Output(
+            f"{output.name}.gap",
+            output.layer,
+            points.index(replace(points[output.point], gap=True)),
+            Reduction.NONE,
+            None,
+        )
+        for output in outputs
+        if _has_gap(points[output.point])
+    )
+    outputs += tuple(
+        Output(f"objective.{point.path}", f"objective.{point.path}", index, Reduction.NONE, None)
+        for index, point in enumerate(points)
+        if point.kind is PointKind.OBJECTIVE
+    )
+    return Resolved(outputs, spec, _candidates(matches, extractor, spec))
+
+
+def _has_gap(point: CapturePoint) -> bool:
+    return point.method is Method.INTEGRATED_GRADIENTS and not point.gap
+
+
+def _point(entry: LayerEntry, selection: LayerSelection) -> CapturePoint:
+    capture = selection.capture
+    point = entry.points[capture.side]
+    if not capture.is_gradient:
+        return point
+    sweep = selection.sweep if selection.method.sweeps else None
+    return replace(point, gradient=True, method=selection.method, sweep=sweep)
+
+
+def _check_objective(selections: Sequence[LayerSelection], objective: Sequence[TermKey]) -> None:
+    gradient = next((each for each in selections if each.capture.is_gradient), None)
+    if gradient is not None and not objective:
+        raise InvalidInputError(
+            f"objective: got none, expected one, as the {gradient.capture.name} of layer "
+            f"{gradient.layer!r} is requested"
+        )
+    if gradient is None and objective:
+        raise InvalidInputError(
+            "objective: got one, but no layer's GRADIENT or INPUT_GRADIENT is requested"
+        )
+
+
+def _reported(objective: Sequence[TermKey]) -> list[str]:
+    """Return the names of what the reply tells about an objective."""
+    finding = sum(key.measure.finds for key in objective)
+    return ["value", *(f"index_{number}" if number else "index" for number in range(finding))]
 
 
 def _matches(
@@ -100,7 +198,12 @@ def _matches(
     # A module's own name may contain a star or question mark.
     if selection.layer in catalogue.entries or not is_glob(selection.layer):
         entry = catalogue.entry(selection.layer)
-        _check_served(entry, selection.capture, extractor)
+        _check_served(entry, selection.capture.side, extractor)
+        reason = selection.capture.is_gradient and gradient_obstacle(entry, selection.capture.side)
+        if reason:
+            raise ExtractorUnsupportedError(
+                f"the {selection.capture} of layer {entry.name!r} can't be computed: {reason}"
+            )
         yield entry
         return
     if selection.alias:
@@ -111,12 +214,14 @@ def _matches(
     found = [
         entry
         for entry in catalogue.match(selection.layer)
-        if _serves(entry, selection.capture, extractor)
+        if _serves(entry, selection.capture.side, extractor)
+        and not (selection.capture.is_gradient and gradient_obstacle(entry, selection.capture.side))
     ]
     if not found:
+        chosen = REFERENCE.id if selection.capture.is_gradient else extractor
         raise LayerNotFoundError(
             f"glob {selection.layer!r} matches no layer whose {selection.capture} "
-            f"{extractor.name} serves; `*` stays within a path's component, `**` crosses them"
+            f"{chosen.name} serves; `*` stays within a path's component, `**` crosses them"
         )
     yield from found
 
@@ -141,8 +246,10 @@ def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> 
     )
 
 
-def _check_names(matches: Sequence[tuple[LayerSelection, LayerEntry]]) -> None:
-    seen: set[str] = set()
+def _check_names(
+    matches: Sequence[tuple[LayerSelection, LayerEntry]], objective: Sequence[TermKey]
+) -> None:
+    seen = {f"objective.{name}" for name in _reported(objective)} if objective else set()
     for selection, entry in matches:
         name = selection.name_for(entry.name)
         if name in seen:
@@ -150,13 +257,20 @@ def _check_names(matches: Sequence[tuple[LayerSelection, LayerEntry]]) -> None:
                 f"layers: two outputs are called {name!r}; give one of them an alias"
             )
         seen.add(name)
+        if selection.method is Method.INTEGRATED_GRADIENTS:
+            seen.add(f"{name}.gap")
 
 
 def _candidates(
-    matches: Sequence[tuple[LayerSelection, LayerEntry]], extractor: Extractor
+    matches: Sequence[tuple[LayerSelection, LayerEntry]], extractor: Extractor, spec: PassSpec
 ) -> tuple[Extractor, ...]:
     if extractor is not Extractor.AUTO:
         return (extractor,)
+    if spec.objective is not None:
+        for selection, entry in matches:
+            if not selection.capture.is_gradient:
+                _check_served(entry, selection.capture, REFERENCE.id)
+        return tuple(kind.id for kind in KINDS.values() if kind.gradients)
     able = [set(entry.served_by(selection.capture)) for selection, entry in matches]
     common = set.intersection(*able)
     if not common:

@@ -18,6 +18,7 @@ from layertap.engine.reply_form import P
 from layertap.engine.resolve import Resolved
 from layertap.errors import LayertapError, ModelRunError, OverloadedError
 from layertap.extraction.checkpoints import checked
+from layertap.extraction.operands import Operands
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.plan import Plan
 from layertap.extraction.points import Sink
@@ -42,6 +43,7 @@ class Work(Generic[P]):
         collect: Makes a new reply if the values' shapes are not those that the plan predicts, and
             gives back what was reserved for the former reply.
         call: The deadline and cancellation state of the request.
+        operands: The operands of its objective; None if it has none.
     """
 
     host: ModelHost
@@ -51,6 +53,7 @@ class Work(Generic[P]):
     reply: Reply[P]
     collect: Callable[[], Reply[P]]
     call: Call
+    operands: Operands | None = None
 
     @property
     def items(self) -> int:
@@ -145,7 +148,7 @@ def _run_alone(work: Work[Any]) -> None:
 
 def _capture(work: Work[Any], x: Batch) -> None:
     with _abandonable(work.host, [work.call]):
-        work.plan.built.run(x, _sink(work))
+        work.plan.bound(work.operands).run(x, _sink(work))
 
 
 def _run_together(works: Sequence[Work[Any]]) -> None:
@@ -193,7 +196,7 @@ def _finite_only(work: Work[Any]) -> Sink:
     def take(index: int, value: torch.Tensor) -> None:
         finite = value.isfinite()
         if not finite.all():
-            layer = work.host.catalogue.names[work.plan.points[index]]
+            layer = work.host.catalogue.name_of(work.plan.points[index])
             raise ModelRunError(
                 f"layer {layer!r} of model {work.host.model.name!r} holds NaN or infinity in "
                 f"{value.numel() - int(finite.sum())} of {value.numel()} elements on this input"

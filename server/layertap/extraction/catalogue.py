@@ -16,7 +16,9 @@ from layertap.extraction.points import CapturePoint, PointKind, ValueSpec
 from layertap.extraction.survey import LooksSurvey
 from layertap.extraction.symbolic import GraphNames
 from layertap.models import BatchKey, Tower
-from layertap.selection import Capture, Extractor, Glob
+from layertap.selection import SIDES, Capture, Extractor, Glob
+
+INPUTS = "inputs"
 
 __all__ = ["Catalogue", "LayerEntry", "Support", "side_name"]
 
@@ -34,7 +36,7 @@ class Support:
     @classmethod
     def refused(cls, reason: str) -> Support:
         """Return the support of an extractor that can capture neither side, for one reason."""
-        return cls(dict.fromkeys(Capture, Verdict(reason)))
+        return cls(dict.fromkeys(SIDES, Verdict(reason)))
 
     def without(self, reasons: Mapping[Capture, str]) -> Support:
         """Return a copy that refuses the sides in ``reasons`` too; earlier reasons stay."""
@@ -108,6 +110,8 @@ class Catalogue:
         notes: Facts about the model that no single layer's entry states, as sentences: arguments
             that are never given, random numbers, layers that run for some inputs only.
         looks: How a pass uses the values of its input.
+        varying: The paths of modules that run for some inputs only; their place in the order is a
+            guess.
         towers: The points that each tower of the model serves by itself; empty without towers.
     """
 
@@ -119,6 +123,7 @@ class Catalogue:
     non_finite: str = ""
     notes: tuple[str, ...] = ()
     looks: LooksSurvey = field(default_factory=LooksSurvey)
+    varying: frozenset[str] = frozenset()
     towers: Mapping[Tower, Collection[CapturePoint]] = field(default_factory=dict)
 
     def runs_with(self, points: Iterable[CapturePoint], given: Collection[str]) -> bool:
@@ -154,6 +159,28 @@ class Catalogue:
             if not entry.same_as
             for side, point in entry.points.items()
         }
+
+    def name_of(self, point: CapturePoint) -> str:
+        """Return the name to request for a point, or that of a gradient or the objective."""
+        if point.kind is PointKind.OBJECTIVE:
+            return f"objective.{point.path}"
+        name = (
+            f"{self.inputs_name}.{point.path}"
+            if point.kind is PointKind.INPUT
+            else self.names[point.value]
+        )
+        if not point.gradient:
+            return name
+        end = ".gap" if point.gap else ""
+        return f"{name}{'_' if point.capture is Capture.INPUT else ':'}{point.method}{end}"
+
+    @cached_property
+    def inputs_name(self) -> str:
+        """The first part of the names of the model's inputs: ``inputs``, unless a module has it."""
+        name = INPUTS
+        while any(each == name or each.startswith(f"{name}.") for each in self.entries):
+            name = f"model_{name}"
+        return name
 
     def __iter__(self) -> Iterator[LayerEntry]:
         return iter(self.entries.values())

@@ -6,7 +6,8 @@ and ``unsendable`` says why a value can't be sent at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from layertap.extraction.attention import WEIGHTS, Attended
 from layertap.wire.dtypes import DTYPES
 
-__all__ = ["flatten", "pick", "plain", "unsendable"]
+__all__ = ["flatten", "pick", "plain", "replaced", "unsendable"]
 
 _SENT = {getattr(torch, row.name) for row in DTYPES}
 
@@ -43,6 +44,42 @@ def pick(value: Any, way: tuple[str, ...]) -> torch.Tensor | None:
             value = value.output  # The weights are computed only if they are requested.
         value = dict(_members(value)).get(step)
     return value if isinstance(value, torch.Tensor) else None
+
+
+def replaced(value: Any, way: tuple[str, ...], tensor: torch.Tensor) -> Any:
+    """Return a value with another tensor where the keys in ``way`` lead to.
+
+    Containers on the way are copied, so those who have the former value don't see the change.
+
+    Raises:
+        TypeError: If a container on the way can't be copied with another member.
+    """
+    if isinstance(value, Attended):
+        # What the module returned; the weights are not part of it.
+        return replaced(value.output, way, tensor)
+    if not way:
+        return tensor
+    key, *rest = way
+    member = replaced(dict(_members(value))[key], tuple(rest), tensor)
+    if isinstance(value, Mapping):
+        own = next(each for each in value if str(each) == key)
+        changed = copy.copy(value)
+        changed[own] = member  # type: ignore[index]
+        return changed
+    if isinstance(value, tuple) and hasattr(value, "_replace"):
+        return value._replace(**{key: member})
+    if isinstance(value, tuple | list):
+        index = _index(value, key)
+        members = [*value[:index], member, *value[index + 1 :]]
+        return type(value)(members)
+    changed = copy.copy(value)
+    object.__setattr__(changed, key, member)
+    return changed
+
+
+def _index(value: Sequence[Any], key: str) -> int:
+    # A tuple with named fields, such as those of torch's functions, has their names as keys.
+    return [name for name, _ in _members(value)].index(key)
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

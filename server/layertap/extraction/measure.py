@@ -47,7 +47,7 @@ from layertap.extraction.survey import (
 from layertap.extraction.symbolic import Trace, trace
 from layertap.extraction.towers import placed_in_towers, survey_towers
 from layertap.models import Batch, LoadedModel, Signature, Tower
-from layertap.selection import Capture, Extractor
+from layertap.selection import SIDES, Capture, Extractor
 
 __all__ = ["measure", "measure_with_graph"]
 
@@ -143,6 +143,7 @@ def measure_with_graph(
         notes=tuple(_notes(findings, entries)),
         looks=looks,
         towers=towers,
+        varying=frozenset(findings.varying),
     )
     return catalogue, findings.graph.trace
 
@@ -525,7 +526,7 @@ def _verdict(kind: AnyKind, entry: LayerEntry, side: Capture, findings: Measurem
     if reason := kind.refuses(findings):
         return Verdict(reason)
     if side not in kind.captures:
-        taken = " and ".join(f"{each}s" for each in Capture if each in kind.captures)
+        taken = " and ".join(f"{each}s" for each in SIDES if each in kind.captures)
         return Verdict(f"it takes {taken} only")
     if point is None:
         any_point = next(iter(entry.points.values()))
@@ -553,7 +554,7 @@ def _refused(reason: str) -> dict[Extractor, Support]:
 
 def _supported(entry: LayerEntry, findings: Measurement) -> dict[Extractor, Support]:
     return {
-        extractor: Support({side: _verdict(kind, entry, side, findings) for side in Capture})
+        extractor: Support({side: _verdict(kind, entry, side, findings) for side in SIDES})
         for extractor, kind in KINDS.items()
     }
 

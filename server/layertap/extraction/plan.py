@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.gradients import BoundGradients, GradientExtractor
 from layertap.extraction.guards import Outcome
 from layertap.extraction.kinds.base import ExtractorKind
+from layertap.extraction.operands import Operands
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.models import BatchKey
 from layertap.selection import Extractor
 
-__all__ = ["Findings", "Plan", "PlanKey", "quoted"]
+__all__ = ["Findings", "GradientFacts", "Plan", "PlanKey", "quoted"]
 
 
 class PlanKey(NamedTuple):
@@ -98,6 +100,31 @@ class Findings:
 
 
 @dataclass(frozen=True, eq=False)
+class GradientFacts:
+    """What a plan with gradients knows besides the types and shapes of its points.
+
+    Attributes:
+        extractor: The plan's extractor, which takes operands.
+        dynamic: Whether the shape of a value of the objective depends on more than the batch size,
+            so that operands can be checked only when it is there.
+        nbytes: Bytes that a pass of one item needs for its gradients, and bytes for each further
+            item: what autograd keeps, and the gradients.
+        values: A plan for the values themselves, whose findings tell whether the items of a batch
+            influence each other.
+    """
+
+    extractor: GradientExtractor
+    dynamic: bool
+    nbytes: tuple[int, int]
+    values: Plan
+
+    def bytes_for(self, size: int) -> int:
+        """Return the bytes that a request of some items needs besides its reply."""
+        first, further = self.nbytes
+        return first + (self.extractor.rows_for(size) - 1) * further
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A proven way to run a pass spec, for all batches of one key.
 
@@ -112,6 +139,7 @@ class Plan:
             or if it runs the model's own code. It must not run for a batch of another outcome.
         predicted: Whether the specs were computed from the expressions of the catalogue, and no
             pass at these sizes has measured them.
+        gradients: What a plan with gradients knows besides; None for any other plan.
     """
 
     kind: ExtractorKind
@@ -122,6 +150,18 @@ class Plan:
     findings: Findings
     outcome: Outcome = ()
     predicted: bool = False
+    gradients: GradientFacts | None = None
+
+    def bound(self, operands: Operands | None) -> BuiltExtractor:
+        """Return what runs a request: the plan's extractor, with the request's operands if any.
+
+        Args:
+            operands: The operands of a request with an objective, which were checked.
+        """
+        if self.gradients is None or operands is None:
+            return self.built
+        alone = self.gradients.values.findings.alone is not False
+        return BoundGradients(self.gradients.extractor, operands, alone)
 
     @property
     def key(self) -> PlanKey:

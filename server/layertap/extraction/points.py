@@ -11,7 +11,7 @@ import torch
 
 from layertap.extraction.dimensions import Expression, Sizes
 from layertap.extraction.layout import Geometry
-from layertap.selection import Capture
+from layertap.selection import Capture, Method, Sweep
 
 __all__ = ["CapturePoint", "Dim", "PointKind", "Sink", "ValueObserver", "ValueSpec"]
 
@@ -30,6 +30,10 @@ class PointKind(StrEnum):
 
     MODULE = "module"
     NODE = "node"
+    INPUT = "input"
+    """A tensor that the model was given."""
+    OBJECTIVE = "objective"
+    """The objective of a pass, which only passes with gradients have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +41,18 @@ class CapturePoint:
     """One value of one forward pass.
 
     Attributes:
-        kind: MODULE for a module's call, NODE for a node of the symbolic graph.
-        path: The module's path, or the node's name in torchvision's naming.
+        kind: What it is attached to.
+        path: The module's path; the node's name in torchvision's naming; the name of the model's
+            input; or for the objective, ``value`` or ``index`` and so on.
         capture: Whether it is the call's output or its input.
         call: Which call of the module it is, counted from 0.
         member: The indices and keys that lead to it in a container; empty for a plain tensor.
+        gradient: Whether the gradient of the pass's objective with respect to the value is
+            captured instead of the value.
+        method: What is made of that gradient.
+        sweep: The options of the method; None if it takes only one gradient.
+        gap: Whether not the integrated gradients are captured but how far they are from complete:
+            their sum, less the difference of the objective from the baseline to the value.
     """
 
     kind: PointKind
@@ -49,6 +60,20 @@ class CapturePoint:
     capture: Capture = Capture.OUTPUT
     call: int = 0
     member: tuple[str, ...] = ()
+    gradient: bool = False
+    method: Method = Method.GRADIENT
+    sweep: Sweep | None = None
+    gap: bool = False
+
+    @property
+    def as_gradient(self) -> CapturePoint:
+        """The point of the gradient itself, for a point of something made of it."""
+        return replace(self.value, gradient=True) if self.gradient else self
+
+    @property
+    def value(self) -> CapturePoint:
+        """The point of the value itself."""
+        return CapturePoint(self.kind, self.path, self.capture, self.call, self.member)
 
 
 @dataclass(frozen=True, slots=True)

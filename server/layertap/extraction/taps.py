@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -31,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from layertap.errors import ModelRunError
 from layertap.extraction.attention import attended
-from layertap.extraction.containers import pick, plain
+from layertap.extraction.containers import pick, plain, replaced
 from layertap.extraction.points import CapturePoint, Sink, ValueObserver
 from layertap.extraction.script_taps import (
     begin_program,
@@ -42,7 +43,7 @@ from layertap.extraction.script_taps import (
 )
 from layertap.selection import Capture
 
-__all__ = ["StopForward", "Taps", "call_input", "observe"]
+__all__ = ["Edit", "StopForward", "Taps", "call_input", "observe"]
 
 _session: ContextVar[_Session | None] = ContextVar("layertap_session", default=None)
 
@@ -57,14 +58,39 @@ class StopForward(BaseException):
     """
 
 
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A change of a value in a pass: the model goes on with another tensor in its place.
+
+    Attributes:
+        point: The value.
+        change: Returns the tensor to go on with. It must not be the tensor that it was given.
+    """
+
+    point: CapturePoint
+    change: Callable[[torch.Tensor], torch.Tensor]
+
+
 class _Session:
-    """The captures of one forward pass; receives the reports of its own taps only."""
+    """The captures and edits of one pass; receives the reports of its own taps only."""
 
     def __init__(
-        self, owner: Taps, points: Sequence[CapturePoint], sink: Sink, *, to_end: bool
+        self,
+        owner: Taps,
+        points: Sequence[CapturePoint],
+        sink: Sink,
+        *,
+        to_end: bool,
+        edits: Sequence[Edit] = (),
+        raw: bool = False,
     ) -> None:
         self.owner = owner
         self._to_end = to_end
+        self._raw = raw
+        self._edits: dict[tuple[str, Capture, int], list[Edit]] = {}
+        for edit in edits:
+            place = (edit.point.path, edit.point.capture, edit.point.call)
+            self._edits.setdefault(place, []).append(edit)
         self._wanted: dict[tuple[str, Capture, int], list[int]] = {}
         for index, point in enumerate(points):
             self._wanted.setdefault((point.path, point.capture, point.call), []).append(index)
@@ -75,14 +101,20 @@ class _Session:
         self._lock = threading.RLock()
         self.refused: BaseException | None = None
 
-    def see(self, path: str, side: Capture, value: Any) -> None:
-        """Capture what is requested of a call; end the pass after the last capture if allowed."""
-        with self._lock:
-            self._see(path, side, value)
+    def see(self, path: str, side: Capture, value: Any) -> Any:
+        """Edit and capture what is requested of a call; return the value if it was edited.
 
-    def _see(self, path: str, side: Capture, value: Any) -> None:
+        This ends the pass after the last capture if allowed.
+        """
+        with self._lock:
+            return self._see(path, side, value)
+
+    def _see(self, path: str, side: Capture, value: Any) -> Any:
         call = self._calls[path, side]
         self._calls[path, side] = call + 1
+        edits = self._edits.pop((path, side, call), ())
+        for edit in edits:
+            value = self._edited(edit, value)
         for index in self._wanted.pop((path, side, call), ()):
             if self.refused is not None:
                 continue  # After an error the pass only continues because it must run to its end.
@@ -94,19 +126,29 @@ class _Session:
                     raise
         if not self._wanted and not self._to_end:
             raise StopForward
+        return value if edits else None
+
+    def _edited(self, edit: Edit, value: Any) -> Any:
+        tensor = pick(value, edit.point.member)
+        if tensor is None:
+            raise ModelRunError(f"layer {edit.point.path!r}: returned no tensor on this input")
+        return replaced(value, edit.point.member, edit.change(tensor))
 
     def _take(self, index: int, value: Any) -> None:
         point = self._points[index]
         tensor = pick(value, point.member)
         if tensor is None:
             raise ModelRunError(f"layer {point.path!r}: returned no tensor on this input")
-        self._sink(index, plain(tensor))
+        self._sink(index, tensor if self._raw else plain(tensor))
 
     def returned(self, value: Any) -> None:
         """Capture what is requested of the model's own result.
 
         Hooks on the model don't suit this: if the model calls itself, they see the inner calls too.
         """
+        for place in [place for place in self._edits if place[:2] == ("", Capture.OUTPUT)]:
+            for edit in self._edits.pop(place):
+                value = self._edited(edit, value)
         for key in [key for key in self._wanted if key[:2] == ("", Capture.OUTPUT)]:
             for index in self._wanted.pop(key):
                 if self.refused is None:
@@ -174,6 +216,8 @@ class Taps:
         *,
         to_end: bool = False,
         own_threads: bool = False,
+        edits: Sequence[Edit] = (),
+        raw: bool = False,
     ) -> None:
         """Run a forward pass until every point is captured.
 
@@ -185,13 +229,17 @@ class Taps:
             to_end: Whether the pass must run to its end. Exceptions of the sink are raised then.
             own_threads: Whether the model runs modules in its own threads. No other pass of it
                 may run meanwhile; see Note [A model's own threads].
+            edits: Changes of values, which come before captures of the same value. An edit whose
+                call never happens has no effect: the caller must notice.
+            raw: Whether the sink gets tensors as the model has them: quantised, if they are, and
+                with the graph for differentiating them.
 
         Raises:
             ModelRunError: If the pass ended without one of the captures.
         """
-        for point in points:
+        for point in (*points, *(edit.point for edit in edits)):
             self.install(point.path, point.capture)
-        session = _Session(self, points, sink, to_end=to_end)
+        session = _Session(self, points, sink, to_end=to_end, edits=edits, raw=raw)
         token = _session.set(session)
         self._running = session if own_threads else None
         try:
@@ -212,12 +260,13 @@ class Taps:
             self._running = None
         session.end()
 
-    def _route(self, path: str, side: Capture, value: Any) -> None:
+    def _route(self, path: str, side: Capture, value: Any) -> Any:
         # On one of the model's own threads there is no session; see Note [A model's own threads].
         session = _session.get() or self._running
         # The model may also have other taps, which see the same calls.
         if session is not None and session.owner is self:
-            session.see(path, side, value)
+            return session.see(path, side, value)
+        return None
 
     def close(self) -> None:
         """Remove every hook from the model."""
@@ -254,13 +303,27 @@ def call_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return {**{str(index): arg for index, arg in enumerate(args)}, **kwargs}
 
 
-def _hook(module: nn.Module, side: Capture, see: Callable[[Capture, Any], None]) -> RemovableHandle:
-    # The hooks return nothing, as a returned value would replace the input or the output.
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(Capture.INPUT, call_input(args, kwargs))
+def _given(
+    value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a call's arguments with those of an edited input; see ``call_input``."""
+    if len(args) == 1 and not kwargs:
+        return (value,), {}
+    return tuple(value[str(index)] for index in range(len(args))), {
+        name: value[name] for name in kwargs
+    }
 
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        see(Capture.OUTPUT, attended(module, args, kwargs, output))
+
+def _hook(module: nn.Module, side: Capture, see: Callable[[Capture, Any], Any]) -> RemovableHandle:
+    # What a hook returns replaces the input or the output. It is None unless the value was edited.
+    def before(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        edited = see(Capture.INPUT, call_input(args, kwargs))
+        return None if edited is None else _given(edited, args, kwargs)
+
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return see(Capture.OUTPUT, attended(module, args, kwargs, output))
 
     if side is Capture.INPUT:
         return module.register_forward_pre_hook(before, with_kwargs=True)
@@ -268,7 +331,7 @@ def _hook(module: nn.Module, side: Capture, see: Callable[[Capture, Any], None])
 
 
 def _hook_program(
-    path: str, program: nn.Module, see: Callable[[Capture, Any], None]
+    path: str, program: nn.Module, see: Callable[[Capture, Any], Any]
 ) -> list[tuple[Capture, RemovableHandle]]:
     """Hook the calls of a TorchScript program; see Note [Programs inside a model]."""
 

@@ -25,6 +25,7 @@ from layertap.errors import UnavailableError
 from layertap.inputs import encode_input
 from layertap.local.features import LocalFeatures
 from layertap.models import Signature
+from layertap.objective import ObjectiveLike, parse_objective
 from layertap.selection import Extractor, SelectionLike, as_extractor, parse_selections
 from layertap.wire.dtypes import by_name, of_array
 from layertap.wire.tensors import TensorView
@@ -84,6 +85,7 @@ class LocalModel:
         layers: SelectionLike,
         *,
         extractor: Extractor | str = Extractor.AUTO,
+        objective: ObjectiveLike | None = None,
         timeout: float | None = None,
     ) -> LocalFeatures:
         """Return layers of a batch from one forward pass, which stops as early as possible.
@@ -97,6 +99,9 @@ class LocalModel:
             layers: The layers to return: ``"layer4"``, ``"layer*.0"``, ``"avgpool:input=before"``,
                 a LayerSelection, a list of these, or a mapping of names to aliases.
             extractor: The extractor to use; AUTO chooses one for each request.
+            objective: What the selections with GRADIENT or INPUT_GRADIENT, such as
+                ``"layer4:gradient"``, are the gradients of: an `Objective`, or a text such as
+                ``"fc[281]"`` or ``"fc[maximum]"``. The result then has ``objective.value`` too.
             timeout: Seconds that the extraction may take; None for no limit.
 
         Returns:
@@ -118,10 +123,13 @@ class LocalModel:
             if selection.dtype:
                 by_name(selection.dtype)
         chosen = as_extractor(extractor)
+        aim = parse_objective(objective)
         given = inputs_of(batch)
         host = self.host
         extraction = self._engine.extract(
-            ExtractionRequest(self.name, given, selections, chosen, form=TensorForm), call, host
+            ExtractionRequest(self.name, given, selections, chosen, aim, form=TensorForm),
+            call,
+            host,
         )
         # Release the bytes now: the limit is for replies in transit, and the caller has this one.
         extraction.release()

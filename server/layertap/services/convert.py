@@ -15,13 +15,14 @@ from layertap.engine import (
     TextBatch,
 )
 from layertap.errors import InvalidInputError
-from layertap.selection import Capture, Extractor, LayerSelection, Reduction
+from layertap.selection import Capture, Extractor, LayerSelection, Method, Reduction, Sweep
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
 from layertap.texts import TextOptions, Truncation
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
+from layertap.wire.objectives import objective_from_proto
 from layertap.wire.stream_messages import id_field
 from layertap.wire.tensors import SharedTensor, TensorView
 
@@ -124,6 +125,7 @@ def request_from_proto(
         extractor=from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         ),
+        objective=objective_from_proto(request.objective),
         form=partial(SharedForm, fields=reply_fields, memory=memory),
     )
 
@@ -138,6 +140,19 @@ def _texts(batch: feature_service_pb2.TextBatch) -> TextBatch:
     return TextBatch(tuple(batch.texts), options, batch.input)
 
 
+def _sweep(sweep: feature_service_pb2.Sweep) -> Sweep:
+    usual = Sweep()
+    return Sweep(
+        steps=sweep.steps or usual.steps,
+        rule=from_proto(
+            sweep.rule, feature_service_pb2.IntegrationRule, "INTEGRATION_RULE", usual.rule
+        ),
+        baseline=sweep.baseline,
+        noise=sweep.noise if sweep.HasField("noise") else usual.noise,
+        seed=sweep.seed,
+    )
+
+
 def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
     return LayerSelection(
         layer=layer.layer,
@@ -147,4 +162,6 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
             layer.reduction, feature_service_pb2.Reduction, "REDUCTION", Reduction.NONE
         ),
         dtype=dtypes.by_number(layer.dtype).name if layer.dtype else "",
+        method=from_proto(layer.method, feature_service_pb2.Method, "METHOD", Method.GRADIENT),
+        sweep=_sweep(layer.sweep) if layer.HasField("sweep") else Sweep(),
     )

@@ -286,7 +286,7 @@ def _names(layers: tuple[LayerSelection, ...]) -> tuple[str, ...]:
 def _name(selection: LayerSelection) -> str:
     """Return the text that LayerSelection.parse reads as this selection."""
     layer = re.sub(r"([:=\\])", r"\\\1", selection.layer)
-    side = ":input" if selection.capture is Capture.INPUT else ""
+    side = "" if selection.capture is Capture.OUTPUT else f":{selection.capture}"
     return f"{layer}{side}{'=' if selection.alias else ''}{selection.alias}"
 
 

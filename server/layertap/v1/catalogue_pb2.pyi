@@ -23,6 +23,8 @@ class Capture(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CAPTURE_UNSPECIFIED: _ClassVar[Capture]
     CAPTURE_OUTPUT: _ClassVar[Capture]
     CAPTURE_INPUT: _ClassVar[Capture]
+    CAPTURE_GRADIENT: _ClassVar[Capture]
+    CAPTURE_INPUT_GRADIENT: _ClassVar[Capture]
 
 class LayerKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -53,6 +55,8 @@ EXTRACTOR_CHILDREN: Extractor
 CAPTURE_UNSPECIFIED: Capture
 CAPTURE_OUTPUT: Capture
 CAPTURE_INPUT: Capture
+CAPTURE_GRADIENT: Capture
+CAPTURE_INPUT_GRADIENT: Capture
 LAYER_KIND_UNSPECIFIED: LayerKind
 LAYER_KIND_MODULE: LayerKind
 LAYER_KIND_NODE: LayerKind

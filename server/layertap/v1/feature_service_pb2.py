@@ -26,7 +26,7 @@ from layertap.v1 import catalogue_pb2 as layertap_dot_v1_dot_catalogue__pb2
 from layertap.v1 import tensor_pb2 as layertap_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _pool.AddSerializedFile(b'\n!layertap/v1/feature_service.proto\x12\x0blayertap.v1\x1a\x1blayertap/v1/catalogue.proto\x1a\x18layertap/v1/tensor.proto\"+\n\nImageBatch\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12\r\n\x05input\x18\x02 \x01(\t\"\x9e\x01\n\tTextBatch\x12\r\n\x05texts\x18\x01 \x03(\t\x12\r\n\x05input\x18\x02 \x01(\t\x12+\n\ntruncation\x18\x03 \x01(\x0e\x32\x17.layertap.v1.Truncation\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x1b\n\x13omit_special_tokens\x18\x05 \x01(\x08\x12\x15\n\rreturn_tokens\x18\x06 \x01(\x08\"*\n\nAudioBatch\x12\r\n\x05\x61udio\x18\x01 \x03(\x0c\x12\r\n\x05input\x18\x02 \x01(\t\"\xa6\x01\n\x0eLayerSelection\x12\r\n\x05layer\x18\x01 \x01(\t\x12%\n\x07\x63\x61pture\x18\x02 \x01(\x0e\x32\x14.layertap.v1.Capture\x12\r\n\x05\x61lias\x18\x03 \x01(\t\x12)\n\treduction\x18\x04 \x01(\x0e\x32\x16.layertap.v1.Reduction\x12$\n\x05\x64type\x18\x05 \x01(\x0e\x32\x15.layertap.v1.DataType\"\xb3\x02\n\x0e\x45xtractRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12\'\n\x06images\x18\x03 \x03(\x0b\x32\x17.layertap.v1.ImageBatch\x12+\n\x06layers\x18\x04 \x03(\x0b\x32\x1b.layertap.v1.LayerSelection\x12)\n\textractor\x18\x05 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12\x1d\n\x15shared_memory_session\x18\x06 \x01(\x0c\x12%\n\x05texts\x18\x07 \x03(\x0b\x32\x16.layertap.v1.TextBatch\x12&\n\x05\x61udio\x18\x08 \x03(\x0b\x32\x17.layertap.v1.AudioBatch\"\xa1\x01\n\x07Timings\x12\x17\n\nprepare_ns\x18\x01 \x01(\x06H\x00\x88\x01\x01\x12\x15\n\x08queue_ns\x18\x02 \x01(\x06H\x01\x88\x01\x01\x12\x17\n\ncompute_ns\x18\x03 \x01(\x06H\x02\x88\x01\x01\x12\x15\n\x08total_ns\x18\x04 \x01(\x06H\x03\x88\x01\x01\x42\r\n\x0b_prepare_nsB\x0b\n\t_queue_nsB\r\n\x0b_compute_nsB\x0b\n\t_total_ns\"\x89\x01\n\x0f\x45xtractResponse\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12)\n\textractor\x18\x02 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.layertap.v1.Timings\"\xd9\x02\n\x14\x45xtractStreamRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12\'\n\x06images\x18\x03 \x03(\x0b\x32\x17.layertap.v1.ImageBatch\x12+\n\x06layers\x18\x04 \x03(\x0b\x32\x1b.layertap.v1.LayerSelection\x12)\n\textractor\x18\x05 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12\x1d\n\x15shared_memory_session\x18\x06 \x01(\x0c\x12%\n\x05texts\x18\x07 \x03(\x0b\x32\x16.layertap.v1.TextBatch\x12&\n\x05\x61udio\x18\x08 \x03(\x0b\x32\x17.layertap.v1.AudioBatch\x12\n\n\x02id\x18\x10 \x01(\x04\x12\x12\n\ntimeout_ns\x18\x11 \x01(\x04\"_\n\x12\x45xtractStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\x05image\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_image\"\xd7\x01\n\x15\x45xtractStreamResponse\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12)\n\textractor\x18\x02 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.layertap.v1.Timings\x12\x0f\n\x02id\x18\x10 \x01(\x06H\x00\x88\x01\x01\x12.\n\x05\x65rror\x18\x11 \x01(\x0b\x32\x1f.layertap.v1.ExtractStreamErrorB\x05\n\x03_id\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.layertap.v1.Model\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8f\x01\n\x15\x44\x65scribeModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.layertap.v1.Model\x12\"\n\x06layers\x18\x02 \x03(\x0b\x32\x12.layertap.v1.Layer\x12/\n\rrefused_plans\x18\x03 \x03(\x0b\x32\x18.layertap.v1.RefusedPlan*\x87\x02\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_NONE\x10\x01\x12!\n\x1dREDUCTION_GLOBAL_AVERAGE_POOL\x10\x02\x12\x15\n\x11REDUCTION_FLATTEN\x10\x03\x12\x19\n\x15REDUCTION_CLASS_TOKEN\x10\x04\x12\x18\n\x14REDUCTION_TOKEN_GRID\x10\x05\x12\x18\n\x14REDUCTION_LAST_TOKEN\x10\x06\x12\x17\n\x13REDUCTION_TOKEN_MAX\x10\x07\x12\x14\n\x10REDUCTION_TOKENS\x10\x08\x12\x13\n\x0fREDUCTION_WORDS\x10\t*g\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x13\n\x0fTRUNCATION_NONE\x10\x01\x12\x12\n\x0eTRUNCATION_END\x10\x02\x12\x14\n\x10TRUNCATION_START\x10\x03\x32\xd9\x02\n\x0e\x46\x65\x61tureService\x12\x44\n\x07\x45xtract\x12\x1b.layertap.v1.ExtractRequest\x1a\x1c.layertap.v1.ExtractResponse\x12Z\n\rExtractStream\x12!.layertap.v1.ExtractStreamRequest\x1a\".layertap.v1.ExtractStreamResponse(\x01\x30\x01\x12M\n\nListModels\x12\x1e.layertap.v1.ListModelsRequest\x1a\x1f.layertap.v1.ListModelsResponse\x12V\n\rDescribeModel\x12!.layertap.v1.DescribeModelRequest\x1a\".layertap.v1.DescribeModelResponseB\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
+DESCRIPTOR = _pool.AddSerializedFile(b'\n!layertap/v1/feature_service.proto\x12\x0blayertap.v1\x1a\x1blayertap/v1/catalogue.proto\x1a\x18layertap/v1/tensor.proto\"+\n\nImageBatch\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12\r\n\x05input\x18\x02 \x01(\t\"\x9e\x01\n\tTextBatch\x12\r\n\x05texts\x18\x01 \x03(\t\x12\r\n\x05input\x18\x02 \x01(\t\x12+\n\ntruncation\x18\x03 \x01(\x0e\x32\x17.layertap.v1.Truncation\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x1b\n\x13omit_special_tokens\x18\x05 \x01(\x08\x12\x15\n\rreturn_tokens\x18\x06 \x01(\x08\"\x80\x01\n\x05Sweep\x12\r\n\x05steps\x18\x01 \x01(\r\x12*\n\x04rule\x18\x02 \x01(\x0e\x32\x1c.layertap.v1.IntegrationRule\x12\x10\n\x08\x62\x61seline\x18\x03 \x01(\x01\x12\x12\n\x05noise\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0c\n\x04seed\x18\x05 \x01(\rB\x08\n\x06_noise\"*\n\nAudioBatch\x12\r\n\x05\x61udio\x18\x01 \x03(\x0c\x12\r\n\x05input\x18\x02 \x01(\t\"\xee\x01\n\x0eLayerSelection\x12\r\n\x05layer\x18\x01 \x01(\t\x12%\n\x07\x63\x61pture\x18\x02 \x01(\x0e\x32\x14.layertap.v1.Capture\x12\r\n\x05\x61lias\x18\x03 \x01(\t\x12)\n\treduction\x18\x04 \x01(\x0e\x32\x16.layertap.v1.Reduction\x12$\n\x05\x64type\x18\x05 \x01(\x0e\x32\x15.layertap.v1.DataType\x12#\n\x06method\x18\x06 \x01(\x0e\x32\x13.layertap.v1.Method\x12!\n\x05sweep\x18\x07 \x01(\x0b\x32\x12.layertap.v1.Sweep\"\xd4\x01\n\rObjectiveTerm\x12\r\n\x05layer\x18\x01 \x01(\t\x12%\n\x07\x63\x61pture\x18\x02 \x01(\x0e\x32\x14.layertap.v1.Capture\x12%\n\x07measure\x18\x03 \x01(\x0e\x32\x14.layertap.v1.Measure\x12\r\n\x05index\x18\x04 \x03(\x12\x12\x12\n\nindex_size\x18\x05 \x01(\r\x12#\n\x06vector\x18\x06 \x01(\x0b\x32\x13.layertap.v1.Tensor\x12\x13\n\x06weight\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\t\n\x07_weight\"\xe2\x02\n\x0e\x45xtractRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12\'\n\x06images\x18\x03 \x03(\x0b\x32\x17.layertap.v1.ImageBatch\x12+\n\x06layers\x18\x04 \x03(\x0b\x32\x1b.layertap.v1.LayerSelection\x12)\n\textractor\x18\x05 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12\x1d\n\x15shared_memory_session\x18\x06 \x01(\x0c\x12%\n\x05texts\x18\x07 \x03(\x0b\x32\x16.layertap.v1.TextBatch\x12&\n\x05\x61udio\x18\x08 \x03(\x0b\x32\x17.layertap.v1.AudioBatch\x12-\n\tobjective\x18\t \x03(\x0b\x32\x1a.layertap.v1.ObjectiveTerm\"\xa1\x01\n\x07Timings\x12\x17\n\nprepare_ns\x18\x01 \x01(\x06H\x00\x88\x01\x01\x12\x15\n\x08queue_ns\x18\x02 \x01(\x06H\x01\x88\x01\x01\x12\x17\n\ncompute_ns\x18\x03 \x01(\x06H\x02\x88\x01\x01\x12\x15\n\x08total_ns\x18\x04 \x01(\x06H\x03\x88\x01\x01\x42\r\n\x0b_prepare_nsB\x0b\n\t_queue_nsB\r\n\x0b_compute_nsB\x0b\n\t_total_ns\"\x89\x01\n\x0f\x45xtractResponse\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12)\n\textractor\x18\x02 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.layertap.v1.Timings\"\x88\x03\n\x14\x45xtractStreamRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12\'\n\x06images\x18\x03 \x03(\x0b\x32\x17.layertap.v1.ImageBatch\x12+\n\x06layers\x18\x04 \x03(\x0b\x32\x1b.layertap.v1.LayerSelection\x12)\n\textractor\x18\x05 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12\x1d\n\x15shared_memory_session\x18\x06 \x01(\x0c\x12%\n\x05texts\x18\x07 \x03(\x0b\x32\x16.layertap.v1.TextBatch\x12&\n\x05\x61udio\x18\x08 \x03(\x0b\x32\x17.layertap.v1.AudioBatch\x12-\n\tobjective\x18\t \x03(\x0b\x32\x1a.layertap.v1.ObjectiveTerm\x12\n\n\x02id\x18\x10 \x01(\x04\x12\x12\n\ntimeout_ns\x18\x11 \x01(\x04\"_\n\x12\x45xtractStreamError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x12\n\x05image\x18\x04 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_image\"\xd7\x01\n\x15\x45xtractStreamResponse\x12$\n\x07tensors\x18\x01 \x03(\x0b\x32\x13.layertap.v1.Tensor\x12)\n\textractor\x18\x02 \x01(\x0e\x32\x16.layertap.v1.Extractor\x12%\n\x07timings\x18\x03 \x01(\x0b\x32\x14.layertap.v1.Timings\x12\x0f\n\x02id\x18\x10 \x01(\x06H\x00\x88\x01\x01\x12.\n\x05\x65rror\x18\x11 \x01(\x0b\x32\x1f.layertap.v1.ExtractStreamErrorB\x05\n\x03_id\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.layertap.v1.Model\"%\n\x14\x44\x65scribeModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x8f\x01\n\x15\x44\x65scribeModelResponse\x12!\n\x05model\x18\x01 \x01(\x0b\x32\x12.layertap.v1.Model\x12\"\n\x06layers\x18\x02 \x03(\x0b\x32\x12.layertap.v1.Layer\x12/\n\rrefused_plans\x18\x03 \x03(\x0b\x32\x18.layertap.v1.RefusedPlan*\x87\x02\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x12\n\x0eREDUCTION_NONE\x10\x01\x12!\n\x1dREDUCTION_GLOBAL_AVERAGE_POOL\x10\x02\x12\x15\n\x11REDUCTION_FLATTEN\x10\x03\x12\x19\n\x15REDUCTION_CLASS_TOKEN\x10\x04\x12\x18\n\x14REDUCTION_TOKEN_GRID\x10\x05\x12\x18\n\x14REDUCTION_LAST_TOKEN\x10\x06\x12\x17\n\x13REDUCTION_TOKEN_MAX\x10\x07\x12\x14\n\x10REDUCTION_TOKENS\x10\x08\x12\x13\n\x0fREDUCTION_WORDS\x10\t*g\n\nTruncation\x12\x1a\n\x16TRUNCATION_UNSPECIFIED\x10\x00\x12\x13\n\x0fTRUNCATION_NONE\x10\x01\x12\x12\n\x0eTRUNCATION_END\x10\x02\x12\x14\n\x10TRUNCATION_START\x10\x03*\xf0\x01\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x13\n\x0fMETHOD_GRADIENT\x10\x01\x12 \n\x1cMETHOD_GRADIENT_X_ACTIVATION\x10\x02\x12\x13\n\x0fMETHOD_GRAD_CAM\x10\x03\x12\x14\n\x10METHOD_HIRES_CAM\x10\x04\x12\x14\n\x10METHOD_LAYER_CAM\x10\x05\x12\x1d\n\x19METHOD_GRAD_CAM_PLUS_PLUS\x10\x06\x12\x1f\n\x1bMETHOD_INTEGRATED_GRADIENTS\x10\x07\x12\x16\n\x12METHOD_SMOOTH_GRAD\x10\x08*\xcc\x01\n\x0fIntegrationRule\x12 \n\x1cINTEGRATION_RULE_UNSPECIFIED\x10\x00\x12#\n\x1fINTEGRATION_RULE_GAUSS_LEGENDRE\x10\x01\x12\x1e\n\x1aINTEGRATION_RULE_TRAPEZOID\x10\x02\x12\x19\n\x15INTEGRATION_RULE_LEFT\x10\x03\x12\x1b\n\x17INTEGRATION_RULE_MIDDLE\x10\x04\x12\x1a\n\x16INTEGRATION_RULE_RIGHT\x10\x05*\xaf\x01\n\x07Measure\x12\x17\n\x13MEASURE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMEASURE_ELEMENT\x10\x01\x12\x13\n\x0fMEASURE_MAXIMUM\x10\x02\x12\x0f\n\x0bMEASURE_SUM\x10\x03\x12\x10\n\x0cMEASURE_MEAN\x10\x04\x12\x10\n\x0cMEASURE_NORM\x10\x05\x12\x1b\n\x17MEASURE_LOG_PROBABILITY\x10\x06\x12\x0f\n\x0bMEASURE_DOT\x10\x07\x32\xd9\x02\n\x0e\x46\x65\x61tureService\x12\x44\n\x07\x45xtract\x12\x1b.layertap.v1.ExtractRequest\x1a\x1c.layertap.v1.ExtractResponse\x12Z\n\rExtractStream\x12!.layertap.v1.ExtractStreamRequest\x1a\".layertap.v1.ExtractStreamResponse(\x01\x30\x01\x12M\n\nListModels\x12\x1e.layertap.v1.ListModelsRequest\x1a\x1f.layertap.v1.ListModelsResponse\x12V\n\rDescribeModel\x12!.layertap.v1.DescribeModelRequest\x1a\".layertap.v1.DescribeModelResponseB\x1aP\x01Z\x16layertap/v1;layertapv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,38 +34,48 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'layertap.v1.feature_service
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\026layertap/v1;layertapv1'
-  _globals['_REDUCTION']._serialized_start=2066
-  _globals['_REDUCTION']._serialized_end=2329
-  _globals['_TRUNCATION']._serialized_start=2331
-  _globals['_TRUNCATION']._serialized_end=2434
+  _globals['_REDUCTION']._serialized_start=2578
+  _globals['_REDUCTION']._serialized_end=2841
+  _globals['_TRUNCATION']._serialized_start=2843
+  _globals['_TRUNCATION']._serialized_end=2946
+  _globals['_METHOD']._serialized_start=2949
+  _globals['_METHOD']._serialized_end=3189
+  _globals['_INTEGRATIONRULE']._serialized_start=3192
+  _globals['_INTEGRATIONRULE']._serialized_end=3396
+  _globals['_MEASURE']._serialized_start=3399
+  _globals['_MEASURE']._serialized_end=3574
   _globals['_IMAGEBATCH']._serialized_start=105
   _globals['_IMAGEBATCH']._serialized_end=148
   _globals['_TEXTBATCH']._serialized_start=151
   _globals['_TEXTBATCH']._serialized_end=309
-  _globals['_AUDIOBATCH']._serialized_start=311
-  _globals['_AUDIOBATCH']._serialized_end=353
-  _globals['_LAYERSELECTION']._serialized_start=356
-  _globals['_LAYERSELECTION']._serialized_end=522
-  _globals['_EXTRACTREQUEST']._serialized_start=525
-  _globals['_EXTRACTREQUEST']._serialized_end=832
-  _globals['_TIMINGS']._serialized_start=835
-  _globals['_TIMINGS']._serialized_end=996
-  _globals['_EXTRACTRESPONSE']._serialized_start=999
-  _globals['_EXTRACTRESPONSE']._serialized_end=1136
-  _globals['_EXTRACTSTREAMREQUEST']._serialized_start=1139
-  _globals['_EXTRACTSTREAMREQUEST']._serialized_end=1484
-  _globals['_EXTRACTSTREAMERROR']._serialized_start=1486
-  _globals['_EXTRACTSTREAMERROR']._serialized_end=1581
-  _globals['_EXTRACTSTREAMRESPONSE']._serialized_start=1584
-  _globals['_EXTRACTSTREAMRESPONSE']._serialized_end=1799
-  _globals['_LISTMODELSREQUEST']._serialized_start=1801
-  _globals['_LISTMODELSREQUEST']._serialized_end=1820
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1822
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1878
-  _globals['_DESCRIBEMODELREQUEST']._serialized_start=1880
-  _globals['_DESCRIBEMODELREQUEST']._serialized_end=1917
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=1920
-  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=2063
-  _globals['_FEATURESERVICE']._serialized_start=2437
-  _globals['_FEATURESERVICE']._serialized_end=2782
+  _globals['_SWEEP']._serialized_start=312
+  _globals['_SWEEP']._serialized_end=440
+  _globals['_AUDIOBATCH']._serialized_start=442
+  _globals['_AUDIOBATCH']._serialized_end=484
+  _globals['_LAYERSELECTION']._serialized_start=487
+  _globals['_LAYERSELECTION']._serialized_end=725
+  _globals['_OBJECTIVETERM']._serialized_start=728
+  _globals['_OBJECTIVETERM']._serialized_end=940
+  _globals['_EXTRACTREQUEST']._serialized_start=943
+  _globals['_EXTRACTREQUEST']._serialized_end=1297
+  _globals['_TIMINGS']._serialized_start=1300
+  _globals['_TIMINGS']._serialized_end=1461
+  _globals['_EXTRACTRESPONSE']._serialized_start=1464
+  _globals['_EXTRACTRESPONSE']._serialized_end=1601
+  _globals['_EXTRACTSTREAMREQUEST']._serialized_start=1604
+  _globals['_EXTRACTSTREAMREQUEST']._serialized_end=1996
+  _globals['_EXTRACTSTREAMERROR']._serialized_start=1998
+  _globals['_EXTRACTSTREAMERROR']._serialized_end=2093
+  _globals['_EXTRACTSTREAMRESPONSE']._serialized_start=2096
+  _globals['_EXTRACTSTREAMRESPONSE']._serialized_end=2311
+  _globals['_LISTMODELSREQUEST']._serialized_start=2313
+  _globals['_LISTMODELSREQUEST']._serialized_end=2332
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2334
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2390
+  _globals['_DESCRIBEMODELREQUEST']._serialized_start=2392
+  _globals['_DESCRIBEMODELREQUEST']._serialized_end=2429
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_start=2432
+  _globals['_DESCRIBEMODELRESPONSE']._serialized_end=2575
+  _globals['_FEATURESERVICE']._serialized_start=3577
+  _globals['_FEATURESERVICE']._serialized_end=3922
 # @@protoc_insertion_point(module_scope)

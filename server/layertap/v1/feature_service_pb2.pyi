@@ -28,6 +28,38 @@ class Truncation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TRUNCATION_NONE: _ClassVar[Truncation]
     TRUNCATION_END: _ClassVar[Truncation]
     TRUNCATION_START: _ClassVar[Truncation]
+
+class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    METHOD_UNSPECIFIED: _ClassVar[Method]
+    METHOD_GRADIENT: _ClassVar[Method]
+    METHOD_GRADIENT_X_ACTIVATION: _ClassVar[Method]
+    METHOD_GRAD_CAM: _ClassVar[Method]
+    METHOD_HIRES_CAM: _ClassVar[Method]
+    METHOD_LAYER_CAM: _ClassVar[Method]
+    METHOD_GRAD_CAM_PLUS_PLUS: _ClassVar[Method]
+    METHOD_INTEGRATED_GRADIENTS: _ClassVar[Method]
+    METHOD_SMOOTH_GRAD: _ClassVar[Method]
+
+class IntegrationRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INTEGRATION_RULE_UNSPECIFIED: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_GAUSS_LEGENDRE: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_TRAPEZOID: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_LEFT: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_MIDDLE: _ClassVar[IntegrationRule]
+    INTEGRATION_RULE_RIGHT: _ClassVar[IntegrationRule]
+
+class Measure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MEASURE_UNSPECIFIED: _ClassVar[Measure]
+    MEASURE_ELEMENT: _ClassVar[Measure]
+    MEASURE_MAXIMUM: _ClassVar[Measure]
+    MEASURE_SUM: _ClassVar[Measure]
+    MEASURE_MEAN: _ClassVar[Measure]
+    MEASURE_NORM: _ClassVar[Measure]
+    MEASURE_LOG_PROBABILITY: _ClassVar[Measure]
+    MEASURE_DOT: _ClassVar[Measure]
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_NONE: Reduction
 REDUCTION_GLOBAL_AVERAGE_POOL: Reduction
@@ -42,6 +74,29 @@ TRUNCATION_UNSPECIFIED: Truncation
 TRUNCATION_NONE: Truncation
 TRUNCATION_END: Truncation
 TRUNCATION_START: Truncation
+METHOD_UNSPECIFIED: Method
+METHOD_GRADIENT: Method
+METHOD_GRADIENT_X_ACTIVATION: Method
+METHOD_GRAD_CAM: Method
+METHOD_HIRES_CAM: Method
+METHOD_LAYER_CAM: Method
+METHOD_GRAD_CAM_PLUS_PLUS: Method
+METHOD_INTEGRATED_GRADIENTS: Method
+METHOD_SMOOTH_GRAD: Method
+INTEGRATION_RULE_UNSPECIFIED: IntegrationRule
+INTEGRATION_RULE_GAUSS_LEGENDRE: IntegrationRule
+INTEGRATION_RULE_TRAPEZOID: IntegrationRule
+INTEGRATION_RULE_LEFT: IntegrationRule
+INTEGRATION_RULE_MIDDLE: IntegrationRule
+INTEGRATION_RULE_RIGHT: IntegrationRule
+MEASURE_UNSPECIFIED: Measure
+MEASURE_ELEMENT: Measure
+MEASURE_MAXIMUM: Measure
+MEASURE_SUM: Measure
+MEASURE_MEAN: Measure
+MEASURE_NORM: Measure
+MEASURE_LOG_PROBABILITY: Measure
+MEASURE_DOT: Measure
 
 class ImageBatch(_message.Message):
     __slots__ = ("images", "input")
@@ -67,6 +122,20 @@ class TextBatch(_message.Message):
     return_tokens: bool
     def __init__(self, texts: _Optional[_Iterable[str]] = ..., input: _Optional[str] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., max_tokens: _Optional[int] = ..., omit_special_tokens: bool = ..., return_tokens: bool = ...) -> None: ...
 
+class Sweep(_message.Message):
+    __slots__ = ("steps", "rule", "baseline", "noise", "seed")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    rule: IntegrationRule
+    baseline: float
+    noise: float
+    seed: int
+    def __init__(self, steps: _Optional[int] = ..., rule: _Optional[_Union[IntegrationRule, str]] = ..., baseline: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+
 class AudioBatch(_message.Message):
     __slots__ = ("audio", "input")
     AUDIO_FIELD_NUMBER: _ClassVar[int]
@@ -76,21 +145,43 @@ class AudioBatch(_message.Message):
     def __init__(self, audio: _Optional[_Iterable[bytes]] = ..., input: _Optional[str] = ...) -> None: ...
 
 class LayerSelection(_message.Message):
-    __slots__ = ("layer", "capture", "alias", "reduction", "dtype")
+    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method", "sweep")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     REDUCTION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    SWEEP_FIELD_NUMBER: _ClassVar[int]
     layer: str
     capture: _catalogue_pb2.Capture
     alias: str
     reduction: Reduction
     dtype: _tensor_pb2.DataType
-    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ...) -> None: ...
+    method: Method
+    sweep: Sweep
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ..., sweep: _Optional[_Union[Sweep, _Mapping]] = ...) -> None: ...
+
+class ObjectiveTerm(_message.Message):
+    __slots__ = ("layer", "capture", "measure", "index", "index_size", "vector", "weight")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    INDEX_SIZE_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    capture: _catalogue_pb2.Capture
+    measure: Measure
+    index: _containers.RepeatedScalarFieldContainer[int]
+    index_size: int
+    vector: _tensor_pb2.Tensor
+    weight: float
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., measure: _Optional[_Union[Measure, str]] = ..., index: _Optional[_Iterable[int]] = ..., index_size: _Optional[int] = ..., vector: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class ExtractRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +190,7 @@ class ExtractRequest(_message.Message):
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     AUDIO_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     images: _containers.RepeatedCompositeFieldContainer[ImageBatch]
@@ -107,7 +199,8 @@ class ExtractRequest(_message.Message):
     shared_memory_session: bytes
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
     audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ...) -> None: ...
+    objective: _containers.RepeatedCompositeFieldContainer[ObjectiveTerm]
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
@@ -132,7 +225,7 @@ class ExtractResponse(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class ExtractStreamRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "id", "timeout_ns")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective", "id", "timeout_ns")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -141,6 +234,7 @@ class ExtractStreamRequest(_message.Message):
     SHARED_MEMORY_SESSION_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     AUDIO_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
     model: str
@@ -151,9 +245,10 @@ class ExtractStreamRequest(_message.Message):
     shared_memory_session: bytes
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
     audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
+    objective: _containers.RepeatedCompositeFieldContainer[ObjectiveTerm]
     id: int
     timeout_ns: int
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamError(_message.Message):
     __slots__ = ("code", "kind", "message", "image")

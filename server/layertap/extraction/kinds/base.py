@@ -122,6 +122,7 @@ class ExtractorKind(ABC):
         captures: The sides of a layer that it can capture.
         nodes: Whether it serves nodes of the symbolic graph.
         members: Whether it serves members of containers, such as one tensor of a tuple.
+        gradients: Whether it computes gradients; see ``extraction.gradients``.
         finite_only: Whether its values for NaN and infinity differ from the model's, so that its
             input must be finite.
         warm_up_runs: Runs after which a pass at a new batch size has reached its full speed, on
@@ -134,6 +135,7 @@ class ExtractorKind(ABC):
     captures: ClassVar[frozenset[Capture]] = frozenset({Capture.OUTPUT})
     nodes: ClassVar[bool] = False
     members: ClassVar[bool] = False
+    gradients: ClassVar[bool] = False
     finite_only: ClassVar[bool] = False
     warm_up_runs: ClassVar[int] = 3
 
@@ -325,8 +327,14 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return nullcontext()
 
     @abstractmethod
-    def finish(self, program: P) -> BuiltExtractor:
-        """Make a program ready to run. It can't be saved afterwards."""
+    def finish(self, program: P, typical: Batch | None = None) -> BuiltExtractor:
+        """Make a program ready to run. It can't be saved afterwards.
+
+        Args:
+            program: The program; it may be changed in place.
+            typical: A batch of sizes for which it should be fast; None if it will run a few times
+                only.
+        """
 
     @abstractmethod
     def save(self, program: P) -> bytes | memoryview:

@@ -49,6 +49,7 @@ class HookKind(ReferenceKind):
     id = Extractor.HOOK
     captures = frozenset({Capture.OUTPUT, Capture.INPUT})
     members = True
+    gradients = True
 
     def build(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
         """See DirectKind."""

@@ -8,17 +8,21 @@ from functools import partial
 from layertap.engine import Engine, ExtractionRequest, ModelHost
 from layertap.errors import InvalidInputError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.objective import parse_objective
 from layertap.services.infer.infer_form import MODEL_VERSION, InferForm, ReplyOptions
 from layertap.services.infer.inputs import TakenInputs, infer_inputs
 from layertap.services.infer.outputs import extractor_of, selections_of
-from layertap.services.infer.parameters import check_known, number
+from layertap.services.infer.parameters import check_known, number, text
 from layertap.services.infer.shared_memory_rpcs import CallerMemory
 from layertap.services.infer.texts import TEXT_PARAMETERS
 
 __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "unknown_model"]
 
 _US = 1e-6
-_KNOWN = ("capture", "reduction", "dtype", "extractor", "timeout", *TEXT_PARAMETERS)
+_KNOWN = (
+    *("capture", "method", "reduction", "dtype", "extractor", "objective", "timeout"),
+    *TEXT_PARAMETERS,
+)
 
 
 def find_host(engine: Engine, name: str, version: str) -> ModelHost:
@@ -108,6 +112,7 @@ def extraction_request(
         ),
         selections=selections,
         extractor=extractor_of(request),
+        objective=parse_objective(text(given, "objective", "request") or None),
         form=partial(InferForm, options=options),
     )
 

@@ -21,7 +21,7 @@ __all__ = ["default_selections", "extractor_of", "selections_of"]
 E = TypeVar("E", bound=StrEnum)
 OutputTensor = pb.ModelInferRequest.InferRequestedOutputTensor
 
-_KNOWN = ("layer", "capture", "reduction", "dtype", "extractor")
+_KNOWN = ("layer", "capture", "method", "reduction", "dtype", "extractor")
 _DTYPE_NAMES = {row.datatype: row.name for row in DTYPES}
 
 
@@ -102,6 +102,7 @@ def _adjusted(selection: LayerSelection, given: Parameters, where: str) -> Layer
     return replace(
         selection,
         capture=_member(text(given, "capture", where), selection.capture, "capture"),
+        method=_member(text(given, "method", where), selection.method, "method"),
         reduction=_member(text(given, "reduction", where), selection.reduction, "reduction"),
         dtype=_dtype(text(given, "dtype", where)) or selection.dtype,
     )
