@@ -160,6 +160,39 @@ extractor does not serve the layers. Machine: {facts}.
 {table}
 """
 
+BRANCHES = """
+## How much faster than HOOK is a compiled transformer that looks at its mask?
+
+[bench_branches.py](bench_branches.py): BERT-base from its configuration, {tokens} tokens, one
+item, the outputs of all {layers} layers; milliseconds, median (quartiles) of {turns} calls that
+alternate. The time of TORCHSCRIPT includes its guard, which finds out the outcome of the mask
+([Branches](../docs/extraction.md#branches)). The speed-up is the median (quartiles) of the ratios
+of the turns. Machine: {facts}, threads {threads}.
+
+{speed}
+
+How many of the layers that HOOK serves a compiled plan serves as well, in small models of each
+architecture, and how its values compare with plain hooks': without a mask, with a mask of ones,
+and with padding at either end, for one item and for two:
+
+{shares}
+"""
+
+TEXT = """
+## How much time does the server add to a pass of BERT-base?
+
+[bench_text.py](bench_text.py): BERT-base from its configuration, {tokens} tokens, one item; a
+client on the server's machine, through shared memory. The pass is plain PyTorch in a process of
+its own, cut after the last layer that is asked for, with as many threads. The floor is a request
+for the smallest layer of a tiny model. Milliseconds, median (quartiles); all rows alternate.
+Machine: {facts}, threads {threads}.
+
+{table}
+
+The states of all 12 layers, 18.9 MB, take {ratios} the time of the pass. The last token of one
+layer takes {overheads} longer than the pass and the floor together.
+"""
+
 ENCODE = """
 ## How long does encoding a message take?
 
@@ -446,6 +479,51 @@ def _quartiles(row: dict[str, float]) -> str:
     return f"{p50} ({p25}–{p75})"
 
 
+def _branches(results: dict[str, Any], folder: Path) -> str:
+    speed = [
+        [
+            title,
+            *(_quartiles(row) for row in each["ways"].values()),
+            _quartiles(each["guard"]),
+            f"{_quartiles(each['speed-up, by turn'])}",
+        ]
+        for title, each in results["batches"].items()
+    ]
+    ways = next(iter(results["batches"].values()))["ways"]
+    shares = [
+        [
+            name,
+            f"{each['of TORCHSCRIPT']} of {each['layers of HOOK']}",
+            str(each["values compared"]),
+            str(each["wrong"]),
+        ]
+        for name, each in results["architectures"].items()
+    ]
+    return BRANCHES.format(
+        tokens=results["tokens"],
+        layers=results["layers"],
+        turns=results["turns"],
+        threads=results["threads"],
+        facts=_facts(results["machine"]),
+        speed=_table(["", *ways, "its guard alone", "speed-up"], speed),
+        shares=_table(["model", "layers of TORCHSCRIPT", "values compared", "wrong"], shares),
+    )
+
+
+def _text(results: dict[str, Any], folder: Path) -> str:
+    rows = [[name, _quartiles(row)] for name, row in results["milliseconds"].items()]
+    ratios = [f"{each['p50']:.2f}× ({name})" for name, each in results["ratios"].items()]
+    over = results["last token, over the pass and the floor"]
+    return TEXT.format(
+        tokens=results["tokens"],
+        threads=results["threads"],
+        facts=_facts(results["machine"]),
+        table=_table(["", "milliseconds"], rows),
+        ratios=" and ".join(ratios),
+        overheads=" and ".join(f"{value:.1f} ms ({name})" for name, value in over.items()),
+    )
+
+
 def _encode(results: dict[str, Any], folder: Path) -> str:
     rows = []
     for name, ways in results["cases"].items():
@@ -516,6 +594,8 @@ SECTIONS: dict[str, Section] = {
     "graphs": _graphs,
     "server": _server,
     "gpu_server": _gpu_server,
+    "branches": _branches,
+    "text": _text,
     "wire": _wire,
     "encode": _encode,
     "hook": _hook,

@@ -43,6 +43,37 @@ class Repeats(nn.Module):
         return self.conv(x), self.pooled(self.prompt(ids).mean(1))
 
 
+class OneOrMany(nn.Module):
+    """Treats one item as a special case, as the decoders of transformers do without a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.placed = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        places = torch.arange(y.shape[-1]).unsqueeze(0)
+        if y.shape[0] != places.shape[0]:
+            places = places.expand(y.shape[0], -1)
+        rows = torch.arange(y.shape[0])
+        return self.placed(y * places[rows][:, None, None])
+
+
+class ConstantItems(nn.Module):
+    """The number of items is a constant of a program, which is broadcast if it is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.placed = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        places = torch.arange(y.shape[-1]).repeat(len(y), 1)
+        return self.placed(y * places[:, None, None])
+
+
 class LargeMean(nn.Module):
     """Divides by the number of items, a constant in a trace, in a layer with many elements."""
 
@@ -211,6 +242,16 @@ def forked() -> nn.Module:
 def repeats() -> nn.Module:
     """Return a Repeats."""
     return made(Repeats)
+
+
+def one_or_many() -> nn.Module:
+    """Return a OneOrMany."""
+    return made(OneOrMany)
+
+
+def constant_items() -> nn.Module:
+    """Return a ConstantItems."""
+    return made(ConstantItems)
 
 
 def large_mean() -> nn.Module:

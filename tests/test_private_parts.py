@@ -31,6 +31,7 @@ SHARED = {"_shared_memory"}  # BaseClient's, for AsyncClient
 ATTRIBUTES = {
     *("_functorch", "_C"),  # torch
     *("_embedding_bag", "_embedding_bag_forward_only", "_nested_tensor_from_mask_left_aligned"),
+    *("_jit_pass_dce", "_create_function_from_graph", "_mkl_reorder_linear_weight"),
     *("_c", "_method_names", "_get_method", "_type"),  # torch.jit.ScriptModule
     *("_version", "_cdata", "_metadata"),  # tensors, storages and state dicts
     *("_forward_hooks", "_forward_pre_hooks", "_modules"),  # torch.nn.Module

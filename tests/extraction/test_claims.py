@@ -43,11 +43,11 @@ def refusals(catalogue: Catalogue, extractor: Extractor = TORCHSCRIPT) -> dict[s
 
 
 def test_layers_before_a_fault_are_served() -> None:
-    """A loop over the items of a batch fails at two items; earlier layers don't."""
+    """A loop over the items of a batch fails at another number of items; earlier layers do not."""
     catalogue = claims(loaded("proofnets:per_item"))
     refused = refusals(catalogue)
     assert refused["encoder"] == ""
-    assert refused["decoder"].startswith("a compiled program fails at batch size 2 (RuntimeError:")
+    assert refused["decoder"].startswith("a compiled program fails at batch size 3 (RuntimeError:")
     assert refused["out"]
     assert refused["output"]
     assert catalogue.entry("out").serves(HOOK, OUTPUT)
@@ -60,14 +60,20 @@ def test_one_odd_layer_does_not_cost_the_others() -> None:
     assert (refused["first"], refused["middle"], refused["last"]) == ("", "", "")
 
 
+@pytest.mark.parametrize("net", ["one_or_many", "constant_items"])
+def test_programs_are_recorded_from_the_number_of_items_that_works(net: str) -> None:
+    """The program of two items holds for all sizes in one net, that of one item in the other."""
+    assert not any(refusals(claims(loaded(net))).values())
+
+
 def test_only_the_layers_whose_values_differ_are_refused() -> None:
     """The reason has the batch size and the difference."""
     catalogue = claims(loaded("repeats"))
     refused = refusals(catalogue)
     assert refused["conv"] == ""
     assert refused["pooled"] == (
-        "at batch size 2 a compiled program differs from the model: its shape is [1, 4], the "
-        "model's is [2, 4]"
+        "at batch size 3 a compiled program differs from the model: its shape is [2, 4], the "
+        "model's is [3, 4]"
     )
     assert not catalogue.entry("prompt").serves(TORCHSCRIPT, INPUT)
 
@@ -79,7 +85,7 @@ def test_large_layers_are_compared_too() -> None:
     point = CapturePoint(PointKind.MODULE, "shared")
     assert sample_step(catalogue.specs[point]) > 1
     assert refusals(catalogue)["conv"] == ""
-    assert "at batch size 2" in refusals(catalogue)["shared"]
+    assert "at batch size 3" in refusals(catalogue)["shared"]
 
 
 def test_optimising_is_tried_as_well() -> None:
@@ -124,7 +130,8 @@ def test_a_value_that_is_there_for_some_inputs_only_is_left_to_hook() -> None:
 @pytest.mark.parametrize(
     "net",
     ["forked", "repeats", "clamps_below", "dead_clamp", "dead_chain", "clips", "sometimes_tuple",
-     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:residual"],
+     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:residual",
+     "one_or_many", "constant_items"],
 )  # fmt: skip
 def test_what_is_claimed_is_what_a_request_gets(net: str) -> None:
     """Every claim can be built as a plan: alone, and all of one extractor together."""

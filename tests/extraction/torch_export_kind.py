@@ -86,7 +86,9 @@ class TorchExportKind(CompiledKind[torch.export.ExportedProgram]):
         """See CompiledKind."""
         return list(program.module()(x.only))
 
-    def finish(self, program: torch.export.ExportedProgram) -> BuiltExtractor:
+    def finish(
+        self, program: torch.export.ExportedProgram, typical: Batch | None = None
+    ) -> BuiltExtractor:
         """See CompiledKind."""
         return _Exported(program.module())
 

@@ -22,7 +22,13 @@ from typing import Any
 import torch
 
 from layertap.extraction.catalogue import Catalogue, LayerEntry
-from layertap.extraction.compile_trial import Case, CompileTrial, Faults, run_case
+from layertap.extraction.compile_trial import (
+    Case,
+    CompileTrial,
+    Faults,
+    depends_on_size,
+    run_case,
+)
 from layertap.extraction.digest import sample_step
 from layertap.extraction.guards import is_fraction
 from layertap.extraction.kinds.base import BuildContext, CompiledKind
@@ -38,7 +44,7 @@ from layertap.extraction.samples import (
     reaching_batches,
     wide_batch,
 )
-from layertap.extraction.survey import survey_looks
+from layertap.extraction.survey import LooksSurvey, survey_looks
 from layertap.extraction.symbolic import Trace
 from layertap.extraction.taps import Taps
 from layertap.models import Batch, LoadedModel
@@ -119,11 +125,13 @@ class _Trial:
         if not points:
             return found
         steps = {point: sample_step(self._catalogue.specs[point]) for point in points}
-        cases = yield from self._cases(steps)
+        seen = yield from self._cases(steps)
+        cases = [case for case, _ in seen]
         for extractor, claimed in claims.items():
             kind = KINDS[extractor]
             if isinstance(kind, CompiledKind) and claimed:
-                found[extractor] = _Found((yield from self._programs(kind, claimed, steps, cases)))
+                faults = yield from self._programs(kind, claimed, steps, seen)
+                found[extractor] = _Found(faults)
             elif trace and claimed:
                 found[extractor] = yield from self._graph(trace, claimed, cases)
         return found
@@ -142,18 +150,25 @@ class _Trial:
             )
         )
 
-    def _cases(self, steps: Mapping[CapturePoint, int]) -> Generator[None, None, list[Case]]:
+    def _looks(self, x: Batch) -> LooksSurvey:
+        """Return how a pass on a batch uses its values; empty if the model was seen to use none."""
+        if not self._catalogue.looks.looked:
+            return LooksSurvey()
+        with self._guard:
+            return survey_looks(self._model, x)
+
+    def _cases(
+        self, steps: Mapping[CapturePoint, int]
+    ) -> Generator[None, None, list[tuple[Case, LooksSurvey]]]:
         """Run the model on each batch, and leave out batches that it can't take."""
         model = self._model
-        cases: list[Case] = []
+        cases: list[tuple[Case, LooksSurvey]] = []
 
         def add(x: Batch | None, *, ordinary: bool = False) -> bool:
             if x is None:
                 return False
             case = run_case(model, self._guard, x, steps, ordinary=ordinary)
-            if case and self._catalogue.looks.looked:
-                case = replace(case, astray=self._astray(x))
-            cases.extend([case] if case else [])
+            cases.extend([(case, self._looks(x))] if case else [])
             return case is not None
 
         add(ordinary_batch(model, 2), ordinary=True)
@@ -171,14 +186,6 @@ class _Trial:
             add(ordinary_batch(model, 1), ordinary=True)
         yield
         return cases
-
-    def _astray(self, x: Batch) -> frozenset[CapturePoint]:
-        """Return the points before which the code goes another way than for the example."""
-        example = self._catalogue.looks
-        with self._guard:
-            looks = survey_looks(self._model, x)
-        points = example.looked.keys() | looks.looked.keys()
-        return frozenset(p for p in points if looks.before(p) != example.before(p))
 
     def _graph(
         self, trace: Trace, points: Sequence[CapturePoint], cases: Sequence[Case]
@@ -232,26 +239,44 @@ class _Trial:
         kind: CompiledKind[Any],
         points: Sequence[CapturePoint],
         steps: Mapping[CapturePoint, int],
-        cases: Sequence[Case],
+        seen: Sequence[tuple[Case, LooksSurvey]],
     ) -> Generator[None, None, Faults]:
-        # Not the taps for requests: the hooks of this trial would slow down their passes.
-        taps = Taps(self._model.module)
-        context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
-        unrepeated = [point for point in points if self._is_unrepeated(point, cases)]
-        rest = [point for point in points if point not in unrepeated]
-        try:
-            faults = yield from CompileTrial(context, kind, steps, cases).faults(rest)
-        finally:
-            taps.close()
-        return {**faults, **dict.fromkeys(unrepeated, UNREPEATED)}
+        """Return the faults of programs; see Note [Examples to record from] in ``plan_builder``."""
+        found: list[Faults] = []
+        for size in (2, 1):
+            example = ordinary_batch(self._model, size)
+            looks = self._looks(example)
+            yield
+            cases = [replace(case, astray=_astray(looks, other)) for case, other in seen]
+            unrepeated = [point for point in points if _is_unrepeated(point, looks, cases)]
+            rest = [point for point in points if point not in unrepeated]
+            # Not the taps for requests: the hooks of this trial would slow down their passes.
+            taps = Taps(self._model.module)
+            context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
+            try:
+                faults = yield from CompileTrial(context, kind, steps, example, cases).faults(rest)
+            finally:
+                taps.close()
+            found.append({**faults, **dict.fromkeys(unrepeated, UNREPEATED)})
+            if not any(map(depends_on_size, faults.values())):
+                break
+        # Any subset of what one example serves can be served together.
+        return min(found, key=len)
 
-    def _is_unrepeated(self, point: CapturePoint, cases: Sequence[Case]) -> bool:
-        """Return whether the code looks at a fraction before a point that no other sample has.
 
-        Batches of ordinary numbers have items in common, so they don't count.
-        """
-        fraction = any(map(is_fraction, self._catalogue.looks.before(point)))
-        return fraction and all(point in case.astray for case in cases if not case.ordinary)
+def _astray(example: LooksSurvey, looks: LooksSurvey) -> frozenset[CapturePoint]:
+    """Return the points before which the code goes another way than for the example."""
+    points = example.looked.keys() | looks.looked.keys()
+    return frozenset(p for p in points if looks.before(p) != example.before(p))
+
+
+def _is_unrepeated(point: CapturePoint, example: LooksSurvey, cases: Sequence[Case]) -> bool:
+    """Return whether the code looks at a fraction before a point that no other sample has.
+
+    Batches of ordinary numbers have items in common, so they don't count.
+    """
+    fraction = any(map(is_fraction, example.before(point)))
+    return fraction and all(point in case.astray for case in cases if not case.ordinary)
 
 
 def _found_of_graph(

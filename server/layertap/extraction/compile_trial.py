@@ -39,7 +39,7 @@ from layertap.extraction.points import CapturePoint
 from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, LoadedModel
 
-__all__ = ["Case", "CompileTrial", "Faults", "run_case"]
+__all__ = ["Case", "CompileTrial", "Faults", "depends_on_size", "run_case"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ Both copy the weights.
 
 LARGER = 7
 """An additional batch size for programs that could end the process."""
+
+_AT_SIZE = "at batch size"
 
 Run = Callable[[Batch], Values]
 
@@ -135,6 +137,7 @@ class CompileTrial:
         context: The model, with taps that only this trial uses.
         kind: The kind that compiles.
         steps: The distance between the elements that are compared, for each point.
+        example: The batch from which programs are recorded.
         cases: The batches, with the values that the programs must compute.
     """
 
@@ -143,11 +146,13 @@ class CompileTrial:
         context: BuildContext,
         kind: CompiledKind[Any],
         steps: Mapping[CapturePoint, int],
+        example: Batch,
         cases: Sequence[Case],
     ) -> None:
         self._context = context
         self._kind = kind
         self._steps = steps
+        self._example = example
         self._cases = cases
         self._small = context.model.weight_bytes() <= MAX_COPIED_BYTES
         self._left = MAX_PROGRAMS
@@ -324,8 +329,7 @@ class CompileTrial:
             # The second tensor has the value's shape but takes the memory of one element.
             return value.reshape(-1)[:: steps[index]].clone(), value.new_zeros(()).expand_as(value)
 
-        model = self._context.model
-        example = ordinary_batch(model, 1)
+        example = self._example.clone()
         # Earlier requests leave hooks like these on the model; a compiler may fail because of them.
         for point in points:
             self._context.taps.install(point.path, point.capture)
@@ -333,7 +337,7 @@ class CompileTrial:
             with self._context.guard:
                 return self._kind.compile(self._context, PassSpec(tuple(points)), example, compared)
         except Exception as error:
-            _log.info("model %s can't be compiled", model.name, exc_info=True)
+            _log.info("model %s can't be compiled", self._context.model.name, exc_info=True)
             if is_out_of_memory(error):
                 raise
             reason = f"the model can't be compiled ({compiler_words(error)})"
@@ -358,7 +362,7 @@ class CompileTrial:
                 # The program may write into its batch, which other programs use again.
                 return run(x.clone())
         except Exception as error:
-            raise _failed(f"a compiled program fails at batch size {x.size}", error) from error
+            raise _failed(f"a compiled program fails {_AT_SIZE} {x.size}", error) from error
 
     def _differences(
         self, case: Case, points: Sequence[CapturePoint], values: Sequence[torch.Tensor]
@@ -376,10 +380,14 @@ class CompileTrial:
             tolerance = self._kind.tolerance(true.elements)
             if fault := true.fault_of_sample(shape, elements.to(true.elements.device), tolerance):
                 faults[point] = (
-                    f"at batch size {case.x.size} a compiled program differs from the model: "
-                    f"{fault}"
+                    f"{_AT_SIZE} {case.x.size} a compiled program differs from the model: {fault}"
                 )
         return faults
+
+
+def depends_on_size(reason: str) -> bool:
+    """Return whether a program fails or differs at some batch size, which its example decides."""
+    return _AT_SIZE in reason
 
 
 def _failed(what: str, error: Exception) -> Exception:

@@ -56,7 +56,8 @@ def variations(model: LoadedModel, x: Batch, sizes: tuple[int, ...] = (1, 2, 3))
 
     Floating-point numbers are scaled, moved a little, and drawn again within the given range. Token
     ids are replaced by others, except for padding. Everything else, such as masks, is not changed,
-    or all tensors are moved along the item by one place.
+    or all tensors are moved along the item by one place. Of several inputs, each is also changed
+    alone, as the outcome may depend on some of them only.
 
     Args:
         model: The model.
@@ -67,6 +68,11 @@ def variations(model: LoadedModel, x: Batch, sizes: tuple[int, ...] = (1, 2, 3))
         yield _changed(model, resized(x, size), seed)
     for size in sizes:
         yield resized(x, size).map(_rolled)
+    if len(x) > 1:
+        for seed, size in enumerate(sizes, 2 * len(sizes)):
+            changed = _changed(model, resized(x, size), seed)
+            for name in x:
+                yield Batch({**resized(x, size).tensors, name: changed[name]})
 
 
 def _rolled(tensor: torch.Tensor) -> torch.Tensor:

@@ -327,8 +327,14 @@ class CompiledKind(ExtractorKind, Generic[P]):
         return nullcontext()
 
     @abstractmethod
-    def finish(self, program: P) -> BuiltExtractor:
-        """Make a program ready to run. It can't be saved afterwards."""
+    def finish(self, program: P, typical: Batch | None = None) -> BuiltExtractor:
+        """Make a program ready to run. It can't be saved afterwards.
+
+        Args:
+            program: The program; it may be changed in place.
+            typical: A batch of sizes for which it should be fast; None if it will run a few times
+                only.
+        """
 
     @abstractmethod
     def save(self, program: P) -> bytes | memoryview:

@@ -31,6 +31,7 @@ from torch import nn
 from layertap.extraction.apart import may_end_the_process, run_apart
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.kinds.base import BuildContext, CompiledKind, Take, cloned
+from layertap.extraction.packed_linears import pack_linears
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, Sink
 from layertap.extraction.taps import Taps
@@ -122,10 +123,13 @@ class TorchScriptExtractor:
 
     Args:
         frozen: The result of ``trace_taps``. It is optimised in place, and can't be saved any more.
+        typical: A batch for whose sizes it is optimised most; None to optimise for no sizes.
     """
 
-    def __init__(self, frozen: torch.jit.ScriptModule) -> None:
+    def __init__(self, frozen: torch.jit.ScriptModule, typical: Batch | None = None) -> None:
         with _deprecated():
+            # Held, so that other programs of the model share them.
+            self._packed = [] if typical is None else pack_linears(frozen, typical)
             self._program = torch.jit.optimize_for_inference(frozen)
 
     def run(self, x: Batch, sink: Sink) -> None:
@@ -174,9 +178,11 @@ class TorchScriptKind(CompiledKind[torch.jit.ScriptModule]):
         context: AbstractContextManager[object] = torch.jit.optimized_execution(False)  # type: ignore[attr-defined]
         return context
 
-    def finish(self, program: torch.jit.ScriptModule) -> BuiltExtractor:
+    def finish(
+        self, program: torch.jit.ScriptModule, typical: Batch | None = None
+    ) -> BuiltExtractor:
         """See CompiledKind."""
-        return TorchScriptExtractor(program)
+        return TorchScriptExtractor(program, typical)
 
     def save(self, program: torch.jit.ScriptModule) -> memoryview:
         """See CompiledKind.
