@@ -63,6 +63,8 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_wire.py --rounds 8 $(ARGS)
 	$(BIN)/python -W ignore benchmarks/bench_server.py
 	$(BIN)/python -W ignore benchmarks/bench_encode.py
+	$(BIN)/python -W ignore benchmarks/bench_branches.py
+	$(BIN)/python -W ignore benchmarks/bench_text.py
 	$(BIN)/python -W ignore benchmarks/bench_hook.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported, and for the servers that tests start. Their callers are busy on the same
@@ -15,17 +16,27 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from layertap.extraction.tf32 import tf32_allowed
 from layertap.models import LoadedModel, ModelSpec, load_model
 from tinynets import ITEM
 
+TF32_AT_FIRST = tf32_allowed()
 LoadNet = Callable[[str], LoadedModel]
 
 LONGEST = (
-    *("zoo/test_zoo.py", "soak/test_soak.py", "services/test_mission.py", "app/test_reload.py"),
-    *("chaos/test_chaos.py", "app/test_lifecycle.py", "app/test_shared_memory.py"),
-    *("extraction/test_claims.py", "extraction/test_hazards.py", "coverage/test_prove.py"),
+    *("zoo/test_zoo.py", "soak/test_soak.py", "app/test_reload.py", "test_readme.py"),
+    *("chaos/test_chaos.py", "app/test_lifecycle.py", "services/test_mission.py"),
+    *("coverage/test_prove.py", "extraction/test_claims.py", "extraction/test_sixth_kind.py"),
+    *("engine/test_stateful_models.py", "app/test_shared_memory.py", "app/test_logs.py"),
+    *("test_security_docs.py", "app/test_no_more_threads.py", "test_architecture.py"),
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what is imported by now, which takes it a third of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +54,12 @@ def load_net() -> LoadNet:
         return load_model(ModelSpec(f"tinynets:{factory}", item_shape=ITEM), "cpu")
 
     return load
+
+
+@pytest.fixture
+def tf32_at_first() -> bool:
+    """Whether PyTorch allows TF32 before anybody has set anything."""
+    return TF32_AT_FIRST
 
 
 @pytest.fixture(autouse=True)

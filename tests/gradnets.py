@@ -135,7 +135,7 @@ def batch_second() -> nn.Module:
 
 
 class Coupled(nn.Module):
-    """Subtracts the mean of the batch, so that the items influence each other."""
+    """Multiplies by the mean of the batch, so that the items influence each other."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Coupled(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.act(self.conv(x))
-        return self.fc((x * x - x.mean(0)).mean((2, 3)))
+        return self.fc((x * x.mean(0)).mean((2, 3)))
 
 
 def coupled() -> nn.Module:
@@ -251,3 +251,24 @@ class Smooth(nn.Module):
 def smooth() -> nn.Module:
     """Return a seeded Smooth."""
     return seeded(Smooth).double()
+
+
+class Clears(nn.Module):
+    """Overwrites a value after its last use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.same = nn.Identity()
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        scores = self.fc(self.same(x).tanh().mean((2, 3)))
+        x.zero_()
+        return scores
+
+
+def clears() -> nn.Module:
+    """Return a seeded Clears."""
+    return seeded(Clears).double()

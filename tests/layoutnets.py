@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torchvision.models import SwinTransformer, VisionTransformer
 
 
 class Mixer(nn.Module):
@@ -37,6 +38,26 @@ class Vit(nn.Module):
         x = torch.cat([self.cls.expand(len(x), -1, -1), tokens], 1) + self.places
         x = self.embedded(x)
         return self.out(x + self.attention(x, x, x)[0])
+
+
+def small_swin() -> nn.Module:
+    """Return torchvision's Swin with two short stages.
+
+    Channels are last. At 64 × 64 pixels the second stage is one window, which is not shifted. Its
+    attention is made strong, so that a window in the wrong place is seen in the values.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        net = SwinTransformer([4, 4], 24, [2, 2], [2, 4], [8, 8], num_classes=10)
+    for name, parameter in net.named_parameters():
+        if ".attn." in name:
+            parameter.data.mul_(20)
+    return net.eval()
+
+
+def small_vit() -> nn.Module:
+    """Return torchvision's ViT with three blocks, for 64 × 64 pixels."""
+    return VisionTransformer(64, 32, 3, 4, 32, 64, num_classes=10).eval()
 
 
 class Queries(nn.Module):

@@ -124,7 +124,7 @@ def test_the_streaming_examples_run(
 
 def test_layers_are_listed_as_shown() -> None:
     """The command that lists layers works."""
-    listed = layertap(*command("layers"))
+    listed = layertap(*command("layers"), fresh=False)
     assert listed.returncode == 0, listed.stderr
     assert "avgpool" in listed.stdout
 
@@ -135,7 +135,7 @@ def test_extracting_without_a_server_writes_the_file(
     """The command for one process writes the archive that it names."""
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    done = layertap(*command("extract"))
+    done = layertap(*command("extract"), fresh=False)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "features.npz") as features:
         assert features["layer1"].shape == (1, 64, 56, 56)

@@ -33,7 +33,7 @@ def test_a_newcomer_gets_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         subprocess.run(["/bin/sh", "-euc", script], check=True, env=os.environ, capture_output=True)
     assert Path("server.key").stat().st_mode & 0o077 == 0
     args = [arg for arg in shlex.split(serve)[2:] if arg not in {"--host", "0.0.0.0"}]  # noqa: S104
-    with serving(*args, fresh=True) as server:
+    with serving(*args) as server:
         address = server.address.replace("127.0.0.1", "localhost")
         names: dict[str, object] = {}
         (code,) = blocks("python")

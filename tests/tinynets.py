@@ -7,6 +7,7 @@ take ``[B, 3, 16, 16]`` float32.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 ITEM = (3, 16, 16)
 
 
-def seeded(build: type[nn.Module]) -> nn.Module:
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     """Build a net with the same random weights each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
@@ -218,6 +219,11 @@ def residual() -> nn.Module:
     return seeded(Residual)
 
 
+def block() -> nn.Module:
+    """Return a seeded Block of its own."""
+    return seeded(lambda: Block(3))
+
+
 def containers() -> nn.Module:
     """Return a seeded Containers."""
     return seeded(Containers)
@@ -409,9 +415,43 @@ def patches() -> nn.Module:
     return seeded(Patches)
 
 
+class Chain(nn.Module):
+    """As few layers as will do. Loading takes a quarter of the Residual's time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.layer1 = nn.Conv2d(8, 8, 3, padding=1)
+        self.layer2 = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer2(self.layer1(self.conv1(x))).mean((2, 3))
+
+
+def chain() -> nn.Module:
+    """Return a seeded Chain."""
+    return seeded(Chain)
+
+
+class Lone(nn.Module):
+    """One layer: torch.compile translates every module again for each way of hooking it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1 = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer1(x).relu()
+
+
+def lone() -> nn.Module:
+    """Return a seeded Lone."""
+    return seeded(Lone)
+
+
 def compiled() -> nn.Module:
-    """Return the Residual as ``torch.compile`` wraps it."""
-    return torch.compile(residual(), backend="eager")
+    """Return the Lone as ``torch.compile`` wraps it."""
+    return torch.compile(lone(), backend="eager")
 
 
 class Heavy(nn.Module):

@@ -24,10 +24,12 @@ from typing import IO
 # Its standard input is a socket, whose messages are arguments of `python -m layertap` and the files
 # for standard output and error. It answers with process ids and, as they end, with exit codes.
 _SERVER = """
-import json, os, runpy, select, socket, sys
+import gc, json, os, runpy, select, socket, sys
 import torchvision
 import layertap.app.lifecycle, layertap.cli.main, layertap.cli.serve, layertap.engine
 control = socket.socket(fileno=0)
+gc.collect()
+gc.freeze()  # What is imported stays shared with the forks: their collectors don't touch it.
 control.send(b"[]")
 while True:
     readable, _, _ = select.select([control], [], [], 0.02)
@@ -52,7 +54,8 @@ for number, file in enumerate([nothing, *files]):
     os.dup2(file, number)
     os.close(file)
 control.detach()
-arguments, folder = json.loads(message)
+arguments, folder, environment = json.loads(message)
+os.environ.update(environment)
 os.chdir(folder)
 sys.path[0] = folder
 sys.argv = ["layertap", *arguments]
@@ -78,11 +81,27 @@ class Warm:
         assert self._socket.recv(1 << 10), "the process that imports PyTorch has ended"
         atexit.register(self._close)
 
-    def fork(self, arguments: Sequence[str], folder: Path, error: IO[str]) -> int:
-        """Run ``layertap`` with arguments in a folder; return the process's id."""
+    def fork(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        output: int,
+        error: int,
+    ) -> int:
+        """Run ``layertap`` with arguments in a folder; return the process's id.
+
+        Args:
+            arguments: Its arguments.
+            folder: The folder to run in.
+            environment: Variables besides those of the process that waits. Those that libraries
+                read when they are imported have no effect.
+            output: A file descriptor for its standard output.
+            error: Likewise for what it writes to stderr.
+        """
         self._socket.setblocking(True)
-        message = json.dumps([[*arguments], str(folder)]).encode()
-        socket.send_fds(self._socket, [message], [1, error.fileno()])
+        message = json.dumps([[*arguments], str(folder), {**environment}]).encode()
+        socket.send_fds(self._socket, [message], [output, error])
         while True:
             which, number = json.loads(self._socket.recv(1 << 10))
             if which == "begun":
@@ -115,16 +134,36 @@ def warm(*environment: tuple[str, str]) -> Warm:
 
 
 class Forked:
-    """A fork that runs ``layertap``, with what of Popen's interface tests use."""
+    """A fork that runs ``layertap``, with what of Popen's interface tests use.
+
+    Args:
+        arguments: Its arguments.
+        environment: The environment of the process that it is forked from.
+        folder: The folder to run in.
+        more: Further variables; see ``Warm.fork``.
+        output: A file descriptor for its standard output; this process's if not given.
+        error: Likewise for what it writes to stderr; a pipe, ``stderr``, if not given.
+    """
 
     def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        *,
+        more: Mapping[str, str] | None = None,
+        output: int = 1,
+        error: int | None = None,
     ) -> None:
         self._warm = warm(*sorted(environment.items()))
-        read, write = os.pipe()
-        self.stderr: IO[str] = os.fdopen(read, encoding="utf-8")
-        with os.fdopen(write, "w") as theirs:
-            self.pid = self._warm.fork(arguments, folder, theirs)
+        self.stderr: IO[str] | None = None
+        theirs = error
+        if theirs is None:
+            read, theirs = os.pipe()
+            self.stderr = os.fdopen(read, encoding="utf-8")
+        self.pid = self._warm.fork(arguments, folder, more or {}, output, theirs)
+        if error is None:
+            os.close(theirs)
 
     def poll(self) -> int | None:
         """Return the exit code; None while it runs."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,8 @@ import pytest
 
 from disks import small_disk
 from layertap import Client
-from processes import COMMAND, ENVIRONMENT, serving
+from processes import ENVIRONMENT, serving
+from warm import Forked
 
 X = np.random.default_rng(0).random((2, 3, 16, 16), np.float32)
 CONFIG = (
@@ -49,13 +49,9 @@ def test_messages_that_can_not_be_written_are_survived(form: str) -> None:
         port = free.getsockname()[1]
     args = ("serve", "m=tinynets:residual", "--item-shape", "3,16,16", "--port", str(port))
     rest = ("--metrics-port", "-1", "--plan-cache", "off", "--log-level", "info")
-    with (
-        Path("/dev/full").open("w") as full,
-        subprocess.Popen(
-            [*COMMAND, *args, *rest, "--log-format", form], env=ENVIRONMENT, stderr=full
-        ) as server,
-        Client(f"127.0.0.1:{port}") as client,
-    ):
+    with Path("/dev/full").open("w") as full, Client(f"127.0.0.1:{port}") as client:
+        all_args = (*args, *rest, "--log-format", form)
+        server = Forked(all_args, ENVIRONMENT, Path.cwd(), error=full.fileno())
         try:
             client.wait_ready(60)
             assert client.extract("m", X, "layer1")["layer1"].shape[0] == 2

@@ -182,7 +182,7 @@ def test_a_server_is_not_ready_until_its_models_are() -> None:
         "--plan-cache",
         "off",
     ]
-    server = Serving(args)
+    server = Serving(args, fresh=False)
     try:
         port = urlsplit(server.line(r"metrics on (\S+)$")[1]).port or 0
 

@@ -114,9 +114,7 @@ def test_answers_not_serving_while_it_loads() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with serving(
-        "slownets:never", "--port", str(port), "--metrics-port", "0", fresh=True
-    ) as server:
+    with serving("slownets:never", "--port", str(port), "--metrics-port", "0") as server:
         server.line("metrics on")  # Printed after the server has started.
         assert health(f"127.0.0.1:{port}") == NOT_SERVING
         server.process.send_signal(signal.SIGTERM)
@@ -167,7 +165,7 @@ def test_model_that_cannot_load_ends_it(tmp_path: Path) -> None:
     config.write_text(
         "[server]\nport = 0\nmetrics_port = -1\n[[models]]\nsource = 'slownets:gone'\n"
     )
-    result = layertap("serve", "--config", str(config))
+    result = layertap("serve", "--config", str(config), fresh=False)
     assert result.returncode == 1
     assert "layertap: error: factory slownets:gone" in result.stderr
     assert result.stderr.count("slownets:gone") == 1

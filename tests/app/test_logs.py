@@ -22,7 +22,7 @@ from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.v1 import feature_service_pb2
 from layertap.wire.messages import encode_request
-from processes import ENVIRONMENT, Serving, layertap, serving
+from processes import ENVIRONMENT, layertap, serving
 from tinynets import ITEM
 
 BATCH = np.zeros((2, *ITEM), np.float32)
@@ -173,9 +173,7 @@ def test_narration_has_levels() -> None:
 
 def test_serve_logs_json_only() -> None:
     """``layertap serve --log-format json`` writes only JSON lines to stderr."""
-    with serving(
-        "tinynets:residual", "--item-shape", "3,8,8", "--log-format", "json", fresh=True
-    ) as server:
+    with serving("tinynets:residual", "--item-shape", "3,8,8", "--log-format", "json") as server:
         server.line(r'"message": "serving residual on ')
         server.process.terminate()
         assert server.ended() == 0
@@ -209,11 +207,10 @@ def test_everything_that_a_server_writes_is_json(monkeypatch: pytest.MonkeyPatch
 def test_the_last_words_of_a_crash_are_json() -> None:
     """What native code writes just before it aborts the process still becomes a record."""
     args = ["noisynets:aborts", "--item-shape", "3,8,8", "--log-format", "json"]
-    server = Serving([*args, "--port", "0", "--metrics-port", "-1", "--plan-cache", "off"])
-    assert server.ended() < 0
-    entries = [json.loads(line) for line in server.lines]
+    with serving(*args) as server:
+        assert server.ended() < 0
+        entries = [json.loads(line) for line in server.lines]
     assert entries[-1]["message"] == "terminate called after throwing an instance of 'noisy'"
-    server.close()
 
 
 def test_a_wrong_configuration_is_told_as_json(tmp_path: Path) -> None:

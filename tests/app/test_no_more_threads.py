@@ -45,7 +45,7 @@ def threads_of(server: Serving) -> int:
 
 def test_a_burst_at_the_limit_is_survived(group: Path) -> None:
     """Without new threads every call ends, health answers, and later calls are served."""
-    server = Serving(["tinynets:residual", *ARGS])
+    server = Serving(["tinynets:residual", *ARGS], fresh=False)
     x = np.random.default_rng(0).random((1, *ITEM), np.float32)
     outcomes: list[str] = []
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import processes
 from layertap.app.notify import notify
 from processes import serving
 
@@ -51,12 +50,10 @@ def test_nobody_listens(
     assert "can't notify the service manager of READY=1" in caplog.text
 
 
-def test_serve_tells_ready_and_stopping(
-    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_tells_ready_and_stopping(manager: socket.socket) -> None:
     """``layertap serve`` sends READY=1 once its models are loaded, and STOPPING=1 at SIGTERM."""
-    monkeypatch.setitem(processes.ENVIRONMENT, "NOTIFY_SOCKET", manager.getsockname())
-    with serving("tinynets:residual", "--item-shape", "3,8,8") as server:
+    told = {"NOTIFY_SOCKET": manager.getsockname()}
+    with serving("tinynets:residual", "--item-shape", "3,8,8", environment=told) as server:
         assert manager.recv(100) == b"READY=1"
         assert any("loaded residual" in line for line in server.lines)
         server.process.terminate()

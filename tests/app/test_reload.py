@@ -21,7 +21,7 @@ from versioned import ITEM, Callers, save, save_weights, version_of, write_confi
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-RELOADS = 8
+RELOADS = 4
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_strict_and_total_failures_end_it(config: Path, args: tuple[str, ...]) -
     """With --strict one failed model ends the start with code 1; without it, only if all fail."""
     write_config(config, "late", "net" if args else "later")
     common = ("--port", "0", "--metrics-port", "-1", "--plan-cache", "off")
-    result = layertap("serve", "--config", str(config), *common, *args)
+    result = layertap("serve", "--config", str(config), *common, *args, fresh=False)
     assert result.returncode == 1
     assert "late.pt: no such file" in result.stderr
     assert "Traceback" not in result.stderr

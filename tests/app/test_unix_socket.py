@@ -204,7 +204,7 @@ def test_serve_on_a_unix_socket(tmp_path: Path) -> None:
     """The server of the command line answers there, also for health, and ends cleanly."""
     path = tmp_path / "s"
     args = ("tinynets:residual", "--item-shape", "3,32,32", "--metrics-port", "0")
-    server = Serving([*args, "--host", f"unix:{path}", "--plan-cache", "off"])
+    server = Serving([*args, "--host", f"unix:{path}", "--plan-cache", "off"], fresh=False)
     try:
         assert server.address == f"unix:{path}"
         assert server.line(r"metrics on http://127\.0\.0\.1:")

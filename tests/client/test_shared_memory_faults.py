@@ -88,7 +88,7 @@ def test_threads_share_one_session(
     assert eventually(lambda: "leased" not in served.regions())
 
 
-def test_a_thousand_calls_leak_nothing(served: Served, client: Client) -> None:
+def test_hundreds_of_calls_leak_nothing(served: Served, client: Client) -> None:
     """However many calls are made, only the files of a few alternating regions are open."""
 
     def others() -> int:
@@ -99,9 +99,9 @@ def test_a_thousand_calls_leak_nothing(served: Served, client: Client) -> None:
 
     client.extract("residual", LARGE[:100], LAYERS)
     before = others()
-    for _ in range(1000):
+    for _ in range(250):
         client.extract("residual", LARGE[:100], LAYERS)
-    assert served.memory.state().reply_bytes >= 1000 * 256 * 1024
+    assert served.memory.state().reply_bytes >= 250 * 256 * 1024
     assert eventually(lambda: "leased" not in served.regions())
     assert others() == before
     assert served.regions()["free"] <= 16

@@ -23,7 +23,7 @@ from layertap.services.native_form import NativeForm
 from tinynets import ITEM
 
 X = np.random.default_rng(0).random((1, *ITEM), dtype=np.float32)
-REQUEST = request_for("residual", "layer1", X)
+REQUEST = request_for("chain", "layer1", X)
 
 
 class Gate:
@@ -63,7 +63,7 @@ def no_gc() -> Iterator[None]:
 def engine() -> Iterator[Engine]:
     """An engine with room for three requests and for two replies of layer1."""
     engine = Engine(Limits(pending=3, pending_bytes=5000))
-    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
+    engine.load(ModelSpec("tinynets:chain", item_shape=ITEM))
     yield engine
     engine.close()
 
@@ -71,8 +71,8 @@ def engine() -> Iterator[Engine]:
 def test_one_request_too_many_is_refused_at_once() -> None:
     """Admitted requests are answered; after that the next one is admitted."""
     engine = Engine(Limits(pending=3))
-    engine.load(ModelSpec("tinynets:residual", item_shape=ITEM))
-    gate = Gate(engine, "residual")
+    engine.load(ModelSpec("tinynets:chain", item_shape=ITEM))
+    gate = Gate(engine, "chain")
     with ThreadPoolExecutor(3) as pool:
         admitted = [pool.submit(engine.extract, REQUEST, Call()) for _ in range(3)]
         while engine.pending < 3:
@@ -90,7 +90,7 @@ def test_a_refused_request_gives_its_place_back(engine) -> None:
     """Requests with bad input, unknown layers or ended calls are not pending after a refusal."""
     for _ in range(4):
         with pytest.raises(errors.LayerNotFoundError):
-            engine.extract(request_for("residual", "nothing", X), Call())
+            engine.extract(request_for("chain", "nothing", X), Call())
         with pytest.raises(errors.DeadlineExceededError):
             engine.extract(REQUEST, Call(timeout=0))
     assert engine.pending == 0
@@ -124,7 +124,7 @@ def test_a_request_is_let_go_when_it_is_answered(engine, no_gc) -> None:
     """Neither the call nor the reply keeps the request's array alive."""
     x = X.copy().view(Kept)
     alive = weakref.ref(x)
-    call, request = Call(), request_for("residual", "layer1", x)
+    call, request = Call(), request_for("chain", "layer1", x)
     del x
     reply = engine.extract(request, call)
     del request
@@ -169,7 +169,7 @@ def test_what_images_are_decoded_to_counts() -> None:
 
 def test_a_pass_that_runs_on_keeps_its_bytes(engine, no_gc) -> None:
     """If a caller's deadline passes during a pass, its bytes count until the pass ends."""
-    gate = Gate(engine, "residual")
+    gate = Gate(engine, "chain")
     with engine.reserve(100) as received, pytest.raises(errors.DeadlineExceededError):
         engine.extract(REQUEST, Call(timeout=1.0), received=received)
     assert gate.reached.is_set()
@@ -202,14 +202,14 @@ def test_a_request_leaves_no_garbage(engine, no_gc, outcome) -> None:
     """However a request ends, it leaves nothing for the garbage collector."""
     engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
     # HOOK: AUTO would compile beside the requests, and torch's tracing does leave garbage.
-    request = request_for("residual", "layer1", X, Extractor.HOOK)
+    request = request_for("chain", "layer1", X, Extractor.HOOK)
 
     def ask() -> None:
         match outcome:
             case "answered":
                 engine.extract(request, Call()).release()
             case "unknown layer":
-                engine.extract(request_for("residual", "nothing", X, Extractor.HOOK), Call())
+                engine.extract(request_for("chain", "nothing", X, Extractor.HOOK), Call())
             case "late":
                 engine.extract(request, Call(timeout=0))
             case "failed":
@@ -230,7 +230,7 @@ def test_a_request_leaves_no_garbage(engine, no_gc, outcome) -> None:
 
 def test_a_request_that_nobody_waits_for_leaves_the_queue(engine) -> None:
     """If its deadline passes behind a long pass, it is dropped, and its place is free at once."""
-    gate = Gate(engine, "residual")
+    gate = Gate(engine, "chain")
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(engine.extract, REQUEST, Call())
         assert gate.reached.wait(60)
@@ -246,14 +246,14 @@ def test_a_request_that_nobody_waits_for_leaves_the_queue(engine) -> None:
 )
 def test_a_pass_is_given_up_between_layers(engine, extractor) -> None:
     """If the caller leaves during its pass, the pass ends, and the deep layers never run."""
-    module = engine.host("residual").model.module
+    module = engine.host("chain").model.module
     call, ran = Call(), []
-    module.avgpool.register_forward_hook(lambda *_: ran.append("avgpool"))
-    engine.extract(request_for("residual", "avgpool", X, extractor), Call())  # Builds the plan.
+    module.layer2.register_forward_hook(lambda *_: ran.append("layer2"))
+    engine.extract(request_for("chain", "layer2", X, extractor), Call())  # Builds the plan.
     assert ran
     ran.clear()
     module.conv1.register_forward_hook(lambda *_: call.cancel())
     with pytest.raises(errors.CancelledError):
-        engine.extract(request_for("residual", "avgpool", X, extractor), call)
-    engine.extract(request_for("residual", "layer1", X), Call())  # Behind the pass.
+        engine.extract(request_for("chain", "layer2", X, extractor), call)
+    engine.extract(request_for("chain", "layer1", X), Call())  # Behind the pass.
     assert ran == []

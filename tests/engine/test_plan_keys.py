@@ -30,16 +30,16 @@ def engine() -> Iterator[Engine]:
 def test_swin_at_another_size_gets_a_plan_of_its_own(engine) -> None:
     """A trace of Swin is silently wrong at another height and width; layertap is right at both."""
     layer = "features.3"
-    engine.load(ModelSpec("swin_t", weights="random", item_shape=(3, 64, 64)), [
+    engine.load(ModelSpec("layoutnets:small_swin", item_shape=(3, 64, 64)), [
         LayerSelection(layer),
     ])  # fmt: skip
-    module = engine.host("swin_t").model.module
+    module = engine.host("small_swin").model.module
     naive = torch.jit.trace(module, torch.rand(1, 3, 64, 64), check_trace=False)
     for size in ((64, 64), (128, 128), (64, 64), (80, 112)):
         for batch in (1, 3, 2):
             x = torch.rand(batch, 3, *size)
             truth = outputs_of(module, x, layer)[0]
-            features = ask(engine, "swin_t", layer, x, Extractor.TORCHSCRIPT)
+            features = ask(engine, "small_swin", layer, x, Extractor.TORCHSCRIPT)
             assert features.extractor is Extractor.TORCHSCRIPT
             error = difference(features.torch()[layer], truth)
             assert error <= COMPILED_TOLERANCE[torch.float32], (size, batch)

@@ -28,6 +28,10 @@ EQUAL = sorted(set(NETS) - RANDOM - KEPT)
 """Nets whose answers are those of a fresh module; the others are random or reported stateful."""
 
 
+OF_THE_THREAD = ("PerThread", "OwnChance", "Recurrent", "Fills")
+"""Nets that one thread serves as well: each request then finds what the one before it left."""
+
+
 @pytest.fixture(params=[1, 2], ids=["latency", "throughput"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """An engine of each mode."""
@@ -67,7 +71,11 @@ def fresh(name: str, layer: str, x: np.ndarray) -> torch.Tensor:
 
 
 @pytest.mark.usefixtures("factories")
-@pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [*((2, name) for name in EQUAL), *((1, name) for name in OF_THE_THREAD)],
+    indirect=["engine"],
+)
 def test_each_answer_is_that_of_a_fresh_module(engine: Engine, name: str) -> None:
     """For an early and a declared layer, by each extractor, with callers in turn and at once."""
     layers = ["out", "rnn.0" if name == "BatchStart" else "first"]

@@ -6,29 +6,25 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from processes import ENVIRONMENT
 
-TEAM = """
-import json, os
+CODE = """
+import json, os, resource, threading
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
+from layertap.engine.loader_thread import run_in_loader_thread
+from layertap.errors import UnavailableError
 import torch
 threads = ComputeThreads(1, 3)
 count = lambda: len(os.listdir("/proc/self/task"))
 threads.run(lambda: None, Call())
 before = count()
 threads.run(lambda: torch.ones(1 << 22).mul_(2), Call())
-print(json.dumps([before, count()]))
+team = [before, count()]
 threads.close()
-"""
-
 # Threads with stacks of 64 MiB, and room for two of them: a team of eight can't be had.
-REFUSED = """
-import json, resource, sys, threading
-from layertap.engine.loader_thread import run_in_loader_thread
-from layertap.call import Call
-from layertap.engine.compute import ComputeThreads
-from layertap.errors import UnavailableError
 threading.stack_size(64 << 20)
 mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + (160 << 20), -1))
@@ -38,13 +34,15 @@ for job in (lambda: ComputeThreads(8, 1), lambda: ComputeThreads(1, 8)):
         job()
     except UnavailableError as error:
         told.append(str(error))
-print(json.dumps(told))
+print(json.dumps({"team": team, "told": told}))
 """
 
 
-def run(code: str) -> object:
+@pytest.fixture(scope="module")
+def found() -> dict[str, list]:
+    """What a process saw that has an OpenMP team, and then no memory for another."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", CODE],
         env={**ENVIRONMENT, "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,
@@ -55,15 +53,14 @@ def run(code: str) -> object:
     return json.loads(done.stdout)
 
 
-def test_the_team_exists_before_the_first_large_tensor() -> None:
+def test_the_team_exists_before_the_first_large_tensor(found) -> None:
     """A compute thread's first parallel operation starts no thread."""
-    before, after = run(TEAM)  # type: ignore[misc] # see TEAM
+    before, after = found["team"]
     assert before == after
 
 
-def test_teams_that_cannot_be_had_are_refused() -> None:
+def test_teams_that_cannot_be_had_are_refused(found) -> None:
     """An error names the limit, before OpenMP's library would end the process."""
-    told = run(REFUSED)
-    assert isinstance(told, list)
+    told = found["told"]
     assert len(told) == 2
     assert all("expected 8: the system allows this process no more threads" in t for t in told)

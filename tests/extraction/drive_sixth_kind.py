@@ -99,15 +99,15 @@ def refused(folder: Path) -> dict[str, str]:
 
 def promoted(folder: Path, wanted: str) -> list[str]:
     """Request a layer with AUTO until a kind serves it; return who served, each once, in order."""
-    engine = loaded(folder, "residual")
+    engine = loaded(folder, "chain")
     seen: list[str] = []
     ends = time.monotonic() + PATIENCE
     while wanted not in seen and time.monotonic() < ends:
-        features = ask(engine, "residual", "layer1", X)
+        features = ask(engine, "chain", "layer1", X)
         if features.extractor.name not in seen:
             seen.append(features.extractor.name)
         if features.extractor.name == "TORCH_EXPORT":
-            assert is_right(features.torch()["layer1"], "residual", "layer1")
+            assert is_right(features.torch()["layer1"], "chain", "layer1")
     engine.close()
     return seen
 
@@ -139,9 +139,9 @@ def stored(folder: Path) -> dict[str, Any]:
     TorchExportKind.compile = counted  # type: ignore[method-assign] # put back with the process
     starts = []
     for _ in range(2):
-        engine = loaded(folder, "residual", "layer2")
-        features = ask(engine, "residual", "layer2", X)
-        right = is_right(features.torch()["layer2"], "residual", "layer2")
+        engine = loaded(folder, "chain", "layer2")
+        features = ask(engine, "chain", "layer2", X)
+        right = is_right(features.torch()["layer2"], "chain", "layer2")
         starts.append([features.extractor.name, right, len(compiled)])
         engine.close()
     return {"starts": starts, "files": len(list(folder.iterdir()))}

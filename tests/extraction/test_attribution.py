@@ -198,7 +198,8 @@ def integrated(
 @pytest.mark.parametrize("rule", list(IntegrationRule))
 def test_integrated_gradients_of_the_input(rule: IntegrationRule) -> None:
     """Every rule gives what a loop over single gradients gives, and the gap is told."""
-    sweep = Sweep(steps=7, rule=rule, baseline=0.25)
+    # At this baseline another class is the best one.
+    sweep = Sweep(steps=7, rule=rule, baseline=3.0)
     selection = LayerSelection(
         "inputs.x", Capture.GRADIENT, method=Method.INTEGRATED_GRADIENTS, sweep=sweep
     )
@@ -210,7 +211,7 @@ def test_integrated_gradients_of_the_input(rule: IntegrationRule) -> None:
         expected = integrated(
             lambda x: net(x).gather(1, best.clone()[:, None]), points(2).clone(), sweep
         )
-        ends = (points(2).clone(), torch.full((2, *gradnets.IMAGE), 0.25).double())
+        ends = (points(2).clone(), torch.full((2, *gradnets.IMAGE), 3.0).double())
         scores = [net(x).gather(1, best.clone()[:, None])[:, 0].detach() for x in ends]
     value = found["inputs.x:integrated_gradients"]
     assert (value - expected).abs().max() <= 1e-9 * expected.abs().max()
@@ -267,7 +268,7 @@ def test_sweeps_of_items_that_influence_each_other_run_one_by_one() -> None:
             assert isinstance(net, gradnets.Coupled)
 
             def run(x: torch.Tensor, net: gradnets.Coupled = net) -> torch.Tensor:
-                return net.fc((x * x - x.mean(0)).mean((2, 3)))[:, 1]
+                return net.fc((x * x.mean(0)).mean((2, 3)))[:, 1]
 
             value = net.act(net.conv(points(2)[item : item + 1].clone())).detach()
             expected = integrated(run, value, sweep)
@@ -302,3 +303,13 @@ def test_sweeps_out_of_range_are_refused(sweep: dict[str, object]) -> None:
     """The error names the option, what was got and what was expected."""
     with pytest.raises(errors.InvalidInputError, match="got"):
         Sweep(**sweep)  # type: ignore[arg-type]
+
+
+def test_a_value_that_is_overwritten_after_its_last_use() -> None:
+    """The product has the value of its moment, even if the model clears its memory afterwards."""
+    with wide("clears") as model:
+        layers = ["same", "same:gradient", "same:gradient_x_activation"]
+        found = model.extract(points(2), layers, objective="[1]")
+    assert found["same"].abs().max() > 0
+    product = found["same"] * found["same:gradient"]
+    assert torch.equal(found["same:gradient_x_activation"], product)

@@ -130,7 +130,7 @@ def test_a_value_that_is_there_for_some_inputs_only_is_left_to_hook() -> None:
 @pytest.mark.parametrize(
     "net",
     ["forked", "repeats", "clamps_below", "dead_clamp", "dead_chain", "clips", "sometimes_tuple",
-     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:residual",
+     "depth", "proofnets:per_item", "proofnets:plain_norm", "tinynets:block",
      "one_or_many", "constant_items"],
 )  # fmt: skip
 def test_what_is_claimed_is_what_a_request_gets(net: str) -> None:

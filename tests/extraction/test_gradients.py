@@ -357,3 +357,23 @@ def test_the_memory_of_gradients_is_counted_before_the_pass() -> None:
         model.extract(images(1), "conv1:gradient", objective="fc[0]")
         with pytest.raises(errors.OverloadedError):
             model.extract(images(256), "conv1:gradient", objective="fc[0]")
+        # Nothing is recorded before the first requested layer, so a late one takes little.
+        model.extract(images(256), "pool:gradient", objective="fc[0]")
+
+
+def test_a_pass_ends_at_the_last_layer_that_is_needed(residual: LocalModel) -> None:
+    """Modules after the objective's layer don't run, once the plan was tried."""
+    residual.extract(images(), "conv1:gradient", objective="conv2[sum]")
+    ran: list[str] = []
+    module = residual.host.model.module
+    handles = [
+        module.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        for name in ("conv1", "conv2", "pool", "fc")
+    ]
+    try:
+        residual.extract(images(), "conv1:gradient", objective="conv2[sum]")
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The pass ends within the hooks of conv2, before the one of this test.
+    assert ran == ["conv1"]

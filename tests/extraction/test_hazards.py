@@ -304,7 +304,7 @@ def test_hazard_14_the_first_calls_of_a_program_compile(load_net) -> None:
 @torch_jit_is_deprecated  # torch._dynamo imports code that uses it
 def test_hazard_15_hooks_added_after_torch_compile(load_net) -> None:
     """Hooks added to a compiled model never fire; layertap's are on the model that runs."""
-    model, x = load_net("residual"), torch.rand(1, *ITEM)
+    model, x = load_net("lone"), torch.rand(1, *ITEM)
     torch._dynamo.reset()
     compiled = torch.compile(model.module, backend="eager")
     compiled(x.clone())

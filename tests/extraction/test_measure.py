@@ -204,9 +204,9 @@ def test_layers_behind_a_look_at_values_are_not_claimed_for_torchscript(load_net
 
 def test_watching_for_looks_changes_no_claim() -> None:
     """FX is claimed for attention's layers, whose values differ while operations are watched."""
-    spec = ModelSpec("vit_b_32", weights="random", item_shape=(3, 64, 64))
+    spec = ModelSpec("layoutnets:small_vit", item_shape=(3, 64, 64))
     catalogue = measure(load_model(spec, "cpu"))
-    assert len(names(catalogue, Extractor.FX)) > 60
+    assert len(names(catalogue, Extractor.FX)) > 15
 
 
 @pytest.mark.parametrize("net", ["recurrent", "counts", "remembers"])

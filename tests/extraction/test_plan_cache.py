@@ -70,23 +70,23 @@ def check(model: LoadedModel, built, path: str = "layer1") -> None:
 
 def test_a_stored_plan_is_not_traced_again(load_net, tmp_path, traces) -> None:
     """The second start loads what the first one stored, and its values are right."""
-    check(load_net("residual"), build(load_net("residual"), tmp_path))
+    check(load_net("chain"), build(load_net("chain"), tmp_path))
     assert (traces.count, len(files(tmp_path))) == (1, 1)
-    model = load_net("residual")
+    model = load_net("chain")
     check(model, build(model, tmp_path))
     assert (traces.count, len(files(tmp_path))) == (1, 1)
 
 
 def test_only_plans_that_are_to_be_kept_are_stored(load_net, tmp_path) -> None:
     """Plans for other requests don't fill the disk."""
-    build(load_net("residual"), tmp_path, keep=False)
+    build(load_net("chain"), tmp_path, keep=False)
     assert files(tmp_path) == []
 
 
 def test_other_weights_are_another_plan(load_net, tmp_path, traces) -> None:
     """After a change of one number in one weight, the stored program is not used."""
-    build(load_net("residual"), tmp_path)
-    model = load_net("residual")
+    build(load_net("chain"), tmp_path)
+    model = load_net("chain")
     model.module.conv1.weight[0, 0, 0, 0] += 1
     check(model, build(model, tmp_path))
     assert (traces.count, len(files(tmp_path))) == (2, 2)
@@ -94,14 +94,14 @@ def test_other_weights_are_another_plan(load_net, tmp_path, traces) -> None:
 
 def test_a_stored_plan_that_no_longer_fits_is_made_anew(load_net, tmp_path, traces, caplog) -> None:
     """A file with the wrong program is detected by the proof, and replaced."""
-    build(load_net("residual"), tmp_path)
+    build(load_net("chain"), tmp_path)
     (right,) = files(tmp_path)
-    other = load_net("residual")
+    other = load_net("chain")
     other.module.conv1.weight.mul_(2)
     build(other, tmp_path)
     (wrong,) = (file for file in files(tmp_path) if file != right)
     wrong.replace(right)
-    model = load_net("residual")
+    model = load_net("chain")
     check(model, build(model, tmp_path))
     assert traces.count == 3
     assert "no longer fits" in caplog.text
@@ -112,10 +112,10 @@ def test_a_stored_plan_that_no_longer_fits_is_made_anew(load_net, tmp_path, trac
 @pytest.mark.parametrize("damage", [b"", b"no program", None])
 def test_a_damaged_file_is_made_anew(load_net, tmp_path, traces, damage) -> None:
     """An empty, foreign or truncated file only costs the time of tracing."""
-    build(load_net("residual"), tmp_path)
+    build(load_net("chain"), tmp_path)
     (file,) = files(tmp_path)
     file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
-    model = load_net("residual")
+    model = load_net("chain")
     check(model, build(model, tmp_path))
     assert traces.count == 2
     assert len(files(tmp_path)) == 1
@@ -131,14 +131,14 @@ def test_a_refused_plan_is_not_stored(load_net, tmp_path) -> None:
 
 def test_the_longest_unused_plans_go(load_net, tmp_path) -> None:
     """The folder stays within its limit; the most recently used plans stay."""
-    build(load_net("residual"), tmp_path, LAYER1)
+    build(load_net("chain"), tmp_path, LAYER1)
     (first,) = files(tmp_path)
-    build(load_net("residual"), tmp_path, LAYER2)
+    build(load_net("chain"), tmp_path, LAYER2)
     (second,) = (file for file in files(tmp_path) if file != first)
     os.utime(second, (1, 1))
-    build(load_net("residual"), tmp_path, LAYER1)  # Used, and so the younger one.
+    build(load_net("chain"), tmp_path, LAYER1)  # Used, and so the younger one.
     most = first.stat().st_size + second.stat().st_size
-    build(load_net("residual"), tmp_path, [*LAYER1, *LAYER2], most)
+    build(load_net("chain"), tmp_path, [*LAYER1, *LAYER2], most)
     assert second not in files(tmp_path)
     assert sum(file.stat().st_size for file in files(tmp_path)) <= most
 
@@ -161,7 +161,7 @@ def test_a_full_disk_costs_the_stored_plan_only(load_net, tmp_path, caplog) -> N
     """The plan is served, the log names the reason, and no partial file is left."""
     with small_disk(tmp_path / "disk", "64k") as disk:
         disk.fill()
-        model = load_net("residual")
+        model = load_net("chain")
         check(model, build(model, disk.folder))
         assert disk.names() == []
         assert "plan not stored: No space left on device" in caplog.text
@@ -172,7 +172,7 @@ def test_a_full_disk_costs_the_stored_plan_only(load_net, tmp_path, caplog) -> N
 
 def test_a_write_that_fails_midway_leaves_nothing(load_net, tmp_path, caplog) -> None:
     """A file system that accepts only the first bytes of a program counts as full."""
-    model = load_net("residual")
+    model = load_net("chain")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
@@ -187,7 +187,7 @@ def test_a_write_that_fails_midway_leaves_nothing(load_net, tmp_path, caplog) ->
 def test_a_read_only_disk_is_read(load_net, tmp_path, traces, caplog) -> None:
     """Stored plans are read, damaged and new ones are built, and nothing fails."""
     with small_disk(tmp_path / "disk", "4m") as disk:
-        model = load_net("residual")
+        model = load_net("chain")
         build(model, disk.folder)
         (disk.folder / "damaged").mkdir(mode=0o700)
         build(model, disk.folder / "damaged")
@@ -207,7 +207,7 @@ def test_a_read_only_disk_is_read(load_net, tmp_path, traces, caplog) -> None:
 
 def test_a_folder_that_was_removed_is_made_again(load_net, tmp_path) -> None:
     """If the folder is removed while the server runs, the next plan is stored as before."""
-    model = load_net("residual")
+    model = load_net("chain")
     cache = PlanCache(tmp_path / "plans", PLENTY)
     (tmp_path / "plans").rmdir()
     builder = PlanBuilder(model, Taps(model.module), measure(model), cache)

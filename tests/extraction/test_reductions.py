@@ -64,7 +64,7 @@ def test_no_class_token_is_invented(net, layer) -> None:
 def test_pooling_as_most_do_it_is_wrong_for_swin() -> None:
     """A mean over the last two dimensions mixes width and channels; layertap pools the image."""
     item = (3, 64, 64)
-    model = load_model(ModelSpec("swin_t", weights="random", item_shape=item))
+    model = load_model(ModelSpec("layoutnets:small_swin", item_shape=item))
     value = outputs_of(model.module, torch.rand(1, *item), "features.1")[0]
     spec = measure(model).entry("features.1").specs[Capture.OUTPUT]
     pooled = reduced(spec, POOL, "features.1", model.signature.key).apply(value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -30,11 +28,9 @@ def test_what_was_set_is_reported(allowed) -> None:
     assert torch.backends.cuda.matmul.allow_tf32 is allowed
 
 
-def test_pytorch_allows_it_by_default() -> None:
+def test_pytorch_allows_it_by_default(tf32_at_first: bool) -> None:
     """This is the reason for the setting: by default convolutions may use TF32."""
-    code = "from layertap.extraction.tf32 import tf32_allowed; print(tf32_allowed())"
-    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert fresh.stdout == "True\n"
+    assert tf32_at_first
 
 
 @pytest.mark.parametrize("dtype", list(COMPILED_TOLERANCE))

@@ -28,7 +28,7 @@ from zoo.drive import Grid, Way
 from zoo.prove_zoo import Row, rows, say
 
 GRID = Grid(
-    (Way("latency", callers=False), Way("throughput, declared", instances=2, declared=2)),
+    (Way("latency", callers=()), Way("throughput, declared", instances=2, declared=2)),
     singles=(),
     extractors=(Extractor.HOOK, Extractor.TORCHSCRIPT, Extractor.AUTO),
     most=200,

@@ -187,6 +187,7 @@ def test_whisper_pads_to_its_full_length(folder: Path, client: Client) -> None:
         ("masked", Audio(b"RIFF\x08\0\0\0WAVEjunk"), "can't be decoded"),
         ("masked", Audio(np.zeros(0, np.float32), RATE), "got no samples"),
         ("masked", Audio(np.array([0, np.nan] * 900), RATE), "NaN or infinity among its samples"),
+        ("masked", Audio(np.full(900, 3e38), RATE), r"got samples of up to 3e\+38, expected at"),
         ("masked", Audio(tone(2 * RATE + 1), RATE), "32001 samples of 1 channels, expected at"),
         ("masked", Audio([tone(20000)] * 2, RATE), r"audio\[1\]: .* expected at most 12000 in all"),
         ("masked", Audio([tone(900)] * 9, RATE), "a batch of 9, the audio of 'input_values'"),

@@ -1,6 +1,6 @@
 """Bytes counted for requests and replies return to zero, without a garbage collector.
 
-``LAYERTAP_STREAM_ITEMS`` is the length of the long streams: a few thousand items here, 100,000 with
+``LAYERTAP_STREAM_ITEMS`` is the length of the long streams: a few hundred items here, 100,000 with
 ``LAYERTAP_STREAM_ITEMS=100000 pytest --timeout 3600 tests/services/test_reservations.py -k long``.
 """
 
@@ -34,7 +34,7 @@ from stubs import feature_stub
 from tinynets import ITEM
 
 Code = grpc.StatusCode
-ITEMS = int(os.environ.get("LAYERTAP_STREAM_ITEMS", "2000"))
+ITEMS = int(os.environ.get("LAYERTAP_STREAM_ITEMS", "400"))
 INFER = "/inference.GRPCInferenceService/"
 # One item's messages: 3 * 16 * 16 values of input, 8 * 8 * 8 of output, and what is around them.
 REQUEST_BYTES, REPLY_BYTES = 3072, 2048
@@ -88,7 +88,7 @@ class InferStream:
 @pytest.mark.timeout(3600 if ITEMS > 5000 else 120)
 @pytest.mark.parametrize("protocol", ["native", "infer"])
 def test_a_long_stream_with_one_item_in_flight_is_never_refused(protocol: str) -> None:
-    """There is room for three: if one item in a thousand stayed counted, some would be refused."""
+    """There is room for three: if one item in a hundred stayed counted, some would be refused."""
     room = 3 * (REQUEST_BYTES + REPLY_BYTES + 2 * AROUND)
     refused = 0
     with serving(room) as (server, engine), grpc.insecure_channel(server.address) as channel:

@@ -154,7 +154,7 @@ class Soak:
         for model in self._versions:
             soaknets.save_weights(folder / f"{model}.pth", 1)
         (folder / "layertap.toml").write_text(CONFIG, "utf-8")
-        self.server = Serving(["--config", str(folder / "layertap.toml")])
+        self.server = Serving(["--config", str(folder / "layertap.toml")], fresh=False)
 
     def run(self) -> dict[str, Any]:
         """Go through the stages and return the report."""

@@ -10,7 +10,7 @@ from endure import soak
 @pytest.mark.timeout(300)
 def test_a_server_endures_bad_clients_and_reloads() -> None:
     """With four times its capacity, kills and reloads, nothing is wrong, lost or growing."""
-    report = soak(16)
+    report = soak(10)
     print("\np99 ratio:", report["p99 ratio"], "ended:", report["ended"])
     assert report["faults"] == []
     ended = report["ended"]

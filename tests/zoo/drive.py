@@ -39,16 +39,16 @@ class Way:
         instances: Forward passes that may run at once; 1 is latency mode.
         shared: Whether requests may share passes.
         declared: How many layers are declared when the model is loaded.
-        callers: Whether eight callers ask at once as well.
-        extractors: Those that are asked.
+        callers: The extractors that eight callers ask at once as well.
+        houses: The files of the zoo whose specimens are served so; all if empty.
     """
 
     name: str
     instances: int = 1
     shared: bool = False
     declared: int = 0
-    callers: bool = True
-    extractors: tuple[Extractor, ...] = tuple(Extractor)
+    callers: tuple[Extractor, ...] = tuple(Extractor)
+    houses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Grid:
     Attributes:
         ways: Ways of serving.
         singles: The extractors that are asked for each layer by itself too.
+        spread: Whether the eight callers share the layers to ask for by themselves; else each of
+            them asks for every layer.
         promotes: Whether AUTO is asked until a plan was compiled beside the requests.
         extractors: Those that are asked.
         most: Layers that one request asks for at most; several requests ask for more of them.
@@ -66,6 +68,7 @@ class Grid:
 
     ways: tuple[Way, ...]
     singles: tuple[Extractor, ...]
+    spread: bool = False
     promotes: bool = False
     extractors: tuple[Extractor, ...] = tuple(Extractor)
     most: int = 400
@@ -74,11 +77,15 @@ class Grid:
 
 SHORT = Grid(
     (
-        Way("latency", callers=False),
-        Way("throughput", instances=4, extractors=(Extractor.HOOK, Extractor.AUTO)),
+        Way("throughput", instances=4, callers=(Extractor.HOOK, Extractor.AUTO)),
+        # One thread, so that a request finds what the one before it has left in that thread.
+        Way("latency", callers=(), houses=("remembering", "within", "outside")),
     ),
     singles=(Extractor.HOOK,),
+    spread=True,
 )
+"""Loading costs most, so what needs no certain number of threads is served in one way only."""
+
 FULL = Grid(
     (
         Way("latency"),
@@ -211,7 +218,8 @@ def drive(specimen: Specimen, grid: Grid) -> Report:
     with warnings.catch_warnings():
         # Models warn as they like; catching is not for threads, so it is done around all of them.
         warnings.simplefilter("ignore")
-        for way in grid.ways:
+        house = specimen.module.rpartition(".")[2]
+        for way in (way for way in grid.ways if house in (way.houses or (house,))):
             with specimen.served() as served, _engine(way) as engine:
                 try:
                     host = _load(engine, served, way, report)
@@ -271,12 +279,9 @@ def _claims(host: ModelHost) -> dict[Extractor, list[Layer]]:
     return claims
 
 
-def _chosen(
-    claims: dict[Extractor, list[Layer]], grid: Grid, way: Way
-) -> dict[Extractor, list[Layer]]:
+def _chosen(claims: dict[Extractor, list[Layer]], grid: Grid) -> dict[Extractor, list[Layer]]:
     """Leave out extractors that are not asked, and layers over what is compiled at once."""
-    asked = [extractor for extractor in grid.extractors if extractor in way.extractors]
-    chosen = {extractor: claims[extractor] for extractor in asked}
+    chosen = {extractor: claims[extractor] for extractor in grid.extractors}
     for extractor in (Extractor.TORCHSCRIPT, Extractor.AUTO):
         if layers := chosen.get(extractor):
             step = -(-len(layers) // grid.compiled)
@@ -303,7 +308,7 @@ class _Drive:
         self._requests = specimen.requests
         self._twin = specimen.twin
         self._report = report
-        self._claims = _chosen(_claims(host), grid, way)
+        self._claims = _chosen(_claims(host), grid)
         self._host = host
         self._lock = threading.Lock()
         report.notes.update(host.catalogue.notes, host.catalogue.guard.rules.notes)
@@ -341,11 +346,12 @@ class _Drive:
         """Be one of several callers, each with an input of its own."""
         grid, request = self._grid, caller % len(self._requests)
         barrier.wait(60)
-        for extractor, layers in self._claims.items():
+        for extractor in self._way.callers:
+            layers = self._claims.get(extractor, [])
             self._ask(extractor, layers[: grid.most], request)
             self._ask(extractor, layers[-1:], request)
             if extractor in grid.singles:
-                for layer in layers:
+                for layer in layers[caller::CALLERS] if grid.spread else layers:
                     self._ask(extractor, [layer], request)
 
     def _ask(self, extractor: Extractor, layers: Sequence[Layer], request: int) -> None:

@@ -8,6 +8,7 @@ ends its process, or hangs, is seen as such. ``make test`` runs the short grid (
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import multiprocessing
@@ -32,6 +33,8 @@ from zoo.drive import FULL, SHORT, Grid, Report, drive
 from zoo.specimen import Specimen
 
 GRIDS = {"short": SHORT, "full": FULL}
+FIRST = "SharedModule"
+"""A specimen that every extractor serves."""
 
 
 @dataclass
@@ -232,6 +235,12 @@ def main() -> int:
     chosen = [known[name] for name in options.names] or list(known.values())
     found = []
     grid = GRIDS[options.grid]
+    # What only the first model costs a process, such as setting up the compiler, is paid once.
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)  # A fork has none of the threads that its parent computed with.
+    drive(known[FIRST], SHORT)
+    gc.collect()
+    gc.freeze()  # What is imported stays shared with the processes: their collectors skip it.
     for row in rows(chosen, grid, options.jobs, options.limit):
         found.append(row)
         print(json.dumps(asdict(row)), flush=True) if options.json else say(row)

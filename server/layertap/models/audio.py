@@ -22,6 +22,9 @@ __all__ = ["AudioProcessor", "can_decode", "decode_audio"]
 
 _SAMPLE_BYTES = 4
 
+_LOUDEST = 2.0**40
+"""Largest magnitude of a sample: the squares of an hour of these add up to a finite float32."""
+
 
 def can_decode() -> bool:
     """Return whether the package that decodes recordings is installed."""
@@ -94,7 +97,7 @@ def decode_audio(
 
     Raises:
         InvalidInputError: It is no such file, is empty, too long or damaged, has another sampling
-            rate, or contains NaN or infinity.
+            rate, or contains NaN, infinity or numbers that no recording has.
     """
     # Only these two: libsndfile's other formats are rare, and each is more code for hostile bytes.
     if not (data[:4] == b"fLaC" or (data[:4] == b"RIFF" and data[8:12] == b"WAVE")):
@@ -117,9 +120,13 @@ def decode_audio(
         raise _wrong(index, f"the file can't be decoded ({error})") from error
     if not whole:
         raise _wrong(index, "the file is damaged: it has fewer samples than its header says")
-    mono: np.ndarray = samples[:, 0] if samples.shape[1] == 1 else samples.mean(1)
-    if not np.isfinite(mono).all():
+    if not np.isfinite(samples).all():
         raise _wrong(index, "got NaN or infinity among its samples")
+    if (loudest := float(np.abs(samples).max())) > _LOUDEST:
+        raise _wrong(
+            index, f"got samples of up to {loudest:.3g}, expected at most {_LOUDEST:.3g}, usually 1"
+        )
+    mono: np.ndarray = samples[:, 0] if samples.shape[1] == 1 else samples.mean(1)
     return np.ascontiguousarray(mono)
 
 
