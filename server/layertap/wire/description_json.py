@@ -57,6 +57,7 @@ def _model(description: ModelDescription) -> _Object:
         declared_layers=list(description.declared_layers),
         notes=list(description.notes),
         pass_rules=_passes(description.passes),
+        fingerprint=description.fingerprint,
     )
 
 
