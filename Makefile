@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -79,6 +79,9 @@ bench-cuda: ## extractors, CUDA graphs and a server on a GPU, in minutes: make b
 	PYTHONPATH=server $(PYTHON) -W ignore benchmarks/bench_gpu_server.py --rounds 5 \
 	  --results benchmarks/cuda
 
+bench-sentences: .venv/.built build/sentences/.installed ## sentences a second, beside sentence-transformers
+	PYTHONPATH=server build/sentences/bin/python -W ignore benchmarks/bench_sentences.py $(ARGS)
+
 perf-analyzer: .venv/.built ## NVIDIA's load generator against a served resnet18, three ways
 	$(BIN)/python tools/perf_analyzer.py $(ARGS)
 
@@ -143,3 +146,11 @@ build/fuzz/.installed: tools/fuzz-requirements.txt
 build/storm: tools/storm/main.go tools/storm/go.mod tools/storm/go.sum
 	mkdir -p build
 	cd tools/storm && go build -o ../../build/storm .
+
+# It sees what the main environment has, PyTorch above all, by a .pth file.
+build/sentences/.installed: tools/sentences-requirements.txt .venv/.installed
+	test -x build/sentences/bin/python || $(BIN)/python -m venv build/sentences
+	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/sentences/lib/python3*/site-packages)/main-environment.pth
+	build/sentences/bin/pip install --quiet -c constraints.txt -r $<
+	touch $@

@@ -54,6 +54,17 @@ one call adds, in MiB{device}. Random weights; {seconds:.0f} s for each column.
 Machine: {facts}.
 {tables}"""
 
+SENTENCES = """
+## How many sentences of mixed length a second?
+
+[bench_sentences.py](bench_sentences.py) (`make bench-sentences`): 1,000 sentences of {shortest} to
+{longest} tokens, {all} in all, and an encoder of the shape of all-MiniLM-L6-v2 with random weights,
+relative to sentence-transformers in process; medians of {turns} turns. The servers run in processes
+of their own on the same cores, over gRPC on TCP. Machine: {facts}.
+
+{table}
+"""
+
 PICTURE = """
 The chart shows when the device was busy during one call, for resnet50 `avgpool` at batch 1:
 
@@ -570,6 +581,20 @@ def _memory(results: dict[str, Any], folder: Path) -> str:
     )
 
 
+def _sentences(results: dict[str, Any], folder: Path) -> str:
+    rows = [
+        [way, f"{row['items a second']:.0f}", f"{row['relative']:.2f}×",
+         f"{row['largest difference']:.0e}"]
+        for way, row in results["ways"].items()
+    ]  # fmt: skip
+    return SENTENCES.format(
+        **results["tokens"],
+        turns=results["turns"],
+        facts=_facts(results["machine"]),
+        table=_table(["", "sentences a second", "relative", "largest difference"], rows),
+    )
+
+
 def _naive(row: dict[str, float]) -> float:
     return row["times_as_fast_as_naive"]
 
@@ -600,6 +625,7 @@ SECTIONS: dict[str, Section] = {
     "encode": _encode,
     "hook": _hook,
     "memory": _memory,
+    "sentences": _sentences,
 }
 
 

@@ -156,3 +156,52 @@ def test_keys_that_wait_for_nobody_are_not_remembered() -> None:
         assert batcher.take(now=0.5) == ["x"]
     batcher.add("c", "k", 1, PATIENT, now=0.9)
     assert batcher.take(now=0.9) == []
+
+
+def lengths(*sizes: int, policy: BatchPolicy) -> Batcher[str]:
+    """Return a batcher with items of one key and these lengths, named by length and number."""
+    batcher: Batcher[str] = Batcher()
+    for now, length in enumerate(sizes):
+        batcher.add(f"{length}-{now}", "k", 1, policy, now, length=length)
+    return batcher
+
+
+SIXTY_FOUR = BatchPolicy(max_size=8, max_tokens=64)
+
+
+def test_items_of_similar_lengths_run_together_though_others_came_between() -> None:
+    """The oldest item is joined by those nearest to its length; the others run after it."""
+    batcher = lengths(10, 30, 11, 29, 9, policy=SIXTY_FOUR)
+    assert batcher.take(9) == ["10-0", "11-2", "9-4"]
+    assert batcher.take(9) == ["30-1", "29-3"]
+
+
+def test_padding_counts_towards_the_tokens_of_a_batch() -> None:
+    """Four items of 16 fill 64 tokens; a shorter one would be padded to 16 and not fit."""
+    batcher = lengths(16, 16, 15, 16, 16, policy=SIXTY_FOUR)
+    assert batcher.take(9) == ["16-0", "16-1", "16-3", "16-4"]
+    assert batcher.take(9) == ["15-2"]
+
+
+def test_a_batch_of_lengths_is_no_larger_than_its_limit_of_items() -> None:
+    """The number of items is limited as well, however short they are."""
+    batcher = lengths(1, 1, 1, 1, policy=BatchPolicy(max_size=3, max_tokens=64))
+    assert [len(batcher.take(9)), len(batcher.take(9))] == [3, 1]
+
+
+def test_a_short_item_does_not_wait_for_ever_behind_long_ones() -> None:
+    """Whatever comes later, the oldest item is in the next batch."""
+    batcher = lengths(3, 30, 30, policy=SIXTY_FOUR)
+    assert batcher.take(9) == ["3-0"]
+
+
+def test_a_long_item_above_the_budget_runs_alone() -> None:
+    """An item with more tokens than a batch may have is not refused."""
+    batcher = lengths(100, 100, policy=SIXTY_FOUR)
+    assert [batcher.take(9), batcher.take(9)] == [["100-0"], ["100-1"]]
+
+
+def test_little_of_a_batch_is_padding() -> None:
+    """Items whose lengths differ too much run apart, even where the budget has room."""
+    batcher = lengths(20, 10, policy=SIXTY_FOUR)
+    assert [batcher.take(9), batcher.take(9)] == [["20-0"], ["10-1"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 
 from layertap import errors
 from layertap.call import Call
-from layertap.engine.compute import ComputeThreads
+from layertap.engine.compute import ComputeThreads, Part
 
 
 @pytest.fixture
@@ -119,3 +119,39 @@ def test_instances_run_at_once_each_on_its_cores() -> None:
     compute.close()
     assert seen[0][0] != seen[1][0]
     assert [threads for _, threads in seen] == [1, 1]
+
+
+def test_the_parts_of_a_request_run_on_all_threads() -> None:
+    """Two parts meet each other, which one thread alone could not do; results keep the order."""
+    compute, meeting = ComputeThreads(instances=2, intra_op=1), threading.Barrier(2, timeout=30)
+
+    def run(items: Sequence[int]) -> list[int]:
+        meeting.wait()
+        return [item * 10 for item in items]
+
+    try:
+        assert compute.run_each([Part(1), Part(2)], run, Call()) == [10, 20]
+    finally:
+        compute.close()
+
+
+def test_if_a_part_fails_the_waiting_ones_do_not_run(compute) -> None:
+    """The error reaches the caller, and the compute thread is free for other requests."""
+    ran: list[int] = []
+
+    def run(items: Sequence[int]) -> list[int]:
+        ran.extend(items)
+        if items[0]:
+            threading.Event().wait(0.02)  # The caller wakes up meanwhile.
+        raise KeyError(items[0])
+
+    blocked = Blocked(compute)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(compute.run_each, [Part(number) for number in range(50)], run, Call())
+        while len(compute._queue._batcher) < 50:
+            threading.Event().wait(0.002)
+        blocked.release()
+        with pytest.raises(KeyError, match="0"):
+            done.result(30)
+    assert len(ran) < 50
+    assert not len(compute._queue._batcher)

@@ -7,8 +7,8 @@ the promoter as well.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -20,14 +20,14 @@ import batchnets
 import oddnets
 import tinynets
 from asking import request_for
-from layertap import Extractor, Features, LayerSelection, errors
+from layertap import Extractor, LayerSelection, errors
 from layertap.batching import BatchPolicy
 from layertap.engine import Call, Engine, Extraction, HostOptions
-from layertap.engine.compute import ComputeThreads
 from layertap.extraction.verify import COMPILED_TOLERANCE, difference
 from layertap.models import ModelSpec
 from oracle import outputs_of
 from tinynets import ITEM
+from together import Together, asking, threads
 
 EIGHT = BatchPolicy(max_size=8)
 
@@ -51,61 +51,10 @@ def load(engine: Engine, source: str, *declared: str, **options: bool) -> list[i
     return sizes
 
 
-def threads(engine: Engine) -> ComputeThreads:
-    """Return the threads that run the engine's models."""
-    return engine.hosts()[0].compute
-
-
 def inputs(*sizes: int) -> list[np.ndarray]:
     """Return a batch of random items for each size."""
     made = np.random.default_rng(0)
     return [made.random((size, *ITEM), dtype=np.float32) for size in sizes]
-
-
-class Together:
-    """Extractions that all wait while the compute thread is blocked, and then run."""
-
-    def __init__(self, engine: Engine, asked: Sequence[Callable[[], Extraction]]) -> None:
-        begun, go = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            begun.set()
-            assert go.wait(60)
-
-        with ThreadPoolExecutor(len(asked) + 1) as pool:
-            held = pool.submit(threads(engine).run, hold, Call())
-            assert begun.wait(60)
-            self.done: list[Future[Extraction]] = []
-            for index, ask in enumerate(asked):
-                self.done.append(pool.submit(ask))
-                while len(threads(engine)._queue._batcher) < index + 1:
-                    threading.Event().wait(0.002)
-            go.set()
-            held.result(60)
-
-    def values(self) -> list[dict[str, torch.Tensor]]:
-        """Return the result of each extraction."""
-        return [Features(done.result().payload).torch() for done in self.done]
-
-    @property
-    def shared(self) -> list[int]:
-        """How many requests shared the pass of each."""
-        return [done.result().together for done in self.done]
-
-
-def asking(
-    engine: Engine,
-    net: str,
-    layers: str | Sequence[str],
-    batches: Sequence[np.ndarray],
-    extractor: Extractor = Extractor.AUTO,
-) -> list[Callable[[], Extraction]]:
-    """Return an extraction of each batch."""
-    for x in batches:  # So that every plan is there already.
-        engine.extract(request_for(net, layers, x, extractor), Call())
-    return [
-        lambda x=x: engine.extract(request_for(net, layers, x, extractor), Call()) for x in batches
-    ]
 
 
 @pytest.mark.parametrize("extractor", [e for e in Extractor if e is not Extractor.AUTO])

@@ -9,6 +9,12 @@ Note [When a batch is held back]
     the first item after a quiet time doesn't wait either.
 
     With ``max_delay`` 0, a batch is whatever is already waiting when a thread becomes free.
+
+Note [Items of different lengths]
+    Items that have a length are padded to the longest of their batch, so a batch costs its items
+    times that length. It holds the oldest item and those whose lengths are nearest to its own, as
+    long as the batch stays within the policy's tokens and little of it is padding. The oldest item
+    always runs first, so none waits forever.
 """
 
 from __future__ import annotations
@@ -27,6 +33,9 @@ T = TypeVar("T")
 MEMORY_SECONDS = 1.0
 MAX_REMEMBERED = 256
 
+MAX_PADDING = 0.2
+"""Largest share of a batch's tokens that may be padding because of another item's length."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiting(Generic[T]):
@@ -35,6 +44,7 @@ class _Waiting(Generic[T]):
     size: int
     policy: BatchPolicy
     arrived: float
+    length: int = 0
 
 
 class Batcher(Generic[T]):
@@ -51,7 +61,16 @@ class Batcher(Generic[T]):
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, item: T, key: Hashable, size: int, policy: BatchPolicy, now: float) -> None:
+    def add(
+        self,
+        item: T,
+        key: Hashable,
+        size: int,
+        policy: BatchPolicy,
+        now: float,
+        *,
+        length: int = 0,
+    ) -> None:
         """Add an item to the waiting items.
 
         Args:
@@ -60,8 +79,10 @@ class Batcher(Generic[T]):
             size: How much it adds to a batch, at least 1.
             policy: The policy for its key.
             now: Seconds on a clock that never goes back.
+            length: The length to which it is padded already, if items of other lengths have its
+                key too; 0 if the key determines the length.
         """
-        self._waiting.append(_Waiting(item, key, size, policy, now))
+        self._waiting.append(_Waiting(item, key, size, policy, now, length))
 
     def discard(self, item: T) -> bool:
         """Remove an item that is no longer needed; return whether it was still waiting."""
@@ -100,6 +121,8 @@ class Batcher(Generic[T]):
 
     def _together(self, index: int) -> tuple[list[_Waiting[T]], bool]:
         first = self._waiting[index]
+        if first.length:
+            return self._alike(index)
         batch, size = [first], first.size
         for other in self._waiting[index + 1 :]:
             if other.key != first.key:
@@ -110,6 +133,20 @@ class Batcher(Generic[T]):
             batch.append(other)
             size += other.size
         return batch, size >= first.policy.max_size
+
+    def _alike(self, index: int) -> tuple[list[_Waiting[T]], bool]:
+        """Return the batch of an item of some length; see Note [Items of different lengths]."""
+        first = self._waiting[index]
+        others = [each for each in self._waiting[index + 1 :] if each.key == first.key]
+        # Stable, so the older one of two that are equally near comes first.
+        others.sort(key=lambda other: abs(other.length - first.length))
+        batch, full = [first], first.size >= first.policy.max_size
+        for other in others:
+            if _fits([*batch, other], first.policy):
+                batch.append(other)
+            else:
+                full = True
+        return batch, full
 
     def _due(self, batch: list[_Waiting[T]], now: float) -> float:
         first = batch[0]
@@ -128,3 +165,11 @@ class Batcher(Generic[T]):
         self._last.move_to_end(first.key)
         if len(self._last) > MAX_REMEMBERED:
             self._last.popitem(last=False)
+
+
+def _fits(batch: list[_Waiting[T]], policy: BatchPolicy) -> bool:
+    size = sum(each.size for each in batch)
+    tokens = size * max(each.length for each in batch)
+    own = sum(each.size * each.length for each in batch)
+    within = size <= policy.max_size and tokens <= policy.max_tokens
+    return within and tokens - own <= MAX_PADDING * tokens

@@ -35,13 +35,19 @@ class BatchQueue(Generic[T]):
         self._closed = False
 
     def put(
-        self, item: T, key: Hashable = None, size: int = 1, policy: BatchPolicy = ALONE
+        self,
+        item: T,
+        key: Hashable = None,
+        size: int = 1,
+        policy: BatchPolicy = ALONE,
+        *,
+        length: int = 0,
     ) -> None:
         """Add an item; see ``Batcher.add``. Raises ClosedError after ``close``."""
         with self._news:
             if self._closed:
                 raise ClosedError
-            self._batcher.add(item, key, size, policy, self._clock())
+            self._batcher.add(item, key, size, policy, self._clock(), length=length)
             self._news.notify()
 
     def discard(self, item: T) -> bool:

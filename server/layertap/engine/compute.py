@@ -19,6 +19,7 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import Future
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -37,13 +38,28 @@ from layertap.errors import (
 from layertap.extraction.gate import forward_passes
 from layertap.threads import require_threads
 
-__all__ = ["ComputeThreads"]
+__all__ = ["ComputeThreads", "Part"]
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 Runner = Callable[[Sequence[T]], Sequence[R]]
 """Computes a batch of items; returns one result per item, in the same order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Generic[T]):
+    """A part of a request.
+
+    Attributes:
+        item: What is computed.
+        size: How many items it adds to a batch.
+        length: Their length, if items of other lengths have the same key; else 0.
+    """
+
+    item: T
+    size: int = 1
+    length: int = 0
 
 
 class _Job(Generic[T, R]):
@@ -74,6 +90,14 @@ class _Job(Generic[T, R]):
             self.future.set_exception(error.with_traceback(None))
             return False
         return True
+
+
+def _failed(jobs: Sequence[_Job[Any, Any]]) -> bool:
+    """Return whether some job has ended with an error of its own."""
+    return any(
+        job.future.done() and not job.future.cancelled() and job.future.exception() is not None
+        for job in jobs
+    )
 
 
 def _unpin(reservations: Sequence[Reservation], done: Future[Any]) -> None:
@@ -153,23 +177,48 @@ class ComputeThreads:
             pins: Bytes that the job uses. They stay reserved until it is done, even if its caller
                 disconnects earlier.
         """
-        job = _Job(item, runner, call)
+        (result,) = self.run_each(
+            [Part(item, size)], runner, call, key=key, policy=policy, pins=pins
+        )
+        return result
+
+    def run_each(
+        self,
+        parts: Sequence[Part[T]],
+        runner: Runner[T, R],
+        call: Call,
+        *,
+        key: Hashable = None,
+        policy: BatchPolicy = ALONE,
+        pins: Sequence[Reservation] = (),
+    ) -> list[R]:
+        """Run the parts of one request, each as ``run_batched`` does, and return their results.
+
+        They run on all free threads. If one fails, those that don't run yet are dropped.
+        """
+        jobs = [_Job(part.item, runner, call) for part in parts]
         try:
-            job.pin(pins)
-            self._put(job, key, size, policy)
-            with call.cancelling(partial(self._forget, job)):
-                return job.future.result(timeout=call.remaining())
+            for job, part in zip(jobs, parts, strict=True):
+                job.pin(pins)
+                self._put(job, key, part, policy)
+            results = []
+            with call.cancelling(partial(self._forget_all, jobs)):
+                # Not a comprehension: an error would refer to its frame, which nothing clears.
+                for job in jobs:
+                    results.append(job.future.result(timeout=call.remaining()))  # noqa: PERF401
+            return results
         except FutureCancelledError:
             raise CancelledError("the client cancelled the call or disconnected") from None
         except TimeoutError:
-            if job.future.done() and not job.future.cancelled():
+            if _failed(jobs):
                 raise
-            self._forget(job)
             raise DeadlineExceededError("the deadline passed before the answer was ready") from None
         finally:
-            # An error of the job refers to this frame, and the job refers to the error. Deleting
-            # ``job`` breaks this cycle.
-            del job
+            self._forget_all(jobs)
+            # An error of a job refers to this frame, and the job refers to the error. Deleting
+            # these names breaks this cycle.
+            del jobs
+            job = part = None  # type: ignore[assignment]
 
     def close(self) -> None:
         """Finish the admitted jobs, refuse new ones, and end the threads."""
@@ -177,9 +226,11 @@ class ComputeThreads:
         for thread in self._threads:
             thread.join()
 
-    def _put(self, job: _Job[Any, Any], key: Hashable, size: int, policy: BatchPolicy) -> None:
+    def _put(
+        self, job: _Job[Any, Any], key: Hashable, part: Part[Any], policy: BatchPolicy
+    ) -> None:
         try:
-            self._queue.put(job, key, size, policy)
+            self._queue.put(job, key, part.size, policy, length=part.length)
         except ClosedError:
             job.future.cancel()
             raise UnavailableError("the server is shutting down") from None
@@ -188,6 +239,10 @@ class ComputeThreads:
         """Remove a job that no caller waits for from the queue; a running job continues."""
         if job.future.cancel():
             self._queue.discard(job)
+
+    def _forget_all(self, jobs: Sequence[_Job[Any, Any]]) -> None:
+        for job in jobs:
+            self._forget(job)
 
     def _work(self) -> None:
         set_intra_op(self._intra_op)

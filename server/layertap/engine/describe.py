@@ -71,9 +71,13 @@ def summarize(host: ModelHost) -> ModelDescription:
         passes=PassDescription(
             rules.early_stop, rules.concurrent, rules.shared, rules.state.name.lower()
         ),
-        notes=(*host.catalogue.notes, *rules.notes),
+        notes=(*host.catalogue.notes, *rules.notes, *_of_lengths(host)),
         declared_layers=tuple(each.name_for(each.layer) for each in host.declared),
     )
+
+
+def _of_lengths(host: ModelHost) -> tuple[str, ...]:
+    return (host.lengths.note,) if host.lengths is not None else ()
 
 
 def _refused_plan(plan: RefusedPlan) -> RefusedPlanDescription:

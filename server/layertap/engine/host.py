@@ -12,9 +12,11 @@ from typing import TypeVar
 
 from layertap.call import Call
 from layertap.engine.compute import ComputeThreads
+from layertap.engine.lengths import Lengths
 from layertap.engine.promotion import Promoter
 from layertap.engine.resolve import Resolved, resolve
 from layertap.engine.staging import proven_staging
+from layertap.engine.text_batch import names_of_texts
 from layertap.errors import (
     ExtractorUnsupportedError,
     InvalidInputError,
@@ -28,6 +30,8 @@ from layertap.extraction.guards import GuardTree, Outcome, in_words
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import KINDS, REFERENCE, kind_of
 from layertap.extraction.measure import measure_with_graph
+from layertap.extraction.padding import TokenAxis
+from layertap.extraction.padding_proof import PaddingFindings
 from layertap.extraction.passes import KeptState, PassGuard
 from layertap.extraction.plan import Plan, PlanKey, quoted
 from layertap.extraction.plan_builder import PlanBuilder
@@ -116,6 +120,7 @@ class ModelHost:
         preparing: The threads that make batches of decoded images.
         weight_bytes: Bytes of the model's parameters and buffers on its device.
         staging: Copies values from a GPU to the host; None if values are written at once.
+        lengths: Which requests may share passes with items of other lengths; None if none may.
 
     Raises:
         ModelLoadError: If the model can't run on sample input of its own signature.
@@ -176,6 +181,7 @@ class ModelHost:
         self._fits = self.weight_bytes <= limits.plan_bytes
         self._max_compiled = max(1, limits.plan_bytes // max(1, self.weight_bytes))
         self._promoter: Promoter[PlanKey] = Promoter(self._compile)
+        self.lengths = self._lengths(call)
         self._resolve = lru_cache(maxsize=MAX_RESOLVED)(
             partial(resolve, self.model, self.catalogue, max_layers=limits.layers)
         )
@@ -448,6 +454,19 @@ class ModelHost:
             self._plans.clear()
             self._predictions.clear()
             self._declared_plans.clear()
+
+    def _lengths(self, call: Call) -> Lengths | None:
+        """Test which layers may be padded, if the settings allow passes of different lengths."""
+        most = self.options.batching.max_tokens
+        axis = TokenAxis.of(self.model) if most else None
+        if axis is None:
+            return None
+
+        def prove(names: Sequence[str], call: Call) -> PaddingFindings:
+            job = partial(self._builder.prover.prove_padding, self.catalogue, names, most)
+            return self.compute.run(job, call)
+
+        return Lengths(axis, self.catalogue, prove, names_of_texts(self.model), call)
 
     def _measured(self, model: LoadedModel, guard: PassGuard, call: Call) -> Catalogue:
         """Return a model's catalogue, with all its claims tested.

@@ -25,10 +25,17 @@ from layertap.engine.batch import (
     parts_of,
     preprocess_images,
 )
+from layertap.engine.compute import Part
+from layertap.engine.divided import Division, Planned, divide
 from layertap.engine.host import ModelHost
 from layertap.engine.reply import Reply, ReplyWriter
 from layertap.engine.reply_form import P, ReplyForm
-from layertap.engine.reply_layout import Beside, Envelope, reply_collector, reply_writer
+from layertap.engine.reply_layout import (
+    Beside,
+    Envelope,
+    reply_collector,
+    reply_writer,
+)
 from layertap.engine.resolve import Resolved
 from layertap.engine.text_batch import (
     TextBatch,
@@ -143,6 +150,9 @@ class Pipeline:
         keys = request.objective.keys if request.objective else ()
         resolved = host.resolve(request.selections, request.extractor, keys)
         x, beside = self._batch(admitted)
+        padded = self._padded(admitted, x, beside, resolved)
+        if padded is not None:
+            return padded
         kind = host.finite_only(resolved, x)
         if kind and not _is_finite(request, x):
             # Before a plan for the outcome of such numbers would be asked for.
@@ -153,7 +163,7 @@ class Pipeline:
             plan = host.plan(resolved, x, call)
         operands = self._operands(admitted, plan, x.size)
         try:
-            return self._run(admitted, x, beside, resolved, plan, operands=operands)
+            return self._run(admitted, Planned(x, beside, resolved, plan), operands)
         except ModelRunError as error:
             if not plan.kind.compiled:
                 raise
@@ -161,6 +171,74 @@ class Pipeline:
         # Outside the handler, because the error refers to the former reply and its memory.
         admitted.reply.shrink(0)
         return self._run_model(admitted, x, beside, plan, reason)
+
+    def _padded(
+        self, admitted: _Admitted[P], x: Batch, beside: Beside, resolved: Resolved
+    ) -> Extraction[P] | None:
+        """Run a request in passes with items of other lengths; None if it can't be run so.
+
+        See ``layertap.engine.lengths``.
+        """
+        host, request, call = admitted.host, admitted.request, admitted.call
+        asked = request.extractor in (Extractor.AUTO, REFERENCE.id)
+        if host.lengths is None or not asked or REFERENCE.id not in resolved.candidates:
+            return None
+        if request.objective is not None:
+            return None  # Its gradients are of the values of all its items.
+        padding = host.lengths.padding(resolved.pass_spec, x, call)
+        if padding is None:
+            return None
+        resolved = host.resolve(request.selections, REFERENCE.id)
+        plan = host.plan(resolved, x, call)
+        if plan.dynamic:
+            return None
+        planned = Planned(x, beside, resolved, plan, padding)
+        # Only texts are divided: the padding of tensors is the caller's, and so are its values.
+        division = divide(host, planned) if request.inputs.texts else None
+        divided = division and self._run_divided(admitted, planned, division)
+        return divided or self._run(admitted, planned)
+
+    def _run_divided(
+        self, admitted: _Admitted[P], planned: Planned, division: Division
+    ) -> Extraction[P] | None:
+        """Run a request in several passes; None if one of them fails."""
+        host, call, reserved = admitted.host, admitted.call, admitted.reply
+        form = admitted.request.form(planned.plan.extractor)
+        envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
+        outputs, plan, size = planned.resolved.outputs, planned.plan, planned.x.size
+        builder = reply_writer(outputs, plan, size, envelope, beside=planned.beside).builder
+        reserved.take(division.nbytes)
+        parts = division.parts(host, planned, call)
+        prepared_ns = time.perf_counter_ns()
+        try:
+            done = host.compute.run_each(
+                parts,
+                compute,
+                call,
+                key=planned.padding and planned.padding.key,
+                policy=host.options.batching,
+                pins=(admitted.received, reserved),
+            )
+            for each in done:
+                each.arrive()
+                each.reply.complete()
+        except ModelRunError:
+            reserved.shrink(0)
+            return None  # The error to report is the model's own for the whole batch.
+        division.assembly.complete(builder)
+        begun_ns, ended_ns = min(each.begun_ns for each in done), time.perf_counter_ns()
+        timings = Timings(
+            prepare_ns=prepared_ns - call.started_ns,
+            queue_ns=begun_ns - prepared_ns,
+            compute_ns=ended_ns - begun_ns,
+            total_ns=ended_ns - call.started_ns,
+        )
+        payload = builder.finish(form.head(timings))
+        reserved.shrink(form.nbytes(payload))
+        together = max(each.together for each in done)
+        return Extraction(
+            payload, plan.extractor, timings, together, form.shared_bytes, size, reserved
+        )
 
     def _run_model(
         self, admitted: _Admitted[P], x: Batch, beside: Beside, failed: Plan, reason: str
@@ -173,7 +251,7 @@ class Pipeline:
         host, request = admitted.host, admitted.request
         resolved = host.resolve(request.selections, REFERENCE.id)
         plan = host.plan(resolved, x, admitted.call)
-        extraction = self._run(admitted, x, beside, resolved, plan)
+        extraction = self._run(admitted, Planned(x, beside, resolved, plan))
         refusal = host.refuse(failed, reason)
         if request.extractor is Extractor.AUTO:
             return extraction
@@ -191,15 +269,9 @@ class Pipeline:
         return operands
 
     def _run(
-        self,
-        admitted: _Admitted[P],
-        x: Batch,
-        beside: Beside,
-        resolved: Resolved,
-        plan: Plan,
-        *,
-        operands: Operands | None = None,
+        self, admitted: _Admitted[P], planned: Planned, operands: Operands | None = None
     ) -> Extraction[P]:
+        x, beside, resolved, plan, padding = planned
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
         envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
@@ -212,19 +284,19 @@ class Pipeline:
 
         lay_out = reply_collector if plan.dynamic else reply_writer
         # No variable here refers to the reply, so its memory is freed if ``collect`` replaces it.
-        work = Work(
-            host, plan, resolved, x, lay_out(*parts, beside=beside), collect, call, operands
-        )
+        reply = lay_out(*parts, beside=beside)
+        work = Work(host, plan, resolved, x, reply, collect, call, operands, padding)
+        del reply
         if plan.gradients is not None:
             reserved.take(plan.gradients.bytes_for(x.size))
         items = x.size
+        part = Part(work, items, padding.length if padding is not None else 0)
         prepared_ns = time.perf_counter_ns()
-        done = host.compute.run_batched(
-            work,
+        (done,) = host.compute.run_each(
+            [part],
             compute,
             call,
             key=_key(work),
-            size=items,
             policy=host.options.batching,
             pins=(admitted.received, reserved),
         )
@@ -336,6 +408,8 @@ def _key(work: Work[Any]) -> Hashable:
     A plan is identified by its model, extractor, pass spec and batch key.
     """
     plan = work.plan
+    if work.padding is not None:
+        return work.padding.key
     if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
     if work.operands is not None:

@@ -25,7 +25,14 @@ from layertap.extraction.plan import Plan
 from layertap.extraction.reductions import Reduced, reduced
 from layertap.wire.dtypes import DType, of_array
 
-__all__ = ["NOTHING_BESIDE", "Beside", "Envelope", "reply_collector", "reply_writer"]
+__all__ = [
+    "NOTHING_BESIDE",
+    "Beside",
+    "Envelope",
+    "reductions_of",
+    "reply_collector",
+    "reply_writer",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,7 @@ def reply_writer(
         InvalidInputError: If a reduction does not fit its layer.
         ExtractorUnsupportedError: If a layer's dtype can't be sent.
     """
-    made = _reductions(outputs, plan, beside.tokens)
+    made = reductions_of(outputs, plan, beside.tokens)
     values = [(each.spec.shape(size), each.spec.dtype) for each in made]
     if staging is not None:
         envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
@@ -111,14 +118,15 @@ def reply_collector(
     See ``reply_writer`` for arguments and errors. The first two errors are raised at the end.
     """
     # Check the reductions now: one that needs a fixed shape is then refused before any compute.
-    made = _reductions(outputs, plan, beside.tokens)
+    made = reductions_of(outputs, plan, beside.tokens)
     expected = [spec.shape(size) for spec in plan.specs]
     return ReplyCollector(
         outputs, made, expected, partial(_builder, outputs, envelope, beside), staging
     )
 
 
-def _reductions(outputs: Sequence[Output], plan: Plan, tokens: Tokens | None) -> list[Reduced]:
+def reductions_of(outputs: Sequence[Output], plan: Plan, tokens: Tokens | None) -> list[Reduced]:
+    """Return the reduction of each output of a plan; see ``reduced`` for errors."""
     return [
         reduced(plan.specs[output.point], output.reduction, output.layer, plan.batch_key, tokens)
         for output in outputs

@@ -16,7 +16,14 @@ from layertap.models import Batch, InputSpec, LoadedModel, Mask
 from layertap.models.text import IDS, TYPES, TextTokenizer, TokenizedTexts
 from layertap.settings import Limits
 
-__all__ = ["TextBatch", "beside_batch", "check_texts", "tensors_of_texts", "tokenize"]
+__all__ = [
+    "TextBatch",
+    "beside_batch",
+    "check_texts",
+    "names_of_texts",
+    "tensors_of_texts",
+    "tokenize",
+]
 
 
 def check_texts(given: Mapping[str, TextBatch], limits: Limits) -> None:
@@ -76,6 +83,21 @@ def tensors_of_texts(
         if types is not None:
             made[types.name] = torch.from_numpy(tokens.types)
     return made
+
+
+def names_of_texts(model: LoadedModel) -> tuple[str, ...]:
+    """Return the inputs that a request of texts alone gives, in the order of the signature.
+
+    All inputs if the model takes no texts.
+    """
+    specs = model.signature.inputs
+    if not model.text_inputs:
+        return tuple(spec.name for spec in specs)
+    ids = model.signature.spec(model.text_inputs[0])
+    given = [ids, _types_of(model, ids), _mask_of(model, ids) if _tokenizer(model).mask else None]
+    if model.signature.tower_of([ids.name]) is None:
+        given.extend(model.signature.required)
+    return tuple(spec.name for spec in specs if spec in given)
 
 
 def beside_batch(

@@ -13,6 +13,7 @@ import torch
 
 from layertap.call import AbandonedError, Call, abandoning
 from layertap.engine.host import ModelHost
+from layertap.engine.lengths import Padding
 from layertap.engine.reply import Reply, ShapeChangedError
 from layertap.engine.reply_form import P
 from layertap.engine.resolve import Resolved
@@ -20,6 +21,7 @@ from layertap.errors import LayertapError, ModelRunError, OverloadedError
 from layertap.extraction.checkpoints import checked
 from layertap.extraction.operands import Operands
 from layertap.extraction.out_of_memory import is_out_of_memory
+from layertap.extraction.padding import cut
 from layertap.extraction.plan import Plan
 from layertap.extraction.points import Sink
 from layertap.extraction.proof import items_of
@@ -44,6 +46,7 @@ class Work(Generic[P]):
             gives back what was reserved for the former reply.
         call: The deadline and cancellation state of the request.
         operands: The operands of its objective; None if it has none.
+        padding: How it may share a pass with items of other lengths; None if it may not.
     """
 
     host: ModelHost
@@ -54,6 +57,7 @@ class Work(Generic[P]):
     collect: Callable[[], Reply[P]]
     call: Call
     operands: Operands | None = None
+    padding: Padding | None = None
 
     @property
     def items(self) -> int:
@@ -91,7 +95,7 @@ class Computed(Generic[P]):
 
 
 def compute(works: Sequence[Work[Any]]) -> list[Computed[Any]]:
-    """Run requests with one plan and batch key in one forward pass. For a compute thread.
+    """Run requests with one key of ``run_batched`` in one forward pass. For a compute thread.
 
     Their payloads may have different types.
 
@@ -153,10 +157,15 @@ def _capture(work: Work[Any], x: Batch) -> None:
 
 def _run_together(works: Sequence[Work[Any]]) -> None:
     """Run one pass, and give each request its items of every value."""
-    host, plan = works[0].host, works[0].plan
-    x = Batch.cat([host.on_device(work.x) for work in works])
-    if not host.prove_shared(plan, x.size, x):
-        raise _alone("items of its batches are not independent")
+    # Shorter items are padded, so the plan is that of the longest ones.
+    longest = max(works, key=_length)
+    host, plan = longest.host, longest.plan
+    x = Batch.cat([_padded(work, _length(longest)) for work in works])
+    if longest.padding is None:
+        if not host.prove_shared(plan, x.size, x):
+            raise _alone("items of its batches are not independent")
+    elif x.size > longest.padding.items or _length(longest) > longest.padding.max_length:
+        raise _alone("so many items of that length were not tested together")
     sinks = [_sink(work) for work in works]
 
     def share(index: int, value: torch.Tensor) -> None:
@@ -165,7 +174,10 @@ def _run_together(works: Sequence[Work[Any]]) -> None:
             raise ShapeChangedError
         begin = 0
         for work, sink in zip(works, sinks, strict=True):
-            sink(index, items_of(value, spec, begin, work.items))
+            own = items_of(value, spec, begin, work.items)
+            if work.padding is not None:
+                own = cut(own, work.padding.axes[index], work.padding.length)
+            sink(index, own)
             begin += work.items
 
     try:
@@ -174,6 +186,15 @@ def _run_together(works: Sequence[Work[Any]]) -> None:
     except ShapeChangedError:
         plan.findings.found_dynamic()
         raise _alone("a value's shape changed") from None
+
+
+def _length(work: Work[Any]) -> int:
+    return work.padding.length if work.padding is not None else 0
+
+
+def _padded(work: Work[Any], length: int) -> Batch:
+    x = work.host.on_device(work.x)
+    return x if work.padding is None else work.padding.axis.padded(x, length)
 
 
 def _alone(why: str) -> ModelRunError:

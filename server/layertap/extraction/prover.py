@@ -24,6 +24,7 @@ from layertap.errors import (
     OverloadedError,
 )
 from layertap.extraction.base import BuiltExtractor, Values
+from layertap.extraction.catalogue import Catalogue
 from layertap.extraction.cuda_graph import GraphedExtractor
 from layertap.extraction.guards import Outcome, in_words
 from layertap.extraction.kinds.base import BuildContext, ExtractorKind
@@ -32,6 +33,7 @@ from layertap.extraction.looks import watch_looks
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.outcomes import Outcomes
 from layertap.extraction.own_words import own_words
+from layertap.extraction.padding_proof import PaddingFindings, prove_padding
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.passes import KeptState
 from layertap.extraction.plan import Plan, PlanKey, quoted
@@ -323,6 +325,12 @@ class Prover:
         if findings.shares(items) is None:
             findings.found_shares(items, shares=self._shares_at(plan, items, own))
         return bool(findings.shares(items))
+
+    def prove_padding(
+        self, catalogue: Catalogue, names: Sequence[str], max_tokens: int
+    ) -> PaddingFindings:
+        """Test which layers keep their values if items are padded; see ``padding_proof``."""
+        return prove_padding(self._context, self.outcomes, catalogue, names, max_tokens)
 
     def warm(self, plan: Plan, size: int) -> None:
         """Run a plan on a batch of that many items, as the first runs of a size are slow."""

@@ -33,6 +33,16 @@ class BatchPolicy:
             key="max_queue_delay_us",
         ),
     ] = 0.0
+    max_tokens: Annotated[
+        int,
+        Setting(
+            "Most tokens, padding included, in one forward pass of items of different lengths. "
+            "Such items share a pass only in layers whose values padding does not change; 0 never "
+            "pads an item because of another request, and never divides a request.",
+            kinds.whole(0),
+            key="max_tokens_per_pass",
+        ),
+    ] = 0
 
 
 ALONE = BatchPolicy()
