@@ -373,20 +373,37 @@ def test_a_reload_sees_that_a_file_changed(tmp_path: Path) -> None:
 
 
 MEASURE = """
-import resource, sys
+import sys, threading, time
 from layertap.models import ModelSpec, load_model
 import transformers, torch
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
 load_model(ModelSpec("hf-config:" + sys.argv[1]))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+seen, over = [before := anonymous()], threading.Event()
+
+def watch():
+    while not over.wait(0.001):
+        seen.append(anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
 model = load_model(ModelSpec("hf:" + sys.argv[2], precision=sys.argv[3]))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(model.weight_bytes() / 2**20, (after - before) / 1024)
+over.set()
+watcher.join()
+print(model.weight_bytes() / 2**20, max(seen) - before, len(seen))
 """
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_weights_are_never_in_memory_twice(tmp_path: Path, precision: str) -> None:
-    """Loading shards takes the memory of the weights and at most one shard more."""
+    """Loading shards takes the memory of the weights and at most one shard more.
+
+    Pages of the mapped files are not counted, as the system drops them when memory is short. The
+    peak that the system reports (``ru_maxrss``) would count them, and a child inherits its parent's.
+    """
     hfnets.bert(tmp_path / "small")
     sizes = {**hfnets.TEXT, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
     hfnets.saved(tmp_path / "large", "BertModel", "40MB", **sizes)
@@ -396,7 +413,8 @@ def test_weights_are_never_in_memory_twice(tmp_path: Path, precision: str) -> No
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    weights, peak = map(float, done.stdout.split())
+    weights, peak, samples = map(float, done.stdout.split())
+    assert samples > 10
     assert weights > (140 if precision == "float32" else 70)
-    assert peak < weights + shard + 16
+    assert 0.9 * weights < peak < weights + shard + 16
     shutil.rmtree(tmp_path / "large")
