@@ -101,7 +101,7 @@ class Serving:
                 if len(found) >= count:
                     return found[count - 1]
                 assert not self._ended, f"ended without {pattern!r}: {self.lines}"
-                assert self._news.wait(60), f"never said {pattern!r}: {self.lines}"
+                assert self._news.wait(100), f"never said {pattern!r}: {self.lines}"
 
     @property
     def address(self) -> str:

@@ -36,7 +36,7 @@ def test_declared_layers_whose_program_raises_are_served_by_hook(engine, caplog)
     assert torch.equal(features.torch()["out"], expected)
     reason = "TORCHSCRIPT can't serve the declared layer 'out': a compiled program fails"
     assert reason in caplog.text
-    assert "Expected 1 elements" in host.catalogue.entry("out").refusal(Extractor.TORCHSCRIPT)
+    assert "Expected 2 elements" in host.catalogue.entry("out").refusal(Extractor.TORCHSCRIPT)
     for _ in range(2):
         with pytest.raises(errors.ExtractorUnsupportedError, match="a compiled program fails"):
             ask(engine, "per_item", "out", x, Extractor.TORCHSCRIPT)

@@ -241,11 +241,18 @@ class _Trial:
         steps: Mapping[CapturePoint, int],
         seen: Sequence[tuple[Case, LooksSurvey]],
     ) -> Generator[None, None, Faults]:
-        """Return the faults of programs; see Note [Examples to record from] in ``plan_builder``."""
+        """Return the faults of programs; see Note [Examples to record from] in ``plan_builder``.
+
+        Where sizes depend on the content, programs depend on how many elements the example has of
+        each kind: one element is recorded as a number. There every program must hold, as a plan may
+        be recorded from any example.
+        """
         found: list[Faults] = []
+        sized: set[CapturePoint] = set()
         for size in (2, 1):
             example = ordinary_batch(self._model, size)
             looks = self._looks(example)
+            sized |= looks.sized.intersection(points)
             yield
             cases = [replace(case, astray=_astray(looks, other)) for case, other in seen]
             unrepeated = [point for point in points if _is_unrepeated(point, looks, cases)]
@@ -258,10 +265,11 @@ class _Trial:
             finally:
                 taps.close()
             found.append({**faults, **dict.fromkeys(unrepeated, UNREPEATED)})
-            if not any(map(depends_on_size, faults.values())):
+            if not sized and not any(map(depends_on_size, faults.values())):
                 break
         # Any subset of what one example serves can be served together.
-        return min(found, key=len)
+        best = min(found, key=len)
+        return {p: each for faults in found for p, each in faults.items() if p in sized} | best
 
 
 def _astray(example: LooksSurvey, looks: LooksSurvey) -> frozenset[CapturePoint]:

@@ -99,6 +99,7 @@ class Looks:
     Attributes:
         count: How often the model looked at values; see Note [Looks].
         operations: How many operations had arguments that depend on the input.
+        sizes: Whether the size of some value depended on the content of the input.
         functions: The names of the ``torch.autograd.Function`` classes that it called.
         tables: The numbers of rows of the tables that it indexed by ids from the input.
     """
@@ -112,6 +113,7 @@ class Looks:
         self._steps: dict[StorageWeakRef, str] = {}
         self._limit = SLACK
         self.operations = 0
+        self.sizes = False
         self.functions: list[str] = []
         self.tables: set[int] = set()
 
@@ -176,6 +178,7 @@ class Looks:
 
     def mark_sized(self, values: Any) -> None:
         """Record that the sizes of the tensors among the values depend on the content."""
+        self.sizes = True
         self._sized.update(_memory(values))
 
 

@@ -272,6 +272,7 @@ class LooksSurvey:
         functions: For each point after a call of a custom autograd function: the function's name.
         steps: For each point whose value depends on a discontinuous operation: the operation's
             name; see Note [Discontinuous steps].
+        sized: The points after a value whose size depends on the content of the input.
         straight: The children that ran one after the other from the beginning of the pass, with no
             operation between them.
     """
@@ -281,6 +282,7 @@ class LooksSurvey:
     unguarded: dict[CapturePoint, str] = field(default_factory=dict)
     functions: dict[CapturePoint, str] = field(default_factory=dict)
     steps: dict[CapturePoint, str] = field(default_factory=dict)
+    sized: set[CapturePoint] = field(default_factory=set)
     straight: list[str] = field(default_factory=list)
 
     def before(self, point: CapturePoint) -> Outcome:
@@ -317,6 +319,8 @@ def survey_looks(model: LoadedModel, x: Batch) -> LooksSurvey:
             point = CapturePoint(PointKind.MODULE, path, side, call, way)
             if looks.count:
                 survey.looked[point] = len(tape.looks)
+            if looks.sizes:
+                survey.sized.add(point)
             if looks.functions:
                 survey.functions[point] = looks.functions[0]
             if step := looks.step(tensor):
