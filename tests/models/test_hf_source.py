@@ -402,7 +402,7 @@ def test_weights_are_never_in_memory_twice(tmp_path: Path, precision: str) -> No
     """Loading shards takes the memory of the weights and at most one shard more.
 
     Pages of the mapped files are not counted, as the system drops them when memory is short. The
-    peak that the system reports (``ru_maxrss``) would count them, and a child inherits its parent's.
+    peak that the system reports (``ru_maxrss``) would count them, and children inherit it.
     """
     hfnets.bert(tmp_path / "small")
     sizes = {**hfnets.TEXT, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
