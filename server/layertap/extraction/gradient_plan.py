@@ -125,7 +125,7 @@ class _Trial:
         self._axes = [ItemAxis.of(each) for each in specs]
         self._dynamic = any(each.dynamic for each in specs)
         self._term_shapes = tuple(
-            axis.item_shape(each) for axis, each in zip(self._axes, specs, strict=True)
+            axis.shape_per_item(each) for axis, each in zip(self._axes, specs, strict=True)
         )
         self._whole = replace(
             self._spec, points=tuple(dict.fromkeys((*self._spec.points, *values)))

@@ -62,7 +62,7 @@ class ItemAxis(NamedTuple):
         merged = items.flatten(0, 1) if self.per_item != 1 else items
         return merged.movedim(0, self.axis).reshape(like.shape)
 
-    def item_shape(self, spec: ValueSpec) -> tuple[int, ...]:
+    def shape_per_item(self, spec: ValueSpec) -> tuple[int, ...]:
         """Return the shape of an item's part, as a spec predicts it."""
         shape = list(spec.shape(1))
         if self.axis is None:
