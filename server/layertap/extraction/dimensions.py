@@ -13,9 +13,9 @@ Note [Which expressions there are]
 Note [Found by elimination]
     A dimension is measured at several sizes of the inputs. All expressions of one form that agree
     with every measurement are candidates. Where they disagree with each other at some size, the
-    size at which they disagree most is measured next. A dimension has an expression once all of its
-    candidates are the same function of the sizes that the model takes; until then it has none, and
-    so it has none where no candidate is left. Simpler forms come first: a constant, one count, a
+    size at which they disagree most is measured next. A dimension has an expression once all of
+    its candidates give the same size for every input that the model takes. If no candidate is left,
+    it has none. Simpler forms come first: a constant, one count, a
     product, a sum. Of a model that takes multiples of a number only, such as 32, the strides are
     taken to be divisors or multiples of it, as no size that it takes shows more.
 

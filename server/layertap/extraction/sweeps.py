@@ -129,7 +129,7 @@ class SweepTotal:
         sweep: Its options.
 
     Attributes:
-        at_baseline: The number of each item at the baseline of integrated gradients.
+        at_baseline: The objective of each item at the baseline of integrated gradients.
     """
 
     def __init__(self, method: Method, sweep: Sweep) -> None:
