@@ -205,6 +205,11 @@ class Reduction(StrEnum):
     TOKENS = "tokens"
     WORDS = "words"
 
+    @property
+    def ragged(self) -> bool:
+        """Whether items have different numbers of values, so that the result has no batch axis."""
+        return self in (Reduction.TOKENS, Reduction.WORDS)
+
 
 @dataclass(frozen=True, slots=True)
 class LayerSelection:

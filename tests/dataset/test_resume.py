@@ -236,7 +236,7 @@ def test_a_change_is_refused_in_words(case: Case, complete: bool) -> None:
 
 
 def test_overwrite_continues_an_interrupted_run(case: Case) -> None:
-    """The same command with ``--overwrite`` does not begin anew after a crash."""
+    """After a crash, the same command with ``--overwrite`` continues instead of starting over."""
     output = case.folder / "out.parquet"
     output.mkdir()
     (output / "old").write_text("old")

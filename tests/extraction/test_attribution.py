@@ -151,8 +151,30 @@ def test_a_value_before_an_in_place_relu_is_the_one_of_that_moment(
 
 def test_maps_need_a_grid(convolutions: LocalModel) -> None:
     """A layer without a grid has no map, and the error says which layouts have."""
-    with pytest.raises(errors.InvalidInputError, match="GRAD_CAM needs patch tokens"):
+    with pytest.raises(errors.InvalidInputError, match="method: GRAD_CAM takes patch tokens"):
         convolutions.extract(images(64), "fc:grad_cam", objective="fc[0]")
+
+
+def test_the_gap_has_a_name_of_its_own(convolutions: LocalModel) -> None:
+    """An alias that is the name of another layer's gap is refused, whichever comes first."""
+    gapped = LayerSelection(
+        "layer4", Capture.GRADIENT, method=Method.INTEGRATED_GRADIENTS, alias="x"
+    )
+    other = LayerSelection("layer3", Capture.GRADIENT, alias="x.gap")
+    for selections in ([gapped, other], [other, gapped]):
+        with pytest.raises(errors.InvalidInputError, match=r"two outputs are called 'x\.gap'"):
+            convolutions.extract(images(64), selections, objective="fc[0]")
+
+
+def test_each_term_that_finds_an_element_reports_it(convolutions: LocalModel) -> None:
+    """The indices of two maxima have two names, and are those of the values themselves."""
+    found = convolutions.extract(
+        images(64), ["layer4:gradient", "layer4", "fc"], objective="fc[maximum] - layer4[maximum]"
+    )
+    assert found["objective.index"].tolist() == found["fc"].argmax(1, keepdim=True).tolist()
+    best = found["layer4"].flatten(1).argmax(1)
+    places = torch.stack(torch.unravel_index(best, found["layer4"].shape[1:]), 1)
+    assert torch.equal(found["objective.index_1"], places)
 
 
 def test_a_method_of_a_value_is_refused() -> None:

@@ -144,7 +144,7 @@ def test_what_can_not_be_packed_stays_as_it_is(net, monkeypatch) -> None:
 
 @torch.inference_mode()
 def test_freed_weights_are_not_taken_for_later_ones() -> None:
-    """Weights at an address that others had are packed anew."""
+    """Weights at an address that freed weights had are packed again, not taken for those."""
     kept: list[torch.Tensor] = []  # Packed weights may live longer than the weights.
     for seed in range(20):
         torch.manual_seed(seed)

@@ -30,8 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         _sync_tree(temporary)
         if path.is_dir():
-            # A folder can only be renamed to a name that is free. Whoever replaces a folder has
-            # kept what it was made of, so that a crash between the two steps loses nothing.
+            # A folder can only be renamed to a name that is free. The shards from which a folder is
+            # made are still there, so a crash between the two steps loses nothing.
             remove(path)
         temporary.replace(path)
         sync_folder(path.parent)

@@ -14,10 +14,7 @@ from layertap.selection import Glob, LayerSelection, Reduction
 if TYPE_CHECKING:
     from layertap.description import ModelDescription, ValueDescription
 
-__all__ = ["RAGGED", "RowRules", "batch_axes"]
-
-RAGGED = frozenset({Reduction.TOKENS, Reduction.WORDS})
-"""Reductions after which items have different numbers of values along the first dimension."""
+__all__ = ["RowRules", "batch_axes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class RowRules:
         ragged = {
             name
             for selection in selections
-            if selection.reduction in RAGGED
+            if selection.reduction.ragged
             for name in batch_axes(model, [selection])
         }
         return cls(batch_axes(model, selections), frozenset(ragged))

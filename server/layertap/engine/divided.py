@@ -25,7 +25,7 @@ from layertap.engine.reply_layout import Beside, Envelope, reductions_of, reply_
 from layertap.engine.resolve import Resolved
 from layertap.engine.work import Work
 from layertap.errors import ModelRunError
-from layertap.extraction.masked import MASKED, RAGGED, Tokens
+from layertap.extraction.masked import MASKED, Tokens
 from layertap.extraction.plan import Plan
 from layertap.extraction.points import ValueSpec
 from layertap.models import Batch
@@ -188,7 +188,7 @@ def _places(
             axis, each = spec.batch_axis or (0, 1)
             rows = np.arange(x.size + 1) * each
             found.append(Place(shape, rows, axis, tuple(token_axes), lengths))
-        elif output.reduction in RAGGED and beside.tokens is not None:
+        elif output.reduction.ragged and beside.tokens is not None:
             ends = np.cumsum(_rows(output.reduction, beside.tokens))
             found.append(Place(shape, np.concatenate([[0], ends])))
         elif not token_axes or (output.reduction in MASKED and _is_series(spec, token_axes)):

@@ -126,10 +126,8 @@ def resolve(
     if objective:
         aim, entries = resolve_objective(catalogue, objective)
         check_order(catalogue, matches, list(zip(objective, entries, strict=True)))
-        reported = _reported(objective)
         gaps = (replace(point, gap=True) for point in points if _has_gap(point))
-        told = (CapturePoint(PointKind.OBJECTIVE, name) for name in reported)
-        points = (*points, *gaps, *told)
+        points = (*points, *gaps, *_reported(objective))
         spec = PassSpec(points, aim)
     outputs = tuple(
         Output(
@@ -153,7 +151,7 @@ def resolve(
         if _has_gap(points[output.point])
     )
     outputs += tuple(
-        Output(f"objective.{point.path}", f"objective.{point.path}", index, Reduction.NONE, None)
+        Output(point.objective_name, point.objective_name, index, Reduction.NONE, None)
         for index, point in enumerate(points)
         if point.kind is PointKind.OBJECTIVE
     )
@@ -186,10 +184,13 @@ def _check_objective(selections: Sequence[LayerSelection], objective: Sequence[T
         )
 
 
-def _reported(objective: Sequence[TermKey]) -> list[str]:
-    """Return the names of what the reply tells about an objective."""
+def _reported(objective: Sequence[TermKey]) -> list[CapturePoint]:
+    """Return what the reply tells about an objective; nothing if there is none."""
+    if not objective:
+        return []
+    value, first = (CapturePoint(PointKind.OBJECTIVE, name) for name in ("value", "index"))
     finding = sum(key.measure.finds for key in objective)
-    return ["value", *(f"index_{number}" if number else "index" for number in range(finding))]
+    return [value, *(replace(first, call=number) for number in range(finding))]
 
 
 def _matches(
@@ -249,16 +250,16 @@ def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> 
 def _check_names(
     matches: Sequence[tuple[LayerSelection, LayerEntry]], objective: Sequence[TermKey]
 ) -> None:
-    seen = {f"objective.{name}" for name in _reported(objective)} if objective else set()
+    seen = {point.objective_name for point in _reported(objective)}
     for selection, entry in matches:
-        name = selection.name_for(entry.name)
-        if name in seen:
-            raise InvalidInputError(
-                f"layers: two outputs are called {name!r}; give one of them an alias"
-            )
-        seen.add(name)
-        if selection.method is Method.INTEGRATED_GRADIENTS:
-            seen.add(f"{name}.gap")
+        own = selection.name_for(entry.name)
+        gap = [f"{own}.gap"] if selection.method is Method.INTEGRATED_GRADIENTS else []
+        for name in (own, *gap):
+            if name in seen:
+                raise InvalidInputError(
+                    f"layers: two outputs are called {name!r}; give one of them an alias"
+                )
+            seen.add(name)
 
 
 def _candidates(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from layertap.errors import InvalidInputError
 from layertap.extraction.points import ValueSpec
 from layertap.extraction.reductions import reduced
 from layertap.models import BatchKey
@@ -58,12 +57,7 @@ def attribution(method: Method, spec: ValueSpec, layer: str, key: BatchKey) -> A
         return Attribution(spec, needs_value=False, combine=lambda value, gradient: gradient)
     if method is Method.GRADIENT_X_ACTIVATION:
         return Attribution(spec, needs_value=True, combine=torch.mul)
-    try:
-        grid = reduced(spec, Reduction.TOKEN_GRID, layer, key)
-    except InvalidInputError as error:
-        raise InvalidInputError(
-            f"method: {method.name} needs {str(error).partition('takes ')[2]}"
-        ) from error
+    grid = reduced(spec, Reduction.TOKEN_GRID, layer, key, asked=f"method: {method.name}")
     weigh = _MAPS[method]
 
     def combine(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -163,7 +163,7 @@ class Catalogue:
     def name_of(self, point: CapturePoint) -> str:
         """Return the name to request for a point, or that of a gradient or the objective."""
         if point.kind is PointKind.OBJECTIVE:
-            return f"objective.{point.path}"
+            return point.objective_name
         name = (
             f"{self.inputs_name}.{point.path}"
             if point.kind is PointKind.INPUT

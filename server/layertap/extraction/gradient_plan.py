@@ -260,8 +260,7 @@ class _Trial:
             for term, shape in zip(self._terms, self._term_shapes, strict=True)
             if term.measure.finds
         ]
-        number = int(point.path.removeprefix("index").lstrip("_") or 0)
-        return ValueSpec(torch.int64, (batch, Dim(finding[number])))
+        return ValueSpec(torch.int64, (batch, Dim(finding[point.call])))
 
 
 def _check_inputs(key: PlanKey) -> None:

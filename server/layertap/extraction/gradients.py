@@ -89,7 +89,7 @@ class _Mark(torch.autograd.Function):
 def point_name(point: CapturePoint) -> str:
     """Return a point's name for messages: the path, with what is captured there."""
     if point.kind is PointKind.OBJECTIVE:
-        return f"objective.{point.path}"
+        return point.objective_name
     path = f"inputs.{point.path}" if point.kind is PointKind.INPUT else point.path or "output"
     call = f" (call {point.call})" if point.call else ""
     member = "".join(f"[{key}]" for key in point.member)

@@ -15,7 +15,7 @@ from layertap.errors import InvalidInputError
 from layertap.extraction.points import Dim, ValueSpec
 from layertap.selection import Reduction
 
-__all__ = ["MASKED", "RAGGED", "Tokens", "masked"]
+__all__ = ["MASKED", "Tokens", "masked"]
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -34,15 +34,16 @@ class Tokens:
     words: torch.Tensor | None = None
 
 
-RAGGED = frozenset({Reduction.TOKENS, Reduction.WORDS})
-"""The reductions whose result has no batch dimension."""
-
-MASKED = RAGGED | {
-    Reduction.GLOBAL_AVERAGE_POOL,
-    Reduction.CLASS_TOKEN,
-    Reduction.LAST_TOKEN,
-    Reduction.TOKEN_MAX,
-}
+MASKED = frozenset(
+    {
+        Reduction.GLOBAL_AVERAGE_POOL,
+        Reduction.CLASS_TOKEN,
+        Reduction.LAST_TOKEN,
+        Reduction.TOKEN_MAX,
+        Reduction.TOKENS,
+        Reduction.WORDS,
+    }
+)
 """The reductions that use the mask."""
 
 
@@ -69,7 +70,7 @@ def masked(
     length, channels = spec.dims[1].size, spec.dims[2]
     if tokens is not None:
         _check(reduction, tokens, length, layer)
-        if reduction is not Reduction.WORDS and _all(tokens.mask) and reduction not in RAGGED:
+        if not reduction.ragged and _all(tokens.mask):
             tokens = None
     match reduction:
         case Reduction.GLOBAL_AVERAGE_POOL:
@@ -95,7 +96,7 @@ def _all(mask: torch.Tensor) -> bool:
 
 
 def _check(reduction: Reduction, tokens: Tokens, length: int, layer: str) -> None:
-    if tokens.mask.shape[1] != length and (reduction in RAGGED or not _all(tokens.mask)):
+    if tokens.mask.shape[1] != length and (reduction.ragged or not _all(tokens.mask)):
         raise InvalidInputError(
             f"reduction: {reduction.name} of layer {layer!r} has {length} positions, and the mask "
             f"{tokens.mask.shape[1]}, so which of them are padding is not known; send items of one "

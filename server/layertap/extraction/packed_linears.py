@@ -40,8 +40,8 @@ MAX_PACKED_BYTES = 1 << 30
 ROWS = range(8, 4097)
 """Numbers of rows for which weights are packed.
 
-For fewer rows, reading the weights takes the time; for more, packing them at each call takes a
-small part of it.
+For fewer rows, reading the weights should take the time, and for more, packing them at each call a
+small part of it. Only 128 rows were measured.
 """
 
 

@@ -43,9 +43,9 @@ class CapturePoint:
     Attributes:
         kind: What it is attached to.
         path: The module's path; the node's name in torchvision's naming; the name of the model's
-            input; or for the objective, ``value`` or ``index`` and so on.
+            input; or for the objective, ``value`` or ``index``.
         capture: Whether it is the call's output or its input.
-        call: Which call of the module it is, counted from 0.
+        call: Which call of the module it is, or which of the objective's indices; counted from 0.
         member: The indices and keys that lead to it in a container; empty for a plain tensor.
         gradient: Whether the gradient of the pass's objective with respect to the value is
             captured instead of the value.
@@ -74,6 +74,12 @@ class CapturePoint:
     def value(self) -> CapturePoint:
         """The point of the value itself."""
         return CapturePoint(self.kind, self.path, self.capture, self.call, self.member)
+
+    @property
+    def objective_name(self) -> str:
+        """The name in the reply, if it tells something about the objective."""
+        number = f"_{self.call}" if self.call else ""
+        return f"objective.{self.path}{number}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import torch
 
 from layertap.errors import InvalidInputError
 from layertap.extraction.layout import Geometry, Layout
-from layertap.extraction.masked import MASKED, RAGGED, Tokens, masked
+from layertap.extraction.masked import MASKED, Tokens, masked
 from layertap.extraction.points import Dim, ValueSpec
 from layertap.models import BatchKey
 from layertap.selection import Reduction
@@ -39,6 +39,8 @@ def reduced(
     layer: str,
     key: BatchKey,
     tokens: Tokens | None = None,
+    *,
+    asked: str = "",
 ) -> Reduced:
     """Return a reduction for the values of a layer.
 
@@ -48,6 +50,7 @@ def reduced(
         layer: The layer's name, for the error message.
         key: The shapes of the batch's items, for the error message.
         tokens: Which positions of the batch's texts count; None if all do.
+        asked: What the caller asked for, for the error message; empty if it is the reduction.
 
     Raises:
         InvalidInputError: If the reduction can't be applied to such values.
@@ -65,11 +68,11 @@ def reduced(
         shape = [f"{dim.size}B" if dim.batch else dim.size for dim in spec.dims]
         known = "" if spec.geometry != Geometry() else " (of unknown layout)"
         raise InvalidInputError(
-            f"reduction: {reduction.name} takes {takes}, but layer {layer!r} is "
+            f"{asked or f'reduction: {reduction.name}'} takes {takes}, but layer {layer!r} is "
             f"{spec.dtype} {shape}{known} for items of {key}"
         )
     dims, apply = made
-    if reduction in RAGGED:
+    if reduction.ragged:
         # Its first dimension is not the batch.
         return Reduced(ValueSpec(spec.dtype, tuple(dims)), _in_front(apply, spec))
     return Reduced(ValueSpec(spec.dtype, (front.dims[0], *dims)), _in_front(apply, spec))
