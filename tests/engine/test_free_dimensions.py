@@ -13,6 +13,7 @@ import inputnets
 import sizenets
 from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
+from layertap.extraction import sizes
 from layertap.models import LoadedModel, ModelSpec
 from oracle import outputs_of
 
@@ -50,6 +51,19 @@ def test_any_length_is_served(engine, net, item_shape, layer, extractor) -> None
         got = asking.ask(engine, net, layer, x.numpy(), extractor)[layer]
         np.testing.assert_allclose(got, right.numpy(), rtol=1e-4, atol=1e-5)
     assert len(host._plans) <= PLANS
+
+
+@pytest.mark.parametrize("extractor", [Extractor.HOOK, Extractor.TORCHSCRIPT])
+def test_any_length_of_a_slow_model_is_served(engine, monkeypatch, extractor) -> None:
+    """Without expressions, as for a model with slow passes, each length still gives its values."""
+    monkeypatch.setattr(sizes, "MAX_SECONDS", 0.0)
+    engine.load(ModelSpec("inputnets:wave", item_shape=(64,)))
+    fresh = inputnets.wave()
+    for length in (64, 48, 57, 48):
+        x = inputs("wave", length)
+        (right,) = outputs_of(fresh, x, "second")
+        got = asking.ask(engine, "wave", "second", x.numpy(), extractor)["second"]
+        np.testing.assert_allclose(got, right.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_length_that_the_model_refuses_gets_the_models_own_words(engine, caplog) -> None:

@@ -233,6 +233,22 @@ def test_the_passes_are_few(monkeypatch) -> None:
         assert 8 <= len(ran) <= sizes.MAX_PASSES + 8, source
 
 
+def test_a_slow_model_runs_at_no_further_size(monkeypatch) -> None:
+    """Where a pass takes too long, one is enough to see it, and no dimension has an expression."""
+    ran: list[int] = []
+    real = sizes._Runs.shapes
+
+    def shapes(self, at, batch=1, *, nodes=False):
+        ran.append(batch)
+        return real(self, at, batch, nodes=nodes)
+
+    monkeypatch.setattr(sizes._Runs, "shapes", shapes)
+    monkeypatch.setattr(sizes, "MAX_SECONDS", 0.0)
+    _, catalogue = measured("inputnets:wave", (400,))
+    assert ran == [1]
+    assert words(catalogue, "second") == "[1?B, 4?, 98?]"
+
+
 def test_several_inputs_have_one_name_where_their_sizes_are_one() -> None:
     """Ids and mask share a symbol, and shapes that follow both are given by it."""
     _, catalogue = measured("severalnets:masked", (24,))

@@ -14,6 +14,10 @@ Note [Which sizes are tried]
 
     The nodes of the symbolic graph run at the last two sizes, and are looked up among the
     expressions that were found for modules. Where several of those fit, they run at a few more.
+
+    All this takes ten to twenty passes. A model whose passes take seconds would take a minute
+    longer to load, so its expressions are not looked for; its shapes are measured when a request
+    has another size.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -37,6 +42,9 @@ _log = logging.getLogger(__name__)
 
 MAX_PASSES = 26
 """Passes of one model at sizes other than its default one, those that it refuses included."""
+
+MAX_SECONDS = 2.0
+"""Duration of a pass above which no further sizes are tried."""
 
 _STEPS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of which a model may require that a size is a multiple."""
@@ -128,7 +136,15 @@ def survey_sizes(
         return {}
     if not defaults:
         return {p: tuple(Expression(dim.size) for dim in spec.dims) for p, spec in specs.items()}
-    return _Survey(_Runs(model, key, turn, nodes), specs, defaults).expressions()
+    try:
+        return _Survey(_Runs(model, key, turn, nodes), specs, defaults).expressions()
+    except _TooSlowError as error:
+        _log.info("model %s: %s", model.name, error)
+        return {}
+
+
+class _TooSlowError(Exception):
+    """A pass took too long for a model to be run at many sizes."""
 
 
 class _Runs:
@@ -152,7 +168,14 @@ class _Runs:
         self.passes += 1
         key = resized(self._model.signature, self._key, sizes)
         x = ordinary_batch(self._model, batch, key)
+        begin = time.monotonic()
         shapes, ended = survey_shapes(self._model, x, self._turn)
+        seconds = time.monotonic() - begin
+        if seconds > MAX_SECONDS:
+            raise _TooSlowError(
+                f"a pass takes {seconds:.1f} s, so how shapes follow the sizes of the input was "
+                f"not found out; they are measured when a request has another size"
+            )
         if not ended:
             return None
         return {**shapes, **self._of_nodes(x)} if nodes else shapes
