@@ -112,20 +112,29 @@ def _gradients(
 
 def derivative(
     net: nn.Module, run: Run, place: Place, score: Score, direction: torch.Tensor
-) -> float:
-    """Return the derivative of a score in a direction of a value, by a central difference."""
-    step = 0.0
+) -> tuple[float, torch.Tensor]:
+    """Return the derivative of a score in a direction of a value, by a central difference.
+
+    Elements that are exactly zero are not moved: a ReLU has left them, and the sum of two of them
+    stands in the kink of the next one, where a difference says nothing.
+
+    Returns:
+        The derivative, and the direction without these elements.
+    """
+    step, used = 0.0, direction
 
     def at(sign: float) -> float:
         def move(value: torch.Tensor) -> torch.Tensor:
-            nonlocal step
-            step = 1e-6 * max(1e-3, float(value.abs().max())) / float(direction.abs().max())
-            return value + sign * step * direction
+            nonlocal step, used
+            used = direction * (value != 0)
+            largest = float(used.abs().max()) or 1.0
+            step = 1e-6 * max(1e-3, float(value.abs().max())) / largest
+            return value + sign * step * used
 
         with torch.no_grad():
             return float(score(changed(net, run, {place: move})))
 
-    return (at(1.0) - at(-1.0)) / (2 * step)
+    return (at(1.0) - at(-1.0)) / (2 * step), used
 
 
 def changed(net: nn.Module, run: Run, changes: Mapping[Place, Change]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from layertap.client.timeouts import bounded
@@ -21,6 +22,7 @@ from layertap.wire import dtypes
 from layertap.wire.enums import to_proto
 from layertap.wire.messages import encode_request
 from layertap.wire.objectives import objective_to_proto
+from layertap.wire.small_tensors import array_to_proto
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
@@ -119,10 +121,12 @@ def _texts(name: str, given: Texts) -> feature_service_pb2.TextBatch:
 
 
 def _sweep(sweep: Sweep) -> feature_service_pb2.Sweep:
+    number = isinstance(sweep.baseline, Real)
     return feature_service_pb2.Sweep(
         steps=sweep.steps,
         rule=to_proto(sweep.rule, "INTEGRATION_RULE"),
-        baseline=sweep.baseline,
+        baseline=sweep.baseline if number else 0.0,
+        baseline_tensor=None if number else array_to_proto(sweep.baseline),
         noise=sweep.noise,
         seed=sweep.seed,
     )
@@ -137,4 +141,5 @@ def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
         dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
         method=to_proto(selection.method, "METHOD"),
         sweep=_sweep(selection.sweep) if selection.method.sweeps else None,
+        map_form=to_proto(selection.map_form, "MAP_FORM") if selection.method.is_map else None,
     )
