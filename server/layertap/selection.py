@@ -225,8 +225,9 @@ class Sweep:
                 f"sweep: steps: got {self.steps}, expected from {least} to {MAX_STEPS}"
             )
         if not isinstance(self.baseline, Real):
-            object.__setattr__(self, "baseline", as_array(self.baseline))
-            check_floats(self.baseline, "sweep: baseline")  # type: ignore[arg-type] # an array now
+            array = as_array(self.baseline)
+            check_floats(array, "sweep: baseline")
+            object.__setattr__(self, "baseline", array)
         elif not math.isfinite(self.baseline):
             raise InvalidInputError(f"sweep: baseline: got {self.baseline}, expected a number")
         if not 0 <= self.noise < math.inf:

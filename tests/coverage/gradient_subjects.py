@@ -81,7 +81,14 @@ class GradientSubject:
 
 def classifiers() -> list[GradientSubject]:
     """Return torchvision's classification models, small ones first."""
-    return [_classifier(name) for name in torchvision.models.list_models(torchvision.models)]
+    names = torchvision.models.list_models(torchvision.models)
+    return [_classifier(name) for name in sorted(names, key=_parameters)]
+
+
+def _parameters(name: str) -> int:
+    """Return how many parameters a model has, as torchvision says it."""
+    weights = torchvision.models.get_model_weights(name)
+    return int(next(iter(weights)).meta["num_params"])
 
 
 def _classifier(name: str) -> GradientSubject:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from layertap.client.timeouts import bounded
 from layertap.inputs import encode_input
@@ -121,12 +122,12 @@ def _texts(name: str, given: Texts) -> feature_service_pb2.TextBatch:
 
 
 def _sweep(sweep: Sweep) -> feature_service_pb2.Sweep:
-    number = isinstance(sweep.baseline, Real)
+    base = sweep.baseline
     return feature_service_pb2.Sweep(
         steps=sweep.steps,
         rule=to_proto(sweep.rule, "INTEGRATION_RULE"),
-        baseline=sweep.baseline if number else 0.0,
-        baseline_tensor=None if number else array_to_proto(sweep.baseline),
+        baseline=None if isinstance(base, np.ndarray) else base,
+        baseline_tensor=array_to_proto(base) if isinstance(base, np.ndarray) else None,
         noise=sweep.noise,
         seed=sweep.seed,
     )

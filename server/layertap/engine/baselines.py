@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,12 @@ def apart(
     kept = []
     for selection in selections:
         sweep = selection.sweep
-        if selection.method.sweeps and not isinstance(sweep.baseline, Real):
+        if not isinstance(sweep.baseline, np.ndarray):
+            kept.append(selection)
+        elif not selection.method.sweeps:
+            kept.append(replace(selection, sweep=replace(sweep, baseline=0.0)))
+        else:
             given = SentBaseline(sweep.steps, sweep.rule, 0.0, sweep.noise, sweep.seed, len(arrays))
             arrays.append(sweep.baseline)
-            selection = replace(selection, sweep=given)  # noqa: PLW2901 - without the array
-        elif not isinstance(sweep.baseline, Real):
-            selection = replace(selection, sweep=replace(sweep, baseline=0.0))  # noqa: PLW2901
-        kept.append(selection)
+            kept.append(replace(selection, sweep=given))
     return tuple(kept), tuple(arrays)

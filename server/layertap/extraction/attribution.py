@@ -95,7 +95,8 @@ def eigen_cam(spec: ValueSpec, layer: str, key: BatchKey) -> Reduced:
         found = torch.stack([_first_component(item) for item in rows])
         found = found * torch.where(found.sum(1, keepdim=True) < 0, -1.0, 1.0)
         found = found.where(finite[:, None], torch.full_like(found, torch.nan))
-        return found.unflatten(1, value.shape[2:]).to(spec.dtype)
+        maps: torch.Tensor = found.unflatten(1, value.shape[2:]).to(spec.dtype)
+        return maps
 
     return Reduced(ValueSpec(spec.dtype, dims), apply)
 
@@ -106,10 +107,10 @@ def _first_component(rows: torch.Tensor) -> torch.Tensor:
     That is the eigenvector of the smaller of the two Gram matrices, which takes far less time than
     a singular value decomposition.
     """
-    if rows.shape[0] > rows.shape[1]:
-        return rows @ torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -1]
-    gram = torch.linalg.eigh(rows @ rows.T)
-    return gram.eigenvectors[:, -1] * gram.eigenvalues[-1].clamp(min=0).sqrt()
+    tall = rows.shape[0] > rows.shape[1]
+    gram = torch.linalg.eigh(rows.T @ rows if tall else rows @ rows.T)
+    first: torch.Tensor = gram.eigenvectors[:, -1]
+    return rows @ first if tall else first * gram.eigenvalues[-1].clamp(min=0).sqrt()
 
 
 def _mean_gradient(value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

@@ -175,7 +175,8 @@ class _Trial:
         self, spec: PassSpec, *, rows: int = 1, trial: bool = False, plain: bool = False
     ) -> GradientExtractor:
         outputs = [self._output(point) for point in spec.points]
-        shapes = Shapes(self._axes, self._term_shapes, outputs)
+        dtypes = [self._values[term.point].dtype for term in self._terms]
+        shapes = Shapes(self._axes, self._term_shapes, outputs, dtypes)
         return GradientExtractor(
             self._context,
             spec,

@@ -49,7 +49,7 @@ from layertap.extraction.attribution import Attribution
 from layertap.extraction.containers import plain
 from layertap.extraction.guided import guided_relus, relus_before
 from layertap.extraction.kinds.base import BuildContext
-from layertap.extraction.operands import ItemAxis, Measured, Operands
+from layertap.extraction.operands import ItemAxis, Measured, Operands, check_range
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind, Sink, ValueSpec
 from layertap.extraction.sweeps import Base, SentBaseline, SweepTotal, SweptPass, steps_of
@@ -111,11 +111,13 @@ class Shapes(NamedTuple):
         axes: Where the items are in the value of each term of the objective.
         terms: The shape of an item's part of each of these values.
         outputs: What is made for each point.
+        dtypes: The dtype of each of these values.
     """
 
     axes: Sequence[ItemAxis]
     terms: tuple[tuple[int, ...], ...]
     outputs: Sequence[Attribution]
+    dtypes: Sequence[torch.dtype] = ()
 
     @property
     def takes_batches(self) -> bool:
@@ -295,9 +297,11 @@ class GradientExtractor:
             size: The number of items.
 
         Raises:
-            InvalidInputError: If an index, a vector or a baseline doesn't fit.
+            InvalidInputError: If an index, a vector or a baseline doesn't fit, or a number is too
+                large for the model's dtype.
         """
         operands.check(self.shapes.terms, size)
+        operands.check_range(self.shapes.dtypes)
         for point, indexes in self._sweeps.items():
             spec = self.shapes.outputs[indexes[0]].spec
             if point.sweep is not None and not spec.dynamic:
@@ -306,9 +310,14 @@ class GradientExtractor:
     def _base(self, sweep: Sweep, spec: ValueSpec, operands: Operands, size: int) -> Base:
         """Return the baseline of integrated gradients, in the shape of the value."""
         if not isinstance(sweep, SentBaseline):
-            return float(sweep.baseline)
+            number = float(sweep.baseline)
+            check_range("sweep: baseline", abs(number), spec.dtype)
+            return number
         axis = ItemAxis.of(spec)
         items = operands.baseline(sweep.number, axis.shape_per_item(spec), size)
+        check_range(
+            "sweep: baseline", float(items.abs().amax()) if items.numel() else 0, spec.dtype
+        )
         items = items.expand(size, *items.shape[1:])
         base = axis.joined(items, torch.empty(spec.shape(size), device="meta"))
         return base.to(self._context.model.device, spec.dtype)

@@ -18,7 +18,7 @@ from layertap.errors import InvalidInputError
 from layertap.extraction.points import ValueSpec
 from layertap.objective import Measure, ObjectiveTerm
 
-__all__ = ["ItemAxis", "Measured", "Operands"]
+__all__ = ["ItemAxis", "Measured", "Operands", "check_range"]
 
 
 class ItemAxis(NamedTuple):
@@ -134,6 +134,21 @@ class Operands:
             _check_places(term, shape, size)
             _check_vector(term, shape, size)
 
+    def check_range(self, dtypes: Sequence[torch.dtype]) -> None:
+        """Check that the dtypes of the objective's values can hold the operands.
+
+        Args:
+            dtypes: The dtype of each term's value.
+
+        Raises:
+            InvalidInputError: If a weight or an element of a vector would be infinite in it.
+        """
+        for term, dtype in zip(self.terms, dtypes, strict=True):
+            check_range("objective: weight", abs(term.weight), dtype)
+            if term.vector is not None and term.vector.size:
+                largest = float(np.abs(term.vector.astype(np.float64)).max())
+                check_range("objective: vector", largest, dtype)
+
     def narrow(self, item: int, shapes: Sequence[tuple[int, ...]]) -> Operands:
         """Return the operands of one item; see ``check`` for the shapes."""
         terms = tuple(
@@ -237,6 +252,26 @@ class Operands:
                 )
                 index = torch.cat([places, inside], 1) if mine.places else inside
                 return Measured(flat.gather(1, best[:, None])[:, 0], index)
+
+
+def check_range(what: str, largest: float, dtype: torch.dtype) -> None:
+    """Check that a dtype can hold numbers.
+
+    Args:
+        what: What they are, for the error message.
+        largest: Their largest magnitude.
+        dtype: The dtype.
+
+    Raises:
+        InvalidInputError: If it can't.
+    """
+    limit = torch.finfo(dtype).max
+    if largest > limit:
+        name = str(dtype).removeprefix("torch.")
+        raise InvalidInputError(
+            f"{what}: got a magnitude of {largest:g}, expected at most {limit:g}, the largest "
+            f"number of the layer's dtype {name}"
+        )
 
 
 def _no_place(items: torch.Tensor) -> torch.Tensor:
