@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,3 +134,23 @@ def test_png_files_are_read_by_others(tmp_path: Path) -> None:
     with Image.open(file) as image:
         assert image.mode == "RGB"
         assert np.array_equal(np.asarray(image), pixels)
+
+
+def test_the_picture_of_the_docs_is_what_the_example_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The example draws red over the orange disc, blue over the square, and gray elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(root / "examples" / "python")
+    overlay = importlib.import_module("overlay")
+    monkeypatch.setattr(sys, "argv", ["overlay.py", str(tmp_path / "made.png")])
+    overlay.main()
+    files = tmp_path / "made.png", root / "docs" / "gradients_overlay.png"
+    made, shown = (np.asarray(Image.open(file).convert("RGB")).astype(int) for file in files)
+    assert np.abs(made - shown).max() <= 2
+    right = made[:, overlay.SIDE :]
+    disc, square, corner = right[65, 59], right[133, 139], right[5, 5]
+    assert disc[0] > disc[2] + 100
+    assert square[2] > square[0] + 100
+    assert len(set(corner.tolist())) == 1
+    assert files[1].stat().st_size <= 100 << 10

@@ -16,7 +16,7 @@ import torch
 import torchvision
 from torch import nn
 
-__all__ = ["GradientSubject", "classifiers", "hugging_face"]
+__all__ = ["GradientSubject", "classifier", "classifiers", "hugging_face"]
 
 Batch = torch.Tensor | dict[str, torch.Tensor]
 
@@ -82,7 +82,7 @@ class GradientSubject:
 def classifiers() -> list[GradientSubject]:
     """Return torchvision's classification models, small ones first."""
     names = torchvision.models.list_models(torchvision.models)
-    return [_classifier(name) for name in sorted(names, key=_parameters)]
+    return [classifier(name, SIDES.get(name, 64)) for name in sorted(names, key=_parameters)]
 
 
 def _parameters(name: str) -> int:
@@ -91,8 +91,8 @@ def _parameters(name: str) -> int:
     return int(next(iter(weights)).meta["num_params"])
 
 
-def _classifier(name: str) -> GradientSubject:
-    side = SIDES.get(name, 64)
+def classifier(name: str, side: int) -> GradientSubject:
+    """Return a classification model of torchvision for square images."""
     options: dict[str, Any] = {"weights": None}
     if name.startswith("vit_"):
         options["image_size"] = side

@@ -145,8 +145,10 @@ class Pipeline:
     ) -> Extraction[P]:
         """Run a request on a model; see ``Engine.extract``."""
         reply = self._admission.reserve("the reply would take")
-        selections, baselines = apart(request.selections)
-        request = replace(request, selections=selections)
+        baselines: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
+        if any(isinstance(each.sweep.baseline, np.ndarray) for each in request.selections):
+            selections, baselines = apart(request.selections)
+            request = replace(request, selections=selections)
         try:
             return self._extract(_Admitted(host, request, call, received, reply, baselines))
         except BaseException:
