@@ -26,7 +26,7 @@ from together import Together, asking
 
 POLICY = BatchPolicy(max_size=16, max_tokens=128)
 TOLERANCE = PADDING_TOLERANCE[torch.float32]
-LAYER = "encoder.layer.1"
+LAYER = "encoder.layer.0"
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_divided_request_computes_little_padding(divided: LocalModel) -> None:
 
 def test_attention_maps_are_cut_in_both_dimensions(folder: Path) -> None:
     """Rows and columns of padding are zero in the reply, and the rest is right."""
-    layer = "encoder.layer.1.attention.self.1"
+    layer = "encoder.layer.0.attention.self.1"
     with load(
         f"hf:{folder}", attn_implementation="eager", max_tokens_per_pass=64, threads=1
     ) as model:
