@@ -64,21 +64,21 @@ def by_hand_sweep(module: torch.nn.Module, x: torch.Tensor, rows: int) -> torch.
     return total * x
 
 
-def rows_of(model: LocalModel, swept: Callable[[], torch.Tensor]) -> int:
-    """Return the number of items in the largest pass of a sweep."""
+def rows_of(model: LocalModel, swept: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """Return the number of items in the largest pass of a sweep, and the sweep's result."""
     sizes: list[int] = []
     handle = model.host.model.module.register_forward_pre_hook(
         lambda _, args: sizes.append(len(args[0]))
     )
     try:
-        swept()
+        found = swept()
     finally:
         handle.remove()
-    return max(sizes)
+    return max(sizes), found
 
 
-def ways(model: LocalModel, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return what to time, after the results were compared."""
+def ways(model: LocalModel, x: torch.Tensor) -> tuple[dict[str, Callable[[], torch.Tensor]], int]:
+    """Return what to time, after the results were compared, and the size of a sweep's passes."""
     module, objective = model.host.model.module, f"fc[{CLASS}]"
     sweep = LayerSelection(
         "inputs.x",
@@ -101,10 +101,10 @@ def ways(model: LocalModel, x: torch.Tensor) -> dict[str, Callable[[], torch.Ten
         return model.extract(x, ["fc"], extractor="hook")["fc"]
 
     _same(cam(), by_hand_cam(module, x))
-    rows = rows_of(model, swept)
-    _same(swept(), by_hand_sweep(module, x, rows))
+    rows, found = rows_of(model, swept)
+    _same(found, by_hand_sweep(module, x, rows))
     _same(value(), forward())
-    return {
+    calls = {
         PASS: forward,
         VALUE: value,
         CAM: cam,
@@ -112,6 +112,7 @@ def ways(model: LocalModel, x: torch.Tensor) -> dict[str, Callable[[], torch.Ten
         SWEEP: swept,
         LOOP: lambda: by_hand_sweep(module, x, rows),
     }
+    return calls, rows
 
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -120,21 +121,16 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert error <= 1e-2, error
 
 
-def run(seconds: float) -> dict[str, Any]:
-    """Run all ways in turns."""
+def run(rounds: int) -> dict[str, Any]:
+    """Run all ways in turns: a sweep once in each round, what is quick ten times."""
     x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     with layertap.load(NET, weights="random", device="cpu", threads=threads) as model:
-        calls = ways(model, x)
+        calls, rows = ways(model, x)
         times: dict[str, list[float]] = {way: [] for way in calls}
-        sweeps = {SWEEP, LOOP}
-        spent = dict.fromkeys(calls, 0.0)
-        while min(spent.values()) < seconds * 1000 or min(map(len, times.values())) < 3:
+        for _ in range(rounds):
             for way, call in calls.items():
-                took = common.timed(call, 1 if way in sweeps else 5)
-                times[way] += took
-                spent[way] += sum(took)
-        rows = rows_of(model, calls[SWEEP])
+                times[way] += common.timed(call, 1 if way in {SWEEP, LOOP} else 10)
     return {
         "rows": rows,
         "threads": threads,
@@ -145,9 +141,9 @@ def run(seconds: float) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark, and write its results and the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=20, help="of each way, at least")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    results = run(options.seconds)
+    results = run(options.rounds)
     for way, row in results["ways"].items():
         print(f"{way:30} {row['p25']:9.1f} {row['p50']:9.1f} {row['p75']:9.1f} ms")
     common.save("gradients", {"machine": common.machine("torch", "torchvision"), **results})
