@@ -27,7 +27,7 @@ from together import Together, asking
 
 POLICY = BatchPolicy(max_size=16, max_tokens=128)
 TOLERANCE = PADDING_TOLERANCE[torch.float32]
-LAYER = "encoder.layer.1"
+LAYER = "encoder.layer.0"
 TWO_INPUTS: dict[str, dict[str, Any]] = {
     "T5Model": {"decoder_start_token_id": 0, "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 37,
                 "num_layers": 2, "num_heads": 4},
@@ -173,7 +173,7 @@ def test_a_divided_request_computes_little_padding(divided: LocalModel) -> None:
 
 def test_attention_maps_are_cut_in_both_dimensions(folder: Path) -> None:
     """Rows and columns of padding are zero in the reply, and the rest is right."""
-    layer = "encoder.layer.1.attention.self.1"
+    layer = "encoder.layer.0.attention.self.1"
     with load(
         f"hf:{folder}", attn_implementation="eager", max_tokens_per_pass=64, threads=1
     ) as model:
@@ -200,7 +200,7 @@ def test_texts_beside_another_input_are_divided_right(tmp_path: Path, name: str)
         ),
         "CLIPModel": (
             {"pixel_values": torch.rand(count, 3, 32, 32, generator=generator)},
-            ["text_model.encoder.layers.1", "output.text_embeds", "output.image_embeds"],
+            ["text_model.encoder.layers.0", "output.text_embeds", "output.image_embeds"],
         ),
     }[name]
     given = {"input_ids": Texts(texts(count), return_tokens=True), **other}
