@@ -123,13 +123,6 @@ def test_a_call_goes_where_the_fewest_calls_run() -> None:
     assert [balance.take() for _ in range(2)] == [1, 2]
 
 
-def test_a_server_that_is_not_connected_is_the_last_choice() -> None:
-    """It is taken when the others have been tried."""
-    balance = Balance(["a", "b"], lambda index: index == 1)
-    assert [balance.take() for _ in range(3)] == [1, 1, 1]
-    assert balance.take([1]) == 0
-
-
 def refused(text: str = "stopping") -> UnavailableError:
     error = UnavailableError(text)
     error.refused = True
@@ -211,6 +204,7 @@ def test_a_server_may_stop_and_come_back_under_load(group: Group) -> None:
             without = even()
             group.start(1)
             client.wait_ready(20)
+            time.sleep(1.5)  # A call that failed just before may still keep others away.
             again = even()
         finally:
             ended.set()

@@ -75,11 +75,6 @@ class _Transport:
         self._open_memory = self.channel.unary_unary(Method.OPEN_SHARED_MEMORY)
         self.memory = SharedMemoryClient(settings.target, shared_memory, self._ask_for_memory)
 
-    @property
-    def is_connected(self) -> bool:
-        """Whether the channel is connected; if not, it tries to."""
-        return self.channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY
-
     def _ask_for_memory(self, message: bytes, timeout: float) -> bytes:
         """Call OpenSharedMemory from a thread other than the loop's, and wait for the reply."""
 
@@ -107,10 +102,7 @@ class AsyncClient(BaseClient):
 
     def _start(self, settings: list[ChannelSettings]) -> None:
         self._transports: list[_Transport] = []
-        several = len(settings) > 1
-        self._balance = Balance(
-            self._targets, lambda index: not several or self._transports[index].is_connected
-        )
+        self._balance = Balance(self._targets)
 
     async def extract(
         self,
@@ -305,7 +297,8 @@ class AsyncClient(BaseClient):
         except grpc.RpcError as error:
             wait.failed(index, error)
         else:
-            wait.answered(index, reply)
+            if wait.answered(index, reply):
+                self._balance.answers(index)
 
     async def _session(self, transport: _Transport, timeout: float | None) -> ClientSession | None:
         """Return the session of shared memory; None to use the network."""

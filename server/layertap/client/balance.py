@@ -1,8 +1,10 @@
 """Chooses one of several servers for each call; makes no calls itself.
 
 Note [Several servers]
-    A call goes to a server that has the fewest calls of this client. Servers that are not
-    connected, or that refused a call within the last second, are chosen only if there is no other.
+    A call goes to a server that has the fewest calls of this client. Servers that could not be
+    used within the last second are chosen only if there is no other. Channels connect again by
+    themselves, and as long as they can't, gRPC fails a call at once, so that the next server gets
+    it without delay.
 
     A call is sent to another server if the first one is certainly not working on it: it could not
     be reached, it refused the call, or it ended the call because it is stopping. A call whose
@@ -15,7 +17,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from layertap.addresses import may_be_several
@@ -35,14 +37,10 @@ class Balance:
 
     Args:
         targets: The servers' addresses.
-        connected: Returns whether the client is connected to a server, given its index.
     """
 
-    def __init__(
-        self, targets: Sequence[str], connected: Callable[[int], bool] = lambda _: True
-    ) -> None:
+    def __init__(self, targets: Sequence[str]) -> None:
         self.targets = tuple(targets)
-        self._connected = connected
         self._lock = threading.Lock()
         self._calls = [0] * len(self.targets)
         self._away_until = [0.0] * len(self.targets)
@@ -57,12 +55,10 @@ class Balance:
         """
         now = time.monotonic()
         left = [index for index in range(len(self.targets)) if index not in tried]
-        connected = {index: self._connected(index) for index in left}
         with self._lock:
             chosen = min(
                 left or range(len(self.targets)),
                 key=lambda index: (
-                    not connected.get(index, True),
                     self._away_until[index] > now,
                     self._calls[index],
                     self._last[index],
@@ -82,6 +78,11 @@ class Balance:
         """A server can't be used now."""
         with self._lock:
             self._away_until[index] = time.monotonic() + _AWAY_SECONDS
+
+    def answers(self, index: int) -> None:
+        """A server that could not be used can be used again."""
+        with self._lock:
+            self._away_until[index] = 0.0
 
 
 class Attempts:

@@ -226,12 +226,13 @@ class ReadyWait:
             return {"timeout": bounded(self.left(now)), "wait_for_ready": True}
         return {"timeout": min(self._ONE_SERVER_SECONDS, max(0.0, self.left(now)))}
 
-    def answered(self, index: int, reply: bytes) -> None:
-        """Record the reply to a health check of a server."""
+    def answered(self, index: int, reply: bytes) -> bool:
+        """Record the reply to a health check of a server; return whether it is serving."""
         status = health_in(reply)
         self._heard[index] = f"it reports {status}"
         if status == "SERVING":
             self.waiting.remove(index)
+        return status == "SERVING"
 
     def failed(self, index: int, error: grpc.RpcError) -> None:
         """Record a failed health check of a server.

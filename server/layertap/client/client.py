@@ -56,16 +56,10 @@ class _Transport:
     Args:
         settings: How to reach the server.
         shared_memory: See ``BaseClient``.
-        watched: Whether ``is_connected`` is kept up to date, which takes a thread.
     """
 
-    def __init__(
-        self, settings: ChannelSettings, shared_memory: SharedMemoryWish, *, watched: bool
-    ) -> None:
+    def __init__(self, settings: ChannelSettings, shared_memory: SharedMemoryWish) -> None:
         self.channel = channel = settings.open()
-        self.is_connected = not watched
-        if watched:
-            channel.subscribe(self._see, try_to_connect=True)
         open_memory = channel.unary_unary(Method.OPEN_SHARED_MEMORY)
         self.memory = SharedMemoryClient(settings.target, shared_memory, open_memory)
         self.extract = channel.unary_unary(Method.EXTRACT)
@@ -78,9 +72,6 @@ class _Transport:
     def close(self) -> None:
         self.memory.close()
         self.channel.close()
-
-    def _see(self, state: grpc.ChannelConnectivity) -> None:
-        self.is_connected = state is grpc.ChannelConnectivity.READY
 
 
 class Client(BaseClient):
@@ -104,7 +95,7 @@ class Client(BaseClient):
     def _start(self, settings: list[ChannelSettings]) -> None:
         self._opening = threading.Lock()
         self._transports: list[_Transport] | None = None
-        self._balance = self._new_balance()
+        self._balance = Balance(self._targets)
         self._transports = self._open(settings)
         _CLIENTS.add(self)
 
@@ -396,18 +387,11 @@ class Client(BaseClient):
             self._check_open()
             raise
         else:
-            wait.answered(index, reply)
-
-    def _new_balance(self) -> Balance:
-        return Balance(self._targets, self._is_connected)
-
-    def _is_connected(self, index: int) -> bool:
-        transports = self._transports
-        return transports is None or transports[index].is_connected
+            if wait.answered(index, reply):
+                self._balance.answers(index)
 
     def _open(self, settings: list[ChannelSettings]) -> list[_Transport]:
-        watched = len(settings) > 1
-        return [_Transport(each, self._shared_memory, watched=watched) for each in settings]
+        return [_Transport(each, self._shared_memory) for each in settings]
 
     def _opened(self) -> list[_Transport]:
         """Return the transport of each server; a forked process opens its own."""
@@ -425,7 +409,7 @@ class Client(BaseClient):
             _PARENTS.extend(self._transports)
         self._transports = None
         self._opening = threading.Lock()
-        self._balance = self._new_balance()  # Another thread of the parent may hold its lock.
+        self._balance = Balance(self._targets)  # Another thread of the parent may hold its lock.
 
     def _call(
         self,
