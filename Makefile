@@ -23,10 +23,10 @@ demo: .venv/.built ## start a server, ask it for layers, show what comes back
 serve: .venv/.built ## serve a model: make serve ARGS="--help"
 	$(BIN)/layertap serve $(ARGS)
 
-# Without ARGS all tests, in two processes: most of them wait for another process or a timer now and
-# then. Those of one file stay together, as they share servers.
+# Without ARGS all tests, in one process more than CI has cores, as many tests wait for another
+# process or a timer now and then. Tests of one file stay together, as they share servers.
 test: setup ## run the tests: make test ARGS="tests/wire -k varint"
-	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder)
 
 test-clients: setup ## the clients in other languages against a real server
 	$(BIN)/python -m pytest tests/languages/check_*.py $(ARGS)
