@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,14 @@ test-clients: setup ## the clients in other languages against a real server
 
 test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
+
+test-gradients: .venv/.built ## the gradient of every layer of every model; writes docs/coverage.md: hours
+	$(BIN)/python -W ignore tests/coverage/prove_gradients.py --rows build/gradients.json \
+	  --write docs/coverage.md $(ARGS)
+
+test-beside: .venv/.built build/beside/.installed ## gradients beside captum and pytorch-grad-cam; writes docs/coverage.md
+	PYTHONPATH=server build/beside/bin/python -W ignore tests/coverage/beside_others.py \
+	  --write docs/coverage.md $(ARGS)
 
 test-zoo: setup ## every layer of every awkward model, in every way; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/zoo/prove_zoo.py --write docs/coverage.md $(ARGS)
@@ -66,6 +74,7 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_branches.py
 	$(BIN)/python -W ignore benchmarks/bench_text.py
 	$(BIN)/python -W ignore benchmarks/bench_hook.py
+	$(BIN)/python -W ignore benchmarks/bench_gradients.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py
 
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
@@ -153,4 +162,12 @@ build/sentences/.installed: tools/sentences-requirements.txt .venv/.installed
 	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
 	  > $$(echo build/sentences/lib/python3*/site-packages)/main-environment.pth
 	build/sentences/bin/pip install --quiet -c constraints.txt -r $<
+	touch $@
+
+# As the one above.
+build/beside/.installed: tools/attribution-requirements.txt .venv/.installed
+	test -x build/beside/bin/python || $(BIN)/python -m venv build/beside
+	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/beside/lib/python3*/site-packages)/main-environment.pth
+	build/beside/bin/pip install --quiet -c constraints.txt -r $<
 	touch $@
