@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from layertap.app.config_file import load_config
 from layertap.app.tracing import FLUSH_SECONDS

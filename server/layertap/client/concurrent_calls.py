@@ -48,14 +48,12 @@ def concurrent_calls(
             first = running[:1] if ordered else running
             ended = wait(first, return_when=FIRST_COMPLETED).done.pop()
             running.remove(ended)
-            yield _outcome(ended)
+            outcome: R | LayertapError
+            try:
+                outcome = ended.result()
+            except LayertapError as error:
+                outcome = error
+            yield outcome
     finally:
         # Calls that have begun run to their end or their timeout; nobody waits for them.
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _outcome(ended: Future[R]) -> R | LayertapError:
-    try:
-        return ended.result()
-    except LayertapError as error:
-        return error

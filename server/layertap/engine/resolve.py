@@ -25,6 +25,7 @@ from layertap.selection import (
     Capture,
     Extractor,
     LayerSelection,
+    MapForm,
     Method,
     Reduction,
     is_glob,
@@ -44,6 +45,8 @@ class Output:
         point: The index of the capture point whose value it is made from.
         reduction: The reduction that is applied to the value.
         dtype: The floating-point dtype to send it in; None for the model's own dtype.
+        method: What is made of the value before the reduction, if it is made of no gradient.
+        map_form: The form in which a map is sent.
     """
 
     name: str
@@ -51,6 +54,22 @@ class Output:
     point: int
     reduction: Reduction
     dtype: DType | None
+    method: Method = Method.GRADIENT
+    map_form: MapForm = MapForm.GRID
+
+    @property
+    def needs_shape(self) -> bool:
+        """Whether the value must have the predicted shape for what is made of it."""
+        return bool(self.asked)
+
+    @property
+    def asked(self) -> str:
+        """What is made of the value, for error messages; empty if it is sent as it is."""
+        if self.reduction is not Reduction.NONE:
+            return f"reduction: {self.reduction.name}"
+        if not self.method.takes_gradient:
+            return f"method: {self.method.name}"
+        return "" if self.map_form is MapForm.GRID else f"map: {self.map_form.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +145,8 @@ def resolve(
     if objective:
         aim, entries = resolve_objective(catalogue, objective)
         check_order(catalogue, matches, list(zip(objective, entries, strict=True)))
-        gaps = (replace(point, gap=True) for point in points if _has_gap(point))
-        points = (*points, *gaps, *_reported(objective))
+        companions = (replace(point, companion=True) for point in points if _companion(point))
+        points = (*points, *companions, *_reported(objective))
         spec = PassSpec(points, aim)
     outputs = tuple(
         Output(
@@ -136,19 +155,21 @@ def resolve(
             point=points.index(_point(entry, selection)),
             reduction=selection.reduction,
             dtype=_float_dtype(selection.dtype),
+            method=Method.GRADIENT if selection.method.takes_gradient else selection.method,
+            map_form=selection.map_form,
         )
         for selection, entry in matches
     )
     outputs += tuple(
         Output(
-            f"{output.name}.gap",
+            f"{output.name}.{_companion(points[output.point])}",
             output.layer,
-            points.index(replace(points[output.point], gap=True)),
+            points.index(replace(points[output.point], companion=True)),
             Reduction.NONE,
             None,
         )
         for output in outputs
-        if _has_gap(points[output.point])
+        if _companion(points[output.point])
     )
     outputs += tuple(
         Output(point.objective_name, point.objective_name, index, Reduction.NONE, None)
@@ -158,8 +179,9 @@ def resolve(
     return Resolved(outputs, spec, _candidates(matches, extractor, spec))
 
 
-def _has_gap(point: CapturePoint) -> bool:
-    return point.method is Method.INTEGRATED_GRADIENTS and not point.gap
+def _companion(point: CapturePoint) -> str:
+    """Return the suffix of what the reply has beside a point's result; empty if nothing."""
+    return "" if point.companion else point.method.companion
 
 
 def _point(entry: LayerEntry, selection: LayerSelection) -> CapturePoint:
@@ -253,8 +275,8 @@ def _check_names(
     seen = {point.objective_name for point in _reported(objective)}
     for selection, entry in matches:
         own = selection.name_for(entry.name)
-        gap = [f"{own}.gap"] if selection.method is Method.INTEGRATED_GRADIENTS else []
-        for name in (own, *gap):
+        suffix = selection.method.companion
+        for name in (own, f"{own}.{suffix}") if suffix else (own,):
             if name in seen:
                 raise InvalidInputError(
                     f"layers: two outputs are called {name!r}; give one of them an alias"

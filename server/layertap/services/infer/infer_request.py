@@ -20,7 +20,7 @@ __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "un
 
 _US = 1e-6
 _KNOWN = (
-    *("capture", "method", "reduction", "dtype", "extractor", "objective", "timeout"),
+    *("capture", "method", "map", "reduction", "dtype", "extractor", "objective", "timeout"),
     *TEXT_PARAMETERS,
 )
 
