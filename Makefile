@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,10 +23,10 @@ demo: .venv/.built ## start a server, ask it for layers, show what comes back
 serve: .venv/.built ## serve a model: make serve ARGS="--help"
 	$(BIN)/layertap serve $(ARGS)
 
-# Without ARGS all tests, in two processes: most of them wait for another process or a timer now and
-# then. Those of one file stay together, as they share servers.
+# Without ARGS all tests, in one process more than CI has cores, as many tests wait for another
+# process or a timer now and then. Tests of one file stay together, as they share servers.
 test: setup ## run the tests: make test ARGS="tests/wire -k varint"
-	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder)
 
 test-clients: setup ## the clients in other languages against a real server
 	$(BIN)/python -m pytest tests/languages/check_*.py $(ARGS)
@@ -102,6 +102,9 @@ check: setup ## formatting, lint, types, layers, generated code, errors
 	$(GEN) --check
 	$(BIN)/python tools/gen_settings.py --check
 	$(BIN)/python -m pytest -q tests/services/test_error_codes.py
+
+check-deploy: .venv/.built ## the Helm chart and the alert rules, by helm, kubeconform and promtool (needs Go)
+	$(BIN)/python tools/check_deploy.py
 
 fmt: setup ## format and sort imports
 	$(BIN)/ruff check --select I --fix .
