@@ -93,6 +93,8 @@ def _gradients(
 
     def change(place: Place) -> Change:
         def add(value: torch.Tensor) -> torch.Tensor:
+            if not value.is_floating_point():
+                return value  # The layer's dtype depends on the input.
             zeros[place] = torch.zeros_like(value, requires_grad=True)
             return value + zeros[place]
 
