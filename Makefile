@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -102,6 +102,9 @@ check: setup ## formatting, lint, types, layers, generated code, errors
 	$(GEN) --check
 	$(BIN)/python tools/gen_settings.py --check
 	$(BIN)/python -m pytest -q tests/services/test_error_codes.py
+
+check-deploy: .venv/.built ## the Helm chart and the alert rules, by helm, kubeconform and promtool (needs Go)
+	$(BIN)/python tools/check_deploy.py
 
 fmt: setup ## format and sort imports
 	$(BIN)/ruff check --select I --fix .
