@@ -450,7 +450,7 @@ def _boxes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     None,
     [_boxes(batch) for batch in texts(99)],
     package="transformers",
-    inputs={"input_ids": IDS, "bbox": "int64 [sequence=12, 4]", "attention_mask": MASK},
+    inputs={"input_ids": IDS, "bbox": "int64 [sequence=12, 4], boxes=1000", "attention_mask": MASK},
 )
 def layoutlm() -> nn.Module:
     return _text("LayoutLM", max_2d_position_embeddings=1024)

@@ -180,6 +180,10 @@ class Report:
         ]
 
 
+OTHER_SEEDS = range(1, 6)
+"""Several, because values that chance only rounds otherwise are often equal for two seeds."""
+
+
 class Truths:
     """The truth about each request of a specimen, found when it is first needed."""
 
@@ -192,21 +196,26 @@ class Truths:
         return [truth_of(self._specimen.fresh(), x) for x in self._specimen.requests]
 
     @cached_property
-    def others(self) -> list[Truth]:
-        """The same with another seed, where the specimen draws random numbers."""
+    def others(self) -> list[list[Truth]]:
+        """The same with each of ``OTHER_SEEDS``, where the specimen draws random numbers."""
         if not self._specimen.draws:
-            return self.all
-        return [truth_of(self._specimen.fresh(), x, seed=1) for x in self._specimen.requests]
+            return []
+        return [
+            [truth_of(self._specimen.fresh(), x, seed=seed) for x in self._specimen.requests]
+            for seed in OTHER_SEEDS
+        ]
 
     def by_chance(self, request: int, point: Point) -> bool:
         """Tell whether a value follows chance."""
-        if not self._specimen.draws:
-            return False
-        one, two = self.all[request].values(point), self.others[request].values(point)
-        return len(one) != len(two) or any(
-            mistake(a.double().numpy(), b.double(), tolerant=False)
-            for a, b in zip(one, two, strict=True)
-        )
+        one = self.all[request].values(point)
+        return any(_differ(one, other[request].values(point)) for other in self.others)
+
+
+def _differ(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> bool:
+    return len(one) != len(two) or any(
+        mistake(a.double().numpy(), b.double(), tolerant=False)
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 def drive(specimen: Specimen, grid: Grid) -> Report:

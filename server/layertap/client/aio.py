@@ -474,9 +474,8 @@ class AsyncFeatureStream:
                     position += 1
                 if not keys:
                     break
-                while (taken := self._items.take(keys, ordered=ordered)) is None:
-                    await self._receive()
-                yield taken
+                # No variable: it would keep the reply, and its shared memory, until the next one.
+                yield await self._next(keys, ordered=ordered)
             finished = True
         finally:
             if not finished:
@@ -531,6 +530,11 @@ class AsyncFeatureStream:
             await self._call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
             pass  # The call has ended; ``_receive`` reports why.
+
+    async def _next(self, keys: dict[int, Any], *, ordered: bool) -> tuple[Any, Outcome]:
+        while (taken := self._items.take(keys, ordered=ordered)) is None:
+            await self._receive()
+        return taken
 
     async def _receive(self) -> None:
         """Receive an outcome, and keep it until the iterator that it belongs to takes it."""

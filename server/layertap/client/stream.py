@@ -98,9 +98,8 @@ class FeatureStream:
         finished = False
         try:
             while self._fill(numbered, keys):
-                while (taken := self._items.take(keys, ordered=ordered)) is None:
-                    self._receive()
-                yield taken
+                # No variable: it would keep the reply, and its shared memory, until the next one.
+                yield self._next(keys, ordered=ordered)
             finished = True
         finally:
             if not finished:
@@ -153,6 +152,11 @@ class FeatureStream:
             if message is not None:
                 self._outgoing.put(message)
         return bool(keys)
+
+    def _next(self, keys: dict[int, Any], *, ordered: bool) -> tuple[Any, Outcome]:
+        while (taken := self._items.take(keys, ordered=ordered)) is None:
+            self._receive()
+        return taken
 
     def _receive(self) -> None:
         """Receive an outcome, and keep it until the iterator that it belongs to takes it."""
