@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic
 
@@ -46,6 +46,12 @@ class Beside:
 
     tokens: Tokens | None = None
     arrays: Sequence[tuple[str, np.ndarray]] = ()
+
+    def repeated(self, times: int) -> Beside:
+        """Return the data for a reply that has all items several times."""
+        if times == 1 or self.tokens is None:
+            return self
+        return replace(self, tokens=self.tokens.repeated(times))
 
 
 NOTHING_BESIDE = Beside()

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-
-from layertap.errors import DecodeError, InvalidInputError
+from layertap.errors import InvalidInputError
 from layertap.objective import MAX_TERMS, Measure, Objective, ObjectiveTerm
 from layertap.selection import Capture
-from layertap.v1 import catalogue_pb2, feature_service_pb2, tensor_pb2
-from layertap.wire.dtypes import by_number, of_array
+from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire.enums import from_proto, to_proto
+from layertap.wire.small_tensors import MAX_RANK, array_from_proto, array_to_proto
 
 __all__ = ["objective_from_proto", "objective_to_proto"]
 
 MAX_INDEX_NUMBERS = 1 << 16
 """Maximum number of numbers in the index of a term."""
-
-MAX_RANK = 32
 
 
 def objective_to_proto(
@@ -45,21 +40,13 @@ def objective_from_proto(
 
 
 def _term_to_proto(term: ObjectiveTerm) -> feature_service_pb2.ObjectiveTerm:
-    vector = None
-    if term.vector is not None:
-        row = of_array(term.vector)
-        vector = tensor_pb2.Tensor(
-            dtype=row.proto_name,
-            shape=term.vector.shape,
-            data=np.ascontiguousarray(term.vector, row.numpy).tobytes(),
-        )
     return feature_service_pb2.ObjectiveTerm(
         layer=term.layer,
         capture=to_proto(term.capture, "CAPTURE"),
         measure=to_proto(term.measure, "MEASURE"),
         index=[number for place in term.places for number in place],
         index_size=len(term.places[0]) if term.places else 0,
-        vector=vector,
+        vector=None if term.vector is None else array_to_proto(term.vector),
         weight=term.weight,
     )
 
@@ -80,24 +67,9 @@ def _term_from_proto(term: feature_service_pb2.ObjectiveTerm) -> ObjectiveTerm:
         layer=term.layer,
         measure=from_proto(term.measure, feature_service_pb2.Measure, "MEASURE", Measure.ELEMENT),
         places=tuple(tuple(index[at : at + size]) for at in range(0, numbers, size)),
-        vector=_vector(term.vector) if term.HasField("vector") else None,
+        vector=array_from_proto(term.vector, "objective: vector")
+        if term.HasField("vector")
+        else None,
         weight=term.weight if term.HasField("weight") else 1.0,
         capture=from_proto(term.capture, catalogue_pb2.Capture, "CAPTURE", Capture.OUTPUT),
     )
-
-
-def _vector(tensor: tensor_pb2.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    if tensor.HasField("shared"):
-        raise InvalidInputError("objective: vector: got shared memory, expected data")
-    row, shape = by_number(tensor.dtype), tuple(tensor.shape)
-    if len(shape) > MAX_RANK or any(size < 0 for size in shape):
-        raise DecodeError(f"objective: vector: got shape {list(shape)[:MAX_RANK]}")
-    elements = 1
-    for size in shape:
-        elements *= size
-    if elements * row.itemsize != len(tensor.data):
-        raise DecodeError(
-            f"objective: vector: got {len(tensor.data)} bytes, expected "
-            f"{elements * row.itemsize} for {row.name} {list(shape)}"
-        )
-    return np.frombuffer(tensor.data, row.numpy).reshape(shape)
