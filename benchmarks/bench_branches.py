@@ -230,7 +230,10 @@ def main() -> None:
                 "batches": speed(options.layers, options.turns),
             }
     common.save("branches", results)
-    report.write()
+    if {"architectures", "batches"} <= results.keys():
+        report.write()
+    else:
+        print("the page is written when both parts have been run")
     print(json.dumps(results, indent=2))
 
 

@@ -18,16 +18,17 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 TEXT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 37,
     "max_position_embeddings": 40,
 }
+"""One layer, as a test pays for each layer that it loads; tests that compare layers ask for two."""
 VISION: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 37,
 }

@@ -147,7 +147,7 @@ def folder_with_nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a photo, a small BERT in ``nets/bert`` and a small CLIP in ``nets/clip``."""
     folder = tmp_path_factory.mktemp("pages")
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", folder / "photo.jpg")
-    hfnets.wordpiece(hfnets.bert(folder / "nets" / "bert"))
+    hfnets.wordpiece(hfnets.bert(folder / "nets" / "bert", num_hidden_layers=2))
     hfnets.clip(folder / "nets" / "clip")
     return folder
 

@@ -48,7 +48,8 @@ def drive(group: str, options: argparse.Namespace) -> int:
     """Drive the models of a group in its environment; return the exit status."""
     command: list[str | Path] = [
         environment(group), "-W", "ignore", TESTS / "prove_packages.py", group,
-        "--jobs", str(options.jobs), "--write", BUILD / f"{group}.json",
+        "--jobs", str(options.jobs), "--limit", str(options.limit),
+        "--write", BUILD / f"{group}.json",
     ]  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(HOME / "server")}
     return subprocess.run(command, env=env, check=False).returncode
@@ -60,6 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", help=f"of {', '.join(groups)}; all if none")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models at once")
+    parser.add_argument("--limit", type=float, default=1500, help="seconds for one model")
     parser.add_argument("--write", type=Path, help="the page whose section is to be written")
     options = parser.parse_args()
     if unknown := set(options.groups) - set(groups):

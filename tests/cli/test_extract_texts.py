@@ -31,23 +31,23 @@ def test_texts_of_a_file_and_of_arguments(model: str, tmp_path: Path, reduction:
     (tmp_path / "texts.txt").write_text("\n".join(["", *TEXTS[1:], "  "]), "utf-8")
     out = tmp_path / "out.npz"
     done = extract(model, "--text", TEXTS[0], "--texts", tmp_path / "texts.txt", "-o", out,
-                   "-l", "encoder.layer.1", "--reduce", reduction, "--batch-size", 2)  # fmt: skip
+                   "-l", "encoder.layer.0", "--reduce", reduction, "--batch-size", 2)  # fmt: skip
     assert done.exit_code == 0, done.output
     with load(model) as loaded:
-        whole = loaded.extract(Texts(TEXTS, return_tokens=True), "encoder.layer.1")
+        whole = loaded.extract(Texts(TEXTS, return_tokens=True), "encoder.layer.0")
         mask = whole["tokens.mask"].bool()
-    states = whole["encoder.layer.1"]
+    states = whole["encoder.layer.0"]
     pooled = [row[counts].mean(0).numpy() for row, counts in zip(states, mask, strict=True)]
     expected = states[mask].numpy() if reduction == "tokens" else np.stack(pooled)
     with np.load(out) as stored:
-        assert np.allclose(stored["encoder.layer.1"], expected, atol=1e-5)
+        assert np.allclose(stored["encoder.layer.0"], expected, atol=1e-5)
         assert stored["ids"].tolist() == [
             "--text:1",
             *(f"{tmp_path}/texts.txt:{n}" for n in (2, 3)),
         ]
         if reduction == "tokens":
             ends = np.cumsum([0, *mask.sum(1)])
-            assert stored["encoder.layer.1.offsets"].tolist() == ends.tolist()
+            assert stored["encoder.layer.0.offsets"].tolist() == ends.tolist()
 
 
 def test_what_can_not_be_read_is_refused(model: str, tmp_path: Path) -> None:

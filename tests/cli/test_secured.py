@@ -76,7 +76,7 @@ def test_a_session_with_tls_and_tokens(tmp_path: Path) -> None:
 )
 def test_a_missing_file_ends_the_start(flags: tuple[str, ...]) -> None:
     """`layertap serve` says which setting names which missing file, and ends with code 1."""
-    result = layertap("serve", *NET, "--port", "0", "--metrics-port", "-1", *flags)
+    result = layertap("serve", *NET, "--port", "0", "--metrics-port", "-1", *flags, fresh=False)
     assert result.returncode == 1
     key = flags[0].removeprefix("--").replace("-", "_")
     assert f"error: {key}: {flags[1]}: No such file or directory" in result.stderr

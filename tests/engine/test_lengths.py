@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,14 @@ from together import Together, asking
 
 POLICY = BatchPolicy(max_size=16, max_tokens=128)
 TOLERANCE = PADDING_TOLERANCE[torch.float32]
-LAYER = "encoder.layer.1"
+LAYER = "encoder.layer.0"
+TWO_INPUTS: dict[str, dict[str, Any]] = {
+    "T5Model": {"decoder_start_token_id": 0, "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 37,
+                "num_layers": 2, "num_heads": 4},
+    "CLIPModel": {"text_config": {**hfnets.TEXT, "eos_token_id": 3, "projection_dim": 16},
+                  "vision_config": {**hfnets.VISION, "projection_dim": 16}, "projection_dim": 16},
+}  # fmt: skip
+"""Settings of models that take texts and something else."""
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +173,7 @@ def test_a_divided_request_computes_little_padding(divided: LocalModel) -> None:
 
 def test_attention_maps_are_cut_in_both_dimensions(folder: Path) -> None:
     """Rows and columns of padding are zero in the reply, and the rest is right."""
-    layer = "encoder.layer.1.attention.self.1"
+    layer = "encoder.layer.0.attention.self.1"
     with load(
         f"hf:{folder}", attn_implementation="eager", max_tokens_per_pass=64, threads=1
     ) as model:
@@ -177,6 +185,34 @@ def test_attention_maps_are_cut_in_both_dimensions(folder: Path) -> None:
             assert_close(row[:, :length, :length], alone)
             assert not row[:, length:].any()
             assert not row[:, :, length:].any()
+
+
+@pytest.mark.parametrize("name", ["T5Model", "CLIPModel"])
+def test_texts_beside_another_input_are_divided_right(tmp_path: Path, name: str) -> None:
+    """A decoder's ids or an image go into the pass of their own text, whatever the order."""
+    count = 12
+    folder = hfnets.wordpiece(hfnets.saved(tmp_path / name, name, **TWO_INPUTS[name]))
+    generator = torch.Generator().manual_seed(0)
+    other, layers = {
+        "T5Model": (
+            {"decoder_input_ids": torch.randint(1, 60, (count, 3), generator=generator)},
+            ["encoder.block.1.0", "decoder.block.1.0", "output.last_hidden_state"],
+        ),
+        "CLIPModel": (
+            {"pixel_values": torch.rand(count, 3, 32, 32, generator=generator)},
+            ["text_model.encoder.layers.0", "output.text_embeds", "output.image_embeds"],
+        ),
+    }[name]
+    given = {"input_ids": Texts(texts(count), return_tokens=True), **other}
+    with load(f"hf:{folder}", max_tokens_per_pass=64, threads=1) as model:
+        found = model.extract(given, layers)
+    with load(f"hf:{folder}", threads=1) as model:
+        plain = model.extract(given, layers)
+    mask = plain["tokens.mask"].bool()
+    first, *rest = layers
+    assert_close(found[first][mask], plain[first][mask])
+    for layer in rest:
+        assert_close(found[layer], plain[layer])
 
 
 @pytest.mark.timeout(120)

@@ -22,12 +22,14 @@ from layertap.selection import Capture
 HEADS = {**hfnets.TEXT, "num_key_value_heads": 2, "pad_token_id": 0}
 MODELS: dict[str, dict[str, Any]] = {
     "LlamaModel": HEADS,
-    "GPT2Model": {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40,
+    "GPT2Model": {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 40,
                   "bos_token_id": 1, "eos_token_id": 2},
-    "MambaModel": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "MambaModel": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4},
     "BertModel": hfnets.TEXT,
-    "ModernBertModel": {**hfnets.TEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-                        "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6},
+    # Its second layer attends locally. T5's takes the positions' biases of its first.
+    "ModernBertModel": {**hfnets.TEXT, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 1,
+                        "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+                        "local_attention": 6},
     "T5EncoderModel": {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2,
                        "num_heads": 4},
 }  # fmt: skip
@@ -120,7 +122,7 @@ IN_ORDER = {**PACKED, "position_ids": torch.arange(8).expand(2, -1).clone()}
 def test_auto_changes_to_a_compiled_plan_for_each_set_of_inputs(engine, tmp_path: Path) -> None:
     """HOOK answers until a plan of these inputs and their outcome is compiled; both are right."""
     engine.load(ModelSpec(f"hf:{hfnets.saved(tmp_path / 'net', 'LlamaModel', **HEADS)}"))
-    layer = "layers.1"
+    layer = "layers.0"
     batches = [without_mask(0, 2), given(1, 8, 8), given(2, 8, 3), IN_ORDER, PACKED]
     for x in batches:
         (expected,) = truth(hfnets.built("LlamaModel", **HEADS), [layer], x)

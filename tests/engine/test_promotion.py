@@ -29,10 +29,13 @@ PATIENCE = 60
 def engine(request) -> Iterator[Engine]:
     """An engine with room for few plans, so that promoted ones are evicted and built again."""
     engine = Engine(Limits(plans=3), threads=1, instances=request.param)
-    for net in ("residual", "dynamic", "branching", "tokens"):
-        engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
     yield engine
     engine.close()
+
+
+def load(engine: Engine, *nets: str) -> None:
+    for net in nets:
+        engine.load(ModelSpec(f"tinynets:{net}", item_shape=ITEM))
 
 
 def batch(seed: int = 0) -> np.ndarray:
@@ -50,6 +53,7 @@ def until(true: Callable[[], bool]) -> bool:
 
 def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> None:
     """HOOK gives the first answers and TORCHSCRIPT the later ones, and all of them are right."""
+    load(engine, "residual")
     x = batch()
     net = engine.host("residual").model.module
     expected = outputs_of(net, torch.from_numpy(x), "layer2")[0]
@@ -68,6 +72,7 @@ def test_hook_serves_at_once_and_the_compiled_plan_when_it_is_ready(engine) -> N
 
 def test_very_many_layers_are_not_compiled_beside_requests(engine) -> None:
     """A set with too many layers for background compilation stays with HOOK."""
+    load(engine, "residual")
     x = batch()
     for _ in range(PROMOTE_AFTER * 3):
         features = ask(engine, "residual", "**", x)
@@ -80,7 +85,7 @@ def test_very_many_layers_are_not_compiled_beside_requests(engine) -> None:
 
 def test_code_that_looks_at_values_is_not_compiled(engine) -> None:
     """A trace takes the example's branch for every input, so it would not refuse any."""
-    engine.load(ModelSpec("tinynets:raises", item_shape=ITEM))
+    load(engine, "raises")
     large = np.full((2, *ITEM), 1e6, np.float32)
     for _ in range(PROMOTE_AFTER * 2):
         assert ask(engine, "raises", "head", batch()).extractor is Extractor.HOOK
@@ -94,6 +99,7 @@ def test_code_that_looks_at_values_is_not_compiled(engine) -> None:
 
 def test_content_dependent_sizes_survive_promotion(engine) -> None:
     """An output whose size depends on the content is right before, during and after compiling."""
+    load(engine, "dynamic")
     # A net of its own: a naive hook on the served one would see the promoter's passes as well.
     net = tinynets.dynamic()
     for seed in range(40):
@@ -108,6 +114,7 @@ def test_content_dependent_sizes_survive_promotion(engine) -> None:
 
 def test_no_answer_is_wrong_while_plans_come_and_go(engine) -> None:
     """8 threads, 4 models, a thousand requests, with plans compiled and evicted meanwhile."""
+    load(engine, "residual", "dynamic", "branching", "tokens")
     wanted = [
         ("residual", "bn1"), ("residual", "layer1"), ("residual", "layer2"), ("residual", "fc"),
         ("branching", "second"), ("tokens", "embed"), ("tokens", "encoder"),

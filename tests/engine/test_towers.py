@@ -24,8 +24,8 @@ from layertap.texts import Texts
 PHOTO = Path(__file__).parents[2] / "examples" / "images" / "grace_hopper.jpg"
 IDS = torch.tensor([[2, 7, 11, 9, 3], [2, 6, 8, 3, 0]])
 MASK = (IDS != 0).long()
-TEXT_LAYERS = ["text_model.encoder.layers.1", "text_projection"]
-IMAGE_LAYERS = ["vision_model.encoder.layers.1", "visual_projection"]
+TEXT_LAYERS = ["text_model.encoder.layers.0", "text_projection"]
+IMAGE_LAYERS = ["vision_model.encoder.layers.0", "visual_projection"]
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def test_a_tower_runs_alone(model: LocalModel, plain: Any, extractor: Extractor)
         {"input_ids": IDS, "attention_mask": MASK}, TEXT_LAYERS, extractor=extractor
     )
     own = plain.get_text_features(IDS, MASK, output_hidden_states=True)
-    assert torch.allclose(got[TEXT_LAYERS[0]], own.hidden_states[2], atol=1e-5)
+    assert torch.allclose(got[TEXT_LAYERS[0]], own.hidden_states[1], atol=1e-5)
     assert torch.allclose(got["text_projection"], own.pooler_output, atol=1e-5)
     got = model.extract({"pixel_values": pixels()}, IMAGE_LAYERS, extractor=extractor)
     own = plain.get_image_features(pixels(), output_hidden_states=True)
-    assert torch.allclose(got[IMAGE_LAYERS[0]], own.hidden_states[2], atol=1e-5)
+    assert torch.allclose(got[IMAGE_LAYERS[0]], own.hidden_states[1], atol=1e-5)
     assert torch.allclose(got["visual_projection"], own.pooler_output, atol=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_texts_of_other_lengths(model: LocalModel, plain: Any, length: int) -> N
     """HOOK serves a new length of the text tower without measuring it."""
     ids = torch.arange(2, 2 + length)[None]
     got = model.extract({"input_ids": ids}, TEXT_LAYERS[0], extractor=Extractor.HOOK)
-    expected = plain.get_text_features(ids, output_hidden_states=True).hidden_states[2]
+    expected = plain.get_text_features(ids, output_hidden_states=True).hidden_states[1]
     assert torch.equal(got[TEXT_LAYERS[0]], expected)
 
 
@@ -148,7 +148,7 @@ def test_reductions_know_each_tower(model: LocalModel, plain: Any) -> None:
     grid = LayerSelection(layer, reduction="token_grid", alias="grid")
     first = LayerSelection(layer, reduction="class_token", alias="first")
     given = {"input_ids": IDS, "attention_mask": MASK, "pixel_values": pixels()}
-    states = plain.get_image_features(pixels(), output_hidden_states=True).hidden_states[2]
+    states = plain.get_image_features(pixels(), output_hidden_states=True).hidden_states[1]
     for inputs in ({"pixel_values": pixels()}, given):
         got = model.extract(inputs, [grid, first], extractor=Extractor.HOOK)
         patches = states[:, 1:].transpose(1, 2).reshape(2, 32, 4, 4)
@@ -156,7 +156,7 @@ def test_reductions_know_each_tower(model: LocalModel, plain: Any) -> None:
         assert torch.allclose(got["first"], states[:, 0], atol=1e-5)
     mean = LayerSelection(TEXT_LAYERS[0], reduction="global_average_pool")
     got = model.extract({"input_ids": IDS, "attention_mask": MASK}, mean)[TEXT_LAYERS[0]]
-    texts = plain.get_text_features(IDS, MASK, output_hidden_states=True).hidden_states[2]
+    texts = plain.get_text_features(IDS, MASK, output_hidden_states=True).hidden_states[1]
     assert torch.allclose(got[1], texts[1, :4].mean(0), atol=1e-5)
 
 

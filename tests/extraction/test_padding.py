@@ -24,6 +24,14 @@ from layertap.models import Batch
 TOKENS = 128
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalModel]:
+    """A small BERT with its tokenizer, whose items may be padded."""
+    folder = hfnets.wordpiece(hfnets.bert(tmp_path_factory.mktemp("nets") / "bert"))
+    with loaded(f"hf:{folder}") as model:
+        yield model
+
+
 @contextmanager
 def loaded(source: str, **settings: Any) -> Iterator[LocalModel]:
     """Load a model whose items may be padded."""
@@ -94,64 +102,66 @@ def test_a_causal_model_without_a_mask_passes() -> None:
         assert {"embed", "head"} <= layers(model)
 
 
+def test_bert_with_its_mask_passes(bert: LocalModel) -> None:
+    """An encoder keeps the states of every layer."""
+    assert {"embeddings", "encoder.layer.0"} <= layers(bert)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "layer"),
     [
-        ("BertModel", hfnets.TEXT, "encoder.layer.1"),
         (
             "GPT2Model",
-            {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40},
-            "h.1",
+            {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 40},
+            "h.0",
         ),
-        ("LlamaModel", {**hfnets.TEXT, "num_key_value_heads": 2}, "layers.1"),
+        ("LlamaModel", {**hfnets.TEXT, "num_key_value_heads": 2}, "layers.0"),
     ],
 )
-def test_real_transformers_pass(
+def test_causal_decoders_pass(
     tmp_path: Path, name: str, settings: dict[str, Any], layer: str
 ) -> None:
-    """BERT with its mask, and causal decoders, keep the states of every layer."""
+    """Decoders of transformers keep the states of every layer, too."""
     folder = hfnets.wordpiece(hfnets.saved(tmp_path / "net", name, **settings))
     with loaded(f"hf:{folder}") as model:
         assert layer in layers(model)
 
 
-def test_bert_without_its_mask_is_never_shared(tmp_path: Path) -> None:
+def test_bert_without_its_mask_is_never_shared(bert: LocalModel) -> None:
     """The findings hold for the inputs that are given: without a mask, padding is attended to."""
-    with loaded(f"hf:{hfnets.bert(tmp_path / 'net')}") as model:
-        lengths = model.host.lengths
-        assert lengths is not None
-        chosen = (LayerSelection("encoder.layer.1"),)
-        pass_spec = model.host.resolve(chosen, Extractor.HOOK).pass_spec
-        ids = torch.ones(1, 5, dtype=torch.int64)
-        masked = Batch({"input_ids": ids, "attention_mask": ids})
-        assert lengths.padding(pass_spec, masked, Call()) is not None
-        assert lengths.padding(pass_spec, Batch({"input_ids": ids}), Call()) is None
+    lengths = bert.host.lengths
+    assert lengths is not None
+    chosen = (LayerSelection("encoder.layer.0"),)
+    pass_spec = bert.host.resolve(chosen, Extractor.HOOK).pass_spec
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    masked = Batch({"input_ids": ids, "attention_mask": ids})
+    assert lengths.padding(pass_spec, masked, Call()) is not None
+    assert lengths.padding(pass_spec, Batch({"input_ids": ids}), Call()) is None
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]])
-def test_a_mask_with_padding_before_a_token_is_not_padded(tmp_path: Path, rows: list[int]) -> None:
+def test_a_mask_with_padding_before_a_token_is_not_padded(
+    bert: LocalModel, rows: list[int]
+) -> None:
     """Looks at masks were only tested with padding on the right."""
-    with loaded(f"hf:{hfnets.bert(tmp_path / 'net')}") as model:
-        axis = TokenAxis.of(model.host.model)
-        assert axis is not None
-        ids = torch.ones(2, 4, dtype=torch.int64)
-        assert axis.pads_on_the_right(Batch({"input_ids": ids, "attention_mask": ids}))
-        mask = torch.tensor([[1, 1, 1, 0], rows])
-        assert not axis.pads_on_the_right(Batch({"input_ids": ids, "attention_mask": mask}))
+    axis = TokenAxis.of(bert.host.model)
+    assert axis is not None
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    assert axis.pads_on_the_right(Batch({"input_ids": ids, "attention_mask": ids}))
+    mask = torch.tensor([[1, 1, 1, 0], rows])
+    assert not axis.pads_on_the_right(Batch({"input_ids": ids, "attention_mask": mask}))
 
 
-def test_inputs_are_padded_with_what_stands_for_padding(tmp_path: Path) -> None:
+def test_inputs_are_padded_with_what_stands_for_padding(bert: LocalModel) -> None:
     """Ids get the tokenizer's padding id, masks the number for padding, token types 0."""
-    folder = hfnets.wordpiece(hfnets.bert(tmp_path / "net"))
-    with loaded(f"hf:{folder}") as model:
-        axis = TokenAxis.of(model.host.model)
-        assert axis is not None
-        three = torch.full((1, 3), 7)
-        x = {"input_ids": three, "attention_mask": three // 7, "token_type_ids": three // 7}
-        padded = axis.padded(Batch(x), 5)
-        assert padded["input_ids"].tolist() == [[7, 7, 7, 0, 0]]
-        assert padded["attention_mask"].tolist() == [[1, 1, 1, 0, 0]]
-        assert padded["token_type_ids"].tolist() == [[1, 1, 1, 0, 0]]
+    axis = TokenAxis.of(bert.host.model)
+    assert axis is not None
+    three = torch.full((1, 3), 7)
+    x = {"input_ids": three, "attention_mask": three // 7, "token_type_ids": three // 7}
+    padded = axis.padded(Batch(x), 5)
+    assert padded["input_ids"].tolist() == [[7, 7, 7, 0, 0]]
+    assert padded["attention_mask"].tolist() == [[1, 1, 1, 0, 0]]
+    assert padded["token_type_ids"].tolist() == [[1, 1, 1, 0, 0]]
 
 
 def test_without_the_setting_nothing_is_tested_and_nothing_padded() -> None:

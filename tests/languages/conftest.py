@@ -18,7 +18,8 @@ MODELS = ("resnet18", "large=languages.largenet:build")
 @pytest.fixture(scope="session")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a `layertap serve` with resnet18, a net of large layers, and a small BERT."""
-    bert = hfnets.wordpiece(hfnets.bert(tmp_path_factory.mktemp("nets") / TEXT_MODEL))
+    folder = tmp_path_factory.mktemp("nets") / TEXT_MODEL
+    bert = hfnets.wordpiece(hfnets.bert(folder, num_hidden_layers=2))
     models = (*MODELS, f"hf-config:{bert}")
     with serving(*models, "--weights", "random", "--seed", "0") as server:
         yield server.address

@@ -101,14 +101,14 @@ def test_decoders_without_a_padding_token(tmp_path: Path, name: str) -> None:
     settings: dict[str, Any] = {**hfnets.TEXT, "vocab_size": 257, "max_position_embeddings": 64}
     settings |= {"num_key_value_heads": 2, "head_dim": 8, "eos_token_id": 256, "bos_token_id": 256}
     if name == "GPT2LMHeadModel":
-        settings = {"vocab_size": 257, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+        settings = {"vocab_size": 257, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64,
                     "eos_token_id": 256, "bos_token_id": 256}  # fmt: skip
     folder = byte_level(hfnets.saved(tmp_path / "net", name, **settings))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if name != "Qwen2Model":  # Qwen2's class pads with the end of the text by itself.
         assert tokenizer.pad_token is None
     plain: Any = getattr(transformers, name).from_pretrained(folder).eval()
-    layer = "transformer.h.1" if name == "GPT2LMHeadModel" else "layers.1"
+    layer = "transformer.h.0" if name == "GPT2LMHeadModel" else "layers.0"
     with layertap.load(f"hf:{folder}") as model:
         got = model.extract(Texts(TEXTS, return_tokens=True), layer)
         assert "padded on the right with 256" in model.describe().inputs[0].tokenization

@@ -406,6 +406,19 @@ def blip() -> nn.Module:
     return transformers.BlipModel(config)
 
 
+@captioned
+def blip2() -> nn.Module:
+    config = transformers.Blip2Config(
+        vision_config=VISION,
+        qformer_config={**TEXT, "encoder_hidden_size": 32, "cross_attention_frequency": 1,
+                        "use_qformer_text_input": True},
+        text_config={"model_type": "opt", "vocab_size": 99, "hidden_size": 32, "ffn_dim": 37,
+                     "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+        num_query_tokens=4, image_text_hidden_size=16,
+    )  # fmt: skip
+    return transformers.Blip2ForImageTextRetrieval(config)
+
+
 @subject(
     None,
     [_with_images(batch, 32) for batch in texts(99) if "attention_mask" in batch],

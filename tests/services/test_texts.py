@@ -23,7 +23,8 @@ from layertap.v1 import feature_service_pb2
 from serving import running_server
 
 TEXTS = ["the cat sat on the mat.", "a bird flew", "unhappily, it was happy then"]
-LAYER = "encoder.layer.1"
+LAYER = "encoder.layer.0"
+LLAMA = {**hfnets.TEXT, "num_hidden_layers": 2, "num_key_value_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     """A server of that BERT, of a decoder, and of a model without a tokenizer."""
-    llama = hfnets.wordpiece(
-        hfnets.saved(folder.parent / "llama", "LlamaModel", num_key_value_heads=2, **hfnets.TEXT)
-    )
+    llama = hfnets.wordpiece(hfnets.saved(folder.parent / "llama", "LlamaModel", **LLAMA))
     engine = Engine(Limits(text_bytes=2000))
     engine.load(ModelSpec(f"hf:{folder}"))
     engine.load(ModelSpec(f"hf:{llama}", attn_implementation="eager"))
@@ -53,7 +52,7 @@ def client(address: str) -> Iterator[Client]:
         yield client
 
 
-def alone(folder: Path, text: str, layer: int = 2) -> torch.Tensor:
+def alone(folder: Path, text: str, layer: int = 1) -> torch.Tensor:
     """Return the states of one text's tokens ``[L, C]``, by transformers."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModel.from_pretrained(folder).eval()

@@ -9,7 +9,7 @@ import tritonclient.grpc as triton
 
 from common import ADDRESS, HOOK, refused
 
-LAYER = "encoder.layer.1"
+LAYER = "encoder.layer.0"
 WANTED = [triton.InferRequestedOutput(LAYER)]
 
 

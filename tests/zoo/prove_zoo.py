@@ -13,10 +13,12 @@ import json
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -28,6 +30,7 @@ sys.path[:1] = [str(TESTS), str(TESTS / "coverage"), str(TESTS.parent / "server"
 import torch
 from page import write_section
 
+from layertap.extraction import apart
 from zoo import every_specimen
 from zoo.drive import FULL, SHORT, Grid, Report, drive
 from zoo.specimen import Specimen
@@ -133,9 +136,56 @@ def _ended(
     return row
 
 
+class _ForkedHelper(apart._Helper):
+    """A helper that runs compiled programs in its children, forked instead of started.
+
+    A process started for each specimen that has recurrent layers would import torch each time.
+    """
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._timer = None
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = _Fork(partial(_run_helper, theirs, self._socket))
+        theirs.close()
+
+
+class _Fork:
+    """A forked process, with the part of Popen's interface that helpers use."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                run()
+            finally:
+                os._exit(1)
+        self._ended = False
+
+    def poll(self) -> int | None:
+        self._ended = self._ended or os.waitpid(self.pid, os.WNOHANG)[0] != 0
+        return 0 if self._ended else None
+
+    def wait(self) -> None:
+        if not self._ended:
+            os.waitpid(self.pid, 0)
+            self._ended = True
+
+
+def _run_helper(server: socket.socket, others: socket.socket) -> None:
+    """Run the code of ``apart``'s helper in this process, which has just been forked."""
+    others.close()
+    os.setpgid(0, 0)
+    os.dup2(server.fileno(), 0)
+    sys.argv[1:] = [str(apart._SECONDS)]
+    exec(apart._HELPER, {})  # noqa: S102 - the code is ours
+
+
 def _child(specimen: Specimen, grid: Grid, pipe: Connection) -> None:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
+    # While this process has one thread, so that it may be forked.
+    apart._idle.append(_ForkedHelper())
     # Threads change places often, so that races show.
     sys.setswitchinterval(1e-4)
     begun = time.monotonic()

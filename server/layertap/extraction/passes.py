@@ -446,8 +446,7 @@ def _left_by_stops(
     left: dict[str, None] = {}
     for quarter in (1, 2, 3):
         _stop_early(model, x, max(1, calls * quarter // 4))
-        left.update(dict.fromkeys(change.path for change in snapshot.deep_changes()))
-        snapshot.deep_restore()
+        left.update(dict.fromkeys(change.path for change in snapshot.deep_undo()))
     return tuple(path for path in left if path not in seen.changes)
 
 

@@ -172,6 +172,17 @@ class Snapshot:
             if node.suspect() or node.written_unseen():
                 node.restore()
 
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def deep_undo(self) -> list[Change]:
+        """Return ``deep_changes``, and undo them as ``deep_restore`` does."""
+        nodes = [node for node in self._nodes if node.suspect() or node.written_unseen()]
+        if not nodes:
+            return []  # The content is read only once, as nearly always.
+        changes = self.deep_changes()
+        self.deep_restore()
+        return changes
+
     def settle(self, written: Iterable[str] = ()) -> None:
         """Free the copies of tensors that no pass was seen to write to.
 
@@ -610,7 +621,17 @@ class _Tensor(_Node):
         return _place(tensor), tuple(tensor.shape), tensor.dtype, version
 
     def suspect(self) -> bool:
-        return self._now() != self._mark or (self.always and self.written_unseen())
+        return not self._is_as_marked() or (self.always and self.written_unseen())
+
+    def _is_as_marked(self) -> bool:
+        """Return whether ``_now`` is what it was, in less time: this runs at every line of code."""
+        tensor, (place, shape, dtype, version) = self._tensor, self._mark
+        return (
+            _place(tensor) == place
+            and tensor.shape == shape
+            and tensor.dtype is dtype
+            and (None if tensor.is_inference() else tensor._version) == version
+        )
 
     def written_unseen(self) -> bool:
         if self._copy is None:

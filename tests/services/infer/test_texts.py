@@ -22,7 +22,7 @@ from serving import running_server
 from stubs import inference_stub
 
 TEXTS = ["the cat sat on the mat.", "a bird flew"]
-LAYER = "encoder.layer.1"
+LAYER = "encoder.layer.0"
 Code = grpc.StatusCode
 
 
