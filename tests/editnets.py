@@ -28,7 +28,7 @@ def mobilenet() -> nn.Module:
 
 def bert() -> nn.Module:
     """Return a small BERT with random weights."""
-    return hfnets.built("BertModel", **hfnets.TEXT)
+    return hfnets.built("BertModel", **{**hfnets.TEXT, "num_hidden_layers": 2})
 
 
 def gpt2() -> nn.Module:

@@ -15,7 +15,7 @@ import torch
 
 import gradnets
 import layertap
-from infering import arrays, given, output, parameters
+from infering import given, output, parameters
 from layertap import AsyncClient, Client, Intervention, Span, StreamRequest, errors
 from layertap.engine import Engine
 from layertap.inference import grpc_service_pb2 as infer
@@ -127,17 +127,18 @@ def test_open_inference_takes_interventions_as_text(client: Client) -> None:
     text = "conv2:channel=1:zero; relu_1:scale=2"
     request = infer.ModelInferRequest(
         model_name="residual",
-        inputs=[given("x", IMAGES.numpy())],
+        inputs=[given("x", "FP64", IMAGES.shape)],
+        raw_input_contents=[IMAGES.numpy().tobytes()],
         outputs=[output("fc")],
         parameters=parameters({"interventions": text}),
     )
     with grpc.insecure_channel(client._target) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         reply = infer.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=30))
-    found = arrays(reply)
+    raw = dict(zip((each.name for each in reply.outputs), reply.raw_output_contents, strict=True))
     expected = client.extract("residual", IMAGES, "fc", interventions=text.split(";"))
-    assert np.array_equal(found["fc"], expected["fc"])
-    assert found["interventions.calls"].tolist() == [1, 1]
+    assert raw["fc"] == expected["fc"].tobytes()
+    assert np.frombuffer(raw["interventions.calls"], np.int64).tolist() == [1, 1]
 
 
 Message = feature_service_pb2.Intervention

@@ -294,8 +294,10 @@ class Pipeline:
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
         envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
-        beside = beside.repeated(plan.pass_spec.sets)
-        rows = x.size * plan.pass_spec.sets
+        sets = plan.pass_spec.sets
+        rows = x.size * sets
+        if sets > 1:
+            beside = beside.repeated(sets)
         parts = (resolved.outputs, plan, rows, envelope, host.staging)
 
         def collect() -> Reply[P]:

@@ -49,9 +49,7 @@ class Beside:
 
     def repeated(self, times: int) -> Beside:
         """Return the data for a reply that has all items several times."""
-        if times == 1 or self.tokens is None:
-            return self
-        return replace(self, tokens=self.tokens.repeated(times))
+        return self if self.tokens is None else replace(self, tokens=self.tokens.repeated(times))
 
 
 NOTHING_BESIDE = Beside()

@@ -125,11 +125,12 @@ class Tally:
 
     def report(self, sink: Sink, first: int) -> None:
         """Capture the reports, whose points begin at an index; see ``REPORTS``."""
+        device = next(each[0].device for each in self._norms if each)
         norms = [_together(each) for each in self._norms]
-        sink(first, torch.tensor(self.calls))
-        sink(first + 1, torch.tensor(self._elements))
-        sink(first + 2, torch.tensor([int(sum(each)) for each in self._changed]))
-        sink(first + 3, torch.tensor(norms, dtype=torch.float32))
+        changed = [int(sum(each)) for each in self._changed]
+        for place, counts in enumerate((self.calls, self._elements, changed)):
+            sink(first + place, torch.tensor(counts, device=device))
+        sink(first + 3, torch.tensor(norms, dtype=torch.float32, device=device))
 
 
 def _together(norms: Sequence[torch.Tensor]) -> list[float]:
