@@ -10,7 +10,7 @@ fuzz: SECONDS ?= 60
 mutants: COUNT ?= 40
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-clients test-models test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check fmt gen clean
+.PHONY: help setup demo serve test test-clients test-models test-gradients test-beside test-zoo test-packages soak chaos storm fuzz mutants bench bench-cuda bench-sentences perf-analyzer check check-deploy fmt gen clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,16 +23,24 @@ demo: .venv/.built ## start a server, ask it for layers, show what comes back
 serve: .venv/.built ## serve a model: make serve ARGS="--help"
 	$(BIN)/layertap serve $(ARGS)
 
-# Without ARGS all tests, in two processes: most of them wait for another process or a timer now and
-# then. Those of one file stay together, as they share servers.
+# Without ARGS all tests, in one process more than CI has cores, as many tests wait for another
+# process or a timer now and then. Tests of one file stay together, as they share servers.
 test: setup ## run the tests: make test ARGS="tests/wire -k varint"
-	$(BIN)/python -m pytest $(or $(ARGS),-n 2 --dist loadfile --no-loadscope-reorder)
+	$(BIN)/python -m pytest $(or $(ARGS),-n 3 --dist loadfile --no-loadscope-reorder)
 
 test-clients: setup ## the clients in other languages against a real server
 	$(BIN)/python -m pytest tests/languages/check_*.py $(ARGS)
 
 test-models: setup ## every layer of every model by every extractor; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/coverage/prove.py --write docs/coverage.md $(ARGS)
+
+test-gradients: .venv/.built ## the gradient of every layer of every model; writes docs/coverage.md: hours
+	$(BIN)/python -W ignore tests/coverage/prove_gradients.py --rows build/gradients.json \
+	  --write docs/coverage.md $(ARGS)
+
+test-beside: .venv/.built build/beside/.installed ## gradients beside captum and pytorch-grad-cam; writes docs/coverage.md
+	PYTHONPATH=server build/beside/bin/python -W ignore tests/coverage/beside_others.py \
+	  --write docs/coverage.md $(ARGS)
 
 test-zoo: setup ## every layer of every awkward model, in every way; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/zoo/prove_zoo.py --write docs/coverage.md $(ARGS)
@@ -66,6 +74,7 @@ bench: .venv/.built ## what layers and replies cost, in minutes; writes benchmar
 	$(BIN)/python -W ignore benchmarks/bench_branches.py
 	$(BIN)/python -W ignore benchmarks/bench_text.py
 	$(BIN)/python -W ignore benchmarks/bench_hook.py
+	$(BIN)/python -W ignore benchmarks/bench_gradients.py
 	$(BIN)/python -W ignore benchmarks/bench_memory.py
 
 # For a machine with a GPU, which may have neither network nor the versions of constraints.txt: with
@@ -93,6 +102,9 @@ check: setup ## formatting, lint, types, layers, generated code, errors
 	$(GEN) --check
 	$(BIN)/python tools/gen_settings.py --check
 	$(BIN)/python -m pytest -q tests/services/test_error_codes.py
+
+check-deploy: .venv/.built ## the Helm chart and the alert rules, by helm, kubeconform and promtool (needs Go)
+	$(BIN)/python tools/check_deploy.py
 
 fmt: setup ## format and sort imports
 	$(BIN)/ruff check --select I --fix .
@@ -153,4 +165,12 @@ build/sentences/.installed: tools/sentences-requirements.txt .venv/.installed
 	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
 	  > $$(echo build/sentences/lib/python3*/site-packages)/main-environment.pth
 	build/sentences/bin/pip install --quiet -c constraints.txt -r $<
+	touch $@
+
+# As the one above.
+build/beside/.installed: tools/attribution-requirements.txt .venv/.installed
+	test -x build/beside/bin/python || $(BIN)/python -m venv build/beside
+	$(BIN)/python -c 'import site; print("\n".join(site.getsitepackages()))' \
+	  > $$(echo build/beside/lib/python3*/site-packages)/main-environment.pth
+	build/beside/bin/pip install --quiet -c constraints.txt -r $<
 	touch $@

@@ -24,11 +24,18 @@ TF32_AT_FIRST = tf32_allowed()
 LoadNet = Callable[[str], LoadedModel]
 
 LONGEST = (
-    *("zoo/test_zoo.py", "soak/test_soak.py", "app/test_reload.py", "test_readme.py"),
-    *("chaos/test_chaos.py", "app/test_lifecycle.py", "services/test_mission.py"),
-    *("coverage/test_prove.py", "extraction/test_claims.py", "extraction/test_sixth_kind.py"),
-    *("engine/test_stateful_models.py", "app/test_shared_memory.py", "app/test_logs.py"),
-    *("test_security_docs.py", "app/test_no_more_threads.py", "test_architecture.py"),
+    *("zoo/test_zoo.py", "soak/test_soak.py", "test_readme.py", "coverage/test_prove.py"),
+    *("engine/test_optional_inputs.py", "services/test_audio.py", "models/test_hf_source.py"),
+    *("services/test_mission.py", "dataset/test_resume.py", "engine/test_stateful_models.py"),
+    *("engine/test_promotion.py", "extraction/test_claims.py", "chaos/test_chaos.py"),
+    *("extraction/test_hazards.py", "app/test_reload.py", "extraction/test_padding.py"),
+    *("engine/test_versions.py", "extraction/test_gradients_of_models.py", "engine/test_work.py"),
+    *("extraction/test_several_inputs.py", "engine/test_lengths.py", "engine/test_engine.py"),
+    *("cli/test_extract.py", "app/test_lifecycle.py", "engine/test_outcomes.py"),
+    *("engine/test_towers.py", "extraction/test_sixth_kind.py", "test_architecture.py"),
+    *("test_mutants.py", "app/test_full_disk.py", "services/test_extract_stream.py"),
+    *("test_security_docs.py", "models/test_hf_inputs.py", "app/test_logs.py"),
+    *("engine/test_memory.py", "app/test_no_more_threads.py", "local/test_imports.py"),
 )
 """Files that take longest. One of them begun last would keep one process busy alone."""
 

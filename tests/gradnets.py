@@ -216,9 +216,9 @@ def tiny_vit() -> nn.Module:
 class Last(nn.Module):
     """Works on [B, H, W, C], as Swin does."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3) -> None:
         super().__init__()
-        self.cut = nn.Conv2d(3, 6, 2, 2)
+        self.cut = nn.Conv2d(channels, 6, 2, 2)
         self.mix = nn.Linear(6, 6)
         self.act = nn.GELU()
         self.fc = nn.Linear(6, 3)
@@ -231,6 +231,11 @@ class Last(nn.Module):
 def last() -> nn.Module:
     """Return a seeded Last, in float32."""
     return seeded(Last)
+
+
+def last_without_images() -> nn.Module:
+    """Return a seeded Last for inputs of five channels, which are no images."""
+    return seeded(lambda: Last(5))
 
 
 class Smooth(nn.Module):

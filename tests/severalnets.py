@@ -38,6 +38,28 @@ class Masked(Text):
         return self.head(self.pooled(input_ids, attention_mask))
 
 
+class HidesWholeMask(Text):
+    """Passes its mask on only if it hides something, as transformers do."""
+
+    class Pool(nn.Module):
+        """Averages all tokens, or those that count."""
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            """Return [B, WIDTH]."""
+            weights = torch.ones_like(x[..., :1]) if mask is None else mask[..., None]
+            return (x * weights).sum(1) / weights.sum(1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = self.Pool()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return [B, 4]."""
+        hides = not bool(attention_mask.all())
+        passed = attention_mask.float() if hides else None
+        return self.head(self.pool(self.embed(input_ids), mask=passed))
+
+
 class Optional(Text):
     """Takes a mask and types, or neither; the types run a module of their own."""
 
@@ -192,7 +214,12 @@ def declared_mask() -> nn.Module:
     return Masked().eval()
 
 
-declared_mask.inputs = {  # type: ignore[attr-defined]
+def hides_whole_mask() -> nn.Module:
+    """Return a model whose mask arrives at a layer for some inputs only."""
+    return HidesWholeMask().eval()
+
+
+declared_mask.inputs = hides_whole_mask.inputs = {  # type: ignore[attr-defined]
     "input_ids": "int64 [sequence=16], ids=50",
     "attention_mask": "int64 [sequence=16], mask",
 }

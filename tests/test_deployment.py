@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+import layertap
 from layertap import Client, LayertapError
 from layertap.app.budget import default_mib
 from layertap.app.config_file import load_config
@@ -30,6 +31,7 @@ UNIT = DEPLOY / "systemd" / "layertap.service"
 DOCKERFILE = DEPLOY / "docker" / "Dockerfile"
 KSERVE = DEPLOY / "kserve" / "layertap.yaml"
 MANIFEST = DEPLOY / "kubernetes" / "layertap.yaml"
+CHART = DEPLOY / "helm" / "layertap"
 DASHBOARD = ROOT / "docs" / "grafana" / "layertap.json"
 OPERATIONS = ROOT / "docs" / "operations.md"
 PROBES = {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/healthz"}
@@ -92,6 +94,43 @@ def test_every_query_of_the_dashboard_is_of_the_chosen_jobs() -> None:
             assert query[match.end() :].startswith('{job=~"$job"'), query
     # "All" means the jobs of layertap, not every process that Prometheus knows.
     assert "allValue" not in job
+
+
+def test_alerts_ask_for_metrics_that_exist(shown: set[str]) -> None:
+    """Every metric of the alert rules is on a server's page, and every rule has a test."""
+    (group,) = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text("utf-8"))["groups"]
+    for rule in group["rules"]:
+        asked = set(METRIC.findall(rule["expr"]))
+        assert asked
+        assert asked - shown == set()
+    tests = yaml.safe_load((CHART / "alerts_test.yaml").read_text("utf-8"))["tests"]
+    tested = {
+        each["alertname"]
+        for test in tests
+        for each in test["alert_rule_test"]
+        if each["exp_alerts"]
+    }
+    assert tested == {rule["alert"] for rule in group["rules"]}
+
+
+def test_the_charts_schema_knows_every_value() -> None:
+    """A value that the chart has is not refused as a typo, and one of the schema has a default."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))
+    schema = json.loads((CHART / "values.schema.json").read_text("utf-8"))
+    assert values.keys() == schema["properties"].keys()
+    for name, part in schema["properties"].items():
+        if "properties" in part:
+            assert values[name].keys() == part["properties"].keys(), name
+
+
+def test_the_charts_models_are_a_valid_configuration(tmp_path: Path) -> None:
+    """The default models load, and the chart's version is the package's."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))
+    file = tmp_path / "layertap.toml"
+    file.write_text(values["models"], "utf-8")
+    assert [model.name for model in load_config(file).models] == ["resnet18"]
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
+    assert chart["appVersion"] == layertap.__version__
 
 
 @pytest.mark.parametrize("file", [MANIFEST, KSERVE])

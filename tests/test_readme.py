@@ -7,13 +7,16 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import hfnets
 import layertap as layertap_api
+from layertap import LocalModel
 from processes import layertap, serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +47,29 @@ def address() -> Iterator[str]:
         yield server.address
 
 
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[dict[tuple[Any, ...], LocalModel]]:
+    """The models that examples have loaded, by the arguments of ``layertap.load``."""
+    models: dict[tuple[Any, ...], LocalModel] = {}
+    yield models
+    for model in models.values():
+        model.close()
+
+
+@pytest.fixture
+def load_once(loaded: dict[tuple[Any, ...], LocalModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give examples that load the same model in the same way one model, instead of one each."""
+    load = layertap_api.load
+
+    def once(source: str, **settings: Any) -> AbstractContextManager[LocalModel]:
+        key = (source, *sorted(settings.items()))
+        if key not in loaded:
+            loaded[key] = load(source, **settings)
+        return nullcontext(loaded[key])
+
+    monkeypatch.setattr(layertap_api, "load", once)
+
+
 def test_the_example_answers_with_the_shapes_that_it_claims(address: str) -> None:
     """The client's code gets the values that it claims from the README's server, for the photo."""
     code, *_ = blocks("python")
@@ -57,6 +83,7 @@ def test_the_example_answers_with_the_shapes_that_it_claims(address: str) -> Non
     assert set(features.torch()) == {"layer1", "avgpool:input"}
 
 
+@pytest.mark.usefixtures("load_once")
 def test_the_examples_without_a_server_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +232,7 @@ def test_the_intervention_example_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert (changes > 0).sum() > 4  # A channel may be 0 anyway.
 
 
+@pytest.mark.usefixtures("load_once")
 def test_the_gradient_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of docs/gradients.md gives Grad-CAM of the photo, in the shapes that it claims."""
     shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")

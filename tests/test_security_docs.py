@@ -42,6 +42,8 @@ def test_a_newcomer_gets_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         listed = layertap(*shlex.split(layers.replace("localhost:8001", address))[1:])
         assert listed.returncode == 0, listed.stderr
         assert not [line for line in server.lines if "warning" in line and "preprocess" not in line]
+    assert args[:3] == ["resnet18", "--weights", "random"]
+    args[:3] = ["tinynets:chain", "--item-shape", "3,16,16"]  # It is loaded in less time.
     with serving(*args, "--tls-client-ca", "clients.pem") as server:
         token = read_token("admin.tokens")
         mine = Tls(ca="server.pem", certificate="me.pem", key="me.key")

@@ -10,6 +10,7 @@ __all__ = [
     "host_port",
     "is_loopback",
     "is_unix",
+    "may_be_several",
     "target_is_loopback",
     "unix_path",
 ]
@@ -56,6 +57,12 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(bare).is_loopback
     except ValueError:
         return bare.lower() == "localhost"
+
+
+def may_be_several(target: str) -> bool:
+    """Return whether a gRPC target may stand for several servers: names and lists with a scheme."""
+    scheme, colon, _ = target.partition(":")
+    return bool(colon) and scheme in _SCHEMES
 
 
 def target_is_loopback(target: str) -> bool:

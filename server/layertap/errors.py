@@ -128,7 +128,14 @@ class PermissionDeniedError(LayertapError):
 
 
 class UnavailableError(LayertapError):
-    """The server is starting, draining or can't be reached."""
+    """The server is starting, draining or can't be reached.
+
+    Attributes:
+        refused: Whether the server is certainly not working on the call: it could not be reached,
+            or it refused or ended the call itself. False if the connection broke during the call.
+    """
+
+    refused: bool = False
 
 
 class DeadlineExceededError(LayertapError):

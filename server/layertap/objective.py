@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from layertap.errors import InvalidInputError
+from layertap.float_arrays import as_array, check_floats
 from layertap.selection import Capture
 
 __all__ = [
@@ -25,9 +26,6 @@ __all__ = [
     "TermKey",
     "parse_objective",
 ]
-
-VECTOR_DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""The dtypes that a vector may have."""
 
 MAX_TERMS = 16
 """Maximum number of terms of an objective."""
@@ -115,12 +113,8 @@ class ObjectiveTerm:
             raise InvalidInputError(
                 "objective: vector: expected one for DOT, and none for any other measure"
             )
-        if self.vector is not None and self.vector.dtype.name not in VECTOR_DTYPES:
-            raise InvalidInputError(
-                f"objective: vector: got {self.vector.dtype}, expected {', '.join(VECTOR_DTYPES)}"
-            )
-        if self.vector is not None and not np.isfinite(self.vector.astype(np.float64)).all():
-            raise InvalidInputError("objective: vector: got NaN or infinity, expected numbers")
+        if self.vector is not None:
+            check_floats(self.vector, "objective: vector")
 
     @property
     def key(self) -> TermKey:
@@ -205,7 +199,7 @@ class Objective:
                 item's value, or of its part at the index; or ``[B, ...]`` for one per item.
             index: Where the part is; None for the whole value.
         """
-        return cls((ObjectiveTerm(layer, Measure.DOT, _places(index), _array(vector)),))
+        return cls((ObjectiveTerm(layer, Measure.DOT, _places(index), as_array(vector)),))
 
     def __add__(self, other: Objective) -> Objective:
         """Return the sum of two objectives."""
@@ -306,13 +300,3 @@ def _whole(given: Any) -> int:
     if not -(1 << 63) <= number < 1 << 63:
         raise InvalidInputError(f"objective: index: got {number}, expected a 64-bit number")
     return number
-
-
-def _array(vector: Any) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return a caller's tensor, array or list as an array of a dtype that the protocol has."""
-    if hasattr(vector, "detach"):
-        vector = vector.detach().cpu()
-        if str(vector.dtype) == "torch.bfloat16":
-            vector = vector.float()
-        vector = vector.numpy()
-    return np.ascontiguousarray(vector)

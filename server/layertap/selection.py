@@ -8,9 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Self
+from numbers import Real
+from typing import Any, Self
+
+import numpy as np
 
 from layertap.errors import InvalidInputError
+from layertap.float_arrays import as_array, check_floats
 
 __all__ = [
     "MAX_STEPS",
@@ -21,6 +25,7 @@ __all__ = [
     "Glob",
     "IntegrationRule",
     "LayerSelection",
+    "MapForm",
     "Method",
     "Reduction",
     "SelectionLike",
@@ -102,7 +107,7 @@ SIDES = (Capture.OUTPUT, Capture.INPUT)
 
 
 class Method(StrEnum):
-    """What is made of a gradient; ``layertap.v1.Method`` has the same names.
+    """What is made of a gradient, or of a value; ``layertap.v1.Method`` has the same names.
 
     The maps are ``[B, H, W]``, one number for each place of the layer's grid, and keep their sign.
     """
@@ -123,6 +128,23 @@ class Method(StrEnum):
     """The integral of the gradient from a baseline to the value, times the way between them."""
     SMOOTH_GRAD = "smooth_grad"
     """The mean of the gradients at the value with noise added."""
+    EIGEN_CAM = "eigen_cam"
+    """The value's channels, each place projected on their first singular vector; no gradient."""
+    GUIDED_BACKPROPAGATION = "guided_backpropagation"
+    """The gradient, of which every ReLU on its way lets only the positive part pass."""
+
+    @property
+    def takes_gradient(self) -> bool:
+        """Whether it is made of a gradient, so that the request needs an objective."""
+        return self is not Method.EIGEN_CAM
+
+    @property
+    def companion(self) -> str:
+        """The suffix of the tensor ``[B]`` that the reply has beside the result; empty if none."""
+        return {
+            Method.INTEGRATED_GRADIENTS: "gap",
+            Method.GUIDED_BACKPROPAGATION: "relus",
+        }.get(self, "")
 
     @property
     def is_map(self) -> bool:
@@ -132,12 +154,28 @@ class Method(StrEnum):
             Method.HIRES_CAM,
             Method.LAYER_CAM,
             Method.GRAD_CAM_PLUS_PLUS,
+            Method.EIGEN_CAM,
         )
 
     @property
     def sweeps(self) -> bool:
         """Whether it takes the gradients at other values than the model's own."""
         return self in (Method.INTEGRATED_GRADIENTS, Method.SMOOTH_GRAD)
+
+
+class MapForm(StrEnum):
+    """The form in which a map is sent; ``layertap.v1.MapForm`` has the same names."""
+
+    GRID = "grid"
+    """One number for each place of the layer's grid, ``[B, H, W]``."""
+    RESIZED = "resized"
+    """The same at the height and width of the model's input: bilinear, ``align_corners=False``."""
+    OVERLAY = "overlay"
+    """The resized map as colours over the image that the model was given, ``[B, H, W, 3] uint8``.
+
+    The image is gray. Positive numbers are red and negative ones blue, the stronger the nearer they
+    are to the largest magnitude of the item's map.
+    """
 
 
 class IntegrationRule(StrEnum):
@@ -161,7 +199,9 @@ class Sweep:
     Attributes:
         steps: The number of gradients for each item.
         rule: For integrated gradients: where on the way they are taken.
-        baseline: For integrated gradients: each element of the baseline.
+        baseline: For integrated gradients: each element of the baseline; or the baseline itself, an
+            array or tensor of a floating-point dtype and the shape of an item's value, or
+            ``[B, ...]`` to have one for each item.
         noise: For SmoothGrad: the standard deviation of the noise, as a share of the difference
             between an item's largest and smallest element.
         seed: For SmoothGrad: seeds the noise, which is the same for each item.
@@ -172,7 +212,7 @@ class Sweep:
 
     steps: int = 50
     rule: IntegrationRule = IntegrationRule.GAUSS_LEGENDRE
-    baseline: float = 0.0
+    baseline: float | np.ndarray[Any, np.dtype[Any]] = 0.0
     noise: float = 0.15
     seed: int = 0
 
@@ -185,7 +225,11 @@ class Sweep:
             raise InvalidInputError(
                 f"sweep: steps: got {self.steps}, expected from {least} to {MAX_STEPS}"
             )
-        if not math.isfinite(self.baseline):
+        if not isinstance(self.baseline, Real):
+            array = as_array(self.baseline)
+            check_floats(array, "sweep: baseline")
+            object.__setattr__(self, "baseline", array)
+        elif not math.isfinite(self.baseline):
             raise InvalidInputError(f"sweep: baseline: got {self.baseline}, expected a number")
         if not 0 <= self.noise < math.inf:
             raise InvalidInputError(f"sweep: noise: got {self.noise}, expected a number from 0")
@@ -221,16 +265,19 @@ class LayerSelection:
         capture: The side of the layer, or the gradient with respect to a side.
         alias: The name in the reply; if empty, it is ``layer``, ``layer:input``,
             ``layer:gradient`` or ``layer:input_gradient``, or with a method ``layer:grad_cam`` or
-            ``layer:input_grad_cam``.
+            ``layer:input_grad_cam``; whatever the form of a map is.
         reduction: What is done to the value before it is sent.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``: the dtype in which floating-point
             values are sent; if empty, the model's own dtype.
-        method: What is made of the gradient, if ``capture`` is a gradient.
+        method: What is made of the gradient, if ``capture`` is a gradient; or EIGEN_CAM, which is
+            made of the value.
         sweep: The options of a method that takes several gradients; no effect for others.
+        map_form: The form in which the map of a method is sent.
 
     Raises:
-        InvalidInputError: For an unknown capture, reduction or method, which may be given as
-            members or by name; or for a method of a value that is no gradient.
+        InvalidInputError: For an unknown capture, reduction, method or form, which may be given as
+            members or by name; for a method that needs a gradient where the capture is none, or the
+            other way round; for the form of a method that makes no map.
     """
 
     layer: str
@@ -240,32 +287,42 @@ class LayerSelection:
     dtype: str = ""
     method: Method = Method.GRADIENT
     sweep: Sweep = field(default_factory=Sweep)
+    map_form: MapForm = MapForm.GRID
 
     def __post_init__(self) -> None:
-        kinds: tuple[tuple[str, type[Capture | Reduction | Method]], ...] = (
+        kinds: tuple[tuple[str, type[Capture | Reduction | Method | MapForm]], ...] = (
             ("capture", Capture),
             ("reduction", Reduction),
             ("method", Method),
+            ("map_form", MapForm),
         )
         for name, kind in kinds:
             given = getattr(self, name)
             if not isinstance(given, kind):
                 object.__setattr__(self, name, _member(name, given, kind))
-        if self.method is not Method.GRADIENT and not self.capture.is_gradient:
+        wanted = self.method.takes_gradient
+        if self.method is not Method.GRADIENT and wanted is not self.capture.is_gradient:
+            expected = "GRADIENT or INPUT_GRADIENT" if wanted else "OUTPUT or INPUT"
             raise InvalidInputError(
                 f"method: got {self.method.name} for the {self.capture} of layer {self.layer!r}, "
-                f"expected the capture GRADIENT or INPUT_GRADIENT"
+                f"expected the capture {expected}"
+            )
+        if self.map_form is not MapForm.GRID and not self.method.is_map:
+            maps = ", ".join(method.name for method in Method if method.is_map)
+            raise InvalidInputError(
+                f"map: got {self.map_form.name} for {self.method.name} of layer {self.layer!r}, "
+                f"which is no map; maps are {maps}"
             )
 
     @classmethod
     def parse(cls, text: str) -> LayerSelection:
-        r"""Read ``LAYER[:CAPTURE][:reduce=REDUCTION][:dtype=DTYPE][=ALIAS]``.
+        r"""Read ``LAYER[:CAPTURE][:map=FORM][:reduce=REDUCTION][:dtype=DTYPE][=ALIAS]``.
 
-        Examples are ``avgpool:input=before`` and ``layer3:reduce=global_average_pool=pooled``.
-        CAPTURE is a value of `Capture` or, for a gradient, of `Method`; if it is left out,
-        ``output``. If the layer's name contains a colon, an equals sign or a backslash, put a
-        backslash in front of it: ``heads.a\=b``. Everything after the alias's equals sign belongs
-        to the alias.
+        Examples are ``avgpool:input=before``, ``layer3:reduce=global_average_pool=pooled`` and
+        ``layer4:grad_cam:map=resized``. CAPTURE is a value of `Capture`, or of `Method` for what is
+        made of the layer's output or its gradient; if it is left out, ``output``. If the layer's
+        name contains a colon, an equals sign or a backslash, put a backslash in front of it:
+        ``heads.a\=b``. Everything after the alias's equals sign belongs to the alias.
         """
         layer, sign, rest = cut_at(text, ":=")
         given: dict[str, str] = {}
@@ -278,43 +335,47 @@ class LayerSelection:
             known = dict.fromkeys((*Capture, *Method))
             if name in given or not value or (name == "capture" and value not in known):
                 raise InvalidInputError(
-                    f"layer: got {text!r}, expected one of {', '.join(known)}, 'reduce=REDUCTION' "
-                    f"or 'dtype=DTYPE' after a colon, each once; a colon in the layer's own name "
-                    f"is written '\\:'"
+                    f"layer: got {text!r}, expected one of {', '.join(known)}, 'map=FORM', "
+                    f"'reduce=REDUCTION' or 'dtype=DTYPE' after a colon, each once; a colon in the "
+                    f"layer's own name is written '\\:'"
                 )
             given[name] = value
         if not layer or (sign and not rest):
             raise InvalidInputError(
-                f"layer: got {text!r}, expected LAYER[:CAPTURE][:reduce=REDUCTION][:dtype=DTYPE]"
-                f"[=ALIAS]"
+                f"layer: got {text!r}, expected LAYER[:CAPTURE][:map=FORM][:reduce=REDUCTION]"
+                f"[:dtype=DTYPE][=ALIAS]"
             )
         if (dtype := given.get("dtype", "")) and dtype not in SENT_DTYPES:
             raise InvalidInputError(
                 f"layer: got {text!r}, expected dtype to be one of {', '.join(SENT_DTYPES)}"
             )
         capture = given.get("capture", Capture.OUTPUT.value)
-        method = Method(capture) if capture in tuple(Method) else Method.GRADIENT
+        method = Method.GRADIENT
+        if capture in tuple(Method):
+            method = Method(capture)
+            capture = Capture.GRADIENT if method.takes_gradient else Capture.OUTPUT
         return cls(
             _ESCAPED.sub(r"\1", layer),
-            Capture.GRADIENT if capture in tuple(Method) else Capture(capture),
+            Capture(capture),
             rest,
             _member("reduce", given.get("reduction", Reduction.NONE), Reduction),  # type: ignore[arg-type]
             dtype,
             method=method,
+            map_form=_member("map", given.get("map_form", MapForm.GRID), MapForm),  # type: ignore[arg-type]
         )
 
     def name_for(self, layer: str) -> str:
         """Return the name in the reply for ``layer``, one of the layers that match this."""
         if self.alias:
             return self.alias
-        if self.capture.is_gradient:
-            side = "input_" if self.capture is Capture.INPUT_GRADIENT else ""
+        if self.capture.is_gradient or not self.method.takes_gradient:
+            side = "input_" if self.capture.side is Capture.INPUT else ""
             return f"{layer}:{side}{self.method}"
         return layer if self.capture is Capture.OUTPUT else f"{layer}:{self.capture}"
 
 
 _ESCAPED = re.compile(r"\\([:=\\])")
-_OPTIONS = {"reduce": "reduction", "dtype": "dtype"}
+_OPTIONS = {"reduce": "reduction", "dtype": "dtype", "map": "map_form"}
 """The fields of a selection that are given by name, by that name."""
 
 
@@ -326,7 +387,7 @@ def cut_at(text: str, signs: str) -> tuple[str, str, str]:
 
 
 def _member(
-    name: str, given: object, kind: type[Capture | Reduction | Method | IntegrationRule]
+    name: str, given: object, kind: type[Capture | Reduction | Method | MapForm | IntegrationRule]
 ) -> StrEnum:
     try:
         return kind(str(given).lower())

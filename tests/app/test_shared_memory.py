@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -31,6 +30,7 @@ from layertap.settings import SecretFiles, build
 from layertap.shm.broker import open_broker
 from layertap.shm.regions import supported
 from layertap.v1.shared_memory_service_pb2 import OpenSharedMemoryResponse
+from ports import free_port
 from processes import serving
 from serving import http_page
 from tinynets import ITEM
@@ -127,22 +127,16 @@ def socket_of(address: str) -> str:
     return OpenSharedMemoryResponse.FromString(reply).socket
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
     """After kill -9 of the server no file or socket remains, arrays stay, and sharing resumes."""
     before = shared_files()
-    port = free_port()
+    port = str(free_port())
     flags = ("tinynets:residual", "--item-shape", "3,16,16", "--port", port)
     with Client(f"127.0.0.1:{port}") as client:
         with serving(*flags) as server:
             assert server.address.endswith(port)
             features = client.extract("residual", LARGE, "conv1")
-            session = client._opened().memory._current
+            session = client._opened()[0].memory._current
             assert session is not None
             assert session._live
             copy = features["conv1"].copy()
@@ -168,8 +162,8 @@ def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
             # It tried in vain when nobody listened, and does again after a second.
             time.sleep(1.0)
             again = client.extract("residual", LARGE, "conv1")
-            assert client._opened().memory._current is not session
-            assert client._opened().memory._current._live
+            assert client._opened()[0].memory._current is not session
+            assert client._opened()[0].memory._current._live
             assert np.array_equal(again["conv1"], copy)
             assert np.array_equal(features["conv1"], copy)
             del again
@@ -179,7 +173,7 @@ def test_killed_server_leaves_nothing_and_its_clients_go_on() -> None:
 
 def test_restart_between_two_calls_costs_none_of_them() -> None:
     """After the server restarts on its port, the next call is answered through shared memory."""
-    port = free_port()
+    port = str(free_port())
     flags = ("tinynets:residual", "--item-shape", "3,16,16", "--port", port)
     with Client(f"127.0.0.1:{port}") as client:
         for _ in range(2):
@@ -188,7 +182,7 @@ def test_restart_between_two_calls_costs_none_of_them() -> None:
                 client.wait_ready(30)
                 assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
                 gc.collect()
-                session = client._opened().memory._current
+                session = client._opened()[0].memory._current
                 assert session is not None
                 assert not session.lost
                 os.kill(server.process.pid, signal.SIGKILL)
@@ -250,7 +244,7 @@ def test_flags_turn_it_off(engine: Engine) -> None:
         Client(server.address) as client,
     ):
         assert client.extract("residual", LARGE, "conv1")["conv1"].shape[0] == 300
-        assert client._opened().memory._current is None
+        assert client._opened()[0].memory._current is None
         with pytest.raises(grpc.RpcError) as caught:
             socket_of(server.address)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -22,6 +22,8 @@ from layertap.models import ModelSpec
 from serving import running_server
 
 MODEL = "squeezenet1_1"
+SIDE = 64
+"""Of the images that it takes, smaller than its own, so that it is loaded in less time."""
 TINY = ("--item-shape", "3,16,16")
 LAYERS = ("-l", "features.3", "-l", "features.0:input=pixels")
 
@@ -44,7 +46,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     engine = Engine()
-    engine.load(ModelSpec(MODEL, weights="random"))
+    engine.load(ModelSpec(MODEL, weights="random", item_shape=(3, SIDE, SIDE)))
     with running_server(engine) as address:
         yield address
     engine.close()
@@ -69,7 +71,7 @@ def test_rows_in_the_order_of_the_images(remote, address: str, images: list[str]
     result, stored = remote(*LAYERS, "--batch-size", "2")
     assert list(stored) == ["ids", "features.3", "pixels"]
     assert stored["ids"].tolist() == images
-    assert stored["pixels"].shape == (5, 3, 224, 224)
+    assert stored["pixels"].shape == (5, 3, SIDE, SIDE)
     with Client(address) as client:
         for index, image in enumerate(images):
             alone = client.extract(MODEL, image, ["features.3", "features.0:input=pixels"])
@@ -77,7 +79,7 @@ def test_rows_in_the_order_of_the_images(remote, address: str, images: list[str]
             np.testing.assert_allclose(
                 stored["features.3"][index], alone["features.3"][0], rtol=1e-4, atol=1e-5
             )
-    assert "[5, 128, 55, 55]" in result.output
+    assert "[5, 128, 15, 15]" in result.output
     assert "hook" in result.output
 
 
@@ -85,7 +87,8 @@ def test_same_here_and_from_a_server(remote, images: list[str], tmp_path: Path) 
     """A model in this process gives the same values as a server."""
     _, stored = remote(*LAYERS)
     out = tmp_path / "local.npz"
-    result = extract(MODEL, *images, *LAYERS, "-o", str(out), "--weights", "random")
+    options = ("--weights", "random", "--item-shape", f"3,{SIDE},{SIDE}")
+    result = extract(MODEL, *images, *LAYERS, "-o", str(out), *options)
     assert result.exit_code == 0, result.output
     with np.load(out) as local:
         assert list(local) == list(stored)
@@ -283,7 +286,7 @@ def test_gradients_are_written_like_layers(remote, address: str, images: list[st
     flags = [text for layer in layers for text in ("-l", layer)]
     _, stored = remote(*flags, "--objective", "[maximum]", "--batch-size", "2")
     assert list(stored) == ["ids", *layers, "objective.value", "objective.index"]
-    assert stored["features.3:grad_cam"].shape == (5, 55, 55)
+    assert stored["features.3:grad_cam"].shape == (5, 15, 15)
     with Client(address) as client:
         for index, image in enumerate(images):
             alone = client.extract(MODEL, image, layers, objective="[maximum]")

@@ -141,7 +141,7 @@ def test_a_pickled_client_is_made_again(address: str, shared_memory: bool) -> No
         want = ask(client).copy()
         again = pickle.loads(pickle.dumps(client))
         assert again._arguments == client._arguments
-        assert again._target == address
+        assert again._targets == (address,)
     with again:
         np.testing.assert_array_equal(ask(again), want)
 

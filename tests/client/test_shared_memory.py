@@ -164,10 +164,10 @@ def test_wishes_are_checked() -> None:
 
 def test_auto_asks_servers_of_this_machine_only(served: Served) -> None:
     """A server on another machine is asked for shared memory only if this is requested."""
-    assert Client("[::1]:1")._opened().memory._open is not None
-    assert Client("unix:/run/layertap")._opened().memory._open is not None
-    assert Client("features.example:8001")._opened().memory._open is None
-    assert Client("features.example:8001", shared_memory=True)._opened().memory._open is not None
+    assert Client("[::1]:1")._opened()[0].memory._open is not None
+    assert Client("unix:/run/layertap")._opened()[0].memory._open is not None
+    assert Client("features.example:8001")._opened()[0].memory._open is None
+    assert Client("features.example:8001", shared_memory=True)._opened()[0].memory._open is not None
 
 
 def test_full_memory_sends_replies_through_the_network(
@@ -227,6 +227,6 @@ def test_client_that_is_forgotten_ends_its_session(served: Served) -> None:
     client = Client(served.address)
     client.extract("residual", LARGE, "conv1")
     assert served.memory.state().sessions == 1
-    client._opened().channel.close()
+    client._opened()[0].channel.close()
     del client
     assert eventually(lambda: served.memory.state().sessions == 0)

@@ -114,7 +114,7 @@ def test_sessions_that_ended_leave_no_file(served: Served, client: Client) -> No
         client.extract("residual", LARGE[:1], LAYERS)
         [session] = served.memory._sessions.values()
         served.memory.close(session, End.RETIRE)
-        assert eventually(lambda: client._transport.memory._current.lost)
+        assert eventually(lambda: client._transports[0].memory._current.lost)
         gc.collect()
         return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
 
@@ -210,7 +210,7 @@ def test_forked_children_leave_their_parents_session_alone(served: Served) -> No
         x = np.random.default_rng(0).random((600, 3, 16, 16), np.float32)
         features = client.extract("residual", x, "conv1")
         copy = features["conv1"].copy()
-        connection = client._transport.memory._current
+        connection = client._transports[0].memory._current
         child = os.fork()
         if child == 0:
             del features

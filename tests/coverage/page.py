@@ -9,12 +9,12 @@ __all__ = ["write_section"]
 
 PAGE = """# Coverage
 
-Is every value that layertap sends the value that the module returned? Three commands ask that of
+Is every value that layertap sends the value that the module returned? Five commands ask that of
 many models, each against a reference that shares no code with layertap, and write what they found
 into this page.
 """
 
-SECTIONS = ("models", "zoo", "packages")
+SECTIONS = ("models", "zoo", "packages", "gradients", "beside")
 
 
 def write_section(file: Path, name: str, text: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 import asking
 import inputnets
+import severalnets
 import sizenets
 from layertap import Extractor, errors
 from layertap.engine import Engine, Limits
@@ -169,3 +170,24 @@ def test_a_reply_for_another_length_is_refused_before_any_pass(passes) -> None:
         assert not passes
     finally:
         engine.close()
+
+
+def test_a_value_that_samples_lack_is_served_at_other_lengths(engine: Engine) -> None:
+    """A mask that is passed on only if it hides something; where it is not, the error says so."""
+    engine.load(ModelSpec("severalnets:hides_whole_mask"))
+    layers = ["pool.mask:input", "pool", "head"]
+    fresh = severalnets.hides_whole_mask()
+    pooled: list[torch.Tensor] = []
+    fresh.pool.register_forward_hook(lambda _, args, output: pooled.append(output.clone()))
+    for length in (16, 9, 5, 9):
+        mask = torch.ones(2, length, dtype=torch.int64)
+        mask[1, length // 2 :] = 0
+        given = {"input_ids": torch.arange(2 * length).view(2, length), "attention_mask": mask}
+        right = fresh(**given)
+        found = asking.ask(engine, "hides_whole_mask", layers, given, Extractor.HOOK)
+        assert np.array_equal(found["pool.mask:input"], mask.float().numpy())
+        assert np.array_equal(found["pool"], pooled[-1].detach().numpy())
+        assert np.array_equal(found["head"], right.detach().numpy())
+        whole = {**given, "attention_mask": torch.ones_like(mask)}
+        with pytest.raises(errors.ModelRunError, match="'pool': returned no tensor on this input"):
+            asking.ask(engine, "hides_whole_mask", layers, whole, Extractor.HOOK)

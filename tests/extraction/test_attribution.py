@@ -59,7 +59,9 @@ FORMULAS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 @pytest.fixture(scope="module")
 def convolutions() -> Iterator[LocalModel]:
     """A net whose values are [B, C, H, W]."""
-    with layertap.load("resnet18", weights="random", item_shape=(3, 64, 64), device="cpu") as model:
+    with layertap.load(
+        "usualnets:resnet10", item_shape=(3, 64, 64), device="cpu", weights="random"
+    ) as model:
         yield model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,27 @@ def test_each_write_is_seen_and_put_back(name: str) -> None:
         assert all(not change.reason for change in snapshot.deep_changes())
         snapshot.deep_restore()
         assert snapshot.deep_changes() == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [lambda data: data + 1, lambda data: data.view(3, 1), lambda data: data.view(torch.int32)],
+    ids=["memory", "shape", "dtype"],
+)
+def test_other_data_of_a_tensor_is_seen_at_once(
+    other: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Assigning ``data`` counts as no write, so its place, shape and dtype are looked at."""
+    with torch.inference_mode(False), torch.no_grad():
+        net = holder()
+        snapshot = Snapshot(net)
+        version = net.buffer._version
+        net.buffer.data = other(net.buffer.data)
+        assert net.buffer._version == version
+        assert "buffer" in {change.path for change in snapshot.changes()}
+        snapshot.restore()
+        assert snapshot.changes() == []
+        assert torch.equal(net.buffer, torch.zeros(3))
 
 
 def test_equal_values_are_no_change() -> None:

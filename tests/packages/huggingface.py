@@ -350,12 +350,12 @@ def _with_images(
     return {**batch, "pixel_values": torch.randn(size, channels, side, side, generator=generator)}
 
 
-captioned = subject(
-    None,
-    [_with_images(batch, 32) for batch in texts(99)],
-    package="transformers",
-    inputs={"input_ids": IDS, "pixel_values": "float32 [3, 32, 32]", "attention_mask": MASK},
-)
+CAPTIONED: dict[str, Any] = {
+    "package": "transformers",
+    "inputs": {"input_ids": IDS, "pixel_values": "float32 [3, 32, 32]", "attention_mask": MASK},
+}
+captions = [_with_images(batch, 32) for batch in texts(99)]
+captioned = subject(None, captions, **CAPTIONED)
 
 
 @captioned
@@ -380,8 +380,9 @@ def chinese_clip() -> nn.Module:
     return transformers.ChineseCLIPModel(config)
 
 
-@captioned
+@subject(None, captions, draws=True, **CAPTIONED)
 def vilt() -> nn.Module:
+    # It draws the patches of an image at random, in another order each time.
     return _model("Vilt", **{**TEXT, "image_size": 32, "patch_size": 8})
 
 
@@ -449,7 +450,7 @@ def _boxes(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     None,
     [_boxes(batch) for batch in texts(99)],
     package="transformers",
-    inputs={"input_ids": IDS, "bbox": "int64 [sequence=12, 4]", "attention_mask": MASK},
+    inputs={"input_ids": IDS, "bbox": "int64 [sequence=12, 4], boxes=1000", "attention_mask": MASK},
 )
 def layoutlm() -> nn.Module:
     return _text("LayoutLM", max_2d_position_embeddings=1024)

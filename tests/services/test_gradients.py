@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -13,7 +15,18 @@ import torch
 
 import gradnets
 import layertap
-from layertap import AsyncClient, Client, Objective, StreamRequest, errors
+from layertap import (
+    AsyncClient,
+    Capture,
+    Client,
+    LayerSelection,
+    MapForm,
+    Method,
+    Objective,
+    StreamRequest,
+    Sweep,
+    errors,
+)
 from layertap.engine import Engine
 from layertap.models import ModelSpec
 from layertap.v1 import catalogue_pb2, feature_service_pb2, tensor_pb2
@@ -125,6 +138,7 @@ HOSTILE = {
     "long places": Term(index=[0] * 64, index_size=64),
     "a million places": Term(index=[0] * 1_000_000),
     "a layer that does not exist": Term(layer="nix", measure="MEASURE_SUM"),
+    "a layer that returns before the selected one": Term(layer="bn1", measure="MEASURE_SUM"),
 }
 
 
@@ -180,12 +194,127 @@ def refused(
     return raised.value.code(), raised.value.details()
 
 
+def test_numbers_that_the_model_can_not_hold_are_refused() -> None:
+    """A vector, weight or baseline that is infinite in the layer's dtype is no silent NaN."""
+    huge = np.full(3, 1e39)
+    with layertap.load("gradnets:last", item_shape=(3, 16, 16), device="cpu") as model:
+        given = torch.rand(1, 3, 16, 16)
+        for aim in (
+            Objective.dot("fc", huge), Objective.sum("fc") * 1e39, Objective.sum("fc") * -1e39,
+        ):  # fmt: skip
+            with pytest.raises(errors.InvalidInputError, match="got a magnitude of 1e\\+39"):
+                model.extract(given, "mix:gradient", objective=aim)
+        for base in (1e39, np.full((8, 8, 6), 1e39)):
+            selection = LayerSelection(
+                "mix",
+                Capture.GRADIENT,
+                method=Method.INTEGRATED_GRADIENTS,
+                sweep=Sweep(steps=2, baseline=base),
+            )
+            with pytest.raises(errors.InvalidInputError, match="sweep: baseline: got a magnitude"):
+                model.extract(given, selection, objective="fc[1]")
+        # The largest number of the dtype is a number.
+        largest = Objective.sum("fc") * float(np.finfo(np.float32).max)
+        assert "mix:gradient" in model.extract(given, "mix:gradient", objective=largest)
+
+
+HOSTILE_SWEEPS = {
+    "a baseline whose bytes don't fit": tensor_pb2.Tensor(
+        dtype="DATA_TYPE_FLOAT64", shape=[1 << 40, 1 << 40], data=b"0000"
+    ),
+    "a baseline of another shape": tensor_pb2.Tensor(
+        dtype="DATA_TYPE_FLOAT64", shape=[1], data=b"\0" * 8
+    ),
+    "a baseline of whole numbers": tensor_pb2.Tensor(
+        dtype="DATA_TYPE_INT64", shape=[1], data=b"\0" * 8
+    ),
+    "a baseline with NaN": tensor_pb2.Tensor(dtype="DATA_TYPE_FLOAT32", shape=[5], data=NAN),
+    "a baseline in shared memory": tensor_pb2.Tensor(
+        shape=[5], shared=tensor_pb2.SharedSlice(region=1)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_SWEEPS)
+def test_hostile_baselines_have_a_clear_status(engine: Engine, client: Client, case: str) -> None:
+    """A baseline that doesn't fit is refused, and the server goes on."""
+    layer = feature_service_pb2.LayerSelection(
+        layer="conv2",
+        capture="CAPTURE_GRADIENT",
+        method="METHOD_INTEGRATED_GRADIENTS",
+        sweep=feature_service_pb2.Sweep(steps=2, baseline_tensor=HOSTILE_SWEEPS[case]),
+    )
+    request = feature_service_pb2.ExtractRequest(
+        model="residual", layers=[layer], objective=[Term(layer="fc", index=[1])]
+    )
+    request.inputs.add(
+        name="x", dtype="DATA_TYPE_FLOAT64", shape=IMAGES.shape, data=IMAGES.numpy().tobytes()
+    )
+    status, message = refused(client, request)
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert "sweep: baseline" in message
+    assert until(lambda: engine.pending_bytes == 0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"method": 99},
+        {"method": "METHOD_GRAD_CAM", "map_form": 99},
+        {"method": "METHOD_GRADIENT", "map_form": "MAP_FORM_RESIZED"},
+        {"method": "METHOD_EIGEN_CAM"},
+        {"method": "METHOD_GRAD_CAM", "map_form": "MAP_FORM_OVERLAY", "reduction": 99},
+    ],
+)
+def test_hostile_methods_have_a_clear_status(client: Client, layer: dict[str, Any]) -> None:
+    """Unknown methods and forms, and those that don't go together, are refused."""
+    selection = feature_service_pb2.LayerSelection(
+        layer="conv2", capture="CAPTURE_GRADIENT", **layer
+    )
+    request = feature_service_pb2.ExtractRequest(
+        model="residual", layers=[selection], objective=[Term(layer="fc", index=[1])]
+    )
+    request.inputs.add(
+        name="x", dtype="DATA_TYPE_FLOAT64", shape=IMAGES.shape, data=IMAGES.numpy().tobytes()
+    )
+    status, _ = refused(client, request)
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_every_method_goes_over_the_wire(client: Client) -> None:
+    """Methods, forms of maps, options and tensor baselines give the bits of this process."""
+    base = np.random.default_rng(1).normal(size=(2, 4, 8, 8))
+    sweep = Sweep(steps=3, baseline=base)
+    selections = [
+        LayerSelection("conv2", method=Method.EIGEN_CAM, map_form=MapForm.RESIZED),
+        *(
+            LayerSelection("conv2", Capture.GRADIENT, method=method, sweep=sweep)
+            for method in Method
+            if method.takes_gradient
+        ),
+        LayerSelection("bn1", Capture.GRADIENT, method=Method.GRAD_CAM, map_form=MapForm.OVERLAY),
+    ]
+    found = client.extract("residual", IMAGES, selections, objective="fc[maximum]")
+    with layertap.load(
+        "gradnets:residual", item_shape=gradnets.IMAGE, input_dtype="float64", device="cpu"
+    ) as model:
+        expected = model.extract(IMAGES, selections, objective="fc[maximum]").numpy()
+    assert list(found) == list(expected)
+    assert "conv2:guided_backpropagation.relus" in found
+    assert found["bn1:grad_cam"].dtype == np.uint8
+    for name, value in expected.items():
+        assert np.array_equal(found[name], value)
+
+
 def test_the_wire_has_a_name_for_every_measure_and_capture() -> None:
     """The protocol's enums and the Python ones have the same members."""
     for kind, enum in (
         (layertap.Measure, feature_service_pb2.Measure),
         (layertap.Capture, catalogue_pb2.Capture),
+        (layertap.Method, feature_service_pb2.Method),
+        (layertap.MapForm, feature_service_pb2.MapForm),
+        (layertap.IntegrationRule, feature_service_pb2.IntegrationRule),
     ):
-        prefix = kind.__name__.upper()
+        prefix = re.sub("(?<!^)(?=[A-Z])", "_", kind.__name__).upper()
         wire = {name.removeprefix(f"{prefix}_") for name in enum.keys()}  # noqa: SIM118
         assert wire == {member.name for member in kind} | {"UNSPECIFIED"}

@@ -137,7 +137,7 @@ class Caller:
                 self._client.extract("a", b"not an image", "third")
             case "garbage":
                 garbage = self._chance.randbytes(self._chance.randrange(1, 200))
-                self._client._opened().channel.unary_unary(EXTRACT)(garbage, timeout=60)
+                self._client._opened()[0].channel.unary_unary(EXTRACT)(garbage, timeout=60)
 
     def once(self, kind: str, *, patient: bool = True) -> None:
         """Make a request of a kind, count how it ended, and wait if the server says so."""

@@ -9,13 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from asking import ask
 from layertap import Extractor, Features
 from layertap.batching import ALONE, BatchPolicy
-from layertap.engine import Engine, HostOptions, ModelHost
+from layertap.batching.queue import BatchQueue
+from layertap.engine import Engine, HostOptions, ModelHost, compute
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, LayertapError
 from layertap.extraction import PointKind
 from layertap.models import ModelSpec
@@ -40,7 +43,8 @@ class Way:
         shared: Whether requests may share passes.
         declared: How many layers are declared when the model is loaded.
         callers: The extractors that eight callers ask at once as well.
-        houses: The files of the zoo whose specimens are served so; all if empty.
+        one_thread: Whether one of the threads alone loads the model and serves the requests that
+            come one after the other, so that each finds what was left in that thread before it.
     """
 
     name: str
@@ -48,7 +52,7 @@ class Way:
     shared: bool = False
     declared: int = 0
     callers: tuple[Extractor, ...] = tuple(Extractor)
-    houses: tuple[str, ...] = ()
+    one_thread: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,15 +80,11 @@ class Grid:
 
 
 SHORT = Grid(
-    (
-        Way("throughput", instances=4, callers=(Extractor.HOOK, Extractor.AUTO)),
-        # One thread, so that a request finds what the one before it has left in that thread.
-        Way("latency", callers=(), houses=("remembering", "within", "outside")),
-    ),
+    (Way("throughput", instances=4, callers=(Extractor.HOOK, Extractor.AUTO), one_thread=True),),
     singles=(Extractor.HOOK,),
     spread=True,
 )
-"""Loading costs most, so what needs no certain number of threads is served in one way only."""
+"""Loading costs much, so requests in one thread and at once are tried on one loaded model."""
 
 FULL = Grid(
     (
@@ -180,6 +180,10 @@ class Report:
         ]
 
 
+OTHER_SEEDS = range(1, 6)
+"""Several, because values that chance only rounds otherwise are often equal for two seeds."""
+
+
 class Truths:
     """The truth about each request of a specimen, found when it is first needed."""
 
@@ -192,21 +196,26 @@ class Truths:
         return [truth_of(self._specimen.fresh(), x) for x in self._specimen.requests]
 
     @cached_property
-    def others(self) -> list[Truth]:
-        """The same with another seed, where the specimen draws random numbers."""
+    def others(self) -> list[list[Truth]]:
+        """The same with each of ``OTHER_SEEDS``, where the specimen draws random numbers."""
         if not self._specimen.draws:
-            return self.all
-        return [truth_of(self._specimen.fresh(), x, seed=1) for x in self._specimen.requests]
+            return []
+        return [
+            [truth_of(self._specimen.fresh(), x, seed=seed) for x in self._specimen.requests]
+            for seed in OTHER_SEEDS
+        ]
 
     def by_chance(self, request: int, point: Point) -> bool:
         """Tell whether a value follows chance."""
-        if not self._specimen.draws:
-            return False
-        one, two = self.all[request].values(point), self.others[request].values(point)
-        return len(one) != len(two) or any(
-            mistake(a.double().numpy(), b.double(), tolerant=False)
-            for a, b in zip(one, two, strict=True)
-        )
+        one = self.all[request].values(point)
+        return any(_differ(one, other[request].values(point)) for other in self.others)
+
+
+def _differ(one: Sequence[torch.Tensor], two: Sequence[torch.Tensor]) -> bool:
+    return len(one) != len(two) or any(
+        mistake(a.double().numpy(), b.double(), tolerant=False)
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 def drive(specimen: Specimen, grid: Grid) -> Report:
@@ -218,8 +227,7 @@ def drive(specimen: Specimen, grid: Grid) -> Report:
     with warnings.catch_warnings():
         # Models warn as they like; catching is not for threads, so it is done around all of them.
         warnings.simplefilter("ignore")
-        house = specimen.module.rpartition(".")[2]
-        for way in (way for way in grid.ways if house in (way.houses or (house,))):
+        for way in grid.ways:
             with specimen.served() as served, _engine(way) as engine:
                 try:
                     host = _load(engine, served, way, report)
@@ -237,9 +245,38 @@ def drive(specimen: Specimen, grid: Grid) -> Report:
     return report
 
 
+class _OneAtFirst(BatchQueue[Any]):
+    """A queue of which one thread takes all work, and the others only after ``free``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first = threading.Lock()
+        self._thread = 0
+        self._free = threading.Event()
+
+    def take(self) -> list[Any]:
+        """See BatchQueue."""
+        if self._first.acquire(blocking=False):
+            self._thread = threading.get_ident()
+        if threading.get_ident() != self._thread:
+            self._free.wait()
+        return super().take()
+
+    def free(self) -> None:
+        """Let the other threads take work, too."""
+        self._free.set()
+
+    def close(self) -> None:
+        """See BatchQueue."""
+        self.free()
+        super().close()
+
+
 @contextmanager
 def _engine(way: Way) -> Iterator[Engine]:
     engine = Engine(threads=1, instances=way.instances)
+    with patch.object(compute, "BatchQueue", _OneAtFirst if way.one_thread else BatchQueue):
+        engine._threads(engine._device)
     try:
         yield engine
     finally:
@@ -321,6 +358,17 @@ class _Drive:
 
     def run(self) -> None:
         """Ask for everything, alone and then by eight callers."""
+        self._ask_alone()
+        queue = self._host.compute._queue
+        if isinstance(queue, _OneAtFirst):
+            queue.free()
+        if self._way.callers:
+            with ThreadPoolExecutor(CALLERS) as pool:
+                barrier = threading.Barrier(CALLERS)
+                for done in [pool.submit(self._call, n, barrier) for n in range(CALLERS)]:
+                    done.result()
+
+    def _ask_alone(self) -> None:
         grid = self._grid
         for extractor, layers in self._claims.items():
             for begin in range(0, len(layers), grid.most):
@@ -336,11 +384,6 @@ class _Drive:
             for _ in range(2):
                 for request in range(len(self._requests)):
                     self._ask(Extractor.AUTO, self._claims[Extractor.AUTO][:20], request)
-        if self._way.callers:
-            with ThreadPoolExecutor(CALLERS) as pool:
-                barrier = threading.Barrier(CALLERS)
-                for done in [pool.submit(self._call, n, barrier) for n in range(CALLERS)]:
-                    done.result()
 
     def _call(self, caller: int, barrier: threading.Barrier) -> None:
         """Be one of several callers, each with an input of its own."""

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from layertap import __version__
+from layertap.cli.explain import explain
 from layertap.cli.extract import extract
 from layertap.cli.health import health
 from layertap.cli.layers import layers
@@ -52,6 +53,7 @@ def main() -> None:
       layertap layers resnet18                                list the layers
       layertap serve resnet18 --layers layer1,avgpool         serve them on port 8001
       layertap extract resnet18 cat.jpg -l avgpool -o cat.npz
+      layertap explain resnet18 cat.jpg -l layer4 -o cat.png
 
     Each command has its own --help. Exit codes: 0 success, 1 failure (the message says why), 2 a
     wrong command line.
@@ -62,4 +64,5 @@ main.add_command(serve)
 main.add_command(reload)
 main.add_command(layers)
 main.add_command(extract)
+main.add_command(explain)
 main.add_command(health)

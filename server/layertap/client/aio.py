@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+)
+from contextlib import ExitStack, aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import grpc
 import grpc.aio
 
+from layertap.client.balance import Attempts, Balance
 from layertap.client.base import (
     BaseClient,
     Method,
@@ -24,10 +33,10 @@ from layertap.client.base import (
 from layertap.client.channel import ChannelSettings
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
-from layertap.client.items import MAX_IN_FLIGHT, Outcome, StreamItems
+from layertap.client.items import MAX_IN_FLIGHT, Outcome, StreamItems, check_in_flight
 from layertap.client.requests import StreamRequest, request_fields
 from layertap.client.retry import Retries
-from layertap.client.shared_memory_client import SharedMemoryClient
+from layertap.client.shared_memory_client import SharedMemoryClient, SharedMemoryWish
 from layertap.client.timeouts import bounded
 from layertap.errors import LayertapError, OverloadedError, SharedMemoryLostError, UnavailableError
 from layertap.selection import Extractor, SelectionLike
@@ -52,9 +61,9 @@ _CLOSE_SECONDS = 1.0
 
 
 class _Transport:
-    """A channel, its methods and its shared memory, for one event loop."""
+    """A channel to one server, its methods and its shared memory, for one event loop."""
 
-    def __init__(self, client: BaseClient, settings: ChannelSettings) -> None:
+    def __init__(self, settings: ChannelSettings, shared_memory: SharedMemoryWish) -> None:
         self.loop = asyncio.get_running_loop()
         self.bearer = settings.bearer
         self.channel = settings.open_async()
@@ -65,9 +74,7 @@ class _Transport:
         self.reload = self.channel.unary_unary(Method.RELOAD)
         self.health = self.channel.unary_unary(Method.HEALTH)
         self._open_memory = self.channel.unary_unary(Method.OPEN_SHARED_MEMORY)
-        self.memory = SharedMemoryClient(
-            client._target, client._shared_memory, self._ask_for_memory
-        )
+        self.memory = SharedMemoryClient(settings.target, shared_memory, self._ask_for_memory)
 
     def _ask_for_memory(self, message: bytes, timeout: float) -> bytes:
         """Call OpenSharedMemory from a thread other than the loop's, and wait for the reply."""
@@ -79,7 +86,7 @@ class _Transport:
 
 
 class AsyncClient(BaseClient):
-    """Extracts layers from a layertap server, for asyncio.
+    """Extracts layers from a layertap server or from several, for asyncio.
 
     The methods are those of ``Client``, as coroutines. Cancelling a task cancels its call, and the
     server stops computing for it. Use the client as an asynchronous context manager, or ``close``
@@ -94,7 +101,9 @@ class AsyncClient(BaseClient):
         ...     features = await client.extract("resnet18", "photo.jpg", "layer1")
     """
 
-    _transport: _Transport | None = None
+    def _start(self, settings: list[ChannelSettings]) -> None:
+        self._transports: list[_Transport] = []
+        self._balance = Balance(self._targets)
 
     async def extract(
         self,
@@ -108,18 +117,13 @@ class AsyncClient(BaseClient):
         timeout: float | None = None,
     ) -> Features:
         """Run a model on a batch and return the selected layers; see ``Client.extract``."""
-        transport = self._opened()
+        self._opened()  # Connects while the request is encoded.
         fields, inputs = await _request_fields(
             model, given, layers, extractor, objective=objective, interventions=interventions
         )
-        memory = await self._session(transport, timeout)
-        if memory is not None:
-            try:
-                return await self._extract_shared(transport, memory, fields, inputs, timeout)
-            except SharedMemoryLostError as error:
-                _log.debug("shared memory is lost, using the network: %s", error)
-        message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
-        return Features(await self._call(transport, transport.extract, message, timeout))
+        return await self._anywhere(
+            lambda transport, left: self._extract(transport, fields, inputs, left), timeout
+        )
 
     async def stream(
         self,
@@ -129,15 +133,22 @@ class AsyncClient(BaseClient):
         item_timeout: float | None = None,
     ) -> AsyncFeatureStream:
         """Open a stream for many items; see ``Client.stream``."""
-        transport = self._opened()
-        return AsyncFeatureStream(
-            transport.stream,
-            max_in_flight,
-            timeout=timeout,
-            item_timeout=self._timeout if item_timeout is None else item_timeout,
-            memory=await self._session(transport, None),
-            metadata=(*self._metadata(), *transport.bearer),
-        )
+        transports, balance = self._opened(), self._balance
+        index = balance.take()
+        transport = transports[index]
+        try:
+            return AsyncFeatureStream(
+                transport.stream,
+                max_in_flight,
+                timeout=timeout,
+                item_timeout=self._timeout if item_timeout is None else item_timeout,
+                memory=await self._session(transport, self._timeout),
+                metadata=(*self._metadata(), *transport.bearer),
+                on_close=lambda: balance.give_back(index),
+            )
+        except BaseException:
+            balance.give_back(index)
+            raise
 
     @overload
     def extract_many(
@@ -190,6 +201,28 @@ class AsyncClient(BaseClient):
         ``inputs`` may be asynchronous. If you leave the iterator early, for example by ``break``,
         the stream stays open until the iterator is closed; ``contextlib.aclosing`` closes it.
         """
+        if len(self._targets) > 1:
+            seconds = self._timeout if item_timeout is None else item_timeout
+
+            async def ask(given: InputLike) -> Features:
+                return await self.extract(
+                    model,
+                    given,
+                    layers,
+                    extractor=extractor,
+                    objective=objective,
+                    interventions=interventions,
+                    timeout=seconds,
+                )
+
+            async with aclosing(
+                _concurrently(ask, inputs, max_in_flight, ordered=ordered)
+            ) as outcomes:
+                async for outcome in outcomes:
+                    if isinstance(outcome, LayertapError) and not return_errors:
+                        raise outcome
+                    yield outcome
+            return
         opening = self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout)
         async with await opening as stream:
             requests = (
@@ -210,55 +243,42 @@ class AsyncClient(BaseClient):
 
     async def list_models(self, *, timeout: float | None = None) -> list[catalogue_pb2.Model]:
         """Return the models that the server serves."""
-        transport = self._opened()
-        reply = await self._call(transport, transport.list, b"", timeout)
+        reply = await self._call("list", b"", timeout)
         return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
 
     async def describe_model(
         self, model: str, *, fingerprint: bool = False, timeout: float | None = None
     ) -> feature_service_pb2.DescribeModelResponse:
         """Return a model's catalogue; see ``Client.describe_model``."""
-        transport = self._opened()
         message = describe_message(model, fingerprint=fingerprint)
-        reply = await self._call(transport, transport.describe, message, timeout)
+        reply = await self._call("describe", message, timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 
     async def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
         """Make the server read its configuration and changed weights again; see ``Client``."""
-        transport = self._opened()
-        reply = await self._call(transport, transport.reload, b"", timeout)
+        self._check_one_server("reload")
+        reply = await self._call("reload", b"", timeout)
         return admin_service_pb2.ReloadResponse.FromString(reply)
 
     async def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """Return what the server reports by ``grpc.health.v1``; see ``Client.health``."""
-        transport = self._opened()
-        message = health_message(service)
-        return health_in(await self._call(transport, transport.health, message, timeout))
+        return health_in(await self._call("health", health_message(service), timeout))
 
-    async def wait_ready(self, timeout: float = 60.0) -> None:
+    async def wait_ready(self, timeout: float = 60.0, *, servers: int | None = None) -> None:
         """Wait until the server reports itself as serving; see ``Client.wait_ready``."""
-        wait = ReadyWait(self._target, timeout, time.monotonic())
-        while (left := wait.left(time.monotonic())) > 0:
-            transport = self._opened()
-            try:
-                call = transport.health(
-                    b"",
-                    timeout=bounded(left),
-                    wait_for_ready=True,
-                    metadata=(*self._metadata(), *transport.bearer),
-                )
-                if wait.serves(await self._answer(call)):
-                    return
-            except grpc.RpcError as error:
-                wait.failed(error)
+        wait = ReadyWait(self._targets, servers, timeout, time.monotonic())
+        while wait.left(time.monotonic()) > 0:
+            for index in list(wait.waiting):
+                await self._check_health(wait, index)
+            if wait.is_over:
+                return
             await asyncio.sleep(wait.pause(time.monotonic()))
         raise wait.over()
 
     async def close(self) -> None:
         """Close the channel; open calls raise UnavailableError. Received features stay valid."""
         self._closed = True
-        transport, self._transport = self._transport, None
-        if transport is not None:
+        for transport in self._transports:
             transport.memory.close()
             if transport.loop is asyncio.get_running_loop():
                 await transport.channel.close()
@@ -276,22 +296,48 @@ class AsyncClient(BaseClient):
         """Close the channel."""
         await self.close()
 
-    def _opened(self) -> _Transport:
-        """Return the transport of the running loop."""
+    def _opened(self) -> list[_Transport]:
+        """Return the transport of each server, for the running loop."""
         self._check_open()
-        if self._transport is None or self._transport.loop is not asyncio.get_running_loop():
-            if self._transport is not None:
+        current = self._transports
+        if not current or current[0].loop is not asyncio.get_running_loop():
+            for transport in current:
                 # Its loop has ended, or continues elsewhere; the channel ends with the loop.
-                self._transport.memory.close()
-            self._transport = _Transport(self, self._settings())
-        return self._transport
+                transport.memory.close()
+            self._transports = [_Transport(each, self._shared_memory) for each in self._settings()]
+        return self._transports
+
+    async def _check_health(self, wait: ReadyWait, index: int) -> None:
+        """Ask one server for its health, while waiting for it."""
+        transport = self._opened()[index]
+        options = wait.options(time.monotonic())
+        metadata = (*self._metadata(), *transport.bearer)
+        try:
+            reply = await self._answer(transport.health(b"", metadata=metadata, **options))
+        except grpc.RpcError as error:
+            wait.failed(index, error)
+        else:
+            if wait.answered(index, reply):
+                self._balance.answers(index)
 
     async def _session(self, transport: _Transport, timeout: float | None) -> ClientSession | None:
         """Return the session of shared memory; None to use the network."""
-        seconds = self._timeout if timeout is None else timeout
         if transport.memory.is_settled:
-            return transport.memory.session(seconds)
-        return await _in_thread(lambda: transport.memory.session(seconds))
+            return transport.memory.session(timeout)
+        return await _in_thread(lambda: transport.memory.session(timeout))
+
+    async def _extract(
+        self, transport: _Transport, fields: dict[str, Any], inputs: Arrays, timeout: float | None
+    ) -> Features:
+        """Send a request to one server, through shared memory if possible."""
+        memory = await self._session(transport, timeout)
+        if memory is not None:
+            try:
+                return await self._extract_shared(transport, memory, fields, inputs, timeout)
+            except SharedMemoryLostError as error:
+                _log.debug("shared memory is lost, using the network: %s", error)
+        message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
+        return Features(await self._call_once(transport, transport.extract, message, timeout))
 
     async def _extract_shared(
         self,
@@ -309,33 +355,61 @@ class AsyncClient(BaseClient):
                 if is_shared(inputs):
                     places = await _in_thread(lambda: stack.enter_context(memory.written(inputs)))
                 message = encode_request(request, inputs, places)
-                reply = await self._call(transport, transport.extract, message, timeout)
+                reply = await self._call_once(transport, transport.extract, message, timeout)
             return Features(reply, memory.finder())
         finally:
             memory.end_call()
 
     async def _call(
         self,
+        method: Literal["list", "describe", "reload", "health"],
+        message: bytes,
+        timeout: float | None,
+    ) -> bytes:
+        return await self._anywhere(
+            lambda transport, left: self._call_once(
+                transport, getattr(transport, method), message, left
+            ),
+            timeout,
+        )
+
+    async def _anywhere(
+        self, call: Callable[[_Transport, float | None], Awaitable[T]], timeout: float | None
+    ) -> T:
+        """Make a call on one of the servers; see Note [Several servers] and ``Retries``."""
+        allowed = Retries(self._retries, self._timeout if timeout is None else timeout)
+        while True:
+            try:
+                return await self._on_the_next(call, allowed)
+            except OverloadedError as error:
+                pause = allowed.pause(error)
+            await asyncio.sleep(pause)
+
+    async def _on_the_next(
+        self, call: Callable[[_Transport, float | None], Awaitable[T]], allowed: Retries
+    ) -> T:
+        """Try a call on one server after the other, each at most once."""
+        transports, attempts = self._opened(), Attempts(self._balance)
+        while True:
+            with attempts.server() as index:
+                try:
+                    return await call(transports[index], allowed.remaining())
+                except LayertapError as error:
+                    attempts.failed(error)
+
+    async def _call_once(
+        self,
         transport: _Transport,
         method: grpc.aio.UnaryUnaryMultiCallable,
         message: bytes,
         timeout: float | None,
     ) -> bytes:
-        allowed = Retries(self._retries, self._timeout if timeout is None else timeout)
-        while True:
-            self._check_open()
-            call = method(
-                message,
-                timeout=bounded(allowed.remaining()),
-                metadata=(*self._metadata(), *transport.bearer),
-            )
-            try:
-                return await self._answer(call)
-            except grpc.RpcError as error:
-                failure = error_from_rpc(error)
-            if not isinstance(failure, OverloadedError):
-                raise failure
-            await asyncio.sleep(allowed.pause(failure))
+        self._check_open()
+        metadata = (*self._metadata(), *transport.bearer)
+        try:
+            return await self._answer(method(message, timeout=bounded(timeout), metadata=metadata))
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from None
 
     async def _answer(self, call: Awaitable[bytes]) -> bytes:
         """Await a call; raise UnavailableError if it was cancelled by closing the client."""
@@ -357,6 +431,7 @@ class AsyncFeatureStream:
         item_timeout: Seconds for an item without its own timeout; None for no limit.
         memory: The session of shared memory; None for none.
         metadata: The metadata of the call.
+        on_close: Called once, when the stream is closed.
 
     Raises:
         InvalidInputError: If ``max_in_flight`` is below 1.
@@ -377,7 +452,9 @@ class AsyncFeatureStream:
         item_timeout: float | None,
         memory: ClientSession | None,
         metadata: tuple[tuple[str, str], ...],
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_close = on_close
         self._items = StreamItems(max_in_flight, item_timeout, memory)
         self._memory = memory
         if memory is not None:
@@ -417,9 +494,8 @@ class AsyncFeatureStream:
                     position += 1
                 if not keys:
                     break
-                while (taken := self._items.take(keys, ordered=ordered)) is None:
-                    await self._receive()
-                yield taken
+                # No variable: it would keep the reply, and its shared memory, until the next one.
+                yield await self._next(keys, ordered=ordered)
             finished = True
         finally:
             if not finished:
@@ -430,6 +506,7 @@ class AsyncFeatureStream:
         if self._closed:
             return
         self._closed = True
+        self._on_close()
         self._outgoing.put_nowait(None)
         try:
             # With nothing in flight, the server ends the stream at once with OK, which looks better
@@ -473,6 +550,11 @@ class AsyncFeatureStream:
             await self._call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
             pass  # The call has ended; ``_receive`` reports why.
+
+    async def _next(self, keys: dict[int, Any], *, ordered: bool) -> tuple[Any, Outcome]:
+        while (taken := self._items.take(keys, ordered=ordered)) is None:
+            await self._receive()
+        return taken
 
     async def _receive(self) -> None:
         """Receive an outcome, and keep it until the iterator that it belongs to takes it."""
@@ -527,6 +609,45 @@ def _task_is_cancelled() -> bool:
     """Return whether this task was cancelled; otherwise a CancelledError is from a call."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
+
+
+async def _concurrently(
+    call: Callable[[Any], Awaitable[Features]],
+    arguments: Iterable[Any] | AsyncIterable[Any],
+    max_in_flight: int,
+    *,
+    ordered: bool,
+) -> AsyncGenerator[Outcome]:
+    """Yield the outcome of a call for each argument; see ``concurrent_calls``."""
+    check_in_flight(max_in_flight)
+
+    async def outcome(argument: Any) -> Outcome:
+        try:
+            return await call(argument)
+        except LayertapError as error:
+            return error
+
+    waiting, running = _each(arguments), list[asyncio.Task[Outcome]]()
+    more = True
+    try:
+        while True:
+            while more and len(running) < max_in_flight:
+                try:
+                    argument = await anext(waiting)
+                except StopAsyncIteration:
+                    more = False
+                else:
+                    running.append(asyncio.create_task(outcome(argument)))
+            if not running:
+                return
+            first = running[:1] if ordered else running
+            ended, _ = await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            task = next(iter(ended))
+            running.remove(task)
+            yield task.result()
+    finally:
+        for task in running:
+            task.cancel()
 
 
 async def _each(items: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ from layertap.client.channel import ChannelSettings, PathLike, Tls, channel_sett
 from layertap.client.failures import error_from_rpc
 from layertap.client.retry import check_retries
 from layertap.client.shared_memory_client import SharedMemoryWish
+from layertap.client.timeouts import bounded
 from layertap.client.trace_context import trace_metadata
 from layertap.errors import ConfigError, InvalidInputError, LayertapError, UnavailableError
 from layertap.grpc_health import health_pb2
@@ -45,7 +47,10 @@ class BaseClient:
     """The arguments of a client, and the messages that its methods send.
 
     Args:
-        target: The server's address: ``host:port``, or ``unix:/path`` for a Unix socket.
+        target: The server's address: ``host:port``, or ``unix:/path`` for a Unix socket. Or the
+            addresses of several servers that have the same models; each call goes to one of them
+            (docs/clients.md, "Several servers"). ``dns:///name:port`` stands for all servers that
+            have the name.
         timeout: Default limit for each call, in seconds; None for no limit.
         tls: ``True`` for a server whose certificate is from a public CA; a ``Tls`` for another CA
             or for a client certificate; False for no TLS.
@@ -68,15 +73,15 @@ class BaseClient:
             OverloadedError at once; its ``retry_after`` has the time to wait.
 
     Raises:
-        InvalidInputError: If ``shared_memory`` or ``reply_compression`` has another value, or
-            ``retries`` is negative.
+        InvalidInputError: If ``shared_memory`` or ``reply_compression`` has another value,
+            ``retries`` is negative, or ``target`` is an empty list or has an address twice.
         ConfigError: If TLS files or tokens are invalid, if a token would be sent as plain text to
             another machine, or under gevent without gRPC's ``init_gevent``.
     """
 
     def __init__(
         self,
-        target: str = TARGET,
+        target: str | Sequence[str] = TARGET,
         *,
         timeout: float | None = 60.0,
         tls: bool | Tls = False,
@@ -99,7 +104,7 @@ class BaseClient:
             raise InvalidInputError(
                 f"shared_memory: got {shared_memory!r}, expected True, False or 'auto'"
             )
-        self._target = target
+        self._targets = _checked_targets(target)
         self._timeout = timeout
         self._retries = retries
         self._shared_memory = shared_memory
@@ -120,7 +125,7 @@ class BaseClient:
         # Read now, so that unusable files are reported here and not by the first call.
         self._start(self._settings())
 
-    def _start(self, settings: ChannelSettings) -> None:
+    def _start(self, settings: list[ChannelSettings]) -> None:
         """Begin input and output, or leave that to the first call."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,18 +139,29 @@ class BaseClient:
                 f"cannot pickle a {type(self).__name__} that was given a token, because the pickle "
                 f"would contain the secret; use token_file, or create a client in each process"
             )
-        return _made_again, (type(self), self._target, self._arguments)
+        return _made_again, (type(self), self._targets, self._arguments)
 
-    def _settings(self) -> ChannelSettings:
-        """Return the settings for a channel; the token file is read again each time."""
+    def _settings(self) -> list[ChannelSettings]:
+        """Return the settings for a channel to each server; the token file is read each time."""
         given = self._arguments
         token, file = given["token"], given["token_file"]
-        return channel_settings(
-            self._target,
-            tls=given["tls"],
-            token=token if file is None else read_token(file),
-            allow_plaintext_token=given["allow_plaintext_token"],
-        )
+        token = token if file is None else read_token(file)
+        return [
+            channel_settings(
+                target,
+                tls=given["tls"],
+                token=token,
+                allow_plaintext_token=given["allow_plaintext_token"],
+                stay_connected=len(self._targets) > 1,
+            )
+            for target in self._targets
+        ]
+
+    def _check_one_server(self, call: str) -> None:
+        if len(self._targets) > 1:
+            raise InvalidInputError(
+                f"{call}: this client has {len(self._targets)} servers; use a client for each"
+            )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -160,12 +176,17 @@ class ReadyWait:
     """The state of ``wait_ready`` between health checks, which become less and less frequent.
 
     Args:
-        target: The server's address, for the error.
+        targets: The servers' addresses, for the error.
+        servers: How many of them must be serving; None for all.
         timeout: Seconds to wait in all.
         now: The current time in seconds, on the same clock as the argument of ``left``.
+
+    Raises:
+        InvalidInputError: If ``servers`` is not between 1 and the number of addresses.
     """
 
     _FIRST_PAUSE, _LONGEST_PAUSE, _GROWTH = 0.05, 0.5, 1.5
+    _ONE_SERVER_SECONDS = 1.0
 
     # The time is up, or the server is stopping or away; another one may soon take its place.
     _AWAY = (
@@ -174,25 +195,47 @@ class ReadyWait:
         grpc.StatusCode.UNAVAILABLE,
     )
 
-    def __init__(self, target: str, timeout: float, now: float) -> None:
-        self._target = target
+    def __init__(
+        self, targets: Sequence[str], servers: int | None, timeout: float, now: float
+    ) -> None:
+        if servers is not None and not 1 <= servers <= len(targets):
+            raise InvalidInputError(
+                f"servers: got {servers}, expected a number from 1 to {len(targets)}, the number "
+                f"of addresses of this client"
+            )
+        self.waiting = list(range(len(targets)))
+        self._targets = targets
+        self._needed = len(targets) if servers is None else servers
         self._timeout = timeout
         self._end = now + timeout
         self._pause = self._FIRST_PAUSE
-        self._heard = "it never answered"
+        self._heard = ["it never answered"] * len(targets)
 
     def left(self, now: float) -> float:
         """Return the seconds that are left."""
         return self._end - now
 
-    def serves(self, reply: bytes) -> bool:
-        """Return whether a reply reports that the server is serving."""
+    @property
+    def is_over(self) -> bool:
+        """Whether enough servers are serving."""
+        return len(self._targets) - len(self.waiting) >= self._needed
+
+    def options(self, now: float) -> dict[str, Any]:
+        """Return the options of a call: a lone server may take its time to connect."""
+        if len(self._targets) == 1:
+            return {"timeout": bounded(self.left(now)), "wait_for_ready": True}
+        return {"timeout": min(self._ONE_SERVER_SECONDS, max(0.0, self.left(now)))}
+
+    def answered(self, index: int, reply: bytes) -> bool:
+        """Record the reply to a health check of a server; return whether it is serving."""
         status = health_in(reply)
-        self._heard = f"it reports {status}"
+        self._heard[index] = f"it reports {status}"
+        if status == "SERVING":
+            self.waiting.remove(index)
         return status == "SERVING"
 
-    def failed(self, error: grpc.RpcError) -> None:
-        """Record a failed health check.
+    def failed(self, index: int, error: grpc.RpcError) -> None:
+        """Record a failed health check of a server.
 
         Raises:
             LayertapError: If retrying is of no use.
@@ -200,7 +243,7 @@ class ReadyWait:
         if error.code() not in self._AWAY:
             raise error_from_rpc(error) from None
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            self._heard = str(error_from_rpc(error))
+            self._heard[index] = str(error_from_rpc(error))
 
     def pause(self, now: float) -> float:
         """Return the seconds to sleep before the next health check."""
@@ -209,10 +252,32 @@ class ReadyWait:
 
     def over(self) -> LayertapError:
         """Return the error for a server that did not become ready in time."""
+        within = f"not ready within {self._timeout:g} seconds"
+        if len(self._targets) == 1:
+            return UnavailableError(
+                f"the server at {self._targets[0]} was {within}: {self._heard[0]}"
+            )
+        ready = len(self._targets) - len(self.waiting)
+        heard = "; ".join(f"{self._targets[index]}: {self._heard[index]}" for index in self.waiting)
         return UnavailableError(
-            f"the server at {self._target} was not ready within {self._timeout:g} seconds: "
-            f"{self._heard}"
+            f"{ready} of {len(self._targets)} servers serve, expected {self._needed}; the others "
+            f"were {within}: {heard}"
         )
+
+
+def _checked_targets(target: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the addresses of a client.
+
+    Raises:
+        InvalidInputError: If there is none, or one of them twice.
+    """
+    targets = (target,) if isinstance(target, str) else tuple(target)
+    if not targets:
+        raise InvalidInputError("target: got an empty list, expected one or more addresses")
+    for each in targets:
+        if targets.count(each) > 1:
+            raise InvalidInputError(f"target: got {each} twice, expected each server once")
+    return targets
 
 
 def describe_message(model: str, *, fingerprint: bool) -> bytes:
@@ -233,6 +298,8 @@ def health_in(reply: bytes) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
 
 
-def _made_again(kind: type[BaseClient], target: str, arguments: dict[str, Any]) -> BaseClient:
+def _made_again(
+    kind: type[BaseClient], targets: tuple[str, ...], arguments: dict[str, Any]
+) -> BaseClient:
     """Create a client from its pickled arguments."""
-    return kind(target, **arguments)
+    return kind(targets, **arguments)

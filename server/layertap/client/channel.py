@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from layertap.addresses import target_is_loopback
+from layertap.addresses import may_be_several, target_is_loopback
 from layertap.certificates import read_authorities, read_key_pair
 from layertap.errors import ConfigError
 from layertap.token_files import check_token, read_tokens
@@ -35,6 +35,11 @@ _OPTIONS = (
     # default is 30 seconds.
     ("grpc.dns_min_time_between_resolutions_ms", 1_000),
 )
+
+
+# Each address behind a name gets its share of the calls. It also connects again by itself, where
+# gRPC's default waits for the next call.
+_ROUND_ROBIN = ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +130,11 @@ def channel_settings(
     tls: bool | Tls,
     token: str | None,
     allow_plaintext_token: bool,
+    stay_connected: bool = False,
 ) -> ChannelSettings:
     """Check how to reach a server, and return the settings.
+
+    ``stay_connected`` is for one of several servers: its channel connects again without a call.
 
     Raises:
         ConfigError: If TLS files can't be used, the token is malformed or would be sent as plain
@@ -136,6 +144,8 @@ def channel_settings(
     _check_gevent()
     # Channels with equal options share a connection; a forked child must not share its parent's.
     options: list[tuple[str, int | str]] = [*_OPTIONS, ("layertap.process", os.getpid())]
+    if stay_connected or may_be_several(target):
+        options.append(_ROUND_ROBIN)
     local = target_is_loopback(target)
     if local:
         # No proxy, whatever http_proxy and no_proxy say: it could not reach this machine's own

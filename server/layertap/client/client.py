@@ -7,12 +7,13 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 import grpc
 
+from layertap.client.balance import Attempts, Balance
 from layertap.client.base import (
     BaseClient,
     Method,
@@ -22,6 +23,7 @@ from layertap.client.base import (
     health_message,
 )
 from layertap.client.channel import ChannelSettings
+from layertap.client.concurrent_calls import concurrent_calls
 from layertap.client.failures import error_from_rpc
 from layertap.client.features import Features
 from layertap.client.items import MAX_IN_FLIGHT
@@ -29,7 +31,7 @@ from layertap.client.requests import StreamRequest, request_fields
 from layertap.client.retry import retrying
 from layertap.client.shared_memory_client import SharedMemoryClient, SharedMemoryWish
 from layertap.client.stream import FeatureStream
-from layertap.client.timeouts import bounded
+from layertap.client.timeouts import Deadline, bounded
 from layertap.errors import LayertapError, SharedMemoryLostError
 from layertap.selection import Extractor, SelectionLike
 from layertap.v1 import admin_service_pb2, catalogue_pb2, feature_service_pb2
@@ -46,14 +48,21 @@ __all__ = ["Client"]
 
 _log = logging.getLogger(__name__)
 
+R = TypeVar("R")
+
 
 class _Transport:
-    """A channel, its methods and its shared memory, for one process."""
+    """A channel to one server, its methods and its shared memory, for one process.
 
-    def __init__(self, target: str, channel: grpc.Channel, shared_memory: SharedMemoryWish) -> None:
-        self.channel = channel
+    Args:
+        settings: How to reach the server.
+        shared_memory: See ``BaseClient``.
+    """
+
+    def __init__(self, settings: ChannelSettings, shared_memory: SharedMemoryWish) -> None:
+        self.channel = channel = settings.open()
         open_memory = channel.unary_unary(Method.OPEN_SHARED_MEMORY)
-        self.memory = SharedMemoryClient(target, shared_memory, open_memory)
+        self.memory = SharedMemoryClient(settings.target, shared_memory, open_memory)
         self.extract = channel.unary_unary(Method.EXTRACT)
         self.stream = channel.stream_stream(Method.EXTRACT_STREAM)
         self.list = channel.unary_unary(Method.LIST_MODELS)
@@ -67,7 +76,7 @@ class _Transport:
 
 
 class Client(BaseClient):
-    """Extracts layers from a layertap server.
+    """Extracts layers from a layertap server, or from several that have the same models.
 
     Safe to share between threads. Use it as a context manager, or ``close`` it. In a forked process
     an inherited client opens its own connection. An unpickled client (in ``multiprocessing`` or a
@@ -84,9 +93,11 @@ class Client(BaseClient):
         (1, 64, 56, 56)
     """
 
-    def _start(self, settings: ChannelSettings) -> None:
+    def _start(self, settings: list[ChannelSettings]) -> None:
         self._opening = threading.Lock()
-        self._transport: _Transport | None = self._open(settings)
+        self._transports: list[_Transport] | None = None
+        self._balance = Balance(self._targets)
+        self._transports = self._open(settings)
         _CLIENTS.add(self)
 
     def extract(
@@ -127,15 +138,9 @@ class Client(BaseClient):
         fields, inputs = request_fields(
             model, given, layers, extractor, objective=objective, interventions=interventions
         )
-        transport = self._opened()
-        memory = transport.memory.session(self._timeout if timeout is None else timeout)
-        if memory is not None:
-            try:
-                return self._extract_shared(transport, memory, fields, inputs, timeout)
-            except SharedMemoryLostError as error:
-                _log.debug("shared memory is lost, using the network: %s", error)
-        message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
-        return Features(self._call(transport.extract, message, timeout))
+        return self._anywhere(
+            lambda transport, left: self._extract(transport, fields, inputs, left), timeout
+        )
 
     def stream(
         self,
@@ -146,21 +151,29 @@ class Client(BaseClient):
     ) -> FeatureStream:
         """Open a stream for many items; close it, or use it as a context manager.
 
+        A client of several servers opens it on one of them, where all of its items go.
+
         Args:
             max_in_flight: Maximum number of items that are sent and not yet yielded.
             timeout: Seconds that the whole stream may take; None for no limit.
             item_timeout: Seconds that the server may take for one item, unless the item has its
                 own; None for the client's default.
         """
-        transport = self._opened()
-        return FeatureStream(
-            transport.stream,
-            max_in_flight,
-            timeout,
-            self._timeout if item_timeout is None else item_timeout,
-            transport.memory.session(self._timeout),
-            metadata=self._own_metadata,
-        )
+        transports, balance = self._opened(), self._balance
+        index = balance.take()
+        try:
+            return FeatureStream(
+                transports[index].stream,
+                max_in_flight,
+                timeout,
+                self._timeout if item_timeout is None else item_timeout,
+                transports[index].memory.session(self._timeout),
+                metadata=self._own_metadata,
+                on_close=lambda: balance.give_back(index),
+            )
+        except BaseException:
+            balance.give_back(index)
+            raise
 
     @overload
     def extract_many(
@@ -210,7 +223,9 @@ class Client(BaseClient):
     ) -> Iterator[Features | LayertapError]:
         """Yield the layers of many inputs, with several inputs in flight at once.
 
-        The stream ends when the iterator is exhausted, closed or garbage-collected.
+        With one server they go over a stream, which ends when the iterator is exhausted, closed or
+        garbage-collected. With several, each input is a call of its own, so that every server gets
+        its share and the loss of one server costs at most the inputs that it was working on.
 
         Args:
             model: The name of a served model.
@@ -229,6 +244,25 @@ class Client(BaseClient):
         Raises:
             LayertapError: If the stream fails, or if an item fails without ``return_errors``.
         """
+        if len(self._targets) > 1:
+            seconds = self._timeout if item_timeout is None else item_timeout
+
+            def ask(given: InputLike) -> Features:
+                return self.extract(
+                    model,
+                    given,
+                    layers,
+                    extractor=extractor,
+                    objective=objective,
+                    interventions=interventions,
+                    timeout=seconds,
+                )
+
+            for outcome in concurrent_calls(ask, inputs, max_in_flight, ordered=ordered):
+                if isinstance(outcome, LayertapError) and not return_errors:
+                    raise outcome
+                yield outcome
+            return
         with self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout) as stream:
             requests = (
                 StreamRequest(
@@ -248,7 +282,7 @@ class Client(BaseClient):
 
     def list_models(self, *, timeout: float | None = None) -> list[catalogue_pb2.Model]:
         """Return the models that the server serves."""
-        reply = self._call(self._opened().list, b"", timeout)
+        reply = self._call("list", b"", timeout)
         return list(feature_service_pb2.ListModelsResponse.FromString(reply).models)
 
     def describe_model(
@@ -259,7 +293,7 @@ class Client(BaseClient):
         With ``fingerprint`` it has a digest of the weights too, which may take some seconds.
         """
         message = describe_message(model, fingerprint=fingerprint)
-        reply = self._call(self._opened().describe, message, timeout)
+        reply = self._call("describe", message, timeout)
         return feature_service_pb2.DescribeModelResponse.FromString(reply)
 
     def reload(self, *, timeout: float | None = None) -> admin_service_pb2.ReloadResponse:
@@ -269,14 +303,18 @@ class Client(BaseClient):
             The result for each model, after everything new is warm.
 
         Raises:
+            InvalidInputError: If this client has several servers.
             LayertapError: If the configuration is wrong, another reload is in progress, or the
                 server was started without ``--admin``.
         """
-        reply = self._call(self._opened().reload, b"", timeout)
+        self._check_one_server("reload")
+        reply = self._call("reload", b"", timeout)
         return admin_service_pb2.ReloadResponse.FromString(reply)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> str:
         """Return the server's status from ``grpc.health.v1``, such as ``SERVING``.
+
+        A client of several servers asks one of them.
 
         Args:
             service: A model's name, or ``layertap.v1.FeatureService``; the server as a whole if
@@ -287,39 +325,35 @@ class Client(BaseClient):
             NotFoundError: If the server does not know the name.
             UnavailableError: If the server can't be reached.
         """
-        return health_in(self._call(self._opened().health, health_message(service), timeout))
+        return health_in(self._call("health", health_message(service), timeout))
 
-    def wait_ready(self, timeout: float = 60.0) -> None:
+    def wait_ready(self, timeout: float = 60.0, *, servers: int | None = None) -> None:
         """Wait until the server reports SERVING; it may start, stop and restart meanwhile.
 
         This client is then connected to the server.
 
+        Args:
+            timeout: Seconds to wait.
+            servers: How many of several servers must report SERVING; None for all of them.
+
         Raises:
+            InvalidInputError: If ``servers`` is not between 1 and the number of servers.
             UnavailableError: After ``timeout`` seconds; the message has the last status.
             LayertapError: If the server answers, but does not report its health to this client.
         """
-        wait = ReadyWait(self._target, timeout, time.monotonic())
-        while (left := wait.left(time.monotonic())) > 0:
-            try:
-                reply = self._opened().health(
-                    b"", timeout=bounded(left), wait_for_ready=True, metadata=self._metadata()
-                )
-            except grpc.RpcError as error:
-                wait.failed(error)
-            except ValueError:  # The channel was closed just now.
-                self._check_open()
-                raise
-            else:
-                if wait.serves(reply):
-                    return
+        wait = ReadyWait(self._targets, servers, timeout, time.monotonic())
+        while wait.left(time.monotonic()) > 0:
+            for index in list(wait.waiting):
+                self._check_health(wait, index)
+            if wait.is_over:
+                return
             time.sleep(wait.pause(time.monotonic()))
         raise wait.over()
 
     def close(self) -> None:
         """Close the channel; open calls raise UnavailableError. Received features stay valid."""
         self._closed = True
-        transport = self._transport
-        if transport is not None:
+        for transport in self._transports or ():
             transport.close()
 
     def __enter__(self) -> Self:
@@ -335,6 +369,19 @@ class Client(BaseClient):
         """Close the channel."""
         self.close()
 
+    def _extract(
+        self, transport: _Transport, fields: dict[str, Any], inputs: Arrays, timeout: float | None
+    ) -> Features:
+        """Send a request to one server, through shared memory if possible."""
+        memory = transport.memory.session(timeout)
+        if memory is not None:
+            try:
+                return self._extract_shared(transport, memory, fields, inputs, timeout)
+            except SharedMemoryLostError as error:
+                _log.debug("shared memory is lost, using the network: %s", error)
+        message = encode_request(feature_service_pb2.ExtractRequest(**fields), inputs)
+        return Features(self._call_once(transport.extract, message, timeout))
+
     def _extract_shared(
         self,
         transport: _Transport,
@@ -348,36 +395,72 @@ class Client(BaseClient):
         try:
             with memory.written(inputs) as places:
                 message = encode_request(request, inputs, places)
-                reply = self._call(transport.extract, message, timeout)
+                reply = self._call_once(transport.extract, message, timeout)
             return Features(reply, memory.finder())
         finally:
             memory.end_call()
 
-    def _open(self, settings: ChannelSettings) -> _Transport:
-        return _Transport(self._target, settings.open(), self._shared_memory)
+    def _check_health(self, wait: ReadyWait, index: int) -> None:
+        """Ask one server for its health, while waiting for it."""
+        options = wait.options(time.monotonic())
+        try:
+            reply = self._opened()[index].health(b"", metadata=self._metadata(), **options)
+        except grpc.RpcError as error:
+            wait.failed(index, error)
+        except ValueError:  # The channel was closed just now.
+            self._check_open()
+            raise
+        else:
+            if wait.answered(index, reply):
+                self._balance.answers(index)
 
-    def _opened(self) -> _Transport:
-        """Return the transport; a forked process opens its own."""
+    def _open(self, settings: list[ChannelSettings]) -> list[_Transport]:
+        return [_Transport(each, self._shared_memory) for each in settings]
+
+    def _opened(self) -> list[_Transport]:
+        """Return the transport of each server; a forked process opens its own."""
         self._check_open()
-        transport = self._transport
-        if transport is None:
+        transports = self._transports
+        if transports is None:
             with self._opening:
-                transport = self._transport = self._transport or self._open(self._settings())
-        return transport
+                transports = self._transports = self._transports or self._open(self._settings())
+        return transports
 
     def _after_fork(self) -> None:
         """Leave the connection to the parent process, in a child that was forked from it."""
-        if self._transport is not None:
+        if self._transports is not None:
             # Never released, because closing it would write to the parent's sockets.
-            _PARENTS.append(self._transport)
-        self._transport = None
+            _PARENTS.extend(self._transports)
+        self._transports = None
         self._opening = threading.Lock()
+        self._balance = Balance(self._targets)  # Another thread of the parent may hold its lock.
 
     def _call(
-        self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None
+        self,
+        method: Literal["list", "describe", "reload", "health"],
+        message: bytes,
+        timeout: float | None,
     ) -> bytes:
-        seconds = self._timeout if timeout is None else timeout
-        return retrying(lambda left: self._call_once(method, message, left), self._retries, seconds)
+        return self._anywhere(
+            lambda transport, left: self._call_once(getattr(transport, method), message, left),
+            timeout,
+        )
+
+    def _anywhere(self, call: Callable[[_Transport, float | None], R], timeout: float | None) -> R:
+        """Make a call on one of the servers; see Note [Several servers] and ``Retries``."""
+        transports = self._opened()
+
+        def tried(left: float | None) -> R:
+            deadline = Deadline(left)
+            attempts = Attempts(self._balance)
+            while True:
+                with attempts.server() as index:
+                    try:
+                        return call(transports[index], deadline.left())
+                    except LayertapError as error:
+                        attempts.failed(error)
+
+        return retrying(tried, self._retries, self._timeout if timeout is None else timeout)
 
     def _call_once(
         self, method: grpc.UnaryUnaryMultiCallable, message: bytes, timeout: float | None

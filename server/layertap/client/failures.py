@@ -40,6 +40,12 @@ _OWN_DOING = ("Locally cancelled by application!", "Channel closed!")
 # With the status RESOURCE_EXHAUSTED: the message is over the limit. Otherwise a queue is full.
 _TOO_LARGE = "larger than max"
 
+# With the status UNAVAILABLE: the call was not sent.
+_NOT_REACHED = (
+    "failed to connect to all addresses", "connections to all backends failing",
+    "errors resolving", "DNS resolution failed",
+)  # fmt: skip
+
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in Code}
 
 
@@ -51,13 +57,17 @@ def error_from_rpc(error: grpc.RpcError) -> errors.LayertapError:
     if code is Code.CANCELLED and not name and text not in _OWN_DOING:
         # gRPC resets a call that reaches a stopping server before its handler, or that takes longer
         # than the grace period.
-        return errors.UnavailableError(f"the server ended the call: {text}")
+        ended = errors.UnavailableError(f"the server ended the call: {text}")
+        ended.refused = True
+        return ended
     if code is Code.RESOURCE_EXHAUSTED and not name and _TOO_LARGE in text:
         # With an OverloadedError, the caller would retry in vain.
         return errors.InvalidInputError(f"the request is larger than the server accepts: {text}")
     failure = _error(code, name, text)
     if isinstance(failure, errors.OverloadedError):
         failure.retry_after = _pushback(str(metadata.get(PUSHBACK_METADATA_KEY, "")))
+    if isinstance(failure, errors.UnavailableError):
+        failure.refused = bool(name) or text.startswith(_NOT_REACHED)
     if isinstance(failure, errors.InvalidInputError):
         failure.image = _index(str(metadata.get(ERROR_IMAGE_METADATA_KEY, "")))
     return failure

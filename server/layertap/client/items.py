@@ -14,12 +14,19 @@ if TYPE_CHECKING:
     from layertap.client.requests import StreamRequest
     from layertap.shm.client_session import ClientSession
 
-__all__ = ["MAX_IN_FLIGHT", "Outcome", "StreamItems"]
+__all__ = ["MAX_IN_FLIGHT", "Outcome", "StreamItems", "check_in_flight"]
 
 MAX_IN_FLIGHT = 16
 """The default number of items in flight, which is also what a server reads ahead by default."""
 
 Outcome = Features | LayertapError
+
+
+def check_in_flight(max_in_flight: int) -> None:
+    """Raise InvalidInputError for a number of items in flight below 1."""
+    if max_in_flight < 1:
+        raise InvalidInputError(f"max_in_flight: got {max_in_flight}, expected at least 1")
+
 
 Keys = dict[int, Any]
 """For one iterator: the keys of the items sent and not yet yielded, by the item's number."""
@@ -43,8 +50,7 @@ class StreamItems:
     def __init__(
         self, max_in_flight: int, item_timeout: float | None, memory: ClientSession | None
     ) -> None:
-        if max_in_flight < 1:
-            raise InvalidInputError(f"max_in_flight: got {max_in_flight}, expected at least 1")
+        check_in_flight(max_in_flight)
         self._max_in_flight = max_in_flight
         self._item_timeout = item_timeout
         self._memory = memory

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from layertap.client.timeouts import bounded
 from layertap.inputs import encode_input
 from layertap.intervention import parse_interventions
@@ -23,6 +25,7 @@ from layertap.wire.enums import to_proto
 from layertap.wire.interventions import interventions_to_proto
 from layertap.wire.messages import encode_request
 from layertap.wire.objectives import objective_to_proto
+from layertap.wire.small_tensors import array_to_proto
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
@@ -132,10 +135,12 @@ def _texts(name: str, given: Texts) -> feature_service_pb2.TextBatch:
 
 
 def _sweep(sweep: Sweep) -> feature_service_pb2.Sweep:
+    base = sweep.baseline
     return feature_service_pb2.Sweep(
         steps=sweep.steps,
         rule=to_proto(sweep.rule, "INTEGRATION_RULE"),
-        baseline=sweep.baseline,
+        baseline=None if isinstance(base, np.ndarray) else base,
+        baseline_tensor=array_to_proto(base) if isinstance(base, np.ndarray) else None,
         noise=sweep.noise,
         seed=sweep.seed,
     )
@@ -150,4 +155,5 @@ def _selection(selection: LayerSelection) -> feature_service_pb2.LayerSelection:
         dtype=dtypes.by_name(selection.dtype).proto_name if selection.dtype else None,
         method=to_proto(selection.method, "METHOD"),
         sweep=_sweep(selection.sweep) if selection.method.sweeps else None,
+        map_form=to_proto(selection.map_form, "MAP_FORM") if selection.method.is_map else None,
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from layertap.client.timeouts import Deadline
 from layertap.errors import InvalidInputError, OverloadedError
 
 __all__ = ["Retries", "check_retries", "retrying"]
@@ -37,12 +38,12 @@ class Retries:
 
     def __init__(self, retries: int, timeout: float | None) -> None:
         self._left = retries
-        self._end = None if timeout is None else time.monotonic() + timeout
+        self._deadline = Deadline(timeout)
         self._backoff = _FIRST_SECONDS
 
     def remaining(self) -> float | None:
         """Return the seconds left for the next call; None for no limit."""
-        return None if self._end is None else max(0.0, self._end - time.monotonic())
+        return self._deadline.left()
 
     def pause(self, error: OverloadedError) -> float:
         """Return the seconds to wait before the next call.
@@ -54,8 +55,7 @@ class Retries:
         wanted = self._backoff if error.retry_after is None else error.retry_after
         self._backoff = min(2 * self._backoff, _MOST_SECONDS)
         seconds = wanted * random.uniform(1.0, 1.5)
-        late = self._end is not None and time.monotonic() + seconds >= self._end
-        if not self._left or late or wanted < 0:
+        if not self._left or wanted < 0 or not self._deadline.within(seconds):
             raise error
         self._left -= 1
         return seconds

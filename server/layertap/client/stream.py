@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -34,6 +34,7 @@ class FeatureStream:
         item_timeout: Seconds for an item without its own timeout; None for no limit.
         memory: The session of shared memory; None for none.
         metadata: The metadata of the call, besides the caller's trace.
+        on_close: Called once, when the stream is closed.
 
     Raises:
         InvalidInputError: If ``max_in_flight`` is below 1.
@@ -54,11 +55,13 @@ class FeatureStream:
         memory: ClientSession | None = None,
         *,
         metadata: tuple[tuple[str, str], ...] = (),
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._items = StreamItems(max_in_flight, item_timeout, memory)
         self._memory = memory
         if memory is not None:
             memory.begin_call()
+        self._on_close = on_close
         self._closed = False
         self._process = os.getpid()
         # gRPC's own thread takes messages from here and sends them; None means the half close. The
@@ -95,9 +98,8 @@ class FeatureStream:
         finished = False
         try:
             while self._fill(numbered, keys):
-                while (taken := self._items.take(keys, ordered=ordered)) is None:
-                    self._receive()
-                yield taken
+                # No variable: it would keep the reply, and its shared memory, until the next one.
+                yield self._next(keys, ordered=ordered)
             finished = True
         finally:
             if not finished:
@@ -110,6 +112,7 @@ class FeatureStream:
         self._closed = True
         if self._process != os.getpid():
             return  # A forked child's copy: the stream is the parent's.
+        self._on_close()
         self._outgoing.put(None)
         ended = threading.Event()
         # With nothing in flight, the server ends the stream at once with OK, which looks better in
@@ -149,6 +152,11 @@ class FeatureStream:
             if message is not None:
                 self._outgoing.put(message)
         return bool(keys)
+
+    def _next(self, keys: dict[int, Any], *, ordered: bool) -> tuple[Any, Outcome]:
+        while (taken := self._items.take(keys, ordered=ordered)) is None:
+            self._receive()
+        return taken
 
     def _receive(self) -> None:
         """Receive an outcome, and keep it until the iterator that it belongs to takes it."""

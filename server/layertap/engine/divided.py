@@ -167,7 +167,7 @@ def divide(host: ModelHost, planned: Planned) -> Division | None:
     items = padding.parts(lengths, host.options.batching)
     if len(items) == 1:
         return None
-    made = reductions_of(resolved.outputs, plan, beside.tokens)
+    made = reductions_of(resolved.outputs, plan, beside)
     values = [(each.spec.shape(x.size), each.spec.dtype) for each in made]
     places = _places(planned, padding, values, lengths.tolist())
     if places is None:

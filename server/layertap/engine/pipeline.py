@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic
 
+import numpy as np
 import torch
 
 from layertap.call import Call
 from layertap.engine.admission import Admission, Reservation
 from layertap.engine.audio_batch import audio_tensors, decode_recordings
+from layertap.engine.baselines import apart
 from layertap.engine.batch import (
     AudioFiles,
     ImageFiles,
@@ -56,7 +58,7 @@ from layertap.models import Batch
 from layertap.models.text import TokenizedTexts
 from layertap.objective import Objective
 from layertap.resources import available_cpus
-from layertap.selection import Extractor, LayerSelection
+from layertap.selection import Extractor, LayerSelection, MapForm
 from layertap.settings import Limits
 from layertap.timings import Timings
 
@@ -116,13 +118,17 @@ class Extraction(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class _Admitted(Generic[P]):
-    """One request in the pipeline, with its reservations."""
+    """One request in the pipeline, with its reservations.
+
+    Its selections have no arrays, which ``baselines`` has: selections are kept with plans.
+    """
 
     host: ModelHost
     request: ExtractionRequest[P]
     call: Call
     received: Reservation
     reply: Reservation
+    baselines: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
 
 
 class Pipeline:
@@ -143,8 +149,12 @@ class Pipeline:
     ) -> Extraction[P]:
         """Run a request on a model; see ``Engine.extract``."""
         reply = self._admission.reserve("the reply would take")
+        baselines: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
+        if any(isinstance(each.sweep.baseline, np.ndarray) for each in request.selections):
+            selections, baselines = apart(request.selections)
+            request = replace(request, selections=selections)
         try:
-            return self._extract(_Admitted(host, request, call, received, reply))
+            return self._extract(_Admitted(host, request, call, received, reply, baselines))
         except BaseException:
             reply.release()
             raise
@@ -268,9 +278,9 @@ class Pipeline:
         objective, facts = admitted.request.objective, plan.gradients
         if objective is None or facts is None:
             return None
-        operands = Operands(objective.terms)
+        operands = Operands(objective.terms, admitted.baselines)
         if not facts.dynamic:
-            operands.check(facts.extractor.shapes.terms, size)
+            facts.extractor.check(operands, size)
         admitted.host.find_independence(plan, size, admitted.call)
         return operands
 
@@ -353,10 +363,21 @@ class Pipeline:
             made.update(self._audio(admitted, name, recordings))
         x = check_tensors(host.model, given.tensors, self._limits, made)
         beside = beside_batch(host.model, x, parts.texts, tokenized)
+        if any(each.map_form is MapForm.OVERLAY for each in admitted.request.selections):
+            beside = replace(beside, pictures=self._pictures(admitted, x))
         if host.staging is None:
             return x, beside
         admitted.received.take(x.nbytes)
         return x.map(host.staging.upload), beside
+
+    def _pictures(self, admitted: _Admitted[Any], x: Batch) -> torch.Tensor | None:
+        """Return the pixels of a batch of images; None if they are not known."""
+        model = admitted.host.model
+        name = model.signature.main.name
+        if model.preprocess is None or name not in model.image_inputs or name not in x:
+            return None
+        admitted.received.take(x[name].nbytes)
+        return model.preprocess.pictures(x[name])
 
     def _texts(self, admitted: _Admitted[Any], given: TextBatch) -> TokenizedTexts:
         with self._decoding(admitted.call):

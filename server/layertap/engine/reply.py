@@ -14,7 +14,6 @@ from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import InvalidInputError
 from layertap.extraction.reductions import Reduced
-from layertap.selection import Reduction
 from layertap.wire.dtypes import DTYPES
 
 __all__ = [
@@ -108,10 +107,10 @@ class ReplyCollector(Generic[P]):
         for slot, output in enumerate(self.outputs):
             if output.point != point:
                 continue
-            if output.reduction is not Reduction.NONE and value.shape != self.expected[point]:
+            if output.needs_shape and value.shape != self.expected[point]:
                 raise InvalidInputError(
-                    f"reduction: the size of layer {output.layer!r} depends on the content, but "
-                    f"{output.reduction.name} needs a fixed size"
+                    f"{output.asked}: the size of layer {output.layer!r} depends on the content, "
+                    f"but this needs a fixed size"
                 )
             made = self.reductions[slot].apply(value)
             self._values[slot] = made.clone() if self.staging is None else self.staging.take(made)

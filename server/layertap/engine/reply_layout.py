@@ -20,9 +20,12 @@ from layertap.engine.reply_form import P, ReplyBuilder, ReplyForm
 from layertap.engine.resolve import Output
 from layertap.engine.staging import Staging
 from layertap.errors import ExtractorUnsupportedError, InvalidInputError, ReplyTooLargeError
+from layertap.extraction.attribution import eigen_cam
+from layertap.extraction.map_forms import shaped_map
 from layertap.extraction.masked import Tokens
 from layertap.extraction.plan import Plan
-from layertap.extraction.reductions import Reduced, reduced
+from layertap.extraction.reductions import Reduced, chained, reduced
+from layertap.selection import MapForm
 from layertap.wire.dtypes import DType, of_array
 
 __all__ = [
@@ -42,10 +45,12 @@ class Beside:
     Attributes:
         tokens: Which positions of its texts count, for reductions; None if all do.
         arrays: Further tensors of the reply, by name, which are known before the pass.
+        pictures: The images that the model is given, for overlays; None if there are none.
     """
 
     tokens: Tokens | None = None
     arrays: Sequence[tuple[str, np.ndarray]] = ()
+    pictures: torch.Tensor | None = None
 
     def repeated(self, times: int) -> Beside:
         """Return the data for a reply that has all items several times."""
@@ -96,7 +101,7 @@ def reply_writer(
         InvalidInputError: If a reduction does not fit its layer.
         ExtractorUnsupportedError: If a layer's dtype can't be sent.
     """
-    made = reductions_of(outputs, plan, beside.tokens)
+    made = reductions_of(outputs, plan, beside)
     values = [(each.spec.shape(size), each.spec.dtype) for each in made]
     if staging is not None:
         envelope.admit(sum(math.prod(shape) * dtype.itemsize for shape, dtype in values))
@@ -122,19 +127,33 @@ def reply_collector(
     See ``reply_writer`` for arguments and errors. The first two errors are raised at the end.
     """
     # Check the reductions now: one that needs a fixed shape is then refused before any compute.
-    made = reductions_of(outputs, plan, beside.tokens)
+    made = reductions_of(outputs, plan, beside)
     expected = [spec.shape(size) for spec in plan.specs]
     return ReplyCollector(
         outputs, made, expected, partial(_builder, outputs, envelope, beside), staging
     )
 
 
-def reductions_of(outputs: Sequence[Output], plan: Plan, tokens: Tokens | None) -> list[Reduced]:
-    """Return the reduction of each output of a plan; see ``reduced`` for errors."""
-    return [
-        reduced(plan.specs[output.point], output.reduction, output.layer, plan.batch_key, tokens)
-        for output in outputs
-    ]
+def reductions_of(outputs: Sequence[Output], plan: Plan, beside: Beside) -> list[Reduced]:
+    """Return what is made of the value of each output of a plan.
+
+    Raises:
+        InvalidInputError: If a reduction, method or form of a map can't be made of the value.
+    """
+    return [_made(output, plan, beside) for output in outputs]
+
+
+def _made(output: Output, plan: Plan, beside: Beside) -> Reduced:
+    spec, layer, key = plan.specs[output.point], output.layer, plan.batch_key
+    steps: list[Reduced] = []
+    if not output.method.takes_gradient:
+        steps.append(eigen_cam(spec, layer, key))
+    if output.map_form is not MapForm.GRID:
+        last = steps[-1].spec if steps else spec
+        steps.append(shaped_map(output.map_form, last, layer, key, beside.pictures))
+    last = steps[-1].spec if steps else spec
+    steps.append(reduced(last, output.reduction, layer, key, beside.tokens))
+    return chained(steps)
 
 
 def _builder(

@@ -32,6 +32,7 @@ from layertap.selection import (
     Capture,
     Extractor,
     LayerSelection,
+    MapForm,
     Method,
     Reduction,
     is_glob,
@@ -51,6 +52,8 @@ class Output:
         point: The index of the capture point whose value it is made from.
         reduction: The reduction that is applied to the value.
         dtype: The floating-point dtype to send it in; None for the model's own dtype.
+        method: What is made of the value before the reduction, if it is made of no gradient.
+        map_form: The form in which a map is sent.
     """
 
     name: str
@@ -58,6 +61,22 @@ class Output:
     point: int
     reduction: Reduction
     dtype: DType | None
+    method: Method = Method.GRADIENT
+    map_form: MapForm = MapForm.GRID
+
+    @property
+    def needs_shape(self) -> bool:
+        """Whether the value must have the predicted shape for what is made of it."""
+        return bool(self.asked)
+
+    @property
+    def asked(self) -> str:
+        """What is made of the value, for error messages; empty if it is sent as it is."""
+        if self.reduction is not Reduction.NONE:
+            return f"reduction: {self.reduction.name}"
+        if not self.method.takes_gradient:
+            return f"method: {self.method.name}"
+        return "" if self.map_form is MapForm.GRID else f"map: {self.map_form.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +156,8 @@ def resolve(
     if objective:
         aim, entries = resolve_objective(catalogue, objective)
         check_order(catalogue, matches, list(zip(objective, entries, strict=True)))
-        gaps = (replace(point, gap=True) for point in points if _has_gap(point))
-        points = (*points, *gaps, *_reported(objective))
+        companions = (replace(point, companion=True) for point in points if _companion(point))
+        points = (*points, *companions, *_reported(objective))
         spec = PassSpec(points, aim)
     if interventions:
         spec = _with_sites(model, catalogue, spec, interventions)
@@ -150,19 +169,21 @@ def resolve(
             point=points.index(_point(entry, selection)),
             reduction=selection.reduction,
             dtype=_float_dtype(selection.dtype),
+            method=Method.GRADIENT if selection.method.takes_gradient else selection.method,
+            map_form=selection.map_form,
         )
         for selection, entry in matches
     )
     outputs += tuple(
         Output(
-            f"{output.name}.gap",
+            f"{output.name}.{_companion(points[output.point])}",
             output.layer,
-            points.index(replace(points[output.point], gap=True)),
+            points.index(replace(points[output.point], companion=True)),
             Reduction.NONE,
             None,
         )
         for output in outputs
-        if _has_gap(points[output.point])
+        if _companion(points[output.point])
     )
     outputs += tuple(
         Output(point.report_name, point.report_name, index, Reduction.NONE, None)
@@ -187,8 +208,9 @@ def _with_sites(
     return PassSpec((*spec.points, *reported_changes(keys)), spec.objective, sites, sets)
 
 
-def _has_gap(point: CapturePoint) -> bool:
-    return point.method is Method.INTEGRATED_GRADIENTS and not point.gap
+def _companion(point: CapturePoint) -> str:
+    """Return the suffix of what the reply has beside a point's result; empty if nothing."""
+    return "" if point.companion else point.method.companion
 
 
 def _point(entry: LayerEntry, selection: LayerSelection) -> CapturePoint:
@@ -282,8 +304,8 @@ def _check_names(
     seen = {point.report_name for point in reports}
     for selection, entry in matches:
         own = selection.name_for(entry.name)
-        gap = [f"{own}.gap"] if selection.method is Method.INTEGRATED_GRADIENTS else []
-        for name in (own, *gap):
+        suffix = selection.method.companion
+        for name in (own, f"{own}.{suffix}") if suffix else (own,):
             if name in seen:
                 raise InvalidInputError(
                     f"layers: two outputs are called {name!r}; give one of them an alias"

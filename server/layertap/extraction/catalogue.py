@@ -171,7 +171,7 @@ class Catalogue:
         )
         if not point.gradient:
             return name
-        end = ".gap" if point.gap else ""
+        end = f".{point.method.companion}" if point.companion else ""
         return f"{name}{'_' if point.capture is Capture.INPUT else ':'}{point.method}{end}"
 
     @cached_property

@@ -175,7 +175,8 @@ class _Trial:
         self, spec: PassSpec, *, rows: int = 1, trial: bool = False, plain: bool = False
     ) -> GradientExtractor:
         outputs = [self._output(point) for point in spec.points]
-        shapes = Shapes(self._axes, self._term_shapes, outputs)
+        dtypes = [self._values[term.point].dtype for term in self._terms]
+        shapes = Shapes(self._axes, self._term_shapes, outputs, dtypes)
         return GradientExtractor(
             self._context,
             spec,
@@ -212,10 +213,12 @@ class _Trial:
         self._compare(found, case)
         self._dtypes = {point: value.dtype for point, value in found.items()}
         size = case.x.size
-        gradients = sum(
-            self._value(point).bytes_per_item * size
-            for point in dict.fromkeys(each.value for each in found if each.gradient)
-        )
+        kinds = {
+            (each.value, each.method is Method.GUIDED_BACKPROPAGATION)
+            for each in found
+            if each.gradient
+        }
+        gradients = sum(self._value(point).bytes_per_item * size for point, _ in kinds)
         # A copy to go on with, a copy for methods and the gradient of each value. While autograd
         # goes back, it has two gradients at a time.
         self._nbytes.append(saved.nbytes + 3 * gradients + 2 * saved.largest)
@@ -239,14 +242,15 @@ class _Trial:
 
     def _output(self, point: CapturePoint) -> Attribution:
         """Return what is made for a point, with its type and shape."""
-        method = point.method if point.gradient and not point.gap else Method.GRADIENT
+        method = point.method if point.gradient and not point.companion else Method.GRADIENT
         return attribution(method, self._value(point), point_name(point.value), self._key.batch_key)
 
     def _value(self, point: CapturePoint) -> ValueSpec:
         """Return the type and shape of the value at a point."""
         batch = Dim(1, batch=True)
-        if point.gap:
-            return ValueSpec(torch.float32, (batch,))
+        if point.companion:
+            counts = point.method is Method.GUIDED_BACKPROPAGATION
+            return ValueSpec(torch.int64 if counts else torch.float32, (batch,))
         if point.kind is PointKind.INPUT:
             items = self._key.batch_key.items
             item = next(item for item in items if item.name == point.path)

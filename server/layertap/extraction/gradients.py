@@ -29,7 +29,7 @@ Note [Gradients of each item]
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,17 +47,21 @@ from torch.autograd.graph import (
 from layertap.errors import InvalidInputError
 from layertap.extraction.attribution import Attribution
 from layertap.extraction.containers import plain
+from layertap.extraction.guided import guided_relus, relus_before
 from layertap.extraction.interventions import Changes, PassRows
 from layertap.extraction.kinds.base import BuildContext
-from layertap.extraction.operands import ItemAxis, Measured, Operands
+from layertap.extraction.operands import ItemAxis, Measured, Operands, check_range
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind, Sink, ValueSpec
-from layertap.extraction.sweeps import SweepTotal, SweptPass, steps_of
+from layertap.extraction.sweeps import Base, SentBaseline, SweepTotal, SweptPass, steps_of
 from layertap.extraction.taps import Edit, Watch
 from layertap.models import Batch
+from layertap.selection import Method, Sweep
 
 __all__ = ["BoundGradients", "GradientExtractor", "SavedBytes", "Shapes", "point_name"]
 
+
+_GUIDED = Method.GUIDED_BACKPROPAGATION
 
 _one_keeps = threading.Lock()
 """Held by a pass that copies saved values; see Note [Saved values that change]."""
@@ -108,11 +112,13 @@ class Shapes(NamedTuple):
         axes: Where the items are in the value of each term of the objective.
         terms: The shape of an item's part of each of these values.
         outputs: What is made for each point.
+        dtypes: The dtype of each of these values.
     """
 
     axes: Sequence[ItemAxis]
     terms: tuple[tuple[int, ...], ...]
     outputs: Sequence[Attribution]
+    dtypes: Sequence[torch.dtype] = ()
 
     @property
     def takes_batches(self) -> bool:
@@ -157,7 +163,7 @@ class GradientExtractor:
         self._sweeps: dict[CapturePoint, list[int]] = {}
         for index, point in enumerate(self.points):
             if point.sweep is not None:
-                self._sweeps.setdefault(replace(point, gap=False), []).append(index)
+                self._sweeps.setdefault(replace(point, companion=False), []).append(index)
             elif point.gradient:
                 self._marks.setdefault(point.value, []).append(index)
 
@@ -280,9 +286,10 @@ class GradientExtractor:
         operands = main.fixed_operands()
         spec = self.shapes.outputs[indexes[0]].spec
         axis = ItemAxis.of(spec) if self.shapes.takes_batches else ItemAxis(None)
-        total = SweepTotal(point.method, point.sweep)
+        base = self._base(point.sweep, spec, operands, x.size)
+        total = SweepTotal(point.method, base)
         for begin in range(0, len(steps), most):
-            swept = SweptPass(point.method, point.sweep, steps[begin : begin + most], axis)
+            swept = SweptPass(point.method, point.sweep, steps[begin : begin + most], axis, base)
             times = len(swept.steps)
             one = _Pass(
                 self,
@@ -298,12 +305,45 @@ class GradientExtractor:
             total.see(one.swept_value)
         result = total.result()
         for index in indexes:
-            if not self.points[index].gap:
+            if not self.points[index].companion:
                 sink(index, result.to(spec.dtype))
             else:
                 found = axis.items(result, x.size).flatten(1).sum(1)
                 gap = found - (main.numbers - total.at_baseline).to(found.dtype)
                 sink(index, gap.to(spec.dtype))
+
+    def check(self, operands: Operands, size: int) -> None:
+        """Check the operands of a request against the values that they are for.
+
+        Args:
+            operands: The operands.
+            size: The number of items.
+
+        Raises:
+            InvalidInputError: If an index, a vector or a baseline doesn't fit, or a number is too
+                large for the model's dtype.
+        """
+        operands.check(self.shapes.terms, size)
+        operands.check_range(self.shapes.dtypes)
+        for point, indexes in self._sweeps.items():
+            spec = self.shapes.outputs[indexes[0]].spec
+            if point.sweep is not None and not spec.dynamic:
+                self._base(point.sweep, spec, operands, size)
+
+    def _base(self, sweep: Sweep, spec: ValueSpec, operands: Operands, size: int) -> Base:
+        """Return the baseline of integrated gradients, in the shape of the value."""
+        if not isinstance(sweep, SentBaseline):
+            number = float(sweep.baseline)
+            check_range("sweep: baseline", abs(number), spec.dtype)
+            return number
+        axis = ItemAxis.of(spec)
+        items = operands.baseline(sweep.number, axis.shape_per_item(spec), size)
+        check_range(
+            "sweep: baseline", float(items.abs().amax()) if items.numel() else 0, spec.dtype
+        )
+        items = items.expand(size, *items.shape[1:])
+        base = axis.joined(items, torch.empty(spec.shape(size), device="meta"))
+        return base.to(self._context.model.device, spec.dtype)
 
 
 def _joined(values: list[torch.Tensor], spec: ValueSpec, point: CapturePoint) -> torch.Tensor:
@@ -482,16 +522,53 @@ class _Pass:
         numbers = weighted[0]
         for more in weighted[1:]:
             numbers = numbers + more
-        gradients = dict(zip(self._edges, self._gradients(numbers.sum()), strict=True))
         self.numbers = numbers.detach()
+        total = numbers.sum()
         if self._sink is None:
-            (self.only_gradient,) = gradients.values()
+            (self.only_gradient,) = self._gradients(total, self._edges)
             return
-        for point, gradient in gradients.items():
+        self._check_edges(total)
+        guided = [
+            point
+            for point, indexes in self._marks.items()
+            if any(self._points[index].method is _GUIDED for index in indexes)
+        ]
+        plain = [
+            point
+            for point, indexes in self._marks.items()
+            if any(self._points[index].method is not _GUIDED for index in indexes)
+        ]
+        for point, gradient in zip(
+            plain, self._gradients(total, plain, keep=bool(guided)), strict=True
+        ):
             value = self._activations.get(point, gradient)
             for index in self._marks[point]:
-                self._sink(index, self._outputs[index].combine(value, gradient))
+                if self._points[index].method is not _GUIDED:
+                    self._sink(index, self._outputs[index].combine(value, gradient))
+        if guided:
+            self._sink_guided(total, guided, self._sink)
         self._report(self._sink)
+
+    def _sink_guided(self, total: torch.Tensor, points: Sequence[CapturePoint], sink: Sink) -> None:
+        """Go back again, with every ReLU letting only positive gradients pass."""
+        counts = relus_before(total, [self._edges[point] for point in points])
+        for point, count in zip(points, counts, strict=True):
+            if not count:
+                raise InvalidInputError(
+                    f"method: GUIDED_BACKPROPAGATION of layer {point_name(point)!r}: no ReLU is on "
+                    f"the way from the objective to it, so this would be its plain gradient; other "
+                    f"activations, such as GELU, SiLU and ReLU6, are not changed"
+                )
+        with guided_relus(total):
+            found = self._gradients(total, points)
+        for point, gradient, count in zip(points, found, counts, strict=True):
+            for index in self._marks[point]:
+                if self._points[index].method is not _GUIDED:
+                    continue
+                if self._points[index].companion:
+                    sink(index, torch.full((self._size,), count, dtype=torch.int64))
+                else:
+                    sink(index, gradient)
 
     def fixed_operands(self) -> Operands:
         """Return the operands with the elements that this pass has found."""
@@ -499,9 +576,10 @@ class _Pass:
             [self._measured[term].places for term in range(len(self._terms))]
         )
 
-    def _gradients(self, total: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _check_edges(self, total: torch.Tensor) -> None:
+        """Raise InvalidInputError if the objective can't depend on one of the values."""
         if not self._marks:
-            return ()
+            return
         missing = [point for point in self._marks if point not in self._edges]
         if missing:
             cut = missing[0] in self._cut
@@ -510,8 +588,24 @@ class _Pass:
         if not total.requires_grad:
             first = next(iter(self._edges))
             raise InvalidInputError(self._independent(first, "no differentiable way leads there"))
-        found = torch.autograd.grad(total, list(self._edges.values()), allow_unused=True)
-        for point, gradient in zip(self._edges, found, strict=True):
+
+    def _gradients(
+        self, total: torch.Tensor, points: Iterable[CapturePoint], *, keep: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the gradients of some values.
+
+        Args:
+            total: The sum of the items' numbers.
+            points: The values.
+            keep: Whether the graph is needed again.
+        """
+        points = list(points)
+        if not points:
+            return ()
+        self._check_edges(total)
+        edges = [self._edges[point] for point in points]
+        found = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep)
+        for point, gradient in zip(points, found, strict=True):
             if gradient is None:
                 raise InvalidInputError(
                     self._independent(point, "no differentiable way leads there")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from layertap.errors import InvalidInputError
 from layertap.extraction.points import ValueSpec
 from layertap.objective import Measure, ObjectiveTerm
 
-__all__ = ["ItemAxis", "Measured", "Operands"]
+__all__ = ["ItemAxis", "Measured", "Operands", "check_range"]
 
 
 class ItemAxis(NamedTuple):
@@ -90,9 +90,14 @@ class Operands:
 
     Attributes:
         terms: The terms, in the order of the plan's ``ObjectiveSpec``.
+        baselines: The baselines of integrated gradients that are tensors; None in the trial of a
+            plan, where zeros take their place.
+        item: The item that these operands are of; None if they are of a whole batch.
     """
 
     terms: tuple[ObjectiveTerm, ...]
+    baselines: tuple[np.ndarray[Any, np.dtype[Any]], ...] | None = ()
+    item: int | None = None
 
     @classmethod
     def example(cls, measures: Sequence[Measure], shapes: Sequence[tuple[int, ...]]) -> Operands:
@@ -111,7 +116,8 @@ class Operands:
                     np.ones(shape, np.float32) if measure is Measure.DOT else None,
                 )
                 for measure, shape in zip(measures, shapes, strict=True)
-            )
+            ),
+            baselines=None,
         )
 
     def check(self, shapes: Sequence[tuple[int, ...]], size: int) -> None:
@@ -128,14 +134,27 @@ class Operands:
             _check_places(term, shape, size)
             _check_vector(term, shape, size)
 
+    def check_range(self, dtypes: Sequence[torch.dtype]) -> None:
+        """Check that the dtypes of the objective's values can hold the operands.
+
+        Args:
+            dtypes: The dtype of each term's value.
+
+        Raises:
+            InvalidInputError: If a weight or an element of a vector would be infinite in it.
+        """
+        for term, dtype in zip(self.terms, dtypes, strict=True):
+            check_range("objective: weight", abs(term.weight), dtype)
+            if term.vector is not None and term.vector.size:
+                largest = float(np.abs(term.vector.astype(np.float64)).max())
+                check_range("objective: vector", largest, dtype)
+
     def narrow(self, item: int, shapes: Sequence[tuple[int, ...]]) -> Operands:
         """Return the operands of one item; see ``check`` for the shapes."""
-        return Operands(
-            tuple(
-                _of_item(term, item, len(shape))
-                for term, shape in zip(self.terms, shapes, strict=True)
-            )
+        terms = tuple(
+            _of_item(term, item, len(shape)) for term, shape in zip(self.terms, shapes, strict=True)
         )
+        return Operands(terms, self.baselines, item)
 
     def fixed(self, found: Sequence[torch.Tensor | None]) -> Operands:
         """Return operands in which each element that a measure looked for is a given one.
@@ -143,21 +162,48 @@ class Operands:
         Args:
             found: For each term the index of the elements, or None; see `Measured`.
         """
-        return Operands(
-            tuple(
-                _at(term, places) if places is not None and term.measure.finds else term
-                for term, places in zip(self.terms, found, strict=True)
-            )
+        terms = tuple(
+            _at(term, places) if places is not None and term.measure.finds else term
+            for term, places in zip(self.terms, found, strict=True)
         )
+        return replace(self, terms=terms)
 
     def repeated(self, times: int, shapes: Sequence[tuple[int, ...]]) -> Operands:
         """Return the operands of a batch that has all items several times, one after the other."""
-        return Operands(
-            tuple(
-                _repeated(term, times, len(shape))
-                for term, shape in zip(self.terms, shapes, strict=True)
-            )
+        terms = tuple(
+            _repeated(term, times, len(shape))
+            for term, shape in zip(self.terms, shapes, strict=True)
         )
+        return replace(self, terms=terms)
+
+    def baseline(self, number: int, shape: tuple[int, ...], size: int) -> torch.Tensor:
+        """Return a baseline of the request.
+
+        Args:
+            number: Which of its baselines.
+            shape: The shape of an item's value.
+            size: The number of items; not used for the operands of one item.
+
+        Returns:
+            The baseline ``[1, ...]`` for all items, or ``[B, ...]`` with one for each.
+
+        Raises:
+            InvalidInputError: If its shape is another one.
+        """
+        if self.baselines is None:
+            return torch.zeros(1, *shape)
+        array = self.baselines[number]
+        each = array.ndim == len(shape) + 1
+        count = array.shape[0] if each and self.item is not None else size
+        if array.shape not in (shape, (count, *shape)):
+            raise InvalidInputError(
+                f"sweep: baseline: got {list(array.shape)}, expected {list(shape)} for all items "
+                f"or {[size, *shape]}"
+            )
+        base = _floats(array)
+        if not each:
+            return base.unsqueeze(0)
+        return base if self.item is None else base[self.item : self.item + 1]
 
     def measure(self, term: int, items: torch.Tensor) -> Measured:
         """Make each item's number.
@@ -208,6 +254,26 @@ class Operands:
                 return Measured(flat.gather(1, best[:, None])[:, 0], index)
 
 
+def check_range(what: str, largest: float, dtype: torch.dtype) -> None:
+    """Check that a dtype can hold numbers.
+
+    Args:
+        what: What they are, for the error message.
+        largest: Their largest magnitude.
+        dtype: The dtype.
+
+    Raises:
+        InvalidInputError: If it can't.
+    """
+    limit = torch.finfo(dtype).max
+    if largest > limit:
+        name = str(dtype).removeprefix("torch.")
+        raise InvalidInputError(
+            f"{what}: got a magnitude of {largest:g}, expected at most {limit:g}, the largest "
+            f"number of the layer's dtype {name}"
+        )
+
+
 def _no_place(items: torch.Tensor) -> torch.Tensor:
     return torch.zeros(items.shape[0], 0, dtype=torch.int64, device=items.device)
 
@@ -215,8 +281,11 @@ def _no_place(items: torch.Tensor) -> torch.Tensor:
 def _tensor(term: ObjectiveTerm) -> torch.Tensor:
     if term.vector is None:
         raise AssertionError("a term of DOT has a vector")
-    vector = term.vector
-    return torch.from_numpy(np.array(vector, np.float64 if vector.itemsize == 8 else np.float32))
+    return _floats(term.vector)
+
+
+def _floats(array: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.float64 if array.itemsize == 8 else np.float32))
 
 
 def _of_item(term: ObjectiveTerm, item: int, rank: int) -> ObjectiveTerm:

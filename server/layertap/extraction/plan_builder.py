@@ -54,7 +54,7 @@ from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.plan import Findings, Plan, PlanKey, quoted
 from layertap.extraction.plan_cache import PlanCache, PlanFile, fingerprint, plan_digest
 from layertap.extraction.points import CapturePoint, ValueSpec
-from layertap.extraction.predicted import placed, predicted_plan
+from layertap.extraction.predicted import placed, predicted_plan, unmeasured_plan
 from layertap.extraction.proof import prove
 from layertap.extraction.prover import Prover
 from layertap.extraction.samples import ordinary_batch
@@ -243,7 +243,14 @@ class PlanBuilder:
         batches = [ordinary_batch(self._model, size, batch_key) for size in (1, 2)]
         reference = []
         for x in batches:
-            reference.append(self.prover.truth(pass_spec, x))
+            try:
+                reference.append(self.prover.truth(pass_spec, x))
+            except ExtractorUnsupportedError:
+                if not isinstance(kind, ReferenceKind):
+                    raise
+                context, catalogue = self._context, self._catalogue
+                yield unmeasured_plan(context, self.prover, catalogue, pass_spec, batch_key)
+                return
             yield None
         specs = tuple(
             self._placed(point, ValueSpec.from_batches(one.dtype, one.shape, two.shape), batch_key)

@@ -53,8 +53,10 @@ class CapturePoint:
             captured instead of the value.
         method: What is made of that gradient.
         sweep: The options of the method; None if it takes only one gradient.
-        gap: Whether not the integrated gradients are captured but how far they are from complete:
-            their sum, less the difference of the objective from the baseline to the value.
+        companion: Whether not the method's result is captured but the number of each item that
+            comes with it. For integrated gradients it is the gap: their sum, less the difference of
+            the objective from the baseline to the value. For guided backpropagation it is the
+            number of ReLUs on the way from the objective to the value.
     """
 
     kind: PointKind
@@ -65,7 +67,7 @@ class CapturePoint:
     gradient: bool = False
     method: Method = Method.GRADIENT
     sweep: Sweep | None = None
-    gap: bool = False
+    companion: bool = False
 
     @property
     def as_gradient(self) -> CapturePoint:

@@ -29,7 +29,7 @@ from layertap.extraction.prover import Prover
 from layertap.extraction.samples import ordinary_batch
 from layertap.models import Batch, BatchKey, Signature, free_sizes
 
-__all__ = ["placed", "predicted_plan"]
+__all__ = ["placed", "predicted_plan", "unmeasured_plan"]
 
 
 def predicted_plan(
@@ -54,14 +54,37 @@ def predicted_plan(
     specs = _specs(context.model.signature, catalogue, pass_spec.points, key)
     if specs is None:
         return None
+    built = _first_watched(context, prover, pass_spec, key)
+    return Plan(REFERENCE, pass_spec, key, specs, built, Findings(), predicted=True)
 
+
+def unmeasured_plan(
+    context: BuildContext,
+    prover: Prover,
+    catalogue: Catalogue,
+    pass_spec: PassSpec,
+    key: BatchKey,
+) -> Plan:
+    """Return a plan of the reference kind for layers of which samples don't run all.
+
+    A mask that is passed on only if it hides something is an example. Nothing is known of the
+    shapes at this size, so the reply is laid out after each pass. See ``predicted_plan`` for the
+    arguments.
+    """
+    specs = tuple(replace(catalogue.specs[point], dynamic=True) for point in pass_spec.points)
+    built = _first_watched(context, prover, pass_spec, key)
+    return Plan(REFERENCE, pass_spec, key, specs, built, Findings())
+
+
+def _first_watched(
+    context: BuildContext, prover: Prover, pass_spec: PassSpec, key: BatchKey
+) -> _FirstWatched:
     def check() -> None:
         prover.truth(pass_spec, ordinary_batch(context.model, 1, key))
 
-    built = _FirstWatched(
+    return _FirstWatched(
         REFERENCE.build_reference(context, pass_spec), REFERENCE.build(context, pass_spec), check
     )
-    return Plan(REFERENCE, pass_spec, key, specs, built, Findings(), predicted=True)
 
 
 def placed(

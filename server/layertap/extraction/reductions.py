@@ -20,7 +20,7 @@ from layertap.extraction.points import Dim, ValueSpec
 from layertap.models import BatchKey
 from layertap.selection import Reduction
 
-__all__ = ["Reduced", "reduced"]
+__all__ = ["Reduced", "chained", "reduced"]
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -31,6 +31,19 @@ class Reduced:
 
     spec: ValueSpec
     apply: Apply
+
+
+def chained(steps: Sequence[Reduced]) -> Reduced:
+    """Return several steps, of which each one takes what the one before it made, as one."""
+    if len(steps) == 1:
+        return steps[0]
+
+    def apply(value: torch.Tensor) -> torch.Tensor:
+        for step in steps:
+            value = step.apply(value)
+        return value
+
+    return Reduced(steps[-1].spec, apply)
 
 
 def reduced(

@@ -19,10 +19,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from layertap.errors import InvalidInputError
 from layertap.extraction.operands import ItemAxis
 from layertap.selection import IntegrationRule, Method, Sweep
 
-__all__ = ["Step", "SweepTotal", "SweptPass", "steps_of"]
+__all__ = ["Base", "SentBaseline", "Step", "SweepTotal", "SweptPass", "steps_of"]
+
+Base = float | torch.Tensor
+"""The baseline of integrated gradients: each of its elements, or a tensor of the value's shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentBaseline(Sweep):
+    """The options of integrated gradients whose baseline is a tensor of the request.
+
+    The tensor itself is one of the request's operands, so that it is no part of a plan.
+
+    Attributes:
+        number: Which of the request's baselines it is.
+    """
+
+    number: int = 0
 
 
 class Step(NamedTuple):
@@ -81,22 +98,29 @@ class SweptPass:
         steps: The steps of this pass. The batch has all items for the first of them, then all for
             the second, and so on.
         axis: Where the items are in the value.
+        base: The baseline of integrated gradients; a tensor has the shape of the value of one step.
     """
 
     method: Method
     sweep: Sweep
     steps: Sequence[Step]
     axis: ItemAxis
+    base: Base = 0.0
 
     def change(self, value: torch.Tensor) -> torch.Tensor:
         """Return what the model goes on with in place of its own value."""
         parts = self.split(value)
+        if isinstance(self.base, torch.Tensor) and self.base.shape != parts[0].shape:
+            raise InvalidInputError(
+                f"sweep: baseline: got {list(self.base.shape)}, but the layer's value is "
+                f"{list(parts[0].shape)} on this input"
+            )
         if self.method is Method.SMOOTH_GRAD:
             changed = [
                 self._noisy(part, step) for part, step in zip(parts, self.steps, strict=True)
             ]
         else:
-            base = self.sweep.baseline
+            base = self.base
             changed = [
                 base + (part - base) * step.at for part, step in zip(parts, self.steps, strict=True)
             ]
@@ -126,14 +150,14 @@ class SweepTotal:
 
     Args:
         method: The method.
-        sweep: Its options.
+        base: The baseline of integrated gradients; a tensor has the shape of the value.
 
     Attributes:
         at_baseline: The objective of each item at the baseline of integrated gradients.
     """
 
-    def __init__(self, method: Method, sweep: Sweep) -> None:
-        self._method, self._sweep = method, sweep
+    def __init__(self, method: Method, base: Base) -> None:
+        self._method, self._base = method, base
         self._sum: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
         self.at_baseline: torch.Tensor
@@ -167,4 +191,4 @@ class SweepTotal:
             raise AssertionError("a sweep has at least one step")
         if self._method is Method.SMOOTH_GRAD:
             return self._sum
-        return self._sum * (self._value.to(self._sum.dtype) - self._sweep.baseline)
+        return self._sum * (self._value.to(self._sum.dtype) - self._base)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from layertap.errors import ModelLoadError
-from layertap.models.signature import IdRange, InputGuess, InputSpec, Mask
+from layertap.models.signature import Boxes, IdRange, InputGuess, InputSpec, Mask
 from layertap.settings import DeclaredInput, ModelSpec
 
 __all__ = ["declared_input", "guess_input", "taken_by"]
@@ -28,12 +28,18 @@ def taken_by(module: nn.Module, spec: ModelSpec) -> tuple[InputSpec, ...]:
 
 def declared_input(declared: DeclaredInput) -> InputSpec:
     """Return an input as it was declared."""
-    values: IdRange | Mask | None = IdRange(declared.ids) if declared.ids else None
+    values: IdRange | Mask | Boxes | None = None
+    if declared.mask:
+        values = Mask()
+    elif declared.ids:
+        values = IdRange(declared.ids)
+    elif declared.boxes:
+        values = Boxes(declared.boxes)
     return InputSpec(
         declared.shape,
         tuple(index for index, _ in declared.symbols),
         getattr(torch, declared.dtype),
-        values=Mask() if declared.mask else values,
+        values=values,
         name=declared.name,
         optional=declared.optional,
         symbols=tuple(symbol for _, symbol in declared.symbols),

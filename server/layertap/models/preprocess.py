@@ -112,6 +112,17 @@ class Preprocess:
             tensors.append(tensor)
         return torch.stack(tensors)
 
+    def pictures(self, batch: torch.Tensor) -> torch.Tensor | None:
+        """Return the pixels of a batch ``[B, C, H, W]`` that the model takes, as RGB.
+
+        Returns:
+            ``[B, H, W, 3] uint8``; None if the steps are a function, so that its normalisation is
+            not known, or the batch is not of one or three channels.
+        """
+        if not isinstance(self.steps, Steps) or batch.dim() != 4 or batch.shape[1] not in (1, 3):
+            return None
+        return self.steps.pictures(batch)
+
     def describe(self) -> str:
         """Return the steps in words, and where they come from."""
         turn = "" if self.exif_orientation else " not"

@@ -120,6 +120,19 @@ class Steps:
         normal: torch.Tensor = normalize(values, mean=list(mean), std=list(std))
         return normal
 
+    def pictures(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the pixels of items that ``finish`` made: ``[B, H, W, 3] uint8``.
+
+        Args:
+            batch: ``[B, C, H, W]`` with one or three channels.
+        """
+        mean, std = (
+            torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1)
+            for numbers in (self.mean or (0.0,), self.std or (1.0,))
+        )
+        values = (batch.to(torch.float32) * std + mean).nan_to_num().clamp(0, 1) * 255
+        return values.expand(-1, 3, -1, -1).movedim(1, -1).round().to(torch.uint8).contiguous()
+
     def describe(self) -> list[str]:
         """Return the steps as text, such as ``["resize 256 (bilinear)", ...]``."""
         words = []

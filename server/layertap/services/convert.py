@@ -15,7 +15,15 @@ from layertap.engine import (
     TextBatch,
 )
 from layertap.errors import InvalidInputError
-from layertap.selection import Capture, Extractor, LayerSelection, Method, Reduction, Sweep
+from layertap.selection import (
+    Capture,
+    Extractor,
+    LayerSelection,
+    MapForm,
+    Method,
+    Reduction,
+    Sweep,
+)
 from layertap.services.shared_form import SharedForm
 from layertap.shm.shared_memory import SessionMemory, SharedMemory, read_input
 from layertap.texts import TextOptions, Truncation
@@ -24,6 +32,7 @@ from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
 from layertap.wire.interventions import interventions_from_proto
 from layertap.wire.objectives import objective_from_proto
+from layertap.wire.small_tensors import array_from_proto
 from layertap.wire.stream_messages import id_field
 from layertap.wire.tensors import SharedTensor, TensorView
 
@@ -149,7 +158,9 @@ def _sweep(sweep: feature_service_pb2.Sweep) -> Sweep:
         rule=from_proto(
             sweep.rule, feature_service_pb2.IntegrationRule, "INTEGRATION_RULE", usual.rule
         ),
-        baseline=sweep.baseline,
+        baseline=array_from_proto(sweep.baseline_tensor, "sweep: baseline")
+        if sweep.HasField("baseline_tensor")
+        else sweep.baseline,
         noise=sweep.noise if sweep.HasField("noise") else usual.noise,
         seed=sweep.seed,
     )
@@ -165,5 +176,6 @@ def _selection(layer: feature_service_pb2.LayerSelection) -> LayerSelection:
         ),
         dtype=dtypes.by_number(layer.dtype).name if layer.dtype else "",
         method=from_proto(layer.method, feature_service_pb2.Method, "METHOD", Method.GRADIENT),
+        map_form=from_proto(layer.map_form, feature_service_pb2.MapForm, "MAP_FORM", MapForm.GRID),
         sweep=_sweep(layer.sweep) if layer.HasField("sweep") else Sweep(),
     )

@@ -19,6 +19,7 @@ INPUT_DTYPES = (
 
 _FORM = re.compile(r"\s*(?P<dtype>\w+)\s*\[(?P<sizes>[^\]]*)\]\s*(?P<options>(?:,[^,]*)*)")
 _SIZE = re.compile(r"(?:(?P<symbol>[A-Za-z]\w*)\s*=\s*)?(?P<size>[1-9][0-9]*)", re.ASCII)
+_KIND = re.compile(r"mask|(?:ids|boxes)=[1-9][0-9]{0,17}", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*", re.ASCII)
 _EXPECTED = (
     'an element type, the sizes of an item in brackets and options, such as "int64 [sequence=16], '
@@ -39,6 +40,8 @@ class DeclaredInput:
         optional: Whether a request may leave it out.
         mask: Whether it is a mask: 1 for elements that count, 0 for padding.
         ids: The number of valid token ids, counted from 0; 0 if it is not declared.
+        boxes: The largest coordinate of boxes on a page, each of which is left, top, right and
+            bottom in the last dimension; 0 if it has none.
     """
 
     name: str
@@ -48,6 +51,7 @@ class DeclaredInput:
     optional: bool = False
     mask: bool = False
     ids: int = 0
+    boxes: int = 0
 
     @classmethod
     def parse(cls, name: str, text: str) -> DeclaredInput:
@@ -71,23 +75,28 @@ class DeclaredInput:
                 f"NAME=NUMBER for others, such as [sequence=16, 4]"
             )
         options = [part.strip() for part in form["options"].split(",")[1:]]
-        ids = [option for option in options if re.fullmatch(r"ids=[1-9][0-9]{0,17}", option)]
-        unknown = [option for option in options if option not in ("mask", "optional", *ids)]
-        if unknown or len(ids) > 1:
+        kinds = [option for option in options if _KIND.fullmatch(option)]
+        unknown = [option for option in options if option not in ("optional", *kinds)]
+        if unknown or len(kinds) > 1:
             raise ConfigError(
-                f"inputs.{name}: got option {(unknown or ids)[0]!r}, expected mask, optional or "
-                f"one such as ids=30522"
+                f"inputs.{name}: got option {(unknown or kinds)[-1]!r}, expected optional, and at "
+                f"most one of mask, ids such as ids=30522, and boxes such as boxes=1000"
             )
+        kind, _, number = kinds[0].partition("=") if kinds else ("", "", "")
+        shape = tuple(int(size["size"]) for size in found)
+        if kind == "boxes" and shape[-1:] != (4,):
+            raise ConfigError(f"inputs.{name}: got boxes of {shape}, expected 4 as the last size")
         return cls(
             name=name,
             dtype=form["dtype"],
-            shape=tuple(int(size["size"]) for size in found),
+            shape=shape,
             symbols=tuple(
                 (index, size["symbol"]) for index, size in enumerate(found) if size["symbol"]
             ),
             optional="optional" in options,
-            mask="mask" in options,
-            ids=int(ids[0].removeprefix("ids=")) if ids else 0,
+            mask=kind == "mask",
+            ids=int(number) if kind == "ids" else 0,
+            boxes=int(number) if kind == "boxes" else 0,
         )
 
     def __str__(self) -> str:
@@ -100,6 +109,7 @@ class DeclaredInput:
         options = [
             *(["mask"] if self.mask else []),
             *([f"ids={self.ids}"] if self.ids else []),
+            *([f"boxes={self.boxes}"] if self.boxes else []),
             *(["optional"] if self.optional else []),
         ]
         return ", ".join([f"{self.dtype} [{', '.join(sizes)}]", *options])

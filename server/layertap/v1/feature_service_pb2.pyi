@@ -40,6 +40,15 @@ class Method(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     METHOD_GRAD_CAM_PLUS_PLUS: _ClassVar[Method]
     METHOD_INTEGRATED_GRADIENTS: _ClassVar[Method]
     METHOD_SMOOTH_GRAD: _ClassVar[Method]
+    METHOD_EIGEN_CAM: _ClassVar[Method]
+    METHOD_GUIDED_BACKPROPAGATION: _ClassVar[Method]
+
+class MapForm(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MAP_FORM_UNSPECIFIED: _ClassVar[MapForm]
+    MAP_FORM_GRID: _ClassVar[MapForm]
+    MAP_FORM_RESIZED: _ClassVar[MapForm]
+    MAP_FORM_OVERLAY: _ClassVar[MapForm]
 
 class IntegrationRule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -111,6 +120,12 @@ METHOD_LAYER_CAM: Method
 METHOD_GRAD_CAM_PLUS_PLUS: Method
 METHOD_INTEGRATED_GRADIENTS: Method
 METHOD_SMOOTH_GRAD: Method
+METHOD_EIGEN_CAM: Method
+METHOD_GUIDED_BACKPROPAGATION: Method
+MAP_FORM_UNSPECIFIED: MapForm
+MAP_FORM_GRID: MapForm
+MAP_FORM_RESIZED: MapForm
+MAP_FORM_OVERLAY: MapForm
 INTEGRATION_RULE_UNSPECIFIED: IntegrationRule
 INTEGRATION_RULE_GAUSS_LEGENDRE: IntegrationRule
 INTEGRATION_RULE_TRAPEZOID: IntegrationRule
@@ -173,18 +188,20 @@ class TextBatch(_message.Message):
     def __init__(self, texts: _Optional[_Iterable[str]] = ..., input: _Optional[str] = ..., truncation: _Optional[_Union[Truncation, str]] = ..., max_tokens: _Optional[int] = ..., omit_special_tokens: bool = ..., return_tokens: bool = ...) -> None: ...
 
 class Sweep(_message.Message):
-    __slots__ = ("steps", "rule", "baseline", "noise", "seed")
+    __slots__ = ("steps", "rule", "baseline", "noise", "seed", "baseline_tensor")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     BASELINE_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    BASELINE_TENSOR_FIELD_NUMBER: _ClassVar[int]
     steps: int
     rule: IntegrationRule
     baseline: float
     noise: float
     seed: int
-    def __init__(self, steps: _Optional[int] = ..., rule: _Optional[_Union[IntegrationRule, str]] = ..., baseline: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ...) -> None: ...
+    baseline_tensor: _tensor_pb2.Tensor
+    def __init__(self, steps: _Optional[int] = ..., rule: _Optional[_Union[IntegrationRule, str]] = ..., baseline: _Optional[float] = ..., noise: _Optional[float] = ..., seed: _Optional[int] = ..., baseline_tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ...) -> None: ...
 
 class AudioBatch(_message.Message):
     __slots__ = ("audio", "input")
@@ -195,7 +212,7 @@ class AudioBatch(_message.Message):
     def __init__(self, audio: _Optional[_Iterable[bytes]] = ..., input: _Optional[str] = ...) -> None: ...
 
 class LayerSelection(_message.Message):
-    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method", "sweep")
+    __slots__ = ("layer", "capture", "alias", "reduction", "dtype", "method", "sweep", "map_form")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +220,7 @@ class LayerSelection(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     SWEEP_FIELD_NUMBER: _ClassVar[int]
+    MAP_FORM_FIELD_NUMBER: _ClassVar[int]
     layer: str
     capture: _catalogue_pb2.Capture
     alias: str
@@ -210,7 +228,8 @@ class LayerSelection(_message.Message):
     dtype: _tensor_pb2.DataType
     method: Method
     sweep: Sweep
-    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ..., sweep: _Optional[_Union[Sweep, _Mapping]] = ...) -> None: ...
+    map_form: MapForm
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ..., sweep: _Optional[_Union[Sweep, _Mapping]] = ..., map_form: _Optional[_Union[MapForm, str]] = ...) -> None: ...
 
 class ObjectiveTerm(_message.Message):
     __slots__ = ("layer", "capture", "measure", "index", "index_size", "vector", "weight")

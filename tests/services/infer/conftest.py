@@ -33,7 +33,7 @@ def engine() -> Iterator[Engine]:
     )
     for name in ("dynamic", "raises", "tokens", "containers"):
         engine.load(ModelSpec(f"tinynets:{name}", item_shape=ITEM))
-    engine.load(ModelSpec("resnet18", weights="random"))
+    engine.load(ModelSpec("resnet18", weights="random", item_shape=(3, 64, 64)))
     engine.expect([*(host.model.name for host in engine.hosts()), "coming"])
     yield engine
     engine.close()

@@ -21,16 +21,8 @@ __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "un
 
 _US = 1e-6
 _KNOWN = (
-    *(
-        "capture",
-        "method",
-        "reduction",
-        "dtype",
-        "extractor",
-        "objective",
-        "interventions",
-        "timeout",
-    ),
+    *("capture", "method", "map", "reduction", "dtype", "extractor", "objective"),
+    *("interventions", "timeout"),
     *TEXT_PARAMETERS,
 )
 

@@ -21,7 +21,7 @@ __all__ = ["default_selections", "extractor_of", "selections_of"]
 E = TypeVar("E", bound=StrEnum)
 OutputTensor = pb.ModelInferRequest.InferRequestedOutputTensor
 
-_KNOWN = ("layer", "capture", "method", "reduction", "dtype", "extractor")
+_KNOWN = ("layer", "capture", "method", "map", "reduction", "dtype", "extractor")
 _DTYPE_NAMES = {row.datatype: row.name for row in DTYPES}
 
 
@@ -103,6 +103,7 @@ def _adjusted(selection: LayerSelection, given: Parameters, where: str) -> Layer
         selection,
         capture=_member(text(given, "capture", where), selection.capture, "capture"),
         method=_member(text(given, "method", where), selection.method, "method"),
+        map_form=_member(text(given, "map", where), selection.map_form, "map"),
         reduction=_member(text(given, "reduction", where), selection.reduction, "reduction"),
         dtype=_dtype(text(given, "dtype", where)) or selection.dtype,
     )

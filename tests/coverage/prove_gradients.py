@@ -1,0 +1,453 @@
+"""Is the gradient of every layer right?
+
+``python tests/coverage/prove_gradients.py --write docs/coverage.md`` asks for the gradient of every
+value of every model that the catalogue says can have one, in float64 and float32, and compares it
+with that of a reference without in-place modules (``gradient_truths.py``). The models are those of
+``gradient_subjects.py``. The rows are kept as JSON, so that a run that is cut goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:1] = [str(TESTS), str(TESTS / "coverage"), str(TESTS.parent / "server")]
+
+import torch
+from gradient_subjects import GradientSubject, classifiers, hugging_face
+from gradient_truths import Place, Truth, derivative, find, gradients
+from page import write_section
+
+import layertap
+from layertap import LocalModel, Objective
+from layertap.engine.resolve_objective import gradient_obstacle
+from layertap.errors import LayertapError
+from layertap.extraction.catalogue import LayerEntry
+from layertap.extraction.points import PointKind
+from layertap.selection import Capture, Extractor
+from layertap.settings import Limits
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""Relative to the largest magnitude of a layer's gradient."""
+
+DIFFERENCE = 1e-3
+"""How far the reference may be from a central difference, relative to it."""
+
+SAMPLES = 6
+"""Layers of each model whose reference is compared with a central difference."""
+
+GROUP_BYTES = 256 << 20
+"""Values that are requested at once."""
+
+MOST = 1000
+"""Selections that are requested at once."""
+
+GROUPS = {"torchvision": classifiers, "transformers": hugging_face}
+
+
+@dataclass
+class Row:
+    """What became of one model's gradients.
+
+    Attributes:
+        model: Its name.
+        group: Where it is from.
+        values: How many of its values the catalogue says can have a gradient.
+        calls: How many of these are of a second or later call of a module.
+        members: How many of these are in a tuple, dict or dataclass.
+        never: How many values have none by the catalogue, such as whole numbers.
+        right: The right gradients in each dtype.
+        refused: Refused gradients by reason, in float64.
+        wrong: The wrong ones, with the error.
+        checked: The gradients of the reference that a central difference confirmed.
+        worst: The largest relative error in each dtype.
+        error: Why nothing could be compared.
+        seconds: How long it took.
+    """
+
+    model: str
+    group: str
+    values: int = 0
+    calls: int = 0
+    members: int = 0
+    never: int = 0
+    right: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    checked: int = 0
+    worst: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the model whose gradient is requested."""
+
+    place: Place
+    selection: str
+    nbytes: int
+    batched: bool
+
+
+def prove(subject: GradientSubject) -> Row:
+    """Compare every gradient of a model, in both dtypes."""
+    begun = time.perf_counter()
+    row = Row(subject.name, subject.group)
+    for dtype in (torch.float64, torch.float32):
+        try:
+            with torch.inference_mode(False):
+                _Proof(subject, dtype, row).run()
+        except LayertapError as error:
+            row.error = f"{dtype}: {str(error).splitlines()[0]}"
+    row.seconds = time.perf_counter() - begun
+    return row
+
+
+class _Proof:
+    """The proof of one model in one dtype."""
+
+    def __init__(self, subject: GradientSubject, dtype: torch.dtype, row: Row) -> None:
+        self._subject, self._dtype, self._row = subject, dtype, row
+        self._name = str(dtype).removeprefix("torch.")
+        self._build = subject.factory(dtype)
+        row.right[self._name], row.worst[self._name] = 0, 0.0
+
+    def run(self) -> None:
+        """Ask for everything, and note what came back."""
+        # As a factory that layertap imports by its name.
+        sys.modules[__name__].factory = self._build  # type: ignore[attr-defined]
+        given: dict[str, Any] = {}
+        if self._subject.item is not None:
+            given = {"item_shape": self._subject.item, "input_dtype": self._name}
+            if self._subject.batch_of(1, self._dtype).dtype == torch.int64:  # type: ignore[union-attr]
+                given["input_dtype"] = "int64"
+        limits = Limits(layers=1 << 16, reply_bytes=2047 << 20, pending_bytes=16 << 30)
+        source = f"{__name__}:factory"
+        with layertap.load(source, device="cpu", threads=1, limits=limits, **given) as model:
+            values = self._values(model)
+            result = next(entry for entry in model.host.catalogue if entry.is_result)
+            for size in (2, 1):
+                mine = [value for value in values if value.batched == (size == 2)]
+                if mine:
+                    self._compare(model, mine, result, size)
+
+    def _values(self, model: LocalModel) -> list[Value]:
+        found: dict[Place, Value] = {}
+        never = 0
+        for entry in model.host.catalogue:
+            for side, point in entry.points.items():
+                if point.kind is not PointKind.MODULE:
+                    continue
+                if gradient_obstacle(entry, side) or entry.refusal(Extractor.HOOK, side):
+                    never += 1
+                    continue
+                place = Place(point.path, side.value, point.call, point.member)
+                found.setdefault(place, _value(entry, side, place))
+        for spec in model.signature.inputs:
+            if spec.dtype.is_floating_point:
+                place = Place("", "given", 0, (spec.name,))
+                found[place] = Value(place, f"inputs.{spec.name}:gradient", 0, batched=True)
+        self._row.values, self._row.never = len(found), never
+        self._row.calls = sum(place.call > 0 for place in found)
+        self._row.members = sum(bool(place.member) for place in found)
+        return list(found.values())
+
+    def _compare(
+        self, model: LocalModel, values: Sequence[Value], result: LayerEntry, size: int
+    ) -> None:
+        place = result.points[Capture.OUTPUT].member
+        subject, dtype = self._subject, self._dtype
+        with torch.no_grad():
+            plain = find(subject.run(self._build(), size, dtype), place)
+        vector = torch.randn(plain.shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+        def score(returned: Any) -> torch.Tensor:
+            return (find(returned, place) * vector).sum()
+
+        objective = Objective.dot(result.name, vector)
+        for group in _groups(values):
+            truth = self._truth([value.place for value in group], score, size)
+            there = (find(truth.result, place) - plain).abs().max()
+            if there > TOLERANCE[dtype] * plain.abs().max():
+                self._row.error = f"the reference returns something else: {float(there):.1e}"
+                return
+            if dtype is torch.float64:
+                self._confirm(truth, score, size)
+            known = [value for value in group if truth.gradients[value.place] is not None]
+            self._ask(model, known, objective, truth, size)
+            # They are refused one by one, as each refusal ends its request.
+            for value in group:
+                if truth.gradients[value.place] is None:
+                    self._ask(model, [value], objective, truth, size)
+
+    def _truth(self, places: Sequence[Place], score: Any, size: int) -> Truth:
+        inputs = [place for place in places if place.side == "given"]
+        given = self._subject.batch_of(size, self._dtype)
+        zeros: dict[Place, torch.Tensor] = {}
+
+        def run(net: torch.nn.Module) -> Any:
+            if not inputs:
+                return self._subject.run(net, size, self._dtype)
+            return (
+                net(_marked(given, inputs, zeros))
+                if isinstance(given, torch.Tensor)
+                else net(**_marked(given, inputs, zeros))
+            )
+
+        modules = [place for place in places if place.side != "given"]
+        truth = gradients(self._build(), run, modules, score)
+        if inputs:
+            with torch.enable_grad():
+                total = score(run(_without_in_place(self._build())))
+                found = torch.autograd.grad(total, list(zeros.values()), allow_unused=True)
+            truth.gradients.update(zip(zeros, found, strict=True))
+        return truth
+
+    def _confirm(self, truth: Truth, score: Any, size: int) -> None:
+        """Compare some of the reference's gradients with central differences."""
+        known = [
+            (place, gradient)
+            for place, gradient in truth.gradients.items()
+            if gradient is not None and place.side != "given" and gradient.any()
+        ]
+        generator = torch.Generator().manual_seed(1)
+        for place, gradient in known[:: max(1, len(known) // SAMPLES)][:SAMPLES]:
+            other = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+            direction = gradient / gradient.norm() + other / other.norm() / 2
+            measured, used = derivative(
+                self._build(),
+                lambda net: self._subject.run(net, size, self._dtype),
+                place,
+                score,
+                direction,
+            )
+            expected = float((gradient * used).sum())
+            if abs(measured - expected) > DIFFERENCE * abs(measured):
+                self._row.wrong.append(
+                    f"the reference at {place}: {expected:.6e}, by differences {measured:.6e}"
+                )
+            else:
+                self._row.checked += 1
+
+    def _ask(
+        self,
+        model: LocalModel,
+        values: Sequence[Value],
+        objective: Objective,
+        truth: Truth,
+        size: int,
+    ) -> None:
+        """Ask for gradients at once, or for halves of them if one is refused."""
+        if not values:
+            return
+        given = self._subject.batch_of(size, self._dtype)
+        names = [value.selection for value in values]
+        try:
+            found = model.extract(given, names, objective=objective)
+        except LayertapError as error:
+            if len(values) == 1:
+                self._refused(values[0], str(error), truth)
+                return
+            half = len(values) // 2
+            self._ask(model, values[:half], objective, truth, size)
+            self._ask(model, values[half:], objective, truth, size)
+            return
+        for value in values:
+            self._judge(value, found[value.selection], truth.gradients[value.place])
+
+    def _judge(self, value: Value, gradient: torch.Tensor, expected: torch.Tensor | None) -> None:
+        row = self._row
+        if expected is None:
+            row.wrong.append(f"{value.selection}: served, but the score does not depend on it")
+            return
+        if gradient.shape != expected.shape:
+            row.wrong.append(f"{value.selection}: shape {tuple(gradient.shape)}")
+            return
+        scale = float(expected.abs().max())
+        error = float((gradient.to(expected.dtype) - expected).abs().max())
+        relative = error / scale if scale else (float("inf") if error else 0.0)
+        if not relative <= TOLERANCE[self._dtype]:
+            row.wrong.append(f"{value.selection} ({self._name}): {relative:.1e} of {scale:.1e}")
+        else:
+            row.right[self._name] += 1
+            row.worst[self._name] = max(row.worst[self._name], relative)
+
+    def _refused(self, value: Value, reason: str, truth: Truth) -> None:
+        line = reason.splitlines()[0]
+        depends = truth.gradients[value.place] is not None
+        kind = "the objective does not depend on it"
+        if ("does not depend" in line) is depends:
+            # Either way round it is no refusal that a user can trust.
+            self._row.wrong.append(f"{value.selection} ({self._name}): refused with {line!r}")
+        elif self._dtype is torch.float64:
+            kind = line if depends else kind
+            self._row.refused[kind] = self._row.refused.get(kind, 0) + 1
+
+
+def _value(entry: LayerEntry, side: Capture, place: Place) -> Value:
+    name = entry.name.replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
+    suffix = "gradient" if side is Capture.OUTPUT else "input_gradient"
+    spec = entry.specs[side]
+    batched = spec.batch_axis is not None
+    return Value(place, f"{name}:{suffix}", 2 * spec.bytes_per_item, batched)
+
+
+def _groups(values: Sequence[Value]) -> list[list[Value]]:
+    groups: list[list[Value]] = [[]]
+    nbytes = 0
+    for value in values:
+        if groups[-1] and (nbytes + value.nbytes > GROUP_BYTES or len(groups[-1]) >= MOST):
+            groups.append([])
+            nbytes = 0
+        groups[-1].append(value)
+        nbytes += value.nbytes
+    return groups
+
+
+def _marked(given: Any, places: Sequence[Place], zeros: dict[Place, torch.Tensor]) -> Any:
+    """Return a batch with a zero added to some of its tensors."""
+
+    def mark(place: Place, tensor: torch.Tensor) -> torch.Tensor:
+        zeros[place] = torch.zeros_like(tensor, requires_grad=True)
+        return tensor + zeros[place]
+
+    if isinstance(given, torch.Tensor):
+        return mark(places[0], given)
+    named = {place.member[0]: place for place in places}
+    return {
+        name: mark(named[name], tensor) if name in named else tensor
+        for name, tensor in given.items()
+    }
+
+
+def _without_in_place(net: torch.nn.Module) -> torch.nn.Module:
+    for module in net.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    return net
+
+
+HEADER = """## Gradients
+
+The gradient of every value of every model below that the catalogue says can have one: outputs and
+inputs of every call of every module, members of tuples, dicts and dataclasses, and the model's own
+inputs. The objective is a random vector times the model's result. Each gradient is held against
+that of a fresh module without in-place modules, where a zero was added to the value at the moment
+at which the module returned it: float64 to 1e-6 and float32 to 1e-4 of the gradient's largest
+magnitude. The reference itself was compared with central differences of the unchanged module, which
+need no autograd, at {checked} values. Random weights, small inputs, two items.
+`make test-gradients` writes this section.
+
+{models} models, {values} values; {right64} gradients right in float64 and {right32} in float32,
+**{wrong} wrong**, {refused} refused with the reason.
+
+*calls* are values of a module's second and later calls, *members* those in containers, *no
+gradient* those that the catalogue refuses, such as whole numbers; *worst* is the largest error.
+
+"""
+
+
+def section(rows: Sequence[Row]) -> str:
+    """Return the section of docs/coverage.md."""
+    head = HEADER.format(
+        models=len(rows),
+        values=f"{sum(row.values for row in rows):,}",
+        right64=f"{sum(row.right.get('float64', 0) for row in rows):,}",
+        right32=f"{sum(row.right.get('float32', 0) for row in rows):,}",
+        wrong=sum(len(row.wrong) for row in rows),
+        refused=f"{sum(sum(row.refused.values()) for row in rows):,}",
+        checked=f"{sum(row.checked for row in rows):,}",
+    )
+    lines = [
+        "| model | values | calls | members | no gradient | float64 | worst | float32 | worst "
+        "| refused | wrong |",
+        f"| --- |{' --- |' * 10}",
+    ]
+    for row in sorted(rows, key=lambda each: (each.group != "torchvision", each.model)):
+        if row.error:
+            lines.append(f"| {row.model} |{' – |' * 9} {row.error} |")
+            continue
+        refused = "; ".join(f"{count}: {why}" for why, count in row.refused.items()) or "0"
+        cells = [row.model, row.values, row.calls, row.members, row.never]
+        for name in ("float64", "float32"):
+            cells += [row.right.get(name, 0), f"{row.worst.get(name, 0.0):.0e}"]
+        lines.append(f"| {' | '.join(map(str, cells))} | {refused} | {len(row.wrong)} |")
+    return head + "\n".join(lines) + "\n"
+
+
+def _apart(subject: GradientSubject) -> Row:
+    """Prove a model in a process of its own, so that its memory is given back."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(_quietly, subject.group, subject.name).result()
+        except BrokenProcessPool:
+            return Row(subject.name, subject.group, error="its process ended")
+
+
+def _quietly(group: str, name: str) -> Row:
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    subject = next(each for each in GROUPS[group]() if each.name == name)
+    try:
+        return prove(subject)
+    except Exception as error:  # noqa: BLE001 - one model must not end the run
+        return Row(name, group, error=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def _say(row: Row) -> None:
+    print(
+        f"{row.model:32} {row.seconds:6.1f} s  {row.values} values, right {row.right}, refused "
+        f"{row.refused}, worst {row.worst}, checked {row.checked} {row.error} {row.wrong[:5]}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Prove the models named, or all of them, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", help="names of models; all of the groups if none")
+    parser.add_argument("--group", choices=list(GROUPS), help="only models of this group")
+    parser.add_argument("--rows", type=Path, help="a JSON file of rows; models in it are left out")
+    parser.add_argument("--write", type=Path, help="the Markdown file to write")
+    options = parser.parse_args()
+    rows = []
+    if options.rows and options.rows.exists():
+        rows = [Row(**each) for each in json.loads(options.rows.read_text("utf-8"))]
+    done = {(row.group, row.model) for row in rows}
+    groups = [options.group] if options.group else list(GROUPS)
+    for subject in [each for group in groups for each in GROUPS[group]()]:
+        named = not options.models or subject.name in options.models
+        if not named or (subject.group, subject.name) in done:
+            continue
+        row = _apart(subject)
+        rows.append(row)
+        _say(row)
+        if options.rows:
+            options.rows.parent.mkdir(parents=True, exist_ok=True)
+            options.rows.write_text(json.dumps([asdict(each) for each in rows]), "utf-8")
+        if options.write:  # Each time, so that a run that is cut keeps what it has.
+            write_section(options.write, "gradients", section(rows))
+    if options.write:
+        write_section(options.write, "gradients", section(rows))
+    bad = sum(len(row.wrong) + bool(row.error) for row in rows)
+    print(f"{len(rows)} models, {bad} wrong or not compared")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""A sample of ``make test-gradients``: the gradient of every value equals the reference's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import prove_gradients
+import pytest
+import torch
+from gradient_subjects import GradientSubject
+from gradient_truths import Truth, gradients
+from prove_gradients import Row, prove, section
+
+import gradnets
+
+
+def subject() -> GradientSubject:
+    images = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(3))
+    return GradientSubject(
+        "residual", "torchvision", lambda: gradnets.residual().float(), gradnets.IMAGE, images
+    )
+
+
+def test_every_gradient_equals_the_reference() -> None:
+    """A net with in-place code and a module of three calls has the reference's gradients."""
+    row = prove(subject())
+    assert row.error == ""
+    assert row.wrong == []
+    assert row.refused == {}
+    assert row.calls >= 4  # The inputs and outputs of two further calls.
+    assert row.right == {"float64": row.values, "float32": row.values}
+    assert row.checked == prove_gradients.SAMPLES
+
+
+def test_layers_without_influence_are_refused_with_the_reason() -> None:
+    """A layer on which the score does not depend is refused, and the table says how many are."""
+    images = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(3))
+    row = prove(
+        GradientSubject(
+            "branches",
+            "torchvision",
+            lambda: gradnets.branches().float(),
+            gradnets.IMAGE,
+            images,
+        )
+    )
+    assert row.error == ""
+    assert row.wrong == []
+    # The later layer, the side branch and the one without gradients, with some of their inputs.
+    assert row.refused["the objective does not depend on it"] >= 3
+    assert row.never > 0
+
+
+def test_the_proof_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that differs is counted as wrong, and so is a reference that differs."""
+
+    def other(*given: Any) -> Truth:
+        truth = gradients(*given)
+        known = {p: g * 1.01 for p, g in truth.gradients.items() if g is not None}
+        return Truth(truth.result, truth.gradients | known)
+
+    monkeypatch.setattr(prove_gradients, "gradients", other)
+    row = prove(subject())
+    assert len([line for line in row.wrong if "float64" in line]) > 10
+    assert len([line for line in row.wrong if "by differences" in line]) == prove_gradients.SAMPLES
+    assert section([row]).splitlines()[-1].endswith(f"| {len(row.wrong)} |")
+
+
+def test_a_model_that_was_not_compared_is_shown() -> None:
+    """The table has the reason in place of numbers."""
+    text = section([Row("planted", "torchvision", error="its process ended")])
+    assert text.splitlines()[-1].endswith("its process ended |")
