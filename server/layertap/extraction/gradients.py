@@ -342,7 +342,7 @@ class GradientExtractor:
             "sweep: baseline", float(items.abs().amax()) if items.numel() else 0, spec.dtype
         )
         items = items.expand(size, *items.shape[1:])
-        base = axis.joined(items, torch.empty(spec.shape(size), device="meta"))
+        base = axis.joined(items, spec.shape(size))
         return base.to(self._context.model.device, spec.dtype)
 
 
