@@ -107,7 +107,7 @@ def test_streams_and_asyncio_take_interventions(client: Client) -> None:
         outcomes = dict(stream.extract(requests))
 
     async def ask() -> dict[str, np.ndarray]:
-        async with AsyncClient(client._target) as aio:
+        async with AsyncClient(client._targets[0]) as aio:
             return dict(await aio.extract("residual", IMAGES, LAYERS, interventions=texts[1]))
 
     alone = asyncio.run(ask())
@@ -132,7 +132,7 @@ def test_open_inference_takes_interventions_as_text(client: Client) -> None:
         outputs=[output("fc")],
         parameters=parameters({"interventions": text}),
     )
-    with grpc.insecure_channel(client._target) as channel:
+    with grpc.insecure_channel(client._targets[0]) as channel:
         call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
         reply = infer.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=30))
     raw = dict(zip((each.name for each in reply.outputs), reply.raw_output_contents, strict=True))
@@ -280,7 +280,7 @@ def refused(
     request.inputs.add(
         name="x", dtype="DATA_TYPE_FLOAT64", shape=IMAGES.shape, data=IMAGES.numpy().tobytes()
     )
-    with grpc.insecure_channel(client._target) as channel:
+    with grpc.insecure_channel(client._targets[0]) as channel:
         extract = channel.unary_unary("/layertap.v1.FeatureService/Extract")
         with pytest.raises(grpc.RpcError) as raised:
             extract(request.SerializeToString(), timeout=30)
