@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,9 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+_REFERENCE = re.compile(r'"#/[$]defs/([^"]+)"')
+
+
 def program(name: str) -> Path:
     """Return a program, which is built if it is not there."""
     file = BUILD / "bin" / name
@@ -83,11 +87,37 @@ def schemas() -> Path:
         target = ["--target", str(folder / "kubernetes")]
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--no-deps"]
         subprocess.run([*pip, *target, SCHEMAS], check=True)
+        for version in KUBERNETES:
+            _stand_alone(_of_kubernetes(folder, version))
         for module, files in RESOURCES.items():
             for name, schema in _operator_schemas(module, files):
                 (folder / name).write_text(json.dumps(schema), "utf-8")
         (folder / ".complete").touch()
     return folder
+
+
+def _of_kubernetes(folder: Path, version: str) -> Path:
+    """Return the folder of the strict schemas of one version of Kubernetes."""
+    home = folder / "kubernetes" / "kubernetes_validate" / "kubernetes-json-schema"
+    return home / f"v{version}-local-strict"
+
+
+def _stand_alone(home: Path) -> None:
+    """Put the definitions that each schema refers to into its own file, as kubeconform needs them.
+
+    The package's schemas refer to ``/api/_definitions.json``, which code of its own finds.
+    """
+    common = json.loads((home / "_definitions.json").read_text("utf-8"))["$defs"]
+    for file in home.glob("*-*.json"):
+        text = file.read_text("utf-8").replace("/api/_definitions.json#", "#")
+        schema, needed = json.loads(text), dict[str, Any]()
+        left = _REFERENCE.findall(text)
+        while left:
+            name = left.pop()
+            if name not in needed:
+                needed[name] = common[name]
+                left += _REFERENCE.findall(json.dumps(common[name]))
+        file.write_text(json.dumps({**schema, "$defs": needed}), "utf-8")
 
 
 def _operator_schemas(module: str, files: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -137,7 +167,7 @@ def render(values: dict[str, Any], *, fails: bool = False) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(values, file)
         file.flush()
-        common = ["--values", file.name, "--namespace", "models"]
+        common = ["--values", file.name, "--namespace", "models", "--kube-version", KUBERNETES[0]]
         run(helm, "lint", "--strict", "--quiet", CHART, *common, fails=fails)
         return run(helm, "template", "layertap", CHART, *common, fails=fails)
 
@@ -147,8 +177,8 @@ def conform(manifests: str) -> None:
     folder = schemas()
     own = f"{folder}/{{{{.ResourceKind}}}}-{{{{.Group}}}}-{{{{.ResourceAPIVersion}}}}.json"
     for version in KUBERNETES:
-        home = f"{folder}/kubernetes/kubernetes_validate/kubernetes-json-schema"
-        kubernetes = f"{home}/v{version}-local-strict/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
+        home = _of_kubernetes(folder, version)
+        kubernetes = f"{home}/{{{{.ResourceKind}}}}{{{{.KindSuffix}}}}.json"
         run(
             program("kubeconform"), "-strict", "-verbose", "-kubernetes-version", version,
             "-schema-location", kubernetes, "-schema-location", own, given=manifests,

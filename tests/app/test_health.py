@@ -15,8 +15,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from layertap import Client
 from layertap.app.health import NAME_CHARACTERS, WATCHES
-from layertap.app.server import FeatureServer, ServerOptions
+from layertap.app.server import FeatureServer
 from layertap.engine import Engine
+from serving import started_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -32,11 +33,8 @@ INITIAL_WINDOW_SIZE = 4
 def server() -> Iterator[FeatureServer]:
     """A server that is ready, without a model."""
     engine = Engine()
-    server = FeatureServer(engine, ServerOptions(port=0))
-    server.start()
-    server.ready()
-    yield server
-    server.stop(0)
+    with started_server(engine) as server:
+        yield server
     engine.close()
 
 

@@ -13,8 +13,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from layertap import Client
 from layertap.app.reflection import REFLECTIONS
-from layertap.app.server import FeatureServer, ServerOptions
+from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
+from serving import started_server
 
 Request = reflection_pb2.ServerReflectionRequest
 
@@ -23,11 +24,8 @@ Request = reflection_pb2.ServerReflectionRequest
 def server() -> Iterator[FeatureServer]:
     """A server that admits few requests, without a model."""
     engine = Engine(Limits(pending=2, streams=2))
-    server = FeatureServer(engine, ServerOptions(port=0))
-    server.start()
-    server.ready()
-    yield server
-    server.stop(0)
+    with started_server(engine) as server:
+        yield server
     engine.close()
 
 

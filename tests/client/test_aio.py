@@ -19,7 +19,7 @@ from layertap.app.server import FeatureServer, ServerOptions
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
 from layertap.settings import SecretFiles
-from serving import running_server
+from serving import running_server, started_server
 from streams import GATED_ITEM, eventually, readers
 from tinynets import ITEM
 
@@ -40,11 +40,8 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture
 def server(engine: Engine) -> Iterator[FeatureServer]:
     """The address of a real server."""
-    server = FeatureServer(engine, ServerOptions(port=0))
-    server.start()
-    server.ready()
-    yield server
-    server.stop(0)
+    with started_server(engine) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)

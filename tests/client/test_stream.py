@@ -11,9 +11,10 @@ from PIL import Image
 
 from gatednets import HELD, gate
 from layertap import Client, Features, StreamRequest, errors
-from layertap.app.server import FeatureServer, ServerOptions
+from layertap.app.server import FeatureServer
 from layertap.engine import Engine, Limits
 from layertap.models import ModelSpec
+from serving import started_server
 from streams import GATED_ITEM, eventually, readers
 from tinynets import ITEM
 
@@ -33,11 +34,8 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture
 def server(engine: Engine) -> Iterator[FeatureServer]:
     """The address of a real server."""
-    server = FeatureServer(engine, ServerOptions(port=0))
-    server.start()
-    server.ready()
-    yield server
-    server.stop(0)
+    with started_server(engine) as server:
+        yield server
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ from layertap import (
     Sweep,
     errors,
 )
+from layertap.extraction.attribution import attribution
+from layertap.extraction.points import ValueSpec
+from layertap.models import Batch
 
 MAPS = ["grad_cam", "hires_cam", "layer_cam", "grad_cam_plus_plus"]
 
@@ -177,6 +180,19 @@ def test_each_term_that_finds_an_element_reports_it(convolutions: LocalModel) ->
     best = found["layer4"].flatten(1).argmax(1)
     places = torch.stack(torch.unravel_index(best, found["layer4"].shape[1:]), 1)
     assert torch.equal(found["objective.index_1"], places)
+
+
+def test_only_methods_that_use_the_value_keep_it() -> None:
+    """A plain gradient costs no memory for the layer's value."""
+    spec = ValueSpec.from_batches(torch.float32, (1, 4, 8, 8), (2, 4, 8, 8))
+    key = Batch({"x": torch.zeros(1, 3, 8, 8)}).key
+    for method, keeps in (
+        (Method.GRADIENT, False),
+        (Method.GUIDED_BACKPROPAGATION, False),
+        (Method.INTEGRATED_GRADIENTS, False),
+        (Method.GRADIENT_X_ACTIVATION, True),
+    ):
+        assert attribution(method, spec, "layer", key).needs_value is keeps
 
 
 def test_a_method_of_a_value_is_refused() -> None:
