@@ -210,6 +210,28 @@ def test_the_text_examples_run(folder_with_nets: Path, tmp_path: Path) -> None:
         run_with_tritonclient(triton, server.address, tmp_path)
 
 
+def test_the_intervention_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/interventions.md changes what it says, in the shapes that it claims."""
+    shutil.copy(ROOT / "examples" / "images" / "grace_hopper.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python", (ROOT / "docs" / "interventions.md").read_text("utf-8"))
+    code = code.replace(
+        'found["layer4"][0, 3]', 'assert found["layer4"][0, 3].eq(0).all()', 1
+    ).replace(
+        'found["interventions.elements"]', 'assert found["interventions.elements"].tolist() == [49]'
+    )
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102 - the page is ours
+    swept, found, plain = names["swept"], names["found"], names["plain"]
+    assert isinstance(swept, layertap_api.LocalFeatures)
+    assert isinstance(found, layertap_api.LocalFeatures)
+    assert isinstance(plain, layertap_api.LocalFeatures)
+    assert found["interventions.calls"].tolist() == [1, 1]
+    assert swept["fc"].shape == (8, 1000)
+    changes = (swept["fc"] - plain["fc"]).abs().amax(1)
+    assert (changes > 0).sum() > 4  # A channel may be 0 anyway.
+
+
 @pytest.mark.usefixtures("load_once")
 def test_the_gradient_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of docs/gradients.md gives Grad-CAM of the photo, in the shapes that it claims."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         read_token,
     )
     from layertap.errors import LayertapError
+    from layertap.intervention import Axis, Intervention, Operation, Span
     from layertap.local import LocalFeatures, LocalModel, load
     from layertap.malloc import keep_memory
     from layertap.objective import Measure, Objective, ObjectiveTerm
@@ -44,12 +45,14 @@ __all__ = [
     "AsyncClient",
     "AsyncFeatureStream",
     "Audio",
+    "Axis",
     "Capture",
     "Client",
     "Extractor",
     "FeatureStream",
     "Features",
     "IntegrationRule",
+    "Intervention",
     "LayerSelection",
     "LayertapError",
     "Limits",
@@ -60,7 +63,9 @@ __all__ = [
     "Method",
     "Objective",
     "ObjectiveTerm",
+    "Operation",
     "Reduction",
+    "Span",
     "StreamRequest",
     "Sweep",
     "Texts",
@@ -86,6 +91,7 @@ _HOMES = {
         "read_token",
     ),
     "layertap.errors": ("LayertapError",),
+    "layertap.intervention": ("Axis", "Intervention", "Operation", "Span"),
     "layertap.local": ("LocalFeatures", "LocalModel", "load"),
     "layertap.malloc": ("keep_memory",),
     "layertap.objective": ("Measure", "Objective", "ObjectiveTerm"),

@@ -31,6 +31,7 @@ __all__ = [
     "SelectionLike",
     "Sweep",
     "as_extractor",
+    "cut_at",
     "is_glob",
     "parse_selections",
 ]
@@ -323,13 +324,13 @@ class LayerSelection:
         name contains a colon, an equals sign or a backslash, put a backslash in front of it:
         ``heads.a\=b``. Everything after the alias's equals sign belongs to the alias.
         """
-        layer, sign, rest = _cut(text, ":=")
+        layer, sign, rest = cut_at(text, ":=")
         given: dict[str, str] = {}
         while sign == ":":
-            option, sign, rest = _cut(rest, ":=")
+            option, sign, rest = cut_at(rest, ":=")
             value = option
             if option in _OPTIONS and sign == "=":
-                value, sign, rest = _cut(rest, ":=")
+                value, sign, rest = cut_at(rest, ":=")
             name = _OPTIONS.get(option, "capture")
             known = dict.fromkeys((*Capture, *Method))
             if name in given or not value or (name == "capture" and value not in known):
@@ -378,7 +379,7 @@ _OPTIONS = {"reduce": "reduction", "dtype": "dtype", "map": "map_form"}
 """The fields of a selection that are given by name, by that name."""
 
 
-def _cut(text: str, signs: str) -> tuple[str, str, str]:
+def cut_at(text: str, signs: str) -> tuple[str, str, str]:
     """Split a text like str.partition, at the first of some signs without a backslash before it."""
     places = re.finditer(rf"\\.|[{signs}]", text)
     place = next((match for match in places if match.group() in signs), None)

@@ -302,3 +302,39 @@ def test_an_objective_that_makes_no_sense_is_refused(images: list[str], tmp_path
     result = extract("nothing", images[0], "-l", "a:gradient", "--objective", "fc", "-o", out)
     assert result.exit_code != 0
     assert "expected LAYER[INDEX]" in result.output + str(result.exception)
+
+
+def test_changes_are_applied_to_each_batch(
+    remote, address: str, images: list[str], tmp_path: Path
+) -> None:
+    """``--set`` changes values for every image, in order, with arrays from files."""
+    np.save(tmp_path / "steer.npy", np.float32(0.5))
+    changes = ["features.3:channel=0..4:zero", f"features.3:add=2*@{tmp_path / 'steer.npy'}"]
+    flags = [text for change in changes for text in ("--set", change)]
+    _, stored = remote("-l", "features.3", *flags, "--batch-size", "2")
+    assert list(stored) == ["ids", "features.3"]
+    assert (stored["features.3"][:, :4] == 1).all()
+    with Client(address) as client:
+        for index, image in enumerate(images):
+            plain = client.extract(MODEL, image, "features.3", extractor="hook")["features.3"][0]
+            error = np.abs(stored["features.3"][index][4:] - (plain[4:] + 1)).max()
+            assert error <= 1e-4 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("layer4", "after the last colon"),
+        ("layer4:add=@nothing.npy", "can't be read"),
+        ("layer4:item=0:zero", "picks items"),
+        ("layer4:chanel=0:zero", "AXIS=INDICES"),
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused(
+    images: list[str], tmp_path: Path, change: str, words: str
+) -> None:
+    """The message says how changes are written; a data set has no items with a place."""
+    out = str(tmp_path / "out.npz")
+    result = extract("tinynets:residual", images[0], "-l", "layer1", "--set", change, "-o", out)
+    assert result.exit_code != 0
+    assert words in result.output + str(result.exception)

@@ -18,6 +18,7 @@ import hfnets
 import layertap
 from layertap.app.fingerprint import files_of
 from layertap.errors import ConfigError, ModelLoadError, WeightsUnavailableError
+from layertap.extraction.passes import KeptState
 from layertap.models import LoadedModel, ModelSpec, load_model
 from layertap.settings import ServedModel
 
@@ -59,6 +60,22 @@ def test_every_layer_of_a_folder_is_served(tmp_path: Path) -> None:
     wanted = [*expected.hidden_states[1:], expected.last_hidden_state, expected.pooler_output]
     for name, value in zip(names, wanted, strict=True):
         assert torch.equal(features[name], value), name
+
+
+def test_another_models_entry_in_a_table_of_transformers_is_no_state(tmp_path: Path) -> None:
+    """A model that is made later writes into it, and no pass of an earlier one takes that away."""
+    from transformers import modeling_utils
+
+    registry = modeling_utils._CAN_RECORD_REGISTRY
+    with layertap.load(f"hf:{hfnets.bert(tmp_path / 'bert')}") as model:
+        key = str(transformers.GPT2Model)
+        registry.pop(key, None)
+        hfnets.built("GPT2Model", vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=40)
+        assert key in registry
+        assert model.host.catalogue.guard.snapshot.deep_changes() == []
+        model.extract(IDS.repeat(3, 1), "encoder.layer.0", extractor="torchscript")
+        assert model.host.catalogue.guard.rules.state is KeptState.NONE
+        assert key in registry
 
 
 def test_attention_weights_are_layers_with_eager_attention(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_streams_and_asyncio_take_objectives(client: Client) -> None:
         outcomes = dict(stream.extract(requests))
 
     async def ask() -> dict[str, np.ndarray]:
-        async with AsyncClient(client._target) as aio:
+        async with AsyncClient(client._targets[0]) as aio:
             return dict(await aio.extract("residual", IMAGES, LAYERS, objective="fc[1]"))
 
     alone = asyncio.run(ask())
@@ -187,7 +187,7 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 def refused(
     client: Client, request: feature_service_pb2.ExtractRequest
 ) -> tuple[grpc.StatusCode, str]:
-    with grpc.insecure_channel(client._target) as channel:
+    with grpc.insecure_channel(client._targets[0]) as channel:
         extract = channel.unary_unary("/layertap.v1.FeatureService/Extract")
         with pytest.raises(grpc.RpcError) as raised:
             extract(request.SerializeToString(), timeout=30)

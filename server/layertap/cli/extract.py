@@ -13,11 +13,14 @@ import click
 
 from layertap.cli.options import local_model, local_model_options, refuse_with_server
 from layertap.errors import InvalidInputError
+from layertap.intervention import Intervention, parse_interventions
 from layertap.objective import parse_objective
 from layertap.selection import SENT_DTYPES, Extractor, LayerSelection, Reduction
 from layertap.texts import Truncation
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from layertap.cli.connection import ServerAddress
     from layertap.cli.render import Stderr
     from layertap.dataset.runners import Runner
@@ -127,6 +130,15 @@ class _Part(click.ParamType["tuple[int, int]"]):
     "layer in front of the brackets, of the model's result.",
 )
 @click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="LAYER[:input][:AXIS=INDICES]...:OPERATION",
+    help="Change a layer's values while the model runs: layer4:channel=3:zero, "
+    "layer1:y=0..8:scale=0.5, encoder.0:token=-1:add=2*@steer.npy. May be given several times; "
+    "applied in order. See docs/interventions.md.",
+)
+@click.option(
     "-o",
     "--output",
     required=True,
@@ -213,6 +225,7 @@ def extract(
     recordings: tuple[str, ...],
     layers: tuple[str, ...],
     objective: str | None,
+    changes: tuple[str, ...],
     output: Path,
     output_format: str | None,
     overwrite: bool,
@@ -251,6 +264,7 @@ def extract(
       layertap extract resnet18 cat.jpg -l layer1 -l avgpool:input=before -o cat.npz
       layertap extract resnet18 cat.jpg -l layer1 -o cat.npz --server 127.0.0.1:8001
       layertap extract resnet18 cat.jpg -l layer4:gradient --objective "fc[281]" -o cat.npz
+      layertap extract resnet18 cat.jpg -l fc --set layer4:channel=3:zero -o without_3.npz
       layertap extract hf:nets/bert --text "A cat." -l "encoder.layer.*" -o states.npz
       layertap extract hf:nets/wav2vec2 --audio a.wav -l output.last_hidden_state -o a.npz
       layertap extract nets:bert --input input_ids=ids.npy --input attention_mask=mask.npy \\
@@ -282,9 +296,9 @@ def extract(
     given = _Given(items, arrays, given_texts, texts_file, recordings)
     source = _source(given, Truncation(truncation), field)
     terminal = Stderr()
-    aim = objective or ""
     parse_objective(objective)
-    opened = _remote(servers, model, aim) if servers else _local(terminal, model, aim, flags)
+    asked = _Asked(objective or "", _changes(changes))
+    opened = _remote(servers, model, asked) if servers else _local(terminal, model, asked, flags)
     try:
         with opened as runner, terminal.progress(source.noun, len(source)) as report:
             outcome = run(
@@ -323,6 +337,34 @@ class _Given(NamedTuple):
     texts: Sequence[str]
     texts_file: str | None
     recordings: Sequence[str]
+
+
+class _Asked(NamedTuple):
+    """What is asked of the model besides layers: an objective, if not empty, and interventions."""
+
+    objective: str
+    interventions: tuple[Intervention, ...]
+
+
+def _changes(texts: Sequence[str]) -> tuple[Intervention, ...]:
+    """Return interventions; ``@FILE.npy`` in a text is an array in a file.
+
+    Raises:
+        InvalidInputError: A text or a file can't be read.
+    """
+    return parse_interventions([Intervention.parse(text, _array) for text in texts])
+
+
+def _array(file: str) -> np.ndarray[Any, np.dtype[Any]]:
+    import numpy as np
+
+    try:
+        array = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InvalidInputError(f"--set: {file}: can't be read as a .npy file: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise InvalidInputError(f"--set: {file}: got an archive, expected a single array in .npy")
+    return array
 
 
 def _source(given: _Given, truncation: Truncation, field: str) -> Source:
@@ -376,18 +418,16 @@ def _array_files(texts: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _remote(servers: list[ServerAddress], model: str, objective: str) -> Iterator[Runner]:
+def _remote(servers: list[ServerAddress], model: str, asked: _Asked) -> Iterator[Runner]:
     from layertap.dataset.runners import RemoteRunner
 
     with ExitStack() as stack:
         clients = {each.target: stack.enter_context(each.client()) for each in servers}
-        yield RemoteRunner(clients, model, objective)
+        yield RemoteRunner(clients, model, asked.objective, interventions=asked.interventions)
 
 
 @contextmanager
-def _local(
-    terminal: Stderr, source: str, objective: str, flags: dict[str, Any]
-) -> Iterator[Runner]:
+def _local(terminal: Stderr, source: str, asked: _Asked, flags: dict[str, Any]) -> Iterator[Runner]:
     from layertap.dataset.runners import LocalRunner
 
     with terminal.busy(f"loading {source}"):
@@ -395,4 +435,4 @@ def _local(
     with model:
         if assumed := model.host.model.assumptions():
             terminal.say(assumed, logging.WARNING)
-        yield LocalRunner(model, objective)
+        yield LocalRunner(model, *asked)

@@ -46,6 +46,7 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.intervention import InterventionsLike
     from layertap.objective import ObjectiveLike
     from layertap.shm.client_session import ClientSession
     from layertap.wire.tensors import Arrays, SharedSlice
@@ -112,11 +113,14 @@ class AsyncClient(BaseClient):
         *,
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
+        interventions: InterventionsLike | None = None,
         timeout: float | None = None,
     ) -> Features:
         """Run a model on a batch and return the selected layers; see ``Client.extract``."""
         self._opened()  # Connects while the request is encoded.
-        fields, inputs = await _request_fields(model, given, layers, extractor, objective)
+        fields, inputs = await _request_fields(
+            model, given, layers, extractor, objective=objective, interventions=interventions
+        )
         return await self._anywhere(
             lambda transport, left: self._extract(transport, fields, inputs, left), timeout
         )
@@ -155,6 +159,7 @@ class AsyncClient(BaseClient):
         *,
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
+        interventions: InterventionsLike | None = ...,
         ordered: bool = ...,
         return_errors: Literal[False] = ...,
         max_in_flight: int = ...,
@@ -170,6 +175,7 @@ class AsyncClient(BaseClient):
         *,
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
+        interventions: InterventionsLike | None = ...,
         ordered: bool = ...,
         return_errors: bool,
         max_in_flight: int = ...,
@@ -184,6 +190,7 @@ class AsyncClient(BaseClient):
         *,
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
+        interventions: InterventionsLike | None = None,
         ordered: bool = True,
         return_errors: bool = False,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -199,7 +206,13 @@ class AsyncClient(BaseClient):
 
             async def ask(given: InputLike) -> Features:
                 return await self.extract(
-                    model, given, layers, extractor=extractor, objective=objective, timeout=seconds
+                    model,
+                    given,
+                    layers,
+                    extractor=extractor,
+                    objective=objective,
+                    interventions=interventions,
+                    timeout=seconds,
                 )
 
             async with aclosing(
@@ -213,7 +226,14 @@ class AsyncClient(BaseClient):
         opening = self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout)
         async with await opening as stream:
             requests = (
-                StreamRequest(model, given, layers, extractor, objective=objective)
+                StreamRequest(
+                    model,
+                    given,
+                    layers,
+                    extractor,
+                    objective=objective,
+                    interventions=interventions,
+                )
                 async for given in _each(inputs)
             )
             async for _, outcome in stream.extract(requests, ordered=ordered):
@@ -556,11 +576,16 @@ async def _request_fields(
     given: InputLike,
     layers: SelectionLike,
     extractor: Extractor | str,
+    *,
     objective: ObjectiveLike | None,
+    interventions: InterventionsLike | None,
 ) -> tuple[dict[str, Any], Arrays]:
-    if _is_in_memory(given):
-        return request_fields(model, given, layers, extractor, objective)
-    return await _in_thread(lambda: request_fields(model, given, layers, extractor, objective))
+    def fields() -> tuple[dict[str, Any], Arrays]:
+        return request_fields(
+            model, given, layers, extractor, objective=objective, interventions=interventions
+        )
+
+    return fields() if _is_in_memory(given) else await _in_thread(fields)
 
 
 def _is_in_memory(given: Any) -> bool:

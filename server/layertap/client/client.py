@@ -39,6 +39,7 @@ from layertap.wire.messages import encode_request
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.intervention import InterventionsLike
     from layertap.objective import ObjectiveLike
     from layertap.shm.client_session import ClientSession
     from layertap.wire.tensors import Arrays
@@ -107,6 +108,7 @@ class Client(BaseClient):
         *,
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
+        interventions: InterventionsLike | None = None,
         timeout: float | None = None,
     ) -> Features:
         """Run a model on a batch and return the selected layers.
@@ -122,6 +124,9 @@ class Client(BaseClient):
             extractor: The extractor to use.
             objective: What the layers with ``:gradient`` or ``:input_gradient`` are the gradients
                 of: an ``Objective``, or a text such as ``"fc[281]"`` or ``"fc[maximum]"``.
+            interventions: Changes of values while the model runs: an ``Intervention``, a text such
+                as ``"layer4:channel=3:zero"``, a list of these, or a list of such lists, one for
+                each set.
             timeout: Seconds that this call may take; None for the client's default.
 
         Returns:
@@ -130,7 +135,9 @@ class Client(BaseClient):
         Raises:
             LayertapError: The server's error, as an exception of the same class.
         """
-        fields, inputs = request_fields(model, given, layers, extractor, objective)
+        fields, inputs = request_fields(
+            model, given, layers, extractor, objective=objective, interventions=interventions
+        )
         return self._anywhere(
             lambda transport, left: self._extract(transport, fields, inputs, left), timeout
         )
@@ -177,6 +184,7 @@ class Client(BaseClient):
         *,
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
+        interventions: InterventionsLike | None = ...,
         ordered: bool = ...,
         return_errors: Literal[False] = ...,
         max_in_flight: int = ...,
@@ -192,6 +200,7 @@ class Client(BaseClient):
         *,
         extractor: Extractor | str = ...,
         objective: ObjectiveLike | None = ...,
+        interventions: InterventionsLike | None = ...,
         ordered: bool = ...,
         return_errors: bool,
         max_in_flight: int = ...,
@@ -206,6 +215,7 @@ class Client(BaseClient):
         *,
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
+        interventions: InterventionsLike | None = None,
         ordered: bool = True,
         return_errors: bool = False,
         max_in_flight: int = MAX_IN_FLIGHT,
@@ -223,6 +233,7 @@ class Client(BaseClient):
             layers: The layers to return.
             extractor: The extractor to use.
             objective: What requested gradients are the gradients of; None if there are none.
+            interventions: Changes of values while the model runs; None if there are none.
             ordered: Whether to yield in the order of the inputs, or as they finish.
             return_errors: Whether the error of an item is yielded in its place; otherwise it is
                 raised, which ends the iteration.
@@ -238,7 +249,13 @@ class Client(BaseClient):
 
             def ask(given: InputLike) -> Features:
                 return self.extract(
-                    model, given, layers, extractor=extractor, objective=objective, timeout=seconds
+                    model,
+                    given,
+                    layers,
+                    extractor=extractor,
+                    objective=objective,
+                    interventions=interventions,
+                    timeout=seconds,
                 )
 
             for outcome in concurrent_calls(ask, inputs, max_in_flight, ordered=ordered):
@@ -248,7 +265,14 @@ class Client(BaseClient):
             return
         with self.stream(max_in_flight=max_in_flight, item_timeout=item_timeout) as stream:
             requests = (
-                StreamRequest(model, given, layers, extractor, objective=objective)
+                StreamRequest(
+                    model,
+                    given,
+                    layers,
+                    extractor,
+                    objective=objective,
+                    interventions=interventions,
+                )
                 for given in inputs
             )
             for _, outcome in stream.extract(requests, ordered=ordered):

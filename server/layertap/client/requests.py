@@ -9,6 +9,7 @@ import numpy as np
 
 from layertap.client.timeouts import bounded
 from layertap.inputs import encode_input
+from layertap.intervention import parse_interventions
 from layertap.objective import parse_objective
 from layertap.selection import (
     Extractor,
@@ -21,12 +22,14 @@ from layertap.selection import (
 from layertap.v1 import feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import to_proto
+from layertap.wire.interventions import interventions_to_proto
 from layertap.wire.messages import encode_request
 from layertap.wire.objectives import objective_to_proto
 from layertap.wire.small_tensors import array_to_proto
 
 if TYPE_CHECKING:
     from layertap.inputs import InputLike
+    from layertap.intervention import InterventionsLike
     from layertap.objective import ObjectiveLike
     from layertap.texts import Texts
     from layertap.wire.tensors import Arrays
@@ -45,6 +48,7 @@ class StreamRequest:
         layers: The layers to return.
         extractor: The extractor to use.
         objective: What requested gradients are the gradients of; see ``Client.extract``.
+        interventions: Changes of values while the model runs; see ``Client.extract``.
         timeout: Seconds that the server may take for this item; None for the stream's default.
         key: Identifies the item's outcome; if None, its position from 0 is used.
     """
@@ -54,6 +58,7 @@ class StreamRequest:
     layers: SelectionLike
     extractor: Extractor | str = Extractor.AUTO
     objective: ObjectiveLike | None = field(default=None, kw_only=True)
+    interventions: InterventionsLike | None = field(default=None, kw_only=True)
     timeout: float | None = None
     key: Any = None
 
@@ -72,7 +77,12 @@ class StreamRequest:
         # At least 1, because 0 would mean no limit.
         timeout_ns = 0 if seconds is None else max(1, int(seconds * 1e9))
         fields, inputs = request_fields(
-            self.model, self.given, self.layers, self.extractor, self.objective
+            self.model,
+            self.given,
+            self.layers,
+            self.extractor,
+            objective=self.objective,
+            interventions=self.interventions,
         )
         request = feature_service_pb2.ExtractStreamRequest(
             id=number, timeout_ns=timeout_ns, shared_memory_session=session, **fields
@@ -85,7 +95,9 @@ def request_fields(
     given: InputLike,
     layers: SelectionLike,
     extractor: Extractor | str,
+    *,
     objective: ObjectiveLike | None = None,
+    interventions: InterventionsLike | None = None,
 ) -> tuple[dict[str, Any], Arrays]:
     """Return the protobuf fields of a request, and its arrays, which protobuf doesn't encode.
 
@@ -96,6 +108,7 @@ def request_fields(
         "layers": [_selection(selection) for selection in parse_selections(layers)],
         "extractor": to_proto(as_extractor(extractor), "EXTRACTOR"),
         "objective": objective_to_proto(parse_objective(objective)),
+        "interventions": interventions_to_proto(parse_interventions(interventions)),
     }
     encoded = encode_input(given)
     fields["images"] = [

@@ -23,9 +23,11 @@ from layertap.dataset.shard import OFFSETS, Output, Parts
 from layertap.dataset.sources import Part, Source, gather
 from layertap.dataset.writers import Format, JoinedFormat, ShardedFormat, format_of, write_part
 from layertap.errors import InvalidInputError
+from layertap.intervention import parse_interventions
 from layertap.selection import Extractor, SelectionLike, Sweep, as_extractor, parse_selections
 
 if TYPE_CHECKING:
+    from layertap.intervention import InterventionsLike
     from layertap.local import LocalModel
 
 __all__ = ["Outcome", "check_output", "extract"]
@@ -70,6 +72,7 @@ def extract(
     format: str = "",  # noqa: A002 - the name of the flag
     extractor: Extractor | str = Extractor.AUTO,
     objective: str = "",
+    interventions: InterventionsLike | None = None,
     on_error: Literal["fail", "skip"] = "fail",
     batch_size: int = 16,
     shard_items: int | None = None,
@@ -96,6 +99,8 @@ def extract(
             of `Extractor`, although it may have to be compiled.
         objective: What requested gradients are the gradients of, such as ``"fc[281]"``; a `Runner`
             has its own.
+        interventions: Changes of values while the model runs, all of one set; a `Runner` has its
+            own.
         on_error: Whether an item that fails ends the run, or is left out of the output and listed.
         batch_size: Items in one pass.
         shard_items: Items in one shard; if None, as many as take 64 MiB or a quarter of ``memory``.
@@ -119,7 +124,8 @@ def extract(
     writer = format_of(path, format)
     check_output(path)
     source = inputs if isinstance(inputs, Source) else gather(os.fspath(each) for each in inputs)
-    runner = model if isinstance(model, Runner) else LocalRunner(model, objective)
+    changes = parse_interventions(interventions)
+    runner = model if isinstance(model, Runner) else LocalRunner(model, objective, changes)
     selections = parse_selections(layers)
     rules = RowRules.of(runner.describe(), selections)
     if {"ids", *(name + OFFSETS for name in rules.ragged)} & rules.axes.keys():
@@ -144,6 +150,7 @@ def extract(
         "format": writer.name,
         "extractor": run.extractor.value,
         "objective": runner.objective,
+        "interventions": [each.summary for each in runner.interventions],
         "on_error": on_error,
         "batch_size": batch_size,
         "shard_items": shard_items,

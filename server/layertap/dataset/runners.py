@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layertap.errors import InvalidInputError, LayertapError
+from layertap.intervention import REPORT_PREFIX
 from layertap.resources import available_cpus
 from layertap.selection import Extractor, LayerSelection
 from layertap.timings import Timings
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from layertap.client import Client, FeatureStream
     from layertap.description import ModelDescription
     from layertap.inputs import InputLike
+    from layertap.intervention import Intervention
     from layertap.local import LocalModel
 
 __all__ = ["Answer", "LocalRunner", "RemoteRunner", "Runner", "Worker"]
@@ -71,9 +73,11 @@ class Runner(ABC):
 
     Attributes:
         objective: What requested gradients are the gradients of; empty for nothing.
+        interventions: Changes of values while the model runs.
     """
 
     objective: str = ""
+    interventions: Sequence[Intervention] = ()
 
     @abstractmethod
     def describe(self) -> ModelDescription:
@@ -94,11 +98,18 @@ class LocalRunner(Runner):
     Args:
         model: The model. It stays open.
         objective: What requested gradients are the gradients of; empty for nothing.
+        interventions: Changes of values while the model runs, all of one set.
     """
 
-    def __init__(self, model: LocalModel, objective: str = "") -> None:
+    def __init__(
+        self,
+        model: LocalModel,
+        objective: str = "",
+        interventions: Sequence[Intervention] = (),
+    ) -> None:
         self._model = model
         self.objective = objective
+        self.interventions = one_set(interventions)
 
     def describe(self) -> ModelDescription:
         """See Runner."""
@@ -111,24 +122,32 @@ class LocalRunner(Runner):
     def workers(self) -> list[Worker]:
         """Return a worker for each core, to decode images, and one whose batch is in the model."""
         return [
-            _LocalWorker(self._model, self.objective) for _ in range(min(16, available_cpus() + 1))
+            _LocalWorker(self._model, self.objective, self.interventions)
+            for _ in range(min(16, available_cpus() + 1))
         ]
 
 
 class _LocalWorker(Worker):
     name = "the model"
 
-    def __init__(self, model: LocalModel, objective: str) -> None:
+    def __init__(
+        self, model: LocalModel, objective: str, interventions: Sequence[Intervention]
+    ) -> None:
         self._model = model
         self._objective = objective or None
+        self._interventions = interventions
 
     def ask(
         self, given: InputLike, selections: Sequence[LayerSelection], extractor: Extractor
     ) -> Answer:
         features = self._model.extract(
-            given, selections, extractor=extractor, objective=self._objective
+            given,
+            selections,
+            extractor=extractor,
+            objective=self._objective,
+            interventions=self._interventions,
         )
-        return Answer(features.numpy(), features.extractor, features.timings)
+        return Answer(_of_items(features.numpy()), features.extractor, features.timings)
 
     def close(self) -> None:
         pass  # The model is the caller's.
@@ -142,6 +161,7 @@ class RemoteRunner(Runner):
         model: The model's name.
         objective: What requested gradients are the gradients of; empty for nothing.
         timeout: Seconds that a server may take for one batch.
+        interventions: Changes of values while the model runs, all of one set.
 
     Raises:
         InvalidInputError: If the servers' models differ.
@@ -153,12 +173,14 @@ class RemoteRunner(Runner):
         model: str,
         objective: str = "",
         timeout: float = 600.0,
+        interventions: Sequence[Intervention] = (),
     ) -> None:
         from layertap.wire.descriptions import description_from_proto
 
         self._clients = clients
         self._name = model
         self.objective = objective
+        self.interventions = one_set(interventions)
         self._timeout = timeout
         described = {
             address: description_from_proto(client.describe_model(model, fingerprint=True))
@@ -185,10 +207,33 @@ class RemoteRunner(Runner):
     def workers(self) -> list[Worker]:
         """Return workers for each server, each with a stream of its own."""
         return [
-            _RemoteWorker(address, client.stream, self._name, self.objective, self._timeout)
+            _RemoteWorker(address, client.stream, self._name, self, self._timeout)
             for _ in range(_CALLS_OF_SERVER)
             for address, client in self._clients.items()
         ]
+
+
+def one_set(interventions: Sequence[Intervention]) -> Sequence[Intervention]:
+    """Return interventions for a data set, if it can have them.
+
+    Raises:
+        InvalidInputError: If they have several sets, as the output has one row for each item; or
+            are about single items, as these have other places in each batch.
+    """
+    if any(one.set > 1 for one in interventions):
+        raise InvalidInputError("interventions: got several sets, expected one for a data set")
+    if any(one.picks_items for one in interventions):
+        raise InvalidInputError(
+            "interventions: got one that picks items of the batch, which a data set does not have"
+        )
+    return interventions
+
+
+def _of_items(arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Return the outputs without reports about a whole batch."""
+    if not any(name.startswith(REPORT_PREFIX) for name in arrays):
+        return arrays
+    return {n: array for n, array in arrays.items() if not n.startswith(REPORT_PREFIX)}
 
 
 def _words(value: object) -> str:
@@ -203,13 +248,14 @@ class _RemoteWorker(Worker):
         name: str,
         opening: Callable[..., FeatureStream],
         model: str,
-        objective: str,
+        runner: Runner,
         timeout: float,
     ) -> None:
         self.name = name
         self._opening = opening
         self._model = model
-        self._objective = objective or None
+        self._objective = runner.objective or None
+        self._interventions = runner.interventions
         self._timeout = timeout
         self._stream: FeatureStream | None = None
 
@@ -221,7 +267,12 @@ class _RemoteWorker(Worker):
         if self._stream is None:
             self._stream = self._opening(max_in_flight=1, item_timeout=self._timeout)
         request = StreamRequest(
-            self._model, given, selections, extractor, objective=self._objective
+            self._model,
+            given,
+            selections,
+            extractor,
+            objective=self._objective,
+            interventions=self._interventions,
         )
         try:
             [(_, outcome)] = self._stream.extract([request])
@@ -230,7 +281,7 @@ class _RemoteWorker(Worker):
             raise
         if isinstance(outcome, LayertapError):
             raise outcome
-        return Answer(outcome, outcome.extractor, outcome.timings)
+        return Answer(_of_items(outcome), outcome.extractor, outcome.timings)
 
     def close(self) -> None:
         if self._stream is not None:

@@ -40,6 +40,7 @@ from layertap.extraction.points import CapturePoint
 from layertap.extraction.taps import Taps
 from layertap.extraction.towers import check_tower
 from layertap.extraction.trial import tried
+from layertap.intervention import SiteKey
 from layertap.models import Batch, BatchKey, LoadedModel
 from layertap.objective import TermKey
 from layertap.selection import Extractor, LayerSelection
@@ -200,9 +201,12 @@ class ModelHost:
         selections: tuple[LayerSelection, ...],
         extractor: Extractor,
         objective: tuple[TermKey, ...] = (),
+        interventions: tuple[SiteKey, ...] = (),
     ) -> Resolved:
-        """Match selections and objective against the catalogue; see ``layertap.engine.resolve``."""
-        return self._resolve(selections, extractor, objective=objective)
+        """Match what a request names against the catalogue; see ``layertap.engine.resolve``."""
+        return self._resolve(
+            selections, extractor, objective=objective, interventions=interventions
+        )
 
     def declare(self, selections: Sequence[LayerSelection], call: Call | None = None) -> None:
         """Build and keep the plans of layers that will be requested: all together and each alone.
@@ -275,21 +279,24 @@ class ModelHost:
         )
 
     def find_independence(self, plan: Plan, size: int, call: Call) -> None:
-        """Find out whether the items of a batch with gradients influence each other.
+        """Find out whether the items of a batch influence each other, if that matters.
 
-        The result is in the findings of the plan's ``gradients.values``.
+        It does for several items with gradients, and where a pass has an item several times. The
+        result is in the findings of the values of the plan's gradients or interventions.
 
         Args:
-            plan: The plan, with gradients.
+            plan: The plan, with gradients or interventions.
             size: The number of items of the request.
             call: The deadline and cancellation state of the request.
         """
-        facts = plan.gradients
-        if facts is None or facts.values.findings.alone is not None:
+        facts, edits = plan.gradients, plan.edits
+        once = facts is None or (size == 1 and not facts.extractor.sweeps)
+        found = edits or facts
+        if found is None or (once and plan.pass_spec.sets == 1):
+            return  # Each item runs once, and by itself or with those that it came with.
+        values = found.values
+        if values.findings.alone is not None:
             return
-        if size == 1 and not facts.extractor.sweeps:
-            return  # It runs by itself.
-        values = facts.values
         with self._lock:
             known = self._independent.get(plan.batch_key, frozenset())
         if known.issuperset(values.points):
@@ -608,8 +615,8 @@ class ModelHost:
         """Return a plan for which the model need not run; None if there can't be one."""
         if key.extractor is not REFERENCE.id or key.batch_key == self.catalogue.key:
             return None
-        if key.pass_spec.objective is not None:
-            return None  # Whether it can be differentiated there, and what it takes, must be tried.
+        if key.pass_spec.objective is not None or key.pass_spec.sites:
+            return None  # Whether it can be differentiated or changed there must be tried.
         plan = self._builder.predicted(key.pass_spec, key.batch_key)
         if plan is not None:
             self._remember(self._predictions, key, plan, MAX_PREDICTED)

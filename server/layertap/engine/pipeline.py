@@ -48,10 +48,12 @@ from layertap.engine.text_batch import (
 )
 from layertap.engine.work import Work, compute
 from layertap.errors import DeadlineExceededError, ExtractorUnsupportedError, ModelRunError
+from layertap.extraction.interventions import Changes
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.kinds.registry import REFERENCE
 from layertap.extraction.operands import Operands
 from layertap.extraction.plan import Plan
+from layertap.intervention import Intervention
 from layertap.models import Batch
 from layertap.models.text import TokenizedTexts
 from layertap.objective import Objective
@@ -73,6 +75,7 @@ class ExtractionRequest(Generic[P]):
         selections: The layers to return.
         extractor: The extractor to use.
         objective: What requested gradients are the gradients of; None if there are none.
+        interventions: Changes of values while the model runs.
         form: Returns the form of the reply, given the chosen extractor.
     """
 
@@ -81,6 +84,7 @@ class ExtractionRequest(Generic[P]):
     selections: tuple[LayerSelection, ...]
     extractor: Extractor = Extractor.AUTO
     objective: Objective | None = None
+    interventions: tuple[Intervention, ...] = ()
     form: Callable[[Extractor], ReplyForm[P]] = field(kw_only=True)
 
 
@@ -158,7 +162,8 @@ class Pipeline:
     def _extract(self, admitted: _Admitted[P]) -> Extraction[P]:
         host, request, call = admitted.host, admitted.request, admitted.call
         keys = request.objective.keys if request.objective else ()
-        resolved = host.resolve(request.selections, request.extractor, keys)
+        sites = tuple(each.key for each in request.interventions)
+        resolved = host.resolve(request.selections, request.extractor, keys, sites)
         x, beside = self._batch(admitted)
         padded = self._padded(admitted, x, beside, resolved)
         if padded is not None:
@@ -172,8 +177,9 @@ class Pipeline:
             resolved = host.resolve(request.selections, _for_any_number(request, plan.kind, host))
             plan = host.plan(resolved, x, call)
         operands = self._operands(admitted, plan, x.size)
+        changes = self._changes(admitted, plan, x.size)
         try:
-            return self._run(admitted, Planned(x, beside, resolved, plan), operands)
+            return self._run(admitted, Planned(x, beside, resolved, plan), operands, changes)
         except ModelRunError as error:
             if not plan.kind.compiled:
                 raise
@@ -193,8 +199,8 @@ class Pipeline:
         asked = request.extractor in (Extractor.AUTO, REFERENCE.id)
         if host.lengths is None or not asked or REFERENCE.id not in resolved.candidates:
             return None
-        if request.objective is not None:
-            return None  # Its gradients are of the values of all its items.
+        if request.objective is not None or request.interventions:
+            return None  # These are about the values of all its items.
         padding = host.lengths.padding(resolved.pass_spec, x, call)
         if padding is None:
             return None
@@ -277,14 +283,31 @@ class Pipeline:
         admitted.host.find_independence(plan, size, admitted.call)
         return operands
 
+    def _changes(self, admitted: _Admitted[P], plan: Plan, size: int) -> Changes | None:
+        """Return the interventions of a request, which fit its batch; None without any."""
+        if plan.edits is None:
+            return None
+        changes = Changes(admitted.request.interventions, plan.edits.sites)
+        changes.check(size)
+        admitted.host.find_independence(plan, size, admitted.call)
+        return changes
+
     def _run(
-        self, admitted: _Admitted[P], planned: Planned, operands: Operands | None = None
+        self,
+        admitted: _Admitted[P],
+        planned: Planned,
+        operands: Operands | None = None,
+        changes: Changes | None = None,
     ) -> Extraction[P]:
         x, beside, resolved, plan, padding = planned
         host, call, reserved = admitted.host, admitted.call, admitted.reply
         form = admitted.request.form(plan.extractor)
         envelope = Envelope(self._limits.reply_bytes, form, reserved.take)
-        parts = (resolved.outputs, plan, x.size, envelope, host.staging)
+        sets = plan.pass_spec.sets
+        rows = x.size * sets
+        if sets > 1:
+            beside = beside.repeated(sets)
+        parts = (resolved.outputs, plan, rows, envelope, host.staging)
 
         def collect() -> Reply[P]:
             # The former reply was dropped, and its memory with it.
@@ -294,10 +317,12 @@ class Pipeline:
         lay_out = reply_collector if plan.dynamic else reply_writer
         # No variable here refers to the reply, so its memory is freed if ``collect`` replaces it.
         reply = lay_out(*parts, beside=beside)
-        work = Work(host, plan, resolved, x, reply, collect, call, operands, padding)
+        work = Work(host, plan, resolved, x, reply, collect, call, operands, padding, changes)
         del reply
         if plan.gradients is not None:
             reserved.take(plan.gradients.bytes_for(x.size))
+        if plan.edits is not None:
+            reserved.take(plan.edits.bytes_for(x.size))
         items = x.size
         part = Part(work, items, padding.length if padding is not None else 0)
         prepared_ns = time.perf_counter_ns()
@@ -432,6 +457,6 @@ def _key(work: Work[Any]) -> Hashable:
         return work.padding.key
     if work.host.options.batching.max_size == 1 or plan.dynamic or plan.findings.alone:
         return None
-    if work.operands is not None:
-        return None  # Operands are those of one request.
+    if work.operands is not None or work.changes is not None:
+        return None  # Operands and interventions are those of one request.
     return id(plan), work.x.key

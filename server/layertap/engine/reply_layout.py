@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic
 
@@ -51,6 +51,10 @@ class Beside:
     tokens: Tokens | None = None
     arrays: Sequence[tuple[str, np.ndarray]] = ()
     pictures: torch.Tensor | None = None
+
+    def repeated(self, times: int) -> Beside:
+        """Return the data for a reply that has all items several times."""
+        return self if self.tokens is None else replace(self, tokens=self.tokens.repeated(times))
 
 
 NOTHING_BESIDE = Beside()

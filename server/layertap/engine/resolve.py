@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from layertap.engine.resolve_interventions import (
+    check_behind,
+    check_changeable,
+    reported_changes,
+    resolve_sites,
+)
 from layertap.engine.resolve_objective import (
     check_differentiable,
     check_order,
@@ -18,6 +24,7 @@ from layertap.extraction.catalogue import Catalogue, LayerEntry
 from layertap.extraction.kinds.registry import KINDS, REFERENCE
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind
+from layertap.intervention import SiteKey
 from layertap.models import LoadedModel
 from layertap.objective import TermKey
 from layertap.selection import (
@@ -100,6 +107,7 @@ def resolve(
     *,
     max_layers: int,
     objective: Sequence[TermKey] = (),
+    interventions: Sequence[SiteKey] = (),
 ) -> Resolved:
     """Match selections against a catalogue.
 
@@ -110,20 +118,23 @@ def resolve(
         extractor: The extractor to use.
         max_layers: Maximum number of layers that the selections match.
         objective: The terms of the objective; none if no gradients are requested.
+        interventions: The layers of interventions; none without any.
 
     Raises:
         InvalidInputError: If there are no selections, too many of them, two outputs with one name,
-            an alias for a glob, a dtype in which values can't be sent, or gradients without an
-            objective.
+            an alias for a glob, a dtype in which values can't be sent, gradients without an
+            objective, or an intervention behind all that is requested.
         LayerNotFoundError: If a name or glob matches nothing.
         ExtractorUnsupportedError: If the extractor, or in case of AUTO every extractor, can't
-            serve a layer or its gradient.
+            serve a layer or its gradient, or an intervention.
     """
     if not selections:
         raise InvalidInputError("layers: got none, expected at least one layer")
     _check_objective(selections, objective)
     if objective:
         check_differentiable(model, catalogue, extractor)
+    if interventions:
+        check_changeable(model, catalogue, extractor)
     matches: list[tuple[LayerSelection, LayerEntry]] = []
     for selection in selections:
         found = (
@@ -134,7 +145,7 @@ def resolve(
         matches.extend((selection, entry) for entry in found)
         if len(matches) > max_layers:
             raise InvalidInputError(f"layers: got more than {max_layers}, the most allowed")
-    _check_names(matches, objective)
+    _check_names(matches, [*_reported(objective), *reported_changes(interventions)])
     order = {entry.name: index for index, entry in enumerate(catalogue)}
     wanted = {
         (order.get(entry.name, -1), selection.capture, number): _point(entry, selection)
@@ -148,6 +159,9 @@ def resolve(
         companions = (replace(point, companion=True) for point in points if _companion(point))
         points = (*points, *companions, *_reported(objective))
         spec = PassSpec(points, aim)
+    if interventions:
+        spec = _with_sites(model, catalogue, spec, interventions)
+        points = spec.points
     outputs = tuple(
         Output(
             name=selection.name_for(entry.name),
@@ -172,11 +186,26 @@ def resolve(
         if _companion(points[output.point])
     )
     outputs += tuple(
-        Output(point.objective_name, point.objective_name, index, Reduction.NONE, None)
+        Output(point.report_name, point.report_name, index, Reduction.NONE, None)
         for index, point in enumerate(points)
-        if point.kind is PointKind.OBJECTIVE
+        if point.is_report
     )
     return Resolved(outputs, spec, _candidates(matches, extractor, spec))
+
+
+def _with_sites(
+    model: LoadedModel, catalogue: Catalogue, spec: PassSpec, keys: Sequence[SiteKey]
+) -> PassSpec:
+    """Return a pass spec with interventions."""
+    sets = max(1, *(key.set for key in keys))
+    if sets > 1 and spec.objective is not None:
+        raise InvalidInputError(
+            f"interventions: got {sets} sets and an objective, expected one set; send a request "
+            f"with gradients for each set"
+        )
+    sites = resolve_sites(model, catalogue, keys)
+    check_behind(catalogue, sites, spec.asked)
+    return PassSpec((*spec.points, *reported_changes(keys)), spec.objective, sites, sets)
 
 
 def _companion(point: CapturePoint) -> str:
@@ -270,9 +299,9 @@ def _check_served(entry: LayerEntry, capture: Capture, extractor: Extractor) -> 
 
 
 def _check_names(
-    matches: Sequence[tuple[LayerSelection, LayerEntry]], objective: Sequence[TermKey]
+    matches: Sequence[tuple[LayerSelection, LayerEntry]], reports: Sequence[CapturePoint]
 ) -> None:
-    seen = {point.objective_name for point in _reported(objective)}
+    seen = {point.report_name for point in reports}
     for selection, entry in matches:
         own = selection.name_for(entry.name)
         suffix = selection.method.companion
@@ -289,11 +318,15 @@ def _candidates(
 ) -> tuple[Extractor, ...]:
     if extractor is not Extractor.AUTO:
         return (extractor,)
-    if spec.objective is not None:
+    if spec.objective is not None or spec.sites:
         for selection, entry in matches:
             if not selection.capture.is_gradient:
                 _check_served(entry, selection.capture, REFERENCE.id)
-        return tuple(kind.id for kind in KINDS.values() if kind.gradients)
+        return tuple(
+            kind.id
+            for kind in KINDS.values()
+            if (kind.gradients or spec.objective is None) and (kind.edits or not spec.sites)
+        )
     able = [set(entry.served_by(selection.capture)) for selection, entry in matches]
     common = set.intersection(*able)
     if not common:

@@ -19,6 +19,7 @@ from layertap.engine.reply_form import P
 from layertap.engine.resolve import Resolved
 from layertap.errors import LayertapError, ModelRunError, OverloadedError
 from layertap.extraction.checkpoints import checked
+from layertap.extraction.interventions import Changes
 from layertap.extraction.operands import Operands
 from layertap.extraction.out_of_memory import is_out_of_memory
 from layertap.extraction.padding import cut
@@ -47,6 +48,7 @@ class Work(Generic[P]):
         call: The deadline and cancellation state of the request.
         operands: The operands of its objective; None if it has none.
         padding: How it may share a pass with items of other lengths; None if it may not.
+        changes: Its interventions; None if it has none.
     """
 
     host: ModelHost
@@ -58,6 +60,7 @@ class Work(Generic[P]):
     call: Call
     operands: Operands | None = None
     padding: Padding | None = None
+    changes: Changes | None = None
 
     @property
     def items(self) -> int:
@@ -152,7 +155,7 @@ def _run_alone(work: Work[Any]) -> None:
 
 def _capture(work: Work[Any], x: Batch) -> None:
     with _abandonable(work.host, [work.call]):
-        work.plan.bound(work.operands).run(x, _sink(work))
+        work.plan.bound(work.operands, work.changes).run(x, _sink(work))
 
 
 def _run_together(works: Sequence[Work[Any]]) -> None:
@@ -215,6 +218,9 @@ def _finite_only(work: Work[Any]) -> Sink:
     """Wrap a request's sink to raise ModelRunError for values that are not finite."""
 
     def take(index: int, value: torch.Tensor) -> None:
+        if work.plan.points[index].is_report:
+            work.reply(index, value)
+            return
         finite = value.isfinite()
         if not finite.all():
             layer = work.host.catalogue.name_of(work.plan.points[index])

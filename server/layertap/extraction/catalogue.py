@@ -161,9 +161,9 @@ class Catalogue:
         }
 
     def name_of(self, point: CapturePoint) -> str:
-        """Return the name to request for a point, or that of a gradient or the objective."""
-        if point.kind is PointKind.OBJECTIVE:
-            return point.objective_name
+        """Return the name to request for a point, or that of a gradient or a report."""
+        if point.is_report:
+            return point.report_name
         name = (
             f"{self.inputs_name}.{point.path}"
             if point.kind is PointKind.INPUT

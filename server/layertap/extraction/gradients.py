@@ -48,12 +48,13 @@ from layertap.errors import InvalidInputError
 from layertap.extraction.attribution import Attribution
 from layertap.extraction.containers import plain
 from layertap.extraction.guided import guided_relus, relus_before
+from layertap.extraction.interventions import Changes, PassRows
 from layertap.extraction.kinds.base import BuildContext
 from layertap.extraction.operands import ItemAxis, Measured, Operands, check_range
 from layertap.extraction.pass_spec import PassSpec
 from layertap.extraction.points import CapturePoint, PointKind, Sink, ValueSpec
 from layertap.extraction.sweeps import Base, SentBaseline, SweepTotal, SweptPass, steps_of
-from layertap.extraction.taps import Edit
+from layertap.extraction.taps import Edit, Watch
 from layertap.models import Batch
 from layertap.selection import Method, Sweep
 
@@ -92,8 +93,8 @@ class _Mark(torch.autograd.Function):
 
 def point_name(point: CapturePoint) -> str:
     """Return a point's name for messages: the path, with what is captured there."""
-    if point.kind is PointKind.OBJECTIVE:
-        return point.objective_name
+    if point.is_report:
+        return point.report_name
     path = f"inputs.{point.path}" if point.kind is PointKind.INPUT else point.path or "output"
     call = f" (call {point.call})" if point.call else ""
     member = "".join(f"[{key}]" for key in point.member)
@@ -180,7 +181,16 @@ class GradientExtractor:
         """Raise ValueError: a pass with gradients needs operands; see ``run_with``."""
         raise ValueError("a pass with gradients needs the operands of its objective")
 
-    def run_with(self, operands: Operands, x: Batch, sink: Sink, *, alone: bool = False) -> None:
+    def run_with(
+        self,
+        operands: Operands,
+        x: Batch,
+        sink: Sink,
+        *,
+        alone: bool = False,
+        changes: Changes | None = None,
+        rows: PassRows | None = None,
+    ) -> None:
         """Run a batch together; see ``BuiltExtractor.run``.
 
         Args:
@@ -189,24 +199,32 @@ class GradientExtractor:
             sink: Receives the values.
             alone: Whether the items of a batch may influence each other, so that a sweep must not
                 run as further items of the batch.
+            changes: The interventions of the request; None if there are none.
+            rows: Which of the request's items the batch has; None for all of them.
 
         Raises:
             InvalidInputError: If the objective does not depend on one of the values.
         """
+        mine = _Interventions(changes, rows or PassRows.whole(x.size))
         # The model may write into its batch, which the passes of a sweep need again.
         given = x.clone() if self._sweeps else x
-        main = self._one(_Pass(self, operands, x.size, self._marks, sink), given)
-        rows = 1 if alone or not self.shapes.takes_batches else self._rows
+        main = self._one(_Pass(self, operands, x.size, self._marks, sink, changes=mine), given)
+        if changes is not None:
+            changes.tally.end_pass()
+        most = 1 if alone or not self.shapes.takes_batches else self._rows
         for point, indexes in self._sweeps.items():
-            self._sweep(point, indexes, main, x, sink, most=max(1, rows // x.size))
+            self._sweep(point, indexes, main, x, sink, most=max(1, most // x.size))
 
-    def run_alone(self, operands: Operands, x: Batch, sink: Sink) -> None:
+    def run_alone(
+        self, operands: Operands, x: Batch, sink: Sink, changes: Changes | None = None
+    ) -> None:
         """Run each item of a batch in a pass of its own; see Note [Gradients of each item].
 
         Args:
             operands: The operands of the batch.
             x: The batch.
             sink: Receives the values of all items together.
+            changes: The interventions of the request; None if there are none.
         """
         kept: list[list[torch.Tensor]] = [[] for _ in self.points]
 
@@ -215,7 +233,9 @@ class GradientExtractor:
 
         for item in range(x.size):
             mine = operands.narrow(item, self.shapes.terms)
-            self.run_with(mine, x.narrow(item, 1).clone(), keep, alone=True)
+            one = x.narrow(item, 1).clone()
+            rows = PassRows((item,), x.size)
+            self.run_with(mine, one, keep, alone=True, changes=changes, rows=rows)
         for index, (values, output) in enumerate(zip(kept, self.shapes.outputs, strict=True)):
             sink(index, _joined(values, output.spec, self.points[index]))
 
@@ -224,6 +244,7 @@ class GradientExtractor:
         keeping = _keeping_saved() if self._keeps_saved else nullcontext()
         guarding = self._context.guard
         with guarding as guard, torch.inference_mode(False), torch.enable_grad(), keeping:
+            edits, watches = one.edits()
             self._context.taps.run(
                 self._context.model.forward,
                 one.marked_inputs(x),
@@ -231,7 +252,8 @@ class GradientExtractor:
                 one.see,
                 to_end=not guard.rules.early_stop,
                 own_threads=guard.rules.own_threads,
-                edits=one.edits(),
+                edits=edits,
+                watches=watches,
                 raw=True,
             )
             one.differentiate()
@@ -276,6 +298,7 @@ class GradientExtractor:
                 {point.value: []},
                 None,
                 swept=swept,
+                changes=main.changes.repeated(times),
             )
             self._one(one, Batch.cat([x] * times))
             total.add(swept, one.only_gradient, one.numbers)
@@ -321,7 +344,7 @@ class GradientExtractor:
             "sweep: baseline", float(items.abs().amax()) if items.numel() else 0, spec.dtype
         )
         items = items.expand(size, *items.shape[1:])
-        base = axis.joined(items, torch.empty(spec.shape(size), device="meta"))
+        base = axis.joined(items, spec.shape(size))
         return base.to(self._context.model.device, spec.dtype)
 
 
@@ -364,6 +387,31 @@ class BoundGradients:
             self.extractor.run_with(self.operands, x, sink, alone=alone)
 
 
+@dataclass(frozen=True)
+class _Interventions:
+    """The interventions of a pass.
+
+    Attributes:
+        changes: The interventions of the request; None if there are none.
+        rows: The rows of the pass.
+        count: Whether they count in the report.
+    """
+
+    changes: Changes | None
+    rows: PassRows
+    count: bool = True
+
+    def repeated(self, times: int) -> _Interventions:
+        """Return those of a pass that has all rows several times; they don't count again."""
+        return replace(self, rows=replace(self.rows, blocks=(1,) * times), count=False)
+
+    def edits(self) -> tuple[list[Edit], list[Watch]]:
+        """Return the edits, and what to watch for them."""
+        if self.changes is None:
+            return [], []
+        return self.changes.edits(self.rows, count=self.count)
+
+
 class _Pass:
     """One pass with gradients.
 
@@ -374,8 +422,10 @@ class _Pass:
         marks: The values whose gradients to compute, with the indexes of what is made of each.
         sink: Receives the values; None for a pass of a sweep.
         swept: What the pass has in place of the only marked value; None for the model's own.
+        changes: Its interventions.
 
     Attributes:
+        changes: The same.
         watched: What the taps capture: the requested values, and those of the objective's terms.
         numbers: The number of each item, ``[B]``; set by ``differentiate``.
         only_gradient: The gradient of a sweep's value; set by ``differentiate``.
@@ -391,7 +441,9 @@ class _Pass:
         sink: Sink | None,
         *,
         swept: SweptPass | None = None,
+        changes: _Interventions,
     ) -> None:
+        self.changes = changes
         self._points, self._terms = extractor.points, extractor.terms
         self._axes, self._outputs = extractor.shapes.axes, extractor.shapes.outputs
         self._operands, self._size, self._sink = operands, size, sink
@@ -414,13 +466,16 @@ class _Pass:
         self.only_gradient: torch.Tensor
         self.swept_value: torch.Tensor
 
-    def edits(self) -> list[Edit]:
-        """Return the edits that mark the values of modules."""
-        return [
+    def edits(self) -> tuple[list[Edit], list[Watch]]:
+        """Return the edits that change values or mark them, and what to watch for them."""
+        edits, watches = self.changes.edits()
+        # The gradient of a value that is changed is that of what the model goes on with.
+        marks = (
             Edit(point, partial(self._mark, point))
             for point in self._marks
             if point.kind is PointKind.MODULE
-        ]
+        )
+        return [*edits, *marks], watches
 
     def marked_inputs(self, x: Batch) -> Batch:
         """Return the batch with those of its tensors marked whose gradients are requested."""

@@ -33,6 +33,11 @@ class Tokens:
     mask: torch.Tensor
     words: torch.Tensor | None = None
 
+    def repeated(self, times: int) -> Tokens:
+        """Return the positions of a batch that has all items several times."""
+        words = None if self.words is None else self.words.repeat(times, 1)
+        return Tokens(self.mask.repeat(times, 1), words)
+
 
 MASKED = frozenset(
     {

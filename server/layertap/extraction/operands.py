@@ -50,17 +50,17 @@ class ItemAxis(NamedTuple):
             return first
         return first.reshape(size, self.per_item, *first.shape[1:])
 
-    def joined(self, items: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def joined(self, items: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Return the value whose parts are ``items``: the inverse of the method of that name.
 
         Args:
             items: The parts, ``[size, ...]``.
-            like: A value of the resulting shape.
+            shape: The shape of the value.
         """
         if self.axis is None:
             return items.squeeze(0)
         merged = items.flatten(0, 1) if self.per_item != 1 else items
-        return merged.movedim(0, self.axis).reshape(like.shape)
+        return merged.movedim(0, self.axis).reshape(shape)
 
     def shape_per_item(self, spec: ValueSpec) -> tuple[int, ...]:
         """Return the shape of an item's part, as a spec predicts it."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from layertap.extraction.points import CapturePoint, PointKind
 from layertap.objective import Measure
 
-__all__ = ["ObjectiveSpec", "PassSpec", "TermSpec"]
+__all__ = ["ObjectiveSpec", "PassSpec", "SiteSpec", "TermSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,21 @@ class ObjectiveSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """A value that an intervention changes, apart from the numbers that a request gives.
+
+    Attributes:
+        intervention: The index of the intervention in the request.
+        point: The value.
+        skips: Whether it is replaced by what the module was given.
+    """
+
+    intervention: int
+    point: CapturePoint
+    skips: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PassSpec:
     """Everything that one forward pass must do, apart from its input.
 
@@ -40,10 +55,14 @@ class PassSpec:
     Attributes:
         points: The distinct values to capture, in execution order.
         objective: What the gradients among the points are the gradients of; None without any.
+        sites: What interventions change, in their order.
+        sets: The number of sets of interventions, 1 without sets.
     """
 
     points: tuple[CapturePoint, ...]
     objective: ObjectiveSpec | None = None
+    sites: tuple[SiteSpec, ...] = ()
+    sets: int = 1
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -56,11 +75,26 @@ class PassSpec:
 
     @property
     def values(self) -> tuple[CapturePoint, ...]:
-        """The values of layers that the pass needs: captured, differentiated, or the objective."""
-        if self.objective is None:
+        """The values of layers that the pass needs: captured, differentiated, or the objective.
+
+        Also those that it changes.
+        """
+        if self.objective is None and not self.sites:
             return self.points
+        return tuple(dict.fromkeys((*self.asked, *(site.point for site in self.sites))))
+
+    @property
+    def asked(self) -> tuple[CapturePoint, ...]:
+        """The values of layers that are captured, differentiated, or the objective."""
         points = [point.value for point in self.points if point.kind is PointKind.MODULE]
-        return tuple(dict.fromkeys((*points, *(term.point for term in self.objective.terms))))
+        terms = self.objective.terms if self.objective else ()
+        return tuple(dict.fromkeys((*points, *(term.point for term in terms))))
+
+    @property
+    def without_sites(self) -> PassSpec:
+        """What the pass must do apart from interventions."""
+        points = (point for point in self.points if point.kind is not PointKind.INTERVENTIONS)
+        return PassSpec(tuple(points), self.objective)
 
     @property
     def modules_only(self) -> bool:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from layertap.extraction.base import BuiltExtractor
+from layertap.extraction.edited import BoundChanges, ChangedGradients, EditedExtractor
 from layertap.extraction.gradients import BoundGradients, GradientExtractor
 from layertap.extraction.guards import Outcome
+from layertap.extraction.interventions import Changes, Site
 from layertap.extraction.kinds.base import ExtractorKind
 from layertap.extraction.operands import Operands
 from layertap.extraction.pass_spec import PassSpec
@@ -17,7 +19,7 @@ from layertap.extraction.points import CapturePoint, ValueSpec
 from layertap.models import BatchKey
 from layertap.selection import Extractor
 
-__all__ = ["Findings", "GradientFacts", "Plan", "PlanKey", "quoted"]
+__all__ = ["EditFacts", "Findings", "GradientFacts", "Plan", "PlanKey", "quoted"]
 
 
 class PlanKey(NamedTuple):
@@ -125,6 +127,31 @@ class GradientFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class EditFacts:
+    """What a plan with interventions knows besides the types and shapes of its points.
+
+    Attributes:
+        extractor: The plan's extractor, which takes interventions.
+        sites: The values that interventions change.
+        values: A plan for the values themselves, whose findings tell whether the items of a batch
+            influence each other.
+        row_bytes: Bytes that a row of a pass needs besides its reply.
+    """
+
+    extractor: EditedExtractor | GradientExtractor
+    sites: tuple[Site, ...]
+    values: Plan
+    row_bytes: int
+
+    def bytes_for(self, size: int) -> int:
+        """Return the bytes that a request of some items needs besides its reply."""
+        rows = size
+        if isinstance(self.extractor, EditedExtractor):
+            rows = max(size, min(self.extractor.most_rows, size * self.extractor.sets))
+        return rows * self.row_bytes
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A proven way to run a pass spec, for all batches of one key.
 
@@ -140,6 +167,7 @@ class Plan:
         predicted: Whether the specs were computed from the expressions of the catalogue, and no
             pass at these sizes has measured them.
         gradients: What a plan with gradients knows besides; None for any other plan.
+        edits: What a plan with interventions knows besides; None for any other plan.
     """
 
     kind: ExtractorKind
@@ -151,13 +179,23 @@ class Plan:
     outcome: Outcome = ()
     predicted: bool = False
     gradients: GradientFacts | None = None
+    edits: EditFacts | None = None
 
-    def bound(self, operands: Operands | None) -> BuiltExtractor:
+    def bound(self, operands: Operands | None, changes: Changes | None = None) -> BuiltExtractor:
         """Return what runs a request: the plan's extractor, with the request's operands if any.
 
         Args:
             operands: The operands of a request with an objective, which were checked.
+            changes: The interventions of a request, which were checked.
         """
+        if self.edits is not None and changes is not None:
+            alone = self.edits.values.findings.alone is not False
+            extractor = self.edits.extractor
+            if isinstance(extractor, EditedExtractor):
+                return BoundChanges(extractor, changes, alone)
+            if operands is None:
+                raise AssertionError("a plan with gradients has an objective with operands")
+            return ChangedGradients(extractor, operands, changes, alone)
         if self.gradients is None or operands is None:
             return self.built
         alone = self.gradients.values.findings.alone is not False

@@ -36,6 +36,7 @@ from layertap.errors import ExtractorUnsupportedError, LayertapError, Overloaded
 from layertap.extraction.apart import ProgramEndedError
 from layertap.extraction.base import BuiltExtractor, Values
 from layertap.extraction.catalogue import Catalogue
+from layertap.extraction.edit_plan import EditPlanner
 from layertap.extraction.gradient_plan import GradientPlanner
 from layertap.extraction.guards import Look, Outcome, Tape, in_words, is_subsequence
 from layertap.extraction.kinds.base import (
@@ -179,6 +180,7 @@ class PlanBuilder:
         self.outcomes = Outcomes(measuring, catalogue.looks.looked)
         self.prover = Prover(measuring, self.outcomes)
         self._gradients = GradientPlanner(self._context, self.prover, self._placed)
+        self._edits = EditPlanner(self._context, self.prover, catalogue, self.steps)
         # Programs whose recorded pass looked at nothing: they may hold for other outcomes as well.
         self._general: WeakValueDictionary[PlanKey, BuiltExtractor] = WeakValueDictionary()
         # Programs that may be tried at other sizes, as long as some plan has them.
@@ -222,6 +224,9 @@ class PlanBuilder:
     ) -> Iterator[Plan | None]:
         """Do what ``build`` does in steps of about one forward pass; yield the plan at the end."""
         extractor, pass_spec, batch_key, outcome = key
+        if pass_spec.sites:
+            yield from self._edits.steps(key)
+            return
         if pass_spec.objective is not None:
             yield from self._gradients.steps(key)
             return

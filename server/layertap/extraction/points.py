@@ -34,6 +34,8 @@ class PointKind(StrEnum):
     """A tensor that the model was given."""
     OBJECTIVE = "objective"
     """The objective of a pass, which only passes with gradients have."""
+    INTERVENTIONS = "interventions"
+    """What the interventions of a pass changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class CapturePoint:
     Attributes:
         kind: What it is attached to.
         path: The module's path; the node's name in torchvision's naming; the name of the model's
-            input; or for the objective, ``value`` or ``index``.
+            input; for the objective, ``value`` or ``index``; or for interventions, what is told.
         capture: Whether it is the call's output or its input.
         call: Which call of the module it is, or which of the objective's indices; counted from 0.
         member: The indices and keys that lead to it in a container; empty for a plain tensor.
@@ -78,10 +80,15 @@ class CapturePoint:
         return CapturePoint(self.kind, self.path, self.capture, self.call, self.member)
 
     @property
-    def objective_name(self) -> str:
-        """The name in the reply, if it tells something about the objective."""
+    def report_name(self) -> str:
+        """The name in the reply, if it tells something about the objective or interventions."""
         number = f"_{self.call}" if self.call else ""
-        return f"objective.{self.path}{number}"
+        return f"{self.kind}.{self.path}{number}"
+
+    @property
+    def is_report(self) -> bool:
+        """Whether it tells something about the objective or interventions, and is no value."""
+        return self.kind in (PointKind.OBJECTIVE, PointKind.INTERVENTIONS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,12 @@ _OTHER_HOOKS = (
 )  # fmt: skip
 _MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 
+_TABLES_OF_ALL_MODELS = ("_CAN_RECORD_REGISTRY",)
+"""Globals that are written when any model is made: in transformers, what each class can record.
+
+They are no state of a model's passes, and a restored one would lack what other models have added.
+"""
+
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _MISSING: Any = object()
 
@@ -911,6 +917,8 @@ class _Walk:
         for name in _names_in(function.__code__):
             value = held.get(name, _MISSING)
             if value is _MISSING or isinstance(value, type | types.ModuleType):
+                continue
+            if name in _TABLES_OF_ALL_MODELS and file.startswith("transformers."):
                 continue
             if isinstance(value, types.FunctionType) and value.__module__ != file:
                 continue  # Don't follow the globals that another file's functions use.

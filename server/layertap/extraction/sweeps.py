@@ -142,7 +142,7 @@ class SweptPass:
         spread = (flat.amax(1) - flat.amin(1)) * self.sweep.noise
         shape = (size, *(1 for _ in items.shape[1:]))
         added = noise.to(items.device, items.dtype) * spread.reshape(shape)
-        return part + self.axis.joined(added, part)
+        return part + self.axis.joined(added, part.shape)
 
 
 class SweepTotal:

@@ -43,7 +43,7 @@ from layertap.extraction.script_taps import (
 )
 from layertap.selection import Capture
 
-__all__ = ["Edit", "StopForward", "Taps", "call_input", "observe"]
+__all__ = ["Edit", "StopForward", "Taps", "Watch", "call_input", "observe"]
 
 _session: ContextVar[_Session | None] = ContextVar("layertap_session", default=None)
 
@@ -71,6 +71,22 @@ class Edit:
     change: Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A look at every call of a module, which changes nothing.
+
+    Attributes:
+        path: The module's path.
+        side: Whether it is given what the module is given, after edits, or what it returned, before
+            edits.
+        look: Takes the whole value.
+    """
+
+    path: str
+    side: Capture
+    look: Callable[[Any], None]
+
+
 class _Session:
     """The captures and edits of one pass; receives the reports of its own taps only."""
 
@@ -82,6 +98,7 @@ class _Session:
         *,
         to_end: bool,
         edits: Sequence[Edit] = (),
+        watches: Sequence[Watch] = (),
         raw: bool = False,
     ) -> None:
         self.owner = owner
@@ -91,6 +108,10 @@ class _Session:
         for edit in edits:
             place = (edit.point.path, edit.point.capture, edit.point.call)
             self._edits.setdefault(place, []).append(edit)
+        self._watches: dict[tuple[str, Capture], list[Watch]] = {}
+        for each in watches:
+            self._watches.setdefault((each.path, each.side), []).append(each)
+        self._edits_any = bool(edits or watches)
         self._wanted: dict[tuple[str, Capture, int], list[int]] = {}
         for index, point in enumerate(points):
             self._wanted.setdefault((point.path, point.capture, point.call), []).append(index)
@@ -112,9 +133,15 @@ class _Session:
     def _see(self, path: str, side: Capture, value: Any) -> Any:
         call = self._calls[path, side]
         self._calls[path, side] = call + 1
-        edits = self._edits.pop((path, side, call), ())
-        for edit in edits:
-            value = self._edited(edit, value)
+        edited = False
+        if self._edits_any and self.refused is None:
+            try:
+                value, edited = self._edit(path, side, call, value)
+            except BaseException as error:
+                # Kept, because the model's own code may catch it.
+                self.refused = error
+                if not self._to_end:
+                    raise
         for index in self._wanted.pop((path, side, call), ()):
             if self.refused is not None:
                 continue  # After an error the pass only continues because it must run to its end.
@@ -126,7 +153,21 @@ class _Session:
                     raise
         if not self._wanted and not self._to_end:
             raise StopForward
-        return value if edits else None
+        return value if edited else None
+
+    def _edit(self, path: str, side: Capture, call: int, value: Any) -> tuple[Any, bool]:
+        """Return the value after watches and edits, and whether there were edits."""
+        edits = self._edits.pop((path, side, call), ())
+        watches = self._watches.get((path, side), ())
+        if side is Capture.OUTPUT:
+            for each in watches:
+                each.look(value)
+        for edit in edits:
+            value = self._edited(edit, value)
+        if side is Capture.INPUT:
+            for each in watches:
+                each.look(value)
+        return value, bool(edits)
 
     def _edited(self, edit: Edit, value: Any) -> Any:
         tensor = pick(value, edit.point.member)
@@ -217,6 +258,7 @@ class Taps:
         to_end: bool = False,
         own_threads: bool = False,
         edits: Sequence[Edit] = (),
+        watches: Sequence[Watch] = (),
         raw: bool = False,
     ) -> None:
         """Run a forward pass until every point is captured.
@@ -231,6 +273,7 @@ class Taps:
                 may run meanwhile; see Note [A model's own threads].
             edits: Changes of values, which come before captures of the same value. An edit whose
                 call never happens has no effect: the caller must notice.
+            watches: Looks at calls.
             raw: Whether the sink gets tensors as the model has them: quantised, if they are, and
                 with the graph for differentiating them.
 
@@ -239,7 +282,9 @@ class Taps:
         """
         for point in (*points, *(edit.point for edit in edits)):
             self.install(point.path, point.capture)
-        session = _Session(self, points, sink, to_end=to_end, edits=edits, raw=raw)
+        for each in watches:
+            self.install(each.path, each.side)
+        session = _Session(self, points, sink, to_end=to_end, edits=edits, watches=watches, raw=raw)
         token = _session.set(session)
         self._running = session if own_threads else None
         try:

@@ -23,6 +23,7 @@ from layertap.engine import (
 )
 from layertap.errors import UnavailableError
 from layertap.inputs import encode_input
+from layertap.intervention import InterventionsLike, parse_interventions
 from layertap.local.features import LocalFeatures
 from layertap.models import Signature
 from layertap.objective import ObjectiveLike, parse_objective
@@ -96,6 +97,7 @@ class LocalModel:
         *,
         extractor: Extractor | str = Extractor.AUTO,
         objective: ObjectiveLike | None = None,
+        interventions: InterventionsLike | None = None,
         timeout: float | None = None,
     ) -> LocalFeatures:
         """Return layers of a batch from one forward pass, which stops as early as possible.
@@ -112,6 +114,9 @@ class LocalModel:
             objective: What the selections with GRADIENT or INPUT_GRADIENT, such as
                 ``"layer4:gradient"``, are the gradients of: an `Objective`, or a text such as
                 ``"fc[281]"`` or ``"fc[maximum]"``. The result then has ``objective.value`` too.
+            interventions: Changes of values while the model runs: an `Intervention`, a text such as
+                ``"layer4:channel=3:zero"``, a list of these, or a list of such lists, one for each
+                set. The result then has ``interventions.elements`` and so on, too.
             timeout: Seconds that the extraction may take; None for no limit.
 
         Returns:
@@ -134,10 +139,11 @@ class LocalModel:
                 by_name(selection.dtype)
         chosen = as_extractor(extractor)
         aim = parse_objective(objective)
+        changes = parse_interventions(interventions)
         given = inputs_of(batch)
         host = self.host
         extraction = self._engine.extract(
-            ExtractionRequest(self.name, given, selections, chosen, aim, form=TensorForm),
+            ExtractionRequest(self.name, given, selections, chosen, aim, changes, form=TensorForm),
             call,
             host,
         )

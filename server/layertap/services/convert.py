@@ -30,6 +30,7 @@ from layertap.texts import TextOptions, Truncation
 from layertap.v1 import catalogue_pb2, feature_service_pb2
 from layertap.wire import dtypes
 from layertap.wire.enums import from_proto
+from layertap.wire.interventions import interventions_from_proto
 from layertap.wire.objectives import objective_from_proto
 from layertap.wire.small_tensors import array_from_proto
 from layertap.wire.stream_messages import id_field
@@ -135,6 +136,7 @@ def request_from_proto(
             request.extractor, catalogue_pb2.Extractor, "EXTRACTOR", Extractor.AUTO
         ),
         objective=objective_from_proto(request.objective),
+        interventions=interventions_from_proto(request.interventions),
         form=partial(SharedForm, fields=reply_fields, memory=memory),
     )
 

@@ -69,6 +69,34 @@ class Measure(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MEASURE_NORM: _ClassVar[Measure]
     MEASURE_LOG_PROBABILITY: _ClassVar[Measure]
     MEASURE_DOT: _ClassVar[Measure]
+
+class Axis(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AXIS_UNSPECIFIED: _ClassVar[Axis]
+    AXIS_ITEM: _ClassVar[Axis]
+    AXIS_CHANNEL: _ClassVar[Axis]
+    AXIS_TOKEN: _ClassVar[Axis]
+    AXIS_HEAD: _ClassVar[Axis]
+    AXIS_Y: _ClassVar[Axis]
+    AXIS_X: _ClassVar[Axis]
+    AXIS_DIMENSION: _ClassVar[Axis]
+
+class Operation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPERATION_UNSPECIFIED: _ClassVar[Operation]
+    OPERATION_ZERO: _ClassVar[Operation]
+    OPERATION_SET: _ClassVar[Operation]
+    OPERATION_MEAN: _ClassVar[Operation]
+    OPERATION_SCALE: _ClassVar[Operation]
+    OPERATION_ADD: _ClassVar[Operation]
+    OPERATION_REPLACE: _ClassVar[Operation]
+    OPERATION_PATCH: _ClassVar[Operation]
+    OPERATION_PROJECT_OUT: _ClassVar[Operation]
+    OPERATION_PROJECT_KEEP: _ClassVar[Operation]
+    OPERATION_CAP: _ClassVar[Operation]
+    OPERATION_CLAMP: _ClassVar[Operation]
+    OPERATION_NOISE: _ClassVar[Operation]
+    OPERATION_SKIP: _ClassVar[Operation]
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_NONE: Reduction
 REDUCTION_GLOBAL_AVERAGE_POOL: Reduction
@@ -112,6 +140,28 @@ MEASURE_MEAN: Measure
 MEASURE_NORM: Measure
 MEASURE_LOG_PROBABILITY: Measure
 MEASURE_DOT: Measure
+AXIS_UNSPECIFIED: Axis
+AXIS_ITEM: Axis
+AXIS_CHANNEL: Axis
+AXIS_TOKEN: Axis
+AXIS_HEAD: Axis
+AXIS_Y: Axis
+AXIS_X: Axis
+AXIS_DIMENSION: Axis
+OPERATION_UNSPECIFIED: Operation
+OPERATION_ZERO: Operation
+OPERATION_SET: Operation
+OPERATION_MEAN: Operation
+OPERATION_SCALE: Operation
+OPERATION_ADD: Operation
+OPERATION_REPLACE: Operation
+OPERATION_PATCH: Operation
+OPERATION_PROJECT_OUT: Operation
+OPERATION_PROJECT_KEEP: Operation
+OPERATION_CAP: Operation
+OPERATION_CLAMP: Operation
+OPERATION_NOISE: Operation
+OPERATION_SKIP: Operation
 
 class ImageBatch(_message.Message):
     __slots__ = ("images", "input")
@@ -199,8 +249,58 @@ class ObjectiveTerm(_message.Message):
     weight: float
     def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., measure: _Optional[_Union[Measure, str]] = ..., index: _Optional[_Iterable[int]] = ..., index_size: _Optional[int] = ..., vector: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
 
+class AxisSelection(_message.Message):
+    __slots__ = ("axis", "index", "begin", "end", "step", "dimension", "heads")
+    AXIS_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DIMENSION_FIELD_NUMBER: _ClassVar[int]
+    HEADS_FIELD_NUMBER: _ClassVar[int]
+    axis: Axis
+    index: _containers.RepeatedScalarFieldContainer[int]
+    begin: int
+    end: int
+    step: int
+    dimension: int
+    heads: int
+    def __init__(self, axis: _Optional[_Union[Axis, str]] = ..., index: _Optional[_Iterable[int]] = ..., begin: _Optional[int] = ..., end: _Optional[int] = ..., step: _Optional[int] = ..., dimension: _Optional[int] = ..., heads: _Optional[int] = ...) -> None: ...
+
+class Intervention(_message.Message):
+    __slots__ = ("layer", "capture", "select", "operation", "value", "factor", "low", "high", "tensor", "source_item", "seed", "over", "over_dimensions", "set")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CAPTURE_FIELD_NUMBER: _ClassVar[int]
+    SELECT_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ITEM_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    OVER_FIELD_NUMBER: _ClassVar[int]
+    OVER_DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    SET_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    capture: _catalogue_pb2.Capture
+    select: _containers.RepeatedCompositeFieldContainer[AxisSelection]
+    operation: Operation
+    value: float
+    factor: float
+    low: float
+    high: float
+    tensor: _tensor_pb2.Tensor
+    source_item: int
+    seed: int
+    over: _containers.RepeatedScalarFieldContainer[Axis]
+    over_dimensions: _containers.RepeatedScalarFieldContainer[int]
+    set: int
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., select: _Optional[_Iterable[_Union[AxisSelection, _Mapping]]] = ..., operation: _Optional[_Union[Operation, str]] = ..., value: _Optional[float] = ..., factor: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., tensor: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., source_item: _Optional[int] = ..., seed: _Optional[int] = ..., over: _Optional[_Iterable[_Union[Axis, str]]] = ..., over_dimensions: _Optional[_Iterable[int]] = ..., set: _Optional[int] = ...) -> None: ...
+
 class ExtractRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective", "interventions")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +310,7 @@ class ExtractRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     AUDIO_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
     model: str
     inputs: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]
     images: _containers.RepeatedCompositeFieldContainer[ImageBatch]
@@ -219,7 +320,8 @@ class ExtractRequest(_message.Message):
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
     audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
     objective: _containers.RepeatedCompositeFieldContainer[ObjectiveTerm]
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ...) -> None: ...
+    interventions: _containers.RepeatedCompositeFieldContainer[Intervention]
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[Intervention, _Mapping]]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("prepare_ns", "queue_ns", "compute_ns", "total_ns")
@@ -244,7 +346,7 @@ class ExtractResponse(_message.Message):
     def __init__(self, tensors: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
 
 class ExtractStreamRequest(_message.Message):
-    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective", "id", "timeout_ns")
+    __slots__ = ("model", "inputs", "images", "layers", "extractor", "shared_memory_session", "texts", "audio", "objective", "interventions", "id", "timeout_ns")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +356,7 @@ class ExtractStreamRequest(_message.Message):
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     AUDIO_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
+    INTERVENTIONS_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_NS_FIELD_NUMBER: _ClassVar[int]
     model: str
@@ -265,9 +368,10 @@ class ExtractStreamRequest(_message.Message):
     texts: _containers.RepeatedCompositeFieldContainer[TextBatch]
     audio: _containers.RepeatedCompositeFieldContainer[AudioBatch]
     objective: _containers.RepeatedCompositeFieldContainer[ObjectiveTerm]
+    interventions: _containers.RepeatedCompositeFieldContainer[Intervention]
     id: int
     timeout_ns: int
-    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., inputs: _Optional[_Iterable[_Union[_tensor_pb2.Tensor, _Mapping]]] = ..., images: _Optional[_Iterable[_Union[ImageBatch, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerSelection, _Mapping]]] = ..., extractor: _Optional[_Union[_catalogue_pb2.Extractor, str]] = ..., shared_memory_session: _Optional[bytes] = ..., texts: _Optional[_Iterable[_Union[TextBatch, _Mapping]]] = ..., audio: _Optional[_Iterable[_Union[AudioBatch, _Mapping]]] = ..., objective: _Optional[_Iterable[_Union[ObjectiveTerm, _Mapping]]] = ..., interventions: _Optional[_Iterable[_Union[Intervention, _Mapping]]] = ..., id: _Optional[int] = ..., timeout_ns: _Optional[int] = ...) -> None: ...
 
 class ExtractStreamError(_message.Message):
     __slots__ = ("code", "kind", "message", "image")

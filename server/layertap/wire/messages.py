@@ -62,8 +62,10 @@ LIST_FIELDS = (
     feature_service_pb2.ExtractRequest.TEXTS_FIELD_NUMBER,
     feature_service_pb2.ExtractRequest.AUDIO_FIELD_NUMBER,
     feature_service_pb2.ExtractRequest.OBJECTIVE_FIELD_NUMBER,
+    feature_service_pb2.ExtractRequest.INTERVENTIONS_FIELD_NUMBER,
 )
-"""The fields with lists of images, texts, recordings and terms, whose members count as fields."""
+"""The fields with lists of images, texts, recordings, terms and interventions, whose members count
+as fields."""
 
 MAX_INPUTS = 256
 """Maximum number of tensors in a request. Even a tiny one costs hundreds of bytes of memory."""

@@ -123,6 +123,7 @@ class ExtractorKind(ABC):
         nodes: Whether it serves nodes of the symbolic graph.
         members: Whether it serves members of containers, such as one tensor of a tuple.
         gradients: Whether it computes gradients; see ``extraction.gradients``.
+        edits: Whether it applies interventions; see ``extraction.interventions``.
         finite_only: Whether its values for NaN and infinity differ from the model's, so that its
             input must be finite.
         warm_up_runs: Runs after which a pass at a new batch size has reached its full speed, on
@@ -136,6 +137,7 @@ class ExtractorKind(ABC):
     nodes: ClassVar[bool] = False
     members: ClassVar[bool] = False
     gradients: ClassVar[bool] = False
+    edits: ClassVar[bool] = False
     finite_only: ClassVar[bool] = False
     warm_up_runs: ClassVar[int] = 3
 

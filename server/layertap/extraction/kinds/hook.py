@@ -50,6 +50,7 @@ class HookKind(ReferenceKind):
     captures = frozenset({Capture.OUTPUT, Capture.INPUT})
     members = True
     gradients = True
+    edits = True
 
     def build(self, context: BuildContext, pass_spec: PassSpec) -> BuiltExtractor:
         """See DirectKind."""

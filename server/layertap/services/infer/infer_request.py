@@ -8,6 +8,7 @@ from functools import partial
 from layertap.engine import Engine, ExtractionRequest, ModelHost
 from layertap.errors import InvalidInputError, ModelNotFoundError
 from layertap.inference import grpc_service_pb2 as pb
+from layertap.intervention import parse_interventions
 from layertap.objective import parse_objective
 from layertap.services.infer.infer_form import MODEL_VERSION, InferForm, ReplyOptions
 from layertap.services.infer.inputs import TakenInputs, infer_inputs
@@ -20,7 +21,8 @@ __all__ = ["check_version", "extraction_request", "find_host", "timeout_of", "un
 
 _US = 1e-6
 _KNOWN = (
-    *("capture", "method", "map", "reduction", "dtype", "extractor", "objective", "timeout"),
+    *("capture", "method", "map", "reduction", "dtype", "extractor", "objective"),
+    *("interventions", "timeout"),
     *TEXT_PARAMETERS,
 )
 
@@ -113,8 +115,14 @@ def extraction_request(
         selections=selections,
         extractor=extractor_of(request),
         objective=parse_objective(text(given, "objective", "request") or None),
+        interventions=parse_interventions(_interventions(text(given, "interventions", "request"))),
         form=partial(InferForm, options=options),
     )
+
+
+def _interventions(given: str) -> list[str]:
+    """Return the texts of interventions, which semicolons separate."""
+    return [each for each in given.split(";") if each.strip()]
 
 
 def _taken(host: ModelHost) -> TakenInputs:
