@@ -45,7 +45,7 @@ from layertap.settings import Limits
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 """Relative to the largest magnitude of a layer's gradient."""
 
-DIFFERENCE = 1e-3
+DIFFERENCE = 5e-3
 """How far the reference may be from a central difference, relative to it."""
 
 STEPS = (1e-6, 1e-4, 1e-3, 1e-2)
