@@ -40,7 +40,7 @@ test-gradients: .venv/.built ## the gradient of every layer of every model; writ
 
 test-beside: .venv/.built build/beside/.installed ## gradients beside captum and pytorch-grad-cam; writes docs/coverage.md
 	PYTHONPATH=server build/beside/bin/python -W ignore tests/coverage/beside_others.py \
-	  --write docs/coverage.md $(ARGS)
+	  --rows build/beside.json --write docs/coverage.md $(ARGS)
 
 test-zoo: setup ## every layer of every awkward model, in every way; writes docs/coverage.md
 	$(BIN)/python -W ignore tests/zoo/prove_zoo.py --write docs/coverage.md $(ARGS)

@@ -236,9 +236,10 @@ GRADIENTS = """
 
 [bench_gradients.py](bench_gradients.py): resnet50, one image of 224 × 224, in this process by HOOK,
 all ways in turns. Grad-CAM of the last block took **{cam:.2f} ×** the plain forward pass (the
-median of each). Integrated gradients of the input with 50 steps took **{sweep:.2f} ×** a loop
-written by hand in PyTorch, which also has {rows} items in a batch and computes the score at both
-ends. The results were compared first. {threads} threads. Machine: {facts}.
+median of each). Integrated gradients of an input of 112 × 112 with 50 steps took
+**{sweep:.2f} ×** a loop written by hand in PyTorch, which also has {rows} items in a batch and
+computes the score at both ends. The results were compared first. {threads} threads. Machine:
+{facts}.
 
 {table}
 """

@@ -147,6 +147,19 @@ void run(const std::string& address, const std::string& model, const std::string
   of_tensor.add_layers()->set_layer("avgpool");
   show(*features, "tensor", of_tensor);
 
+  // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+  v1::ExtractRequest of_map;
+  of_map.set_model(model);
+  of_map.add_images()->add_images(image);
+  v1::LayerSelection* where = of_map.add_layers();
+  where->set_layer("layer1");
+  where->set_capture(v1::CAPTURE_GRADIENT);
+  where->set_method(v1::METHOD_GRAD_CAM);
+  v1::ObjectiveTerm* total = of_map.add_objective();
+  total->set_layer("avgpool");
+  total->set_measure(v1::MEASURE_SUM);
+  show(*features, "map", of_map);
+
   if (!text_model.empty()) show_texts(*features, text_model, text_layer);
 
   v1::ExtractRequest unknown;

@@ -90,6 +90,18 @@ func run(address, model, photo, textModel, textLayer string) error {
 		return err
 	}
 
+	// Where in the photo layer1 raises the sum of avgpool: a class activation map.
+	where := &pb.LayerSelection{
+		Layer: "layer1", Capture: pb.Capture_CAPTURE_GRADIENT, Method: pb.Method_METHOD_GRAD_CAM,
+	}
+	total := &pb.ObjectiveTerm{Layer: "avgpool", Measure: pb.Measure_MEASURE_SUM}
+	if err := show(features, "map", &pb.ExtractRequest{
+		Model: model, Images: images, Layers: []*pb.LayerSelection{where},
+		Objective: []*pb.ObjectiveTerm{total},
+	}); err != nil {
+		return err
+	}
+
 	if textModel != "" {
 		texts := []*pb.TextBatch{{Texts: []string{"the cat sat on the mat.", "a bird flew"}}}
 		// The mean of each text's tokens; the server tokenises the texts and leaves padding out.

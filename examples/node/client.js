@@ -100,6 +100,10 @@ async function main(
   await show(extract, "photo", { model, images, layers: bothSides });
   const inputs = [rampTensor([1, 3, 224, 224])];
   await show(extract, "tensor", { model, inputs, layers: [{ layer: "avgpool" }] });
+  // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+  const where = { layer: "layer1", capture: "CAPTURE_GRADIENT", method: "METHOD_GRAD_CAM" };
+  const objective = [{ layer: "avgpool", measure: "MEASURE_SUM" }];
+  await show(extract, "map", { model, images, layers: [where], objective });
   if (textModel) {
     const texts = [{ texts: ["the cat sat on the mat.", "a bird flew"] }];
     // The mean of each text's tokens; the server tokenises the texts and leaves padding out.

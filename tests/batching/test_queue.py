@@ -58,6 +58,22 @@ def test_a_batch_that_is_held_back_goes_when_the_last_one_joins() -> None:
         assert taker.result(60) == ["c", "d"]
 
 
+def test_a_batch_that_is_held_back_goes_when_its_time_is_up() -> None:
+    """If nothing else arrives, the thread that waits for more items takes what is there."""
+    queue: BatchQueue[str] = BatchQueue()
+    policy = BatchPolicy(max_size=8, max_delay=0.05)
+    for item in "ab":
+        queue.put(item, key="k", policy=policy)
+    assert queue.take() == ["a", "b"]
+    queue.put("c", key="k", policy=policy)
+    with ThreadPoolExecutor(1) as pool:
+        taker = pool.submit(queue.take)
+        try:
+            assert taker.result(30) == ["c"]
+        finally:
+            queue.close()
+
+
 def test_a_thread_that_holds_back_leaves_others_to_the_next() -> None:
     """While one thread waits for a batch to fill, other threads serve newer items."""
     queue: BatchQueue[str] = BatchQueue()

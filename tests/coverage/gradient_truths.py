@@ -93,6 +93,8 @@ def _gradients(
 
     def change(place: Place) -> Change:
         def add(value: torch.Tensor) -> torch.Tensor:
+            if not value.is_floating_point():
+                return value  # The layer's dtype depends on the input.
             zeros[place] = torch.zeros_like(value, requires_grad=True)
             return value + zeros[place]
 
@@ -111,15 +113,30 @@ def _gradients(
 
 
 def derivative(
-    net: nn.Module, run: Run, place: Place, score: Score, direction: torch.Tensor
-) -> tuple[float, torch.Tensor]:
+    net: nn.Module,
+    run: Run,
+    place: Place,
+    score: Score,
+    direction: torch.Tensor,
+    *,
+    by: float = 1e-6,
+) -> tuple[float, torch.Tensor, float]:
     """Return the derivative of a score in a direction of a value, by a central difference.
 
     Elements that are exactly zero are not moved: a ReLU has left them, and the sum of two of them
     stands in the kink of the next one, where a difference says nothing.
 
+    Args:
+        net: A fresh module.
+        run: Runs it.
+        place: The value.
+        score: The score.
+        direction: The direction, of the value's shape.
+        by: The largest movement of an element, relative to the largest magnitude of the value.
+
     Returns:
-        The derivative, and the direction without these elements.
+        The derivative, the direction without these elements, and how much of the derivative may be
+        the rounding of the score.
     """
     step, used = 0.0, direction
 
@@ -128,13 +145,15 @@ def derivative(
             nonlocal step, used
             used = direction * (value != 0)
             largest = float(used.abs().max()) or 1.0
-            step = 1e-6 * max(1e-3, float(value.abs().max())) / largest
+            step = by * max(1e-3, float(value.abs().max())) / largest
             return value + sign * step * used
 
         with torch.no_grad():
             return float(score(changed(net, run, {place: move})))
 
-    return (at(1.0) - at(-1.0)) / (2 * step), used
+    more, less = at(1.0), at(-1.0)
+    rounding = 4 * torch.finfo(torch.float64).eps * max(abs(more), abs(less))
+    return (more - less) / (2 * step), used, rounding / (2 * step)
 
 
 def changed(net: nn.Module, run: Run, changes: Mapping[Place, Change]) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from layertap import load
+from layertap import Capture, LayerSelection, Method, Sweep, load
 from layertap.dataset import Outcome, extract, pipeline
 from layertap.dataset.manifest import Workplace
 from layertap.errors import InvalidInputError
@@ -279,3 +279,31 @@ def test_two_runs_at_once_are_refused(case: Case) -> None:
         case.run(place.output)
     assert list(case.folder.iterdir()) == []
     assert case.run(place.output).rows == ITEMS
+
+
+def test_methods_of_one_layer_and_tensor_baselines_are_told_apart(case: Case) -> None:
+    """Another method, form of a map or baseline is a change, also beside others of the layer."""
+    output = case.folder / "out.npz"
+
+    def run(base: float | np.ndarray, form: str = "grid") -> Outcome:
+        swept = LayerSelection(
+            "layer1",
+            Capture.GRADIENT,
+            method=Method.INTEGRATED_GRADIENTS,
+            sweep=Sweep(steps=2, baseline=base),
+        )
+        cam = LayerSelection.parse(f"layer1:grad_cam:map={form}")
+        return extract(
+            case.model, [case.items], [swept, cam, "layer1:gradient"], output,
+            objective="fc[0]", batch_size=8,
+        )  # fmt: skip
+
+    base = np.zeros((8, 8, 8), np.float32)
+    assert run(base).rows == ITEMS
+    assert run(base.copy()).shards_written == 0
+    with pytest.raises(InvalidInputError, match=r"layer1:gradient:grad_cam.map_form: grid"):
+        run(base, "resized")
+    with pytest.raises(InvalidInputError, match=r"integrated_gradients.sweep.baseline.sha256"):
+        run(base + 1)
+    with pytest.raises(InvalidInputError, match=r"integrated_gradients.sweep.baseline"):
+        run(0.0)

@@ -5,6 +5,8 @@ A client prints a line a tensor and a last one for the error::
     photo layer1 float32 1x64x56x56 sum=140344.3002 first=1.505641
     photo avgpool:input float32 1x512x7x7 sum=43724.5751 first=1.016828
     tensor avgpool float32 1x512x1x1 sum=336.6542 first=0.215358
+    map layer1:grad_cam float32 1x56x56 sum=629.1962 first=0.059553
+    map objective.value float32 1 sum=892.3384 first=892.338379
     text encoder.layer.1 float32 2x32 sum=0.0000 first=0.358231
     error NOT_FOUND LayerNotFoundError no layer 'no.such.layer'; DescribeModel (...
 
@@ -58,6 +60,7 @@ def ask(address: str, model: str) -> Reference:
     with Client(address) as client:
         photo = client.extract(model, PHOTO, ["layer1", "avgpool:input"])
         tensor = client.extract(model, ramp.reshape(1, 3, 224, 224), "avgpool")
+        maps = client.extract(model, PHOTO, "layer1:grad_cam", objective="avgpool[sum]")
         mean = LayerSelection(TEXT_LAYER, reduction="global_average_pool")
         text = client.extract(TEXT_MODEL, Texts(TEXTS), mean)
         with pytest.raises(LayertapError) as refused:
@@ -68,7 +71,12 @@ def ask(address: str, model: str) -> Reference:
                 float(array.sum(dtype=np.float64)),
                 float(array.flat[0]),
             )
-            for what, features in (("photo", photo), ("tensor", tensor), ("text", text))
+            for what, features in (
+                ("photo", photo),
+                ("tensor", tensor),
+                ("map", maps),
+                ("text", text),
+            )
             for name, array in features.items()
         },
         type(refused.value).__name__,

@@ -13,7 +13,10 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
 use v1::feature_service_client::FeatureServiceClient;
-use v1::{Capture, ExtractRequest, ImageBatch, LayerSelection, Reduction, Tensor, TextBatch};
+use v1::{
+    Capture, ExtractRequest, ImageBatch, LayerSelection, Measure, Method, ObjectiveTerm, Reduction,
+    Tensor, TextBatch,
+};
 
 /// What build.rs made of the contract in proto/layertap/v1.
 mod v1 {
@@ -65,6 +68,21 @@ async fn main() -> Result<(), Box<dyn Error>> {
     };
     let reply = features.extract(request).await?.into_inner();
     print("tensor", &reply.tensors)?;
+
+    // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+    let request = ExtractRequest {
+        model: model.clone(),
+        images: vec![images.clone()],
+        layers: vec![map_of("layer1")],
+        objective: vec![ObjectiveTerm {
+            layer: "avgpool".into(),
+            measure: Measure::Sum.into(),
+            ..Default::default()
+        }],
+        ..Default::default()
+    };
+    let reply = features.extract(request).await?.into_inner();
+    print("map", &reply.tensors)?;
 
     if let Some(text_model) = text_model {
         let texts = TextBatch {
@@ -124,6 +142,15 @@ fn layer(name: &str) -> LayerSelection {
 fn input_of(name: &str) -> LayerSelection {
     LayerSelection {
         capture: Capture::Input.into(),
+        ..layer(name)
+    }
+}
+
+/// The layer's Grad-CAM; the reply calls it `name:grad_cam`.
+fn map_of(name: &str) -> LayerSelection {
+    LayerSelection {
+        capture: Capture::Gradient.into(),
+        method: Method::GradCam.into(),
         ..layer(name)
     }
 }

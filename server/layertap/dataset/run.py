@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from layertap import __version__
 from layertap.dataset.batches import Batches, BatchResult
@@ -21,7 +24,7 @@ from layertap.dataset.sources import Part, Source, gather
 from layertap.dataset.writers import Format, JoinedFormat, ShardedFormat, format_of, write_part
 from layertap.errors import InvalidInputError
 from layertap.intervention import parse_interventions
-from layertap.selection import Extractor, SelectionLike, as_extractor, parse_selections
+from layertap.selection import Extractor, SelectionLike, Sweep, as_extractor, parse_selections
 
 if TYPE_CHECKING:
     from layertap.intervention import InterventionsLike
@@ -154,7 +157,10 @@ def extract(
         "part": f"{part[0]}/{part[1]}",
     }
     named = {
-        selection.alias or f"{selection.layer}:{selection.capture}": asdict(selection)
+        selection.alias or f"{selection.layer}:{selection.capture}:{selection.method}": {
+            **asdict(selection),
+            "sweep": {**asdict(selection.sweep), "baseline": _baseline(selection.sweep)},
+        }
         for selection in selections
     }
     facts = {
@@ -205,6 +211,18 @@ def _input_facts(source: Source) -> Facts:
         "first": source.id(0),
         "last": source.id(last),
         "names, sizes and times of change": source.digest(0, len(source)),
+    }
+
+
+def _baseline(sweep: Sweep) -> float | dict[str, str]:
+    """Return a baseline as it is, or for a tensor what tells it from others."""
+    base = sweep.baseline
+    if not isinstance(base, np.ndarray):
+        return base
+    return {
+        "dtype": base.dtype.name,
+        "shape": str(list(base.shape)),
+        "sha256": hashlib.sha256(base.tobytes()).hexdigest(),
     }
 
 

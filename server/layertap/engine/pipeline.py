@@ -279,8 +279,7 @@ class Pipeline:
         if objective is None or facts is None:
             return None
         operands = Operands(objective.terms, admitted.baselines)
-        if not facts.dynamic:
-            facts.extractor.check(operands, size)
+        facts.extractor.check(operands, size, shapes=not facts.dynamic)
         admitted.host.find_independence(plan, size, admitted.call)
         return operands
 

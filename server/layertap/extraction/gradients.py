@@ -312,18 +312,20 @@ class GradientExtractor:
                 gap = found - (main.numbers - total.at_baseline).to(found.dtype)
                 sink(index, gap.to(spec.dtype))
 
-    def check(self, operands: Operands, size: int) -> None:
+    def check(self, operands: Operands, size: int, *, shapes: bool = True) -> None:
         """Check the operands of a request against the values that they are for.
 
         Args:
             operands: The operands.
             size: The number of items.
+            shapes: Whether the shapes of the objective's values are known before the pass.
 
         Raises:
             InvalidInputError: If an index, a vector or a baseline doesn't fit, or a number is too
                 large for the model's dtype.
         """
-        operands.check(self.shapes.terms, size)
+        if shapes:
+            operands.check(self.shapes.terms, size)
         operands.check_range(self.shapes.dtypes)
         for point, indexes in self._sweeps.items():
             spec = self.shapes.outputs[indexes[0]].spec

@@ -195,7 +195,8 @@ class Operands:
         array = self.baselines[number]
         each = array.ndim == len(shape) + 1
         count = array.shape[0] if each and self.item is not None else size
-        if array.shape not in (shape, (count, *shape)):
+        missing = each and self.item is not None and self.item >= count
+        if missing or array.shape not in (shape, (count, *shape)):
             raise InvalidInputError(
                 f"sweep: baseline: got {list(array.shape)}, expected {list(shape)} for all items "
                 f"or {[size, *shape]}"

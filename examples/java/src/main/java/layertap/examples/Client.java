@@ -22,6 +22,9 @@ import layertap.v1.ExtractRequest;
 import layertap.v1.FeatureServiceGrpc;
 import layertap.v1.ImageBatch;
 import layertap.v1.LayerSelection;
+import layertap.v1.Measure;
+import layertap.v1.Method;
+import layertap.v1.ObjectiveTerm;
 import layertap.v1.Reduction;
 import layertap.v1.Tensor;
 import layertap.v1.TextBatch;
@@ -102,6 +105,17 @@ public final class Client {
             .addLayers(layer("avgpool"))
             .build();
     print("tensor", features.extract(ofTensor).getTensorsList());
+
+    // Where in the photo layer1 raises the sum of avgpool: a class activation map.
+    var ofMap =
+        ExtractRequest.newBuilder()
+            .setModel(model)
+            .addImages(images)
+            .addLayers(mapOf("layer1"))
+            .addObjective(
+                ObjectiveTerm.newBuilder().setLayer("avgpool").setMeasure(Measure.MEASURE_SUM))
+            .build();
+    print("map", features.extract(ofMap).getTensorsList());
   }
 
   private static void askWithTexts(Channel channel, String model, String layer) {
@@ -143,6 +157,15 @@ public final class Client {
   /** What the layer is given; the reply calls it {@code name:input}. */
   private static LayerSelection inputOf(String name) {
     return LayerSelection.newBuilder().setLayer(name).setCapture(Capture.CAPTURE_INPUT).build();
+  }
+
+  /** The layer's Grad-CAM; the reply calls it {@code name:grad_cam}. */
+  private static LayerSelection mapOf(String name) {
+    return LayerSelection.newBuilder()
+        .setLayer(name)
+        .setCapture(Capture.CAPTURE_GRADIENT)
+        .setMethod(Method.METHOD_GRAD_CAM)
+        .build();
   }
 
   private static void print(String what, List<Tensor> tensors) {
