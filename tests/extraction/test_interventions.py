@@ -521,6 +521,27 @@ def test_gradients_through_interventions(
     assert found["interventions.calls"].tolist() == [1]
 
 
+def test_gradients_through_interventions_of_a_net_that_changes_nothing_in_place() -> None:
+    """Nothing that autograd keeps of a value is overwritten by the changes that follow."""
+    x = torch.randn(2, *gradnets.IMAGE, generator=torch.Generator().manual_seed(1)).double()
+    given = ["conv:channel=0..2:clamp=-0.2..0.2", "conv:clamp=-0.5..0.5"]
+
+    def hook(value: torch.Tensor) -> torch.Tensor:
+        first = value[:, :2].clamp(-0.2, 0.2)
+        return torch.cat([first, value[:, 2:]], 1).clamp(-0.5, 0.5)
+
+    with layertap.load(
+        "gradnets:smooth", item_shape=gradnets.IMAGE, input_dtype="float64", device="cpu"
+    ) as model:
+        found = model.extract(x, "inputs.x:gradient", objective="fc[1]", interventions=given)
+    with with_gradients():
+        module, leaf = gradnets.smooth(), x.clone().requires_grad_(True)
+        with changed(module, "conv", 0, hook, before=False):
+            (expected,) = torch.autograd.grad(module(leaf)[:, 1].sum(), leaf)
+    error = (found["inputs.x:gradient"] - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-6
+
+
 def test_the_gradient_of_a_changed_value_is_that_of_what_the_model_goes_on_with(
     load: Callable[[str], LocalModel],
 ) -> None:
@@ -546,6 +567,7 @@ def test_integrated_gradients_with_interventions(load: Callable[[str], LocalMode
     assert (gap.abs() < 0.05).all()
     assert not torch.equal(found["objective.value"], value)
     assert found["interventions.calls"].tolist() == [1]
+    assert found["interventions.elements"].tolist() == [2 * 4 * 64]
 
 
 def test_gradients_of_coupled_items_with_interventions(load: Callable[[str], LocalModel]) -> None:
@@ -703,6 +725,7 @@ CONTRADICTIONS: dict[str, Callable[[], Any]] = {
     "NaN as the value": lambda: Intervention.set_to("a", float("nan")),
     "an infinite factor": lambda: Intervention.scale("a", float("inf")),
     "NaN in a vector": lambda: Intervention.add("a", [float("nan")]),
+    "NaN as a replacement": lambda: Intervention.replace("a", [float("nan")]),
     "infinity in a direction": lambda: Intervention.project_out("a", [float("inf"), 1]),
     "a direction of zeros": lambda: Intervention.project_out("a", [0.0, 0.0]),
     "a matrix as a direction": lambda: Intervention.project_out("a", np.ones((2, 2))),

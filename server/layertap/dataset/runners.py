@@ -109,7 +109,7 @@ class LocalRunner(Runner):
     ) -> None:
         self._model = model
         self.objective = objective
-        self.interventions = one_set(interventions)
+        self.interventions = _one_set(interventions)
 
     def describe(self) -> ModelDescription:
         """See Runner."""
@@ -180,7 +180,7 @@ class RemoteRunner(Runner):
         self._clients = clients
         self._name = model
         self.objective = objective
-        self.interventions = one_set(interventions)
+        self.interventions = _one_set(interventions)
         self._timeout = timeout
         described = {
             address: description_from_proto(client.describe_model(model, fingerprint=True))
@@ -213,7 +213,7 @@ class RemoteRunner(Runner):
         ]
 
 
-def one_set(interventions: Sequence[Intervention]) -> Sequence[Intervention]:
+def _one_set(interventions: Sequence[Intervention]) -> Sequence[Intervention]:
     """Return interventions for a data set, if it can have them.
 
     Raises:
