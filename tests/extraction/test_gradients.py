@@ -326,11 +326,12 @@ def test_the_objective_may_be_a_layer_around_the_one_that_is_asked_for() -> None
     with layertap.load("gradnets:tiny_vit", item_shape=(3, 32, 32), device="cpu") as model:
         found = model.extract(x, f"{inside}:gradient", objective=f"{block}[norm]")
     seen: list[torch.Tensor] = []
-    net = gradnets.tiny_vit()
-    for path in (inside, block):
-        net.get_submodule(path).register_forward_hook(lambda _, __, value: seen.append(value))
-    net(x)
-    (expected,) = torch.autograd.grad(seen[1].flatten(1).norm(dim=1).sum(), seen[0])
+    with with_gradients():
+        net = gradnets.tiny_vit()
+        for path in (inside, block):
+            net.get_submodule(path).register_forward_hook(lambda _, __, value: seen.append(value))
+        net(x.clone())
+        (expected,) = torch.autograd.grad(seen[1].flatten(1).norm(dim=1).sum(), seen[0])
     assert error(found[f"{inside}:gradient"], expected) <= 1e-5
 
 
