@@ -319,6 +319,22 @@ def test_independent_layers_are_refused(layer: str, objective: str) -> None:
         model.extract(images(), layer, objective=objective)
 
 
+def test_the_objective_may_be_a_layer_around_the_one_that_is_asked_for() -> None:
+    """What is inside a block returns before the block, although the block begins first."""
+    block, inside = "encoder.layers.encoder_layer_1", "encoder.layers.encoder_layer_1.ln_1"
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with layertap.load("gradnets:tiny_vit", item_shape=(3, 32, 32), device="cpu") as model:
+        found = model.extract(x, f"{inside}:gradient", objective=f"{block}[norm]")
+    seen: list[torch.Tensor] = []
+    with with_gradients():
+        net = gradnets.tiny_vit()
+        for path in (inside, block):
+            net.get_submodule(path).register_forward_hook(lambda _, __, value: seen.append(value))
+        net(x.clone())
+        (expected,) = torch.autograd.grad(seen[1].flatten(1).norm(dim=1).sum(), seen[0])
+    assert error(found[f"{inside}:gradient"], expected) <= 1e-5
+
+
 def test_values_without_gradients_are_refused() -> None:
     """Whole numbers have no gradient; for token ids the error names an embedding."""
     with load("branches") as model:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from layertap.intervention import Intervention
     from layertap.local import LocalModel
 
-__all__ = ["Answer", "LocalRunner", "RemoteRunner", "Runner", "Worker", "one_set"]
+__all__ = ["Answer", "LocalRunner", "RemoteRunner", "Runner", "Worker"]
 
 _CALLS_OF_SERVER = 3
 """Streams to each server, each with one batch in flight: one is received and decoded and one sent
