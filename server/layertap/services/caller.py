@@ -77,7 +77,8 @@ class Caller:
         """Return the caller of an item of this caller's stream; call this when it is received.
 
         Args:
-            timeout: Seconds that the item may take, if its stream has more time left.
+            timeout: Seconds that the item may take; None for the time that its stream has left, which
+                also limits it otherwise.
         """
         call = Call(self.call.remaining())
         if timeout is not None:

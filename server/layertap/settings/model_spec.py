@@ -22,9 +22,10 @@ _TORCHSCRIPT_SUFFIXES = frozenset({".pt", ".pth", ".ts", ".torchscript"})
 
 
 class SourceKind(StrEnum):
-    """The source of a module; each kind has a file ``models/<kind>_source.py``.
+    """The source of a module.
 
-    ``HF_CONFIG`` is in ``hf_source.py`` too.
+    The code of each kind is in ``models/<kind>_source.py``, that of ``HF_CONFIG`` in
+    ``models/hf_source.py``.
     """
 
     TORCHVISION = "torchvision"
