@@ -77,8 +77,8 @@ class Caller:
         """Return the caller of an item of this caller's stream; call this when it is received.
 
         Args:
-            timeout: Seconds that the item may take; None for the time that its stream has left, which
-                also limits it otherwise.
+            timeout: Seconds that the item may take; None for as long as its stream may go on. The
+                end of the stream ends the item in any case.
         """
         call = Call(self.call.remaining())
         if timeout is not None:
