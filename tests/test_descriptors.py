@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.descriptor import Descriptor, FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2 as stock_health
 from grpc_reflection.v1alpha import reflection_pb2 as stock_reflection
@@ -137,3 +138,23 @@ def test_the_client_runs_beside_tritonclient(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.startswith("6."), done.stderr
+
+
+@pytest.mark.parametrize(
+    "file", ["admin_service", "catalogue", "feature_service", "shared_memory_service", "tensor"]
+)
+def test_the_contract_has_no_two_members_of_one_name_in_other_languages(file: str) -> None:
+    """C++ has ``index_size()`` for a repeated ``index``, so no field may be called that too."""
+    described = importlib.import_module(f"layertap.v1.{file}_pb2").DESCRIPTOR
+
+    def check(message: Descriptor) -> None:
+        fields = message.fields_by_name
+        for name in fields:
+            for beginning in ("has_", "clear_", "set_", "add_", "mutable_", "release_"):
+                assert f"{beginning}{name}" not in fields, f"{message.full_name}.{name}"
+            assert f"{name}_size" not in fields, f"{message.full_name}.{name}"
+        for nested in message.nested_types:
+            check(nested)
+
+    for message in described.message_types_by_name.values():
+        check(message)

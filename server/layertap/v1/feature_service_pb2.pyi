@@ -232,22 +232,22 @@ class LayerSelection(_message.Message):
     def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., alias: _Optional[str] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., dtype: _Optional[_Union[_tensor_pb2.DataType, str]] = ..., method: _Optional[_Union[Method, str]] = ..., sweep: _Optional[_Union[Sweep, _Mapping]] = ..., map_form: _Optional[_Union[MapForm, str]] = ...) -> None: ...
 
 class ObjectiveTerm(_message.Message):
-    __slots__ = ("layer", "capture", "measure", "index", "index_size", "vector", "weight")
+    __slots__ = ("layer", "capture", "measure", "index", "place_length", "vector", "weight")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     CAPTURE_FIELD_NUMBER: _ClassVar[int]
     MEASURE_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
-    INDEX_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PLACE_LENGTH_FIELD_NUMBER: _ClassVar[int]
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     layer: str
     capture: _catalogue_pb2.Capture
     measure: Measure
     index: _containers.RepeatedScalarFieldContainer[int]
-    index_size: int
+    place_length: int
     vector: _tensor_pb2.Tensor
     weight: float
-    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., measure: _Optional[_Union[Measure, str]] = ..., index: _Optional[_Iterable[int]] = ..., index_size: _Optional[int] = ..., vector: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
+    def __init__(self, layer: _Optional[str] = ..., capture: _Optional[_Union[_catalogue_pb2.Capture, str]] = ..., measure: _Optional[_Union[Measure, str]] = ..., index: _Optional[_Iterable[int]] = ..., place_length: _Optional[int] = ..., vector: _Optional[_Union[_tensor_pb2.Tensor, _Mapping]] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class AxisSelection(_message.Message):
     __slots__ = ("axis", "index", "begin", "end", "step", "dimension", "heads")

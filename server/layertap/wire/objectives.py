@@ -45,14 +45,14 @@ def _term_to_proto(term: ObjectiveTerm) -> feature_service_pb2.ObjectiveTerm:
         capture=to_proto(term.capture, "CAPTURE"),
         measure=to_proto(term.measure, "MEASURE"),
         index=[number for place in term.places for number in place],
-        index_size=len(term.places[0]) if term.places else 0,
+        place_length=len(term.places[0]) if term.places else 0,
         vector=None if term.vector is None else array_to_proto(term.vector),
         weight=term.weight,
     )
 
 
 def _term_from_proto(term: feature_service_pb2.ObjectiveTerm) -> ObjectiveTerm:
-    numbers, size = len(term.index), term.index_size or 1
+    numbers, size = len(term.index), term.place_length or 1
     if numbers > MAX_INDEX_NUMBERS or size > MAX_RANK:
         raise InvalidInputError(
             f"objective: index: got {numbers} numbers in places of {size}, expected at most "
@@ -60,7 +60,7 @@ def _term_from_proto(term: feature_service_pb2.ObjectiveTerm) -> ObjectiveTerm:
         )
     if numbers % size:
         raise InvalidInputError(
-            f"objective: index: got {numbers} numbers, expected a multiple of index_size {size}"
+            f"objective: index: got {numbers} numbers, expected a multiple of place_length {size}"
         )
     index = list(term.index)
     return ObjectiveTerm(
