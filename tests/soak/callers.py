@@ -95,7 +95,7 @@ class Caller:
         model, _, x, _ = self._question(items=2)
         request = pb.ExtractRequest(model=model, layers=[pb.LayerSelection(layer="third")])
         call = (
-            self._client._opened()
+            self._client._opened()[0]
             .channel.unary_unary(EXTRACT)
             .future(encode_request(request, [("", x)]))
         )
