@@ -37,7 +37,7 @@ PROGRAMS = {
     "kubeconform": "github.com/yannh/kubeconform/cmd/kubeconform@v0.8.0",
 }
 DEBIAN_PACKAGE = "prometheus"
-"""It has promtool, which takes half an hour to build from its Go module."""
+"""It has promtool, whose Go module depends on so many others that building it takes long."""
 
 SCHEMAS = "kubernetes-validate==1.37.0"
 KUBERNETES = ("1.31.0", "1.37.0")

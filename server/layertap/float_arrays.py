@@ -21,7 +21,9 @@ def as_array(given: Any) -> np.ndarray[Any, np.dtype[Any]]:
         if str(given.dtype) == "torch.bfloat16":
             given = given.float()
         given = given.numpy()
-    return np.ascontiguousarray(given)
+    array = np.asarray(given)
+    # NumPy would make a list of a single number.
+    return array if array.ndim == 0 else np.ascontiguousarray(array)
 
 
 def check_floats(array: np.ndarray[Any, np.dtype[Any]], what: str) -> None:

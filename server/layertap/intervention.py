@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import numpy as np
 
 from layertap.errors import InvalidInputError
+from layertap.float_arrays import FLOAT_DTYPES, as_array
 from layertap.selection import Capture, cut_at
+from layertap.whole_numbers import whole_number
 
 __all__ = [
     "MAX_INDEXES",
@@ -50,9 +52,6 @@ MAX_INDEXES = 1 << 16
 REPORT_PREFIX = "interventions."
 """How the names begin under which a reply tells what interventions changed."""
 
-TENSOR_DTYPES = ("float64", "float32", "float16", "bfloat16")
-"""The dtypes that a tensor of an intervention may have."""
-
 
 class Axis(StrEnum):
     """A named dimension of a layer's value; ``layertap.v1.Axis`` has the same names.
@@ -73,6 +72,9 @@ class Axis(StrEnum):
     """The columns of that grid."""
     DIMENSION = "dimension"
     """A dimension by its number, for layers whose layout is not known."""
+
+
+_NAMED_AXES = tuple(axis.value for axis in Axis if axis is not Axis.DIMENSION)
 
 
 class Operation(StrEnum):
@@ -342,8 +344,8 @@ class Intervention:
             raise self._refusal(f"tensor: expected one for {takes}, none for others")
         if self.tensor is None:
             return
-        if self.tensor.dtype.name not in TENSOR_DTYPES:
-            expected = ", ".join(TENSOR_DTYPES)
+        if self.tensor.dtype.name not in FLOAT_DTYPES:
+            expected = ", ".join(FLOAT_DTYPES)
             raise self._refusal(f"tensor: got {self.tensor.dtype}, expected {expected}")
         wide = self.tensor.astype(np.float64)
         if np.isnan(wide).any():
@@ -510,7 +512,7 @@ class Intervention:
 
     def of_input(self) -> Intervention:
         """Return the intervention on what its layer is given instead of what it returns."""
-        return _replaced(self, capture=Capture.INPUT)
+        return replace(self, capture=Capture.INPUT)
 
     @classmethod
     def parse(
@@ -566,7 +568,7 @@ def parse_interventions(given: InterventionsLike | None) -> tuple[Intervention, 
                     f"interventions: got {type(each).__name__}, expected an Intervention or a text"
                 )
             read = Intervention.parse(each) if isinstance(each, str) else each
-            flat.append(_replaced(read, set=number) if sets else read)
+            flat.append(replace(read, set=number) if sets else read)
             check_count(len(flat))
     return check_interventions(flat)
 
@@ -601,17 +603,13 @@ def check_interventions(given: Sequence[Intervention]) -> tuple[Intervention, ..
     return tuple(given)
 
 
-def _replaced(one: Intervention, **fields: Any) -> Intervention:
-    return replace(one, **fields)
-
-
 def _parts(where: Where) -> tuple[Part, ...]:
     given: dict[str, Any] = dict(where)
     dims, heads = given.pop("dims", {}), given.pop("heads", 0)
-    unknown = given.keys() - {axis.value for axis in Axis if axis is not Axis.DIMENSION}
+    unknown = given.keys() - set(_NAMED_AXES)
     if unknown:
         raise InvalidInputError(
-            f"select: got {min(unknown)!r}, expected one of {', '.join(Axis)[:-11]}, dims or heads"
+            f"select: got {min(unknown)!r}, expected one of {', '.join(_NAMED_AXES)}, dims or heads"
         )
     if heads and "head" not in given:
         raise InvalidInputError("select: heads: got a number of heads, but no head is selected")
@@ -650,12 +648,7 @@ def _index(given: Any) -> int | Span:
 
 
 def _whole(given: Any) -> int:
-    if isinstance(given, bool) or not isinstance(given, Integral):
-        raise InvalidInputError(f"select: got {given!r}, expected a whole number")
-    number = int(given)
-    if not -(1 << 63) <= number < 1 << 63:
-        raise InvalidInputError(f"select: got {number}, expected a 64-bit number")
-    return number
+    return whole_number(given, "select")
 
 
 def _number(given: Any) -> float:
@@ -671,21 +664,14 @@ def _axis(given: Any) -> Axis | int:
         return Axis(str(given))
     except ValueError:
         raise InvalidInputError(
-            f"over: got {given!r}, expected axes ({', '.join(Axis)[:-11]}) or dimensions by number"
+            f"over: got {given!r}, expected axes ({', '.join(_NAMED_AXES)}) or dimensions by number"
         ) from None
 
 
 def _array(tensor: Any) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return a caller's tensor, array or number as an array of a dtype that the protocol has."""
-    if hasattr(tensor, "detach"):
-        tensor = tensor.detach().cpu()
-        if str(tensor.dtype) == "torch.bfloat16":
-            tensor = tensor.float()
-        tensor = tensor.numpy()
-    array = np.asarray(tensor)
-    if array.dtype.kind in "iu":
-        array = array.astype(np.float32)
-    return array if array.ndim == 0 else np.ascontiguousarray(array)
+    """Return a caller's tensor, array or number as an array; whole numbers become float32."""
+    array = as_array(tensor)
+    return array.astype(np.float32) if array.dtype.kind in "iu" else array
 
 
 _INDEX = re.compile(r"-?\d{1,18}")

@@ -15,6 +15,7 @@ import numpy as np
 from layertap.errors import InvalidInputError
 from layertap.float_arrays import as_array, check_floats
 from layertap.selection import Capture
+from layertap.whole_numbers import whole_number
 
 __all__ = [
     "MAX_TERMS",
@@ -294,9 +295,4 @@ def _place(given: Any) -> Place:
 
 
 def _whole(given: Any) -> int:
-    if isinstance(given, bool) or not isinstance(given, Integral):
-        raise InvalidInputError(f"objective: index: got {given!r}, expected a whole number")
-    number = int(given)
-    if not -(1 << 63) <= number < 1 << 63:
-        raise InvalidInputError(f"objective: index: got {number}, expected a 64-bit number")
-    return number
+    return whole_number(given, "objective: index")

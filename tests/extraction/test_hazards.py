@@ -316,7 +316,8 @@ def test_hazard_15_hooks_added_after_torch_compile(load_net) -> None:
     assert kept == []
     served = load_model(ModelSpec("tinynets:compiled", item_shape=ITEM))
     truth = outputs_of(model.module, x, "layer1")[0]
-    catalogue = measure(served)  # Once: each pass with other hooks is compiled anew.
+    # Measured once, because torch.compile compiles a pass with other hooks again.
+    catalogue = measure(served)
     layer = point(next(e.name for e in catalogue if e.name.endswith("layer1")))
     builder = PlanBuilder(served, Taps(served.module), catalogue)
     built = builder.build(Extractor.HOOK, PassSpec((layer,)), key_for(served, ITEM)).built

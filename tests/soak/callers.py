@@ -231,7 +231,12 @@ def main(address: str, threads: int, mode: str, interval: float = 0) -> None:
         for kind, _ in zip(asked, ticks(interval, caller._chance), strict=False):
             if ended.is_set():
                 return
-            caller.once(kind, patient=not interval)
+            try:
+                caller.once(kind, patient=not interval)
+            except Exception as error:
+                # Otherwise only this thread would end, and nobody would notice.
+                caller.wrong.append(f"{kind} raised {type(error).__name__}: {error}")
+                raise
 
     begun = time.monotonic()
     asking = [threading.Thread(target=ask, args=(caller,)) for caller in callers]

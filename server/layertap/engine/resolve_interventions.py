@@ -134,22 +134,17 @@ def check_behind(
     """
     if any(point.capture is not Capture.OUTPUT or point.path == "" for point in asked):
         return
-    order: dict[CapturePoint, int] = {}
-    for index, entry in enumerate(catalogue):
-        if Capture.OUTPUT in entry.points:
-            # Other names of a module come later, wherever it runs.
-            order.setdefault(entry.points[Capture.OUTPUT], index)
-    if any(point not in order or point.path in catalogue.varying for point in asked):
+    begun = catalogue.begun
+    if any(point not in begun or point.path in catalogue.varying for point in asked):
         return
-    last = max(asked, key=lambda point: order[point])
+    last = max(asked, key=lambda point: begun[point])
     for site in sites:
         point = site.point
-        # The catalogue's order is that in which calls begin, so what is inside a module that is
-        # requested comes after it, and may run before it returns.
+        # What is inside a module that is requested begins after it, but returns before it.
         inside = any(point.path.startswith(f"{each.path}.") for each in asked)
         if point.capture is not Capture.OUTPUT or point.path in catalogue.varying or inside:
             continue
-        if order.get(point, -1) > order[last] and point not in asked:
+        if begun.get(point, -1) > begun[last] and point not in asked:
             raise InvalidInputError(
                 f"interventions: layer {catalogue.name_of(point)!r} runs after "
                 f"{catalogue.name_of(last)!r}, the last of the requested layers, so it would "

@@ -106,22 +106,17 @@ def check_order(
     """
     if any(key.capture is not Capture.OUTPUT for key, _ in terms):
         return
-    order: dict[CapturePoint, int] = {}
-    for index, entry in enumerate(catalogue):
-        if Capture.OUTPUT in entry.points:
-            # Other names of a module come later, wherever it runs.
-            order.setdefault(entry.points[Capture.OUTPUT], index)
-    last = max((order[entry.points[Capture.OUTPUT]], entry.name) for _, entry in terms)
-    of = [entry.points[Capture.OUTPUT].path for _, entry in terms]
+    begun = catalogue.begun
+    last = max((begun[entry.points[Capture.OUTPUT]], entry.name) for _, entry in terms)
+    around = [f"{entry.points[Capture.OUTPUT].path}." for _, entry in terms]
     for selection, entry in matches:
         if selection.capture is not Capture.GRADIENT:
             continue
         point = entry.points[Capture.OUTPUT]
-        # The catalogue's order is that in which calls begin, so what is inside a layer of the
-        # objective comes after it, but returns before it.
-        if point.path in catalogue.varying or any(point.path.startswith(f"{x}.") for x in of):
+        # What is inside a layer of the objective begins after it, but returns before it.
+        if point.path in catalogue.varying or any(map(point.path.startswith, around)):
             continue
-        if order.get(point, -1) > last[0]:
+        if begun.get(point, -1) > last[0]:
             raise InvalidInputError(
                 f"layers: got the gradient of {entry.name!r}, which returns after {last[1]!r}, the "
                 f"last layer of the objective, so the objective does not depend on it"

@@ -160,6 +160,19 @@ class Catalogue:
             for side, point in entry.points.items()
         }
 
+    @cached_property
+    def begun(self) -> Mapping[CapturePoint, int]:
+        """The place of each output in the order in which the calls of modules begin.
+
+        What is inside a module comes after it, although it returns before it.
+        """
+        order: dict[CapturePoint, int] = {}
+        for index, entry in enumerate(self):
+            if Capture.OUTPUT in entry.points:
+                # Other names of a module come later, wherever it runs.
+                order.setdefault(entry.points[Capture.OUTPUT], index)
+        return order
+
     def name_of(self, point: CapturePoint) -> str:
         """Return the name to request for a point, or that of a gradient or a report."""
         if point.is_report:

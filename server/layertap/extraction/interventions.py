@@ -35,7 +35,7 @@ from layertap.selection import Capture
 __all__ = ["REPORTS", "Changes", "GivenCalls", "PassRows", "Site", "Tally"]
 
 REPORTS = ("calls", "elements", "changed", "norm")
-"""What the reply tells of each intervention, after ``interventions.``."""
+"""What the reply reports about each intervention; the names begin with ``interventions.``."""
 
 
 @dataclass(frozen=True, slots=True)
