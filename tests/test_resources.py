@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
-from layertap.resources import available_cpus, memory_limit
+from layertap.resources import FileBudget, available_cpus, memory_limit
 
 CORES = len(os.sched_getaffinity(0))
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -166,16 +168,61 @@ def test_the_kernels_own_quota_is_read(quota_group: Path) -> None:
     assert done.stdout == b"1\n"
 
 
-def test_the_limit_of_files_is_raised_to_what_is_allowed() -> None:
-    """A process with a soft limit of 64 files and a hard one of 128 may then open 128."""
+@pytest.mark.parametrize(
+    ("soft", "hard", "want"), [(64, 128, 112), (1024, 1024, 896), (1024, 100_000, 65_536)]
+)
+def test_the_limit_of_files_is_raised_but_for_a_few(soft: int, hard: int, want: int) -> None:
+    """The limit becomes the hard limit less an eighth of it or 128 files, at most 65,536."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < hard:
+        pytest.skip(f"this process may have {most} files open, fewer than {hard}")
     program = (
         "import resource\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128))\n"
-        "from layertap.resources import file_limit, raise_file_limit\n"
-        "before = file_limit()\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+        "from layertap.resources import raise_file_limit\n"
         "raise_file_limit()\n"
         "raise_file_limit()\n"
-        "print(before, file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE))"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
-    assert done.stdout == b"64 128 (128, 128)\n"
+    assert done.stdout.decode() == f"({want}, {hard})\n"
+
+
+def test_spare_files_can_be_opened_when_all_others_are_in_use() -> None:
+    """Inside ``spare_files`` a process at its limit can open a file, and only there."""
+    program = (
+        "import os, resource\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from layertap.resources import raise_file_limit, spare_files\n"
+        "raise_file_limit()\n"
+        "def count():\n"
+        "    opened = 0\n"
+        "    try:\n"
+        "        while True:\n"
+        "            os.open('/dev/null', os.O_RDONLY)\n"
+        "            opened += 1\n"
+        "    except OSError:\n"
+        "        return opened\n"
+        "print(count() > 0, count())\n"
+        "with spare_files():\n"
+        "    print(count())\n"
+        "print(count())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout == b"True 0\n8\n0\n"
+
+
+@pytest.mark.parametrize("files", [64, 224, 1024, 65_536])
+def test_the_budget_of_files_leaves_an_eighth(files: int) -> None:
+    """All uses together take at most 7/8 of the files, and each gets some."""
+    budget = FileBudget.of(files)
+    assert budget.rpc_connections == files // 2
+    used = (
+        budget.rpc_connections
+        + budget.http_connections
+        + 2 * budget.regions
+        + budget.region_clients
+        + budget.named_regions
+    )
+    assert used <= files * 7 // 8
+    assert min(astuple(budget)) >= 1

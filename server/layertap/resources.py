@@ -14,13 +14,24 @@ from __future__ import annotations
 import os
 import re
 import resource
+import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_cpus", "file_limit", "memory_limit", "raise_file_limit"]
+__all__ = [
+    "FileBudget",
+    "available_cpus",
+    "file_budget",
+    "memory_limit",
+    "raise_file_limit",
+    "spare_files",
+]
 
 _MOST_FILES = 1 << 16
+_MOST_SPARE = 128
+_raising = threading.Lock()
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -58,24 +69,76 @@ def memory_limit(proc: Path = Path("/proc")) -> int:
     return min([machine, *(limit for limit in limits if limit > 0)])
 
 
-def file_limit() -> int:
-    """Return how many files and connections this process may have open at once."""
+@dataclass(frozen=True, slots=True)
+class FileBudget:
+    """How many files a server gives to each of their uses, so that no use takes those of another.
+
+    Together they are 7/8 of the files that the process may have open. The rest is for everything
+    else, such as weights, compiled plans and the server's own pipes.
+
+    Attributes:
+        rpc_connections: Connections to the gRPC port: a half.
+        http_connections: Connections to the HTTP port: an eighth, at most 128.
+        regions: Regions of shared memory that the server makes: an eighth at two files for each, at
+            most 192.
+        region_clients: Clients that use such regions: a sixteenth, at most 128.
+        named_regions: Regions of shared memory that clients register: a sixteenth, at most 256.
+    """
+
+    rpc_connections: int
+    http_connections: int
+    regions: int
+    region_clients: int
+    named_regions: int
+
+    @classmethod
+    def of(cls, files: int) -> FileBudget:
+        """Divide so many files; each use gets at least one."""
+        return cls(
+            rpc_connections=max(1, files // 2),
+            http_connections=max(1, min(128, files // 8)),
+            regions=max(1, min(192, files // 16)),
+            region_clients=max(1, min(128, files // 16)),
+            named_regions=max(1, min(256, files // 16)),
+        )
+
+
+def file_budget() -> FileBudget:
+    """Return how the files that this process may have open are divided."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, _MOST_FILES)
+    return FileBudget.of(_MOST_FILES if soft == resource.RLIM_INFINITY else min(soft, _MOST_FILES))
 
 
 def raise_file_limit() -> None:
-    """Raise the limit of open files to the hard limit, but not above 65,536.
+    """Raise the limit of open files to 65,536, or nearly to the hard limit if that is lower.
 
     The usual limit of 1024 is for programs that still use select(2). Other programs are meant to
-    raise it to the hard limit.
+    raise it to the hard limit. An eighth of a low hard limit, at most 128 files, is kept back for
+    ``spare_files``.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < allowed:
-        # Some systems refuse even values below their own hard limit.
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = _MOST_FILES
+    if hard != resource.RLIM_INFINITY:
+        allowed = min(allowed, hard - min(_MOST_SPARE, hard // 8))
+    # Some systems refuse even values below their own hard limit.
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+@contextmanager
+def spare_files() -> Iterator[None]:
+    """Let this process open the files that ``raise_file_limit`` kept back.
+
+    Use it as briefly as possible, and only to open what must work even if all other files are in
+    use: other threads could take the spare files meanwhile.
+    """
+    with _raising:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _cpu_quota(group: Path) -> float | None:

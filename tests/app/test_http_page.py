@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import http.client
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -119,12 +121,44 @@ def test_malformed_requests_end_themselves_only(
 def test_silent_connections_hold_nobody_up(probed: Probed) -> None:
     """With all places taken by silent connections, a probe is answered at once."""
     with ExitStack() as closing:
-        for _ in range(CONNECTIONS + 20):
+        for _ in range(4 * CONNECTIONS):
             peer = socket.create_connection(("127.0.0.1", probed.port), timeout=10)
             closing.enter_context(peer)
+            assert len(probed.page._connections) <= CONNECTIONS
         begun = time.monotonic()
         assert probed.ask("/healthz")[0] == 200
         assert time.monotonic() - begun < 2
+
+
+def test_probes_are_answered_when_no_file_can_be_opened() -> None:
+    """A page in a process that has all its files in use still answers every probe."""
+    program = (
+        "import os, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
+        "from prometheus_client import CollectorRegistry\n"
+        "from layertap.app.http_page import HttpPage\n"
+        "from layertap.resources import raise_file_limit\n"
+        "raise_file_limit()\n"
+        "page = HttpPage(CollectorRegistry(), '127.0.0.1', 0, alive=bool, ready=lambda: True)\n"
+        "try:\n"
+        "    while True:\n"
+        "        os.open('/dev/null', os.O_RDONLY)\n"
+        "except OSError:\n"
+        "    print(page.url, flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        port = urlsplit(process.stdout.readline()).port or 0
+        for path, want in [("/readyz", 200), ("/healthz", 503), ("/metrics", 200)] * 20:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            connection.request("GET", path)
+            assert connection.getresponse().status == want
+            connection.close()
+        process.stdin.close()
 
 
 def test_a_slow_connection_is_ended(monkeypatch: pytest.MonkeyPatch, probed: Probed) -> None:

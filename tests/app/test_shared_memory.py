@@ -230,9 +230,8 @@ def test_settings_reach_the_server() -> None:
     options = build(ServerOptions, section)
     assert options.shared_memory_bytes == 3 * MIB
     assert options.shared_memory_lease_seconds == 0.5
-    assert (
-        open_broker(build(ServerOptions, {"shared_memory_mib": 0}).shared_memory_bytes, 1) is None
-    )
+    none = build(ServerOptions, {"shared_memory_mib": 0}).shared_memory_bytes
+    assert open_broker(none, 1, regions=4, clients=4) is None
 
 
 def test_flags_turn_it_off(engine: Engine) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
-from layertap.shm import client_regions
 from layertap.shm.client_regions import ClientRegions
 
 ME, OTHER = "me", "other"
@@ -271,11 +270,9 @@ def test_readers_and_unregistering_threads_never_meet_a_closed_descriptor(
     assert failures == []
 
 
-def test_regions_are_bounded(
-    regions: ClientRegions, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_regions_are_bounded(key: str) -> None:
     """The limit is over all owners, and an unregistered region makes room."""
-    monkeypatch.setattr(client_regions, "MAX_REGIONS", 3)
+    regions = ClientRegions(most=3)
     for number, owner in enumerate((ME, ME, OTHER)):
         regions.register(owner, f"r{number}", key, 0, 1)
     with pytest.raises(OverloadedError, match="3 shared memory regions"):

@@ -102,10 +102,10 @@ def test_retired_bytes_count_until_they_are_settled() -> None:
 
 
 def test_regions_are_few_enough_for_their_files() -> None:
-    """At most 192 regions exist, as each takes two open files; free ones are closed."""
+    """A pool has at most so many regions, as each takes two files; it closes free ones."""
     dropped = Dropped()
-    pool = Pool(1024 * MIB, dropped)
-    regions = [pool.take(RegionKind.REPLY, 1000) for _ in range(192)]
+    pool = Pool(1024 * MIB, dropped, regions=12)
+    regions = [pool.take(RegionKind.REPLY, 1000) for _ in range(12)]
     assert pool.take(RegionKind.REPLY, 1000) is None
     pool.give(regions[7], 0.0)
     pool.give(regions[9], 0.0)

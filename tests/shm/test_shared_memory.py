@@ -274,8 +274,8 @@ def test_share_and_limit_send_replies_through_the_network(
 
 
 def test_client_has_few_enough_files_open(clock: Clock) -> None:
-    """A client that keeps many small replies has at most 96 regions, including retired ones."""
-    memory = SharedMemory(1024 * MIB, 10.0, clock=clock)
+    """A client that keeps many small replies has half of the regions, including retired ones."""
+    memory = SharedMemory(1024 * MIB, 10.0, clock=clock, regions=192)
     session = opened(memory)
     for turn in range(96):
         lent(memory, session, 1000)

@@ -7,13 +7,15 @@ and Docker have neither the server's CA certificate nor a client certificate.
 Note [One thread for all connections]
     A probe must always be answered. So connections have no threads of their own, which a thread
     limit could prevent, and no connection waits for another. An event loop reads all connections,
-    gives each a few seconds, and closes the oldest if there are too many. A second thread renders
-    the metrics, because they wait for the locks of the objects that they report on.
+    gives each a few seconds, and closes the oldest if there are too many. It accepts them with
+    files that are kept back for it, whatever else uses all others. A second thread renders the
+    metrics, because they wait for the locks of the objects that they report on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import threading
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from layertap.addresses import host_port
 from layertap.errors import UnavailableError
-from layertap.resources import file_limit
+from layertap.resources import spare_files
 
 __all__ = ["HttpPage"]
 
@@ -38,8 +40,10 @@ SECONDS = 5.0
 """How long a connection may take to send its request and to read the answer."""
 
 CONNECTIONS = 128
-"""Maximum number of open connections; a further one closes the oldest. The number is lower if the
-process may open only few files."""
+"""Maximum number of open connections by default."""
+
+_ACCEPTED_AT_ONCE = 4
+"""How many connections are accepted before the oldest are closed again, if there are too many."""
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -67,6 +71,7 @@ class HttpPage:
         port: The port; 0 for a free one.
         alive: Returns whether the server works. Called for ``/healthz`` in the page's thread.
         ready: Returns whether the server serves requests. Called for ``/readyz`` in that thread.
+        connections: Maximum number of open connections; a further one closes the oldest.
 
     Attributes:
         url: The URL of the metrics.
@@ -83,9 +88,10 @@ class HttpPage:
         *,
         alive: Callable[[], bool],
         ready: Callable[[], bool],
+        connections: int = CONNECTIONS,
     ) -> None:
         self._alive, self._ready = alive, ready
-        self._most = max(1, min(CONNECTIONS, file_limit() // 8))
+        self._most = connections
         self._metrics = make_wsgi_app(registry)
         self._listener = _listen(host, port)
         self.url = f"http://{host_port(host, self._listener.getsockname()[1])}/metrics"
@@ -116,8 +122,10 @@ class HttpPage:
 
     async def _serve(self, started: threading.Event) -> None:
         server = await asyncio.start_server(
-            self._connected, sock=self._listener, limit=HEADER_BYTES
+            self._connected, sock=self._listener, limit=HEADER_BYTES, backlog=_ACCEPTED_AT_ONCE
         )
+        # For asyncio this number is also the length of the queue, which may be longer.
+        self._listener.listen(CONNECTIONS)
         started.set()
         await self._ended.wait()
         server.close()
@@ -129,7 +137,10 @@ class HttpPage:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - asyncio runs this in a task
         if len(self._connections) >= self._most:
-            next(iter(self._connections)).cancel()
+            # Removed at once, so that the next connection closes another one.
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
         self._connections[task] = None
         try:
             # The peer has left, the peer is too slow, or the page is closing.
@@ -140,7 +151,7 @@ class HttpPage:
                     writer.close()
                     await writer.wait_closed()
         finally:
-            del self._connections[task]
+            self._connections.pop(task, None)
             writer.transport.abort()
 
     async def _reply(self, reader: asyncio.StreamReader) -> bytes:
@@ -194,10 +205,24 @@ def _plain(status: HTTPStatus, *headers: tuple[str, str]) -> _Answer:
     return _Answer(status, f"{text}\n".encode("ascii"), (("Content-Type", _TEXT), *headers))
 
 
+class _Listener(socket.socket):
+    """Accepts connections even if all files that the process may have open are in use."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a connection, with a spare file if there is no other."""
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+        with spare_files():
+            return super().accept()
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        return _Listener(fileno=socket.create_server(address[:2], family=family).detach())
     except OSError as error:
         raise UnavailableError(
             f"can't show metrics on {host_port(host, port)}: {error.strerror}; choose another "

@@ -31,7 +31,7 @@ from layertap.app.watch import Watcher
 from layertap.engine import Engine, allow_tf32, choose_device
 from layertap.errors import ConfigError, LayertapError
 from layertap.malloc import keep_memory
-from layertap.resources import available_cpus, raise_file_limit
+from layertap.resources import available_cpus, file_budget, raise_file_limit
 from layertap.services.admin_service import AdminService
 from layertap.services.reload_report import ReloadReport
 from layertap.settings import METRICS_OFF, ServerOptions
@@ -229,6 +229,7 @@ class RunningServer:
                 options.metrics_port,
                 alive=lambda: self._engine.alive,
                 ready=lambda: health.serving(""),
+                connections=file_budget().http_connections,
             )
             closing.callback(page.close)
             narrator.say(f"metrics on {page.url}")

@@ -18,7 +18,7 @@ from layertap.app.thread_limit import ThreadLimit
 from layertap.app.unix_socket import UnixSocket
 from layertap.engine import Engine, Limits
 from layertap.errors import UnavailableError
-from layertap.resources import file_limit
+from layertap.resources import file_budget
 from layertap.services.admin_service import AdminService
 from layertap.services.feature_service import FeatureService
 from layertap.services.grpc_adapter.authorization import Authorization
@@ -98,9 +98,12 @@ class FeatureServer:
     ) -> None:
         self._engine = engine
         options = options or ServerOptions()
+        files = file_budget()
         self.security = security or open_security(options.secrets)
         if client_regions is None and options.allow_client_shm:
-            client_regions = ClientRegions(frozenset(options.client_shm_uids))
+            client_regions = ClientRegions(
+                frozenset(options.client_shm_uids), most=files.named_regions
+            )
         statistics = Statistics()
         observer = Observers(observer, statistics) if observer else statistics
         self._overload = Overload(engine, observer)
@@ -119,14 +122,17 @@ class FeatureServer:
                 max(STREAMS, 2 * _workers(engine.limits)),
                 options.max_connection_age_seconds,
                 options.max_connection_age_grace_seconds,
-                # The other half is for probes, shared memory and model files. If connections could
-                # use all files, no new connection and no probe would be answered.
-                connections=max(1, file_limit() // 2),
+                connections=files.rpc_connections,
             ),
         )
         self._health = health or ModelHealth()
         self._server.add_generic_rpc_handlers((self._health.handlers(),))
-        self._broker = open_broker(options.shared_memory_bytes, options.shared_memory_lease_seconds)
+        self._broker = open_broker(
+            options.shared_memory_bytes,
+            options.shared_memory_lease_seconds,
+            regions=files.regions,
+            clients=files.region_clients,
+        )
         self.shared_memory = self._broker.memory if self._broker else None
         self._streams = OpenStreams(engine.limits.streams)
         self._stream_threads = StreamThreads(self._streams, observer)

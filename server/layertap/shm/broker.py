@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 _TICKETS = 64
 _TICKET_SECONDS = 10.0
-_CONNECTIONS = 128
+_CLIENTS = 128
 _SEND_BYTES = 1 << 20
 _POLLED = 16
 _CREDENTIALS = struct.Struct("3i")
@@ -56,15 +56,17 @@ class Broker:
 
     Args:
         memory: The shared memory to lend.
+        clients: Maximum number of clients that are connected.
 
     Attributes:
         memory: The shared memory to lend.
         name: The abstract socket's name, without the zero byte in front.
     """
 
-    def __init__(self, memory: SharedMemory) -> None:
+    def __init__(self, memory: SharedMemory, clients: int = _CLIENTS) -> None:
         self.name = f"layertap-{secrets.token_hex(16)}"
         self.memory = memory
+        self._most = clients
         self._tickets: dict[bytes, float] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -149,7 +151,7 @@ class Broker:
             # The peer has already left, or we are out of file descriptors: back off.
             time.sleep(0.01)
             return
-        if not same_user(peer) or len(self._connections) >= _CONNECTIONS:
+        if not same_user(peer) or len(self._connections) >= self._most:
             peer.close()
             return
         connection = _Connection(peer, self._take)
@@ -264,17 +266,21 @@ class _Connection:
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
-def open_broker(limit_bytes: int, lease_seconds: float) -> Broker | None:
+def open_broker(
+    limit_bytes: int, lease_seconds: float, *, regions: int, clients: int
+) -> Broker | None:
     """Return a broker; None if the limit is 0 or the system has no such shared memory.
 
     Args:
         limit_bytes: Maximum bytes of all regions together.
         lease_seconds: How long a client may keep a region.
+        regions: Maximum number of regions.
+        clients: Maximum number of clients that are connected.
     """
     if not limit_bytes or not supported():
         return None
     try:
-        return Broker(SharedMemory(limit_bytes, lease_seconds))
+        return Broker(SharedMemory(limit_bytes, lease_seconds, regions=regions), clients)
     except OSError as error:  # Sockets or anonymous files are forbidden, as in some sandboxes.
         _log.warning("shared memory is not available: %s", error)
         return None

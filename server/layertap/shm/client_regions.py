@@ -32,7 +32,7 @@ from layertap.errors import InvalidInputError, NotFoundError, OverloadedError
 __all__ = ["MAX_REGIONS", "ClientRegion", "ClientRegions", "RegionSlice"]
 
 MAX_REGIONS = 256
-"""Maximum number of regions of all owners; each takes a file descriptor of the process."""
+"""Maximum number of regions of all owners by default; each takes an open file of the process."""
 
 MAX_NAME_BYTES = 255
 
@@ -141,9 +141,17 @@ class ClientRegions:
     Args:
         uids: Users whose memory is accepted besides the server's own user's.
         folder: The folder of the objects.
+        most: Maximum number of regions of all owners together.
     """
 
-    def __init__(self, uids: frozenset[int] = frozenset(), folder: Path = _FOLDER) -> None:
+    def __init__(
+        self,
+        uids: frozenset[int] = frozenset(),
+        folder: Path = _FOLDER,
+        *,
+        most: int = MAX_REGIONS,
+    ) -> None:
+        self._most = most
         self._uids = uids | {os.geteuid()}
         self._folder = folder
         self._lock = threading.Lock()
@@ -213,8 +221,8 @@ class ClientRegions:
     def _check_room(self, owner: Hashable, name: str) -> None:
         if name in self._regions.get(owner, {}):
             raise InvalidInputError(f"shared memory region {name!r} is registered already")
-        if sum(map(len, self._regions.values())) >= MAX_REGIONS:
-            raise OverloadedError(f"{MAX_REGIONS} shared memory regions, the most allowed")
+        if sum(map(len, self._regions.values())) >= self._most:
+            raise OverloadedError(f"{self._most} shared memory regions, the most allowed")
 
     def _open(self, key: str) -> _File:
         refusal = InvalidInputError(

@@ -11,12 +11,13 @@ from itertools import count
 
 from layertap.shm.regions import Region, RegionKind, make_region
 
-__all__ = ["Pool", "size_class"]
+__all__ = ["MOST_REGIONS", "Pool", "size_class"]
 
 _LEAST_STEP = 64 * 1024
 _WASTE = 2
-# Each region takes two of the 1024 open files that a process may have by default.
-_REGIONS = 192
+MOST_REGIONS = 192
+"""Regions that a pool makes at most by default. Each takes two open files, and a process may have
+1024 by default."""
 
 
 def size_class(nbytes: int) -> int:
@@ -32,6 +33,7 @@ class Pool:
         limit: Maximum bytes of all regions together, including those that clients still hold.
         dropped: Called with each region that won't be used again, just before it is closed.
         make: Makes a region, or raises OSError.
+        regions: Maximum number of regions.
 
     Attributes:
         total: Bytes of all regions.
@@ -42,8 +44,11 @@ class Pool:
         limit: int,
         dropped: Callable[[Region], None],
         make: Callable[[int, RegionKind, int], Region] = make_region,
+        *,
+        regions: int = MOST_REGIONS,
     ) -> None:
         self.total = 0
+        self._most = regions
         self._made = 0
         self._limit = limit
         self._dropped = dropped
@@ -83,7 +88,7 @@ class Pool:
         ]
         fitting.sort(key=lambda region: (region.number not in known, region.size))
         close = next((region for region in fitting if region.size <= _WASTE * size), None)
-        full = self.total + size > self._limit or self._made >= _REGIONS
+        full = self.total + size > self._limit or self._made >= self._most
         if close is None and full:
             close = min(fitting, key=lambda region: region.size, default=None)
         if close is not None:
@@ -126,9 +131,9 @@ class Pool:
         """Close free regions, the least recently used first, until ``size`` bytes fit."""
         if self.total - self.free_bytes + size > self._limit:
             return False
-        if self._made - len(self._free) >= _REGIONS:
+        if self._made - len(self._free) >= self._most:
             return False
-        while self.total + size > self._limit or self._made >= _REGIONS:
+        while self.total + size > self._limit or self._made >= self._most:
             number = next(iter(self._free))
             self.drop(self._free.pop(number)[0])
         return True

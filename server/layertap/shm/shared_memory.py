@@ -21,7 +21,7 @@ import numpy as np
 
 from layertap.errors import InvalidInputError, SharedMemoryLostError
 from layertap.shm.leases import Channel, End, Lease, Loan, Session
-from layertap.shm.pool import Pool, size_class
+from layertap.shm.pool import MOST_REGIONS, Pool, size_class
 from layertap.shm.regions import Region, RegionKind, make_region
 from layertap.wire.tensors import SharedSlice, SharedTensor, TensorView
 
@@ -47,8 +47,6 @@ LEAST_BYTES = 256 * 1024
 """Smaller tensors are at least as fast in the message; see docs/decisions/0008-shared-memory.md."""
 
 _SESSIONS = 64
-# A region takes two files at each end, and a process may have 1024 files open by default.
-_REGIONS_OF_A_SESSION = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +136,7 @@ class SharedMemory:
     Args:
         limit: Maximum bytes of all regions together; one client may have half of them.
         lease_seconds: How long a client may keep a region, and how long an unused one is kept.
+        regions: Maximum number of regions; one client may have half of them.
         clock: Returns seconds.
         make: Makes a region, or raises OSError.
     """
@@ -147,6 +146,7 @@ class SharedMemory:
         limit: int,
         lease_seconds: float = DEFAULT_LEASE_SECONDS,
         *,
+        regions: int = MOST_REGIONS,
         clock: Callable[[], float] = time.monotonic,
         make: Callable[[int, RegionKind, int], Region] = make_region,
     ) -> None:
@@ -155,7 +155,8 @@ class SharedMemory:
         self._clock = clock
         self._lock = threading.Lock()
         self._sessions: dict[bytes, Session] = {}
-        self._pool = Pool(limit, self._forget, make)
+        self._pool = Pool(limit, self._forget, make, regions=regions)
+        self._regions_of_a_session = max(1, regions // 2)
         self._dropped: deque[Lease] = deque()
         self._fallbacks: Counter[str] = Counter()
         self._reply_bytes = 0
@@ -287,12 +288,11 @@ class SharedMemory:
             self._fallbacks[reason] += 1
         return None
 
-    @staticmethod
-    def _has_enough(session: Session, region: Region) -> bool:
+    def _has_enough(self, session: Session, region: Region) -> bool:
         """Return whether a client has mapped the maximum number of regions."""
         retired = sum(lease.retired for lease in session.leases.values())
         new = region.number not in session.known
-        return new and len(session.known) + retired >= _REGIONS_OF_A_SESSION
+        return new and len(session.known) + retired >= self._regions_of_a_session
 
     def _announced(self, session: Session, region: Region) -> Lease | None:
         """Lend a region, after sending its descriptor if the client doesn't have it."""
