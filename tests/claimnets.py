@@ -29,6 +29,15 @@ class Forked(nn.Module):
         return self.last(self.middle(y))
 
 
+class ForkedSometimes(Forked):
+    """The layer runs in its own task only for large numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.max() > 10:
+            return super().forward(x)
+        return self.last(self.middle(self.forked(self.first(x))))
+
+
 class Repeats(nn.Module):
     """A constant prompt for each item: a trace repeats it once, for every batch."""
 
@@ -237,6 +246,11 @@ def made(kind: type[nn.Module]) -> nn.Module:
 def forked() -> nn.Module:
     """Return a Forked."""
     return made(Forked)
+
+
+def forked_sometimes() -> nn.Module:
+    """Return a ForkedSometimes."""
+    return made(ForkedSometimes)
 
 
 def repeats() -> nn.Module:

@@ -60,6 +60,21 @@ def test_one_odd_layer_does_not_cost_the_others() -> None:
     assert (refused["first"], refused["middle"], refused["last"]) == ("", "", "")
 
 
+def test_a_way_that_cannot_be_compiled_is_refused_before_a_request_takes_it() -> None:
+    """A layer that no program of the other branch can return is refused, and others aren't."""
+    refused = refusals(claims(loaded("forked_sometimes")))
+    assert refused["forked"].startswith(
+        "for input that takes another branch, the model can't be compiled"
+    )
+    assert (refused["first"], refused["middle"], refused["last"]) == ("", "", "")
+
+
+@pytest.mark.parametrize("net", ["sign", "nested", "threshold"])
+def test_layers_after_a_branch_are_claimed_if_every_way_can_be_compiled(net: str) -> None:
+    """Layers after a branch are served where programs of both ways are right."""
+    assert not any(refusals(claims(loaded(f"guardnets:{net}"))).values())
+
+
 @pytest.mark.parametrize("net", ["one_or_many", "constant_items"])
 def test_programs_are_recorded_from_the_number_of_items_that_works(net: str) -> None:
     """The program of two items holds for all sizes in one net, that of one item in the other."""

@@ -27,12 +27,6 @@ from zoo.truth import mistake, truth_of
 KNOWN: dict[str, str] = {}
 """Specimens that are not served right yet, and why."""
 
-LATE = {
-    "MaskedFastPath": "its padded way packs tokens into a nested tensor, of which no program can "
-    "be compiled; the note says that ways without a plan are served by HOOK",
-}
-"""Specimens of which a request is refused what the catalogue claims, and why that stays so."""
-
 NOT_COMPARED = {
     "AdvancesGenerator": "stateful: an iterator can't be rewound, and the catalogue says so",
     "GlobalIterator": "stateful likewise",
@@ -69,7 +63,7 @@ def test_every_answer_is_right_or_refused(name: str, found: dict[str, Row]) -> N
     row = found[name]
     assert row.wrong == []
     assert row.failed == []
-    assert row.late == [] or name in LATE
+    assert row.late == []
     assert row.answers or row.unloadable or name in NOT_COMPARED
 
 

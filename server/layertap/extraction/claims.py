@@ -5,7 +5,8 @@ Note [Tried before the first request]
     Whether the extractors really can serve the others is tested here, so that a client that names
     an extractor gets what the catalogue promised. The model runs on a few batches of several sizes
     and ranges of values. Its symbolic graph and its compiled programs run on the same batches. If
-    one fails or differs, the catalogue refuses the layers that it concerns, with the reason.
+    one fails or differs, the catalogue refuses the layers that it concerns, with the reason. If the
+    batches make the model's code go several ways, programs are compiled for some of these ways.
 
     Some faults show on none of these batches: a branch on batch sizes above three, say, or code
     that treats items of another shape differently. Then the proof of the first such request's plan
@@ -54,6 +55,10 @@ __all__ = ["kept_claims"]
 
 _log = logging.getLogger(__name__)
 
+MAX_OTHER_WAYS = 3
+"""Maximum number of further ways of a model's code for which programs are compiled."""
+
+_OTHER_WAY = "for input that takes another branch, "
 _DEAD = "it depends on statements that dead-code elimination removes"
 
 
@@ -257,19 +262,62 @@ class _Trial:
             cases = [replace(case, astray=_astray(looks, other)) for case, other in seen]
             unrepeated = [point for point in points if _is_unrepeated(point, looks, cases)]
             rest = [point for point in points if point not in unrepeated]
-            # Not the taps for requests: the hooks of this trial would slow down their passes.
-            taps = Taps(self._model.module)
-            context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
-            try:
-                faults = yield from CompileTrial(context, kind, steps, example, cases).faults(rest)
-            finally:
-                taps.close()
+            faults = yield from self._trial(kind, steps, example, cases, rest)
             found.append({**faults, **dict.fromkeys(unrepeated, UNREPEATED)})
             if not sized and not any(map(depends_on_size, faults.values())):
                 break
         # Any subset of what one example serves can be served together.
         best = min(found, key=len)
-        return {p: each for faults in found for p, each in faults.items() if p in sized} | best
+        faults = {p: each for faults in found for p, each in faults.items() if p in sized} | best
+        return (yield from self._other_ways(kind, points, steps, seen, faults)) | faults
+
+    def _other_ways(
+        self,
+        kind: CompiledKind[Any],
+        points: Sequence[CapturePoint],
+        steps: Mapping[CapturePoint, int],
+        seen: Sequence[tuple[Case, LooksSurvey]],
+        faults: Faults,
+    ) -> Generator[None, None, Faults]:
+        """Return the faults of programs for other ways of the code than that of the example.
+
+        Such a way is compiled when a request first takes it, so it must be possible.
+        """
+        common = self._looks(ordinary_batch(self._model, 2))
+        tried = [common.outcome]
+        found: Faults = {}
+        for first, looks in seen:
+            if looks.outcome in tried or len(tried) > MAX_OTHER_WAYS:
+                continue
+            tried.append(looks.outcome)
+            yield
+            astray = _astray(common, looks)
+            rest = [p for p in points if p in astray and p not in faults and p not in found]
+            cases = [
+                replace(case, astray=frozenset())
+                for case, each in seen
+                if each.outcome == looks.outcome
+            ]
+            if rest:
+                another = yield from self._trial(kind, steps, first.x, cases, rest)
+                found |= {p: f"{_OTHER_WAY}{reason}" for p, reason in another.items()}
+        return found
+
+    def _trial(
+        self,
+        kind: CompiledKind[Any],
+        steps: Mapping[CapturePoint, int],
+        example: Batch,
+        cases: Sequence[Case],
+        points: Sequence[CapturePoint],
+    ) -> Generator[None, None, Faults]:
+        # Not the taps for requests: the hooks of this trial would slow down their passes.
+        taps = Taps(self._model.module)
+        context = BuildContext(self._model, taps, self._guard, self._catalogue.graph)
+        try:
+            return (yield from CompileTrial(context, kind, steps, example, cases).faults(points))
+        finally:
+            taps.close()
 
 
 def _astray(example: LooksSurvey, looks: LooksSurvey) -> frozenset[CapturePoint]:
