@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -12,9 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from layertap import AsyncClient, Client, Features, StreamRequest
 from layertap.app.server import FeatureServer, ServerOptions
@@ -34,6 +38,7 @@ from ports import free_port
 from processes import serving
 from tinynets import ITEM
 
+DOCUMENTED = ("features-1:8001", "features-2:8001", "127.0.0.1:8001")
 X = np.zeros((1, *ITEM), np.float32)
 
 
@@ -377,6 +382,27 @@ def test_wrong_lists_of_servers_are_refused(kind: type[Client] | type[AsyncClien
         kind([])
     with pytest.raises(InvalidInputError, match="got a:1 twice"):
         kind(["a:1", "b:1", "a:1"])
+
+
+def test_the_documented_client_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/clients.md, with the addresses of servers that are here."""
+    page = (Path(__file__).parents[2] / "docs" / "clients.md").read_text("utf-8")
+    (code,) = re.findall(r"## Several servers\n.*?```python\n(.*?)```", page, re.DOTALL)
+    Image.new("RGB", (96, 80), (9, 99, 199)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    engine = Engine()
+    engine.load(ModelSpec("usualnets:resnet10", name="resnet18", item_shape=(3, 64, 64)))
+    group = Group(engine, 3)
+    for documented, real in zip(DOCUMENTED, group.addresses, strict=True):
+        assert documented in code
+        code = code.replace(documented, real)
+    names: dict[str, Any] = {"Client": Client}
+    try:
+        exec(code, names)  # noqa: S102 - the page is ours
+    finally:
+        group.close()
+        engine.close()
+    assert names["features"]["layer4"].shape == (1, 512, 2, 2)
 
 
 def test_a_reload_needs_one_server(group: Group) -> None:
